@@ -1,0 +1,20 @@
+"""The torch engine of qkit, deploying to torchao's tensors. Only the hook is here; nothing heavy is imported."""
+
+from collections.abc import Iterable
+
+from qkit.backend import BackendSpec
+from qkit.hookspecs import hookimpl
+
+
+@hookimpl
+def qkit_backends() -> Iterable[BackendSpec]:
+    """One backend, for CPU and CUDA alike."""
+    return [
+        BackendSpec(
+            "torchao",
+            "qkit_torchao.backend:TorchaoBackend",
+            framework="torch",
+            install="pip install 'qkit[torch]'",
+            requires=("torchao",),
+        )
+    ]

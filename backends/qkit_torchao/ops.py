@@ -1,0 +1,262 @@
+"""The reference in torch, function by function; arrays only. Exact in eager and under torch.compile, on CPU and CUDA.
+
+Eager mode divides, which IEEE makes exact; compiled code may approximate `/`, so there the quotient is corrected by exact
+products (`quotient`). Constants multiply, because CUDA turns a division by a constant into a product anyway.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit import element as constants
+from qkit.element import Element, reciprocal
+from qkit.grid import Grid
+from qkit.qtensor import QTensor, dtype_of
+
+DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
+    """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
+    x = group(w, grid)
+    dtype = dtype_of(w)
+    if grid.scale == "minmax":
+        s, z = asymmetric_scale(x, grid.element)
+        q = asymmetric_codes(x, s, z, grid.element)
+        return QTensor(q.to(torch.uint8).reshape(w.shape), s, grid, dtype, zeros=z.to(torch.uint8))
+    if grid.element.kind == "integer":
+        s = symmetric_scale(x, grid)
+        return QTensor(symmetric_codes(x, s, grid.element).to(torch.int8).reshape(w.shape), s, grid, dtype)
+    if grid.scale == "nvfp4":
+        tensor_scale = tensor_power(x)
+        block = block_scale(x, tensor_scale)
+        codes = e2m1_codes(x, e4m3_values(block) * tensor_scale)
+        return QTensor(codes.reshape(w.shape), block, grid, dtype, tensor_scale=tensor_scale)
+    c = scale_code(amax(x), grid)
+    return QTensor(float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype)
+
+
+def dequantize(q: QTensor[Tensor]) -> Tensor:
+    """The values [..., n] of `q`, computed in fp32 and rounded once to `q.dtype`."""
+    codes = q.codes.reshape(q.grid.group_shape(q.shape))
+    if q.zeros is not None:
+        values = codes.to(torch.float32) - each(q.zeros.to(torch.float32))
+    elif q.grid.element.kind == "integer":
+        values = codes.to(torch.float32)
+    else:
+        values = float_values(codes, q.grid.element)
+    return (values * each(scale_values(q))).reshape(q.shape).to(DTYPE[q.dtype])
+
+
+def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
+    """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
+
+    The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator).
+    """
+    result: Tensor = _StraightThrough.apply(w, grid)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the quantized value itself. Backward: the gradient as it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, grid: Grid) -> Tensor:
+        return rounded(w, grid)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def rounded(w: Tensor, grid: Grid) -> Tensor:
+    """`fake_quantize` without a gradient."""
+    x = group(w, grid)
+    if grid.scale == "minmax":
+        s, z = asymmetric_scale(x, grid.element)
+        values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+    elif grid.element.kind == "integer":
+        s = symmetric_scale(x, grid)
+        values = symmetric_codes(x, s, grid.element) * each(s)
+    elif grid.scale == "nvfp4":
+        tensor_scale = tensor_power(x) + x.abs().amax() * 0.0
+        s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
+        values = float_values(e2m1_codes(x, s), grid.element) * each(s)
+    else:
+        peak = amax(x)
+        c = scale_code(peak, grid)
+        values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + peak * 0.0)
+    return values.reshape(w.shape).to(w.dtype)
+
+
+def scale_values(q: QTensor[Tensor]) -> Tensor:
+    """The fp32 step of every group [..., groups]: what a code is multiplied with."""
+    if q.tensor_scale is not None:
+        return e4m3_values(q.scales) * q.tensor_scale
+    return power(q.scales) if q.grid.element.kind == "float" else q.scales
+
+
+# Shapes and types
+
+
+def group(w: Tensor, grid: Grid) -> Tensor:
+    """[..., n] -> float32 [..., groups, group]."""
+    return w.detach().to(torch.float32).reshape(grid.group_shape(tuple(w.shape)))
+
+
+def each(per_group: Tensor) -> Tensor:
+    """[..., groups] -> [..., groups, 1]: one value for each group, ready to meet the group's elements."""
+    return per_group.unsqueeze(-1)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The fp32 patterns of `x`, as int32."""
+    return x.view(torch.int32)
+
+
+def amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each group; NaN where it holds one."""
+    return x.abs().amax(dim=-1)
+
+
+# Integer scales (R3, R5)
+
+
+def round_to_bfloat16(x: Tensor) -> Tensor:
+    """`x` with 8 significant bits, ties to even (RNE8). Written with integers, since compilers delete the pair of casts."""
+    u = bits(x)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(torch.float32)
+
+
+def symmetric_scale(x: Tensor, grid: Grid) -> Tensor:
+    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 in magnitude."""
+    element = grid.element
+    if grid.scale == "signed":
+        high, low = x.amax(dim=-1), x.amin(dim=-1)
+        peak = torch.where(high >= -low, high, low)
+        s = round_to_bfloat16(peak * (1 / element.lowest))
+        least = torch.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
+        return torch.where(s.abs() < constants.MIN_SCALE, least, s)
+    steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
+    return round_to_bfloat16(amax(x) * reciprocal(steps)).clamp_min(constants.MIN_SCALE)
+
+
+def symmetric_codes(x: Tensor, s: Tensor, element: Element) -> Tensor:
+    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even."""
+    return quotient(x, each(s)).clamp(element.lowest, element.highest)
+
+
+def asymmetric_scale(x: Tensor, element: Element) -> tuple[Tensor, Tensor]:
+    """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
+    low = x.amin(dim=-1).clamp_max(0.0)
+    high = x.amax(dim=-1).clamp_min(0.0)
+    s = round_to_bfloat16((high - low) * reciprocal(element.levels)).clamp_min(constants.MIN_SCALE)
+    return s, quotient(-low, s).clamp(0, element.levels)
+
+
+def asymmetric_codes(x: Tensor, s: Tensor, z: Tensor, element: Element) -> Tensor:
+    """Codes 0 .. 2^bits-1 as floats."""
+    return (quotient(x, each(s)) + each(z)).clamp(0, element.levels)
+
+
+def quotient(x: Tensor, s: Tensor) -> Tensor:
+    """x/s to the nearest integer, ties to even, exactly; `s` has 8 significant bits.
+
+    Compiled for a GPU, a division may be off by an ulp and land on the wrong side of a tie. There any close candidate q is
+    compared with its neighbours by the products (2q+1)s and (2q-1)s, which are exact; an odd q moves on a tie.
+    """
+    if not (torch.compiler.is_compiling() and x.is_cuda):
+        return torch.round(x / s)
+    a, step = x.abs(), s.abs()
+    q = torch.round(a * (1.0 / step)).clamp(0.0, 512.0)
+    odd = (q.to(torch.int32) & 1) == 1
+    up, down = (2.0 * q + 1.0) * step, (2.0 * q - 1.0) * step
+    q = q + ((2.0 * a > up) | (odd & (2.0 * a == up))).to(q.dtype) - ((2.0 * a < down) | (odd & (2.0 * a == down))).to(q.dtype)
+    return torch.where((x < 0) != (s < 0), -q, q) + (x + s) * 0.0
+
+
+# Power-of-two scales (R6)
+
+
+def scale_code(peak: Tensor, grid: Grid) -> Tensor:
+    """E8M0 codes (uint8) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
+    element = grid.element
+    if grid.scale == "floor":
+        c = (bits(peak) >> 23) - element.max_exponent
+    elif grid.scale == "even":
+        c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
+    else:
+        c = ceil_exponent(peak * element.largest_reciprocal)
+    return c.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).to(torch.uint8)
+
+
+def ceil_exponent(x: Tensor) -> Tensor:
+    """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
+    u = bits(x)
+    return (u >> 23) + ((u & 0x7FFFFF) != 0).to(torch.int32)
+
+
+def power(c: Tensor) -> Tensor:
+    """2^(c-127) for codes 1 .. 254."""
+    return (c.to(torch.int32) << 23).view(torch.float32)
+
+
+# Small floats (R7, R8)
+
+
+def float_codes(x: Tensor, c: Tensor, element: Element) -> Tensor:
+    """The bits (uint8) of each of `x` as an `element` under the E8M0 codes `c` of its group."""
+    if element.name == "e2m1":
+        return e2m1_codes(x, power(c))
+    down = power(2 * 127 - c.to(torch.int32))
+    y = (x * each(down)).clamp(-element.largest, element.largest)
+    return y.to(FLOAT8[element.name]).view(torch.uint8)
+
+
+def float_values(codes: Tensor, element: Element) -> Tensor:
+    """What the bits of small floats mean, as float32."""
+    if element.name == "e2m1":
+        return e2m1_values(codes)
+    return codes.view(FLOAT8[element.name]).to(torch.float32)
+
+
+def e2m1_codes(x: Tensor, s: Tensor) -> Tensor:
+    """Four-bit codes (uint8): how many boundaries lie below abs(x)/s, ties to even, saturating; the sign is the high bit."""
+    a = x.abs()
+    codes = ((bits(x) >> 28) & 8).to(torch.uint8)
+    for boundary, included in constants.E2M1_BOUNDARIES:
+        edge = each(boundary * s)
+        codes = codes + (a >= edge if included else a > edge).to(torch.uint8)
+    return codes
+
+
+def e2m1_values(codes: Tensor) -> Tensor:
+    """What the four-bit codes mean, as float32: exponent and mantissa shifted into place, 0.5 apart, the sign ORed in."""
+    c = codes.to(torch.int32)
+    magnitude = c & 7
+    normal = ((magnitude >> 1) + 126 << 23) | ((magnitude & 1) << 22)
+    pattern = torch.where(magnitude > 1, normal, magnitude * 0x3F000000)
+    return (pattern | ((c & 8) << 28)).view(torch.float32)
+
+
+# NVFP4 (R9)
+
+
+def tensor_power(x: Tensor) -> Tensor:
+    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
+    c = ceil_exponent(x.abs().amax() * constants.NVFP4_RECIPROCAL)
+    return power(c.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
+
+
+def block_scale(x: Tensor, tensor_scale: Tensor) -> Tensor:
+    """The e4m3 bits (uint8) of each block's scale; never zero, so that no block loses its values to its scale."""
+    down = power(2 * 127 - (bits(tensor_scale) >> 23))
+    s = amax(x) * down * reciprocal(6.0)
+    return s.clamp(constants.MIN_BLOCK_SCALE, 448.0).to(FLOAT8["e4m3"]).view(torch.uint8)
+
+
+def e4m3_values(codes: Tensor) -> Tensor:
+    """What the bits of e4m3 numbers mean, as float32."""
+    return codes.view(FLOAT8["e4m3"]).to(torch.float32)

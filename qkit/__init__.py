@@ -1,0 +1,55 @@
+"""qkit: train on the grid you ship, prove it, run it anywhere."""
+
+from qkit.arrays import dequantize, fake_quantize, quantize
+from qkit.artifact import load, save
+from qkit.backend import BackendSpec
+from qkit.element import Element
+from qkit.errors import (
+    ArtifactError,
+    BackendError,
+    DTypeError,
+    GridError,
+    QkitError,
+    RangeError,
+    RecipeError,
+    StageError,
+)
+from qkit.grid import Grid
+from qkit.hookspecs import hookimpl
+from qkit.pipeline import convert, coverage, prepare
+from qkit.qtensor import QTensor
+from qkit.recipe import Recipe, Rule
+from qkit.registry import backend, backends, recipe, recipes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "BackendError",
+    "BackendSpec",
+    "DTypeError",
+    "Element",
+    "Grid",
+    "GridError",
+    "QTensor",
+    "QkitError",
+    "RangeError",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "StageError",
+    "__version__",
+    "backend",
+    "backends",
+    "convert",
+    "coverage",
+    "dequantize",
+    "fake_quantize",
+    "hookimpl",
+    "load",
+    "prepare",
+    "quantize",
+    "recipe",
+    "recipes",
+    "save",
+]

@@ -1,0 +1,64 @@
+"""Quantizing one array of any framework: the engine follows from the array, unless it is named."""
+
+from typing import Any
+
+from qkit.backend import Backend
+from qkit.element import LIMIT
+from qkit.errors import RangeError
+from qkit.grid import Grid
+from qkit.qtensor import QTensor, dtype_of, shape_of
+from qkit.registry import backend as choose
+from qkit.registry import backend_of
+
+
+def quantize(w: Any, grid: Grid, *, backend: str | Backend | None = None) -> QTensor[Any]:
+    """Codes and scales of `w`: Float [..., n] -> codes [..., n], scales [..., groups].
+
+    Args:
+        w: a NumPy, torch or MLX array of float32, bfloat16 or float16; groups lie along its last axis.
+        grid: the numbers to round to.
+        backend: an engine by name, or itself; left out, the one of `w`.
+
+    Raises:
+        DTypeError: `w` is not of these three types.
+        GridError: `w` is empty, or its last axis does not divide into groups.
+        RangeError: a NaN, an infinity, or a magnitude of 2^127 and more.
+    """
+    engine = _engine(w, backend)
+    check(engine, w, grid, name="the array")
+    return engine.quantize(w, grid)
+
+
+def dequantize(q: QTensor[Any], *, backend: str | Backend | None = None) -> Any:
+    """The values of `q` [..., n], computed in fp32 and rounded once to `q.dtype`."""
+    return _engine(q.codes, backend).dequantize(q)
+
+
+def fake_quantize(w: Any, grid: Grid, *, backend: str | Backend | None = None) -> Any:
+    """`dequantize(quantize(w, grid))`, bit for bit; the gradient with respect to `w` is the identity.
+
+    Does not look for NaN or infinity: a group that holds one comes back as NaN.
+
+    Raises:
+        DTypeError, GridError: as for `quantize`.
+    """
+    dtype_of(w)
+    grid.scale_shape(shape_of(w))
+    return _engine(w, backend).fake_quantize(w, grid)
+
+
+def check(engine: Backend, w: Any, grid: Grid, *, name: str) -> None:
+    """Refuses what has no codes on `grid`; `name` is what messages call `w`. Raises as `quantize` does."""
+    try:
+        dtype_of(w)
+        grid.scale_shape(shape_of(w))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    magnitude = engine.magnitude(w)
+    if not magnitude < LIMIT:
+        what = "holds NaN" if magnitude != magnitude else f"holds a magnitude of {magnitude:g}"
+        raise RangeError(f"{name} {what}: only finite values below 2^127 have codes; find what made it before you quantize")
+
+
+def _engine(array: Any, backend: str | Backend | None) -> Backend:
+    return backend_of(array) if backend is None else choose(backend)

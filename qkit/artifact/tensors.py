@@ -1,0 +1,98 @@
+"""safetensors files as NumPy arrays, mapped rather than read; names, shapes and offsets are checked by safetensors."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qkit.errors import ArtifactError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "I64": np.int64,
+    "BOOL": np.bool_,
+}
+
+
+def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors of one file, mapped read-only, and its header metadata.
+
+    Raises:
+        ArtifactError: it is missing, or not a sound safetensors file.
+    """
+    try:
+        with safe_open(file, framework="np") as opened:  # the checks: header, offsets, overlaps, sizes
+            metadata = dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{file}: {error}") from None
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    data = np.memmap(file, np.uint8, mode="r", offset=8 + length) if file.stat().st_size > 8 + length else np.empty(0, np.uint8)
+    return {name: _view(file, name, entry, data) for name, entry in header.items() if name != "__metadata__"}, metadata
+
+
+def read_folder(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors of a folder with one file or with an index of shards, and the metadata of the (first) file.
+
+    Raises:
+        ArtifactError: a file is missing, unsound, or outside the folder; or a tensor is missing or stands twice.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return read_file(folder / SINGLE)
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{index}: not an index of shards ({error!r})") from None
+    tensors: dict[str, NDArray[Any]] = {}
+    metadata: dict[str, str] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise ArtifactError(f"{index}: {shard!r} is not a file of this folder")
+        found, extra = read_file(folder / shard)
+        metadata = metadata or extra
+        for name, array in found.items():
+            if places.get(name) != shard or name in tensors:
+                raise ArtifactError(f"{folder / shard}: {name} stands here but the index puts it in {places.get(name)}")
+            tensors[name] = array
+    for name in places:
+        if name not in tensors:
+            raise ArtifactError(f"{index}: {name} is not in {places[name]}")
+    return tensors, metadata
+
+
+def write_file(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, readable as the umask says. Two writes of the same tensors are the same bytes.
+
+    At most one metadata key: the format's metadata is an unordered map, so that two keys may be written in either order.
+    """
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, file, metadata=dict(metadata) or None)
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
+def _view(file: Path, name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> NDArray[Any]:
+    if entry["dtype"] not in DTYPES:
+        raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which qkit does not read: cast or drop it")
+    begin, end = entry["data_offsets"]
+    return data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -1,0 +1,111 @@
+"""How one tensor is quantized: an element, a group that shares a scale, and the rule that chooses the scale."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from qkit import element as elements
+from qkit.element import Element
+from qkit.errors import GridError
+
+Group = int | Literal["row", "tensor"]
+
+INTEGER_RULES = ("signed", "absmax", "midmax", "minmax")
+FLOAT_RULES = ("rceil", "even", "floor", "nvfp4")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The numbers that a quantized tensor can hold, and how its scales follow from its values.
+
+    Attributes:
+        element: an `Element`, or its name.
+        group: how many neighbours along the last axis share a scale; `"row"` the whole last axis; `"tensor"` everything.
+        scale: the scale rule. Integers: `signed`, `absmax`, `midmax`, or `minmax` (asymmetric, integer zero point).
+            Floats: `rceil`, `even`, `floor` (a power of two stored as E8M0), or `nvfp4` (an e4m3 per 16 elements under
+            a power of two per tensor). Left out: `signed` to 6 bits, `absmax` at 8, `rceil` for floats.
+
+    Raises:
+        GridError: no such element, group or rule, or the three do not go together.
+
+    >>> print(Grid("int4", 64))
+    int4-g64-signed
+    """
+
+    element: Element
+    group: Group
+    scale: str
+
+    def __init__(self, element: str | Element, group: Group, scale: str | None = None) -> None:
+        if isinstance(element, str):
+            element = elements.element(element)
+        object.__setattr__(self, "element", element)
+        object.__setattr__(self, "group", group)
+        object.__setattr__(self, "scale", _default_rule(element) if scale is None else scale)
+        self._check()
+
+    def _check(self) -> None:
+        rules = INTEGER_RULES if self.element.kind == "integer" else FLOAT_RULES
+        if self.scale not in rules:
+            raise GridError(f"{self.element} has no scale rule {self.scale!r}: choose one of {', '.join(rules)}")
+        is_size = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group > 0
+        if not is_size and self.group not in ("row", "tensor"):
+            raise GridError(f'group is {self.group!r}: give a positive number, "row" or "tensor"')
+        if self.scale == "nvfp4" and (self.element.name, self.group) != ("e2m1", 16):
+            raise GridError(f"nvfp4 scales belong to e2m1 in groups of 16, not to {self.element} in {self.group}")
+
+    @property
+    def symmetric(self) -> bool:
+        """True where zero is code 0; False for `minmax`, which keeps a zero point."""
+        return self.scale != "minmax"
+
+    @property
+    def bits_per_scale(self) -> int:
+        """Bits stored once per group: a bfloat16, an E8M0 or an e4m3, and the zero point of `minmax`."""
+        if self.element.kind == "float":
+            return 8
+        return 16 if self.symmetric else 16 + self.element.bits
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a tensor of `shape`: same rank, one entry per group.
+
+        >>> Grid("int4", 64).scale_shape((8, 256))
+        (8, 4)
+
+        Raises:
+            GridError: the tensor is empty or zero-dimensional, or the last axis is not a whole number of groups.
+        """
+        if not shape or 0 in shape:
+            raise GridError(f"cannot quantize an array of shape {shape}: it has no last axis, or no elements")
+        if self.group == "tensor":
+            return (1,) * len(shape)
+        group = shape[-1] if self.group == "row" else int(self.group)
+        if shape[-1] % group:
+            raise GridError(f"{shape[-1]} inputs do not divide into groups of {group}: {_way_out(shape[-1], group)}")
+        return (*shape[:-1], shape[-1] // group)
+
+    def group_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of `shape` with the elements of each group along a new last axis: `scale_shape(shape)` and the group."""
+        scales = self.scale_shape(shape)
+        return (*scales, prod(shape) // prod(scales))
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
+        """Stored bits per element of a tensor of `shape`, scales and zero points included."""
+        extra = 32 if self.scale == "nvfp4" else 0
+        return self.element.bits + (prod(self.scale_shape(shape)) * self.bits_per_scale + extra) / prod(shape)
+
+    def __str__(self) -> str:
+        group = f"g{self.group}" if isinstance(self.group, int) else self.group
+        return f"{self.element}-{group}-{self.scale}"
+
+
+def _default_rule(element: Element) -> str:
+    if element.kind == "float":
+        return "rceil"
+    return "absmax" if element.bits == 8 else "signed"
+
+
+def _way_out(inputs: int, group: int) -> str:
+    divisors = [size for size in range(2, group) if inputs % size == 0]
+    nearest = f'use group {divisors[-1]} or "row"' if divisors else 'use "row"'
+    return f'{nearest}, or indivisible = "skip"'

@@ -1,0 +1,1 @@
+"""Other people's layouts: readers and writers of them, one module each."""

@@ -1,0 +1,58 @@
+"""The reference as a backend, and the base that any other one can start from: operations only, no modules."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import reference
+from qkit.backend import BackendSpec
+from qkit.grid import Grid
+from qkit.hookspecs import hookimpl
+from qkit.qtensor import QTensor
+
+
+@hookimpl
+def qkit_backends() -> Iterable[BackendSpec]:
+    """NumPy itself, through the hook that everybody uses."""
+    return [BackendSpec("numpy", "qkit.numpy_backend:NumpyBackend", framework="numpy", install="pip install numpy")]
+
+
+class NumpyBackend:
+    """Arrays in, arrays out, by the reference.
+
+    A new engine begins as a subclass that overrides `from_numpy` and `to_numpy`: every operation then works by way of the
+    reference. It adds surgery on its modules, and replaces one operation after another with its own.
+    """
+
+    name = "numpy"
+    framework = "numpy"
+
+    def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:
+        """See `Backend.quantize`."""
+        return reference.quantize(self.to_numpy(w), grid).map(self.from_numpy)
+
+    def dequantize(self, q: QTensor[Any]) -> Any:
+        """See `Backend.dequantize`."""
+        return self.from_numpy(reference.dequantize(q.map(self.to_numpy)))
+
+    def fake_quantize(self, w: Any, grid: Grid) -> Any:
+        """See `Backend.fake_quantize`. NumPy has no gradients, so neither has this one."""
+        return self.from_numpy(reference.fake_quantize(self.to_numpy(w), grid))
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` itself: NumPy has no compiler."""
+        return function
+
+    def from_numpy(self, x: NDArray[Any]) -> Any:
+        """`x` itself."""
+        return x
+
+    def to_numpy(self, x: Any) -> NDArray[Any]:
+        """`x` itself."""
+        return np.asarray(x)
+
+    def magnitude(self, x: Any) -> float:
+        """Largest magnitude in `x`; NaN if there is a NaN."""
+        return float(np.abs(self.to_numpy(x).astype(np.float32)).max(initial=0.0))

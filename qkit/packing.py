@@ -1,0 +1,75 @@
+"""Canonical bytes: codes of 2 to 8 bits as one little-endian bit stream per row, lowest bit first.
+
+For every width the stream is, byte for byte, what MLX holds in its uint32 words and what compressed-tensors calls
+`pack-quantized` and holds in int32 words; at 4 bits it is also the low-nibble-first order of mxfp4 and nvfp4.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.element import Element
+from qkit.qtensor import QTensor
+
+WORD_BITS = 32
+
+
+def words(n: int, bits: int) -> int:
+    """How many 32-bit words hold `n` codes of `bits` bits.
+
+    >>> words(64, 3)
+    6
+    """
+    return -(-n * bits // WORD_BITS)
+
+
+def unsigned(codes: NDArray[Any], element: Element) -> NDArray[np.uint8]:
+    """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; codes that are unsigned stay."""
+    if codes.dtype != np.int8:
+        return codes
+    return (codes.astype(np.int16) - element.lowest).astype(np.uint8)
+
+
+def signed(codes: NDArray[np.uint8], element: Element) -> NDArray[np.int8]:
+    """The inverse of `unsigned`: 0 .. 2^bits-1 shifted to -2^(bits-1) .. 2^(bits-1)-1."""
+    return (codes.astype(np.int16) + element.lowest).astype(np.int8)
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """uint8 codes [..., n], each below 2^bits -> little-endian uint32 words [..., words(n, bits)]; the tail is zeros."""
+    n = codes.shape[-1]
+    eights = np.zeros((*codes.shape[:-1], -(-n // 8), 8), np.uint8)
+    eights.reshape(*codes.shape[:-1], -1)[..., :n] = codes
+    stream = np.zeros(eights.shape[:-1], np.uint64)  # eight codes fill exactly `bits` bytes
+    for i in range(8):
+        stream |= eights[..., i].astype(np.uint64) << np.uint64(bits * i)
+    low = stream.astype("<u8")[..., None].view(np.uint8)[..., :bits]
+    out = np.zeros((*codes.shape[:-1], words(n, bits) * 4), np.uint8)
+    flat = low.reshape(*codes.shape[:-1], -1)[..., : out.shape[-1]]
+    out[..., : flat.shape[-1]] = flat
+    return out.view("<u4")
+
+
+def unpack(packed: NDArray[Any], bits: int, n: int) -> NDArray[np.uint8]:
+    """32-bit words [..., words(n, bits)] -> uint8 codes [..., n]."""
+    data = np.ascontiguousarray(packed).view(np.uint8)
+    eighths = np.zeros((*data.shape[:-1], -(-n // 8), 8), np.uint8)
+    flat = np.zeros((*data.shape[:-1], eighths.shape[-2] * bits), np.uint8)
+    length = min(flat.shape[-1], data.shape[-1])
+    flat[..., :length] = data[..., :length]
+    eighths[..., :bits] = flat.reshape(*data.shape[:-1], -1, bits)
+    stream = eighths.view("<u8")
+    codes = (stream >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))) & np.uint64((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(*data.shape[:-1], -1)[..., :n]
+
+
+def packed_codes(q: QTensor[NDArray[Any]]) -> NDArray[np.uint32]:
+    """The codes of `q` [..., n] as canonical words [..., words(n, bits)]."""
+    return pack(unsigned(q.codes, q.grid.element), q.grid.element.bits)
+
+
+def unpacked_codes(packed: NDArray[Any], *, element: Element, n: int, symmetric: bool) -> NDArray[Any]:
+    """The inverse of `packed_codes`: int8 for symmetric integers, else uint8."""
+    codes = unpack(packed, element.bits, n)
+    return signed(codes, element) if element.kind == "integer" and symmetric else codes

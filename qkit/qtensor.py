@@ -1,0 +1,80 @@
+"""The quantized value: codes, scales and the grid they are on. Holds arrays of any framework and computes nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from qkit.errors import DTypeError, GridError
+from qkit.grid import Grid
+
+Array = TypeVar("Array")
+Other = TypeVar("Other")
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QTensor(Generic[Array]):
+    """A quantized tensor. Everything downstream (packing, layers, files) starts from one, never from floats.
+
+    Attributes:
+        codes: [..., n]. Symmetric integers: int8, -2^(bits-1) .. 2^(bits-1)-1. Asymmetric (`minmax`): uint8,
+            0 .. 2^bits-1. Floats: uint8, the bits of one element each.
+        scales: [..., groups], see `Grid.scale_shape`. Integers: float32 on the bfloat16 grid, possibly negative under
+            `signed`. Floats: uint8, an E8M0 code c that means 2^(c-127), or the bits of an e4m3 under `nvfp4`.
+        grid: what codes and scales mean.
+        dtype: what was quantized and is given back: `float32`, `bfloat16` or `float16`.
+        zeros: `minmax` only: uint8 zero points, shaped like `scales`. A value is (code - zero) * scale.
+        tensor_scale: `nvfp4` only: a float32 power of two, shape (). A value is code * scale * tensor_scale.
+
+    Raises:
+        GridError: shapes do not fit the grid, or a part is missing or does not belong.
+    """
+
+    codes: Array
+    scales: Array
+    grid: Grid
+    dtype: DType
+    zeros: Array | None = None
+    tensor_scale: Array | None = None
+
+    def __post_init__(self) -> None:
+        want = self.grid.scale_shape(self.shape)
+        if shape_of(self.scales) != want:
+            raise GridError(f"scales of shape {shape_of(self.scales)} do not fit {self.grid} of {self.shape}: want {want}")
+        if (self.zeros is None) != self.grid.symmetric:
+            raise GridError(f"{self.grid}: zero points belong to minmax, and minmax needs them")
+        if (self.tensor_scale is None) != (self.grid.scale != "nvfp4"):
+            raise GridError(f"{self.grid}: a tensor scale belongs to nvfp4, and nvfp4 needs it")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that was quantized."""
+        return shape_of(self.codes)
+
+    def parts(self) -> dict[str, Array]:
+        """The arrays by name, without the absent ones."""
+        named = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "tensor_scale": self.tensor_scale}
+        return {name: array for name, array in named.items() if array is not None}
+
+    def map(self, function: Callable[[Array], Other]) -> "QTensor[Other]":
+        """The same value with `function` applied to each array: to another framework, or to another device."""
+        return QTensor(grid=self.grid, dtype=self.dtype, **{n: function(a) for n, a in self.parts().items()})
+
+
+def shape_of(array: Any) -> tuple[int, ...]:
+    """The shape of any framework's array, as a tuple."""
+    return tuple(array.shape)
+
+
+def dtype_of(array: Any) -> DType:
+    """The float type of any framework's array.
+
+    Raises:
+        DTypeError: it is none of float32, bfloat16 and float16.
+    """
+    name = str(array.dtype).rpartition(".")[2]
+    for dtype in DTYPES:
+        if name == dtype:
+            return dtype
+    raise DTypeError(f"cannot quantize an array of {name}: cast it to one of {', '.join(DTYPES)} first")

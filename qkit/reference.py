@@ -1,0 +1,229 @@
+"""The law: the codes, scales and values of every grid, in NumPy. Every backend mirrors this file function by function.
+
+Arithmetic is fp32, one rounding per operation, in the order written. Tensors are grouped first, [..., n] -> [..., groups,
+group]; whatever belongs to a group is an array [..., groups]. Whether a tensor is finite is asked before, by whoever wants
+codes: here a group that holds a NaN or an infinity just comes back as NaN from `fake_quantize`.
+"""
+
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import element as constants
+from qkit.element import Element, reciprocal
+from qkit.grid import Grid
+from qkit.qtensor import QTensor, dtype_of
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+DTYPE = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+FLOAT8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
+
+
+def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
+    """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
+    x = group(w, grid)
+    dtype = dtype_of(w)
+    if grid.scale == "minmax":
+        s, z = asymmetric_scale(x, grid.element)
+        q = asymmetric_codes(x, s, z, grid.element)
+        return QTensor(q.astype(np.uint8).reshape(w.shape), s, grid, dtype, zeros=z.astype(np.uint8))
+    if grid.element.kind == "integer":
+        s = symmetric_scale(x, grid)
+        return QTensor(symmetric_codes(x, s, grid.element).astype(np.int8).reshape(w.shape), s, grid, dtype)
+    if grid.scale == "nvfp4":
+        tensor_scale = tensor_power(x)
+        block = block_scale(x, tensor_scale)
+        codes = e2m1_codes(x, e4m3_values(block) * tensor_scale)
+        return QTensor(codes.reshape(w.shape), block, grid, dtype, tensor_scale=tensor_scale)
+    c = scale_code(amax(x), grid)
+    return QTensor(float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype)
+
+
+def dequantize(q: QTensor[NDArray[Any]]) -> NDArray[Any]:
+    """The values [..., n] of `q`, computed in fp32 and rounded once to `q.dtype`."""
+    codes = q.codes.reshape(q.grid.group_shape(q.shape))
+    values: Floats
+    if q.zeros is not None:
+        values = codes.astype(np.float32) - each(q.zeros.astype(np.float32))
+    elif q.grid.element.kind == "integer":
+        values = codes.astype(np.float32)
+    else:
+        values = float_values(codes, q.grid.element)
+    return to_dtype((values * each(scale_values(q))).reshape(q.shape), q.dtype)
+
+
+def fake_quantize(w: NDArray[Any], grid: Grid) -> NDArray[Any]:
+    """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`."""
+    x = group(w, grid)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if grid.scale == "minmax":
+            s, z = asymmetric_scale(x, grid.element)
+            values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+        elif grid.element.kind == "integer":
+            s = symmetric_scale(x, grid)
+            values = symmetric_codes(x, s, grid.element) * each(s)
+        elif grid.scale == "nvfp4":
+            tensor_scale = tensor_power(x) + np.abs(x).max() * np.float32(0)
+            s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
+            values = float_values(e2m1_codes(x, s), grid.element) * each(s)
+        else:
+            peak = amax(x)
+            c = scale_code(peak, grid)
+            values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + peak * np.float32(0))
+    return to_dtype(values.reshape(w.shape), dtype_of(w))
+
+
+def scale_values(q: QTensor[NDArray[Any]]) -> Floats:
+    """The fp32 step of every group [..., groups]: what a code is multiplied with."""
+    if q.tensor_scale is not None:
+        return cast(Floats, e4m3_values(q.scales) * q.tensor_scale)
+    return power(q.scales) if q.grid.element.kind == "float" else q.scales
+
+
+# Shapes and types
+
+
+def group(w: NDArray[Any], grid: Grid) -> Floats:
+    """[..., n] -> float32 [..., groups, group]."""
+    return w.astype(np.float32).reshape(grid.group_shape(w.shape))
+
+
+def each(per_group: Floats) -> Floats:
+    """[..., groups] -> [..., groups, 1]: one value for each group, ready to meet the group's elements."""
+    return per_group[..., None]
+
+
+def to_dtype(x: Floats, dtype: str) -> NDArray[Any]:
+    """`x` rounded once, to nearest even."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x.astype(DTYPE[dtype])
+
+
+def bits(x: Floats) -> NDArray[np.int32]:
+    """The fp32 patterns of `x`."""
+    return x.view(np.int32)
+
+
+def amax(x: Floats) -> Floats:
+    """Largest magnitude of each group; NaN where it holds one."""
+    return cast(Floats, np.abs(x).max(axis=-1))
+
+
+# Integer scales (R3, R5)
+
+
+def round_to_bfloat16(x: Floats) -> Floats:
+    """`x` with 8 significant bits, ties to even (RNE8). Written with integers, since compilers delete the pair of casts."""
+    u = bits(x)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(np.float32)
+
+
+def symmetric_scale(x: Floats, grid: Grid) -> Floats:
+    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 in magnitude."""
+    element = grid.element
+    if grid.scale == "signed":
+        high, low = x.max(axis=-1), x.min(axis=-1)
+        peak = np.where(high >= -low, high, low)
+        s = round_to_bfloat16(peak * np.float32(1 / element.lowest))
+        least = np.where(bits(peak) > 0, np.float32(-constants.MIN_SCALE), np.float32(constants.MIN_SCALE))
+        return np.where(np.abs(s) < np.float32(constants.MIN_SCALE), least, s)
+    steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
+    s = round_to_bfloat16(amax(x) * np.float32(reciprocal(steps)))
+    return cast(Floats, np.maximum(s, np.float32(constants.MIN_SCALE)))
+
+
+def symmetric_codes(x: Floats, s: Floats, element: Element) -> Floats:
+    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even. Division is exact enough since s has 8 bits."""
+    return cast(Floats, np.clip(np.rint(x / each(s)), element.lowest, element.highest))
+
+
+def asymmetric_scale(x: Floats, element: Element) -> tuple[Floats, Floats]:
+    """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
+    low = np.minimum(x.min(axis=-1), np.float32(0))
+    high = np.maximum(x.max(axis=-1), np.float32(0))
+    s = round_to_bfloat16((high - low) * np.float32(reciprocal(element.levels)))
+    s = np.maximum(s, np.float32(constants.MIN_SCALE))
+    return s, np.clip(np.rint(-low / s), 0, element.levels)
+
+
+def asymmetric_codes(x: Floats, s: Floats, z: Floats, element: Element) -> Floats:
+    """Codes 0 .. 2^bits-1 as floats."""
+    return cast(Floats, np.clip(np.rint(x / each(s)) + each(z), 0, element.levels))
+
+
+# Power-of-two scales (R6)
+
+
+def scale_code(peak: Floats, grid: Grid) -> Codes:
+    """E8M0 codes of groups whose largest magnitude is `peak`; code c means 2^(c-127). Only exponent bits are looked at."""
+    element = grid.element
+    if grid.scale == "floor":
+        c = (bits(peak) >> 23) - element.max_exponent
+    elif grid.scale == "even":
+        c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
+    else:
+        c = ceil_exponent(peak * np.float32(element.largest_reciprocal))
+    return np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(np.uint8)
+
+
+def ceil_exponent(x: Floats) -> NDArray[np.int32]:
+    """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
+    u = bits(x)
+    return (u >> 23) + ((u & 0x7FFFFF) != 0)
+
+
+def power(c: NDArray[Any]) -> Floats:
+    """2^(c-127) for codes 1 .. 254."""
+    return (c.astype(np.int32) << 23).view(np.float32)
+
+
+# Small floats (R7, R8)
+
+
+def float_codes(x: Floats, c: Codes, element: Element) -> Codes:
+    """The bits of each of `x` as an `element` under the E8M0 codes `c` of its group."""
+    if element.name == "e2m1":
+        return e2m1_codes(x, power(c))
+    down = power(np.int32(2 * 127) - c)
+    y = np.clip(x * each(down), -element.largest, element.largest).astype(np.float32)
+    return y.astype(FLOAT8[element.name]).view(np.uint8)
+
+
+def float_values(codes: Codes, element: Element) -> Floats:
+    """What the bits of small floats mean, as float32."""
+    if element.name == "e2m1":
+        return np.array(constants.E2M1_VALUES, np.float32)[codes]
+    return codes.view(FLOAT8[element.name]).astype(np.float32)
+
+
+def e2m1_codes(x: Floats, s: Floats) -> Codes:
+    """Four-bit codes: how many boundaries lie below abs(x)/s, ties to even, saturating; the sign is the high bit."""
+    a = np.abs(x)
+    codes = np.signbit(x).astype(np.uint8) << 3
+    for boundary, included in constants.E2M1_BOUNDARIES:
+        edge = each(np.float32(boundary) * s)
+        codes += a >= edge if included else a > edge
+    return codes
+
+
+# NVFP4 (R9)
+
+
+def tensor_power(x: Floats) -> Floats:
+    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
+    c = ceil_exponent(np.abs(x).max() * np.float32(constants.NVFP4_RECIPROCAL))
+    return power(np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
+
+
+def block_scale(x: Floats, tensor_scale: Floats) -> Codes:
+    """The e4m3 bits of each block's scale; never zero, so that no block loses its values to its scale."""
+    s = amax(x) * (np.float32(1) / tensor_scale) * np.float32(reciprocal(6.0))
+    return np.clip(s, constants.MIN_BLOCK_SCALE, 448.0).astype(FLOAT8["e4m3"]).view(np.uint8)
+
+
+def e4m3_values(codes: Codes) -> Floats:
+    """What the bits of e4m3 numbers mean, as float32."""
+    return codes.view(FLOAT8["e4m3"]).astype(np.float32)

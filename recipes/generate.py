@@ -1,0 +1,105 @@
+"""Writes the recipe files of `qkit_recipes`: `python recipes/generate.py`. A test compares them with `files()`."""
+
+from pathlib import Path
+
+from qkit.grid import Grid
+
+FOLDER = Path(__file__).parent / "qkit_recipes"
+HEAD = "the output head stays in float"
+
+
+def files() -> dict[str, str]:
+    """File name -> text of every recipe."""
+    return {f"{name}.toml": text for name, text in (*_integers(), *_torchao(), *_floats())}
+
+
+def write() -> None:
+    """Writes `files()` and removes recipes that are no longer among them."""
+    wanted = files()
+    for stale in FOLDER.glob("*.toml"):
+        if stale.name not in wanted:
+            stale.unlink()
+    for name, text in wanted.items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+def _integers() -> list[tuple[str, str]]:
+    made = []
+    for bits in (2, 3, 4, 5, 6, 8):
+        for group in (32, 64, 128):
+            made.append(_integer(f"int{bits}-g{group}", Grid(f"int{bits}", group)))
+    for rule in ("absmax", "midmax", "minmax"):
+        for group in (32, 64, 128):
+            made.append(_integer(f"int4-g{group}-{rule}", Grid("int4", group, rule)))
+    made.append(_integer("int8-g128-midmax", Grid("int8", 128, "midmax")))
+    made.append(_integer("int8-row", Grid("int8", "row")))
+    return made
+
+
+def _integer(name: str, grid: Grid) -> tuple[str, str]:
+    per = "one scale per row" if grid.group == "row" else f"one scale per {grid.group} inputs"
+    origin = {
+        "signed": "",
+        "absmax": "" if grid.element.bits == 8 else " (absmax, as MLX-LoRA-Studio trains)",
+        "midmax": " (midmax, as torchao and compressed-tensors quantize)",
+        "minmax": " and an integer zero point (as GPTQ quantizes)",
+    }[grid.scale]
+    return name, _recipe(f"{grid.element} weights, {per}{origin}; {HEAD}", grid)
+
+
+def _torchao() -> list[tuple[str, str]]:
+    return [
+        (
+            "int4-weight-only",
+            _recipe(f"int4 weights, groups of 128 as in torchao, on qkit's signed grid; {HEAD}", Grid("int4", 128)),
+        ),
+        (
+            "int8-dynamic-act-int4-weight",
+            _recipe(
+                f"int4 weights in groups of 32, int8 activations per token with a zero point; {HEAD}",
+                Grid("int4", 32),
+                Grid("int8", "row", "minmax"),
+            ),
+        ),
+        (
+            "float8-dynamic-act-float8-weight",
+            _recipe(
+                f"e4m3 weights and activations, a power-of-two scale per row and per token; {HEAD}",
+                Grid("e4m3", "row"),
+                Grid("e4m3", "row"),
+            ),
+        ),
+    ]
+
+
+def _floats() -> list[tuple[str, str]]:
+    made = [("fp8", _recipe(f"e4m3 weights, a power-of-two scale per row; {HEAD}", Grid("e4m3", "row")))]
+    for name, grid, what in (
+        ("mxfp4", Grid("e2m1", 32), "MXFP4 (e2m1, E8M0 per 32)"),
+        ("mxfp8", Grid("e4m3", 32), "MXFP8 (e4m3, E8M0 per 32)"),
+        ("nvfp4", Grid("e2m1", 16, "nvfp4"), "NVFP4 (e2m1, e4m3 per 16, a power of two per tensor)"),
+    ):
+        made.append((name, _recipe(f"{what} weights and activations; {HEAD}", grid, grid)))
+        made.append((f"{name}-a16", _recipe(f"{what} weights, activations in 16 bits; {HEAD}", grid)))
+    for name, element in (("mxfp4", "e2m1"), ("mxfp8", "e4m3")):
+        summary = f"{name.upper()} weights with the even scale rule of compressed-tensors and vLLM; {HEAD}"
+        made.append((f"{name}-a16-even", _recipe(summary, Grid(element, 32, "even"))))
+    return made
+
+
+def _recipe(summary: str, weight: Grid, activation: Grid | None = None) -> str:
+    grids = {"w": weight} | ({"a": activation} if activation else {})
+    lines = ["schema  = 1", "version = 1", f'summary = "{summary}"', ""]
+    for key, grid in grids.items():
+        group = grid.group if isinstance(grid.group, int) else f'"{grid.group}"'
+        lines += [f"[grids.{key}]", f'element = "{grid.element}"', f"group   = {group}", f'scale   = "{grid.scale}"', ""]
+    lines += ["[[rules]]", 'match = ["lm_head", "*.lm_head"]', "", "[[rules]]"]
+    if activation:
+        lines += ['match      = "*"', 'weight     = "w"', 'activation = "a"']
+    else:
+        lines += ['match  = "*"', 'weight = "w"']
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    write()
