@@ -1,0 +1,12 @@
+"""qkit on MLX. Only the hook is here; MLX is imported when the backend is first used."""
+
+from collections.abc import Iterable
+
+from qkit.backend import BackendSpec
+from qkit.hookspecs import hookimpl
+
+
+@hookimpl
+def qkit_backends() -> Iterable[BackendSpec]:
+    """The one backend that works on `mlx.core.array` and `mlx.nn.Module`."""
+    return [BackendSpec("mlx", "qkit_mlx.backend:MlxBackend", framework="mlx", install="pip install 'qkit[mlx]'")]

@@ -1,0 +1,171 @@
+"""Converted layers: MLX's own quantised layers where they hold the grid exactly, and layers that decode first where not.
+
+All of them compute in fp32 from scales held in fp32, and give back the type that the float layer would have given.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qkit.grid import Grid
+from qkit.qtensor import QTensor
+from qkit.recipe import Rule
+from qkit_mlx import ops
+from qkit_mlx.containers import Container, Contents, contain, contained, container_for
+from qkit_mlx.packing import packed_codes, unpacked_codes
+
+#: What a converted layer may be. Each has `rule`, `grid`, `inputs`, `dtype`, `execution` and `qtensor()`.
+Deployed = "DeployedLinear | DeployedEmbedding | PackedLinear | PackedEmbedding"
+
+
+def deploy_linear(q: QTensor[mx.array], rule: Rule, bias: mx.array | None) -> "DeployedLinear | PackedLinear":
+    """The linear layer that holds the codes of `q` [outputs, inputs]; all of it is frozen."""
+    container = container_for(q.grid, q.shape[-1])
+    layer = DeployedLinear(q, container, rule) if container else PackedLinear(q, rule)
+    if bias is not None:
+        layer.bias = bias
+    layer.freeze()
+    return layer
+
+
+def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | PackedEmbedding":
+    """The embedding that holds the codes of `q` [entries, width]; all of it is frozen."""
+    container = container_for(q.grid, q.shape[-1])
+    layer = DeployedEmbedding(q, container, rule) if container else PackedEmbedding(q, rule)
+    layer.freeze()
+    return layer
+
+
+# Held by MLX
+
+
+class DeployedLinear(nn.QuantizedLinear):
+    """MLX's quantised linear layer, filled with given codes. Adds what MLX's lacks: the grid of the input, the power of two
+    of `nvfp4`, and an output of the type that came in (MLX's would be float32, the type of the scales)."""
+
+    def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
+        nn.Module.__init__(self)  # not QuantizedLinear's: it would draw a random weight and quantise it
+        _hold(self, q, container, rule)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = _matmul(self, _on_grid(x, self.rule.activation))
+        return _finish(y, x, self.dtype, self.get("bias"))
+
+    def qtensor(self) -> QTensor[mx.array]:
+        """The codes and scales that went in."""
+        return _held(self)
+
+
+class DeployedEmbedding(nn.QuantizedEmbedding):
+    """MLX's quantised embedding, filled with given codes; values are computed in fp32 and rounded once."""
+
+    def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
+        nn.Module.__init__(self)  # not QuantizedEmbedding's: it would draw a random weight and quantise it
+        _hold(self, q, container, rule)
+        self.num_embeddings, self.dims = q.shape
+
+    def __call__(self, x: mx.array) -> mx.array:
+        biases = self.get("biases")
+        values = mx.dequantize(
+            self["weight"][x],
+            scales=self["scales"][x],
+            biases=None if biases is None else biases[x],
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=mx.float32,
+        )
+        return ops.to_dtype(_rescaled(values, self), self.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The output head of a tied model."""
+        return _finish(_matmul(self, x), x, self.dtype, None)
+
+    def qtensor(self) -> QTensor[mx.array]:
+        """The codes and scales that went in."""
+        return _held(self)
+
+
+def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
+    contents = contain(q, container)
+    layer.weight, layer.scales, layer.biases = contents.weight, contents.scales, contents.biases
+    layer.group_size, layer.bits, layer.mode = container.group, container.bits, container.mode
+    if contents.tensor_scale is not None:
+        layer.tensor_scale = contents.tensor_scale
+    layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
+    layer.execution = f"MLX {_kind(layer)}, {_words(q.grid, container)}"
+
+
+def _held(layer: Any) -> QTensor[mx.array]:
+    contents = Contents(layer["weight"], layer["scales"], layer.get("biases"), layer.get("tensor_scale"))
+    return contained(contents, layer.grid, inputs=layer.inputs, dtype=layer.dtype)
+
+
+def _matmul(layer: Any, x: mx.array) -> mx.array:
+    y = mx.quantized_matmul(
+        x.astype(mx.float32),
+        layer["weight"],
+        scales=layer["scales"],
+        biases=layer.get("biases"),
+        transpose=True,
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
+    return _rescaled(y, layer)
+
+
+def _rescaled(y: mx.array, layer: Any) -> mx.array:
+    tensor_scale: mx.array | None = layer.get("tensor_scale")
+    return y if tensor_scale is None else y * tensor_scale
+
+
+def _kind(layer: nn.Module) -> str:
+    return "QuantizedLinear" if isinstance(layer, nn.QuantizedLinear) else "QuantizedEmbedding"
+
+
+def _words(grid: Grid, container: Container) -> str:
+    name = f"affine {container.bits}-bit" if container.mode == "affine" else container.mode
+    if grid.group == container.group:
+        return f"{name} g{container.group}"
+    scale = f"{grid.group} scale" if isinstance(grid.group, str) else f"scale of g{grid.group}"
+    return f"{name}, {scale} repeated at g{container.group}"
+
+
+# Decoded first
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a grid that MLX has no container for: holds canonical words, and decodes them at every call."""
+
+    def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
+        super().__init__()
+        _keep(self, q, rule)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = _on_grid(x, self.rule.activation).astype(mx.float32) @ _values(self).T
+        return _finish(y, x, self.dtype, self.get("bias"))
+
+    def qtensor(self) -> QTensor[mx.array]:
+        """The codes and scales that went in."""
+        return _kept(self)
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding on a grid that MLX has no container for: decodes only the rows that are looked up."""
+
+    def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
+        super().__init__()
+        _keep(self, q, rule)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.dequantize(_rows(_kept(self, self["weight"][x.flatten()]), x.flatten())).reshape(*x.shape, self.inputs)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The output head of a tied model."""
+        return _finish(x.astype(mx.float32) @ _values(self).T, x, self.dtype, None)
+
+    def qtensor(self) -> QTensor[mx.array]:
+        """The codes and scales that went in."""
+        return _kept(self)

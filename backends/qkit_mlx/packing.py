@@ -1,0 +1,64 @@
+"""`qkit/packing.py` in MLX: canonical words, which are MLX's own words. Lazy, so that it also works while a graph is traced."""
+
+import mlx.core as mx
+
+from qkit.element import Element
+from qkit.packing import WORD_BITS, words
+
+
+def unsigned(codes: mx.array, element: Element) -> mx.array:
+    """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; codes that are unsigned stay."""
+    if codes.dtype != mx.int8:
+        return codes
+    return (codes.astype(mx.int32) - element.lowest).astype(mx.uint8)
+
+
+def signed(codes: mx.array, element: Element) -> mx.array:
+    """The inverse of `unsigned`: 0 .. 2^bits-1 shifted to -2^(bits-1) .. 2^(bits-1)-1."""
+    return (codes.astype(mx.int32) + element.lowest).astype(mx.int8)
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """uint8 codes [..., n], each below 2^bits -> uint32 words [..., words(n, bits)]; the tail is zeros."""
+    *rows, n = codes.shape
+    blocks = _padded(codes, WORD_BITS).reshape(*rows, -1, WORD_BITS).astype(mx.uint32)  # 32 codes fill `bits` words
+    stream: list[mx.array] = []
+    for word in range(bits):
+        first, last = word * WORD_BITS // bits, -(-(word + 1) * WORD_BITS // bits)  # the codes that reach into this word
+        parts = [_shift(blocks[..., i], i * bits - word * WORD_BITS) for i in range(first, last)]
+        stream.append(sum(parts[1:], start=parts[0]))  # they share no bit, so adding is joining
+    return mx.stack(stream, axis=-1).reshape(*rows, -1)[..., : words(n, bits)]
+
+
+def unpack(packed: mx.array, bits: int, n: int) -> mx.array:
+    """uint32 words [..., words(n, bits)] -> uint8 codes [..., n]."""
+    rows = packed.shape[:-1]
+    blocks = _padded(packed, bits).reshape(*rows, -1, bits)
+    codes: list[mx.array] = []
+    for i in range(WORD_BITS):
+        word, start = divmod(i * bits, WORD_BITS)
+        code = _shift(blocks[..., word], -start)
+        if start + bits > WORD_BITS:
+            code = code | _shift(blocks[..., word + 1], WORD_BITS - start)
+        codes.append((code & ((1 << bits) - 1)).astype(mx.uint8))
+    return mx.stack(codes, axis=-1).reshape(*rows, -1)[..., :n]
+
+
+def packed_codes(codes: mx.array, element: Element) -> mx.array:
+    """Codes [..., n] as canonical words [..., words(n, bits)]."""
+    return pack(unsigned(codes, element), element.bits)
+
+
+def unpacked_codes(packed: mx.array, *, element: Element, n: int, symmetric: bool) -> mx.array:
+    """The inverse of `packed_codes`: int8 for symmetric integers, else uint8."""
+    codes = unpack(packed, element.bits, n)
+    return signed(codes, element) if element.kind == "integer" and symmetric else codes
+
+
+def _padded(x: mx.array, multiple: int) -> mx.array:
+    missing = -x.shape[-1] % multiple
+    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def _shift(x: mx.array, left: int) -> mx.array:
+    return x << left if left >= 0 else x >> -left

@@ -1,0 +1,192 @@
+"""The torch engine: every verb of `qkit.backend.Backend`, in the order they stand there."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qkit.backend import Layer, Trainer
+from qkit.errors import ArtifactError
+from qkit.grid import Grid
+from qkit.qtensor import QTensor
+from qkit.recipe import Kind, Rule
+from qkit_torchao import layers, ops, training
+
+
+class TorchaoBackend:
+    """torch on CPU or CUDA; converted layers hold torchao's tensors."""
+
+    name = "torchao"
+    framework = "torch"
+
+    # operations on arrays
+
+    def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
+        """See `Backend.quantize`."""
+        return ops.quantize(w, grid)
+
+    def dequantize(self, q: QTensor[Tensor]) -> Tensor:
+        """See `Backend.dequantize`."""
+        return ops.dequantize(q)
+
+    def fake_quantize(self, w: Tensor, grid: Grid) -> Tensor:
+        """See `Backend.fake_quantize`."""
+        return ops.fake_quantize(w, grid)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`torch.compile`, one graph or an error."""
+        compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
+        return compiled
+
+    # the bridge
+
+    def from_numpy(self, x: NDArray[Any]) -> Tensor:
+        """A CPU tensor with the bits of `x`."""
+        x = np.array(x, order="C")
+        if x.dtype.name == "bfloat16":
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        if x.dtype.name.startswith("float8"):
+            return torch.from_numpy(x.view(np.uint8)).view(getattr(torch, x.dtype.name))
+        return torch.from_numpy(x)
+
+    def to_numpy(self, x: Tensor) -> NDArray[Any]:
+        """`x` as NumPy, from any device; bfloat16 through ml_dtypes."""
+        x = x.detach().cpu().contiguous()
+        if x.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return x.numpy()
+
+    def magnitude(self, x: Tensor) -> float:
+        """Largest magnitude in `x`; NaN if there is a NaN."""
+        return float(x.detach().abs().amax()) if x.numel() else 0.0
+
+    # surgery on modules
+
+    def layers(self, model: nn.Module) -> Iterator[Layer]:
+        """Linear and Embedding modules, each once, under their first path."""
+        owners: dict[int, list[str]] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                owners.setdefault(id(module.weight), []).append(path)
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                shape, kind = (module.out_features, module.in_features), "linear"
+            elif isinstance(module, nn.Embedding):
+                shape, kind = (module.num_embeddings, module.embedding_dim), "embedding"
+            else:
+                continue
+            others = [other for other in owners[id(module.weight)] if other != path]
+            yield _layer(path, kind, shape, module, tied_to=", ".join(others))
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """See `Backend.weight`."""
+        weight: Tensor = module.weight if module.weight is not None else module.scales  # type: ignore[assignment]
+        return weight
+
+    def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
+        """See `Backend.fake`."""
+        return layers.fake(module, rule)
+
+    def pack(self, module: nn.Module, q: QTensor[Any], rule: Rule) -> nn.Module:
+        """See `Backend.pack`; the codes go to the layer's device."""
+        device = self.weight(module).device
+        return layers.pack(module, q.map(lambda array: self._tensor(array).to(device)), rule)
+
+    def unpack(self, module: nn.Module) -> QTensor[Tensor]:
+        """See `Backend.unpack`."""
+        return layers.unpack(module)
+
+    def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+        """See `Backend.replace`."""
+        swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                if id(child) in swaps:
+                    parent._modules[name] = swaps[id(child)]
+        return swaps.get(id(model), model)
+
+    def _tensor(self, array: Any) -> Tensor:
+        return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
+
+    # whole models
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """See `Backend.tensors`."""
+        first: dict[int, str] = {}
+        state = self._state(model)
+        return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
+
+    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """See `Backend.fill`. A tensor is cast only to a wider type."""
+        state = self._state(model)
+        for name in tensors:
+            if name not in state:
+                raise ArtifactError(f"the model has no parameter or buffer {name!r}")
+        filled = {id(state[name]) for name in tensors}
+        for name, tensor in state.items():
+            if id(tensor) not in filled:
+                raise ArtifactError(f"nothing was found to fill {name!r} with")
+        for name, array in tensors.items():
+            new = self.from_numpy(array)
+            if new.shape != state[name].shape:
+                raise ArtifactError(f"{name} is {list(new.shape)} in the file and {list(state[name].shape)} in the model")
+            if new.dtype != state[name].dtype and state[name].dtype != torch.float32:
+                raise ArtifactError(f"{name} is {new.dtype} in the file and {state[name].dtype} in the model: cast the model")
+            with torch.no_grad():
+                state[name].copy_(new)
+
+    def config(self, model: nn.Module) -> dict[str, Any] | None:
+        """The configuration of a transformers model."""
+        config = getattr(model, "config", None)
+        if not hasattr(config, "to_json_string"):
+            return None
+        return {"architectures": [type(model).__name__], **json.loads(config.to_json_string())}
+
+    def build(self, config: Mapping[str, Any], folder: Path | None) -> nn.Module:
+        """See `Backend.build`; by transformers."""
+        from qkit_torchao import hub
+
+        return hub.build(config)
+
+    def _state(self, model: nn.Module) -> dict[str, Tensor]:
+        held = {
+            f"{path}.{name}" if path else name
+            for path, module in model.named_modules()
+            if isinstance(module, (layers.PackedLinear, layers.PackedEmbedding))
+            for name in ("weight", *(module._buffers))
+        }
+        return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
+
+    # training
+
+    def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
+        """See `Backend.trainer`."""
+        return training.TorchTrainer(model, weight_decay=weight_decay)
+
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+        """See `Backend.loss`."""
+        return training.loss(model, tokens)
+
+    def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Backend.logits`."""
+        return training.logits(model, tokens)
+
+
+def _layer(path: str, kind: Kind, shape: tuple[int, ...], module: Any, *, tied_to: str) -> Layer:
+    if isinstance(module, (layers.FakeLinear, layers.FakeEmbedding)):
+        return Layer(path, kind, shape, module, stage="prepared", rule=module.rule)
+    if isinstance(module, (layers.PackedLinear, layers.PackedEmbedding)):
+        return Layer(path, kind, shape, module, stage="converted", rule=module.rule, execution=module.execution)
+    obstacle = ""
+    if type(module) not in (nn.Linear, nn.Embedding):
+        obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
+    elif tied_to:
+        obstacle = f"its weight is tied to that of {tied_to}"
+    return Layer(path, kind, shape, module, obstacle=obstacle)

@@ -1,0 +1,79 @@
+"""One training step, a loss and logits in torch, on next-token prediction."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 16  #: sequences evaluated at a time
+
+
+class TorchTrainer:
+    """AdamW over the trainable parameters of a model; matrices decay, vectors do not."""
+
+    def __init__(self, model: nn.Module, *, weight_decay: float) -> None:
+        self.model = model
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
+
+    def step(self, tokens: NDArray[np.int32], *, learning_rate: float) -> float:
+        """See `qkit.backend.Trainer.step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        loss = _loss(self.model, _ids(self.model, tokens), reduction="mean")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return float(loss)
+
+
+def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
+    """Mean loss in nats per predicted token of `tokens` [batch, length + 1]."""
+    with _evaluating(model):
+        parts = [_loss(model, ids, reduction="sum") for ids in _ids(model, tokens).split(ROWS)]
+    return float(torch.stack(parts).double().sum()) / tokens[:, 1:].size
+
+
+def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits of every position of `tokens` [batch, length] -> float32 [batch, length, vocabulary]."""
+    with _evaluating(model):
+        parts = [_logits(model, ids).float().cpu() for ids in _ids(model, tokens).split(ROWS)]
+    return torch.cat(parts).numpy()
+
+
+def _loss(model: nn.Module, ids: Tensor, *, reduction: str) -> Tensor:
+    scores = _logits(model, ids[:, :-1]).float()
+    return F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    out: Any = model(ids)
+    scores: Tensor = getattr(out, "logits", out)
+    return scores
+
+
+def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
+    device = next(model.parameters()).device
+    return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

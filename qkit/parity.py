@@ -1,0 +1,152 @@
+"""Comparing an engine with the reference, number by number: codes and scales byte for byte, values with ==."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import reference
+from qkit.backend import Backend
+from qkit.grid import Grid
+from qkit.qtensor import DType
+from qkit.testing.tensors import COUPLED_SHAPE, coupled, random, tensors
+
+BATCH = 12  #: grids per compiled function: few enough to compile in seconds, enough to share the cost of a compilation
+
+Outputs = list[NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far a backend is from the reference on one grid.
+
+    Attributes:
+        backend, grid, dtype, compiled: what was compared.
+        codes, scales, values: how many differ; zero points and tensor scales count as scales, and values are those of
+            `dequantize(quantize(w))` and of `fake_quantize(w)`.
+        compared: how many numbers were looked at.
+        error: why nothing could be compared; else empty.
+    """
+
+    backend: str
+    grid: Grid
+    dtype: DType
+    compiled: bool
+    codes: int = 0
+    scales: int = 0
+    values: int = 0
+    compared: int = 0
+    error: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything was compared and nothing differs."""
+        return not (self.error or self.codes or self.scales or self.values)
+
+
+def compare(engine: Backend, grid: Grid, *, dtype: DType, compiled: bool, size: int) -> Parity:
+    """`engine` beside the reference on the tensors of `qkit.testing` and on `size` random numbers."""
+    return next(compare_many(engine, [grid], dtype=dtype, compiled=compiled, size=size))
+
+
+def compare_many(
+    engine: Backend, grids: Iterable[Grid], *, dtype: DType, compiled: bool, size: int
+) -> Iterator[Parity]:
+    """`compare` for each of `grids`, in order; compiled ones several at a time in one function, since compiling is slow."""
+    grids = list(grids)
+    if not compiled:
+        for grid in grids:
+            yield _compare(engine, [grid], dtype=dtype, compiled=False, size=size)[0]
+        return
+    for _, alike in groupby(grids, key=lambda grid: len(inputs(grid, dtype, size))):
+        same = list(alike)
+        for i in range(0, len(same), BATCH):
+            yield from _compare_compiled(engine, same[i : i + BATCH], dtype=dtype, size=size)
+
+
+@lru_cache(maxsize=16)
+def inputs(grid: Grid, dtype: DType, size: int) -> tuple[NDArray[Any], ...]:
+    """What is compared: everything stacked in one array; for a coupled grid, where it cannot be, arrays of one shape."""
+    hard = list(tensors(grid, dtype).values())
+    if coupled(grid):
+        count = -(-size // (COUPLED_SHAPE[0] * COUPLED_SHAPE[1]))
+        return (*hard, *(random(COUPLED_SHAPE, seed, dtype) for seed in range(count)))
+    inputs = hard[0].shape[-1]
+    return (np.concatenate([*hard, random((-(-size // inputs), inputs), 7, dtype)]),)
+
+
+@lru_cache(maxsize=16)
+def expected(grid: Grid, dtype: DType, size: int) -> tuple[Outputs, ...]:
+    """What the reference makes of each of `inputs`."""
+    made = []
+    for w in inputs(grid, dtype, size):
+        q = reference.quantize(w, grid)
+        made.append([*q.parts().values(), reference.dequantize(q), reference.fake_quantize(w, grid)])
+    return tuple(made)
+
+
+def _compare_compiled(engine: Backend, grids: Sequence[Grid], *, dtype: DType, size: int) -> list[Parity]:
+    """One function for all; where it fails, each alone, so that only those that fail are reported."""
+    together = _compare(engine, grids, dtype=dtype, compiled=True, size=size)
+    if len(grids) == 1 or not together[0].error:
+        return together
+    return [_compare(engine, [grid], dtype=dtype, compiled=True, size=size)[0] for grid in grids]
+
+
+def _compare(engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: bool, size: int) -> list[Parity]:
+    """Compares `grids` in one function of as many arrays."""
+    results = [Parity(engine.name, grid, dtype, compiled) for grid in grids]
+    function = _everything(engine, grids)
+    try:
+        run = engine.compile(function) if compiled else function
+        for i, ws in enumerate(zip(*(inputs(grid, dtype, size) for grid in grids), strict=True)):
+            made = [engine.to_numpy(array) for array in run(*map(engine.from_numpy, ws))]
+            for j, grid in enumerate(grids):
+                want = expected(grid, dtype, size)[i]
+                results[j] = _count(results[j], made[: len(want)], want)
+                made = made[len(want) :]
+    except Exception as error:  # an engine may fail in any way: the matrix shows it, and goes on
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [Parity(engine.name, grid, dtype, compiled, error=reason) for grid in grids]
+    return results
+
+
+def _everything(engine: Backend, grids: Sequence[Grid]) -> Callable[..., tuple[Any, ...]]:
+    def everything(*ws: Any) -> tuple[Any, ...]:
+        made: list[Any] = []
+        for w, grid in zip(ws, grids, strict=True):
+            q = engine.quantize(w, grid)
+            made += [*q.parts().values(), engine.dequantize(q), engine.fake_quantize(w, grid)]
+        return tuple(made)
+
+    return everything
+
+
+def _count(parity: Parity, made: Outputs, want: Outputs) -> Parity:
+    """`parity` with the mismatches of one run added: codes first, then scales, the two kinds of values last."""
+    scales = [_different_bytes(a, b) for a, b in zip(made[1:-2], want[1:-2], strict=True)]
+    values = [_different_values(a, b) for a, b in zip(made[-2:], want[-2:], strict=True)]
+    return replace(
+        parity,
+        codes=parity.codes + _different_bytes(made[0], want[0]),
+        scales=parity.scales + sum(scales),
+        values=parity.values + sum(values),
+        compared=parity.compared + sum(array.size for array in want),
+    )
+
+
+def _different_bytes(made: NDArray[Any], want: NDArray[Any]) -> int:
+    if made.dtype != want.dtype or made.shape != want.shape:
+        return want.size
+    one = np.dtype(f"u{want.dtype.itemsize}")
+    return int(np.count_nonzero(np.ascontiguousarray(made).view(one) != np.ascontiguousarray(want).view(one)))
+
+
+def _different_values(made: NDArray[Any], want: NDArray[Any]) -> int:
+    if made.dtype != want.dtype or made.shape != want.shape:
+        return want.size
+    return want.size - int(np.count_nonzero(made == want))

@@ -1,0 +1,152 @@
+"""The laws that a backend obeys. A plugin's author subclasses `Conformance`, says `backend = "name"`, runs pytest."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qkit import reference
+from qkit.backend import Backend
+from qkit.grid import Grid
+from qkit.parity import compare, compare_many
+from qkit.qtensor import DTYPES, DType
+from qkit.registry import backend as choose
+from qkit.testing.surgery import Surgery
+from qkit.testing.tensors import all_grids, coupled, random, tensors
+
+GRIDS = all_grids()
+COMPILED_FAMILIES = {
+    name: [grid for grid in GRIDS if grid.element.name == name and grid.group in (16, 64, 32)]
+    for name in ("int2", "int3", "int4", "int5", "int6", "int8", "e2m1", "e4m3", "e5m2")
+}
+BITS = {2: np.uint16, 4: np.uint32}
+
+each_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+class ArrayConformance:
+    """The laws of an engine that works on arrays only, each on every grid. A subclass gives `backend`."""
+
+    backend: ClassVar[str]
+
+    @property
+    def engine(self) -> Backend:
+        """The backend under test."""
+        return choose(self.backend)
+
+    def test_an_engine_with_modules_takes_the_whole_suite(self) -> None:
+        assert isinstance(self, Conformance) or not hasattr(self.engine, "layers")
+
+    @each_dtype
+    @each_grid
+    def test_codes_scales_and_values_equal_the_reference(self, grid: Grid, dtype: DType) -> None:
+        """On adversarial and on random tensors; values by both ways, so `fake_quantize` is `dequantize(quantize)`."""
+        parity = compare(self.engine, grid, dtype=dtype, compiled=False, size=4096)
+        assert parity.exact, parity
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("family", COMPILED_FAMILIES)
+    def test_compiled_equals_the_reference(self, family: str, dtype: DType) -> None:
+        """One function for all the rules of an element; `qkit parity --all` does every group as well."""
+        engine = self.engine
+        for parity in compare_many(engine, COMPILED_FAMILIES[family], dtype=dtype, compiled=True, size=4096):
+            assert parity.exact, parity
+
+    @each_grid
+    def test_fake_quantize_is_dequantize_of_quantize(self, grid: Grid) -> None:
+        engine = self.engine
+        w = engine.from_numpy(random((4, 256), 1, "bfloat16"))
+        values = engine.to_numpy(engine.dequantize(engine.quantize(w, grid)))
+        assert (engine.to_numpy(engine.fake_quantize(w, grid)) == values).all()
+
+    @each_grid
+    def test_a_group_does_not_see_its_neighbours(self, grid: Grid) -> None:
+        if coupled(grid):
+            return  # its scale looks at the whole tensor: that is what the grid means
+        engine, w = self.engine, random((4, 256), 2)
+        changed = w.copy()
+        changed[1] *= -1000
+        before, after = (engine.quantize(engine.from_numpy(x), grid) for x in (w, changed))
+        for name, part in before.parts().items():
+            others = np.delete(engine.to_numpy(part), 1, axis=0)
+            assert (others == np.delete(engine.to_numpy(after.parts()[name]), 1, axis=0)).all(), name
+
+    @each_grid
+    def test_shapes_of_any_rank_are_kept(self, grid: Grid) -> None:
+        engine = self.engine
+        for shape in ((128,), (2, 3, 128)):
+            w = random(shape, 3)
+            want = reference.quantize(w, grid)
+            q = engine.quantize(engine.from_numpy(w), grid)
+            assert q.dtype == "float32"
+            for name, part in want.parts().items():
+                assert np.array_equal(engine.to_numpy(q.parts()[name]), part), (shape, name)
+            assert engine.to_numpy(engine.dequantize(q)).shape == shape
+
+    @pytest.mark.parametrize("poison", [np.nan, -np.nan, np.inf], ids=["nan", "-nan", "inf"])
+    @each_grid
+    def test_nan_poisons_exactly_its_group(self, grid: Grid, poison: float) -> None:
+        """Or the whole tensor, where the scale belongs to the tensor; never silently a number."""
+        engine, w = self.engine, random((4, 256), 4)
+        w[2, 130] = poison
+        values = engine.to_numpy(engine.fake_quantize(engine.from_numpy(w), grid))
+        want = np.ones(w.shape, bool) if coupled(grid) else _same_group(w.shape, (2, 130), grid)
+        assert np.array_equal(np.isnan(values), want)
+        rest = reference.fake_quantize(w, grid)
+        assert (values[~want] == rest[~want]).all()
+
+    @each_dtype
+    def test_the_bridge_keeps_bits(self, dtype: DType) -> None:
+        engine = self.engine
+        hard = tensors(Grid("int8", 32), dtype).values()
+        x = np.concatenate([*hard, np.full((1, 64), -0.0, reference.DTYPE[dtype])])
+        back = engine.to_numpy(engine.from_numpy(x))
+        assert back.dtype == x.dtype
+        unsigned = BITS[x.itemsize]
+        assert np.array_equal(back.view(unsigned), x.view(unsigned))
+
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "float32"])
+    def test_the_bridge_keeps_codes(self, dtype: str) -> None:
+        engine = self.engine
+        for x in (np.arange(-96, 96).reshape(3, 64).astype(dtype), np.array(8).astype(dtype)):
+            back = engine.to_numpy(engine.from_numpy(x))
+            assert back.dtype == x.dtype
+            assert np.array_equal(back, x)
+
+    @each_dtype
+    def test_magnitude_is_the_largest(self, dtype: DType) -> None:
+        engine, w = self.engine, random((4, 64), 5, dtype)
+        assert engine.magnitude(engine.from_numpy(w)) == float(np.abs(w.astype(np.float32)).max())
+
+    @each_dtype
+    def test_magnitude_of_nan_is_nan(self, dtype: DType) -> None:
+        engine, w = self.engine, random((4, 64), 5, dtype)
+        w[1, 3] = np.nan
+        assert np.isnan(engine.magnitude(engine.from_numpy(w)))
+
+
+class Conformance(Surgery, ArrayConformance):
+    """All the laws. A subclass gives `backend`, overrides what `Surgery` asks for, and `gradient` if there are gradients."""
+
+    def gradient(self, function: Callable[[Any], Any], x: Any) -> Any:
+        """The gradient of the sum of `function(x)` with respect to `x`, an array of the engine."""
+        pytest.skip(f"{self.backend} has no gradients")
+
+    def test_the_gradient_passes_straight_through(self) -> None:
+        """On every grid; also where a value was clipped, or is zero."""
+        engine, w = self.engine, random((4, 128), 6)
+        w[0, :3] = 0, -50, 50
+        for grid in GRIDS:
+            made = self.gradient(partial(engine.fake_quantize, grid=grid), engine.from_numpy(w))
+            assert (engine.to_numpy(made) == np.ones_like(w)).all(), grid
+
+
+def _same_group(shape: tuple[int, ...], place: tuple[int, ...], grid: Grid) -> NDArray[np.bool_]:
+    """True in the group that holds `place`."""
+    numbers = np.arange(np.prod(grid.scale_shape(shape)))[:, None]
+    group = np.broadcast_to(numbers, (len(numbers), grid.group_shape(shape)[-1])).reshape(shape)
+    return np.asarray(group == group[place])
