@@ -60,8 +60,9 @@ def unpack(packed: NDArray[Any], bits: int, n: int) -> NDArray[np.uint8]:
     flat[..., :length] = data[..., :length]
     eighths[..., :bits] = flat.reshape(*data.shape[:-1], -1, bits)
     stream = eighths.view("<u8")
-    codes = (stream >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))) & np.uint64((1 << bits) - 1)
-    return codes.astype(np.uint8).reshape(*data.shape[:-1], -1)[..., :n]
+    wide = (stream >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))) & np.uint64((1 << bits) - 1)
+    codes: NDArray[np.uint8] = wide.astype(np.uint8).reshape(*data.shape[:-1], -1)[..., :n]
+    return codes
 
 
 def packed_codes(q: QTensor[NDArray[Any]]) -> NDArray[np.uint32]:

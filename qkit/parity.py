@@ -1,4 +1,4 @@
-"""Comparing an engine with the reference, number by number: codes and scales byte for byte, values with ==."""
+"""Comparing an engine with the reference number by number: codes and scales byte for byte, values with ==."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DType
 from qkit.testing.tensors import COUPLED_SHAPE, coupled, random, tensors
 
-BATCH = 12  #: grids per compiled function: few enough to compile in seconds, enough to share the cost of a compilation
+BATCH = 12  #: grids per compiled function: enough of them to share what a compilation costs whatever its size
 
 Outputs = list[NDArray[Any]]
 
@@ -26,8 +26,8 @@ class Parity:
 
     Attributes:
         backend, grid, dtype, compiled: what was compared.
-        codes, scales, values: how many differ; zero points and tensor scales count as scales, and values are those of
-            `dequantize(quantize(w))` and of `fake_quantize(w)`.
+        codes, scales, values: how many differ; zero points and tensor scales count as scales, and values are
+            those of `dequantize(quantize(w))` and of `fake_quantize(w)`.
         compared: how many numbers were looked at.
         error: why nothing could be compared; else empty.
     """
@@ -56,7 +56,7 @@ def compare(engine: Backend, grid: Grid, *, dtype: DType, compiled: bool, size: 
 def compare_many(
     engine: Backend, grids: Iterable[Grid], *, dtype: DType, compiled: bool, size: int
 ) -> Iterator[Parity]:
-    """`compare` for each of `grids`, in order; compiled ones several at a time in one function, since compiling is slow."""
+    """`compare` for each of `grids`; compiled ones several in one function, since compiling is slow."""
     grids = list(grids)
     if not compiled:
         for grid in grids:
@@ -70,7 +70,7 @@ def compare_many(
 
 @lru_cache(maxsize=16)
 def inputs(grid: Grid, dtype: DType, size: int) -> tuple[NDArray[Any], ...]:
-    """What is compared: everything stacked in one array; for a coupled grid, where it cannot be, arrays of one shape."""
+    """What is compared: one array of everything stacked; where the grid is coupled, arrays of one shape."""
     hard = list(tensors(grid, dtype).values())
     if coupled(grid):
         count = -(-size // (COUPLED_SHAPE[0] * COUPLED_SHAPE[1]))
@@ -97,7 +97,9 @@ def _compare_compiled(engine: Backend, grids: Sequence[Grid], *, dtype: DType, s
     return [_compare(engine, [grid], dtype=dtype, compiled=True, size=size)[0] for grid in grids]
 
 
-def _compare(engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: bool, size: int) -> list[Parity]:
+def _compare(
+    engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: bool, size: int
+) -> list[Parity]:
     """Compares `grids` in one function of as many arrays."""
     results = [Parity(engine.name, grid, dtype, compiled) for grid in grids]
     function = _everything(engine, grids)
@@ -123,11 +125,13 @@ def _everything(engine: Backend, grids: Sequence[Grid]) -> Callable[..., tuple[A
             made += [*q.parts().values(), engine.dequantize(q), engine.fake_quantize(w, grid)]
         return tuple(made)
 
+    # torch gives up after eight compilations of one code object, so each function has its own
+    everything.__code__ = everything.__code__.replace(co_name=f"everything_{id(grids)}")
     return everything
 
 
 def _count(parity: Parity, made: Outputs, want: Outputs) -> Parity:
-    """`parity` with the mismatches of one run added: codes first, then scales, the two kinds of values last."""
+    """`parity` with the mismatches of one run added: codes first, then scales, two kinds of values last."""
     scales = [_different_bytes(a, b) for a, b in zip(made[1:-2], want[1:-2], strict=True)]
     values = [_different_values(a, b) for a, b in zip(made[-2:], want[-2:], strict=True)]
     return replace(

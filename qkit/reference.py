@@ -166,13 +166,13 @@ def scale_code(peak: Floats, grid: Grid) -> Codes:
         c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
     else:
         c = ceil_exponent(peak * np.float32(element.largest_reciprocal))
-    return np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(np.uint8)
+    return cast(Codes, np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(np.uint8))
 
 
 def ceil_exponent(x: Floats) -> NDArray[np.int32]:
     """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
     u = bits(x)
-    return (u >> 23) + ((u & 0x7FFFFF) != 0)
+    return cast(NDArray[np.int32], (u >> 23) + ((u & 0x7FFFFF) != 0))
 
 
 def power(c: NDArray[Any]) -> Floats:
@@ -189,20 +189,20 @@ def float_codes(x: Floats, c: Codes, element: Element) -> Codes:
         return e2m1_codes(x, power(c))
     down = power(np.int32(2 * 127) - c)
     y = np.clip(x * each(down), -element.largest, element.largest).astype(np.float32)
-    return y.astype(FLOAT8[element.name]).view(np.uint8)
+    return cast(Codes, y.astype(FLOAT8[element.name]).view(np.uint8))
 
 
 def float_values(codes: Codes, element: Element) -> Floats:
     """What the bits of small floats mean, as float32."""
     if element.name == "e2m1":
         return np.array(constants.E2M1_VALUES, np.float32)[codes]
-    return codes.view(FLOAT8[element.name]).astype(np.float32)
+    return cast(Floats, codes.view(FLOAT8[element.name]).astype(np.float32))
 
 
 def e2m1_codes(x: Floats, s: Floats) -> Codes:
     """Four-bit codes: how many boundaries lie below abs(x)/s, ties to even, saturating; the sign is the high bit."""
     a = np.abs(x)
-    codes = np.signbit(x).astype(np.uint8) << 3
+    codes = np.signbit(x).astype(np.uint8) << np.uint8(3)
     for boundary, included in constants.E2M1_BOUNDARIES:
         edge = each(np.float32(boundary) * s)
         codes += a >= edge if included else a > edge
@@ -221,9 +221,9 @@ def tensor_power(x: Floats) -> Floats:
 def block_scale(x: Floats, tensor_scale: Floats) -> Codes:
     """The e4m3 bits of each block's scale; never zero, so that no block loses its values to its scale."""
     s = amax(x) * (np.float32(1) / tensor_scale) * np.float32(reciprocal(6.0))
-    return np.clip(s, constants.MIN_BLOCK_SCALE, 448.0).astype(FLOAT8["e4m3"]).view(np.uint8)
+    return cast(Codes, np.clip(s, constants.MIN_BLOCK_SCALE, 448.0).astype(FLOAT8["e4m3"]).view(np.uint8))
 
 
 def e4m3_values(codes: Codes) -> Floats:
     """What the bits of e4m3 numbers mean, as float32."""
-    return codes.view(FLOAT8["e4m3"]).astype(np.float32)
+    return cast(Floats, codes.view(FLOAT8["e4m3"]).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Writes the recipe files of `qkit_recipes`: `python recipes/generate.py`. A test compares them with `files()`."""
+"""Writes the recipe files: `python recipes/generate.py`. A test compares them with `files()`."""
 
 from pathlib import Path
 
@@ -51,7 +51,9 @@ def _torchao() -> list[tuple[str, str]]:
     return [
         (
             "int4-weight-only",
-            _recipe(f"int4 weights, groups of 128 as in torchao, on qkit's signed grid; {HEAD}", Grid("int4", 128)),
+            _recipe(
+                f"int4 weights, groups of 128 as in torchao, on qkit's signed grid; {HEAD}", Grid("int4", 128)
+            ),
         ),
         (
             "int8-dynamic-act-int4-weight",
@@ -92,7 +94,13 @@ def _recipe(summary: str, weight: Grid, activation: Grid | None = None) -> str:
     lines = ["schema  = 1", "version = 1", f'summary = "{summary}"', ""]
     for key, grid in grids.items():
         group = grid.group if isinstance(grid.group, int) else f'"{grid.group}"'
-        lines += [f"[grids.{key}]", f'element = "{grid.element}"', f"group   = {group}", f'scale   = "{grid.scale}"', ""]
+        lines += [
+            f"[grids.{key}]",
+            f'element = "{grid.element}"',
+            f"group   = {group}",
+            f'scale   = "{grid.scale}"',
+            "",
+        ]
     lines += ["[[rules]]", 'match = ["lm_head", "*.lm_head"]', "", "[[rules]]"]
     if activation:
         lines += ['match      = "*"', 'weight     = "w"', 'activation = "a"']

@@ -1,4 +1,4 @@
-"""Which of MLX's own quantised containers holds a grid exactly, and how a `QTensor` goes into it and comes back. Arrays only."""
+"""Which of MLX's own containers holds a grid exactly, and how a `QTensor` goes in and comes back. Arrays only."""
 
 from dataclasses import dataclass
 from typing import cast

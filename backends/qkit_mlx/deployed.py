@@ -1,22 +1,20 @@
-"""Converted layers: MLX's own quantised layers where they hold the grid exactly, and layers that decode first where not.
+"""Converted layers: MLX's own quantised layers where they hold the grid exactly; where not, layers that decode first.
 
 All of them compute in fp32 from scales held in fp32, and give back the type that the float layer would have given.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from qkit.grid import Grid
-from qkit.qtensor import QTensor
+from qkit.qtensor import DType, QTensor
 from qkit.recipe import Rule
 from qkit_mlx import ops
 from qkit_mlx.containers import Container, Contents, contain, contained, container_for
 from qkit_mlx.packing import packed_codes, unpacked_codes
-
-#: What a converted layer may be. Each has `rule`, `grid`, `inputs`, `dtype`, `execution` and `qtensor()`.
-Deployed = "DeployedLinear | DeployedEmbedding | PackedLinear | PackedEmbedding"
 
 
 def deploy_linear(q: QTensor[mx.array], rule: Rule, bias: mx.array | None) -> "DeployedLinear | PackedLinear":
@@ -41,8 +39,11 @@ def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | P
 
 
 class DeployedLinear(nn.QuantizedLinear):
-    """MLX's quantised linear layer, filled with given codes. Adds what MLX's lacks: the grid of the input, the power of two
-    of `nvfp4`, and an output of the type that came in (MLX's would be float32, the type of the scales)."""
+    """MLX's quantised linear layer, filled with given codes.
+
+    Adds what MLX's lacks: the grid of the input, the power of two of `nvfp4`, and an output of the type that came in
+    (MLX's would be float32, the type of the scales).
+    """""
 
     def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
         nn.Module.__init__(self)  # not QuantizedLinear's: it would draw a random weight and quantise it
@@ -94,7 +95,7 @@ def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) ->
     if contents.tensor_scale is not None:
         layer.tensor_scale = contents.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.execution = f"MLX {_kind(layer)}, {_words(q.grid, container)}"
+    layer.execution = f"MLX {type(layer).__mro__[1].__name__}, {_words(q.grid, container)}"
 
 
 def _held(layer: Any) -> QTensor[mx.array]:
@@ -121,10 +122,6 @@ def _rescaled(y: mx.array, layer: Any) -> mx.array:
     return y if tensor_scale is None else y * tensor_scale
 
 
-def _kind(layer: nn.Module) -> str:
-    return "QuantizedLinear" if isinstance(layer, nn.QuantizedLinear) else "QuantizedEmbedding"
-
-
 def _words(grid: Grid, container: Container) -> str:
     name = f"affine {container.bits}-bit" if container.mode == "affine" else container.mode
     if grid.group == container.group:
@@ -140,7 +137,7 @@ class PackedLinear(nn.Module):
     """A linear layer on a grid that MLX has no container for: holds canonical words, and decodes them at every call."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         _keep(self, q, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -149,18 +146,22 @@ class PackedLinear(nn.Module):
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
-        return _kept(self)
+        return _kept(self, self["weight"], self["scales"], self.get("zeros"))
 
 
 class PackedEmbedding(nn.Module):
     """An embedding on a grid that MLX has no container for: decodes only the rows that are looked up."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         _keep(self, q, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.dequantize(_rows(_kept(self, self["weight"][x.flatten()]), x.flatten())).reshape(*x.shape, self.inputs)
+        entries = x.flatten()
+        scales, zeros = self["scales"], self.get("zeros")
+        if self.grid.group != "tensor":
+            scales, zeros = scales[entries], None if zeros is None else zeros[entries]
+        return ops.dequantize(_kept(self, self["weight"][entries], scales, zeros)).reshape(*x.shape, self.inputs)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model."""
@@ -168,4 +169,39 @@ class PackedEmbedding(nn.Module):
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
-        return _kept(self)
+        return _kept(self, self["weight"], self["scales"], self.get("zeros"))
+
+
+def _keep(layer: Any, q: QTensor[mx.array], rule: Rule) -> None:
+    layer.weight, layer.scales = packed_codes(q.codes, q.grid.element), q.scales
+    if q.zeros is not None:
+        layer.zeros = q.zeros
+    layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
+    layer.execution = f"decoded first: MLX has no container for {q.grid}"
+
+
+def _kept(layer: Any, words: mx.array, scales: mx.array, zeros: mx.array | None) -> QTensor[mx.array]:
+    grid = layer.grid
+    codes = unpacked_codes(words, element=grid.element, n=layer.inputs, symmetric=grid.symmetric)
+    return QTensor(codes, scales, grid, layer.dtype, zeros=zeros)
+
+
+def _values(layer: Any) -> mx.array:
+    return ops.dequantize(replace(layer.qtensor(), dtype="float32"))
+
+
+# Both
+
+
+def _on_grid(x: mx.array, activation: Grid | None) -> mx.array:
+    return ops.fake_quantize(x, activation) if activation else x
+
+
+def _finish(y: mx.array, x: mx.array, dtype: DType, bias: mx.array | None) -> mx.array:
+    """fp32 `y` with the bias, in the type that `x` times a weight of `dtype` has."""
+    y = y if bias is None else y + bias
+    return y.astype(mx.result_type(x.dtype, ops.DTYPE[dtype]))
+
+
+#: What a converted layer can be. Besides its arrays each has `rule`, `grid`, `inputs`, `dtype` and `execution`.
+DEPLOYED = (DeployedLinear, DeployedEmbedding, PackedLinear, PackedEmbedding)

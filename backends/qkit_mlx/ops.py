@@ -1,7 +1,7 @@
 """`qkit/reference.py` in MLX, function by function: the same codes, scales and values, bit for bit. Arrays only.
 
-Small floats are coded and decoded with integers and powers of two, never with `mx.to_fp8` or `mx.quantize`: MLX has no e5m2,
-and its own quantisers differ between devices. Every line is elementwise or a reduction, so that `mx.compile` can fuse it.
+Small floats are coded and decoded with integers and powers of two, never with `mx.to_fp8` or `mx.quantize`: MLX has no
+e5m2, and its own quantisers differ between devices. Every line is elementwise or a reduction, for `mx.compile` to fuse.
 """
 
 from functools import cache
@@ -125,13 +125,13 @@ def amax(x: mx.array) -> mx.array:
 
 
 def round_to_bfloat16(x: mx.array) -> mx.array:
-    """`x` with 8 significant bits, ties to even (RNE8). Written with integers, since compilers delete the pair of casts."""
+    """`x` with 8 significant bits, ties to even (RNE8). In integers, since compilers delete the pair of casts."""
     u = bits(x)
     return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(mx.float32)
 
 
 def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
-    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 in magnitude."""
+    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 large."""
     element = grid.element
     if grid.scale == "signed":
         high, low = x.max(axis=-1), x.min(axis=-1)
@@ -167,7 +167,7 @@ def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) ->
 
 
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
-    """E8M0 codes of groups whose largest magnitude is `peak`; code c means 2^(c-127). Only exponent bits are looked at."""
+    """E8M0 codes of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
     element = grid.element
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
@@ -202,7 +202,7 @@ def float_codes(x: mx.array, c: mx.array, element: Element) -> mx.array:
 
 
 def float_values(codes: mx.array, element: Element) -> mx.array:
-    """What the bits of small floats mean, as float32. Sign, exponent and mantissa are taken apart and put together exactly."""
+    """What the bits of small floats mean, as float32: sign, exponent and mantissa, put together exactly."""
     u = codes.astype(mx.int32)
     exponent = (u >> element.mantissa) & ((1 << (element.bits - 1 - element.mantissa)) - 1)
     implicit = (exponent > 0).astype(mx.int32)  # 0 for subnormals, whose exponent is that of the smallest normal

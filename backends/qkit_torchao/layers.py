@@ -1,6 +1,5 @@
 """torch modules: layers that train on their grid, and layers that hold codes. They swap in for Linear and Embedding."""
 
-import weakref
 from typing import Any
 
 import torch

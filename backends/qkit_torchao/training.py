@@ -35,7 +35,7 @@ class TorchTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        return float(loss)
+        return loss.item()
 
 
 def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -158,7 +158,7 @@ def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any
 def _dtype(name: str) -> DType:
     if name not in DTYPES:
         raise ArtifactError(f"unknown dtype {name!r}")
-    return cast(DType, name)
+    return name
 
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -95,4 +95,5 @@ def _view(file: Path, name: str, entry: Mapping[str, Any], data: NDArray[np.uint
     if entry["dtype"] not in DTYPES:
         raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which qkit does not read: cast or drop it")
     begin, end = entry["data_offsets"]
-    return data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    array: NDArray[Any] = data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return array

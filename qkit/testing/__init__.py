@@ -12,6 +12,9 @@ __all__ = ["ArrayConformance", "Conformance", "all_grids", "random", "tensors"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ArrayConformance", "Conformance"):  # only now: `qkit parity` needs the tensors, and no pytest
+    if name in (
+        "ArrayConformance",
+        "Conformance",
+    ):  # only now: `qkit parity` needs the tensors, and no pytest
         return getattr(import_module("qkit.testing.conformance"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

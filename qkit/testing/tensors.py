@@ -1,4 +1,4 @@
-"""Every grid, and the tensors that find the mistakes: ties and their neighbours, powers of two, subnormals, extremes."""
+"""Every grid, and the tensors that find mistakes: ties, powers of two, and what lies beside them."""
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -16,13 +16,19 @@ Wide = NDArray[np.float64]
 
 ROW = 128  #: inputs of a row where the grid does not say
 COUPLED_SHAPE = (8, 64)  #: of every tensor for grids whose scale looks at a whole tensor
-STEPS = (0.01171875, 1.1953125, 2.0**-90)  #: scales of the ties: on the bfloat16 grid, the last close to the smallest
+STEPS = (
+    0.01171875,
+    1.1953125,
+    2.0**-90,
+)  #: scales of the ties: on the bfloat16 grid, the last close to the smallest
 
 
 def all_grids() -> list[Grid]:
     """Every element with every scale rule, in groups of 32, 64 and 128, per row and per tensor."""
     integers = [f"int{bits}" for bits in (2, 3, 4, 5, 6, 8)]
-    grids = [Grid(name, group, rule) for name in integers for rule in INTEGER_RULES for group in (32, 64, 128)]
+    grids = [
+        Grid(name, group, rule) for name in integers for rule in INTEGER_RULES for group in (32, 64, 128)
+    ]
     for name in integers:
         for group in ("row", "tensor"):
             grids += [Grid(name, group), Grid(name, group, "minmax")]
@@ -42,17 +48,19 @@ def random(shape: tuple[int, ...], seed: int, dtype: DType = "float32") -> NDArr
 
 
 def tensors(grid: Grid, dtype: DType = "float32") -> dict[str, NDArray[Any]]:
-    """Named tensors [rows, n] of finite numbers below 2^127, n a multiple of the group; the same ones at every call.
+    """Named tensors [rows, n] of finite numbers below 2^127, n a multiple of the group; the same each time.
 
-    They all have the same n, so that they can be stacked; for a `coupled` grid, which must not be given them stacked,
-    they all have the same shape.
+    They all have the same n, so that they can be stacked; for a `coupled` grid, which must not be given them
+    stacked, they all have the same shape.
     """
     size = _group_size(grid)
     named = {name: _fit(groups, dtype) for name, groups in _groups(grid, size, dtype).items()}
     if not coupled(grid):
         return {name: _rows(groups, grid) for name, groups in named.items() if len(groups)}
     return {
-        f"{name} {i}": group.reshape(COUPLED_SHAPE) for name, groups in named.items() for i, group in enumerate(groups)
+        f"{name} {i}": group.reshape(COUPLED_SHAPE)
+        for name, groups in named.items()
+        for i, group in enumerate(groups)
     }
 
 
@@ -107,7 +115,7 @@ def _outliers(groups: Wide, places: NDArray[np.int64]) -> Wide:
 
 
 def _subnormals(draw: np.random.Generator, size: int, dtype: DType) -> Wide:
-    """Multiples of the type's smallest number, alone and below one number of ordinary size; also float32's own."""
+    """Multiples of the type's smallest number, alone and below one ordinary number; also float32's own."""
     smallest = {"float32": 2.0**-149, "bfloat16": 2.0**-133, "float16": 2.0**-24}[dtype]
     alone = draw.integers(-127, 128, (2, size)) * smallest
     below = alone.copy()
@@ -116,7 +124,7 @@ def _subnormals(draw: np.random.Generator, size: int, dtype: DType) -> Wide:
 
 
 def _powers(grid: Grid, share: Wide, dtype: DType) -> Wide:
-    """Groups whose largest magnitude is where an exponent or a scale changes, or next to it, over all exponents."""
+    """Groups whose largest magnitude is where an exponent or a scale changes, or beside it; all exponents."""
     element = grid.element
     edges = [1.0]
     if element.kind == "float":
@@ -130,7 +138,7 @@ def _powers(grid: Grid, share: Wide, dtype: DType) -> Wide:
 
 
 def _ties(grid: Grid, size: int, dtype: DType) -> Wide:
-    """Groups with a known scale, full of the numbers that lie halfway between two codes, and their neighbours."""
+    """Groups with a known scale, full of numbers halfway between two codes, and their neighbours."""
     made = []
     for step in STEPS if grid.element.kind == "integer" else (2.0**-7, 1.0, 2.0**-90):
         ends = _ends(grid, step)
@@ -150,7 +158,10 @@ def _ends(grid: Grid, step: float) -> list[float]:
     if grid.scale == "minmax":
         zero = element.levels // 2
         return [-zero * step, (element.levels - zero) * step]
-    return [{"signed": element.lowest, "absmax": element.highest, "midmax": element.highest + 0.5}[grid.scale] * step]
+    return [
+        {"signed": element.lowest, "absmax": element.highest, "midmax": element.highest + 0.5}[grid.scale]
+        * step
+    ]
 
 
 def _halfway(element: Element) -> list[float]:
@@ -160,13 +171,15 @@ def _halfway(element: Element) -> list[float]:
     if element.name == "e2m1":
         edges = [edge for edge, _ in E2M1_BOUNDARIES]
     else:
-        codes = np.arange(1 << (element.bits - 1), dtype=np.uint8).view(FLOAT8[element.name]).astype(np.float64)
+        codes = (
+            np.arange(1 << (element.bits - 1), dtype=np.uint8).view(FLOAT8[element.name]).astype(np.float64)
+        )
         edges = [(low + high) / 2 for low, high in pairwise(codes[np.isfinite(codes)].tolist())]
     return [*edges, *(-edge for edge in edges)]
 
 
 def _nvfp4_blocks() -> Wide:
-    """Tensors with tensor scale 1 whose blocks have every e4m3 scale in turn, and the ties between two scales."""
+    """Tensors with tensor scale 1 whose blocks have every e4m3 scale in turn, and the ties between them."""
     element = ELEMENTS["e4m3"]
     scales = np.arange(1, 127, dtype=np.uint8).view(FLOAT8["e4m3"]).astype(np.float64)
     edges = np.array([edge for edge, _ in E2M1_BOUNDARIES])

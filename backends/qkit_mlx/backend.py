@@ -1,0 +1,138 @@
+"""Every verb of `qkit.backend.Backend`, on MLX. What is more than a line is in the modules around."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.backend import Layer, Trainer
+from qkit.errors import BackendError
+from qkit.grid import Grid
+from qkit.qtensor import QTensor
+from qkit.recipe import Rule
+from qkit_mlx import ops, surgery, training
+from qkit_mlx.deployed import deploy_embedding, deploy_linear
+from qkit_mlx.layers import FakeEmbedding, FakeLinear
+
+
+class MlxBackend:
+    """MLX: Apple silicon, and CPUs anywhere. Each method is described in `qkit.backend.Backend`."""
+
+    name = "mlx"
+    framework = "mlx"
+
+    # operations on arrays
+
+    def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
+        """See `Backend.quantize`."""
+        return ops.quantize(w, grid)
+
+    def dequantize(self, q: QTensor[mx.array]) -> mx.array:
+        """See `Backend.dequantize`."""
+        return ops.dequantize(q)
+
+    def fake_quantize(self, w: mx.array, grid: Grid) -> mx.array:
+        """See `Backend.fake_quantize`."""
+        return ops.fake_quantize(w, grid)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` under `mx.compile`."""
+        compiled: Callable[..., Any] = mx.compile(function)
+        return compiled
+
+    # the bridge
+
+    def from_numpy(self, x: NDArray[Any]) -> mx.array:
+        """See `Backend.from_numpy`."""
+        x = np.asarray(x)  # NumPy makes scalars of arrays without axes
+        if x.dtype == ml_dtypes.bfloat16:
+            return mx.array(x.view(np.uint16)).view(mx.bfloat16)
+        return mx.array(x)
+
+    def to_numpy(self, x: mx.array) -> NDArray[Any]:
+        """See `Backend.to_numpy`."""
+        if x.dtype == mx.bfloat16:
+            return np.array(x.view(mx.uint16)).view(ml_dtypes.bfloat16)
+        return np.array(x)
+
+    def magnitude(self, x: mx.array) -> float:
+        """See `Backend.magnitude`."""
+        return float(np.array(mx.abs(x.astype(mx.float32)).max())) if x.size else 0.0
+
+    # surgery on modules
+
+    def layers(self, model: nn.Module) -> Iterable[Layer]:
+        """See `Backend.layers`."""
+        return surgery.layers(model)
+
+    def weight(self, module: Any) -> mx.array:
+        """See `Backend.weight`."""
+        weight: mx.array = module["weight"]
+        return weight
+
+    def fake(self, module: Any, rule: Rule) -> nn.Module:
+        """See `Backend.fake`."""
+        return FakeEmbedding(module, rule) if isinstance(module, nn.Embedding) else FakeLinear(module, rule)
+
+    def pack(self, module: Any, q: QTensor[Any], rule: Rule) -> nn.Module:
+        """See `Backend.pack`."""
+        here = q.map(lambda array: array if isinstance(array, mx.array) else self.from_numpy(array))
+        if isinstance(module, nn.Embedding):
+            return deploy_embedding(here, rule)
+        return deploy_linear(here, rule, module.get("bias"))
+
+    def unpack(self, module: Any) -> QTensor[mx.array]:
+        """See `Backend.unpack`."""
+        q: QTensor[mx.array] = module.qtensor()
+        return q
+
+    def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+        """See `Backend.replace`."""
+        return surgery.replace(model, modules)
+
+    # whole models
+
+    def tensors(self, model: nn.Module) -> dict[str, mx.array]:
+        """See `Backend.tensors`."""
+        return surgery.tensors(model)
+
+    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """See `Backend.fill`."""
+        surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()})
+
+    def config(self, model: nn.Module) -> dict[str, Any] | None:
+        """See `Backend.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
+        return getattr(model, "qkit_config", None)
+
+    def build(self, config: Mapping[str, Any], folder: Path | None) -> nn.Module:
+        """See `Backend.build`; through mlx-lm, which needs no folder.
+
+        Raises:
+            BackendError: mlx-lm is missing, or has no such architecture.
+        """
+        try:
+            from qkit_mlx import hub
+        except ModuleNotFoundError as error:
+            if error.name != "mlx_lm":
+                raise
+            raise BackendError("building a Hugging Face model needs mlx-lm: pip install 'qkit[mlx-lm]'") from None
+        return hub.build(config)
+
+    # training
+
+    def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
+        """See `Backend.trainer`."""
+        return training.MlxTrainer(model, weight_decay=weight_decay)
+
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+        """See `Backend.loss`."""
+        return training.loss(model, tokens)
+
+    def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Backend.logits`."""
+        return training.logits(model, tokens)

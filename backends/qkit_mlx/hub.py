@@ -1,0 +1,28 @@
+"""Models of Hugging Face architectures, through mlx-lm. The only module that imports it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes
+
+from qkit.errors import BackendError
+
+CONFIG = "qkit_config"  #: attribute of a model: the configuration it was built from
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """A model of the architecture that `config` names, freshly initialised, that remembers `config`.
+
+    Raises:
+        BackendError: mlx-lm has no such architecture, or the configuration lacks something that it needs.
+    """
+    if "model_type" not in config:
+        raise BackendError("the configuration has no model_type: mlx-lm finds the architecture by it")
+    try:
+        model_class, arguments = _get_classes(dict(config))
+        model: nn.Module = model_class(arguments.from_dict(dict(config)))
+    except (ValueError, TypeError) as error:
+        raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}: {error}") from None
+    object.__setattr__(model, CONFIG, dict(config))  # Module's own would take a dict for parameters
+    return model

@@ -1,0 +1,148 @@
+"""Modules and arrays by dotted name: finding layers, replacing them, reading and filling what a model stores."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qkit.backend import Layer
+from qkit.errors import ArtifactError, BackendError
+from qkit.recipe import Kind
+from qkit_mlx.deployed import DEPLOYED, PackedEmbedding
+from qkit_mlx.layers import FakeEmbedding, FakeLinear
+
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every module that a rule could speak of: ours, linear and embedding layers, and whatever MLX would quantize."""
+    found = [_layer(path, module) for path, module in _modules(model)]
+    return [layer for layer in found if layer is not None]
+
+
+def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """`model` with the module at each path replaced, wherever it is registered; in place, unless it is the root.
+
+    Raises:
+        BackendError: there is no module at a path.
+    """
+    present = dict(_modules(model))
+    for path in modules:
+        if path not in present:
+            raise BackendError(f"the model has no module {path!r}: it has {', '.join(list(present)[:8])}")
+    instead = {id(present[path]): module for path, module in modules.items()}
+    for module in present.values():
+        _replace_in(module, instead)
+    return modules.get("", model)
+
+
+def tensors(model: nn.Module) -> dict[str, mx.array]:
+    """Every stored array by name, each once, but for the quantized weights of converted layers."""
+    return {name: container[key] for name, container, key in _slots(model)}
+
+
+def fill(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Puts `arrays` where `tensors(model)` has them; names that do not fit go through the model's own `sanitize` first.
+
+    Raises:
+        ArtifactError: a name or a shape does not fit, or one is missing.
+    """
+    slots = {name: (container, key) for name, container, key in _slots(model)}
+    if arrays.keys() != slots.keys() and hasattr(model, "sanitize"):
+        arrays = model.sanitize(dict(arrays))
+    for name in [*slots, *arrays]:
+        if name not in arrays:
+            raise ArtifactError(f"{name} is missing: the model has it, and the artifact does not")
+        if name not in slots:
+            raise ArtifactError(
+                f"{name} is in the artifact, and the model has no such tensor: is it another architecture?"
+            )
+    for name, (container, key) in slots.items():
+        want, given = tuple(container[key].shape), tuple(arrays[name].shape)
+        if want != given:
+            raise ArtifactError(f"{name} has shape {given}, and the model wants {want}: is it another architecture?")
+    for name, (container, key) in slots.items():
+        container[key] = arrays[name]
+
+
+# Walking. An MLX module is a dict of arrays, modules, lists and dicts; the same module may be registered twice.
+
+
+def _items(container: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(container.items() if isinstance(container, dict) else enumerate(container))
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _modules(container: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under `container`, itself included, once, at its first path."""
+    seen = set() if seen is None else seen
+    if isinstance(container, nn.Module):
+        if id(container) in seen:
+            return
+        seen.add(id(container))
+        yield path, container
+    for key, value in _items(container):
+        if isinstance(value, (dict, list)):
+            yield from _modules(value, _join(path, key), seen)
+
+
+def _replace_in(container: Any, instead: Mapping[int, nn.Module]) -> None:
+    for key, value in list(_items(container)):
+        if id(value) in instead:
+            container[key] = instead[id(value)]
+        elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
+            _replace_in(value, instead)
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    for path, module in _modules(model):
+        if not isinstance(module, DEPLOYED):
+            yield from _arrays(module, path)
+        elif "bias" in module:
+            yield _join(path, "bias"), module, "bias"
+
+
+def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Name, container and key of each array in a module, in its lists and dicts, but not in the modules within."""
+    for key, value in _items(container):
+        if isinstance(container, nn.Module) and key.startswith(
+            "_"
+        ):  # private to the module: MLX does not store it either
+            continue
+        if isinstance(value, mx.array):
+            yield _join(path, key), container, key
+        elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
+            yield from _arrays(value, _join(path, key))
+
+
+# Layers
+
+
+def _layer(path: str, module: Any) -> Layer | None:
+    kind: Kind = "embedding" if isinstance(module, EMBEDDINGS) else "linear"
+    if isinstance(module, DEPLOYED):
+        shape = (module["weight"].shape[0], module.inputs)
+        return Layer(path, kind, shape, module, "converted", module.rule, module.execution)
+    if isinstance(module, (FakeLinear, FakeEmbedding)):
+        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule)
+    if type(module) in (nn.Linear, nn.Embedding):
+        return Layer(path, kind, tuple(module.weight.shape), module)
+    name = type(module).__name__
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        outputs, words = module.weight.shape
+        return Layer(
+            path, kind, (outputs, words * 32 // module.bits), module, obstacle=f"quantized by MLX already ({name})"
+        )
+    if isinstance(module, nn.Linear):
+        return Layer(path, kind, tuple(module.weight.shape), module, obstacle=f"a subclass of Linear ({name})")
+    if isinstance(module, nn.Embedding):
+        return Layer(path, kind, tuple(module.weight.shape), module, obstacle=f"a subclass of Embedding ({name})")
+    if hasattr(module, "to_quantized") and isinstance(module.get("weight"), mx.array):
+        return Layer(
+            path, kind, tuple(module.weight.shape), module, obstacle=f"neither a Linear nor an Embedding ({name})"
+        )
+    return None

@@ -1,0 +1,20 @@
+"""Where the command line prints: tables for people, JSON for machines, errors apart."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+PAPER = 140  #: columns where the output is not a terminal
+
+console = Console(width=None if sys.stdout.isatty() else PAPER)
+errors = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def print_json(value: Any) -> None:
+    """`value` as JSON on standard output."""
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,62 @@
+"""`qkit demo`: the main job from end to end, shown as it happens. The work is in `qkit.demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qkit.cli.console import console
+from qkit.demo import PRESETS, Result, draw, run
+
+
+def demo(
+    backend: Annotated[
+        str | None, typer.Option(help="The engine that trains; the first ready one, if left out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the artifact and the picture go.")] = Path("qkit-demo"),
+    recipe: Annotated[str, typer.Option(help="The recipe to train for.")] = "int2-g64",
+) -> None:
+    """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
+        tasks = {}
+
+        def progress(stage: str, step: int, steps: int, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"training, {stage}", total=steps, loss="")
+            bars.update(tasks[stage], completed=step, loss=f"loss {loss:.3f}")
+
+        result = run(backend=backend, recipe=recipe, folder=out, progress=progress)
+    console.print(_table(result))
+    if result.backend in PRESETS:
+        console.print(f"a smaller model than on other backends: {result.backend} is slow on a Linux CPU")
+    console.print(f"{out / 'quantized'}: the artifact, a Hugging Face directory in compressed-tensors layout")
+    picture = out / "losses.png"
+    console.print(f"{picture}: the loss curves" if draw(result, picture) else "no picture: pip install 'qkit[plot]'")
+
+
+def _table(result: Result) -> Table:
+    title = f"{result.recipe} on {result.backend}: a Llama of {result.parameters:,} parameters, Python's own source, byte by byte"
+    table = Table("", "", title=title, show_header=False, title_justify="left")
+    other = "no second engine is installed"
+    if result.other_loss is not None:
+        other = f"{result.other_loss:.4f} (differs by {abs(result.other_loss - result.qat_loss):.1e})"
+    for name, value in (
+        ("held-out loss, float", f"{result.float_loss:.4f} nats per byte"),
+        ("  quantized without training (PTQ)", f"{result.ptq_loss:.4f}"),
+        ("held-out loss, float, trained longer", f"{result.longer_float_loss:.4f}"),
+        ("  quantized without training (PTQ)", f"{result.longer_ptq_loss:.4f}"),
+        ("held-out loss, trained as long on the grid (QAT)", f"{result.qat_loss:.4f}"),
+        ("share of the PTQ loss recovered", f"{result.recovered:.0%} (both trained as long)"),
+        ("bits per weight, embedding and head included", f"{result.bits_per_weight:.2f}"),
+        (
+            f"codes and scales equal on {', '.join(result.engines)}",
+            f"{result.codes_equal:,} of {result.codes_compared:,}",
+        ),
+        ("largest logit difference, prepared to converted", f"{result.forward_difference:g}"),
+        (f"held-out loss of the artifact on {result.other or 'another engine'}", other),
+    ):
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,148 @@
+"""`qkit parity`: every engine beside the reference, as a matrix of mismatches."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import qkit
+from qkit.backend import Backend
+from qkit.cli.console import Json, console, errors, print_json
+from qkit.grid import Grid
+from qkit.parity import Parity, compare_many
+from qkit.qtensor import DTYPES, DType
+from qkit.recipe import Recipe
+from qkit.testing.tensors import all_grids
+
+Rows = Mapping[str, list[Grid]]  #: name of a row of the matrix -> its grids
+MISMATCH = 1
+
+
+class Type(StrEnum):
+    """`DType`, as Typer wants choices."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def parity(
+    recipe: Annotated[
+        list[str] | None, typer.Argument(help="Recipes to compare on; all of them, if left out.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backends to compare; all that are ready.")
+    ] = None,
+    dtype: Annotated[
+        list[Type] | None, typer.Option(help="Types to compare in; all three, if left out.")
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compiled/--no-compiled", help="Only compiled, or only eager; eager by default."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every grid there is, eager and compiled.")] = False,
+    size: Annotated[
+        int, typer.Option(min=1, help="Random numbers per grid, besides the adversarial ones.")
+    ] = 16384,
+    as_json: Json = False,
+) -> None:
+    """Count the codes, scales and values in which backends differ from the reference; exit 1 if any does."""
+    rows = _every_row() if every and not recipe else _rows(recipe or qkit.recipes())
+    names = backend or [status.name for status in qkit.backends() if status.ready]
+    engines = [qkit.backend(name) for name in names]
+    modes = [False, True] if every and compiled is None else [bool(compiled)]
+    results = _run(engines, rows, [name for name in DTYPES if name in (dtype or DTYPES)], modes, size)
+    if as_json:
+        print_json([asdict(result) | {"grid": str(result.grid), "exact": result.exact} for result in results])
+    else:
+        _show(results, rows)
+    if not all(result.exact for result in results):
+        raise typer.Exit(MISMATCH)
+
+
+def _rows(names: Iterable[str]) -> Rows:
+    return {recipe.name: _grids(recipe) for recipe in map(qkit.recipe, names)}
+
+
+def _grids(recipe: Recipe) -> list[Grid]:
+    grids = [grid for rule in recipe.rules for grid in (rule.weight, rule.activation) if grid]
+    return list(dict.fromkeys(grids))
+
+
+def _every_row() -> Rows:
+    rows: dict[str, list[Grid]] = {}
+    for grid in all_grids():
+        rows.setdefault(f"{grid.element} {grid.scale}", []).append(grid)
+    return rows
+
+
+def _run(
+    engines: list[Backend], rows: Rows, dtypes: list[DType], modes: list[bool], size: int
+) -> list[Parity]:
+    """Each distinct grid once per engine, type and mode, with progress on standard error."""
+    grids = list(dict.fromkeys(grid for grids in rows.values() for grid in grids))
+    work = [
+        (engine, dtype, compiled)
+        for engine in engines
+        for compiled in modes
+        for dtype in dtypes
+        if not (
+            compiled and engine.name == "numpy" and len(modes) > 1
+        )  # nothing to compile: it would be eager again
+    ]
+    results = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("", total=len(work) * len(grids))
+        for engine, dtype, compiled in work:
+            progress.update(task, description=f"{_mode(engine.name, compiled)} {dtype}")
+            for result in compare_many(engine, grids, dtype=dtype, compiled=compiled, size=size):
+                results.append(result)
+                progress.advance(task)
+    return results
+
+
+def _show(results: list[Parity], rows: Rows) -> None:
+    columns = list(dict.fromkeys(_mode(result.backend, result.compiled) for result in results))
+    dtypes = list(dict.fromkeys(result.dtype for result in results))
+    table = Table("grid", "dtype", *columns, title="mismatching codes/scales/values, out of how many numbers")
+    for name, grids in rows.items():
+        for dtype in dtypes:
+            mine = [result for result in results if result.grid in grids and result.dtype == dtype]
+            cells = [
+                _cell([result for result in mine if _mode(result.backend, result.compiled) == column])
+                for column in columns
+            ]
+            table.add_row(name, dtype, *cells)
+    console.print(table)
+    for reason in dict.fromkeys(
+        f"{result.backend} {result.grid}: {result.error}" for result in results if result.error
+    ):
+        console.print(reason, markup=False, highlight=False)
+    compared = sum(result.compared for result in results)
+    wrong = sum(result.codes + result.scales + result.values for result in results)
+    failed = sum(bool(result.error) for result in results)
+    console.print(
+        f"{wrong:,} mismatches in {compared:,} comparisons" + (f", {failed} not run" if failed else "")
+    )
+
+
+def _cell(results: list[Parity]) -> str:
+    if any(result.error for result in results):
+        return "[red]failed[/]"
+    counts = [sum(getattr(result, name) for result in results) for name in ("codes", "scales", "values")]
+    color = "red" if any(counts) else "green"
+    compared = _short(sum(result.compared for result in results))
+    return f"[{color}]{'/'.join(map(str, counts))}[/] [dim]{compared}[/]"
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
+
+
+def _mode(backend: str, compiled: bool) -> str:
+    return f"{backend} compiled" if compiled else backend

@@ -1,0 +1,79 @@
+"""`qkit recipes [NAME]`: the recipes there are, or one in full."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+import qkit
+from qkit.cli.console import Json, console, print_json
+from qkit.grid import Grid
+from qkit.recipe import Recipe, rule_table
+from qkit.registry import ALIASES
+
+NAMES = 80  #: columns that names and grids take; the summary has the rest
+TYPICAL = (4096, 4096)  #: shape of the weight that bits per weight are given for
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="A recipe, an alias or a TOML file; all, if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or show one in full."""
+    if name is not None:
+        _show(name, as_json)
+        return
+    found = [qkit.recipe(known) for known in qkit.recipes()]
+    if as_json:
+        print_json([_as_table(recipe) for recipe in found])
+        return
+    rows = [(recipe.name, *_main_rule(recipe), recipe.summary) for recipe in found]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(("recipe", "weight", "activation", "bits")):
+        table.add_column(heading, min_width=max(len(row[i]) for row in rows), no_wrap=True)
+    table.add_column("summary", no_wrap=True, overflow="ellipsis", max_width=max(console.width - NAMES, 1))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "aliases: " + ", ".join(f"{alias} = {target}" for alias, target in ALIASES.items()), highlight=False
+    )
+
+
+def _show(name: str, as_json: bool) -> None:
+    recipe = qkit.recipe(name)
+    if as_json:
+        print_json(_as_table(recipe))
+        return
+    if name in ALIASES:
+        console.print(f"{name} is an alias of {recipe.name}", highlight=False)
+    console.print(f"[bold]{recipe.name}[/], version {recipe.version}: {recipe.summary}", highlight=False)
+    table = Table("layers", "kind", "weight", "activation", "bits", title="the first rule that matches wins")
+    for rule in recipe.rules:
+        weight = str(rule.weight) if rule.weight else "left alone"
+        table.add_row(
+            ", ".join(rule.match), rule.kind, weight, str(rule.activation or ""), _bits(rule.weight)
+        )
+    console.print(table)
+
+
+def _main_rule(recipe: Recipe) -> tuple[str, str, str]:
+    """Weight, activation and bits of the last rule that quantizes: what most layers get."""
+    rule = [rule for rule in recipe.rules if rule.weight][-1]
+    return str(rule.weight), str(rule.activation or ""), _bits(rule.weight)
+
+
+def _bits(grid: Grid | None) -> str:
+    return f"{grid.bits_per_weight(TYPICAL):.2f}" if grid else ""
+
+
+def _as_table(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "version": recipe.version,
+        "summary": recipe.summary,
+        "rules": [rule_table(rule) for rule in recipe.rules],
+    }

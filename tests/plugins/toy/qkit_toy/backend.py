@@ -1,0 +1,100 @@
+"""A backend for `toyframe`: the reference's arithmetic through the bridge, and surgery on its modules."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from toyframe import Linear, Module, Tensor
+
+import qkit
+from qkit.backend import Layer
+from qkit.errors import ArtifactError
+from qkit.numpy_backend import NumpyBackend
+from qkit.qtensor import QTensor
+from qkit.recipe import Rule
+
+
+class FakeLinear(Linear):
+    """A linear layer that computes with the quantized values of its weight; the master stays where it was."""
+
+    rule: Rule
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return Linear(qkit.fake_quantize(self.weight, self.rule.weight), self.bias)(x)
+
+
+class PackedLinear(Module):
+    """A linear layer that holds codes, and decodes them at every call."""
+
+    def __init__(self, q: QTensor[Tensor], bias: Tensor, rule: Rule) -> None:
+        self.q, self.bias, self.rule = q, bias, rule
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return Linear(qkit.dequantize(self.q), self.bias)(x)
+
+
+class ToyBackend(NumpyBackend):
+    """Everything that qkit needs of `toyframe`."""
+
+    name = "toy"
+    framework = "toyframe"
+
+    def from_numpy(self, x: NDArray[Any]) -> Tensor:
+        return Tensor(x)
+
+    def to_numpy(self, x: Any) -> NDArray[Any]:
+        return x.array if isinstance(x, Tensor) else np.asarray(x)
+
+    def layers(self, model: Module) -> Iterable[Layer]:
+        for path, module in _walk(model, ""):
+            if isinstance(module, PackedLinear):
+                yield Layer(path, "linear", module.q.shape, module, "converted", module.rule, "decoded first")
+            elif isinstance(module, Linear):
+                stage = "prepared" if isinstance(module, FakeLinear) else "float"
+                yield Layer(path, "linear", module.weight.shape, module, stage, getattr(module, "rule", None))
+
+    def weight(self, module: Linear) -> Tensor:
+        return module.weight
+
+    def fake(self, module: Linear, rule: Rule) -> FakeLinear:
+        layer = FakeLinear(module.weight, module.bias)
+        layer.rule = rule
+        return layer
+
+    def pack(self, module: Linear, q: QTensor[Any], rule: Rule) -> PackedLinear:
+        return PackedLinear(q.map(self.to_numpy).map(self.from_numpy), module.bias, rule)
+
+    def unpack(self, module: PackedLinear) -> QTensor[Any]:
+        return module.q
+
+    def replace(self, model: Module, modules: Mapping[str, Module]) -> Module:
+        instead = {id(module): modules[path] for path, module in _walk(model, "") if path in modules}
+        for _, parent in list(_walk(model, "")):
+            for name, child in getattr(parent, "modules", {}).items():
+                parent.modules[name] = instead.get(id(child), child)
+        return instead.get(id(model), model)
+
+    def tensors(self, model: Module) -> dict[str, Tensor]:
+        slots = ((path, module, key) for path, module in _walk(model, "") for key in ("weight", "bias"))
+        return {f"{path}.{key}".lstrip("."): getattr(at, key) for path, at, key in slots if hasattr(at, key)}
+
+    def fill(self, model: Module, tensors: Mapping[str, NDArray[Any]]) -> None:
+        mine = self.tensors(model)
+        have, given = ({name: x.shape for name, x in side.items()} for side in (mine, tensors))
+        if have != given:
+            raise ArtifactError(f"the model has {have}, and was given {given}")
+        for name, tensor in mine.items():
+            tensor.array = tensors[name]
+
+    def config(self, model: Module) -> None:
+        return None
+
+
+def _walk(module: Module, path: str) -> Iterable[tuple[str, Module]]:
+    """Every module once, at its first path."""
+    found = {id(module): (path, module)}
+    for name, child in getattr(module, "modules", {}).items():
+        for below, grandchild in _walk(child, f"{path}.{name}".lstrip(".")):
+            found.setdefault(id(grandchild), (below, grandchild))
+    return found.values()

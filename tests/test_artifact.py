@@ -1,0 +1,198 @@
+"""What is saved is what was trained: on the engine that saved it, on the other, and in readers that do not know qkit."""
+
+import json
+from itertools import permutations
+
+import numpy as np
+import pytest
+from llama import CONFIG, ENGINES, build, logits
+from safetensors.numpy import save_file
+
+import qkit
+from qkit.artifact.tensors import read_file
+
+RECIPES = ["int4-g64", "int4-g64-minmax", "int8-row", "int3-g32", "mxfp4-a16", "mxfp8-a16", "nvfp4-a16", "fp8"]
+
+pytestmark = pytest.mark.skipif(not ENGINES, reason="no engine with modules is installed")
+
+
+def codes(name, model):
+    """Every code and scale of `model`, as bytes by path and part."""
+    engine = qkit.backend(name)
+    converted = [layer for layer in engine.layers(model) if layer.stage == "converted"]
+    return {
+        (layer.path, part): engine.to_numpy(array).tobytes()
+        for layer in converted
+        for part, array in engine.unpack(layer.module).parts().items()
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_reloaded_model_is_the_same_model(name, recipe, tied, tmp_path):
+    model = qkit.convert(build(name, tie_word_embeddings=tied), recipe)
+    again = qkit.load(qkit.save(model, tmp_path / "out"), backend=name)
+    assert codes(name, again) == codes(name, model)
+    assert np.array_equal(logits(name, again), logits(name, model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("name", "other"), list(permutations(ENGINES, 2)))
+def test_the_other_engine_opens_it_with_equal_codes(name, other, recipe, dtype, tmp_path):
+    model = qkit.convert(build(name, dtype=dtype), recipe)
+    opened = qkit.load(qkit.save(model, tmp_path / "out"), backend=other)
+    assert codes(other, opened) == codes(name, model)
+    if dtype == "float32":  # MLX on a CPU accumulates bfloat16 in bfloat16: only fp32 logits are comparable
+        ours, theirs = logits(name, model), logits(other, opened)
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(ours).max()  # two libraries order a matrix product otherwise
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_write_the_same_bytes(name, tmp_path):
+    config = {**CONFIG, "quantization_config": None}
+    files = []
+    for engine in ENGINES:
+        model = qkit.convert(build(engine), "int4-g64")
+        files.append((qkit.save(model, tmp_path / engine) / "model.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    assert config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_writes_are_the_same_bytes(name, tmp_path):
+    model = qkit.convert(build(name), "int4-g64")
+    first, second = (qkit.save(model, tmp_path / folder) for folder in "ab")
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("recipe", ["int4-g64", "int4-g64-minmax", "int8-row", "int3-g32", "int2-g64", "fp8"])
+def test_transformers_opens_it_with_the_same_logits(recipe, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = qkit.convert(build("torchao"), recipe)
+    folder = qkit.save(model, tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert np.array_equal(logits("torchao", opened), logits("torchao", model))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_float_model_is_saved_as_a_plain_directory(name, tmp_path):
+    model = build(name)
+    folder = qkit.save(model, tmp_path / "out")
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert np.array_equal(logits(name, qkit.load(folder, backend=name)), logits(name, model))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_description_is_whole(name, tmp_path):
+    folder = qkit.save(qkit.convert(build(name), "mxfp4-a16"), tmp_path / "out")
+    _, metadata = read_file(folder / "model.safetensors")
+    described = json.loads(metadata["qkit"])
+    assert list(metadata) == ["qkit"]
+    assert described["numerics"] == 1
+    assert described["rules"][0]["weight"] == {"element": "e2m1", "group": 32, "scale": "rceil"}
+    assert "model.layers.1.mlp.down_proj" in described["rules"][0]["match"]
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_files_are_readable_by_others(name, tmp_path):
+    folder = qkit.save(qkit.convert(build(name), "int4-g64"), tmp_path / "out")
+    assert (folder / "model.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_artifact_is_replaced_whole_and_nothing_else_is_touched(name, tmp_path):
+    out = tmp_path / "out"
+    qkit.save(qkit.convert(build(name), "int4-g64"), out)
+    qkit.save(qkit.convert(build(name), "int3-g64"), out)
+    assert qkit.coverage(qkit.load(out, backend=name)).rows[1].weight == "int3-g64-signed"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    with pytest.raises(qkit.ArtifactError, match="exists and is no artifact"):
+        qkit.save(build(name), precious)
+    assert [entry.name for entry in precious.iterdir()] == ["thesis.tex"]
+
+
+def damage_nothing_there(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damage_truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_not_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"\x80\x04pickle")
+
+
+def damage_missing_scale(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight_scale"))
+
+
+def damage_missing_norm(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def damage_stray_tensor(folder):
+    rewrite(folder, lambda tensors: tensors.update(stray=np.zeros(3, np.float32)))
+
+
+def damage_wrong_shape(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(3, np.float32)}))
+
+
+def damage_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def damage_rules(folder):
+    rewrite(folder, lambda tensors: None, {"qkit": '{"numerics": 1, "rules": [{}]}'})
+
+
+def damage_numerics(folder):
+    rewrite(folder, lambda tensors: None, {"qkit": '{"numerics": 99, "rules": []}'})
+
+
+def rewrite(folder, edit, metadata=None):
+    tensors, old = read_file(folder / "model.safetensors")
+    tensors = {name: np.array(array) for name, array in tensors.items()}
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata=metadata or old)
+
+
+DAMAGES = [value for name, value in list(globals().items()) if name.startswith("damage_")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ENGINES)
+def test_damage_is_an_error_that_names_the_folder_or_the_tensor(name, damage, tmp_path):
+    folder = qkit.save(qkit.convert(build(name), "int4-g64"), tmp_path / "out")
+    damage(folder)
+    with pytest.raises(qkit.ArtifactError, match=r"out|model\.|stray"):
+        qkit.load(folder, backend=name)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_grid_without_portable_layout_is_refused_before_anything_is_written(name, tmp_path):
+    recipe = qkit.Recipe("odd", (qkit.Rule(("*.mlp.*",), weight=qkit.Grid("e2m1", 64)),))
+    with pytest.raises(qkit.ArtifactError, match="compressed-tensors has no layout for e2m1-g64-rceil"):
+        qkit.save(qkit.convert(build(name), recipe), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_another_tools_quantized_directory_is_refused(name, tmp_path):
+    folder = qkit.save(build(name), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(qkit.ArtifactError, match="quantized by awq"):
+        qkit.load(folder, backend=name)
