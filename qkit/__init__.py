@@ -15,7 +15,6 @@ from qkit.errors import (
     StageError,
 )
 from qkit.grid import Grid
-from qkit.hookspecs import hookimpl
 from qkit.pipeline import convert, coverage, prepare
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
@@ -45,7 +44,6 @@ __all__ = [
     "coverage",
     "dequantize",
     "fake_quantize",
-    "hookimpl",
     "load",
     "prepare",
     "quantize",

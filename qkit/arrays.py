@@ -57,7 +57,9 @@ def check(engine: Backend, w: Any, grid: Grid, *, name: str) -> None:
     magnitude = engine.magnitude(w)
     if not magnitude < LIMIT:
         what = "holds NaN" if magnitude != magnitude else f"holds a magnitude of {magnitude:g}"
-        raise RangeError(f"{name} {what}: only finite values below 2^127 have codes; find what made it before you quantize")
+        raise RangeError(
+            f"{name} {what}: only finite values below 2^127 have codes; find what made it before you quantize"
+        )
 
 
 def _engine(array: Any, backend: str | Backend | None) -> Backend:

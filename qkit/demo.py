@@ -145,9 +145,13 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress) -
     model = pipeline.convert(model)
     artifact.save(model, folder / "quantized", source=folder / "float", backend=engine)
 
-    others = [choose(status.name) for status in backends() if status.ready and status.name not in ("numpy", engine.name)]
+    others = [
+        choose(status.name) for status in backends() if status.ready and status.name not in ("numpy", engine.name)
+    ]
     other = next((candidate for candidate in others if hasattr(candidate, "trainer")), None)
-    codes = {layer.path: engine.unpack(layer.module).map(engine.to_numpy) for layer in engine.layers(model) if layer.rule}
+    codes = {
+        layer.path: engine.unpack(layer.module).map(engine.to_numpy) for layer in engine.layers(model) if layer.rule
+    }
     equal, compared = compare([choose("numpy"), engine, *others], masters, codes)
     result = Result(
         backend=engine.name,
@@ -212,13 +216,17 @@ def draw(result: Result, file: Path) -> bool:
         axes.axhline(loss, color=color, linestyle=":", label=f"{name}, held-out text: {loss:.3f}")
     axes.set_title(f"{result.recipe} on {result.backend}", loc="left")
     top = max(result.ptq_loss, result.qat_loss)
-    axes.set(xlabel="step", ylabel="loss, nats per byte", ylim=(min(result.float_loss, result.qat_loss) * 0.85, top * 1.25))
+    axes.set(
+        xlabel="step", ylabel="loss, nats per byte", ylim=(min(result.float_loss, result.qat_loss) * 0.85, top * 1.25)
+    )
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
     return True
 
 
-def _train(engine: Backend, model: Any, text: Tokens, preset: Preset, stage: str, progress: Progress) -> list[tuple[int, float]]:
+def _train(
+    engine: Backend, model: Any, text: Tokens, preset: Preset, stage: str, progress: Progress
+) -> list[tuple[int, float]]:
     first = stage == "float"
     steps = preset.float_steps if first else preset.more_steps
     curve = []

@@ -7,7 +7,9 @@ from typing import Final, Literal
 from qkit.errors import GridError
 
 MIN_SCALE: Final = 2.0**-96  #: the smallest magnitude of an integer scale; a group of zeros gets it
-MIN_SCALE_CODE: Final = 32  #: E8M0 codes are clipped to 32..253, so that 0 and 255, traps in three libraries, never appear
+MIN_SCALE_CODE: Final = (
+    32  #: E8M0 codes are clipped to 32..253, so that 0 and 255, traps in three libraries, never appear
+)
 MAX_SCALE_CODE: Final = 253
 MIN_BLOCK_SCALE: Final = 2.0**-9  #: the smallest NVFP4 block scale: the smallest positive e4m3
 LIMIT: Final = 2.0**127  #: magnitudes from here on are refused: their rounded value may be infinite

@@ -97,9 +97,7 @@ def _compare_compiled(engine: Backend, grids: Sequence[Grid], *, dtype: DType, s
     return [_compare(engine, [grid], dtype=dtype, compiled=True, size=size)[0] for grid in grids]
 
 
-def _compare(
-    engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: bool, size: int
-) -> list[Parity]:
+def _compare(engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: bool, size: int) -> list[Parity]:
     """Compares `grids` in one function of as many arrays."""
     results = [Parity(engine.name, grid, dtype, compiled) for grid in grids]
     function = _everything(engine, grids)
@@ -126,7 +124,7 @@ def _everything(engine: Backend, grids: Sequence[Grid]) -> Callable[..., tuple[A
         return tuple(made)
 
     # torch gives up after eight compilations of one code object, so each function has its own
-    everything.__code__ = everything.__code__.replace(co_name=f"everything_{id(grids)}")
+    everything.__code__ = everything.__code__.replace()
     return everything
 
 

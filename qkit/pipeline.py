@@ -53,7 +53,9 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
     if layer.obstacle:
         if rule.indivisible == "skip":
             return Planned(layer, None, layer.obstacle)
-        raise RecipeError(f"{layer.path}: {layer.obstacle}; put a rule without weight before, that matches it, to leave it alone")
+        raise RecipeError(
+            f"{layer.path}: {layer.obstacle}; put a rule without weight before, that matches it, to leave it alone"
+        )
     for grid in (rule.weight, rule.activation):
         try:
             if grid:
@@ -158,7 +160,9 @@ class Coverage:
             for row in self.rows
         ]
         widths = [max((len(row[i]) for row in cells), default=0) for i in range(3)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in cells]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in cells
+        ]
         return "\n".join([*lines, f"{self.bits_per_weight:.2f} bits per weight"])
 
 
@@ -172,7 +176,9 @@ def _cover(layer: Layer, engine: Backend) -> Covered:
     if layer.rule is None or layer.rule.weight is None:
         reason = getattr(layer.module, NOTE, "") or layer.obstacle
         bits = {"float32": 32.0}.get(str(engine.weight(layer.module).dtype).rpartition(".")[2], 16.0)
-        return Covered(layer.path, layer.kind, layer.shape, "", "", f"left alone: {reason}" if reason else "float", bits)
+        return Covered(
+            layer.path, layer.kind, layer.shape, "", "", f"left alone: {reason}" if reason else "float", bits
+        )
     grid, activation = layer.rule.weight, layer.rule.activation
     state = "prepared" if layer.stage == "prepared" else layer.execution
     bits = grid.bits_per_weight(layer.shape)
@@ -189,7 +195,9 @@ def _surgeon(model: Any, backend: str | Backend | None) -> Backend:
 def _want_float(layers: list[Layer], verb: str) -> None:
     for layer in layers:
         if layer.stage != "float":
-            way_out = "call convert(model) without a recipe" if layer.stage == "prepared" else "load the float model again"
+            way_out = (
+                "call convert(model) without a recipe" if layer.stage == "prepared" else "load the float model again"
+            )
             raise StageError(f"cannot {verb} with a recipe: {layer.path} is {layer.stage} already; {way_out}")
 
 

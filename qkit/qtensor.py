@@ -41,7 +41,9 @@ class QTensor(Generic[Array]):
     def __post_init__(self) -> None:
         want = self.grid.scale_shape(self.shape)
         if shape_of(self.scales) != want:
-            raise GridError(f"scales of shape {shape_of(self.scales)} do not fit {self.grid} of {self.shape}: want {want}")
+            raise GridError(
+                f"scales of shape {shape_of(self.scales)} do not fit {self.grid} of {self.shape}: want {want}"
+            )
         if (self.zeros is None) != self.grid.symmetric:
             raise GridError(f"{self.grid}: zero points belong to minmax, and minmax needs them")
         if (self.tensor_scale is None) != (self.grid.scale != "nvfp4"):

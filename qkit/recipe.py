@@ -1,15 +1,16 @@
 """What happens to a model: a named, versioned list of rules, read from flat TOML. First match wins."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qkit.errors import GridError, RecipeError
 from qkit.grid import Grid
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 Kind = Literal["linear", "embedding"]
 SCHEMA = 1
@@ -68,12 +69,14 @@ class Recipe:
         return next((rule for rule in self.rules if rule.matches(path, kind)), None)
 
 
-def read_recipe(file: Path | Traversable) -> Recipe:
+def read_recipe(file: "Path | Traversable") -> Recipe:
     """The recipe in a TOML file; its name is the file's.
 
     Raises:
         RecipeError: the file is missing or malformed; the message names the file and the key.
     """
+    import tomllib  # here, so that `import qkit` stays cheap
+
     name = file.name.removesuffix(".toml")
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))

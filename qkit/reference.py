@@ -215,7 +215,7 @@ def e2m1_codes(x: Floats, s: Floats) -> Codes:
 def tensor_power(x: Floats) -> Floats:
     """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
     c = ceil_exponent(np.abs(x).max() * np.float32(constants.NVFP4_RECIPROCAL))
-    return power(np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
+    return np.asarray(power(np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)))  # an array, not a scalar
 
 
 def block_scale(x: Floats, tensor_scale: Floats) -> Codes:

@@ -5,18 +5,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
-from importlib.resources.abc import Traversable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pluggy
-
-from qkit import hookspecs
 from qkit.backend import Backend, BackendSpec
 from qkit.errors import BackendError, RecipeError
 from qkit.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:  # `import qkit` stays cheap: discovery is paid for when something is looked up
+    from importlib.resources.abc import Traversable
+
+    from pluggy import PluginManager
 
 GROUP = "qkit"
 
@@ -36,7 +36,7 @@ class Plugins:
     """What discovery found."""
 
     backends: dict[str, BackendSpec] = field(default_factory=dict)
-    recipes: dict[str, Traversable] = field(default_factory=dict)
+    recipes: "dict[str, Traversable]" = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
 
 
@@ -51,9 +51,15 @@ class BackendStatus:
 
 
 @cache
-def manager() -> pluggy.PluginManager:
+def manager() -> "PluginManager":
     """The plugin manager, with every entry point that loads. Those that do not are in `plugins().broken`."""
-    found = pluggy.PluginManager(GROUP)
+    from importlib.metadata import entry_points
+
+    from pluggy import PluginManager
+
+    from qkit import hookspecs
+
+    found = PluginManager(GROUP)
     found.add_hookspecs(hookspecs)
     for entry in entry_points(group=GROUP):
         try:

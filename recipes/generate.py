@@ -51,9 +51,7 @@ def _torchao() -> list[tuple[str, str]]:
     return [
         (
             "int4-weight-only",
-            _recipe(
-                f"int4 weights, groups of 128 as in torchao, on qkit's signed grid; {HEAD}", Grid("int4", 128)
-            ),
+            _recipe(f"int4 weights, groups of 128 as in torchao, on qkit's signed grid; {HEAD}", Grid("int4", 128)),
         ),
         (
             "int8-dynamic-act-int4-weight",

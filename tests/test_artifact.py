@@ -46,7 +46,9 @@ def test_the_other_engine_opens_it_with_equal_codes(name, other, recipe, dtype, 
     assert codes(other, opened) == codes(name, model)
     if dtype == "float32":  # MLX on a CPU accumulates bfloat16 in bfloat16: only fp32 logits are comparable
         ours, theirs = logits(name, model), logits(other, opened)
-        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(ours).max()  # two libraries order a matrix product otherwise
+        assert (
+            np.abs(ours - theirs).max() <= 1e-5 * np.abs(ours).max()
+        )  # two libraries order a matrix product otherwise
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -20,9 +20,7 @@ FRAMEWORKS = ("torch", "torchao", "mlx", "transformers", "mlx_lm", "gguf")
 runner = CliRunner()
 
 
-def fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str]:
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """Exit code and standard error of `qkit ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["qkit", *arguments])
     monkeypatch.delenv("QKIT_DEBUG", raising=False)
@@ -163,9 +161,7 @@ def test_a_malformed_recipe_names_file_and_key(
     assert f"qkit: {file}: unknown key 'gruds' in the recipe" in message
 
 
-@pytest.mark.parametrize(
-    "arguments", [("nonsense",), ("parity", "--dtype", "float64"), ("recipes", "--nope")]
-)
+@pytest.mark.parametrize("arguments", [("nonsense",), ("parity", "--dtype", "float64"), ("recipes", "--nope")])
 def test_wrong_usage_is_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
@@ -184,9 +180,7 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("code", ["import qkit; qkit.recipes(); qkit.backends()", "import qkit.cli"])
 def test_no_framework_is_imported_before_it_is_needed(code: str) -> None:
     probe = f"import sys; {code}; print(*(name for name in {FRAMEWORKS} if name in sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", probe], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
@@ -198,7 +192,5 @@ def test_recipes_answer_in_well_under_a_second() -> None:
         before = os.times()
         subprocess.run(command, capture_output=True, check=True)
         after = os.times()
-        spent.append(
-            after.children_user + after.children_system - before.children_user - before.children_system
-        )
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(spent) < 1.0

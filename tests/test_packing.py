@@ -69,9 +69,7 @@ def test_the_stream_is_the_sum_of_shifted_codes(bits: int, data: st.DataObject) 
 @pytest.mark.parametrize("grid", all_grids(), ids=str)
 def test_the_codes_of_every_grid_come_back(grid: Grid) -> None:
     q = reference.quantize(random((4, 128), 1), grid)
-    back = packing.unpacked_codes(
-        packing.packed_codes(q), element=grid.element, n=128, symmetric=grid.symmetric
-    )
+    back = packing.unpacked_codes(packing.packed_codes(q), element=grid.element, n=128, symmetric=grid.symmetric)
     assert back.dtype == q.codes.dtype
     assert np.array_equal(back, q.codes)
 

@@ -33,9 +33,7 @@ def run(installed: Path, *arguments: str | Path) -> subprocess.CompletedProcess[
     path = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
     command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=installed, check=False
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=installed, check=False)
 
 
 def test_the_toy_is_ready_and_the_broken_plugin_says_why_not(installed: Path) -> None:

@@ -107,18 +107,14 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         ("[[rules]]", "[[rules]", "line"),
     ],
 )
-def test_a_malformed_recipe_names_the_file_and_the_key(
-    tmp_path: Path, old: str, new: str, message: str
-) -> None:
+def test_a_malformed_recipe_names_the_file_and_the_key(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in GOOD
     file = write(tmp_path, GOOD.replace(old, new))
     with pytest.raises(RecipeError, match=r"mine\.toml: .*" + message.replace("()", r"\(\)")):
         qkit.recipe(file)
 
 
-@pytest.mark.parametrize(
-    "match", [5, [5], {"a": 1}, None], ids=["a number", "a list of numbers", "a table", "nothing"]
-)
+@pytest.mark.parametrize("match", [5, [5], {"a": 1}, None], ids=["a number", "a list of numbers", "a table", "nothing"])
 def test_a_match_that_is_no_text_is_refused(match: Any) -> None:
     with pytest.raises(RecipeError, match="match"):
         rule_from_table({"match": match})

@@ -15,9 +15,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.testing import all_grids, random
 
-SYMMETRIC = [
-    Grid(f"int{bits}", 8, rule) for bits in (2, 3, 4, 5, 6, 8) for rule in ("signed", "absmax", "midmax")
-]
+SYMMETRIC = [Grid(f"int{bits}", 8, rule) for bits in (2, 3, 4, 5, 6, 8) for rule in ("signed", "absmax", "midmax")]
 ORDINARY = st.floats(-(2.0**66), 2.0**66, width=32).filter(lambda x: x == 0 or abs(x) > 2.0**-50)
 GROUPS = arrays.arrays(np.float32, (3, 8), elements=ORDINARY)
 
@@ -109,9 +107,7 @@ def test_golden_e2m1() -> None:
 )
 def test_golden_scales_of_mxfp4(peak: float, floor: int, even: int, rceil: int) -> None:
     w = np.full((1, 32), peak, np.float32)
-    found = [
-        reference.quantize(w, Grid("e2m1", 32, rule)).scales.item() for rule in ("floor", "even", "rceil")
-    ]
+    found = [reference.quantize(w, Grid("e2m1", 32, rule)).scales.item() for rule in ("floor", "even", "rceil")]
     assert found == [floor, even, rceil]
 
 
@@ -226,9 +222,7 @@ def test_the_smallest_scale_keeps_the_sign() -> None:
     assert reference.quantize(w, Grid("int4", 8)).scales.tolist() == [[-MIN_SCALE], [MIN_SCALE]]
 
 
-@pytest.mark.parametrize(
-    "grid", [Grid("int4", 64), Grid("int8", "row"), Grid("e2m1", 32), Grid("e4m3", "tensor")]
-)
+@pytest.mark.parametrize("grid", [Grid("int4", 64), Grid("int8", "row"), Grid("e2m1", 32), Grid("e4m3", "tensor")])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 2.0**127, 3e38])
 def test_what_has_no_codes_is_refused(grid: Grid, bad: float) -> None:
     import qkit

@@ -104,9 +104,7 @@ def test_a_hook_that_fails_disables_only_its_plugin() -> None:
         status = {status.name: status for status in qkit.backends()}
         assert status["plugged"].reason == "plugin disabled: qkit_backends: OSError: no disk"
         assert status["numpy"].ready
-        with pytest.raises(
-            BackendError, match="backend 'plugged' is disabled: qkit_backends: OSError: no disk"
-        ):
+        with pytest.raises(BackendError, match="backend 'plugged' is disabled: qkit_backends: OSError: no disk"):
             qkit.backend("plugged")
     assert "plugged" not in [status.name for status in qkit.backends()]
 

@@ -162,7 +162,9 @@ def test_autocast_trains_the_fp32_master_with_bfloat16_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("recipe", ["int4-g32", "int3-g32", "int4-g32-minmax", "int8-row", "mxfp4", "mxfp8-a16", "nvfp4", "fp8"])
+@pytest.mark.parametrize(
+    "recipe", ["int4-g32", "int3-g32", "int4-g32-minmax", "int8-row", "mxfp4", "mxfp8-a16", "nvfp4", "fp8"]
+)
 def test_prepared_equals_converted(recipe, dtype):
     model, x = qkit.prepare(mlp(dtype), recipe), inputs(dtype)
     prepared = model(x)

@@ -43,7 +43,7 @@ class DeployedLinear(nn.QuantizedLinear):
 
     Adds what MLX's lacks: the grid of the input, the power of two of `nvfp4`, and an output of the type that came in
     (MLX's would be float32, the type of the scales).
-    """""
+    """
 
     def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
         nn.Module.__init__(self)  # not QuantizedLinear's: it would draw a random weight and quantise it

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes
 
@@ -24,5 +25,6 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = model_class(arguments.from_dict(dict(config)))
     except (ValueError, TypeError) as error:
         raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}: {error}") from None
+    model.set_dtype(getattr(mx, str(config.get("dtype") or config.get("torch_dtype") or "float32")))
     object.__setattr__(model, CONFIG, dict(config))  # Module's own would take a dict for parameters
     return model

@@ -77,13 +77,13 @@ class TorchaoBackend:
                 owners.setdefault(id(module.weight), []).append(path)
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                shape, kind = (module.out_features, module.in_features), "linear"
+                shape = (module.out_features, module.in_features)
             elif isinstance(module, nn.Embedding):
-                shape, kind = (module.num_embeddings, module.embedding_dim), "embedding"
+                shape = (module.num_embeddings, module.embedding_dim)
             else:
                 continue
             others = [other for other in owners[id(module.weight)] if other != path]
-            yield _layer(path, kind, shape, module, tied_to=", ".join(others))
+            yield _layer(path, shape, module, tied_to=", ".join(others))
 
     def weight(self, module: nn.Module) -> Tensor:
         """See `Backend.weight`."""
@@ -92,12 +92,14 @@ class TorchaoBackend:
 
     def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
-        return layers.fake(module, rule)
+        made: nn.Module = layers.fake(module, rule)
+        return made
 
     def pack(self, module: nn.Module, q: QTensor[Any], rule: Rule) -> nn.Module:
         """See `Backend.pack`; the codes go to the layer's device."""
         device = self.weight(module).device
-        return layers.pack(module, q.map(lambda array: self._tensor(array).to(device)), rule)
+        made: nn.Module = layers.pack(module, q.map(lambda array: self._tensor(array).to(device)), rule)
+        return made
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
         """See `Backend.unpack`."""
@@ -136,15 +138,19 @@ class TorchaoBackend:
         for name, array in tensors.items():
             new = self.from_numpy(array)
             if new.shape != state[name].shape:
-                raise ArtifactError(f"{name} is {list(new.shape)} in the file and {list(state[name].shape)} in the model")
+                raise ArtifactError(
+                    f"{name} is {list(new.shape)} in the file and {list(state[name].shape)} in the model"
+                )
             if new.dtype != state[name].dtype and state[name].dtype != torch.float32:
-                raise ArtifactError(f"{name} is {new.dtype} in the file and {state[name].dtype} in the model: cast the model")
+                raise ArtifactError(
+                    f"{name} is {new.dtype} in the file and {state[name].dtype} in the model: cast the model"
+                )
             with torch.no_grad():
                 state[name].copy_(new)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """The configuration of a transformers model."""
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if not hasattr(config, "to_json_string"):
             return None
         return {"architectures": [type(model).__name__], **json.loads(config.to_json_string())}
@@ -179,7 +185,8 @@ class TorchaoBackend:
         return training.logits(model, tokens)
 
 
-def _layer(path: str, kind: Kind, shape: tuple[int, ...], module: Any, *, tied_to: str) -> Layer:
+def _layer(path: str, shape: tuple[int, ...], module: Any, *, tied_to: str) -> Layer:
+    kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
     if isinstance(module, (layers.FakeLinear, layers.FakeEmbedding)):
         return Layer(path, kind, shape, module, stage="prepared", rule=module.rule)
     if isinstance(module, (layers.PackedLinear, layers.PackedEmbedding)):

@@ -21,7 +21,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         raise BackendError("building a torch model needs transformers: pip install 'qkit[hf]'") from None
     try:
         known = AutoConfig.for_model(**config)
-        dtype = getattr(torch, str(config.get("dtype", config.get("torch_dtype", "float32"))))
+        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         model: nn.Module = AutoModelForCausalLM.from_config(known, dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None

@@ -20,12 +20,11 @@ class FakeLinear(nn.Linear):
     """
 
     rule: Rule
+    values: "Values"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
         return F.linear(_activation(x, self.rule), self.values(self.weight), self.bias)
-
-    values: "Values"
 
     def train(self, mode: bool = True) -> "FakeLinear":
         """As any module; besides, the quantized values are made anew at the next use."""
@@ -87,11 +86,15 @@ class Values:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.drop()
+        self._stamp: tuple[Any, ...] = ()
+        self._made: Tensor | None = None
+        self._seen: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> Tensor:
         """`weight` on the grid, in the type that the layer's product will run in; differentiable, straight through."""
-        if torch.compiler.is_compiling():  # the compiler fuses the rounding with its neighbours, and has no version counters
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler fuses the rounding with its neighbours, and has no version counters
             return ops.fake_quantize(weight, self.grid)
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -100,14 +103,12 @@ class Values:
             self._made = ops.rounded(weight.detach(), self.grid).to(dtype)
             self._seen = weight.detach()  # keeps the storage, so that its address is not given to another
             self._stamp = stamp
-        result: Tensor = _PassGradient.apply(weight, self._made)
+        result: Tensor = _PassGradient.apply(weight, self._made)  # type: ignore[no-untyped-call]
         return result
 
     def drop(self) -> None:
         """Forgets; the next use makes them anew."""
-        self._stamp: tuple[Any, ...] = ()
-        self._made: Tensor | None = None
-        self._seen: Tensor | None = None
+        self._stamp, self._made, self._seen = (), None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Values":
         return Values(self.grid)
@@ -138,7 +139,7 @@ def _count_step(*_: Any) -> None:
     _steps_taken += 1
 
 
-def fake(module: nn.Module, rule: Rule) -> nn.Module:
+def fake(module: nn.Module, rule: Rule) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
     global _hook
@@ -148,7 +149,7 @@ def fake(module: nn.Module, rule: Rule) -> nn.Module:
     return made
 
 
-def pack(module: nn.Module, q: QTensor[Any], rule: Rule) -> nn.Module:
+def pack(module: nn.Module, q: QTensor[Any], rule: Rule) -> Any:
     """The deployed form of a Linear or Embedding, float or prepared, holding the codes of `q`."""
     embedding = isinstance(module, nn.Embedding)
     made = _become(module, PackedEmbedding if embedding else PackedLinear)
@@ -178,7 +179,9 @@ def unpack(module: Any) -> QTensor[Tensor]:
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> Any:
     made = cls.__new__(cls)
-    made.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()})
+    made.__dict__.update(
+        {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    )
     return made
 
 
@@ -189,4 +192,6 @@ def _activation(x: Tensor, rule: Rule) -> Tensor:
 def _rows(q: QTensor[Tensor], tokens: Tensor) -> QTensor[Tensor]:
     """The rows of `q` [vocabulary, width] that `tokens` [...] name."""
     one = (1,) * (tokens.dim() + 1)
-    return q.map(lambda array: array if array.dim() == 0 else array[tokens] if len(array) == len(q.codes) else array.reshape(one))
+    return q.map(
+        lambda array: array if array.dim() == 0 else array[tokens] if len(array) == len(q.codes) else array.reshape(one)
+    )

@@ -45,7 +45,7 @@ class Container:
 
     name: str
     native: bool
-    lower: Callable[[QTensor[Tensor]], Tensor]
+    lower: Callable[[QTensor[Tensor]], Any]
     raised: Callable[[Any, Grid, str], QTensor[Tensor]]
 
 
@@ -58,9 +58,13 @@ def container(grid: Grid) -> Container:
     return FLOAT8_ROWS if grid.element.bits == 8 and grid.group in ("row", "tensor") else MX
 
 
-def _lower_integer(q: QTensor[Tensor]) -> Tensor:
+def _lower_integer(q: QTensor[Tensor]) -> Any:
     element = q.grid.element
-    zeros = torch.zeros(q.scales.shape, dtype=torch.int8, device=q.codes.device) if q.zeros is None else _shift(q.zeros, element)
+    zeros = (
+        torch.zeros(q.scales.shape, dtype=torch.int8, device=q.codes.device)
+        if q.zeros is None
+        else _shift(q.zeros, element)
+    )
     codes = q.codes if q.zeros is None else _shift(q.codes, element)
     block = tuple(n // groups for n, groups in zip(q.shape, q.scales.shape, strict=True))
     target = getattr(torch, element.name)
@@ -74,7 +78,7 @@ def _raise_integer(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     return QTensor(codes, held.scale, grid, dtype, zeros=zeros)
 
 
-def _lower_nvfp4(q: QTensor[Tensor]) -> Tensor:
+def _lower_nvfp4(q: QTensor[Tensor]) -> Any:
     return NVFP4Tensor(_pairs(q.codes), q.scales.view(torch.float8_e4m3fn), 16, ops.DTYPE[q.dtype], q.tensor_scale)
 
 
@@ -83,7 +87,7 @@ def _raise_nvfp4(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     return QTensor(_unpair(held.qdata), scales, grid, dtype, tensor_scale=held.per_tensor_scale)
 
 
-def _lower_float8(q: QTensor[Tensor]) -> Tensor:
+def _lower_float8(q: QTensor[Tensor]) -> Any:
     block = [n // groups for n, groups in zip(q.shape, q.scales.shape, strict=True)]
     codes = q.codes.view(FLOAT8[q.grid.element.name])
     return Float8Tensor(codes, ops.power(q.scales), block_size=block, dtype=ops.DTYPE[q.dtype])
@@ -93,7 +97,7 @@ def _raise_float8(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     return QTensor(held.qdata.view(torch.uint8), (ops.bits(held.scale) >> 23).to(torch.uint8), grid, dtype)
 
 
-def _lower_mx(q: QTensor[Tensor]) -> Tensor:
+def _lower_mx(q: QTensor[Tensor]) -> Any:
     rows = (*q.shape[:-1], q.scales.shape[-1])  # one scale for the whole tensor is repeated for each row
     scales = q.scales.expand(rows).contiguous().view(torch.float8_e8m0fnu)
     fp4 = q.grid.element.bits == 4

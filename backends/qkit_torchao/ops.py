@@ -55,7 +55,7 @@ def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
 
     The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator).
     """
-    result: Tensor = _StraightThrough.apply(w, grid)
+    result: Tensor = _StraightThrough.apply(w, grid)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -173,7 +173,11 @@ def quotient(x: Tensor, s: Tensor) -> Tensor:
     q = torch.round(a * (1.0 / step)).clamp(0.0, 512.0)
     odd = (q.to(torch.int32) & 1) == 1
     up, down = (2.0 * q + 1.0) * step, (2.0 * q - 1.0) * step
-    q = q + ((2.0 * a > up) | (odd & (2.0 * a == up))).to(q.dtype) - ((2.0 * a < down) | (odd & (2.0 * a == down))).to(q.dtype)
+    q = (
+        q
+        + ((2.0 * a > up) | (odd & (2.0 * a == up))).to(q.dtype)
+        - ((2.0 * a < down) | (odd & (2.0 * a == down))).to(q.dtype)
+    )
     return torch.where((x < 0) != (s < 0), -q, q) + (x + s) * 0.0
 
 

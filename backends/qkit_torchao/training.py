@@ -23,7 +23,9 @@ class TorchTrainer:
             {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True
+        )
 
     def step(self, tokens: NDArray[np.int32], *, learning_rate: float) -> float:
         """See `qkit.backend.Trainer.step`."""
@@ -32,7 +34,7 @@ class TorchTrainer:
         self.model.train()
         loss = _loss(self.model, _ids(self.model, tokens), reduction="mean")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.item()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,19 @@ from qkit.registry import backend_of
 KEY = "qkit"  #: the one metadata key of the weights file
 NUMERICS = 1  #: version of the arithmetic that the codes follow
 CONFIG = "config.json"
-COMPANIONS = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "chat_template*",
+)
 
 
-def save(model: Any, folder: str | Path, *, source: str | Path | None = None, backend: str | Backend | None = None) -> Path:
+def save(
+    model: Any, folder: str | Path, *, source: str | Path | None = None, backend: str | Backend | None = None
+) -> Path:
     """Writes `model`, converted or float, whole and portable; transformers, vLLM and qkit on any engine open it.
 
     All or nothing: the folder appears, or is replaced, when every byte is written.
@@ -45,7 +53,9 @@ def save(model: Any, folder: str | Path, *, source: str | Path | None = None, ba
         if layer.stage == "prepared":
             raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
     tensors = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items()}
-    saved = [(layer, engine.unpack(layer.module).map(engine.to_numpy)) for layer in layers if layer.stage == "converted"]
+    saved = [
+        (layer, engine.unpack(layer.module).map(engine.to_numpy)) for layer in layers if layer.stage == "converted"
+    ]
     for layer, q in saved:
         for name, array in compressed_tensors.to_tensors(q).items():
             tensors[_join(layer.path, name)] = array
@@ -65,7 +75,7 @@ def save(model: Any, folder: str | Path, *, source: str | Path | None = None, ba
         if source:
             for pattern in COMPANIONS:
                 for file in sorted(Path(source).glob(pattern)):
-                    shutil.copyfile(file, aside / file.name)
+                    (aside / file.name).write_bytes(file.read_bytes())
     return folder
 
 
@@ -142,7 +152,9 @@ def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any
     if KEY not in metadata:
         if config is not None and "quantization_config" in config:
             method = config["quantization_config"].get("quant_method", "an unknown tool")
-            raise ArtifactError(f"{folder} is quantized by {method}, not by qkit: it does not say which grid its codes are on")
+            raise ArtifactError(
+                f"{folder} is quantized by {method}, not by qkit: it does not say which grid its codes are on"
+            )
         return []
     try:
         described = json.loads(metadata[KEY])
@@ -203,11 +215,13 @@ class _Aside:
         return self.aside
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        from shutil import rmtree  # here, so that `import qkit` stays cheap
+
         if kind is not None:
-            shutil.rmtree(self.aside, ignore_errors=True)
+            rmtree(self.aside, ignore_errors=True)
             return
         old = self.folder.with_name(f".{self.folder.name}.old-{os.getpid()}")
         if self.folder.exists():
             self.folder.rename(old)
         self.aside.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        rmtree(old, ignore_errors=True)

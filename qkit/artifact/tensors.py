@@ -6,29 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from qkit.errors import ArtifactError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F64": np.float64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "I64": np.int64,
-    "BOOL": np.bool_,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U32": "uint32",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 
@@ -38,6 +36,8 @@ def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     Raises:
         ArtifactError: it is missing, or not a sound safetensors file.
     """
+    from safetensors import SafetensorError, safe_open  # here, so that `import qkit` stays cheap
+
     try:
         with safe_open(file, framework="np") as opened:  # the checks: header, offsets, overlaps, sizes
             metadata = dict(opened.metadata() or {})
@@ -46,7 +46,11 @@ def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    data = np.memmap(file, np.uint8, mode="r", offset=8 + length) if file.stat().st_size > 8 + length else np.empty(0, np.uint8)
+    data = (
+        np.memmap(file, np.uint8, mode="r", offset=8 + length)
+        if file.stat().st_size > 8 + length
+        else np.empty(0, np.uint8)
+    )
     return {name: _view(file, name, entry, data) for name, entry in header.items() if name != "__metadata__"}, metadata
 
 
@@ -85,7 +89,11 @@ def write_file(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mappin
 
     At most one metadata key: the format's metadata is an unordered map, so that two keys may be written in either order.
     """
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, file, metadata=dict(metadata) or None)
+    from safetensors.numpy import save_file
+
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in tensors.items()}, file, metadata=dict(metadata) or None
+    )
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)
@@ -94,6 +102,8 @@ def write_file(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mappin
 def _view(file: Path, name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> NDArray[Any]:
     if entry["dtype"] not in DTYPES:
         raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which qkit does not read: cast or drop it")
+    import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
+
     begin, end = entry["data_offsets"]
-    array: NDArray[Any] = data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    array: NDArray[Any] = data[begin:end].view(np.dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
     return array

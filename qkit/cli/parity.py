@@ -31,23 +31,15 @@ class Type(StrEnum):
 
 
 def parity(
-    recipe: Annotated[
-        list[str] | None, typer.Argument(help="Recipes to compare on; all of them, if left out.")
-    ] = None,
-    backend: Annotated[
-        list[str] | None, typer.Option(help="Backends to compare; all that are ready.")
-    ] = None,
-    dtype: Annotated[
-        list[Type] | None, typer.Option(help="Types to compare in; all three, if left out.")
-    ] = None,
+    recipe: Annotated[list[str] | None, typer.Argument(help="Recipes to compare on; all of them, if left out.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Backends to compare; all that are ready.")] = None,
+    dtype: Annotated[list[Type] | None, typer.Option(help="Types to compare in; all three, if left out.")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option("--compiled/--no-compiled", help="Only compiled, or only eager; eager by default."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every grid there is, eager and compiled.")] = False,
-    size: Annotated[
-        int, typer.Option(min=1, help="Random numbers per grid, besides the adversarial ones.")
-    ] = 16384,
+    size: Annotated[int, typer.Option(min=1, help="Random numbers per grid, besides the adversarial ones.")] = 16384,
     as_json: Json = False,
 ) -> None:
     """Count the codes, scales and values in which backends differ from the reference; exit 1 if any does."""
@@ -80,9 +72,7 @@ def _every_row() -> Rows:
     return rows
 
 
-def _run(
-    engines: list[Backend], rows: Rows, dtypes: list[DType], modes: list[bool], size: int
-) -> list[Parity]:
+def _run(engines: list[Backend], rows: Rows, dtypes: list[DType], modes: list[bool], size: int) -> list[Parity]:
     """Each distinct grid once per engine, type and mode, with progress on standard error."""
     grids = list(dict.fromkeys(grid for grids in rows.values() for grid in grids))
     work = [
@@ -90,9 +80,7 @@ def _run(
         for engine in engines
         for compiled in modes
         for dtype in dtypes
-        if not (
-            compiled and engine.name == "numpy" and len(modes) > 1
-        )  # nothing to compile: it would be eager again
+        if not (compiled and engine.name == "numpy" and len(modes) > 1)  # nothing to compile: it would be eager again
     ]
     results = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
@@ -126,9 +114,7 @@ def _show(results: list[Parity], rows: Rows) -> None:
     compared = sum(result.compared for result in results)
     wrong = sum(result.codes + result.scales + result.values for result in results)
     failed = sum(bool(result.error) for result in results)
-    console.print(
-        f"{wrong:,} mismatches in {compared:,} comparisons" + (f", {failed} not run" if failed else "")
-    )
+    console.print(f"{wrong:,} mismatches in {compared:,} comparisons" + (f", {failed} not run" if failed else ""))
 
 
 def _cell(results: list[Parity]) -> str:

@@ -17,9 +17,7 @@ TYPICAL = (4096, 4096)  #: shape of the weight that bits per weight are given fo
 
 
 def recipes(
-    name: Annotated[
-        str | None, typer.Argument(help="A recipe, an alias or a TOML file; all, if left out.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="A recipe, an alias or a TOML file; all, if left out.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the recipes, or show one in full."""
@@ -38,9 +36,7 @@ def recipes(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(
-        "aliases: " + ", ".join(f"{alias} = {target}" for alias, target in ALIASES.items()), highlight=False
-    )
+    console.print("aliases: " + ", ".join(f"{alias} = {target}" for alias, target in ALIASES.items()), highlight=False)
 
 
 def _show(name: str, as_json: bool) -> None:
@@ -54,9 +50,7 @@ def _show(name: str, as_json: bool) -> None:
     table = Table("layers", "kind", "weight", "activation", "bits", title="the first rule that matches wins")
     for rule in recipe.rules:
         weight = str(rule.weight) if rule.weight else "left alone"
-        table.add_row(
-            ", ".join(rule.match), rule.kind, weight, str(rule.activation or ""), _bits(rule.weight)
-        )
+        table.add_row(", ".join(rule.match), rule.kind, weight, str(rule.activation or ""), _bits(rule.weight))
     console.print(table)
 
 

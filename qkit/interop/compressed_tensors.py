@@ -7,7 +7,6 @@ Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantize
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,6 +43,8 @@ def layout(grid: Grid) -> str:
 
 def to_tensors(q: QTensor[NDArray[Any]]) -> Tensors:
     """The named arrays of one weight, without the layer's path: `weight_packed`, `weight_scale` and so on."""
+    import ml_dtypes  # here, so that `import qkit` stays cheap
+
     form, element = layout(q.grid), q.grid.element
     if form == "pack-quantized":
         out: Tensors = {
@@ -71,7 +72,9 @@ def to_tensors(q: QTensor[NDArray[Any]]) -> Tensors:
     return {"weight": codes, "weight_scale": _float_scale(scale, q)}
 
 
-def from_tensors(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: Sequence[int]) -> QTensor[Any]:
+def from_tensors(
+    tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: Sequence[int]
+) -> QTensor[Any]:
     """The inverse of `to_tensors`, for a weight of `shape`.
 
     Raises:
@@ -85,15 +88,15 @@ def from_tensors(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DTyp
         raise ArtifactError(f"not {layout(grid)} of {grid}: {error}") from None
 
 
-def _from_tensors(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> QTensor[Any]:
+def _from_tensors(
+    tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]
+) -> QTensor[Any]:
     form, element, scale_shape = layout(grid), grid.element, grid.scale_shape(shape)
     scales = tensors["weight_scale"]
     if form == "pack-quantized":
         if tuple(tensors["weight_shape"].tolist()) != shape:
             raise ArtifactError(f"weight_shape says {tensors['weight_shape'].tolist()}, the layer has {list(shape)}")
-        codes = packing.unpacked_codes(
-            tensors["weight_packed"], element=element, n=shape[-1], symmetric=grid.symmetric
-        )
+        codes = packing.unpacked_codes(tensors["weight_packed"], element=element, n=shape[-1], symmetric=grid.symmetric)
         zeros = None if grid.symmetric else _zeros(tensors["weight_zero_point"], grid, scale_shape)
         return QTensor(codes, scales.astype(np.float32).reshape(scale_shape), grid, dtype, zeros=zeros)
     if form.endswith("fp4-pack-quantized"):
@@ -173,7 +176,9 @@ def _activation_arguments(grid: Grid) -> dict[str, Any]:
 
 def _float_scale(scale: NDArray[np.float32], q: QTensor[Any]) -> NDArray[Any]:
     """bfloat16 for a bfloat16 model, where it is exact since scales live on that grid; float32 for any other."""
-    stored = scale.astype(ml_dtypes.bfloat16) if q.dtype == "bfloat16" else scale
+    import ml_dtypes  # here, so that `import qkit` stays cheap
+
+    stored: NDArray[Any] = scale.astype(ml_dtypes.bfloat16) if q.dtype == "bfloat16" else scale
     return stored.reshape(-1) if q.grid.group == "tensor" else stored
 
 

@@ -27,9 +27,7 @@ COMMON = [
 ]
 
 #: Grids that compressed-tensors has a layout for.
-PORTABLE = [
-    grid for grid in all_grids() if str(grid).rpartition("-")[0] not in ("e5m2-g32", "e5m2-row", "e2m1-row")
-]
+PORTABLE = [grid for grid in all_grids() if str(grid).rpartition("-")[0] not in ("e5m2-g32", "e5m2-row", "e2m1-row")]
 
 each_grid = pytest.mark.parametrize("grid", all_grids(), ids=str)
 common_grid = pytest.mark.parametrize("grid", COMMON, ids=str)
@@ -124,9 +122,7 @@ class Surgery:
         prepare: Callable[[Any], Any] = partial(qkit.prepare, recipe=recipe_of(grid))
         for step in (prepare, qkit.convert):
             model = step(model)
-            assert (
-                len(list(engine.layers(model))) == count
-            )  # each module once: a second copy would be counted
+            assert len(list(engine.layers(model))) == count  # each module once: a second copy would be counted
             assert {layer.stage for layer in engine.layers(model)} != {"float"}
             assert np.isfinite(self._run(model, x)).all()
 
@@ -154,9 +150,7 @@ class Surgery:
         engine, model = self.engine, self.model()
         tensors = {name: array.copy() for name, array in self._tensors(model).items()}
         last = list(engine.layers(model))[-1]
-        poisoned = next(
-            name for name in tensors if name.startswith(last.path) and tensors[name].shape == last.shape
-        )
+        poisoned = next(name for name in tensors if name.startswith(last.path) and tensors[name].shape == last.shape)
         tensors[poisoned][-1, -1] = np.nan
         engine.fill(model, tensors)
         with self._unchanged(model, "float"), pytest.raises(RangeError, match="NaN"):

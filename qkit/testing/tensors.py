@@ -26,9 +26,7 @@ STEPS = (
 def all_grids() -> list[Grid]:
     """Every element with every scale rule, in groups of 32, 64 and 128, per row and per tensor."""
     integers = [f"int{bits}" for bits in (2, 3, 4, 5, 6, 8)]
-    grids = [
-        Grid(name, group, rule) for name in integers for rule in INTEGER_RULES for group in (32, 64, 128)
-    ]
+    grids = [Grid(name, group, rule) for name in integers for rule in INTEGER_RULES for group in (32, 64, 128)]
     for name in integers:
         for group in ("row", "tensor"):
             grids += [Grid(name, group), Grid(name, group, "minmax")]
@@ -58,9 +56,7 @@ def tensors(grid: Grid, dtype: DType = "float32") -> dict[str, NDArray[Any]]:
     if not coupled(grid):
         return {name: _rows(groups, grid) for name, groups in named.items() if len(groups)}
     return {
-        f"{name} {i}": group.reshape(COUPLED_SHAPE)
-        for name, groups in named.items()
-        for i, group in enumerate(groups)
+        f"{name} {i}": group.reshape(COUPLED_SHAPE) for name, groups in named.items() for i, group in enumerate(groups)
     }
 
 
@@ -158,10 +154,7 @@ def _ends(grid: Grid, step: float) -> list[float]:
     if grid.scale == "minmax":
         zero = element.levels // 2
         return [-zero * step, (element.levels - zero) * step]
-    return [
-        {"signed": element.lowest, "absmax": element.highest, "midmax": element.highest + 0.5}[grid.scale]
-        * step
-    ]
+    return [{"signed": element.lowest, "absmax": element.highest, "midmax": element.highest + 0.5}[grid.scale] * step]
 
 
 def _halfway(element: Element) -> list[float]:
@@ -171,9 +164,7 @@ def _halfway(element: Element) -> list[float]:
     if element.name == "e2m1":
         edges = [edge for edge, _ in E2M1_BOUNDARIES]
     else:
-        codes = (
-            np.arange(1 << (element.bits - 1), dtype=np.uint8).view(FLOAT8[element.name]).astype(np.float64)
-        )
+        codes = np.arange(1 << (element.bits - 1), dtype=np.uint8).view(FLOAT8[element.name]).astype(np.float64)
         edges = [(low + high) / 2 for low, high in pairwise(codes[np.isfinite(codes)].tolist())]
     return [*edges, *(-edge for edge in edges)]
 

@@ -56,5 +56,7 @@ def held_out(tokens: Tokens, *, rows: int, length: int) -> Tokens:
 def _room(tokens: Tokens, length: int) -> int:
     room = tokens.size - length
     if room < 1:
-        raise QkitError(f"the text has {tokens.size} tokens, less than one window of {length + 1}: give more, or a shorter length")
+        raise QkitError(
+            f"the text has {tokens.size} tokens, less than one window of {length + 1}: give more, or a shorter length"
+        )
     return room

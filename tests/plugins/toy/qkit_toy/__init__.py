@@ -8,8 +8,4 @@ from qkit import BackendSpec, hookimpl
 @hookimpl
 def qkit_backends() -> Iterable[BackendSpec]:
     """The toy backend."""
-    return [
-        BackendSpec(
-            "toy", "qkit_toy.backend:ToyBackend", framework="toyframe", install="pip install qkit-toy"
-        )
-    ]
+    return [BackendSpec("toy", "qkit_toy.backend:ToyBackend", framework="toyframe", install="pip install qkit-toy")]

@@ -1,0 +1,89 @@
+"""The shape of the project: who may import whom, what a wheel installs, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FRAMEWORKS = {"torch", "torchao", "mlx", "mlx_lm", "transformers", "gguf", "compressed_tensors", "jax"}
+PACKAGES = {
+    "qkit": ROOT / "qkit",
+    "qkit_mlx": ROOT / "backends/qkit_mlx",
+    "qkit_torchao": ROOT / "backends/qkit_torchao",
+}
+MAY = {
+    "qkit": set(),
+    "qkit_mlx": {"mlx", "mlx_lm", "qkit", "qkit_mlx"},
+    "qkit_torchao": {"torch", "torchao", "transformers", "qkit", "qkit_torchao"},
+}
+ONLY_IN = {"mlx_lm": "hub.py", "transformers": "hub.py", "torchao": "lowering.py"}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_it_may(package):
+    forbidden = (FRAMEWORKS | set(PACKAGES) | {"qkit_recipes"}) - MAY[package] - {package}
+    files = sorted(PACKAGES[package].rglob("*.py"))
+    assert files
+    for file in files:
+        assert not forbidden & set(imports(file)), file
+
+
+@pytest.mark.parametrize("package", ["qkit_mlx", "qkit_torchao"])
+def test_an_integration_lives_in_one_module(package):
+    for file in PACKAGES[package].rglob("*.py"):
+        for name, home in ONLY_IN.items():
+            assert file.name == home or name not in set(imports(file)), file
+
+
+@pytest.mark.parametrize("package", ["qkit_mlx", "qkit_torchao", "qkit_recipes"])
+def test_a_plugin_package_is_a_hook_and_loads_no_framework(package):
+    code = f"import sys, {package}; print(sorted({FRAMEWORKS!r} & set(sys.modules)))"
+    assert run(code) == "[]\n"
+
+
+def test_import_qkit_loads_no_framework():
+    code = f"import sys, qkit; qkit.backends(); qkit.recipes(); print(sorted({FRAMEWORKS!r} & set(sys.modules)))"
+    assert run(code) == "[]\n"
+
+
+def test_import_qkit_costs_at_most_half_of_numpy_more():
+    """The ratio of the best of seven, in turn: medians of so short a thing on a shared machine are noise."""
+    clock = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    pairs = [(float(run(clock.format("numpy"))), float(run(clock.format("qkit")))) for _ in range(7)]
+    assert min(ours for _, ours in pairs) <= 1.5 * min(numpy for numpy, _ in pairs)
+
+
+def test_every_file_is_short_enough_to_read():
+    for file in [*ROOT.glob("qkit/**/*.py"), *ROOT.glob("backends/**/*.py"), *ROOT.glob("recipes/**/*.py")]:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 300, file
+
+
+def test_the_wheel_installs_exactly_four_names(tmp_path):
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    assert find_spec("build")
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"qkit", "qkit_mlx", "qkit_torchao", "qkit_recipes"}
+    assert {f"{top}/py.typed" for top in tops} <= set(names)
+    assert "qkit_recipes/int4-g64.toml" in names
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout
