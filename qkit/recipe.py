@@ -146,7 +146,9 @@ def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
         raise RecipeError(f"a rule is {table!r}: write [[rules]]")
     _only(table, ("match", "kind", "weight", "activation", "indivisible"), "a rule")
     match = table.get("match", ())
-    patterns = (match,) if isinstance(match, str) else tuple(cast(Sequence[str], match))
+    if not isinstance(match, (str, list, tuple)):
+        raise RecipeError(f"match is {match!r}: give a pattern or a list of them")
+    patterns = (match,) if isinstance(match, str) else tuple(match)
     return Rule(
         match=patterns,
         kind=cast(Kind, _get(table, "kind", str, "linear")),

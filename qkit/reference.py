@@ -66,13 +66,13 @@ def fake_quantize(w: NDArray[Any], grid: Grid) -> NDArray[Any]:
             s = symmetric_scale(x, grid)
             values = symmetric_codes(x, s, grid.element) * each(s)
         elif grid.scale == "nvfp4":
-            tensor_scale = tensor_power(x) + np.abs(x).max() * np.float32(0)
+            tensor_scale = tensor_power(x) + poison(np.abs(x).max())
             s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
             values = float_values(e2m1_codes(x, s), grid.element) * each(s)
         else:
             peak = amax(x)
             c = scale_code(peak, grid)
-            values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + peak * np.float32(0))
+            values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(peak))
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
@@ -112,6 +112,11 @@ def amax(x: Floats) -> Floats:
     return cast(Floats, np.abs(x).max(axis=-1))
 
 
+def poison(peak: Floats) -> Floats:
+    """0 where `peak` is finite, else NaN: added to the scale of a group that holds a NaN or an infinity, it spoils it all."""
+    return cast(Floats, peak * np.float32(0))
+
+
 # Integer scales (R3, R5)
 
 
@@ -129,10 +134,11 @@ def symmetric_scale(x: Floats, grid: Grid) -> Floats:
         peak = np.where(high >= -low, high, low)
         s = round_to_bfloat16(peak * np.float32(1 / element.lowest))
         least = np.where(bits(peak) > 0, np.float32(-constants.MIN_SCALE), np.float32(constants.MIN_SCALE))
-        return np.where(np.abs(s) < np.float32(constants.MIN_SCALE), least, s)
+        return np.where(np.abs(s) < np.float32(constants.MIN_SCALE), least, s) + poison(peak)
     steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
-    s = round_to_bfloat16(amax(x) * np.float32(reciprocal(steps)))
-    return cast(Floats, np.maximum(s, np.float32(constants.MIN_SCALE)))
+    peak = amax(x)
+    s = round_to_bfloat16(peak * np.float32(reciprocal(steps)))
+    return np.maximum(s, np.float32(constants.MIN_SCALE)) + poison(peak)
 
 
 def symmetric_codes(x: Floats, s: Floats, element: Element) -> Floats:
@@ -145,7 +151,7 @@ def asymmetric_scale(x: Floats, element: Element) -> tuple[Floats, Floats]:
     low = np.minimum(x.min(axis=-1), np.float32(0))
     high = np.maximum(x.max(axis=-1), np.float32(0))
     s = round_to_bfloat16((high - low) * np.float32(reciprocal(element.levels)))
-    s = np.maximum(s, np.float32(constants.MIN_SCALE))
+    s = np.maximum(s, np.float32(constants.MIN_SCALE)) + poison(high - low)
     return s, np.clip(np.rint(-low / s), 0, element.levels)
 
 

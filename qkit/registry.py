@@ -79,13 +79,15 @@ def plugins() -> Plugins:
     Raises:
         BackendError, RecipeError: two plugins bring one name.
     """
-    found = Plugins(broken=_broken_entries)
+    from importlib.resources.abc import Traversable
+
+    found = Plugins(broken=dict(_broken_entries))
     for name, plugin in manager().list_name_plugin():
-        for spec in _ask(found, name, plugin, "qkit_backends"):
+        for spec in _ask(found, name, plugin, "qkit_backends", wanted=BackendSpec):
             if spec.name in found.backends:
                 raise BackendError(f"two plugins bring a backend {spec.name!r}: uninstall one ({name} is the second)")
             found.backends[spec.name] = spec
-        for file in _ask(found, name, plugin, "qkit_recipes"):
+        for file in _ask(found, name, plugin, "qkit_recipes", wanted=Traversable):
             recipe_name = file.name.removesuffix(".toml")
             if recipe_name in found.recipes:
                 raise RecipeError(f"two plugins bring a recipe {recipe_name!r}: uninstall one ({name} is the second)")
@@ -93,13 +95,16 @@ def plugins() -> Plugins:
     return found
 
 
-def _ask(found: Plugins, name: str, plugin: Any, hook: str) -> list[Any]:
+def _ask(found: Plugins, name: str, plugin: Any, hook: str, *, wanted: type) -> list[Any]:
     implementation = getattr(plugin, hook, None)
     if implementation is None:
         return []
     try:
-        answer: Iterable[Any] = implementation()
-        return list(answer)
+        answer = list(implementation())
+        for item in answer:
+            if not isinstance(item, wanted):
+                raise TypeError(f"gave {item!r}, not a {wanted.__name__}")
+        return answer
     except Exception as error:  # as above: only the plugin that fails is left out
         found.broken[name] = f"{hook}: {type(error).__name__}: {error}"
         return []

@@ -1,5 +1,7 @@
 """What must be refused, and that a refusal leaves the user's model as it was. On every engine that is installed."""
 
+from itertools import pairwise
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def array(name, values, dtype=np.float32):
 def network(name, edit=None, widths=(64, 96, 32)):
     """Linear layers of these widths whose first weight went through `edit`; the framework's own modules."""
     random = np.random.default_rng(0)
-    weights = [random.standard_normal((out, n)).astype(np.float32) for n, out in zip(widths, widths[1:], strict=False)]
+    weights = [random.standard_normal((out, n)).astype(np.float32) for n, out in pairwise(widths)]
     if edit:
         edit(weights[0])
     engine = qkit.backend(name)

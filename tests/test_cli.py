@@ -13,6 +13,7 @@ import qkit
 from qkit import parity, registry
 from qkit.cli.application import application, main
 from qkit.grid import Grid
+from qkit.hookspecs import hookimpl
 from qkit.numpy_backend import NumpyBackend
 from qkit.qtensor import QTensor
 
@@ -121,7 +122,7 @@ def test_parity_reports_an_engine_that_cannot() -> None:
 
 def test_parity_exits_with_1_where_anything_differs() -> None:
     class Plugin:
-        @qkit.hookimpl
+        @hookimpl
         def qkit_backends(self) -> list[qkit.BackendSpec]:
             return [qkit.BackendSpec("careless", f"{__name__}:Careless", "numpy", "pip install care")]
 

@@ -13,6 +13,7 @@ import qkit
 from qkit import registry
 from qkit.backend import BackendSpec
 from qkit.errors import BackendError, RecipeError
+from qkit.hookspecs import hookimpl
 from qkit.numpy_backend import NumpyBackend
 
 
@@ -21,7 +22,7 @@ def plugged(**hooks: Any) -> Iterator[None]:
     """A plugin with these hooks, for the length of the block."""
     plugin = ModuleType("plugged")
     for name, hook in hooks.items():
-        setattr(plugin, name, qkit.hookimpl(hook))
+        setattr(plugin, name, hookimpl(hook))
     registry.register(plugin, "plugged")
     try:
         yield

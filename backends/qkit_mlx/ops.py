@@ -76,13 +76,13 @@ def _round_to_grid(w: mx.array, grid: Grid) -> mx.array:
         s = symmetric_scale(x, grid)
         values = symmetric_codes(x, s, grid.element) * each(s)
     elif grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x) + mx.abs(x).max() * 0.0
+        tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
         s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
         values = float_values(e2m1_codes(x, s), grid.element) * each(s)
     else:
         peak = amax(x)
         c = scale_code(peak, grid)
-        values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + peak * 0.0)
+        values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(peak))
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
@@ -121,6 +121,11 @@ def amax(x: mx.array) -> mx.array:
     return mx.abs(x).max(axis=-1)
 
 
+def poison(peak: mx.array) -> mx.array:
+    """0 where `peak` is finite, else NaN: added to the scale of a group that holds a NaN or an infinity, it spoils it all."""
+    return peak * 0.0
+
+
 # Integer scales (R3, R5)
 
 
@@ -138,10 +143,10 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
         peak = mx.where(high >= -low, high, low)
         s = round_to_bfloat16(peak * (1 / element.lowest))
         least = mx.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
-        return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s)
+        return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
     steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
-    s = round_to_bfloat16(amax(x) * reciprocal(steps))
-    return mx.maximum(s, constants.MIN_SCALE)
+    peak = amax(x)
+    return mx.maximum(round_to_bfloat16(peak * reciprocal(steps)), constants.MIN_SCALE) + poison(peak)
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
@@ -154,7 +159,7 @@ def asymmetric_scale(x: mx.array, element: Element) -> tuple[mx.array, mx.array]
     low = mx.minimum(x.min(axis=-1), 0.0)
     high = mx.maximum(x.max(axis=-1), 0.0)
     s = round_to_bfloat16((high - low) * reciprocal(element.levels))
-    s = mx.maximum(s, constants.MIN_SCALE)
+    s = mx.maximum(s, constants.MIN_SCALE) + poison(high - low)
     return s, mx.clip(mx.round(-low / s), 0, element.levels)
 
 

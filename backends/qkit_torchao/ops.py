@@ -81,13 +81,13 @@ def rounded(w: Tensor, grid: Grid) -> Tensor:
         s = symmetric_scale(x, grid)
         values = symmetric_codes(x, s, grid.element) * each(s)
     elif grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x) + x.abs().amax() * 0.0
+        tensor_scale = tensor_power(x) + poison(x.abs().amax())
         s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
         values = float_values(e2m1_codes(x, s), grid.element) * each(s)
     else:
         peak = amax(x)
         c = scale_code(peak, grid)
-        values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + peak * 0.0)
+        values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(peak))
     return values.reshape(w.shape).to(w.dtype)
 
 
@@ -121,6 +121,11 @@ def amax(x: Tensor) -> Tensor:
     return x.abs().amax(dim=-1)
 
 
+def poison(peak: Tensor) -> Tensor:
+    """0 where `peak` is finite, else NaN: added to the scale of a group that holds a NaN or an infinity, it spoils it all."""
+    return peak * 0.0
+
+
 # Integer scales (R3, R5)
 
 
@@ -138,9 +143,10 @@ def symmetric_scale(x: Tensor, grid: Grid) -> Tensor:
         peak = torch.where(high >= -low, high, low)
         s = round_to_bfloat16(peak * (1 / element.lowest))
         least = torch.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
-        return torch.where(s.abs() < constants.MIN_SCALE, least, s)
+        return torch.where(s.abs() < constants.MIN_SCALE, least, s) + poison(peak)
     steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
-    return round_to_bfloat16(amax(x) * reciprocal(steps)).clamp_min(constants.MIN_SCALE)
+    peak = amax(x)
+    return round_to_bfloat16(peak * reciprocal(steps)).clamp_min(constants.MIN_SCALE) + poison(peak)
 
 
 def symmetric_codes(x: Tensor, s: Tensor, element: Element) -> Tensor:
@@ -152,7 +158,7 @@ def asymmetric_scale(x: Tensor, element: Element) -> tuple[Tensor, Tensor]:
     """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
     low = x.amin(dim=-1).clamp_max(0.0)
     high = x.amax(dim=-1).clamp_min(0.0)
-    s = round_to_bfloat16((high - low) * reciprocal(element.levels)).clamp_min(constants.MIN_SCALE)
+    s = round_to_bfloat16((high - low) * reciprocal(element.levels)).clamp_min(constants.MIN_SCALE) + poison(high - low)
     return s, quotient(-low, s).clamp(0, element.levels)
 
 

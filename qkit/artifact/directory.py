@@ -138,8 +138,8 @@ def _group(saved: list[tuple[Layer, QTensor[Any]]]) -> list[_Entry]:
         assert layer.rule is not None
         paths.setdefault((layer.kind, layer.rule.weight, layer.rule.activation, q.dtype), []).append(layer.path)
     return [
-        _Entry(Rule(tuple(match), kind=kind, weight=weight, activation=activation), dtype)
-        for (kind, weight, activation, dtype), match in paths.items()
+        _Entry(Rule(tuple(sorted(match)), kind=kind, weight=weight, activation=activation), dtype)
+        for (kind, weight, activation, dtype), match in sorted(paths.items(), key=lambda item: min(item[1]))
     ]
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from qkit import BackendSpec, hookimpl
+from qkit import BackendSpec
+from qkit.hookspecs import hookimpl
 
 
 @hookimpl
