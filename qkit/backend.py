@@ -73,6 +73,14 @@ class Backend(Protocol):
     name: str
     framework: str
 
+    def on(self, device: str) -> "Backend":
+        """This engine, making its arrays on `device` (`cpu`, `cuda`, ...).
+
+        Raises:
+            BackendError: there is no such device here.
+        """
+        ...
+
     # operations on arrays
 
     def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:

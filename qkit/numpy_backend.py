@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from qkit import reference
 from qkit.backend import BackendSpec
+from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.hookspecs import hookimpl
 from qkit.qtensor import QTensor
@@ -28,6 +29,16 @@ class NumpyBackend:
 
     name = "numpy"
     framework = "numpy"
+
+    def on(self, device: str) -> "NumpyBackend":
+        """Itself, on the CPU.
+
+        Raises:
+            BackendError: any other device.
+        """
+        if device != "cpu":
+            raise BackendError(f"backend {self.name!r} has no device {device!r}, only the cpu")
+        return self
 
     def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:
         """See `Backend.quantize`."""

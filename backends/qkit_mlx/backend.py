@@ -26,6 +26,19 @@ class MlxBackend:
     name = "mlx"
     framework = "mlx"
 
+    def on(self, device: str) -> "MlxBackend":
+        """See `Backend.on`: `cpu` or `gpu`. MLX's arrays live in one memory and its default device is the process's own.
+
+        Raises:
+            BackendError: another name, or no such device here.
+        """
+        if device not in ("cpu", "gpu") or not mx.is_available(mx.Device(getattr(mx, device))):
+            raise BackendError(
+                f"MLX has no device {device!r} here: it knows cpu and gpu, and uses {mx.default_device()}"
+            )
+        mx.set_default_device(mx.Device(getattr(mx, device)))
+        return self
+
     # operations on arrays
 
     def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:

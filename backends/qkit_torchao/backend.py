@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qkit.backend import Layer, Trainer
-from qkit.errors import ArtifactError
+from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule
@@ -23,6 +23,21 @@ class TorchaoBackend:
 
     name = "torchao"
     framework = "torch"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def on(self, device: str) -> "TorchaoBackend":
+        """See `Backend.on`; `cpu`, `cuda`, `cuda:1` and whatever else torch names.
+
+        Raises:
+            BackendError: there is no such device here.
+        """
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise BackendError(f"torch has no device {device!r} here: {str(error).splitlines()[0]}") from None
+        return TorchaoBackend(device)
 
     # operations on arrays
 
@@ -46,13 +61,13 @@ class TorchaoBackend:
     # the bridge
 
     def from_numpy(self, x: NDArray[Any]) -> Tensor:
-        """A CPU tensor with the bits of `x`."""
+        """A tensor with the bits of `x`, on this backend's device."""
         x = np.array(x, order="C")
         if x.dtype.name == "bfloat16":
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self.device)
         if x.dtype.name.startswith("float8"):
-            return torch.from_numpy(x.view(np.uint8)).view(getattr(torch, x.dtype.name))
-        return torch.from_numpy(x)
+            return torch.from_numpy(x.view(np.uint8)).view(getattr(torch, x.dtype.name)).to(self.device)
+        return torch.from_numpy(x).to(self.device)
 
     def to_numpy(self, x: Tensor) -> NDArray[Any]:
         """`x` as NumPy, from any device; bfloat16 through ml_dtypes."""

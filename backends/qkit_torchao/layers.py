@@ -56,12 +56,12 @@ class PackedLinear(nn.Linear):
 
     rule: Rule
     execution: str
+    native: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        assert self.rule.weight is not None
         held: Any = self.weight
-        weight = held if lowering.container(self.rule.weight).native else held.dequantize()
+        weight = held if self.native else held.dequantize()
         return F.linear(_activation(x, self.rule), weight, self.bias)
 
 
@@ -162,7 +162,8 @@ def pack(module: nn.Module, q: QTensor[Any], rule: Rule) -> Any:
             made.register_buffer(name, array)
         made.execution = "decoded by the row"
         return made
-    held = lowering.container(q.grid)
+    held = lowering.container_for(q)
+    made.native = held.native
     made.register_parameter("weight", nn.Parameter(held.lower(q), requires_grad=False))
     made.execution = f"torchao {held.name}" + ("" if held.native else ", decoded first")
     return made
@@ -174,7 +175,7 @@ def unpack(module: Any) -> QTensor[Tensor]:
     if isinstance(module, PackedEmbedding):
         parts = {name: getattr(module, name, None) for name in ("codes", "scales", "zeros", "tensor_scale")}
         return QTensor(grid=grid, dtype=module.dtype, **parts)
-    return lowering.container(grid).raised(module.weight, grid, dtype_of(module.weight))
+    return lowering.container_of(module.weight).raised(module.weight, grid, dtype_of(module.weight))
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> Any:

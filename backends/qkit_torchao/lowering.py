@@ -1,7 +1,8 @@
 """Codes in torchao's own tensors, and out again. The only module that imports torchao, whose chatter stops here.
 
 Containers read off torchao 0.18: `IntxUnpackedToInt8Tensor`, `Float8Tensor`, `NVFP4Tensor` and `MXTensor`. Each decodes our
-codes exactly in fp32, bf16 and fp16; a test holds them to it. Scales stay in fp32, whatever the model's type.
+codes exactly in fp32, bf16 and fp16; a test holds them to it. Scales stay in fp32, whatever the model's type. On CUDA,
+bfloat16 weights in symmetric int4 go into `Int4TilePackedTo4dTensor`, on which a kernel multiplies without decoding.
 """
 
 import logging
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qkit.element import Element
 from qkit.grid import Grid
@@ -27,11 +29,12 @@ try:
         warnings.simplefilter("ignore")
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
         from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
-        from torchao.quantization import Float8Tensor, IntxUnpackedToInt8Tensor
+        from torchao.quantization import Float8Tensor, Int4TilePackedTo4dTensor, IntxUnpackedToInt8Tensor
         from torchao.quantization.quantize_.common import KernelPreference
 finally:
     logging.disable(_disabled)
 
+TILE_ROWS, TILE_COLUMNS, TILE_INNER = 8, 1024, 8  #: what tinygemm's kernel pads to, and its inner_k_tiles
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -49,13 +52,18 @@ class Container:
     raised: Callable[[Any, Grid, str], QTensor[Tensor]]
 
 
-def container(grid: Grid) -> Container:
-    """The torchao tensor that holds weights on `grid`; every grid has one."""
-    if grid.element.kind == "integer":
-        return INTEGER
-    if grid.scale == "nvfp4":
+def container_for(q: QTensor[Tensor]) -> Container:
+    """The torchao tensor to hold `q` in, where it is; every grid has one."""
+    if q.grid.element.kind == "integer":
+        return TILES if _fits_tiles(q) else INTEGER
+    if q.grid.scale == "nvfp4":
         return NVFP4
-    return FLOAT8_ROWS if grid.element.bits == 8 and grid.group in ("row", "tensor") else MX
+    return FLOAT8_ROWS if q.grid.element.bits == 8 and q.grid.group in ("row", "tensor") else MX
+
+
+def container_of(held: Tensor) -> Container:
+    """The container that `held` is."""
+    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS, MX) if one.name == type(held).__name__)
 
 
 def _lower_integer(q: QTensor[Tensor]) -> Any:
@@ -76,6 +84,38 @@ def _raise_integer(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
         return QTensor(held.qdata, held.scale, grid, dtype)
     zeros, codes = _unshift(held.zero_point, grid.element), _unshift(held.qdata, grid.element)
     return QTensor(codes, held.scale, grid, dtype, zeros=zeros)
+
+
+def _fits_tiles(q: QTensor[Tensor]) -> bool:
+    """Whether tinygemm's kernel takes `q`: int4 in its groups, and no zero points, which it would hold as rounded bfloat16."""
+    on_tensor_cores = q.codes.is_cuda and torch.cuda.get_device_capability(q.codes.device) >= (8, 0)
+    fits = q.grid.element.bits == 4 and q.grid.symmetric and q.grid.group in (32, 64, 128, 256) and len(q.shape) == 2
+    return on_tensor_cores and fits and q.dtype == "bfloat16"
+
+
+def _lower_tiles(q: QTensor[Tensor]) -> Any:
+    """Rows padded to 8 and columns to 1024, two codes to a byte with the first high, then permuted by the kernel's own packer."""
+    rows, columns = q.shape
+    more = (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS)
+    codes = F.pad(_unshift(q.codes, q.grid.element), more, value=-q.grid.element.lowest)
+    scales = F.pad(q.scales, (0, more[1] // int(q.grid.group), 0, more[3])).to(torch.bfloat16)
+    pairs = codes[:, 0::2] << 4 | codes[:, 1::2]
+    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), TILE_INNER)
+    scale_and_zero = torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()
+    return Int4TilePackedTo4dTensor(packed, scale_and_zero, [1, int(q.grid.group)], torch.Size(q.shape))
+
+
+def _raise_tiles(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
+    """The permutation is the kernel's secret: the codes are its product of the identity with scales of one, which is exact."""
+    rows, columns = held.shape
+    padded = held.scale_and_zero.shape[0] * int(grid.group)
+    ones = torch.stack(
+        [torch.ones_like(held.scale_and_zero[..., 0]), torch.zeros_like(held.scale_and_zero[..., 0])], dim=-1
+    )
+    identity = torch.eye(padded, dtype=torch.bfloat16, device=held.device)
+    codes = torch.ops.aten._weight_int4pack_mm(identity, held.qdata, int(grid.group), ones.contiguous())
+    scales = held.scale_and_zero[..., 0].transpose(0, 1)[:rows, : columns // int(grid.group)]
+    return QTensor(codes.T[:rows, :columns].to(torch.int8).contiguous(), scales.float().contiguous(), grid, dtype)
 
 
 def _lower_nvfp4(q: QTensor[Tensor]) -> Any:
@@ -117,6 +157,7 @@ def _raise_mx(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
 INTEGER = Container("IntxUnpackedToInt8Tensor", native=True, lower=_lower_integer, raised=_raise_integer)
 NVFP4 = Container("NVFP4Tensor", native=True, lower=_lower_nvfp4, raised=_raise_nvfp4)
 FLOAT8_ROWS = Container("Float8Tensor", native=False, lower=_lower_float8, raised=_raise_float8)
+TILES = Container("Int4TilePackedTo4dTensor", native=True, lower=_lower_tiles, raised=_raise_tiles)
 MX = Container("MXTensor", native=False, lower=_lower_mx, raised=_raise_mx)
 
 
