@@ -1,61 +1,102 @@
-"""Every engine against the reference, on every grid: `qkit parity --all`, kept with the machine it ran on.
+"""Every engine against the reference, kept with the machine it ran on: `qkit parity --all` for benchmarks/results/.
 
-Usage: python benchmarks/parity.py [--backend NAME ...] [--device cuda] [--eager] [--size N] [--out FILE.json]
+Usage: python benchmarks/parity.py [--backend NAME ...] [--device cuda] [--mode eager|compiled ...] [--dtype NAME ...]
+                                   [--one-group] [--size N] [--jobs N] [--out FILE.json]
+
+--one-group keeps one group size for each element and rule (code that is compiled is the same for the others); --jobs runs in as
+many processes, which is what compiling on a GPU machine needs.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import qkit
-from qkit.parity import compare_many
-from qkit.qtensor import DTYPES
+from qkit.grid import Grid
+from qkit.parity import Parity, compare_many
+from qkit.qtensor import DTYPES, DType
 from qkit.testing.tensors import all_grids
 
+Task = tuple[str, str, bool, DType, list[Grid], int]
 
-def machine() -> dict[str, object]:
+
+def machine(device: str) -> dict[str, object]:
     """What this ran on."""
-    packages = {}
-    for name in ("numpy", "torch", "torchao", "mlx", "ml_dtypes"):
+    about: dict[str, object] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    for name in ("numpy", "torch", "torchao", "mlx", "mlx-cuda-13", "ml_dtypes"):
         try:
-            packages[name] = version(name)
+            about[name] = version(name)
         except PackageNotFoundError:
-            packages[name] = "not installed"
-    gpu = ""
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        gpu = sys.modules["torch"].cuda.get_device_name()
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpu": gpu, **packages}
+            continue
+    if device == "cuda":
+        import torch
+
+        about["gpu"] = torch.cuda.get_device_name()
+    elif device == "gpu":
+        import mlx.core as mx
+
+        about["gpu"] = str(mx.device_info())
+    return about
+
+
+def one_group(grids: list[Grid]) -> list[Grid]:
+    """One grid for each element and rule."""
+    return [grid for grid in grids if grid.group == {"integer": 64, "float": 32}[grid.element.kind] or grid.group == 16]
+
+
+def work(task: Task) -> list[Parity]:
+    """One process's share."""
+    name, device, compiled, dtype, grids, size = task
+    return list(compare_many(qkit.backend(name).on(device), grids, dtype=dtype, compiled=compiled, size=size))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--mode", action="append", choices=("eager", "compiled"), default=[])
+    parser.add_argument("--dtype", action="append", choices=DTYPES, default=[])
+    parser.add_argument("--one-group", action="store_true")
     parser.add_argument("--size", type=int, default=16384)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    grids = one_group(all_grids()) if given.one_group else all_grids()
+    dtypes = given.dtype or list(DTYPES)
     rows = []
     for name in given.backend or [status.name for status in qkit.backends() if status.ready]:
-        for compiled in (False,) if given.eager or name == "numpy" else (False, True):
-            engine, total, start = qkit.backend(name).on(given.device), Counter(), time.perf_counter()
-            for dtype in DTYPES:
-                for one in compare_many(engine, all_grids(), dtype=dtype, compiled=compiled, size=given.size):
-                    total += Counter(codes=one.codes, scales=one.scales, values=one.values, compared=one.compared)
-                    total["errors"] += bool(one.error)
-                    if not one.exact:
-                        print(one, file=sys.stderr, flush=True)
-            row = {"backend": name, "device": given.device, "compiled": compiled, "grids": len(all_grids())}
-            row["seconds"] = round(time.perf_counter() - start)
-            rows.append(row | {key: total[key] for key in ("codes", "scales", "values", "errors", "compared")})
+        for mode in given.mode or ["eager", "compiled"]:
+            if (name, mode) == ("numpy", "compiled"):
+                continue
+            start, total = time.perf_counter(), Counter()
+            few = 1 if given.jobs > 1 else len(grids)
+            tasks: list[Task] = [
+                (name, given.device, mode == "compiled", dtype, grids[i : i + few], given.size)
+                for dtype in dtypes
+                for i in range(0, len(grids), few)
+            ]
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(given.jobs, mp_context=context) as pool:
+                for results in pool.map(work, tasks):
+                    for one in results:
+                        total.update(codes=one.codes, scales=one.scales, values=one.values, compared=one.compared)
+                        total["not run"] += bool(one.error)
+                        if not one.exact:
+                            print(one, file=sys.stderr, flush=True)
+            row = {"backend": name, "device": given.device, "mode": mode, "dtypes": dtypes, "grids": len(grids)}
+            row |= {key: total[key] for key in ("codes", "scales", "values", "not run", "compared")}
+            rows.append(row | {"seconds": round(time.perf_counter() - start)})
             print(rows[-1], file=sys.stderr, flush=True)
-    text = json.dumps({"command": sys.argv, "machine": machine(), "dtypes": DTYPES, "mismatches": rows}, indent=2)
+    report = {"command": " ".join(sys.argv), "machine": machine(given.device), "mismatches": rows}
+    text = json.dumps(report, indent=2)
     given.out.write_text(text + "\n") if given.out else print(text)
 
 
