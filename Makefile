@@ -11,8 +11,7 @@ demo: .venv/ready
 test: .venv/ready lint
 	$(BIN)/python -m pytest
 
-test-all: .venv/ready lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+test-all: test
 	$(BIN)/qkit parity --all
 
 lint: .venv/ready

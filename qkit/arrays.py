@@ -4,7 +4,7 @@ from typing import Any
 
 from qkit.backend import Backend
 from qkit.element import LIMIT
-from qkit.errors import RangeError
+from qkit.errors import BackendError, RangeError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of, shape_of
 from qkit.registry import backend as choose
@@ -37,7 +37,8 @@ def dequantize(q: QTensor[Any], *, backend: str | Backend | None = None) -> Any:
 def fake_quantize(w: Any, grid: Grid, *, backend: str | Backend | None = None) -> Any:
     """`dequantize(quantize(w, grid))`, bit for bit; the gradient with respect to `w` is the identity.
 
-    Does not look for NaN or infinity: a group that holds one comes back as NaN.
+    Does not look for NaN or infinity: a group that holds one comes back as NaN. Under torch.compile the engine must have been
+    met before: call it once outside, or use `qkit.backend("torchao").fake_quantize`.
 
     Raises:
         DTypeError, GridError: as for `quantize`.
@@ -63,4 +64,13 @@ def check(engine: Backend, w: Any, grid: Grid, *, name: str) -> None:
 
 
 def _engine(array: Any, backend: str | Backend | None) -> Backend:
-    return backend_of(array) if backend is None else choose(backend)
+    own = backend_of(array)
+    if backend is None:
+        return own
+    engine = choose(backend)
+    if engine.framework != own.framework:
+        way_out = f"carry it over with qkit.backend({engine.name!r}).from_numpy"
+        raise BackendError(
+            f"backend {engine.name!r} works on {engine.framework}, not on an array of {own.framework}: {way_out}"
+        )
+    return engine

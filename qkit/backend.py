@@ -1,8 +1,7 @@
 """The seam: what an engine must be able to do. Everything else in qkit is written once, over these verbs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -63,12 +62,15 @@ class Trainer(Protocol):
     """A model, its optimizer and the step that joins them."""
 
     def step(self, tokens: NDArray[np.int32], *, learning_rate: float) -> float:
-        """One AdamW step on next-token loss over `tokens` [batch, length + 1]; returns the loss before it, in nats."""
+        """One step on next-token loss over `tokens` [batch, length + 1]; returns the loss before it, in nats.
+
+        AdamW with betas 0.9 and 0.95; the gradient's norm is clipped at 1; matrices decay, vectors do not.
+        """
         ...
 
 
 class Backend(Protocol):
-    """An engine: operations on its arrays, and surgery on its modules. See `docs` in README for how to write one."""
+    """An engine: operations on its arrays, and surgery on its modules. `tests/plugins/toy` is a small one, whole."""
 
     name: str
     framework: str
@@ -145,11 +147,11 @@ class Backend(Protocol):
         """Every stored array of the model by name, each once, but for the quantized weights of converted layers."""
         ...
 
-    def fill(self, model: Any, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Puts `tensors` where `tensors(model)` has them.
+    def fill(self, model: Any, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
+        """Puts `tensors` where `tensors(model)` has them, but for the names in `without`: all of them or, on an error, none.
 
         Raises:
-            ArtifactError: a name or a shape does not fit, or one is missing.
+            ArtifactError: a name, a shape or a type does not fit, or one is missing. float16 and bfloat16 fit a float32 model.
         """
         ...
 
@@ -157,7 +159,7 @@ class Backend(Protocol):
         """The Hugging Face configuration that the model carries, if it carries one."""
         ...
 
-    def build(self, config: Mapping[str, Any], folder: Path | None) -> Any:
+    def build(self, config: Mapping[str, Any]) -> Any:
         """A model of the architecture that a Hugging Face configuration names, freshly initialised."""
         ...
 

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from qkit import artifact, pipeline
 from qkit.backend import Backend
 from qkit.errors import BackendError
+from qkit.interop.compressed_tensors import layout
 from qkit.qtensor import QTensor
+from qkit.recipe import Recipe
 from qkit.registry import backend as choose
 from qkit.registry import backends
 from qkit.registry import recipe as find_recipe
@@ -81,7 +83,7 @@ class Result:
         codes_equal, codes_compared: codes, scales and zero points that every engine makes from the trained weights, equal to
             those in the artifact, out of how many comparisons; `engines` names who took part.
         forward_difference: largest difference of a logit before and after `convert`.
-        other_loss: of the artifact on `other`, None where no second engine is installed.
+        other_loss: of the artifact on `other`, None where no second engine can build the model; `other_obstacle` says why.
     """
 
     backend: str
@@ -98,33 +100,46 @@ class Result:
     forward_difference: float
     other: str | None
     other_loss: float | None
+    other_obstacle: str
     bits_per_weight: float
     curves: dict[str, list[tuple[int, float]]]
     folder: str
 
     @property
-    def recovered(self) -> float:
-        """The share of what quantizing cost (PTQ less float, both trained as long) that training on the grid won back."""
-        return (self.longer_ptq_loss - self.qat_loss) / (self.longer_ptq_loss - self.longer_float_loss)
+    def recovered(self) -> float | None:
+        """The share of what quantizing cost (PTQ less float, both trained as long) that training on the grid won back.
+
+        None where quantizing cost nothing.
+        """
+        cost = self.longer_ptq_loss - self.longer_float_loss
+        return (self.longer_ptq_loss - self.qat_loss) / cost if cost > 0 else None
 
 
-def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress) -> Result:
+def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, preset: Preset | None = None) -> Result:
     """Trains a small Llama on the standard library's source, and takes it the whole way on `backend`.
 
-    Leaves in `folder`: `float/` and `quantized/`, Hugging Face directories; `losses.png` where matplotlib is installed;
-    `result.json`.
+    Leaves in `folder`: `float/` and `quantized/`, Hugging Face directories, and `result.json`. Whatever can go wrong with
+    the recipe or the engines does so before the training. `preset` is that of the engine, if left out.
 
     Raises:
         BackendError: the engine, or what it needs to build a Llama, is missing.
         RecipeError, GridError: the recipe is unknown or does not fit.
+        ArtifactError: the artifact has no layout for a grid of the recipe.
     """
     engine = choose(backend)
     if not hasattr(engine, "trainer"):
-        raise BackendError(f"backend {engine.name!r} cannot train: choose another, such as torchao or mlx")
-    grid_recipe, preset = find_recipe(recipe), PRESETS.get(engine.name, PRESET)
+        raise BackendError(
+            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
+        )
+    grid_recipe, preset = find_recipe(recipe), preset or PRESETS.get(engine.name, PRESET)
+    model = engine.build(preset.config)
+    _check(engine, model, grid_recipe)
+    others = [
+        choose(status.name) for status in backends() if status.ready and status.name not in ("numpy", engine.name)
+    ]
+    other, other_obstacle = _second(engine, preset)
     text, unseen = standard_library(preset)
 
-    model = engine.build(preset.config, None)
     curves = {"float": _train(engine, model, text, preset, "float", progress)}
     parameters = sum(int(np.prod(array.shape)) for array in engine.tensors(model).values())
     artifact.save(model, folder / "float", backend=engine)
@@ -145,10 +160,6 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress) -
     model = pipeline.convert(model)
     artifact.save(model, folder / "quantized", source=folder / "float", backend=engine)
 
-    others = [
-        choose(status.name) for status in backends() if status.ready and status.name not in ("numpy", engine.name)
-    ]
-    other = next((candidate for candidate in others if hasattr(candidate, "trainer")), None)
     codes = {
         layer.path: engine.unpack(layer.module).map(engine.to_numpy) for layer in engine.layers(model) if layer.rule
     }
@@ -165,6 +176,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress) -
         forward_difference=float(np.abs(engine.logits(model, unseen[:8]) - prepared).max()),
         other=other.name if other else None,
         other_loss=other.loss(artifact.load(folder / "quantized", backend=other), unseen) if other else None,
+        other_obstacle=other_obstacle,
         bits_per_weight=pipeline.coverage(model).bits_per_weight,
         curves=curves,
         folder=str(folder),
@@ -195,12 +207,10 @@ def compare(engines: list[Backend], masters: dict[str, Any], codes: dict[str, QT
     return equal, compared
 
 
-def draw(result: Result, file: Path) -> bool:
-    """The loss curves as a PNG. False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw(result: Result, file: Path) -> None:
+    """Writes the loss curves as a PNG; needs matplotlib."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     start = 0
@@ -221,7 +231,37 @@ def draw(result: Result, file: Path) -> bool:
     )
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
-    return True
+
+
+def _check(engine: Backend, model: Any, recipe: Recipe) -> None:
+    """Raises what `prepare` and `save` would raise after the training."""
+    pipeline.plan(engine.layers(model), recipe)
+    for rule in recipe.rules:
+        for grid in (rule.weight, rule.activation):
+            if grid:
+                layout(grid)
+
+
+def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
+    """The first engine besides `first` and NumPy that can build the model; or None, and what stands in the way."""
+    obstacles = []
+    for status in backends():
+        if status.name in ("numpy", first.name):
+            continue
+        if not status.ready:
+            obstacles.append(f"{status.name} {status.reason}")
+            continue
+        engine = choose(status.name)
+        if not hasattr(engine, "trainer"):
+            obstacles.append(f"{status.name} cannot run a language model")
+            continue
+        try:
+            engine.build(preset.config)
+        except BackendError as error:
+            obstacles.append(f"{status.name}: {error}")
+            continue
+        return engine, ""
+    return None, "; ".join(obstacles) or "there is no second engine: pip install 'qkit[all]'"
 
 
 def _train(

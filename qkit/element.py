@@ -64,11 +64,6 @@ class Element:
         """Exponent of the largest value of a float: 2 (e2m1), 8 (e4m3), 15 (e5m2); OCP MX 1.0 calls it emax."""
         return int(self.largest).bit_length() - 1
 
-    @property
-    def largest_reciprocal(self) -> float:
-        """1/largest as a float32."""
-        return reciprocal(self.largest)
-
     def __str__(self) -> str:
         return self.name
 
@@ -87,8 +82,18 @@ ELEMENTS: Final = {
     )
 }
 
-#: amax of a whole tensor maps to 6 * 448 in NVFP4: the largest e2m1 under the largest e4m3 block scale.
-NVFP4_RECIPROCAL: Final = reciprocal(6.0 * 448.0)
+#: By element and scale rule: what a group's peak (its span, under `minmax`) is multiplied with to give its scale.
+STEP: Final = {
+    **{(name, "signed"): 1 / e.lowest for name, e in ELEMENTS.items() if e.kind == "integer"},
+    **{(name, "absmax"): reciprocal(e.highest) for name, e in ELEMENTS.items() if e.kind == "integer"},
+    **{(name, "midmax"): reciprocal(e.highest + 0.5) for name, e in ELEMENTS.items() if e.kind == "integer"},
+    **{(name, "minmax"): reciprocal(e.levels) for name, e in ELEMENTS.items() if e.kind == "integer"},
+    **{(name, "rceil"): reciprocal(e.largest) for name, e in ELEMENTS.items() if e.kind == "float"},
+    ("e2m1", "nvfp4"): reciprocal(6.0),
+}
+
+#: The peak of a whole tensor maps to 6 * 448 in NVFP4: the largest e2m1 under the largest e4m3 block scale.
+NVFP4_STEP: Final = reciprocal(6.0 * 448.0)
 
 #: Values of the sixteen e2m1 codes; the sign is the high bit.
 E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

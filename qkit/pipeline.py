@@ -78,7 +78,7 @@ def prepare(model: Any, recipe: str | Path | Recipe, *, backend: str | Backend |
         StageError: the model is prepared or converted already.
         BackendError: no engine works on such a model.
     """
-    engine = _surgeon(model, backend)
+    engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     _want_float(layers, "prepare")
     planned = plan(layers, find_recipe(recipe))
@@ -96,7 +96,7 @@ def convert(model: Any, recipe: str | Path | Recipe | None = None, *, backend: s
         StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted already.
         RecipeError, GridError, RangeError: the recipe does not fit, or a weight is not finite; the model is as it was.
     """
-    engine = _surgeon(model, backend)
+    engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     prepared = [layer for layer in layers if layer.stage == "prepared"]
     if recipe is None:
@@ -168,14 +168,26 @@ class Coverage:
 
 def coverage(model: Any, *, backend: str | Backend | None = None) -> Coverage:
     """Every layer of `model`: its grid and how it runs, or that it is left alone and why."""
-    engine = _surgeon(model, backend)
+    engine = surgeon(model, backend)
     return Coverage(tuple(_cover(layer, engine) for layer in engine.layers(model)))
+
+
+def surgeon(model: Any, backend: str | Backend | None) -> Backend:
+    """The engine for `model`, which must be one that has modules.
+
+    Raises:
+        BackendError: no engine works on it, or only on arrays.
+    """
+    engine = backend_of(model) if backend is None else choose(backend)
+    if not hasattr(engine, "layers"):
+        raise BackendError(f"backend {engine.name!r} works on arrays only: it has no modules to prepare or convert")
+    return engine
 
 
 def _cover(layer: Layer, engine: Backend) -> Covered:
     if layer.rule is None or layer.rule.weight is None:
         reason = getattr(layer.module, NOTE, "") or layer.obstacle
-        bits = {"float32": 32.0}.get(str(engine.weight(layer.module).dtype).rpartition(".")[2], 16.0)
+        bits = 8 * engine.weight(layer.module).nbytes / prod(layer.shape)
         return Covered(
             layer.path, layer.kind, layer.shape, "", "", f"left alone: {reason}" if reason else "float", bits
         )
@@ -183,13 +195,6 @@ def _cover(layer: Layer, engine: Backend) -> Covered:
     state = "prepared" if layer.stage == "prepared" else layer.execution
     bits = grid.bits_per_weight(layer.shape)
     return Covered(layer.path, layer.kind, layer.shape, str(grid), str(activation or ""), state, bits)
-
-
-def _surgeon(model: Any, backend: str | Backend | None) -> Backend:
-    engine = backend_of(model) if backend is None else choose(backend)
-    if not hasattr(engine, "layers"):
-        raise BackendError(f"backend {engine.name!r} works on arrays only: it has no modules to prepare or convert")
-    return engine
 
 
 def _want_float(layers: list[Layer], verb: str) -> None:

@@ -1,6 +1,7 @@
 """What happens to a model: a named, versioned list of rules, read from flat TOML. First match wins."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -61,6 +62,8 @@ class Recipe:
     summary: str = ""
 
     def __post_init__(self) -> None:
+        if self.version < 1:
+            raise RecipeError(f"version is {self.version}: versions count from 1")
         if not any(rule.weight for rule in self.rules):
             raise RecipeError(f"recipe {self.name!r} has no rule with a weight grid: nothing would be quantized")
 
@@ -94,29 +97,38 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
     Raises:
         RecipeError: a key is unknown, missing or of the wrong type.
         GridError: a grid does not exist.
+
+    Messages begin with the place, `grids.w` or `rules[2]`, counted from 1.
     """
     _only(table, ("schema", "version", "summary", "grids", "rules"), "the recipe")
-    if table.get("schema") != SCHEMA:
-        raise RecipeError(f"schema is {table.get('schema')!r}: this version of qkit reads schema = {SCHEMA}")
-    grids = {key: grid_from_table(value, key) for key, value in _get(table, "grids", dict, {}).items()}
-    rules = tuple(_rule(rule, grids) for rule in _get(table, "rules", list, []))
+    schema = table.get("schema")
+    if type(schema) is not int or schema != SCHEMA:  # `true == 1`
+        raise RecipeError(f"schema is {schema!r}: this version of qkit reads schema = {SCHEMA}")
+    grids, rules = {}, []
+    for key, value in _get(table, "grids", dict, {}).items():
+        with _place(f"grids.{key}"):
+            grids[key] = grid_from_table(value)
+    for number, value in enumerate(_get(table, "rules", list, []), start=1):
+        with _place(f"rules[{number}]"):
+            rules.append(_rule(value, grids))
     summary, version = _get(table, "summary", str, ""), _get(table, "version", int, 1)
     used = {rule.weight for rule in rules} | {rule.activation for rule in rules}
     for key, grid in grids.items():
         if grid not in used:
-            raise RecipeError(f"grids.{key} is not used by any rule")
-    return Recipe(name=name, rules=rules, version=version, summary=summary)
+            raise RecipeError(f"grids.{key}: not used by any rule")
+    return Recipe(name=name, rules=tuple(rules), version=version, summary=summary)
 
 
-def grid_from_table(table: Any, key: str = "grid") -> Grid:
+def grid_from_table(table: Any) -> Grid:
     """The grid that `{element, group, scale}` describes; `scale` may be left out."""
     if not isinstance(table, Mapping):
-        raise RecipeError(f"grids.{key} is {table!r}: want a table with element and group")
-    _only(table, ("element", "group", "scale"), f"grids.{key}")
+        raise RecipeError(f"{table!r} is no grid: want a table with element and group")
+    _only(table, ("element", "group", "scale"), "a grid")
     for want in ("element", "group"):
         if want not in table:
-            raise RecipeError(f"grids.{key} has no {want}")
-    return Grid(_get(table, "element", str, ""), table["group"], table.get("scale"))
+            raise RecipeError(f"{want} is missing")
+    scale = _get(table, "scale", str, "") if "scale" in table else None
+    return Grid(_get(table, "element", str, ""), table["group"], scale)
 
 
 def grid_table(grid: Grid) -> dict[str, Any]:
@@ -136,14 +148,18 @@ def rule_table(rule: Rule) -> dict[str, Any]:
 
 def rule_from_table(table: Mapping[str, Any]) -> Rule:
     """The inverse of `rule_table`."""
-    grids = {slot: grid_from_table(table[slot], slot) for slot in ("weight", "activation") if slot in table}
+    grids = {}
+    for slot in ("weight", "activation"):
+        if slot in table:
+            with _place(slot):
+                grids[slot] = grid_from_table(table[slot])
     named = {slot: slot for slot in grids}
     return _rule({**{key: value for key, value in table.items() if key not in grids}, **named}, grids)
 
 
 def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
     if not isinstance(table, Mapping):
-        raise RecipeError(f"a rule is {table!r}: write [[rules]]")
+        raise RecipeError(f"{table!r} is no rule: write [[rules]]")
     _only(table, ("match", "kind", "weight", "activation", "indivisible"), "a rule")
     match = table.get("match", ())
     if not isinstance(match, (str, list, tuple)):
@@ -165,6 +181,15 @@ def _grid(table: Mapping[str, Any], slot: str, grids: Mapping[str, Grid]) -> Gri
     if name not in grids:
         raise RecipeError(f"{slot} = {name!r} names no grid: there is {', '.join(grids) or 'none'}")
     return grids[name]
+
+
+@contextmanager
+def _place(name: str) -> Iterator[None]:
+    """Puts `name` before the message of what goes wrong inside."""
+    try:
+        yield
+    except (RecipeError, GridError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _get(table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import element as constants
-from qkit.element import Element, reciprocal
+from qkit.element import STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 
@@ -132,12 +132,11 @@ def symmetric_scale(x: Floats, grid: Grid) -> Floats:
     if grid.scale == "signed":
         high, low = x.max(axis=-1), x.min(axis=-1)
         peak = np.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * np.float32(1 / element.lowest))
+        s = round_to_bfloat16(peak * np.float32(STEP[element.name, "signed"]))
         least = np.where(bits(peak) > 0, np.float32(-constants.MIN_SCALE), np.float32(constants.MIN_SCALE))
         return np.where(np.abs(s) < np.float32(constants.MIN_SCALE), least, s) + poison(peak)
-    steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
     peak = amax(x)
-    s = round_to_bfloat16(peak * np.float32(reciprocal(steps)))
+    s = round_to_bfloat16(peak * np.float32(STEP[element.name, grid.scale]))
     return np.maximum(s, np.float32(constants.MIN_SCALE)) + poison(peak)
 
 
@@ -150,7 +149,7 @@ def asymmetric_scale(x: Floats, element: Element) -> tuple[Floats, Floats]:
     """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
     low = np.minimum(x.min(axis=-1), np.float32(0))
     high = np.maximum(x.max(axis=-1), np.float32(0))
-    s = round_to_bfloat16((high - low) * np.float32(reciprocal(element.levels)))
+    s = round_to_bfloat16((high - low) * np.float32(STEP[element.name, "minmax"]))
     s = np.maximum(s, np.float32(constants.MIN_SCALE)) + poison(high - low)
     return s, np.clip(np.rint(-low / s), 0, element.levels)
 
@@ -171,7 +170,7 @@ def scale_code(peak: Floats, grid: Grid) -> Codes:
     elif grid.scale == "even":
         c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
     else:
-        c = ceil_exponent(peak * np.float32(element.largest_reciprocal))
+        c = ceil_exponent(peak * np.float32(STEP[element.name, "rceil"]))
     return cast(Codes, np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(np.uint8))
 
 
@@ -220,13 +219,13 @@ def e2m1_codes(x: Floats, s: Floats) -> Codes:
 
 def tensor_power(x: Floats) -> Floats:
     """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
-    c = ceil_exponent(np.abs(x).max() * np.float32(constants.NVFP4_RECIPROCAL))
+    c = ceil_exponent(np.abs(x).max() * np.float32(constants.NVFP4_STEP))
     return np.asarray(power(np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)))  # an array, not a scalar
 
 
 def block_scale(x: Floats, tensor_scale: Floats) -> Codes:
     """The e4m3 bits of each block's scale; never zero, so that no block loses its values to its scale."""
-    s = amax(x) * (np.float32(1) / tensor_scale) * np.float32(reciprocal(6.0))
+    s = amax(x) * (np.float32(1) / tensor_scale) * np.float32(STEP["e2m1", "nvfp4"])
     return cast(Codes, np.clip(s, constants.MIN_BLOCK_SCALE, 448.0).astype(FLOAT8["e4m3"]).view(np.uint8))
 
 

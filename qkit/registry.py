@@ -1,6 +1,7 @@
 """Discovery: which plugins there are, what they bring, and why a broken one is left out. No framework is imported here."""
 
 import importlib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -81,8 +82,9 @@ def plugins() -> Plugins:
     """
     from importlib.resources.abc import Traversable
 
+    loaded = manager().list_name_plugin()  # first: it fills _broken_entries
     found = Plugins(broken=dict(_broken_entries))
-    for name, plugin in manager().list_name_plugin():
+    for name, plugin in loaded:
         for spec in _ask(found, name, plugin, "qkit_backends", wanted=BackendSpec):
             if spec.name in found.backends:
                 raise BackendError(f"two plugins bring a backend {spec.name!r}: uninstall one ({name} is the second)")
@@ -110,11 +112,16 @@ def _ask(found: Plugins, name: str, plugin: Any, hook: str, *, wanted: type) -> 
         return []
 
 
+#: The backends of the packages that `backend_of` has met; a plain look-up, so that it passes torch's compiler.
+_by_package: dict[str, Backend] = {}
+
+
 def register(plugin: object, name: str) -> None:
     """Adds a plugin by hand, for tests and notebooks; installed ones are found by themselves."""
     manager().register(plugin, name=name)
     plugins.cache_clear()
     _instance.cache_clear()
+    _by_package.clear()
 
 
 def unregister(name: str) -> None:
@@ -122,6 +129,7 @@ def unregister(name: str) -> None:
     manager().unregister(name=name)
     plugins.cache_clear()
     _instance.cache_clear()
+    _by_package.clear()
 
 
 # Backends
@@ -136,7 +144,9 @@ def backends() -> list[BackendStatus]:
 
 
 def backend(choice: "str | Backend | None" = None) -> Backend:
-    """The backend called `choice`; a backend object is given back; None takes the first that is ready, NumPy last.
+    """The backend called `choice`; a backend object is given back.
+
+    None takes what is at hand: MLX on a Mac, torch anywhere else, then any other that is ready, NumPy last.
 
     Raises:
         BackendError: there is no such backend, or its packages are missing.
@@ -144,8 +154,9 @@ def backend(choice: "str | Backend | None" = None) -> Backend:
     if choice is not None and not isinstance(choice, str):
         return choice
     if choice is None:
-        ready = [status.name for status in backends() if status.ready and status.name != "numpy"]
-        choice = ready[0] if ready else "numpy"
+        ready = {status.name for status in backends() if status.ready}
+        liked = ("mlx", "torchao") if sys.platform == "darwin" else ("torchao", "mlx")
+        choice = next(name for name in (*liked, *sorted(ready - {"numpy"}), "numpy") if name in ready)
     known = plugins().backends
     if choice not in known:
         reason = plugins().broken.get(choice)
@@ -161,10 +172,15 @@ def backend_of(thing: Any) -> Backend:
     Raises:
         BackendError: no backend works on such a thing.
     """
+    known = _by_package.get(type(thing).__module__.partition(".")[0])
+    return known if known is not None else _search(thing)
+
+
+def _search(thing: Any) -> Backend:
     packages = {cls.__module__.partition(".")[0] for cls in type(thing).__mro__}
     for spec in plugins().backends.values():
         if spec.framework in packages:
-            return _instance(spec.name)
+            return _by_package.setdefault(spec.framework, _instance(spec.name))
     raise BackendError(
         f"no backend works on {type(thing).__module__}.{type(thing).__qualname__}: there is "
         + ", ".join(f"{spec.name} for {spec.framework}" for spec in plugins().backends.values())
@@ -211,6 +227,8 @@ def recipe(choice: str | Path | Recipe) -> Recipe:
     """
     if isinstance(choice, Recipe):
         return choice
+    if not isinstance(choice, (str, Path)):
+        raise RecipeError(f"{choice!r} is no recipe: give a name, a path of a TOML file, or a qkit.Recipe")
     if isinstance(choice, Path) or choice.endswith(".toml"):
         return read_recipe(Path(choice))
     name = ALIASES.get(choice, choice)

@@ -15,6 +15,7 @@ CONFIG = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 30000.0},  # nobody's default
     "tie_word_embeddings": False,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -28,7 +29,7 @@ SEED = 7
 def build(name, **changes):
     """The Llama on engine `name`, with weights drawn by NumPy, so that they are the same on every engine."""
     engine = qkit.backend(name)
-    model = engine.build({**CONFIG, **changes}, None)
+    model = engine.build({**CONFIG, **changes})
     random = np.random.default_rng(SEED)
     drawn = {}
     for key, tensor in sorted(engine.tensors(model).items()):

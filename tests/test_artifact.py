@@ -109,7 +109,7 @@ def test_the_description_is_whole(name, tmp_path):
     assert list(metadata) == ["qkit"]
     assert described["numerics"] == 1
     assert described["rules"][0]["weight"] == {"element": "e2m1", "group": 32, "scale": "rceil"}
-    assert "model.layers.1.mlp.down_proj" in described["rules"][0]["match"]
+    assert "model.layers.1.mlp.down_proj" in described["rules"][0]["layers"]
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
 
 
@@ -126,12 +126,43 @@ def test_an_artifact_is_replaced_whole_and_nothing_else_is_touched(name, tmp_pat
     qkit.save(qkit.convert(build(name), "int3-g64"), out)
     assert qkit.coverage(qkit.load(out, backend=name)).rows[1].weight == "int3-g64-signed"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.tex").write_text("x")
-    with pytest.raises(qkit.ArtifactError, match="exists and is no artifact"):
-        qkit.save(build(name), precious)
-    assert [entry.name for entry in precious.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("stranger", ["thesis.tex", "checkpoints/", "README.md"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_save_did_not_write_is_never_removed(name, stranger, tmp_path):
+    folder = qkit.save(build(name), tmp_path / "out")
+    (folder / stranger).mkdir() if stranger.endswith("/") else (folder / stranger).write_text("x")
+    before = sorted(entry.name for entry in folder.iterdir())
+    with pytest.raises(qkit.ArtifactError, match="which save did not write"):
+        qkit.save(build(name), folder)
+    assert sorted(entry.name for entry in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_model_that_qkit_did_not_write_is_not_replaced(name, tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file({"w": np.zeros(3, np.float32)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(qkit.ArtifactError, match="a model that qkit did not write"):
+        qkit.save(build(name), folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(qkit.ArtifactError, match="is where the artifact would go"):
+        qkit.save(build(name), folder, source=folder)
+    assert read_file(folder / "model.safetensors")[0]["w"].shape == (3,)
+
+
+def test_companion_files_come_along(tmp_path):
+    source = qkit.save(build(ENGINES[0]), tmp_path / "float")
+    for file in ("tokenizer.json", "generation_config.json", "modeling_evil.py"):
+        (source / file).write_text("{}")
+    folder = qkit.save(qkit.convert(build(ENGINES[0]), "int4-g64"), tmp_path / "out", source=source)
+    assert {entry.name for entry in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "generation_config.json",
+    }
 
 
 def damage_nothing_there(folder):
@@ -153,6 +184,28 @@ def damage_missing_scale(folder):
 
 def damage_missing_norm(folder):
     rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def damage_narrow_words(folder):
+    name = "model.layers.0.mlp.up_proj.weight_packed"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name][:, :5].copy()}))
+
+
+def damage_nan_scale(folder):
+    rewrite(folder, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight_scale"].__setitem__((3, 1), np.nan))
+
+
+def damage_scale_off_the_bfloat16_grid(folder):
+    rewrite(folder, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight_scale"].__setitem__((3, 1), 1 / 3))
+
+
+def damage_scale_type(folder):
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
+
+
+def damage_norm_type(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(128, np.float64)}))
 
 
 def damage_stray_tensor(folder):
@@ -190,7 +243,31 @@ DAMAGES = [value for name, value in list(globals().items()) if name.startswith("
 def test_damage_is_an_error_that_names_the_folder_or_the_tensor(name, damage, tmp_path):
     folder = qkit.save(qkit.convert(build(name), "int4-g64"), tmp_path / "out")
     damage(folder)
-    with pytest.raises(qkit.ArtifactError, match=r"out|model\.|stray"):
+    mine = build(name)
+    before = codes(name, mine), logits(name, mine)
+    for target in (None, mine):
+        with pytest.raises(qkit.ArtifactError, match=r"out.*(model|config|stray|metadata|numerics)"):
+            qkit.load(folder, backend=name, into=target)
+    assert codes(name, mine) == before[0]
+    assert np.array_equal(logits(name, mine), before[1])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tensor", "value"),
+    [
+        ("mxfp4-a16", "weight_scale", 255),
+        ("mxfp8-a16", "weight_scale", 0),
+        ("mxfp8-a16", "weight", 0x7F),
+        ("nvfp4-a16", "weight_scale", 0x7F),
+        ("fp8", "weight_scale", 0x3F),
+    ],
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_numbers_that_are_no_codes_or_scales_are_refused(name, recipe, tensor, value, tmp_path):
+    folder = qkit.save(qkit.convert(build(name), recipe), tmp_path / "out")
+    full = f"model.layers.0.mlp.up_proj.{tensor}"
+    rewrite(folder, lambda tensors: tensors[full].view(np.uint8).__setitem__((0, 1), value))
+    with pytest.raises(qkit.ArtifactError, match=f"up_proj: {tensor} holds 1 number"):
         qkit.load(folder, backend=name)
 
 

@@ -181,8 +181,28 @@ def test_subnormals_and_the_largest_magnitudes_give_finite_values(name, grid, dt
         assert np.isfinite(values.astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "numpy"])
+def test_an_array_of_another_framework_is_named(name):
+    with pytest.raises(qkit.BackendError, match=f"backend '{name}' works on .*, not on an array of numpy"):
+        qkit.quantize(np.ones((2, 64), np.float32), GRID, backend=name)
+
+
+@pytest.mark.parametrize("thing", [GRID, None, 4])
+@pytest.mark.parametrize("name", MODULE_ENGINES)
+def test_a_thing_that_is_no_recipe_is_named(name, thing):
+    with pytest.raises(qkit.RecipeError, match="is no recipe: give a name"):
+        qkit.prepare(network(name), thing)
+
+
+@pytest.mark.parametrize("name", MODULE_ENGINES)
+def test_a_folder_without_a_name_is_refused(name):
+    with pytest.raises(qkit.ArtifactError):
+        qkit.save(network(name), "/")
+
+
 def test_things_that_are_no_arrays_and_no_models_are_named():
     with pytest.raises(qkit.BackendError, match=r"no backend works on builtins\.list"):
         qkit.quantize([1.0, 2.0], GRID)
-    with pytest.raises(qkit.BackendError, match="works on arrays only"):
-        qkit.prepare(np.ones((2, 64)), RECIPE)
+    for call in (lambda x: qkit.prepare(x, RECIPE), qkit.coverage, lambda x: qkit.save(x, "never-written")):
+        with pytest.raises(qkit.BackendError, match="works on arrays only"):
+            call(np.ones((2, 64)))

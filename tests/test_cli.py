@@ -67,6 +67,69 @@ def test_an_alias_says_what_it_resolves_to() -> None:
     assert "e2m1-g32-even" in done.stdout
 
 
+@pytest.fixture
+def brackets(tmp_path: Path) -> Path:
+    """A recipe full of what rich would take for markup and for emoji."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'schema = 1\nsummary = "see [/notes], :warning:"\n[grids.w]\nelement = "int4"\ngroup = 64\n'
+        '[[rules]]\nmatch = "*.[a-z]_proj"\nweight = "w"\n',
+        encoding="utf-8",
+    )
+    return file
+
+
+def test_a_recipe_is_printed_as_it_was_written(brackets: Path) -> None:
+    done = runner.invoke(application, ["recipes", str(brackets)])
+    assert done.exit_code == 0, done.output
+    assert "mine, version 1: see [/notes], :warning:\n" in done.stdout
+    assert "*.[a-z]_proj" in done.stdout
+
+
+def test_every_recipe_is_listed_as_it_was_written(brackets: Path) -> None:
+    class Plugin:
+        @hookimpl
+        def qkit_recipes(self) -> list[Path]:
+            return [brackets]
+
+    registry.register(Plugin(), "brackets")
+    try:
+        done = runner.invoke(application, ["recipes"])
+    finally:
+        registry.unregister("brackets")
+    assert done.exit_code == 0, done.output
+    assert "see [/notes], :warning:" in done.stdout
+
+
+def test_a_reason_is_printed_as_it_was_written() -> None:
+    class Plugin:
+        @hookimpl
+        def qkit_backends(self) -> list[qkit.BackendSpec]:
+            return [qkit.BackendSpec("[b]absent", "absent:Absent", "absent_[i]", "pip install 'absent[/all]'")]
+
+    registry.register(Plugin(), "absent")
+    try:
+        done = runner.invoke(application, ["backends"])
+    finally:
+        registry.unregister("absent")
+    assert done.exit_code == 0, done.output
+    assert "[b]absent" in done.stdout
+    assert "needs absent_[i]: pip install 'absent[/all]'" in done.stdout
+
+
+def test_a_recipe_file_as_json(brackets: Path) -> None:
+    table = json.loads(runner.invoke(application, ["recipes", str(brackets), "--json"]).stdout)
+    assert table["summary"] == "see [/notes], :warning:"
+    assert table["rules"][0]["match"] == ["*.[a-z]_proj"]
+
+
+def test_parity_of_a_recipe_file_prints_its_name(brackets: Path) -> None:
+    file = brackets.rename(brackets.with_name("[b]mine.toml"))
+    done = runner.invoke(application, ["parity", str(file), "--backend", "numpy", "--size", "100"])
+    assert done.exit_code == 0, done.output
+    assert "[b]mine" in done.stdout
+
+
 def test_parity_counts_what_it_compared() -> None:
     done = runner.invoke(application, ["parity", "int4-g64", "nvfp4", "--backend", "numpy", "--size", "1000"])
     assert done.exit_code == 0, done.output
@@ -81,6 +144,23 @@ def test_parity_as_json() -> None:
     assert (row["backend"], row["grid"], row["dtype"]) == ("numpy", "e2m1-g32-rceil", "bfloat16")
     assert row["exact"]
     assert row["compared"] > 100_000
+
+
+def test_parity_never_calls_numpy_compiled() -> None:
+    done = runner.invoke(application, ["parity", "int4-g64", "--backend", "numpy", "--compiled"])
+    assert done.exit_code == 2
+    assert "numpy has no compiler, so nothing is left to compare" in done.stderr
+    done = runner.invoke(application, ["parity", "int4-g64", "--backend", "numpy", "--all", "--size", "100"])
+    assert done.exit_code == 0, done.output
+    assert "compiled" not in done.stdout
+
+
+def test_parity_works_on_the_device_that_is_named() -> None:
+    arguments = ["parity", "int4-g64", "--backend", "numpy", "--size", "100", "--device"]
+    assert runner.invoke(application, [*arguments, "cpu"]).exit_code == 0
+    refused = runner.invoke(application, [*arguments, "moon"])
+    assert isinstance(refused.exception, qkit.BackendError)
+    assert "no device 'moon'" in str(refused.exception)
 
 
 class Careless(NumpyBackend):

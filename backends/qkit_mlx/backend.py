@@ -1,7 +1,6 @@
 """Every verb of `qkit.backend.Backend`, on MLX. What is more than a line is in the modules around."""
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +18,8 @@ from qkit_mlx import ops, surgery, training
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
 from qkit_mlx.layers import FakeEmbedding, FakeLinear
 
+GPU_NAMES = ("cuda", "metal")  #: what MLX itself calls `gpu`
+
 
 class MlxBackend:
     """MLX: Apple silicon, and CPUs anywhere. Each method is described in `qkit.backend.Backend`."""
@@ -27,16 +28,17 @@ class MlxBackend:
     framework = "mlx"
 
     def on(self, device: str) -> "MlxBackend":
-        """See `Backend.on`: `cpu` or `gpu`. MLX's arrays live in one memory and its default device is the process's own.
+        """See `Backend.on`: MLX's default device, by the name of its kind. Only the user changes what it is.
 
         Raises:
-            BackendError: another name, or no such device here.
+            BackendError: it is another; the message says how to change it.
         """
-        if device not in ("cpu", "gpu") or not mx.is_available(mx.Device(getattr(mx, device))):
+        kind = mx.default_device().type.name
+        if device != kind and not (kind == "gpu" and device in GPU_NAMES and mx.is_available(mx.gpu)):
             raise BackendError(
-                f"MLX has no device {device!r} here: it knows cpu and gpu, and uses {mx.default_device()}"
+                f"MLX works on {kind} in this process, not on {device!r}: call mx.set_default_device(mx.cpu) or "
+                "mx.set_default_device(mx.gpu) first"
             )
-        mx.set_default_device(mx.Device(getattr(mx, device)))
         return self
 
     # operations on arrays
@@ -114,15 +116,15 @@ class MlxBackend:
         """See `Backend.tensors`."""
         return surgery.tensors(model)
 
-    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:
+    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
         """See `Backend.fill`."""
-        surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()})
+        surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()}, without=without)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """See `Backend.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
         return getattr(model, "qkit_config", None)
 
-    def build(self, config: Mapping[str, Any], folder: Path | None) -> nn.Module:
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
         """See `Backend.build`; through mlx-lm, which needs no folder.
 
         Raises:

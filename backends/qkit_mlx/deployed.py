@@ -1,6 +1,7 @@
 """Converted layers: MLX's own quantised layers where they hold the grid exactly; where not, layers that decode first.
 
-All of them compute in fp32 from scales held in fp32, and give back the type that the float layer would have given.
+All of them compute in fp32 from scales held in fp32, whatever the model is cast to; linear layers give back the type of
+their input, embeddings that of the weight they were made from, or of the last cast.
 """
 
 from dataclasses import replace
@@ -9,12 +10,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qkit.errors import StageError
 from qkit.grid import Grid
-from qkit.qtensor import DType, QTensor
+from qkit.qtensor import QTensor
 from qkit.recipe import Rule
 from qkit_mlx import ops
 from qkit_mlx.containers import Container, Contents, contain, contained, container_for
 from qkit_mlx.packing import packed_codes, unpacked_codes
+
+SCALES = ("scales", "biases", "tensor_scale")  #: what R11 holds in float32
+TYPES = {dtype: name for name, dtype in ops.DTYPE.items()}
 
 
 def deploy_linear(q: QTensor[mx.array], rule: Rule, bias: mx.array | None) -> "DeployedLinear | PackedLinear":
@@ -35,10 +40,27 @@ def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | P
     return layer
 
 
+class _Exact(nn.Module):
+    """A module whose scales stay float32 when the model around it is cast (R11); the cast changes `dtype` instead.
+
+    `Module.set_dtype`, `apply` and `update` of a model write into the modules below it as into dicts, so that this is
+    the one place that all of them pass.
+    """
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        held = self.get(name)
+        if name not in SCALES or held is None or held.dtype != mx.float32 or value.dtype == mx.float32:
+            super().__setitem__(name, value)
+        elif value.dtype in TYPES and mx.array_equal(held.astype(value.dtype), value):
+            self.dtype = TYPES[value.dtype]
+        else:
+            raise StageError(f"{name} of a converted layer are float32, and {value.dtype} ones were put in their place")
+
+
 # Held by MLX
 
 
-class DeployedLinear(nn.QuantizedLinear):
+class DeployedLinear(_Exact, nn.QuantizedLinear):
     """MLX's quantised linear layer, filled with given codes.
 
     Adds what MLX's lacks: the grid of the input, the power of two of `nvfp4`, and an output of the type that came in
@@ -51,14 +73,14 @@ class DeployedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = _matmul(self, _on_grid(x, self.rule.activation))
-        return _finish(y, x, self.dtype, self.get("bias"))
+        return _finish(y, x, self.get("bias"))
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
         return _held(self)
 
 
-class DeployedEmbedding(nn.QuantizedEmbedding):
+class DeployedEmbedding(_Exact, nn.QuantizedEmbedding):
     """MLX's quantised embedding, filled with given codes; values are computed in fp32 and rounded once."""
 
     def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
@@ -81,7 +103,7 @@ class DeployedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model."""
-        return _finish(_matmul(self, x), x, self.dtype, None)
+        return _finish(_matmul(self, x), x, None)
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
@@ -95,7 +117,7 @@ def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) ->
     if contents.tensor_scale is not None:
         layer.tensor_scale = contents.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.execution = f"MLX {type(layer).__mro__[1].__name__}, {_words(q.grid, container)}"
+    layer.execution = f"MLX {type(layer).__mro__[2].__name__}, {_words(q.grid, container)}"
 
 
 def _held(layer: Any) -> QTensor[mx.array]:
@@ -133,7 +155,7 @@ def _words(grid: Grid, container: Container) -> str:
 # Decoded first
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(_Exact):
     """A linear layer on a grid that MLX has no container for: holds canonical words, and decodes them at every call."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
@@ -142,14 +164,14 @@ class PackedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = _on_grid(x, self.rule.activation).astype(mx.float32) @ _values(self).T
-        return _finish(y, x, self.dtype, self.get("bias"))
+        return _finish(y, x, self.get("bias"))
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
         return _kept(self, self["weight"], self["scales"], self.get("zeros"))
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(_Exact):
     """An embedding on a grid that MLX has no container for: decodes only the rows that are looked up."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
@@ -165,7 +187,7 @@ class PackedEmbedding(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model."""
-        return _finish(x.astype(mx.float32) @ _values(self).T, x, self.dtype, None)
+        return _finish(x.astype(mx.float32) @ _values(self).T, x, None)
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
@@ -197,10 +219,10 @@ def _on_grid(x: mx.array, activation: Grid | None) -> mx.array:
     return ops.fake_quantize(x, activation) if activation else x
 
 
-def _finish(y: mx.array, x: mx.array, dtype: DType, bias: mx.array | None) -> mx.array:
-    """fp32 `y` with the bias, in the type that `x` times a weight of `dtype` has."""
+def _finish(y: mx.array, x: mx.array, bias: mx.array | None) -> mx.array:
+    """fp32 `y` with the bias, in the type of `x`."""
     y = y if bias is None else y + bias
-    return y.astype(mx.result_type(x.dtype, ops.DTYPE[dtype]))
+    return y.astype(x.dtype)
 
 
 #: What a converted layer can be. Besides its arrays each has `rule`, `grid`, `inputs`, `dtype` and `execution`.

@@ -9,14 +9,21 @@ import mlx.nn as nn
 from qkit.errors import StageError
 from qkit.recipe import Rule
 from qkit_mlx import ops
-from qkit_mlx.deployed import DeployedEmbedding, PackedEmbedding, deploy_embedding, deploy_linear
+from qkit_mlx.deployed import (
+    DeployedEmbedding,
+    DeployedLinear,
+    PackedEmbedding,
+    PackedLinear,
+    deploy_embedding,
+    deploy_linear,
+)
 
 
 class FakeLinear(nn.Linear):
     """A linear layer whose weight, and input if the rule says so, is fake-quantized. The master weight stays `weight`.
 
-    In evaluation mode the layer that `convert` would make answers, so that the two agree to the bit; it is made once
-    for each weight. Gradients are those of training mode, in either.
+    In evaluation mode the layer that `convert` would make answers, so that the two agree to the bit. It is made anew at
+    every call: an array edited in place looks like the one it was. Gradients are those of training mode, in either.
     """
 
     def __init__(self, layer: nn.Linear, rule: Rule) -> None:
@@ -27,8 +34,7 @@ class FakeLinear(nn.Linear):
         parameters = [self[name] for name in ("weight", "bias") if name in self]
         if self.training:
             return self._forward(x, *parameters)
-        deployed = _deployed(self, self._deploy)
-        return _answer(lambda x, *_: deployed(x), self._forward, x, *parameters)
+        return _answer(lambda x, *parameters: self._deploy(*parameters)(x), self._forward, x, *parameters)
 
     def _forward(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         if self.rule.activation:
@@ -36,12 +42,8 @@ class FakeLinear(nn.Linear):
         w = ops.fake_quantize(weight, self.rule.weight)
         return x @ w.T if bias is None else mx.addmm(bias, x, w.T)
 
-    def _deploy(self, weight: mx.array, bias: mx.array | None) -> nn.Module:
+    def _deploy(self, weight: mx.array, bias: mx.array | None = None) -> DeployedLinear | PackedLinear:
         return deploy_linear(ops.quantize(weight, self.rule.weight), self.rule, bias)
-
-    def _set_training_mode(self, mode: bool) -> None:
-        super()._set_training_mode(mode)
-        self._kept = None  # arrays can change in place: every evaluation starts from the weights as they are
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
@@ -61,39 +63,23 @@ class FakeEmbedding(nn.Embedding):
 
         if self.training:
             return forward(self["weight"])
-        deployed = _deployed(self, self._deploy)
-        return _answer(lambda _: deployed(x), forward, self["weight"])
+        return _answer(lambda weight: self._deploy(weight)(x), forward, self["weight"])
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model: x [..., width] -> [..., entries]."""
         if self.training:
             return self._head(x, self["weight"])
-        deployed = _deployed(self, self._deploy)
-        return _answer(lambda x, _: deployed.as_linear(x), self._head, x, self["weight"])
+        return _answer(lambda x, weight: self._deploy(weight).as_linear(x), self._head, x, self["weight"])
 
     def _head(self, x: mx.array, weight: mx.array) -> mx.array:
         return x @ ops.fake_quantize(weight, self.rule.weight).T
 
-    def _deploy(self, weight: mx.array, _: mx.array | None) -> DeployedEmbedding | PackedEmbedding:
+    def _deploy(self, weight: mx.array) -> DeployedEmbedding | PackedEmbedding:
         return deploy_embedding(ops.quantize(weight, self.rule.weight), self.rule)
-
-    def _set_training_mode(self, mode: bool) -> None:
-        super()._set_training_mode(mode)
-        self._kept = None  # as in `FakeLinear`
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
         _refuse(self.rule)
-
-
-class _Kept:
-    """The deployed layer of one weight and bias. No array, list or dict, or MLX would take it for a parameter."""
-
-    def __init__(self, weight: mx.array, bias: mx.array | None, layer: nn.Module) -> None:
-        self.weight, self.bias, self.layer = weight, bias, layer
-
-    def __deepcopy__(self, memo: object) -> None:
-        """A copied model makes its own; what is kept may belong to a graph being traced."""
 
 
 def _adopt(fake: Any, layer: nn.Module, rule: Rule) -> None:
@@ -101,18 +87,8 @@ def _adopt(fake: Any, layer: nn.Module, rule: Rule) -> None:
         if name in layer:
             fake[name] = layer[name]
     fake.rule = rule
-    fake._kept = None
     fake.freeze(keys=list(layer._no_grad))
     fake.train(layer.training)
-
-
-def _deployed(fake: Any, deploy: Callable[[mx.array, mx.array | None], nn.Module]) -> Any:
-    weight, bias = fake["weight"], fake.get("bias")
-    kept = fake._kept
-    if kept is None or kept.weight is not weight or kept.bias is not bias:
-        detached = None if bias is None else mx.stop_gradient(bias)
-        kept = fake._kept = _Kept(weight, bias, deploy(mx.stop_gradient(weight), detached))
-    return kept.layer
 
 
 def _answer(deployed: Callable[..., mx.array], forward: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
@@ -122,7 +98,8 @@ def _answer(deployed: Callable[..., mx.array], forward: Callable[..., mx.array],
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         several = isinstance(primals, (tuple, list))
-        gradients = mx.vjp(forward, list(primals) if several else [primals], [cotangent])[1]
+        primals = list(primals) if several else [primals]
+        gradients = mx.vjp(lambda *inputs: forward(*inputs).astype(cotangent.dtype), primals, [cotangent])[1]
         return tuple(gradients) if several else gradients[0]
 
     answer: mx.array = function(*inputs)

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from qkit import element as constants
-from qkit.element import ELEMENTS, Element, reciprocal
+from qkit.element import ELEMENTS, STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 
@@ -141,12 +141,11 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
     if grid.scale == "signed":
         high, low = x.max(axis=-1), x.min(axis=-1)
         peak = mx.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * (1 / element.lowest))
+        s = round_to_bfloat16(peak * STEP[element.name, "signed"])
         least = mx.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
         return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
-    steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
     peak = amax(x)
-    return mx.maximum(round_to_bfloat16(peak * reciprocal(steps)), constants.MIN_SCALE) + poison(peak)
+    return mx.maximum(round_to_bfloat16(peak * STEP[element.name, grid.scale]), constants.MIN_SCALE) + poison(peak)
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
@@ -158,7 +157,7 @@ def asymmetric_scale(x: mx.array, element: Element) -> tuple[mx.array, mx.array]
     """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
     low = mx.minimum(x.min(axis=-1), 0.0)
     high = mx.maximum(x.max(axis=-1), 0.0)
-    s = round_to_bfloat16((high - low) * reciprocal(element.levels))
+    s = round_to_bfloat16((high - low) * STEP[element.name, "minmax"])
     s = mx.maximum(s, constants.MIN_SCALE) + poison(high - low)
     return s, mx.clip(mx.round(-low / s), 0, element.levels)
 
@@ -179,7 +178,7 @@ def scale_code(peak: mx.array, grid: Grid) -> mx.array:
     elif grid.scale == "even":
         c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
     else:
-        c = ceil_exponent(peak * element.largest_reciprocal)
+        c = ceil_exponent(peak * STEP[element.name, "rceil"])
     return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(mx.uint8)
 
 
@@ -245,13 +244,13 @@ def nearest_codes(y: mx.array, element: Element) -> mx.array:
 
 def tensor_power(x: mx.array) -> mx.array:
     """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
-    c = ceil_exponent(mx.abs(x).max() * constants.NVFP4_RECIPROCAL)
+    c = ceil_exponent(mx.abs(x).max() * constants.NVFP4_STEP)
     return power(mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
 
 
 def block_scale(x: mx.array, tensor_scale: mx.array) -> mx.array:
     """The e4m3 bits of each block's scale; never zero, so that no block loses its values to its scale."""
-    s = amax(x) * (1.0 / tensor_scale) * reciprocal(6.0)
+    s = amax(x) * (1.0 / tensor_scale) * STEP["e2m1", "nvfp4"]
     return nearest_codes(mx.clip(s, constants.MIN_BLOCK_SCALE, E4M3.largest), E4M3)
 
 

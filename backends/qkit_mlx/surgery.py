@@ -1,6 +1,6 @@
 """Modules and arrays by dotted name: finding layers, replacing them, reading and filling what a model stores."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -42,13 +42,13 @@ def tensors(model: nn.Module) -> dict[str, mx.array]:
     return {name: container[key] for name, container, key in _slots(model)}
 
 
-def fill(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
-    """Puts `arrays` where `tensors(model)` has them; names that do not fit go through the model's own `sanitize` first.
+def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = ()) -> None:
+    """Puts `arrays` where `tensors(model)` has them, but for the names in `without`; names that do not fit go through the model's own `sanitize` first.
 
     Raises:
-        ArtifactError: a name or a shape does not fit, or one is missing.
+        ArtifactError: a name, a shape or a type does not fit, or one is missing; the model is as it was.
     """
-    slots = {name: (container, key) for name, container, key in _slots(model)}
+    slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
     if arrays.keys() != slots.keys() and hasattr(model, "sanitize"):
         arrays = model.sanitize(dict(arrays))
     for name in [*slots, *arrays]:
@@ -62,8 +62,16 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array]) -> None:
         want, given = tuple(container[key].shape), tuple(arrays[name].shape)
         if want != given:
             raise ArtifactError(f"{name} has shape {given}, and the model wants {want}: is it another architecture?")
+        if not _fits(arrays[name].dtype, container[key].dtype):
+            raise ArtifactError(
+                f"{name} is {arrays[name].dtype} in the file and {container[key].dtype} in the model: cast the model"
+            )
     for name, (container, key) in slots.items():
-        container[key] = arrays[name]
+        container[key] = arrays[name].astype(container[key].dtype)
+
+
+def _fits(given: mx.Dtype, want: mx.Dtype) -> bool:
+    return given == want or (want == mx.float32 and given in (mx.bfloat16, mx.float16))
 
 
 # Walking. An MLX module is a dict of arrays, modules, lists and dicts; the same module may be registered twice.

@@ -8,17 +8,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
 TOKENS = 4096  #: how many tokens are evaluated at once, so that their logits fit into memory
 
 
 class MlxTrainer:
-    """AdamW on a model's trainable parameters, forward to update in one compiled step. See `qkit.backend.Trainer`."""
+    """AdamW over the trainable parameters of a model; matrices decay, vectors do not. One compiled step, as torch's."""
 
     def __init__(self, model: nn.Module, *, weight_decay: float) -> None:
         self.model = model
-        self.optimizer = optim.AdamW(learning_rate=0.0, weight_decay=weight_decay, bias_correction=True)
+        self.optimizer = _AdamW(
+            learning_rate=0.0, betas=[0.9, 0.95], eps=1e-8, weight_decay=weight_decay, bias_correction=True
+        )
         self.optimizer.init(model.trainable_parameters())
         state = [model.state, self.optimizer.state, mx.random.state]
         self._compiled: Any = mx.compile(self._step, inputs=state, outputs=state)
@@ -34,8 +37,23 @@ class MlxTrainer:
     def _step(self, tokens: mx.array) -> mx.array:
         loss: mx.array
         loss, gradients = nn.value_and_grad(self.model, lambda tokens: _nats(self.model, tokens).mean())(tokens)
-        self.optimizer.update(self.model, gradients)
+        self.optimizer.update(self.model, _clipped(gradients, 1.0))
         return loss
+
+
+class _AdamW(optim.AdamW):
+    """Decays parameters of more than one dimension only."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        step = super().apply_single if parameter.ndim > 1 else super(optim.AdamW, self).apply_single
+        return step(gradient, parameter, state)
+
+
+def _clipped(gradients: Any, largest: float) -> Any:
+    """`gradients` with a norm, over all of them, of at most `largest`; `optim.clip_grad_norm` would sum in bfloat16."""
+    squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+    factor = mx.minimum(largest / (mx.sqrt(mx.stack(squares).sum()) + 1e-6), 1.0)
+    return tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
 
 
 def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:

@@ -1,8 +1,7 @@
 """The torch engine: every verb of `qkit.backend.Backend`, in the order they stand there."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -102,7 +101,7 @@ class TorchaoBackend:
 
     def weight(self, module: nn.Module) -> Tensor:
         """See `Backend.weight`."""
-        weight: Tensor = module.weight if module.weight is not None else module.scales  # type: ignore[assignment]
+        weight: Tensor = module.weight  # type: ignore[assignment]
         return weight
 
     def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
@@ -140,48 +139,46 @@ class TorchaoBackend:
         state = self._state(model)
         return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
 
-    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """See `Backend.fill`. A tensor is cast only to a wider type."""
-        state = self._state(model)
-        for name in tensors:
-            if name not in state:
-                raise ArtifactError(f"the model has no parameter or buffer {name!r}")
-        filled = {id(state[name]) for name in tensors}
+    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
+        """See `Backend.fill`."""
+        whole = self._state(model)
+        left_out = {id(whole[name]) for name in without if name in whole}  # under every name that shares them
+        state = {name: tensor for name, tensor in whole.items() if id(tensor) not in left_out}
+        filled = {id(state[name]) for name in tensors if name in state}
         for name, tensor in state.items():
             if id(tensor) not in filled:
                 raise ArtifactError(f"nothing was found to fill {name!r} with")
         for name, array in tensors.items():
-            new = self.from_numpy(array)
-            if new.shape != state[name].shape:
-                raise ArtifactError(
-                    f"{name} is {list(new.shape)} in the file and {list(state[name].shape)} in the model"
-                )
-            if new.dtype != state[name].dtype and state[name].dtype != torch.float32:
-                raise ArtifactError(
-                    f"{name} is {new.dtype} in the file and {state[name].dtype} in the model: cast the model"
-                )
-            with torch.no_grad():
-                state[name].copy_(new)
+            if name not in state:
+                raise ArtifactError(f"the model has no parameter or buffer {name!r}")
+            want, dtype = state[name], str(state[name].dtype).rpartition(".")[2]
+            if array.shape != tuple(want.shape):
+                raise ArtifactError(f"{name} is {list(array.shape)} in the file and {list(want.shape)} in the model")
+            if array.dtype.name != dtype and (dtype != "float32" or array.dtype.name not in ("float16", "bfloat16")):
+                raise ArtifactError(f"{name} is {array.dtype} in the file and {dtype} in the model: cast the model")
+        with torch.no_grad():
+            for name, array in tensors.items():
+                state[name].copy_(self.from_numpy(array))
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """The configuration of a transformers model."""
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "to_json_string"):
             return None
-        return {"architectures": [type(model).__name__], **json.loads(config.to_json_string())}
+        return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
 
-    def build(self, config: Mapping[str, Any], folder: Path | None) -> nn.Module:
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
         """See `Backend.build`; by transformers."""
         from qkit_torchao import hub
 
-        return hub.build(config)
+        return hub.build(config).to(self.device)
 
     def _state(self, model: nn.Module) -> dict[str, Tensor]:
         held = {
             f"{path}.{name}" if path else name
-            for path, module in model.named_modules()
+            for path, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, (layers.PackedLinear, layers.PackedEmbedding))
-            for name in ("weight", *(module._buffers))
+            for name in layers.PLAIN
         }
         return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
 
@@ -207,7 +204,9 @@ def _layer(path: str, shape: tuple[int, ...], module: Any, *, tied_to: str) -> L
     if isinstance(module, (layers.PackedLinear, layers.PackedEmbedding)):
         return Layer(path, kind, shape, module, stage="converted", rule=module.rule, execution=module.execution)
     obstacle = ""
-    if type(module) not in (nn.Linear, nn.Embedding):
+    if getattr(module, "max_norm", None) is not None:
+        obstacle = "its rows are rescaled at every look-up (max_norm)"
+    elif type(module) not in (nn.Linear, nn.Embedding):
         obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
     elif tied_to:
         obstacle = f"its weight is tied to that of {tied_to}"

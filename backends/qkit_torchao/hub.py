@@ -10,19 +10,26 @@ from qkit.errors import BackendError
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """A causal language model, freshly initialised, in the type that the configuration names. Runs no code but transformers'.
+    """The model that `architectures` names, else a causal language model; freshly initialised, in the configuration's type.
+
+    Runs no code but transformers' own.
 
     Raises:
         BackendError: transformers is missing, or does not know the architecture.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
+        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
     except ImportError:
         raise BackendError("building a torch model needs transformers: pip install 'qkit[hf]'") from None
     try:
-        known = AutoConfig.for_model(**config)
+        known = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "transformers_version"})
+        architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-        model: nn.Module = AutoModelForCausalLM.from_config(known, dtype=dtype)
+        if isinstance(architecture, type) and issubclass(architecture, PreTrainedModel):
+            model: nn.Module = architecture._from_config(known, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(known, dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None
     return model.eval()

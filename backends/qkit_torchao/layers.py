@@ -1,5 +1,7 @@
 """torch modules: layers that train on their grid, and layers that hold codes. They swap in for Linear and Embedding."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.recipe import Rule
 from qkit_torchao import lowering, ops
+
+PLAIN = ("weight", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that holds no torchao tensor
 
 
 class FakeLinear(nn.Linear):
@@ -24,7 +28,9 @@ class FakeLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        return F.linear(_activation(x, self.rule), self.values(self.weight), self.bias)
+        device = self.weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return F.linear(_activation(x, self.rule), self.values(self.weight, dtype), self.bias)
 
     def train(self, mode: bool = True) -> "FakeLinear":
         """As any module; besides, the quantized values are made anew at the next use."""
@@ -40,10 +46,8 @@ class FakeEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
-        weight = self.values(self.weight)
-        return F.embedding(
-            tokens, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
-        )
+        weight = self.values(self.weight, self.weight.dtype)
+        return F.embedding(tokens, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
 
     def train(self, mode: bool = True) -> "FakeEmbedding":
         """As any module; besides, the quantized values are made anew at the next use."""
@@ -52,17 +56,25 @@ class FakeEmbedding(nn.Embedding):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is a torchao tensor of codes; not trainable. `execution` says how it runs."""
+    """A linear layer that holds codes: in a torchao tensor, or in plain arrays that are decoded at every call.
+
+    Not trainable. `execution` says how it runs.
+    """
 
     rule: Rule
     execution: str
     native: bool
+    dtype: DType
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        held: Any = self.weight
-        weight = held if self.native else held.dequantize()
+        weight = self.weight if self.native else ops.dequantize(unpack(self))
         return F.linear(_activation(x, self.rule), weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Moves the codes and keeps the scales as they are: a cast changes only the type that values are rounded to."""
+        _apply_to_packed(self, fn, recurse)
+        return self
 
 
 class PackedEmbedding(nn.Embedding):
@@ -75,6 +87,11 @@ class PackedEmbedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
         return ops.dequantize(_rows(unpack(self), tokens))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
+        """As `PackedLinear._apply`."""
+        _apply_to_packed(self, fn, recurse)
+        return self
 
 
 class Values:
@@ -90,18 +107,15 @@ class Values:
         self._made: Tensor | None = None
         self._seen: Tensor | None = None
 
-    def __call__(self, weight: Tensor) -> Tensor:
-        """`weight` on the grid, in the type that the layer's product will run in; differentiable, straight through."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # the compiler fuses the rounding with its neighbours, and has no version counters
-            return ops.fake_quantize(weight, self.grid)
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` on the grid, rounded to `dtype`; differentiable, straight through."""
+        if _cannot_keep(weight):
+            return ops.fake_quantize(weight, self.grid).to(dtype)
         stamp = (weight._version, weight.data_ptr(), weight.dtype, dtype, weight.device, _steps_taken)
         if stamp != self._stamp or self._made is None:
-            self._made = ops.rounded(weight.detach(), self.grid).to(dtype)
-            self._seen = weight.detach()  # keeps the storage, so that its address is not given to another
+            with torch.inference_mode(False):  # or what is kept could not be trained with later
+                self._made = ops.rounded(weight.detach(), self.grid).to(dtype)
+                self._seen = weight.detach()  # keeps the storage, so that its address is not given to another
             self._stamp = stamp
         result: Tensor = _PassGradient.apply(weight, self._made)  # type: ignore[no-untyped-call]
         return result
@@ -117,13 +131,23 @@ class Values:
         return Values, (self.grid,)
 
 
+def _cannot_keep(weight: Tensor) -> bool:
+    """Where there is no version counter or address to tell a change by: traced, transformed and inference tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    return weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
+
+
 class _PassGradient(torch.autograd.Function):
     """Stands for `made` going forward and for `weight` going back."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, made: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
+    def forward(weight: Tensor, made: Tensor) -> Tensor:
         return made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -151,31 +175,55 @@ def fake(module: nn.Module, rule: Rule) -> Any:
 
 def pack(module: nn.Module, q: QTensor[Any], rule: Rule) -> Any:
     """The deployed form of a Linear or Embedding, float or prepared, holding the codes of `q`."""
-    embedding = isinstance(module, nn.Embedding)
-    made = _become(module, PackedEmbedding if embedding else PackedLinear)
+    made = _become(module, PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)
     made.__dict__.pop("values", None)
     made._parameters.pop("weight", None)
     made.rule = rule
-    if embedding:
-        made.dtype, made.weight = q.dtype, None
-        for name, array in q.parts().items():
-            made.register_buffer(name, array)
-        made.execution = "decoded by the row"
-        return made
-    held = lowering.container_for(q)
-    made.native = held.native
-    made.register_parameter("weight", nn.Parameter(held.lower(q), requires_grad=False))
-    made.execution = f"torchao {held.name}" + ("" if held.native else ", decoded first")
+    _hold(made, q)
     return made
 
 
 def unpack(module: Any) -> QTensor[Tensor]:
     """The codes and scales of a converted layer."""
     grid = module.rule.weight
-    if isinstance(module, PackedEmbedding):
-        parts = {name: getattr(module, name, None) for name in ("codes", "scales", "zeros", "tensor_scale")}
-        return QTensor(grid=grid, dtype=module.dtype, **parts)
-    return lowering.container_of(module.weight).raised(module.weight, grid, dtype_of(module.weight))
+    if isinstance(module.weight, nn.Parameter):
+        return lowering.container_of(module.weight).raised(module.weight, grid, module.dtype)
+    codes = lowering.unpair(module.weight) if _in_pairs(grid) else module.weight
+    parts = {name: getattr(module, name, None) for name in ("scales", "zeros", "tensor_scale")}
+    return QTensor(codes, grid=grid, dtype=module.dtype, **parts)
+
+
+def _hold(made: Any, q: QTensor[Tensor]) -> None:
+    """Puts `q` into a layer that holds nothing yet."""
+    held = None if isinstance(made, nn.Embedding) else lowering.container_for(q)
+    made.dtype = q.dtype
+    if held is None:
+        made.native = False
+        made.execution = "decoded by the row" if isinstance(made, nn.Embedding) else "decoded first"
+        codes = lowering.pairs(q.codes) if _in_pairs(q.grid) else q.codes
+        for name, array in zip(PLAIN, (codes, q.scales, q.zeros, q.tensor_scale), strict=True):
+            if array is not None:
+                made.register_buffer(name, array)
+        return
+    made.native = held.native
+    made.execution = f"torchao {held.name}" + ("" if held.native else ", decoded first")
+    made.register_parameter("weight", nn.Parameter(held.lower(q), requires_grad=False))
+
+
+def _in_pairs(grid: Grid) -> bool:
+    """Whether codes are held two to a byte, as rows of even width can be."""
+    return grid.element.name == "e2m1" and isinstance(grid.group, int) and grid.group % 2 == 0
+
+
+def _apply_to_packed(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+    q = unpack(module)
+    probe = fn(torch.zeros((), dtype=ops.DTYPE[q.dtype], device=q.codes.device))
+    moved = replace(q.map(lambda array: array.to(probe.device)), dtype=dtype_of(probe))
+    for name in PLAIN:
+        module._buffers.pop(name, None)
+    module._parameters.pop("weight", None)
+    nn.Module._apply(module, fn, recurse)
+    _hold(module, moved)
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> Any:

@@ -1,6 +1,6 @@
 """Codes in torchao's own tensors, and out again. The only module that imports torchao, whose chatter stops here.
 
-Containers read off torchao 0.18: `IntxUnpackedToInt8Tensor`, `Float8Tensor`, `NVFP4Tensor` and `MXTensor`. Each decodes our
+Containers read off torchao 0.18: `IntxUnpackedToInt8Tensor`, `Float8Tensor` and `NVFP4Tensor`. Each decodes our
 codes exactly in fp32, bf16 and fp16; a test holds them to it. Scales stay in fp32, whatever the model's type. On CUDA,
 bfloat16 weights in symmetric int4 go into `Int4TilePackedTo4dTensor`, on which a kernel multiplies without decoding.
 """
@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -21,28 +20,24 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit_torchao import ops
 
-_root = logging.getLogger()
-_level, _disabled = _root.level, logging.root.manager.disable
+_disabled = logging.root.manager.disable
 logging.disable(logging.ERROR)  # torchao reports CUDA libraries that a CPU machine cannot load
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torchao.prototype.mx_formats.mx_tensor import MXTensor
         from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
         from torchao.quantization import Float8Tensor, Int4TilePackedTo4dTensor, IntxUnpackedToInt8Tensor
-        from torchao.quantization.quantize_.common import KernelPreference
 finally:
     logging.disable(_disabled)
 
 TILE_ROWS, TILE_COLUMNS, TILE_INNER = 8, 1024, 8  #: what tinygemm's kernel pads to, and its inner_k_tiles
-FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
     """One of torchao's tensors: how our codes go in and come out, and whether `F.linear` takes it as a weight.
 
-    MXTensor refuses weights without quantized inputs. Float8Tensor decodes itself transposed, so that bf16 products round
+    Float8Tensor would, but decodes itself transposed, so that bf16 products round
     otherwise than in the prepared layer; decoded first, they are the same.
     """
 
@@ -52,18 +47,22 @@ class Container:
     raised: Callable[[Any, Grid, str], QTensor[Tensor]]
 
 
-def container_for(q: QTensor[Tensor]) -> Container:
-    """The torchao tensor to hold `q` in, where it is; every grid has one."""
+def container_for(q: QTensor[Tensor]) -> Container | None:
+    """The torchao tensor to hold `q` in, where it is; None for MX grids.
+
+    torchao's MXTensor would hold and decode those exactly, but it multiplies only with inputs that it has quantized itself,
+    and its e8m0 scales do not pass torch 2.13's compiler.
+    """
     if q.grid.element.kind == "integer":
         return TILES if _fits_tiles(q) else INTEGER
     if q.grid.scale == "nvfp4":
         return NVFP4
-    return FLOAT8_ROWS if q.grid.element.bits == 8 and q.grid.group in ("row", "tensor") else MX
+    return FLOAT8_ROWS if q.grid.element.bits == 8 and q.grid.group in ("row", "tensor") else None
 
 
 def container_of(held: Tensor) -> Container:
     """The container that `held` is."""
-    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS, MX) if one.name == type(held).__name__)
+    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS) if one.name == type(held).__name__)
 
 
 def _lower_integer(q: QTensor[Tensor]) -> Any:
@@ -99,8 +98,8 @@ def _lower_tiles(q: QTensor[Tensor]) -> Any:
     more = (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS)
     codes = F.pad(_unshift(q.codes, q.grid.element), more, value=-q.grid.element.lowest)
     scales = F.pad(q.scales, (0, more[1] // int(q.grid.group), 0, more[3])).to(torch.bfloat16)
-    pairs = codes[:, 0::2] << 4 | codes[:, 1::2]
-    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), TILE_INNER)
+    high_first = codes[:, 0::2] << 4 | codes[:, 1::2]
+    packed = torch.ops.aten._convert_weight_to_int4pack(high_first.contiguous(), TILE_INNER)
     scale_and_zero = torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()
     return Int4TilePackedTo4dTensor(packed, scale_and_zero, [1, int(q.grid.group)], torch.Size(q.shape))
 
@@ -119,17 +118,17 @@ def _raise_tiles(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
 
 
 def _lower_nvfp4(q: QTensor[Tensor]) -> Any:
-    return NVFP4Tensor(_pairs(q.codes), q.scales.view(torch.float8_e4m3fn), 16, ops.DTYPE[q.dtype], q.tensor_scale)
+    return NVFP4Tensor(pairs(q.codes), q.scales.view(torch.float8_e4m3fn), 16, ops.DTYPE[q.dtype], q.tensor_scale)
 
 
 def _raise_nvfp4(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     scales = held.scale.view(torch.uint8)
-    return QTensor(_unpair(held.qdata), scales, grid, dtype, tensor_scale=held.per_tensor_scale)
+    return QTensor(unpair(held.qdata), scales, grid, dtype, tensor_scale=held.per_tensor_scale)
 
 
 def _lower_float8(q: QTensor[Tensor]) -> Any:
     block = [n // groups for n, groups in zip(q.shape, q.scales.shape, strict=True)]
-    codes = q.codes.view(FLOAT8[q.grid.element.name])
+    codes = q.codes.view(ops.FLOAT8[q.grid.element.name])
     return Float8Tensor(codes, ops.power(q.scales), block_size=block, dtype=ops.DTYPE[q.dtype])
 
 
@@ -137,28 +136,10 @@ def _raise_float8(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     return QTensor(held.qdata.view(torch.uint8), (ops.bits(held.scale) >> 23).to(torch.uint8), grid, dtype)
 
 
-def _lower_mx(q: QTensor[Tensor]) -> Any:
-    rows = (*q.shape[:-1], q.scales.shape[-1])  # one scale for the whole tensor is repeated for each row
-    scales = q.scales.expand(rows).contiguous().view(torch.float8_e8m0fnu)
-    fp4 = q.grid.element.bits == 4
-    codes = _pairs(q.codes) if fp4 else q.codes.view(FLOAT8[q.grid.element.name])
-    element = torch.float4_e2m1fn_x2 if fp4 else codes.dtype
-    block = q.shape[-1] // rows[-1]
-    return MXTensor(codes, scales, element, block, ops.DTYPE[q.dtype], KernelPreference.EMULATED, None, False)
-
-
-def _raise_mx(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
-    codes = _unpair(held.qdata) if grid.element.bits == 4 else held.qdata.view(torch.uint8)
-    shape = grid.scale_shape(tuple(codes.shape))
-    scales = held.scale.view(torch.uint8)
-    return QTensor(codes, scales.reshape(-1)[: prod(shape)].reshape(shape), grid, dtype)
-
-
 INTEGER = Container("IntxUnpackedToInt8Tensor", native=True, lower=_lower_integer, raised=_raise_integer)
 NVFP4 = Container("NVFP4Tensor", native=True, lower=_lower_nvfp4, raised=_raise_nvfp4)
 FLOAT8_ROWS = Container("Float8Tensor", native=False, lower=_lower_float8, raised=_raise_float8)
 TILES = Container("Int4TilePackedTo4dTensor", native=True, lower=_lower_tiles, raised=_raise_tiles)
-MX = Container("MXTensor", native=False, lower=_lower_mx, raised=_raise_mx)
 
 
 def _shift(codes: Tensor, element: Element) -> Tensor:
@@ -170,10 +151,10 @@ def _unshift(codes: Tensor, element: Element) -> Tensor:
     return (codes.to(torch.int16) - element.lowest).to(torch.uint8)
 
 
-def _pairs(codes: Tensor) -> Tensor:
+def pairs(codes: Tensor) -> Tensor:
     """Four-bit codes [..., n] two to a byte, low nibble first."""
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
-def _unpair(packed: Tensor) -> Tensor:
+def unpair(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)

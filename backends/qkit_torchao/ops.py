@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkit import element as constants
-from qkit.element import Element, reciprocal
+from qkit.element import STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 
@@ -62,9 +62,15 @@ def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     """Forward: the quantized value itself. Backward: the gradient as it comes."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, w: Tensor, grid: Grid) -> Tensor:
+    def forward(w: Tensor, grid: Grid) -> Tensor:
         return rounded(w, grid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Grid], output: Tensor) -> None:
+        """The gradient needs nothing."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -141,12 +147,11 @@ def symmetric_scale(x: Tensor, grid: Grid) -> Tensor:
     if grid.scale == "signed":
         high, low = x.amax(dim=-1), x.amin(dim=-1)
         peak = torch.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * (1 / element.lowest))
+        s = round_to_bfloat16(peak * STEP[element.name, "signed"])
         least = torch.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
         return torch.where(s.abs() < constants.MIN_SCALE, least, s) + poison(peak)
-    steps = element.highest if grid.scale == "absmax" else element.highest + 0.5
     peak = amax(x)
-    return round_to_bfloat16(peak * reciprocal(steps)).clamp_min(constants.MIN_SCALE) + poison(peak)
+    return round_to_bfloat16(peak * STEP[element.name, grid.scale]).clamp_min(constants.MIN_SCALE) + poison(peak)
 
 
 def symmetric_codes(x: Tensor, s: Tensor, element: Element) -> Tensor:
@@ -158,7 +163,9 @@ def asymmetric_scale(x: Tensor, element: Element) -> tuple[Tensor, Tensor]:
     """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
     low = x.amin(dim=-1).clamp_max(0.0)
     high = x.amax(dim=-1).clamp_min(0.0)
-    s = round_to_bfloat16((high - low) * reciprocal(element.levels)).clamp_min(constants.MIN_SCALE) + poison(high - low)
+    s = round_to_bfloat16((high - low) * STEP[element.name, "minmax"]).clamp_min(constants.MIN_SCALE) + poison(
+        high - low
+    )
     return s, quotient(-low, s).clamp(0, element.levels)
 
 
@@ -198,7 +205,7 @@ def scale_code(peak: Tensor, grid: Grid) -> Tensor:
     elif grid.scale == "even":
         c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
     else:
-        c = ceil_exponent(peak * element.largest_reciprocal)
+        c = ceil_exponent(peak * STEP[element.name, "rceil"])
     return c.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).to(torch.uint8)
 
 
@@ -256,14 +263,14 @@ def e2m1_values(codes: Tensor) -> Tensor:
 
 def tensor_power(x: Tensor) -> Tensor:
     """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
-    c = ceil_exponent(x.abs().amax() * constants.NVFP4_RECIPROCAL)
+    c = ceil_exponent(x.abs().amax() * constants.NVFP4_STEP)
     return power(c.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
 
 
 def block_scale(x: Tensor, tensor_scale: Tensor) -> Tensor:
     """The e4m3 bits (uint8) of each block's scale; never zero, so that no block loses its values to its scale."""
     down = power(2 * 127 - (bits(tensor_scale) >> 23))
-    s = amax(x) * down * reciprocal(6.0)
+    s = amax(x) * down * STEP["e2m1", "nvfp4"]
     return s.clamp(constants.MIN_BLOCK_SCALE, 448.0).to(FLOAT8["e4m3"]).view(torch.uint8)
 
 

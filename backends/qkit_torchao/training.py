@@ -72,10 +72,11 @@ def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module in were_training:
+            module.training = True

@@ -1,22 +1,22 @@
 """save and load: a model on any engine to a Hugging Face directory in compressed-tensors layout, and back on any engine."""
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from qkit.artifact.aside import Aside
 from qkit.artifact.tensors import SINGLE, read_folder, write_file
 from qkit.backend import Backend, Layer
-from qkit.errors import ArtifactError, GridError, RecipeError, StageError
+from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, StageError
 from qkit.interop import compressed_tensors
+from qkit.pipeline import NOTE, surgeon
 from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.recipe import Rule, rule_from_table, rule_table
 from qkit.registry import backend as choose
-from qkit.registry import backend_of
 
 KEY = "qkit"  #: the one metadata key of the weights file
 NUMERICS = 1  #: version of the arithmetic that the codes follow
@@ -47,7 +47,8 @@ def save(
         StageError: a layer is prepared but not converted.
         ArtifactError: a grid has no portable layout, or `folder` holds something else.
     """
-    engine = backend_of(model) if backend is None else choose(backend)
+    engine = surgeon(model, backend)
+    folder, origin = Path(folder), None if source is None else Path(source)
     layers = list(engine.layers(model))
     for layer in layers:
         if layer.stage == "prepared":
@@ -60,22 +61,25 @@ def save(
         for name, array in compressed_tensors.to_tensors(q).items():
             tensors[_join(layer.path, name)] = array
     entries = _group(saved)
-    metadata = {KEY: _describe(entries)} if entries else {"format": "pt"}
-    config = _config(engine, model, Path(source) if source else None)
-    if config is not None and entries:
-        left_alone = [layer.path for layer in layers if layer.stage == "float" and layer.kind == "linear"]
-        rules = [entry.rule for entry in entries]
-        config["quantization_config"] = compressed_tensors.quantization_config(rules, left_alone=left_alone)
-
-    folder = Path(folder)
-    with _Aside(folder) as aside:
-        write_file(aside / SINGLE, tensors, metadata)
+    config = engine.config(model) if origin is None else _read_config(origin)
+    if origin is not None and (config is None or origin.resolve() == folder.resolve()):
+        why = "has no config.json" if config is None else "is where the artifact would go"
+        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
+    if config is not None:
+        config.pop("quantization_config", None)
+        if entries:
+            left_alone = [layer.path for layer in layers if layer.stage == "float" and layer.kind == "linear"]
+            groups = [(entry.rule, entry.paths) for entry in entries]
+            config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=left_alone)
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else ()):
+        _check_ours(folder)
+    with Aside(folder, ours=(SINGLE, CONFIG, *COMPANIONS)) as aside:
+        write_file(aside / SINGLE, tensors, {KEY: _describe(entries)})
         if config is not None:
             (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if source:
-            for pattern in COMPANIONS:
-                for file in sorted(Path(source).glob(pattern)):
-                    (aside / file.name).write_bytes(file.read_bytes())
+        for pattern in COMPANIONS:
+            for file in sorted(origin.glob(pattern)) if origin else ():
+                (aside / file.name).write_bytes(file.read_bytes())
     return folder
 
 
@@ -91,45 +95,54 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
         BackendError: the engine is missing, or cannot build such a model.
     """
     folder = Path(folder)
-    engine = backend_of(into) if backend is None and into is not None else choose(backend)
+    engine = choose(backend) if into is None else surgeon(into, backend)
     arrays, metadata = read_folder(folder)
     config = _read_config(folder)
     entries = _entries(folder, metadata, config)
-    model = into
-    if model is None:
-        if config is None:
-            raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-        model = engine.build({key: value for key, value in config.items() if key != "quantization_config"}, folder)
+    model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
-    packed = {}
-    for entry in entries:
-        for path in entry.rule.match:
-            if path not in layers:
-                raise ArtifactError(f"{folder}: the model has no layer {path!r} to hold its codes")
-            q = _take(folder, arrays, layers[path], entry)
-            packed[path] = engine.pack(layers[path].module, q, replace(entry.rule, match=(path,)))
-    model = engine.replace(model, packed)
-    engine.fill(model, arrays)
-    return model
+    taken = [(path, entry, _take(folder, arrays, path, layers, entry)) for entry in entries for path in entry.paths]
+    try:
+        engine.fill(model, arrays, without={_join(path, "weight") for path, _, _ in taken})
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    for layer in layers.values():
+        setattr(layer.module, NOTE, "float in the artifact")
+    return engine.replace(model, {path: engine.pack(layers[path].module, q, entry.rule) for path, entry, q in taken})
+
+
+def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> Any:
+    if config is None:
+        raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
+    if not hasattr(engine, "build"):
+        raise BackendError(f"backend {engine.name!r} works on arrays only: it has no models to load into")
+    return engine.build(_without(config, "quantization_config"))
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One rule of an artifact; its `match` are the full paths of the layers it made."""
+    """One rule of an artifact, the type of the weights it was applied to, and the full paths of their layers."""
 
     rule: Rule
     dtype: DType
+    paths: tuple[str, ...]
 
 
-def _take(folder: Path, arrays: dict[str, NDArray[Any]], layer: Layer, entry: _Entry) -> QTensor[Any]:
-    grid = entry.rule.weight
-    assert grid is not None
-    mine = {name: _join(layer.path, name) for name in compressed_tensors.names(grid)}
-    found = {name: arrays.pop(full) for name, full in mine.items() if full in arrays}
+def _take(
+    folder: Path, arrays: dict[str, NDArray[Any]], path: str, layers: Mapping[str, Layer], entry: _Entry
+) -> QTensor[Any]:
+    """The codes of the layer at `path`, whose arrays are taken out of `arrays`."""
+    layer, grid = layers.get(path), entry.rule.weight
+    if layer is None or grid is None:
+        raise ArtifactError(f"{folder}: the model has no layer {path!r} to hold its codes")
+    if layer.stage == "converted" or layer.obstacle:
+        raise ArtifactError(f"{folder}: {path} cannot take its codes: {layer.obstacle or 'it is converted already'}")
     try:
+        names = compressed_tensors.contents(grid, dtype=entry.dtype, shape=layer.shape)
+        found = {name: arrays.pop(_join(path, name)) for name in names if _join(path, name) in arrays}
         return compressed_tensors.from_tensors(found, grid=grid, dtype=entry.dtype, shape=layer.shape)
     except (ArtifactError, GridError) as error:
-        raise ArtifactError(f"{folder}: {layer.path}: {error}") from None
+        raise ArtifactError(f"{folder}: {path}: {error}") from None
 
 
 def _group(saved: list[tuple[Layer, QTensor[Any]]]) -> list[_Entry]:
@@ -138,53 +151,57 @@ def _group(saved: list[tuple[Layer, QTensor[Any]]]) -> list[_Entry]:
         assert layer.rule is not None
         paths.setdefault((layer.kind, layer.rule.weight, layer.rule.activation, q.dtype), []).append(layer.path)
     return [
-        _Entry(Rule(tuple(sorted(match)), kind=kind, weight=weight, activation=activation), dtype)
-        for (kind, weight, activation, dtype), match in sorted(paths.items(), key=lambda item: min(item[1]))
+        _Entry(Rule(("*",), kind=kind, weight=weight, activation=activation), dtype, tuple(sorted(mine)))
+        for (kind, weight, activation, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
     ]
 
 
 def _describe(entries: list[_Entry]) -> str:
-    rules = [{**rule_table(entry.rule), "dtype": entry.dtype} for entry in entries]
+    rules = [
+        {**_without(rule_table(entry.rule), "match"), "layers": list(entry.paths), "dtype": entry.dtype}
+        for entry in entries
+    ]
     return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
 
 
 def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> list[_Entry]:
-    if KEY not in metadata:
-        if config is not None and "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "an unknown tool")
-            raise ArtifactError(
-                f"{folder} is quantized by {method}, not by qkit: it does not say which grid its codes are on"
-            )
-        return []
-    try:
-        described = json.loads(metadata[KEY])
-        if described["numerics"] != NUMERICS:
-            raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
-        tables = [dict(table) for table in described["rules"]]
-        entries = [_Entry(dtype=_dtype(table.pop("dtype")), rule=rule_from_table(table)) for table in tables]
-    except (ValueError, KeyError, TypeError, RecipeError) as error:
-        raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
+    entries = _described(folder, metadata[KEY]) if KEY in metadata else []
+    foreign = config.get("quantization_config") if config else None
+    if foreign and not entries:
+        method = foreign.get("quant_method", "an unknown tool")
+        raise ArtifactError(
+            f"{folder} is quantized by {method}, not by qkit: it does not say which grid its codes are on"
+        )
     return entries
 
 
-def _dtype(name: str) -> DType:
-    if name not in DTYPES:
-        raise ArtifactError(f"unknown dtype {name!r}")
-    return name
+def _described(folder: Path, text: str) -> list[_Entry]:
+    try:
+        described = json.loads(text)
+        if described["numerics"] != NUMERICS:
+            raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
+        return [_entry(dict(table)) for table in described["rules"]]
+    except ArtifactError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
+
+
+def _entry(table: dict[str, Any]) -> _Entry:
+    paths, dtype = tuple(map(str, table.pop("layers"))), table.pop("dtype")
+    if dtype not in DTYPES:
+        raise RecipeError(f"unknown dtype {dtype!r}")
+    return _Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuses to replace what qkit did not write."""
+    if KEY not in read_folder(folder)[1]:
+        raise ArtifactError(f"{folder} holds a model that qkit did not write: choose another folder")
 
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name != key}
-
-
-def _config(engine: Backend, model: Any, source: Path | None) -> dict[str, Any] | None:
-    if source is None:
-        config = engine.config(model)
-    else:
-        config = _read_config(source)
-        if config is None:
-            raise ArtifactError(f"{source} has no {CONFIG}: it is not a Hugging Face directory")
-    return None if config is None else _without(config, "quantization_config")
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
@@ -199,29 +216,3 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-class _Aside:
-    """A folder beside the wanted one, which takes its place when the block ends well and vanishes when it does not."""
-
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SINGLE).exists())):
-            raise ArtifactError(f"{folder} exists and is no artifact: choose another folder, or remove it")
-        self.folder = folder
-        self.aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        self.aside.mkdir(parents=True)
-        return self.aside
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        from shutil import rmtree  # here, so that `import qkit` stays cheap
-
-        if kind is not None:
-            rmtree(self.aside, ignore_errors=True)
-            return
-        old = self.folder.with_name(f".{self.folder.name}.old-{os.getpid()}")
-        if self.folder.exists():
-            self.folder.rename(old)
-        self.aside.rename(self.folder)
-        rmtree(old, ignore_errors=True)

@@ -45,7 +45,7 @@ def main() -> None:
 def _fail(message: str, *, code: int, error: Exception) -> None:
     if os.environ.get(DEBUG):
         raise error
-    errors.print(f"qkit: {' '.join(message.split())}", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"qkit: {' '.join(message.split())}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from rich.table import Table
+from rich.text import Text
 
 import qkit
 from qkit.cli.console import Json, console, print_json
@@ -16,6 +17,6 @@ def backends(as_json: Json = False) -> None:
         return
     table = Table("name", "framework", "ready", "reason")
     for status in found:
-        ready = "[green]yes[/]" if status.ready else "[red]no[/]"
-        table.add_row(status.name, status.framework, ready, status.reason.replace("[", r"\["))
+        ready = Text("yes", "green") if status.ready else Text("no", "red")
+        table.add_row(status.name, status.framework, ready, status.reason)
     console.print(table)

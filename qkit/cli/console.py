@@ -9,8 +9,9 @@ from rich.console import Console
 
 PAPER = 140  #: columns where the output is not a terminal
 
-console = Console(width=None if sys.stdout.isatty() else PAPER)
-errors = Console(stderr=True)
+#: No markup: what is printed is often the user's own text, and `*.[a-z]_proj` is a pattern. Color is given by `Text`.
+console = Console(width=None if sys.stdout.isatty() else PAPER, markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 

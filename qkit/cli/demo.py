@@ -1,5 +1,6 @@
 """`qkit demo`: the main job from end to end, shown as it happens. The work is in `qkit.demo`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +14,17 @@ from qkit.demo import PRESETS, Result, draw, run
 
 def demo(
     backend: Annotated[
-        str | None, typer.Option(help="The engine that trains; the first ready one, if left out.")
+        str | None, typer.Option(help="The engine that trains; torchao or mlx, whichever is at hand, if left out.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the artifact and the picture go.")] = Path("qkit-demo"),
     recipe: Annotated[str, typer.Option(help="The recipe to train for.")] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[loss]}", markup=False),
+    )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
         tasks = {}
 
@@ -33,23 +38,29 @@ def demo(
     if result.backend in PRESETS:
         console.print(f"a smaller model than on other backends: {result.backend} is slow on a Linux CPU")
     console.print(f"{out / 'quantized'}: the artifact, a Hugging Face directory in compressed-tensors layout")
-    picture = out / "losses.png"
-    console.print(f"{picture}: the loss curves" if draw(result, picture) else "no picture: pip install 'qkit[plot]'")
+    if find_spec("matplotlib"):
+        draw(result, out / "losses.png")
+        console.print(f"{out / 'losses.png'}: the loss curves")
+    else:
+        console.print("no picture: pip install 'qkit[plot]'")
 
 
 def _table(result: Result) -> Table:
     title = f"{result.recipe} on {result.backend}: a Llama of {result.parameters:,} parameters, Python's own source, byte by byte"
     table = Table("", "", title=title, show_header=False, title_justify="left")
-    other = "no second engine is installed"
+    other = f"not available: {result.other_obstacle}"
     if result.other_loss is not None:
         other = f"{result.other_loss:.4f} (differs by {abs(result.other_loss - result.qat_loss):.1e})"
+    recovered = "nothing to recover"
+    if result.recovered is not None:
+        recovered = f"{result.recovered:.0%} (both trained as long)"
     for name, value in (
         ("held-out loss, float", f"{result.float_loss:.4f} nats per byte"),
         ("  quantized without training (PTQ)", f"{result.ptq_loss:.4f}"),
         ("held-out loss, float, trained longer", f"{result.longer_float_loss:.4f}"),
         ("  quantized without training (PTQ)", f"{result.longer_ptq_loss:.4f}"),
         ("held-out loss, trained as long on the grid (QAT)", f"{result.qat_loss:.4f}"),
-        ("share of the PTQ loss recovered", f"{result.recovered:.0%} (both trained as long)"),
+        ("share of the PTQ loss recovered", recovered),
         ("bits per weight, embedding and head included", f"{result.bits_per_weight:.2f}"),
         (
             f"codes and scales equal on {', '.join(result.engines)}",

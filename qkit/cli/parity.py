@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 import qkit
 from qkit.backend import Backend
@@ -18,6 +19,7 @@ from qkit.qtensor import DTYPES, DType
 from qkit.recipe import Recipe
 from qkit.testing.tensors import all_grids
 
+Work = tuple[Backend, DType, bool]  #: engine, type, compiled
 Rows = Mapping[str, list[Grid]]  #: name of a row of the matrix -> its grids
 MISMATCH = 1
 
@@ -33,6 +35,10 @@ class Type(StrEnum):
 def parity(
     recipe: Annotated[list[str] | None, typer.Argument(help="Recipes to compare on; all of them, if left out.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backends to compare; all that are ready.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where they compute, such as cpu or cuda; the CPU, or what MLX prefers, if left out."),
+    ] = None,
     dtype: Annotated[list[Type] | None, typer.Option(help="Types to compare in; all three, if left out.")] = None,
     compiled: Annotated[
         bool | None,
@@ -46,8 +52,14 @@ def parity(
     rows = _every_row() if every and not recipe else _rows(recipe or qkit.recipes())
     names = backend or [status.name for status in qkit.backends() if status.ready]
     engines = [qkit.backend(name) for name in names]
+    if device is not None:
+        engines = [engine.on(device) for engine in engines]
     modes = [False, True] if every and compiled is None else [bool(compiled)]
-    results = _run(engines, rows, [name for name in DTYPES if name in (dtype or DTYPES)], modes, size)
+    dtypes = [name for name in DTYPES if name in (dtype or DTYPES)]
+    work = _work(engines, dtypes, modes)
+    if not work:
+        raise typer.BadParameter("numpy has no compiler, so nothing is left to compare", param_hint="--compiled")
+    results = _run(work, rows, size)
     if as_json:
         print_json([asdict(result) | {"grid": str(result.grid), "exact": result.exact} for result in results])
     else:
@@ -72,18 +84,22 @@ def _every_row() -> Rows:
     return rows
 
 
-def _run(engines: list[Backend], rows: Rows, dtypes: list[DType], modes: list[bool], size: int) -> list[Parity]:
-    """Each distinct grid once per engine, type and mode, with progress on standard error."""
-    grids = list(dict.fromkeys(grid for grids in rows.values() for grid in grids))
-    work = [
+def _work(engines: list[Backend], dtypes: list[DType], modes: list[bool]) -> list[Work]:
+    return [
         (engine, dtype, compiled)
         for engine in engines
         for compiled in modes
         for dtype in dtypes
-        if not (compiled and engine.name == "numpy" and len(modes) > 1)  # nothing to compile: it would be eager again
+        if not (compiled and engine.name == "numpy")  # nothing to compile: it would be eager under another name
     ]
+
+
+def _run(work: list[Work], rows: Rows, size: int) -> list[Parity]:
+    """Each distinct grid once per engine, type and mode, with progress on standard error."""
+    grids = list(dict.fromkeys(grid for grids in rows.values() for grid in grids))
     results = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    description = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), description, MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("", total=len(work) * len(grids))
         for engine, dtype, compiled in work:
@@ -110,20 +126,20 @@ def _show(results: list[Parity], rows: Rows) -> None:
     for reason in dict.fromkeys(
         f"{result.backend} {result.grid}: {result.error}" for result in results if result.error
     ):
-        console.print(reason, markup=False, highlight=False)
+        console.print(reason, highlight=False)
     compared = sum(result.compared for result in results)
     wrong = sum(result.codes + result.scales + result.values for result in results)
     failed = sum(bool(result.error) for result in results)
     console.print(f"{wrong:,} mismatches in {compared:,} comparisons" + (f", {failed} not run" if failed else ""))
 
 
-def _cell(results: list[Parity]) -> str:
+def _cell(results: list[Parity]) -> Text:
     if any(result.error for result in results):
-        return "[red]failed[/]"
+        return Text("failed", "red")
     counts = [sum(getattr(result, name) for result in results) for name in ("codes", "scales", "values")]
     color = "red" if any(counts) else "green"
     compared = _short(sum(result.compared for result in results))
-    return f"[{color}]{'/'.join(map(str, counts))}[/] [dim]{compared}[/]"
+    return Text.assemble(("/".join(map(str, counts)), color), " ", (compared, "dim"))
 
 
 def _short(count: int) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 import qkit
 from qkit.cli.console import Json, console, print_json
@@ -22,7 +23,11 @@ def recipes(
 ) -> None:
     """List the recipes, or show one in full."""
     if name is not None:
-        _show(name, as_json)
+        recipe = qkit.recipe(name)
+        if as_json:
+            print_json(_as_table(recipe))
+        else:
+            _show(recipe, asked_for=name)
         return
     found = [qkit.recipe(known) for known in qkit.recipes()]
     if as_json:
@@ -39,14 +44,10 @@ def recipes(
     console.print("aliases: " + ", ".join(f"{alias} = {target}" for alias, target in ALIASES.items()), highlight=False)
 
 
-def _show(name: str, as_json: bool) -> None:
-    recipe = qkit.recipe(name)
-    if as_json:
-        print_json(_as_table(recipe))
-        return
-    if name in ALIASES:
-        console.print(f"{name} is an alias of {recipe.name}", highlight=False)
-    console.print(f"[bold]{recipe.name}[/], version {recipe.version}: {recipe.summary}", highlight=False)
+def _show(recipe: Recipe, *, asked_for: str) -> None:
+    if asked_for in ALIASES:
+        console.print(f"{asked_for} is an alias of {recipe.name}", highlight=False)
+    console.print(Text.assemble((recipe.name, "bold"), f", version {recipe.version}: {recipe.summary}"))
     table = Table("layers", "kind", "weight", "activation", "bits", title="the first rule that matches wins")
     for rule in recipe.rules:
         weight = str(rule.weight) if rule.weight else "left alone"

@@ -73,72 +73,89 @@ def to_tensors(q: QTensor[NDArray[Any]]) -> Tensors:
 
 
 def from_tensors(
-    tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: Sequence[int]
+    tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]
 ) -> QTensor[Any]:
     """The inverse of `to_tensors`, for a weight of `shape`.
 
     Raises:
-        ArtifactError: a tensor is missing, or is not what the layout says.
+        ArtifactError: a tensor is missing, has another type or shape than the layout says, or holds what no code or scale is.
     """
-    try:
-        return _from_tensors(tensors, grid=grid, dtype=dtype, shape=tuple(shape))
-    except KeyError as error:
-        raise ArtifactError(f"{error.args[0]} is missing, which {layout(grid)} needs") from None
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"not {layout(grid)} of {grid}: {error}") from None
-
-
-def _from_tensors(
-    tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]
-) -> QTensor[Any]:
+    for name, (kind, want) in contents(grid, dtype=dtype, shape=shape).items():
+        if name not in tensors:
+            raise ArtifactError(f"{name} is missing, which {layout(grid)} needs")
+        if (tensors[name].dtype.name, tensors[name].shape) != (kind, want):
+            found = f"{tensors[name].dtype.name} {list(tensors[name].shape)}"
+            raise ArtifactError(f"{name} is {found}, where {layout(grid)} of {grid} has {kind} {list(want)}")
     form, element, scale_shape = layout(grid), grid.element, grid.scale_shape(shape)
     scales = tensors["weight_scale"]
     if form == "pack-quantized":
         if tuple(tensors["weight_shape"].tolist()) != shape:
             raise ArtifactError(f"weight_shape says {tensors['weight_shape'].tolist()}, the layer has {list(shape)}")
+        scales = scales.astype(np.float32).reshape(scale_shape)
+        _check(
+            np.isfinite(scales) & (scales != 0) & (_mantissa(scales) & 0xFFFF == 0), "weight_scale", "a finite bfloat16"
+        )
         codes = packing.unpacked_codes(tensors["weight_packed"], element=element, n=shape[-1], symmetric=grid.symmetric)
         zeros = None if grid.symmetric else _zeros(tensors["weight_zero_point"], grid, scale_shape)
-        return QTensor(codes, scales.astype(np.float32).reshape(scale_shape), grid, dtype, zeros=zeros)
-    if form.endswith("fp4-pack-quantized"):
-        packed = tensors["weight_packed"]
-        codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(shape)
-        if grid.scale != "nvfp4":
-            return QTensor(codes, scales, grid, dtype)
-        tensor_scale = np.float32(1) / tensors["weight_global_scale"].reshape(())
-        return QTensor(codes, scales.view(np.uint8), grid, dtype, tensor_scale=np.asarray(tensor_scale, np.float32))
-    codes = tensors["weight"].view(np.uint8)
+        return QTensor(codes, scales, grid, dtype, zeros=zeros)
+    if form == "nvfp4-pack-quantized":
+        tensor_scale = np.asarray(np.float32(1) / tensors["weight_global_scale"].reshape(()), np.float32)
+        _check(np.isfinite(tensor_scale) & (_mantissa(tensor_scale) == 0), "weight_global_scale", "a power of two")
+        _check((scales.view(np.uint8) > 0) & (scales.view(np.uint8) < 0x7F), "weight_scale", "a positive e4m3")
+        codes = _unpair(tensors["weight_packed"])
+        return QTensor(codes, scales.view(np.uint8), grid, dtype, tensor_scale=tensor_scale)
     if form == "float-quantized":
-        scales = (scales.astype(np.float32).view(np.uint32) >> 23).astype(np.uint8).reshape(scale_shape)
+        scales = scales.astype(np.float32).reshape(scale_shape)
+        _check(np.isfinite(scales) & (scales > 0) & (_mantissa(scales) == 0), "weight_scale", "a power of two")
+        scales = (scales.view(np.uint32) >> 23).astype(np.uint8)
+    _check((scales > 0) & (scales < 255), "weight_scale", "an exponent")
+    if form == "mxfp4-pack-quantized":
+        return QTensor(_unpair(tensors["weight_packed"]), scales, grid, dtype)
+    codes = tensors["weight"].view(np.uint8)
+    _check(codes & 0x7F != 0x7F, "weight", "a finite e4m3")
     return QTensor(codes, scales, grid, dtype)
 
 
-def names(grid: Grid) -> tuple[str, ...]:
-    """The tensor names that `to_tensors` gives for `grid`."""
-    form = layout(grid)
+def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, NumPy type and shape of every tensor that `to_tensors` gives for a weight of `shape`."""
+    form, scales, bits = layout(grid), grid.scale_shape(shape), grid.element.bits
+    float_scale = ("bfloat16" if dtype == "bfloat16" else "float32", (1,) if grid.group == "tensor" else scales)
     if form == "pack-quantized":
-        common = ("weight_packed", "weight_scale", "weight_shape")
-        return common if grid.symmetric else (*common, "weight_zero_point")
+        out = {
+            "weight_packed": ("int32", (*shape[:-1], packing.words(shape[-1], bits))),
+            "weight_scale": float_scale,
+            "weight_shape": ("int64", (len(shape),)),
+        }
+        if not grid.symmetric:
+            packed = ("int32", (packing.words(scales[0], bits), *scales[1:]))
+            out["weight_zero_point"] = ("int8", (1,)) if grid.group == "tensor" else packed
+        return out
+    pairs = ("uint8", (*shape[:-1], shape[-1] // 2))
     if form == "nvfp4-pack-quantized":
-        return ("weight_packed", "weight_scale", "weight_global_scale")
-    return ("weight_packed", "weight_scale") if form == "mxfp4-pack-quantized" else ("weight", "weight_scale")
+        scale = ("float8_e4m3fn", scales)
+        return {"weight_packed": pairs, "weight_scale": scale, "weight_global_scale": ("float32", (1,))}
+    if form == "mxfp4-pack-quantized":
+        return {"weight_packed": pairs, "weight_scale": ("uint8", scales)}
+    scale = ("uint8", scales) if form == "mxfp8-quantized" else float_scale
+    return {"weight": ("float8_e4m3fn", shape), "weight_scale": scale}
 
 
-def quantization_config(rules: Sequence[Rule], *, left_alone: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json: one group for each rule, whose `match` are full layer paths.
+def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alone: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json: one group for each rule.
 
     Args:
-        rules: of the converted layers, with their paths.
+        rules: of the converted layers, each with the full paths of its layers.
         left_alone: paths of the linear layers that stay float.
     """
     groups = {
         f"group_{i}": {
-            "targets": ["Linear"] if len(rules) == 1 and rule.kind == "linear" else list(rule.match),
+            "targets": ["Linear"] if len(rules) == 1 and rule.kind == "linear" else list(paths),
             "weights": _arguments(rule.weight),
             "input_activations": _activation_arguments(rule.activation) if rule.activation else None,
             "output_activations": None,
             "format": layout(rule.weight),
         }
-        for i, rule in enumerate(rules)
+        for i, (rule, paths) in enumerate(rules)
         if rule.weight
     }
     forms = {group["format"] for group in groups.values()}
@@ -186,3 +203,17 @@ def _zeros(stored: NDArray[Any], grid: Grid, scale_shape: tuple[int, ...]) -> ND
     if grid.group == "tensor":
         return packing.unsigned(stored, grid.element).reshape(scale_shape)
     return np.ascontiguousarray(packing.unpack(stored.T, grid.element.bits, scale_shape[0]).T)
+
+
+def _unpair(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _mantissa(x: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """The 23 low bits of fp32 patterns."""
+    return np.asarray(x, np.float32).view(np.uint32) & np.uint32(0x7FFFFF)
+
+
+def _check(sound: NDArray[np.bool_], name: str, what: str) -> None:
+    if not sound.all():
+        raise ArtifactError(f"{name} holds {np.count_nonzero(~sound)} numbers, each of which should be {what}")

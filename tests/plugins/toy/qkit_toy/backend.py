@@ -1,6 +1,6 @@
 """A backend for `toyframe`: the reference's arithmetic through the bridge, and surgery on its modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,8 +79,8 @@ class ToyBackend(NumpyBackend):
         slots = ((path, module, key) for path, module in _walk(model, "") for key in ("weight", "bias"))
         return {f"{path}.{key}".lstrip("."): getattr(at, key) for path, at, key in slots if hasattr(at, key)}
 
-    def fill(self, model: Module, tensors: Mapping[str, NDArray[Any]]) -> None:
-        mine = self.tensors(model)
+    def fill(self, model: Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
+        mine = {name: tensor for name, tensor in self.tensors(model).items() if name not in without}
         have, given = ({name: x.shape for name, x in side.items()} for side in (mine, tensors))
         if have != given:
             raise ArtifactError(f"the model has {have}, and was given {given}")
