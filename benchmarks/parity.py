@@ -21,7 +21,7 @@ from pathlib import Path
 
 import qkit
 from qkit.grid import Grid
-from qkit.parity import Parity, compare_many
+from qkit.parity import BATCH, Parity, compare_many
 from qkit.qtensor import DTYPES, DType
 from qkit.testing.tensors import all_grids
 
@@ -77,7 +77,7 @@ def main() -> None:
             if (name, mode) == ("numpy", "compiled"):
                 continue
             start, total = time.perf_counter(), Counter()
-            few = 1 if given.jobs > 1 else len(grids)
+            few = BATCH if given.device == "cpu" else 1  # on a GPU, compiling takes the time
             tasks: list[Task] = [
                 (name, given.device, mode == "compiled", dtype, grids[i : i + few], given.size)
                 for dtype in dtypes

@@ -46,5 +46,8 @@ def test_prepared_and_converted_agree_on_cuda(recipe, dtype):
             qkit.backend("torchao").unpack(model[0]).codes, qkit.quantize(weight, model[0].rule.weight).codes
         )
         scale = x.float().abs() @ weight.float().abs().T
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]  # of abs(x) @ abs(w)
-    assert ((prepared - converted).float().abs() <= tolerance * scale).all()
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 5e-4}[dtype]  # of abs(x) @ abs(w)
+    bound = tolerance * scale
+    if "Tile" in model[0].execution:  # torchao rounds the product to bfloat16, adds the bias and rounds again
+        bound += 2**-8 * (converted.float().abs() + model[0].bias.float().abs())
+    assert ((prepared - converted).float().abs() <= bound).all()

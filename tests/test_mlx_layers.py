@@ -10,8 +10,22 @@ import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
 
 BE = qkit.backend("mlx")
-GRIDS = [Grid("int4", 32), Grid("int4", 32, "minmax"), Grid("int3", "row"), Grid("int4", 16), Grid("e2m1", 32), Grid("e2m1", 16, "nvfp4")]
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+GRIDS = [
+    Grid("int4", 32),
+    Grid("int4", 32, "minmax"),
+    Grid("int3", "row"),
+    Grid("int4", 16),
+    Grid("e2m1", 32),
+    Grid("e2m1", 16, "nvfp4"),
+]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 SIZES = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -25,18 +39,39 @@ SIZES = {
     "eos_token_id": None,
 }
 NEOX = {"model_type": "gpt_neox", "hidden_act": "gelu_pytorch_tanh"}  # the one that mlx-lm computes
-GEMMA = {"model_type": "gemma3_text", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": True}  # fmt: skip
+GEMMA = {
+    "model_type": "gemma3_text",
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "tie_word_embeddings": True,
+}
 MODELS = {
     "theta": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "llama3": {"model_type": "llama", "rope_parameters": LLAMA3},
     "linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "dynamic": {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
-    "yarn": {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}},  # fmt: skip
+    "yarn": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_parameters": LLAMA3},
-    "gpt_neox": {**NEOX, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5}},
     "phi3": {"model_type": "phi3", "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4}},
-    "gemma3": {**GEMMA, "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 2e5, "factor": 2.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 3e3}}},  # fmt: skip
+    "gemma3": {
+        **GEMMA,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 2e5, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
+        },
+    },
 }
 
 
@@ -77,23 +112,62 @@ def test_a_model_saved_from_torch_has_its_rotary_embedding(name, tmp_path):
     assert np.abs(BE.logits(opened, tokens) - want).max() <= 1e-5 * np.abs(want).max()  # sums in another order
 
 
+def test_gpt_neox_has_its_rotary_embedding():
+    """Filled under the names that mlx-lm knows: transformers 5 calls the output head otherwise, so `load` refuses it."""
+    pytest.importorskip("torch")
+    torchao = qkit.backend("torchao")
+    rope = {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5}
+    config = whole({**NEOX, "rope_parameters": rope})
+    model = torchao.build(config)
+    tokens = np.random.default_rng(0).integers(1, 256, (2, 24)).astype(np.int32)
+    arrays = {key: torchao.to_numpy(tensor) for key, tensor in torchao.tensors(model).items()}
+    opened = BE.build(config)
+    BE.fill(opened, {key.replace("lm_head", "embed_out"): array for key, array in arrays.items()})
+    want = torchao.logits(model, tokens)
+    assert np.abs(BE.logits(opened, tokens) - want).max() <= 1e-5 * np.abs(want).max()  # sums in another order
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"model_type": "llama", "rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'spiral'"),
         ({**NEOX, "layer_norm_eps": 1e-5, "rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "'llama3'"),
-        ({"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a part of them"),
-        ({"model_type": "phi3", "rms_norm_eps": 1e-5, "rope_parameters": LLAMA3}, "phi3|llama3"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [2.0]}}, "'longrope'"),
+        (
+            {
+                "model_type": "llama",
+                "rms_norm_eps": 1e-5,
+                "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            },
+            "a part of them",
+        ),
+        ({"model_type": "phi3", "rms_norm_eps": 1e-5, "rope_parameters": LLAMA3}, "llama3"),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0],
+                    "long_factor": [2.0],
+                },
+            },
+            "'longrope'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_rotary_embedding_that_mlx_lm_lacks_is_refused(config, message):
     with pytest.raises(qkit.BackendError, match=message):
         BE.build({**SIZES, **config})
 
 
 def test_building_leaves_the_configuration_alone():
-    config = {**SIZES, "rms_norm_eps": 1e-5, "model_type": "llama", "rope_parameters": dict(LLAMA3), "rope_scaling": None}
+    config = {
+        **SIZES,
+        "rms_norm_eps": 1e-5,
+        "model_type": "llama",
+        "rope_parameters": dict(LLAMA3),
+        "rope_scaling": None,
+    }
     assert BE.config(BE.build(config)) == config
     assert config["rope_parameters"] == LLAMA3
 
@@ -144,7 +218,7 @@ def test_an_edit_in_place_is_seen_in_evaluation(kind):
 
 
 def test_both_trainers_take_the_same_steps():
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     from llama import build
 
     tokens = np.random.default_rng(3).integers(0, 256, (2, 17)).astype(np.int32)
@@ -157,10 +231,9 @@ def test_both_trainers_take_the_same_steps():
         for i in range(4):
             trainer.step(tokens * (i + 1) % 256, learning_rate=1e-2)
         ends.append({key: engine.to_numpy(array) - start[key] for key, array in engine.tensors(model).items()})
-    del torch
     for key, moved in ends[0].items():
         # two libraries sum gradients in another order, and Adam's first steps divide by them
-        assert np.linalg.norm(ends[1][key] - moved) <= 2e-3 * np.linalg.norm(moved), key
+        assert np.linalg.norm(ends[1][key] - moved) <= 1e-4 * np.linalg.norm(moved), key
 
 
 @pytest.mark.parametrize("given", ["bfloat16", "float16"])
@@ -168,14 +241,20 @@ def test_filling_casts_up_and_keeps_the_type_of_the_model(given):
     from ml_dtypes import bfloat16
 
     model = layers()
-    half = {name: BE.to_numpy(array).astype({"bfloat16": bfloat16, "float16": np.float16}[given]) for name, array in BE.tensors(model).items()}  # fmt: skip
+    half = {
+        name: BE.to_numpy(array).astype({"bfloat16": bfloat16, "float16": np.float16}[given])
+        for name, array in BE.tensors(model).items()
+    }
     BE.fill(model, half)
     for name, array in BE.tensors(model).items():
         assert array.dtype == mx.float32
         assert np.array_equal(BE.to_numpy(array), half[name].astype(np.float32))
 
 
-@pytest.mark.parametrize(("held", "given"), [(mx.bfloat16, np.float32), (mx.bfloat16, np.float16), (mx.float32, np.int32)])
+@pytest.mark.parametrize(
+    ("held", "given"),
+    [(mx.bfloat16, np.float32), (mx.bfloat16, np.float16), (mx.float32, np.int32), (mx.float32, np.float64)],
+)
 def test_filling_with_another_type_is_refused_before_anything_is_written(held, given):
     model = layers()
     model.set_dtype(held)
@@ -184,7 +263,9 @@ def test_filling_with_another_type_is_refused_before_anything_is_written(held, g
     arrays = {name: BE.to_numpy(array) + 1 for name, array in before.items()}
     arrays = {name: array.astype(BE.to_numpy(before[name]).dtype) for name, array in arrays.items()}
     arrays[last] = arrays[last].astype(given)
-    with pytest.raises(qkit.ArtifactError, match=rf"{last} is .*{np.dtype(given).name}.*{str(held).rpartition('.')[2]}"):
+    with pytest.raises(
+        qkit.ArtifactError, match=rf"{last} is .*{np.dtype(given).name}.*{str(held).rpartition('.')[2]}"
+    ):
         BE.fill(model, arrays)
     assert all(before[name] is array for name, array in BE.tensors(model).items())
 
@@ -194,7 +275,7 @@ def test_choosing_a_device_never_changes_that_of_the_process():
     kind = before.type.name
     assert BE.on(kind) is BE
     other = "cpu" if kind == "gpu" else "cuda"
-    with pytest.raises(qkit.BackendError, match="mx.set_default_device"):
+    with pytest.raises(qkit.BackendError, match=r"mx\.set_default_device"):
         BE.on(other)
     assert mx.default_device() == before
 

@@ -1,5 +1,6 @@
 """The README keeps its word: its blocks run, its commands exist, its tables are those that were measured."""
 
+import json
 import re
 from pathlib import Path
 
@@ -27,6 +28,34 @@ def test_the_tour_runs_from_the_first_block_to_the_last(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^\$ qkit (\w+)", TEXT, flags=re.MULTILINE))))
 def test_the_commands_exist(command):
     assert CliRunner().invoke(application, [command, "--help"]).exit_code == 0
+
+
+def parity_table():
+    """The README's table, made from the result files."""
+    rows = []
+    for file in sorted((README.parent / "benchmarks" / "results").glob("parity-*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        where = "H200" if "gpu" in report["machine"] else "CPU"
+        for row in report["mismatches"]:
+            wrong = sum(row[key] for key in ("codes", "scales", "values", "not run"))
+            rows.append(f"| {row['backend']} | {where} | {row['mode']} | {row['compared']:,} | {wrong} |")
+    return rows
+
+
+def test_the_table_of_comparisons_is_that_of_the_result_files():
+    rows = parity_table()
+    assert len(rows) >= 9
+    assert "\n".join(rows) in TEXT
+    assert all(row.endswith("| 0 |") for row in rows)
+
+
+def test_the_decode_figures_are_those_of_the_result_file():
+    report = json.loads((README.parent / "benchmarks/results/decode-h200.json").read_text(encoding="utf-8"))
+    plain, ours, theirs = report["rows"]
+    assert (
+        f"{ours['time / bfloat16']:.3f}x the time of bfloat16, {ours['bytes / bfloat16']:.4f}x its weight bytes" in TEXT
+    )
+    assert f"{ours['ms'] / theirs['ms']:.3f}x the time of torchao's own Int4WeightOnlyConfig" in TEXT
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)`?", TEXT))))

@@ -18,8 +18,6 @@ from qkit_mlx import ops, surgery, training
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
 from qkit_mlx.layers import FakeEmbedding, FakeLinear
 
-GPU_NAMES = ("cuda", "metal")  #: what MLX itself calls `gpu`
-
 
 class MlxBackend:
     """MLX: Apple silicon, and CPUs anywhere. Each method is described in `qkit.backend.Backend`."""
@@ -34,7 +32,8 @@ class MlxBackend:
             BackendError: it is another; the message says how to change it.
         """
         kind = mx.default_device().type.name
-        if device != kind and not (kind == "gpu" and device in GPU_NAMES and mx.is_available(mx.gpu)):
+        maker = "metal" if mx.metal.is_available() else "cuda"
+        if device != kind and (kind, device) != ("gpu", maker):
             raise BackendError(
                 f"MLX works on {kind} in this process, not on {device!r}: call mx.set_default_device(mx.cpu) or "
                 "mx.set_default_device(mx.gpu) first"
@@ -67,6 +66,8 @@ class MlxBackend:
         x = np.asarray(x)  # NumPy makes scalars of arrays without axes
         if x.dtype == ml_dtypes.bfloat16:
             return mx.array(x.view(np.uint16)).view(mx.bfloat16)
+        if x.dtype == np.float64:
+            return mx.array(x, dtype=mx.float64)  # MLX would make it float32
         return mx.array(x)
 
     def to_numpy(self, x: mx.array) -> NDArray[Any]:

@@ -30,7 +30,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         known = spell_rope(given, set(inspect.signature(arguments).parameters))
         model: nn.Module = model_class(arguments.from_dict(known))
     except (ValueError, TypeError, KeyError) as error:
-        raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}: {error}") from None
+        rope = f" with {given['rope_parameters']}" if "rope_parameters" in given else ""
+        raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
     check_rope(model, given)
     model.set_dtype(getattr(mx, str(config.get("dtype") or config.get("torch_dtype") or "float32")))
     object.__setattr__(model, CONFIG, dict(config))  # Module's own would take a dict for parameters

@@ -10,7 +10,14 @@ import mlx.nn as nn
 
 from qkit.errors import BackendError
 
-KNOWN = {"default", "linear", "dynamic", "llama3", "yarn", "proportional"}  #: types where mlx-lm computes what torch does
+KNOWN = {
+    "default",
+    "linear",
+    "dynamic",
+    "llama3",
+    "yarn",
+    "proportional",
+}  #: types where mlx-lm computes what torch does
 THETA = ("rope_theta", "rotary_emb_base")
 PARTIAL = ("partial_rotary_factor", "rotary_pct")
 NESTED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor"}
@@ -46,9 +53,9 @@ def spell_rope(config: Mapping[str, Any], accepted: set[str]) -> dict[str, Any]:
             known.setdefault(name, rope[key])
     if "rope_parameters" in accepted:
         return {**known, **({"rope_scaling": _scaling(rope, known)} if _scales(rope, known, accepted) else {})}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not accepted.intersection(PARTIAL):
-        if _type(rope) != "proportional":
-            raise BackendError(f"mlx-lm rotates all of a {known.get('model_type')!r}'s heads, not a part of them")
+    partial = rope.get("partial_rotary_factor", 1.0) != 1.0 and _type(rope) != "proportional"
+    if partial and not accepted.intersection(PARTIAL):
+        raise BackendError(f"mlx-lm rotates all of a {known.get('model_type')!r}'s heads, not a part of them")
     if _type(rope) != "default" and "rope_scaling" not in accepted:
         raise BackendError(f"mlx-lm has no rope of type {_type(rope)!r} for a {known.get('model_type')!r}")
     if _scales(rope, known, accepted):
@@ -89,7 +96,9 @@ def _type(rope: Mapping[str, Any]) -> str:
 def _check(rope: Mapping[str, Any]) -> None:
     if _type(rope) == "longrope":
         if rope.get("short_factor") != rope.get("long_factor"):
-            raise BackendError("mlx-lm uses the long factors of a 'longrope' rope for short inputs too, and torch does not")
+            raise BackendError(
+                "mlx-lm uses the long factors of a 'longrope' rope for short inputs too, and torch does not"
+            )
     elif _type(rope) not in KNOWN:
         raise BackendError(f"mlx-lm has no rope of type {_type(rope)!r}: it knows {', '.join(sorted(KNOWN))}")
     if _type(rope) == "yarn" and ("attention_factor" in rope or rope.get("truncate") is False):

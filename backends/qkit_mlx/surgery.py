@@ -43,14 +43,17 @@ def tensors(model: nn.Module) -> dict[str, mx.array]:
 
 
 def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = ()) -> None:
-    """Puts `arrays` where `tensors(model)` has them, but for the names in `without`; names that do not fit go through the model's own `sanitize` first.
+    """Puts `arrays` where `tensors(model)` has them, but for the names in `without`; casts half precision up to float32.
+
+    Names that do not fit go through the model's own `sanitize` first.
 
     Raises:
-        ArtifactError: a name, a shape or a type does not fit, or one is missing; the model is as it was.
+        ArtifactError: a name, a shape or a type does not fit, or one is missing; nothing was written.
     """
     slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
     if arrays.keys() != slots.keys() and hasattr(model, "sanitize"):
-        arrays = model.sanitize(dict(arrays))
+        arrays = model.sanitize(dict(arrays))  # may also drop the output head of a model whose embedding is the head
+        slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
     for name in [*slots, *arrays]:
         if name not in arrays:
             raise ArtifactError(f"{name} is missing: the model has it, and the artifact does not")

@@ -46,12 +46,14 @@ class _AdamW(optim.AdamW):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         step = super().apply_single if parameter.ndim > 1 else super(optim.AdamW, self).apply_single
-        return step(gradient, parameter, state)
+        stepped: mx.array = step(gradient, parameter, state)
+        return stepped
 
 
 def _clipped(gradients: Any, largest: float) -> Any:
     """`gradients` with a norm, over all of them, of at most `largest`; `optim.clip_grad_norm` would sum in bfloat16."""
-    squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+    arrays: Any = tree_flatten(gradients)
+    squares = [g.astype(mx.float32).square().sum() for _, g in arrays]
     factor = mx.minimum(largest / (mx.sqrt(mx.stack(squares).sum()) + 1e-6), 1.0)
     return tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
 
