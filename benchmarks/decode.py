@@ -75,9 +75,9 @@ def main() -> None:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     torch.manual_seed(0)
-    engine = qkit.backend("torchao")
+    engine = qkit.backend("torchao").on("cuda")
     with torch.device("cuda"):
-        plain = engine.build({**CONFIG, "num_hidden_layers": given.layers}, None)
+        plain = engine.build({**CONFIG, "num_hidden_layers": given.layers})
     models = {"bfloat16": plain, "qkit int4-g128": qkit.convert(copy.deepcopy(plain), "int4-g128")}
     theirs = copy.deepcopy(plain)
     head, theirs.lm_head = theirs.lm_head, None
@@ -106,7 +106,15 @@ def main() -> None:
         )
         print(rows[-1], file=sys.stderr)
     device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    text = json.dumps({"command": sys.argv, "machine": device, "layers": given.layers, "rows": rows}, indent=2)
+    text = json.dumps(
+        {
+            "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
+            "machine": device,
+            "layers": given.layers,
+            "rows": rows,
+        },
+        indent=2,
+    )
     given.out.write_text(text + "\n") if given.out else print(text)
 
 

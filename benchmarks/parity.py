@@ -95,7 +95,11 @@ def main() -> None:
             row |= {key: total[key] for key in ("codes", "scales", "values", "not run", "compared")}
             rows.append(row | {"seconds": round(time.perf_counter() - start)})
             print(rows[-1], file=sys.stderr, flush=True)
-    report = {"command": " ".join(sys.argv), "machine": machine(given.device), "mismatches": rows}
+    report = {
+        "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
+        "machine": machine(given.device),
+        "mismatches": rows,
+    }
     text = json.dumps(report, indent=2)
     given.out.write_text(text + "\n") if given.out else print(text)
 

@@ -107,5 +107,4 @@ def _default_rule(element: Element) -> str:
 
 def _way_out(inputs: int, group: int) -> str:
     divisors = [size for size in range(2, group) if inputs % size == 0]
-    nearest = f'use group {divisors[-1]} or "row"' if divisors else 'use "row"'
-    return f'{nearest}, or indivisible = "skip"'
+    return f'use group {divisors[-1]} or "row"' if divisors else 'use "row"'

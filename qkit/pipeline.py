@@ -63,7 +63,7 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
         except GridError as error:
             if rule.indivisible == "skip":
                 return Planned(layer, None, f"skipped: {error}")
-            raise GridError(f"{layer.path}: {error}") from None
+            raise GridError(f'{layer.path}: {error}, or indivisible = "skip"') from None
     return Planned(layer, rule)
 
 

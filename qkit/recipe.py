@@ -139,6 +139,8 @@ def grid_table(grid: Grid) -> dict[str, Any]:
 def rule_table(rule: Rule) -> dict[str, Any]:
     """A rule with its grids written out, for files."""
     table: dict[str, Any] = {"match": list(rule.match), "kind": rule.kind}
+    if rule.indivisible != "error":
+        table["indivisible"] = rule.indivisible
     if rule.weight:
         table["weight"] = grid_table(rule.weight)
     if rule.activation:

@@ -51,7 +51,7 @@ def test_the_table_of_comparisons_is_that_of_the_result_files():
 
 def test_the_decode_figures_are_those_of_the_result_file():
     report = json.loads((README.parent / "benchmarks/results/decode-h200.json").read_text(encoding="utf-8"))
-    plain, ours, theirs = report["rows"]
+    _, ours, theirs = report["rows"]
     assert (
         f"{ours['time / bfloat16']:.3f}x the time of bfloat16, {ours['bytes / bfloat16']:.4f}x its weight bytes" in TEXT
     )
