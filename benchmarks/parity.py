@@ -43,7 +43,7 @@ def machine(device: str) -> dict[str, object]:
     elif device == "gpu":
         import mlx.core as mx
 
-        about["gpu"] = str(mx.device_info())
+        about["gpu"] = mx.device_info()["device_name"]
     return about
 
 

@@ -87,7 +87,7 @@ def test_group_shapes_hold_every_element() -> None:
 def test_a_width_that_does_not_divide_names_a_way_out() -> None:
     with pytest.raises(GridError, match='172 inputs do not divide into groups of 64: use group 43 or "row"'):
         Grid("int4", 64).scale_shape((8, 172))
-    with pytest.raises(GridError, match='use "row"$'):
+    with pytest.raises(GridError, match=r'use "row"$'):
         Grid("int4", 64).scale_shape((8, 67))
 
 
