@@ -1,7 +1,8 @@
 """qkit: train on the grid you ship, prove it, run it anywhere."""
 
+from typing import TYPE_CHECKING, Any
+
 from qkit.arrays import dequantize, fake_quantize, quantize
-from qkit.artifact import load, save
 from qkit.backend import BackendSpec
 from qkit.element import Element
 from qkit.errors import (
@@ -19,6 +20,9 @@ from qkit.pipeline import convert, coverage, prepare
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
 from qkit.registry import backend, backends, recipe, recipes
+
+if TYPE_CHECKING:
+    from qkit.artifact import load, save
 
 __version__ = "0.1.0"
 
@@ -51,3 +55,12 @@ __all__ = [
     "recipes",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `save` on first use: what reads and writes files is a third of what `import qkit` would cost."""
+    if name in ("load", "save"):
+        from qkit import artifact
+
+        return getattr(artifact, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import check
 from qkit.backend import Backend, Layer
@@ -13,6 +12,9 @@ from qkit.recipe import Recipe, Rule
 from qkit.registry import backend as choose
 from qkit.registry import backend_of
 from qkit.registry import recipe as find_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NOTE = "qkit_note"  #: attribute of a module that was left alone: why
 
@@ -67,7 +69,7 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
     return Planned(layer, rule)
 
 
-def prepare(model: Any, recipe: str | Path | Recipe, *, backend: str | Backend | None = None) -> Any:
+def prepare(model: Any, recipe: "str | Path | Recipe", *, backend: str | Backend | None = None) -> Any:
     """`model` ready for quantisation-aware training: its layers compute with the values they will be deployed with.
 
     Works in place and returns the model (a new one only where the model is itself one layer). Master weights stay the
@@ -87,7 +89,7 @@ def prepare(model: Any, recipe: str | Path | Recipe, *, backend: str | Backend |
     return engine.replace(model, fakes)
 
 
-def convert(model: Any, recipe: str | Path | Recipe | None = None, *, backend: str | Backend | None = None) -> Any:
+def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend: str | Backend | None = None) -> Any:
     """`model` with codes in place of weights. Prepared layers remember their rule; a recipe is for unprepared models.
 
     Works in place and returns the model, as `prepare` does.

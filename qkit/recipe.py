@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qkit.errors import GridError, RecipeError
@@ -12,6 +11,7 @@ from qkit.grid import Grid
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
+    from pathlib import Path
 
 Kind = Literal["linear", "embedding"]
 SCHEMA = 1

@@ -1,13 +1,12 @@
 """Discovery: which plugins there are, what they bring, and why a broken one is left out. No framework is imported here."""
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qkit.backend import Backend, BackendSpec
@@ -16,6 +15,7 @@ from qkit.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:  # `import qkit` stays cheap: discovery is paid for when something is looked up
     from importlib.resources.abc import Traversable
+    from pathlib import Path
 
     from pluggy import PluginManager
 
@@ -219,7 +219,7 @@ def recipes() -> list[str]:
     return sorted(plugins().recipes)
 
 
-def recipe(choice: str | Path | Recipe) -> Recipe:
+def recipe(choice: "str | Path | Recipe") -> Recipe:
     """A recipe by name, by alias, by path of a TOML file, or itself.
 
     Raises:
@@ -227,9 +227,11 @@ def recipe(choice: str | Path | Recipe) -> Recipe:
     """
     if isinstance(choice, Recipe):
         return choice
-    if not isinstance(choice, (str, Path)):
+    if not isinstance(choice, (str, os.PathLike)):
         raise RecipeError(f"{choice!r} is no recipe: give a name, a path of a TOML file, or a qkit.Recipe")
-    if isinstance(choice, Path) or choice.endswith(".toml"):
+    if not isinstance(choice, str) or choice.endswith(".toml"):
+        from pathlib import Path
+
         return read_recipe(Path(choice))
     name = ALIASES.get(choice, choice)
     known = plugins().recipes
@@ -239,5 +241,7 @@ def recipe(choice: str | Path | Recipe) -> Recipe:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches  # here, so that `import qkit` stays cheap
+
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there is {', '.join(sorted(known))}"
