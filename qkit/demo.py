@@ -65,7 +65,7 @@ class Preset:
 PRESET = Preset(128, 3, 256, batch=8, length=128, float_steps=700, float_rate=1.5e-3, more_steps=250, more_rate=5e-4)
 
 #: MLX multiplies matrices at some 6 GFLOP/s on a Linux CPU: a smaller model there, which the result says.
-PRESETS = {"mlx": replace(PRESET, layers=2, batch=4, length=64, float_steps=400, more_steps=150)}
+PRESETS = {"mlx": replace(PRESET, layers=2, batch=4, length=64, float_steps=230, more_steps=100)}
 
 
 @dataclass(frozen=True, slots=True)
