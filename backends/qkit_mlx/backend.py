@@ -13,7 +13,7 @@ from qkit.backend import Layer, Trainer
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.recipe import Rule
+from qkit.recipe import Kind, Rule, Ste
 from qkit_mlx import ops, surgery, training
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
 from qkit_mlx.layers import FakeEmbedding, FakeLinear
@@ -50,9 +50,23 @@ class MlxBackend:
         """See `Backend.dequantize`."""
         return ops.dequantize(q)
 
-    def fake_quantize(self, w: mx.array, grid: Grid) -> mx.array:
+    def fake_quantize(
+        self,
+        w: mx.array,
+        grid: Grid,
+        *,
+        ste: Ste = "identity",
+        scales: mx.array | None = None,
+        zeros: mx.array | None = None,
+    ) -> mx.array:
         """See `Backend.fake_quantize`."""
-        return ops.fake_quantize(w, grid)
+        return ops.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
+
+    def unclipped(
+        self, w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
+    ) -> mx.array:
+        """See `Backend.unclipped`."""
+        return ops.unclipped(w, grid, scales=scales, zeros=zeros)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` under `mx.compile`."""
@@ -90,6 +104,13 @@ class MlxBackend:
         """See `Backend.weight`."""
         weight: mx.array = module["weight"]
         return weight
+
+    def make(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
+        """See `Backend.make`."""
+        outputs, inputs = weight.shape
+        layer = nn.Embedding(outputs, inputs) if kind == "embedding" else nn.Linear(inputs, outputs, bias=False)
+        layer.weight = self.from_numpy(weight)
+        return layer
 
     def fake(self, module: Any, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
