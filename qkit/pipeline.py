@@ -83,7 +83,7 @@ def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
     mine, theirs = (one.rule.weight if one.rule else None for one in (item, owner))
     if mine == theirs and not (item.rule and item.rule.slots):
         return item
-    obstacle = f"its weight is also that of {layer.tied}"
+    obstacle = f"its weight is tied to that of {layer.tied}"
     if item.rule and item.rule.slots and mine == theirs:
         raise RecipeError(f"{layer.path}: {obstacle}, so that it takes no activation or output grid: drop it")
     if theirs is None and item.rule and item.rule.indivisible == "skip":
