@@ -83,7 +83,7 @@ def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
     mine, theirs = (one.rule.weight if one.rule else None for one in (item, owner))
     if mine == theirs and not (item.rule and item.rule.slots):
         return item
-    obstacle = f"its weight is also that of {layer.tied}"
+    obstacle = f"its weight is tied to that of {layer.tied}"
     if item.rule and item.rule.slots and mine == theirs:
         raise RecipeError(f"{layer.path}: {obstacle}, so that it takes no activation or output grid: drop it")
     if theirs is None and item.rule and item.rule.indivisible == "skip":
@@ -150,13 +150,13 @@ def _pack(engine: Backend, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
     packed: dict[str, Any] = {}
     for layer, rule in chosen:
         assert rule.weight is not None
-        if layer.tied in codes:
+        if layer.tied and layer.tied in codes:
             q = codes[layer.tied]
         else:
             w = engine.weight(layer.module)
             check(engine, w, rule.weight, name=f"{layer.path}.weight")
             q = codes[layer.path] = engine.quantize(w, rule.weight)
-        owner = packed.get(layer.tied)
+        owner = packed[layer.tied] if layer.tied else None
         packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
     return packed
 

@@ -124,8 +124,7 @@ def _static_values(x: Floats, grid: Grid, s: Floats, zeros: Codes | None) -> Flo
         elif grid.element.kind == "integer":
             values = symmetric_codes(x, s, grid.element) * each(s)
         else:
-            c = (bits(s) >> 23).astype(np.uint8)
-            values = float_values(float_codes(x, c, grid.element), grid.element) * each(s)
+            values = float_values(float_codes(x, exponent(s), grid.element), grid.element) * each(s)
         return cast(Floats, values + poison(x))
 
 
@@ -236,6 +235,11 @@ def ceil_exponent(x: Floats) -> NDArray[np.int32]:
     """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
     u = bits(x)
     return cast(NDArray[np.int32], (u >> 23) + ((u & 0x7FFFFF) != 0))
+
+
+def exponent(s: Floats) -> Codes:
+    """The inverse of `power`."""
+    return (bits(s) >> 23).astype(np.uint8)
 
 
 def power(c: NDArray[Any]) -> Floats:

@@ -115,7 +115,7 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     for path, layer in layers.items():
         if layer.kind != "other":
             setattr(layer.module, NOTE, "float in the artifact")
-        if layer.tied in taken:
+        if layer.tied and layer.tied in taken:
             rule = Rule(("*",), kind=_kind(layer), weight=taken[layer.tied].rule.weight)
             packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
         elif path in taken:
