@@ -1,10 +1,9 @@
 """`qkit/reference.py` in MLX, function by function: the same codes, scales and values, bit for bit. Arrays only.
 
-Small floats are coded and decoded with integers and powers of two: MLX has no e5m2, and its own quantisers differ between
-devices. Every line is elementwise or a reduction, for `mx.compile` to fuse.
+Small floats are coded with integers and powers of two: MLX has no e5m2, and its own quantisers differ between devices.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -66,8 +65,7 @@ def fake_quantize(
     function: Any = mx.custom_function(lambda w: _round_to_grid(mx.stop_gradient(w), grid, scales, zeros))
     function.vjp(through)
     function.jvp(through)
-    rounded: mx.array = function(w)
-    return rounded
+    return cast(mx.array, function(w))
 
 
 def _round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None, zeros: mx.array | None) -> mx.array:
@@ -118,7 +116,7 @@ def _static_values(x: mx.array, grid: Grid, s: mx.array, zeros: mx.array | None)
     elif grid.element.kind == "integer":
         values = symmetric_codes(x, s, grid.element) * each(s)
     else:
-        values = float_values(float_codes(x, bits(s) >> 23, grid.element), grid.element) * each(s)
+        values = float_values(float_codes(x, exponent(s), grid.element), grid.element) * each(s)
     return values + poison(x)
 
 
@@ -185,8 +183,8 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
         s = round_to_bfloat16(peak * STEP[element.name, "signed"])
         least = mx.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
         return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
-    peak = amax(x)
-    return mx.maximum(round_to_bfloat16(peak * STEP[element.name, grid.scale]), constants.MIN_SCALE) + poison(peak)
+    s = round_to_bfloat16((peak := amax(x)) * STEP[element.name, grid.scale])
+    return mx.maximum(s, constants.MIN_SCALE) + poison(peak)
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
@@ -229,6 +227,11 @@ def ceil_exponent(x: mx.array) -> mx.array:
     return (u >> 23) + ((u & 0x7FFFFF) != 0).astype(mx.int32)
 
 
+def exponent(s: mx.array) -> mx.array:
+    """The inverse of `power`."""
+    return (bits(s) >> 23).astype(mx.uint8)
+
+
 def power(c: mx.array) -> mx.array:
     """2^(c-127) for codes 1 .. 254."""
     return (c.astype(mx.int32) << 23).view(mx.float32)
@@ -268,12 +271,8 @@ def e2m1_codes(x: mx.array, s: mx.array) -> mx.array:
 
 
 def nearest_codes(y: mx.array, element: Element) -> mx.array:
-    """The bits of `y`, clipped already, as an 8-bit `element`, ties to even; stands in for the cast of `ml_dtypes`.
-
-    Neighbours are a quantum apart, a power of two, so that y/quantum is exact; rounding up into the next power of two
-    carries into the exponent by itself.
-    """
-    u = bits(y)
+    """The bits of `y`, clipped already, as an 8-bit `element`, ties to even; stands in for the cast of `ml_dtypes`."""
+    u = bits(y)  # neighbours are a power of two apart; rounding up carries into the exponent by itself
     exponent = mx.maximum(((u >> 23) & 0xFF) - 127, element.min_exponent)
     significand = mx.round(mx.abs(y) * power(127 + element.mantissa - exponent)).astype(mx.int32)
     sign = ((u >> 31) & 1) << 7

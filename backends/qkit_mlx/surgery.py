@@ -9,8 +9,8 @@ import mlx.nn as nn
 from qkit.backend import Layer
 from qkit.errors import ArtifactError, BackendError
 from qkit.recipe import Kind
-from qkit_mlx.deployed import DEPLOYED, PackedEmbedding
-from qkit_mlx.layers import FakeEmbedding, FakeLinear
+from qkit_mlx.deployed import DEPLOYED, STORED, PackedEmbedding
+from qkit_mlx.layers import FakeEmbedding, FakeLinear, mode_of
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)
 
@@ -113,8 +113,8 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, module in _modules(model):
         if not isinstance(module, DEPLOYED):
             yield from _arrays(module, path)
-        elif "bias" in module:
-            yield _join(path, "bias"), module, "bias"
+        else:
+            yield from ((_join(path, key), module, key) for key in STORED if key in module)
 
 
 def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -137,9 +137,10 @@ def _layer(path: str, module: Any) -> Layer | None:
     kind: Kind = "embedding" if isinstance(module, EMBEDDINGS) else "linear"
     if isinstance(module, DEPLOYED):
         shape = (module["weight"].shape[0], module.inputs)
-        return Layer(path, kind, shape, module, "converted", module.rule, module.execution)
+        native, execution = module.native, module.execution
+        return Layer(path, kind, shape, module, "converted", module.rule, native=native, execution=execution)
     if isinstance(module, (FakeLinear, FakeEmbedding)):
-        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule)
+        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule, mode_of(module))
     if type(module) in (nn.Linear, nn.Embedding):
         return Layer(path, kind, tuple(module.weight.shape), module)
     name = type(module).__name__
