@@ -29,6 +29,14 @@ class Torchao(Conformance):
         twice = nn.Linear(128, 128)
         return nn.Sequential(twice, nn.ReLU(), twice)
 
+    def tied_model(self) -> Any:
+        from torch import manual_seed, nn
+
+        manual_seed(0)
+        model = nn.Sequential(nn.Embedding(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
     def forward(self, model: Any, x: Any) -> Any:
         return model(x).detach()
 
