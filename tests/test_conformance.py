@@ -46,6 +46,23 @@ class Torchao(Conformance):
         return x.grad
 
 
+class TorchaoOnCuda(Torchao):
+    tolerance = 1e-5  # products of integer codes are exact, and float ones are added in cuBLAS's order
+
+    @property
+    def engine(self) -> Any:
+        return qkit.backend("torchao").on("cuda")
+
+    def model(self) -> Any:
+        return super().model().cuda()
+
+    def shared_model(self) -> Any:
+        return super().shared_model().cuda()
+
+    def tied_model(self) -> Any:
+        return super().tied_model().cuda()
+
+
 class Mlx(Conformance):
     backend = "mlx"
     tolerance = 1e-5  # MLX's quantized matmul adds in another order than its float one
@@ -78,6 +95,9 @@ READY = [status.name for status in qkit.backends() if status.ready]
 for name in READY:
     if name in SUITES:
         globals()[f"Test{name.capitalize()}"] = SUITES[name]
+
+if "torchao" in READY and __import__("torch").cuda.is_available():
+    TestTorchaoOnCuda = TorchaoOnCuda
 
 
 def test_every_ready_backend_has_a_suite() -> None:
