@@ -145,6 +145,11 @@ class MlxBackend:
         """See `Backend.replace`."""
         return surgery.replace(model, modules)
 
+    def run(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
+        """See `Backend.run`."""
+        with training.evaluating(module):
+            return self.to_numpy(module(self.from_numpy(x)))
+
     # whole models
 
     def tensors(self, model: nn.Module) -> dict[str, mx.array]:
