@@ -1,7 +1,8 @@
 """Which of MLX's own containers holds a grid exactly, and how a `QTensor` goes in and comes back. Arrays only.
 
-`mx.qqmm` (`nn.QQLinear`) is not among the choices: it quantizes its input by MLX's rule, which is not ours to state; it takes no
-bias; and on the CPU it does not run (0.32.4: "NYI for the general case"), so that nothing of it could be compared here.
+`mx.qqmm` (`nn.QQLinear`) is not among the choices. Tried on the CPU with 0.32.4: it takes one row ("NYI for the general case"
+otherwise) and no bias, and it quantizes its input itself: as ours does for mxfp4 and mxfp8, until scales are clipped (R6), and
+otherwise for nvfp4, which has no power of two per tensor there (R9).
 """
 
 from dataclasses import dataclass
