@@ -1,0 +1,271 @@
+"""MLX's layout, which mlx-lm opens: tensor names, bytes and the `quantization` of a config.json.
+
+Read off mlx 0.32.4 (`mlx.nn.quantize`, `mlx.core.quantize`) and mlx-lm 0.32.2 (`utils.load_model`). The words are the ones
+that compressed-tensors has; nothing is computed but repeated scales, and biases, which are exact.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import packing
+from qkit.errors import ArtifactError
+from qkit.grid import Grid
+from qkit.interop.packed import Packed, Tensors, check, check_scales, want
+from qkit.interop.rope import ropes, spell_rope
+from qkit.qtensor import DType
+
+AFFINE_GROUPS: Final = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it
+MX_GROUP: Final = 32
+MX_MODES: Final = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
+MODES: Final = {"mxfp4": ("e2m1", 32), "mxfp8": ("e4m3", 32), "nvfp4": ("e2m1", 16)}  #: element and group of each
+
+_LLAMA = frozenset({"rope_theta", "rope_scaling"})
+_GEMMA = frozenset({"rope_theta"})
+
+#: What each of mlx-lm's model types reads of a rotary embedding; those whose tensors it takes under transformers' names.
+ROPE: Final[Mapping[str, Collection[str]]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": frozenset({"rope_theta", "rope_scaling", "rope_parameters"}),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": frozenset({"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}),
+    "gpt_neox": frozenset({"rotary_emb_base", "rotary_pct"}),
+    "mixtral": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi3": frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"}),
+    "qwen3_moe": _LLAMA,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One of MLX's quantisation modes, at a group size."""
+
+    mode: str
+    bits: int
+    group: int
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """In the words of a config.json, and of `to_quantized`."""
+        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
+
+
+def container_for(grid: Grid, inputs: int) -> Container | None:
+    """The container that holds rows of `inputs` numbers on `grid` exactly, or None. `nvfp4`'s power of two is left over."""
+    group = grid.group if isinstance(grid.group, int) else inputs
+    bits = grid.element.bits
+    if grid.element.kind == "integer":
+        size = next((size for size in AFFINE_GROUPS if group % size == 0), None)
+        return None if size is None else Container("affine", bits, size)
+    if grid.scale == "nvfp4":
+        return Container("nvfp4", bits, group)
+    if grid.element.name in MX_MODES and group % MX_GROUP == 0:
+        return Container(MX_MODES[grid.element.name], bits, MX_GROUP)
+    return None
+
+
+def layout(grid: Grid, inputs: int) -> Container:
+    """`container_for`, where there must be one.
+
+    Raises:
+        ArtifactError: MLX holds no such grid.
+    """
+    container = container_for(grid, inputs)
+    if container is None:
+        size = (
+            f"integers want groups that {AFFINE_GROUPS[-1]} divides, small floats e2m1 or e4m3 in groups of {MX_GROUP}"
+        )
+        raise ArtifactError(
+            f"MLX holds no rows of {inputs} on {grid}: {size}; export --to dense, or leave the layer float"
+        )
+    return container
+
+
+def store(packed: Packed) -> Tensors:
+    """`packed` in this layout: `weight`, `scales` and, for integers, `biases`. The codes are viewed, not copied.
+
+    Raises:
+        ArtifactError: MLX holds no such grid, or the power of two of `nvfp4` does not go into its block scales.
+    """
+    rows, inputs = packed.shape
+    container, grid = layout(packed.grid, inputs), packed.grid
+    columns = inputs // container.group
+    scales = _folded(packed) if packed.tensor_scale is not None else packed.scales
+    out = {"weight": packed.words, "scales": _spread(scales, rows, columns)}
+    if container.mode != "affine":
+        return out
+    zeros = np.float32(-grid.element.lowest) if packed.zeros is None else packed.zeros.astype(np.float32)
+    kind = _kind(grid, packed.dtype)
+    biases = _spread(-zeros * packed.scales, rows, columns)
+    return {**out, "scales": out["scales"].astype(kind), "biases": biases.astype(kind)}
+
+
+def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> Packed:
+    """The inverse of `store`, for a weight of `shape`; `nvfp4` comes back with a power of 2^0. Scales of any type are taken.
+
+    Raises:
+        ArtifactError: a tensor is missing or has another shape, or the scales and biases are not those of such a grid.
+    """
+    container = layout(grid, shape[-1])
+    kind = tensors["scales"].dtype.name if "scales" in tensors and container.mode == "affine" else None
+    want(dict(tensors), contents(grid, dtype=dtype, shape=shape, kind=kind), f"MLX {container.mode}", grid)
+    words, scale_shape = tensors["weight"], grid.scale_shape(shape)
+    scales = _gather(tensors["scales"], scale_shape, "scales")
+    if container.mode == "affine":
+        scales = scales.astype(np.float32)
+        check_scales(scales, "scales")
+        zeros = _zeros(scales, _gather(tensors["biases"], scale_shape, "biases").astype(np.float32), grid)
+        return Packed(words, scales, grid, dtype, shape, zeros)
+    if container.mode == "nvfp4":
+        check((scales > 0) & (scales < 0x7F), "scales", "a positive e4m3")
+        return Packed(words, scales, grid, dtype, shape, tensor_scale=np.ones((), np.float32))
+    check((scales > 0) & (scales < 255), "scales", "an exponent")
+    if container.mode == "mxfp8":
+        check(np.ascontiguousarray(words).view(np.uint8) & 0x7F != 0x7F, "weight", "a finite e4m3")
+    return Packed(words, scales, grid, dtype, shape)
+
+
+def contents(
+    grid: Grid, *, dtype: DType, shape: tuple[int, ...], kind: str | None = None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, NumPy type and shape of every tensor that `store` gives; `kind` is the type of affine scales, if it is another."""
+    container = layout(grid, shape[-1])
+    scales = (*shape[:-1], shape[-1] // container.group)
+    weight = ("uint32", (*shape[:-1], packing.words(shape[-1], container.bits)))
+    if container.mode != "affine":
+        return {"weight": weight, "scales": ("uint8", scales)}
+    kind = kind or _kind(grid, dtype)
+    return {"weight": weight, "scales": (kind, scales), "biases": (kind, scales)}
+
+
+def quantization_config(containers: Mapping[str, Container]) -> dict[str, Any]:
+    """The `quantization` of a config.json: the commonest container for all, the others by the path of their layer."""
+    kinds = list(containers.values())
+    common = max(dict.fromkeys(kinds), key=kinds.count)
+    return {**common.table, **{path: mine.table for path, mine in containers.items() if mine != common}}
+
+
+def containers(quantization: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> Any:
+    """What the `quantization` of a config.json says of each layer.
+
+    Args:
+        shapes: by path, the shapes of `weight` and `scales`.
+
+    Raises:
+        ArtifactError: it says nothing, or what the shapes contradict.
+    """
+    out: dict[str, tuple[Container, tuple[int, ...]]] = {}
+    for path, (weight, scales) in shapes.items():
+        table = quantization.get(path, quantization)
+        try:
+            mine = Container(str(table.get("mode", "affine")), int(table["bits"]), int(table["group_size"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ArtifactError(
+                f"{path}: the quantization in config.json is {table!r}: want bits and group_size"
+            ) from None
+        inputs = scales[-1] * mine.group
+        if mine.mode != "affine" and MODES.get(mine.mode, ("", 0))[1] != mine.group:
+            raise ArtifactError(f"{path}: MLX has no mode {mine.mode!r} in groups of {mine.group}")
+        if weight != (*scales[:-1], packing.words(inputs, mine.bits)):
+            raise ArtifactError(f"{path}: {list(weight)} words and {list(scales)} scales are not those of {mine.table}")
+        out[path] = mine, (*weight[:-1], inputs)
+    return out
+
+
+def grid_of(tensors: Mapping[str, NDArray[Any]], container: Container) -> Grid:
+    """The grid that tensors of MLX's own making are on, as far as decoding goes: which rule chose the scales is not written.
+
+    Raises:
+        ArtifactError: qkit has none like it.
+    """
+    if container.mode != "affine":
+        element, group = MODES[container.mode]
+        return Grid(element, group, "nvfp4" if container.mode == "nvfp4" else None)
+    element, scales = f"int{container.bits}", tensors["scales"].astype(np.float32)
+    lowest = np.float32(-(1 << (container.bits - 1)))
+    if (tensors["biases"].astype(np.float32) == lowest * scales).all():
+        return Grid(element, container.group, "signed" if (scales < 0).any() else "absmax")
+    return Grid(element, container.group, "minmax")
+
+
+def model_config(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """A Hugging Face model's `config` in the words that mlx-lm reads; the types of models it knows are those of `ROPE`.
+
+    Raises:
+        ArtifactError: transformers 5 wrote it, for a type of model that is not one of these.
+        BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
+    """
+    kind = str(config.get("model_type"))
+    known = {name: value for name, value in config.items() if value is not None}
+    if kind in ROPE:
+        known = spell_rope(known, ROPE[kind])
+    elif ropes(known) or "text_config" in known:
+        raise ArtifactError(
+            f"how mlx-lm reads the rotary embedding of a {kind!r} is not known to this qkit, and it would silently use its "
+            f"default: known are {', '.join(ROPE)}"
+        )
+    for name, source in {"num_experts": "num_local_experts"}.items():
+        if kind == "qwen3_moe" and source in known:
+            known.setdefault(name, known[source])
+    return {**config, **known, "tie_word_embeddings": tied}
+
+
+def _kind(grid: Grid, dtype: DType) -> str:
+    """The type of affine scales and biases: exact, and what MLX then computes in.
+
+    bfloat16 holds a scale (R3) and its bias of -2^(bits-1) times that; of -z times that only half of the time.
+    """
+    return "bfloat16" if dtype == "bfloat16" and grid.symmetric else "float32"
+
+
+def _folded(packed: Packed) -> NDArray[np.uint8]:
+    """The block scales times the power of two of the tensor."""
+    import ml_dtypes  # here, so that `import qkit` stays cheap
+
+    assert packed.tensor_scale is not None
+    exact = packed.scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * packed.tensor_scale
+    with np.errstate(over="ignore"):
+        scales = exact.astype(ml_dtypes.float8_e4m3fn)
+    lost = np.count_nonzero(scales.astype(np.float32) != exact)
+    if lost:
+        exponent = int(np.log2(packed.tensor_scale))
+        raise ArtifactError(
+            f"MLX's nvfp4 has no scale for the tensor, and {lost} of {exact.size} block scales times its 2^{exponent} are no "
+            "e4m3: use mxfp4, or export --to dense"
+        )
+    out: NDArray[np.uint8] = scales.view(np.uint8)
+    return out
+
+
+def _zeros(scales: NDArray[np.float32], biases: NDArray[np.float32], grid: Grid) -> NDArray[np.uint8] | None:
+    if grid.symmetric:
+        check(biases == grid.element.lowest * scales, "biases", f"{grid.element.lowest} scales")
+        return None
+    zeros = np.rint(-biases / scales)
+    sound = (zeros >= 0) & (zeros <= grid.element.levels) & (-zeros * scales == biases)
+    check(sound, "biases", f"-z scales, z a whole number up to {grid.element.levels}")
+    out: NDArray[np.uint8] = zeros.astype(np.uint8)
+    return out
+
+
+def _spread(per_group: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
+    """Scales [outputs or 1, groups] repeated to [outputs, columns]."""
+    every = np.broadcast_to(per_group, (rows, per_group.shape[1]))
+    return every if per_group.shape[1] == columns else np.repeat(every, columns // per_group.shape[1], axis=1)
+
+
+def _gather(spread: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
+    """The inverse of `_spread`: the first of each run of equal scales."""
+    if spread.shape == shape:
+        return spread
+    first = spread[: shape[0]].reshape(shape[0], shape[1], -1)[..., 0]
+    again = _spread(first, *spread.shape)
+    check(again == spread, name, "that of its row or group")
+    return first
