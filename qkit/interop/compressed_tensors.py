@@ -4,6 +4,7 @@ Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantize
 `nvfp4-pack-quantized`, `float-quantized`. Nothing is computed: codes and scales are renamed, shifted or viewed.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import packing
-from qkit.errors import ArtifactError
+from qkit.errors import ArtifactError, GridError
 from qkit.grid import Grid
 from qkit.interop.packed import Packed, Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
 from qkit.qtensor import DType, QTensor
 from qkit.recipe import Rule
+
+
+FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
 def layout(grid: Grid) -> str:
@@ -169,6 +173,67 @@ def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alo
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dict[str, tuple[Grid, bool]]:
+    """The grid of every weight among `tensors` that another tool wrote, and whether inputs or outputs are quantized too.
+
+    Integer rules are named after compressed-tensors' own observers: `midmax` where symmetric, `minmax` where not, `even` for
+    MX; see "Scale rules" in the numerics. Decoding does not depend on them.
+
+    Args:
+        config: the `quantization_config`.
+
+    Raises:
+        ArtifactError: the configuration is not readable, or asks for what qkit has no grid for.
+    """
+    out = {}
+    for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
+        if f"{path}.weight_g_idx" in tensors:
+            raise ArtifactError(f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous")
+        try:
+            group = _group_of(path, config["config_groups"])
+            weights = group["weights"]
+            grid = _grid(weights, str(group.get("format") or config.get("format")))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
+        except (ArtifactError, GridError) as error:
+            raise ArtifactError(f"{path}: {error}") from None
+        out[path] = grid, bool(group.get("input_activations") or group.get("output_activations"))
+    return out
+
+
+def shape_of(tensors: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
+    """Shape of the weight that `tensors` of this layout are; the words of `pack-quantized` do not tell, so it is stored."""
+    if "weight_shape" in tensors:
+        return tuple(tensors["weight_shape"].tolist())
+    if "weight_packed" in tensors:
+        *rows, pairs = tensors["weight_packed"].shape
+        return (*rows, 2 * pairs)
+    return tuple(tensors["weight"].shape) if "weight" in tensors else ()
+
+
+def _group_of(path: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group of a configuration whose targets name the layer at `path`: its path or its end, a pattern, or its class."""
+    for fits in (lambda t: path == t or path.endswith(f".{t}"), lambda t: t[:3] == "re:" and re.match(t[3:], path), bool):
+        for group in groups.values():
+            if any(fits(target) for target in group["targets"]):
+                return dict(group)
+    raise ArtifactError("no group of the quantization_config speaks of it")
+
+
+def _grid(weights: Mapping[str, Any], form: str) -> Grid:
+    bits, kind, strategy, size = (weights[key] for key in ("num_bits", "type", "strategy", "group_size"))
+    sizes = {"channel": "row", "tensor": "tensor", "group": size, "tensor_group": size}
+    element = f"int{bits}" if kind == "int" else {4: "e2m1", 8: "e4m3"}.get(bits)
+    if strategy not in sizes or element is None or weights.get("actorder"):
+        raise ArtifactError(f"qkit has no grid for {bits} bits of {kind} by {strategy}, actorder {weights.get('actorder')}")
+    if form not in FORMATS:
+        raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")
+    if kind == "int":
+        return Grid(element, sizes[strategy], "midmax" if weights["symmetric"] else "minmax")
+    rule = {"nvfp4-pack-quantized": "nvfp4", "float-quantized": "rceil"}.get(form, "even")
+    return Grid(element, sizes[strategy], rule)
 
 
 def _arguments(grid: Grid) -> dict[str, Any]:
