@@ -8,9 +8,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qkit.artifact.aside import Aside
-from qkit.artifact.tensors import SINGLE, read_folder, write_file
+from qkit.artifact.tensors import array_stream, read_folder
 from qkit.backend import Backend, Layer
+from qkit.checkpoint.layout import SHARD_BYTES
+from qkit.checkpoint.output import write_directory
 from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, StageError
 from qkit.interop import compressed_tensors
 from qkit.pipeline import NOTE, surgeon
@@ -32,7 +33,12 @@ COMPANIONS = (
 
 
 def save(
-    model: Any, folder: str | Path, *, source: str | Path | None = None, backend: str | Backend | None = None
+    model: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    backend: str | Backend | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes `model`, converted or float, whole and portable; transformers, vLLM and qkit on any engine open it.
 
@@ -42,10 +48,12 @@ def save(
         folder: where to; made, or replaced if it is an earlier artifact.
         source: the Hugging Face directory the model came from: its config, tokenizer and generation files are copied. Left
             out, the configuration that the model carries; without one, only the weights are written.
+        shard_bytes: most bytes of tensors in one file.
 
     Raises:
         StageError: a layer is prepared but not converted.
         ArtifactError: a grid has no portable layout, or `folder` holds something else.
+        LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
     folder, origin = Path(folder), None if source is None else Path(source)
@@ -60,26 +68,19 @@ def save(
     for layer, q in saved:
         for name, array in compressed_tensors.to_tensors(q).items():
             tensors[_join(layer.path, name)] = array
-    entries = _group(saved)
-    config = engine.config(model) if origin is None else _read_config(origin)
+    entries = group([(layer, q.dtype) for layer, q in saved])
+    config = engine.config(model) if origin is None else read_config(origin)
     if origin is not None and (config is None or origin.resolve() == folder.resolve()):
         why = "has no config.json" if config is None else "is where the artifact would go"
         raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
-    if config is not None:
-        config.pop("quantization_config", None)
-        if entries:
-            left_alone = [layer.path for layer in layers if layer.stage == "float" and layer.kind == "linear"]
-            groups = [(entry.rule, entry.paths) for entry in entries]
-            config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=left_alone)
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else ()):
-        _check_ours(folder)
-    with Aside(folder, ours=(SINGLE, CONFIG, *COMPANIONS)) as aside:
-        write_file(aside / SINGLE, tensors, {KEY: _describe(entries)})
-        if config is not None:
-            (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for pattern in COMPANIONS:
-            for file in sorted(origin.glob(pattern)) if origin else ():
-                (aside / file.name).write_bytes(file.read_bytes())
+    left_alone = [layer.path for layer in layers if layer.stage == "float" and layer.kind == "linear"]
+    write_directory(
+        folder,
+        [array_stream(name, array) for name, array in tensors.items()],
+        metadata={KEY: describe(entries)},
+        files=companions(origin, config=quantized_config(config, entries, left_alone=left_alone)),
+        shard_bytes=shard_bytes,
+    )
     return folder
 
 
@@ -97,7 +98,7 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     folder = Path(folder)
     engine = choose(backend) if into is None else surgeon(into, backend)
     arrays, metadata = read_folder(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     entries = _entries(folder, metadata, config)
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
@@ -120,7 +121,7 @@ def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> A
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
     """One rule of an artifact, the type of the weights it was applied to, and the full paths of their layers."""
 
     rule: Rule
@@ -129,7 +130,7 @@ class _Entry:
 
 
 def _take(
-    folder: Path, arrays: dict[str, NDArray[Any]], path: str, layers: Mapping[str, Layer], entry: _Entry
+    folder: Path, arrays: dict[str, NDArray[Any]], path: str, layers: Mapping[str, Layer], entry: Entry
 ) -> QTensor[Any]:
     """The codes of the layer at `path`, whose arrays are taken out of `arrays`."""
     layer, grid = layers.get(path), entry.rule.weight
@@ -145,18 +146,20 @@ def _take(
         raise ArtifactError(f"{folder}: {path}: {error}") from None
 
 
-def _group(saved: list[tuple[Layer, QTensor[Any]]]) -> list[_Entry]:
+def group(saved: list[tuple[Layer, DType]]) -> list[Entry]:
+    """The rules that were applied, each once per type of weight, with the layers that they were applied to."""
     paths: dict[tuple[Any, ...], list[str]] = {}
-    for layer, q in saved:
+    for layer, dtype in saved:
         assert layer.rule is not None
-        paths.setdefault((layer.kind, layer.rule.weight, layer.rule.activation, q.dtype), []).append(layer.path)
+        paths.setdefault((layer.kind, layer.rule.weight, layer.rule.activation, dtype), []).append(layer.path)
     return [
-        _Entry(Rule(("*",), kind=kind, weight=weight, activation=activation), dtype, tuple(sorted(mine)))
+        Entry(Rule(("*",), kind=kind, weight=weight, activation=activation), dtype, tuple(sorted(mine)))
         for (kind, weight, activation, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
     ]
 
 
-def _describe(entries: list[_Entry]) -> str:
+def describe(entries: list[Entry]) -> str:
+    """The text of the metadata key."""
     rules = [
         {**_without(rule_table(entry.rule), "match"), "layers": list(entry.paths), "dtype": entry.dtype}
         for entry in entries
@@ -164,7 +167,7 @@ def _describe(entries: list[_Entry]) -> str:
     return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
 
 
-def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> list[_Entry]:
+def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> list[Entry]:
     entries = _described(folder, metadata[KEY]) if KEY in metadata else []
     foreign = config.get("quantization_config") if config else None
     if foreign and not entries:
@@ -175,7 +178,7 @@ def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any
     return entries
 
 
-def _described(folder: Path, text: str) -> list[_Entry]:
+def _described(folder: Path, text: str) -> list[Entry]:
     try:
         described = json.loads(text)
         if described["numerics"] != NUMERICS:
@@ -187,24 +190,46 @@ def _described(folder: Path, text: str) -> list[_Entry]:
         raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
 
 
-def _entry(table: dict[str, Any]) -> _Entry:
+def _entry(table: dict[str, Any]) -> Entry:
     paths, dtype = tuple(map(str, table.pop("layers"))), table.pop("dtype")
     if dtype not in DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}")
-    return _Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
-
-
-def _check_ours(folder: Path) -> None:
-    """Refuses to replace what qkit did not write."""
-    if KEY not in read_folder(folder)[1]:
-        raise ArtifactError(f"{folder} holds a model that qkit did not write: choose another folder")
+    return Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
 
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name != key}
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
+def quantized_config(
+    config: Mapping[str, Any] | None, entries: list[Entry], *, left_alone: list[str]
+) -> dict[str, Any] | None:
+    """`config` of a Hugging Face model with the `quantization_config` of `entries`; None where there is none."""
+    if config is None:
+        return None
+    config = _without(config, "quantization_config")
+    if entries:
+        groups = [(entry.rule, entry.paths) for entry in entries]
+        config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=left_alone)
+    return config
+
+
+def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict[str, bytes | Path]:
+    """What goes beside the weights: the configuration, and the tokenizer and generation files of `origin`."""
+    files: dict[str, bytes | Path] = {}
+    if config is not None:
+        files[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    for pattern in COMPANIONS:
+        files.update((file.name, file) for file in (origin.glob(pattern) if origin else ()))
+    return files
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The `config.json` of `folder`, if there is one.
+
+    Raises:
+        ArtifactError: it is not a JSON object.
+    """
     file = folder / CONFIG
     if not file.exists():
         return None

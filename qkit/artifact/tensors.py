@@ -1,7 +1,6 @@
 """safetensors files as NumPy arrays, mapped rather than read; names, shapes and offsets are checked by safetensors."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,25 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.checkpoint.layout import DTYPES, INDEX, SINGLE, WORDS, Slot
+from qkit.checkpoint.output import Stream
 from qkit.errors import ArtifactError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U32": "uint32",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
@@ -84,19 +67,10 @@ def read_folder(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     return tensors, metadata
 
 
-def write_file(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, readable as the umask says. Two writes of the same tensors are the same bytes.
-
-    At most one metadata key: the format's metadata is an unordered map, so that two keys may be written in either order.
-    """
-    from safetensors.numpy import save_file
-
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in tensors.items()}, file, metadata=dict(metadata) or None
-    )
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
+def array_stream(name: str, array: NDArray[Any]) -> Stream:
+    """`array` as a tensor to write."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return Stream(Slot(name, WORDS[array.dtype.name], array.shape), lambda: [data])
 
 
 def _view(file: Path, name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> NDArray[Any]:
@@ -105,5 +79,5 @@ def _view(file: Path, name: str, entry: Mapping[str, Any], data: NDArray[np.uint
     import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
 
     begin, end = entry["data_offsets"]
-    array: NDArray[Any] = data[begin:end].view(np.dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
+    array: NDArray[Any] = data[begin:end].view(np.dtype(DTYPES[entry["dtype"]][0])).reshape(entry["shape"])
     return array
