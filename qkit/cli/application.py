@@ -10,6 +10,9 @@ import qkit
 from qkit.cli.backends import backends
 from qkit.cli.console import errors
 from qkit.cli.demo import demo
+from qkit.cli.diff import diff
+from qkit.cli.export import export
+from qkit.cli.import_ import import_
 from qkit.cli.parity import parity
 from qkit.cli.recipes import recipes
 
@@ -33,6 +36,9 @@ application = typer.Typer(
 )
 for command in (backends, recipes, parity, demo):
     application.command()(command)
+application.command()(export)
+application.command("import")(import_)
+application.command()(diff)
 
 
 def main() -> None:

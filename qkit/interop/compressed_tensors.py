@@ -18,7 +18,8 @@ from qkit.interop.packed import Packed, Tensors, as_bytes, as_words, check, chec
 from qkit.qtensor import DType, QTensor
 from qkit.recipe import Rule
 
-
+#: Names of the tensors of a weight, in any of the formats.
+NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight")
 FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
@@ -190,7 +191,9 @@ def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dic
     out = {}
     for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
         if f"{path}.weight_g_idx" in tensors:
-            raise ArtifactError(f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous")
+            raise ArtifactError(
+                f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
+            )
         try:
             group = _group_of(path, config["config_groups"])
             weights = group["weights"]
@@ -203,19 +206,27 @@ def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dic
     return out
 
 
-def shape_of(tensors: Mapping[str, NDArray[Any]]) -> tuple[int, ...]:
-    """Shape of the weight that `tensors` of this layout are; the words of `pack-quantized` do not tell, so it is stored."""
-    if "weight_shape" in tensors:
+def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
+    """Shape of the weight on `grid` that `tensors` are; the words of `pack-quantized` do not tell, so it is stored.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    if layout(grid) == "pack-quantized":
         return tuple(tensors["weight_shape"].tolist())
-    if "weight_packed" in tensors:
+    if grid.element.name == "e2m1":
         *rows, pairs = tensors["weight_packed"].shape
         return (*rows, 2 * pairs)
-    return tuple(tensors["weight"].shape) if "weight" in tensors else ()
+    return tuple(tensors["weight"].shape)
 
 
 def _group_of(path: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group of a configuration whose targets name the layer at `path`: its path or its end, a pattern, or its class."""
-    for fits in (lambda t: path == t or path.endswith(f".{t}"), lambda t: t[:3] == "re:" and re.match(t[3:], path), bool):
+    for fits in (
+        lambda t: path == t or path.endswith(f".{t}"),
+        lambda t: t[:3] == "re:" and re.match(t[3:], path),
+        bool,
+    ):
         for group in groups.values():
             if any(fits(target) for target in group["targets"]):
                 return dict(group)
@@ -227,7 +238,9 @@ def _grid(weights: Mapping[str, Any], form: str) -> Grid:
     sizes = {"channel": "row", "tensor": "tensor", "group": size, "tensor_group": size}
     element = f"int{bits}" if kind == "int" else {4: "e2m1", 8: "e4m3"}.get(bits)
     if strategy not in sizes or element is None or weights.get("actorder"):
-        raise ArtifactError(f"qkit has no grid for {bits} bits of {kind} by {strategy}, actorder {weights.get('actorder')}")
+        raise ArtifactError(
+            f"qkit has no grid for {bits} bits of {kind} by {strategy}, actorder {weights.get('actorder')}"
+        )
     if form not in FORMATS:
         raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")
     if kind == "int":

@@ -42,6 +42,10 @@ ROPE: Final[Mapping[str, Collection[str]]] = {
     "qwen3_moe": _LLAMA,
 }
 
+SAME_NAMES: Final = ROPE.keys() - {"gpt_neox", "mixtral", "qwen3_moe"}  #: whose tensors mlx-lm does not rename
+
+NAMES: Final = ("weight", "scales", "biases")  #: of the tensors of a weight
+
 
 @dataclass(frozen=True, slots=True)
 class Container:
@@ -143,6 +147,16 @@ def contents(
         return {"weight": weight, "scales": ("uint8", scales)}
     kind = kind or _kind(grid, dtype)
     return {"weight": weight, "scales": (kind, scales), "biases": (kind, scales)}
+
+
+def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
+    """Shape of the weight on `grid` that `tensors` are: MLX's rows are whole words.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    *rows, words = tensors["weight"].shape
+    return (*rows, words * packing.WORD_BITS // grid.element.bits)
 
 
 def quantization_config(containers: Mapping[str, Container]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What a model directory holds, whatever its layout: quantized weights by path, every other tensor by name. All mapped."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.artifact.directory import KEY, described, read_config
+from qkit.artifact.directory import KEY, read_config
+from qkit.artifact.directory import _described as described
 from qkit.artifact.tensors import read_folder
 from qkit.errors import ArtifactError, GridError
 from qkit.interop import compressed_tensors, mlx_lm
 from qkit.interop.packed import Packed, Tensors
 from qkit.qtensor import DTYPES, DType
-from qkit.recipe import Rule
+from qkit.recipe import Kind, Rule
 
 CHUNK = 1 << 24  #: bytes that are looked at together
+QUANTIZATION = ("quantization_config", "quantization")  #: what readers are told in config.json
+LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "wpe", "word_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +34,14 @@ class Held:
         rule: its grids; those of a layer's inputs and outputs too.
         dtype, shape: as in `Packed`.
         read: gives it, codes as views of the mapped file; raises `ArtifactError` where the tensors are not sound.
+        unknown: what else the layer quantizes, by a rule that is none of qkit's.
     """
 
     rule: Rule
     dtype: DType
     shape: tuple[int, ...]
     read: Callable[[], Packed]
+    unknown: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +95,16 @@ def read(folder: str | Path) -> Snapshot:
     folder = Path(folder)
     tensors, metadata = read_folder(folder)
     config = read_config(folder)
-    quantization = (config or {}).get("quantization_config") or {}
+    known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
+    said = {name: (config or {}).get(name) or {} for name in QUANTIZATION}
     if KEY in metadata:
-        return _own(folder, tensors, metadata[KEY], config)
-    if (config or {}).get("quantization"):
-        return _mlx(folder, tensors, dict(config or {}))
-    if quantization.get("quant_method") == "compressed-tensors":
-        return _compressed(folder, tensors, dict(config or {}))
-    if quantization:
-        method = quantization.get("quant_method", "an unknown tool")
+        return _own(folder, tensors, metadata[KEY], known if config is not None else None)
+    if said["quantization"]:
+        return _mlx(folder, tensors, known, said["quantization"])
+    if said["quantization_config"].get("quant_method") == "compressed-tensors":
+        return _compressed(folder, tensors, known, said["quantization_config"])
+    if said["quantization_config"]:
+        method = said["quantization_config"].get("quant_method", "an unknown tool")
         raise ArtifactError(f"{folder} is quantized by {method}: qkit reads compressed-tensors' layout and mlx-lm's")
     return Snapshot(folder, "float", False, config, {}, tensors)
 
@@ -106,15 +115,132 @@ def join(path: str, name: str) -> str:
 
 
 def _own(folder: Path, tensors: Tensors, text: str, config: dict[str, Any] | None) -> Snapshot:
-    """What qkit wrote says in its metadata what it is."""
-    description = described(folder, text)
-    module: Any = mlx_lm if description.layout == "mlx" else compressed_tensors
+    """What qkit wrote; its metadata says what it is."""
+    entries, layout = described(folder, text), str(json.loads(text).get("layout", "compressed-tensors"))
+    if layout not in LAYOUTS:
+        raise ArtifactError(f"{folder} is in layout {layout!r}: this qkit reads {', '.join(LAYOUTS)}")
+    for name in json.loads(text).get("added", ()):
+        (config or {}).pop(name, None)
     weights = {}
-    for entry in description.entries:
+    for entry in entries:
         for path in entry.paths:
-            grid = entry.rule.weight
-            assert grid is not None
-            mine = _take(tensors, path)
-            shape = module.shape_of(mine, grid) if description.layout == "mlx" else module.shape_of(mine)
-            weights[path] = Held(entry.rule, entry.dtype, shape, _reader(folder, path, module, mine, entry.rule, entry.dtype, shape))
-    return Snapshot(folder, description.layout if weights else "float", False, config, weights, tensors)
+            mine = _take(tensors, path, layout)
+            with _place(folder, path):
+                shape = LAYOUTS[layout].shape_of(mine, entry.rule.weight)
+            weights[path] = _held(folder, path, layout, mine, entry.rule, entry.dtype, shape)
+    return Snapshot(folder, layout if weights else "float", False, config, weights, tensors)
+
+
+def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[str, Any]) -> Snapshot:
+    """What another tool wrote in compressed-tensors' layout."""
+    weights = {}
+    for path, (grid, moving) in compressed_tensors.grids(said, tensors).items():
+        mine = _take(tensors, path, "compressed-tensors")
+        with _place(folder, path):
+            shape = compressed_tensors.shape_of(mine, grid)
+            dtype = _dtype(mine["weight_scale"], config)
+            stored = {**mine, "weight_scale": _widened(mine["weight_scale"], dtype)}
+        rule = Rule(("*",), kind=kind_of(path), weight=grid)
+        held = _held(folder, path, "compressed-tensors", stored, rule, dtype, shape)
+        weights[path] = replace(held, unknown="its inputs or outputs" if moving else "")
+    return Snapshot(folder, "compressed-tensors", True, config, weights, tensors)
+
+
+def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[str, Any]) -> Snapshot:
+    """What mlx-lm wrote: its own names, which are transformers' for most types of models."""
+    kind = config.get("model_type")
+    if kind not in mlx_lm.SAME_NAMES:
+        known = ", ".join(sorted(mlx_lm.SAME_NAMES))
+        raise ArtifactError(
+            f"{folder}: how mlx-lm renames the tensors of a {kind!r} is not known to this qkit: known are {known}"
+        )
+    shapes = {
+        name.removesuffix(".scales"): (tensors[name.removesuffix("scales") + "weight"].shape, tensors[name].shape)
+        for name in tensors
+        if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
+    }
+    weights = {}
+    for path, (container, shape) in mlx_lm.containers(said, shapes).items():
+        mine = _take(tensors, path, "mlx")
+        with _place(folder, path):
+            grid = mlx_lm.grid_of(mine, container)
+            dtype = _dtype(mine["scales"], config)
+        rule = Rule(("*",), kind=kind_of(path), weight=grid)
+        weights[path] = _held(folder, path, "mlx", mine, rule, dtype, shape)
+    return Snapshot(folder, "mlx", True, config, weights, tensors)
+
+
+def kind_of(path: str) -> Kind:
+    """Whether the quantized layer at `path` is an embedding or linear, by the names that transformers' models have."""
+    return "embedding" if path.rpartition(".")[2] in EMBEDDINGS else "linear"
+
+
+def _held(
+    folder: Path, path: str, layout: str, mine: Tensors, rule: Rule, dtype: DType, shape: tuple[int, ...]
+) -> Held:
+    grid = rule.weight
+    assert grid is not None
+    if len(shape) != 2:
+        raise ArtifactError(f"{folder}: {path} is a weight of shape {list(shape)}: qkit holds those of single layers")
+
+    def read() -> Packed:
+        with _place(folder, path):
+            packed: Packed = LAYOUTS[layout].restore(mine, grid=grid, dtype=dtype, shape=shape)
+            return packed
+
+    return Held(rule, dtype, shape, read)
+
+
+def _take(tensors: Tensors, path: str, layout: str) -> Tensors:
+    """The tensors of one weight, out of all."""
+    names = [name for name in LAYOUTS[layout].NAMES if join(path, name) in tensors]
+    return {name: tensors.pop(join(path, name)) for name in names}
+
+
+def _dtype(scale: NDArray[Any], config: Mapping[str, Any]) -> DType:
+    """What a weight was before: the type of its scales, or, where these are codes, of the model."""
+    names = (scale.dtype.name, config.get("dtype"), config.get("torch_dtype"))
+    found = next((dtype for name in names for dtype in DTYPES if name == dtype), None)
+    if found is None:
+        raise ArtifactError(
+            "neither its scales nor config.json say of what type the weight was: add dtype to config.json"
+        )
+    return found
+
+
+def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    """float16 scales as float32, where qkit holds those of a float16 model: exact."""
+    return scale.astype(np.float32) if scale.dtype.name == dtype == "float16" else scale
+
+
+@contextmanager
+def _place(folder: Path, path: str) -> Iterator[None]:
+    """Puts the folder and the layer before the message of what goes wrong inside."""
+    try:
+        yield
+    except KeyError as error:
+        raise ArtifactError(f"{folder}: {path}: {error.args[0]} is missing: fetch the directory again") from None
+    except (ArtifactError, GridError) as error:
+        raise ArtifactError(f"{folder}: {path}: {error}") from None
+
+
+def _digest_packed(packed: Packed) -> str:
+    grid = packed.grid
+    said = (packed.shape, packed.dtype, grid.element.name, packed.scales.shape, grid.symmetric, grid.scale == "nvfp4")
+    found = hashlib.sha256(repr(said).encode())
+    for name, array in packed.parts().items():
+        found.update(name.encode())
+        _update(found, array)
+    return found.hexdigest()
+
+
+def _digest_array(array: NDArray[Any]) -> str:
+    found = hashlib.sha256(repr((array.shape, array.dtype.name)).encode())
+    _update(found, array)
+    return found.hexdigest()
+
+
+def _update(found: Any, array: NDArray[Any]) -> None:
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for begin in range(0, flat.size, CHUNK):
+        found.update(flat[begin : begin + CHUNK].data)
