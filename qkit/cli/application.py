@@ -10,8 +10,12 @@ import qkit
 from qkit.cli.backends import backends
 from qkit.cli.console import errors
 from qkit.cli.demo import demo
+from qkit.cli.inspect import inspect
 from qkit.cli.parity import parity
+from qkit.cli.plan import plan
+from qkit.cli.quantize import quantize
 from qkit.cli.recipes import recipes
+from qkit.cli.verify import verify
 
 #: By the error's class, the nearest first. 0 is success, 1 mismatches that were asked for, 2 wrong usage.
 EXIT_CODES = {
@@ -31,7 +35,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, parity, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, parity, demo):
     application.command()(command)
 
 
