@@ -12,6 +12,7 @@ from qkit.artifact.tensors import array_stream, read_folder
 from qkit.backend import Backend, Layer
 from qkit.checkpoint.layout import SHARD_BYTES
 from qkit.checkpoint.output import write_directory
+from qkit.checkpoint.source import inside, is_pickle, read_json
 from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, StageError
 from qkit.interop import compressed_tensors
 from qkit.pipeline import NOTE, surgeon
@@ -29,7 +30,11 @@ COMPANIONS = (
     "merges.txt",
     "special_tokens_map.json",
     "chat_template*",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
+CODE = (".py", ".so", ".sh", ".ipynb")
 
 
 def save(
@@ -99,7 +104,7 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     engine = choose(backend) if into is None else surgeon(into, backend)
     arrays, metadata = read_folder(folder)
     config = read_config(folder)
-    entries = _entries(folder, metadata, config)
+    entries = entries_of(folder, metadata, config)
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
     taken = [(path, entry, _take(folder, arrays, path, layers, entry)) for entry in entries for path in entry.paths]
@@ -167,8 +172,15 @@ def describe(entries: list[Entry]) -> str:
     return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
 
 
-def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> list[Entry]:
-    entries = _described(folder, metadata[KEY]) if KEY in metadata else []
+def entries_of(
+    folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, *, layout: str = "compressed-tensors"
+) -> list[Entry]:
+    """The rules of the artifact in `folder`; none for a float model.
+
+    Raises:
+        ArtifactError: the metadata are not readable or speak of another layout, or another tool has quantized the model.
+    """
+    entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
     foreign = config.get("quantization_config") if config else None
     if foreign and not entries:
         method = foreign.get("quant_method", "an unknown tool")
@@ -178,9 +190,11 @@ def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any
     return entries
 
 
-def _described(folder: Path, text: str) -> list[Entry]:
+def _described(folder: Path, text: str, layout: str) -> list[Entry]:
     try:
         described = json.loads(text)
+        if described.get("layout", "compressed-tensors") != layout:
+            raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
         if described["numerics"] != NUMERICS:
             raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
         return [_entry(dict(table)) for table in described["rules"]]
@@ -215,12 +229,18 @@ def quantized_config(
 
 
 def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict[str, bytes | Path]:
-    """What goes beside the weights: the configuration, and the tokenizer and generation files of `origin`."""
+    """What goes beside the weights: the configuration, and the tokenizer and generation files of `origin`; no code, no pickle.
+
+    Raises:
+        ArtifactError: one of them is a link out of the folder.
+    """
     files: dict[str, bytes | Path] = {}
     if config is not None:
         files[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     for pattern in COMPANIONS:
-        files.update((file.name, file) for file in (origin.glob(pattern) if origin else ()))
+        for file in origin.glob(pattern) if origin else ():
+            if file.is_file() and not is_pickle(file.name) and not file.name.endswith(CODE):
+                files[file.name] = inside(file.parent, file.name)
     return files
 
 
@@ -228,15 +248,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is not a JSON object.
+        ArtifactError: it is not a JSON object, or a link out of the folder.
     """
-    file = folder / CONFIG
-    if not file.exists():
-        return None
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{file}: not a JSON object ({error})") from None
+    return read_json(inside(folder, CONFIG))
 
 
 def _join(path: str, name: str) -> str:

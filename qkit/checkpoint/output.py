@@ -97,6 +97,12 @@ class Output:
         left = [name for name in places if name not in self._digests]
         return sorted(left, key=lambda name: (places[name].file, places[name].begin))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the files of the directory; known before the first tensor is, since digests have one length."""
+        others = sum(len(_content(content)) for content in self.files.values())
+        return sum(self.layout.sizes.values()) + others + len(self._seal(dict.fromkeys(self.layout.places, _sha(b""))))
+
     def __enter__(self) -> "Output":
         check_replaceable(self.folder)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +154,7 @@ class Output:
         """Of everything that the bytes of the directory follow from; headers name the grids and the numerics."""
         parts = [sources, *(f"{name} {_sha(header)}" for name, header in sorted(self.layout.headers.items()))]
         for name, content in sorted(self.files.items()):
-            parts.append(f"{name} {_sha(content if isinstance(content, bytes) else content.read_bytes())}")
+            parts.append(f"{name} {_sha(_content(content))}")
         return _sha("\n".join(parts).encode())
 
     def _read_journal(self) -> dict[str, str]:
@@ -197,21 +203,23 @@ class Output:
     def _finish(self) -> None:
         if self.missing:
             raise RuntimeError(f"{self.missing[0]} was never closed")
-        names = {*self.layout.headers, *self.files, SEAL}
         for stray in self.aside.iterdir():
-            if stray.name not in names:
+            if stray.name not in {*self.layout.headers, *self.files}:
                 stray.unlink()
-        seal = {
-            "files": sorted(names - {SEAL}),
-            "headers": {file: _sha(header) for file, header in sorted(self.layout.headers.items())},
-            "tensors": dict(sorted(self._digests.items())),
-        }
-        for name, content in {**self.files, SEAL: (json.dumps(seal, indent=1) + "\n").encode()}.items():
-            _write_file(self.aside / name, content if isinstance(content, bytes) else content.read_bytes())
+        for name, content in {**self.files, SEAL: self._seal(self._digests)}.items():
+            _write_file(self.aside / name, _content(content))
         for descriptor in self._opened.values():
             os.fsync(descriptor)
         swap.sync_folder(self.aside)
         swap.put_in_place(self.aside, self.folder)
+
+    def _seal(self, digests: Mapping[str, str]) -> bytes:
+        table = {
+            "files": sorted({*self.layout.headers, *self.files}),
+            "headers": {file: _sha(header) for file, header in sorted(self.layout.headers.items())},
+            "tensors": dict(sorted(digests.items())),
+        }
+        return (json.dumps(table, indent=1) + "\n").encode()
 
 
 class _Mismatch(ArtifactError):
@@ -262,6 +270,10 @@ def _write_file(file: Path, content: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _content(content: bytes | Path) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
 
 
 def _entry(line: str) -> tuple[str, str] | None:

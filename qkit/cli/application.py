@@ -13,8 +13,12 @@ from qkit.cli.demo import demo
 from qkit.cli.diff import diff
 from qkit.cli.export import export
 from qkit.cli.import_ import import_
+from qkit.cli.inspect import inspect
 from qkit.cli.parity import parity
+from qkit.cli.plan import plan
+from qkit.cli.quantize import quantize
 from qkit.cli.recipes import recipes
+from qkit.cli.verify import verify
 
 #: By the error's class, the nearest first. 0 is success, 1 mismatches that were asked for, 2 wrong usage.
 EXIT_CODES = {
@@ -34,7 +38,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, parity, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, parity, demo):
     application.command()(command)
 application.command()(export)
 application.command("import")(import_)

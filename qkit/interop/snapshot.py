@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.artifact.directory import KEY, read_config
-from qkit.artifact.directory import _described as described
+from qkit.artifact.directory import KEY, entries_of, read_config
 from qkit.artifact.tensors import read_folder
+from qkit.checkpoint.families import EMBEDDINGS
 from qkit.errors import ArtifactError, GridError
 from qkit.interop import compressed_tensors, mlx_lm
 from qkit.interop.packed import Packed, Tensors
@@ -23,7 +23,6 @@ from qkit.recipe import Kind, Rule
 CHUNK = 1 << 24  #: bytes that are looked at together
 QUANTIZATION = ("quantization_config", "quantization")  #: what readers are told in config.json
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
-EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "wpe", "word_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ def read(folder: str | Path) -> Snapshot:
     known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
     said = {name: (config or {}).get(name) or {} for name in QUANTIZATION}
     if KEY in metadata:
-        return _own(folder, tensors, metadata[KEY], known if config is not None else None)
+        return _own(folder, tensors, metadata, known if config is not None else None)
     if said["quantization"]:
         return _mlx(folder, tensors, known, said["quantization"])
     if said["quantization_config"].get("quant_method") == "compressed-tensors":
@@ -114,13 +113,16 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _own(folder: Path, tensors: Tensors, text: str, config: dict[str, Any] | None) -> Snapshot:
+def _own(
+    folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: dict[str, Any] | None
+) -> Snapshot:
     """What qkit wrote; its metadata says what it is."""
-    entries, layout = described(folder, text), str(json.loads(text).get("layout", "compressed-tensors"))
-    if layout not in LAYOUTS:
-        raise ArtifactError(f"{folder} is in layout {layout!r}: this qkit reads {', '.join(LAYOUTS)}")
-    for name in json.loads(text).get("added", ()):
-        (config or {}).pop(name, None)
+    layout = "mlx" if MLX_MARK in metadata[KEY] else "compressed-tensors"
+    entries = entries_of(folder, metadata, None, layout=layout)
+    if layout == "mlx":
+        for name in json.loads(metadata[KEY])["added"]:
+            (config or {}).pop(name, None)
+        tensors = mlx_lm.renamed(tensors, config, back=True)
     weights = {}
     for entry in entries:
         for path in entry.paths:
@@ -172,7 +174,7 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
 
 def kind_of(path: str) -> Kind:
     """Whether the quantized layer at `path` is an embedding or linear, by the names that transformers' models have."""
-    return "embedding" if path.rpartition(".")[2] in EMBEDDINGS else "linear"
+    return "embedding" if EMBEDDINGS.search(path.rpartition(".")[2]) else "linear"
 
 
 def _held(
