@@ -198,10 +198,10 @@ def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dic
             group = _group_of(path, config["config_groups"])
             weights = group["weights"]
             grid = _grid(weights, str(group.get("format") or config.get("format")))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
         except (ArtifactError, GridError) as error:
             raise ArtifactError(f"{path}: {error}") from None
+        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
         out[path] = grid, bool(group.get("input_activations") or group.get("output_activations"))
     return out
 

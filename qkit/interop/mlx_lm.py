@@ -44,6 +44,9 @@ ROPE: Final[Mapping[str, Collection[str]]] = {
 
 SAME_NAMES: Final = ROPE.keys() - {"gpt_neox", "mixtral", "qwen3_moe"}  #: whose tensors mlx-lm does not rename
 
+#: By model type: how a layer's path begins here, and how mlx-lm has it.
+RENAMED: Final = {"gpt_neox": ("lm_head.", "embed_out.")}
+
 NAMES: Final = ("weight", "scales", "biases")  #: of the tensors of a weight
 
 
@@ -229,6 +232,18 @@ def model_config(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
         if kind == "qwen3_moe" and source in known:
             known.setdefault(name, known[source])
     return {**config, **known, "tie_word_embeddings": tied}
+
+
+def outward(name: str, config: Mapping[str, Any]) -> str:
+    """What mlx-lm calls the tensor `name` of a model of qkit's, before its own renaming."""
+    ours, theirs = RENAMED.get(str(config.get("model_type")), ("", ""))
+    return theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name
+
+
+def inward(name: str, config: Mapping[str, Any]) -> str:
+    """The inverse of `outward`."""
+    ours, theirs = RENAMED.get(str(config.get("model_type")), ("", ""))
+    return ours + name.removeprefix(theirs) if theirs and name.startswith(theirs) else name
 
 
 def _kind(grid: Grid, dtype: DType) -> str:

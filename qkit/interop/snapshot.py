@@ -113,16 +113,13 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _own(
-    folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: dict[str, Any] | None
-) -> Snapshot:
+def _own(folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: dict[str, Any] | None) -> Snapshot:
     """What qkit wrote; its metadata says what it is."""
-    layout = "mlx" if MLX_MARK in metadata[KEY] else "compressed-tensors"
+    layout = "mlx" if _about(metadata).get("layout") == "mlx" else "compressed-tensors"
     entries = entries_of(folder, metadata, None, layout=layout)
     if layout == "mlx":
-        for name in json.loads(metadata[KEY])["added"]:
-            (config or {}).pop(name, None)
-        tensors = mlx_lm.renamed(tensors, config, back=True)
+        config = config and {name: value for name, value in config.items() if name not in _about(metadata)["added"]}
+        tensors = {mlx_lm.inward(name, config or {}): array for name, array in tensors.items()}
     weights = {}
     for entry in entries:
         for path in entry.paths:
@@ -170,6 +167,14 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
         rule = Rule(("*",), kind=kind_of(path), weight=grid)
         weights[path] = _held(folder, path, "mlx", mine, rule, dtype, shape)
     return Snapshot(folder, "mlx", True, config, weights, tensors)
+
+
+def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What qkit's metadata say; empty where they are not readable, which `entries_of` then says."""
+    try:
+        return dict(json.loads(metadata[KEY]))
+    except (ValueError, TypeError):
+        return {}
 
 
 def kind_of(path: str) -> Kind:

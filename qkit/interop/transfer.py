@@ -10,11 +10,13 @@ import numpy as np
 
 from qkit.artifact.directory import KEY, Entry, companions, describe, quantized_config
 from qkit.artifact.tensors import array_stream
+from qkit.backend import Layer
+from qkit.checkpoint.families import HEAD, layer_of
 from qkit.checkpoint.layout import SHARD_BYTES, WORDS, Slot
 from qkit.checkpoint.output import Stream, write_directory
 from qkit.errors import ArtifactError
 from qkit.interop import compressed_tensors, dense, mlx_lm
-from qkit.interop.snapshot import QUANTIZATION, Held, Snapshot, join, kind_of
+from qkit.interop.snapshot import QUANTIZATION, Held, Snapshot, join
 from qkit.recipe import Rule, rule_table
 
 BLOCK = 1 << 22  #: numbers that are decoded together
@@ -43,8 +45,13 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
         added = sorted(config.keys() - (source.config or {}).keys())
         if containers:  # under both names, as mlx_lm.convert writes it
             config = {**config, **dict.fromkeys(QUANTIZATION, mlx_lm.quantization_config(containers))}
-    about = json.loads(describe(entries(source)))
-    _write(source, out, mlx_lm, {**about, "layout": "mlx", "added": added}, config, shard_bytes)
+    for name, array in source.tensors.items():
+        if array.ndim > 2 and ".experts." in name:
+            raise ArtifactError(
+                f"{name}: mlx-lm reads experts one by one, not stacked: export what `qkit quantize` made"
+            )
+    about = {**json.loads(describe(entries(source))), "layout": "mlx", "added": added}
+    _write(_outward(source), out, mlx_lm, about, config, shard_bytes)
 
 
 def export_dense(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -70,9 +77,11 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
             compressed_tensors.layout(held.rule.weight)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from None
-    alone = [path for name in source.tensors if (path := name.removesuffix(".weight")) != name]
-    linear = [path for path in alone if source.tensors[join(path, "weight")].ndim == 2 and kind_of(path) == "linear"]
-    config = quantized_config(source.config, entries(source), left_alone=linear)
+    known = source.config or {}
+    layers = [layer_of(Slot(name, WORDS[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
+    alone = [layer.path for layer in layers if isinstance(layer, Layer) and layer.kind == "linear"]
+    alone += [HEAD] if source.tied else []
+    config = quantized_config(source.config, entries(source), left_alone=alone)
     _write(source, out, compressed_tensors, json.loads(describe(entries(source))), config, shard_bytes)
 
 
@@ -82,7 +91,7 @@ def weights_only(source: Snapshot) -> Snapshot:
     static = {join(path, name) for path in moving for name in STATIC}
     weights = {path: _without_moving(held) for path, held in source.weights.items()}
     tensors = {name: array for name, array in source.tensors.items() if name not in static}
-    return Snapshot(source.folder, source.layout, source.foreign, source.config, weights, tensors)
+    return replace(source, weights=weights, tensors=tensors)
 
 
 def check_moving(source: Snapshot, paths: Iterable[str]) -> None:
@@ -115,6 +124,13 @@ def entries(source: Snapshot) -> list[Entry]:
         paths.setdefault((held.rule, held.dtype), []).append(path)
     ordered = sorted(paths.items(), key=lambda item: min(item[1]))
     return [Entry(rule, dtype, tuple(sorted(mine))) for (rule, dtype), mine in ordered]
+
+
+def _outward(source: Snapshot) -> Snapshot:
+    """`source` with the names that mlx-lm has for its tensors."""
+    config = source.config or {}
+    weights = {mlx_lm.outward(f"{path}.", config)[:-1]: held for path, held in source.weights.items()}
+    return replace(source, weights=weights, tensors={mlx_lm.outward(n, config): a for n, a in source.tensors.items()})
 
 
 def _write(
