@@ -22,10 +22,19 @@ FAMILIES = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {**HEADS},
-    "gemma": {**HEADS},
+    "gemma": {**HEADS, "hidden_act": "gelu"},  # what mlx-lm 0.32.2 computes, whatever the configuration says
     "gemma2": {**HEADS, "query_pre_attn_scalar": 32},
-    "gemma3_text": {**HEADS, "query_pre_attn_scalar": 32, "num_hidden_layers": 6, "sliding_window": 64},
-    "gpt_neox": {"intermediate_size": 512},
+    "gemma3_text": {  # a hidden size whose root mlx-lm rounds to bfloat16 without a loss
+        **HEADS,
+        "query_pre_attn_scalar": 32,
+        "num_hidden_layers": 6,
+        "sliding_window": 64,
+        "hidden_size": 256,
+    },
+    "gpt_neox": {
+        "intermediate_size": 512,
+        "hidden_act": "gelu_pytorch_tanh",
+    },  # mlx-lm: always that, and four times as wide
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }

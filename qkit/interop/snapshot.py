@@ -22,6 +22,7 @@ from qkit.recipe import Kind, Rule
 
 CHUNK = 1 << 24  #: bytes that are looked at together
 QUANTIZATION = ("quantization_config", "quantization")  #: what readers are told in config.json
+FOREIGN = "; qkit holds a model exactly or not at all: open it with what wrote it, or quantize the float model"
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
 
 
@@ -140,7 +141,7 @@ def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], said: Ma
             dtype = _dtype(mine["weight_scale"], config)
             stored = {**mine, "weight_scale": _widened(mine["weight_scale"], dtype)}
         rule = Rule(("*",), kind=kind_of(path), weight=grid)
-        held = _held(folder, path, "compressed-tensors", stored, rule, dtype, shape)
+        held = _held(folder, path, "compressed-tensors", stored, rule, dtype, shape, way_out=FOREIGN)
         weights[path] = replace(held, unknown="its inputs or outputs" if moving else "")
     return Snapshot(folder, "compressed-tensors", True, config, weights, tensors)
 
@@ -165,7 +166,7 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
             grid = mlx_lm.grid_of(mine, container)
             dtype = _dtype(mine["scales"], config)
         rule = Rule(("*",), kind=kind_of(path), weight=grid)
-        weights[path] = _held(folder, path, "mlx", mine, rule, dtype, shape)
+        weights[path] = _held(folder, path, "mlx", mine, rule, dtype, shape, way_out=FOREIGN)
     return Snapshot(folder, "mlx", True, config, weights, tensors)
 
 
@@ -183,7 +184,15 @@ def kind_of(path: str) -> Kind:
 
 
 def _held(
-    folder: Path, path: str, layout: str, mine: Tensors, rule: Rule, dtype: DType, shape: tuple[int, ...]
+    folder: Path,
+    path: str,
+    layout: str,
+    mine: Tensors,
+    rule: Rule,
+    dtype: DType,
+    shape: tuple[int, ...],
+    *,
+    way_out: str = "",
 ) -> Held:
     grid = rule.weight
     assert grid is not None
@@ -191,7 +200,7 @@ def _held(
         raise ArtifactError(f"{folder}: {path} is a weight of shape {list(shape)}: qkit holds those of single layers")
 
     def read() -> Packed:
-        with _place(folder, path):
+        with _place(folder, path, way_out):
             packed: Packed = LAYOUTS[layout].restore(mine, grid=grid, dtype=dtype, shape=shape)
             return packed
 
@@ -221,14 +230,14 @@ def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 
 @contextmanager
-def _place(folder: Path, path: str) -> Iterator[None]:
-    """Puts the folder and the layer before the message of what goes wrong inside."""
+def _place(folder: Path, path: str, way_out: str = "") -> Iterator[None]:
+    """Puts the folder and the layer around the message of what goes wrong inside."""
     try:
         yield
     except KeyError as error:
         raise ArtifactError(f"{folder}: {path}: {error.args[0]} is missing: fetch the directory again") from None
     except (ArtifactError, GridError) as error:
-        raise ArtifactError(f"{folder}: {path}: {error}") from None
+        raise ArtifactError(f"{folder}: {path}: {error}{way_out}") from None
 
 
 def _digest_packed(packed: Packed) -> str:
