@@ -53,7 +53,10 @@ def make(folder, family, *, dtype="float32", **changes):
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             drawn = random.standard_normal(tuple(parameter.shape)).astype(np.float32)
-            parameter.copy_(torch.from_numpy(drawn) * (0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5))
+            if parameter.ndim == 1:  # whole 256ths, so that 1 + w is exact for Gemma's norms in GGUF
+                parameter.copy_(torch.from_numpy(drawn * 51).round() / 256)
+            else:
+                parameter.copy_(torch.from_numpy(drawn) * parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -15,7 +15,8 @@ import qkit
 from qkit import reference
 from qkit.checkpoint.plan import make_plan
 from qkit.checkpoint.run import quantize_directory
-from qkit.interop import snapshot, transfer
+from qkit.interop import gguf, snapshot, transfer
+from qkit.interop.packed import unpack
 
 pytest.importorskip("transformers")
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
@@ -34,6 +35,7 @@ class Case:
 
 
 TOLD = ("transformers-told",)
+BRAIN = {"dtype": "bfloat16"}
 CASES = {
     "int4": Case("llama", "int4-g64"),
     "int8": Case("llama", "int8-g64"),
@@ -47,12 +49,12 @@ CASES = {
     "mxfp8": Case("llama", "mxfp8-a16", ("transformers-told", "mlx-lm")),
     "fp8": Case("llama", "fp8"),
     "nvfp4": Case("llama", "nvfp4-a16", TOLD),
-    "mxfp4 in bfloat16": Case("llama", "mxfp4-a16", ("transformers", "transformers-told"), {"dtype": "bfloat16"}),
-    "nvfp4 in bfloat16": Case("llama", "nvfp4-a16", TOLD, {"dtype": "bfloat16"}),
+    "mxfp4 in bfloat16": Case("llama", "mxfp4-a16", ("transformers", "transformers-told"), BRAIN),
+    "nvfp4 in bfloat16": Case("llama", "nvfp4-a16", TOLD, BRAIN),
     "int4 in bfloat16": Case(
         "llama",
         "int4-g64",
-        changes={"dtype": "bfloat16"},
+        changes=BRAIN,
         mlx_tolerance=5e-2,  # MLX adds up bfloat16 products in bfloat16 on a CPU
     ),
     "mistral": Case("mistral", "int4-g32"),
@@ -64,6 +66,18 @@ CASES = {
     "gpt_neox": Case("gpt_neox", "int4-g32"),
     "mixtral": Case("mixtral", "int4-g32", ("dense", "mlx-lm")),
     "qwen3_moe": Case("qwen3_moe", "int4-g32", ("dense", "mlx-lm")),
+    "Q4_0": Case("llama", "int4-g32", ("gguf",), {"num_attention_heads": 8}),
+    "Q4_0 tied": Case("llama", "int4-g32", ("gguf",), {"tie_word_embeddings": True}),
+    "Q4_0 from longer groups": Case("llama", "int4-g64-absmax", ("gguf",)),
+    "Q8_0 in bfloat16": Case("llama", "int8-row", ("gguf",), BRAIN),
+    "MXFP4": Case("llama", "mxfp4-a16", ("gguf",)),
+    "Q4_0 of mistral": Case("mistral", "int4-g32", ("gguf",), {"sliding_window": None}),
+    "Q4_0 of qwen2": Case("qwen2", "int4-g32", ("gguf",)),
+    "Q4_0 of qwen3": Case("qwen3", "int4-g32", ("gguf",), {"head_dim": 128}),  # which its reader takes for granted
+    "Q4_0 of gemma2": Case("gemma2", "int4-g32", ("gguf",), {**BRAIN, "head_dim": 256, "query_pre_attn_scalar": 256}),
+    "Q4_0 of gemma3": Case(
+        "gemma3_text", "int4-g32", ("gguf",), {**BRAIN, "head_dim": 256, "query_pre_attn_scalar": 256}
+    ),
 }
 PAIRS = [(name, reader) for name, case in CASES.items() for reader in case.readers]
 
@@ -89,11 +103,14 @@ def opened(tmp_path_factory):
         plan = make_plan(source, qkit.recipe(case.recipe), shard_bytes=case.shard_bytes)
         quantize_directory(plan, folder / "qkit", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
         held = snapshot.read(folder / "qkit")
-        wanted[name] = by_hand(source, held)
+        wanted[name] = by_hand(source, held, dtype="float32" if "gguf" in case.readers else "auto")
         for reader in case.readers:
-            folders.setdefault(reader, {})[name] = folder / {"mlx-lm": "mlx", "dense": "dense"}.get(reader, "qkit")
+            place = {"mlx-lm": "mlx", "dense": "dense", "gguf": "model.gguf"}.get(reader, "qkit")
+            folders.setdefault(reader, {})[name] = folder / place
         if "mlx-lm" in case.readers:
             transfer.export_mlx(held, folder / "mlx", shard_bytes=case.shard_bytes)
+        if "gguf" in case.readers:
+            gguf.export_gguf(held, folder / "model.gguf")
         if "dense" in case.readers:
             transfer.export_dense(held, folder / "dense")
     logits, said = {}, {}
@@ -105,18 +122,24 @@ def opened(tmp_path_factory):
     return Opened(logits, said, wanted)
 
 
-def by_hand(source, held):
-    """Logits of the float model with each quantized weight replaced by what the NumPy reference makes of it."""
+def by_hand(source, held, *, dtype):
+    """Logits of the float model with each quantized weight replaced by what the NumPy reference decodes.
+
+    Args:
+        dtype: `auto`, the model's own, to which values are rounded; or `float32`, which holds them exactly.
+    """
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     engine = qkit.backend("torchao")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     assert held.weights
     with torch.no_grad():
         for path, weight in held.weights.items():
             w = model.get_submodule(path).weight
-            w.copy_(engine.from_numpy(reference.fake_quantize(engine.to_numpy(w), weight.rule.weight)))
+            made = reference.quantize(engine.to_numpy(w), weight.rule.weight)
+            assert np.array_equal(made.codes, unpack(weight.read()).codes)
+            w.copy_(engine.from_numpy(reference.dequantize(made)))
         return model(torch.from_numpy(TOKENS)).logits.float().numpy()
 
 

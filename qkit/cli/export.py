@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qkit.cli.console import console
-from qkit.interop import transfer
+from qkit.interop import gguf, transfer
 from qkit.interop.snapshot import read
 
 WeightsOnly = Annotated[
@@ -19,20 +19,29 @@ class Target(StrEnum):
     """What to export to."""
 
     mlx = "mlx"
+    gguf = "gguf"
     dense = "dense"
 
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model that qkit, llm-compressor or mlx-lm wrote.")],
-    out: Annotated[Path, typer.Argument(help="Where the exported model goes.")],
-    to: Annotated[Target, typer.Option(help="mlx: for mlx-lm. dense: the values, as a float model.")],
+    out: Annotated[Path, typer.Argument(help="Where the exported model goes: a directory; for gguf, a file.")],
+    to: Annotated[
+        Target, typer.Option(help="mlx: for mlx-lm. gguf: for llama.cpp. dense: the values, as a float model.")
+    ],
     weights_only: WeightsOnly = False,
 ) -> None:
     """Write a model for another program: the same codes under other names, exactly, or not at all."""
     source = read(folder)
     if weights_only:
         source = transfer.weights_only(source)
-    {Target.mlx: transfer.export_mlx, Target.dense: transfer.export_dense}[to](source, out)
+    if to is Target.gguf:
+        transfer.check_moving(source, source.weights)
+        gguf.export_gguf(source, out)
+    else:
+        {Target.mlx: transfer.export_mlx, Target.dense: transfer.export_dense}[to](source, out)
     console.print(
-        f"{out}: {len(source.weights)} quantized weights and {len(source.tensors)} other tensors, for {to.value}"
+        f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
     )
+    if to is Target.gguf:
+        console.print(f"without a tokenizer: give the program that of {folder}")

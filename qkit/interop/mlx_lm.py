@@ -105,12 +105,12 @@ def store(packed: Packed) -> Tensors:
     container, grid = layout(packed.grid, inputs), packed.grid
     columns = inputs // container.group
     scales = _folded(packed) if packed.tensor_scale is not None else packed.scales
-    out = {"weight": packed.words, "scales": _spread(scales, rows, columns)}
+    out = {"weight": packed.words, "scales": spread(scales, rows, columns)}
     if container.mode != "affine":
         return out
     zeros = np.float32(-grid.element.lowest) if packed.zeros is None else packed.zeros.astype(np.float32)
     kind = _kind(grid, packed.dtype)
-    biases = _spread(-zeros * packed.scales, rows, columns)
+    biases = spread(-zeros * packed.scales, rows, columns)
     return {**out, "scales": out["scales"].astype(kind), "biases": biases.astype(kind)}
 
 
@@ -246,6 +246,12 @@ def inward(name: str, config: Mapping[str, Any]) -> str:
     return ours + name.removeprefix(theirs) if theirs and name.startswith(theirs) else name
 
 
+def spread(per_group: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
+    """Scales [outputs or 1, groups] repeated to [outputs, columns]."""
+    every = np.broadcast_to(per_group, (rows, per_group.shape[1]))
+    return every if per_group.shape[1] == columns else np.repeat(every, columns // per_group.shape[1], axis=1)
+
+
 def _kind(grid: Grid, dtype: DType) -> str:
     """The type of affine scales and biases: exact, and what MLX then computes in.
 
@@ -284,17 +290,10 @@ def _zeros(scales: NDArray[np.float32], biases: NDArray[np.float32], grid: Grid)
     return out
 
 
-def _spread(per_group: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
-    """Scales [outputs or 1, groups] repeated to [outputs, columns]."""
-    every = np.broadcast_to(per_group, (rows, per_group.shape[1]))
-    return every if per_group.shape[1] == columns else np.repeat(every, columns // per_group.shape[1], axis=1)
-
-
-def _gather(spread: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
-    """The inverse of `_spread`: the first of each run of equal scales."""
-    if spread.shape == shape:
-        return spread
-    first = spread[: shape[0]].reshape(shape[0], shape[1], -1)[..., 0]
-    again = _spread(first, *spread.shape)
-    check(again == spread, name, "that of its row or group")
+def _gather(every: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
+    """The inverse of `spread`: the first of each run of equal scales."""
+    if every.shape == shape:
+        return every
+    first = every[: shape[0]].reshape(shape[0], shape[1], -1)[..., 0]
+    check(spread(first, *every.shape) == every, name, "that of its row or group")
     return first
