@@ -169,7 +169,7 @@ class _Crew:
         assert row.rule.weight is not None
         parts = encode(w, row.rule.weight, engine=self.engine, extremes=job.extremes)
         for slot in row.slots:
-            part = parts[slot.name.removeprefix(f"{row.path}.")]
+            part = parts[slot.name.rpartition(".")[2]]
             if slot.name.endswith(".weight_shape"):
                 part = np.array(row.stored.slot.shape, np.int64)
             place = offset(slot, begin, shape=row.stored.slot.shape, bits=row.rule.weight.element.bits)
