@@ -23,6 +23,7 @@ from qkit.pipeline import convert, coverage, prepare
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
 from qkit.registry import backend, backends, recipe, recipes
+from qkit.switches import calibrating, disable, disabled, enable
 
 if TYPE_CHECKING:
     from qkit.artifact import load, save
@@ -50,9 +51,13 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
+    "calibrating",
     "convert",
     "coverage",
     "dequantize",
+    "disable",
+    "disabled",
+    "enable",
     "fake_quantize",
     "load",
     "prepare",

@@ -7,6 +7,7 @@ from qkit.element import LIMIT
 from qkit.errors import BackendError, RangeError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of, shape_of
+from qkit.recipe import Ste
 from qkit.registry import backend as choose
 from qkit.registry import backend_of
 
@@ -34,18 +35,21 @@ def dequantize(q: QTensor[Any], *, backend: str | Backend | None = None) -> Any:
     return _engine(q.codes, backend).dequantize(q)
 
 
-def fake_quantize(w: Any, grid: Grid, *, backend: str | Backend | None = None) -> Any:
-    """`dequantize(quantize(w, grid))`, bit for bit; the gradient with respect to `w` is the identity.
+def fake_quantize(w: Any, grid: Grid, *, ste: Ste = "identity", backend: str | Backend | None = None) -> Any:
+    """`dequantize(quantize(w, grid))`, bit for bit; the gradient with respect to `w` passes straight through.
 
     Does not look for NaN or infinity: a group that holds one comes back as NaN. Under torch.compile the engine must have been
     met before: call it once outside, or use `qkit.backend("torchao").fake_quantize`.
+
+    Args:
+        ste: the straight-through estimator: `identity` passes the gradient as it is, `masked` only where no value was clipped.
 
     Raises:
         DTypeError, GridError: as for `quantize`.
     """
     dtype_of(w)
     grid.scale_shape(shape_of(w))
-    return _engine(w, backend).fake_quantize(w, grid)
+    return _engine(w, backend).fake_quantize(w, grid, ste=ste)
 
 
 def check(engine: Backend, w: Any, grid: Grid, *, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -9,9 +10,11 @@ from numpy.typing import NDArray
 
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.recipe import Kind, Rule
+from qkit.recipe import Kind, Rule, Ste
 
 Stage = Literal["float", "prepared", "converted"]
+Mode = Literal["on", "off", "calibrating"]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +41,29 @@ class Layer:
     """One layer of somebody's model, as a backend sees it.
 
     Attributes:
-        path: dotted path of the module; the first, where it is registered more than once.
-        kind: `linear` or `embedding`.
+        path: dotted path of the module; the first, where it is registered more than once. Of an `other`, the name of a tensor.
+        kind: `linear` or `embedding`; `other` is a weight that no rule speaks of, listed so that coverage is complete.
         shape: of the weight, (outputs, inputs).
         module: the framework's module itself.
         stage: `float`, `prepared` or `converted`.
         rule: what it was prepared or converted with.
-        execution: how a converted layer runs: natively, and on which container, or decoded first.
-        obstacle: why it cannot be quantized although it looks like a layer; empty where it can.
+        mode: of a prepared layer, as `Backend.switch` left it.
+        native: whether a converted layer runs on the engine's own quantized tensor or layer, rather than decoded first.
+        execution: on which one; or, decoded first, why.
+        tied: path of the layer before it whose weight is also its own; empty where there is none.
+        obstacle: why it cannot be quantized although it looks like a layer, or, of an `other`, why no rule speaks of it.
     """
 
     path: str
-    kind: Kind
+    kind: Kind | Literal["other"]
     shape: tuple[int, ...]
     module: Any
     stage: Stage = "float"
     rule: Rule | None = None
+    mode: Mode = "on"
+    native: bool = False
     execution: str = ""
+    tied: str = ""
     obstacle: str = ""
 
 
@@ -93,8 +102,16 @@ class Backend(Protocol):
         """The values [..., n] in `q.dtype`; `reference.dequantize`, bit for bit."""
         ...
 
-    def fake_quantize(self, w: Any, grid: Grid) -> Any:
-        """`dequantize(quantize(w, grid))` without the codes; its gradient with respect to `w` is the identity."""
+    def fake_quantize(self, w: Any, grid: Grid, *, ste: Ste = "identity", scales: Any = None, zeros: Any = None) -> Any:
+        """`dequantize(quantize(w, grid))` without the codes; `reference.fake_quantize`, bit for bit.
+
+        The gradient with respect to `w` is the identity, or, if `ste` is "masked", that where `unclipped` and zero elsewhere.
+        `scales` and `zeros` are given where quantization is static.
+        """
+        ...
+
+    def unclipped(self, w: Any, grid: Grid, *, scales: Any = None, zeros: Any = None) -> Any:
+        """Where `w` is not clipped, as booleans; `reference.unclipped`."""
         ...
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,12 +142,39 @@ class Backend(Protocol):
         """The master weight of a float or prepared layer."""
         ...
 
-    def fake(self, module: Any, rule: Rule) -> Any:
-        """A layer that computes with the values `rule` gives its weight and input; the master weight stays its parameter."""
+    def make(self, kind: Kind, weight: NDArray[Any]) -> Any:
+        """The framework's own float layer, without bias, with this weight [outputs, inputs] in its type: for probes."""
         ...
 
-    def pack(self, module: Any, q: QTensor[Any], rule: Rule) -> Any:
-        """The layer in its deployed form, holding the codes of `q` (arrays of this engine or of NumPy)."""
+    def fake(self, module: Any, rule: Rule) -> Any:
+        """A layer that computes with the values `rule` gives its weight, input and output; the master stays its parameter.
+
+        Where the rule's range is static, the layer stores `input_range` or `output_range` among its tensors: float32 [2],
+        the lowest and the highest value seen; (inf, -inf) at first.
+        """
+        ...
+
+    def switch(self, module: Any, mode: Mode) -> None:
+        """Turns the quantisation of a prepared layer on or off (compiled functions obey without compiling anew), or has its
+        static ranges forget what they saw and record what comes in, while weights are quantized and the rest is not.
+        """
+        ...
+
+    def pack(
+        self,
+        module: Any,
+        q: QTensor[Any],
+        rule: Rule,
+        *,
+        static: Mapping[str, NDArray[Any]] = NOTHING,
+        owner: Any = None,
+    ) -> Any:
+        """The layer in its deployed form, holding the codes of `q` (arrays of this engine or of NumPy).
+
+        Args:
+            static: the scales of static activations, see `qkit.static`: stored among the layer's tensors by these names.
+            owner: the packed layer that `module` shares its weight with, if any: the codes are then the same arrays.
+        """
         ...
 
     def unpack(self, module: Any) -> QTensor[Any]:

@@ -12,6 +12,7 @@ MIN_SCALE_CODE: Final = (
 )
 MAX_SCALE_CODE: Final = 253
 MIN_BLOCK_SCALE: Final = 2.0**-9  #: the smallest NVFP4 block scale: the smallest positive e4m3
+AVERAGE: Final = 0.01  #: how much of each training step goes into a running average of activation ranges
 LIMIT: Final = 2.0**127  #: magnitudes from here on are refused: their rounded value may be infinite
 
 

@@ -12,6 +12,7 @@ from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.hookspecs import hookimpl
 from qkit.qtensor import QTensor
+from qkit.recipe import Ste
 
 
 @hookimpl
@@ -48,9 +49,15 @@ class NumpyBackend:
         """See `Backend.dequantize`."""
         return self.from_numpy(reference.dequantize(q.map(self.to_numpy)))
 
-    def fake_quantize(self, w: Any, grid: Grid) -> Any:
-        """See `Backend.fake_quantize`. NumPy has no gradients, so neither has this one."""
-        return self.from_numpy(reference.fake_quantize(self.to_numpy(w), grid))
+    def fake_quantize(self, w: Any, grid: Grid, *, ste: Ste = "identity", scales: Any = None, zeros: Any = None) -> Any:
+        """See `Backend.fake_quantize`. NumPy has no gradients, so neither has this one, whatever `ste` is."""
+        given = {"scales": self._given(scales), "zeros": self._given(zeros)}
+        return self.from_numpy(reference.fake_quantize(self.to_numpy(w), grid, **given))
+
+    def unclipped(self, w: Any, grid: Grid, *, scales: Any = None, zeros: Any = None) -> Any:
+        """See `Backend.unclipped`."""
+        given = {"scales": self._given(scales), "zeros": self._given(zeros)}
+        return self.from_numpy(reference.unclipped(self.to_numpy(w), grid, **given))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` itself: NumPy has no compiler."""
@@ -63,6 +70,9 @@ class NumpyBackend:
     def to_numpy(self, x: Any) -> NDArray[Any]:
         """`x` itself."""
         return np.asarray(x)
+
+    def _given(self, x: Any) -> NDArray[Any] | None:
+        return None if x is None else self.to_numpy(x)
 
     def magnitude(self, x: Any) -> float:
         """Largest magnitude in `x`; NaN if there is a NaN."""

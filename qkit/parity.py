@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qkit import reference
 from qkit.backend import Backend
 from qkit.grid import Grid
+from qkit.numpy_backend import NumpyBackend
 from qkit.qtensor import DType
 from qkit.testing.tensors import COUPLED_SHAPE, coupled, random, tensors
 
@@ -27,7 +28,8 @@ class Parity:
     Attributes:
         backend, grid, dtype, compiled: what was compared.
         codes, scales, values: how many differ; zero points and tensor scales count as scales, and values are
-            those of `dequantize(quantize(w))` and of `fake_quantize(w)`.
+            those of `dequantize(quantize(w))` and of `fake_quantize(w)`, the mask `unclipped(w)`, and, on grids of a whole
+            tensor, values and mask on given scales that clip.
         compared: how many numbers were looked at.
         error: why nothing could be compared; else empty.
     """
@@ -82,11 +84,27 @@ def inputs(grid: Grid, dtype: DType, size: int) -> tuple[NDArray[Any], ...]:
 @lru_cache(maxsize=16)
 def expected(grid: Grid, dtype: DType, size: int) -> tuple[Outputs, ...]:
     """What the reference makes of each of `inputs`."""
-    made = []
-    for w in inputs(grid, dtype, size):
-        q = reference.quantize(w, grid)
-        made.append([*q.parts().values(), reference.dequantize(q), reference.fake_quantize(w, grid)])
-    return tuple(made)
+    engine = NumpyBackend()
+    return tuple(_outputs(engine, grid, w, static_parts(grid, w)) for w in inputs(grid, dtype, size))
+
+
+def static_parts(grid: Grid, w: NDArray[Any]) -> Outputs:
+    """Scale, and zero point if there is one, for half the range of `w`, so that it clips; none where `grid` cannot be static."""
+    if grid.group != "tensor":
+        return []
+    q = reference.quantize(np.array([w.min(), w.max()], np.float32) / 2, grid)
+    parts = [reference.scale_values(q)] + ([] if q.zeros is None else [q.zeros])
+    return [part.reshape((1,) * w.ndim) for part in parts]
+
+
+def _outputs(engine: Backend, grid: Grid, w: Any, static: Sequence[Any]) -> list[Any]:
+    """Everything that is compared: codes and other parts, then values and masks."""
+    q = engine.quantize(w, grid)
+    made = [*q.parts().values(), engine.dequantize(q), engine.fake_quantize(w, grid), engine.unclipped(w, grid)]
+    if not static:
+        return made
+    given = dict(zip(("scales", "zeros"), static, strict=False))
+    return [*made, engine.fake_quantize(w, grid, **given), engine.unclipped(w, grid, **given)]
 
 
 def _compare_compiled(engine: Backend, grids: Sequence[Grid], *, dtype: DType, size: int) -> list[Parity]:
@@ -104,7 +122,8 @@ def _compare(engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: 
     try:
         run = engine.compile(function) if compiled else function
         for i, ws in enumerate(zip(*(inputs(grid, dtype, size) for grid in grids), strict=True)):
-            made = [engine.to_numpy(array) for array in run(*map(engine.from_numpy, ws))]
+            given = [[w, *static_parts(grid, w)] for grid, w in zip(grids, ws, strict=True)]
+            made = [engine.to_numpy(array) for array in run(*(engine.from_numpy(x) for xs in given for x in xs))]
             for j, grid in enumerate(grids):
                 want = expected(grid, dtype, size)[i]
                 results[j] = _count(results[j], made[: len(want)], want)
@@ -116,11 +135,13 @@ def _compare(engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: 
 
 
 def _everything(engine: Backend, grids: Sequence[Grid]) -> Callable[..., tuple[Any, ...]]:
-    def everything(*ws: Any) -> tuple[Any, ...]:
+    static = [0 if grid.group != "tensor" else 1 if grid.symmetric else 2 for grid in grids]
+
+    def everything(*given: Any) -> tuple[Any, ...]:
         made: list[Any] = []
-        for w, grid in zip(ws, grids, strict=True):
-            q = engine.quantize(w, grid)
-            made += [*q.parts().values(), engine.dequantize(q), engine.fake_quantize(w, grid)]
+        for grid, more in zip(grids, static, strict=True):
+            made += _outputs(engine, grid, given[0], given[1 : 1 + more])
+            given = given[1 + more :]
         return tuple(made)
 
     # torch gives up after eight compilations of one code object, so each function has its own
@@ -129,14 +150,14 @@ def _everything(engine: Backend, grids: Sequence[Grid]) -> Callable[..., tuple[A
 
 
 def _count(parity: Parity, made: Outputs, want: Outputs) -> Parity:
-    """`parity` with the mismatches of one run added: codes first, then scales, two kinds of values last."""
-    scales = [_different_bytes(a, b) for a, b in zip(made[1:-2], want[1:-2], strict=True)]
-    values = [_different_values(a, b) for a, b in zip(made[-2:], want[-2:], strict=True)]
+    """`parity` with the mismatches of one run added: codes come first, then scales, and values and masks last."""
+    parts = len(want) - (5 if parity.grid.group == "tensor" else 3)
+    pairs = list(zip(made, want, strict=True))
     return replace(
         parity,
-        codes=parity.codes + _different_bytes(made[0], want[0]),
-        scales=parity.scales + sum(scales),
-        values=parity.values + sum(values),
+        codes=parity.codes + _different_bytes(*pairs[0]),
+        scales=parity.scales + sum(_different_bytes(*pair) for pair in pairs[1:parts]),
+        values=parity.values + sum(_different_values(*pair) for pair in pairs[parts:]),
         compared=parity.compared + sum(array.size for array in want),
     )
 

@@ -1,6 +1,6 @@
 """prepare, convert, coverage: one recipe over one model, on any engine. Plans first, then swaps: no half-done models."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.arrays import check
 from qkit.backend import Backend, Layer
 from qkit.errors import BackendError, GridError, RecipeError, StageError
+from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
 from qkit.registry import backend as choose
 from qkit.registry import backend_of
@@ -15,6 +16,8 @@ from qkit.registry import recipe as find_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 NOTE = "qkit_note"  #: attribute of a module that was left alone: why
 
@@ -36,7 +39,8 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
         GridError: a layer does not divide into groups and the rule does not say "skip".
     """
     planned = [_plan_layer(layer, recipe) for layer in layers]
-    spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned}
+    planned = [_plan_tied(item, planned) if item.layer.tied else item for item in planned]
+    spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned if item.layer.kind != "other"}
     for rule in recipe.rules:
         if rule.weight and id(rule) not in spoken:
             raise RecipeError(
@@ -47,6 +51,8 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
 
 
 def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
+    if layer.kind == "other":
+        return Planned(layer, None, layer.obstacle)
     rule = recipe.rule_for(layer.path, layer.kind)
     if rule is None:
         return Planned(layer, None, "no rule matches")
@@ -58,15 +64,35 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
         raise RecipeError(
             f"{layer.path}: {layer.obstacle}; put a rule without weight before, that matches it, to leave it alone"
         )
-    for grid in (rule.weight, rule.activation):
+    backwards = layer.shape[::-1]  # outputs last
+    for grid, shape in ((rule.weight, layer.shape), (rule.activation, layer.shape), (rule.output, backwards)):
         try:
             if grid:
-                grid.scale_shape(layer.shape)
+                grid.scale_shape(shape)
         except GridError as error:
             if rule.indivisible == "skip":
                 return Planned(layer, None, f"skipped: {error}")
             raise GridError(f'{layer.path}: {error}, or indivisible = "skip"') from None
     return Planned(layer, rule)
+
+
+def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
+    """`item`, whose weight belongs to a layer before it, if both can be quantized as one."""
+    layer = item.layer
+    owner = next(other for other in planned if other.layer.path == layer.tied)
+    mine, theirs = (one.rule.weight if one.rule else None for one in (item, owner))
+    if mine == theirs and not (item.rule and item.rule.slots):
+        return item
+    obstacle = f"its weight is tied to that of {layer.tied}"
+    if item.rule and item.rule.slots and mine == theirs:
+        raise RecipeError(f"{layer.path}: {obstacle}, so that it takes no activation or output grid: drop it")
+    if theirs is None and item.rule and item.rule.indivisible == "skip":
+        return Planned(layer, None, f"skipped: {obstacle}, which is left alone")
+    raise RecipeError(
+        f"{layer.path}: {obstacle}, and one weight is on one grid: the recipe puts {layer.tied} on {theirs or 'none'} and "
+        f"{layer.path} on {mine or 'none'}; give both the same weight grid (one rule of kind embedding, one of kind linear), "
+        "or leave both alone"
+    )
 
 
 def prepare(model: Any, recipe: "str | Path | Recipe", *, backend: str | Backend | None = None) -> Any:
@@ -111,17 +137,44 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
     else:
         _want_float(layers, "convert")
         planned = plan(layers, find_recipe(recipe))
-    packed = {item.layer.path: _pack(engine, item.layer, item.rule) for item in planned if item.rule}
+    packed = _pack(engine, model, [(item.layer, item.rule) for item in planned if item.rule])
     if recipe is not None:
         _note(planned)
     return engine.replace(model, packed)
 
 
-def _pack(engine: Backend, layer: Layer, rule: Rule) -> Any:
-    assert rule.weight is not None
-    w = engine.weight(layer.module)
-    check(engine, w, rule.weight, name=f"{layer.path}.weight")
-    return engine.pack(layer.module, engine.quantize(w, rule.weight), rule)
+def _pack(engine: Backend, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
+    """The deployed form of each layer, by its path."""
+    static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
+    codes: dict[str, QTensor[Any]] = {}
+    packed: dict[str, Any] = {}
+    for layer, rule in chosen:
+        assert rule.weight is not None
+        if layer.tied and layer.tied in codes:
+            q = codes[layer.tied]
+        else:
+            w = engine.weight(layer.module)
+            check(engine, w, rule.weight, name=f"{layer.path}.weight")
+            q = codes[layer.path] = engine.quantize(w, rule.weight)
+        owner = packed[layer.tied] if layer.tied else None
+        packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
+    return packed
+
+
+def _static(engine: Backend, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":
+    from qkit.static import static_names, static_scales  # here, so that `import qkit` stays cheap
+
+    if not (names := static_names(rule)):
+        return {}
+    if layer.stage != "prepared":
+        raise StageError(
+            f"{layer.path}: the recipe's range is {rule.range!r}, so that scales come from data: prepare(model, recipe), "
+            "run data through it, then convert(model)"
+        )
+    tensors = engine.tensors(model)
+    prefix = f"{layer.path}." if layer.path else ""
+    ranges = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in names}
+    return static_scales(rule, ranges, path=layer.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +183,10 @@ class Covered:
 
     Attributes:
         path, kind, shape: of the layer.
-        weight, activation: the grids, as text; empty where there is none.
-        state: `prepared`, how it executes once converted, or `left alone: why`.
+        weight, activation, output: the grids, as text; empty where there is none. Static ones say so.
+        state: `prepared`; `native` or `decoded first`, and on what or why; or `left alone: why`.
         bits: stored bits per weight.
+        tied: path of the layer before it whose weight is also its own, so that it stores none.
     """
 
     path: str
@@ -140,8 +194,10 @@ class Covered:
     shape: tuple[int, ...]
     weight: str
     activation: str
+    output: str
     state: str
     bits: float
+    tied: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +208,19 @@ class Coverage:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight over all the layers listed."""
-        weights = sum(prod(row.shape) for row in self.rows)
-        return sum(row.bits * prod(row.shape) for row in self.rows) / weights if weights else 0.0
+        """Stored bits per weight over all the layers listed, tied ones once."""
+        rows = [row for row in self.rows if not row.tied]
+        weights = sum(prod(row.shape) for row in rows)
+        return sum(row.bits * prod(row.shape) for row in rows) / weights if weights else 0.0
 
     def __str__(self) -> str:
         cells = [
-            (row.path, "x".join(map(str, row.shape)), " @ ".join(filter(None, (row.weight, row.activation))), row.state)
+            (
+                row.path,
+                "x".join(map(str, row.shape)),
+                _grids(row),
+                row.state + (f", tied to {row.tied}" * bool(row.tied)),
+            )
             for row in self.rows
         ]
         widths = [max((len(row[i]) for row in cells), default=0) for i in range(3)]
@@ -171,7 +233,8 @@ class Coverage:
 def coverage(model: Any, *, backend: str | Backend | None = None) -> Coverage:
     """Every layer of `model`: its grid and how it runs, or that it is left alone and why."""
     engine = surgeon(model, backend)
-    return Coverage(tuple(_cover(layer, engine) for layer in engine.layers(model)))
+    tensors = engine.tensors(model)
+    return Coverage(tuple(_cover(layer, engine, tensors) for layer in engine.layers(model)))
 
 
 def surgeon(model: Any, backend: str | Backend | None) -> Backend:
@@ -186,17 +249,25 @@ def surgeon(model: Any, backend: str | Backend | None) -> Backend:
     return engine
 
 
-def _cover(layer: Layer, engine: Backend) -> Covered:
-    if layer.rule is None or layer.rule.weight is None:
-        reason = getattr(layer.module, NOTE, "") or layer.obstacle
-        bits = 8 * engine.weight(layer.module).nbytes / prod(layer.shape)
-        return Covered(
-            layer.path, layer.kind, layer.shape, "", "", f"left alone: {reason}" if reason else "float", bits
-        )
-    grid, activation = layer.rule.weight, layer.rule.activation
-    state = "prepared" if layer.stage == "prepared" else layer.execution
-    bits = grid.bits_per_weight(layer.shape)
-    return Covered(layer.path, layer.kind, layer.shape, str(grid), str(activation or ""), state, bits)
+def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered:
+    rule = layer.rule
+    if rule is None or rule.weight is None:
+        weight = tensors[layer.path] if layer.kind == "other" else engine.weight(layer.module)
+        reason = layer.obstacle if layer.kind == "other" else getattr(layer.module, NOTE, "") or layer.obstacle
+        bits, state = 8 * weight.nbytes / prod(layer.shape), f"left alone: {reason}" if reason else "float"
+        return Covered(layer.path, layer.kind, layer.shape, "", "", "", state, bits, layer.tied)
+    state = f"{'native' if layer.native else 'decoded first'}: {layer.execution}"
+    if layer.stage == "prepared":
+        state = {"on": "prepared", "off": "prepared, switched off", "calibrating": "calibrating"}[layer.mode]
+    static = "" if rule.range == "dynamic" else f" {rule.range}"
+    activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
+    bits = rule.weight.bits_per_weight(layer.shape)
+    return Covered(layer.path, layer.kind, layer.shape, str(rule.weight), activation, output, state, bits, layer.tied)
+
+
+def _grids(row: Covered) -> str:
+    text = " @ ".join(filter(None, (row.weight, row.activation)))
+    return f"{text} -> {row.output}" if row.output else text
 
 
 def _want_float(layers: list[Layer], verb: str) -> None:
@@ -210,10 +281,11 @@ def _want_float(layers: list[Layer], verb: str) -> None:
 
 def _note(planned: list[Planned]) -> None:
     for item in planned:
-        if item.rule is None:
+        if item.rule is None and item.layer.kind != "other":
             setattr(item.layer.module, NOTE, item.reason)
 
 
 def _paths(planned: list[Planned]) -> str:
-    paths = [f"{item.layer.kind} {item.layer.path or '(the model itself)'}" for item in planned]
+    known = [item.layer for item in planned if item.layer.kind != "other"]
+    paths = [f"{layer.kind} {layer.path or '(the model itself)'}" for layer in known]
     return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "") if paths else "no linear or embedding layers"

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Kind = Literal["linear", "embedding"]
+Range = Literal["dynamic", "calibrated", "average"]
+Ste = Literal["identity", "masked"]
+RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
+STES: tuple[Ste, ...] = ("identity", "masked")
 SCHEMA = 1
+GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
+DEFAULTS = {"range": "dynamic", "ste": "identity", "indivisible": "error"}  #: the other keys that may be left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,12 @@ class Rule:
         kind: `linear` or `embedding`.
         weight: the weight's grid, or None to leave the layer alone.
         activation: the input's grid, quantized at every call in training and after conversion; or None.
+        output: the output's grid, likewise; or None, as nearly always.
+        range: where the scales of `activation` and `output` come from. `dynamic`: from each tensor itself. Static ones need
+            a `"tensor"` grid: `calibrated`, from the lowest and highest value seen under `qkit.calibrating`; `average`,
+            from a running average of these over the training steps.
+        ste: the straight-through estimator of all three grids: the gradient passes as it is (`identity`), or not where a
+            value was clipped (`masked`).
         indivisible: what to do where the weight does not divide into groups: `error`, or `skip` the layer.
     """
 
@@ -33,6 +45,9 @@ class Rule:
     kind: Kind = "linear"
     weight: Grid | None = None
     activation: Grid | None = None
+    output: Grid | None = None
+    range: Range = "dynamic"
+    ste: Ste = "identity"
     indivisible: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
@@ -42,10 +57,33 @@ class Rule:
             raise RecipeError(f"kind is {self.kind!r}: choose linear or embedding")
         if self.indivisible not in ("error", "skip"):
             raise RecipeError(f"indivisible is {self.indivisible!r}: choose error or skip")
-        if self.activation and not self.weight:
-            raise RecipeError("a rule with an activation grid needs a weight grid")
-        if self.activation and self.kind == "embedding":
-            raise RecipeError("an embedding's input is a token number: drop the activation grid")
+        if self.range not in RANGES:
+            raise RecipeError(f"range is {self.range!r}: choose one of {', '.join(RANGES)}")
+        if self.ste not in STES:
+            raise RecipeError(f"ste is {self.ste!r}: choose one of {', '.join(STES)}")
+        if self.slots and not self.weight:
+            raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
+        if self.slots and self.kind == "embedding":
+            raise RecipeError(f"an embedding's input is a token number: drop the {' and the '.join(self.slots)} grid")
+        self._check_range()
+
+    def _check_range(self) -> None:
+        if self.range == "dynamic":
+            return
+        if not self.slots:
+            raise RecipeError(f"range = {self.range!r} is for activations: give an activation or an output grid")
+        for slot, grid in self.slots.items():
+            if grid.group != "tensor":
+                raise RecipeError(
+                    f"{slot} is on {grid}, whose scales follow the shape of each input: range = {self.range!r} wants group "
+                    '"tensor"'
+                )
+
+    @property
+    def slots(self) -> "dict[str, Grid]":
+        """The grids of what goes in and out, by name: `activation` and `output`, where there is one."""
+        named = {"activation": self.activation, "output": self.output}
+        return {name: grid for name, grid in named.items() if grid}
 
     def matches(self, path: str, kind: Kind) -> bool:
         """Whether the rule speaks of the layer at `path`."""
@@ -112,7 +150,7 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
         with _place(f"rules[{number}]"):
             rules.append(_rule(value, grids))
     summary, version = _get(table, "summary", str, ""), _get(table, "version", int, 1)
-    used = {rule.weight for rule in rules} | {rule.activation for rule in rules}
+    used = {grid for rule in rules for grid in (rule.weight, *rule.slots.values())}
     for key, grid in grids.items():
         if grid not in used:
             raise RecipeError(f"grids.{key}: not used by any rule")
@@ -139,19 +177,19 @@ def grid_table(grid: Grid) -> dict[str, Any]:
 def rule_table(rule: Rule) -> dict[str, Any]:
     """A rule with its grids written out, for files."""
     table: dict[str, Any] = {"match": list(rule.match), "kind": rule.kind}
-    if rule.indivisible != "error":
-        table["indivisible"] = rule.indivisible
-    if rule.weight:
-        table["weight"] = grid_table(rule.weight)
-    if rule.activation:
-        table["activation"] = grid_table(rule.activation)
+    for key, default in DEFAULTS.items():
+        if getattr(rule, key) != default:
+            table[key] = getattr(rule, key)
+    for slot in GRIDS:
+        if grid := getattr(rule, slot):
+            table[slot] = grid_table(grid)
     return table
 
 
 def rule_from_table(table: Mapping[str, Any]) -> Rule:
     """The inverse of `rule_table`."""
     grids = {}
-    for slot in ("weight", "activation"):
+    for slot in GRIDS:
         if slot in table:
             with _place(slot):
                 grids[slot] = grid_from_table(table[slot])
@@ -162,7 +200,7 @@ def rule_from_table(table: Mapping[str, Any]) -> Rule:
 def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{table!r} is no rule: write [[rules]]")
-    _only(table, ("match", "kind", "weight", "activation", "indivisible"), "a rule")
+    _only(table, ("match", "kind", *GRIDS, *DEFAULTS), "a rule")
     match = table.get("match", ())
     if not isinstance(match, (str, list, tuple)):
         raise RecipeError(f"match is {match!r}: give a pattern or a list of them")
@@ -170,9 +208,8 @@ def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
     return Rule(
         match=patterns,
         kind=cast(Kind, _get(table, "kind", str, "linear")),
-        weight=_grid(table, "weight", grids),
-        activation=_grid(table, "activation", grids),
-        indivisible=cast(Any, _get(table, "indivisible", str, "error")),
+        **cast(Any, {slot: _grid(table, slot, grids) for slot in GRIDS}),
+        **cast(Any, {key: _get(table, key, str, default) for key, default in DEFAULTS.items()}),
     )
 
 

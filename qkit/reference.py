@@ -55,9 +55,19 @@ def dequantize(q: QTensor[NDArray[Any]]) -> NDArray[Any]:
     return to_dtype((values * each(scale_values(q))).reshape(q.shape), q.dtype)
 
 
-def fake_quantize(w: NDArray[Any], grid: Grid) -> NDArray[Any]:
-    """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`."""
+def fake_quantize(
+    w: NDArray[Any], grid: Grid, *, scales: Floats | None = None, zeros: Codes | None = None
+) -> NDArray[Any]:
+    """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
+
+    Args:
+        scales: fp32 steps, shaped like the grid's scales, to use instead of those that the grid's rule chooses (static
+            quantization). Powers of two for floats; not for `nvfp4`. Then a NaN or an infinity spoils itself only.
+        zeros: the zero points that go with them under `minmax`.
+    """
     x = group(w, grid)
+    if scales is not None:
+        return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
     with np.errstate(over="ignore", invalid="ignore"):
         if grid.scale == "minmax":
             s, z = asymmetric_scale(x, grid.element)
@@ -76,11 +86,58 @@ def fake_quantize(w: NDArray[Any], grid: Grid) -> NDArray[Any]:
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
+def unclipped(
+    w: NDArray[Any], grid: Grid, *, scales: Floats | None = None, zeros: Codes | None = None
+) -> NDArray[np.bool_]:
+    """Where `w` [..., n] rounds to a code without being clipped: the gradient mask of `ste = "masked"`.
+
+    Integers: the rounded quotient, zero point added, is a code. Floats: the magnitude is at most the largest value's.
+    `scales` and `zeros` as for `fake_quantize`.
+    """
+    x = group(w, grid)
+    with np.errstate(over="ignore", invalid="ignore"):
+        step, z = _steps(x, grid) if scales is None else (scales, zeros)
+        if grid.element.kind == "float":
+            inside = np.abs(x) <= each(np.float32(grid.element.largest) * step)
+        elif z is None:
+            q = np.rint(x / each(step))
+            inside = (q >= grid.element.lowest) & (q <= grid.element.highest)
+        else:
+            q = np.rint(x / each(step)) + each(z.astype(np.float32))
+            inside = (q >= 0) & (q <= grid.element.levels)
+    return cast(NDArray[np.bool_], inside.reshape(w.shape))
+
+
 def scale_values(q: QTensor[NDArray[Any]]) -> Floats:
     """The fp32 step of every group [..., groups]: what a code is multiplied with."""
     if q.tensor_scale is not None:
         return cast(Floats, e4m3_values(q.scales) * q.tensor_scale)
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
+
+
+def _static_values(x: Floats, grid: Grid, s: Floats, zeros: Codes | None) -> Floats:
+    """The values of grouped `x` on given fp32 steps; NaN where `x` is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if zeros is not None:
+            z = zeros.astype(np.float32)
+            values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+        elif grid.element.kind == "integer":
+            values = symmetric_codes(x, s, grid.element) * each(s)
+        else:
+            values = float_values(float_codes(x, exponent(s), grid.element), grid.element) * each(s)
+        return cast(Floats, values + poison(x))
+
+
+def _steps(x: Floats, grid: Grid) -> tuple[Floats, Floats | None]:
+    """The fp32 step of every group of `x`, and its zero point under `minmax`."""
+    if grid.scale == "minmax":
+        return asymmetric_scale(x, grid.element)
+    if grid.element.kind == "integer":
+        return symmetric_scale(x, grid), None
+    if grid.scale == "nvfp4":
+        tensor_scale = tensor_power(x)
+        return cast(Floats, e4m3_values(block_scale(x, tensor_scale)) * tensor_scale), None
+    return power(scale_code(amax(x), grid)), None
 
 
 # Shapes and types
@@ -178,6 +235,11 @@ def ceil_exponent(x: Floats) -> NDArray[np.int32]:
     """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
     u = bits(x)
     return cast(NDArray[np.int32], (u >> 23) + ((u & 0x7FFFFF) != 0))
+
+
+def exponent(s: Floats) -> Codes:
+    """The inverse of `power`."""
+    return (bits(s) >> 23).astype(np.uint8)
 
 
 def power(c: NDArray[Any]) -> Floats:

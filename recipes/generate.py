@@ -1,5 +1,6 @@
 """Writes the recipe files: `python recipes/generate.py`. A test compares them with `files()`."""
 
+import json
 from pathlib import Path
 
 from qkit.grid import Grid
@@ -10,7 +11,7 @@ HEAD = "the output head stays in float"
 
 def files() -> dict[str, str]:
     """File name -> text of every recipe."""
-    return {f"{name}.toml": text for name, text in (*_integers(), *_torchao(), *_floats())}
+    return {f"{name}.toml": text for name, text in (*_integers(), *_torchao(), *_static(), *_floats(), *_whole())}
 
 
 def write() -> None:
@@ -69,6 +70,36 @@ def _torchao() -> list[tuple[str, str]]:
                 Grid("e4m3", "row"),
             ),
         ),
+        (
+            "int8-dynamic-act-int8-weight",
+            _recipe(
+                f"int8 weights per row, int8 activations per token; {HEAD}", Grid("int8", "row"), Grid("int8", "row")
+            ),
+        ),
+    ]
+
+
+def _static() -> list[tuple[str, str]]:
+    made = []
+    for kind, element in (("int8", "int8"), ("float8", "e4m3")):
+        for range, how in (("calibrated", "calibrated"), ("average", "a running average of training")):
+            name = f"{kind}-{'static' if range == 'calibrated' else 'average'}-act-{kind}-weight"
+            summary = f"{element} weights per row, {element} activations on one scale, {how}; {HEAD}"
+            made.append((name, _recipe(summary, Grid(element, "row"), Grid(element, "tensor"), range=range)))
+    return made
+
+
+def _whole() -> list[tuple[str, str]]:
+    """Recipes for all the layers, tied ones too."""
+    what = "embeddings and output head too, tied or not"
+    return [
+        (f"{name}-all", _recipe(f"{text}; {what}", grid, whole=True))
+        for name, text, grid in (
+            ("int4-g32", "int4 weights, one scale per 32 inputs", Grid("int4", 32)),
+            ("int4-g64", "int4 weights, one scale per 64 inputs", Grid("int4", 64)),
+            ("int8-g64", "int8 weights, one scale per 64 inputs", Grid("int8", 64)),
+            ("mxfp4-a16", "MXFP4 (e2m1, E8M0 per 32) weights, activations in 16 bits", Grid("e2m1", 32)),
+        )
     ]
 
 
@@ -87,7 +118,9 @@ def _floats() -> list[tuple[str, str]]:
     return made
 
 
-def _recipe(summary: str, weight: Grid, activation: Grid | None = None) -> str:
+def _recipe(
+    summary: str, weight: Grid, activation: Grid | None = None, *, range: str = "dynamic", whole: bool = False
+) -> str:
     grids = {"w": weight} | ({"a": activation} if activation else {})
     lines = ["schema  = 1", "version = 1", f'summary = "{summary}"', ""]
     for key, grid in grids.items():
@@ -99,12 +132,19 @@ def _recipe(summary: str, weight: Grid, activation: Grid | None = None) -> str:
             f'scale   = "{grid.scale}"',
             "",
         ]
-    lines += ["[[rules]]", 'match = ["lm_head", "*.lm_head"]', "", "[[rules]]"]
+    rule = {"match": "*", "weight": "w"}
     if activation:
-        lines += ['match      = "*"', 'weight     = "w"', 'activation = "a"']
-    else:
-        lines += ['match  = "*"', 'weight = "w"']
-    return "\n".join(lines) + "\n"
+        rule["activation"] = "a"
+    if range != "dynamic":
+        rule["range"] = range
+    rules: list[dict[str, str | list[str]]] = [{**rule}]
+    rules.insert(
+        0, {"match": "*", "kind": "embedding", "weight": "w"} if whole else {"match": ["lm_head", "*.lm_head"]}
+    )
+    for table in rules:
+        width = max(map(len, table))
+        lines += ["[[rules]]", *(f"{key:{width}} = {json.dumps(value)}" for key, value in table.items()), ""]
+    return "\n".join(lines[:-1]) + "\n"
 
 
 if __name__ == "__main__":

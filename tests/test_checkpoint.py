@@ -10,10 +10,11 @@ from safetensors.numpy import save_file
 import qkit
 from qkit import Grid, Recipe, Rule, reference
 from qkit.artifact.tensors import read_folder
-from qkit.checkpoint import blocks
+from qkit.checkpoint import blocks, kernels
 from qkit.checkpoint.plan import make_plan
 from qkit.checkpoint.run import quantize_directory
 from qkit.interop import compressed_tensors
+from qkit.testing.tensors import all_grids, tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 GRIDS = [
@@ -64,3 +65,29 @@ def test_blocks_of_rows_have_the_codes_of_the_whole(grid, dtype, tmp_path, monke
     for name, part in want.items():
         assert (written[name].dtype, written[name].shape) == (part.dtype, part.shape), name
         assert written[name].tobytes() == part.tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", all_grids(), ids=str)
+def test_the_fast_path_is_the_reference(grid, dtype):
+    for name, w in tensors(grid, dtype).items():
+        ours, law = kernels.quantize(w, grid), reference.quantize(w, grid)
+        assert ours.parts().keys() == law.parts().keys()
+        for part, array in law.parts().items():
+            assert (ours.parts()[part].dtype, ours.parts()[part].shape) == (array.dtype, array.shape), (name, part)
+            assert ours.parts()[part].tobytes() == array.tobytes(), (name, part)
+
+
+@pytest.mark.parametrize("n", [512, 520, 1024, 1030])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fast_path_on_long_and_odd_rows(n, dtype):
+    w = np.random.default_rng(2).standard_normal((33, n)).astype(DTYPES[dtype])
+    for grid in (
+        Grid("int4", "row"),
+        Grid("int8", "row", "minmax"),
+        Grid("int5", n // 2),
+        Grid("int4", 5 if n % 5 == 0 else 2),
+    ):
+        ours, law = kernels.quantize(w, grid), reference.quantize(w, grid)
+        for part, array in law.parts().items():
+            assert ours.parts()[part].tobytes() == array.tobytes(), (grid, part)

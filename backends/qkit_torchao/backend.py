@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qkit.backend import Layer, Trainer
+from qkit.backend import NOTHING, Layer, Mode, Trainer
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.recipe import Kind, Rule
-from qkit_torchao import layers, ops, training
+from qkit.recipe import Kind, Rule, Ste
+from qkit_torchao import layers, ops, packed, surgery, training
 
 
 class TorchaoBackend:
@@ -48,9 +48,15 @@ class TorchaoBackend:
         """See `Backend.dequantize`."""
         return ops.dequantize(q)
 
-    def fake_quantize(self, w: Tensor, grid: Grid) -> Tensor:
+    def fake_quantize(
+        self, w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
+    ) -> Tensor:
         """See `Backend.fake_quantize`."""
-        return ops.fake_quantize(w, grid)
+        return ops.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
+
+    def unclipped(self, w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
+        """See `Backend.unclipped`."""
+        return ops.unclipped(w, grid, scales=scales, zeros=zeros)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`torch.compile`, one graph or an error."""
@@ -84,49 +90,54 @@ class TorchaoBackend:
     # surgery on modules
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
-        """Linear and Embedding modules, each once, under their first path."""
-        owners: dict[int, list[str]] = {}
-        for path, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                owners.setdefault(id(module.weight), []).append(path)
-        for path, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                shape = (module.out_features, module.in_features)
-            elif isinstance(module, nn.Embedding):
-                shape = (module.num_embeddings, module.embedding_dim)
-            else:
-                continue
-            others = [other for other in owners[id(module.weight)] if other != path]
-            yield _layer(path, shape, module, tied_to=", ".join(others))
+        """See `Backend.layers`."""
+        return surgery.layers(model)
 
     def weight(self, module: nn.Module) -> Tensor:
         """See `Backend.weight`."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight
 
+    def make(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
+        """See `Backend.make`."""
+        parameter = nn.Parameter(self.from_numpy(weight))
+        outputs, inputs = weight.shape
+        layer = nn.Embedding(outputs, inputs) if kind == "embedding" else nn.Linear(inputs, outputs, bias=False)
+        layer.weight = parameter
+        return layer
+
     def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
         made: nn.Module = layers.fake(module, rule)
         return made
 
-    def pack(self, module: nn.Module, q: QTensor[Any], rule: Rule) -> nn.Module:
+    def switch(self, module: Any, mode: Mode) -> None:
+        """See `Backend.switch`."""
+        module.switch(mode)
+
+    def pack(
+        self,
+        module: nn.Module,
+        q: QTensor[Any],
+        rule: Rule,
+        *,
+        static: Mapping[str, NDArray[Any]] = NOTHING,
+        owner: nn.Module | None = None,
+    ) -> nn.Module:
         """See `Backend.pack`; the codes go to the layer's device."""
         device = self.weight(module).device
-        made: nn.Module = layers.pack(module, q.map(lambda array: self._tensor(array).to(device)), rule)
+        scales = {name: self._tensor(array).to(device) for name, array in static.items()}
+        q = packed.unpack(owner) if owner else q.map(lambda array: self._tensor(array).to(device))
+        made: nn.Module = packed.pack(module, q, rule, static=scales, owner=owner)
         return made
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
         """See `Backend.unpack`."""
-        return layers.unpack(module)
+        return packed.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Backend.replace`."""
-        swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
-        for parent in list(model.modules()):
-            for name, child in list(parent._modules.items()):
-                if id(child) in swaps:
-                    parent._modules[name] = swaps[id(child)]
-        return swaps.get(id(model), model)
+        return surgery.replace(model, modules)
 
     def _tensor(self, array: Any) -> Tensor:
         return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
@@ -136,12 +147,12 @@ class TorchaoBackend:
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """See `Backend.tensors`."""
         first: dict[int, str] = {}
-        state = self._state(model)
+        state = surgery.state(model)
         return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
 
     def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
         """See `Backend.fill`."""
-        whole = self._state(model)
+        whole = surgery.state(model)
         left_out = {id(whole[name]) for name in without if name in whole}  # under every name that shares them
         state = {name: tensor for name, tensor in whole.items() if id(tensor) not in left_out}
         filled = {id(state[name]) for name in tensors if name in state}
@@ -173,15 +184,6 @@ class TorchaoBackend:
 
         return hub.build(config).to(self.device)
 
-    def _state(self, model: nn.Module) -> dict[str, Tensor]:
-        held = {
-            f"{path}.{name}" if path else name
-            for path, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, (layers.PackedLinear, layers.PackedEmbedding))
-            for name in layers.PLAIN
-        }
-        return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
-
     # training
 
     def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
@@ -195,19 +197,3 @@ class TorchaoBackend:
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Backend.logits`."""
         return training.logits(model, tokens)
-
-
-def _layer(path: str, shape: tuple[int, ...], module: Any, *, tied_to: str) -> Layer:
-    kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
-    if isinstance(module, (layers.FakeLinear, layers.FakeEmbedding)):
-        return Layer(path, kind, shape, module, stage="prepared", rule=module.rule)
-    if isinstance(module, (layers.PackedLinear, layers.PackedEmbedding)):
-        return Layer(path, kind, shape, module, stage="converted", rule=module.rule, execution=module.execution)
-    obstacle = ""
-    if getattr(module, "max_norm", None) is not None:
-        obstacle = "its rows are rescaled at every look-up (max_norm)"
-    elif type(module) not in (nn.Linear, nn.Embedding):
-        obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
-    elif tied_to:
-        obstacle = f"its weight is tied to that of {tied_to}"
-    return Layer(path, kind, shape, module, obstacle=obstacle)

@@ -35,29 +35,11 @@ TILE_ROWS, TILE_COLUMNS, TILE_INNER = 8, 1024, 8  #: what tinygemm's kernel pads
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One of torchao's tensors: how our codes go in and come out, and whether `F.linear` takes it as a weight.
-
-    Float8Tensor would, but decodes itself transposed, so that bf16 products round
-    otherwise than in the prepared layer; decoded first, they are the same.
-    """
+    """One of torchao's tensors: how our codes go in, and how they come out."""
 
     name: str
-    native: bool
     lower: Callable[[QTensor[Tensor]], Any]
     raised: Callable[[Any, Grid, str], QTensor[Tensor]]
-
-
-def container_for(q: QTensor[Tensor]) -> Container | None:
-    """The torchao tensor to hold `q` in, where it is; None for MX grids.
-
-    torchao's MXTensor would hold and decode those exactly, but it multiplies only with inputs that it has quantized itself,
-    and its e8m0 scales do not pass torch 2.13's compiler.
-    """
-    if q.grid.element.kind == "integer":
-        return TILES if _fits_tiles(q) else INTEGER
-    if q.grid.scale == "nvfp4":
-        return NVFP4
-    return FLOAT8_ROWS if q.grid.element.bits == 8 and q.grid.group in ("row", "tensor") else None
 
 
 def container_of(held: Tensor) -> Container:
@@ -70,9 +52,9 @@ def _lower_integer(q: QTensor[Tensor]) -> Any:
     zeros = (
         torch.zeros(q.scales.shape, dtype=torch.int8, device=q.codes.device)
         if q.zeros is None
-        else _shift(q.zeros, element)
+        else shift(q.zeros, element)
     )
-    codes = q.codes if q.zeros is None else _shift(q.codes, element)
+    codes = q.codes if q.zeros is None else shift(q.codes, element)
     block = tuple(n // groups for n, groups in zip(q.shape, q.scales.shape, strict=True))
     target = getattr(torch, element.name)
     return IntxUnpackedToInt8Tensor(codes, q.scales, zeros, target, block, ops.DTYPE[q.dtype], None)
@@ -81,11 +63,11 @@ def _lower_integer(q: QTensor[Tensor]) -> Any:
 def _raise_integer(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     if grid.symmetric:
         return QTensor(held.qdata, held.scale, grid, dtype)
-    zeros, codes = _unshift(held.zero_point, grid.element), _unshift(held.qdata, grid.element)
+    zeros, codes = unshift(held.zero_point, grid.element), unshift(held.qdata, grid.element)
     return QTensor(codes, held.scale, grid, dtype, zeros=zeros)
 
 
-def _fits_tiles(q: QTensor[Tensor]) -> bool:
+def fits_tiles(q: QTensor[Tensor]) -> bool:
     """Whether tinygemm's kernel takes `q`: int4 in its groups, and no zero points, which it would hold as rounded bfloat16."""
     on_tensor_cores = q.codes.is_cuda and torch.cuda.get_device_capability(q.codes.device) >= (8, 0)
     fits = q.grid.element.bits == 4 and q.grid.symmetric and q.grid.group in (32, 64, 128, 256) and len(q.shape) == 2
@@ -96,7 +78,7 @@ def _lower_tiles(q: QTensor[Tensor]) -> Any:
     """Rows padded to 8 and columns to 1024, two codes to a byte with the first high, then permuted by the kernel's own packer."""
     rows, columns = q.shape
     more = (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS)
-    codes = F.pad(_unshift(q.codes, q.grid.element), more, value=-q.grid.element.lowest)
+    codes = F.pad(unshift(q.codes, q.grid.element), more, value=-q.grid.element.lowest)
     scales = F.pad(q.scales, (0, more[1] // int(q.grid.group), 0, more[3])).to(torch.bfloat16)
     high_first = codes[:, 0::2] << 4 | codes[:, 1::2]
     packed = torch.ops.aten._convert_weight_to_int4pack(high_first.contiguous(), TILE_INNER)
@@ -136,18 +118,19 @@ def _raise_float8(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     return QTensor(held.qdata.view(torch.uint8), (ops.bits(held.scale) >> 23).to(torch.uint8), grid, dtype)
 
 
-INTEGER = Container("IntxUnpackedToInt8Tensor", native=True, lower=_lower_integer, raised=_raise_integer)
-NVFP4 = Container("NVFP4Tensor", native=True, lower=_lower_nvfp4, raised=_raise_nvfp4)
-FLOAT8_ROWS = Container("Float8Tensor", native=False, lower=_lower_float8, raised=_raise_float8)
-TILES = Container("Int4TilePackedTo4dTensor", native=True, lower=_lower_tiles, raised=_raise_tiles)
+INTEGER = Container("IntxUnpackedToInt8Tensor", lower=_lower_integer, raised=_raise_integer)
+NVFP4 = Container("NVFP4Tensor", lower=_lower_nvfp4, raised=_raise_nvfp4)
+FLOAT8_ROWS = Container("Float8Tensor", lower=_lower_float8, raised=_raise_float8)
+TILES = Container("Int4TilePackedTo4dTensor", lower=_lower_tiles, raised=_raise_tiles)
 
 
-def _shift(codes: Tensor, element: Element) -> Tensor:
+def shift(codes: Tensor, element: Element) -> Tensor:
     """0 .. 2^bits-1 as int8 from -2^(bits-1) on."""
     return (codes.to(torch.int16) + element.lowest).to(torch.int8)
 
 
-def _unshift(codes: Tensor, element: Element) -> Tensor:
+def unshift(codes: Tensor, element: Element) -> Tensor:
+    """The inverse of `shift`, as uint8."""
     return (codes.to(torch.int16) - element.lowest).to(torch.uint8)
 
 

@@ -13,6 +13,7 @@ from qkit import element as constants
 from qkit.element import STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
+from qkit.recipe import Ste
 
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -38,6 +39,20 @@ def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
     return QTensor(float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype)
 
 
+def quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | None = None) -> QTensor[Tensor]:
+    """`quantize` on given fp32 steps, whose values are those of `fake_quantize` with the same ones; `w` is finite."""
+    x = group(w, grid)
+    if zeros is not None:
+        q = asymmetric_codes(x, scales, zeros.to(torch.float32), grid.element).to(torch.uint8)
+    elif grid.element.kind == "integer":
+        q = symmetric_codes(x, scales, grid.element).to(torch.int8)
+    else:
+        q, scales = float_codes(x, exponent(scales), grid.element), exponent(scales)
+    shape = grid.scale_shape(tuple(w.shape))
+    zeros = None if zeros is None else zeros.reshape(shape)
+    return QTensor(q.reshape(w.shape), scales.reshape(shape), grid, dtype_of(w), zeros=zeros)
+
+
 def dequantize(q: QTensor[Tensor]) -> Tensor:
     """The values [..., n] of `q`, computed in fp32 and rounded once to `q.dtype`."""
     codes = q.codes.reshape(q.grid.group_shape(q.shape))
@@ -50,36 +65,47 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     return (values * each(scale_values(q))).reshape(q.shape).to(DTYPE[q.dtype])
 
 
-def fake_quantize(w: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(
+    w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
-    The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator).
+    The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator), or,
+    if `ste` is "masked", zero where a value was clipped. `scales` and `zeros`: see `reference.fake_quantize`.
     """
-    result: Tensor = _StraightThrough.apply(w, grid)  # type: ignore[no-untyped-call]
+    result: Tensor = _StraightThrough.apply(w, grid, ste, scales, zeros)  # type: ignore[no-untyped-call]
     return result
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the quantized value itself. Backward: the gradient as it comes."""
+    """Forward: the quantized value itself. Backward: the gradient as it comes, or where nothing was clipped."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(w: Tensor, grid: Grid) -> Tensor:
-        return rounded(w, grid)
+    def forward(w: Tensor, grid: Grid, ste: Ste, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
+        return rounded(w, grid, scales=scales, zeros=zeros)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Grid], output: Tensor) -> None:
-        """The gradient needs nothing."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        w, ctx.grid, ctx.ste, scales, zeros = inputs
+        if ctx.ste == "masked":
+            ctx.save_for_backward(w, scales, zeros)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.ste == "identity":
+            return gradients[0], None, None, None, None
+        w, scales, zeros = ctx.saved_tensors
+        inside = unclipped(w, ctx.grid, scales=scales, zeros=zeros)
+        return torch.where(inside, gradients[0], 0.0), None, None, None, None
 
 
-def rounded(w: Tensor, grid: Grid) -> Tensor:
+def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
     """`fake_quantize` without a gradient."""
     x = group(w, grid)
+    if scales is not None:
+        return _static_values(x, grid, scales, zeros).reshape(w.shape).to(w.dtype)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x, grid.element)
         values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
@@ -97,11 +123,50 @@ def rounded(w: Tensor, grid: Grid) -> Tensor:
     return values.reshape(w.shape).to(w.dtype)
 
 
+def unclipped(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
+    """Where `w` [..., n] rounds to a code without being clipped, as booleans; see `reference.unclipped`."""
+    x = group(w, grid)
+    step, z = _steps(x, grid) if scales is None else (scales, zeros)
+    if grid.element.kind == "float":
+        inside = x.abs() <= each(grid.element.largest * step)
+    elif z is None:
+        q = quotient(x, each(step))
+        inside = (q >= grid.element.lowest) & (q <= grid.element.highest)
+    else:
+        q = quotient(x, each(step)) + each(z.to(torch.float32))
+        inside = (q >= 0) & (q <= grid.element.levels)
+    return inside.reshape(w.shape)
+
+
 def scale_values(q: QTensor[Tensor]) -> Tensor:
     """The fp32 step of every group [..., groups]: what a code is multiplied with."""
     if q.tensor_scale is not None:
         return e4m3_values(q.scales) * q.tensor_scale
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
+
+
+def _static_values(x: Tensor, grid: Grid, s: Tensor, zeros: Tensor | None) -> Tensor:
+    """The values of grouped `x` on given fp32 steps; NaN where `x` is not finite."""
+    if zeros is not None:
+        z = zeros.to(torch.float32)
+        values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+    elif grid.element.kind == "integer":
+        values = symmetric_codes(x, s, grid.element) * each(s)
+    else:
+        values = float_values(float_codes(x, exponent(s), grid.element), grid.element) * each(s)
+    return values + poison(x)
+
+
+def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The fp32 step of every group of `x`, and its zero point under `minmax`."""
+    if grid.scale == "minmax":
+        return asymmetric_scale(x, grid.element)
+    if grid.element.kind == "integer":
+        return symmetric_scale(x, grid), None
+    if grid.scale == "nvfp4":
+        tensor_scale = tensor_power(x)
+        return e4m3_values(block_scale(x, tensor_scale)) * tensor_scale, None
+    return power(scale_code(amax(x), grid)), None
 
 
 # Shapes and types
@@ -213,6 +278,11 @@ def ceil_exponent(x: Tensor) -> Tensor:
     """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
     u = bits(x)
     return (u >> 23) + ((u & 0x7FFFFF) != 0).to(torch.int32)
+
+
+def exponent(s: Tensor) -> Tensor:
+    """The inverse of `power`."""
+    return (bits(s) >> 23).to(torch.uint8)
 
 
 def power(c: Tensor) -> Tensor:

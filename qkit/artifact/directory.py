@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, Sta
 from qkit.interop import compressed_tensors
 from qkit.pipeline import NOTE, surgeon
 from qkit.qtensor import DTYPES, DType, QTensor
-from qkit.recipe import Rule, rule_from_table, rule_table
+from qkit.recipe import Kind, Rule, rule_from_table, rule_table
 from qkit.registry import backend as choose
+from qkit.static import check_static, static_contents
 
 KEY = "qkit"  #: the one metadata key of the weights file
 NUMERICS = 1  #: version of the arithmetic that the codes follow
@@ -68,7 +69,9 @@ def save(
             raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
     tensors = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items()}
     saved = [
-        (layer, engine.unpack(layer.module).map(engine.to_numpy)) for layer in layers if layer.stage == "converted"
+        (layer, engine.unpack(layer.module).map(engine.to_numpy))
+        for layer in layers
+        if layer.stage == "converted" and not layer.tied  # what is tied is stored once, under the first path
     ]
     for layer, q in saved:
         for name, array in compressed_tensors.to_tensors(q).items():
@@ -78,7 +81,7 @@ def save(
     if origin is not None and (config is None or origin.resolve() == folder.resolve()):
         why = "has no config.json" if config is None else "is where the artifact would go"
         raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
-    left_alone = [layer.path for layer in layers if layer.stage == "float" and layer.kind == "linear"]
+    left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
     write_directory(
         folder,
         [array_stream(name, array) for name, array in tensors.items()],
@@ -107,14 +110,21 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     entries = entries_of(folder, metadata, config)
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
-    taken = [(path, entry, _take(folder, arrays, path, layers, entry)) for entry in entries for path in entry.paths]
+    taken = {path: _take(folder, arrays, path, layers, entry) for entry in entries for path in entry.paths}
     try:
-        engine.fill(model, arrays, without={_join(path, "weight") for path, _, _ in taken})
+        engine.fill(model, arrays, without={_join(path, "weight") for path in taken})
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
-    for layer in layers.values():
-        setattr(layer.module, NOTE, "float in the artifact")
-    return engine.replace(model, {path: engine.pack(layers[path].module, q, entry.rule) for path, entry, q in taken})
+    packed: dict[str, Any] = {}
+    for path, layer in layers.items():
+        if layer.kind != "other":
+            setattr(layer.module, NOTE, "float in the artifact")
+        if layer.tied and layer.tied in taken:
+            rule = Rule(("*",), kind=_kind(layer), weight=taken[layer.tied].rule.weight)
+            packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
+        elif path in taken:
+            packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
+    return engine.replace(model, packed)
 
 
 def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> Any:
@@ -134,32 +144,50 @@ class Entry:
     paths: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What an artifact has for one layer."""
+
+    q: QTensor[Any]
+    rule: Rule
+    static: dict[str, NDArray[Any]]
+
+
 def _take(
     folder: Path, arrays: dict[str, NDArray[Any]], path: str, layers: Mapping[str, Layer], entry: Entry
-) -> QTensor[Any]:
-    """The codes of the layer at `path`, whose arrays are taken out of `arrays`."""
+) -> _Taken:
+    """The codes and static scales of the layer at `path`, which are taken out of `arrays`."""
     layer, grid = layers.get(path), entry.rule.weight
     if layer is None or grid is None:
         raise ArtifactError(f"{folder}: the model has no layer {path!r} to hold its codes")
-    if layer.stage == "converted" or layer.obstacle:
-        raise ArtifactError(f"{folder}: {path} cannot take its codes: {layer.obstacle or 'it is converted already'}")
+    if layer.stage == "converted" or layer.obstacle or layer.tied:
+        raise ArtifactError(f"{folder}: {path} cannot take its codes: {_why_not(layer)}")
     try:
         names = compressed_tensors.contents(grid, dtype=entry.dtype, shape=layer.shape)
         found = {name: arrays.pop(_join(path, name)) for name in names if _join(path, name) in arrays}
-        return compressed_tensors.from_tensors(found, grid=grid, dtype=entry.dtype, shape=layer.shape)
+        q = compressed_tensors.from_tensors(found, grid=grid, dtype=entry.dtype, shape=layer.shape)
+        static = {name: arrays.pop(_join(path, name), None) for name in static_contents(entry.rule)}
+        return _Taken(q, entry.rule, check_static(static, entry.rule))
     except (ArtifactError, GridError) as error:
         raise ArtifactError(f"{folder}: {path}: {error}") from None
 
 
+def _why_not(layer: Layer) -> str:
+    if layer.stage == "converted":
+        return "it is converted already"
+    return layer.obstacle or f"its weight is that of {layer.tied}"
+
+
 def group(saved: list[tuple[Layer, DType]]) -> list[Entry]:
     """The rules that were applied, each once per type of weight, with the layers that they were applied to."""
-    paths: dict[tuple[Any, ...], list[str]] = {}
+    paths: dict[tuple[Rule, DType], list[str]] = {}
     for layer, dtype in saved:
         assert layer.rule is not None
-        paths.setdefault((layer.kind, layer.rule.weight, layer.rule.activation, dtype), []).append(layer.path)
+        rule = replace(layer.rule, match=("*",), kind=_kind(layer), indivisible="error")
+        paths.setdefault((rule, dtype), []).append(layer.path)
     return [
-        Entry(Rule(("*",), kind=kind, weight=weight, activation=activation), dtype, tuple(sorted(mine)))
-        for (kind, weight, activation, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
+        Entry(rule, dtype, tuple(sorted(mine)))
+        for (rule, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
     ]
 
 
@@ -209,6 +237,10 @@ def _entry(table: dict[str, Any]) -> Entry:
     if dtype not in DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}")
     return Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
+
+
+def _kind(layer: Layer) -> Kind:
+    return "embedding" if layer.kind == "embedding" else "linear"
 
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """Row blocks: a tensor that is quantized a few rows at a time has the codes that it would have at once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkit import packing
-from qkit.backend import Backend
 from qkit.checkpoint.layout import Slot
 from qkit.element import LIMIT
 from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.interop import compressed_tensors
+from qkit.qtensor import QTensor
+
+Quantize = Callable[[NDArray[Any], Grid], QTensor[NDArray[Any]]]
 
 ELEMENTS = 1 << 17  #: about what a block holds: its float32 temporaries stay in a core's second-level cache
 ROWS = 32  #: blocks begin at multiples of it, so that zero points, packed down the rows, fill whole words
@@ -39,18 +41,18 @@ def sees_whole_tensor(grid: Grid) -> bool:
 
 
 def encode(
-    w: NDArray[Any], grid: Grid, *, engine: Backend, extremes: tuple[float, float] | None = None
+    w: NDArray[Any], grid: Grid, *, quantize: Quantize, extremes: tuple[float, float] | None = None
 ) -> dict[str, NDArray[Any]]:
     """The stored parts of the block `w` [rows, n] of a larger tensor, as `compressed_tensors.to_tensors` names them.
 
     Args:
+        quantize: `reference.quantize`, or what gives the same bits.
         extremes: of the whole tensor, least and greatest, where the grid sees it.
     """
     rows = w.shape[0]
     if extremes is not None:  # they ride along in rows of their own, for scales depend on nothing else
         w = np.concatenate([w, np.resize(np.array(extremes).astype(w.dtype), (2, w.shape[1]))])
-    q = engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy)
-    parts = compressed_tensors.to_tensors(q)
+    parts = compressed_tensors.to_tensors(quantize(w, grid))
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
 
 

@@ -14,6 +14,7 @@ from qkit.errors import PlanError
 from qkit.qtensor import DTYPES as FLOATS
 
 EMBEDDINGS = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)(_tokens|_in|_positions|_per_layer|s)*$")
+NO_TOKENS = re.compile(r"(wpe|positions|per_layer)$")  #: embeddings that no head is tied to
 ROUTERS = ("gate", "router")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 HEAD = "lm_head"
@@ -64,7 +65,9 @@ def tied_head(layers: Collection[Layer], config: Mapping[str, Any]) -> Layer | N
         PlanError: the configuration says tied and a head is stored, or it says untied and none is.
     """
     heads = [layer for layer in layers if layer.path == HEAD or layer.path.endswith(f".{HEAD}")]
-    embedding = next((layer for layer in layers if layer.kind == "embedding"), None)
+    embedding = next(
+        (layer for layer in layers if layer.kind == "embedding" and not NO_TOKENS.search(layer.path)), None
+    )
     inner = config.get("text_config")
     inner = inner if isinstance(inner, Mapping) else {}
     says = config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))

@@ -136,17 +136,21 @@ class Output:
             if error is None:
                 self._finish()
         except BaseException as late:
-            error = late
+            self._tidy(late)
             raise
+        else:
+            self._tidy(error)
         finally:
-            for descriptor in self._opened.values():
+            for descriptor in (*self._opened.values(), self._lock):
                 os.close(descriptor)
             self._opened.clear()
-            ours = isinstance(error, QkitError) or not self.fingerprint
-            if error is None or (ours and not isinstance(error, _Mismatch)):
-                rmtree(self.aside, ignore_errors=True)
-                self.journal.unlink(missing_ok=True)
-            os.close(self._lock)
+
+    def _tidy(self, error: BaseException | None) -> None:
+        """Removes what is aside, unless another run can use it."""
+        resumable = self.fingerprint and not isinstance(error, QkitError)
+        if error is None or not (resumable or isinstance(error, _Mismatch)):
+            rmtree(self.aside, ignore_errors=True)
+            self.journal.unlink(missing_ok=True)
 
     # beginning, or going on
 

@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         stored: it, as it lies in the source.
-        path: of the layer whose weight it is; empty where it is none.
+        path, kind: of the layer whose weight it is; empty where it is none.
         rule: what is done to that layer, or None where the tensor is copied.
         reason: why it is copied.
         slots: what it becomes: itself, perhaps under another name, or the parts of its quantized form.
@@ -35,6 +35,7 @@ class Row:
 
     stored: Stored
     path: str
+    kind: str
     rule: Rule | None
     reason: str
     slots: tuple[Slot, ...]
@@ -122,10 +123,11 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     for name, layer in found.items():
         item = planned[layer.path] if isinstance(layer, Layer) else None
         rule, reason = (item.rule, item.reason) if item else (None, str(layer))
-        path = layer.path if isinstance(layer, Layer) else ""
-        rows.append(Row(tensors[name], path, rule, reason, _slots(tensors[name].slot, path, rule, known)))
+        path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
+        rows.append(Row(tensors[name], path, kind, rule, reason, _slots(tensors[name].slot, path, rule, known)))
+    _check_names(rows, folder)
     entries = _entries(rows, planned)
-    left_alone = [path for path, item in planned.items() if item.layer.kind == "linear" and not item.rule]
+    left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
     files = companions(folder, config=quantized_config(config, entries, left_alone=left_alone))
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
@@ -143,15 +145,27 @@ def _with_head(layers: list[Layer], owner: Layer | None) -> list[Layer]:
     """The layers of the model: where one weight has two, each says so."""
     if owner is None:
         return layers
-    head = Layer(HEAD, "linear", owner.shape, None, obstacle=f"its weight is tied to that of {owner.path}")
+    head = Layer(HEAD, "linear", owner.shape, None, tied=owner.path)
     return [*layers, head]
 
 
 def _plan(layers: list[Layer], recipe: Recipe) -> list[pipeline.Planned]:
     try:
-        return pipeline.plan(layers, recipe)
+        planned = pipeline.plan(layers, recipe)
     except (RecipeError, GridError) as error:
         raise PlanError(str(error)) from None
+    for item in planned:
+        if item.rule and item.rule.range != "dynamic":
+            raise PlanError(
+                f"{item.layer.path}: the recipe's range is {item.rule.range!r}, so that its scales come from data, which "
+                "runs through a model: build it, and use qkit.prepare, qkit.convert and qkit.save"
+            )
+    return planned
+
+
+def _keeps_weight(item: pipeline.Planned) -> bool:
+    """Whether readers find no codes under the path of this linear layer."""
+    return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
 
 
 def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) -> tuple[Slot, ...]:
@@ -162,7 +176,16 @@ def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) 
         parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape)
     except ArtifactError as error:
         raise PlanError(f"{path}: {error}") from None
-    return tuple(Slot(f"{path}.{name}", WORDS[kind], shape) for name, (kind, shape) in parts.items())
+    return tuple(Slot(f"{path}.{name}" if path else name, WORDS[kind], shape) for name, (kind, shape) in parts.items())
+
+
+def _check_names(rows: Iterable[Row], folder: Path) -> None:
+    seen = set()
+    for row in rows:
+        for slot in row.slots:
+            if slot.name in seen:
+                raise ArtifactError(f"{folder}: two tensors would be called {slot.name}: drop {row.stored.slot.name}")
+            seen.add(slot.name)
 
 
 def _entries(rows: Iterable[Row], planned: Mapping[str, pipeline.Planned]) -> list[Entry]:

@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.backend import Backend
+from qkit.checkpoint import kernels
 from qkit.checkpoint.blocks import PATTERNS, check_codable, check_finite, encode, offset, row_blocks, sees_whole_tensor
 from qkit.checkpoint.layout import DTYPES
 from qkit.checkpoint.output import Output
 from qkit.checkpoint.plan import Plan, Row
 from qkit.checkpoint.source import Stored
 from qkit.errors import ArtifactError
+from qkit.grid import Grid
+from qkit.qtensor import QTensor
 
 COPY = 1 << 20  #: bytes of a block that is only copied
 Tick = Callable[[str, int], None]
@@ -92,7 +95,8 @@ class _Crew:
     """Threads that take blocks off one list, in order."""
 
     def __init__(self, output: Output, engine: Backend, tick: Tick) -> None:
-        self.output, self.engine, self.tick = output, engine, tick
+        self.output, self.tick = output, tick
+        self.quantize = kernels.quantize if engine.name == "numpy" else partial(_quantize_on, engine)
         self.mutex = threading.Lock()
         self.stop = threading.Event()
         self.source = _Source()
@@ -100,6 +104,7 @@ class _Crew:
     def work(self, jobs: Iterable[_Job], workers: int) -> None:
         """Does all the jobs; the first error of any thread is raised when all have stopped."""
         tasks = self._tasks(jobs)
+        kernels.keep_memory()
         try:
             with ThreadPoolExecutor(workers) as pool:
                 hands = [pool.submit(self._hand, tasks) for _ in range(workers)]
@@ -167,9 +172,9 @@ class _Crew:
         row, w = job.row, self._block(job, begin, end)
         assert row.rule is not None
         assert row.rule.weight is not None
-        parts = encode(w, row.rule.weight, engine=self.engine, extremes=job.extremes)
+        parts = encode(w, row.rule.weight, quantize=self.quantize, extremes=job.extremes)
         for slot in row.slots:
-            part = parts[slot.name.removeprefix(f"{row.path}.")]
+            part = parts[slot.name.rpartition(".")[2]]
             if slot.name.endswith(".weight_shape"):
                 part = np.array(row.stored.slot.shape, np.int64)
             place = offset(slot, begin, shape=row.stored.slot.shape, bits=row.rule.weight.element.bits)
@@ -224,6 +229,10 @@ class _Source:
         """Closes the files."""
         for descriptor in self._opened.values():
             os.close(descriptor)
+
+
+def _quantize_on(engine: Backend, w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
+    return engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy)
 
 
 def _name(stored: Stored) -> str:

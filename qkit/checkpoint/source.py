@@ -111,9 +111,12 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique))
-    except (ValueError, TypeError, RecursionError, OSError) as error:
+        table = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError, OSError) as error:
         raise ArtifactError(f"{file}: not a JSON object ({error}): fetch it again") from None
+    if not isinstance(table, dict):
+        raise ArtifactError(f"{file}: not a JSON object but a {type(table).__name__}: fetch it again")
+    return table
 
 
 def inside(folder: Path, name: str) -> Path:

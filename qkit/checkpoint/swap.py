@@ -42,7 +42,11 @@ def put_in_place(new: Path, folder: Path) -> None:
         os.rename(new, folder)
     elif not _exchange(new, folder):
         os.rename(folder, _old(folder))
-        os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            os.rename(_old(folder), folder)
+            raise
         new = _old(folder)
     sync_folder(folder.parent)
     rmtree(new, ignore_errors=True)

@@ -157,8 +157,8 @@ def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alo
         f"group_{i}": {
             "targets": ["Linear"] if len(rules) == 1 and rule.kind == "linear" else list(paths),
             "weights": _arguments(rule.weight),
-            "input_activations": _activation_arguments(rule.activation) if rule.activation else None,
-            "output_activations": None,
+            "input_activations": _activation_arguments(rule.activation, rule),
+            "output_activations": _activation_arguments(rule.output, rule),
             "format": layout(rule.weight),
         }
         for i, (rule, paths) in enumerate(rules)
@@ -265,7 +265,11 @@ def _arguments(grid: Grid) -> dict[str, Any]:
     }
 
 
-def _activation_arguments(grid: Grid) -> dict[str, Any]:
+def _activation_arguments(grid: Grid | None, rule: Rule) -> dict[str, Any] | None:
+    if grid is None:
+        return None
+    if rule.range != "dynamic":
+        return _arguments(grid)
     arguments = {**_arguments(grid), "dynamic": "local" if grid.scale == "nvfp4" else True}
     return {**arguments, "strategy": "token"} if grid.group == "row" else arguments
 

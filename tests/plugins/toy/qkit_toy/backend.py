@@ -62,7 +62,7 @@ class ToyBackend(NumpyBackend):
         layer.rule = rule
         return layer
 
-    def pack(self, module: Linear, q: QTensor[Any], rule: Rule) -> PackedLinear:
+    def pack(self, module: Linear, q: QTensor[Any], rule: Rule, **_: Any) -> PackedLinear:
         return PackedLinear(q.map(self.to_numpy).map(self.from_numpy), module.bias, rule)
 
     def unpack(self, module: PackedLinear) -> QTensor[Any]:

@@ -1,0 +1,134 @@
+"""Converted layers: they hold codes, in a torchao tensor or in plain arrays, and are not trained."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qkit.grid import Grid
+from qkit.qtensor import DType, QTensor, dtype_of
+from qkit.recipe import Rule
+from qkit.static import static_contents
+from qkit_torchao import lowering, ops
+from qkit_torchao.execution import Execution, choose
+from qkit_torchao.layers import apply_but_keep, become
+from qkit_torchao.static import slot
+
+PLAIN = ("weight", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that holds no torchao tensor
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that holds codes. `execution` says what multiplies them.
+
+    Attributes:
+        owner: the embedding or linear layer, in a tuple, that this one shares its codes with; empty where there is none.
+    """
+
+    rule: Rule
+    execution: Execution
+    dtype: DType
+    owner: tuple[nn.Module, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs]."""
+        y = self.execution.multiply(self, x) if self.execution.multiply else self._decoded(x)
+        return slot(self, y, "output", self.rule.output)
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.execution.takes_floats else ops.dequantize(unpack(self))
+        return F.linear(slot(self, x, "input", self.rule.activation), weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Moves the codes and keeps the scales as they are: a cast changes only the type that values are rounded to."""
+        _apply_to_packed(self, fn, recurse)
+        return self
+
+
+class PackedEmbedding(nn.Embedding):
+    """An embedding that holds codes; the rows of the tokens it sees are decoded, not the table."""
+
+    rule: Rule
+    execution: Execution
+    dtype: DType
+    owner: tuple[nn.Module, ...]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [...] -> [..., width]."""
+        return ops.dequantize(_rows(unpack(self), tokens))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
+        """As `PackedLinear._apply`."""
+        _apply_to_packed(self, fn, recurse)
+        return self
+
+
+def pack(
+    module: nn.Module, q: QTensor[Any], rule: Rule, *, static: Mapping[str, Tensor], owner: nn.Module | None
+) -> Any:
+    """The deployed form of a Linear or Embedding, float or prepared, holding the codes of `q`; see `Backend.pack`."""
+    made = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)
+    for name in ("values", "mode", "calibrating"):
+        made.__dict__.pop(name, None)
+    for name in ("gate", "input_range", "output_range"):
+        made._buffers.pop(name, None)
+    made._non_persistent_buffers_set.discard("gate")
+    made._parameters.pop("weight", None)
+    made.rule, made.owner = rule, () if owner is None else (owner,)
+    for name, array in static.items():
+        made.register_buffer(name, array)
+    _hold(made, q)
+    return made
+
+
+def unpack(module: Any) -> QTensor[Tensor]:
+    """The codes and scales of a converted layer."""
+    grid = module.rule.weight
+    if isinstance(module.weight, nn.Parameter):
+        return lowering.container_of(module.weight).raised(module.weight, grid, module.dtype)
+    codes = lowering.unpair(module.weight) if _in_pairs(grid) else module.weight
+    parts = {name: getattr(module, name, None) for name in ("scales", "zeros", "tensor_scale")}
+    return QTensor(codes, grid=grid, dtype=module.dtype, **parts)
+
+
+def _hold(made: Any, q: QTensor[Tensor]) -> None:
+    """Puts `q` into a layer that holds nothing yet."""
+    made.execution = choose(q, made.rule)
+    made.dtype = q.dtype
+    if made.execution.container:
+        made.register_parameter("weight", nn.Parameter(made.execution.container.lower(q), requires_grad=False))
+        return
+    codes = lowering.pairs(q.codes) if _in_pairs(q.grid) else q.codes
+    for name, array in zip(PLAIN, (codes, q.scales, q.zeros, q.tensor_scale), strict=True):
+        if array is not None:
+            made.register_buffer(name, array)
+
+
+def _in_pairs(grid: Grid) -> bool:
+    """Whether codes are held two to a byte, as rows of even width can be."""
+    return grid.element.name == "e2m1" and isinstance(grid.group, int) and grid.group % 2 == 0
+
+
+def _apply_to_packed(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+    q = unpack(module)
+    probe = fn(torch.zeros((), dtype=ops.DTYPE[q.dtype], device=q.codes.device))
+    owners = [unpack(owner) for owner in module.owner]
+    shared = next(
+        (own for own in owners if own.codes.device == probe.device), q
+    )  # arrays of the owner, once it has moved
+    moved = replace(shared.map(lambda array: array.to(probe.device)), dtype=dtype_of(probe))
+    for name in PLAIN:
+        module._buffers.pop(name, None)
+    module._parameters.pop("weight", None)
+    apply_but_keep(module, fn, recurse, list(static_contents(module.rule)))
+    _hold(module, moved)
+
+
+def _rows(q: QTensor[Tensor], tokens: Tensor) -> QTensor[Tensor]:
+    """The rows of `q` [vocabulary, width] that `tokens` [...] name."""
+    one = (1,) * (tokens.dim() + 1)
+    return q.map(
+        lambda array: array if array.dim() == 0 else array[tokens] if len(array) == len(q.codes) else array.reshape(one)
+    )

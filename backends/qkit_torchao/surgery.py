@@ -1,0 +1,116 @@
+"""Modules and tensors by dotted name: finding layers, replacing them, and what a model stores."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qkit.backend import Layer
+from qkit.recipe import Kind
+from qkit_torchao.layers import FakeEmbedding, FakeLinear
+from qkit_torchao.packed import PLAIN, PackedEmbedding, PackedLinear
+
+FAKE = (FakeLinear, FakeEmbedding)
+PACKED = (PackedLinear, PackedEmbedding)
+
+
+def layers(model: nn.Module) -> Iterator[Layer]:
+    """Linear and Embedding modules, each once, under their first path; then every other weight that has a row and a column."""
+    first: dict[int, str] = {}
+    unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread:
+            yield _layer(path, module, tied=_owner(path, module, first))
+        else:
+            yield from _others(path, module)
+
+
+def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """See `Backend.replace`. Prepared layers with one weight share its values too."""
+    swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in swaps:
+                parent._modules[name] = swaps[id(child)]
+                _call_children(parent)
+    values: dict[int, Any] = {}
+    for new in modules.values():
+        if isinstance(new, FAKE):
+            new.values = values.setdefault(id(new.weight), new.values)
+    return swaps.get(id(model), model)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, shared ones under each, but for the quantized weights of converted layers."""
+    held = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PACKED)
+        for name in PLAIN
+    }
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
+
+
+def _call_children(parent: nn.Module) -> None:
+    """Has a `TransformerEncoderLayer` call its layers: in evaluation it would read their weights and skip them.
+
+    Its own switch for that, as of torch 2.13, is whether its activation is one that the fused kernel knows.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
+
+
+def _owner(path: str, module: Any, first: dict[int, str]) -> str:
+    """Path of an earlier layer with the same weight, or empty; `first` remembers."""
+    if isinstance(module, PACKED):
+        first[id(module)] = path
+        return "".join(first.get(id(owner), "") for owner in module.owner)
+    owner = first.setdefault(id(module.weight), path)
+    return "" if owner == path else owner
+
+
+def _layer(path: str, module: Any, *, tied: str) -> Layer:
+    kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
+    shape = (
+        (module.num_embeddings, module.embedding_dim)
+        if kind == "embedding"
+        else (module.out_features, module.in_features)
+    )
+    if isinstance(module, FAKE):
+        return Layer(path, kind, shape, module, stage="prepared", rule=module.rule, mode=module.mode, tied=tied)
+    if isinstance(module, PACKED):
+        how = module.execution
+        return Layer(
+            path,
+            kind,
+            shape,
+            module,
+            stage="converted",
+            rule=module.rule,
+            native=how.native,
+            execution=how.text,
+            tied=tied,
+        )
+    obstacle = ""
+    if getattr(module, "max_norm", None) is not None:
+        obstacle = "its rows are rescaled at every look-up (max_norm)"
+    elif type(module) not in (nn.Linear, nn.Embedding):
+        obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
+    return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle)
+
+
+def _others(path: str, module: nn.Module) -> Iterator[Layer]:
+    for name, parameter in module.named_parameters(path, recurse=False):
+        if parameter.dim() > 1:
+            yield Layer(name, "other", tuple(parameter.shape), module, obstacle=_why_not(module))
+
+
+def _why_not(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return "nn.MultiheadAttention reads its weights itself"
+    return (
+        f"{name} reads its weights itself"
+        if isinstance(module, nn.MultiheadAttention)
+        else f"{name} is no linear layer"
+    )

@@ -1,0 +1,80 @@
+"""Turning the quantisation of a prepared model off and on, and calibrating it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qkit.backend import Backend, Layer, Mode
+from qkit.errors import StageError
+from qkit.pipeline import surgeon
+
+
+def disable(model: Any, match: str = "*", *, backend: str | Backend | None = None) -> None:
+    """Lets the prepared layers whose path matches the shell pattern compute in float, until `enable`.
+
+    Compiled functions obey without compiling anew. Training goes on with the float weights; `convert` quantizes all the same.
+
+    Raises:
+        StageError: no prepared layer matches.
+    """
+    _switch(model, match, "off", backend)
+
+
+def enable(model: Any, match: str = "*", *, backend: str | Backend | None = None) -> None:
+    """The inverse of `disable`."""
+    _switch(model, match, "on", backend)
+
+
+@contextmanager
+def disabled(model: Any, match: str = "*", *, backend: str | Backend | None = None) -> Iterator[None]:
+    """`disable` for as long as the block lasts: to evaluate the float model in mid-training."""
+    with _switched(model, "off", lambda layer: fnmatchcase(layer.path, match), f"matches {match!r}", backend):
+        yield
+
+
+@contextmanager
+def calibrating(model: Any, *, backend: str | Backend | None = None) -> Iterator[None]:
+    """Static activation ranges forget what they saw and, while the block lasts, record what runs through the prepared model.
+
+    Run representative data through `model` inside: its weights are quantized, its activations not yet.
+
+    Raises:
+        StageError: no prepared layer has a static range.
+    """
+    with _switched(model, "calibrating", _static, "has a static range to calibrate", backend):
+        yield
+
+
+def _static(layer: Layer) -> bool:
+    return layer.rule is not None and layer.rule.range != "dynamic"
+
+
+@contextmanager
+def _switched(
+    model: Any, mode: Mode, chosen: Callable[[Layer], bool], what: str, backend: str | Backend | None
+) -> Iterator[None]:
+    engine = surgeon(model, backend)
+    layers = _prepared(engine, model, chosen, what)
+    for layer in layers:
+        engine.switch(layer.module, mode)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            engine.switch(layer.module, layer.mode)
+
+
+def _switch(model: Any, match: str, mode: Mode, backend: str | Backend | None) -> None:
+    engine = surgeon(model, backend)
+    for layer in _prepared(engine, model, lambda layer: fnmatchcase(layer.path, match), f"matches {match!r}"):
+        engine.switch(layer.module, mode)
+
+
+def _prepared(engine: Backend, model: Any, chosen: Callable[[Layer], bool], what: str) -> list[Layer]:
+    layers = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
+    if not layers:
+        raise StageError("no layer of this model is prepared: call prepare(model, recipe) first")
+    if found := [layer for layer in layers if chosen(layer)]:
+        return found
+    raise StageError(f"no prepared layer {what}: there is {', '.join(layer.path for layer in layers[:4])}")
