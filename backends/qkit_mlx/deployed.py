@@ -4,30 +4,37 @@ All of them compute in fp32 from scales held in fp32, whatever the model is cast
 their input, embeddings that of the weight they were made from, or of the last cast.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.errors import StageError
+from qkit.backend import NOTHING
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Rule
 from qkit_mlx import ops
 from qkit_mlx.containers import Container, Contents, contain, contained, container_for
+from qkit_mlx.exact import Exact
 from qkit_mlx.packing import packed_codes, unpacked_codes
+from qkit_mlx.static import given
 
-SCALES = ("scales", "biases", "tensor_scale")  #: what R11 holds in float32
-TYPES = {dtype: name for name, dtype in ops.DTYPE.items()}
+#: Arrays of a converted layer, besides those of its weight.
+STORED = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 
-def deploy_linear(q: QTensor[mx.array], rule: Rule, bias: mx.array | None) -> "DeployedLinear | PackedLinear":
+def deploy_linear(
+    q: QTensor[mx.array], rule: Rule, *, bias: mx.array | None = None, static: Mapping[str, mx.array] = NOTHING
+) -> "DeployedLinear | PackedLinear":
     """The linear layer that holds the codes of `q` [outputs, inputs]; all of it is frozen."""
     container = container_for(q.grid, q.shape[-1])
     layer = DeployedLinear(q, container, rule) if container else PackedLinear(q, rule)
     if bias is not None:
         layer.bias = bias
+    for name, array in static.items():
+        layer[name] = array
     layer.freeze()
     return layer
 
@@ -40,31 +47,14 @@ def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | P
     return layer
 
 
-class _Exact(nn.Module):
-    """A module whose scales stay float32 when the model around it is cast (R11); the cast changes `dtype` instead.
-
-    `Module.set_dtype`, `apply` and `update` of a model write into the modules below it as into dicts, so that this is
-    the one place that all of them pass.
-    """
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        held = self.get(name)
-        if name not in SCALES or held is None or held.dtype != mx.float32 or value.dtype == mx.float32:
-            super().__setitem__(name, value)
-        elif value.dtype in TYPES and mx.array_equal(held.astype(value.dtype), value):
-            self.dtype = TYPES[value.dtype]
-        else:
-            raise StageError(f"{name} of a converted layer are float32, and {value.dtype} ones were put in their place")
-
-
 # Held by MLX
 
 
-class DeployedLinear(_Exact, nn.QuantizedLinear):
+class DeployedLinear(Exact, nn.QuantizedLinear):
     """MLX's quantised linear layer, filled with given codes.
 
-    Adds what MLX's lacks: the grid of the input, the power of two of `nvfp4`, and an output of the type that came in
-    (MLX's would be float32, the type of the scales).
+    Adds what MLX's lacks: the grids of input and output, the power of two of `nvfp4`, and an output of the type that came
+    in (MLX's would be float32, the type of the scales).
     """
 
     def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
@@ -72,15 +62,15 @@ class DeployedLinear(_Exact, nn.QuantizedLinear):
         _hold(self, q, container, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = _matmul(self, _on_grid(x, self.rule.activation))
-        return _finish(y, x, self.get("bias"))
+        y = _matmul(self, _on_grid(x, self, self.rule.activation, "input"))
+        return _on_grid(_finish(y, x, self.get("bias")), self, self.rule.output, "output")
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
         return _held(self)
 
 
-class DeployedEmbedding(_Exact, nn.QuantizedEmbedding):
+class DeployedEmbedding(Exact, nn.QuantizedEmbedding):
     """MLX's quantised embedding, filled with given codes; values are computed in fp32 and rounded once."""
 
     def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
@@ -117,7 +107,8 @@ def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) ->
     if contents.tensor_scale is not None:
         layer.tensor_scale = contents.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.execution = f"MLX {type(layer).__mro__[2].__name__}, {_words(q.grid, container)}"
+    layer.native = True
+    layer.execution = f"{type(layer).__mro__[2].__name__}, {_words(q.grid, container)}"
 
 
 def _held(layer: Any) -> QTensor[mx.array]:
@@ -155,7 +146,7 @@ def _words(grid: Grid, container: Container) -> str:
 # Decoded first
 
 
-class PackedLinear(_Exact):
+class PackedLinear(Exact):
     """A linear layer on a grid that MLX has no container for: holds canonical words, and decodes them at every call."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
@@ -163,15 +154,15 @@ class PackedLinear(_Exact):
         _keep(self, q, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = _on_grid(x, self.rule.activation).astype(mx.float32) @ _values(self).T
-        return _finish(y, x, self.get("bias"))
+        y = _on_grid(x, self, self.rule.activation, "input").astype(mx.float32) @ _values(self).T
+        return _on_grid(_finish(y, x, self.get("bias")), self, self.rule.output, "output")
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
         return _kept(self, self["weight"], self["scales"], self.get("zeros"))
 
 
-class PackedEmbedding(_Exact):
+class PackedEmbedding(Exact):
     """An embedding on a grid that MLX has no container for: decodes only the rows that are looked up."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
@@ -199,7 +190,8 @@ def _keep(layer: Any, q: QTensor[mx.array], rule: Rule) -> None:
     if q.zeros is not None:
         layer.zeros = q.zeros
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.execution = f"decoded first: MLX has no container for {q.grid}"
+    layer.native = False
+    layer.execution = f"MLX has no container for {q.grid}"
 
 
 def _kept(layer: Any, words: mx.array, scales: mx.array, zeros: mx.array | None) -> QTensor[mx.array]:
@@ -215,8 +207,9 @@ def _values(layer: Any) -> mx.array:
 # Both
 
 
-def _on_grid(x: mx.array, activation: Grid | None) -> mx.array:
-    return ops.fake_quantize(x, activation) if activation else x
+def _on_grid(x: mx.array, layer: Any, grid: Grid | None, name: str) -> mx.array:
+    """What goes in or comes out, on its grid, if it has one."""
+    return x if grid is None else ops.fake_quantize(x, grid, **given(layer, grid, name=name))
 
 
 def _finish(y: mx.array, x: mx.array, bias: mx.array | None) -> mx.array:
@@ -225,5 +218,5 @@ def _finish(y: mx.array, x: mx.array, bias: mx.array | None) -> mx.array:
     return y.astype(x.dtype)
 
 
-#: What a converted layer can be. Besides its arrays each has `rule`, `grid`, `inputs`, `dtype` and `execution`.
+#: What a converted layer can be. Besides its arrays each has `rule`, `grid`, `inputs`, `dtype`, `native`, `execution`.
 DEPLOYED = (DeployedLinear, DeployedEmbedding, PackedLinear, PackedEmbedding)

@@ -68,7 +68,8 @@ class _Prepared(nn.Module):
         if self.training and self.rule.range == "average":
             seen.copy_(torch.where(self.gate, _averaged(seen, _extremes(x)), seen))
         q = ops.quantize(seen, grid)
-        return ops.fake_quantize(x, grid, ste=self.rule.ste, scales=ops.scale_values(q), zeros=q.zeros)
+        scales = ops.scale_values(q) + ops.poison(ops.amax(seen))  # NaN, as long as nothing was seen
+        return ops.fake_quantize(x, grid, ste=self.rule.ste, scales=scales, zeros=q.zeros)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but keeps ranges in float32; the gate is set again, in case `fn` gave empty memory."""
