@@ -13,7 +13,7 @@ from qkit.artifact.tensors import read_file
 from qkit.checkpoint.plan import make_plan
 from qkit.checkpoint.run import quantize_directory
 from qkit.grid import Grid
-from qkit.interop import compressed_tensors, dense, mlx_lm, snapshot, transfer
+from qkit.interop import compressed_tensors, dense, mlx_config, mlx_lm, snapshot, transfer
 from qkit.interop.packed import pack, unpack
 
 GRIDS = [
@@ -192,14 +192,14 @@ def test_a_rotary_embedding_that_mlx_lm_would_ignore_is_refused(tmp_path):
     assert not (tmp_path / "mlx").exists()
 
 
-@pytest.mark.parametrize("kind", sorted(mlx_lm.ROPE))
+@pytest.mark.parametrize("kind", sorted(mlx_config.ROPE))
 def test_the_table_of_rotary_names_is_mlx_lm_s(kind):
     import inspect
 
     utils = pytest.importorskip("mlx_lm.utils")
     _, arguments = utils._get_classes({"model_type": kind})
-    known = {name for names in mlx_lm.ROPE.values() for name in names}
-    assert known & set(inspect.signature(arguments).parameters) == set(mlx_lm.ROPE[kind])
+    known = {name for names in mlx_config.ROPE.values() for name in names}
+    assert known & set(inspect.signature(arguments).parameters) == set(mlx_config.ROPE[kind])
 
 
 def test_a_layer_that_mlx_cannot_hold_is_named_and_nothing_is_written(tmp_path):

@@ -44,6 +44,10 @@ CASES = {
     "odd width": Case("llama", "int8-row", ("transformers",), {"intermediate_size": 172}),
     "zero points": Case("llama", "int4-g64-minmax", ("transformers-told", "mlx-lm")),
     "tied": Case("llama", "int4-g64", changes={"tie_word_embeddings": True}),
+    "all": Case(
+        "llama", "int4-g32-all", ("transformers-told", "mlx-lm")
+    ),  # compressed-tensors 0.20 runs no packed embedding
+    "all, tied": Case("llama", "int4-g32-all", ("transformers-told", "mlx-lm"), {"tie_word_embeddings": True}),
     "sharded": Case("llama", "int4-g64", shard_bytes=60_000),
     "mxfp4": Case("llama", "mxfp4-a16", ("transformers-told", "mlx-lm")),
     "mxfp8": Case("llama", "mxfp8-a16", ("transformers-told", "mlx-lm")),
@@ -68,6 +72,7 @@ CASES = {
     "qwen3_moe": Case("qwen3_moe", "int4-g32", ("dense", "mlx-lm")),
     "Q4_0": Case("llama", "int4-g32", ("gguf",), {"num_attention_heads": 8}),
     "Q4_0 tied": Case("llama", "int4-g32", ("gguf",), {"tie_word_embeddings": True}),
+    "Q4_0 of all, tied": Case("qwen2", "int4-g32-all", ("gguf",), {"tie_word_embeddings": True}),
     "Q4_0 from longer groups": Case("llama", "int4-g64-absmax", ("gguf",)),
     "Q8_0 in bfloat16": Case("llama", "int8-row", ("gguf",), BRAIN),
     "MXFP4": Case("llama", "mxfp4-a16", ("gguf",)),

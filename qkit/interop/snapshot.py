@@ -15,7 +15,7 @@ from qkit.artifact.directory import KEY, entries_of, read_config
 from qkit.artifact.tensors import read_folder
 from qkit.checkpoint.families import EMBEDDINGS
 from qkit.errors import ArtifactError, GridError
-from qkit.interop import compressed_tensors, mlx_lm
+from qkit.interop import compressed_tensors, mlx_config, mlx_lm
 from qkit.interop.packed import Packed, Tensors
 from qkit.qtensor import DTYPES, DType
 from qkit.recipe import Kind, Rule
@@ -120,7 +120,7 @@ def _own(folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: di
     entries = entries_of(folder, metadata, None, layout=layout)
     if layout == "mlx":
         config = config and {name: value for name, value in config.items() if name not in _about(metadata)["added"]}
-        tensors = {mlx_lm.inward(name, config or {}): array for name, array in tensors.items()}
+        tensors = {mlx_config.inward(name, config or {}): array for name, array in tensors.items()}
     weights = {}
     for entry in entries:
         for path in entry.paths:
@@ -149,8 +149,8 @@ def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], said: Ma
 def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[str, Any]) -> Snapshot:
     """What mlx-lm wrote: its own names, which are transformers' for most types of models."""
     kind = config.get("model_type")
-    if kind not in mlx_lm.SAME_NAMES:
-        known = ", ".join(sorted(mlx_lm.SAME_NAMES))
+    if kind not in mlx_config.SAME_NAMES:
+        known = ", ".join(sorted(mlx_config.SAME_NAMES))
         raise ArtifactError(
             f"{folder}: how mlx-lm renames the tensors of a {kind!r} is not known to this qkit: known are {known}"
         )
@@ -160,7 +160,7 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
         if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
     }
     weights = {}
-    for path, (container, shape) in mlx_lm.containers(said, shapes).items():
+    for path, (container, shape) in mlx_config.containers(said, shapes).items():
         mine = _take(tensors, path, "mlx")
         with _place(folder, path):
             grid = mlx_lm.grid_of(mine, container)

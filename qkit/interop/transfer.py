@@ -15,7 +15,7 @@ from qkit.checkpoint.families import HEAD, layer_of
 from qkit.checkpoint.layout import SHARD_BYTES, WORDS, Slot
 from qkit.checkpoint.output import Stream, write_directory
 from qkit.errors import ArtifactError
-from qkit.interop import compressed_tensors, dense, mlx_lm
+from qkit.interop import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.interop.snapshot import QUANTIZATION, Held, Snapshot, join
 from qkit.recipe import Rule, rule_table
 
@@ -29,7 +29,7 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
 
     Raises:
         ArtifactError: MLX cannot hold a layer's grid; the message names it. Or see `Output`.
-        BackendError: mlx-lm computes another model from such a configuration; see `mlx_lm.model_config`.
+        BackendError: mlx-lm computes another model from such a configuration; see `mlx_config.model_config`.
     """
     check_moving(source, source.weights)
     containers = {}
@@ -41,10 +41,10 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
             raise ArtifactError(f"{path}: {error}") from None
     config, added = source.config, []
     if config is not None:
-        config = mlx_lm.model_config(config, tied=source.tied)
+        config = mlx_config.model_config(config, tied=source.tied)
         added = sorted(config.keys() - (source.config or {}).keys())
         if containers:  # under both names, as mlx_lm.convert writes it
-            config = {**config, **dict.fromkeys(QUANTIZATION, mlx_lm.quantization_config(containers))}
+            config = {**config, **dict.fromkeys(QUANTIZATION, mlx_config.quantization_config(containers))}
     for name, array in source.tensors.items():
         if array.ndim > 2 and ".experts." in name:
             raise ArtifactError(
@@ -129,8 +129,10 @@ def entries(source: Snapshot) -> list[Entry]:
 def _outward(source: Snapshot) -> Snapshot:
     """`source` with the names that mlx-lm has for its tensors."""
     config = source.config or {}
-    weights = {mlx_lm.outward(f"{path}.", config)[:-1]: held for path, held in source.weights.items()}
-    return replace(source, weights=weights, tensors={mlx_lm.outward(n, config): a for n, a in source.tensors.items()})
+    weights = {mlx_config.outward(f"{path}.", config)[:-1]: held for path, held in source.weights.items()}
+    return replace(
+        source, weights=weights, tensors={mlx_config.outward(n, config): a for n, a in source.tensors.items()}
+    )
 
 
 def _write(
