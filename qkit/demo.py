@@ -84,8 +84,7 @@ class Result:
         codes_equal, codes_compared: codes, scales and zero points that every engine makes from the trained weights, equal to
             those in the artifact, out of how many comparisons; `engines` names who took part.
         forward_difference: largest difference of a logit before and after `convert`.
-        outside: loss of the artifact, and of its export, in programs that know nothing of qkit, in processes that cannot import
-            it; or what stands in the way.
+        outside: loss of the artifact in other programs, in processes that cannot import qkit; or what stands in the way.
         other_loss: of the artifact on `other`, None where no second engine can build the model; `other_obstacle` says why.
     """
 

@@ -66,7 +66,7 @@ print("\\n" + json.dumps(total / tokens[:, 1:].size))
 
 
 def losses_outside(artifact: Path, export: Path, tokens: NDArray[np.int32]) -> dict[str, float | str]:
-    """`loss_outside` of each of `READERS`, or what stands in the way: of `artifact`, and of `export`, which is made for mlx-lm."""
+    """`loss_outside` of `artifact` in each of `READERS`, or what stands in the way; `export` is made of it for mlx-lm."""
     found: dict[str, float | str] = {}
     for reader in READERS:
         try:
