@@ -13,7 +13,7 @@ from qkit.interop import dense
 from qkit.interop.packed import Packed
 from qkit.interop.snapshot import Held, Snapshot, join
 
-BLOCK = 1 << 22  #: numbers that are compared together
+BLOCK = 1 << 20  #: numbers that are compared together
 
 
 @dataclass(frozen=True, slots=True)

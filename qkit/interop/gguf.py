@@ -6,8 +6,9 @@ be exact, and 1 + w of Gemma's norms, which has to be too. The only module that 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,9 +22,10 @@ from qkit.grid import Grid
 from qkit.interop.mlx_lm import spread
 from qkit.interop.packed import Packed, unpack
 from qkit.interop.rope import rope_type, ropes
-from qkit.interop.snapshot import Snapshot, join
+from qkit.interop.snapshot import Held, Snapshot, join
 
 BLOCK: Final = 32
+NUMBERS: Final = 1 << 20  #: that are decoded together
 TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: by element
 LOCAL_THETA: Final = 10000.0  #: of the rope of sliding attention, which GGUF has no word for
 FLOATS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -138,7 +140,7 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
     architecture = _architecture(config)
     index = next(i for i, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(index, int(config["num_hidden_layers"]))
-    tensors: dict[str, tuple[str, tuple[int, ...], Callable[[], NDArray[Any]]]] = {}
+    tensors: dict[str, _Tensor] = {}
     for name in sorted({*source.tensors, *(join(path, "weight") for path in source.weights)}):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
@@ -150,19 +152,22 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
     writer: Any = gguf.GGUFWriter(aside, architecture.name)
     try:
         _describe(writer, config, architecture)
-        for theirs, (kind, shape, _) in tensors.items():
-            quantized = gguf.GGMLQuantizationType[kind]
-            many, nbytes = gguf.GGML_QUANT_SIZES[quantized]
-            writer.add_tensor_info(
-                theirs, shape, np.dtype(np.float32), int(np.prod(shape)) // many * nbytes, raw_dtype=quantized
-            )
+        for theirs, tensor in tensors.items():
+            kind = gguf.GGMLQuantizationType[tensor.kind]
+            many, nbytes = gguf.GGML_QUANT_SIZES[kind]
+            total = prod(tensor.shape) // many * nbytes
+            writer.add_tensor_info(theirs, tensor.shape, np.dtype(np.float32), total, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, _, read in tensors.values():
-            writer.write_tensor_data(np.ascontiguousarray(read()).view(np.uint8))
+        (file,) = writer.fout
+        for tensor in tensors.values():
+            writer.write_padding(file, file.tell())  # what `write_tensor_data` does, but block by block
+            for block in tensor.blocks():
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+        writer.write_padding(file, file.tell())
         writer.flush()
-        os.fsync(writer.fout[0].fileno())
+        os.fsync(file.fileno())
         writer.close()
         os.replace(aside, out)
         swap.sync_folder(out.parent)
@@ -223,32 +228,29 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return found.get("full_attention") or next(iter(found.values()), {})
 
 
-def _tensor(
-    source: Snapshot, name: str, architecture: Architecture
-) -> tuple[str, tuple[int, ...], Callable[[], NDArray[Any]]]:
-    """GGUF's type of a tensor, its shape, and a function that makes its bytes."""
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor to write: GGUF's type, the shape, and a function that makes its bytes, in blocks."""
+
+    kind: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[NDArray[Any]]]
+
+
+def _tensor(source: Snapshot, name: str, architecture: Architecture) -> _Tensor:
     held, config = source.weights.get(name.removesuffix(".weight")), source.config or {}
     order = _order(name, config) if architecture.interleaved else None
     if held is not None:
         assert held.rule.weight is not None
-        weight = held
-
-        def blocks() -> NDArray[Any]:
-            try:
-                rows = store(weight.read())
-            except ArtifactError as error:
-                raise ArtifactError(f"{name}: {error}") from None
-            return rows if order is None else rows[order]
-
         try:
-            return layout(held.rule.weight, held.shape[-1]), held.shape, blocks
+            return _Tensor(layout(held.rule.weight, held.shape[-1]), held.shape, _blocks(name, held, order))
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from None
     array = source.tensors[name]
     if array.dtype.name not in FLOATS:
         raise ArtifactError(f"{name} is {array.dtype.name}: qkit puts {', '.join(FLOATS)} into GGUF")
     if array.ndim > 1:
-        return FLOATS[array.dtype.name], array.shape, lambda: array if order is None else array[order]
+        return _Tensor(FLOATS[array.dtype.name], array.shape, lambda: [array if order is None else array[order]])
     vector = array.astype(np.float32)  # GGUF's programs want norms and biases in float32
     if architecture.norms_plus_one and name.endswith("norm.weight"):
         vector = vector + np.float32(1)
@@ -257,7 +259,19 @@ def _tensor(
             raise ArtifactError(
                 f"{name}: GGUF holds 1 + w, and {lost} of {vector.size} are no float32: export --to dense"
             )
-    return "F32", array.shape, lambda: vector if order is None else vector[order]
+    return _Tensor("F32", array.shape, lambda: [vector if order is None else vector[order]])
+
+
+def _blocks(name: str, held: Held, order: NDArray[np.int64] | None) -> Callable[[], Iterable[NDArray[np.uint8]]]:
+    def blocks() -> Iterable[NDArray[np.uint8]]:
+        try:
+            packed = held.read()
+            for block in (packed if order is None else packed.permuted(order)).blocks(NUMBERS):
+                yield store(block)
+        except ArtifactError as error:
+            raise ArtifactError(f"{name}: {error}") from None
+
+    return blocks
 
 
 def _order(name: str, config: Mapping[str, Any]) -> NDArray[np.int64] | None:

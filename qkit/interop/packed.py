@@ -1,5 +1,6 @@
 """A quantized weight as files hold it: a `QTensor` whose codes are canonical words. What every layout is a renaming of."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +47,21 @@ class Packed:
             scales=self.scales if shared else self.scales[start:stop],
             zeros=self.zeros if shared or self.zeros is None else self.zeros[start:stop],
             shape=(len(self.words[start:stop]), *self.shape[1:]),
+        )
+
+    def blocks(self, numbers: int) -> Iterator["Packed"]:
+        """The same weight in blocks of whole rows, of about so many numbers."""
+        step = max(numbers // self.shape[-1], 1)
+        return (self.rows(start, start + step) for start in range(0, self.shape[0], step))
+
+    def permuted(self, order: NDArray[np.int64]) -> "Packed":
+        """The same weight with its rows in another order."""
+        shared = self.scales.shape[0] != self.shape[0]
+        return replace(
+            self,
+            words=self.words[order],
+            scales=self.scales if shared else self.scales[order],
+            zeros=self.zeros if shared or self.zeros is None else self.zeros[order],
         )
 
 

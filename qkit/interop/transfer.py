@@ -19,7 +19,7 @@ from qkit.interop import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.interop.snapshot import QUANTIZATION, Held, Snapshot, join
 from qkit.recipe import Rule, rule_table
 
-BLOCK = 1 << 22  #: numbers that are decoded together
+BLOCK = 1 << 20  #: numbers that are decoded together
 MOVING = {"activation": "its inputs", "output": "its outputs"}  #: keys of a rule that other layouts have no word for
 STATIC = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")  #: tensors that go with them
 
@@ -167,10 +167,9 @@ def _streams(path: str, held: Held, layout: Any) -> Iterable[Stream]:
 def _blocks(path: str, held: Held, layout: Any, name: str) -> Callable[[], Iterable[memoryview]]:
     def blocks() -> Iterable[memoryview]:
         packed = held.read()
-        rows = max(BLOCK // packed.shape[-1], 1) if layout is dense else packed.shape[0]
-        for start in range(0, packed.shape[0], rows):
+        for part in packed.blocks(BLOCK) if layout is dense else [packed]:
             try:
-                block = layout.store(packed.rows(start, start + rows) if layout is dense else packed)[name]
+                block = layout.store(part)[name]
             except ArtifactError as error:
                 raise ArtifactError(f"{path}: {error}") from None
             yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
