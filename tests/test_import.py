@@ -80,6 +80,28 @@ def test_llm_compressor_s_codes_are_untouched(scheme, tmp_path):
         assert ours[name].tobytes() == array.tobytes(), name
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # that is how one asks for the decoded weights
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "MXFP4A16"])
+def test_an_imported_model_computes_what_transformers_does(scheme, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    told = CompressedTensorsConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(GOLDEN / scheme, dtype="auto", quantization_config=told)
+    transfer.to_artifact(snapshot.read(GOLDEN / scheme), tmp_path / "out")
+    ours = qkit.load(tmp_path / "out", backend="torchao")
+    tokens = np.arange(18).reshape(2, 9)
+    engine = qkit.backend("torchao")
+    assert np.array_equal(engine.logits(ours, tokens), engine.logits(theirs, tokens))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "MXFP4A16"])
+def test_llm_compressor_s_model_goes_straight_to_mlx(scheme, tmp_path):
+    theirs = snapshot.read(GOLDEN / scheme)
+    transfer.export_mlx(theirs, tmp_path / "mlx")
+    assert snapshot.read(tmp_path / "mlx").digest() == theirs.digest()
+
+
 @pytest.mark.parametrize("name", ["torchao", "mlx"])
 def test_an_imported_model_loads(name, tmp_path):
     if not any(status.name == name and status.ready for status in qkit.backends()):

@@ -31,13 +31,14 @@ class Case:
     readers: tuple[str, ...] = ("transformers", "mlx-lm")
     changes: dict = field(default_factory=dict)
     shard_bytes: int = 5_000_000_000
+    live: bool = False  # through a model of transformers', and `qkit.save`
     mlx_tolerance: float = 1e-5  # of the largest logit: two libraries order a matrix product otherwise
 
 
 TOLD = ("transformers-told",)
 BRAIN = {"dtype": "bfloat16"}
 CASES = {
-    "int4": Case("llama", "int4-g64"),
+    "int4": Case("llama", "int4-g64", ("transformers", "mlx-lm", "dense")),
     "int8": Case("llama", "int8-g64"),
     "int3": Case("llama", "int3-g32"),
     "int8 rows": Case("llama", "int8-row"),
@@ -69,6 +70,7 @@ CASES = {
     "gemma3": Case("gemma3_text", "int4-g32"),
     "gpt_neox": Case("gpt_neox", "int4-g32"),
     "mixtral": Case("mixtral", "int4-g32", ("dense", "mlx-lm")),
+    "mixtral with stacked experts": Case("mixtral", "int4-g32", ("transformers", "dense"), live=True),
     "qwen3_moe": Case("qwen3_moe", "int4-g32", ("dense", "mlx-lm")),
     "Q4_0": Case("llama", "int4-g32", ("gguf",), {"num_attention_heads": 8}),
     "Q4_0 tied": Case("llama", "int4-g32", ("gguf",), {"tie_word_embeddings": True}),
@@ -89,11 +91,12 @@ PAIRS = [(name, reader) for name, case in CASES.items() for reader in case.reade
 
 @dataclass(frozen=True)
 class Opened:
-    """Logits by reader and directory, what the readers said, and what the logits should be."""
+    """Logits by reader and directory, what the readers said, what the logits should be, and what was quantized."""
 
     logits: dict
     said: dict
     wanted: dict
+    paths: dict
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +104,14 @@ def opened(tmp_path_factory):
     """Every case written, and opened by all its readers: a process for each reader."""
     root = tmp_path_factory.mktemp("readers")
     np.save(root / "tokens.npy", TOKENS)
-    wanted, folders = {}, {}
+    wanted, paths, folders = {}, {}, {}
     for name, case in CASES.items():
         folder = root / name.replace(" ", "-")
         source = make(folder / "float", case.family, **case.changes)
-        plan = make_plan(source, qkit.recipe(case.recipe), shard_bytes=case.shard_bytes)
-        quantize_directory(plan, folder / "qkit", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
+        write(case, source, folder / "qkit")
         held = snapshot.read(folder / "qkit")
         wanted[name] = by_hand(source, held, dtype="float32" if "gguf" in case.readers else "auto")
+        paths[name] = list(held.weights)
         for reader in case.readers:
             place = {"mlx-lm": "mlx", "dense": "dense", "gguf": "model.gguf"}.get(reader, "qkit")
             folders.setdefault(reader, {})[name] = folder / place
@@ -124,7 +127,19 @@ def opened(tmp_path_factory):
         for name, folder in mine.items():
             logits[name, reader] = found.get(str(folder))
             said[name, reader] = words[str(folder)]
-    return Opened(logits, said, wanted)
+    return Opened(logits, said, wanted, paths)
+
+
+def write(case, source, folder):
+    """The artifact of a case."""
+    if case.live:
+        from transformers import AutoModelForCausalLM
+
+        model = qkit.convert(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), case.recipe)
+        qkit.save(model, folder, source=source)
+    else:
+        plan = make_plan(source, qkit.recipe(case.recipe), shard_bytes=case.shard_bytes)
+        quantize_directory(plan, folder, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
 
 
 def by_hand(source, held, *, dtype):
@@ -172,3 +187,10 @@ def test_mlx_lm_computes_what_the_reference_says_and_generates(opened, name):
     assert found is not None, opened.said[name, "mlx-lm"]
     assert np.abs(found - wanted).max() <= CASES[name].mlx_tolerance * np.abs(wanted).max()
     assert opened.said[name, "mlx-lm"]
+
+
+def test_experts_and_routers_are_left_alone(opened):
+    for name in ("mixtral", "qwen3_moe", "mixtral with stacked experts"):
+        paths = opened.paths[name]
+        assert {path.rpartition(".")[2] for path in paths} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        assert len(paths) == 8
