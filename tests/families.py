@@ -16,27 +16,33 @@ COMMON = {
 }
 HEADS = {"head_dim": 32}
 
+THETA = 30000.0  # nobody's default
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+
 #: By model type: what its configuration has beyond `COMMON`.
 FAMILIES = {
-    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 30000.0}},  # nobody's default
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {**HEADS},
-    "gemma": {**HEADS, "hidden_act": "gelu"},  # what mlx-lm 0.32.2 computes, whatever the configuration says
-    "gemma2": {**HEADS, "query_pre_attn_scalar": 32},
-    "gemma3_text": {  # a hidden size whose root mlx-lm rounds to bfloat16 without a loss
+    "llama": {**ROPE},
+    "mistral": {**ROPE},
+    "qwen2": {**ROPE},
+    "qwen3": {**ROPE, **HEADS},
+    "gemma": {**ROPE, **HEADS},
+    "gemma2": {**ROPE, **HEADS, "query_pre_attn_scalar": 32},
+    "gemma3_text": {
         **HEADS,
         "query_pre_attn_scalar": 32,
         "num_hidden_layers": 6,
         "sliding_window": 64,
-        "hidden_size": 256,
+        "hidden_size": 256,  # mlx-lm 0.32.2 rounds its root to bfloat16
+        "rope_parameters": {"full_attention": ROPE["rope_parameters"], **LOCAL},
     },
     "gpt_neox": {
-        "intermediate_size": 512,
-        "hidden_act": "gelu_pytorch_tanh",
-    },  # mlx-lm: always that, and four times as wide
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        "intermediate_size": 512,  # mlx-lm takes four times the hidden size for granted
+        "hidden_act": "gelu_pytorch_tanh",  # and this
+        "rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 0.5},
+    },
+    "mixtral": {**ROPE, "num_local_experts": 4},
+    "qwen3_moe": {**ROPE, **HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
 
 
