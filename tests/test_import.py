@@ -200,6 +200,22 @@ def test_a_configuration_that_does_not_fit_is_refused(edit, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["quantization", "quantization_config"])
+@pytest.mark.parametrize("value", ["4bit", [4], 4, {"bits": "four"}, {"bits": 4, "group_size": {}}])
+def test_nonsense_in_a_configuration_is_bad_input(name, value, tmp_path):
+    shutil.copytree(GOLDEN / "W4A16", tmp_path / "theirs")
+    tensors, _ = read_file(GOLDEN / "W4A16" / "model.safetensors")
+    words = np.ascontiguousarray(tensors["model.layers.0.mlp.up_proj.weight_packed"]).view(np.uint32)
+    extra = {"x.weight": words, "x.scales": np.ones((128, 4), np.float32), "x.biases": np.ones((128, 4), np.float32)}
+    save_file({**tensors, **extra}, tmp_path / "theirs" / "model.safetensors")
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16", name: value}))
+    with pytest.raises(
+        qkit.ArtifactError, match=r"want an object|want bits and group_size|quantized by an unknown tool"
+    ):
+        transfer.to_artifact(snapshot.read(tmp_path / "theirs"), tmp_path / "out")
+
+
 def test_groups_are_found_by_name_by_pattern_and_by_class(tmp_path):
     def split(config):
         group = config["config_groups"]["group_0"]

@@ -95,16 +95,16 @@ def read(folder: str | Path) -> Snapshot:
     folder = Path(folder)
     tensors, metadata = read_folder(folder)
     config = read_config(folder)
-    known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
-    said = {name: (config or {}).get(name) or {} for name in QUANTIZATION}
+    known = config and {name: value for name, value in config.items() if name not in QUANTIZATION}
+    packed, mlx = (_table(folder, config or {}, name) for name in QUANTIZATION)
     if KEY in metadata:
-        return _own(folder, tensors, metadata, known if config is not None else None)
-    if said["quantization"]:
-        return _mlx(folder, tensors, known, said["quantization"])
-    if said["quantization_config"].get("quant_method") == "compressed-tensors":
-        return _compressed(folder, tensors, known, said["quantization_config"])
-    if said["quantization_config"]:
-        method = said["quantization_config"].get("quant_method", "an unknown tool")
+        return _own(folder, tensors, metadata, known)
+    if mlx:
+        return _mlx(folder, tensors, known or {}, mlx)
+    if packed.get("quant_method") == "compressed-tensors":
+        return _compressed(folder, tensors, known or {}, packed)
+    if packed:
+        method = packed.get("quant_method", "an unknown tool")
         raise ArtifactError(f"{folder} is quantized by {method}: qkit reads compressed-tensors' layout and mlx-lm's")
     return Snapshot(folder, "float", False, config, {}, tensors)
 
@@ -119,10 +119,13 @@ def _own(folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: di
     layout = "mlx" if _about(metadata).get("layout") == "mlx" else "compressed-tensors"
     entries = entries_of(folder, metadata, None, layout=layout)
     if layout == "mlx":
-        config = config and {name: value for name, value in config.items() if name not in _about(metadata)["added"]}
+        added = set(map(str, _about(metadata).get("added") or ()))
+        config = config and {name: value for name, value in config.items() if name not in added}
         tensors = {mlx_config.inward(name, config or {}): array for name, array in tensors.items()}
     weights = {}
     for entry in entries:
+        if entry.rule.weight is None:
+            raise ArtifactError(f"{folder}: the metadata have no grid for {', '.join(entry.paths)}: save it again")
         for path in entry.paths:
             mine = _take(tensors, path, layout)
             with _place(folder, path):
@@ -168,6 +171,14 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
         rule = Rule(("*",), kind=kind_of(path), weight=grid)
         weights[path] = _held(folder, path, "mlx", mine, rule, dtype, shape, way_out=FOREIGN)
     return Snapshot(folder, "mlx", True, config, weights, tensors)
+
+
+def _table(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What `config.json` says under `name`; empty where it says nothing."""
+    said = config.get(name) or {}
+    if not isinstance(said, dict):
+        raise ArtifactError(f"{folder / 'config.json'}: {name} is {said!r}: want an object")
+    return said
 
 
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
