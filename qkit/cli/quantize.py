@@ -43,7 +43,7 @@ def quantize(
                 out,
                 engine=engine,
                 workers=workers,
-                tick=lambda name, done: bar.update(task, advance=done, description=name),
+                tick=lambda name, done: bar.update(task, advance=done, description=name, refresh=True),
             )
     else:
         quantize_directory(plan, out, engine=engine, workers=workers, tick=lambda name, done: None)
@@ -66,4 +66,6 @@ class _Speed(ProgressColumn):
 
 def _progress() -> Progress:
     name = TextColumn("{task.description}", markup=False)
-    return Progress(BarColumn(), _Speed(), TimeRemainingColumn(), name, console=errors, transient=True)
+    return Progress(
+        BarColumn(), _Speed(), TimeRemainingColumn(), name, console=errors, transient=True, auto_refresh=False
+    )  # no thread: workers are forked
