@@ -185,6 +185,10 @@ class Backend(Protocol):
         """`model` with the module at each path replaced, wherever it is registered; in place, unless it is the root."""
         ...
 
+    def run(self, module: Any, x: NDArray[Any]) -> NDArray[Any]:
+        """What `module` makes of `x` in evaluation mode: a layer of numbers [..., inputs], an embedding of tokens [...]."""
+        ...
+
     # whole models
 
     def tensors(self, model: Any) -> dict[str, Any]:

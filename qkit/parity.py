@@ -84,7 +84,7 @@ def inputs(grid: Grid, dtype: DType, size: int) -> tuple[NDArray[Any], ...]:
 @lru_cache(maxsize=16)
 def expected(grid: Grid, dtype: DType, size: int) -> tuple[Outputs, ...]:
     """What the reference makes of each of `inputs`."""
-    engine = NumpyBackend()
+    engine: Any = NumpyBackend()
     return tuple(_outputs(engine, grid, w, static_parts(grid, w)) for w in inputs(grid, dtype, size))
 
 

@@ -29,6 +29,14 @@ class Torchao(Conformance):
         twice = nn.Linear(128, 128)
         return nn.Sequential(twice, nn.ReLU(), twice)
 
+    def tied_model(self) -> Any:
+        from torch import manual_seed, nn
+
+        manual_seed(0)
+        model = nn.Sequential(nn.Embedding(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
     def forward(self, model: Any, x: Any) -> Any:
         return model(x).detach()
 
@@ -36,6 +44,23 @@ class Torchao(Conformance):
         x = x.clone().requires_grad_()
         function(x).sum().backward()
         return x.grad
+
+
+class TorchaoOnCuda(Torchao):
+    tolerance = 1e-5  # products of integer codes are exact, and float ones are added in cuBLAS's order
+
+    @property
+    def engine(self) -> Any:
+        return qkit.backend("torchao").on("cuda")
+
+    def model(self) -> Any:
+        return super().model().cuda()
+
+    def shared_model(self) -> Any:
+        return super().shared_model().cuda()
+
+    def tied_model(self) -> Any:
+        return super().tied_model().cuda()
 
 
 class Mlx(Conformance):
@@ -70,6 +95,9 @@ READY = [status.name for status in qkit.backends() if status.ready]
 for name in READY:
     if name in SUITES:
         globals()[f"Test{name.capitalize()}"] = SUITES[name]
+
+if "torchao" in READY and __import__("torch").cuda.is_available():
+    TestTorchaoOnCuda = TorchaoOnCuda
 
 
 def test_every_ready_backend_has_a_suite() -> None:

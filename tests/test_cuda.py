@@ -22,7 +22,7 @@ def test_int4_runs_on_tinygemm_with_our_codes(recipe):
     want = qkit.quantize(model[0].weight.detach(), grid)
     values, bias = qkit.dequantize(want), model[0].bias.detach().clone()
     model = qkit.convert(model, recipe)
-    assert "Int4TilePackedTo4dTensor" in model[0].execution
+    assert qkit.coverage(model).rows[0].state == "native: torchao Int4TilePackedTo4dTensor (tinygemm)"
     held = qkit.backend("torchao").unpack(model[0])
     assert torch.equal(held.codes, want.codes)
     assert torch.equal(held.scales, want.scales)
@@ -48,6 +48,112 @@ def test_prepared_and_converted_agree_on_cuda(recipe, dtype):
         scale = x.float().abs() @ weight.float().abs().T
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 5e-4}[dtype]  # of abs(x) @ abs(w)
     bound = tolerance * scale
-    if "Tile" in model[0].execution:  # torchao rounds the product to bfloat16, adds the bias and rounds again
+    if (
+        "Tile" in qkit.coverage(model).rows[0].state
+    ):  # torchao rounds the product to bfloat16, adds the bias and rounds again
         bound += 2**-8 * (converted.float().abs() + model[0].bias.float().abs())
     assert ((prepared - converted).float().abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtypes"),
+    [
+        ("int8-dynamic-act-int8-weight", [torch.float32, torch.bfloat16, torch.float16]),
+        ("int8-static-act-int8-weight", [torch.float32, torch.bfloat16, torch.float16]),
+        ("float8-dynamic-act-float8-weight", [torch.bfloat16]),
+        ("float8-static-act-float8-weight", [torch.bfloat16]),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 300])
+def test_codes_of_both_sides_are_multiplied_as_they_are(recipe, dtypes, rows):
+    for dtype in dtypes:
+        model = qkit.prepare(linear(dtype, outputs=512), recipe).eval()
+        x = torch.randn(rows, 1536, device="cuda", dtype=dtype)
+        if "static" in recipe:
+            with qkit.calibrating(model), torch.no_grad():
+                model(x)
+        with torch.no_grad():
+            prepared = model(x)
+            weight, bias = qkit.dequantize(qkit.quantize(model[0].weight, model[0].rule.weight)), model[0].bias.clone()
+            model = qkit.convert(model)
+            converted = model(x)
+        assert "on the codes of both sides" in qkit.coverage(model).rows[0].state
+        assert qkit.coverage(model).rows[0].state.startswith("native: ")
+        scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 5e-4}[dtype]  # R13, of abs(x) @ abs(w)
+        rounding = {torch.float32: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[
+            dtype
+        ]  # each side rounds its output
+        bound = tolerance * scale + rounding * converted.double().abs()
+        assert ((prepared - converted).double().abs() <= bound).all()
+
+
+@pytest.mark.parametrize("recipe", ["int8-dynamic-act-int8-weight", "float8-dynamic-act-float8-weight"])
+def test_nan_stays_in_its_row_where_codes_are_multiplied(recipe):
+    model = qkit.convert(linear(outputs=512), recipe)
+    x = torch.randn(20, 1536, device="cuda", dtype=torch.bfloat16)
+    want = model(x)
+    x[3, 5], x[4, 7] = torch.nan, -torch.inf
+    made = model(x)
+    assert made[3:5].isnan().all()
+    assert torch.equal(made[:3], want[:3])
+    assert torch.equal(made[5:], want[5:])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int4-g64",
+        "int8-dynamic-act-int8-weight",
+        "float8-dynamic-act-float8-weight",
+        "mxfp4",
+        "nvfp4",
+        "int4-g64-minmax",
+    ],
+)
+def test_converted_models_compile_on_cuda(recipe):
+    model = qkit.convert(linear(outputs=512), recipe)
+    x = torch.randn(40, 1536, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        eager = model(x)
+        compiled = torch.compile(model, fullgraph=True)(x)
+    torch.testing.assert_close(
+        compiled, eager, rtol=2**-7, atol=5e-3
+    )  # bf16: inductor rounds after the bias, eager before
+
+
+def test_what_no_kernel_takes_is_named():
+    model = qkit.convert(linear(outputs=520), "float8-dynamic-act-float8-weight")
+    assert "multiples of 16, not 1536 and 520" in qkit.coverage(model).rows[0].state
+    model = qkit.convert(linear(torch.float32, outputs=512), "float8-dynamic-act-float8-weight")
+    assert "come out in bfloat16, and the model is float32" in qkit.coverage(model).rows[0].state
+    model = qkit.convert(linear(), "mxfp4")
+    assert f"{torch.cuda.get_device_name()} has no kernel for e2m1-g32-rceil" in qkit.coverage(model).rows[0].state
+
+
+def test_a_model_that_moves_changes_its_kernel():
+    model = qkit.convert(linear(outputs=512), "int4-g64")
+    codes = qkit.backend("torchao").unpack(model[0]).codes.cpu()
+    states = []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        states.append(qkit.coverage(model).rows[0].state.partition(":")[0])
+        assert torch.equal(qkit.backend("torchao").unpack(model[0]).codes.cpu(), codes)
+    assert states == ["decoded first", "native"]
+
+
+def test_switches_and_ranges_work_in_cuda_graphs():
+    model = qkit.prepare(linear(outputs=512), "int8-static-act-int8-weight").eval()
+    x = torch.randn(8, 1536, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        with qkit.calibrating(model):
+            model(x)
+        on = model(x)
+        with qkit.disabled(model):
+            off = model(x)
+        compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            made = compiled(x).clone()
+        torch.testing.assert_close(made, on, rtol=2**-7, atol=5e-3)  # bf16 rounding of the output
+        with qkit.disabled(model):
+            torch.testing.assert_close(compiled(x).clone(), off, rtol=2**-7, atol=5e-3)  # as above

@@ -73,5 +73,6 @@ def test_the_toy_passes_the_conformance_suite(installed: Path) -> None:
     assert " passed" in done.stdout
 
 
-def test_the_toy_is_a_backend_under_a_hundred_lines() -> None:
-    assert len((PLUGINS / "toy" / "qkit_toy" / "backend.py").read_text().splitlines()) <= 100
+def test_the_toy_is_a_backend_under_a_hundred_lines_of_code() -> None:
+    lines = (PLUGINS / "toy" / "qkit_toy" / "backend.py").read_text().splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 100

@@ -17,6 +17,12 @@ GRID = Grid("int4", 32)
 RECIPE = Recipe("test", (Rule(("*",), weight=GRID),))
 
 
+@pytest.fixture(autouse=True)
+def _no_compiled_code():
+    """torch gives up after eight compilations of one code object, here `Sequential.forward`."""
+    torch.compiler.reset()
+
+
 def mlp(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32, bias=False)).to(dtype)

@@ -9,14 +9,14 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.backend import Layer, Trainer
+from qkit.backend import NOTHING, Layer, Mode, Trainer
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.recipe import Rule
+from qkit.recipe import Kind, Rule, Ste
 from qkit_mlx import ops, surgery, training
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
-from qkit_mlx.layers import FakeEmbedding, FakeLinear
+from qkit_mlx.layers import FakeEmbedding, FakeLinear, switch
 
 
 class MlxBackend:
@@ -50,9 +50,23 @@ class MlxBackend:
         """See `Backend.dequantize`."""
         return ops.dequantize(q)
 
-    def fake_quantize(self, w: mx.array, grid: Grid) -> mx.array:
+    def fake_quantize(
+        self,
+        w: mx.array,
+        grid: Grid,
+        *,
+        ste: Ste = "identity",
+        scales: mx.array | None = None,
+        zeros: mx.array | None = None,
+    ) -> mx.array:
         """See `Backend.fake_quantize`."""
-        return ops.fake_quantize(w, grid)
+        return ops.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
+
+    def unclipped(
+        self, w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
+    ) -> mx.array:
+        """See `Backend.unclipped`."""
+        return ops.unclipped(w, grid, scales=scales, zeros=zeros)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` under `mx.compile`."""
@@ -91,16 +105,36 @@ class MlxBackend:
         weight: mx.array = module["weight"]
         return weight
 
+    def make(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
+        """See `Backend.make`."""
+        outputs, inputs = weight.shape
+        layer = nn.Embedding(outputs, inputs) if kind == "embedding" else nn.Linear(inputs, outputs, bias=False)
+        layer.weight = self.from_numpy(weight)
+        return layer
+
     def fake(self, module: Any, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
         return FakeEmbedding(module, rule) if isinstance(module, nn.Embedding) else FakeLinear(module, rule)
 
-    def pack(self, module: Any, q: QTensor[Any], rule: Rule) -> nn.Module:
+    def switch(self, module: Any, mode: Mode) -> None:
+        """See `Backend.switch`."""
+        switch(module, mode)
+
+    def pack(
+        self,
+        module: Any,
+        q: QTensor[Any],
+        rule: Rule,
+        *,
+        static: Mapping[str, NDArray[Any]] = NOTHING,
+        owner: Any = None,  # never given: here a head that shares the embedding's weight is its method `as_linear`
+    ) -> nn.Module:
         """See `Backend.pack`."""
         here = q.map(lambda array: array if isinstance(array, mx.array) else self.from_numpy(array))
         if isinstance(module, nn.Embedding):
             return deploy_embedding(here, rule)
-        return deploy_linear(here, rule, module.get("bias"))
+        scales = {name: self.from_numpy(array) for name, array in static.items()}
+        return deploy_linear(here, rule, bias=module.get("bias"), static=scales)
 
     def unpack(self, module: Any) -> QTensor[mx.array]:
         """See `Backend.unpack`."""
@@ -110,6 +144,11 @@ class MlxBackend:
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Backend.replace`."""
         return surgery.replace(model, modules)
+
+    def run(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
+        """See `Backend.run`."""
+        with training.evaluating(module):
+            return self.to_numpy(module(self.from_numpy(x)))
 
     # whole models
 

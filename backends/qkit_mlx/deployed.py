@@ -1,33 +1,42 @@
 """Converted layers: MLX's own quantised layers where they hold the grid exactly; where not, layers that decode first.
 
-All of them compute in fp32 from scales held in fp32, whatever the model is cast to; linear layers give back the type of
-their input, embeddings that of the weight they were made from, or of the last cast.
+They compute in fp32 from scales held in fp32, whatever the model is cast to, but for bfloat16 on a GPU (see `_direct`).
+Linear layers give back the type of their input, embeddings that of the weight they were made from, or of the last cast.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.errors import StageError
+from qkit.backend import NOTHING
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Rule
 from qkit_mlx import ops
 from qkit_mlx.containers import Container, Contents, contain, contained, container_for
+from qkit_mlx.exact import Exact
 from qkit_mlx.packing import packed_codes, unpacked_codes
+from qkit_mlx.static import given
 
-SCALES = ("scales", "biases", "tensor_scale")  #: what R11 holds in float32
-TYPES = {dtype: name for name, dtype in ops.DTYPE.items()}
+DIRECT_BITS = 4  #: integers up to here may be decoded in bfloat16; see `_direct`
+
+#: Arrays of a converted layer, besides those of its weight.
+STORED = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 
-def deploy_linear(q: QTensor[mx.array], rule: Rule, bias: mx.array | None) -> "DeployedLinear | PackedLinear":
+def deploy_linear(
+    q: QTensor[mx.array], rule: Rule, *, bias: mx.array | None = None, static: Mapping[str, mx.array] = NOTHING
+) -> "DeployedLinear | PackedLinear":
     """The linear layer that holds the codes of `q` [outputs, inputs]; all of it is frozen."""
     container = container_for(q.grid, q.shape[-1])
     layer = DeployedLinear(q, container, rule) if container else PackedLinear(q, rule)
     if bias is not None:
         layer.bias = bias
+    for name, array in static.items():
+        layer[name] = array
     layer.freeze()
     return layer
 
@@ -40,31 +49,14 @@ def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | P
     return layer
 
 
-class _Exact(nn.Module):
-    """A module whose scales stay float32 when the model around it is cast (R11); the cast changes `dtype` instead.
-
-    `Module.set_dtype`, `apply` and `update` of a model write into the modules below it as into dicts, so that this is
-    the one place that all of them pass.
-    """
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        held = self.get(name)
-        if name not in SCALES or held is None or held.dtype != mx.float32 or value.dtype == mx.float32:
-            super().__setitem__(name, value)
-        elif value.dtype in TYPES and mx.array_equal(held.astype(value.dtype), value):
-            self.dtype = TYPES[value.dtype]
-        else:
-            raise StageError(f"{name} of a converted layer are float32, and {value.dtype} ones were put in their place")
-
-
 # Held by MLX
 
 
-class DeployedLinear(_Exact, nn.QuantizedLinear):
+class DeployedLinear(Exact, nn.QuantizedLinear):
     """MLX's quantised linear layer, filled with given codes.
 
-    Adds what MLX's lacks: the grid of the input, the power of two of `nvfp4`, and an output of the type that came in
-    (MLX's would be float32, the type of the scales).
+    Adds what MLX's lacks: the grids of input and output, the power of two of `nvfp4`, and an output of the type that came
+    in (MLX's would be float32, the type of the scales).
     """
 
     def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
@@ -72,15 +64,17 @@ class DeployedLinear(_Exact, nn.QuantizedLinear):
         _hold(self, q, container, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = _matmul(self, _on_grid(x, self.rule.activation))
-        return _finish(y, x, self.get("bias"))
+        rule = self.rule
+        y = _matmul(self, _on_grid(x, self, rule.activation, "input") if rule.activation else x)
+        y = _finish(y, x, self.get("bias"))
+        return _on_grid(y, self, rule.output, "output") if rule.output else y
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
         return _held(self)
 
 
-class DeployedEmbedding(_Exact, nn.QuantizedEmbedding):
+class DeployedEmbedding(Exact, nn.QuantizedEmbedding):
     """MLX's quantised embedding, filled with given codes; values are computed in fp32 and rounded once."""
 
     def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
@@ -92,8 +86,8 @@ class DeployedEmbedding(_Exact, nn.QuantizedEmbedding):
         biases = self.get("biases")
         values = mx.dequantize(
             self["weight"][x],
-            scales=self["scales"][x],
-            biases=None if biases is None else biases[x],
+            scales=cast(mx.array, _wide(self["scales"][x])),
+            biases=None if biases is None else _wide(biases[x]),
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
@@ -112,25 +106,56 @@ class DeployedEmbedding(_Exact, nn.QuantizedEmbedding):
 
 def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
     contents = contain(q, container)
+    layer.direct = _direct(q, container)
+    if layer.direct and contents.biases is not None:
+        narrow = [array.astype(mx.bfloat16) for array in (contents.scales, contents.biases)]
+        contents = replace(contents, scales=narrow[0], biases=narrow[1])
     layer.weight, layer.scales, layer.biases = contents.weight, contents.scales, contents.biases
     layer.group_size, layer.bits, layer.mode = container.group, container.bits, container.mode
     if contents.tensor_scale is not None:
         layer.tensor_scale = contents.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.execution = f"MLX {type(layer).__mro__[2].__name__}, {_words(q.grid, container)}"
+    layer.native = True
+    layer.execution = f"{type(layer).__mro__[2].__name__}, {_words(q.grid, container)}"
+
+
+def _direct(q: QTensor[mx.array], container: Container) -> bool:
+    """Whether MLX's GPU kernels may compute with bfloat16 inputs as they are, as they do for MLX's own layers.
+
+    They decode in bfloat16 then. Small floats stay exact. Symmetric integers have exact scales and biases, but code * scale
+    rounds before the bias is added: values are off by up to 0.054 of a step at 4 bits (0.027 if rounded once), by 0.98 at 8.
+    """
+    exact = container.mode != "affine" or (q.grid.symmetric and container.bits <= DIRECT_BITS)
+    return exact and q.dtype == "bfloat16" and _on_gpu()
+
+
+def _on_gpu() -> bool:
+    return bool(mx.default_device().type == mx.gpu)
+
+
+def _wide(array: mx.array | None) -> mx.array | None:
+    """Scales and biases that were narrowed, in float32 again; exactly."""
+    return array.astype(mx.float32) if array is not None and array.dtype == mx.bfloat16 else array
 
 
 def _held(layer: Any) -> QTensor[mx.array]:
-    contents = Contents(layer["weight"], layer["scales"], layer.get("biases"), layer.get("tensor_scale"))
+    scales, biases = cast(mx.array, _wide(layer["scales"])), _wide(layer.get("biases"))
+    contents = Contents(layer["weight"], scales, biases, layer.get("tensor_scale"))
     return contained(contents, layer.grid, inputs=layer.inputs, dtype=layer.dtype)
 
 
 def _matmul(layer: Any, x: mx.array) -> mx.array:
+    """`x` times the transposed weight, in fp32; in bfloat16 where the layer is `direct`."""
+    scales, biases = layer["scales"], layer.get("biases")
+    if not (layer.direct and x.dtype == mx.bfloat16 and _on_gpu()):
+        x = x.astype(mx.float32)
+        if layer.direct:
+            scales, biases = _wide(scales), _wide(biases)
     y = mx.quantized_matmul(
-        x.astype(mx.float32),
+        x,
         layer["weight"],
-        scales=layer["scales"],
-        biases=layer.get("biases"),
+        scales=scales,
+        biases=biases,
         transpose=True,
         group_size=layer.group_size,
         bits=layer.bits,
@@ -155,7 +180,7 @@ def _words(grid: Grid, container: Container) -> str:
 # Decoded first
 
 
-class PackedLinear(_Exact):
+class PackedLinear(Exact):
     """A linear layer on a grid that MLX has no container for: holds canonical words, and decodes them at every call."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
@@ -163,15 +188,17 @@ class PackedLinear(_Exact):
         _keep(self, q, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = _on_grid(x, self.rule.activation).astype(mx.float32) @ _values(self).T
-        return _finish(y, x, self.get("bias"))
+        rule = self.rule
+        on_grid = _on_grid(x, self, rule.activation, "input") if rule.activation else x
+        y = _finish(on_grid.astype(mx.float32) @ _values(self).T, x, self.get("bias"))
+        return _on_grid(y, self, rule.output, "output") if rule.output else y
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
         return _kept(self, self["weight"], self["scales"], self.get("zeros"))
 
 
-class PackedEmbedding(_Exact):
+class PackedEmbedding(Exact):
     """An embedding on a grid that MLX has no container for: decodes only the rows that are looked up."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
@@ -199,7 +226,8 @@ def _keep(layer: Any, q: QTensor[mx.array], rule: Rule) -> None:
     if q.zeros is not None:
         layer.zeros = q.zeros
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.execution = f"decoded first: MLX has no container for {q.grid}"
+    layer.native = False
+    layer.execution = f"MLX has no container for {q.grid}"
 
 
 def _kept(layer: Any, words: mx.array, scales: mx.array, zeros: mx.array | None) -> QTensor[mx.array]:
@@ -215,8 +243,9 @@ def _values(layer: Any) -> mx.array:
 # Both
 
 
-def _on_grid(x: mx.array, activation: Grid | None) -> mx.array:
-    return ops.fake_quantize(x, activation) if activation else x
+def _on_grid(x: mx.array, layer: Any, grid: Grid, name: str) -> mx.array:
+    """What goes in or comes out, on its grid."""
+    return ops.fake_quantize(x, grid, **given(layer, grid, name=name))
 
 
 def _finish(y: mx.array, x: mx.array, bias: mx.array | None) -> mx.array:
@@ -225,5 +254,5 @@ def _finish(y: mx.array, x: mx.array, bias: mx.array | None) -> mx.array:
     return y.astype(x.dtype)
 
 
-#: What a converted layer can be. Besides its arrays each has `rule`, `grid`, `inputs`, `dtype` and `execution`.
+#: What a converted layer can be. Besides its arrays each has `rule`, `grid`, `inputs`, `dtype`, `native`, `execution`.
 DEPLOYED = (DeployedLinear, DeployedEmbedding, PackedLinear, PackedEmbedding)

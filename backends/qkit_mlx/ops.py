@@ -1,11 +1,9 @@
 """`qkit/reference.py` in MLX, function by function: the same codes, scales and values, bit for bit. Arrays only.
 
-Small floats are coded and decoded with integers and powers of two, never with `mx.to_fp8` or `mx.quantize`: MLX has no
-e5m2, and its own quantisers differ between devices. Every line is elementwise or a reduction, for `mx.compile` to fuse.
+Small floats are coded with integers and powers of two: MLX has no e5m2, and its own quantisers differ between devices.
 """
 
-from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -13,6 +11,7 @@ from qkit import element as constants
 from qkit.element import ELEMENTS, STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
+from qkit.recipe import Ste
 
 E4M3 = ELEMENTS["e4m3"]
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -50,25 +49,29 @@ def dequantize(q: QTensor[mx.array]) -> mx.array:
     return to_dtype((values * each(scale_values(q))).reshape(q.shape), q.dtype)
 
 
-def fake_quantize(w: mx.array, grid: Grid) -> mx.array:
+def fake_quantize(
+    w: mx.array, grid: Grid, *, ste: Ste = "identity", scales: mx.array | None = None, zeros: mx.array | None = None
+) -> mx.array:
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
-    Its gradient with respect to `w` is the identity: straight through the rounding.
+    The gradient with respect to `w` is the identity, or zero where `w` is not `unclipped` if `ste` is "masked". `scales`
+    (fp32 steps) and `zeros` are given where quantization is static; a NaN then spoils itself only. They get no gradient.
     """
-    rounded: mx.array = _straight_through(grid)(w)
-    return rounded
+
+    def through(w: mx.array, slope: mx.array, *_: mx.array) -> mx.array:
+        return slope if ste == "identity" else mx.where(unclipped(w, grid, scales=scales, zeros=zeros), slope, 0)
+
+    # MLX asks for the jvp of what is inside too, and bit patterns have none
+    function: Any = mx.custom_function(lambda w: _round_to_grid(mx.stop_gradient(w), grid, scales, zeros))
+    function.vjp(through)
+    function.jvp(through)
+    return cast(mx.array, function(w))
 
 
-@cache
-def _straight_through(grid: Grid) -> Any:
-    function: Any = mx.custom_function(lambda w: _round_to_grid(w, grid))
-    function.vjp(lambda w, cotangent, rounded: cotangent)
-    function.jvp(lambda w, tangent: tangent)
-    return function
-
-
-def _round_to_grid(w: mx.array, grid: Grid) -> mx.array:
+def _round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None, zeros: mx.array | None) -> mx.array:
     x = group(w, grid)
+    if scales is not None:
+        return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x, grid.element)
         values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
@@ -86,11 +89,47 @@ def _round_to_grid(w: mx.array, grid: Grid) -> mx.array:
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
+def unclipped(w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None) -> mx.array:
+    """Where `w` [..., n] rounds to a code without being clipped. `scales` and `zeros` as for `fake_quantize`."""
+    x = group(w, grid)
+    step, z = _steps(x, grid) if scales is None else (scales, zeros)
+    if grid.element.kind == "float":
+        return (mx.abs(x) <= each(grid.element.largest * step)).reshape(w.shape)
+    q, lowest = mx.round(x / each(step)), grid.element.lowest
+    if z is not None:
+        q, lowest = q + each(z.astype(mx.float32)), 0
+    return ((q >= lowest) & (q <= lowest + grid.element.levels)).reshape(w.shape)
+
+
 def scale_values(q: QTensor[mx.array]) -> mx.array:
     """The fp32 step of every group [..., groups]: what a code is multiplied with."""
     if q.tensor_scale is not None:
         return e4m3_values(q.scales) * q.tensor_scale
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
+
+
+def _static_values(x: mx.array, grid: Grid, s: mx.array, zeros: mx.array | None) -> mx.array:
+    """The values of grouped `x` on given fp32 steps; NaN where `x` is not finite."""
+    if zeros is not None:
+        z = zeros.astype(mx.float32)
+        values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+    elif grid.element.kind == "integer":
+        values = symmetric_codes(x, s, grid.element) * each(s)
+    else:
+        values = float_values(float_codes(x, exponent(s), grid.element), grid.element) * each(s)
+    return values + poison(x)
+
+
+def _steps(x: mx.array, grid: Grid) -> tuple[mx.array, mx.array | None]:
+    """The fp32 step of every group of `x`, and its zero point under `minmax`."""
+    if grid.scale == "minmax":
+        return asymmetric_scale(x, grid.element)
+    if grid.element.kind == "integer":
+        return symmetric_scale(x, grid), None
+    if grid.scale == "nvfp4":
+        tensor_scale = tensor_power(x)
+        return e4m3_values(block_scale(x, tensor_scale)) * tensor_scale, None
+    return power(scale_code(amax(x), grid)), None
 
 
 # Shapes and types
@@ -144,8 +183,8 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
         s = round_to_bfloat16(peak * STEP[element.name, "signed"])
         least = mx.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
         return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
-    peak = amax(x)
-    return mx.maximum(round_to_bfloat16(peak * STEP[element.name, grid.scale]), constants.MIN_SCALE) + poison(peak)
+    s = round_to_bfloat16((peak := amax(x)) * STEP[element.name, grid.scale])
+    return mx.maximum(s, constants.MIN_SCALE) + poison(peak)
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
@@ -188,6 +227,11 @@ def ceil_exponent(x: mx.array) -> mx.array:
     return (u >> 23) + ((u & 0x7FFFFF) != 0).astype(mx.int32)
 
 
+def exponent(s: mx.array) -> mx.array:
+    """The inverse of `power`."""
+    return (bits(s) >> 23).astype(mx.uint8)
+
+
 def power(c: mx.array) -> mx.array:
     """2^(c-127) for codes 1 .. 254."""
     return (c.astype(mx.int32) << 23).view(mx.float32)
@@ -227,12 +271,8 @@ def e2m1_codes(x: mx.array, s: mx.array) -> mx.array:
 
 
 def nearest_codes(y: mx.array, element: Element) -> mx.array:
-    """The bits of `y`, clipped already, as an 8-bit `element`, ties to even; stands in for the cast of `ml_dtypes`.
-
-    Neighbours are a quantum apart, a power of two, so that y/quantum is exact; rounding up into the next power of two
-    carries into the exponent by itself.
-    """
-    u = bits(y)
+    """The bits of `y`, clipped already, as an 8-bit `element`, ties to even; stands in for the cast of `ml_dtypes`."""
+    u = bits(y)  # neighbours are a power of two apart; rounding up carries into the exponent by itself
     exponent = mx.maximum(((u >> 23) & 0xFF) - 127, element.min_exponent)
     significand = mx.round(mx.abs(y) * power(127 + element.mantissa - exponent)).astype(mx.int32)
     sign = ((u >> 31) & 1) << 7

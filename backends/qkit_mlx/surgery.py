@@ -9,16 +9,15 @@ import mlx.nn as nn
 from qkit.backend import Layer
 from qkit.errors import ArtifactError, BackendError
 from qkit.recipe import Kind
-from qkit_mlx.deployed import DEPLOYED, PackedEmbedding
-from qkit_mlx.layers import FakeEmbedding, FakeLinear
+from qkit_mlx.deployed import DEPLOYED, STORED, PackedEmbedding
+from qkit_mlx.layers import FakeEmbedding, FakeLinear, mode_of
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """Every module that a rule could speak of: ours, linear and embedding layers, and whatever MLX would quantize."""
-    found = [_layer(path, module) for path, module in _modules(model)]
-    return [layer for layer in found if layer is not None]
+    """Every module that a rule could speak of, and every other array of two or more dimensions, in the order of the model."""
+    return [layer for path, module in _modules(model) for layer in _listed(path, module)]
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -113,8 +112,8 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, module in _modules(model):
         if not isinstance(module, DEPLOYED):
             yield from _arrays(module, path)
-        elif "bias" in module:
-            yield _join(path, "bias"), module, "bias"
+        else:
+            yield from ((_join(path, key), module, key) for key in STORED if key in module)
 
 
 def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -133,27 +132,57 @@ def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 # Layers
 
 
+def _listed(path: str, module: Any) -> Iterator[Layer]:
+    """The layer that `module` is, if it is one, and every other weight that it holds itself."""
+    layer = _layer(path, module)
+    if layer:
+        yield layer
+    if isinstance(module, (*DEPLOYED, FakeLinear, FakeEmbedding)):
+        return
+    known = ("weight", "bias", "scales", "biases") if layer else ("bias", "scales", "biases")
+    for name, container, key in _arrays(module, path):
+        array = container[key]
+        held = mx.issubdtype(array.dtype, mx.floating) or _words(array, module)
+        if held and array.ndim > 1 and not (container is module and key in known):
+            yield _other(name, module, array)
+
+
 def _layer(path: str, module: Any) -> Layer | None:
     kind: Kind = "embedding" if isinstance(module, EMBEDDINGS) else "linear"
     if isinstance(module, DEPLOYED):
         shape = (module["weight"].shape[0], module.inputs)
-        return Layer(path, kind, shape, module, "converted", module.rule, module.execution)
+        native, execution = module.native, module.execution
+        return Layer(path, kind, shape, module, "converted", module.rule, native=native, execution=execution)
     if isinstance(module, (FakeLinear, FakeEmbedding)):
-        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule)
+        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule, mode_of(module))
     if type(module) in (nn.Linear, nn.Embedding):
         return Layer(path, kind, tuple(module.weight.shape), module)
     name = type(module).__name__
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        outputs, words = module.weight.shape
         return Layer(
-            path, kind, (outputs, words * 32 // module.bits), module, obstacle=f"quantized by MLX already ({name})"
+            path, kind, _unpacked(module["weight"], module), module, obstacle=f"quantized by MLX already ({name})"
         )
     if isinstance(module, nn.Linear):
         return Layer(path, kind, tuple(module.weight.shape), module, obstacle=f"a subclass of Linear ({name})")
     if isinstance(module, nn.Embedding):
         return Layer(path, kind, tuple(module.weight.shape), module, obstacle=f"a subclass of Embedding ({name})")
-    if hasattr(module, "to_quantized") and isinstance(module.get("weight"), mx.array):
-        return Layer(
-            path, kind, tuple(module.weight.shape), module, obstacle=f"neither a Linear nor an Embedding ({name})"
-        )
     return None
+
+
+def _other(path: str, module: Any, array: mx.array) -> Layer:
+    """A row of coverage for a weight that no rule speaks of: of a convolution, of stacked experts, of anyone's module."""
+    name = type(module).__name__
+    if _words(array, module):
+        return Layer(path, "other", _unpacked(array, module), module, obstacle=f"quantized by MLX already ({name})")
+    obstacle = f"of a {name}, which is neither a linear layer nor an embedding"
+    return Layer(path, "other", tuple(array.shape), module, obstacle=obstacle)
+
+
+def _words(array: mx.array, module: Any) -> bool:
+    """Whether MLX packed a weight into `array`."""
+    return array.dtype == mx.uint32 and "scales" in module
+
+
+def _unpacked(words: mx.array, module: Any) -> tuple[int, ...]:
+    """Shape of the weight that MLX packed into 32-bit words."""
+    return (*words.shape[:-1], words.shape[-1] * 32 // module.bits)

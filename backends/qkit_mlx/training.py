@@ -60,14 +60,14 @@ def _clipped(gradients: Any, largest: float) -> Any:
 
 def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
     """Mean next-token loss over `tokens` [batch, length + 1] in nats, with the model in evaluation mode."""
-    with _evaluating(model):
+    with evaluating(model):
         total = sum(np.array(_nats(model, mx.array(part))).sum(dtype=np.float64) for part in _parts(tokens))
     return float(total) / tokens[:, 1:].size
 
 
 def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Logits [batch, length, vocabulary] of the model in evaluation mode."""
-    with _evaluating(model):
+    with evaluating(model):
         return np.concatenate([np.array(model(mx.array(part)).astype(mx.float32)) for part in _parts(tokens)])
 
 
@@ -83,7 +83,7 @@ def _parts(tokens: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module has the mode it had."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

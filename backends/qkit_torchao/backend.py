@@ -142,6 +142,11 @@ class TorchaoBackend:
     def _tensor(self, array: Any) -> Tensor:
         return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
 
+    def run(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
+        """See `Backend.run`."""
+        with training.evaluating(module):
+            return self.to_numpy(module(self.from_numpy(x)))
+
     # whole models
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:

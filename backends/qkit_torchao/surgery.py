@@ -32,7 +32,7 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if id(child) in swaps:
                 parent._modules[name] = swaps[id(child)]
-                _call_children(parent)
+    _call_children(model)
     values: dict[int, Any] = {}
     for new in modules.values():
         if isinstance(new, FAKE):
@@ -51,13 +51,21 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
 
 
-def _call_children(parent: nn.Module) -> None:
-    """Has a `TransformerEncoderLayer` call its layers: in evaluation it would read their weights and skip them.
+def _call_children(model: nn.Module) -> None:
+    """Has transformer encoders call layers of ours: in evaluation torch's fused path would read their weights instead.
 
-    Its own switch for that, as of torch 2.13, is whether its activation is one that the fused kernel knows.
+    Its own switches for that, as of torch 2.13: whether a layer's activation is one that the fused kernel knows, and whether an
+    encoder packs masked inputs for it.
     """
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_ours(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(map(_has_ours, module.layers)):
+            module.use_nested_tensor = False
+
+
+def _has_ours(parent: nn.Module) -> bool:
+    return any(isinstance(child, (*FAKE, *PACKED)) for child in parent.children())
 
 
 def _owner(path: str, module: Any, first: dict[int, str]) -> str:
@@ -106,11 +114,6 @@ def _others(path: str, module: nn.Module) -> Iterator[Layer]:
 
 
 def _why_not(module: nn.Module) -> str:
-    name = type(module).__name__
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
         return "nn.MultiheadAttention reads its weights itself"
-    return (
-        f"{name} reads its weights itself"
-        if isinstance(module, nn.MultiheadAttention)
-        else f"{name} is no linear layer"
-    )
+    return f"{type(module).__name__} is no linear layer"

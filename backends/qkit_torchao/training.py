@@ -42,14 +42,14 @@ class TorchTrainer:
 
 def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
     """Mean loss in nats per predicted token of `tokens` [batch, length + 1]."""
-    with _evaluating(model):
+    with evaluating(model):
         parts = [_loss(model, ids, reduction="sum") for ids in _ids(model, tokens).split(ROWS)]
     return float(torch.stack(parts).double().sum()) / tokens[:, 1:].size
 
 
 def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Logits of every position of `tokens` [batch, length] -> float32 [batch, length, vocabulary]."""
-    with _evaluating(model):
+    with evaluating(model):
         parts = [_logits(model, ids).float().cpu() for ids in _ids(model, tokens).split(ROWS)]
     return torch.cat(parts).numpy()
 
@@ -71,7 +71,8 @@ def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has the mode it had."""
     were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,22 +1,41 @@
-"""`qkit backends`: what is installed, and whether it can be used here."""
+"""`qkit backends`: which engines are ready, and what each does with every recipe."""
 
 from dataclasses import asdict
+from typing import Annotated
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
 import qkit
-from qkit.cli.console import Json, console, print_json
+from qkit.cli.console import Json, Type, console, print_json
+from qkit.cli.probing import probe_all, show_probes
 
 
-def backends(as_json: Json = False) -> None:
-    """List the backends, ready or not, and why not."""
+def backends(
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Try every recipe on every engine that is ready: native, decoded or missing."),
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Where to probe, such as cpu or cuda.")] = None,
+    dtype: Annotated[Type, typer.Option(help="Type of the layer that is probed.")] = Type.bfloat16,
+    as_json: Json = False,
+) -> None:
+    """List the backends, ready or not, and why not; with --probe, try out what they do."""
     found = qkit.backends()
+    if probe:
+        ready = [qkit.backend(status.name) for status in found if status.ready]
+        probes = probe_all(ready, map(qkit.recipe, qkit.recipes()), dtypes=[dtype.value], device=device)
+        if as_json:
+            print_json([asdict(one) | {"exact": one.exact} for one in probes])
+        else:
+            show_probes(probes)
+        return
     if as_json:
         print_json([asdict(status) for status in found])
         return
     table = Table("name", "framework", "ready", "reason")
     for status in found:
-        ready = Text("yes", "green") if status.ready else Text("no", "red")
-        table.add_row(status.name, status.framework, ready, status.reason)
+        ready_or_not = Text("yes", "green") if status.ready else Text("no", "red")
+        table.add_row(status.name, status.framework, ready_or_not, status.reason)
     console.print(table)

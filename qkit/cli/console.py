@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,15 @@ PAPER = 140  #: columns where the output is not a terminal
 #: No markup: what is printed is often the user's own text, and `*.[a-z]_proj` is a pattern. Color is given by `Text`.
 console = Console(width=None if sys.stdout.isatty() else PAPER, markup=False, emoji=False)
 errors = Console(stderr=True, markup=False, emoji=False)
+
+
+class Type(StrEnum):
+    """`DType`, as Typer wants choices."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 

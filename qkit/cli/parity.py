@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -12,7 +11,8 @@ from rich.text import Text
 
 import qkit
 from qkit.backend import Backend
-from qkit.cli.console import Json, console, errors, print_json
+from qkit.cli.console import Json, Type, console, errors, print_json
+from qkit.cli.probing import probe_all, show_probes
 from qkit.grid import Grid
 from qkit.parity import Parity, compare_many
 from qkit.qtensor import DTYPES, DType
@@ -22,14 +22,6 @@ from qkit.testing.tensors import all_grids
 Work = tuple[Backend, DType, bool]  #: engine, type, compiled
 Rows = Mapping[str, list[Grid]]  #: name of a row of the matrix -> its grids
 MISMATCH = 1
-
-
-class Type(StrEnum):
-    """`DType`, as Typer wants choices."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def parity(
@@ -44,7 +36,9 @@ def parity(
         bool | None,
         typer.Option("--compiled/--no-compiled", help="Only compiled, or only eager; eager by default."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every grid there is, eager and compiled.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every grid there is, eager and compiled, and layers of every recipe.")
+    ] = False,
     size: Annotated[int, typer.Option(min=1, help="Random numbers per grid, besides the adversarial ones.")] = 16384,
     as_json: Json = False,
 ) -> None:
@@ -60,11 +54,16 @@ def parity(
     if not work:
         raise typer.BadParameter("numpy has no compiler, so nothing is left to compare", param_hint="--compiled")
     results = _run(work, rows, size)
+    probed = map(qkit.recipe, recipe or qkit.recipes()) if every else []
+    probes = probe_all(engines, probed, dtypes=dtypes, device=None)
     if as_json:
-        print_json([asdict(result) | {"grid": str(result.grid), "exact": result.exact} for result in results])
+        grids = [asdict(result) | {"grid": str(result.grid), "exact": result.exact} for result in results]
+        print_json([*grids, *(asdict(one) | {"exact": one.exact} for one in probes)])
     else:
         _show(results, rows)
-    if not all(result.exact for result in results):
+        if probes:
+            show_probes(probes)
+    if not all([*(result.exact for result in results), *(one.exact for one in probes)]):
         raise typer.Exit(MISMATCH)
 
 

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from qkit import reference
 from qkit.backend import Backend
 from qkit.grid import Grid
-from qkit.parity import compare, compare_many
+from qkit.parity import compare, compare_many, static_parts
 from qkit.qtensor import DTYPES, DType
 from qkit.registry import backend as choose
-from qkit.testing.surgery import Surgery
+from qkit.testing.activations import Activations
+from qkit.testing.kinds import Kinds
 from qkit.testing.tensors import all_grids, coupled, random, tensors
 
 GRIDS = all_grids()
@@ -131,8 +132,8 @@ class ArrayConformance:
         assert np.isnan(engine.magnitude(engine.from_numpy(w)))
 
 
-class Conformance(ArrayConformance, Surgery):
-    """All the laws. A subclass gives `backend`, what `Surgery` asks for, and `gradient` if it has one."""
+class Conformance(ArrayConformance, Activations, Kinds):
+    """All the laws. A subclass gives `backend`, what `Surgery` and `Kinds` ask for, and `gradient` if it has one."""
 
     def gradient(self, function: Callable[[Any], Any], x: Any) -> Any:
         """The gradient of the sum of `function(x)` with respect to `x`, an array of the engine."""
@@ -145,6 +146,21 @@ class Conformance(ArrayConformance, Surgery):
         for grid in GRIDS:
             made = self.gradient(partial(engine.fake_quantize, grid=grid), engine.from_numpy(w))
             assert (engine.to_numpy(made) == np.ones_like(w)).all(), grid
+
+    def test_the_masked_gradient_is_zero_where_a_value_was_clipped(self) -> None:
+        """On every grid; `signed` and `midmax` clip the extreme of the other sign, static scales anything."""
+        engine, w = self.engine, random((4, 128), 6)
+        for grid in GRIDS:
+            made = self.gradient(partial(engine.fake_quantize, grid=grid, ste="masked"), engine.from_numpy(w))
+            assert (engine.to_numpy(made) == reference.unclipped(w, grid)).all(), grid
+            if given := static_parts(grid, w):
+                scales = dict(zip(("scales", "zeros"), map(engine.from_numpy, given), strict=False))
+                function = partial(engine.fake_quantize, grid=grid, ste="masked", **scales)
+                inside = engine.to_numpy(self.gradient(function, engine.from_numpy(w)))
+                assert 0 < np.count_nonzero(inside) < inside.size
+                assert (
+                    inside == reference.unclipped(w, grid, **dict(zip(("scales", "zeros"), given, strict=False)))
+                ).all()
 
 
 def _same_group(shape: tuple[int, ...], place: tuple[int, ...], grid: Grid) -> NDArray[np.bool_]:

@@ -8,19 +8,22 @@ from numpy.typing import NDArray
 from toyframe import Linear, Module, Tensor
 
 import qkit
-from qkit.backend import Layer
-from qkit.errors import ArtifactError
+from qkit.backend import Layer, Mode
+from qkit.errors import ArtifactError, BackendError
 from qkit.numpy_backend import NumpyBackend
 from qkit.qtensor import QTensor
-from qkit.recipe import Rule
+from qkit.recipe import Kind, Rule
 
 
 class FakeLinear(Linear):
     """A linear layer that computes with the quantized values of its weight; the master stays where it was."""
 
     rule: Rule
+    mode: Mode = "on"
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.mode == "off":
+            return super().__call__(x)
         return Linear(qkit.fake_quantize(self.weight, self.rule.weight), self.bias)(x)
 
 
@@ -49,18 +52,32 @@ class ToyBackend(NumpyBackend):
     def layers(self, model: Module) -> Iterable[Layer]:
         for path, module in _walk(model, ""):
             if isinstance(module, PackedLinear):
-                yield Layer(path, "linear", module.q.shape, module, "converted", module.rule, "decoded first")
+                yield Layer(path, "linear", module.q.shape, module, "converted", module.rule, execution="one product")
             elif isinstance(module, Linear):
                 stage = "prepared" if isinstance(module, FakeLinear) else "float"
-                yield Layer(path, "linear", module.weight.shape, module, stage, getattr(module, "rule", None))
+                rule, mode = getattr(module, "rule", None), getattr(module, "mode", "on")
+                yield Layer(path, "linear", module.weight.shape, module, stage, rule, mode)
 
     def weight(self, module: Linear) -> Tensor:
         return module.weight
 
+    def make(self, kind: Kind, weight: NDArray[Any]) -> Linear:
+        if kind != "linear":
+            raise BackendError(f"toyframe has no {kind} layers")
+        return Linear(Tensor(weight), Tensor(np.zeros(len(weight), weight.dtype)))
+
     def fake(self, module: Linear, rule: Rule) -> FakeLinear:
+        if rule.slots or rule.ste != "identity":
+            raise BackendError("toyframe quantizes weights only, and passes gradients as they are")
         layer = FakeLinear(module.weight, module.bias)
         layer.rule = rule
         return layer
+
+    def switch(self, module: FakeLinear, mode: Mode) -> None:
+        module.mode = mode
+
+    def run(self, module: Module, x: NDArray[Any]) -> NDArray[Any]:
+        return self.to_numpy(module(Tensor(x)))
 
     def pack(self, module: Linear, q: QTensor[Any], rule: Rule, **_: Any) -> PackedLinear:
         return PackedLinear(q.map(self.to_numpy).map(self.from_numpy), module.bias, rule)

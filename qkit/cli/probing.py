@@ -1,0 +1,75 @@
+"""The table of recipes and engines that `qkit backends --probe` and `qkit parity --all` show."""
+
+from collections.abc import Iterable
+
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from qkit.backend import Backend
+from qkit.cli.console import console, errors
+from qkit.probe import Probe, probe, worst
+from qkit.qtensor import DType
+from qkit.recipe import Recipe
+
+COLORS = {"native": "green", "decoded": "yellow", "missing": "red"}
+
+
+def probe_all(
+    engines: Iterable[Backend], recipes: Iterable[Recipe], *, dtypes: Iterable[DType], device: str | None
+) -> list[Probe]:
+    """Every recipe on every engine that has modules, with progress on standard error."""
+    recipes, dtypes = list(recipes), list(dtypes)
+    found: list[Probe] = []
+    description = TextColumn("{task.description}", markup=False)
+    with Progress(SpinnerColumn(), description, console=errors, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        for engine in engines:
+            if not hasattr(engine, "layers"):
+                continue
+            placed = engine.on(device) if device else engine
+            for recipe in recipes:
+                progress.update(task, description=f"{engine.name} {recipe.name}")
+                for dtype in dtypes:
+                    found += probe(placed, recipe, dtype=dtype, device=device or "")
+    return found
+
+
+def show_probes(probes: list[Probe]) -> None:
+    """A row for each recipe, a column for each engine, and below what the cells mean."""
+    engines = list(dict.fromkeys(one.backend for one in probes))
+    table = Table("recipe", *engines)
+    for name in dict.fromkeys(one.recipe for one in probes):
+        table.add_row(
+            name, *(_cell([one for one in probes if (one.recipe, one.backend) == (name, e)]) for e in engines)
+        )
+    console.print(table)
+    means: dict[tuple[str, str, str], list[str]] = {}
+    for one in probes:
+        means.setdefault((one.backend, one.outcome, one.detail), []).append(one.recipe)
+    for (backend, outcome, detail), names in means.items():
+        known = list(dict.fromkeys(names))
+        which = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
+        console.print(f"{backend} {outcome}: {detail} ({which})", highlight=False)
+    wrong = [one for one in probes if one.outcome != "missing" and not one.exact]
+    for one in wrong:
+        console.print(
+            f"{one.backend} {one.recipe} {one.dtype}: {one.codes} of {one.compared} codes and scales differ, outputs by "
+            f"{one.difference:.2g} of abs(x) @ abs(w)",
+            style="red",
+            highlight=False,
+        )
+    compared = sum(one.compared for one in probes)
+    console.print(
+        f"{len(probes)} layers prepared and converted: {sum(one.codes for one in probes)} mismatches in {compared:,} codes "
+        f"and scales, {len(wrong)} with outputs or codes that differ",
+        highlight=False,
+    )
+
+
+def _cell(probes: list[Probe]) -> Text:
+    if not probes:
+        return Text("")
+    outcome = worst(probes)
+    wrong = outcome != "missing" and not all(one.exact for one in probes)
+    return Text(f"{outcome}, wrong" if wrong else outcome, "red" if wrong else COLORS[outcome])
