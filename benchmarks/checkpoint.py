@@ -1,7 +1,8 @@
 """Quantizing a checkpoint on disk: `qkit quantize` beside `mlx_lm.convert`, llm-compressor's `model_free_ptq` and `cp`.
 
 One generated Llama-shaped directory in bfloat16, each program a process of its own, in turn, on cached files; medians with
-the spread of the repeats, ratios, and the peak of anonymous memory (RssAnon of the process and its children, sampled).
+the spread of the repeats, ratios, and the peak of anonymous memory (Pss_Anon of the process and its children, sampled:
+pages that processes share count once).
 
 Usage: python benchmarks/checkpoint.py [--gigabytes 2.2] [--repeats 3] [--folder DIR] [--compressor PYTHON]
 
@@ -129,11 +130,11 @@ def _watch(process: "subprocess.Popen[bytes]", peak: list[int]) -> None:
 def _anonymous(pid: int) -> int:
     """Bytes of anonymous memory of a process and of its children."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon")), 0)
     return own + sum(_anonymous(int(child)) for child in children)
 
 

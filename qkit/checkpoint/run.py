@@ -39,6 +39,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor
 
 COPY = 1 << 20  #: bytes of a block that is only copied
+WORKERS = min(os.cpu_count() or 1, 4)  #: more than these wait for the disk, and each takes memory
 HEARTBEAT = 0.2  #: seconds between two looks of a worker whether its parent lives
 Tick = Callable[[str, int], None]
 
