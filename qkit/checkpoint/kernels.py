@@ -31,7 +31,7 @@ def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
     if grid.element.kind == "float":
         return reference.quantize(w, grid)
     e = extremes(w, grid)
-    x = _widened(w).reshape(grid.group_shape(w.shape))
+    x = w.astype(np.float32).reshape(grid.group_shape(w.shape))
     if grid.symmetric:
         s, z = reference.symmetric_scale(e, grid), None
         low, high = grid.element.lowest, grid.element.highest
@@ -70,12 +70,3 @@ def extremes(w: NDArray[Any], grid: Grid) -> reference.Floats:
     np.maximum(high.view(signed), 0, out=high.view(signed))  # negative floats are negative integers,
     np.maximum(low, 1 << 8 * w.itemsize - 1, out=low)  # and large unsigned ones, of which -0.0 is the least
     return np.moveaxis(out.view(w.dtype).astype(np.float32), 0, -1)
-
-
-def _widened(w: NDArray[Any]) -> reference.Floats:
-    """`w.astype(np.float32)`; for bfloat16 on integers."""
-    if w.dtype.name != "bfloat16":
-        return w.astype(np.float32)
-    bits = w.view(np.uint16).astype(np.uint32)
-    bits <<= 16
-    return bits.view(np.float32)
