@@ -62,7 +62,9 @@ def _fold(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     codes = np.ascontiguousarray(codes)
     while bits < 8:
         pairs = codes.view("<u2")
-        codes = (pairs | pairs >> (8 - bits)).astype(np.uint8)
+        joined = pairs >> (8 - bits)
+        joined |= pairs
+        codes = joined.astype(np.uint8)
         bits *= 2
     return codes.view("<u4")
 

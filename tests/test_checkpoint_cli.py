@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_checkpoint_hostile import CONFIG, INDEX, tensors
 
+from qkit import PlanError
 from qkit.checkpoint.output import Output
+from qkit.cli.quantize import quantize
 
 
 def qkit(*arguments, **options):
@@ -206,3 +211,39 @@ def test_progress_is_for_terminals_only(folder, tmp_path):
     assert b"MB/s" in os.read(leader, 1 << 16)
     os.close(leader)
     assert qkit("quantize", folder, tmp_path / "b", "-r", "int4-g64").stderr == ""
+
+
+def test_a_disk_without_room_is_found_before_any_work(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(PlanError, match=r"out needs 3\d.\d kB, and .* has 10.0 kB free: make room"):
+        quantize(folder, tmp_path / "out", "int4-g64")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_stays_below_what_the_plan_says_and_150_mb(tmp_path):
+    """On 100 MB of bfloat16, anonymous memory of all processes, sampled; the pages they share counted once."""
+    source = tmp_path / "in"
+    source.mkdir()
+    w = np.ones((4096, 4096), ml_dtypes.bfloat16)
+    save_file({f"{i}.weight": w for i in range(3)}, source / "model.safetensors")
+    told = json.loads(qkit("plan", source, "-r", "int4-g64-minmax", "--json").stdout)["peak_memory_bytes"]
+    command = [sys.executable, "-c", "from qkit.cli import main; main()", "quantize", source, tmp_path / "out"]
+    peak = 0
+    with subprocess.Popen([*command, "-r", "int4-g64-minmax"], stdout=subprocess.DEVNULL) as running:
+        while running.poll() is None:
+            peak = max(peak, anonymous(running.pid))
+    assert running.returncode == 0
+    assert 0 < peak < told < 150e6
+
+
+def anonymous(pid):
+    """Bytes of anonymous memory of a process and its children, shared pages divided among them."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon")), 0)
+    return own + sum(anonymous(int(child)) for child in children)

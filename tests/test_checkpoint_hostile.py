@@ -281,7 +281,7 @@ def test_nothing_in_the_directory_is_run_or_copied_unasked(folder):
 def test_a_source_that_shrinks_meanwhile_is_an_error(folder):
     plan = make_plan(folder, qkit.recipe("int4-g64"))
     os.truncate(folder / SECOND, 2000)
-    with pytest.raises(qkit.ArtifactError, match=f"{SECOND} ends within .*: it has changed since"):
+    with pytest.raises(qkit.ArtifactError, match=f"{SECOND}: .* ends early: the file has changed since"):
         quantize_directory(
             plan, folder.with_name("out"), engine=qkit.backend("numpy"), workers=2, tick=lambda name, done: None
         )

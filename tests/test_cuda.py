@@ -22,7 +22,7 @@ def test_int4_runs_on_tinygemm_with_our_codes(recipe):
     want = qkit.quantize(model[0].weight.detach(), grid)
     values, bias = qkit.dequantize(want), model[0].bias.detach().clone()
     model = qkit.convert(model, recipe)
-    assert "Int4TilePackedTo4dTensor" in model[0].execution
+    assert qkit.coverage(model).rows[0].state == "native: torchao Int4TilePackedTo4dTensor (tinygemm)"
     held = qkit.backend("torchao").unpack(model[0])
     assert torch.equal(held.codes, want.codes)
     assert torch.equal(held.scales, want.scales)
@@ -48,7 +48,9 @@ def test_prepared_and_converted_agree_on_cuda(recipe, dtype):
         scale = x.float().abs() @ weight.float().abs().T
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 5e-4}[dtype]  # of abs(x) @ abs(w)
     bound = tolerance * scale
-    if "Tile" in model[0].execution:  # torchao rounds the product to bfloat16, adds the bias and rounds again
+    if (
+        "Tile" in qkit.coverage(model).rows[0].state
+    ):  # torchao rounds the product to bfloat16, adds the bias and rounds again
         bound += 2**-8 * (converted.float().abs() + model[0].bias.float().abs())
     assert ((prepared - converted).float().abs() <= bound).all()
 

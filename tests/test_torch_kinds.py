@@ -274,3 +274,44 @@ def test_converted_models_with_activations_compile_to_the_same_numbers(name):
             model(x)
     model = qkit.convert(model)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=0, atol=1e-5)  # matmul order
+
+
+# products of codes, whose kernels run on the CPU too, though layers take them on CUDA only
+
+
+@pytest.mark.parametrize(
+    "on_x", [Grid("int8", "row"), Grid("int8", "row", "minmax"), Grid("int4", "row"), Grid("int8", "tensor")]
+)
+@pytest.mark.parametrize("ste", ["identity", "masked"])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows):
+    from qkit_torchao.products import Int8Linear
+
+    engine, grids = qkit.backend("torchao"), (Grid("int8", "row", "midmax"), on_x)
+    x, layer = inputs(2 * rows).reshape(2, rows, 64), mlp()[0]
+    low, high = x.min().item() / 2, x.max().item() / 2
+    q = qkit.quantize(torch.tensor([low, high]), on_x) if on_x.group == "tensor" else None
+    given = {} if q is None else {"scales": q.scales, "zeros": q.zeros}
+    results = []
+    for products in (True, False):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias)]
+        if products:
+            y = Int8Linear.apply(*leaves, grids, ste, given.get("scales"), given.get("zeros"))
+        else:
+            values = engine.fake_quantize(leaves[0], on_x, ste=ste, **given)
+            y = nn.functional.linear(values, engine.fake_quantize(leaves[1], grids[0], ste=ste), leaves[2])
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)  # one adds integers, the other fp32
+
+
+def test_nan_in_a_product_of_codes_stays_in_its_row():
+    from qkit_torchao.products import Int8Linear
+
+    x, layer, grids = inputs(), mlp()[0], (Grid("int8", "row"), Grid("int8", "row"))
+    want = Int8Linear.apply(x, layer.weight, layer.bias, grids, "identity", None, None)
+    x[1, 3], x[2, 0] = torch.nan, torch.inf
+    made = Int8Linear.apply(x, layer.weight, layer.bias, grids, "identity", None, None)
+    assert made[1:3].isnan().all()
+    assert torch.equal(made[[0, 3, 4]], want[[0, 3, 4]])

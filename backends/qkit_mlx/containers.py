@@ -1,4 +1,8 @@
-"""How a `QTensor` goes into one of MLX's own containers and comes back; `qkit.interop.mlx_lm` says into which. Arrays only."""
+"""How a `QTensor` goes into one of MLX's own containers and comes back; `qkit.interop.mlx_lm` says into which. Arrays only.
+
+`mx.qqmm` (`nn.QQLinear`) is not among the choices: it quantizes its input by MLX's rule, which is not ours to state; it takes no
+bias; and on the CPU it does not run (0.32.4: "NYI for the general case"), so that nothing of it could be compared here.
+"""
 
 from dataclasses import dataclass
 from typing import cast

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from qkit.backend import Mode
 from qkit.element import AVERAGE
 from qkit.grid import Grid
+from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import ops
+from qkit_torchao import ops, products
+from qkit_torchao.execution import why_no_kernel
 from qkit_torchao.values import Values
 
 EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
@@ -31,6 +33,12 @@ class _Prepared(nn.Module):
     gate: Tensor
     mode: Mode
     calibrating: bool
+
+    @property
+    def weight_grid(self) -> Grid:
+        """The grid of the weight, which every rule of a prepared layer has."""
+        assert self.rule.weight is not None
+        return self.rule.weight
 
     def train(self, mode: bool = True) -> Any:
         """As any module; besides, the quantized values are made anew at the next use."""
@@ -59,17 +67,21 @@ class _Prepared(nn.Module):
         return x if self.mode == "off" else self._quantized(x, name, grid)
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
+        given = self._scales(x, name, grid)
+        return x if self.calibrating and given else ops.fake_quantize(x, grid, ste=self.rule.ste, **given)
+
+    def _scales(self, x: Tensor, name: str, grid: Grid) -> dict[str, Any]:
+        """`scales` and `zeros` for `ops.fake_quantize`, where the slot is static, after a look at `x`; else empty."""
         if self.rule.range == "dynamic":
-            return ops.fake_quantize(x, grid, ste=self.rule.ste)
+            return {}
         seen = self.get_buffer(f"{name}_range")
         if self.calibrating:
             seen.copy_(_wider(seen, _extremes(x)))
-            return x
-        if self.training and self.rule.range == "average":
+        elif self.training and self.rule.range == "average":
             seen.copy_(torch.where(self.gate, _averaged(seen, _extremes(x)), seen))
         q = ops.quantize(seen, grid)
         scales = ops.scale_values(q) + ops.poison(ops.amax(seen))  # NaN, as long as nothing was seen
-        return ops.fake_quantize(x, grid, ste=self.rule.ste, scales=scales, zeros=q.zeros)
+        return {"scales": scales, "zeros": q.zeros}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but keeps ranges in float32; the gate is set again, in case `fn` gave empty memory."""
@@ -88,8 +100,33 @@ class FakeLinear(_Prepared, nn.Linear):
         """x [..., inputs] -> [..., outputs]."""
         device = self.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        y = F.linear(self.slot(x, "input", self.rule.activation), self.weight_values(dtype), self.bias)
+        if self._multiplies_codes(x):
+            y = self._product(x)
+        else:
+            y = F.linear(self.slot(x, "input", self.rule.activation), self.weight_values(dtype), self.bias)
         return self.slot(y, "output", self.rule.output)
+
+    def _multiplies_codes(self, x: Tensor) -> bool:
+        """Whether a kernel will multiply int8 codes once the layer is converted, so that training must, too.
+
+        Here a switch is asked for by Python, and compiled code follows by compiling once more: products of integers and of
+        floats are two kernels, and no tensor chooses between them.
+        """
+        if products.kind(self.weight_grid, self.rule.activation) != "int8" or self.weight.device.type != "cuda":
+            return False
+        if self.mode != "on" or x.dtype != self.weight.dtype:
+            return False
+        shape = (self.out_features, self.in_features)
+        return not why_no_kernel(self.rule, device=x.device, dtype=dtype_of(x), shape=shape)
+
+    def _product(self, x: Tensor) -> Tensor:
+        assert self.rule.activation is not None
+        given = self._scales(x, "input", self.rule.activation)
+        grids = (self.weight_grid, self.rule.activation)
+        y: Tensor = products.Int8Linear.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, grids, self.rule.ste, given.get("scales"), given.get("zeros")
+        )
+        return y
 
 
 class FakeEmbedding(_Prepared, nn.Embedding):

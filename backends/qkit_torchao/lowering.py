@@ -70,7 +70,9 @@ def _raise_integer(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
 def fits_tiles(q: QTensor[Tensor]) -> bool:
     """Whether tinygemm's kernel takes `q`: int4 in its groups, and no zero points, which it would hold as rounded bfloat16."""
     on_tensor_cores = q.codes.is_cuda and torch.cuda.get_device_capability(q.codes.device) >= (8, 0)
-    fits = q.grid.element.bits == 4 and q.grid.symmetric and q.grid.group in (32, 64, 128, 256) and len(q.shape) == 2
+    fits = (
+        q.grid.element.name == "int4" and q.grid.symmetric and q.grid.group in (32, 64, 128, 256) and len(q.shape) == 2
+    )
     return on_tensor_cores and fits and q.dtype == "bfloat16"
 
 

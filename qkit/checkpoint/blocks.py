@@ -96,10 +96,13 @@ def check_finite(w: NDArray[Any], *, name: str, first: int, shape: tuple[int, ..
 
 
 def _check(w: NDArray[Any], least: int, what: str, name: str, first: int, shape: tuple[int, ...]) -> None:
-    pattern = PATTERNS[w.dtype.name][0]
-    bits = w.view(pattern) & pattern((1 << 8 * w.itemsize - 1) - 1)  # without the sign
-    if bits.size and bits.max() >= least:
-        at = int(np.argmax(bits >= least))
+    bits = w.view(PATTERNS[w.dtype.name][0])
+    sign = 1 << 8 * w.itemsize - 1
+    signed = bits.view(f"i{w.itemsize}")
+    if bits.size and (
+        signed.max() >= least or bits.max() >= sign + least
+    ):  # the largest positive and the largest negative
+        at = int(np.argmax((bits & bits.dtype.type(sign - 1)) >= least))
         place = [int(i) for i in np.unravel_index(first + at, shape)]
         raise RangeError(
             f"{name} holds {float(w.reshape(-1)[at]):g} at {place}: only finite values {what}; find what made it"

@@ -4,18 +4,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from threading import Lock
 from types import TracebackType
 
 from qkit.checkpoint import swap
 from qkit.checkpoint.layout import INDEX, SHARD_BYTES, Slot, lay_out
+from qkit.checkpoint.pen import Pen, write_all
 from qkit.errors import ArtifactError, QkitError
 
 SEAL = "qkit.json"  #: in the directory: what was written, with a digest for every tensor
-CHUNK = 1 << 20
+FLUSH = 64 << 20  #: bytes that are closed before they are sent to the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def write_directory(
 
 
 class Output:
-    """A directory being written, aside; it takes its place when the block ends well. Its methods may run in any thread.
+    """A directory being written, aside; it takes its place when the block ends well.
 
     `write` each of `missing` and `close` it. A tensor that is closed is in a journal, with its digest; with a `fingerprint`,
     a later run with the same one goes on from there, after it has read the digests again. A run that fails otherwise than
@@ -88,7 +89,8 @@ class Output:
         self.journal = self.folder.with_name(f".{self.folder.name}.journal")
         self._digests: dict[str, str] = {}
         self._opened: dict[str, int] = {}
-        self._mutex = Lock()
+        self._pen = Pen(self.aside, self.layout.places)
+        self._flusher, self._flushes, self._unflushed = ThreadPoolExecutor(1), list[Future[None]](), 0
 
     @property
     def missing(self) -> list[str]:
@@ -117,19 +119,16 @@ class Output:
 
     def write(self, name: str, block: bytes | memoryview, *, offset: int = 0) -> int:
         """Puts `block` at `offset` of tensor `name`; returns its length."""
-        place = self.layout.places[name]
-        data = memoryview(block).cast("B")
-        if offset + len(data) > place.nbytes:
-            raise ValueError(f"{name} has {place.nbytes} bytes: {len(data)} at {offset} are too many")
-        _write(self._opened[place.file], data, place.begin + offset)
-        return len(data)
+        return self._pen.write(name, block, offset=offset)
 
-    def close(self, name: str) -> None:
-        """Says that every byte of tensor `name` is written."""
-        digest = self._digest(name)
-        with self._mutex:
-            self._digests[name] = digest
-            self._note([name, digest])
+    def close(self, name: str, *, digest: str | None = None) -> None:
+        """Says that every byte of tensor `name` is written; `digest` is what a `Pen` of another process gave for it."""
+        self._digests[name] = digest or self._pen.digest(name)
+        self._note([name, self._digests[name]])
+        self._unflushed += self.layout.places[name].nbytes
+        if self._unflushed > FLUSH:  # the disk works while the next tensors are made
+            self._unflushed = 0
+            self._flushes.append(self._flusher.submit(self._sync))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
@@ -141,6 +140,8 @@ class Output:
         else:
             self._tidy(error)
         finally:
+            self._flusher.shutdown()
+            self._pen.close()
             for descriptor in (*self._opened.values(), self._lock):
                 os.close(descriptor)
             self._opened.clear()
@@ -182,25 +183,17 @@ class Output:
         for file, header in self.layout.headers.items():
             path = self.aside / file
             self._opened[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            _write(self._opened[file], header, 0)
+            write_all(self._opened[file], header, 0)
             os.truncate(self._opened[file], self.layout.sizes[file])
         os.truncate(self._lock, 0)
         self._note(["fingerprint", self.fingerprint])
         for name, digest in closed.items():  # what was closed is read again: the machine may have lost power since
-            if name in self.layout.places and self._digest(name) == digest:
+            if name in self.layout.places and self._pen.digest(name) == digest:
                 self._digests[name] = digest
                 self._note([name, digest])
 
     def _note(self, entry: list[str]) -> None:
-        _write(self._lock, (json.dumps(entry) + "\n").encode(), os.fstat(self._lock).st_size)
-
-    def _digest(self, name: str) -> str:
-        place = self.layout.places[name]
-        found = hashlib.sha256()
-        for begin in range(place.begin, place.begin + place.nbytes, CHUNK):
-            length = min(CHUNK, place.begin + place.nbytes - begin)
-            found.update(os.pread(self._opened[place.file], length, begin))
-        return found.hexdigest()
+        write_all(self._lock, (json.dumps(entry) + "\n").encode(), os.fstat(self._lock).st_size)
 
     # ending
 
@@ -212,10 +205,15 @@ class Output:
                 stray.unlink()
         for name, content in {**self.files, SEAL: self._seal(self._digests)}.items():
             _write_file(self.aside / name, _content(content))
-        for descriptor in self._opened.values():
-            os.fsync(descriptor)
+        for flush in self._flushes:
+            flush.result()  # the system tells a failed write once, and perhaps there
+        self._sync()
         swap.sync_folder(self.aside)
         swap.put_in_place(self.aside, self.folder)
+
+    def _sync(self) -> None:
+        for descriptor in self._opened.values():
+            os.fsync(descriptor)
 
     def _seal(self, digests: Mapping[str, str]) -> bytes:
         table = {
@@ -259,18 +257,10 @@ def sealed(folder: Path) -> Collection[str]:
         raise ArtifactError(f"{folder / SEAL}: not what qkit writes ({error!r}): choose another folder") from None
 
 
-def _write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Every byte that is written goes through here."""
-    left = memoryview(data)
-    while left:
-        done = os.pwrite(descriptor, left, offset)
-        left, offset = left[done:], offset + done
-
-
 def _write_file(file: Path, content: bytes) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        _write(descriptor, content, 0)
+        write_all(descriptor, content, 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from qkit import pipeline
 from qkit.artifact.directory import CONFIG, KEY, Entry, companions, describe, group, quantized_config, read_config
 from qkit.backend import Layer
+from qkit.checkpoint.blocks import row_blocks
 from qkit.checkpoint.families import HEAD, check_whole, layer_of, output_name, tied_head
 from qkit.checkpoint.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
 from qkit.checkpoint.output import Output
@@ -18,7 +19,8 @@ from qkit.interop import compressed_tensors
 from qkit.qtensor import DType
 from qkit.recipe import Recipe, Rule
 
-MAXIMUM = {"base": 60_000_000, "worker": 16_000_000}  #: bytes: Python with NumPy; one worker's blocks
+#: Anonymous bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of a worker for each element of a block.
+BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,10 @@ class Plan:
 
     def peak_memory(self, workers: int) -> int:
         """An upper estimate, in bytes, of the anonymous memory that the NumPy engine needs with so many workers."""
-        return MAXIMUM["base"] + workers * MAXIMUM["worker"]
+        blocks = [next(row_blocks(row.stored.slot.shape)) for row in self.rows if row.rule]
+        widths = [row.stored.slot.shape[1] for row in self.rows if row.rule]
+        largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
+        return BASE + workers * (WORKER + ELEMENT * largest)
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False) -> Plan:

@@ -1,13 +1,16 @@
-"""A plan carried out: tensors stream from the source to the output, block by block, several blocks at a time."""
+"""A plan carried out: tensors stream from the source to the output, block by block, one tensor in each process."""
 
 import hashlib
 import json
 import os
+import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,18 @@ from numpy.typing import NDArray
 
 from qkit.backend import Backend
 from qkit.checkpoint import kernels
-from qkit.checkpoint.blocks import PATTERNS, check_codable, check_finite, encode, offset, row_blocks, sees_whole_tensor
-from qkit.checkpoint.layout import DTYPES
-from qkit.checkpoint.output import Output
+from qkit.checkpoint.blocks import (
+    PATTERNS,
+    Quantize,
+    check_codable,
+    check_finite,
+    encode,
+    offset,
+    row_blocks,
+    sees_whole_tensor,
+)
+from qkit.checkpoint.layout import DTYPES, Place
+from qkit.checkpoint.pen import Pen
 from qkit.checkpoint.plan import Plan, Row
 from qkit.checkpoint.source import Stored
 from qkit.errors import ArtifactError
@@ -27,6 +39,8 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor
 
 COPY = 1 << 20  #: bytes of a block that is only copied
+WORKERS = min(os.cpu_count() or 1, 4)  #: more than these wait for the disk, and each takes memory
+HEARTBEAT = 0.2  #: seconds between two looks of a worker whether its parent lives
 Tick = Callable[[str, int], None]
 
 
@@ -35,8 +49,8 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
 
     Args:
         engine: what makes codes. Their bits do not depend on it.
-        workers: threads; more than one only where the engine is thread-safe, as NumPy is.
-        tick: told the name of a source tensor and how many of its bytes are done, from any thread.
+        workers: processes, for the NumPy engine; any other works alone, in this one.
+        tick: told the name of each source tensor that is done and its bytes.
 
     Raises:
         RangeError: a weight holds what has no codes, or a copied tensor a NaN or an infinity.
@@ -44,13 +58,17 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
     """
     with plan.output(folder, fingerprint=fingerprint(plan)) as output:
         missing = set(output.missing)
-        jobs = []
-        for row in plan.rows:
-            if any(slot.name in missing for slot in row.slots):
-                jobs.append(_Job(row))
-            else:
-                tick(row.stored.slot.name, row.stored.slot.nbytes)
-        _Crew(output, engine, tick).work(jobs, workers)
+        rows = [row for row in plan.rows if any(slot.name in missing for slot in row.slots)]
+        tick("", sum(row.stored.slot.nbytes for row in plan.rows) - sum(row.stored.slot.nbytes for row in rows))
+        rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the longest first, so that all processes end together
+        in_numpy = engine.name == "numpy"
+        quantize = kernels.quantize if in_numpy else partial(_quantize_on, engine)
+        work = partial(_make, folder=output.aside, places=output.layout.places, quantize=quantize)
+        made = _in_processes(work, rows, workers) if in_numpy and workers > 1 else ((row, work(row)) for row in rows)
+        for row, digests in made:
+            for name, digest in digests.items():
+                output.close(name, digest=digest)
+            tick(row.stored.slot.name, row.stored.slot.nbytes)
     return folder
 
 
@@ -70,165 +88,116 @@ def fingerprint(plan: Plan) -> str:
     return json.dumps(stamps)
 
 
-@dataclass(slots=True)
-class _Job:
-    """One row of the plan under way."""
-
-    row: Row
-    left: int = 0
-    low: float = np.inf
-    high: float = -np.inf
-    looking: int = 0
-    looked: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def extremes(self) -> tuple[float, float] | None:
-        """Of the whole tensor, where its grid asks for them."""
-        return (self.low, self.high) if self.sees_whole_tensor else None
-
-    @property
-    def sees_whole_tensor(self) -> bool:
-        return bool(self.row.rule and self.row.rule.weight and sees_whole_tensor(self.row.rule.weight))
+# Processes, not threads: most of NumPy's calls here take some microseconds, and threads would wait for each other between
 
 
-class _Crew:
-    """Threads that take blocks off one list, in order."""
-
-    def __init__(self, output: Output, engine: Backend, tick: Tick) -> None:
-        self.output, self.tick = output, tick
-        self.quantize = kernels.quantize if engine.name == "numpy" else partial(_quantize_on, engine)
-        self.mutex = threading.Lock()
-        self.stop = threading.Event()
-        self.source = _Source()
-
-    def work(self, jobs: Iterable[_Job], workers: int) -> None:
-        """Does all the jobs; the first error of any thread is raised when all have stopped."""
-        tasks = self._tasks(jobs)
-        kernels.keep_memory()
+def _in_processes(
+    work: Callable[[Row], dict[str, str]], rows: Iterable[Row], workers: int
+) -> Iterator[tuple[Row, dict[str, str]]]:
+    """Each row with the digests that `work` gives for it, in the order in which they are done; the first error ends all."""
+    context = get_context("fork" if sys.platform == "linux" else "spawn")  # elsewhere, frameworks do not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
         try:
-            with ThreadPoolExecutor(workers) as pool:
-                hands = [pool.submit(self._hand, tasks) for _ in range(workers)]
-                try:
-                    done, _ = wait(hands, return_when=FIRST_EXCEPTION)
-                finally:
-                    self.stop.set()  # also at Ctrl-C
-            for hand in done:
-                hand.result()
-        finally:
-            self.source.close()
+            pending = {pool.submit(work, row): row for row in rows}
+            for done in as_completed(pending):
+                yield pending[done], done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
-    def _hand(self, tasks: Iterator[Callable[[], None]]) -> None:
-        while not self.stop.is_set():
-            with self.mutex:
-                task = next(tasks, None)
-            if task is None:
-                return
-            try:
-                task()
-            except BaseException:
-                self.stop.set()
-                raise
 
-    def _tasks(self, jobs: Iterable[_Job]) -> Iterator[Callable[[], None]]:
-        for job in jobs:
-            row = job.row
-            if row.rule is None:
-                size = row.stored.slot.nbytes
-                spans = [(begin, min(begin + COPY, size)) for begin in range(0, size, COPY)] or [(0, 0)]
-                verb = self._copy
-            else:
-                spans = list(row_blocks(row.stored.slot.shape))
-                verb = self._quantize
-                if job.sees_whole_tensor:
-                    job.looking = len(spans)
-                    for begin, end in spans:
-                        yield partial(self._look, job, begin, end)
-            job.left = len(spans)
-            for begin, end in spans:
-                yield partial(verb, job, begin, end)
+def _begin(parent: int) -> None:
+    """In a worker: Ctrl-C is the parent's to handle, and without a parent there is nothing to work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_live_with, args=(parent,), daemon=True).start()
 
-    def _copy(self, job: _Job, begin: int, end: int) -> None:
-        stored = job.row.stored
-        data = self.source.read(stored, begin, end)
-        if job.row.dtype in PATTERNS:
+
+def _live_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(HEARTBEAT)
+    os._exit(1)
+
+
+# One tensor
+
+
+def _make(row: Row, *, folder: Path, places: Mapping[str, Place], quantize: Quantize) -> dict[str, str]:
+    """Writes what becomes of one row into the files of `folder`; gives the digest of every tensor written."""
+    kernels.keep_memory()
+    pen, reader = Pen(folder, places), _Reader(row.stored)
+    try:
+        if row.rule is None or row.rule.weight is None:
+            _copy(row, pen, reader)
+        else:
+            _quantize(row, row.rule.weight, pen, reader, quantize)
+        return {slot.name: pen.digest(slot.name) for slot in row.slots}
+    finally:
+        pen.close()
+        reader.close()
+
+
+def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
+    stored, size = row.stored, row.stored.slot.nbytes
+    for begin in range(0, size, COPY):
+        data = reader.read(begin, min(begin + COPY, size))
+        if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
-            check_finite(data.view(job.row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)
-        self.output.write(job.row.slots[0].name, data.data, offset=begin)
-        self._done(job, end - begin)
+            check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)
+        pen.write(row.slots[0].name, data.data, offset=begin)
 
-    def _look(self, job: _Job, begin: int, end: int) -> None:
-        w = self._block(job, begin, end).astype(np.float32)
-        low, high = float(w.min()), float(w.max())
-        with self.mutex:
-            job.low, job.high = min(job.low, low), max(job.high, high)
-            job.looking -= 1
-            if not job.looking:
-                job.looked.set()
 
-    def _quantize(self, job: _Job, begin: int, end: int) -> None:
-        while job.sees_whole_tensor and not job.looked.wait(0.1):
-            if self.stop.is_set():
-                return
-        row, w = job.row, self._block(job, begin, end)
-        assert row.rule is not None
-        assert row.rule.weight is not None
-        parts = encode(w, row.rule.weight, quantize=self.quantize, extremes=job.extremes)
+def _quantize(row: Row, grid: Grid, pen: Pen, reader: "_Reader", quantize: Quantize) -> None:
+    shape = row.stored.slot.shape
+    extremes = _extremes(row, reader) if sees_whole_tensor(grid) else None
+    for begin, w in _blocks(row, reader):
+        parts = encode(w, grid, quantize=quantize, extremes=extremes)
         for slot in row.slots:
-            part = parts[slot.name.rpartition(".")[2]]
-            if slot.name.endswith(".weight_shape"):
-                part = np.array(row.stored.slot.shape, np.int64)
-            place = offset(slot, begin, shape=row.stored.slot.shape, bits=row.rule.weight.element.bits)
+            name = slot.name.rpartition(".")[2]
+            part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
+            place = offset(slot, begin, shape=shape, bits=grid.element.bits)
             if place is not None:
-                self.output.write(slot.name, _bytes(part), offset=place)
-        self._done(job, w.nbytes)
+                pen.write(slot.name, _bytes(part), offset=place)
 
-    def _block(self, job: _Job, begin: int, end: int) -> NDArray[Any]:
-        stored = job.row.stored
-        n = stored.slot.shape[1]
-        width = n * DTYPES[stored.slot.dtype][1]
-        w = self.source.read(stored, begin * width, end * width).view(job.row.dtype).reshape(end - begin, n)
+
+def _extremes(row: Row, reader: "_Reader") -> tuple[float, float]:
+    """The least and the greatest of a whole tensor."""
+    found = [(float(x.min()), float(x.max())) for _, w in _blocks(row, reader) for x in [w.astype(np.float32)]]
+    return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _blocks(row: Row, reader: "_Reader") -> Iterator[tuple[int, NDArray[Any]]]:
+    """Blocks of rows of a weight, each with the number of its first row; good until the next one."""
+    stored, n = row.stored, row.stored.slot.shape[1]
+    width = n * DTYPES[stored.slot.dtype][1]
+    for begin, end in row_blocks(stored.slot.shape):
+        w = reader.read(begin * width, end * width).view(row.dtype).reshape(end - begin, n)
         check_codable(w, name=_name(stored), first=begin * n, shape=stored.slot.shape)
-        return w
-
-    def _done(self, job: _Job, nbytes: int) -> None:
-        with self.mutex:
-            job.left -= 1
-            last = not job.left
-        if last:
-            for slot in job.row.slots:
-                self.output.close(slot.name)
-        self.tick(job.row.stored.slot.name, nbytes)
+        yield begin, w
 
 
-class _Source:
-    """Reads stretches of tensors into one buffer for each thread."""
+class _Reader:
+    """Reads stretches of one tensor into one buffer."""
 
-    def __init__(self) -> None:
-        self._opened: dict[Path, int] = {}
-        self._mutex = threading.Lock()
-        self._local = threading.local()
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        self._opened = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._buffer = np.empty(0, np.uint8)
 
-    def read(self, stored: Stored, begin: int, end: int) -> NDArray[np.uint8]:
-        """Bytes `begin` to `end` of a tensor; good until this thread reads again."""
-        with self._mutex:
-            if stored.file not in self._opened:
-                self._opened[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.size < end - begin:
-            buffer = self._local.buffer = np.empty(end - begin, np.uint8)
-        data: NDArray[np.uint8] = buffer[: end - begin]
-        got = 0
+    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes `begin` to `end` of the tensor; good until the next call."""
+        if self._buffer.size < end - begin:
+            self._buffer = np.empty(end - begin, np.uint8)
+        data, got = self._buffer[: end - begin], 0
         while got < data.size:
-            count = os.preadv(self._opened[stored.file], [data[got:].data], stored.begin + begin + got)
+            count = os.preadv(self._opened, [data[got:].data], self._stored.begin + begin + got)
             if not count:
-                raise ArtifactError(f"{stored.file} ends within {stored.slot.name}: it has changed since it was opened")
+                raise ArtifactError(f"{_name(self._stored)} ends early: the file has changed since it was opened")
             got += count
         return data
 
     def close(self) -> None:
-        """Closes the files."""
-        for descriptor in self._opened.values():
-            os.close(descriptor)
+        """Closes the file."""
+        os.close(self._opened)
 
 
 def _quantize_on(engine: Backend, w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:

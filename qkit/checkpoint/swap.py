@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
@@ -11,26 +12,29 @@ from shutil import rmtree
 from qkit.errors import LockedError
 
 AT_FDCWD = -100
+PATIENCE = 1.0  #: seconds to wait for a lock
 EXCHANGE = 2  #: Linux's RENAME_EXCHANGE and macOS's RENAME_SWAP
 
 
 def lock(file: Path) -> int:
     """A descriptor of `file`, made if need be, that no other process holds; closing it, or dying, lets go.
 
+    Waits for a moment, for the workers of a process that was killed live a little longer than it.
+
     Raises:
         LockedError: another process holds it.
     """
+    deadline = time.monotonic() + PATIENCE
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+        with suppress(FileNotFoundError, BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
-                    return descriptor  # and not one that its last owner has just removed
-        except BlockingIOError:
-            os.close(descriptor)
-            raise LockedError(f"{file} is held by another process, which writes this folder: wait for it") from None
+            if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
+                return descriptor  # and not one that its last owner has just removed
         os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise LockedError(f"{file} is held by another process, which writes this folder: wait for it")
+        time.sleep(PATIENCE / 20)
 
 
 def put_in_place(new: Path, folder: Path) -> None:

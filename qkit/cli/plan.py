@@ -1,6 +1,5 @@
 """`qkit plan MODEL --recipe R`: what would be written, to the byte, before any work."""
 
-import os
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -8,6 +7,7 @@ from rich.table import Table
 
 import qkit
 from qkit.checkpoint.plan import Plan, make_plan
+from qkit.checkpoint.run import WORKERS
 from qkit.cli.console import Json, console, print_json, read_size, size
 from qkit.cli.quantize import CopyCode, Model, RecipeName, ShardSize
 
@@ -17,7 +17,7 @@ def plan(
 ) -> None:
     """Say what a recipe would make of a model's directory. Reads headers only."""
     made = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
-    peak = made.peak_memory(os.cpu_count() or 1)
+    peak = made.peak_memory(WORKERS)
     if as_json:
         print_json(_as_table(made, peak))
         return

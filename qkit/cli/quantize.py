@@ -1,6 +1,6 @@
 """`qkit quantize MODEL OUT --recipe R`: a directory in, a quantized directory out, with no model built."""
 
-import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from rich.text import Text
 
 import qkit
 from qkit.checkpoint.plan import Plan, make_plan
-from qkit.checkpoint.run import quantize_directory
+from qkit.checkpoint.run import WORKERS, quantize_directory
 from qkit.cli.console import console, errors, read_size, size
 
 Model = Annotated[Path, typer.Argument(help="A Hugging Face directory: safetensors and a config.json.")]
@@ -34,7 +34,8 @@ def quantize(
     """Quantize a model's directory, tensor by tensor; interrupted, the same command goes on where it was."""
     engine = qkit.backend(backend).on(device)
     plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
-    workers = (os.cpu_count() or 1) if engine.name == "numpy" else 1
+    _check_room(plan, out)
+    workers = WORKERS if engine.name == "numpy" else 1
     if sys.stderr.isatty():
         with _progress() as bar:
             task = bar.add_task("", total=sum(row.stored.slot.nbytes for row in plan.rows))
@@ -43,11 +44,23 @@ def quantize(
                 out,
                 engine=engine,
                 workers=workers,
-                tick=lambda name, done: bar.update(task, advance=done, description=name),
+                tick=lambda name, done: bar.update(task, advance=done, description=name, refresh=True),
             )
     else:
         quantize_directory(plan, out, engine=engine, workers=workers, tick=lambda name, done: None)
     _report(plan, out)
+
+
+def _check_room(plan: Plan, out: Path) -> None:
+    """Refuses what the disk has no room for before it is begun, not after."""
+    aside = plan.output(out).aside
+    held = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
+    home = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(home).free + held
+    if plan.output_bytes > free:
+        raise qkit.PlanError(
+            f"{out} needs {size(plan.output_bytes)}, and {home} has {size(free)} free: make room, or go elsewhere"
+        )
 
 
 def _report(plan: Plan, out: Path) -> None:
@@ -66,4 +79,6 @@ class _Speed(ProgressColumn):
 
 def _progress() -> Progress:
     name = TextColumn("{task.description}", markup=False)
-    return Progress(BarColumn(), _Speed(), TimeRemainingColumn(), name, console=errors, transient=True)
+    return Progress(
+        BarColumn(), _Speed(), TimeRemainingColumn(), name, console=errors, transient=True, auto_refresh=False
+    )  # no thread: workers are forked
