@@ -96,14 +96,16 @@ def test_mlx_decodes_what_the_reference_does(grid):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
 @pytest.mark.parametrize("rule", ["signed", "absmax", "midmax", "minmax"])
-def test_scales_and_biases_are_stored_exactly(rule, dtype):
-    q = qkit.quantize(weight(dtype), Grid("int8", 64, rule))
+def test_scales_and_biases_are_stored_exactly_in_bfloat16_only_where_mlx_decodes_well_in_it(rule, bits, dtype):
+    q = qkit.quantize(weight(dtype), Grid(f"int{bits}", 64, rule))
     stored = mlx_lm.store(pack(q))
-    zeros = 128 if q.zeros is None else q.zeros.astype(np.float32)
+    zeros = 2 ** (bits - 1) if q.zeros is None else q.zeros.astype(np.float32)
     assert np.array_equal(stored["scales"].astype(np.float32), q.scales)
     assert np.array_equal(stored["biases"].astype(np.float32), -zeros * q.scales)
-    assert stored["scales"].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" and rule != "minmax" else np.float32)
+    narrow = dtype == "bfloat16" and rule != "minmax" and bits <= 4
+    assert stored["scales"].dtype == stored["biases"].dtype == (ml_dtypes.bfloat16 if narrow else np.float32)
 
 
 @pytest.mark.parametrize("grid", [Grid("int4", 48), Grid("int8", 16), Grid("e2m1", 48), Grid("e5m2", 32)], ids=str)

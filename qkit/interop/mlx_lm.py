@@ -20,6 +20,7 @@ from qkit.qtensor import DType
 AFFINE_GROUPS: Final = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it
 MX_GROUP: Final = 32
 MX_MODES: Final = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
+NARROW_BITS: Final = 4  #: most bits of an integer that MLX may decode in bfloat16; see `_kind`
 MODES: Final = {"mxfp4": ("e2m1", 32), "mxfp8": ("e4m3", 32), "nvfp4": ("e2m1", 16)}  #: element and group of each
 
 NAMES: Final = ("weight", "scales", "biases")  #: of the tensors of a weight
@@ -160,11 +161,12 @@ def spread(per_group: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
 
 
 def _kind(grid: Grid, dtype: DType) -> str:
-    """The type of affine scales and biases: exact, and what MLX then computes in.
+    """The type of affine scales and biases, which MLX decodes in and whose type its layers give back.
 
-    bfloat16 holds a scale (R3) and its bias of -2^(bits-1) times that; of -z times that only half of the time.
+    bfloat16 holds a scale (R3) and a bias of -2^(bits-1) times that; of -z times that only half of the time. But MLX rounds
+    code * scale before it adds the bias: above 4 bits values would be off by up to a step (R11).
     """
-    return "bfloat16" if dtype == "bfloat16" and grid.symmetric else "float32"
+    return "bfloat16" if dtype == "bfloat16" and grid.symmetric and grid.element.bits <= NARROW_BITS else "float32"
 
 
 def _folded(packed: Packed) -> NDArray[np.uint8]:
