@@ -142,3 +142,13 @@ def test_a_bias_is_trained_and_kept(name, training):
     optimizer.update(layer, {"bias": found})
     assert not equal(layer.bias, before)
     assert equal(qkit.convert(layer).bias, layer.bias)
+
+
+def test_a_container_without_a_kernel_is_named():
+    from qkit_mlx.containers import Container
+    from qkit_mlx.kernels import _tried, why_no_kernel
+
+    assert why_no_kernel(Container("affine", 4, 64), mx.float32, shape=(32, 128)) == ""
+    assert _tried(Container("affine", 4, 64), mx.float32, (32, 128), "here") == ""
+    said = _tried(Container("affine", 4, 48), mx.float32, (32, 96), "here")
+    assert said.startswith("MLX has no kernel for it on here: ")

@@ -18,6 +18,7 @@ from qkit.recipe import Rule
 from qkit_mlx import ops
 from qkit_mlx.containers import Container, Contents, contain, contained, container_for
 from qkit_mlx.exact import Exact
+from qkit_mlx.kernels import why_no_kernel
 from qkit_mlx.packing import packed_codes, unpacked_codes
 from qkit_mlx.static import given
 
@@ -31,8 +32,8 @@ def deploy_linear(
     q: QTensor[mx.array], rule: Rule, *, bias: mx.array | None = None, static: Mapping[str, mx.array] = NOTHING
 ) -> "DeployedLinear | PackedLinear":
     """The linear layer that holds the codes of `q` [outputs, inputs]; all of it is frozen."""
-    container = container_for(q.grid, q.shape[-1])
-    layer = DeployedLinear(q, container, rule) if container else PackedLinear(q, rule)
+    container, why_not = _container(q)
+    layer = DeployedLinear(q, container, rule) if container else PackedLinear(q, rule, why_not)
     if bias is not None:
         layer.bias = bias
     for name, array in static.items():
@@ -43,10 +44,20 @@ def deploy_linear(
 
 def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | PackedEmbedding":
     """The embedding that holds the codes of `q` [entries, width]; all of it is frozen."""
-    container = container_for(q.grid, q.shape[-1])
-    layer = DeployedEmbedding(q, container, rule) if container else PackedEmbedding(q, rule)
+    container, why_not = _container(q)
+    layer = DeployedEmbedding(q, container, rule) if container else PackedEmbedding(q, rule, why_not)
     layer.freeze()
     return layer
+
+
+def _container(q: QTensor[mx.array]) -> tuple[Container | None, str]:
+    """MLX's container for `q` [outputs, inputs] and a kernel for it; or None, and why."""
+    container = container_for(q.grid, q.shape[-1])
+    if container is None:
+        return None, f"MLX has no container for {q.grid}"
+    dtype = mx.bfloat16 if _direct(q, container) else mx.float32
+    why_not = why_no_kernel(container, dtype, shape=(q.shape[0], q.shape[1]))
+    return (None, why_not) if why_not else (container, "")
 
 
 # Held by MLX
@@ -181,11 +192,11 @@ def _words(grid: Grid, container: Container) -> str:
 
 
 class PackedLinear(Exact):
-    """A linear layer on a grid that MLX has no container for: holds canonical words, and decodes them at every call."""
+    """A linear layer that MLX has no container or no kernel for: holds canonical words, and decodes them at every call."""
 
-    def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
+    def __init__(self, q: QTensor[mx.array], rule: Rule, why: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _keep(self, q, rule)
+        _keep(self, q, rule, why)
 
     def __call__(self, x: mx.array) -> mx.array:
         rule = self.rule
@@ -199,11 +210,11 @@ class PackedLinear(Exact):
 
 
 class PackedEmbedding(Exact):
-    """An embedding on a grid that MLX has no container for: decodes only the rows that are looked up."""
+    """An embedding that MLX has no container or no kernel for: decodes only the rows that are looked up."""
 
-    def __init__(self, q: QTensor[mx.array], rule: Rule) -> None:
+    def __init__(self, q: QTensor[mx.array], rule: Rule, why: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _keep(self, q, rule)
+        _keep(self, q, rule, why)
 
     def __call__(self, x: mx.array) -> mx.array:
         entries = x.flatten()
@@ -221,13 +232,13 @@ class PackedEmbedding(Exact):
         return _kept(self, self["weight"], self["scales"], self.get("zeros"))
 
 
-def _keep(layer: Any, q: QTensor[mx.array], rule: Rule) -> None:
+def _keep(layer: Any, q: QTensor[mx.array], rule: Rule, why: str) -> None:
     layer.weight, layer.scales = packed_codes(q.codes, q.grid.element), q.scales
     if q.zeros is not None:
         layer.zeros = q.zeros
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
     layer.native = False
-    layer.execution = f"MLX has no container for {q.grid}"
+    layer.execution = why
 
 
 def _kept(layer: Any, words: mx.array, scales: mx.array, zeros: mx.array | None) -> QTensor[mx.array]:

@@ -14,7 +14,7 @@ from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_torchao import layers, ops, packed, surgery, training
+from qkit_torchao import layers, ops, packed, straight_through, surgery, training
 
 
 class TorchaoBackend:
@@ -52,7 +52,7 @@ class TorchaoBackend:
         self, w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
     ) -> Tensor:
         """See `Backend.fake_quantize`."""
-        return ops.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
+        return straight_through.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
 
     def unclipped(self, w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
         """See `Backend.unclipped`."""

@@ -13,7 +13,7 @@ from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import ops, products
+from qkit_torchao import ops, products, straight_through
 from qkit_torchao.execution import why_no_kernel
 from qkit_torchao.values import Values
 
@@ -68,10 +68,10 @@ class _Prepared(nn.Module):
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
         given = self._scales(x, name, grid)
-        return x if self.calibrating and given else ops.fake_quantize(x, grid, ste=self.rule.ste, **given)
+        return x if self.calibrating and given else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **given)
 
     def _scales(self, x: Tensor, name: str, grid: Grid) -> dict[str, Any]:
-        """`scales` and `zeros` for `ops.fake_quantize`, where the slot is static, after a look at `x`; else empty."""
+        """`scales` and `zeros` for `fake_quantize`, where the slot is static, after a look at `x`; else empty."""
         if self.rule.range == "dynamic":
             return {}
         seen = self.get_buffer(f"{name}_range")

@@ -4,7 +4,6 @@ Eager mode divides, which IEEE makes exact; compiled code may approximate `/`, s
 products (`quotient`). Constants multiply, because CUDA turns a division by a constant into a product anyway.
 """
 
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from qkit import element as constants
 from qkit.element import STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit.recipe import Ste
 
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -39,20 +37,6 @@ def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
     return QTensor(float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype)
 
 
-def quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | None = None) -> QTensor[Tensor]:
-    """`quantize` on given fp32 steps, whose values are those of `fake_quantize` with the same ones; `w` is finite."""
-    x = group(w, grid)
-    if zeros is not None:
-        q = asymmetric_codes(x, scales, zeros.to(torch.float32), grid.element).to(torch.uint8)
-    elif grid.element.kind == "integer":
-        q = symmetric_codes(x, scales, grid.element).to(torch.int8)
-    else:
-        q, scales = float_codes(x, exponent(scales), grid.element), exponent(scales)
-    shape = grid.scale_shape(tuple(w.shape))
-    zeros = None if zeros is None else zeros.reshape(shape)
-    return QTensor(q.reshape(w.shape), scales.reshape(shape), grid, dtype_of(w), zeros=zeros)
-
-
 def dequantize(q: QTensor[Tensor]) -> Tensor:
     """The values [..., n] of `q`, computed in fp32 and rounded once to `q.dtype`."""
     codes = q.codes.reshape(q.grid.group_shape(q.shape))
@@ -65,44 +49,11 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     return (values * each(scale_values(q))).reshape(q.shape).to(DTYPE[q.dtype])
 
 
-def fake_quantize(
-    w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
-) -> Tensor:
-    """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
-
-    The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator), or,
-    if `ste` is "masked", zero where a value was clipped. `scales` and `zeros`: see `reference.fake_quantize`.
-    """
-    result: Tensor = _StraightThrough.apply(w, grid, ste, scales, zeros)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the quantized value itself. Backward: the gradient as it comes, or where nothing was clipped."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(w: Tensor, grid: Grid, ste: Ste, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
-        return rounded(w, grid, scales=scales, zeros=zeros)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        w, ctx.grid, ctx.ste, scales, zeros = inputs
-        if ctx.ste == "masked":
-            ctx.save_for_backward(w, scales, zeros)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.ste == "identity":
-            return gradients[0], None, None, None, None
-        w, scales, zeros = ctx.saved_tensors
-        inside = unclipped(w, ctx.grid, scales=scales, zeros=zeros)
-        return torch.where(inside, gradients[0], 0.0), None, None, None, None
-
-
 def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
-    """`fake_quantize` without a gradient."""
+    """`reference.fake_quantize`: the values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, in its type.
+
+    Without a gradient; `straight_through.fake_quantize` has one.
+    """
     x = group(w, grid)
     if scales is not None:
         return _static_values(x, grid, scales, zeros).reshape(w.shape).to(w.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qkit.grid import Grid
-from qkit.qtensor import QTensor
+from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
 from qkit_torchao import lowering, ops
 
@@ -30,7 +30,7 @@ def kind(weight: Grid, activation: Grid | None) -> str:
 def quantized(x: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> QTensor[Tensor]:
     """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on given ones."""
     rows = x.reshape(-1, x.shape[-1])
-    return ops.quantize(rows, grid) if scales is None else ops.quantize_static(rows, grid, scales=scales, zeros=zeros)
+    return ops.quantize(rows, grid) if scales is None else _quantize_static(rows, grid, scales=scales, zeros=zeros)
 
 
 def int8(x: QTensor[Tensor], weight: Tensor, scale: Tensor) -> Tensor:
@@ -64,6 +64,20 @@ def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     y = product + ops.poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32))
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], product.shape[-1])
+
+
+def _quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | None = None) -> QTensor[Tensor]:
+    """`quantize` on given fp32 steps, whose values are those of `fake_quantize` with the same ones; `w` is finite."""
+    x = ops.group(w, grid)
+    if zeros is not None:
+        q = ops.asymmetric_codes(x, scales, zeros.to(torch.float32), grid.element).to(torch.uint8)
+    elif grid.element.kind == "integer":
+        q = ops.symmetric_codes(x, scales, grid.element).to(torch.int8)
+    else:
+        q, scales = ops.float_codes(x, ops.exponent(scales), grid.element), ops.exponent(scales)
+    shape = grid.scale_shape(tuple(w.shape))
+    zeros = None if zeros is None else zeros.reshape(shape)
+    return QTensor(q.reshape(w.shape), scales.reshape(shape), grid, dtype_of(w), zeros=zeros)
 
 
 class Int8Linear(torch.autograd.Function):

@@ -5,18 +5,18 @@ from typing import Any
 from torch import Tensor
 
 from qkit.grid import Grid
-from qkit_torchao import lowering, ops
+from qkit_torchao import lowering, straight_through
 
 
 def slot(module: Any, x: Tensor, name: str, grid: Grid | None) -> Tensor:
     """`x` on the grid of the slot `name`, `input` or `output`, if there is one."""
     if grid is None:
         return x
-    return ops.fake_quantize(x, grid, **static_scales(module, name, grid))
+    return straight_through.fake_quantize(x, grid, **static_scales(module, name, grid))
 
 
 def static_scales(module: Any, name: str, grid: Grid) -> dict[str, Any]:
-    """`scales` and `zeros` for `ops.fake_quantize`, where the slot `name` is static; empty where it is dynamic."""
+    """`scales` and `zeros` for `fake_quantize`, where the slot `name` is static; empty where it is dynamic."""
     if module.rule.range == "dynamic":
         return {}
     scales = {"scales": module.get_buffer(f"{name}_scale")}

@@ -8,7 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qkit.grid import Grid
 from qkit.recipe import Ste
-from qkit_torchao import ops
+from qkit_torchao import ops, straight_through
 
 
 class Values:
@@ -28,7 +28,7 @@ class Values:
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """`weight` on the grid, rounded to `dtype`; differentiable, straight through."""
         if _cannot_keep(weight):
-            return ops.fake_quantize(weight, self.grid, ste=self.ste).to(dtype)
+            return straight_through.fake_quantize(weight, self.grid, ste=self.ste).to(dtype)
         stamp = (weight._version, weight.data_ptr(), weight.dtype, dtype, weight.device, _steps_taken)
         if stamp != self._stamp or self._made is None:
             with torch.inference_mode(False):  # or what is kept could not be trained with later

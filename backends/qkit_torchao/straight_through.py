@@ -1,0 +1,46 @@
+"""Fake quantisation with a gradient: the straight-through estimator, as it is or masked."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.grid import Grid
+from qkit.recipe import Ste
+from qkit_torchao import ops
+
+
+def fake_quantize(
+    w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
+) -> Tensor:
+    """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
+
+    The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator), or,
+    if `ste` is "masked", zero where a value was clipped. `scales` and `zeros`: see `reference.fake_quantize`.
+    """
+    result: Tensor = _StraightThrough.apply(w, grid, ste, scales, zeros)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the quantized value itself. Backward: the gradient as it comes, or where nothing was clipped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, grid: Grid, ste: Ste, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
+        return ops.rounded(w, grid, scales=scales, zeros=zeros)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        w, ctx.grid, ctx.ste, scales, zeros = inputs
+        if ctx.ste == "masked":
+            ctx.save_for_backward(w, scales, zeros)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.ste == "identity":
+            return gradients[0], None, None, None, None
+        w, scales, zeros = ctx.saved_tensors
+        inside = ops.unclipped(w, ctx.grid, scales=scales, zeros=zeros)
+        return torch.where(inside, gradients[0], 0.0), None, None, None, None
