@@ -171,6 +171,7 @@ def test_exit_codes(folder, tmp_path):
         done = qkit("quantize", folder, out, "-r", "int4-g64")
         assert done.returncode == 4
         assert "another process" in done.stderr
+    assert "is the model itself" in qkit("quantize", folder, folder, "-r", "int4-g64").stderr
     done = qkit("plan", folder, "-r", "int4-g128")
     assert done.returncode == 5
     assert done.stderr.startswith("qkit: model.layers.0.mlp.gate_proj: 64 inputs do not divide into groups of 128")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from types import TracebackType
 
 from qkit.checkpoint import swap
 from qkit.checkpoint.layout import INDEX, SHARD_BYTES, Slot, lay_out
-from qkit.checkpoint.pen import Pen, write_all
+from qkit.checkpoint.pen import CHUNK, Pen, write_all
 from qkit.errors import ArtifactError, QkitError
 
 SEAL = "qkit.json"  #: in the directory: what was written, with a digest for every tensor
@@ -102,8 +102,8 @@ class Output:
     @property
     def nbytes(self) -> int:
         """Bytes of all the files of the directory; known before the first tensor is, since digests have one length."""
-        others = sum(len(_content(content)) for content in self.files.values())
-        return sum(self.layout.sizes.values()) + others + len(self._seal(dict.fromkeys(self.layout.places, _sha(b""))))
+        others = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.files.values())
+        return sum(self.layout.sizes.values()) + others + len(self._seal(dict.fromkeys(self.layout.places, _sha([]))))
 
     def __enter__(self) -> "Output":
         check_replaceable(self.folder)
@@ -157,10 +157,10 @@ class Output:
 
     def _fingerprint(self, sources: str) -> str:
         """Of everything that the bytes of the directory follow from; headers name the grids and the numerics."""
-        parts = [sources, *(f"{name} {_sha(header)}" for name, header in sorted(self.layout.headers.items()))]
+        parts = [sources, *(f"{name} {_sha([header])}" for name, header in sorted(self.layout.headers.items()))]
         for name, content in sorted(self.files.items()):
-            parts.append(f"{name} {_sha(_content(content))}")
-        return _sha("\n".join(parts).encode())
+            parts.append(f"{name} {_sha(_blocks(content))}")
+        return _sha(["\n".join(parts).encode()])
 
     def _read_journal(self) -> dict[str, str]:
         """What an interrupted run with the same fingerprint had closed."""
@@ -204,7 +204,7 @@ class Output:
             if stray.name not in {*self.layout.headers, *self.files}:
                 stray.unlink()
         for name, content in {**self.files, SEAL: self._seal(self._digests)}.items():
-            _write_file(self.aside / name, _content(content))
+            _write_file(self.aside / name, _blocks(content))
         for flush in self._flushes:
             flush.result()  # the system tells a failed write once, and perhaps there
         self._sync()
@@ -218,7 +218,7 @@ class Output:
     def _seal(self, digests: Mapping[str, str]) -> bytes:
         table = {
             "files": sorted({*self.layout.headers, *self.files}),
-            "headers": {file: _sha(header) for file, header in sorted(self.layout.headers.items())},
+            "headers": {file: _sha([header]) for file, header in sorted(self.layout.headers.items())},
             "tensors": dict(sorted(digests.items())),
         }
         return (json.dumps(table, indent=1) + "\n").encode()
@@ -257,17 +257,25 @@ def sealed(folder: Path) -> Collection[str]:
         raise ArtifactError(f"{folder / SEAL}: not what qkit writes ({error!r}): choose another folder") from None
 
 
-def _write_file(file: Path, content: bytes) -> None:
+def _write_file(file: Path, blocks: Iterable[bytes]) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        write_all(descriptor, content, 0)
+        end = 0
+        for block in blocks:
+            write_all(descriptor, block, end)
+            end += len(block)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _content(content: bytes | Path) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()
+def _blocks(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as stream:
+        while block := stream.read(CHUNK):
+            yield block
 
 
 def _entry(line: str) -> tuple[str, str] | None:
@@ -278,5 +286,8 @@ def _entry(line: str) -> tuple[str, str] | None:
     return str(name), str(digest)
 
 
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha(blocks: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for block in blocks:
+        found.update(block)
+    return found.hexdigest()

@@ -42,6 +42,9 @@ COPY = 1 << 20  #: bytes of a block that is only copied
 WORKERS = min(os.cpu_count() or 1, 4)  #: more than these wait for the disk, and each takes memory
 HEARTBEAT = 0.2  #: seconds between two looks of a worker whether its parent lives
 Tick = Callable[[str, int], None]
+Task = tuple[Row, Mapping[str, Place]]
+Digests = dict[str, str]
+Work = Callable[[Row, Mapping[str, Place]], Digests]
 
 
 def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: int, tick: Tick) -> Path:
@@ -56,6 +59,8 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
         RangeError: a weight holds what has no codes, or a copied tensor a NaN or an infinity.
         ArtifactError, LockedError, OSError: see `Output`; or the source ended early.
     """
+    if folder.resolve() == plan.folder.resolve():
+        raise ArtifactError(f"{folder} is the model itself: choose another folder")
     with plan.output(folder, fingerprint=fingerprint(plan)) as output:
         missing = set(output.missing)
         rows = [row for row in plan.rows if any(slot.name in missing for slot in row.slots)]
@@ -63,9 +68,10 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
         rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the longest first, so that all processes end together
         in_numpy = engine.name == "numpy"
         quantize = kernels.quantize if in_numpy else partial(_quantize_on, engine)
-        work = partial(_make, folder=output.aside, places=output.layout.places, quantize=quantize)
-        made = _in_processes(work, rows, workers) if in_numpy and workers > 1 else ((row, work(row)) for row in rows)
-        for row, digests in made:
+        work = partial(_make, folder=output.aside, quantize=quantize)
+        tasks = [(row, {slot.name: output.layout.places[slot.name] for slot in row.slots}) for row in rows]
+        run = partial(_in_processes, workers=workers) if in_numpy and workers > 1 else _in_turn
+        for row, digests in run(work, tasks):
             for name, digest in digests.items():
                 output.close(name, digest=digest)
             tick(row.stored.slot.name, row.stored.slot.nbytes)
@@ -91,19 +97,23 @@ def fingerprint(plan: Plan) -> str:
 # Processes, not threads: most of NumPy's calls here take some microseconds, and threads would wait for each other between
 
 
-def _in_processes(
-    work: Callable[[Row], dict[str, str]], rows: Iterable[Row], workers: int
-) -> Iterator[tuple[Row, dict[str, str]]]:
-    """Each row with the digests that `work` gives for it, in the order in which they are done; the first error ends all."""
+def _in_processes(work: Work, tasks: Iterable[Task], *, workers: int) -> Iterator[tuple[Row, Digests]]:
+    """Each row with what `work` gives for it, in the order in which they are done; the first error ends all."""
     context = get_context("fork" if sys.platform == "linux" else "spawn")  # elsewhere, frameworks do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
         try:
-            pending = {pool.submit(work, row): row for row in rows}
+            pending = {pool.submit(work, row, places): row for row, places in tasks}
             for done in as_completed(pending):
                 yield pending[done], done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _in_turn(work: Work, tasks: Iterable[Task]) -> Iterator[tuple[Row, Digests]]:
+    """As `_in_processes`, in this one."""
+    for row, places in tasks:
+        yield row, work(row, places)
 
 
 def _begin(parent: int) -> None:
@@ -121,7 +131,7 @@ def _live_with(parent: int) -> None:
 # One tensor
 
 
-def _make(row: Row, *, folder: Path, places: Mapping[str, Place], quantize: Quantize) -> dict[str, str]:
+def _make(row: Row, places: Mapping[str, Place], *, folder: Path, quantize: Quantize) -> Digests:
     """Writes what becomes of one row into the files of `folder`; gives the digest of every tensor written."""
     kernels.keep_memory()
     pen, reader = Pen(folder, places), _Reader(row.stored)
