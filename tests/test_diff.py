@@ -12,6 +12,7 @@ from test_export import quantized
 from typer.testing import CliRunner
 
 from qkit.artifact.tensors import read_file
+from qkit.checkpoint.verify import verify
 from qkit.cli.application import application
 from qkit.interop import snapshot, transfer
 from qkit.interop.difference import compare
@@ -178,3 +179,17 @@ def test_an_export_that_cannot_be_is_bad_input(folder, tmp_path, monkeypatch, ca
     assert stopped.value.code == 3
     assert "MLX's nvfp4 has no scale for the tensor" in capsys.readouterr().err
     assert not (tmp_path / "mlx").exists()
+
+
+def test_verify_knows_exports(folder, tmp_path):
+    for name in ("mlx", "dense"):
+        assert not list(verify(folder / name))
+    shutil.copytree(folder / "mlx", tmp_path / "mlx")
+    file = tmp_path / "mlx" / "model.safetensors"
+    tensors, metadata = read_file(file)
+    tensors = {name: np.array(array) for name, array in tensors.items()}
+    tensors[f"{UP}.scales"][0, 0] = np.nan
+    save_file(tensors, file, metadata=metadata)
+    found = "; ".join(map(str, verify(tmp_path / "mlx")))
+    assert f"{UP}: scales holds 1 numbers" in found
+    assert f"{UP}.scales" in found  # its digest

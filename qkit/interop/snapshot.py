@@ -116,7 +116,7 @@ def join(path: str, name: str) -> str:
 
 def _own(folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: dict[str, Any] | None) -> Snapshot:
     """What qkit wrote; its metadata says what it is."""
-    layout = "mlx" if _about(metadata).get("layout") == "mlx" else "compressed-tensors"
+    layout = layout_of(metadata)
     entries = entries_of(folder, metadata, None, layout=layout)
     if layout == "mlx":
         added = set(map(str, _about(metadata).get("added") or ()))
@@ -187,6 +187,11 @@ def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
         return dict(json.loads(metadata[KEY]))
     except (ValueError, TypeError):
         return {}
+
+
+def layout_of(metadata: Mapping[str, str]) -> str:
+    """In which layout qkit wrote a directory with these metadata: `compressed-tensors`, its own, or `mlx`, an export."""
+    return "mlx" if KEY in metadata and _about(metadata).get("layout") == "mlx" else "compressed-tensors"
 
 
 def kind_of(path: str) -> Kind:
