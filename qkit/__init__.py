@@ -10,10 +10,13 @@ from qkit.errors import (
     BackendError,
     DTypeError,
     GridError,
+    LockedError,
+    PlanError,
     QkitError,
     RangeError,
     RecipeError,
     StageError,
+    VerificationError,
 )
 from qkit.grid import Grid
 from qkit.pipeline import convert, coverage, prepare
@@ -35,6 +38,8 @@ __all__ = [
     "Element",
     "Grid",
     "GridError",
+    "LockedError",
+    "PlanError",
     "QTensor",
     "QkitError",
     "RangeError",
@@ -42,6 +47,7 @@ __all__ = [
     "RecipeError",
     "Rule",
     "StageError",
+    "VerificationError",
     "__version__",
     "backend",
     "backends",

@@ -31,3 +31,15 @@ class StageError(QkitError, RuntimeError):
 
 class ArtifactError(QkitError, ValueError):
     """A file or folder that is not the artifact it claims to be, or does not fit the model."""
+
+
+class LockedError(QkitError, RuntimeError):
+    """A folder that another process is writing."""
+
+
+class PlanError(QkitError, ValueError):
+    """A recipe and a checkpoint that do not go together, or a checkpoint that lacks a part: found before any work."""
+
+
+class VerificationError(QkitError, ValueError):
+    """A directory that is not, or is no longer, what was written."""

@@ -28,7 +28,7 @@ def unsigned(codes: NDArray[Any], element: Element) -> NDArray[np.uint8]:
     """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; codes that are unsigned stay."""
     if codes.dtype != np.int8:
         return codes
-    return (codes.astype(np.int16) - element.lowest).astype(np.uint8)
+    return codes.view(np.uint8) + np.uint8(-element.lowest)
 
 
 def signed(codes: NDArray[np.uint8], element: Element) -> NDArray[np.int8]:
@@ -39,6 +39,8 @@ def signed(codes: NDArray[np.uint8], element: Element) -> NDArray[np.int8]:
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     """uint8 codes [..., n], each below 2^bits -> little-endian uint32 words [..., words(n, bits)]; the tail is zeros."""
     n = codes.shape[-1]
+    if 8 % bits == 0:
+        return _fold(codes, bits)
     eights = np.zeros((*codes.shape[:-1], -(-n // 8), 8), np.uint8)
     eights.reshape(*codes.shape[:-1], -1)[..., :n] = codes
     stream = np.zeros(eights.shape[:-1], np.uint64)  # eight codes fill exactly `bits` bytes
@@ -49,6 +51,22 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     flat = low.reshape(*codes.shape[:-1], -1)[..., : out.shape[-1]]
     out[..., : flat.shape[-1]] = flat
     return out.view("<u4")
+
+
+def _fold(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """`pack` for widths that divide a byte: neighbours are joined until bytes are full."""
+    n = codes.shape[-1]
+    spare = words(n, bits) * (WORD_BITS // bits) - n
+    if spare:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], spare), np.uint8)], axis=-1)
+    codes = np.ascontiguousarray(codes)
+    while bits < 8:
+        pairs = codes.view("<u2")
+        joined = pairs >> (8 - bits)
+        joined |= pairs
+        codes = joined.astype(np.uint8)
+        bits *= 2
+    return codes.view("<u4")
 
 
 def unpack(packed: NDArray[Any], bits: int, n: int) -> NDArray[np.uint8]:

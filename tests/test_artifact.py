@@ -162,6 +162,7 @@ def test_companion_files_come_along(tmp_path):
         "config.json",
         "tokenizer.json",
         "generation_config.json",
+        "qkit.json",
     }
 
 

@@ -13,10 +13,11 @@ import mlx.nn as nn
 
 from qkit.backend import NOTHING
 from qkit.grid import Grid
+from qkit.interop.mlx_lm import Container, container_for
 from qkit.qtensor import QTensor
 from qkit.recipe import Rule
 from qkit_mlx import ops
-from qkit_mlx.containers import Container, Contents, contain, contained, container_for
+from qkit_mlx.containers import Contents, contain, contained
 from qkit_mlx.exact import Exact
 from qkit_mlx.kernels import why_no_kernel
 from qkit_mlx.packing import packed_codes, unpacked_codes

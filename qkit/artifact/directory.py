@@ -8,9 +8,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qkit.artifact.aside import Aside
-from qkit.artifact.tensors import SINGLE, read_folder, write_file
+from qkit.artifact.tensors import array_stream, read_folder
 from qkit.backend import Backend, Layer
+from qkit.checkpoint.layout import SHARD_BYTES
+from qkit.checkpoint.output import write_directory
+from qkit.checkpoint.source import inside, is_pickle, read_json
 from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, StageError
 from qkit.interop import compressed_tensors
 from qkit.pipeline import NOTE, surgeon
@@ -29,11 +31,20 @@ COMPANIONS = (
     "merges.txt",
     "special_tokens_map.json",
     "chat_template*",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
+CODE = (".py", ".so", ".sh", ".ipynb")
 
 
 def save(
-    model: Any, folder: str | Path, *, source: str | Path | None = None, backend: str | Backend | None = None
+    model: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    backend: str | Backend | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes `model`, converted or float, whole and portable; transformers, vLLM and qkit on any engine open it.
 
@@ -43,10 +54,12 @@ def save(
         folder: where to; made, or replaced if it is an earlier artifact.
         source: the Hugging Face directory the model came from: its config, tokenizer and generation files are copied. Left
             out, the configuration that the model carries; without one, only the weights are written.
+        shard_bytes: most bytes of tensors in one file.
 
     Raises:
         StageError: a layer is prepared but not converted.
         ArtifactError: a grid has no portable layout, or `folder` holds something else.
+        LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
     folder, origin = Path(folder), None if source is None else Path(source)
@@ -63,28 +76,19 @@ def save(
     for layer, q in saved:
         for name, array in compressed_tensors.to_tensors(q).items():
             tensors[_join(layer.path, name)] = array
-    entries = _group(saved)
-    config = engine.config(model) if origin is None else _read_config(origin)
+    entries = group([(layer, q.dtype) for layer, q in saved])
+    config = engine.config(model) if origin is None else read_config(origin)
     if origin is not None and (config is None or origin.resolve() == folder.resolve()):
         why = "has no config.json" if config is None else "is where the artifact would go"
         raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
-    if config is not None:
-        config.pop("quantization_config", None)
-        if entries:
-            left_alone = [
-                layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)
-            ]
-            groups = [(entry.rule, entry.paths) for entry in entries]
-            config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=left_alone)
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else ()):
-        _check_ours(folder)
-    with Aside(folder, ours=(SINGLE, CONFIG, *COMPANIONS)) as aside:
-        write_file(aside / SINGLE, tensors, {KEY: _describe(entries)})
-        if config is not None:
-            (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for pattern in COMPANIONS:
-            for file in sorted(origin.glob(pattern)) if origin else ():
-                (aside / file.name).write_bytes(file.read_bytes())
+    left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
+    write_directory(
+        folder,
+        [array_stream(name, array) for name, array in tensors.items()],
+        metadata={KEY: describe(entries)},
+        files=companions(origin, config=quantized_config(config, entries, left_alone=left_alone)),
+        shard_bytes=shard_bytes,
+    )
     return folder
 
 
@@ -102,8 +106,8 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     folder = Path(folder)
     engine = choose(backend) if into is None else surgeon(into, backend)
     arrays, metadata = read_folder(folder)
-    config = _read_config(folder)
-    entries = _entries(folder, metadata, config)
+    config = read_config(folder)
+    entries = entries_of(folder, metadata, config)
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
     taken = {path: _take(folder, arrays, path, layers, entry) for entry in entries for path in entry.paths}
@@ -132,7 +136,7 @@ def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> A
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
     """One rule of an artifact, the type of the weights it was applied to, and the full paths of their layers."""
 
     rule: Rule
@@ -150,7 +154,7 @@ class _Taken:
 
 
 def _take(
-    folder: Path, arrays: dict[str, NDArray[Any]], path: str, layers: Mapping[str, Layer], entry: _Entry
+    folder: Path, arrays: dict[str, NDArray[Any]], path: str, layers: Mapping[str, Layer], entry: Entry
 ) -> _Taken:
     """The codes and static scales of the layer at `path`, which are taken out of `arrays`."""
     layer, grid = layers.get(path), entry.rule.weight
@@ -174,19 +178,21 @@ def _why_not(layer: Layer) -> str:
     return layer.obstacle or f"its weight is that of {layer.tied}"
 
 
-def _group(saved: list[tuple[Layer, QTensor[Any]]]) -> list[_Entry]:
+def group(saved: list[tuple[Layer, DType]]) -> list[Entry]:
+    """The rules that were applied, each once per type of weight, with the layers that they were applied to."""
     paths: dict[tuple[Rule, DType], list[str]] = {}
-    for layer, q in saved:
+    for layer, dtype in saved:
         assert layer.rule is not None
         rule = replace(layer.rule, match=("*",), kind=_kind(layer), indivisible="error")
-        paths.setdefault((rule, q.dtype), []).append(layer.path)
+        paths.setdefault((rule, dtype), []).append(layer.path)
     return [
-        _Entry(rule, dtype, tuple(sorted(mine)))
+        Entry(rule, dtype, tuple(sorted(mine)))
         for (rule, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
     ]
 
 
-def _describe(entries: list[_Entry]) -> str:
+def describe(entries: list[Entry]) -> str:
+    """The text of the metadata key."""
     rules = [
         {**_without(rule_table(entry.rule), "match"), "layers": list(entry.paths), "dtype": entry.dtype}
         for entry in entries
@@ -194,8 +200,15 @@ def _describe(entries: list[_Entry]) -> str:
     return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
 
 
-def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> list[_Entry]:
-    entries = _described(folder, metadata[KEY]) if KEY in metadata else []
+def entries_of(
+    folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, *, layout: str = "compressed-tensors"
+) -> list[Entry]:
+    """The rules of the artifact in `folder`; none for a float model.
+
+    Raises:
+        ArtifactError: the metadata are not readable or speak of another layout, or another tool has quantized the model.
+    """
+    entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
     foreign = config.get("quantization_config") if config else None
     if foreign and not entries:
         method = foreign.get("quant_method", "an unknown tool")
@@ -205,9 +218,11 @@ def _entries(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any
     return entries
 
 
-def _described(folder: Path, text: str) -> list[_Entry]:
+def _described(folder: Path, text: str, layout: str) -> list[Entry]:
     try:
         described = json.loads(text)
+        if described.get("layout", "compressed-tensors") != layout:
+            raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
         if described["numerics"] != NUMERICS:
             raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
         return [_entry(dict(table)) for table in described["rules"]]
@@ -217,35 +232,57 @@ def _described(folder: Path, text: str) -> list[_Entry]:
         raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
 
 
-def _entry(table: dict[str, Any]) -> _Entry:
+def _entry(table: dict[str, Any]) -> Entry:
     paths, dtype = tuple(map(str, table.pop("layers"))), table.pop("dtype")
     if dtype not in DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}")
-    return _Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
+    return Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
 
 
 def _kind(layer: Layer) -> Kind:
     return "embedding" if layer.kind == "embedding" else "linear"
 
 
-def _check_ours(folder: Path) -> None:
-    """Refuses to replace what qkit did not write."""
-    if KEY not in read_folder(folder)[1]:
-        raise ArtifactError(f"{folder} holds a model that qkit did not write: choose another folder")
-
-
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in table.items() if name != key}
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    file = folder / CONFIG
-    if not file.exists():
+def quantized_config(
+    config: Mapping[str, Any] | None, entries: list[Entry], *, left_alone: list[str]
+) -> dict[str, Any] | None:
+    """`config` of a Hugging Face model with the `quantization_config` of `entries`; None where there is none."""
+    if config is None:
         return None
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{file}: not a JSON object ({error})") from None
+    config = _without(config, "quantization_config")
+    if entries:
+        groups = [(entry.rule, entry.paths) for entry in entries]
+        config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=left_alone)
+    return config
+
+
+def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict[str, bytes | Path]:
+    """What goes beside the weights: the configuration, and the tokenizer and generation files of `origin`; no code, no pickle.
+
+    Raises:
+        ArtifactError: one of them is a link out of the folder.
+    """
+    files: dict[str, bytes | Path] = {}
+    if config is not None:
+        files[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    for pattern in COMPANIONS:
+        for file in origin.glob(pattern) if origin else ():
+            if file.is_file() and not is_pickle(file.name) and not file.name.endswith(CODE):
+                files[file.name] = inside(file.parent, file.name)
+    return files
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The `config.json` of `folder`, if there is one.
+
+    Raises:
+        ArtifactError: it is not a JSON object, or a link out of the folder.
+    """
+    return read_json(inside(folder, CONFIG))
 
 
 def _join(path: str, name: str) -> str:

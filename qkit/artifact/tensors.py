@@ -1,109 +1,29 @@
-"""safetensors files as NumPy arrays, mapped rather than read; names, shapes and offsets are checked by safetensors."""
+"""NumPy arrays from and to directories of safetensors files; mapped rather than read."""
 
-import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.errors import ArtifactError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U32": "uint32",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+from qkit.checkpoint import source
+from qkit.checkpoint.layout import WORDS, Slot
+from qkit.checkpoint.output import Stream
 
 
 def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of one file, mapped read-only, and its header metadata.
-
-    Raises:
-        ArtifactError: it is missing, or not a sound safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open  # here, so that `import qkit` stays cheap
-
-    try:
-        with safe_open(file, framework="np") as opened:  # the checks: header, offsets, overlaps, sizes
-            metadata = dict(opened.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{file}: {error}") from None
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    data = (
-        np.memmap(file, np.uint8, mode="r", offset=8 + length)
-        if file.stat().st_size > 8 + length
-        else np.empty(0, np.uint8)
-    )
-    return {name: _view(file, name, entry, data) for name, entry in header.items() if name != "__metadata__"}, metadata
+    """The tensors of one file, mapped read-only, and its header metadata. Raises as `source.read_file`."""
+    tensors, metadata = source.read_file(file)
+    return {name: stored.mapped() for name, stored in tensors.items()}, metadata
 
 
 def read_folder(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a folder with one file or with an index of shards, and the metadata of the (first) file.
-
-    Raises:
-        ArtifactError: a file is missing, unsound, or outside the folder; or a tensor is missing or stands twice.
-    """
-    index = folder / INDEX
-    if not index.exists():
-        return read_file(folder / SINGLE)
-    try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{index}: not an index of shards ({error!r})") from None
-    tensors: dict[str, NDArray[Any]] = {}
-    metadata: dict[str, str] = {}
-    for shard in sorted(set(places.values())):
-        if Path(shard).name != shard:
-            raise ArtifactError(f"{index}: {shard!r} is not a file of this folder")
-        found, extra = read_file(folder / shard)
-        metadata = metadata or extra
-        for name, array in found.items():
-            if places.get(name) != shard or name in tensors:
-                raise ArtifactError(f"{folder / shard}: {name} stands here but the index puts it in {places.get(name)}")
-            tensors[name] = array
-    for name in places:
-        if name not in tensors:
-            raise ArtifactError(f"{index}: {name} is not in {places[name]}")
-    return tensors, metadata
+    """The tensors of a folder, mapped read-only, and its metadata. Raises as `source.read_folder`."""
+    tensors, metadata = source.read_folder(folder)
+    return {name: stored.mapped() for name, stored in tensors.items()}, metadata
 
 
-def write_file(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, readable as the umask says. Two writes of the same tensors are the same bytes.
-
-    At most one metadata key: the format's metadata is an unordered map, so that two keys may be written in either order.
-    """
-    from safetensors.numpy import save_file
-
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in tensors.items()}, file, metadata=dict(metadata) or None
-    )
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
-
-
-def _view(file: Path, name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> NDArray[Any]:
-    if entry["dtype"] not in DTYPES:
-        raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which qkit does not read: cast or drop it")
-    import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
-
-    begin, end = entry["data_offsets"]
-    array: NDArray[Any] = data[begin:end].view(np.dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
-    return array
+def array_stream(name: str, array: NDArray[Any]) -> Stream:
+    """`array` as a tensor to write."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return Stream(Slot(name, WORDS[array.dtype.name], array.shape), lambda: [data])

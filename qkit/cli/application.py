@@ -10,11 +10,24 @@ import qkit
 from qkit.cli.backends import backends
 from qkit.cli.console import errors
 from qkit.cli.demo import demo
+from qkit.cli.diff import diff
+from qkit.cli.export import export
+from qkit.cli.import_ import import_
+from qkit.cli.inspect import inspect
 from qkit.cli.parity import parity
+from qkit.cli.plan import plan
+from qkit.cli.quantize import quantize
 from qkit.cli.recipes import recipes
+from qkit.cli.verify import verify
 
-BAD_INPUT = 3
-UNEXPECTED = 4
+#: By the error's class, the nearest first. 0 is success, 1 mismatches that were asked for, 2 wrong usage.
+EXIT_CODES = {
+    qkit.LockedError: 4,
+    qkit.PlanError: 5,
+    qkit.VerificationError: 6,
+    qkit.QkitError: 3,
+    Exception: 70,  # a defect of qkit, or of the system
+}
 DEBUG = "QKIT_DEBUG"
 
 application = typer.Typer(
@@ -25,26 +38,29 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, parity, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, parity, demo):
     application.command()(command)
+application.command()(export)
+application.command("import")(import_)
+application.command()(diff)
 
 
 def main() -> None:
-    """Runs the command line.
-
-    Exit codes: 0; 1 mismatches; 2 usage; 3 bad input (`QkitError`); 4 anything unexpected.
-    """
+    """Runs the command line; a failure is one line on standard error and a code of `EXIT_CODES`."""
     try:
         application()
     except qkit.QkitError as error:
-        _fail(str(error), code=BAD_INPUT, error=error)
+        _fail(str(error), error)
+    except OSError as error:  # a full disk, a folder that may not be written: the system's own words
+        _fail(str(error), error)
     except Exception as error:
-        _fail(f"{type(error).__name__}: {error} ({DEBUG}=1 shows where)", code=UNEXPECTED, error=error)
+        _fail(f"{type(error).__name__}: {error} ({DEBUG}=1 shows where)", error)
 
 
-def _fail(message: str, *, code: int, error: Exception) -> None:
+def _fail(message: str, error: Exception) -> None:
     if os.environ.get(DEBUG):
         raise error
+    code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     errors.print(f"qkit: {' '.join(message.split())}", highlight=False, soft_wrap=True)
     sys.exit(code)
 

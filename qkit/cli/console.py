@@ -1,6 +1,7 @@
 """Where the command line prints: tables for people, JSON for machines, errors apart."""
 
 import json
+import re
 import sys
 from enum import StrEnum
 from typing import Annotated, Any
@@ -29,3 +30,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 def print_json(value: Any) -> None:
     """`value` as JSON on standard output."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of ten: 4.2 GB."""
+    for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= many:
+            return f"{nbytes / many:.1f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def read_size(text: str) -> int:
+    """The inverse of `size`.
+
+    Raises:
+        BadParameter: it is no size, or none that holds anything.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB|kB|)", text.strip(), re.IGNORECASE)
+    nbytes = int(float(match[1]) * {"gb": 1e9, "mb": 1e6, "kb": 1e3, "": 1}[match[2].lower()]) if match else 0
+    if not nbytes:
+        raise typer.BadParameter(f"{text!r} is no size: write 5GB or 800MB")
+    return nbytes

@@ -1,0 +1,88 @@
+"""One directory in the place of another in one step, and a lock against two writers."""
+
+import ctypes
+import fcntl
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from shutil import rmtree
+
+from qkit.errors import LockedError
+
+AT_FDCWD = -100
+PATIENCE = 1.0  #: seconds to wait for a lock
+EXCHANGE = 2  #: Linux's RENAME_EXCHANGE and macOS's RENAME_SWAP
+
+
+def lock(file: Path) -> int:
+    """A descriptor of `file`, made if need be, that no other process holds; closing it, or dying, lets go.
+
+    Waits for a moment, for the workers of a process that was killed live a little longer than it.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with suppress(FileNotFoundError, BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
+                return descriptor  # and not one that its last owner has just removed
+        os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise LockedError(f"{file} is held by another process, which writes this folder: wait for it")
+        time.sleep(PATIENCE / 20)
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """`new` becomes `folder`; what was there is removed. Killed at any moment, `folder` is the old one or the new one.
+
+    Where the system cannot exchange two directories in one step there is a moment without either, which `recover` mends.
+    """
+    if not folder.exists():
+        os.rename(new, folder)
+    elif not _exchange(new, folder):
+        os.rename(folder, _old(folder))
+        try:
+            os.rename(new, folder)
+        except OSError:
+            os.rename(_old(folder), folder)
+            raise
+        new = _old(folder)
+    sync_folder(folder.parent)
+    rmtree(new, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Puts back the old directory if a `put_in_place` was killed between its two steps."""
+    if _old(folder).exists():
+        if folder.exists():
+            rmtree(_old(folder))
+        else:
+            os.rename(_old(folder), folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system or the file system cannot."""
+    library, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(*names, EXCHANGE) == 0)
+    if not hasattr(library, "renameat2"):
+        return False
+    return bool(library.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], EXCHANGE) == 0)

@@ -1,0 +1,62 @@
+"""`qkit inspect DIR`: what is in a directory of weights."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from qkit.checkpoint.inspection import Group, Inspection, inspect_directory
+from qkit.cli.console import Json, console, print_json, size
+from qkit.recipe import rule_table
+
+FEW = 6
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="An artifact, or any model's directory.")], as_json: Json = False
+) -> None:
+    """Say what is in a directory: formats, layers, sizes, what is left alone. Reads headers only."""
+    found = inspect_directory(folder)
+    if as_json:
+        print_json(_as_table(found))
+        return
+    if found.groups:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for heading in ("layers", "kind", "weight", "activation", "stored as", "bits"):
+            table.add_column(heading)
+        for group in found.groups:
+            rule = group.entry.rule
+            cells = (_few(group.entry.paths), rule.kind, str(rule.weight), str(rule.activation or ""), group.format)
+            table.add_row(*cells, f"{8 * group.nbytes / group.numbers:.2f}")
+        console.print(table)
+    else:
+        console.print("no quantized layers")
+    if found.left_alone:
+        console.print(f"left alone: {_few(found.left_alone)}", highlight=False)
+    if found.tied:
+        console.print(f"{found.tied} is also the output head", highlight=False)
+    files = ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in found.files.items())
+    console.print(f"{found.tensors} tensors, {found.bits_per_weight:.2f} bits per weight, in {files}", highlight=False)
+
+
+def _few(paths: tuple[str, ...]) -> str:
+    return ", ".join(paths) if len(paths) <= FEW else f"{', '.join(paths[:2])} ... ({len(paths)})"
+
+
+def _as_table(found: Inspection) -> dict[str, Any]:
+    return {
+        "rules": [_group_table(group) for group in found.groups],
+        "left_alone": list(found.left_alone),
+        "tied_head": found.tied or None,
+        "files": dict(found.files),
+        "tensors": found.tensors,
+        "bits_per_weight": found.bits_per_weight,
+    }
+
+
+def _group_table(group: Group) -> dict[str, Any]:
+    rule = {key: value for key, value in rule_table(group.entry.rule).items() if key != "match"}
+    sizes = {"bytes": group.nbytes, "bits_per_weight": 8 * group.nbytes / group.numbers}
+    return {**rule, "format": group.format, "dtype": group.entry.dtype, "layers": list(group.entry.paths), **sizes}

@@ -1,0 +1,84 @@
+"""`qkit quantize MODEL OUT --recipe R`: a directory in, a quantized directory out, with no model built."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+import qkit
+from qkit.checkpoint.plan import Plan, make_plan
+from qkit.checkpoint.run import WORKERS, quantize_directory
+from qkit.cli.console import console, errors, read_size, size
+
+Model = Annotated[Path, typer.Argument(help="A Hugging Face directory: safetensors and a config.json.")]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file.")]
+CopyCode = Annotated[bool, typer.Option("--copy-code", help="Copy the directory's Python files too. None is ever run.")]
+ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in one file, such as 5GB or 800MB.")]
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Where to: made whole, or not at all.")],
+    recipe: RecipeName,
+    backend: Annotated[
+        str, typer.Option(help="The engine that makes the codes; their bits are the same on all.")
+    ] = "numpy",
+    device: Annotated[str, typer.Option(help="Its device.")] = "cpu",
+    copy_code: CopyCode = False,
+    shard_size: ShardSize = "5GB",
+) -> None:
+    """Quantize a model's directory, tensor by tensor; interrupted, the same command goes on where it was."""
+    engine = qkit.backend(backend).on(device)
+    plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
+    _check_room(plan, out)
+    workers = WORKERS if engine.name == "numpy" else 1
+    if sys.stderr.isatty():
+        with _progress() as bar:
+            task = bar.add_task("", total=sum(row.stored.slot.nbytes for row in plan.rows))
+            quantize_directory(
+                plan,
+                out,
+                engine=engine,
+                workers=workers,
+                tick=lambda name, done: bar.update(task, advance=done, description=name, refresh=True),
+            )
+    else:
+        quantize_directory(plan, out, engine=engine, workers=workers, tick=lambda name, done: None)
+    _report(plan, out)
+
+
+def _check_room(plan: Plan, out: Path) -> None:
+    """Refuses what the disk has no room for before it is begun, not after."""
+    aside = plan.output(out).aside
+    held = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
+    home = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(home).free + held
+    if plan.output_bytes > free:
+        raise qkit.PlanError(
+            f"{out} needs {size(plan.output_bytes)}, and {home} has {size(free)} free: make room, or go elsewhere"
+        )
+
+
+def _report(plan: Plan, out: Path) -> None:
+    layers = sum(bool(row.rule) for row in plan.rows)
+    written = f"{size(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits per weight"
+    console.print(f"{out}: {layers} layers quantized, {written}", highlight=False)
+    if plan.left_behind:
+        errors.print(f"not copied: {', '.join(plan.left_behind)}", highlight=False, soft_wrap=True)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """MB/s of source read."""
+        return Text(f"{(task.speed or 0) / 1e6:.0f} MB/s")
+
+
+def _progress() -> Progress:
+    name = TextColumn("{task.description}", markup=False)
+    return Progress(
+        BarColumn(), _Speed(), TimeRemainingColumn(), name, console=errors, transient=True, auto_refresh=False
+    )  # no thread: workers are forked

@@ -1,0 +1,20 @@
+"""`qkit verify DIR`: whether a directory that qkit wrote is whole."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qkit
+from qkit.checkpoint.verify import verify as find_problems
+from qkit.cli.console import console, errors
+
+
+def verify(folder: Annotated[Path, typer.Argument(help="What `qkit quantize` or `qkit.save` wrote.")]) -> None:
+    """Read every byte of an artifact and compare it with what was written."""
+    problems = list(find_problems(folder))
+    for problem in problems:
+        errors.print(str(problem), highlight=False, soft_wrap=True)
+    if problems:
+        raise qkit.VerificationError(f"{folder} is not what was written: {len(problems)} problem(s), named above")
+    console.print(f"{folder} is whole", highlight=False)
