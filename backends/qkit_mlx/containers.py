@@ -56,8 +56,9 @@ def contained(contents: Contents, grid: Grid, *, inputs: int, dtype: DType) -> Q
 
 
 def _spread(per_group: mx.array, outputs: int, columns: int) -> mx.array:
-    """Scales [outputs or 1, groups] repeated to [outputs, columns]."""
-    return mx.repeat(mx.broadcast_to(per_group, (outputs, per_group.shape[1])), columns // per_group.shape[1], axis=1)
+    """Scales [outputs or 1, groups] repeated to [outputs, columns], in a block of memory: CUDA's kernels want no strides."""
+    rows = mx.broadcast_to(per_group, (outputs, per_group.shape[1]))
+    return mx.contiguous(mx.repeat(rows, columns // per_group.shape[1], axis=1))
 
 
 def _gather(spread: mx.array, shape: tuple[int, ...]) -> mx.array:

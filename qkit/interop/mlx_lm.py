@@ -40,18 +40,25 @@ class Container:
         return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
 
 
-def container_for(grid: Grid, inputs: int) -> Container | None:
-    """The container that holds rows of `inputs` numbers on `grid` exactly, or None. `nvfp4`'s power of two is left over."""
+def containers_for(grid: Grid, inputs: int) -> list[Container]:
+    """The containers that hold rows of `inputs` numbers on `grid` exactly, the smallest first; scales are repeated in the others.
+
+    The power of two of `nvfp4` is left over.
+    """
     group = grid.group if isinstance(grid.group, int) else inputs
     bits = grid.element.bits
     if grid.element.kind == "integer":
-        size = next((size for size in AFFINE_GROUPS if group % size == 0), None)
-        return None if size is None else Container("affine", bits, size)
+        return [Container("affine", bits, size) for size in AFFINE_GROUPS if group % size == 0]
     if grid.scale == "nvfp4":
-        return Container("nvfp4", bits, group)
+        return [Container("nvfp4", bits, group)]
     if grid.element.name in MX_MODES and group % MX_GROUP == 0:
-        return Container(MX_MODES[grid.element.name], bits, MX_GROUP)
-    return None
+        return [Container(MX_MODES[grid.element.name], bits, MX_GROUP)]
+    return []
+
+
+def container_for(grid: Grid, inputs: int) -> Container | None:
+    """The first of `containers_for`, if there is one: what files hold."""
+    return next(iter(containers_for(grid, inputs)), None)
 
 
 def layout(grid: Grid, inputs: int) -> Container:
