@@ -14,7 +14,7 @@ import mlx.nn as nn
 from qkit.backend import NOTHING
 from qkit.grid import Grid
 from qkit.interop.mlx_lm import Container, containers_for
-from qkit.qtensor import QTensor
+from qkit.qtensor import DType, QTensor
 from qkit.recipe import Rule
 from qkit_mlx import ops
 from qkit_mlx.containers import Contents, contain, contained
@@ -67,7 +67,7 @@ def _container(q: QTensor[mx.array]) -> tuple[Container | None, str]:
 
 
 class DeployedLinear(Exact, nn.QuantizedLinear):
-    """MLX's quantised linear layer, filled with given codes.
+    """MLX's quantised linear layer, filled with given codes; on a GPU, where it is `plain`, no more than that.
 
     Adds what MLX's lacks: the grids of input and output, the power of two of `nvfp4`, and an output of the type that came
     in (MLX's would be float32, the type of the scales).
@@ -78,12 +78,17 @@ class DeployedLinear(Exact, nn.QuantizedLinear):
         _hold(self, q, container, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.plain and x.dtype == mx.bfloat16 and mx.default_device() == GPU:  # no more than MLX's own layer does
-            return _multiplied(self, x, self["scales"], self.get("biases"), self.get("bias"))
+        if self.plain and (self.mode == "affine" or x.dtype == mx.bfloat16) and mx.default_device() == GPU:
+            return nn.QuantizedLinear.__call__(self, x)
         rule = self.rule
         y = _matmul(self, _on_grid(x, self, rule.activation, "input") if rule.activation else x)
         y = _finish(y, x, self.get("bias"))
         return _on_grid(y, self, rule.output, "output") if rule.output else y
+
+    def retype(self, dtype: DType) -> None:
+        """The model was cast: another type than bfloat16 is not MLX's own layer's business."""
+        super().retype(dtype)
+        self.plain = self.plain and dtype == "bfloat16"
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""
@@ -168,10 +173,6 @@ def _matmul(layer: Any, x: mx.array) -> mx.array:
         x = x.astype(mx.float32)
         if layer.direct:
             scales, biases = _wide(scales), _wide(biases)
-    return _rescaled(_multiplied(layer, x, scales, biases, None), layer)
-
-
-def _multiplied(layer: Any, x: mx.array, scales: mx.array, biases: mx.array | None, bias: mx.array | None) -> mx.array:
     y = mx.quantized_matmul(
         x,
         layer["weight"],
@@ -182,7 +183,7 @@ def _multiplied(layer: Any, x: mx.array, scales: mx.array, biases: mx.array | No
         bits=layer.bits,
         mode=layer.mode,
     )
-    return y if bias is None else y + bias
+    return _rescaled(y, layer)
 
 
 def _rescaled(y: mx.array, layer: Any) -> mx.array:

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qkit.errors import StageError
+from qkit.qtensor import DType
 from qkit_mlx import ops
 
 RANGES = ("input_range", "output_range")
@@ -25,8 +26,12 @@ class Exact(nn.Module):
         if name not in EXACT or held is None or value.dtype in (held.dtype, mx.float32):
             super().__setitem__(name, value)
         elif value.dtype in TYPES and mx.array_equal(held.astype(value.dtype), value):
-            self.dtype = TYPES[value.dtype]
+            self.retype(TYPES[value.dtype])
         else:
             raise StageError(
                 f"{name} of a {type(self).__name__} are {held.dtype}, and {value.dtype} ones were put in their place"
             )
+
+    def retype(self, dtype: DType) -> None:
+        """What a cast of the model changes: the type that values are rounded to."""
+        self.dtype = dtype
