@@ -4,7 +4,6 @@ Eager mode divides, which IEEE makes exact; compiled code may approximate `/`, s
 products (`quotient`). Constants multiply, because CUDA turns a division by a constant into a product anyway.
 """
 
-
 import torch
 from torch import Tensor
 

@@ -51,7 +51,7 @@ def encode(
     """
     rows = w.shape[0]
     if extremes is not None:  # they ride along in rows of their own, for scales depend on nothing else
-        w = np.concatenate([w, np.resize(np.array(extremes).astype(w.dtype), (2, w.shape[1]))])
+        w = np.concatenate([w, np.full((2, w.shape[1]), np.array(extremes)[:, None], w.dtype)])
     parts = compressed_tensors.to_tensors(quantize(w, grid))
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
 
