@@ -1,34 +1,42 @@
 """Every recipe on every engine, tried: `qkit backends --probe` for benchmarks/results/, in all three types.
 
-Usage: python benchmarks/probe.py [--backend NAME ...] [--device cpu|cuda|gpu] [--out FILE.json]
+Usage: python benchmarks/probe.py [--backend NAME ...] [--device cpu|cuda|gpu] [--jobs N] [--out FILE.json]
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from parity import machine
 
 import qkit
-from qkit.probe import probe
+from qkit.probe import Probe, probe
 from qkit.qtensor import DTYPES
+
+
+def work(task: tuple[str, str, str]) -> list[Probe]:
+    """One process's share."""
+    name, device, recipe = task
+    engine = qkit.backend(name).on(device)
+    return [one for dtype in DTYPES for one in probe(engine, qkit.recipe(recipe), dtype=dtype, device=device)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    engines = [qkit.backend(name) for name in given.backend or [s.name for s in qkit.backends() if s.ready]]
-    probes = []
-    for engine in engines:
-        if hasattr(engine, "layers"):
-            for recipe in map(qkit.recipe, qkit.recipes()):
-                for dtype in DTYPES:
-                    probes += probe(engine.on(given.device), recipe, dtype=dtype, device=given.device)
+    ready = [status.name for status in qkit.backends() if status.ready]
+    names = [name for name in given.backend or ready if hasattr(qkit.backend(name), "layers")]
+    tasks = [(name, given.device, recipe) for name in names for recipe in qkit.recipes()]
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        probes = [one for some in pool.map(work, tasks) for one in some]
     for one in probes:
         if not one.exact:
             print(one, file=sys.stderr)

@@ -14,6 +14,7 @@ from qkit import artifact, pipeline
 from qkit.backend import Backend
 from qkit.errors import BackendError
 from qkit.interop.compressed_tensors import layout
+from qkit.outside import losses_outside
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe
 from qkit.registry import backend as choose
@@ -83,6 +84,7 @@ class Result:
         codes_equal, codes_compared: codes, scales and zero points that every engine makes from the trained weights, equal to
             those in the artifact, out of how many comparisons; `engines` names who took part.
         forward_difference: largest difference of a logit before and after `convert`.
+        outside: loss of the artifact in other programs, in processes that cannot import qkit; or what stands in the way.
         other_loss: of the artifact on `other`, None where no second engine can build the model; `other_obstacle` says why.
     """
 
@@ -101,6 +103,7 @@ class Result:
     other: str | None
     other_loss: float | None
     other_obstacle: str
+    outside: dict[str, float | str]
     bits_per_weight: float
     curves: dict[str, list[tuple[int, float]]]
     folder: str
@@ -118,7 +121,7 @@ class Result:
 def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, preset: Preset | None = None) -> Result:
     """Trains a small Llama on the standard library's source, and takes it the whole way on `backend`.
 
-    Leaves in `folder`: `float/` and `quantized/`, Hugging Face directories, and `result.json`. Whatever can go wrong with
+    Leaves in `folder`: `float/`, `quantized/` and `mlx/`, Hugging Face directories, and `result.json`. Whatever can go wrong with
     the recipe or the engines does so before the training. `preset` is that of the engine, if left out.
 
     Raises:
@@ -177,6 +180,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         other=other.name if other else None,
         other_loss=other.loss(artifact.load(folder / "quantized", backend=other), unseen) if other else None,
         other_obstacle=other_obstacle,
+        outside=losses_outside(folder / "quantized", folder / "mlx", unseen),
         bits_per_weight=pipeline.coverage(model).bits_per_weight,
         curves=curves,
         folder=str(folder),

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import qkit
@@ -11,6 +12,7 @@ from qkit import demo, registry
 from qkit.cli.demo import _table
 from qkit.hookspecs import hookimpl
 from qkit.numpy_backend import NumpyBackend
+from qkit.outside import READERS, loss_outside
 
 READY = {status.name: status for status in qkit.backends() if status.ready}
 ENGINES = [name for name in READY if hasattr(qkit.backend(name), "trainer")]
@@ -48,6 +50,7 @@ def result(**losses: float) -> demo.Result:
         other=None,
         other_loss=None,
         other_obstacle="mlx needs mlx: pip install 'qkit[mlx]'",
+        outside={"transformers": 1.25, "mlx-lm": "mlx-lm: No module named 'mlx_lm'"},
         bits_per_weight=2.0,
         curves={},
         folder="",
@@ -72,7 +75,8 @@ def test_the_demo_goes_the_whole_way(name, tmp_path):
         assert result.other_obstacle
     else:
         assert result.other_loss == pytest.approx(result.qat_loss, abs=1e-5)  # two libraries, two orders of summation
-    assert {entry.name for entry in tmp_path.iterdir()} == {"float", "quantized", "result.json"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"float", "quantized", "mlx", "result.json"}
+    assert result.outside == pytest.approx(dict.fromkeys(("transformers", "mlx-lm"), result.qat_loss), abs=1e-5)
     assert json.loads((tmp_path / "result.json").read_text())["backend"] == name
     pytest.importorskip("matplotlib")
     demo.draw(result, tmp_path / "losses.png")
@@ -131,6 +135,18 @@ def test_a_second_engine_that_cannot_build_the_model_is_not_available_and_says_w
 
 def test_the_table_says_why_there_is_no_second_engine():
     assert "not available: mlx needs mlx: pip install 'qkit[mlx]'" in _table(result()).columns[1]._cells
+
+
+def test_the_table_says_what_other_programs_found_or_why_they_could_not():
+    cells = dict(zip(*(column._cells for column in _table(result()).columns), strict=True))
+    assert cells["  in transformers, without qkit"] == "1.2500 (differs by 0.0e+00)"
+    assert cells["  in mlx-lm, without qkit"] == "not available: mlx-lm: No module named 'mlx_lm'"
+
+
+def test_a_program_that_cannot_open_a_directory_is_an_obstacle_and_no_failure(tmp_path):
+    for reader in READERS:
+        with pytest.raises(qkit.BackendError, match=f"{reader}: .+"):
+            loss_outside(reader, tmp_path, np.zeros((1, 9), np.int32))
 
 
 def test_nothing_is_recovered_where_quantizing_cost_nothing():

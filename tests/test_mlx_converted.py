@@ -145,8 +145,9 @@ def test_a_bias_is_trained_and_kept(name, training):
 
 
 def test_a_container_without_a_kernel_is_named():
-    from qkit_mlx.containers import Container
     from qkit_mlx.kernels import _tried, why_no_kernel
+
+    from qkit.interop.mlx_lm import Container
 
     assert why_no_kernel(Container("affine", 4, 64), mx.float32, shape=(32, 128)) == ""
     assert _tried(Container("affine", 4, 64), mx.float32, (32, 128), "here") == ""

@@ -38,7 +38,8 @@ def test_a_package_imports_only_what_it_may(package):
     files = sorted(PACKAGES[package].rglob("*.py"))
     assert files
     for file in files:
-        assert not forbidden & set(imports(file)), file
+        integrates = {"gguf"} if file == ROOT / "qkit/interop/gguf.py" else set()
+        assert not (forbidden - integrates) & set(imports(file)), file
 
 
 @pytest.mark.parametrize("package", ["qkit_mlx", "qkit_torchao"])

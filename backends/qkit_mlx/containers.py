@@ -1,4 +1,4 @@
-"""Which of MLX's own containers holds a grid exactly, and how a `QTensor` goes in and comes back. Arrays only.
+"""How a `QTensor` goes into one of MLX's own containers and comes back; `qkit.interop.mlx_lm` says into which. Arrays only.
 
 `mx.qqmm` (`nn.QQLinear`) is not among the choices, because it quantizes its input itself. Tried with 0.32.4. On the CPU it takes
 one row ("NYI for the general case" otherwise); there it agrees with ours for mxfp4 and mxfp8 until scales are clipped (R6), and
@@ -11,21 +11,9 @@ from typing import cast
 import mlx.core as mx
 
 from qkit.grid import Grid
+from qkit.interop.mlx_lm import Container
 from qkit.qtensor import DType, QTensor
 from qkit_mlx.packing import packed_codes, unpacked_codes
-
-AFFINE_GROUPS = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it
-MX_GROUP = 32
-MX_MODES = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
-
-
-@dataclass(frozen=True, slots=True)
-class Container:
-    """One of MLX's quantisation modes, at a group size."""
-
-    mode: str
-    bits: int
-    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +31,6 @@ class Contents:
     scales: mx.array
     biases: mx.array | None = None
     tensor_scale: mx.array | None = None
-
-
-def container_for(grid: Grid, inputs: int) -> Container | None:
-    """The container that holds rows of `inputs` numbers on `grid` exactly, or None."""
-    group = grid.group if isinstance(grid.group, int) else inputs
-    bits = grid.element.bits
-    if grid.element.kind == "integer":
-        size = next((size for size in AFFINE_GROUPS if group % size == 0), None)
-        return None if size is None else Container("affine", bits, size)
-    if grid.scale == "nvfp4":
-        return Container("nvfp4", bits, group)
-    if grid.element.name in MX_MODES and group % MX_GROUP == 0:
-        return Container(MX_MODES[grid.element.name], bits, MX_GROUP)
-    return None
 
 
 def contain(q: QTensor[mx.array], container: Container) -> Contents:
@@ -82,8 +56,9 @@ def contained(contents: Contents, grid: Grid, *, inputs: int, dtype: DType) -> Q
 
 
 def _spread(per_group: mx.array, outputs: int, columns: int) -> mx.array:
-    """Scales [outputs or 1, groups] repeated to [outputs, columns]."""
-    return mx.repeat(mx.broadcast_to(per_group, (outputs, per_group.shape[1])), columns // per_group.shape[1], axis=1)
+    """Scales [outputs or 1, groups] repeated to [outputs, columns], in a block of memory: CUDA's kernels want no strides."""
+    rows = mx.broadcast_to(per_group, (outputs, per_group.shape[1]))
+    return mx.contiguous(mx.repeat(rows, columns // per_group.shape[1], axis=1))
 
 
 def _gather(spread: mx.array, shape: tuple[int, ...]) -> mx.array:

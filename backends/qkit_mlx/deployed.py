@@ -13,15 +13,17 @@ import mlx.nn as nn
 
 from qkit.backend import NOTHING
 from qkit.grid import Grid
+from qkit.interop.mlx_lm import Container, containers_for
 from qkit.qtensor import QTensor
 from qkit.recipe import Rule
 from qkit_mlx import ops
-from qkit_mlx.containers import Container, Contents, contain, contained, container_for
+from qkit_mlx.containers import Contents, contain, contained
 from qkit_mlx.exact import Exact
 from qkit_mlx.kernels import why_no_kernel
 from qkit_mlx.packing import packed_codes, unpacked_codes
 from qkit_mlx.static import given
 
+GPU = mx.Device(mx.gpu, 0)
 DIRECT_BITS = 4  #: integers up to here may be decoded in bfloat16; see `_direct`
 
 #: Arrays of a converted layer, besides those of its weight.
@@ -51,13 +53,14 @@ def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | P
 
 
 def _container(q: QTensor[mx.array]) -> tuple[Container | None, str]:
-    """MLX's container for `q` [outputs, inputs] and a kernel for it; or None, and why."""
-    container = container_for(q.grid, q.shape[-1])
-    if container is None:
-        return None, f"MLX has no container for {q.grid}"
-    dtype = mx.bfloat16 if _direct(q, container) else mx.float32
-    why_not = why_no_kernel(container, dtype, shape=(q.shape[0], q.shape[1]))
-    return (None, why_not) if why_not else (container, "")
+    """The first of MLX's containers for `q` [outputs, inputs] for which there is a kernel here; or None, and why."""
+    why_not = f"MLX has no container for {q.grid}"
+    for container in containers_for(q.grid, q.shape[-1]):
+        dtype = mx.bfloat16 if _direct(q, container) else mx.float32
+        why_not = why_no_kernel(container, dtype, shape=(q.shape[0], q.shape[1]))
+        if not why_not:
+            return container, ""
+    return None, why_not
 
 
 # Held by MLX
@@ -75,6 +78,8 @@ class DeployedLinear(Exact, nn.QuantizedLinear):
         _hold(self, q, container, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.plain and x.dtype == mx.bfloat16 and mx.default_device() == GPU:  # no more than MLX's own layer does
+            return _multiplied(self, x, self["scales"], self.get("biases"), self.get("bias"))
         rule = self.rule
         y = _matmul(self, _on_grid(x, self, rule.activation, "input") if rule.activation else x)
         y = _finish(y, x, self.get("bias"))
@@ -126,6 +131,7 @@ def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) ->
     if contents.tensor_scale is not None:
         layer.tensor_scale = contents.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
+    layer.plain = layer.direct and not rule.slots and contents.tensor_scale is None
     layer.native = True
     layer.execution = f"{type(layer).__mro__[2].__name__}, {_words(q.grid, container)}"
 
@@ -141,7 +147,7 @@ def _direct(q: QTensor[mx.array], container: Container) -> bool:
 
 
 def _on_gpu() -> bool:
-    return bool(mx.default_device().type == mx.gpu)
+    return bool(mx.default_device() == GPU)
 
 
 def _wide(array: mx.array | None) -> mx.array | None:
@@ -162,6 +168,10 @@ def _matmul(layer: Any, x: mx.array) -> mx.array:
         x = x.astype(mx.float32)
         if layer.direct:
             scales, biases = _wide(scales), _wide(biases)
+    return _rescaled(_multiplied(layer, x, scales, biases, None), layer)
+
+
+def _multiplied(layer: Any, x: mx.array, scales: mx.array, biases: mx.array | None, bias: mx.array | None) -> mx.array:
     y = mx.quantized_matmul(
         x,
         layer["weight"],
@@ -172,7 +182,7 @@ def _matmul(layer: Any, x: mx.array) -> mx.array:
         bits=layer.bits,
         mode=layer.mode,
     )
-    return _rescaled(y, layer)
+    return y if bias is None else y + bias
 
 
 def _rescaled(y: mx.array, layer: Any) -> mx.array:

@@ -10,7 +10,8 @@ import mlx.nn as nn
 from mlx_lm.utils import _get_classes
 
 from qkit.errors import BackendError
-from qkit_mlx.rope import check_rope, spell_rope
+from qkit.interop.rope import spell_rope
+from qkit_mlx.rope import check_rope
 
 CONFIG = "qkit_config"  #: attribute of a model: the configuration it was built from
 

@@ -4,9 +4,9 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from qkit_mlx.containers import Container
+from qkit.interop.mlx_lm import Container
 
-ROWS = (1, 3, 64)  #: MLX has other kernels for a token, for a few and for many
+ROWS = (1, 3, 48, 128)  #: MLX has other kernels for a token, for a few and for many
 
 
 def why_no_kernel(container: Container, dtype: mx.Dtype, *, shape: tuple[int, int]) -> str:

@@ -18,7 +18,7 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
-    x = group(w, grid)
+    x = group(w.detach(), grid)
     dtype = dtype_of(w)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x, grid.element)
@@ -51,11 +51,12 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
 def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
     """`reference.fake_quantize`: the values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, in its type.
 
-    Without a gradient; `straight_through.fake_quantize` has one.
+    Its gradient means nothing: see `straight_through`, which torch 2.11 compiles to a gradient of zeros if the last operation
+    here gives back what it was given, as a cast can.
     """
     x = group(w, grid)
     if scales is not None:
-        return _static_values(x, grid, scales, zeros).reshape(w.shape).to(w.dtype)
+        return _static_values(x, grid, scales, zeros).to(w.dtype).reshape(w.shape)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x, grid.element)
         values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
@@ -70,12 +71,12 @@ def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tenso
         peak = amax(x)
         c = scale_code(peak, grid)
         values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(peak))
-    return values.reshape(w.shape).to(w.dtype)
+    return values.to(w.dtype).reshape(w.shape)
 
 
 def unclipped(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
     """Where `w` [..., n] rounds to a code without being clipped, as booleans; see `reference.unclipped`."""
-    x = group(w, grid)
+    x = group(w.detach(), grid)
     step, z = _steps(x, grid) if scales is None else (scales, zeros)
     if grid.element.kind == "float":
         inside = x.abs() <= each(grid.element.largest * step)
@@ -124,7 +125,7 @@ def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 
 def group(w: Tensor, grid: Grid) -> Tensor:
     """[..., n] -> float32 [..., groups, group]."""
-    return w.detach().to(torch.float32).reshape(grid.group_shape(tuple(w.shape)))
+    return w.to(torch.float32).reshape(grid.group_shape(tuple(w.shape)))
 
 
 def each(per_group: Tensor) -> Tensor:

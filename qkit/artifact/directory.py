@@ -200,13 +200,15 @@ def describe(entries: list[Entry]) -> str:
     return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
 
 
-def entries_of(folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> list[Entry]:
+def entries_of(
+    folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, *, layout: str = "compressed-tensors"
+) -> list[Entry]:
     """The rules of the artifact in `folder`; none for a float model.
 
     Raises:
-        ArtifactError: the metadata are not readable, or another tool has quantized the model.
+        ArtifactError: the metadata are not readable or speak of another layout, or another tool has quantized the model.
     """
-    entries = _described(folder, metadata[KEY]) if KEY in metadata else []
+    entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
     foreign = config.get("quantization_config") if config else None
     if foreign and not entries:
         method = foreign.get("quant_method", "an unknown tool")
@@ -216,9 +218,11 @@ def entries_of(folder: Path, metadata: Mapping[str, str], config: Mapping[str, A
     return entries
 
 
-def _described(folder: Path, text: str) -> list[Entry]:
+def _described(folder: Path, text: str, layout: str) -> list[Entry]:
     try:
         described = json.loads(text)
+        if described.get("layout", "compressed-tensors") != layout:
+            raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
         if described["numerics"] != NUMERICS:
             raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
         return [_entry(dict(table)) for table in described["rules"]]

@@ -15,6 +15,7 @@ from qkit.checkpoint.pen import CHUNK
 from qkit.checkpoint.source import Stored, is_pickle, read_folder, read_json
 from qkit.errors import ArtifactError, QkitError
 from qkit.interop import compressed_tensors
+from qkit.interop.snapshot import layout_of, read
 
 AGAIN = "quantize or save the model again"
 
@@ -43,6 +44,10 @@ def verify(folder: Path) -> Iterator[Problem]:
     yield from _files(folder, seal)
     try:
         tensors, metadata = read_folder(folder)
+        if layout_of(metadata) != "compressed-tensors":
+            yield from _digests(folder, seal, tensors)
+            yield from _export(folder)
+            return
         entries = entries_of(folder, metadata, read_config(folder))
     except QkitError as error:
         yield Problem(str(folder), str(error))
@@ -50,6 +55,20 @@ def verify(folder: Path) -> Iterator[Problem]:
     yield from _digests(folder, seal, tensors)
     yield from _rules(folder, tensors, entries)
     yield from _config(folder, entries)
+
+
+def _export(folder: Path) -> Iterator[Problem]:
+    """What is wrong with the weights of an export for another program."""
+    try:
+        weights = read(folder).weights
+    except QkitError as error:
+        yield Problem(str(folder), str(error), "export the artifact again")
+        return
+    for held in weights.values():
+        try:
+            held.read()
+        except QkitError as error:
+            yield Problem(str(folder), str(error), "export the artifact again")
 
 
 def _files(folder: Path, seal: Mapping[str, Any]) -> Iterator[Problem]:

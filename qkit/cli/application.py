@@ -10,6 +10,9 @@ import qkit
 from qkit.cli.backends import backends
 from qkit.cli.console import errors
 from qkit.cli.demo import demo
+from qkit.cli.diff import diff
+from qkit.cli.export import export
+from qkit.cli.import_ import import_
 from qkit.cli.inspect import inspect
 from qkit.cli.parity import parity
 from qkit.cli.plan import plan
@@ -37,6 +40,9 @@ application = typer.Typer(
 )
 for command in (backends, recipes, plan, quantize, inspect, verify, parity, demo):
     application.command()(command)
+application.command()(export)
+application.command("import")(import_)
+application.command()(diff)
 
 
 def main() -> None:

@@ -38,6 +38,8 @@ def demo(
     if result.backend in PRESETS:
         console.print(f"a smaller model than on other backends: {result.backend} is slow on a Linux CPU")
     console.print(f"{out / 'quantized'}: the artifact, a Hugging Face directory in compressed-tensors layout")
+    if (out / "mlx").exists():
+        console.print(f"{out / 'mlx'}: the same codes for mlx-lm")
     if find_spec("matplotlib"):
         draw(result, out / "losses.png")
         console.print(f"{out / 'losses.png'}: the loss curves")
@@ -68,6 +70,16 @@ def _table(result: Result) -> Table:
         ),
         ("largest logit difference, prepared to converted", f"{result.forward_difference:g}"),
         (f"held-out loss of the artifact on {result.other or 'another engine'}", other),
+        *((f"  in {reader}, without qkit", _compared(loss, result)) for reader, loss in result.outside.items()),
     ):
         table.add_row(name, value)
     return table
+
+
+def _compared(loss: float | str, result: Result) -> str:
+    """A loss beside that of the model that was saved; or why there is none."""
+    return (
+        f"not available: {loss}"
+        if isinstance(loss, str)
+        else f"{loss:.4f} (differs by {abs(loss - result.qat_loss):.1e})"
+    )

@@ -4,6 +4,7 @@ Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantize
 `nvfp4-pack-quantized`, `float-quantized`. Nothing is computed: codes and scales are renamed, shifted or viewed.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import packing
-from qkit.errors import ArtifactError
+from qkit.errors import ArtifactError, GridError
 from qkit.grid import Grid
+from qkit.interop.packed import Packed, Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
 from qkit.qtensor import DType, QTensor
 from qkit.recipe import Rule
 
-Tensors = dict[str, NDArray[Any]]
+#: Names of the tensors of a weight, in any of the formats.
+NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight")
+FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
 def layout(grid: Grid) -> str:
@@ -43,77 +47,79 @@ def layout(grid: Grid) -> str:
 
 def to_tensors(q: QTensor[NDArray[Any]]) -> Tensors:
     """The named arrays of one weight, without the layer's path: `weight_packed`, `weight_scale` and so on."""
-    import ml_dtypes  # here, so that `import qkit` stays cheap
-
-    form, element = layout(q.grid), q.grid.element
-    if form == "pack-quantized":
-        out: Tensors = {
-            "weight_packed": packing.packed_codes(q).view(np.int32),
-            "weight_scale": _float_scale(q.scales, q),
-            "weight_shape": np.array(q.shape, np.int64),
-        }
-        if q.zeros is not None:
-            rows_last = np.ascontiguousarray(q.zeros.T)
-            packed = packing.pack(rows_last, element.bits).view(np.int32).T
-            signed = packing.signed(q.zeros, element).reshape(-1)
-            out["weight_zero_point"] = signed if q.grid.group == "tensor" else np.ascontiguousarray(packed)
-        return out
-    if form.endswith("fp4-pack-quantized"):
-        low, high = q.codes[..., 0::2], q.codes[..., 1::2]
-        out = {"weight_packed": low | high << 4, "weight_scale": q.scales}
-        if q.tensor_scale is not None:
-            out["weight_scale"] = q.scales.view(ml_dtypes.float8_e4m3fn)
-            out["weight_global_scale"] = np.float32(1) / q.tensor_scale.reshape(1)
-        return out
-    codes = q.codes.view(ml_dtypes.float8_e4m3fn)
-    if form == "mxfp8-quantized":
-        return {"weight": codes, "weight_scale": q.scales}
-    scale = (q.scales.astype(np.uint32) << 23).view(np.float32)
-    return {"weight": codes, "weight_scale": _float_scale(scale, q)}
+    return store(pack(q))
 
 
 def from_tensors(
     tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]
 ) -> QTensor[Any]:
-    """The inverse of `to_tensors`, for a weight of `shape`.
+    """The inverse of `to_tensors`, for a weight of `shape`; see `restore`."""
+    return unpack(restore(tensors, grid=grid, dtype=dtype, shape=shape))
+
+
+def store(packed: Packed) -> Tensors:
+    """`packed` in this layout: the named arrays of one weight. The codes are viewed, not copied."""
+    import ml_dtypes  # here, so that `import qkit` stays cheap
+
+    form, bits, inputs = layout(packed.grid), packed.grid.element.bits, packed.shape[-1]
+    if form == "pack-quantized":
+        out: Tensors = {
+            "weight_packed": packed.words.view(np.int32),
+            "weight_scale": _float_scale(packed.scales, packed),
+            "weight_shape": np.array(packed.shape, np.int64),
+        }
+        if packed.zeros is not None:
+            rows_last = np.ascontiguousarray(packed.zeros.T)
+            rows = packing.pack(rows_last, bits).view(np.int32).T
+            signed = packing.signed(packed.zeros, packed.grid.element).reshape(-1)
+            out["weight_zero_point"] = signed if packed.grid.group == "tensor" else np.ascontiguousarray(rows)
+        return out
+    codes = as_bytes(packed.words, width=inputs * bits // 8)
+    if form == "nvfp4-pack-quantized":
+        assert packed.tensor_scale is not None
+        reciprocal = np.float32(1) / packed.tensor_scale.reshape(1)
+        scale = packed.scales.view(ml_dtypes.float8_e4m3fn)
+        return {"weight_packed": codes, "weight_scale": scale, "weight_global_scale": reciprocal}
+    if form == "mxfp4-pack-quantized":
+        return {"weight_packed": codes, "weight_scale": packed.scales}
+    if form == "mxfp8-quantized":
+        return {"weight": codes.view(ml_dtypes.float8_e4m3fn), "weight_scale": packed.scales}
+    scale = (packed.scales.astype(np.uint32) << 23).view(np.float32)
+    return {"weight": codes.view(ml_dtypes.float8_e4m3fn), "weight_scale": _float_scale(scale, packed)}
+
+
+def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> Packed:
+    """The inverse of `store`, for a weight of `shape`.
 
     Raises:
         ArtifactError: a tensor is missing, has another type or shape than the layout says, or holds what no code or scale is.
     """
-    for name, (kind, want) in contents(grid, dtype=dtype, shape=shape).items():
-        if name not in tensors:
-            raise ArtifactError(f"{name} is missing, which {layout(grid)} needs")
-        if (tensors[name].dtype.name, tensors[name].shape) != (kind, want):
-            found = f"{tensors[name].dtype.name} {list(tensors[name].shape)}"
-            raise ArtifactError(f"{name} is {found}, where {layout(grid)} of {grid} has {kind} {list(want)}")
-    form, element, scale_shape = layout(grid), grid.element, grid.scale_shape(shape)
+    form, scale_shape, zeros, tensor_scale = layout(grid), grid.scale_shape(shape), None, None
+    want(dict(tensors), contents(grid, dtype=dtype, shape=shape), form, grid)
     scales = tensors["weight_scale"]
+    codes = tensors.get("weight_packed", tensors.get("weight"))
+    assert codes is not None
     if form == "pack-quantized":
         if tuple(tensors["weight_shape"].tolist()) != shape:
             raise ArtifactError(f"weight_shape says {tensors['weight_shape'].tolist()}, the layer has {list(shape)}")
         scales = scales.astype(np.float32).reshape(scale_shape)
-        _check(
-            np.isfinite(scales) & (scales != 0) & (_mantissa(scales) & 0xFFFF == 0), "weight_scale", "a finite bfloat16"
-        )
-        codes = packing.unpacked_codes(tensors["weight_packed"], element=element, n=shape[-1], symmetric=grid.symmetric)
+        check_scales(scales, "weight_scale")
         zeros = None if grid.symmetric else _zeros(tensors["weight_zero_point"], grid, scale_shape)
-        return QTensor(codes, scales, grid, dtype, zeros=zeros)
+        return Packed(codes.view(np.uint32), scales, grid, dtype, shape, zeros)
     if form == "nvfp4-pack-quantized":
         tensor_scale = np.asarray(np.float32(1) / tensors["weight_global_scale"].reshape(()), np.float32)
-        _check(np.isfinite(tensor_scale) & (_mantissa(tensor_scale) == 0), "weight_global_scale", "a power of two")
-        _check((scales.view(np.uint8) > 0) & (scales.view(np.uint8) < 0x7F), "weight_scale", "a positive e4m3")
-        codes = _unpair(tensors["weight_packed"])
-        return QTensor(codes, scales.view(np.uint8), grid, dtype, tensor_scale=tensor_scale)
-    if form == "float-quantized":
+        check(np.isfinite(tensor_scale) & (mantissa(tensor_scale) == 0), "weight_global_scale", "a power of two")
+        scales = scales.view(np.uint8)
+        check((scales > 0) & (scales < 0x7F), "weight_scale", "a positive e4m3")
+    elif form == "float-quantized":
         scales = scales.astype(np.float32).reshape(scale_shape)
-        _check(np.isfinite(scales) & (scales > 0) & (_mantissa(scales) == 0), "weight_scale", "a power of two")
+        check(np.isfinite(scales) & (scales > 0) & (mantissa(scales) == 0), "weight_scale", "a power of two")
         scales = (scales.view(np.uint32) >> 23).astype(np.uint8)
-    _check((scales > 0) & (scales < 255), "weight_scale", "an exponent")
-    if form == "mxfp4-pack-quantized":
-        return QTensor(_unpair(tensors["weight_packed"]), scales, grid, dtype)
-    codes = tensors["weight"].view(np.uint8)
-    _check(codes & 0x7F != 0x7F, "weight", "a finite e4m3")
-    return QTensor(codes, scales, grid, dtype)
+    check((scales > 0) & (scales < 255), "weight_scale", "an exponent")
+    if "weight" in tensors:
+        check(codes.view(np.uint8) & 0x7F != 0x7F, "weight", "a finite e4m3")
+    words = as_words(codes, width=packing.words(shape[-1], grid.element.bits))
+    return Packed(words, scales, grid, dtype, shape, tensor_scale=tensor_scale)
 
 
 def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -170,6 +176,79 @@ def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alo
     }
 
 
+def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dict[str, tuple[Grid, bool]]:
+    """The grid of every weight among `tensors` that another tool wrote, and whether inputs or outputs are quantized too.
+
+    Integer rules are named after compressed-tensors' own observers: `midmax` where symmetric, `minmax` where not, `even` for
+    MX; see "Scale rules" in the numerics. Decoding does not depend on them.
+
+    Args:
+        config: the `quantization_config`.
+
+    Raises:
+        ArtifactError: the configuration is not readable, or asks for what qkit has no grid for.
+    """
+    out = {}
+    for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
+        if f"{path}.weight_g_idx" in tensors:
+            raise ArtifactError(
+                f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
+            )
+        try:
+            group = _group_of(path, config["config_groups"])
+            weights = group["weights"]
+            grid = _grid(weights, str(group.get("format") or config.get("format")))
+        except (ArtifactError, GridError) as error:
+            raise ArtifactError(f"{path}: {error}") from None
+        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
+        out[path] = grid, bool(group.get("input_activations") or group.get("output_activations"))
+    return out
+
+
+def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
+    """Shape of the weight on `grid` that `tensors` are; the words of `pack-quantized` do not tell, so it is stored.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    if layout(grid) == "pack-quantized":
+        return tuple(tensors["weight_shape"].tolist())
+    if grid.element.name == "e2m1":
+        *rows, pairs = tensors["weight_packed"].shape
+        return (*rows, 2 * pairs)
+    return tuple(tensors["weight"].shape)
+
+
+def _group_of(path: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group of a configuration whose targets name the layer at `path`: its path or its end, a pattern, or its class."""
+    for fits in (
+        lambda t: path == t or path.endswith(f".{t}"),
+        lambda t: t[:3] == "re:" and re.match(t[3:], path),
+        bool,
+    ):
+        for group in groups.values():
+            if any(fits(target) for target in group["targets"]):
+                return dict(group)
+    raise ArtifactError("no group of the quantization_config speaks of it")
+
+
+def _grid(weights: Mapping[str, Any], form: str) -> Grid:
+    bits, kind, strategy, size = (weights[key] for key in ("num_bits", "type", "strategy", "group_size"))
+    sizes = {"channel": "row", "tensor": "tensor", "group": size, "tensor_group": size}
+    element = f"int{bits}" if kind == "int" else {4: "e2m1", 8: "e4m3"}.get(bits)
+    if strategy not in sizes or element is None or weights.get("actorder"):
+        raise ArtifactError(
+            f"qkit has no grid for {bits} bits of {kind} by {strategy}, actorder {weights.get('actorder')}"
+        )
+    if form not in FORMATS:
+        raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")
+    if kind == "int":
+        return Grid(element, sizes[strategy], "midmax" if weights["symmetric"] else "minmax")
+    rule = {"nvfp4-pack-quantized": "nvfp4", "float-quantized": "rceil"}.get(form, "even")
+    return Grid(element, sizes[strategy], rule)
+
+
 def _arguments(grid: Grid) -> dict[str, Any]:
     strategy = {"row": "channel", "tensor": "tensor"}.get(str(grid.group), "group")
     scale_dtype = {"mxfp4-pack-quantized": "torch.uint8", "mxfp8-quantized": "torch.uint8"}.get(layout(grid))
@@ -195,7 +274,7 @@ def _activation_arguments(grid: Grid | None, rule: Rule) -> dict[str, Any] | Non
     return {**arguments, "strategy": "token"} if grid.group == "row" else arguments
 
 
-def _float_scale(scale: NDArray[np.float32], q: QTensor[Any]) -> NDArray[Any]:
+def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:
     """bfloat16 for a bfloat16 model, where it is exact since scales live on that grid; float32 for any other."""
     import ml_dtypes  # here, so that `import qkit` stays cheap
 
@@ -207,17 +286,3 @@ def _zeros(stored: NDArray[Any], grid: Grid, scale_shape: tuple[int, ...]) -> ND
     if grid.group == "tensor":
         return packing.unsigned(stored, grid.element).reshape(scale_shape)
     return np.ascontiguousarray(packing.unpack(stored.T, grid.element.bits, scale_shape[0]).T)
-
-
-def _unpair(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-
-
-def _mantissa(x: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """The 23 low bits of fp32 patterns."""
-    return np.asarray(x, np.float32).view(np.uint32) & np.uint32(0x7FFFFF)
-
-
-def _check(sound: NDArray[np.bool_], name: str, what: str) -> None:
-    if not sound.all():
-        raise ArtifactError(f"{name} holds {np.count_nonzero(~sound)} numbers, each of which should be {what}")

@@ -13,6 +13,7 @@ from qkit.backend import Backend
 from qkit.grid import Grid
 from qkit.parity import compare, compare_many, static_parts
 from qkit.qtensor import DTYPES, DType
+from qkit.recipe import STES, Ste
 from qkit.registry import backend as choose
 from qkit.testing.activations import Activations
 from qkit.testing.kinds import Kinds
@@ -147,6 +148,15 @@ class Conformance(ArrayConformance, Activations, Kinds):
             made = self.gradient(partial(engine.fake_quantize, grid=grid), engine.from_numpy(w))
             assert (engine.to_numpy(made) == np.ones_like(w)).all(), grid
 
+    @pytest.mark.parametrize("ste", STES)
+    def test_the_compiled_gradient_is_that_of_eager(self, ste: Ste) -> None:
+        """A compiler may see that rounding is flat, and train nothing."""
+        engine, w = self.engine, random((4, 128), 6)
+        for grid in (Grid("int4", 32), Grid("int4", 32, "minmax"), Grid("e2m1", 32), Grid("e4m3", 32, "floor")):
+            made = self.gradient(_compiled(engine, grid, ste), engine.from_numpy(w))
+            want = reference.unclipped(w, grid) if ste == "masked" else np.ones_like(w)
+            assert (engine.to_numpy(made) == want).all(), grid
+
     def test_the_masked_gradient_is_zero_where_a_value_was_clipped(self) -> None:
         """On every grid; `signed` and `midmax` clip the extreme of the other sign, static scales anything."""
         engine, w = self.engine, random((4, 128), 6)
@@ -161,6 +171,11 @@ class Conformance(ArrayConformance, Activations, Kinds):
                 assert (
                     inside == reference.unclipped(w, grid, **dict(zip(("scales", "zeros"), given, strict=False)))
                 ).all()
+
+
+def _compiled(engine: Backend, grid: Grid, ste: Ste) -> Callable[[Any], Any]:
+    compiled = engine.compile(lambda w: (engine.fake_quantize(w, grid, ste=ste),))
+    return lambda w: compiled(w)[0]
 
 
 def _same_group(shape: tuple[int, ...], place: tuple[int, ...], grid: Grid) -> NDArray[np.bool_]:

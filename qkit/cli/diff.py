@@ -1,0 +1,47 @@
+"""`qkit diff A B`: whether two directories hold the same model, and if not, where. The work is in `qkit.interop`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from qkit.cli.console import Json, console, print_json
+from qkit.interop.difference import Difference, compare
+from qkit.interop.snapshot import read
+
+DIFFERENT = 1
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A model directory, in any layout that qkit reads.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two models, code by code and scale by scale. Exit code 0: equal; 1: different."""
+    found = list(compare(read(first), read(second)))
+    different = [row for row in found if not row.equal]
+    totals = {name: sum(getattr(row, name) for row in found) for name in ("codes", "scales", "values")}
+    if as_json:
+        tensors = [{**asdict(row), "equal": row.equal} for row in found]
+        print_json({"equal": not different, **totals, "tensors": tensors})
+    else:
+        _show(found, different, totals)
+    if different:
+        raise typer.Exit(DIFFERENT)
+
+
+def _show(found: list[Difference], different: list[Difference], totals: dict[str, int]) -> None:
+    if different:
+        table = Table("tensor", "compared", "codes", "scales", "values", "of", "")
+        for row in different:
+            counts = (f"{count:,}" if count else "" for count in (row.codes, row.scales, row.values))
+            table.add_row(row.name, row.compared, *counts, f"{row.numbers:,}", row.detail)
+        console.print(table)
+    numbers = sum(row.numbers for row in found)
+    by_values = [row for row in found if row.compared == "values" and row.detail]
+    counted = ", ".join(f"{count:,} {name}" for name, count in totals.items())
+    console.print(f"{len(different):,} of {len(found):,} tensors differ: {counted}, of {numbers:,} numbers")
+    if by_values:
+        console.print(f"{len(by_values):,} compared by their values, since only one side holds them on that grid")

@@ -1,0 +1,47 @@
+"""`qkit export DIR OUT --to mlx`: a model for another program, with the same codes. The work is in `qkit.interop`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkit.cli.console import console
+from qkit.interop import gguf, transfer
+from qkit.interop.snapshot import read
+
+WeightsOnly = Annotated[
+    bool, typer.Option("--weights-only", help="Leave away what layers do to their inputs and outputs: other logits.")
+]
+
+
+class Target(StrEnum):
+    """What to export to."""
+
+    mlx = "mlx"
+    gguf = "gguf"
+    dense = "dense"
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model that qkit, llm-compressor or mlx-lm wrote.")],
+    out: Annotated[Path, typer.Argument(help="Where the exported model goes: a directory; for gguf, a file.")],
+    to: Annotated[
+        Target, typer.Option(help="mlx: for mlx-lm. gguf: for llama.cpp. dense: the values, as a float model.")
+    ],
+    weights_only: WeightsOnly = False,
+) -> None:
+    """Write a model for another program: the same codes under other names, exactly, or not at all."""
+    source = read(folder)
+    if weights_only:
+        source = transfer.weights_only(source)
+    if to is Target.gguf:
+        transfer.check_moving(source, source.weights)
+        gguf.export_gguf(source, out)
+    else:
+        {Target.mlx: transfer.export_mlx, Target.dense: transfer.export_dense}[to](source, out)
+    console.print(
+        f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
+    )
+    if to is Target.gguf:
+        console.print(f"without a tokenizer: give the program that of {folder}")

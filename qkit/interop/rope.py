@@ -1,0 +1,105 @@
+"""Rotary embeddings: what transformers 5 writes as `rope_parameters`, in the words that mlx-lm reads. Plain values only.
+
+mlx-lm ignores what it does not know and uses its defaults; here that is an error instead.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qkit.errors import BackendError
+
+KNOWN = {
+    "default",
+    "linear",
+    "dynamic",
+    "llama3",
+    "yarn",
+    "proportional",
+}  #: types where mlx-lm computes what torch does
+THETA = ("rope_theta", "rotary_emb_base")
+PARTIAL = ("partial_rotary_factor", "rotary_pct")
+NESTED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor"}
+
+
+def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
+    """`config` with its rotary embedding in the names `accepted` by mlx-lm; names that are there already stay.
+
+    Raises:
+        BackendError: mlx-lm computes another rotary embedding, or none of its names says this one.
+    """
+    known = {name: value for name, value in config.items() if value is not None}
+    if isinstance(known.get("text_config"), dict):
+        known["text_config"] = spell_rope(known["text_config"], NESTED)
+    found = ropes(known)
+    for rope in found.values():
+        _check(rope)
+    if not found or (len(found) > 1 and "rope_parameters" in accepted):
+        return known  # nothing to say, or mlx-lm reads the rope of each kind of layer by itself
+    if len(found) == 1:
+        rope = next(iter(found.values()))
+    elif found.keys() == {"full_attention", "sliding_attention"} and "rope_local_base_freq" in accepted:
+        rope, local = found["full_attention"], found["sliding_attention"]
+        if rope_type(local) != "default":
+            raise BackendError(f"mlx-lm has no rope of type {rope_type(local)!r} for sliding attention")
+        known.setdefault("rope_local_base_freq", local["rope_theta"])
+        if "layer_types" in known:
+            known.setdefault("sliding_window_pattern", _pattern(known["layer_types"]))
+    else:
+        raise BackendError(f"mlx-lm has one rope for all layers of a {known.get('model_type')!r}, not {len(found)}")
+    for names, key in ((THETA, "rope_theta"), (PARTIAL, "partial_rotary_factor")):
+        for name in set(names).intersection(accepted) if key in rope else ():
+            known.setdefault(name, rope[key])
+    if "rope_parameters" in accepted:
+        return {**known, **({"rope_scaling": _scaling(rope, known)} if _scales(rope, known, accepted) else {})}
+    partial = rope.get("partial_rotary_factor", 1.0) != 1.0 and rope_type(rope) != "proportional"
+    if partial and not set(PARTIAL).intersection(accepted):
+        raise BackendError(f"mlx-lm rotates all of a {known.get('model_type')!r}'s heads, not a part of them")
+    if rope_type(rope) != "default" and "rope_scaling" not in accepted:
+        raise BackendError(f"mlx-lm has no rope of type {rope_type(rope)!r} for a {known.get('model_type')!r}")
+    if _scales(rope, known, accepted):
+        known["rope_scaling"] = _scaling(rope, known)
+    return known
+
+
+def ropes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rope of each kind of attention; one, called "all", where there is one for every layer."""
+    rope = config.get("rope_parameters") or {}
+    nested = {kind: value for kind, value in rope.items() if isinstance(value, dict)} or ({"all": rope} if rope else {})
+    return {kind: {name: v for name, v in value.items() if v is not None} for kind, value in nested.items()}
+
+
+def rope_type(rope: Mapping[str, Any]) -> str:
+    """The type of one rope, under either of the names for it."""
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _check(rope: Mapping[str, Any]) -> None:
+    if rope_type(rope) == "longrope":
+        if rope.get("short_factor") != rope.get("long_factor"):
+            raise BackendError(
+                "mlx-lm uses the long factors of a 'longrope' rope for short inputs too, and torch does not"
+            )
+    elif rope_type(rope) not in KNOWN:
+        raise BackendError(f"mlx-lm has no rope of type {rope_type(rope)!r}: it knows {', '.join(sorted(KNOWN))}")
+    if rope_type(rope) == "yarn" and ("attention_factor" in rope or rope.get("truncate") is False):
+        raise BackendError("mlx-lm ignores attention_factor and truncate of a 'yarn' rope")
+
+
+def _scales(rope: Mapping[str, Any], known: Mapping[str, Any], accepted: Collection[str]) -> bool:
+    return rope_type(rope) != "default" and "rope_scaling" in accepted and "rope_scaling" not in known
+
+
+def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What mlx-lm calls `rope_scaling`; its models look for the type under either name."""
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if rope_type(rope) == "yarn" and "max_position_embeddings" in config:
+        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return {**scaling, "type": rope_type(rope), "rope_type": rope_type(rope)}
+
+
+def _pattern(kinds: list[str]) -> int:
+    """Every how many layers attention is full."""
+    pattern = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    if any((kind == "full_attention") != ((i + 1) % pattern == 0) for i, kind in enumerate(kinds)):
+        raise BackendError("mlx-lm alternates full and sliding attention regularly, and layer_types does not")
+    return pattern

@@ -1,0 +1,80 @@
+"""Small models of the families that checkpoints come in, made by transformers' own classes, and a tokenizer for them."""
+
+import numpy as np
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+HEADS = {"head_dim": 32}
+
+THETA = 30000.0  # nobody's default
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+
+#: By model type: what its configuration has beyond `COMMON`.
+FAMILIES = {
+    "llama": {**ROPE},
+    "mistral": {**ROPE},
+    "qwen2": {**ROPE},
+    "qwen3": {**ROPE, **HEADS},
+    "gemma": {**ROPE, **HEADS},
+    "gemma2": {**ROPE, **HEADS, "query_pre_attn_scalar": 32},
+    "gemma3_text": {
+        **HEADS,
+        "query_pre_attn_scalar": 32,
+        "num_hidden_layers": 6,
+        "sliding_window": 64,
+        "hidden_size": 256,  # mlx-lm 0.32.2 rounds its root to bfloat16
+        "rope_parameters": {"full_attention": ROPE["rope_parameters"], **LOCAL},
+    },
+    "gpt_neox": {
+        "intermediate_size": 512,  # mlx-lm takes four times the hidden size for granted
+        "hidden_act": "gelu_pytorch_tanh",  # and this
+        "rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 0.5},
+    },
+    "mixtral": {**ROPE, "num_local_experts": 4},
+    "qwen3_moe": {**ROPE, **HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+
+
+def make(folder, family, *, dtype="float32", **changes):
+    """A checkpoint of transformers' own making in `folder`, with weights drawn by NumPy and a tokenizer of bytes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = {**COMMON, **FAMILIES[family], **changes}
+    if family == "gpt_neox":
+        del given["num_key_value_heads"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given), dtype=getattr(torch, dtype))
+    random = np.random.default_rng(7)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            drawn = random.standard_normal(tuple(parameter.shape)).astype(np.float32)
+            if parameter.ndim == 1:  # whole 256ths, so that 1 + w is exact for Gemma's norms in GGUF
+                parameter.copy_(torch.from_numpy(drawn * 51).round() / 256)
+            else:
+                parameter.copy_(torch.from_numpy(drawn) * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer():
+    """One token for each byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
