@@ -16,7 +16,7 @@ from qkit.qtensor import QTensor
 
 Quantize = Callable[[NDArray[Any], Grid], QTensor[NDArray[Any]]]
 
-ELEMENTS = 1 << 17  #: about what a block holds: its float32 temporaries stay in a core's second-level cache
+ELEMENTS = 1 << 18  #: about what a block holds: larger ones leave the caches, smaller ones cost more calls
 ROWS = 32  #: blocks begin at multiples of it, so that zero points, packed down the rows, fill whole words
 
 #: By type: the unsigned integers of its bits; among them, the infinity; and the least that has no codes.

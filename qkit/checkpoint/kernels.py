@@ -79,4 +79,4 @@ def extremes(w: NDArray[Any], grid: Grid) -> reference.Floats:
         patterns.max(axis=1, out=low)
     np.maximum(high.view(signed), 0, out=high.view(signed))  # negative floats are negative integers,
     np.maximum(low, 1 << 8 * w.itemsize - 1, out=low)  # and large unsigned ones, of which -0.0 is the least
-    return np.moveaxis(out.view(w.dtype).astype(np.float32), 0, -1)
+    return out.view(w.dtype).astype(np.float32).transpose(1, 2, 0)
