@@ -16,7 +16,7 @@ from qkit.qtensor import QTensor
 
 Quantize = Callable[[NDArray[Any], Grid], QTensor[NDArray[Any]]]
 
-ELEMENTS = 1 << 17  #: about what a block holds: its float32 temporaries stay in a core's second-level cache
+ELEMENTS = 1 << 18  #: about what a block holds: larger ones leave the caches, smaller ones cost more calls
 ROWS = 32  #: blocks begin at multiples of it, so that zero points, packed down the rows, fill whole words
 
 #: By type: the unsigned integers of its bits; among them, the infinity; and the least that has no codes.
@@ -51,7 +51,7 @@ def encode(
     """
     rows = w.shape[0]
     if extremes is not None:  # they ride along in rows of their own, for scales depend on nothing else
-        w = np.concatenate([w, np.resize(np.array(extremes).astype(w.dtype), (2, w.shape[1]))])
+        w = np.concatenate([w, np.full((2, w.shape[1]), np.array(extremes)[:, None], w.dtype)])
     parts = compressed_tensors.to_tensors(quantize(w, grid))
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
 

@@ -28,10 +28,9 @@ def keep_memory() -> None:
 
 def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
     """`reference.quantize(w, grid)` for finite `w` [rows, n]."""
+    e, x = extremes(w, grid), reference.group(w, grid)
     if grid.element.kind == "float":
-        return reference.quantize(w, grid)
-    e = extremes(w, grid)
-    x = w.astype(np.float32).reshape(grid.group_shape(w.shape))
+        return _quantize_to_floats(w, x, e, grid)
     if grid.symmetric:
         s, z = reference.symmetric_scale(e, grid), None
         low, high = grid.element.lowest, grid.element.highest
@@ -46,6 +45,17 @@ def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
     np.clip(codes, low, high, out=codes)
     narrow = codes.astype(np.int8 if z is None else np.uint8, copy=False).reshape(w.shape)
     return QTensor(narrow, s, grid, dtype_of(w), zeros=None if z is None else z.astype(np.uint8))
+
+
+def _quantize_to_floats(w: NDArray[Any], x: reference.Floats, e: reference.Floats, grid: Grid) -> QTensor[NDArray[Any]]:
+    """The reference's own functions, with extremes where it looks through whole groups."""
+    if grid.scale == "nvfp4":
+        tensor_scale = reference.tensor_power(e)
+        s = reference.block_scale(e, tensor_scale)
+        codes = reference.e2m1_codes(x, reference.e4m3_values(s) * tensor_scale)
+        return QTensor(codes.reshape(w.shape), s, grid, dtype_of(w), tensor_scale=tensor_scale)
+    c = reference.scale_code(reference.amax(e), grid)
+    return QTensor(reference.float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype_of(w))
 
 
 def extremes(w: NDArray[Any], grid: Grid) -> reference.Floats:
@@ -69,4 +79,4 @@ def extremes(w: NDArray[Any], grid: Grid) -> reference.Floats:
         patterns.max(axis=1, out=low)
     np.maximum(high.view(signed), 0, out=high.view(signed))  # negative floats are negative integers,
     np.maximum(low, 1 << 8 * w.itemsize - 1, out=low)  # and large unsigned ones, of which -0.0 is the least
-    return np.moveaxis(out.view(w.dtype).astype(np.float32), 0, -1)
+    return out.view(w.dtype).astype(np.float32).transpose(1, 2, 0)
