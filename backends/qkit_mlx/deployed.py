@@ -79,7 +79,7 @@ class DeployedLinear(Exact, nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.plain and (self.mode == "affine" or x.dtype == mx.bfloat16) and mx.default_device() == GPU:
-            return nn.QuantizedLinear.__call__(self, x)
+            return cast(mx.array, nn.QuantizedLinear.__call__(self, x))
         rule = self.rule
         y = _matmul(self, _on_grid(x, self, rule.activation, "input") if rule.activation else x)
         y = _finish(y, x, self.get("bias"))
@@ -88,7 +88,7 @@ class DeployedLinear(Exact, nn.QuantizedLinear):
     def retype(self, dtype: DType) -> None:
         """The model was cast: another type than bfloat16 is not MLX's own layer's business."""
         super().retype(dtype)
-        self.plain = self.plain and dtype == "bfloat16"
+        self.plain: bool = self.plain and dtype == "bfloat16"
 
     def qtensor(self) -> QTensor[mx.array]:
         """The codes and scales that went in."""

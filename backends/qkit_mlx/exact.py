@@ -6,12 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qkit.errors import StageError
-from qkit.qtensor import DType
+from qkit.qtensor import DTYPES, DType
 from qkit_mlx import ops
 
 RANGES = ("input_range", "output_range")
 EXACT = ("scales", "biases", "tensor_scale", "input_scale", "output_scale", *RANGES)  #: what no cast may round (R11)
-TYPES = {dtype: name for name, dtype in ops.DTYPE.items()}
+TYPES: dict[Any, DType] = {ops.DTYPE[name]: name for name in DTYPES}
 
 
 class Exact(nn.Module):
