@@ -49,6 +49,49 @@ def test_the_table_of_comparisons_is_that_of_the_result_files():
     assert all(row.endswith("| 0 |") for row in rows)
 
 
+def probe_table():
+    """The README's table of recipes and engines, made from the result files: recipes with the same cells share a row."""
+    cells = {}
+    files = ("probe-cpu", "probe-h200-torch", "probe-h200-mlx")
+    for file in files:
+        report = json.loads((README.parent / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+        where = "H200" if "gpu" in report["machine"] else "CPU"
+        for one in report["probes"]:
+            assert one["exact"], one
+            column = cells.setdefault((one["backend"], where), {})
+            column.setdefault(one["recipe"], {}).setdefault(one["dtype"], []).append(one["outcome"])
+    columns = [cells[key] for key in (("torchao", "CPU"), ("torchao", "H200"), ("mlx", "CPU"), ("mlx", "H200"))]
+    rows = {}
+    for recipe in qkit.recipes():
+        rows.setdefault(tuple(map(probe_cell, (column[recipe] for column in columns))), []).append(recipe)
+    return [f"| {', '.join(names)} | {' | '.join(row)} |" for row, names in rows.items()]
+
+
+def probe_cell(by_dtype):
+    """`native`, `decoded`, or in which types which; embeddings are decoded row by row everywhere, and are not counted."""
+    least = {dtype: "decoded" if outcomes[-1] == "decoded" else "native" for dtype, outcomes in by_dtype.items()}
+    assert not any("missing" in outcomes for outcomes in by_dtype.values())
+    natives = [dtype for dtype in least if least[dtype] == "native"]
+    if len(natives) in (0, len(least)):
+        return "native" if natives else "decoded"
+    return f"native in {', '.join(natives)}; else decoded"
+
+
+def test_the_table_of_recipes_and_engines_is_that_of_the_probes():
+    rows = probe_table()
+    assert len(rows) >= 3
+    assert "\n".join(rows) in TEXT
+
+
+def test_the_conformance_figures_are_those_of_the_result_files():
+    for name, suite in (("torch", "TestTorchaoOnCuda"), ("mlx", "TestMlx")):
+        report = json.loads(
+            (README.parent / f"benchmarks/results/conformance-h200-{name}.json").read_text(encoding="utf-8")
+        )
+        assert not report["failed"]
+        assert f"{report['suites'][suite]['passed']:,} laws" in TEXT
+
+
 def test_the_decode_figures_are_those_of_the_result_file():
     report = json.loads((README.parent / "benchmarks/results/decode-h200.json").read_text(encoding="utf-8"))
     _, ours, theirs = report["rows"]
