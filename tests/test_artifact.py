@@ -287,3 +287,65 @@ def test_another_tools_quantized_directory_is_refused(name, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(qkit.ArtifactError, match="quantized by awq"):
         qkit.load(folder, backend=name)
+
+
+@pytest.mark.skipif(len(ENGINES) < 2, reason="two engines are needed")
+@pytest.mark.parametrize("recipe", ["int8-static-act-int8-weight", "float8-static-act-float8-weight"])
+def test_static_scales_travel_between_engines(recipe, tmp_path):
+    model = qkit.prepare(build("torchao"), recipe).eval()
+    with qkit.calibrating(model):
+        logits("torchao", model)
+    want = logits("torchao", qkit.convert(model))
+    qkit.save(model, tmp_path / "one")
+    there = qkit.load(tmp_path / "one", backend="mlx")
+    # a number on a rounding edge may take the next code where the engines' sums differ in the last bit
+    assert np.abs(logits("mlx", there) - want).max() < 0.02 * np.abs(want).max()
+    qkit.save(there, tmp_path / "two")
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+    scheme = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]["config_groups"][
+        "group_0"
+    ]
+    assert (scheme["input_activations"]["strategy"], scheme["input_activations"]["dynamic"]) == ("tensor", False)
+
+
+@pytest.mark.parametrize("damage", ["missing", "type", "nan", "off the grid"])
+def test_a_damaged_static_scale_is_refused(damage, tmp_path):
+    pytest.importorskip("torch")
+    model = qkit.prepare(build("torchao"), "int8-static-act-int8-weight").eval()
+    with qkit.calibrating(model):
+        logits("torchao", model)
+    qkit.save(qkit.convert(model), tmp_path / "one")
+    arrays, metadata = read_file(tmp_path / "one" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.input_scale"
+    tensors = {key: np.array(array) for key, array in arrays.items()}
+    scale = tensors.pop(name)
+    if damage != "missing":
+        values = {"type": scale.astype(np.float64), "nan": scale * np.nan, "off the grid": scale * np.float32(1.001)}
+        tensors[name] = values[damage]
+    save_file(tensors, tmp_path / "one" / "model.safetensors", metadata)
+    with pytest.raises(qkit.ArtifactError, match="up_proj: input_scale"):
+        qkit.load(tmp_path / "one", backend="torchao")
+
+
+@pytest.mark.skipif(len(ENGINES) < 2, reason="two engines are needed")
+@pytest.mark.parametrize("recipe", ["int4-g64-all", "mxfp4-a16-all"])
+def test_a_tied_head_is_stored_once_and_opens_everywhere(recipe, tmp_path):
+    model = qkit.prepare(build("torchao", tie_word_embeddings=True), recipe)
+    prepared = logits("torchao", model)
+    want = logits("torchao", qkit.convert(model))
+    assert (prepared == want).all()
+    qkit.save(model, tmp_path / "one")
+    arrays, _ = read_file(tmp_path / "one" / "model.safetensors")
+    assert not [name for name in arrays if name.startswith("lm_head")]
+    again = qkit.load(tmp_path / "one", backend="torchao")
+    assert (logits("torchao", again) == want).all()
+    assert qkit.coverage(again).rows[-1].tied == "model.embed_tokens"
+    there = qkit.load(tmp_path / "one", backend="mlx")
+    assert np.abs(logits("mlx", there) - want).max() < 1e-5 * np.abs(want).max()
+    mine = qkit.convert(build("mlx", tie_word_embeddings=True), recipe)
+    qkit.save(mine, tmp_path / "two")
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
