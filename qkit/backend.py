@@ -156,8 +156,12 @@ class Backend(Protocol):
 
     def switch(self, module: Any, mode: Mode) -> None:
         """Turns the quantisation of a prepared layer on or off (compiled functions obey without compiling anew), or has its
-        static ranges forget what they saw and record what comes in, while weights are quantized and the rest is not.
+        static ranges record what comes in and goes out, while weights are quantized and the rest is not.
         """
+        ...
+
+    def forget(self, module: Any) -> None:
+        """Makes the static ranges of a prepared layer empty."""
         ...
 
     def pack(

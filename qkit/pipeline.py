@@ -39,7 +39,7 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
         GridError: a layer does not divide into groups and the rule does not say "skip".
     """
     planned = [_plan_layer(layer, recipe) for layer in layers]
-    planned = [_plan_tied(item, planned) if item.layer.tied else item for item in planned]
+    planned = [_plan_tied(item, planned) for item in planned]
     spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned if item.layer.kind != "other"}
     for rule in recipe.rules:
         if rule.weight and id(rule) not in spoken:
@@ -79,13 +79,20 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
 def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
     """`item`, whose weight belongs to a layer before it, if both can be quantized as one."""
     layer = item.layer
-    owner = next(other for other in planned if other.layer.path == layer.tied)
+    owner = next((other for other in planned if layer.tied and other.layer.path == layer.tied), None)
+    if owner is None:
+        return item
     mine, theirs = (one.rule.weight if one.rule else None for one in (item, owner))
     if mine == theirs and not (item.rule and item.rule.slots):
         return item
     obstacle = f"its weight is tied to that of {layer.tied}"
     if item.rule and item.rule.slots and mine == theirs:
         raise RecipeError(f"{layer.path}: {obstacle}, so that it takes no activation or output grid: drop it")
+    if layer.kind == "other":
+        raise RecipeError(
+            f"{layer.path}: {obstacle}, which the recipe puts on {theirs}, and {layer.obstacle}; leave {layer.tied} alone with a "
+            "rule without weight"
+        )
     if theirs is None and item.rule and item.rule.indivisible == "skip":
         return Planned(layer, None, f"skipped: {obstacle}, which is left alone")
     raise RecipeError(
@@ -252,9 +259,10 @@ def surgeon(model: Any, backend: str | Backend | None) -> Backend:
 def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered:
     rule = layer.rule
     if rule is None or rule.weight is None:
-        weight = tensors[layer.path] if layer.kind == "other" else engine.weight(layer.module)
+        weight = tensors.get(layer.path) if layer.kind == "other" else engine.weight(layer.module)
         reason = layer.obstacle if layer.kind == "other" else getattr(layer.module, NOTE, "") or layer.obstacle
-        bits, state = 8 * weight.nbytes / prod(layer.shape), f"left alone: {reason}" if reason else "float"
+        bits = 0.0 if weight is None else 8 * weight.nbytes / prod(layer.shape)  # tied ones are stored elsewhere
+        state = f"left alone: {reason}" if reason else "float"
         return Covered(layer.path, layer.kind, layer.shape, "", "", "", state, bits, layer.tied)
     state = f"{'native' if layer.native else 'decoded first'}: {layer.execution}"
     if layer.stage == "prepared":

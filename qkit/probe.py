@@ -78,6 +78,7 @@ def _probe(engine: Backend, rule: Rule, tried: Probe) -> Probe:
         x = np.arange(OUTPUTS, dtype=np.int32)
     prepared = engine.fake(engine.make(rule.kind, w), rule)
     if rule.range != "dynamic":
+        engine.forget(prepared)
         engine.switch(prepared, "calibrating")
         engine.run(prepared, x)
         engine.switch(prepared, "on")

@@ -35,7 +35,7 @@ class Rule:
         output: the output's grid, likewise; or None, as nearly always.
         range: where the scales of `activation` and `output` come from. `dynamic`: from each tensor itself. Static ones need
             a `"tensor"` grid: `calibrated`, from the lowest and highest value seen under `qkit.calibrating`; `average`,
-            from a running average of these over the training steps.
+            from a running average of these over the training steps (what gradient checkpointing computes again counts again).
         ste: the straight-through estimator of all three grids: the gradient passes as it is (`identity`), or not where a
             value was clipped (`masked`).
         indivisible: what to do where the weight does not divide into groups: `error`, or `skip` the layer.

@@ -13,10 +13,11 @@ from qkit.pipeline import surgeon
 def disable(model: Any, match: str = "*", *, backend: str | Backend | None = None) -> None:
     """Lets the prepared layers whose path matches the shell pattern compute in float, until `enable`.
 
-    Compiled functions obey without compiling anew. Training goes on with the float weights; `convert` quantizes all the same.
+    Compiled functions obey, mostly without compiling anew; on MLX, those that were compiled with the model's state among their
+    inputs, as training steps are. Training goes on with the float weights; `convert` quantizes all the same.
 
     Raises:
-        StageError: no prepared layer matches.
+        StageError: no prepared layer matches, or one is being calibrated.
     """
     _switch(model, match, "off", backend)
 
@@ -40,8 +41,13 @@ def calibrating(model: Any, *, backend: str | Backend | None = None) -> Iterator
     Run representative data through `model` inside: its weights are quantized, its activations not yet.
 
     Raises:
-        StageError: no prepared layer has a static range.
+        StageError: no prepared layer has a static range, or the model is being calibrated already.
     """
+    engine = surgeon(model, backend)
+    for layer in _prepared(engine, model, _static, "has a static range to calibrate"):
+        if layer.mode == "calibrating":
+            raise StageError(f"{layer.path} is being calibrated already: one block of qkit.calibrating at a time")
+        engine.forget(layer.module)
     with _switched(model, "calibrating", _static, "has a static range to calibrate", backend):
         yield
 
@@ -67,7 +73,11 @@ def _switched(
 
 def _switch(model: Any, match: str, mode: Mode, backend: str | Backend | None) -> None:
     engine = surgeon(model, backend)
-    for layer in _prepared(engine, model, lambda layer: fnmatchcase(layer.path, match), f"matches {match!r}"):
+    layers = _prepared(engine, model, lambda layer: fnmatchcase(layer.path, match), f"matches {match!r}")
+    for layer in layers:
+        if layer.mode == "calibrating":
+            raise StageError(f"{layer.path} is being calibrated: switch it before or after, or use qkit.disabled")
+    for layer in layers:
         engine.switch(layer.module, mode)
 
 

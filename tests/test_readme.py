@@ -68,8 +68,8 @@ def probe_table():
 
 
 def probe_cell(by_dtype):
-    """`native`, `decoded`, or in which types which; embeddings are decoded row by row everywhere, and are not counted."""
-    least = {dtype: "decoded" if outcomes[-1] == "decoded" else "native" for dtype, outcomes in by_dtype.items()}
+    """`native`, `decoded`, or in which types which; of several rules, the least."""
+    least = {dtype: "decoded" if "decoded" in outcomes else "native" for dtype, outcomes in by_dtype.items()}
     assert not any("missing" in outcomes for outcomes in by_dtype.values())
     natives = [dtype for dtype in least if least[dtype] == "native"]
     if len(natives) in (0, len(least)):

@@ -114,7 +114,7 @@ def test_a_tied_weight_trains_from_both_sides():
 def test_converted_tied_layers_share_their_codes_also_after_a_cast():
     model = qkit.convert(tied(), recipe(*WHOLE))
     for _ in range(2):
-        assert model[2].weight.qdata.data_ptr() == model[0].weight.data_ptr()
+        assert model[2].weight.qdata.data_ptr() == model[0].codes.data_ptr()
         model = model.to(torch.bfloat16)
     twin = copy.deepcopy(model)
     assert twin[2].owner[0] is twin[0]
@@ -315,3 +315,83 @@ def test_nan_in_a_product_of_codes_stays_in_its_row():
     made = Int8Linear.apply(x, layer.weight, layer.bias, grids, "identity", None, None)
     assert made[1:3].isnan().all()
     assert torch.equal(made[[0, 3, 4]], want[[0, 3, 4]])
+
+
+class Borrower(nn.Module):
+    """Multiplies with a weight of its own, which may be another layer's too."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_weight_that_somebody_else_reads_is_not_quantized():
+    linear = nn.Linear(64, 64)
+    model = nn.Sequential(linear, Borrower(linear.weight), Borrower(nn.Parameter(torch.zeros(64, 64))))
+    model.append(Borrower(model[2].weight))
+    with pytest.raises(
+        qkit.RecipeError, match=r"1.weight: its weight is tied to that of 0.*Borrower is no linear layer"
+    ):
+        qkit.prepare(model, recipe())
+    rows = {row.path: row for row in qkit.coverage(model).rows}
+    assert {path: row.tied for path, row in rows.items()} == {
+        "0": "",
+        "1.weight": "0",
+        "2.weight": "",
+        "3.weight": "2.weight",
+    }
+    assert qkit.coverage(model).bits_per_weight == 32
+
+
+@pytest.mark.parametrize("name", ["mxfp4-a16", "mxfp8-a16", "int4-g32", "nvfp4-a16", "fp8"])
+def test_who_asks_a_converted_layer_for_its_weight_gets_values(name):
+    """transformers' T5 casts its activations to the type of `wo.weight`."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    want = qkit.fake_quantize(model[0].weight.detach(), qkit.recipe(name).rules[-1].weight)
+    layer = qkit.convert(model, name)[0]
+    assert layer.weight.dtype == torch.float32
+    assert tuple(layer.weight.shape) == (64, 64)
+    decoded = layer.weight.dequantize() if hasattr(type(layer.weight), "dequantize") else layer.weight
+    assert torch.equal(decoded if decoded.dtype == torch.float32 else decoded.float(), want)
+
+
+def test_tied_layers_keep_their_own_estimator():
+    grid = Grid("int3", 32, "midmax")
+    gradients = {}
+    for embedding, head in (("identity", "masked"), ("masked", "masked"), ("identity", "identity")):
+        rules = (Rule(("*",), kind="embedding", weight=grid, ste=embedding), Rule(("*",), weight=grid, ste=head))
+        model = qkit.prepare(tied(), recipe(*rules))
+        model[2](torch.ones(1, 64)).sum().backward()
+        gradients[embedding, head] = model[0].weight.grad
+    assert torch.equal(gradients["identity", "masked"], gradients["masked", "masked"])
+    assert not torch.equal(gradients["identity", "masked"], gradients["identity", "identity"])
+
+
+def test_sparse_gradients_are_masked():
+    grid = Grid("int3", 32, "midmax")
+    gradients = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(16, 64, sparse=sparse))
+        model = qkit.prepare(model, recipe(Rule(("*",), kind="embedding", weight=grid, ste="masked")))
+        model(torch.tensor([3, 3, 7])).sum().backward()
+        gradients.append(model[0].weight.grad.to_dense())
+    assert torch.equal(*gradients)
+    assert 0 < (gradients[0][3] == 0).sum() < 64
+
+
+def test_a_weight_that_is_computed_is_an_obstacle():
+    model = nn.Sequential(nn.Linear(64, 64))
+    weight = model[0]._parameters.pop("weight")  # as torch.nn.utils.weight_norm does
+    model[0].weight = weight.detach()
+    with pytest.raises(qkit.RecipeError, match="0: its weight is computed from other parameters"):
+        qkit.prepare(model, recipe())
+
+
+def test_a_float_checkpoint_loads_into_a_prepared_model():
+    model = qkit.prepare(mlp(), recipe(STATIC))
+    model.load_state_dict(mlp().state_dict())
+    assert model[0].input_range.tolist() == [np.inf, -np.inf]

@@ -16,7 +16,7 @@ from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
 from qkit_mlx import ops, surgery, training
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
-from qkit_mlx.layers import FakeEmbedding, FakeLinear, switch
+from qkit_mlx.layers import FakeEmbedding, FakeLinear, forget, switch
 
 
 class MlxBackend:
@@ -119,6 +119,10 @@ class MlxBackend:
     def switch(self, module: Any, mode: Mode) -> None:
         """See `Backend.switch`."""
         switch(module, mode)
+
+    def forget(self, module: Any) -> None:
+        """See `Backend.forget`."""
+        forget(module)
 
     def pack(
         self,

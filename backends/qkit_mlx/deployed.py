@@ -78,7 +78,7 @@ class DeployedLinear(Exact, nn.QuantizedLinear):
         _hold(self, q, container, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.plain and (self.mode == "affine" or x.dtype == mx.bfloat16) and mx.default_device() == GPU:
+        if self.plain and x.size and (self.mode == "affine" or x.dtype == mx.bfloat16) and mx.default_device() == GPU:
             return cast(mx.array, nn.QuantizedLinear.__call__(self, x))
         rule = self.rule
         y = _matmul(self, _on_grid(x, self, rule.activation, "input") if rule.activation else x)
@@ -168,6 +168,8 @@ def _held(layer: Any) -> QTensor[mx.array]:
 
 def _matmul(layer: Any, x: mx.array) -> mx.array:
     """`x` times the transposed weight, in fp32; in bfloat16 where the layer is `direct`."""
+    if not x.size:  # on which MLX's CPU kernels divide by zero and take the process with them (0.32.4)
+        return mx.zeros((*x.shape[:-1], len(layer["weight"])))
     scales, biases = layer["scales"], layer.get("biases")
     if not (layer.direct and x.dtype == mx.bfloat16 and _on_gpu()):
         x = x.astype(mx.float32)

@@ -31,7 +31,11 @@ def switch(layer: Any, mode: Mode) -> None:
     """See `Backend.switch`."""
     layer._gate = mx.array(mode != "off")
     layer.calibrating = mode == "calibrating"
-    for name in RANGES if layer.calibrating else ():
+
+
+def forget(layer: Any) -> None:
+    """See `Backend.forget`."""
+    for name in RANGES:
         if name in layer:
             layer[name] = unseen()
 

@@ -16,14 +16,18 @@ def unseen() -> mx.array:
 
 
 def widened(known: mx.array, x: mx.array) -> mx.array:
-    """The range of `known` and `x`; that of `known` where an extreme of `x` is not finite."""
+    """The range of `known` and `x`; that of `known` where an extreme of `x` is not finite, or `x` is empty."""
+    if not x.size:
+        return known
     seen = _seen(x)
     wider = mx.stack([mx.minimum(known[0], seen[0]), mx.maximum(known[1], seen[1])])
     return mx.where(mx.isfinite(seen).all(), wider, known)
 
 
 def averaged(known: mx.array, x: mx.array) -> mx.array:
-    """`known` moved a little towards the range of `x`, the first time all the way; `known` where that is not finite."""
+    """`known` moved a little towards the range of `x`, the first time all the way; `known` where `widened` leaves it."""
+    if not x.size:
+        return known
     seen = _seen(x)
     moved = mx.where(known[0] > known[1], seen, known + AVERAGE * (seen - known))
     return mx.where(mx.isfinite(seen).all(), moved, known)

@@ -115,6 +115,10 @@ class TorchaoBackend:
         """See `Backend.switch`."""
         module.switch(mode)
 
+    def forget(self, module: Any) -> None:
+        """See `Backend.forget`."""
+        module.forget()
+
     def pack(
         self,
         module: nn.Module,

@@ -49,14 +49,17 @@ class _Prepared(nn.Module):
         """See `qkit.backend.Backend.switch`."""
         self.mode, self.calibrating = mode, mode == "calibrating"
         self.gate.fill_(mode != "off")
-        for name in static_names(self.rule) if self.calibrating else ():
+
+    def forget(self) -> None:
+        """See `qkit.backend.Backend.forget`."""
+        for name in static_names(self.rule):
             self.get_buffer(f"{name}_range").copy_(torch.tensor(EMPTY))
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
         if torch.compiler.is_compiling():
-            return torch.where(self.gate, self.values(self.weight, dtype), self.weight.to(dtype))
-        return self.weight.to(dtype) if self.mode == "off" else self.values(self.weight, dtype)
+            return torch.where(self.gate, self.values(self.weight, dtype, self.rule.ste), self.weight.to(dtype))
+        return self.weight.to(dtype) if self.mode == "off" else self.values(self.weight, dtype, self.rule.ste)
 
     def slot(self, x: Tensor, name: str, grid: Grid | None) -> Tensor:
         """`x` on the grid of the slot `name`, `input` or `output`; `x` itself where there is none or the layer is off."""
@@ -75,13 +78,21 @@ class _Prepared(nn.Module):
         if self.rule.range == "dynamic":
             return {}
         seen = self.get_buffer(f"{name}_range")
-        if self.calibrating:
+        if not x.numel():
+            pass  # nothing is seen
+        elif self.calibrating:
             seen.copy_(_wider(seen, _extremes(x)))
         elif self.training and self.rule.range == "average":
             seen.copy_(torch.where(self.gate, _averaged(seen, _extremes(x)), seen))
         q = ops.quantize(seen, grid)
         scales = ops.scale_values(q) + ops.poison(ops.amax(seen))  # NaN, as long as nothing was seen
         return {"scales": scales, "zeros": q.zeros}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        """As any module; a float model's checkpoint has no ranges, and leaves them as they are."""
+        for name in static_names(self.rule):
+            state_dict.setdefault(f"{prefix}{name}_range", self.get_buffer(f"{name}_range"))
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but keeps ranges in float32; the gate is set again, in case `fn` gave empty memory."""
@@ -114,7 +125,7 @@ class FakeLinear(_Prepared, nn.Linear):
         """
         if products.kind(self.weight_grid, self.rule.activation) != "int8" or self.weight.device.type != "cuda":
             return False
-        if self.mode != "on" or x.dtype != self.weight.dtype:
+        if self.mode != "on" or x.dtype != self.weight.dtype or not x.numel():
             return False
         shape = (self.out_features, self.in_features)
         return not why_no_kernel(self.rule, device=x.device, dtype=dtype_of(x), shape=shape)
@@ -142,7 +153,7 @@ def fake(module: nn.Module, rule: Rule) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
     made = become(module, FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear)
-    made.rule, made.values = rule, Values(rule.weight, rule.ste)
+    made.rule, made.values = rule, Values(rule.weight)
     device = made.weight.device
     made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)
     for name in static_names(rule):

@@ -17,7 +17,7 @@ from qkit_torchao.execution import Execution, choose
 from qkit_torchao.layers import apply_but_keep, become
 from qkit_torchao.static import slot
 
-PLAIN = ("weight", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that holds no torchao tensor
+PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that holds no torchao tensor
 
 
 class PackedLinear(nn.Linear):
@@ -34,7 +34,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        y = self.execution.multiply(self, x) if self.execution.multiply else self._decoded(x)
+        y = self.execution.multiply(self, x) if self.execution.multiply and x.numel() else self._decoded(x)
         return slot(self, y, "output", self.rule.output)
 
     def _decoded(self, x: Tensor) -> Tensor:
@@ -45,6 +45,15 @@ class PackedLinear(nn.Linear):
         """Moves the codes and keeps the scales as they are: a cast changes only the type that values are rounded to."""
         _apply_to_packed(self, fn, recurse)
         return self
+
+
+class PlainLinear(PackedLinear):
+    """A `PackedLinear` whose codes are plain arrays. `weight` is what they mean, for whoever asks for its type or shape."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The values [outputs, inputs], decoded at every call."""
+        return ops.dequantize(unpack(self))
 
 
 class PackedEmbedding(nn.Embedding):
@@ -59,6 +68,11 @@ class PackedEmbedding(nn.Embedding):
         """Tokens [...] -> [..., width]."""
         return ops.dequantize(_rows(unpack(self), tokens))
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The values [entries, width], decoded at every call."""
+        return ops.dequantize(unpack(self))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
         """As `PackedLinear._apply`."""
         _apply_to_packed(self, fn, recurse)
@@ -69,7 +83,10 @@ def pack(
     module: nn.Module, q: QTensor[Any], rule: Rule, *, static: Mapping[str, Tensor], owner: nn.Module | None
 ) -> Any:
     """The deployed form of a Linear or Embedding, float or prepared, holding the codes of `q`; see `Backend.pack`."""
-    made = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)
+    plain = (
+        PlainLinear if choose(q, rule).container is None else PackedLinear
+    )  # on every device alike: the grid decides
+    made = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else plain)
     for name in ("values", "mode", "calibrating"):
         made.__dict__.pop(name, None)
     for name in ("gate", "input_range", "output_range"):
@@ -86,9 +103,10 @@ def pack(
 def unpack(module: Any) -> QTensor[Tensor]:
     """The codes and scales of a converted layer."""
     grid = module.rule.weight
-    if isinstance(module.weight, nn.Parameter):
-        return lowering.container_of(module.weight).raised(module.weight, grid, module.dtype)
-    codes = lowering.unpair(module.weight) if _in_pairs(grid) else module.weight
+    held = module._parameters.get("weight")
+    if held is not None:
+        return lowering.container_of(held).raised(held, grid, module.dtype)
+    codes = lowering.unpair(module.codes) if _in_pairs(grid) else module.codes
     parts = {name: getattr(module, name, None) for name in ("scales", "zeros", "tensor_scale")}
     return QTensor(codes, grid=grid, dtype=module.dtype, **parts)
 

@@ -18,6 +18,8 @@ def fake_quantize(
     The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator), or,
     if `ste` is "masked", zero where a value was clipped. `scales` and `zeros`: see `reference.fake_quantize`.
     """
+    if not w.numel():  # a layer that no token reaches
+        return w
     result: Tensor = _StraightThrough.apply(w, grid, ste, scales, zeros)  # type: ignore[no-untyped-call]
     return result
 

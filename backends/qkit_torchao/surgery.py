@@ -17,12 +17,16 @@ PACKED = (PackedLinear, PackedEmbedding)
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Linear and Embedding modules, each once, under their first path; then every other weight that has a row and a column."""
     first: dict[int, str] = {}
+    held: dict[int, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, PACKED):
+            held.setdefault(id(module.weight), path)
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module)
+            yield from _others(path, module, held)
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -46,7 +50,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, PACKED)
-        for name in PLAIN
+        for name in (*PLAIN, "weight")
     }
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
 
@@ -102,15 +106,20 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
     obstacle = ""
     if getattr(module, "max_norm", None) is not None:
         obstacle = "its rows are rescaled at every look-up (max_norm)"
+    elif "weight" not in module._parameters:
+        obstacle = "its weight is computed from other parameters (weight_norm and the like)"
     elif type(module) not in (nn.Linear, nn.Embedding):
         obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle)
 
 
-def _others(path: str, module: nn.Module) -> Iterator[Layer]:
+def _others(path: str, module: nn.Module, held: dict[int, str]) -> Iterator[Layer]:
+    """Weights of a module that no rule speaks of; those that are also elsewhere are tied to what has them, as `held` knows."""
     for name, parameter in module.named_parameters(path, recurse=False):
         if parameter.dim() > 1:
-            yield Layer(name, "other", tuple(parameter.shape), module, obstacle=_why_not(module))
+            owner = held.setdefault(id(parameter), name)
+            tied = "" if owner in (name, path) else owner
+            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module))
 
 
 def _why_not(module: nn.Module) -> str:

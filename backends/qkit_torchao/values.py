@@ -18,24 +18,24 @@ class Values:
     and `eval()`. A write through `.data` outside of an optimizer is not; call `drop` after one. Copies and pickles are empty.
     """
 
-    def __init__(self, grid: Grid, ste: Ste) -> None:
-        self.grid, self.ste = grid, ste
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
         self._stamp: tuple[Any, ...] = ()
         self._made: Tensor | None = None
         self._seen: Tensor | None = None
         _watch_optimizers()
 
-    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def __call__(self, weight: Tensor, dtype: torch.dtype, ste: Ste) -> Tensor:
         """`weight` on the grid, rounded to `dtype`; differentiable, straight through."""
         if _cannot_keep(weight):
-            return straight_through.fake_quantize(weight, self.grid, ste=self.ste).to(dtype)
+            return straight_through.fake_quantize(weight, self.grid, ste=ste).to(dtype)
         stamp = (weight._version, weight.data_ptr(), weight.dtype, dtype, weight.device, _steps_taken)
         if stamp != self._stamp or self._made is None:
             with torch.inference_mode(False):  # or what is kept could not be trained with later
                 self._made = ops.rounded(weight.detach(), self.grid).to(dtype)
                 self._seen = weight.detach()  # keeps the storage, so that its address is not given to another
             self._stamp = stamp
-        result: Tensor = _PassGradient.apply(weight, self._made, self.grid, self.ste)  # type: ignore[no-untyped-call]
+        result: Tensor = _PassGradient.apply(weight, self._made, self.grid, ste)  # type: ignore[no-untyped-call]
         return result
 
     def drop(self) -> None:
@@ -43,10 +43,10 @@ class Values:
         self._stamp, self._made, self._seen = (), None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Values":
-        return Values(self.grid, self.ste)
+        return Values(self.grid)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Values, (self.grid, self.ste)
+        return Values, (self.grid,)
 
 
 def _cannot_keep(weight: Tensor) -> bool:
@@ -73,8 +73,17 @@ class _PassGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0].to(ctx.dtype)
         for weight in ctx.saved_tensors:
-            gradient = torch.where(ops.unclipped(weight, ctx.grid), gradient, 0.0)
+            gradient = _masked(gradient, ops.unclipped(weight, ctx.grid))
         return gradient, None, None, None
+
+
+def _masked(gradient: Tensor, inside: Tensor) -> Tensor:
+    """`gradient`, which may be a sparse one of some rows, where `inside`, else zero."""
+    if not gradient.is_sparse:
+        return torch.where(inside, gradient, 0.0)
+    some = gradient.coalesce()
+    rows = torch.where(inside[some.indices()[0]], some.values(), 0.0)
+    return torch.sparse_coo_tensor(some.indices(), rows, some.shape, check_invariants=False)
 
 
 _steps_taken = 0

@@ -110,6 +110,9 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     entries = entries_of(folder, metadata, config)
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
+    for layer in layers.values():
+        if layer.stage != "float":
+            raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
     taken = {path: _take(folder, arrays, path, layers, entry) for entry in entries for path in entry.paths}
     try:
         engine.fill(model, arrays, without={_join(path, "weight") for path in taken})

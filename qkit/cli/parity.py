@@ -72,7 +72,7 @@ def _rows(names: Iterable[str]) -> Rows:
 
 
 def _grids(recipe: Recipe) -> list[Grid]:
-    grids = [grid for rule in recipe.rules for grid in (rule.weight, rule.activation) if grid]
+    grids = [grid for rule in recipe.rules for grid in (rule.weight, *rule.slots.values()) if grid]
     return list(dict.fromkeys(grids))
 
 

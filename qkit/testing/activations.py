@@ -73,6 +73,25 @@ class Activations(Surgery):
                 assert np.isfinite(np.delete(made, 1, axis=0)).all()
             model = qkit.convert(model) if model is not None and self._stages(model) == {"prepared"} else model
 
+    @each_rule
+    def test_no_rows_go_in_and_none_come_out(self, rule: Rule) -> None:
+        """As at an expert that no token reaches."""
+        model, x = self._prepared(rule)
+        before, none = self._tensors(model), self.engine.from_numpy(self.engine.to_numpy(x)[:0])
+        if hasattr(model, "train"):
+            model.train()
+        outputs = self._run(model, x).shape[1]
+        model.eval()
+        for mode in ("train", "eval"):
+            getattr(model, mode)()
+            kept = self._tensors(model)
+            assert self._run(model, none).shape == (0, outputs)
+            assert same(kept, self._tensors(model))  # ranges have seen nothing
+        with qkit.disabled(model):
+            assert self._run(model, none).shape == (0, outputs)
+        assert self._run(qkit.convert(model), none).shape == (0, outputs)
+        assert before.keys() == kept.keys()
+
     def test_an_output_is_on_its_grid(self) -> None:
         grid = Grid("int8", "row", "minmax")
         for make in (qkit.prepare, qkit.convert):
@@ -140,6 +159,23 @@ class Activations(Surgery):
             self._run(model, self.engine.from_numpy(np.array(seen / 2)))
             self._run(model, self.engine.from_numpy(np.array(seen / 4)))
         assert self._tensors(model)[f"{path}.input_range"].tolist() == [seen.min() / 2, seen.max() / 2]
+
+    @static_rule
+    def test_calibration_goes_on_after_a_block_of_float(self, rule: Rule) -> None:
+        model = self._allowed(rule)
+        x = self._inputs(model)
+        with qkit.calibrating(model):
+            self._run(model, x)
+            seen = self._tensors(model)
+            with qkit.disabled(model):
+                self._run(model, self.engine.from_numpy(np.array(self.engine.to_numpy(x) * 3)))
+            assert same(seen, self._tensors(model))
+            with pytest.raises(StageError, match="is being calibrated"):
+                qkit.enable(model)
+            with pytest.raises(StageError, match="is being calibrated already"), qkit.calibrating(model):
+                pass
+            assert same(seen, self._tensors(model))
+        assert {row.state for row in qkit.coverage(model).rows} == {"prepared"}
 
     @static_rule
     def test_static_scales_are_those_of_the_range(self, rule: Rule) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import qkit
 from qkit import reference
 from qkit.backend import Backend, Stage
-from qkit.errors import GridError, QkitError, RangeError, RecipeError, StageError
+from qkit.errors import ArtifactError, GridError, QkitError, RangeError, RecipeError, StageError
 from qkit.grid import Grid
 from qkit.recipe import Recipe, Rule
 from qkit.testing.tensors import all_grids, random
@@ -180,6 +180,12 @@ class Surgery:
         model = self.model()
         with self._unchanged(model, "float"), pytest.raises(StageError, match="no layer"):
             qkit.convert(model)
+
+    def test_an_artifact_is_not_loaded_into_a_prepared_model(self, tmp_path: Path) -> None:
+        qkit.save(qkit.convert(self.model(), recipe_of(Grid("int4", 64))), tmp_path / "saved")
+        model = qkit.prepare(self.model(), recipe_of(Grid("int8", 64)))
+        with self._unchanged(model, "prepared"), pytest.raises(ArtifactError, match="is prepared already"):
+            qkit.load(tmp_path / "saved", into=model)
 
     def test_filling_with_a_tensor_missing_is_refused(self) -> None:
         engine, model = self.engine, self.model()
