@@ -101,6 +101,12 @@ def test_the_decode_figures_are_those_of_the_result_file():
     assert f"{ours['ms'] / theirs['ms']:.3f}x the time of torchao's own Int4WeightOnlyConfig" in TEXT
 
 
+def test_the_figures_of_mlx_steps_are_those_of_the_result_file():
+    report = json.loads((README.parent / "benchmarks/results/mlx-decode-cpu.json").read_text(encoding="utf-8"))
+    ratios = [row["qkit / mlx.nn.quantize"] for row in report["rows"]]
+    assert f"from {min(ratios):.3f}x to {max(ratios):.3f}x" in TEXT
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)`?", TEXT))))
 def test_the_make_targets_exist(target):
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
