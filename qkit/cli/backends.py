@@ -9,7 +9,6 @@ from rich.text import Text
 
 import qkit
 from qkit.cli.console import Json, Type, console, print_json
-from qkit.cli.probing import probe_all, show_probes
 
 
 def backends(
@@ -24,6 +23,8 @@ def backends(
     """List the backends, ready or not, and why not; with --probe, try out what they do."""
     found = qkit.backends()
     if probe:
+        from qkit.cli.probing import probe_all, show_probes  # here, so that other commands start fast
+
         ready = [qkit.backend(status.name) for status in found if status.ready]
         probes = probe_all(ready, map(qkit.recipe, qkit.recipes()), dtypes=[dtype.value], device=device)
         if as_json:

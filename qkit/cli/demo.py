@@ -2,14 +2,16 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qkit.cli.console import console
-from qkit.demo import PRESETS, Result, draw, run
+
+if TYPE_CHECKING:
+    from qkit.demo import Result
 
 
 def demo(
@@ -20,6 +22,8 @@ def demo(
     recipe: Annotated[str, typer.Option(help="The recipe to train for.")] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
+    from qkit.demo import PRESETS, draw, run  # here, so that other commands start fast
+
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -47,7 +51,7 @@ def demo(
         console.print("no picture: pip install 'qkit[plot]'")
 
 
-def _table(result: Result) -> Table:
+def _table(result: "Result") -> Table:
     title = f"{result.recipe} on {result.backend}: a Llama of {result.parameters:,} parameters, Python's own source, byte by byte"
     table = Table("", "", title=title, show_header=False, title_justify="left")
     other = f"not available: {result.other_obstacle}"
@@ -76,7 +80,7 @@ def _table(result: Result) -> Table:
     return table
 
 
-def _compared(loss: float | str, result: Result) -> str:
+def _compared(loss: float | str, result: "Result") -> str:
     """A loss beside that of the model that was saved; or why there is none."""
     return (
         f"not available: {loss}"

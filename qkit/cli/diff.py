@@ -2,14 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from qkit.cli.console import Json, console, print_json
-from qkit.interop.difference import Difference, compare
-from qkit.interop.snapshot import read
+
+if TYPE_CHECKING:
+    from qkit.interop.difference import Difference
 
 DIFFERENT = 1
 
@@ -20,6 +21,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two models, code by code and scale by scale. Exit code 0: equal; 1: different."""
+    from qkit.interop.difference import compare  # here, so that other commands start fast
+    from qkit.interop.snapshot import read
+
     found = list(compare(read(first), read(second)))
     different = [row for row in found if not row.equal]
     totals = {name: sum(getattr(row, name) for row in found) for name in ("codes", "scales", "values")}
@@ -32,7 +36,7 @@ def diff(
         raise typer.Exit(DIFFERENT)
 
 
-def _show(found: list[Difference], different: list[Difference], totals: dict[str, int]) -> None:
+def _show(found: "list[Difference]", different: "list[Difference]", totals: dict[str, int]) -> None:
     if different:
         table = Table("tensor", "compared", "codes", "scales", "values", "of", "")
         for row in different:

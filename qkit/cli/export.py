@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 
 from qkit.cli.console import console
-from qkit.interop import gguf, transfer
-from qkit.interop.snapshot import read
 
 WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Leave away what layers do to their inputs and outputs: other logits.")
@@ -32,6 +30,9 @@ def export(
     weights_only: WeightsOnly = False,
 ) -> None:
     """Write a model for another program: the same codes under other names, exactly, or not at all."""
+    from qkit.interop import gguf, transfer  # here, so that other commands start fast
+    from qkit.interop.snapshot import read
+
     source = read(folder)
     if weights_only:
         source = transfer.weights_only(source)

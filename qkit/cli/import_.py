@@ -7,8 +7,6 @@ import typer
 
 from qkit.cli.console import console
 from qkit.cli.export import WeightsOnly
-from qkit.interop import transfer
-from qkit.interop.snapshot import read
 
 
 def import_(
@@ -17,6 +15,9 @@ def import_(
     weights_only: WeightsOnly = False,
 ) -> None:
     """Read a model that another tool quantized, codes untouched, or say why that cannot be."""
+    from qkit.interop import transfer  # here, so that other commands start fast
+    from qkit.interop.snapshot import read
+
     source = read(folder)
     if weights_only:
         source = transfer.weights_only(source)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -12,12 +12,12 @@ from rich.text import Text
 import qkit
 from qkit.backend import Backend
 from qkit.cli.console import Json, Type, console, errors, print_json
-from qkit.cli.probing import probe_all, show_probes
 from qkit.grid import Grid
-from qkit.parity import Parity, compare_many
 from qkit.qtensor import DTYPES, DType
 from qkit.recipe import Recipe
-from qkit.testing.tensors import all_grids
+
+if TYPE_CHECKING:
+    from qkit.parity import Parity
 
 Work = tuple[Backend, DType, bool]  #: engine, type, compiled
 Rows = Mapping[str, list[Grid]]  #: name of a row of the matrix -> its grids
@@ -43,6 +43,8 @@ def parity(
     as_json: Json = False,
 ) -> None:
     """Count the codes, scales and values in which backends differ from the reference; exit 1 if any does."""
+    from qkit.cli.probing import probe_all, show_probes  # here, so that other commands start fast
+
     rows = _every_row() if every and not recipe else _rows(recipe or qkit.recipes())
     names = backend or [status.name for status in qkit.backends() if status.ready]
     engines = [qkit.backend(name) for name in names]
@@ -77,6 +79,8 @@ def _grids(recipe: Recipe) -> list[Grid]:
 
 
 def _every_row() -> Rows:
+    from qkit.testing.tensors import all_grids  # here, so that other commands start fast
+
     rows: dict[str, list[Grid]] = {}
     for grid in all_grids():
         rows.setdefault(f"{grid.element} {grid.scale}", []).append(grid)
@@ -93,8 +97,10 @@ def _work(engines: list[Backend], dtypes: list[DType], modes: list[bool]) -> lis
     ]
 
 
-def _run(work: list[Work], rows: Rows, size: int) -> list[Parity]:
+def _run(work: list[Work], rows: Rows, size: int) -> "list[Parity]":
     """Each distinct grid once per engine, type and mode, with progress on standard error."""
+    from qkit.parity import compare_many  # here, so that other commands start fast
+
     grids = list(dict.fromkeys(grid for grids in rows.values() for grid in grids))
     results = []
     description = TextColumn("{task.description}", markup=False)
@@ -109,7 +115,7 @@ def _run(work: list[Work], rows: Rows, size: int) -> list[Parity]:
     return results
 
 
-def _show(results: list[Parity], rows: Rows) -> None:
+def _show(results: "list[Parity]", rows: Rows) -> None:
     columns = list(dict.fromkeys(_mode(result.backend, result.compiled) for result in results))
     dtypes = list(dict.fromkeys(result.dtype for result in results))
     table = Table("grid", "dtype", *columns, title="mismatching codes/scales/values, out of how many numbers")
@@ -132,7 +138,7 @@ def _show(results: list[Parity], rows: Rows) -> None:
     console.print(f"{wrong:,} mismatches in {compared:,} comparisons" + (f", {failed} not run" if failed else ""))
 
 
-def _cell(results: list[Parity]) -> Text:
+def _cell(results: "list[Parity]") -> Text:
     if any(result.error for result in results):
         return Text("failed", "red")
     counts = [sum(getattr(result, name) for result in results) for name in ("codes", "scales", "values")]

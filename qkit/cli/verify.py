@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 import qkit
-from qkit.checkpoint.verify import verify as find_problems
 from qkit.cli.console import console, errors
 
 
 def verify(folder: Annotated[Path, typer.Argument(help="What `qkit quantize` or `qkit.save` wrote.")]) -> None:
     """Read every byte of an artifact and compare it with what was written."""
+    from qkit.checkpoint.verify import verify as find_problems  # here, so that other commands start fast
+
     problems = list(find_problems(folder))
     for problem in problems:
         errors.print(str(problem), highlight=False, soft_wrap=True)
