@@ -2,7 +2,7 @@
 
 `mx.qqmm` (`nn.QQLinear`) is not among the choices, because it quantizes its input itself. Tried with 0.32.4. On the CPU it takes
 one row ("NYI for the general case" otherwise); there it agrees with ours for mxfp4 and mxfp8 until scales are clipped (R6), and
-not for nvfp4, which has no power of two per tensor (R9). On an H200, 7320 of 81792 adversarial values in mxfp8 are others.
+not for nvfp4, which has no power of two per tensor (R9). On an H200, adversarial rows in mxfp8 give other values than ours.
 """
 
 from dataclasses import dataclass
