@@ -8,10 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
+from qkit_torchao import values  # noqa: E402
 from torch import nn  # noqa: E402
 
 import qkit  # noqa: E402
-from qkit_torchao import values  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
 
 GRID = Grid("int4", 32)

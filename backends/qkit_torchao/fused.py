@@ -1,4 +1,4 @@
-"""Quantizing without a graph to be differentiated: by a kernel where there is one for the tensor, else by `ops`; the same bits."""
+"""Quantizing outside of autograd: by a kernel where there is one for the tensor, else by `ops`; the same bits."""
 
 from functools import cache
 from importlib.util import find_spec

@@ -1,8 +1,8 @@
 """The reference in Triton, one pass over memory: a tile of groups in, values or codes out. Device code only; `launch` calls it.
 
 Bit for bit `ops`. A division is a product with the reciprocal and one correction by the exact remainder, which rounds as IEEE
-division does (Markstein, 1990). Triton's interpreter has no fused multiply-add and casts by cutting off: there it divides, and rounds
-before it casts. Rounding to an integer is adding and taking away 1.5 * 2^23. Extremes are found on bits, which keep NaN.
+division does (Markstein, 1990). Triton's interpreter has no fused multiply-add and casts by cutting off: there it divides, and
+rounds before it casts. Rounding to an integer is adding and taking away 1.5 * 2^23. Extremes are found on bits, which keep NaN.
 """
 
 import triton
@@ -59,7 +59,7 @@ def round_to_bfloat16(x):
 @triton.jit
 def narrow(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """`x` in `TYPE`, rounded to nearest even."""
-    if INTERPRETED and TYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == TYPE:
         x = round_to_bfloat16(x)
     return x.to(TYPE)
 
@@ -173,7 +173,9 @@ def quantized(x, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
         c, poison = tensor_power(tensor_peak, GRID[10], GRID[8], GRID[9])
         stored = block_scale(x, c, STEP, GRID[11])
         s = stored * (floats(c << 23) + poison)
-        y = small_float(quotient(x, s[:, None], inverse(s, INTERPRETED)[:, None], INTERPRETED), MANTISSA, MIN_EXPONENT, HIGH)
+        y = small_float(
+            quotient(x, s[:, None], inverse(s, INTERPRETED)[:, None], INTERPRETED), MANTISSA, MIN_EXPONENT, HIGH
+        )
         z = s
     else:
         stored, poison = power_scale(x, RULE, STEP, MANTISSA, GRID[6], GRID[8], GRID[9])

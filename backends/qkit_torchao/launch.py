@@ -111,7 +111,7 @@ def one(
 
 def takes(w: Tensor, grid: Grid) -> bool:
     """Whether the kernels take `w` on `grid`; else `ops` does."""
-    fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % 16 == 0 and 0 < w.numel()
+    fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % 16 == 0 and w.numel() > 0
     return fits and grid.group != "tensor" and _group(w, grid) <= WIDEST
 
 

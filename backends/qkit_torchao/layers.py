@@ -116,13 +116,11 @@ class FakeLinear(_Prepared, nn.Linear):
         """x [..., inputs] -> [..., outputs]."""
         device = self.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        if self._multiplies_codes(x):
-            y = self._product(x)
-        else:
-            y = self._linear(self.slot(x, "input", self.rule.activation), dtype)
+        y = self._product(x) if self._multiplies_codes(x) else self._values_product(x, dtype)
         return self.slot(y, "output", self.rule.output)
 
-    def _linear(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = self.slot(x, "input", self.rule.activation)
         if torch.compiler.is_compiling() and not _is_sharded(self):
             return compiled.linear(x, self.weight, self.bias, self.gate, self.grid_name, self.rule.ste, dtype)
         return F.linear(x, self.weight_values(dtype), self.bias)
@@ -203,9 +201,7 @@ def _is_sharded(module: nn.Module) -> bool:
 def _cannot_keep(module: Any) -> bool:
     """Where values cannot be kept: weights that are gathered for a moment, or that no version tells the changes of."""
     weight = module.weight
-    return (
-        _is_sharded(module) or weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
-    )
+    return _is_sharded(module) or weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
 
 
 def _extremes(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fake quantisation with a gradient: the straight-through estimator, as it is or masked. Forwards are made by `fused` and `values`."""
+"""Fake quantisation with a gradient: the straight-through estimator, as it is or masked."""
 
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,18 +57,12 @@ class Entry:
     __slots__ = ("asked", "captured", "dtype", "gate", "grid", "made", "owner", "seen", "stamp")
 
     def __init__(self, weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> None:
-        self.owner = weakref.ref(weight, lambda _, key=id(weight): _entries.pop(key, None))
+        self.owner = weakref.ref(weight, partial(_forget, id(weight)))
         self.grid, self.gate, self.dtype = grid, gate, dtype
         self.made: Tensor | None = None
         self.seen: Tensor | None = None
         self.stamp: tuple[Any, ...] = ()
         self.asked, self.captured = False, False
-
-    def written(self) -> None:
-        """Says that whoever changed the weight has brought the values up to date, too."""
-        weight = self.owner()
-        assert weight is not None
-        self.stamp = _stamp(self, weight)
 
 
 _entries: dict[int, Entry] = {}
@@ -145,6 +140,13 @@ def _alike(one: Entry, other: Entry) -> bool:
     )
 
 
-def _count_step(*_: Any) -> None:
+def _forget(key: int, _: Any) -> None:
+    _entries.pop(key, None)
+
+
+def _count_step(optimizer: Any, *_: Any) -> None:
     global _steps_taken
     _steps_taken += 1
+    for entry in getattr(optimizer, "written", ()):
+        if (weight := entry.owner()) is not None:
+            entry.stamp = _stamp(entry, weight)
