@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkit.grid import Grid
+from qkit.qtensor import QTensor
 from qkit_torchao import ops
 
 
@@ -16,6 +17,12 @@ def rounded(w: Tensor, grid: Grid) -> Tensor:
     """`ops.rounded(w, grid)`."""
     kernels = _kernels(w)
     return kernels.values(w, grid) if kernels and kernels.takes(w, grid) else ops.rounded(w, grid)
+
+
+def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
+    """`ops.quantize(w, grid)`."""
+    kernels = _kernels(w)
+    return kernels.quantize(w, grid) if kernels and kernels.takes(w, grid) else ops.quantize(w, grid)
 
 
 def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:

@@ -1,6 +1,6 @@
 """Launching the Triton kernels: which tensors they take, in what tiles, many weights at once. Imported on CUDA machines only."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 from qkit import element as elements
 from qkit.element import STEP
 from qkit.grid import Grid
+from qkit.qtensor import QTensor, dtype_of
+from qkit_torchao import ops
 from qkit_torchao.kernels import bits, narrow, quantized, small_code, tile
 
 TILE = 4096  #: elements that a program works on, where groups are shorter
@@ -70,7 +72,7 @@ def one(
     """One tensor of `count` groups: its values if `VALUES`, and its codes and scales, if `CODES` is not empty.
 
     `CODES`: `bytes`, one code each; `pairs`, two four-bit codes to a byte, the first low; `tiles`, codes + 8, the first high.
-    `peak` holds the bits of the largest magnitude for nvfp4; for codes of other grids, those are found on the way.
+    `peak` holds the bits of the largest magnitude of the tensor, for nvfp4.
     """
     first = tl.program_id(0) * GROUPS
     offsets, mask = tile(first, count, GROUPS, GROUP, WIDTH)
@@ -79,8 +81,6 @@ def one(
     tensor_peak = 0
     if GRID[0] == "nvfp4":
         tensor_peak = tl.load(peak)
-    elif CODES != "":
-        tl.atomic_max(peak, tl.max(tl.max(bits(x) & 0x7FFFFFFF, axis=1), axis=0))
     y, s, stored, z = quantized(x, tensor_peak, GRID, INTERPRETED)
     if VALUES:
         tl.store(values + start + offsets, narrow(y * s[:, None], values.dtype.element_ty, INTERPRETED), mask=mask)
@@ -120,6 +120,19 @@ def values(w: Tensor, grid: Grid) -> Tensor:
     made = torch.empty_like(w)
     _one(w, grid, peak=_peak(w, grid), values=made)
     return made
+
+
+def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None) -> QTensor[Tensor]:
+    """`ops.quantize(w, grid)`, for what `takes`; in the same pass `values`, shaped like `w`, are filled, if they are wanted."""
+    shape = grid.scale_shape(tuple(w.shape))
+    new = partial(torch.empty, device=w.device)
+    codes = new(w.shape, dtype=torch.int8 if grid.element.kind == "integer" and grid.symmetric else torch.uint8)
+    scales = new(shape, dtype=torch.float32 if grid.element.kind == "integer" else torch.uint8)
+    zeros = None if grid.symmetric else new(shape, dtype=torch.uint8)
+    peak = _peak(w, grid)
+    _one(w.detach(), grid, peak=peak, values=values, codes=codes, scales=scales, zeros=zeros, layout="bytes")
+    power = None if peak is None else ops.tensor_power(peak.view(torch.float32))
+    return QTensor(codes, scales, grid, dtype_of(w), zeros=zeros, tensor_scale=power)
 
 
 def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:

@@ -75,7 +75,9 @@ class _Prepared(nn.Module):
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
         given = self._scales(x, name, grid)
-        return x if self.calibrating and given else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **given)
+        if not given:
+            return straight_through.shared(x, grid, ste=self.rule.ste)
+        return x if self.calibrating else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **given)
 
     def _scales(self, x: Tensor, name: str, grid: Grid) -> dict[str, Any]:
         """`scales` and `zeros` for `fake_quantize`, where the slot is static, after a look at `x`; else empty."""

@@ -24,6 +24,23 @@ def fake_quantize(
     return result
 
 
+def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
+    """`fake_quantize`, made once for all layers that are given the same `x`, as queries, keys and values are.
+
+    The result is kept on the tensor itself, and lives as long. Masked gradients need `x`: it is not kept with them, for `x` would
+    then keep itself.
+    """
+    if torch.compiler.is_compiling() or ste == "masked" or x.is_inference():
+        return fake_quantize(x, grid, ste=ste)
+    state = (grid, x._version, x.data_ptr(), torch.is_grad_enabled())
+    before, result = getattr(x, "_qkit_on_grid", (None, None))
+    if result is None or before != state:
+        result = fake_quantize(x, grid, ste=ste)
+        if result is not x:  # an empty tensor is given back
+            x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
+    return result
+
+
 class _StraightThrough(torch.autograd.Function):
     """Forward: the quantized value itself. Backward: the gradient as it comes, or where nothing was clipped."""
 
