@@ -31,7 +31,7 @@ def linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, grid: str, ste: str, dtype: torch.dtype
 ) -> Tensor:
-    return F.linear(x, values.of(weight, _grid(grid), gate, dtype), bias)
+    return F.linear(x, values.of(weight, named(grid), gate, dtype), bias)
 
 
 @_linear.register_fake
@@ -41,7 +41,7 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("qkit::linear_input", mutates_args=())
 def _linear_input(gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype) -> Tensor:
-    return gradient @ values.of(weight, _grid(grid), gate, dtype)
+    return gradient @ values.of(weight, named(grid), gate, dtype)
 
 
 @_linear_input.register_fake
@@ -64,7 +64,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         to_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if ctx.ste == "masked":
-            inside = ops.unclipped(weight, _grid(ctx.grid)) | ~gate
+            inside = ops.unclipped(weight, named(ctx.grid)) | ~gate
             to_weight = torch.where(inside, to_weight, 0.0)
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = rows.sum(dim=0)
@@ -75,7 +75,7 @@ _linear.register_autograd(_backward, setup_context=_setup)
 
 
 @cache
-def _grid(text: str) -> Grid:
+def named(text: str) -> Grid:
     """The grid that prints as `text`."""
     element, group, scale = text.split("-")
     return Grid(element, int(group[1:]) if group[1:].isdigit() else group, scale)  # type: ignore[arg-type]

@@ -19,10 +19,32 @@ def rounded(w: Tensor, grid: Grid) -> Tensor:
     return kernels.values(w, grid) if kernels and kernels.takes(w, grid) else ops.rounded(w, grid)
 
 
-def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
-    """`ops.quantize(w, grid)`."""
+def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
+    """`ops.quantize(w, grid)`. Filled besides, if wanted:
+
+    Args:
+        values: shaped like `w`: what the codes mean.
+        steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
+    """
     kernels = _kernels(w)
-    return kernels.quantize(w, grid) if kernels and kernels.takes(w, grid) else ops.quantize(w, grid)
+    if kernels and kernels.takes(w, grid):
+        made: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps)
+        return made
+    q = ops.quantize(w, grid)
+    if values is not None:
+        values.copy_(ops.rounded(w, grid))
+    if steps is not None:
+        steps.copy_(ops.scale_values(q) + ops.poison(ops.amax(ops.group(w, grid))))
+    return q
+
+
+def dequantize(q: QTensor[Tensor]) -> Tensor:
+    """`ops.dequantize(q)`."""
+    kernels = _kernels(q.codes)
+    if kernels and kernels.decodes(q):
+        made: Tensor = kernels.dequantize(q)
+        return made
+    return ops.dequantize(q)
 
 
 def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:

@@ -97,6 +97,16 @@ def small_code(value, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: 
 
 
 @triton.jit
+def small_value(code, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: tl.constexpr):
+    """The inverse of `small_code`: the value whose bits `code` is."""
+    magnitude = code & ((1 << (BITS - 1)) - 1)
+    normal = (magnitude << (23 - MANTISSA)) + ((126 + MIN_EXPONENT) << 23)
+    subnormal = bits(magnitude.to(tl.float32) * 2.0 ** (MIN_EXPONENT - MANTISSA))
+    rest = tl.where(magnitude >= (1 << MANTISSA), normal, subnormal)
+    return floats(rest | ((code >> (BITS - 1)) << 31))
+
+
+@triton.jit
 def integer_scale(x, RULE: tl.constexpr, STEP: tl.constexpr, LEVELS: tl.constexpr, LEAST: tl.constexpr):
     """Scale and zero point of each group of the tile `x` [groups, group]; NaN where the group is not finite."""
     u = bits(x)

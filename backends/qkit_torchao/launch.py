@@ -14,7 +14,7 @@ from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao import ops
-from qkit_torchao.kernels import bits, narrow, quantized, small_code, tile
+from qkit_torchao.kernels import bits, floats, narrow, quantized, small_code, small_value, tile
 
 TILE = 4096  #: elements that a program works on, where groups are shorter
 WIDEST = 32768  #: longest group that fits into one program
@@ -66,7 +66,7 @@ def peaks_of_many(
 
 @triton.jit
 def one(
-    source, values, codes, scales, zeros, peak, count, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    source, values, codes, scales, zeros, steps, peak, count, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tensor of `count` groups: its values if `VALUES`, and its codes and scales, if `CODES` is not empty.
@@ -84,6 +84,8 @@ def one(
     y, s, stored, z = quantized(x, tensor_peak, GRID, INTERPRETED)
     if VALUES:
         tl.store(values + start + offsets, narrow(y * s[:, None], values.dtype.element_ty, INTERPRETED), mask=mask)
+    if steps is not None:
+        tl.store(steps + first + tl.arange(0, GROUPS), s, mask=first + tl.arange(0, GROUPS) < count)
     if CODES != "":
         groups = first + tl.arange(0, GROUPS)
         if GRID[4] > 0:
@@ -109,9 +111,34 @@ def one(
             tl.store(codes + start // 2 + halves, pairs.to(tl.uint8), mask=inside)
 
 
-def takes(w: Tensor, grid: Grid) -> bool:
-    """Whether the kernels take `w` on `grid`; else `ops` does."""
-    fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % 16 == 0 and w.numel() > 0
+@triton.jit
+def decode(
+    codes, scales, values, count, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """What codes, a byte each, and the scales of their `count` groups mean."""
+    first = tl.program_id(0) * GROUPS
+    offsets, mask = tile(first, count, GROUPS, GROUP, WIDTH)
+    start = first.to(tl.int64) * GROUP
+    groups = first + tl.arange(0, GROUPS)
+    c = tl.load(codes + start + offsets, mask=mask, other=0).to(tl.int32)
+    s = tl.load(scales + groups, mask=groups < count, other=0)
+    if GRID[4] > 0:
+        x = small_value(c, GRID[4], GRID[5], GRID[12])
+        s = floats(s.to(tl.int32) << 23)
+    else:
+        x = c.to(tl.float32)
+    tl.store(values + start + offsets, narrow(x * s[:, None], values.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+def takes(w: Tensor, grid: Grid, *, bytes_too: bool = False) -> bool:
+    """Whether the kernels take `w` on `grid`; else `ops` does. `bytes_too`: whether `w` may be codes."""
+    fits = (
+        (w.dtype in TYPES or (bytes_too and w.dtype == torch.uint8))
+        and w.is_contiguous()
+        and w.data_ptr() % 16 == 0
+        and w.numel() > 0
+    )
     return fits and grid.group != "tensor" and _group(w, grid) <= WIDEST
 
 
@@ -122,17 +149,39 @@ def values(w: Tensor, grid: Grid) -> Tensor:
     return made
 
 
-def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None) -> QTensor[Tensor]:
-    """`ops.quantize(w, grid)`, for what `takes`; in the same pass `values`, shaped like `w`, are filled, if they are wanted."""
+def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
+    """`ops.quantize(w, grid)`, for what `takes`. Filled in the same pass, if wanted:
+
+    Args:
+        values: shaped like `w`: what the codes mean.
+        steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
+    """
     shape = grid.scale_shape(tuple(w.shape))
     new = partial(torch.empty, device=w.device)
     codes = new(w.shape, dtype=torch.int8 if grid.element.kind == "integer" and grid.symmetric else torch.uint8)
     scales = new(shape, dtype=torch.float32 if grid.element.kind == "integer" else torch.uint8)
     zeros = None if grid.symmetric else new(shape, dtype=torch.uint8)
     peak = _peak(w, grid)
-    _one(w.detach(), grid, peak=peak, values=values, codes=codes, scales=scales, zeros=zeros, layout="bytes")
+    _one(
+        w.detach(), grid, peak=peak, values=values, steps=steps, codes=codes, scales=scales, zeros=zeros, layout="bytes"
+    )
     power = None if peak is None else ops.tensor_power(peak.view(torch.float32))
     return QTensor(codes, scales, grid, dtype_of(w), zeros=zeros, tensor_scale=power)
+
+
+def decodes(q: QTensor[Tensor]) -> bool:
+    """Whether `dequantize` takes `q`: codes of symmetric integers and small floats, with scales of their own groups."""
+    return q.grid.symmetric and q.tensor_scale is None and takes(q.codes.view(torch.uint8), q.grid, bytes_too=True)
+
+
+def dequantize(q: QTensor[Tensor]) -> Tensor:
+    """`ops.dequantize(q)`, for what it `decodes`."""
+    values = torch.empty(q.codes.shape, dtype=ops.DTYPE[q.dtype], device=q.codes.device)
+    geometry, count = tiles(q.codes, q.grid), _count(q.codes, q.grid)
+    decode[(-(-count // geometry["GROUPS"]),)](
+        q.codes, q.scales, values, count, GRID=constants(q.grid), INTERPRETED=INTERPRETED, **geometry
+    )
+    return values
 
 
 def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
@@ -234,11 +283,12 @@ def _one(
     codes: Tensor | None = None,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    steps: Tensor | None = None,
     layout: str = "",
 ) -> None:
     geometry, count = tiles(w, grid), _count(w, grid)
     one[(-(-count // geometry["GROUPS"]),)](
-        w, values, codes, scales, zeros, peak, count,
+        w, values, codes, scales, zeros, steps, peak, count,
         GRID=constants(grid), CODES=layout, VALUES=values is not None, INTERPRETED=INTERPRETED, **geometry,
     )  # fmt: skip
 

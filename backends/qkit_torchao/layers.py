@@ -28,6 +28,7 @@ class _Prepared(nn.Module):
 
     rule: Rule
     grid_name: str
+    input_name: str
     weight: Tensor
     gate: Tensor
     mode: Mode
@@ -79,9 +80,9 @@ class _Prepared(nn.Module):
             return straight_through.shared(x, grid, ste=self.rule.ste)
         return x if self.calibrating else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **given)
 
-    def _scales(self, x: Tensor, name: str, grid: Grid) -> dict[str, Any]:
+    def _scales(self, x: Tensor, name: str, grid: Grid | None) -> dict[str, Any]:
         """`scales` and `zeros` for `fake_quantize`, where the slot is static, after a look at `x`; else empty."""
-        if self.rule.range == "dynamic":
+        if self.rule.range == "dynamic" or grid is None:
             return {}
         seen = self.get_buffer(f"{name}_range")
         if not x.numel():
@@ -128,12 +129,12 @@ class FakeLinear(_Prepared, nn.Linear):
         return F.linear(x, self.weight_values(dtype), self.bias)
 
     def _multiplies_codes(self, x: Tensor) -> bool:
-        """Whether a kernel will multiply int8 codes once the layer is converted, so that training must, too.
+        """Whether a kernel will multiply codes of both sides once the layer is converted, so that training must, too.
 
         Here a switch is asked for by Python, and compiled code follows by compiling once more: products of integers and of
         floats are two kernels, and no tensor chooses between them.
         """
-        if products.kind(self.weight_grid, self.rule.activation) != "int8" or self.weight.device.type != "cuda":
+        if not products.kind(self.weight_grid, self.rule.activation) or self.weight.device.type != "cuda":
             return False
         if self.mode != "on" or x.dtype != self.weight.dtype or not x.numel():
             return False
@@ -141,13 +142,8 @@ class FakeLinear(_Prepared, nn.Linear):
         return not why_no_kernel(self.rule, device=x.device, dtype=dtype_of(x), shape=shape)
 
     def _product(self, x: Tensor) -> Tensor:
-        assert self.rule.activation is not None
         given = self._scales(x, "input", self.rule.activation)
-        grids = (self.weight_grid, self.rule.activation)
-        y: Tensor = products.Int8Linear.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, grids, self.rule.ste, given.get("scales"), given.get("zeros")
-        )
-        return y
+        return products.linear(x, self.weight, self.bias, (self.grid_name, self.input_name), self.rule.ste, **given)
 
 
 class FakeEmbedding(_Prepared, nn.Embedding):
@@ -167,7 +163,7 @@ def fake(module: nn.Module, rule: Rule) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
     made = become(module, FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear)
-    made.rule, made.grid_name = rule, str(rule.weight)
+    made.rule, made.grid_name, made.input_name = rule, str(rule.weight), str(rule.activation)
     device = made.weight.device
     made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)
     for name in static_names(rule):

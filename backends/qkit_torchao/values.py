@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qkit.grid import Grid
+from qkit.qtensor import QTensor
 from qkit_torchao import capture, fused
 
 
@@ -26,16 +28,30 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
     """
     entry = _entry(weight, grid, gate, dtype)
     stamp = _stamp(entry, weight)
-    if entry.stamp != stamp or (entry.captured and not stamp[-1]):
+    if _old(entry.stamp, stamp, entry.captured):
         _make(entry, stamp)
     entry.asked = True
     assert entry.made is not None
     return entry.made
 
 
+def codes(weight: Tensor, grid: Grid) -> QTensor[Tensor]:
+    """The codes of finite `weight` on `grid`, kept and made anew as the values are, each weight by itself."""
+    known = _codes.get(id(weight))
+    stamp = _state(weight)
+    if known is None or known.owner() is not weight or known.q.grid != grid or _old(known.stamp, stamp, known.captured):
+        with torch.inference_mode(False), torch.no_grad():
+            q = fused.quantize(weight.detach(), grid)
+        captured = bool(stamp[-1]) or (known is not None and known.captured)
+        known = _Codes(weakref.ref(weight, partial(_codes_forget, id(weight))), stamp, q, weight.detach(), captured)
+        _codes[id(weight)] = known
+    return known.q
+
+
 def drop(weight: Tensor) -> None:
     """Forgets the values of `weight`; the next use makes them anew."""
     _entries.pop(id(weight), None)
+    _codes.pop(id(weight), None)
 
 
 def kept(weights: Iterable[Tensor]) -> "dict[int, Entry]":
@@ -65,7 +81,19 @@ class Entry:
         self.asked, self.captured = False, False
 
 
+@dataclass(slots=True)
+class _Codes:
+    """The codes of one weight; as `Entry`."""
+
+    owner: "weakref.ref[Tensor]"
+    stamp: tuple[Any, ...]
+    q: QTensor[Tensor]
+    seen: Tensor
+    captured: bool
+
+
 _entries: dict[int, Entry] = {}
+_codes: dict[int, _Codes] = {}
 _steps_taken = 0
 _hook: Any = None
 
@@ -82,17 +110,25 @@ def _entry(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Entr
 
 
 def _stamp(entry: Entry, weight: Tensor) -> tuple[Any, ...]:
-    """What tells one state of a weight from another."""
+    """What tells one state of a weight and its gate from another."""
+    return (entry.gate._version, entry.gate.data_ptr(), *_state(weight))
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """What tells one state of a weight from another; last, the graph that is being captured."""
     return (
         weight._version,
         weight.data_ptr(),
         weight.dtype,
         weight.device,
-        entry.gate._version,
-        entry.gate.data_ptr(),
         _steps_taken if weight.requires_grad else -1,
         capture.number(weight.device),
     )
+
+
+def _old(stamp: tuple[Any, ...], now: tuple[Any, ...], captured: bool) -> bool:
+    """Whether what was made at `stamp` is out of date; what a graph has made always is, outside of it."""
+    return stamp != now or (captured and not now[-1])
 
 
 def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
@@ -142,6 +178,10 @@ def _alike(one: Entry, other: Entry) -> bool:
 
 def _forget(key: int, _: Any) -> None:
     _entries.pop(key, None)
+
+
+def _codes_forget(key: int, _: Any) -> None:
+    _codes.pop(key, None)
 
 
 def _count_step(optimizer: Any, *_: Any) -> None:
