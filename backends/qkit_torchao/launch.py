@@ -149,16 +149,20 @@ def values(w: Tensor, grid: Grid) -> Tensor:
     return made
 
 
-def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
-    """`ops.quantize(w, grid)`, for what `takes`. Filled in the same pass, if wanted:
+def quantize(
+    w: Tensor, grid: Grid, *, layout: str = "bytes", values: Tensor | None = None, steps: Tensor | None = None
+) -> QTensor[Tensor]:
+    """`ops.quantize(w, grid)`, for what `takes`.
 
     Args:
-        values: shaped like `w`: what the codes mean.
-        steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
+        layout: how codes are stored, see `one`; other than `bytes`, for four bits and an even group, two to a byte.
+        values: shaped like `w`: filled, in the same pass, with what the codes mean.
+        steps: float32, shaped like the scales: likewise with what they are multiplied with; NaN where the group is not finite.
     """
     shape = grid.scale_shape(tuple(w.shape))
     new = partial(torch.empty, device=w.device)
-    codes = new(w.shape, dtype=torch.int8 if grid.element.kind == "integer" and grid.symmetric else torch.uint8)
+    width = w.shape[-1] if layout == "bytes" else w.shape[-1] // 2
+    codes = new((*w.shape[:-1], width), dtype=_code_type(grid) if layout == "bytes" else torch.uint8)
     scales = new(shape, dtype=torch.float32 if grid.element.kind == "integer" else torch.uint8)
     zeros = None if grid.symmetric else new(shape, dtype=torch.uint8)
     peak = _peak(w, grid)
@@ -303,6 +307,10 @@ def _peak(w: Tensor, grid: Grid) -> Tensor | None:
     table, blocks = tables(rows, geometry["GROUPS"], w.device, keep=False)
     peaks_of_many[(len(blocks),)](table, blocks, SOURCE=TYPES[w.dtype], **geometry)
     return peak
+
+
+def _code_type(grid: Grid) -> torch.dtype:
+    return torch.int8 if grid.element.kind == "integer" and grid.symmetric else torch.uint8
 
 
 def _looks_first(grid: Grid) -> bool:
