@@ -87,13 +87,13 @@ def packing(report: Callable[[dict[str, Any]], None]) -> None:
 
             def pack(ws: list = ws, grid: Grid = grid) -> None:
                 for w in ws:
-                    launch.quantize(w, grid, layout="pairs")
+                    launch.packed(w, grid, layout="pairs")
 
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            q = launch.quantize(ws[0], grid, layout="pairs")
+            q = launch.packed(ws[0], grid, layout="pairs")
             size = ws[0].numel() * 2
-            held = sum(part.numel() * part.element_size() for part in q.parts().values())
+            held = sum(part.numel() * part.element_size() for part in q.values() if part is not None)
             scratch = (torch.cuda.max_memory_allocated() - before - held) / size
             times = milliseconds(pack)
             report({"shape": shape, "job": f"pack {grid}", "scratch / weight": round(scratch, 3),
