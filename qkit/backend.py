@@ -155,7 +155,7 @@ class Backend(Protocol):
         ...
 
     def switch(self, module: Any, mode: Mode) -> None:
-        """Turns the quantisation of a prepared layer on or off (compiled functions obey without compiling anew), or has its
+        """Turns the quantisation of a prepared layer on or off (compiled functions obey, and compile each once), or has its
         static ranges record what comes in and goes out, while weights are quantized and the rest is not.
         """
         ...
@@ -216,6 +216,21 @@ class Backend(Protocol):
         ...
 
     # training
+
+    def adamw(
+        self,
+        model: Any,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> Any:
+        """The engine's own kind of optimizer: AdamW, fused, on the model's trainable parameters.
+
+        Weight decay is decoupled and applies to all of them. What prepared layers made of their old weights is let go.
+        """
+        ...
 
     def trainer(self, model: Any, *, weight_decay: float) -> Trainer:
         """AdamW on the model's trainable parameters."""

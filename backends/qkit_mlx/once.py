@@ -1,0 +1,61 @@
+"""What was made of an array, kept until the array is another or is gone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import ref
+
+import mlx.core as mx
+
+from qkit_mlx.identity import is_copy, is_snapshot, snapshot
+
+
+class _Kept(NamedTuple):
+    owner: ref[mx.array]  #: the array object; with it goes all of this
+    held: mx.array
+    key: tuple[Any, ...]
+    values: mx.array
+
+
+class Once:
+    """Remembers the last values that were made, and gives them again for the same contents and only for them.
+
+    Right in traced functions too: what is traced is found again only in the same trace. Copies of it, and pickles, are empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+        self._patient = True
+
+    def of(self, x: mx.array, make: Callable[[mx.array], mx.array], *key: object, traced: bool = False) -> mx.array:
+        """`make(x)`, or what it gave for the contents of `x` before, with objects that were identical to those of `key`.
+
+        With `traced`, `x` may also be the tracer that `mx.value_and_grad` made of the array that had these contents.
+        """
+        kept = self._kept
+        if kept is None or not _identical(kept.key, key) or not self._same(x, kept.held, traced=traced):
+            return self._keep(x, key, make(x))
+        return self._keep(x, key, kept.values) if kept.owner() is not x else kept.values
+
+    def _keep(self, x: mx.array, key: tuple[Any, ...], values: mx.array) -> mx.array:
+        def forget(owner: ref[mx.array]) -> None:
+            if self._kept is not None and self._kept.owner is owner:
+                self._kept = None
+
+        self._kept = _Kept(ref(x, forget), snapshot(x), key, values)
+        return values
+
+    def _same(self, x: mx.array, held: mx.array, *, traced: bool) -> bool:
+        if is_snapshot(x, held):
+            return True
+        if not (traced and self._patient):
+            return False
+        found = is_copy(x, held)
+        self._patient = found is not None
+        return bool(found)
+
+    def __reduce__(self) -> tuple[type["Once"], tuple[()]]:
+        return Once, ()
+
+
+def _identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
