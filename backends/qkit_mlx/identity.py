@@ -25,14 +25,15 @@ def is_snapshot(x: mx.array, held: mx.array) -> bool:
 
 
 def is_copy(x: mx.array, held: mx.array) -> bool | None:
-    """Whether `x` was made of what is `held` by nothing but copies; None where the graph is too long to be asked again.
+    """Whether `x` and what is `held` were made of one array by nothing but copies; None where a graph is too long to look.
 
-    MLX prints the graph that leads to an array up to what is evaluated. That takes two microseconds an operation.
+    MLX prints the graph that leads to an array, up to what is evaluated. That takes two microseconds an operation.
     """
+    if is_snapshot(x, held):
+        return True
     printed = io.StringIO()
     mx.export_to_dot(printed, held=held, x=x)  # type: ignore[arg-type]
-    text = printed.getvalue()
-    if len(text) > LONG:
+    if len(text := printed.getvalue()) > LONG:
         return None
     labels, before = {}, {}
     for line in text.splitlines():
@@ -41,12 +42,13 @@ def is_copy(x: mx.array, held: mx.array) -> bool | None:
             before[target] = source
         elif "label" in line:
             labels[line.split()[1]] = line.split('"')[1]
-    node: str | None = "x"
-    while node is not None and node != "held":
-        node = before.get(node)
-        if node in labels and labels[node] not in COPIES:
-            return False
-    return node == "held"
+
+    def origin(name: str) -> str:
+        while labels.get(maker := before.get(name, "")) in COPIES:
+            name = before[maker]
+        return name
+
+    return origin("x") == origin("held")
 
 
 def _contents(x: mx.array) -> int:

@@ -29,7 +29,7 @@ class Once:
     def of(self, x: mx.array, make: Callable[[mx.array], mx.array], *key: object, traced: bool = False) -> mx.array:
         """`make(x)`, or what it gave for the contents of `x` before, with objects that were identical to those of `key`.
 
-        With `traced`, `x` may also be the tracer that `mx.value_and_grad` made of the array that had these contents.
+        With `traced`, the array may be another with these contents: the tracer that `mx.value_and_grad` makes of a weight.
         """
         kept = self._kept
         if kept is None or not _identical(kept.key, key) or not self._same(x, kept.held, traced=traced):
@@ -45,10 +45,8 @@ class Once:
         return values
 
     def _same(self, x: mx.array, held: mx.array, *, traced: bool) -> bool:
-        if is_snapshot(x, held):
-            return True
         if not (traced and self._patient):
-            return False
+            return is_snapshot(x, held)
         found = is_copy(x, held)
         self._patient = found is not None
         return bool(found)
