@@ -9,10 +9,11 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 
-from qkit import Grid, reference  # noqa: E402
-from qkit.qtensor import DTYPES  # noqa: E402
-from qkit.testing import all_grids, random, tensors  # noqa: E402
-from qkit_mlx import fused_source  # noqa: E402
+from qkit_mlx import fused_source
+
+from qkit import Grid, reference
+from qkit.qtensor import DTYPES
+from qkit.testing import all_grids, random, tensors
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 if COMPILER is None:
@@ -75,7 +76,9 @@ def test_the_arithmetic_of_the_kernel_is_the_references(library, grid, dtype):
         want = reference.fake_quantize(x, grid)
         got = rounded(library, x, grid)
         wrong = ~((got == want) | (np.isnan(got) & np.isnan(want)))
-        assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size}, {x[wrong][:3]} {got[wrong][:3]} {want[wrong][:3]}"
+        assert not wrong.any(), (
+            f"{name}: {wrong.sum()} of {wrong.size}, {x[wrong][:3]} {got[wrong][:3]} {want[wrong][:3]}"
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])

@@ -13,11 +13,11 @@ nn = pytest.importorskip("mlx.nn")
 optim = pytest.importorskip("mlx.optimizers")
 
 from mlx.utils import tree_map  # noqa: E402
+from qkit_mlx import identity, ops  # noqa: E402
+from qkit_mlx.once import Once  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
-from qkit_mlx import identity, ops  # noqa: E402
-from qkit_mlx.once import Once  # noqa: E402
 
 BE = qkit.backend("mlx")
 INT4, INT8 = Grid("int4", 32), Grid("int8", "row")
@@ -226,7 +226,9 @@ class Heads(nn.Module):
         return self.q(x) + self.k(x) * self.v(x)
 
 
-@pytest.mark.parametrize("run", [lambda f, _: f, lambda f, m: mx.compile(f, inputs=[m.state])], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "run", [lambda f, _: f, lambda f, m: mx.compile(f, inputs=[m.state])], ids=["eager", "compiled"]
+)
 def test_layers_that_read_the_same_round_it_once(roundings, run):
     model = qkit.prepare(Heads(), Recipe("test", (Rule(("*",), weight=INT4, activation=INT8),)))
     x = inputs()
@@ -356,6 +358,17 @@ def test_gradients_of_the_second_part_are_those_of_the_first(ste):
         assert equal(slopes[0], slopes[1])
         assert equal(slopes[0], slopes[2])
         assert np.count_nonzero(BE.to_numpy(slopes[0]))
+
+
+def test_a_masked_gradient_stops_where_the_weight_was_clipped():
+    x, ends = inputs(), {}
+    for ste in ("identity", "masked"):
+        model = prepared(ste=ste)
+        stepping(model)(x)
+        ends[ste] = stepping(model)(x)[1]["layers"][2]["weight"]
+    inside = BE.unclipped(floats().layers[2].weight, INT4)
+    assert not inside.all()
+    assert equal(ends["masked"], mx.where(inside, ends["identity"], 0))
 
 
 def test_gradients_of_other_weights_than_the_models_own():

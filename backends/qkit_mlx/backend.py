@@ -194,7 +194,7 @@ class MlxBackend:
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> AdamW:
-        """See `Backend.adamw`; for `optimizer.update(model, gradients)`, compiled or not. A rate may be one of MLX's schedules."""
+        """See `Backend.adamw`; for `optimizer.update(model, gradients)`. A rate may also be one of MLX's schedules."""
         optimizer = AdamW(learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
         optimizer.init(model.trainable_parameters())
         return optimizer

@@ -1,4 +1,4 @@
-"""Whether two arrays of MLX hold the same contents, without looking at them: what identity means where arrays are edited in place.
+"""Whether two arrays of MLX hold the same contents, without looking at them, where arrays are edited in place.
 
 In Python, an array that was edited in place is the object that it was, and the tracer of a weight, under `value_and_grad`, is
 another. Both answers here are proofs: nothing is compared that could be equal by chance, and "no" only costs time.

@@ -96,7 +96,9 @@ class FakeLinear(Exact, nn.Linear):
             self._record(name, x)
             return x
         if self.rule.range == "dynamic":
-            return _once(INPUT, x, grid, self.rule) if name == "input" else ops.fake_quantize(x, grid, ste=self.rule.ste)
+            return (
+                _once(INPUT, x, grid, self.rule) if name == "input" else ops.fake_quantize(x, grid, ste=self.rule.ste)
+            )
         if self.rule.range == "average" and self.training:
             self[f"{name}_range"] = averaged(self[f"{name}_range"], x)
         stored = scales_of(self[f"{name}_range"], grid, name=name)
@@ -164,6 +166,7 @@ class FakeEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model: x [..., width] -> [..., entries]."""
+
         def forward(x: mx.array, weight: mx.array) -> mx.array:
             return x @ _values(self, weight).T
 

@@ -13,6 +13,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
 from qkit_mlx import fused
+from qkit_mlx.nearest import nearest_values
 from qkit_mlx.straight_through import straight_through
 
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -81,11 +82,11 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     elif grid.scale == "nvfp4":
         tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
         s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
-        values = float_values(e2m1_codes(x, s), grid.element) * each(s)
+        values = nearest_values(x / each(s), grid.element) * each(s)
     else:
         peak = amax(x)
         c = scale_code(peak, grid)
-        values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(peak))
+        values = nearest_values(x * each(power(254 - c)), grid.element) * each(power(c) + poison(peak))
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
