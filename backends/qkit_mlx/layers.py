@@ -31,7 +31,7 @@ from qkit_mlx.straight_through import straight_through
 GATES = {True: mx.bool_, False: mx.uint8}
 
 #: What the last layer's input was rounded to, for others that read the same: queries, keys and values; gate and up.
-INPUT = Once()
+INPUT: Once[mx.array] = Once()
 
 
 def switch(layer: Any, mode: Mode) -> None:
@@ -137,7 +137,7 @@ class FakeLinear(Exact, nn.Linear):
 
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
-        self.rounded = Once()
+        self.rounded: Once[mx.array] = Once()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
@@ -182,7 +182,7 @@ class FakeEmbedding(nn.Embedding):
 
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
-        self.rounded = Once()
+        self.rounded: Once[mx.array] = Once()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
@@ -206,7 +206,7 @@ def _values(layer: Any, weight: mx.array) -> mx.array:
     return _once(layer.rounded, weight, cast(Grid, layer.rule.weight), layer.rule, traced=True)
 
 
-def _once(once: Once, x: mx.array, grid: Grid, rule: Rule, *, traced: bool = False) -> mx.array:
+def _once(once: Once[mx.array], x: mx.array, grid: Grid, rule: Rule, *, traced: bool = False) -> mx.array:
     """`ops.fake_quantize`, by way of what it gave before for the same array."""
     if not x.size:
         return x
