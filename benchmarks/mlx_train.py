@@ -28,7 +28,7 @@ GPU = mx.default_device().type == mx.gpu
 SIZES = (
     {"layers": 12, "hidden": 1024, "intermediate": 4096, "heads": 16, "vocab": 32000, "rows": 8, "length": 1024}
     if GPU
-    else {"layers": 2, "hidden": 256, "intermediate": 704, "heads": 4, "vocab": 1024, "rows": 8, "length": 32}
+    else {"layers": 2, "hidden": 192, "intermediate": 512, "heads": 4, "vocab": 512, "rows": 8, "length": 32}
 )
 RECIPES = ["int4-g64", "int3-g64", "mxfp4-a16", "int8-dynamic-act-int4-weight", "mxfp4"]
 HOOKED = {"int4-g64": 4, "int3-g64": 3}

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -15,50 +15,61 @@ WARP = 32
 VECTORS = 8  #: of a thread at most, where it keeps its part of a group in registers
 
 GPU = mx.Device(mx.gpu, 0)
+DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def fits(x: mx.array, grid: Grid) -> bool:
     """Whether there is a kernel for `x` [..., n] on `grid` here: not on the CPU, on Metal, or where the tensor is the group."""
-    return mx.cuda.is_available() and mx.default_device() == GPU and grid.group != "tensor"
+    return (
+        mx.cuda.is_available() and mx.default_device() == GPU and grid.group != "tensor" and x.dtype in DTYPE.values()
+    )
 
 
-def round_to_grid(x: mx.array, grid: Grid, *, on: mx.array | None = None) -> mx.array:
-    """The values of `x` [..., n], which `fits`, on `grid`; `x` itself where `on`, a boolean of shape (), is false."""
+def round_to_grid(x: mx.array, grid: Grid) -> mx.array:
+    """`ops.round_to_grid` for `x` [..., n] that `fits`."""
     groups = prod(grid.scale_shape(tuple(x.shape)))
     group = x.size // groups
     names, inputs = ["w"], [x.reshape(-1)]
     if grid.scale == "nvfp4":
         names.append("peak")
         inputs.append(mx.maximum(x.max(), -x.min()).astype(mx.float32).reshape(1))
-    if on is not None:
-        names.append("on")
-        inputs.append(on.reshape(1))
-    template, constants = _layout(group, x.dtype.size)
-    short = template is fused_source.SHORT
-    threads = -(-groups * constants["L"] // BLOCK) * BLOCK if short else groups * constants["L"]
-    (values,) = _kernel(grid, template, tuple(names), x.dtype)(
+    launched = launch(group, x.size, x.dtype.size)
+    (values,) = _kernel(grid, launched.template, tuple(names), x.dtype)(
         inputs=inputs,
-        template=[("T", x.dtype), ("G", group), *constants.items()],
-        grid=(threads, 1, 1),
-        threadgroup=(BLOCK if short else constants["L"], 1, 1),
+        template=[("T", x.dtype), *launched.constants.items()],
+        grid=(launched.threads, 1, 1),
+        threadgroup=(launched.block, 1, 1),
         output_shapes=[(x.size,)],
         output_dtypes=[x.dtype],
     )
     return values.reshape(x.shape)
 
 
-def _layout(group: int, size: int) -> tuple[str, dict[str, int]]:
-    """The template for groups of `group` elements of `size` bytes, and its constants.
+class Launch(NamedTuple):
+    """How a kernel is launched: its template and constants, how many threads there are, and how many in a block."""
 
-    >>> _layout(64, 2)[1], _layout(1024, 2)[1], _layout(4096, 4)[1]
-    ({'V': 8, 'L': 8, 'K': 1}, {'V': 8, 'L': 32, 'K': 4}, {'V': 4, 'L': 256})
+    template: str
+    constants: dict[str, int]
+    threads: int
+    block: int
+
+
+def launch(group: int, size: int, itemsize: int) -> Launch:
+    """For `size` elements of `itemsize` bytes, in groups of `group`.
+
+    >>> launch(64, 640, 2)[1:]
+    ({'G': 64, 'V': 8, 'L': 8, 'K': 1}, 256, 256)
+    >>> launch(4096, 8192, 4)[1:]
+    ({'G': 4096, 'V': 4, 'L': 256}, 512, 256)
     """
-    vector = VECTOR // size if group % (VECTOR // size) == 0 else 1
-    vectors = group // vector
+    vector = VECTOR // itemsize if group % (VECTOR // itemsize) == 0 else 1
+    groups, vectors = size // group, group // vector
     lanes = min(vectors, WARP)
     if lanes & (lanes - 1) == 0 and vectors % lanes == 0 and vectors // lanes <= VECTORS:
-        return fused_source.SHORT, {"V": vector, "L": lanes, "K": vectors // lanes}
-    return fused_source.LONG, {"V": vector, "L": min(BLOCK, -(-vectors // WARP) * WARP)}
+        constants = {"G": group, "V": vector, "L": lanes, "K": vectors // lanes}
+        return Launch(fused_source.SHORT, constants, -(-groups * lanes // BLOCK) * BLOCK, BLOCK)
+    lanes = min(BLOCK, -(-vectors // WARP) * WARP)
+    return Launch(fused_source.LONG, {"G": group, "V": vector, "L": lanes}, groups * lanes, lanes)
 
 
 @lru_cache(maxsize=1024)
@@ -71,5 +82,5 @@ def _kernel(grid: Grid, template: str, names: tuple[str, ...], dtype: mx.Dtype) 
         input_names=list(names),
         output_names=["out"],
         header=fused_source.header(grid),
-        source=fused_source.body(grid, template, gated="on" in names),
+        source=fused_source.body(grid, template),
     )

@@ -167,7 +167,7 @@ SHORT = """
   #pragma unroll
   for (int k = 0; k < K; k++) {
     #pragma unroll
-    for (int v = 0; v < V; v++) if (ON) x[k].at[v] = static_cast<T>(NAME::value(static_cast<float>(x[k].at[v]), step));
+    for (int v = 0; v < V; v++) x[k].at[v] = static_cast<T>(NAME::value(static_cast<float>(x[k].at[v]), step));
     *reinterpret_cast<NAME::Vector<T, V>*>(to + k * L * V) = x[k];
   }
 """
@@ -191,7 +191,7 @@ LONG = """
   const NAME::Step step = NAME::step_of(high, low, PEAK);
   for (int i = threadIdx.x * V; i < G; i += L * V) {
     NAME::Vector<T, V> x = NAME::load<T, V>(from + i);
-    for (int v = 0; v < V; v++) if (ON) x.at[v] = static_cast<T>(NAME::value(static_cast<float>(x.at[v]), step));
+    for (int v = 0; v < V; v++) x.at[v] = static_cast<T>(NAME::value(static_cast<float>(x.at[v]), step));
     *reinterpret_cast<NAME::Vector<T, V>*>(to + i) = x;
   }
 """
@@ -212,10 +212,9 @@ def header(grid: Grid) -> str:
     return f"{CUDA}{arithmetic(grid)}namespace {name(grid)} {{{VECTORS}}}\n"
 
 
-def body(grid: Grid, template: str, *, gated: bool) -> str:
-    """`SHORT` or `LONG` for `grid`; with the inputs `w`, `peak` (of the tensor) for nvfp4, and `on` where it is `gated`."""
-    peak = "peak[0]" if grid.scale == "nvfp4" else "0.0f"
-    return template.replace("NAME", name(grid)).replace("PEAK", peak).replace("ON", "on[0]" if gated else "true")
+def body(grid: Grid, template: str) -> str:
+    """`SHORT` or `LONG` for `grid`; of the inputs `w` and, for nvfp4, `peak` (of the tensor), and the output `out`."""
+    return template.replace("NAME", name(grid)).replace("PEAK", "peak[0]" if grid.scale == "nvfp4" else "0.0f")
 
 
 def _constants(grid: Grid) -> str:
