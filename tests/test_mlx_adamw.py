@@ -122,3 +122,42 @@ def test_its_state_is_there_before_the_first_step_and_comes_back():
     twin.update(one.parameters())
     want = run(one, optimizer)
     assert all(np.array_equal(array, want[name]) for name, array in run(twin, other).items())
+
+
+class Reports:
+    def __init__(self):
+        self.losses = []
+
+    def on_train_loss_report(self, info):
+        self.losses.append(info["train_loss"])
+
+    def on_val_loss_report(self, info):
+        raise AssertionError(info)
+
+
+def test_the_trainer_of_mlx_lm_takes_it(tmp_path, capsys):
+    """On a prepared model, whose gradients of four batches it adds, each in a compiled call of its own."""
+    tuner = pytest.importorskip("mlx_lm.tuner.trainer")
+    from llama import build
+
+    data = [(np.random.default_rng(i).integers(1, 256, 24).tolist(), 0) for i in range(16)]
+    ends = []
+    for ours in (True, False):
+        llama = qkit.prepare(build("mlx"), "int4-g64")
+        plain = optim.AdamW(1e-3, weight_decay=0.01, bias_correction=True)
+        optimizer = BE.adamw(llama, learning_rate=1e-3) if ours else plain
+        optimizer.init(llama.trainable_parameters())
+        reports = Reports()
+        given = {
+            "batch_size": 4,
+            "iters": 12,
+            "grad_accumulation_steps": 4,
+            "steps_per_report": 4,
+            "max_seq_length": 64,
+        }
+        args = tuner.TrainingArgs(**given, adapter_file=str(tmp_path / "adapters.safetensors"))
+        np.random.seed(0)
+        tuner.train(llama, optimizer, data, args=args, training_callback=reports)
+        ends.append(reports.losses)
+    assert ends[0][-1] < ends[0][0]
+    assert np.allclose(*ends, rtol=1e-4)  # two orders of the same operations, rounded to four bits

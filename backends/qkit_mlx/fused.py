@@ -15,14 +15,12 @@ WARP = 32
 VECTORS = 8  #: of a thread at most, where it keeps its part of a group in registers
 
 GPU = mx.Device(mx.gpu, 0)
-DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 
 def fits(x: mx.array, grid: Grid) -> bool:
     """Whether there is a kernel for `x` [..., n] on `grid` here: not on the CPU, on Metal, or where the tensor is the group."""
-    return (
-        mx.cuda.is_available() and mx.default_device() == GPU and grid.group != "tensor" and x.dtype in DTYPE.values()
-    )
+    return mx.cuda.is_available() and mx.default_device() == GPU and grid.group != "tensor" and x.dtype in FLOATS
 
 
 def round_to_grid(x: mx.array, grid: Grid) -> mx.array:
@@ -42,7 +40,8 @@ def round_to_grid(x: mx.array, grid: Grid) -> mx.array:
         output_shapes=[(x.size,)],
         output_dtypes=[x.dtype],
     )
-    return values.reshape(x.shape)
+    reshaped: mx.array = values.reshape(x.shape)
+    return reshaped
 
 
 class Launch(NamedTuple):

@@ -32,7 +32,7 @@ def is_copy(x: mx.array, held: mx.array) -> bool | None:
     if is_snapshot(x, held):
         return True
     printed = io.StringIO()
-    mx.export_to_dot(printed, held=held, x=x)  # type: ignore[arg-type]
+    mx.export_to_dot(printed, held=held, x=x)
     if len(text := printed.getvalue()) > LONG:
         return None
     labels, before = {}, {}

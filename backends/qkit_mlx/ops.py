@@ -13,9 +13,10 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
 from qkit_mlx import fused
-from qkit_mlx.fused import DTYPE
 from qkit_mlx.nearest import nearest_values
 from qkit_mlx.straight_through import straight_through
+
+DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
