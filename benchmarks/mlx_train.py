@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--parts", nargs="+", type=int, default=[1, 8], help="of a batch, in one step")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=10 if GPU else 1, help="timed together")
+    parser.add_argument("--steps", type=int, default=3 if GPU else 1, help="timed together")
     parser.add_argument("--processor-time", action="store_true", help="not wall time, for a busy machine; CPU only")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

@@ -396,6 +396,23 @@ def test_checkpointed_layers_train_the_same():
     assert equal(got[1]["layers"][0]["weight"], want[1]["layers"][0]["weight"])
 
 
+@pytest.mark.parametrize("way", ["output", "gradient"])
+def test_values_of_a_function_that_captured_the_weights_are_right_outside_of_it(way):
+    """Compiled without the model's state, whose weights are then constants of MLX's: what was made of them is constant too."""
+    model, x = prepared(INT8), inputs()
+    run = (lambda x: model(x)) if way == "output" else (lambda x: stepping(model)(x)[0])
+    compiled = mx.compile(run)
+    first = compiled(x)
+    assert equal(run(x), run(mx.array(BE.to_numpy(x))))
+    assert np.allclose(BE.to_numpy(first), BE.to_numpy(run(x)), rtol=1e-6, atol=1e-6)  # sums in another order
+    edited(model)
+    assert not np.allclose(BE.to_numpy(first), BE.to_numpy(run(x)), rtol=1e-2)
+    slow = prepared(INT8)
+    edited(slow)
+    want = slow(x) if way == "output" else loss(slow, x)
+    assert equal(run(x), want)
+
+
 def test_two_models_do_not_meet():
     one, two, x = prepared(), prepared(), inputs()
     two.layers[0].weight = two.layers[0].weight * 2
