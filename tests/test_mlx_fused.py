@@ -33,6 +33,8 @@ static inline float QKIT_FLOAT(unsigned u) { float x; std::memcpy(&x, &u, 4); re
 #define QKIT_MULTIPLY(x, y) ((x) * (y))
 #define QKIT_DIVIDE(x, y) ((x) / (y))
 #define QKIT_ROUND std::nearbyintf
+#define QKIT_LEAST std::fmin
+#define QKIT_MOST std::fmax
 """
 ROUND_GROUPS = """
 extern "C" void NAME_groups(const float* x, float* out, long groups, long size, float peak) {

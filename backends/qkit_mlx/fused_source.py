@@ -11,6 +11,10 @@ from qkit.grid import Grid
 
 RULES = {"signed": 0, "absmax": 1, "midmax": 1, "minmax": 2, "rceil": 3, "even": 4, "floor": 5, "nvfp4": 6}
 
+SHIFT = (
+    1.5 * 2.0**23
+)  #: added to a number below 2^22 and taken off again, it leaves the nearest whole number, ties to even
+
 #: What the arithmetic is written over, on CUDA: roundings that no compiler may contract into others.
 CUDA = """
 #define QKIT_INLINE __device__ __forceinline__
@@ -20,6 +24,8 @@ CUDA = """
 #define QKIT_MULTIPLY __fmul_rn
 #define QKIT_DIVIDE __fdiv_rn
 #define QKIT_ROUND rintf
+#define QKIT_LEAST fminf
+#define QKIT_MOST fmaxf
 """
 
 #: One group: `see` every element, then `step_of` what was seen, then `value` of every element. R2 to R9 of the numerics.
@@ -27,8 +33,8 @@ ARITHMETIC = """
 struct Step { float s, inverse, zero; };
 
 QKIT_INLINE float magnitude(float x) { return QKIT_FLOAT(QKIT_BITS(x) & 0x7FFFFFFFu); }
-QKIT_INLINE float least(float x, float y) { return x < y ? x : y; }
-QKIT_INLINE float most(float x, float y) { return x > y ? x : y; }
+QKIT_INLINE float least(float x, float y) { return QKIT_LEAST(x, y); }
+QKIT_INLINE float most(float x, float y) { return QKIT_MOST(x, y); }
 QKIT_INLINE float power(int code) { return QKIT_FLOAT((unsigned)code << 23); }
 QKIT_INLINE int scale_code(int code) { return code < MIN_CODE ? MIN_CODE : code > MAX_CODE ? MAX_CODE : code; }
 
@@ -46,18 +52,19 @@ QKIT_INLINE float round_to_bfloat16(float x) {
 QKIT_INLINE float small_float(float x, int mantissa, int min_exponent) {
   int exponent = (int)((QKIT_BITS(x) >> 23) & 0xFFu) - 127;
   exponent = exponent < min_exponent ? min_exponent : exponent;
-  float steps = QKIT_ROUND(QKIT_MULTIPLY(x, power(127 + mantissa - exponent)));
-  return QKIT_MULTIPLY(steps, power(127 + exponent - mantissa));
+  float shifted = QKIT_ADD(QKIT_MULTIPLY(x, power(127 + mantissa - exponent)), SHIFT);
+  return QKIT_MULTIPLY(QKIT_ADD(shifted, -SHIFT), power(127 + exponent - mantissa));
 }
 
-// x / s to nearest even, for s on the bfloat16 grid: a candidate, corrected by comparing exact products; no division
+// x / s to nearest even, for s on the bfloat16 grid: a candidate, corrected by comparing exact products; no division. As
+// integers, patterns of positive floats have their order, and a negative one is less; a tie moves an odd candidate.
 QKIT_INLINE float nearest(float x, Step step) {
-  float a = magnitude(x), s = magnitude(step.s), q = QKIT_ROUND(QKIT_MULTIPLY(a, step.inverse));
-  float half = QKIT_MULTIPLY(q, 0.5f);
-  bool odd = QKIT_ROUND(half) != half;
-  float above = QKIT_MULTIPLY(QKIT_ADD(q, 0.5f), s), below = QKIT_MULTIPLY(QKIT_ADD(q, -0.5f), s);
-  if (a > above || (odd && a == above)) q = QKIT_ADD(q, 1.0f);
-  else if (a < below || (odd && a == below)) q = QKIT_ADD(q, -1.0f);
+  float a = magnitude(x), s = magnitude(step.s), shifted = QKIT_ADD(QKIT_MULTIPLY(a, step.inverse), SHIFT);
+  float q = QKIT_ADD(shifted, -SHIFT);
+  int odd = QKIT_BITS(shifted) & 1, pattern = QKIT_BITS(a);
+  int above = QKIT_BITS(QKIT_MULTIPLY(QKIT_ADD(q, 0.5f), s)), below = QKIT_BITS(QKIT_MULTIPLY(QKIT_ADD(q, -0.5f), s));
+  q = QKIT_ADD(q, pattern > above - odd ? 1.0f : 0.0f);  // without branches: one of the two adds nothing
+  q = QKIT_ADD(q, pattern < below + odd ? -1.0f : 0.0f);
   return QKIT_FLOAT(QKIT_BITS(q) | ((QKIT_BITS(x) ^ QKIT_BITS(step.s)) & 0x80000000u));
 }
 
@@ -229,6 +236,7 @@ def _constants(grid: Grid) -> str:
         "HIGHEST": high,
         "MIN_SCALE": constants.MIN_SCALE,
         "MIN_BLOCK_SCALE": constants.MIN_BLOCK_SCALE,
+        "SHIFT": SHIFT,
     }
     integers = {
         "RULE": RULES[grid.scale],
