@@ -226,10 +226,7 @@ class Backend(Protocol):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> Any:
-        """The engine's own kind of optimizer: AdamW, fused, on the model's trainable parameters.
-
-        Weight decay is decoupled and applies to all of them. What prepared layers made of their old weights is let go.
-        """
+        """The framework's AdamW over the model's trainable parameters, which writes quantized values as it steps, if it can."""
         ...
 
     def trainer(self, model: Any, *, weight_decay: float) -> Trainer:
