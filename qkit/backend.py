@@ -155,7 +155,7 @@ class Backend(Protocol):
         ...
 
     def switch(self, module: Any, mode: Mode) -> None:
-        """Turns the quantisation of a prepared layer on or off (compiled functions obey without compiling anew), or has its
+        """Turns the quantisation of a prepared layer on or off (compiled functions obey, and compile each once), or has its
         static ranges record what comes in and goes out, while weights are quantized and the rest is not.
         """
         ...

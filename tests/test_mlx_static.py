@@ -226,7 +226,7 @@ def test_a_gate_is_no_parameter(tmp_path):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 def test_a_layer_that_is_off_is_the_float_layer(training, dynamic):
-    """Its outputs and its gradients, eager and compiled; the compiled one is traced while it is on."""
+    """Its outputs and its gradients, eager and compiled; what was traced while it was on is traced once more, and no more."""
     mx.random.seed(0)
     plain = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
     known = rule(STATIC[1], output=STATIC[0], ste="masked", range="dynamic" if dynamic else "average")
@@ -262,10 +262,12 @@ def test_a_layer_that_is_off_is_the_float_layer(training, dynamic):
                     ours, theirs = (BE.to_numpy(tree["layers"][i][name]) for tree in (found, slopes))
                     assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max(), name  # a fused kernel
         assert all(np.array_equal(before[name], value) for name, value in ranges(model).items())
-    assert len(traces) == 1
+    assert len(traces) == 2
     again = compiled(x)
     assert not equal(again, plain(x))
-    assert len(traces) == 1
+    with qkit.disabled(model):
+        assert equal(compiled(x), plain(x))
+    assert len(traces) == 2
 
 
 def test_one_layer_can_be_off():

@@ -15,6 +15,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
 from qkit_mlx import ops, surgery, training
+from qkit_mlx.adamw import AdamW
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
 from qkit_mlx.layers import FakeEmbedding, FakeLinear, forget, switch
 
@@ -183,6 +184,20 @@ class MlxBackend:
         return hub.build(config)
 
     # training
+
+    def adamw(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> AdamW:
+        """See `Backend.adamw`; for `optimizer.update(model, gradients)`. A rate may also be one of MLX's schedules."""
+        optimizer = AdamW(learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        optimizer.init(model.trainable_parameters())
+        return optimizer
 
     def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
         """See `Backend.trainer`."""

@@ -22,14 +22,21 @@ from qkit_mlx.deployed import (
     deploy_linear,
 )
 from qkit_mlx.exact import RANGES, Exact
+from qkit_mlx.once import Once
 from qkit_mlx.static import averaged, given, scales_of, unseen, widened
+from qkit_mlx.straight_through import straight_through
 
-Gate = bool | mx.array  #: whether quantization is on: an array where a function is traced
+#: Whether quantization is on, by the type of a layer's `_gate`: functions that are compiled with the model's state see another
+#: type as another input, and compile each once; an array that only held another value would cost a choice per weight and step.
+GATES = {True: mx.bool_, False: mx.uint8}
+
+#: What the last layer's input was rounded to, for others that read the same: queries, keys and values; gate and up.
+INPUT: Once[mx.array] = Once()
 
 
 def switch(layer: Any, mode: Mode) -> None:
     """See `Backend.switch`."""
-    layer._gate = mx.array(mode != "off")
+    layer._gate = mx.zeros((), GATES[mode != "off"])
     layer.calibrating = mode == "calibrating"
 
 
@@ -44,16 +51,12 @@ def mode_of(layer: Any) -> Mode:
     """How `switch` left a layer."""
     if layer.calibrating:
         return "calibrating"
-    return "on" if layer["_gate"].item() else "off"
+    return "on" if switched_on(layer) else "off"
 
 
-def switched_on(layer: Any) -> Gate:
-    """The gate of a layer: a bool, so that one branch is computed; or where that cannot be known yet, the array."""
-    gate: mx.array = layer["_gate"]
-    try:
-        return bool(gate.item())
-    except ValueError:  # MLX evaluates nothing while it traces
-        return gate
+def switched_on(layer: Any) -> bool:
+    """Whether a layer quantizes."""
+    return bool(layer["_gate"].dtype == GATES[True])
 
 
 class FakeLinear(Exact, nn.Linear):
@@ -75,31 +78,31 @@ class FakeLinear(Exact, nn.Linear):
             self[f"{name}_range"] = unseen()
 
     def __call__(self, x: mx.array) -> mx.array:
-        on = switched_on(self)
         parameters = [self[name] for name in ("weight", "bias") if name in self]
-        if self.training or self.calibrating or on is False:
-            return self._forward(on, x, *parameters)
-        return _answer(partial(self._deployed, on), partial(self._forward, on), x, *parameters)
+        if self.training or self.calibrating or not switched_on(self):
+            return self._forward(x, *parameters)
+        return _answer(self._deployed, self._forward, x, *parameters)
 
-    def _forward(self, on: Gate, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-        x = self._on_grid(on, x, self.rule.activation, "input")
-        w = _weight(on, weight, self.rule)
+    def _forward(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+        x = self._on_grid(x, self.rule.activation, "input")
+        w = _values(self, weight)
         y = x @ w.T if bias is None else mx.addmm(bias, x, w.T)
-        return self._on_grid(on, y, self.rule.output, "output")
+        return self._on_grid(y, self.rule.output, "output")
 
-    def _on_grid(self, on: Gate, x: mx.array, grid: Grid | None, name: str) -> mx.array:
-        if grid is None or on is False:
+    def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
+        if grid is None or not switched_on(self):
             return x
         if self.calibrating:
             self._record(name, x)
             return x
-        stored: dict[str, mx.array] = {}
-        if self.rule.range != "dynamic":
-            if self.rule.range == "average" and self.training:
-                known = self[f"{name}_range"]
-                self[f"{name}_range"] = _choose(on, averaged(known, x), known)
-            stored = scales_of(self[f"{name}_range"], grid, name=name)
-        return _choose(on, ops.fake_quantize(x, grid, ste=self.rule.ste, **given(stored, grid, name=name)), x)
+        if self.rule.range == "dynamic":
+            return (
+                _once(INPUT, x, grid, self.rule) if name == "input" else ops.fake_quantize(x, grid, ste=self.rule.ste)
+            )
+        if self.rule.range == "average" and self.training:
+            self[f"{name}_range"] = averaged(self[f"{name}_range"], x)
+        stored = scales_of(self[f"{name}_range"], grid, name=name)
+        return ops.fake_quantize(x, grid, ste=self.rule.ste, **given(stored, grid, name=name))
 
     def _record(self, name: str, x: mx.array) -> None:
         if self.rule.range == "dynamic":
@@ -113,9 +116,8 @@ class FakeLinear(Exact, nn.Linear):
             ) from None
         self[f"{name}_range"] = known
 
-    def _deployed(self, on: Gate, x: mx.array, *parameters: mx.array) -> mx.array:
-        answer = self._deploy(*parameters)(x)
-        return answer if on is True else mx.where(on, answer, self._forward(False, x, *parameters))
+    def _deployed(self, x: mx.array, *parameters: mx.array) -> mx.array:
+        return self._deploy(*parameters)(x)
 
     def _deploy(self, weight: mx.array, bias: mx.array | None = None) -> DeployedLinear | PackedLinear:
         static: dict[str, mx.array] = {}
@@ -133,6 +135,10 @@ class FakeLinear(Exact, nn.Linear):
     def _no_grad(self, names: set[str]) -> None:
         self._frozen = names
 
+    def _set_training_mode(self, mode: bool) -> None:
+        super()._set_training_mode(mode)
+        self.rounded: Once[mx.array] = Once()
+
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
         _refuse(self.rule)
@@ -148,36 +154,35 @@ class FakeEmbedding(nn.Embedding):
         _adopt(self, layer, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        on = switched_on(self)
-
         def forward(weight: mx.array) -> mx.array:
-            return _weight(on, weight, self.rule)[x]
+            return _values(self, weight)[x]
 
         def deployed(weight: mx.array) -> mx.array:
-            answer = self._deploy(weight)(x)
-            return answer if on is True else mx.where(on, answer, weight[x])
+            return self._deploy(weight)(x)
 
-        if self.training or on is False:
+        if self.training or not switched_on(self):
             return forward(self["weight"])
         return _answer(deployed, forward, self["weight"])
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model: x [..., width] -> [..., entries]."""
-        on = switched_on(self)
 
         def forward(x: mx.array, weight: mx.array) -> mx.array:
-            return x @ _weight(on, weight, self.rule).T
+            return x @ _values(self, weight).T
 
         def deployed(x: mx.array, weight: mx.array) -> mx.array:
-            answer = self._deploy(weight).as_linear(x)
-            return answer if on is True else mx.where(on, answer, x @ weight.T)
+            return self._deploy(weight).as_linear(x)
 
-        if self.training or on is False:
+        if self.training or not switched_on(self):
             return forward(x, self["weight"])
         return _answer(deployed, forward, x, self["weight"])
 
     def _deploy(self, weight: mx.array) -> DeployedEmbedding | PackedEmbedding:
         return deploy_embedding(ops.quantize(weight, self.rule.weight), self.rule)
+
+    def _set_training_mode(self, mode: bool) -> None:
+        super()._set_training_mode(mode)
+        self.rounded: Once[mx.array] = Once()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
@@ -189,19 +194,25 @@ def _adopt(fake: Any, layer: nn.Module, rule: Rule) -> None:
         if name in layer:
             fake[name] = layer[name]
     fake.rule = rule
-    fake._gate = mx.array(True)  # no parameter, because of its name, but part of the state that compiled functions see
+    fake._gate = mx.zeros((), GATES[True])  # no parameter, because of its name, but compiled functions see it
     fake.freeze(keys=list(layer._no_grad))
-    fake.train(layer.training)
+    fake.train(layer.training)  # which gives it a new `rounded`
 
 
-def _weight(on: Gate, weight: mx.array, rule: Rule) -> mx.array:
-    if on is False:
+def _values(layer: Any, weight: mx.array) -> mx.array:
+    """What a layer multiplies with: made anew when its weight is another, and not for every part of a batch."""
+    if not switched_on(layer):
         return weight
-    return _choose(on, ops.fake_quantize(weight, cast(Grid, rule.weight), ste=rule.ste), weight)
+    return _once(layer.rounded, weight, cast(Grid, layer.rule.weight), layer.rule, traced=True)
 
 
-def _choose(on: Gate, rounded: mx.array, x: mx.array) -> mx.array:
-    return rounded if on is True else mx.where(on, rounded, x)
+def _once(once: Once[mx.array], x: mx.array, grid: Grid, rule: Rule, *, traced: bool = False) -> mx.array:
+    """`ops.fake_quantize`, by way of what it gave before for the same array."""
+    if not x.size:
+        return x
+    values = once.of(x, lambda x: ops.round_to_grid(mx.stop_gradient(x), grid), grid, traced=traced)
+    passes = None if rule.ste == "identity" else partial(ops.unclipped, grid=grid)
+    return straight_through(x, lambda _: values, where=passes)
 
 
 def _answer(deployed: Callable[..., mx.array], forward: Callable[..., mx.array], *inputs: mx.array) -> mx.array:

@@ -3,7 +3,7 @@
 Small floats are coded with integers and powers of two: MLX has no e5m2, and its own quantisers differ between devices.
 """
 
-from typing import Any
+from functools import partial
 
 import mlx.core as mx
 
@@ -12,6 +12,9 @@ from qkit.element import ELEMENTS, STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
+from qkit_mlx import fused
+from qkit_mlx.nearest import nearest_values
+from qkit_mlx.straight_through import straight_through
 
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -59,17 +62,14 @@ def fake_quantize(
     if not w.size:  # a layer that no token reaches
         return w
 
-    def through(w: mx.array, slope: mx.array, *_: mx.array) -> mx.array:
-        return slope if ste == "identity" else mx.where(unclipped(w, grid, scales=scales, zeros=zeros), slope, 0)
-
-    # MLX asks for the jvp of what is inside too, and bit patterns have none
-    function: Any = mx.custom_function(lambda w: _round_to_grid(mx.stop_gradient(w), grid, scales, zeros))
-    function.vjp(through)
-    function.jvp(through)
-    return function(w)  # type: ignore[no-any-return]
+    passes = None if ste == "identity" else partial(unclipped, grid=grid, scales=scales, zeros=zeros)
+    return straight_through(w, partial(round_to_grid, grid=grid, scales=scales, zeros=zeros), where=passes)
 
 
-def _round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None, zeros: mx.array | None) -> mx.array:
+def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros: mx.array | None = None) -> mx.array:
+    """`fake_quantize` without gradients; in one pass where there is a kernel for it."""
+    if scales is None and fused.fits(w, grid):
+        return fused.round_to_grid(w, grid)
     x = group(w, grid)
     if scales is not None:
         return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
@@ -82,11 +82,11 @@ def _round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None, zeros: mx.a
     elif grid.scale == "nvfp4":
         tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
         s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
-        values = float_values(e2m1_codes(x, s), grid.element) * each(s)
+        values = nearest_values(x / each(s), grid.element) * each(s)
     else:
         peak = amax(x)
         c = scale_code(peak, grid)
-        values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(peak))
+        values = nearest_values(x * each(power(254 - c)), grid.element) * each(power(c) + poison(peak))
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 

@@ -1,0 +1,60 @@
+"""AdamW whose step on a parameter is one compiled kernel, also where nothing around it is compiled."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from qkit_mlx.once import Once
+
+Arrays = tuple[mx.array, ...]
+
+
+class AdamW(optim.AdamW):
+    """`mlx.optimizers.AdamW` with bias correction, which is torch's: decoupled weight decay, on every parameter.
+
+    Computes in float32, and keeps `m` and `v` in the type of the parameter. Prepared layers let go of what they made of a weight
+    when it is replaced, and round the new one when they are next called.
+    """
+
+    def __init__(self, *, learning_rate: Any, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        super().__init__(learning_rate, list(betas), eps, weight_decay, bias_correction=True)
+        self._factors: Once[Arrays] = Once()
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        """The parameter after a step; `m` and `v` in `state` move with it."""
+        rate = self.learning_rate
+        factors = self._factors.of(self.step, lambda step: self._of(step, rate), rate)
+        moved = _compiled(*self.betas, self.eps)(gradient, parameter, state["m"], state["v"], *factors)
+        parameter, state["m"], state["v"] = moved
+        return parameter
+
+    def _of(self, step: mx.array, learning_rate: mx.array) -> Arrays:
+        """What a step multiplies all parameters, all `m` and all roots of `v` with."""
+        (b1, b2), t, rate = self.betas, step.astype(mx.float32), learning_rate.astype(mx.float32)
+        return 1 - rate * self.weight_decay, rate / (1 - b1**t), mx.rsqrt(1 - b2**t)
+
+
+@lru_cache(maxsize=64)
+def _compiled(b1: float, b2: float, eps: float) -> Callable[..., Arrays]:
+    """Algorithm 2 of Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, with the schedule in the learning rate."""
+
+    def step(
+        gradient: mx.array,
+        parameter: mx.array,
+        m: mx.array,
+        v: mx.array,
+        keep: mx.array,
+        rate: mx.array,
+        root: mx.array,
+    ) -> Arrays:
+        g, p, m32, v32 = (array.astype(mx.float32) for array in (gradient, parameter, m, v))
+        m32 = b1 * m32 + (1 - b1) * g
+        v32 = b2 * v32 + (1 - b2) * g * g
+        p = p * keep - rate * m32 / (mx.sqrt(v32) * root + eps)
+        return p.astype(parameter.dtype), m32.astype(m.dtype), v32.astype(v.dtype)
+
+    compiled: Callable[..., Arrays] = mx.compile(step)
+    return compiled
