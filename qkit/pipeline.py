@@ -128,12 +128,14 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
     Works in place and returns the model, as `prepare` does.
 
     Raises:
-        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted already.
+        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted already, or a
+            layer has an adapter.
         RecipeError, GridError, RangeError: the recipe does not fit, or a weight is not finite; the model is as it was.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     prepared = [layer for layer in layers if layer.stage == "prepared"]
+    want_merged(layers, "convert")
     if recipe is None:
         if not prepared:
             raise StageError(
@@ -267,6 +269,7 @@ def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered
     state = f"{'native' if layer.native else 'decoded first'}: {layer.execution}"
     if layer.stage == "prepared":
         state = {"on": "prepared", "off": "prepared, switched off", "calibrating": "calibrating"}[layer.mode]
+    state += f", {layer.adapter}" * bool(layer.adapter)
     static = "" if rule.range == "dynamic" else f" {rule.range}"
     activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
     bits = rule.weight.bits_per_weight(layer.shape)
@@ -276,6 +279,15 @@ def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered
 def _grids(row: Covered) -> str:
     text = " @ ".join(filter(None, (row.weight, row.activation)))
     return f"{text} -> {row.output}" if row.output else text
+
+
+def want_merged(layers: list[Layer], verb: str) -> None:
+    """Refuses adapters, which are not in the weights that a layer holds."""
+    for layer in layers:
+        if layer.adapter:
+            raise StageError(
+                f"cannot {verb}: {layer.path} has an adapter ({layer.adapter}); call qkit.merge(model) first"
+            )
 
 
 def _want_float(layers: list[Layer], verb: str) -> None:

@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qkit.adapters.update import Update
 from qkit.backend import NOTHING, Layer, Mode, Trainer
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_torchao import layers, ops, packed, straight_through, surgery, training
+from qkit_torchao import adapters, layers, ops, packed, straight_through, surgery, training
 
 
 class TorchaoBackend:
@@ -150,6 +151,24 @@ class TorchaoBackend:
         """See `Backend.run`."""
         with training.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
+
+    # adapters
+
+    def adapt(self, module: Any, update: Update) -> nn.Module:
+        """See `Backend.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
+        return adapters.adapt(module, update)
+
+    def update(self, module: Any) -> Update:
+        """See `Backend.update`."""
+        return adapters.update(module)
+
+    def merged(self, module: Any) -> nn.Module:
+        """See `Backend.merged`."""
+        return adapters.merged(module)
+
+    def freeze(self, model: nn.Module) -> None:
+        """See `Backend.freeze`."""
+        adapters.freeze(model)
 
     # whole models
 

@@ -15,7 +15,7 @@ from qkit.checkpoint.output import write_directory
 from qkit.checkpoint.source import inside, is_pickle, read_json
 from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, StageError
 from qkit.interop import compressed_tensors
-from qkit.pipeline import NOTE, surgeon
+from qkit.pipeline import NOTE, surgeon, want_merged
 from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.recipe import Kind, Rule, rule_from_table, rule_table
 from qkit.registry import backend as choose
@@ -57,13 +57,14 @@ def save(
         shard_bytes: most bytes of tensors in one file.
 
     Raises:
-        StageError: a layer is prepared but not converted.
+        StageError: a layer is prepared but not converted, or has an adapter.
         ArtifactError: a grid has no portable layout, or `folder` holds something else.
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
     folder, origin = Path(folder), None if source is None else Path(source)
     layers = list(engine.layers(model))
+    want_merged(layers, "save")
     for layer in layers:
         if layer.stage == "prepared":
             raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
