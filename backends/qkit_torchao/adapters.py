@@ -155,7 +155,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
         v = added(w, b, a, scale)
-        return stored(v if magnitude is None else v * (magnitude.float() / row_norms(v))[:, None], dtype)
+        return stored(v if magnitude is None else v * stretch(magnitude, row_norms(v))[:, None], dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -173,7 +173,7 @@ class _Merged(torch.autograd.Function):
                 v = added(w, b, a, ctx.scale)
                 norms = row_norms(v)
                 to_magnitude = ((to_v * v).sum(dim=1) / norms).to(magnitude.dtype)
-                to_v = to_v * (magnitude.float() / norms)[:, None]
+                to_v = to_v * stretch(magnitude, norms)[:, None]
             to_b = ctx.scale * (to_v @ shorten(a.float()).T)
             to_a = shorten(b.float() * ctx.scale).T @ to_v
         to_w = to_v.to(ctx.dtype) if ctx.needs_input_grad[0] else None
@@ -204,7 +204,14 @@ def row_norms(v: Tensor) -> Tensor:
     while n > 1:
         n //= 2
         squares = squares[:, :n] + squares[:, n:]
-    return squares[:, 0].sqrt().clamp_min(MIN_SCALE)
+    return squares[:, 0].double().sqrt().float().clamp_min(MIN_SCALE)
+
+
+def stretch(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """magnitude / norms. As the root above in float64, where an ulp more or less does not reach the float32 it is rounded to:
+    torch's own roots in float32 are not those of IEEE, nor are a GPU's quotients once compiled.
+    """
+    return (magnitude.double() / norms.double()).float()
 
 
 def shorten(x: Tensor) -> Tensor:
