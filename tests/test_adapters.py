@@ -34,9 +34,9 @@ def weight(shape, dtype, seed=3):
     return w.astype(dtype)
 
 
-def adapted(name, recipe, kind, *, base):
+def adapted(name, recipe, kind, *, base, **changes):
     """A Llama with adapters that nobody trained, and its engine."""
-    engine, model = qkit.backend(name), build(name)
+    engine, model = qkit.backend(name), build(name, **changes)
     model = qkit.prepare(model, recipe) if base == "prepared" else qkit.convert(model, recipe)
     model = qkit.adapt(model, Adapter(rank=4, alpha=10.0, kind=kind))
     random = np.random.default_rng(2)
@@ -133,6 +133,8 @@ def check_merge(engine, model, *, start):
     for layer in engine.layers(model):
         if layer.adapter:
             merged = arithmetic.merged(base_weight(engine, layer), engine.update(layer.module))
+            if layer.stage == "prepared":  # its master is stored in the model's type
+                merged = merged.astype(engine.to_numpy(engine.weight(layer.module)).dtype)
             want |= {
                 (layer.path, name): array for name, array in qkit.quantize(merged, layer.rule.weight).parts().items()
             }
@@ -154,6 +156,14 @@ def check_merge(engine, model, *, start):
 def test_merging_changes_no_loss_and_no_code(name, recipe, base):
     engine, model = adapted(name, recipe, KINDS[len(recipe) % 2], base=base)
     check_merge(engine, model, start=codes(engine, qkit.convert(build(name), recipe)))
+
+
+@pytest.mark.parametrize("base", ["prepared", "converted"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_nor_in_half_precision(name, dtype, base):
+    engine, model = adapted(name, "int4-g64", "dora", base=base, dtype=dtype)
+    check_merge(engine, model, start=codes(engine, qkit.convert(build(name, dtype=dtype), "int4-g64")))
 
 
 @pytest.mark.parametrize(("kind", "base"), [("lora", "prepared"), ("dora", "converted")])
