@@ -59,7 +59,9 @@ class _AdaptedDeployed(_Adapted):
 
     def __call__(self, x: mx.array) -> mx.array:
         parameters = [self.merged(), *([self["bias"]] if "bias" in self else [])]
-        return self._forward(x, *parameters) if self.training else _answer(self._merged, self._forward, x, *parameters)
+        return (
+            self._forward(x, *parameters) if self.training else _answer(self._deployed, self._forward, x, *parameters)
+        )
 
     def merged(self) -> mx.array:
         """The merged weight [outputs, inputs], in float32."""
@@ -72,7 +74,7 @@ class _AdaptedDeployed(_Adapted):
         y = x @ values.T if bias is None else mx.addmm(bias, x, values.T)
         return _on_grid(y, self, rule.output, "output") if rule.output else y
 
-    def _merged(self, x: mx.array, *parameters: mx.array) -> mx.array:
+    def _deployed(self, x: mx.array, *parameters: mx.array) -> mx.array:
         return self.deploy(*parameters)(x)
 
     def deploy(self, weight: mx.array, bias: mx.array | None = None) -> DeployedLinear | PackedLinear:
@@ -134,7 +136,7 @@ def freeze(model: nn.Module) -> None:
             module._no_grad.difference_update(NAMES)
 
 
-def _become(module: Any, cls: type) -> Any:
+def _become(module: Any, cls: type[nn.Module]) -> Any:
     """A module of another class with the arrays, attributes and mode of `module`."""
     made = cls.__new__(cls)
     nn.Module.__init__(made)

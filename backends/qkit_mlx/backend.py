@@ -159,7 +159,8 @@ class MlxBackend:
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
         """See `Backend.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
-        return adapters.adapt(module, update)
+        made: nn.Module = adapters.adapt(module, update)
+        return made
 
     def update(self, module: Any) -> Update:
         """See `Backend.update`."""
@@ -167,7 +168,8 @@ class MlxBackend:
 
     def merged(self, module: Any) -> nn.Module:
         """See `Backend.merged`."""
-        return adapters.merged(module)
+        made: nn.Module = adapters.merged(module)
+        return made
 
     def freeze(self, model: nn.Module) -> None:
         """See `Backend.freeze`."""

@@ -157,9 +157,8 @@ def _layer(path: str, module: Any) -> Layer | None:
             path, kind, shape, module, "converted", module.rule, native=native, execution=execution, adapter=adapter
         )
     if isinstance(module, (FakeLinear, FakeEmbedding)):
-        adapter = getattr(module, "adapter", "")
-        shape = tuple(module.weight.shape)
-        return Layer(path, kind, shape, module, "prepared", module.rule, mode_of(module), adapter=adapter)
+        adapter, mode = getattr(module, "adapter", ""), mode_of(module)
+        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule, mode, adapter=adapter)
     if type(module) in (nn.Linear, nn.Embedding):
         return Layer(path, kind, tuple(module.weight.shape), module)
     name = type(module).__name__

@@ -104,16 +104,21 @@ def adapt(module: Any, update: Update) -> Any:
 
 def update(module: Any) -> Update:
     """See `Backend.update`."""
-    held = {name: getattr(module, own) for name, own in NAMES.items()}
-    arrays = {name: None if one is None else one.detach().float().cpu().numpy().copy() for name, one in held.items()}
-    return Update(scale=module.lora_scale, **arrays)
+    a, b, magnitude = (
+        None if one is None else one.detach().float().cpu().numpy().copy()
+        for one in (module.lora_A, module.lora_B, module.lora_magnitude)
+    )
+    assert a is not None
+    assert b is not None
+    return Update(a, b, module.lora_scale, magnitude)
 
 
 def merged(module: Any) -> Any:
     """See `Backend.merged`."""
     with torch.no_grad():
         weight = module.merged()
-    if isinstance(module, PackedLinear):
+    if isinstance(module, AdaptedPacked):
+        assert module.rule.weight is not None
         q = replace(ops.quantize(weight, module.rule.weight), dtype=module.dtype)
         return _without_adapter(packed.pack(module, q, module.rule, static={}, owner=None))
     made = _without_adapter(become(module, FakeLinear))

@@ -156,7 +156,8 @@ class TorchaoBackend:
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
         """See `Backend.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
-        return adapters.adapt(module, update)
+        made: nn.Module = adapters.adapt(module, update)
+        return made
 
     def update(self, module: Any) -> Update:
         """See `Backend.update`."""
@@ -164,7 +165,8 @@ class TorchaoBackend:
 
     def merged(self, module: Any) -> nn.Module:
         """See `Backend.merged`."""
-        return adapters.merged(module)
+        made: nn.Module = adapters.merged(module)
+        return made
 
     def freeze(self, model: nn.Module) -> None:
         """See `Backend.freeze`."""
