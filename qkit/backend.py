@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
@@ -70,6 +71,15 @@ class Layer:
     tied: str = ""
     obstacle: str = ""
     adapter: str = ""
+
+
+def want_merged(layers: Iterable[Layer], verb: str) -> None:
+    """Refuses layers with adapters, which are not in the weights that they hold."""
+    for layer in layers:
+        if layer.adapter:
+            raise StageError(
+                f"cannot {verb}: {layer.path} has an adapter ({layer.adapter}); call qkit.merge(model) first"
+            )
 
 
 class Trainer(Protocol):

@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import check
-from qkit.backend import Backend, Layer
+from qkit.backend import Backend, Layer, want_merged
 from qkit.errors import BackendError, GridError, RecipeError, StageError
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
@@ -128,8 +128,7 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
     Works in place and returns the model, as `prepare` does.
 
     Raises:
-        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted already, or a
-            layer has an adapter.
+        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted or adapted.
         RecipeError, GridError, RangeError: the recipe does not fit, or a weight is not finite; the model is as it was.
     """
     engine = surgeon(model, backend)
@@ -269,25 +268,15 @@ def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered
     state = f"{'native' if layer.native else 'decoded first'}: {layer.execution}"
     if layer.stage == "prepared":
         state = {"on": "prepared", "off": "prepared, switched off", "calibrating": "calibrating"}[layer.mode]
-    state += f", {layer.adapter}" * bool(layer.adapter)
     static = "" if rule.range == "dynamic" else f" {rule.range}"
     activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
-    bits = rule.weight.bits_per_weight(layer.shape)
+    bits, state = rule.weight.bits_per_weight(layer.shape), ", ".join(filter(None, (state, layer.adapter)))
     return Covered(layer.path, layer.kind, layer.shape, str(rule.weight), activation, output, state, bits, layer.tied)
 
 
 def _grids(row: Covered) -> str:
     text = " @ ".join(filter(None, (row.weight, row.activation)))
     return f"{text} -> {row.output}" if row.output else text
-
-
-def want_merged(layers: list[Layer], verb: str) -> None:
-    """Refuses adapters, which are not in the weights that a layer holds."""
-    for layer in layers:
-        if layer.adapter:
-            raise StageError(
-                f"cannot {verb}: {layer.path} has an adapter ({layer.adapter}); call qkit.merge(model) first"
-            )
 
 
 def _want_float(layers: list[Layer], verb: str) -> None:

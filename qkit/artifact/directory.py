@@ -9,13 +9,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qkit.artifact.tensors import array_stream, read_folder
-from qkit.backend import Backend, Layer
+from qkit.backend import Backend, Layer, want_merged
 from qkit.checkpoint.layout import SHARD_BYTES
 from qkit.checkpoint.output import write_directory
 from qkit.checkpoint.source import inside, is_pickle, read_json
 from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, StageError
 from qkit.interop import compressed_tensors
-from qkit.pipeline import NOTE, surgeon, want_merged
+from qkit.pipeline import NOTE, surgeon
 from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.recipe import Kind, Rule, rule_from_table, rule_table
 from qkit.registry import backend as choose
