@@ -19,7 +19,7 @@ from qkit.errors import (
     VerificationError,
 )
 from qkit.grid import Grid
-from qkit.pipeline import convert, coverage, prepare
+from qkit.pipeline import adamw, convert, coverage, prepare
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
 from qkit.registry import backend, backends, recipe, recipes
@@ -51,6 +51,7 @@ __all__ = [
     "StageError",
     "VerificationError",
     "__version__",
+    "adamw",
     "adapt",
     "backend",
     "backends",

@@ -254,6 +254,18 @@ class Backend(Protocol):
 
     # training
 
+    def adamw(
+        self,
+        model: Any,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> Any:
+        """The framework's AdamW over the model's trainable parameters, which writes quantized values as it steps, if it can."""
+        ...
+
     def trainer(self, model: Any, *, weight_decay: float) -> Trainer:
         """AdamW on the model's trainable parameters."""
         ...

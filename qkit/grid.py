@@ -60,6 +60,11 @@ class Grid:
         return self.scale != "minmax"
 
     @property
+    def by_rows(self) -> bool:
+        """Whether each row of a tensor is quantized by itself, whatever the others hold."""
+        return self.group != "tensor" and self.scale != "nvfp4"
+
+    @property
     def bits_per_scale(self) -> int:
         """Bits stored once per group: a bfloat16, an E8M0 or an e4m3, and the zero point of `minmax`."""
         if self.element.kind == "float":

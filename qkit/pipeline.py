@@ -185,6 +185,29 @@ def _static(engine: Backend, model: Any, layer: Layer, rule: Rule) -> "dict[str,
     return static_scales(rule, ranges, path=layer.path)
 
 
+def adamw(
+    model: Any,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    backend: str | Backend | None = None,
+) -> Any:
+    """AdamW (Loshchilov and Hutter, 2019) over the trainable parameters of `model`: an optimizer of its framework.
+
+    On a GPU it updates the master weights of prepared layers and writes their quantized values in one kernel; elsewhere, and with
+    any other optimizer, the values are made at the first use after a step.
+
+    Raises:
+        BackendError: no engine works on such a model, or the engine has no optimizer.
+    """
+    engine = surgeon(model, backend)
+    if not hasattr(engine, "adamw"):
+        raise BackendError(f"backend {engine.name!r} has no optimizer of its own: use one of {engine.framework}'s")
+    return engine.adamw(model, learning_rate=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
 @dataclass(frozen=True, slots=True)
 class Covered:
     """One row of `coverage`.

@@ -102,7 +102,7 @@ WHOLE = (Rule(("*",), kind="embedding", weight=INT4), Rule(("*",), weight=INT4))
 def test_a_tied_weight_trains_from_both_sides():
     model, tokens = qkit.prepare(tied(), recipe(*WHOLE)), torch.arange(20)
     assert model[2].weight is model[0].weight
-    assert model[2].values is model[0].values  # rounded once for both
+    assert model[2].weight is model[0].weight  # whose values are made once for both
     model(tokens).square().sum().backward()
     both = model[0].weight.grad.clone()
     values = qkit.fake_quantize(model[0].weight.detach(), INT4)
@@ -285,7 +285,7 @@ def test_converted_models_with_activations_compile_to_the_same_numbers(name):
 @pytest.mark.parametrize("ste", ["identity", "masked"])
 @pytest.mark.parametrize("rows", [1, 17])
 def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows):
-    from qkit_torchao.products import Int8Linear
+    from qkit_torchao.products import linear
 
     engine, grids = qkit.backend("torchao"), (Grid("int8", "row", "midmax"), on_x)
     x, layer = inputs(2 * rows).reshape(2, rows, 64), mlp()[0]
@@ -296,7 +296,7 @@ def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows
     for products in (True, False):
         leaves = [t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias)]
         if products:
-            y = Int8Linear.apply(*leaves, grids, ste, given.get("scales"), given.get("zeros"))
+            y = linear(*leaves, (str(grids[0]), str(on_x)), ste, **given)
         else:
             values = engine.fake_quantize(leaves[0], on_x, ste=ste, **given)
             y = nn.functional.linear(values, engine.fake_quantize(leaves[1], grids[0], ste=ste), leaves[2])
@@ -307,12 +307,12 @@ def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows
 
 
 def test_nan_in_a_product_of_codes_stays_in_its_row():
-    from qkit_torchao.products import Int8Linear
+    from qkit_torchao.products import linear
 
-    x, layer, grids = inputs(), mlp()[0], (Grid("int8", "row"), Grid("int8", "row"))
-    want = Int8Linear.apply(x, layer.weight, layer.bias, grids, "identity", None, None)
+    x, layer, grids = inputs(), mlp()[0], ("int8-row-absmax", "int8-row-absmax")
+    want = linear(x, layer.weight, layer.bias, grids, "identity")
     x[1, 3], x[2, 0] = torch.nan, torch.inf
-    made = Int8Linear.apply(x, layer.weight, layer.bias, grids, "identity", None, None)
+    made = linear(x, layer.weight, layer.bias, grids, "identity")
     assert made[1:3].isnan().all()
     assert torch.equal(made[[0, 3, 4]], want[[0, 3, 4]])
 

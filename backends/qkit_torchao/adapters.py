@@ -59,8 +59,12 @@ class AdaptedLinear(_Adapted, FakeLinear):
     def _on_grid(self, merged: Tensor) -> Tensor:
         return straight_through.fake_quantize(merged, self.weight_grid, ste=self.rule.ste)
 
+    def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(self.slot(x, "input", self.rule.activation), self.weight_values(dtype), self.bias)
+
     def _product(self, x: Tensor) -> Tensor:
-        return _multiplied(self, x, self.merged(), self._scales(x, "input", self.rule.activation))  # type: ignore[arg-type]
+        given = self._scales(x, "input", self.rule.activation)
+        return products.linear(x, self.merged(), self.bias, (self.grid_name, self.input_name), self.rule.ste, **given)
 
 
 class AdaptedPacked(_Adapted, PackedLinear):
@@ -72,13 +76,13 @@ class AdaptedPacked(_Adapted, PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]: what the layer will give once merged, straight through for the gradient."""
-        grid, activation = self.rule.weight, self.rule.activation
+        grid, activation, merged = self.rule.weight, self.rule.activation, self.merged()
         assert grid is not None
-        if self.execution.multiply and products.kind(grid, activation) == "int8" and x.numel():
-            assert activation is not None
-            y = _multiplied(self, x, self.merged(), static_scales(self, "input", activation))
+        if activation and self.execution.multiply and x.numel():
+            given = static_scales(self, "input", activation)
+            y = products.linear(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **given)
         else:
-            values = straight_through.fake_quantize(self.merged(), grid, ste=self.rule.ste).to(ops.DTYPE[self.dtype])
+            values = straight_through.fake_quantize(merged, grid, ste=self.rule.ste).to(ops.DTYPE[self.dtype])
             y = F.linear(slot(self, x, "input", activation), values, self.bias)
         return slot(self, y, "output", self.rule.output)
 
@@ -143,15 +147,6 @@ def _without_adapter(made: Any) -> Any:
         del made._parameters[name]
     del made.lora_scale
     return made
-
-
-def _multiplied(module: Any, x: Tensor, merged: Tensor, given: dict[str, Any]) -> Tensor:
-    """As `FakeLinear._product`, with the merged weight."""
-    grids = (module.rule.weight, module.rule.activation)
-    y: Tensor = products.Int8Linear.apply(  # type: ignore[no-untyped-call]
-        x, merged, module.bias, grids, module.rule.ste, given.get("scales"), given.get("zeros")
-    )
-    return y
 
 
 class _Merged(torch.autograd.Function):

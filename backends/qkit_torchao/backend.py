@@ -15,7 +15,8 @@ from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_torchao import adapters, layers, ops, packed, straight_through, surgery, training
+from qkit_torchao import adapters, fused, layers, ops, packed, straight_through, surgery, training
+from qkit_torchao.optimizer import AdamW
 
 
 class TorchaoBackend:
@@ -43,7 +44,7 @@ class TorchaoBackend:
 
     def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
         """See `Backend.quantize`."""
-        return ops.quantize(w, grid)
+        return fused.quantize(w, grid)
 
     def dequantize(self, q: QTensor[Tensor]) -> Tensor:
         """See `Backend.dequantize`."""
@@ -215,6 +216,19 @@ class TorchaoBackend:
         return hub.build(config).to(self.device)
 
     # training
+
+    def adamw(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> AdamW:
+        """See `Backend.adamw`."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return AdamW(trainable, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
         """See `Backend.trainer`."""

@@ -79,10 +79,10 @@ def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tupl
 
 
 def _int8(layer: Any, x: Tensor) -> Tensor:
-    codes = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
-    return products.finish(products.int8(codes, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+    codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
+    return products.finish(products.int8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)
 
 
 def _float8(layer: Any, x: Tensor) -> Tensor:
-    codes = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
-    return products.finish(products.float8(codes, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+    codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
+    return products.finish(products.float8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)

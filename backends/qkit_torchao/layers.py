@@ -13,22 +13,22 @@ from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import ops, products, straight_through
+from qkit_torchao import compiled, ops, products, straight_through, values
 from qkit_torchao.execution import why_no_kernel
-from qkit_torchao.values import Values
 
 EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
 
 
 class _Prepared(nn.Module):
-    """What prepared layers share: a rule, the values of the weight, ranges of static activations, and a gate.
+    """What prepared layers share: a rule, ranges of static activations, and a gate.
 
     The gate is a tensor, so that compiled code obeys it without being compiled anew; in eager mode the host's copy of it is
     asked, so that nothing waits for the device.
     """
 
     rule: Rule
-    values: Values
+    grid_name: str
+    input_name: str
     weight: Tensor
     gate: Tensor
     mode: Mode
@@ -42,7 +42,7 @@ class _Prepared(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         """As any module; besides, the quantized values are made anew at the next use."""
-        self.values.drop()
+        values.drop(self.weight)
         return super().train(mode)
 
     def switch(self, mode: Mode) -> None:
@@ -57,9 +57,14 @@ class _Prepared(nn.Module):
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
+        weight, grid, ste = self.weight, self.weight_grid, self.rule.ste
         if torch.compiler.is_compiling():
-            return torch.where(self.gate, self.values(self.weight, dtype, self.rule.ste), self.weight.to(dtype))
-        return self.weight.to(dtype) if self.mode == "off" else self.values(self.weight, dtype, self.rule.ste)
+            return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
+        if self.mode == "off":
+            return weight.to(dtype)
+        if _cannot_keep(self):
+            return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
+        return straight_through.stand_in(weight, values.of(weight, grid, self.gate, dtype), grid, ste=ste)
 
     def slot(self, x: Tensor, name: str, grid: Grid | None) -> Tensor:
         """`x` on the grid of the slot `name`, `input` or `output`; `x` itself where there is none or the layer is off."""
@@ -71,11 +76,13 @@ class _Prepared(nn.Module):
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
         given = self._scales(x, name, grid)
-        return x if self.calibrating and given else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **given)
+        if not given:
+            return straight_through.shared(x, grid, ste=self.rule.ste)
+        return x if self.calibrating else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **given)
 
-    def _scales(self, x: Tensor, name: str, grid: Grid) -> dict[str, Any]:
+    def _scales(self, x: Tensor, name: str, grid: Grid | None) -> dict[str, Any]:
         """`scales` and `zeros` for `fake_quantize`, where the slot is static, after a look at `x`; else empty."""
-        if self.rule.range == "dynamic":
+        if self.rule.range == "dynamic" or grid is None:
             return {}
         seen = self.get_buffer(f"{name}_range")
         if not x.numel():
@@ -96,6 +103,7 @@ class _Prepared(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but keeps ranges in float32; the gate is set again, in case `fn` gave empty memory."""
+        values.drop(self.weight)
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
         self.gate.fill_(self.mode != "off")
         return self
@@ -111,19 +119,22 @@ class FakeLinear(_Prepared, nn.Linear):
         """x [..., inputs] -> [..., outputs]."""
         device = self.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        if self._multiplies_codes(x):
-            y = self._product(x)
-        else:
-            y = F.linear(self.slot(x, "input", self.rule.activation), self.weight_values(dtype), self.bias)
+        y = self._product(x) if self._multiplies_codes(x) else self._values_product(x, dtype)
         return self.slot(y, "output", self.rule.output)
 
+    def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = self.slot(x, "input", self.rule.activation)
+        if torch.compiler.is_compiling() and not _is_sharded(self):
+            return compiled.linear(x, self.weight, self.bias, self.gate, self.grid_name, self.rule.ste, dtype)
+        return F.linear(x, self.weight_values(dtype), self.bias)
+
     def _multiplies_codes(self, x: Tensor) -> bool:
-        """Whether a kernel will multiply int8 codes once the layer is converted, so that training must, too.
+        """Whether a kernel will multiply codes of both sides once the layer is converted, so that training must, too.
 
         Here a switch is asked for by Python, and compiled code follows by compiling once more: products of integers and of
         floats are two kernels, and no tensor chooses between them.
         """
-        if products.kind(self.weight_grid, self.rule.activation) != "int8" or self.weight.device.type != "cuda":
+        if not products.kind(self.weight_grid, self.rule.activation) or self.weight.device.type != "cuda":
             return False
         if self.mode != "on" or x.dtype != self.weight.dtype or not x.numel():
             return False
@@ -131,13 +142,8 @@ class FakeLinear(_Prepared, nn.Linear):
         return not why_no_kernel(self.rule, device=x.device, dtype=dtype_of(x), shape=shape)
 
     def _product(self, x: Tensor) -> Tensor:
-        assert self.rule.activation is not None
         given = self._scales(x, "input", self.rule.activation)
-        grids = (self.weight_grid, self.rule.activation)
-        y: Tensor = products.Int8Linear.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, grids, self.rule.ste, given.get("scales"), given.get("zeros")
-        )
-        return y
+        return products.linear(x, self.weight, self.bias, (self.grid_name, self.input_name), self.rule.ste, **given)
 
 
 class FakeEmbedding(_Prepared, nn.Embedding):
@@ -145,15 +151,19 @@ class FakeEmbedding(_Prepared, nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
-        weight = self.weight_values(self.weight.dtype)
-        return F.embedding(tokens, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        if torch.compiler.is_compiling() and self.weight_grid.by_rows:
+            rows = F.embedding(tokens, self.weight, *options)
+            on_grid = straight_through.fake_quantize(rows, self.weight_grid, ste=self.rule.ste)
+            return torch.where(self.gate, on_grid, rows)
+        return F.embedding(tokens, self.weight_values(self.weight.dtype), *options)
 
 
 def fake(module: nn.Module, rule: Rule) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
     made = become(module, FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear)
-    made.rule, made.values = rule, Values(rule.weight)
+    made.rule, made.grid_name, made.input_name = rule, str(rule.weight), str(rule.activation)
     device = made.weight.device
     made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)
     for name in static_names(rule):
@@ -179,6 +189,17 @@ def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
         device = module.get_buffer(name).device
         if device.type != "meta" and buffer.device.type != "meta":
             module._buffers[name] = buffer.to(device)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the module's weights before it runs, and frees them after."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def _cannot_keep(module: Any) -> bool:
+    """Where values cannot be kept: weights that are gathered for a moment, or that no version tells the changes of."""
+    weight = module.weight
+    return _is_sharded(module) or weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
 
 
 def _extremes(x: Tensor) -> Tensor:

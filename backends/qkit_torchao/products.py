@@ -3,6 +3,7 @@
 Scales are applied to the product of the codes, so they may differ by row only, never along it.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
-from qkit_torchao import lowering, ops
+from qkit_torchao import fused, lowering, ops, values
+from qkit_torchao.compiled import named
 
 INT8_ROWS = 32  #: `torch._int_mm` wants more than 16 rows
+FAST = False  #: whether e4m3 products add up in fewer bits
 ALIGNED = {"int8": 8, "float8": 16}  #: what inputs and outputs must be a multiple of
 
 
@@ -27,17 +30,31 @@ def kind(weight: Grid, activation: Grid | None) -> str:
     return "float8" if weight.element.name == activation.element.name == "e4m3" else ""
 
 
-def quantized(x: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> QTensor[Tensor]:
-    """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on given ones."""
+def quantized(
+    x: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None, values: Tensor | None = None
+) -> tuple[QTensor[Tensor], Tensor]:
+    """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on given ones; and their steps [rows, 1].
+
+    Steps are float32, and NaN where the row is not finite, since codes hold no NaN. `values`, shaped like `x`, are filled with
+    what the codes mean, if they are wanted.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    return ops.quantize(rows, grid) if scales is None else _quantize_static(rows, grid, scales=scales, zeros=zeros)
+    steps = torch.empty(len(rows), 1, dtype=torch.float32, device=x.device)
+    if scales is None:
+        q = fused.quantize(rows, grid, values=None if values is None else values.view(rows.shape), steps=steps)
+        return q, steps
+    if values is not None:
+        values.copy_(ops.rounded(x, grid, scales=scales, zeros=zeros))
+    q = _quantize_static(rows, grid, scales=scales, zeros=zeros)
+    return q, steps.copy_(ops.scale_values(q) + ops.poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32)))
 
 
-def int8(x: QTensor[Tensor], weight: Tensor, scale: Tensor) -> Tensor:
+def int8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """fp32 [rows, outputs]: the codes' product in int32, which is exact, times both scales.
 
     Args:
         x: rows of integer codes [rows, inputs], of any integer grid.
+        steps: their steps [rows, 1].
         weight: int8 codes [outputs, inputs] of a symmetric grid.
         scale: their fp32 scales [outputs or 1, 1].
     """
@@ -47,22 +64,19 @@ def int8(x: QTensor[Tensor], weight: Tensor, scale: Tensor) -> Tensor:
     if x.zeros is not None:
         zero = lowering.shift(x.zeros, x.grid.element).reshape(-1, 1).to(torch.int32)
         product = product - zero * weight.sum(dim=1, dtype=torch.int32)
-    return product.to(torch.float32) * x.scales.reshape(-1, 1) * scale.reshape(1, -1)
+    return product.to(torch.float32) * steps * scale.reshape(1, -1)
 
 
-def float8(x: QTensor[Tensor], weight: Tensor, scale: Tensor) -> Tensor:
+def float8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """bfloat16 [rows, outputs], on the tensor cores; as `int8`, for e4m3 codes. `weight` is float8_e4m3fn."""
     codes = x.codes.view(torch.float8_e4m3fn)
-    by_rows = ops.scale_values(x).reshape(-1, 1).expand(len(codes), 1).contiguous()
     by_columns = scale.reshape(1, -1).expand(1, len(weight)).contiguous()
-    return torch._scaled_mm(codes, weight.T, by_rows, by_columns, out_dtype=torch.bfloat16, use_fast_accum=False)
+    return torch._scaled_mm(codes, weight.T, steps, by_columns, out_dtype=torch.bfloat16, use_fast_accum=FAST)
 
 
 def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`product` with the bias, typed and shaped like `x`; NaN in the rows where `x` is not finite, since codes hold no NaN."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = product + ops.poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32))
-    y = y if bias is None else y + bias
+    """`product` with the bias, typed and shaped like `x`."""
+    y = product if bias is None else product + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], product.shape[-1])
 
 
@@ -80,43 +94,88 @@ def _quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | N
     return QTensor(q.reshape(w.shape), scales.reshape(shape), grid, dtype_of(w), zeros=zeros)
 
 
-class Int8Linear(torch.autograd.Function):
-    """What a converted layer computes from int8 codes, for training: the gradients are those of the values, straight through.
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grids: tuple[str, str],
+    ste: Ste,
+    *,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """What a converted layer computes from codes of both sides, for training: x [..., inputs] -> [..., outputs].
 
-    In 16 bits the values of codes are rounded, and their product is not that of the codes: a layer must be trained with
-    the one that it will be deployed with.
+    In 16 bits the values of codes are rounded, and their product is not that of the codes: a layer must be trained with the one
+    that it will be deployed with. The gradients are those of the values, straight through.
+
+    Args:
+        grids: of the weight and of the input, as text, since a compiler passes no other objects on.
+        scales, zeros: of the input, where they are static.
     """
+    y: Tensor = torch.ops.qkit.product(x, weight, bias, *grids, ste, scales, zeros)[0]
+    return y
 
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        grids: tuple[Grid, Grid],
-        ste: Ste,
-        scales: Tensor | None,
-        zeros: Tensor | None,
-    ) -> Tensor:
-        """x [..., inputs] -> [..., outputs]; `grids` are those of the weight and of the input."""
-        held = ops.quantize(weight, grids[0])
-        return finish(int8(quantized(x, grids[1], scales=scales, zeros=zeros), held.codes, held.scales), x, bias)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.grids, ctx.ste, scales, zeros = inputs
-        ctx.biased = bias is not None
-        ctx.save_for_backward(x, weight, scales, zeros)
+@torch.library.custom_op("qkit::product", mutates_args=())
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    on_weight: str,
+    on_x: str,
+    ste: str,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the values of the input, which the gradient of the weight needs."""
+    held = values.codes(weight, named(on_weight))
+    made = torch.empty_like(x, memory_format=torch.contiguous_format)
+    q, steps = quantized(x, named(on_x), scales=scales, zeros=zeros, values=made)
+    if held.grid.element.kind == "integer":
+        return finish(int8(q, steps, held.codes, held.scales), x, bias), made
+    return finish(float8(q, steps, held.codes.view(torch.float8_e4m3fn), ops.power(held.scales)), x, bias), made
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scales, zeros = ctx.saved_tensors
-        gradient, (on_weight, on_x) = gradients[0], ctx.grids
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        to_x = gradient @ ops.rounded(weight, on_weight).to(gradient.dtype)
-        values = ops.rounded(x, on_x, scales=scales, zeros=zeros).reshape(-1, x.shape[-1])
-        to_weight = rows.T @ values.to(gradient.dtype)
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qkit::product_input", mutates_args=())
+def _product_input(gradient: Tensor, weight: Tensor, on_weight: str) -> Tensor:
+    held = values.codes(weight, named(on_weight))
+    return gradient @ fused.dequantize(replace(held, dtype=dtype_of(gradient)))
+
+
+@_product_input.register_fake
+def _(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return gradient.new_empty((*gradient.shape[:-1], weight.shape[1]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.on_weight, ctx.on_x, ctx.ste, scales, zeros = inputs
+    ctx.biased = bias is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x if ctx.ste == "masked" else None, output[1], weight, scales, zeros)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, made, weight, scales, zeros = ctx.saved_tensors
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    to_x = to_weight = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = torch.ops.qkit.product_input(gradient, weight, ctx.on_weight).to(made.dtype)
         if ctx.ste == "masked":
-            to_x = torch.where(ops.unclipped(x, on_x, scales=scales, zeros=zeros), to_x, 0.0)
-            to_weight = torch.where(ops.unclipped(weight, on_weight), to_weight, 0.0)
-        to_bias = rows.sum(dim=0) if ctx.biased else None
-        return to_x.to(x.dtype), to_weight.to(weight.dtype), to_bias, None, None, None, None
+            inside = ops.unclipped(x, named(ctx.on_x), scales=scales, zeros=zeros)
+            to_x = torch.where(inside, to_x, 0.0)
+    if ctx.needs_input_grad[1]:
+        to_weight = (rows.T @ made.reshape(-1, made.shape[-1]).to(rows.dtype)).to(weight.dtype)
+        if ctx.ste == "masked":
+            to_weight = torch.where(ops.unclipped(weight, named(ctx.on_weight)), to_weight, 0.0)
+    if ctx.biased and ctx.needs_input_grad[2]:
+        to_bias = rows.sum(dim=0)
+    return to_x, to_weight, to_bias, None, None, None, None, None
+
+
+_product.register_autograd(_backward, setup_context=_setup)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkit.grid import Grid
 from qkit.recipe import Ste
-from qkit_torchao import ops
+from qkit_torchao import fused, ops
 
 
 def fake_quantize(
@@ -24,6 +24,23 @@ def fake_quantize(
     return result
 
 
+def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
+    """`fake_quantize`, made once for all layers that are given the same `x`, as queries, keys and values are.
+
+    The result is kept on the tensor itself, and lives as long. Masked gradients need `x`: it is not kept with them, for `x` would
+    then keep itself.
+    """
+    if torch.compiler.is_compiling() or ste == "masked" or x.is_inference():
+        return fake_quantize(x, grid, ste=ste)
+    state = (grid, x._version, x.data_ptr(), torch.is_grad_enabled())
+    before, result = getattr(x, "_qkit_on_grid", (None, None))
+    if result is None or before != state:
+        result = fake_quantize(x, grid, ste=ste)
+        if result is not x:  # an empty tensor is given back
+            x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
+    return result
+
+
 class _StraightThrough(torch.autograd.Function):
     """Forward: the quantized value itself. Backward: the gradient as it comes, or where nothing was clipped."""
 
@@ -31,7 +48,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(w: Tensor, grid: Grid, ste: Ste, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
-        return ops.rounded(w, grid, scales=scales, zeros=zeros)
+        return fused.rounded(w, grid) if scales is None else ops.rounded(w, grid, scales=scales, zeros=zeros)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -46,3 +63,39 @@ class _StraightThrough(torch.autograd.Function):
         w, scales, zeros = ctx.saved_tensors
         inside = ops.unclipped(w, ctx.grid, scales=scales, zeros=zeros)
         return torch.where(inside, gradients[0], 0.0), None, None, None, None
+
+
+def stand_in(weight: Tensor, made: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
+    """`made`, the values of `weight` on `grid`, with the gradient of `fake_quantize`."""
+    result: Tensor = _StandIn.apply(weight, made, grid, ste)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StandIn(torch.autograd.Function):
+    """Stands for `made` going forward and for `weight` going back."""
+
+    @staticmethod
+    def forward(weight: Tensor, made: Tensor, grid: Grid, ste: Ste) -> Tensor:
+        return made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, _, ctx.grid, ste = inputs
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(*([weight] if ste == "masked" else []))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0].to(ctx.dtype)
+        for weight in ctx.saved_tensors:
+            gradient = masked(gradient, ops.unclipped(weight, ctx.grid))
+        return gradient, None, None, None
+
+
+def masked(gradient: Tensor, inside: Tensor) -> Tensor:
+    """`gradient`, which may be a sparse one of some rows, where `inside`, else zero."""
+    if not gradient.is_sparse:
+        return torch.where(inside, gradient, 0.0)
+    some = gradient.coalesce()
+    rows = torch.where(inside[some.indices()[0]], some.values(), 0.0)
+    return torch.sparse_coo_tensor(some.indices(), rows, some.shape, check_invariants=False)

@@ -30,17 +30,13 @@ def layers(model: nn.Module) -> Iterator[Layer]:
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """See `Backend.replace`. Prepared layers with one weight share its values too."""
+    """See `Backend.replace`."""
     swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in swaps:
                 parent._modules[name] = swaps[id(child)]
     _call_children(model)
-    values: dict[int, Any] = {}
-    for new in modules.values():
-        if isinstance(new, FAKE):
-            new.values = values.setdefault(id(new.weight), new.values)
     return swaps.get(id(model), model)
 
 

@@ -1,5 +1,9 @@
-"""The quantized values of a weight, made once for every change of it; modules ask here, arithmetic is in `ops`."""
+"""The quantized values of weights, made once for every change of them, all that changed in one go. Arithmetic is elsewhere."""
 
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,94 +11,182 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qkit.grid import Grid
-from qkit.recipe import Ste
-from qkit_torchao import ops, straight_through
+from qkit.qtensor import QTensor
+from qkit_torchao import capture, fused
 
 
-class Values:
-    """The quantized values of one weight, made when the weight has changed and used until it changes again.
+def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` on `grid`, rounded to `dtype`, or, where `gate` is off, `weight` itself in `dtype`. No gradient passes.
 
-    A change is seen by torch's version counter, by another storage, type or device, by any optimizer's step, and by `train()`
-    and `eval()`. A write through `.data` outside of an optimizer is not; call `drop` after one. Copies and pickles are empty.
+    What is given is kept, and given again until the weight changes; then it is overwritten, with those of all other weights
+    that have changed and were asked for since they were last made.
+
+    A change is seen by torch's version counter, by another storage, type or device, by another gate, by any optimizer's step
+    (unless the weight is frozen), and by `drop`, as `train()` and `eval()` call it. A write through `.data` outside of an
+    optimizer is not; call `drop` after one. A captured CUDA graph begins with making them, at every replay; and what a graph
+    has made is made anew at every use outside, since nobody sees replays.
+    """
+    entry = _entry(weight, grid, gate, dtype)
+    stamp = _stamp(entry, weight)
+    if _old(entry.stamp, stamp, entry.captured):
+        _make(entry, stamp)
+    entry.asked = True
+    assert entry.made is not None
+    return entry.made
+
+
+def codes(weight: Tensor, grid: Grid) -> QTensor[Tensor]:
+    """The codes of finite `weight` on `grid`, kept and made anew as the values are, each weight by itself."""
+    known = _codes.get(id(weight))
+    stamp = _state(weight)
+    if known is None or known.owner() is not weight or known.q.grid != grid or _old(known.stamp, stamp, known.captured):
+        with torch.inference_mode(False), torch.no_grad():
+            q = fused.quantize(weight.detach(), grid)
+        captured = bool(stamp[-1]) or (known is not None and known.captured)
+        known = _Codes(weakref.ref(weight, partial(_codes_forget, id(weight))), stamp, q, weight.detach(), captured)
+        _codes[id(weight)] = known
+    return known.q
+
+
+def drop(weight: Tensor) -> None:
+    """Forgets the values of `weight`; the next use makes them anew."""
+    _entries.pop(id(weight), None)
+    _codes.pop(id(weight), None)
+
+
+def kept(weights: Iterable[Tensor]) -> "dict[int, Entry]":
+    """What is kept of `weights`, by their ids: for optimizers that write values while they step."""
+    entries = {id(weight): _entries.get(id(weight)) for weight in weights}
+    return {key: entry for key, entry in entries.items() if entry is not None and entry.made is not None}
+
+
+class Entry:
+    """The values of one weight, the state of the weight that they were made in, and who asks for them.
+
+    Attributes:
+        stamp: the state; empty where there are no values yet.
+        seen: shares the weight's storage, so that its address is not given to another.
+        asked: whether the values were used since they were made; what nobody uses is not made with the others.
+        captured: whether a CUDA graph has made them, at replays that nobody sees.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self._stamp: tuple[Any, ...] = ()
-        self._made: Tensor | None = None
-        self._seen: Tensor | None = None
-        _watch_optimizers()
+    __slots__ = ("asked", "captured", "dtype", "gate", "grid", "made", "owner", "seen", "stamp")
 
-    def __call__(self, weight: Tensor, dtype: torch.dtype, ste: Ste) -> Tensor:
-        """`weight` on the grid, rounded to `dtype`; differentiable, straight through."""
-        if _cannot_keep(weight):
-            return straight_through.fake_quantize(weight, self.grid, ste=ste).to(dtype)
-        stamp = (weight._version, weight.data_ptr(), weight.dtype, dtype, weight.device, _steps_taken)
-        if stamp != self._stamp or self._made is None:
-            with torch.inference_mode(False):  # or what is kept could not be trained with later
-                self._made = ops.rounded(weight.detach(), self.grid).to(dtype)
-                self._seen = weight.detach()  # keeps the storage, so that its address is not given to another
-            self._stamp = stamp
-        result: Tensor = _PassGradient.apply(weight, self._made, self.grid, ste)  # type: ignore[no-untyped-call]
-        return result
-
-    def drop(self) -> None:
-        """Forgets; the next use makes them anew."""
-        self._stamp, self._made, self._seen = (), None, None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Values":
-        return Values(self.grid)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Values, (self.grid,)
+    def __init__(self, weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> None:
+        self.owner = weakref.ref(weight, partial(_forget, id(weight)))
+        self.grid, self.gate, self.dtype = grid, gate, dtype
+        self.made: Tensor | None = None
+        self.seen: Tensor | None = None
+        self.stamp: tuple[Any, ...] = ()
+        self.asked, self.captured = False, False
 
 
-def _cannot_keep(weight: Tensor) -> bool:
-    """Where there is no version counter or address to tell a change by: traced, transformed and inference tensors."""
-    if torch.compiler.is_compiling():
-        return True
-    return weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
+@dataclass(slots=True)
+class _Codes:
+    """The codes of one weight; as `Entry`."""
+
+    owner: "weakref.ref[Tensor]"
+    stamp: tuple[Any, ...]
+    q: QTensor[Tensor]
+    seen: Tensor
+    captured: bool
 
 
-class _PassGradient(torch.autograd.Function):
-    """Stands for `made` going forward and for `weight` going back."""
-
-    @staticmethod
-    def forward(weight: Tensor, made: Tensor, grid: Grid, ste: Ste) -> Tensor:
-        return made
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, _, ctx.grid, ste = inputs
-        ctx.dtype = weight.dtype
-        ctx.save_for_backward(*([weight] if ste == "masked" else []))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0].to(ctx.dtype)
-        for weight in ctx.saved_tensors:
-            gradient = _masked(gradient, ops.unclipped(weight, ctx.grid))
-        return gradient, None, None, None
-
-
-def _masked(gradient: Tensor, inside: Tensor) -> Tensor:
-    """`gradient`, which may be a sparse one of some rows, where `inside`, else zero."""
-    if not gradient.is_sparse:
-        return torch.where(inside, gradient, 0.0)
-    some = gradient.coalesce()
-    rows = torch.where(inside[some.indices()[0]], some.values(), 0.0)
-    return torch.sparse_coo_tensor(some.indices(), rows, some.shape, check_invariants=False)
-
-
+_entries: dict[int, Entry] = {}
+_codes: dict[int, _Codes] = {}
 _steps_taken = 0
 _hook: Any = None
 
 
-def _watch_optimizers() -> None:
+def _entry(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Entry:
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_count_step)
+    entry = _entries.get(id(weight))
+    same = entry is not None and entry.owner() is weight and entry.grid == grid and entry.dtype == dtype
+    if entry is None or not same:
+        entry = _entries[id(weight)] = Entry(weight, grid, gate, dtype)
+    entry.gate = gate
+    return entry
 
 
-def _count_step(*_: Any) -> None:
+def _stamp(entry: Entry, weight: Tensor) -> tuple[Any, ...]:
+    """What tells one state of a weight and its gate from another."""
+    return (entry.gate._version, entry.gate.data_ptr(), *_state(weight))
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """What tells one state of a weight from another; last, the graph that is being captured."""
+    return (
+        weight._version,
+        weight.data_ptr(),
+        weight.dtype,
+        weight.device,
+        _steps_taken if weight.requires_grad else -1,
+        capture.number(weight.device),
+    )
+
+
+def _old(stamp: tuple[Any, ...], now: tuple[Any, ...], captured: bool) -> bool:
+    """Whether what was made at `stamp` is out of date; what a graph has made always is, outside of it."""
+    return stamp != now or (captured and not now[-1])
+
+
+def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
+    """The values of `entry`, and of the others that are out of date and of one kind with it."""
+    stale = {id(entry): (entry, stamp)}
+    for other in list(_entries.values()):
+        weight = other.owner()
+        if other is not entry and other.asked and weight is not None and _alike(other, entry):
+            now = _stamp(other, weight)
+            if other.stamp != now:
+                stale[id(other)] = (other, now)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
+        _fill([one for one, _ in stale.values()])
+    for one, now in stale.values():
+        one.stamp, one.asked, one.captured = now, False, one.captured or bool(now[-1])
+
+
+def _fill(entries: list[Entry]) -> None:
+    weights = []
+    for entry in entries:
+        weight = entry.owner()
+        assert weight is not None
+        weights.append(entry.seen if entry.seen is not None and _same(entry.seen, weight) else weight.detach())
+        if entry.made is None or (entry.made.shape, entry.made.device) != (weight.shape, weight.device):
+            entry.made = torch.empty_like(weight, dtype=entry.dtype, memory_format=torch.contiguous_format)
+        entry.seen = weights[-1]
+    made = [entry.made for entry in entries if entry.made is not None]
+    fused.make_values(weights, made, [entry.gate for entry in entries], entries[0].grid)
+
+
+def _same(seen: Tensor, weight: Tensor) -> bool:
+    return (seen.data_ptr(), seen.dtype, seen.shape) == (weight.data_ptr(), weight.dtype, weight.shape)
+
+
+def _alike(one: Entry, other: Entry) -> bool:
+    """Whether the values of both can be made in one launch."""
+    a, b = one.seen, other.owner()
+    return (
+        a is not None
+        and b is not None
+        and one.grid == other.grid
+        and one.dtype == other.dtype
+        and (a.dtype, a.device) == (b.dtype, b.device)
+        and (one.grid.group != "row" or a.shape[-1] == b.shape[-1])
+    )
+
+
+def _forget(key: int, _: Any) -> None:
+    _entries.pop(key, None)
+
+
+def _codes_forget(key: int, _: Any) -> None:
+    _codes.pop(key, None)
+
+
+def _count_step(optimizer: Any, *_: Any) -> None:
     global _steps_taken
     _steps_taken += 1
+    for entry in getattr(optimizer, "written", ()):
+        if (weight := entry.owner()) is not None:
+            entry.stamp = _stamp(entry, weight)

@@ -1,0 +1,77 @@
+"""Quantizing outside of autograd: by a kernel where there is one for the tensor, else by `ops`; the same bits."""
+
+from functools import cache
+from importlib.util import find_spec
+from itertools import compress
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qkit.grid import Grid
+from qkit.qtensor import QTensor
+from qkit_torchao import ops
+
+
+def rounded(w: Tensor, grid: Grid) -> Tensor:
+    """`ops.rounded(w, grid)`."""
+    kernels = _kernels(w)
+    return kernels.values(w, grid) if kernels and kernels.takes(w, grid) else ops.rounded(w, grid)
+
+
+def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
+    """`ops.quantize(w, grid)`. Filled besides, if wanted:
+
+    Args:
+        values: shaped like `w`: what the codes mean.
+        steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
+    """
+    kernels = _kernels(w)
+    if kernels and kernels.takes(w, grid):
+        made: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps)
+        return made
+    q = ops.quantize(w, grid)
+    if values is not None:
+        values.copy_(ops.rounded(w, grid))
+    if steps is not None:
+        steps.copy_(ops.scale_values(q) + ops.poison(ops.amax(ops.group(w, grid))))
+    return q
+
+
+def dequantize(q: QTensor[Tensor]) -> Tensor:
+    """`ops.dequantize(q)`."""
+    kernels = _kernels(q.codes)
+    if kernels and kernels.decodes(q):
+        made: Tensor = kernels.dequantize(q)
+        return made
+    return ops.dequantize(q)
+
+
+def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+    """Fills each of `made` with the values of its weight, or with the weight itself where its gate is off.
+
+    Weights are of one type and on one device. One launch, where kernels take all of them.
+    """
+    kernels = _kernels(weights[0])
+    together = [bool(kernels and kernels.takes(w, grid)) for w in weights]
+    for w, values, gate, taken in zip(weights, made, gates, together, strict=True):
+        if not taken:
+            values.copy_(torch.where(gate, ops.rounded(w, grid), w))
+    if kernels and any(together):
+        parts = [list(compress(tensors, together)) for tensors in (weights, made, gates)]
+        kernels.make_values(*parts, grid)
+        torch.autograd.graph.increment_version(parts[1])  # a backward that waits for what was there before is told
+
+
+def _kernels(w: Tensor) -> ModuleType | None:
+    """The module that launches kernels, for tensors on a GPU that Triton writes code for."""
+    return _launch() if w.is_cuda and not torch.compiler.is_compiling() else None
+
+
+@cache
+def _launch() -> ModuleType | None:
+    if not find_spec("triton"):
+        return None
+    from qkit_torchao import launch
+
+    return launch

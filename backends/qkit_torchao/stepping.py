@@ -1,0 +1,156 @@
+"""A step of AdamW in Triton, over many weights at once, with the quantized values of what it stepped. CUDA only."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkit_torchao.kernels import narrow, quantized, tile
+from qkit_torchao.launch import INTERPRETED, TYPES, WIDEST, constants, tables, tiles
+from qkit_torchao.values import Entry
+
+FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
+
+
+def step(
+    weights: list[Tensor],
+    states: list[dict[str, Tensor]],
+    entries: list[Entry | None],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Steps `weights`, which have gradients and one counter of steps, and their `states`, as torch's AdamW does.
+
+    Where there is an entry, its values are made of the stepped weight.
+    """
+    scalars = torch.empty(6, dtype=torch.float32, device=weights[0].device)
+    adamw_scalars[(1,)](
+        states[0]["step"], lr, scalars, 1 - betas[0], 1 - betas[1], math.log2(betas[0]) if betas[0] else -1e4,
+        math.log2(betas[1]) if betas[1] else -1e4, eps, weight_decay, FLOAT=not isinstance(lr, Tensor),
+    )  # fmt: skip
+    kinds: dict[Any, list[tuple[Tensor, dict[str, Tensor], Entry | None]]] = defaultdict(list)
+    for weight, state, entry in zip(weights, states, entries, strict=True):
+        kinds[_kind(weight, state, entry)].append((weight, state, entry))
+    for members in kinds.values():
+        _launch(members, scalars)
+    written = [entry.made for entry in entries if entry and entry.made is not None]
+    torch.autograd.graph.increment_version([*weights, *written])
+
+
+def _kind(weight: Tensor, state: dict[str, Tensor], entry: Entry | None) -> tuple[Any, ...]:
+    """What must be equal for two weights to be stepped by one launch."""
+    assert weight.grad is not None
+    types = (weight.dtype, weight.grad.dtype, state["exp_avg"].dtype)
+    return (*types, entry.grid, entry.dtype, weight.shape[-1]) if entry else (*types, _flat(weight))
+
+
+def _flat(weight: Tensor) -> int:
+    return math.gcd(weight.numel(), FLAT)
+
+
+def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scalars: Tensor) -> None:
+    weight, state, entry = members[0]
+    if entry:
+        geometry = tiles(weight, entry.grid)
+    else:
+        group = _flat(weight)
+        geometry = {"GROUPS": 4 * FLAT // group, "GROUP": group, "WIDTH": group, "num_warps": 4}
+    gradients = [_gradient(w) for w, _, _ in members]
+    rows = tuple(
+        (
+            w.data_ptr(),
+            gradient.data_ptr(),
+            s["exp_avg"].data_ptr(),
+            s["exp_avg_sq"].data_ptr(),
+            e.made.data_ptr() if e and e.made is not None else 0,
+            e.gate.data_ptr() if e else 0,
+            w.numel() // geometry["GROUP"],
+        )
+        for (w, s, e), gradient in zip(members, gradients, strict=True)
+    )
+    table, blocks = tables(rows, geometry["GROUPS"], weight.device)
+    adamw_of_many[(len(blocks),)](
+        table, blocks, scalars, SOURCE=TYPES[weight.dtype], GRADIENT=TYPES[gradients[0].dtype],
+        MOMENT=TYPES[state["exp_avg"].dtype], TARGET=TYPES[entry.dtype] if entry else None,
+        GRID=constants(entry.grid) if entry else None, INTERPRETED=INTERPRETED, **geometry,
+    )  # fmt: skip
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad if weight.grad.is_contiguous() else weight.grad.contiguous()
+
+
+def writes(entry: Entry, weight: Tensor) -> bool:
+    """Whether a step can write the values of `entry`: those on grids that look at more than a program sees are made later."""
+    group = weight.shape[-1] if entry.grid.group == "row" else entry.grid.group
+    return entry.grid.by_rows and int(group) <= WIDEST and entry.made is not None and entry.made.is_contiguous()
+
+
+@triton.jit
+def adamw_of_many(
+    table, blocks, scalars, SOURCE: tl.constexpr, GRADIENT: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr,
+    GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A step of AdamW for many weights in one launch, and the quantized values of the stepped weights, if there is a `GRID`.
+
+    Arithmetic is in float32 and rounded once to the type of the weight, which is what is then quantized. `table` int64
+    [tensors, 7]: addresses of weight, gradient, both moments, target and gate, and how many groups. `scalars` float32 [6]: see
+    `adamw_scalars`.
+    """
+    block = blocks + 2 * tl.program_id(0)
+    row = table + 7 * tl.load(block)
+    first = tl.load(block + 1)
+    weight = tl.multiple_of(tl.load(row), 16).to(tl.pointer_type(SOURCE))
+    gradient = tl.multiple_of(tl.load(row + 1), 16).to(tl.pointer_type(GRADIENT))
+    mean = tl.multiple_of(tl.load(row + 2), 16).to(tl.pointer_type(MOMENT))
+    square = tl.multiple_of(tl.load(row + 3), 16).to(tl.pointer_type(MOMENT))
+    offsets, mask = tile(first, tl.load(row + 6).to(tl.int32), GROUPS, GROUP, WIDTH)
+    offsets = first.to(tl.int64) * GROUP + offsets
+    w = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(mean + offsets, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(square + offsets, mask=mask, other=0.0).to(tl.float32)
+    m += tl.load(scalars) * (g - m)
+    v += tl.load(scalars + 1) * (g * g - v)
+    root = tl.sqrt(v) * tl.load(scalars + 4) + tl.load(scalars + 5)
+    w = w * tl.load(scalars + 2) - tl.load(scalars + 3) * m / root
+    stepped = narrow(w, SOURCE, INTERPRETED)
+    tl.store(weight + offsets, stepped, mask=mask)
+    tl.store(mean + offsets, narrow(m, MOMENT, INTERPRETED), mask=mask)
+    tl.store(square + offsets, narrow(v, MOMENT, INTERPRETED), mask=mask)
+    if GRID is not None:
+        target = tl.multiple_of(tl.load(row + 4), 16).to(tl.pointer_type(TARGET))
+        on = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.uint8))) != 0
+        x = stepped.to(tl.float32)
+        y, s, _, _ = quantized(x, 0, GRID, INTERPRETED)
+        tl.store(target + offsets, narrow(tl.where(on, y * s[:, None], x), TARGET, INTERPRETED), mask=mask)
+
+
+@triton.jit
+def adamw_scalars(
+    step, rate, scalars, complement1, complement2, log1, log2, eps, decay, FLOAT: tl.constexpr
+):  # fmt: skip
+    """Counts a step, and writes what `adamw_of_many` multiplies with, float32 [6].
+
+    They are 1 - beta1, 1 - beta2, 1 - rate * decay, rate / (1 - beta1^step), 1 / sqrt(1 - beta2^step) and eps.
+    `rate` is a number or the address of one; logarithms of the betas are to base 2.
+    """
+    count = tl.load(step) + 1.0
+    tl.store(step, count)
+    lr = tl.full((), rate if FLOAT else tl.load(rate), tl.float64)
+    correction1 = 1.0 - tl.exp2(count.to(tl.float64) * log1)
+    correction2 = 1.0 - tl.exp2(count.to(tl.float64) * log2)
+    tl.store(scalars, complement1)
+    tl.store(scalars + 1, complement2)
+    tl.store(scalars + 2, (1.0 - lr * decay).to(tl.float32))
+    tl.store(scalars + 3, (lr / correction1).to(tl.float32))
+    tl.store(scalars + 4, (1.0 / tl.sqrt(correction2)).to(tl.float32))
+    tl.store(scalars + 5, eps)
