@@ -7,6 +7,7 @@ import pytest
 from llama import ENGINES, build
 
 import qkit
+from qkit import adapters
 from qkit.adapters import Adapter, Update, arithmetic
 from qkit.adapters.surgery import base_weight, put
 from qkit.qtensor import DTYPES
@@ -327,11 +328,24 @@ def test_an_engine_without_adapters_says_so():
         ({"kind": "vera"}, "kind is 'vera': choose one of lora, dora"),
         ({"match": "*"}, "match is"),
         ({"match": ()}, "match is"),
+        ({"match": ["*"]}, "match is"),
+        ({"alpha": "16"}, "alpha is '16'"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_a_wish_that_makes_no_sense_is_refused(wish, says):
     with pytest.raises(qkit.QkitError, match=says):
         Adapter(**wish)
+
+
+def test_a_wish_is_read_from_a_table():
+    assert adapters.adapter_from_table({}) == Adapter()
+    assert adapters.adapter_from_table({"rank": 4, "match": ["a", "b"]}) == Adapter(rank=4, match=("a", "b"))
+    assert adapters.adapter_from_table({"match": "a"}) == Adapter(match=("a",))
+    with pytest.raises(qkit.QkitError, match="unknown key 'r' in an adapter: there is rank, alpha, kind, match, seed"):
+        adapters.adapter_from_table({"r": 4})
+    with pytest.raises(qkit.QkitError, match="match is 3"):
+        adapters.adapter_from_table({"match": 3})
 
 
 @pytest.mark.parametrize("name", ENGINES)

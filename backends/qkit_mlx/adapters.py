@@ -4,7 +4,6 @@
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,10 +13,12 @@ import numpy as np
 from qkit.adapters.arithmetic import DROPPED
 from qkit.adapters.update import Update
 from qkit.element import MIN_SCALE
+from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
 from qkit_mlx import ops
-from qkit_mlx.deployed import DEPLOYED, STORED, DeployedLinear, PackedLinear, _on_grid, deploy_linear
-from qkit_mlx.layers import FakeLinear, _answer, switched_on
+from qkit_mlx.deployed import DEPLOYED, STORED, DeployedLinear, PackedLinear, deploy_linear
+from qkit_mlx.layers import FakeLinear, _answer
+from qkit_mlx.static import given
 
 NAMES = ("lora_a", "lora_b", "m")
 
@@ -40,11 +41,12 @@ class AdaptedLinear(_Adapted, FakeLinear):
     """A prepared layer with an adapter; `weight` is the base."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        on = switched_on(self)
-        parameters = [self.merged(), *([self["bias"]] if "bias" in self else [])]
-        if self.training or self.calibrating or on is False:
-            return self._forward(on, x, *parameters)
-        return _answer(partial(self._deployed, on), partial(self._forward, on), x, *parameters)
+        base = self["weight"]
+        self["weight"] = self.merged()  # for as long as a prepared layer computes with it
+        try:
+            return FakeLinear.__call__(self, x)
+        finally:
+            self["weight"] = base
 
     def merged(self) -> mx.array:
         """The merged weight [outputs, inputs], in the type of the base."""
@@ -70,9 +72,14 @@ class _AdaptedDeployed(_Adapted):
     def _forward(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         rule = self.rule
         values = ops.to_dtype(ops.fake_quantize(weight, rule.weight, ste=rule.ste), dtype_of(x))
-        x = _on_grid(x, self, rule.activation, "input") if rule.activation else x
+        x = self._on_grid(x, rule.activation, "input")
         y = x @ values.T if bias is None else mx.addmm(bias, x, values.T)
-        return _on_grid(y, self, rule.output, "output") if rule.output else y
+        return self._on_grid(y, rule.output, "output")
+
+    def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
+        if grid is None:
+            return x
+        return ops.fake_quantize(x, grid, ste=self.rule.ste, **given(self, grid, name=name))
 
     def _deployed(self, x: mx.array, *parameters: mx.array) -> mx.array:
         return self.deploy(*parameters)(x)
@@ -125,6 +132,7 @@ def merged(module: Any) -> Any:
         made.pop(name, None)
         made.__dict__.pop(name, None)
     made.weight = module.merged()
+    made.train(module.training)
     return made
 
 

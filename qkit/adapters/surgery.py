@@ -26,7 +26,9 @@ def adapt(model: Any, adapter: Adapter, *, backend: str | Backend | None = None)
     A converted layer's codes stay as they are, packed; they are decoded in each forward. Its merged weight is put on its grid
     again, by the forward that is trained: nothing is ever stored on another grid than it was trained on.
 
-    Adapters may be put on several times, by different patterns.
+    Adapters may be put on several times, by different patterns. The merged weight is made at every call, also in evaluation:
+    merge before generating text. On CUDA a converted layer may multiply by a kernel that rounds its products otherwise than the
+    adapted one does; codes are the same there, too.
 
     Raises:
         StageError: no layer matches, or one that does cannot take an adapter: the message says why, and the way out.

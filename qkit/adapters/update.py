@@ -1,6 +1,7 @@
 """What an adapter is: the wish of one (`Adapter`), and one layer's arrays (`Update`)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -36,10 +37,31 @@ class Adapter:
             raise QkitError(f"adapter kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
         if type(self.rank) is not int or self.rank < 1:
             raise QkitError(f"adapter rank is {self.rank!r}: give a whole number from 1 on, such as 8")
-        if not 0 < self.alpha < float("inf"):
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < float("inf"):
             raise QkitError(f"adapter alpha is {self.alpha!r}: give a positive number, such as twice the rank")
-        if isinstance(self.match, str) or not self.match or not all(isinstance(one, str) and one for one in self.match):
+        if type(self.seed) is not int or self.seed < 0:
+            raise QkitError(f"adapter seed is {self.seed!r}: give a whole number from 0 on")
+        if (
+            type(self.match) is not tuple
+            or not self.match
+            or not all(isinstance(one, str) and one for one in self.match)
+        ):
             raise QkitError(f"adapter match is {self.match!r}: give a tuple of patterns, such as ('*',)")
+
+
+def adapter_from_table(table: Mapping[str, Any]) -> Adapter:
+    """The adapter that a table of a TOML or JSON file wishes for; a list of patterns, or one, is fine.
+
+    Raises:
+        QkitError: a key is unknown, or a value makes no sense.
+    """
+    known = [field.name for field in fields(Adapter)]
+    for key in table:
+        if key not in known:
+            raise QkitError(f"unknown key {key!r} in an adapter: there is {', '.join(known)}")
+    match = table.get("match", "*")
+    given = (match,) if isinstance(match, str) else tuple(match) if isinstance(match, list) else match
+    return Adapter(**{**table, "match": given})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
