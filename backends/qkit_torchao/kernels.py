@@ -196,6 +196,13 @@ def quantized(x, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def place(base, row, TYPE: tl.constexpr):
+    """The address `row` holds, in elements from `base` on; both are multiples of 16 bytes, which the compiler is shown."""
+    SHIFT: tl.constexpr = 2 if TYPE.primitive_bitwidth == 32 else 3
+    return base + ((tl.load(row) >> SHIFT) << SHIFT)
+
+
+@triton.jit
 def tile(first, count, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr):
     """Offsets of `GROUPS` groups from group `first` on, and which of them are elements of a tensor of `count` groups."""
     rows = tl.arange(0, GROUPS)

@@ -14,30 +14,30 @@ from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao import ops
-from qkit_torchao.kernels import bits, floats, narrow, quantized, small_code, small_value, tile
+from qkit_torchao.kernels import bits, floats, narrow, place, quantized, small_code, small_value, tile
 
 TILE = 4096  #: elements that a program works on, where groups are shorter
 WIDEST = 32768  #: longest group that fits into one program
 WARP = 1024  #: elements of a tile for each warp
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
 def values_of_many(
-    table, blocks, SOURCE: tl.constexpr, TARGET: tl.constexpr, GRID: tl.constexpr, GROUPS: tl.constexpr,
+    sources, targets, table, blocks, GRID: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The quantized values of many weights in one launch; of those whose gate is off, the weights themselves.
 
-    `table` int64 [tensors, 5]: addresses of source, target, gate (a byte) and peak (its bits, for nvfp4), and how many groups.
-    `blocks` int32 [programs, 2]: a tensor and its first group.
+    `table` int64 [tensors, 5]: where source and target are, in elements from `sources` and `targets` on; addresses of gate (a
+    byte) and peak (its bits, for nvfp4); how many groups. `blocks` int32 [programs, 2]: a tensor and its first group.
     """
     block = blocks + 2 * tl.program_id(0)
     row = table + 5 * tl.load(block)
     first = tl.load(block + 1)
-    source = tl.multiple_of(tl.load(row), 16).to(tl.pointer_type(SOURCE))
-    target = tl.multiple_of(tl.load(row + 1), 16).to(tl.pointer_type(TARGET))
+    source = place(sources, row, sources.dtype.element_ty)
+    target = place(targets, row + 1, targets.dtype.element_ty)
     on = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.uint8))) != 0
     peak = 0
     if GRID[0] == "nvfp4":
@@ -46,18 +46,22 @@ def values_of_many(
     start = first.to(tl.int64) * GROUP
     x = tl.load(source + start + offsets, mask=mask, other=0.0).to(tl.float32)
     y, s, _, _ = quantized(x, peak, GRID, INTERPRETED)
-    tl.store(target + start + offsets, narrow(tl.where(on, y * s[:, None], x), TARGET, INTERPRETED), mask=mask)
+    tl.store(
+        target + start + offsets,
+        narrow(tl.where(on, y * s[:, None], x), targets.dtype.element_ty, INTERPRETED),
+        mask=mask,
+    )
 
 
 @triton.jit
 def peaks_of_many(
-    table, blocks, SOURCE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr
+    sources, table, blocks, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """Raises each tensor's peak to the bits of its largest magnitude. `table` and `blocks` as for `values_of_many`."""
     block = blocks + 2 * tl.program_id(0)
     row = table + 5 * tl.load(block)
     first = tl.load(block + 1)
-    source = tl.multiple_of(tl.load(row), 16).to(tl.pointer_type(SOURCE))
+    source = place(sources, row, sources.dtype.element_ty)
     offsets, mask = tile(first, tl.load(row + 4).to(tl.int32), GROUPS, GROUP, WIDTH)
     x = tl.load(source + first.to(tl.int64) * GROUP + offsets, mask=mask, other=0.0).to(tl.float32)
     most = tl.max(tl.max(bits(x) & 0x7FFFFFFF, axis=1), axis=0)
@@ -156,17 +160,30 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
         values: shaped like `w`: what the codes mean.
         steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
     """
+    return QTensor(**_encoded(w, grid, layout="bytes", values=values, steps=steps), grid=grid, dtype=dtype_of(w))
+
+
+def packed(w: Tensor, grid: Grid, *, layout: str) -> dict[str, Tensor | None]:
+    """The parts of `quantize(w, grid)` by name, but codes of four bits two to a byte: `pairs` or `tiles`, see `one`."""
+    return _encoded(w, grid, layout=layout)
+
+
+def _encoded(
+    w: Tensor, grid: Grid, *, layout: str, values: Tensor | None = None, steps: Tensor | None = None
+) -> dict[str, Any]:
     shape = grid.scale_shape(tuple(w.shape))
     new = partial(torch.empty, device=w.device)
-    codes = new(w.shape, dtype=torch.int8 if grid.element.kind == "integer" and grid.symmetric else torch.uint8)
+    width = w.shape[-1] if layout == "bytes" else w.shape[-1] // 2
+    signed = grid.element.kind == "integer" and grid.symmetric and layout == "bytes"
+    codes = new((*w.shape[:-1], width), dtype=torch.int8 if signed else torch.uint8)
     scales = new(shape, dtype=torch.float32 if grid.element.kind == "integer" else torch.uint8)
     zeros = None if grid.symmetric else new(shape, dtype=torch.uint8)
     peak = _peak(w, grid)
     _one(
-        w.detach(), grid, peak=peak, values=values, steps=steps, codes=codes, scales=scales, zeros=zeros, layout="bytes"
+        w.detach(), grid, peak=peak, values=values, steps=steps, codes=codes, scales=scales, zeros=zeros, layout=layout
     )
-    power = None if peak is None else ops.tensor_power(peak.view(torch.float32))
-    return QTensor(codes, scales, grid, dtype_of(w), zeros=zeros, tensor_scale=power)
+    power = None if peak is None else ops.tensor_power(peak.view(torch.float32)).reshape(())
+    return {"codes": codes, "scales": scales, "zeros": zeros, "tensor_scale": power}
 
 
 def decodes(q: QTensor[Tensor]) -> bool:
@@ -194,16 +211,21 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
     """
     peaks = torch.zeros(len(weights), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
     rows = tuple(
-        (w.data_ptr(), target.data_ptr(), gate.data_ptr(), 0 if peaks is None else peaks[i].data_ptr(), _count(w, grid))
+        (
+            offset(w, weights[0]),
+            offset(target, made[0]),
+            gate.data_ptr(),
+            0 if peaks is None else peaks[i].data_ptr(),
+            _count(w, grid),
+        )
         for i, (w, target, gate) in enumerate(zip(weights, made, gates, strict=True))
     )
     geometry = tiles(weights[0], grid)
     table, blocks = tables(rows, geometry["GROUPS"], weights[0].device, keep=peaks is None)
-    source, target = TYPES[weights[0].dtype], TYPES[made[0].dtype]
     if peaks is not None:
-        peaks_of_many[(len(blocks),)](table, blocks, SOURCE=source, **geometry)
+        peaks_of_many[(len(blocks),)](weights[0], table, blocks, **geometry)
     values_of_many[(len(blocks),)](
-        table, blocks, SOURCE=source, TARGET=target, GRID=constants(grid), INTERPRETED=INTERPRETED, **geometry
+        weights[0], made[0], table, blocks, GRID=constants(grid), INTERPRETED=INTERPRETED, **geometry
     )
 
 
@@ -235,6 +257,11 @@ def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
     width = triton.next_power_of_2(group)
     groups = max(1, TILE // width)
     return {"GROUPS": groups, "GROUP": group, "WIDTH": width, "num_warps": min(max(groups * width // WARP, 4), 32)}
+
+
+def offset(tensor: Tensor, base: Tensor) -> int:
+    """Where `tensor` is, in elements from `base` on, which has its type."""
+    return (tensor.data_ptr() - base.data_ptr()) // base.element_size()
 
 
 def tables(
@@ -299,9 +326,9 @@ def _peak(w: Tensor, grid: Grid) -> Tensor | None:
         return None
     peak = torch.zeros(1, dtype=torch.int32, device=w.device)
     geometry = tiles(w, grid)
-    rows = ((w.data_ptr(), 0, 0, peak.data_ptr(), _count(w, grid)),)
+    rows = ((0, 0, 0, peak.data_ptr(), _count(w, grid)),)
     table, blocks = tables(rows, geometry["GROUPS"], w.device, keep=False)
-    peaks_of_many[(len(blocks),)](table, blocks, SOURCE=TYPES[w.dtype], **geometry)
+    peaks_of_many[(len(blocks),)](w, table, blocks, **geometry)
     return peak
 
 

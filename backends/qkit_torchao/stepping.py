@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkit_torchao.kernels import narrow, quantized, tile
-from qkit_torchao.launch import INTERPRETED, TYPES, WIDEST, constants, tables, tiles
+from qkit_torchao.kernels import narrow, place, quantized, tile
+from qkit_torchao.launch import INTERPRETED, WIDEST, constants, offset, tables, tiles
 from qkit_torchao.values import Entry
 
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
@@ -63,13 +63,14 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
         group = _flat(weight)
         geometry = {"GROUPS": 4 * FLAT // group, "GROUP": group, "WIDTH": group, "num_warps": 4}
     gradients = [_gradient(w) for w, _, _ in members]
+    first = entry.made if entry else None
     rows = tuple(
         (
-            w.data_ptr(),
-            gradient.data_ptr(),
-            s["exp_avg"].data_ptr(),
-            s["exp_avg_sq"].data_ptr(),
-            e.made.data_ptr() if e and e.made is not None else 0,
+            offset(w, weight),
+            offset(gradient, gradients[0]),
+            offset(s["exp_avg"], state["exp_avg"]),
+            offset(s["exp_avg_sq"], state["exp_avg_sq"]),
+            offset(e.made, first) if e and e.made is not None and first is not None else 0,
             e.gate.data_ptr() if e else 0,
             w.numel() // geometry["GROUP"],
         )
@@ -77,8 +78,7 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
     )
     table, blocks = tables(rows, geometry["GROUPS"], weight.device)
     adamw_of_many[(len(blocks),)](
-        table, blocks, scalars, SOURCE=TYPES[weight.dtype], GRADIENT=TYPES[gradients[0].dtype],
-        MOMENT=TYPES[state["exp_avg"].dtype], TARGET=TYPES[entry.dtype] if entry else None,
+        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], first, table, blocks, scalars,
         GRID=constants(entry.grid) if entry else None, INTERPRETED=INTERPRETED, **geometry,
     )  # fmt: skip
 
@@ -96,22 +96,24 @@ def writes(entry: Entry, weight: Tensor) -> bool:
 
 @triton.jit
 def adamw_of_many(
-    table, blocks, scalars, SOURCE: tl.constexpr, GRADIENT: tl.constexpr, MOMENT: tl.constexpr, TARGET: tl.constexpr,
-    GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+    weights, gradients, means, squares, targets, table, blocks, scalars, GRID: tl.constexpr, GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A step of AdamW for many weights in one launch, and the quantized values of the stepped weights, if there is a `GRID`.
 
     Arithmetic is in float32 and rounded once to the type of the weight, which is what is then quantized. `table` int64
-    [tensors, 7]: addresses of weight, gradient, both moments, target and gate, and how many groups. `scalars` float32 [6]: see
-    `adamw_scalars`.
+    [tensors, 7]: where weight, gradient, both moments and target are, in elements from the first of each on; the address of the
+    gate; how many groups. `scalars` float32 [6]: see `adamw_scalars`.
     """
     block = blocks + 2 * tl.program_id(0)
     row = table + 7 * tl.load(block)
     first = tl.load(block + 1)
-    weight = tl.multiple_of(tl.load(row), 16).to(tl.pointer_type(SOURCE))
-    gradient = tl.multiple_of(tl.load(row + 1), 16).to(tl.pointer_type(GRADIENT))
-    mean = tl.multiple_of(tl.load(row + 2), 16).to(tl.pointer_type(MOMENT))
-    square = tl.multiple_of(tl.load(row + 3), 16).to(tl.pointer_type(MOMENT))
+    SOURCE: tl.constexpr = weights.dtype.element_ty
+    MOMENT: tl.constexpr = means.dtype.element_ty
+    weight = place(weights, row, SOURCE)
+    gradient = place(gradients, row + 1, gradients.dtype.element_ty)
+    mean = place(means, row + 2, MOMENT)
+    square = place(squares, row + 3, MOMENT)
     offsets, mask = tile(first, tl.load(row + 6).to(tl.int32), GROUPS, GROUP, WIDTH)
     offsets = first.to(tl.int64) * GROUP + offsets
     w = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -127,11 +129,13 @@ def adamw_of_many(
     tl.store(mean + offsets, narrow(m, MOMENT, INTERPRETED), mask=mask)
     tl.store(square + offsets, narrow(v, MOMENT, INTERPRETED), mask=mask)
     if GRID is not None:
-        target = tl.multiple_of(tl.load(row + 4), 16).to(tl.pointer_type(TARGET))
+        target = place(targets, row + 4, targets.dtype.element_ty)
         on = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.uint8))) != 0
         x = stepped.to(tl.float32)
         y, s, _, _ = quantized(x, 0, GRID, INTERPRETED)
-        tl.store(target + offsets, narrow(tl.where(on, y * s[:, None], x), TARGET, INTERPRETED), mask=mask)
+        tl.store(
+            target + offsets, narrow(tl.where(on, y * s[:, None], x), targets.dtype.element_ty, INTERPRETED), mask=mask
+        )
 
 
 @triton.jit

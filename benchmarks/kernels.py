@@ -1,0 +1,158 @@
+"""The CUDA kernels beside a copy of the same tensor: fake-quantizing, packing, one linear layer in e4m3. CUDA only.
+
+Tensors rotate, so that none is found in the cache; medians of device times, with the spread.
+
+Usage: python benchmarks/kernels.py [--out FILE.json]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from qkit_torchao import fused, launch
+from torch import nn
+from train_step import captured
+
+import qkit
+from qkit.grid import Grid
+
+GRIDS = [
+    *(Grid(f"int{bits}", 32) for bits in (2, 3, 4, 5, 6)),
+    *(Grid("int4", 64, rule) for rule in ("signed", "absmax", "midmax", "minmax")),
+    Grid("int4", 128),
+    Grid("int8", 64),
+    Grid("int8", "row"),
+    *(Grid("e2m1", 32, rule) for rule in ("rceil", "even", "floor")),
+    Grid("e4m3", 32),
+    Grid("e5m2", 32),
+    Grid("e4m3", "row"),
+    Grid("e2m1", 16, "nvfp4"),
+]
+SHAPES = [(4096, 14336), (8192, 8192)]
+ROTATE = 4
+
+
+def milliseconds(run: Callable[[], Any], repeats: int = 15) -> tuple[float, float, float]:
+    """Median, least and greatest device time of `run`, each of 4 runs in a graph of their own."""
+    replay = captured(run)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times), min(times), max(times)
+
+
+def kernels(report: Callable[[dict[str, Any]], None]) -> None:
+    """Fake-quantizing and quantizing every grid."""
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            ws = [torch.randn(shape, device="cuda").to(dtype) for _ in range(ROTATE)]
+            outs = [torch.empty_like(w) for w in ws]
+            gates = [torch.tensor(True, device="cuda")]
+
+            def copy(ws: list = ws, outs: list = outs) -> None:
+                for w, out in zip(ws, outs, strict=True):
+                    out.copy_(w)
+
+            base = milliseconds(copy)
+            size = ws[0].numel() * ws[0].element_size() * ROTATE
+            report({"shape": shape, "type": str(dtype)[6:], "job": "copy", "ms": base[0] / ROTATE,
+                    "GB/s read and written": round(2 * size / base[0] / 1e6)})  # fmt: skip
+            for grid in GRIDS if dtype == torch.bfloat16 else GRIDS[2:3] + GRIDS[11:12]:
+
+                def fake(grid: Grid = grid, ws: list = ws, outs: list = outs, gates: list = gates) -> None:
+                    for w, out in zip(ws, outs, strict=True):
+                        launch.make_values([w], [out], gates, grid)
+
+                times = milliseconds(fake)
+                ratios = [round(t / base[0], 3) for t in times]
+                report({"shape": shape, "type": str(dtype)[6:], "job": f"fake-quantize {grid}", "time / copy": ratios})
+
+
+def packing(report: Callable[[dict[str, Any]], None]) -> None:
+    """Codes of 4 bits, two to a byte, of a bfloat16 weight on the device; and the memory it takes besides."""
+    for shape in SHAPES:
+        for grid in (Grid("int4", 32), Grid("int4", 64), Grid("int4", 128), Grid("int4", 64, "minmax"),
+                     Grid("e2m1", 32), Grid("e2m1", 16, "nvfp4")):  # fmt: skip
+            ws = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(ROTATE)]
+
+            def pack(ws: list = ws, grid: Grid = grid) -> None:
+                for w in ws:
+                    launch.packed(w, grid, layout="pairs")
+
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            q = launch.packed(ws[0], grid, layout="pairs")
+            size = ws[0].numel() * 2
+            held = sum(part.numel() * part.element_size() for part in q.values() if part is not None)
+            scratch = (torch.cuda.max_memory_allocated() - before - held) / size
+            times = milliseconds(pack)
+            report({"shape": shape, "job": f"pack {grid}", "scratch / weight": round(scratch, 3),
+                    "GB/s of input": [round(size * ROTATE / t / 1e6) for t in times]})  # fmt: skip
+
+
+def float8(report: Callable[[dict[str, Any]], None]) -> None:
+    """Forward and backward of one linear layer, 8192 x 14336 x 4096, in bfloat16 and on e4m3 codes of both sides."""
+    x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(8192, 14336, device="cuda", dtype=torch.bfloat16)
+    plain = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16)
+    base = None
+    for recipe in ("", "float8-dynamic-act-float8-weight", "int8-dynamic-act-int8-weight"):
+        layer = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16)
+        layer.load_state_dict(plain.state_dict())
+        layer = qkit.prepare(nn.Sequential(layer), recipe) if recipe else layer
+
+        def step(layer: nn.Module = layer) -> None:
+            x.grad = None
+            layer.zero_grad(set_to_none=True)
+            layer(x).backward(gradient)
+
+        step()
+        grads = [x.grad.double(), next(layer.parameters()).grad.double()]
+        row: dict[str, Any] = {"job": f"linear 8192 x 14336 x 4096 {recipe or 'bfloat16'}"}
+        if recipe:
+            grid = layer[0].rule.weight
+            values = [fused.rounded(t.detach(), g) for t, g in ((plain.weight, grid), (x, layer[0].rule.activation))]
+            wants = [gradient.double() @ values[0].double(), gradient.double().T @ values[1].double()]
+            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(grads, wants, strict=True)]
+            row["relative error of dx, dW"] = [round(e, 5) for e in errors]
+            del wants
+        del grads
+        times = milliseconds(step)
+        base = base or times[0]
+        report({**row, "ms": times[0], "time / bfloat16": [round(t / base, 4) for t in times]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    table = {
+        "command": f"python {' '.join(sys.argv)}",
+        "machine": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        if given.out:
+            given.out.write_text(json.dumps(table, indent=1) + "\n")
+
+    for job in (kernels, packing, float8):
+        job(report)
+
+
+if __name__ == "__main__":
+    main()

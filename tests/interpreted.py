@@ -1,0 +1,45 @@
+"""Compares the Triton kernels, run by Triton's interpreter on a CPU, with the reference. Run by test_kernels.py."""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
+
+import numpy as np
+import torch
+from qkit_torchao import fused, launch, ops
+from qkit_torchao.backend import TorchaoBackend
+
+from qkit.grid import Grid
+from qkit.parity import compare
+from qkit.testing.tensors import all_grids
+
+
+class Interpreted(TorchaoBackend):
+    """torch with the kernels, although its tensors are on the CPU."""
+
+    def quantize(self, w, grid):
+        return launch.quantize(w, grid) if launch.takes(w, grid) else ops.quantize(w, grid)
+
+    def dequantize(self, q):
+        return launch.dequantize(q) if launch.decodes(q) else ops.dequantize(q)
+
+    def fake_quantize(self, w, grid, *, ste="identity", scales=None, zeros=None):
+        if scales is not None or not launch.takes(w, grid):
+            return ops.rounded(w, grid, scales=scales, zeros=zeros)
+        made = torch.empty_like(w)
+        launch.make_values([w], [made], [torch.tensor(True)], grid)
+        assert torch.equal(torch.nan_to_num(made), torch.nan_to_num(launch.values(w, grid)))
+        return made
+
+
+def main(dtype: str) -> None:
+    fused._launch = lambda: None
+    np.seterr(all="ignore")  # the interpreter computes in NumPy, also what is then not taken
+    for grid in [*all_grids(), Grid("int4", 43), Grid("e2m1", 48)]:
+        found = compare(Interpreted(), grid, dtype=dtype, compiled=False, size=1 << 9)
+        print(grid, found.compared, found.error or ("" if found.exact else found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
