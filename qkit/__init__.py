@@ -26,11 +26,13 @@ from qkit.registry import backend, backends, recipe, recipes
 from qkit.switches import calibrating, disable, disabled, enable
 
 if TYPE_CHECKING:
+    from qkit.adapters import Adapter, adapt, merge
     from qkit.artifact import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "ArtifactError",
     "BackendError",
     "BackendSpec",
@@ -50,6 +52,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "adamw",
+    "adapt",
     "backend",
     "backends",
     "calibrating",
@@ -61,6 +64,7 @@ __all__ = [
     "enable",
     "fake_quantize",
     "load",
+    "merge",
     "prepare",
     "quantize",
     "recipe",
@@ -70,9 +74,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `save` on first use: what reads and writes files is a third of what `import qkit` would cost."""
+    """`load`, `save` and adapters on first use: what reads and writes files is a third of what `import qkit` would cost."""
     if name in ("load", "save"):
         from qkit import artifact
 
         return getattr(artifact, name)
+    if name in ("Adapter", "adapt", "merge"):
+        from qkit import adapters
+
+        return getattr(adapters, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,14 +3,18 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
+
+if TYPE_CHECKING:
+    from qkit.adapters.update import Update
 
 Stage = Literal["float", "prepared", "converted"]
 Mode = Literal["on", "off", "calibrating"]
@@ -52,6 +56,7 @@ class Layer:
         execution: on which one; or, decoded first, why.
         tied: path of the layer before it whose weight is also its own; empty where there is none.
         obstacle: why it cannot be quantized although it looks like a layer, or, of an `other`, why no rule speaks of it.
+        adapter: its kind and rank, where it has one; see `qkit.adapters`.
     """
 
     path: str
@@ -65,6 +70,16 @@ class Layer:
     execution: str = ""
     tied: str = ""
     obstacle: str = ""
+    adapter: str = ""
+
+
+def want_merged(layers: Iterable[Layer], verb: str) -> None:
+    """Refuses layers with adapters, which are not in the weights that they hold."""
+    for layer in layers:
+        if layer.adapter:
+            raise StageError(
+                f"cannot {verb}: {layer.path} has an adapter ({layer.adapter}); call qkit.merge(model) first"
+            )
 
 
 class Trainer(Protocol):
@@ -191,6 +206,28 @@ class Backend(Protocol):
 
     def run(self, module: Any, x: NDArray[Any]) -> NDArray[Any]:
         """What `module` makes of `x` in evaluation mode: a layer of numbers [..., inputs], an embedding of tokens [...]."""
+        ...
+
+    # adapters, which an engine may lack
+
+    def adapt(self, module: Any, update: "Update") -> Any:
+        """The layer, prepared or converted, with the arrays of `update` as float32 parameters: the only ones that train.
+
+        It computes with the grid's value of `adapters.arithmetic.merged`, bit for bit; in between, that is rounded to the type of
+        a prepared layer's master. The gradient passes straight through the grid; a row's length counts as constant in DoRA.
+        """
+        ...
+
+    def update(self, module: Any) -> "Update":
+        """The adapter of an adapted layer, as it is now."""
+        ...
+
+    def merged(self, module: Any) -> Any:
+        """The prepared or converted layer whose weight is the merged one of an adapted layer: same codes, same output."""
+        ...
+
+    def freeze(self, model: Any) -> None:
+        """Has nothing in the model train any more, but adapters."""
         ...
 
     # whole models

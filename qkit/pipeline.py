@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import check
-from qkit.backend import Backend, Layer
+from qkit.backend import Backend, Layer, want_merged
 from qkit.errors import BackendError, GridError, RecipeError, StageError
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
@@ -128,12 +128,13 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
     Works in place and returns the model, as `prepare` does.
 
     Raises:
-        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted already.
+        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted or adapted.
         RecipeError, GridError, RangeError: the recipe does not fit, or a weight is not finite; the model is as it was.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     prepared = [layer for layer in layers if layer.stage == "prepared"]
+    want_merged(layers, "convert")
     if recipe is None:
         if not prepared:
             raise StageError(
@@ -292,7 +293,7 @@ def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered
         state = {"on": "prepared", "off": "prepared, switched off", "calibrating": "calibrating"}[layer.mode]
     static = "" if rule.range == "dynamic" else f" {rule.range}"
     activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
-    bits = rule.weight.bits_per_weight(layer.shape)
+    bits, state = rule.weight.bits_per_weight(layer.shape), ", ".join(filter(None, (state, layer.adapter)))
     return Covered(layer.path, layer.kind, layer.shape, str(rule.weight), activation, output, state, bits, layer.tied)
 
 

@@ -9,12 +9,13 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.adapters.update import Update
 from qkit.backend import NOTHING, Layer, Mode, Trainer
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_mlx import ops, surgery, training
+from qkit_mlx import adapters, ops, surgery, training
 from qkit_mlx.adamw import AdamW
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
 from qkit_mlx.layers import FakeEmbedding, FakeLinear, forget, switch
@@ -154,6 +155,26 @@ class MlxBackend:
         """See `Backend.run`."""
         with training.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
+
+    # adapters
+
+    def adapt(self, module: Any, update: Update) -> nn.Module:
+        """See `Backend.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
+        made: nn.Module = adapters.adapt(module, update)
+        return made
+
+    def update(self, module: Any) -> Update:
+        """See `Backend.update`."""
+        return adapters.update(module)
+
+    def merged(self, module: Any) -> nn.Module:
+        """See `Backend.merged`."""
+        made: nn.Module = adapters.merged(module)
+        return made
+
+    def freeze(self, model: nn.Module) -> None:
+        """See `Backend.freeze`."""
+        adapters.freeze(model)
 
     # whole models
 

@@ -27,7 +27,10 @@ GPU = mx.Device(mx.gpu, 0)
 DIRECT_BITS = 4  #: integers up to here may be decoded in bfloat16; see `_direct`
 
 #: Arrays of a converted layer, besides those of its weight.
-STORED = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
+STORED = (
+    *("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+    *("lora_a", "lora_b", "m"),  # of an adapter on it
+)
 
 
 def deploy_linear(

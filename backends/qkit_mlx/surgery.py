@@ -152,9 +152,13 @@ def _layer(path: str, module: Any) -> Layer | None:
     if isinstance(module, DEPLOYED):
         shape = (module["weight"].shape[0], module.inputs)
         native, execution = module.native, module.execution
-        return Layer(path, kind, shape, module, "converted", module.rule, native=native, execution=execution)
+        adapter = getattr(module, "adapter", "")
+        return Layer(
+            path, kind, shape, module, "converted", module.rule, native=native, execution=execution, adapter=adapter
+        )
     if isinstance(module, (FakeLinear, FakeEmbedding)):
-        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule, mode_of(module))
+        adapter, mode = getattr(module, "adapter", ""), mode_of(module)
+        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule, mode, adapter=adapter)
     if type(module) in (nn.Linear, nn.Embedding):
         return Layer(path, kind, tuple(module.weight.shape), module)
     name = type(module).__name__

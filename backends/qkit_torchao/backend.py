@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qkit.adapters.update import Update
 from qkit.backend import NOTHING, Layer, Mode, Trainer
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_torchao import fused, layers, ops, packed, straight_through, surgery, training
+from qkit_torchao import adapters, fused, layers, ops, packed, straight_through, surgery, training
 from qkit_torchao.optimizer import AdamW
 
 
@@ -151,6 +152,26 @@ class TorchaoBackend:
         """See `Backend.run`."""
         with training.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
+
+    # adapters
+
+    def adapt(self, module: Any, update: Update) -> nn.Module:
+        """See `Backend.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
+        made: nn.Module = adapters.adapt(module, update)
+        return made
+
+    def update(self, module: Any) -> Update:
+        """See `Backend.update`."""
+        return adapters.update(module)
+
+    def merged(self, module: Any) -> nn.Module:
+        """See `Backend.merged`."""
+        made: nn.Module = adapters.merged(module)
+        return made
+
+    def freeze(self, model: nn.Module) -> None:
+        """See `Backend.freeze`."""
+        adapters.freeze(model)
 
     # whole models
 

@@ -85,7 +85,8 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         else (module.out_features, module.in_features)
     )
     if isinstance(module, FAKE):
-        return Layer(path, kind, shape, module, stage="prepared", rule=module.rule, mode=module.mode, tied=tied)
+        adapter = getattr(module, "adapter", "")
+        return Layer(path, kind, shape, module, "prepared", module.rule, module.mode, tied=tied, adapter=adapter)
     if isinstance(module, PACKED):
         how = module.execution
         return Layer(
@@ -98,6 +99,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
             native=how.native,
             execution=how.text,
             tied=tied,
+            adapter=getattr(module, "adapter", ""),
         )
     obstacle = ""
     if getattr(module, "max_norm", None) is not None:

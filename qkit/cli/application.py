@@ -14,6 +14,7 @@ from qkit.cli.diff import diff
 from qkit.cli.export import export
 from qkit.cli.import_ import import_
 from qkit.cli.inspect import inspect
+from qkit.cli.merge import merge
 from qkit.cli.parity import parity
 from qkit.cli.plan import plan
 from qkit.cli.quantize import quantize
@@ -43,6 +44,7 @@ for command in (backends, recipes, plan, quantize, inspect, verify, parity, demo
 application.command()(export)
 application.command("import")(import_)
 application.command()(diff)
+application.command()(merge)
 
 
 def main() -> None:

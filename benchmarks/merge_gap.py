@@ -1,0 +1,147 @@
+"""What merging an adapter costs: loss before and after, for qkit's adapters and for those of peft and mlx-lm on the same layers.
+
+A small Llama is trained in float on Python's own source, prepared for a recipe, and trained on with adapters on other text (the
+standard library's tests). `qkit` trains FQ(W + BA), which is what a merge leaves. `float adapter`, as peft (torch) and mlx-lm
+(MLX) have it on prepared layers, trains FQ(W) + BA; merged and put on the grid, that is FQ(W + BA), another number.
+
+Usage: python benchmarks/merge_gap.py [--backend NAME ...] [--recipe NAME ...] [--steps N] [--out FILE.json]
+"""
+
+import argparse
+import json
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from parity import machine
+
+import qkit
+from qkit.adapters import Adapter
+from qkit.adapters.arithmetic import merged
+from qkit.adapters.surgery import base_weight
+from qkit.demo import PRESET, standard_library
+from qkit.training import held_out, read_bytes, train, windows
+
+SMALL = replace(PRESET, layers=2, batch=8, length=64)
+MATCH = ("*_proj",)
+RANK, ALPHA = 8, 16.0
+
+
+def other_text() -> tuple[np.ndarray, np.ndarray]:
+    """Text of another kind [n], and windows of it held out."""
+    files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "test").glob("*.py"))
+    if not files:
+        raise SystemExit("this Python has no tests beside its library: there is no text to adapt to")
+    unseen = read_bytes(files[::10], limit=1 << 24)
+    return read_bytes((f for i, f in enumerate(files) if i % 10), limit=1 << 24), held_out(unseen, rows=64, length=64)
+
+
+def base(folder: Path, steps: int) -> None:
+    """A float Llama, trained on torch, for both engines."""
+    engine = qkit.backend("torchao")
+    model = engine.build(SMALL.config)
+    text, _ = standard_library(SMALL)
+    batches = windows(text, batch=SMALL.batch, length=SMALL.length, seed=0)
+    for step in train(engine, model, batches, steps=steps, learning_rate=1.5e-3, warmup=20, weight_decay=0.1):
+        if step.number % 100 == 0:
+            print(f"float, step {step.number}: {step.loss:.3f}", file=sys.stderr, flush=True)
+    qkit.save(model, folder)
+    (folder / "config.json").write_text(json.dumps(SMALL.config))
+
+
+def with_peft(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """peft's adapters on prepared layers, and their merge."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers deprecates what peft asks of it
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        made = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    return made, lambda model: model.merge_and_unload()
+
+
+def with_mlx_lm(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """mlx-lm's adapters on prepared layers; merged as its `fuse` does, but into the prepared layer."""
+    from mlx.utils import tree_unflatten
+    from mlx_lm.tuner.lora import LoRALinear
+
+    layers = [(layer.path, layer.module) for layer in qkit.backend("mlx").layers(model) if layer.stage == "prepared"]
+    model.freeze()
+    made = [(path, LoRALinear.from_base(module, r=RANK, scale=ALPHA / RANK)) for path, module in layers]
+    model.update_modules(tree_unflatten(made))
+
+    def merge(model: Any) -> Any:
+        for _, one in made:
+            one.linear.weight = one.linear.weight + (one.scale * one.lora_b.T) @ one.lora_a.T
+        model.update_modules(tree_unflatten([(path, one.linear) for path, one in made]))
+        return model
+
+    return model, merge
+
+
+def ours(kind: str) -> Callable[[Any], tuple[Any, Callable[[Any], Any]]]:
+    """qkit's adapters."""
+    wish = Adapter(rank=RANK, alpha=ALPHA, kind=kind, match=MATCH)
+    return lambda model: (qkit.adapt(model, wish), qkit.merge)
+
+
+def trained_codes(engine: Any, model: Any) -> dict[str, np.ndarray]:
+    """The codes of the merged weights that qkit's adapted layers compute with, by the reference; none for other adapters."""
+    adapted = [layer for layer in engine.layers(model) if layer.adapter]
+    updated = {layer.path: merged(base_weight(engine, layer), engine.update(layer.module)) for layer in adapted}
+    return {layer.path: qkit.quantize(updated[layer.path], layer.rule.weight).codes for layer in adapted}
+
+
+def measure(name: str, folder: Path, recipe: str, kind: str, start: Callable[[Any], Any], steps: int) -> dict[str, Any]:
+    """Trains, merges, converts; losses in nats per byte of held-out text."""
+    engine, (text, unseen) = qkit.backend(name), other_text()
+    model, merge = start(qkit.prepare(qkit.load(folder, backend=name), recipe))
+    first = engine.loss(model, unseen)
+    batches = windows(text, batch=SMALL.batch, length=SMALL.length, seed=1)
+    for _ in train(engine, model, batches, steps=steps, learning_rate=2e-3, warmup=5, weight_decay=0.0):
+        pass
+    before, codes = engine.loss(model, unseen), trained_codes(engine, model)
+    model = qkit.convert(merge(model))
+    after = engine.loss(model, unseen)
+    row = {"backend": name, "recipe": recipe, "adapter": kind, "untrained": first, "before": before, "after": after}
+    row["gap"] = after - before
+    if codes:
+        held = {layer.path: layer.module for layer in engine.layers(model)}
+        pairs = [(engine.to_numpy(engine.unpack(held[path]).codes), one) for path, one in codes.items()]
+        row["codes flipped"] = int(sum((a != b).sum() for a, b in pairs))
+        row["codes"] = sum(one.size for one in codes.values())
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", action="append", choices=("torchao", "mlx"), default=[])
+    parser.add_argument("--recipe", action="append", default=[])
+    parser.add_argument("--float-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    theirs = {"torchao": ("float adapter (peft)", with_peft), "mlx": ("float adapter (mlx-lm)", with_mlx_lm)}
+    rows = []
+    with tempfile.TemporaryDirectory() as home:
+        base(Path(home) / "float", given.float_steps)
+        for recipe in given.recipe or ["int4-g64", "int2-g64", "mxfp4-a16"]:
+            for name in given.backend or list(theirs):
+                for kind, start in (("qkit lora", ours("lora")), ("qkit dora", ours("dora")), theirs[name]):
+                    rows.append(measure(name, Path(home) / "float", recipe, kind, start, given.steps))
+                    print(rows[-1], file=sys.stderr, flush=True)
+    command = f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}"
+    about = machine("cpu") | {name: version(name) for name in ("peft", "mlx-lm", "transformers")}
+    text = json.dumps({"command": command, "machine": about, "merges": rows}, indent=2)
+    given.out.write_text(text + "\n") if given.out else print(text)
+
+
+if __name__ == "__main__":
+    main()

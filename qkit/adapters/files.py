@@ -1,0 +1,95 @@
+"""save and load: a model's adapters to a folder that peft or mlx-lm opens, and from one of theirs. Bases are told apart."""
+
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qkit.adapters.surgery import able, adapted, base_weight, obstacle, put
+from qkit.adapters.update import Update
+from qkit.backend import Backend, Layer
+from qkit.errors import ArtifactError
+from qkit.interop import adapters as interop
+from qkit.qtensor import dtype_of
+from qkit.recipe import grid_table
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    layout: interop.Layout = "peft",
+    base: str | None = None,
+    backend: str | Backend | None = None,
+) -> Path:
+    """Writes the adapters of `model`, and notes which base weights and grids they were trained on.
+
+    peft and mlx-lm add an adapter to the float weights, or to those of a base as they stand, and round nothing afterwards: what
+    they compute is near to what was trained, and not the same.
+
+    Args:
+        layout: `peft` or `mlx-lm`, whose names and files are used.
+        base: name or folder of the base model, for readers that load it themselves.
+
+    Raises:
+        StageError: there is no adapter.
+        ArtifactError: the layout cannot hold these adapters, or the folder holds another's.
+    """
+    engine, folder = able(model, backend), Path(folder)
+    layers = adapted(engine, model)
+    updates = {layer.path: engine.update(layer.module) for layer in layers}
+    notes = {layer.path: _note(engine, layer) for layer in layers}
+    interop.write(folder, updates, layout=layout, base=notes, name=base)
+    return folder
+
+
+def load(model: Any, folder: str | Path, *, backend: str | Backend | None = None) -> Any:
+    """`model`, prepared or converted, with the adapter that qkit, peft or mlx-lm wrote to `folder`; all else is frozen.
+
+    Works in place and returns the model, as `adapt` does.
+
+    Raises:
+        ArtifactError: the files are unsound, or for another base: a layer is missing, or has another shape, or, where qkit wrote
+            them, another grid, type or other weights than the adapter was trained on.
+        BackendError: the engine has no adapters.
+    """
+    engine, folder = able(model, backend), Path(folder)
+    found = interop.read(folder)
+    layers = list(engine.layers(model))
+    by_path = {layer.path: layer for layer in layers}
+    for path, update in found.updates.items():
+        if path not in by_path:
+            known = ", ".join(layer.path for layer in layers if layer.kind == "linear")
+            raise ArtifactError(
+                f"{folder} is for another base: it updates {path!r}, and the model has {known[:200] or 'no layers'}"
+            )
+        if reason := obstacle(by_path[path], layers):
+            raise ArtifactError(f"{folder}: {path} cannot take an adapter: {reason}")
+        _check_base(engine, by_path[path], update, found.base.get(path), folder)
+    return put(engine, model, found.updates)
+
+
+def _check_base(engine: Backend, layer: Layer, update: Update, noted: dict[str, Any] | None, folder: Path) -> None:
+    if update.shape != layer.shape:
+        raise ArtifactError(
+            f"{folder} is for another base: its {layer.path} is {list(update.shape)}, and the model's is {list(layer.shape)}"
+        )
+    if noted is None:
+        return
+    here = _note(engine, layer)
+    for what in ("grid", "dtype", "weights"):
+        if noted.get(what) != here[what]:
+            raise ArtifactError(
+                f"{folder} is for another base: {layer.path} was trained with {what} {noted.get(what)}, and the model's has "
+                f"{here[what]}: take the base that it was trained on{', in that type' * (what == 'dtype')}"
+            )
+
+
+def _note(engine: Backend, layer: Layer) -> dict[str, Any]:
+    """What tells one base layer from another: its grid, its type, and a digest of its weights as float32."""
+    assert layer.rule is not None
+    assert layer.rule.weight is not None
+    held = engine.unpack(layer.module).dtype if layer.stage == "converted" else dtype_of(engine.weight(layer.module))
+    digest = blake2b(np.ascontiguousarray(base_weight(engine, layer)).data, digest_size=16).hexdigest()
+    return {"grid": grid_table(layer.rule.weight), "dtype": held, "weights": digest}
