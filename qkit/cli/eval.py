@@ -49,9 +49,7 @@ def eval_(
                 "teacher": str(teacher) if teacher else None,
                 "windows": len(rows),
                 "length": length,
-                "models": [
-                    {"directory": str(where)} | _numbers(one, tokens_per_byte) for where, one in found.items()
-                ],
+                "models": [{"directory": str(where)} | _numbers(one, tokens_per_byte) for where, one in found.items()],
             }
         )
     else:

@@ -85,7 +85,9 @@ def evaluate(engine: Backend, model: Any, rows: NDArray[np.int32], *, teacher: A
     ]
     losses, kl, agreement = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not np.isfinite(losses).all():
-        raise QkitError(f"the loss is not a number in {np.count_nonzero(~np.isfinite(losses))} of {losses.size} windows")
+        raise QkitError(
+            f"the loss is not a number in {np.count_nonzero(~np.isfinite(losses))} of {losses.size} windows"
+        )
     length = rows.shape[1] - 1
     return Evaluation(losses, length) if teacher is None else Evaluation(losses, length, kl, agreement)
 

@@ -1,4 +1,4 @@
-"""Text as the tokens of a model's own tokenizer: `tokenizer.json`, or bytes where the vocabulary is 256. The same on every engine."""
+"""Text as a model's own tokens, the same on every engine: by its `tokenizer.json`, or bytes where the vocabulary is 256."""
 
 import json
 from collections.abc import Sequence
