@@ -16,7 +16,7 @@ def affine(w: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]
     """Codes [..., n], scales and biases [..., n // group] of float32 `w` [..., n]."""
     x = w.unflatten(-1, (-1, group))
     low, high = x.amin(-1), x.amax(-1)
-    top = torch.tensor(2.0**bits - 1, device=w.device)  # a tensor, so that CUDA divides and does not multiply
+    top = torch.full_like(low, 2.0**bits - 1)  # a tensor, so that CUDA divides and does not multiply
     step = torch.clamp_min((high - low) / top, SMALLEST)
     downwards = low.abs() > high.abs()
     step, edge = torch.where(downwards, step, -step), torch.where(downwards, low, high)

@@ -44,8 +44,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; infinite where that is too large."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """e to the loss, at most e to the 700."""
+        return math.exp(min(self.loss, 700.0))
 
     def bits_per_byte(self, tokens_per_byte: float) -> float:
         """The loss in bits per byte of a text with so many tokens per byte."""

@@ -13,7 +13,7 @@ from qkit.backend import Backend
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model
 from qkit.interop.packed import Packed
-from qkit.recipe import Recipe
+from qkit.recipe import Recipe, rule_table
 from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import mean, recovered
 from qkit.report.masters import dequantized, recipe_of
@@ -77,6 +77,7 @@ class _Work:
         grids = [name, *(recipe.name for recipe in sources.deploy)]
         return Comparison(
             recipe=name,
+            recipes=tuple(map(_table, (self.recipe, *sources.deploy))),
             baseline=base,
             rows=tuple(self._rows(base)),
             premiums=tuple(self._premium(grid, base) for grid in grids) if sources.qat else (),
@@ -190,3 +191,7 @@ class _Work:
 
     def _deployed(self, grid: str) -> list[Move]:
         return moves(self.weights["QAT"], self.weights[f"QAT on {grid}"])
+
+
+def _table(recipe: Recipe) -> dict[str, Any]:
+    return {"name": recipe.name, "version": recipe.version, "rules": [rule_table(rule) for rule in recipe.rules]}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qkit.report.intervals import Estimate
 from qkit.report.moves import Move
@@ -52,7 +53,8 @@ class Comparison:
     """What `compare` found.
 
     Attributes:
-        recipe: the grid that was trained for.
+        recipe: the grid that was trained for, by its recipe's name.
+        recipes: it and those of the other grids, in full, as tables.
         baseline: the name of the row that losses are counted from: `float`, or `float, longer`.
         rows: `float`; with a longer one, `float, longer`; for each grid `PTQ` and `QAT`, the trained grid first.
         premiums: one for each grid, the trained one first; empty without a trained model.
@@ -64,6 +66,7 @@ class Comparison:
     """
 
     recipe: str
+    recipes: tuple[Mapping[str, Any], ...]
     baseline: str
     rows: tuple[Measured, ...]
     premiums: tuple[Premium, ...]
