@@ -12,6 +12,7 @@ Numbers = NDArray[np.float64]
 DRAWS = 2000
 SEED = 0
 LEVEL = 95.0  #: per cent
+BLOCK = 1 << 18  #: windows that are drawn together
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,10 @@ def _drawn(series: Sequence[Numbers]) -> Numbers:
         raise QkitError("an interval needs at least 2 windows of text: give more text, or a shorter length")
     random = np.random.default_rng(SEED)
     found = np.empty((len(stacked), DRAWS))
-    for draw in range(DRAWS):
-        found[:, draw] = stacked[:, random.integers(0, windows, windows)].mean(1)
+    step = max(1, BLOCK // windows)
+    for start in range(0, DRAWS, step):
+        draws = found[:, start : start + step].shape[1]
+        found[:, start : start + step] = stacked[:, random.integers(0, windows, (draws, windows))].mean(-1)
     return found
 
 
