@@ -160,6 +160,7 @@ def train(model: nn.Module, text: Tensor, run: Run) -> list[float]:
         lr.fill_(run.rate * run.share(number + 1))
         losses[number] = once()
     torch.set_float32_matmul_precision("highest")
+    optimizer.zero_grad(set_to_none=True)  # they hold the graph's memory
     model.eval()  # prepared layers forget values that a graph has changed behind their back
     return [float(part.mean()) for part in losses.cpu().split(CURVE)]
 

@@ -117,3 +117,28 @@ def test_a_layer_on_the_affine_grid_trains_its_master_and_deploys_its_values(ben
     assert torch.equal(model[0].weight.grad, x.sum(0).expand(8, 64))
     assert torch.equal(convert_affine(model)(x), prepared.detach())
     assert torch.equal(model[0].weight, affine_values(master, bits=4, group=64))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("recipe", [None, "int8-dynamic-act-int4-weight", "mxfp4"])
+def test_a_step_in_a_graph_trains_as_an_eager_one(benchmarks, monkeypatch, recipe):
+    import small_llama
+    from small_llama import SIZES, Llama, Run, train
+
+    import qkit
+
+    text = torch.randint(0, 256, (4096,), dtype=torch.uint8, device="cuda")
+    run = Run(steps=8, batch=4, length=32, rate=1e-3, weight_decay=0.1, seed=0, half=False)
+
+    def trained():
+        model = Llama(SIZES["tiny"], seed=0, longest=32).cuda()
+        losses = train(qkit.prepare(model, recipe) if recipe else model, text, run)
+        return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    losses, weights = trained()
+    monkeypatch.setattr(small_llama, "captured", lambda step, model, optimizer: small_llama.eager(step, optimizer))
+    eager_losses, eager_weights = trained()
+    assert losses == pytest.approx(
+        eager_losses, abs=1e-3
+    )  # atomics and TF32 order sums anew; Adam doubles small gradients' noise
+    assert (weights - eager_weights).abs().max() < 2e-3  # two steps of the rate

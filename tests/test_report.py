@@ -1,12 +1,14 @@
 """The four-way report: what its numbers are, and that its page says them safely."""
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import llama
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import qkit
@@ -15,6 +17,7 @@ from qkit.cli.application import application
 from qkit.evaluation import consecutive, evaluate, open_model
 from qkit.interop.packed import pack
 from qkit.report import Sources, about, compare, matrix, mean, moves, page, recovered
+from qkit.report.masters import newest_checkpoint, of_checkpoint
 
 TEXT = bytes(np.random.default_rng(1).integers(0, 256, 250).astype(np.uint8))
 ROWS = consecutive(np.frombuffer(TEXT, np.uint8).astype(np.int32), length=20)
@@ -116,6 +119,24 @@ def test_without_masters_the_dequantized_values_are_put_on_the_other_grid(made):
     assert finer.baseline == "float"
     values = [move.error for move in finer.deployed["int8-g32"]]
     assert 0 < max(values) < 0.01  # what int4 holds, int8 holds nearly
+
+
+def test_masters_are_read_from_a_checkpoint_beside_the_trained_model(made, found, tmp_path):
+    engine, place = made
+    arrays = {name: engine.to_numpy(a) for name, a in engine.tensors(open_model(engine, place / "masters")).items()}
+    state = {f"weights.{name}": array for name, array in arrays.items()} | {"steps": np.ones((), np.int64)}
+    shutil.copytree(place / "qat", tmp_path / "qat")
+    (tmp_path / "qat.run").mkdir()
+    save_file(state, tmp_path / "qat.run" / "checkpoint-00000002.safetensors")
+    save_file({"steps": np.zeros((), np.int64)}, tmp_path / "qat.run" / "checkpoint-00000001.safetensors")
+    newest = newest_checkpoint(tmp_path / "qat")
+    sources = Sources(place / "float", deploy=(qkit.recipe(OTHER),), qat=place / "qat", masters=newest)
+    again = compare(engine, sources, ROWS, progress=lambda _: None)
+    assert again.rows[-1].loss == found.rows[-1].loss
+    assert again.masters_equal == found.masters_equal
+    assert newest_checkpoint(place / "qat") is None
+    with pytest.raises(qkit.ArtifactError, match=r"checkpoint-00000001.safetensors holds no weights"):
+        of_checkpoint(engine, newest.with_name("checkpoint-00000001.safetensors"), llama.CONFIG)
 
 
 def test_the_recipe_follows_from_the_trained_model(made):

@@ -32,7 +32,11 @@ def compare(
         Path | None, typer.Option(help="A directory quantized without training; FLOAT is converted, if left out.")
     ] = None,
     masters: Annotated[
-        Path | None, typer.Option(help="The float directory of --qat's master weights; else its dequantized values.")
+        Path | None,
+        typer.Option(
+            help="--qat's master weights, a float directory or a checkpoint. Left out: the last one in --qat's run "
+            "folder; without one, --qat's dequantized values."
+        ),
     ] = None,
     longer: Annotated[
         Path | None, typer.Option(help="The float model trained on for as long as --qat: the fair baseline.")
@@ -46,13 +50,15 @@ def compare(
     """Compare float, quantized, trained on the grid, and that deployed on another grid: table, picture and page."""
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
     from qkit.report import Sources, about, compare, page, to_json
+    from qkit.report.masters import newest_checkpoint
 
     engine = qkit.backend(backend)
     engine = engine.on(device) if device else engine
     named = qkit.recipe(recipe) if recipe else None
     others = tuple(map(qkit.recipe, deploy_recipe or []))
+    masters = masters or (newest_checkpoint(qat) if qat else None)
     sources = Sources(floats, named, others, ptq, qat, masters, longer)
-    tokens = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one)], data)
+    tokens = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
     rows = consecutive(tokens, length=length, windows=windows)
     out.mkdir(parents=True, exist_ok=True)
     found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))

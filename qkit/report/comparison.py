@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import pipeline
+from qkit.artifact.directory import read_config
 from qkit.backend import Backend
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model
@@ -16,7 +17,7 @@ from qkit.interop.packed import Packed
 from qkit.recipe import Recipe, rule_table
 from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import mean, recovered
-from qkit.report.masters import dequantized, recipe_of
+from qkit.report.masters import dequantized, of_checkpoint, recipe_of
 from qkit.report.moves import Move, moves, packed_weights
 
 Progress = Callable[[str], None]
@@ -32,7 +33,8 @@ class Sources:
         deploy: other recipes to put the same weights on.
         ptq: a quantized directory to take instead of converting `floats`.
         qat: the directory that was trained on the grid; None leaves the trained rows away.
-        masters: the float directory of its trained master weights; None: its dequantized values stand for them.
+        masters: its trained master weights, a float directory or a checkpoint of `qkit train`; None: its dequantized values
+            stand for them.
         longer: a float directory that was trained on for as long as `qat`: the fair baseline. None: `floats`.
     """
 
@@ -129,8 +131,11 @@ class _Work:
 
     def _masters(self) -> Any:
         assert self.sources.qat is not None
-        if self.sources.masters:
-            return open_model(self.engine, self.sources.masters)
+        masters = self.sources.masters
+        if masters and masters.is_file():
+            return of_checkpoint(self.engine, masters, read_config(self.sources.floats))
+        if masters:
+            return open_model(self.engine, masters)
         model = open_model(self.engine, self.sources.qat)
         return dequantized(self.engine, model, into=open_model(self.engine, self.sources.floats))
 
@@ -157,7 +162,7 @@ class _Work:
                 continue
             wanted = recipe.rule_for(layer.path, layer.kind)
             said, held = (
-                tuple(str(rule and getattr(rule, slot)) for slot in ("weight", "activation", "output"))
+                tuple(str((rule and getattr(rule, slot)) or "float") for slot in ("weight", "activation", "output"))
                 for rule in (wanted, layer.rule)
             )
             if said != held and not (layer.rule is None and wanted and wanted.indivisible == "skip"):

@@ -71,4 +71,5 @@ def _multiples(q: QTensor[NDArray[Any]]) -> NDArray[Any]:
     grouped = q.codes.reshape(q.grid.group_shape(q.shape)).astype(np.int16)
     if q.zeros is not None:
         grouped -= q.zeros[..., None]
-    return (grouped * np.sign(q.scales)[..., None].astype(np.int16)).reshape(q.shape)
+    grouped *= np.sign(q.scales)[..., None].astype(np.int16)
+    return grouped.reshape(q.shape)
