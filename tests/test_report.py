@@ -261,12 +261,14 @@ def test_codes_and_values_that_differ_are_counted():
 
 
 def test_zero_points_are_no_flips():
-    lopsided = np.linspace(0, 15, 32)[None]
-    minmax, absmax = Grid("int4", 32, "minmax"), Grid("int4", 32, "absmax")
-    (same,) = moves(packed(lopsided, minmax), packed(lopsided, minmax))
-    (across,) = moves(packed(lopsided, minmax), packed(lopsided, absmax))
+    whole = np.tile(np.arange(-7.0, 9.0), 2)[
+        None
+    ]  # multiples of 1 on both grids: from zero point 7, and of a step of -1
+    minmax, signed, absmax = (Grid("int4", 32, rule) for rule in ("minmax", "signed", "absmax"))
+    (same,) = moves(packed(whole, minmax), packed(whole, signed))
+    (across,) = moves(packed(whole, minmax), packed(whole, absmax))
     assert (same.flipped, same.steps, same.error) == (0, 0.0, 0.0)
-    assert across.flipped > 20  # steps of 1 and of 2.1
+    assert across.flipped > 0  # its step is 8 / 7
 
 
 def test_codes_of_unlike_elements_are_not_compared_but_values_are():
