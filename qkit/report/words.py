@@ -15,8 +15,8 @@ def nats_between(one: Estimate) -> str:
 
 
 def share(one: Estimate | None) -> str:
-    """A share in per cent."""
-    return "nothing to recover" if one is None else minus(f"{one.value:.0%}")
+    """A share in per cent; where quantizing costs nothing that can be told from zero, that."""
+    return "no clear cost" if one is None else minus(f"{one.value:.0%}")
 
 
 def share_between(one: Estimate | None) -> str:
