@@ -8,9 +8,11 @@ import typer
 
 import qkit
 from qkit.cli.backends import backends
+from qkit.cli.compare import compare
 from qkit.cli.console import errors
 from qkit.cli.demo import demo
 from qkit.cli.diff import diff
+from qkit.cli.eval import eval_
 from qkit.cli.export import export
 from qkit.cli.import_ import import_
 from qkit.cli.inspect import inspect
@@ -45,6 +47,8 @@ application.command()(export)
 application.command("import")(import_)
 application.command()(diff)
 application.command()(merge)
+application.command("eval")(eval_)
+application.command()(compare)
 
 
 def main() -> None:

@@ -1,0 +1,116 @@
+"""`qkit compare FLOAT --recipe R`: what training on a grid was worth, and where it was deployed. The work is in `qkit.report`."""
+
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+import qkit
+from qkit.cli.console import console, errors
+from qkit.cli.eval import Data, Device, Engine, Length, Windows
+
+if TYPE_CHECKING:
+    from qkit.report import Comparison
+
+
+def compare(
+    floats: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model's directory.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where report.html, report.json and report.png go.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="The grid that was trained for; that of --qat, if left out.")
+    ] = None,
+    deploy_recipe: Annotated[
+        list[str] | None, typer.Option(help="Another grid to put the same weights on; give it again for more.")
+    ] = None,
+    qat: Annotated[Path | None, typer.Option(help="The directory that was trained on the grid.")] = None,
+    ptq: Annotated[
+        Path | None, typer.Option(help="A directory quantized without training; FLOAT is converted, if left out.")
+    ] = None,
+    masters: Annotated[
+        Path | None,
+        typer.Option(
+            help="--qat's master weights, a float directory or a checkpoint. Left out: the last one in --qat's run "
+            "folder; without one, --qat's dequantized values."
+        ),
+    ] = None,
+    longer: Annotated[
+        Path | None, typer.Option(help="The float model trained on for as long as --qat: the fair baseline.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The title of the page.")] = None,
+    backend: Engine = None,
+    device: Device = None,
+    length: Length = 256,
+    windows: Windows = None,
+) -> None:
+    """Compare float, quantized, trained on the grid, and that deployed on another grid: table, picture and page."""
+    from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
+    from qkit.report import Sources, about, compare, page, to_json
+    from qkit.report.masters import newest_checkpoint
+
+    engine = qkit.backend(backend)
+    engine = engine.on(device) if device else engine
+    named = qkit.recipe(recipe) if recipe else None
+    others = tuple(map(qkit.recipe, deploy_recipe or []))
+    masters = masters or (newest_checkpoint(qat) if qat else None)
+    sources = Sources(floats, named, others, ptq, qat, masters, longer)
+    tokens = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
+    rows = consecutive(tokens, length=length, windows=windows)
+    out.mkdir(parents=True, exist_ok=True)
+    found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
+    source = about(
+        shlex.join(["qkit", *sys.argv[1:]]),
+        backend=engine.name,
+        device=device or "the default device",
+        files=data,
+        tokens=tokens.size,
+    )
+    heading = title or f"{floats.name} on {found.recipe}"
+    (out / "report.json").write_text(to_json(found, source), encoding="utf-8")
+    (out / "report.html").write_text(page(found, source, title=heading), encoding="utf-8")
+    console.print(_table(found))
+    _premiums(found)
+    console.print(f"{out / 'report.html'}: the page; report.json beside it has the numbers")
+    if find_spec("matplotlib"):
+        from qkit.report.picture import draw
+
+        draw(found, out / "report.png", title=heading)
+    else:
+        console.print("no picture: pip install 'qkit[plot]'")
+
+
+def _table(found: "Comparison") -> Table:
+    from qkit.report.words import nats, nats_between
+
+    table = Table(
+        "model", "nats per token", f"above {found.baseline}", "95 %", "perplexity", "KL from float", "same token"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in found.rows:
+        above = ("", "") if row.name == found.baseline else (nats(row.above), nats_between(row.above))
+        numbers = (f"{row.perplexity:.3f}", f"{row.kl:.5f}", f"{row.agreement:.1%}")
+        table.add_row(row.name, nats(row.loss), *above, *numbers)
+    return table
+
+
+def _premiums(found: "Comparison") -> None:
+    from qkit.report.words import nats, nats_between, share, share_between, summary
+
+    if found.premiums:
+        table = Table("deployed on", "training premium", "95 %", "deployment premium", "95 %", "recovered", "95 %")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for one in found.premiums:
+            moved = (nats(one.deployment), nats_between(one.deployment)) if one.deployment else ("", "")
+            training = (nats(one.training), nats_between(one.training))
+            table.add_row(one.grid, *training, *moved, share(one.recovered), share_between(one.recovered))
+        console.print(table)
+    if found.masters_equal:
+        equal, numbers = found.masters_equal
+        console.print(f"codes of {found.masters}, as the trained model has them: {equal:,} of {numbers:,}")
+    console.print(summary(found))

@@ -1,0 +1,136 @@
+"""Losses and divergences window by window, from an engine's logits, in NumPy's float64 and in bounded memory."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.backend import Backend
+from qkit.errors import QkitError
+
+Numbers = NDArray[np.float64]
+LOGITS = 1 << 24  #: how many logits an engine is asked for at once
+BLOCK = 1 << 21  #: how many are looked at together, in float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """What a model makes of windows of text, each of as many tokens as the others.
+
+    Attributes:
+        losses: mean next-token loss of each window in nats per token [windows].
+        length: tokens predicted in each.
+        kl: KL(teacher || model) in nats per token [windows]; None without a teacher.
+        agreement: share of places where both think the same token the likeliest [windows]; None without a teacher.
+    """
+
+    losses: Numbers
+    length: int
+    kl: Numbers | None = None
+    agreement: Numbers | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were predicted."""
+        return self.losses.size * self.length
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return float(self.losses.mean())
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss, at most e to the 700."""
+        return math.exp(min(self.loss, 700.0))
+
+    def bits_per_byte(self, tokens_per_byte: float) -> float:
+        """The loss in bits per byte of a text with so many tokens per byte."""
+        return self.loss * tokens_per_byte / math.log(2)
+
+
+def consecutive(tokens: NDArray[np.int32], *, length: int, windows: int | None = None) -> NDArray[np.int32]:
+    """`tokens` [n] cut into windows [rows, length + 1]: each begins with the last token of the one before.
+
+    Every token after the first is predicted once, but for what is left at the end. With `windows`, at most so many of them
+    are taken, at even distances.
+
+    Raises:
+        QkitError: the text is shorter than one window, or `length` or `windows` is less than 1.
+    """
+    if length < 1 or (windows is not None and windows < 1):
+        raise QkitError(f"length is {length} and windows {windows}: both count from 1")
+    rows = (tokens.size - 1) // length
+    if rows < 1:
+        raise QkitError(
+            f"the text has {tokens.size} tokens, less than one window of {length + 1}: give more, or a shorter length"
+        )
+    chosen = np.arange(rows) if windows is None or windows >= rows else np.arange(windows) * rows // windows
+    cut: NDArray[np.int32] = tokens[chosen[:, None] * length + np.arange(length + 1)]
+    return cut
+
+
+def evaluate(engine: Backend, model: Any, rows: NDArray[np.int32], *, teacher: Any = None) -> Evaluation:
+    """What `model` makes of `rows` [windows, length + 1], beside `teacher`, another model on the same engine.
+
+    Raises:
+        QkitError: the two have other vocabularies, or the model's logits are not numbers.
+    """
+    parts = [
+        _measure(_logits(engine, model, block), block, None if teacher is None else _logits(engine, teacher, block))
+        for block in _blocks(engine, model, rows)
+    ]
+    losses, kl, agreement = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if not np.isfinite(losses).all():
+        raise QkitError(
+            f"the loss is not a number in {np.count_nonzero(~np.isfinite(losses))} of {losses.size} windows"
+        )
+    length = rows.shape[1] - 1
+    return Evaluation(losses, length) if teacher is None else Evaluation(losses, length, kl, agreement)
+
+
+def _blocks(engine: Backend, model: Any, rows: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
+    """`rows` some at a time, so that their logits are not too many; how many one has is tried."""
+    vocabulary = engine.logits(model, rows[:1, :1]).shape[-1]
+    step = max(1, LOGITS // (vocabulary * (rows.shape[1] - 1)))
+    return (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+def _logits(engine: Backend, model: Any, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+    return engine.logits(model, rows[:, :-1])
+
+
+def _measure(
+    logits: NDArray[np.float32], rows: NDArray[np.int32], teacher: NDArray[np.float32] | None
+) -> tuple[Numbers, Numbers, Numbers]:
+    """Loss, divergence and agreement of each window; the last two are zeros without a teacher."""
+    if teacher is not None and teacher.shape != logits.shape:
+        raise QkitError(
+            f"the model has a vocabulary of {logits.shape[-1]} and the teacher one of {teacher.shape[-1]}: they cannot be "
+            "compared token by token"
+        )
+    windows, length, vocabulary = logits.shape
+    found = np.zeros((3, windows * length))
+    flat, targets = logits.reshape(-1, vocabulary), rows[:, 1:].reshape(-1)
+    flat_teacher = None if teacher is None else teacher.reshape(-1, vocabulary)
+    step = max(1, BLOCK // vocabulary)
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        mine = _log_softmax(flat[part])
+        found[0, part] = -mine[np.arange(len(mine)), targets[part]]
+        if flat_teacher is not None:
+            theirs = _log_softmax(flat_teacher[part])
+            found[1, part] = (np.exp(theirs) * (theirs - mine)).sum(-1)
+            found[2, part] = flat[part].argmax(-1) == flat_teacher[part].argmax(-1)
+    losses, kl, agreement = found.reshape(3, windows, length).mean(-1)
+    return losses, kl, agreement
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> Numbers:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(-1, keepdims=True))
+    return x

@@ -1,0 +1,79 @@
+"""Weights to put on another grid, for a report only: what a trained artifact stands for, as a float model; and its recipe."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qkit.artifact.tensors import read_file
+from qkit.backend import Backend
+from qkit.errors import ArtifactError, StageError
+from qkit.recipe import Recipe, Rule
+
+WEIGHTS = "weights."  #: before the names of the weights in a checkpoint
+
+
+def dequantized(engine: Backend, model: Any, *, into: Any) -> Any:
+    """`into`, a float model of the same architecture, with the values of the converted `model`.
+
+    Raises:
+        ArtifactError: the two have other tensors.
+    """
+    names = engine.tensors(into).keys()
+    found = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items() if name in names}
+    for layer in engine.layers(model):
+        if layer.rule and not layer.tied:
+            name = f"{layer.path}.weight" if layer.path else "weight"
+            found[name] = engine.to_numpy(engine.dequantize(engine.unpack(layer.module)))
+    engine.fill(into, found)
+    return into
+
+
+def newest_checkpoint(trained: Path) -> Path | None:
+    """The last checkpoint that `qkit train` left beside the artifact `trained`, if it is still there."""
+    beside = trained.absolute().with_name(f"{trained.absolute().name}.run")
+    return max(beside.glob("checkpoint-*.safetensors"), default=None)
+
+
+def of_checkpoint(engine: Backend, file: Path, config: Mapping[str, Any] | None) -> Any:
+    """The float model of `config` with the master weights in a checkpoint of `qkit train`, in their type.
+
+    Raises:
+        ArtifactError: it is no such checkpoint, or another model's.
+    """
+    tensors, _ = read_file(file)
+    weights = {name.removeprefix(WEIGHTS): array for name, array in tensors.items() if name.startswith(WEIGHTS)}
+    if not weights or config is None:
+        raise ArtifactError(f"{file} holds no weights.* of a model with a config.json: give a checkpoint of qkit train")
+    dtype = next(iter(weights.values())).dtype.name
+    model = engine.build({**config, "dtype": dtype, "torch_dtype": dtype})
+    names = engine.tensors(model).keys()  # static ranges are in the checkpoint, and in no float model
+    engine.fill(model, {name: array for name, array in weights.items() if name in names})
+    return model
+
+
+def recipe_of(engine: Backend, model: Any) -> Recipe:
+    """The recipe that the layers of a converted `model` are on, path by path; called after the grid that most of them have.
+
+    Raises:
+        StageError: no layer is quantized.
+    """
+    paths: dict[Rule, list[str]] = {}
+    for layer in engine.layers(model):
+        if layer.kind == "other":
+            continue
+        if layer.rule and layer.rule.weight:
+            rule = replace(layer.rule, match=("*",), kind=layer.kind, indivisible="error")
+            paths.setdefault(rule, []).append(layer.path)
+    if not paths:
+        raise StageError(
+            "no layer of the trained model is quantized: name a directory that qkit train wrote, or a recipe"
+        )
+    most = max(paths, key=lambda rule: len(paths[rule]))
+    name = " @ ".join(str(grid) for grid in (most.weight, most.activation) if grid)
+    return Recipe(name, tuple(replace(rule, match=tuple(map(_literally, mine))) for rule, mine in paths.items()))
+
+
+def _literally(path: str) -> str:
+    """A shell pattern that matches `path` alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)

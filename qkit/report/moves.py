@@ -1,0 +1,75 @@
+"""How far weights are from each other in two quantized models: codes flipped and distance of the values, layer by layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import reference
+from qkit.backend import Backend
+from qkit.interop.packed import Packed, pack, unpack
+from qkit.qtensor import QTensor
+
+BLOCK = 1 << 22  #: numbers that are compared together
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One layer's weight in two models.
+
+    Attributes:
+        path: of the layer.
+        numbers: how many weights it has.
+        flipped: how many codes differ, read as whole multiples of a positive step; None where the elements are not the same.
+        steps: mean distance of the values, in steps (scales) of the first.
+        error: distance of the values, relative to the first's: RMS over RMS.
+    """
+
+    path: str
+    numbers: int
+    flipped: int | None
+    steps: float
+    error: float
+
+
+def packed_weights(engine: Backend, model: Any) -> dict[str, Packed]:
+    """The quantized weights of a converted `model` by their layer's path, each once, as small as in files."""
+    return {
+        layer.path: pack(engine.unpack(layer.module).map(engine.to_numpy))
+        for layer in engine.layers(model)
+        if layer.rule and not layer.tied
+    }
+
+
+def moves(first: Mapping[str, Packed], second: Mapping[str, Packed]) -> list[Move]:
+    """Every layer that is quantized in both, in the order of the first."""
+    return [_move(path, packed, second[path]) for path, packed in first.items() if path in second]
+
+
+def _move(path: str, first: Packed, second: Packed) -> Move:
+    alike = first.grid.element == second.grid.element
+    flipped, steps, error, size = 0, 0.0, 0.0, 0.0
+    for a, b in zip(map(unpack, first.blocks(BLOCK)), map(unpack, second.blocks(BLOCK)), strict=True):
+        if alike:
+            flipped += int(np.count_nonzero(_multiples(a) != _multiples(b)))
+        one, other = (reference.dequantize(q).astype(np.float64) for q in (a, b))
+        step = np.abs(reference.scale_values(a)).astype(np.float64)
+        apart = np.abs(one - other)
+        steps += float((apart.reshape(a.grid.group_shape(a.shape)) / step[..., None]).sum())
+        error, size = error + float((apart**2).sum()), size + float((one**2).sum())
+    numbers = first.shape[0] * first.shape[1]
+    relative = (error / size) ** 0.5 if size else float(error > 0)
+    return Move(path, numbers, flipped if alike else None, steps / numbers, relative)
+
+
+def _multiples(q: QTensor[NDArray[Any]]) -> NDArray[Any]:
+    """The codes of integers less their zero point, times the sign of their scale; those of floats as they are."""
+    if q.grid.element.kind == "float":
+        return q.codes
+    grouped = q.codes.reshape(q.grid.group_shape(q.shape)).astype(np.int16)
+    if q.zeros is not None:
+        grouped -= q.zeros[..., None]
+    grouped *= np.sign(q.scales)[..., None].astype(np.int16)
+    return grouped.reshape(q.shape)

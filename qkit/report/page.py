@@ -1,0 +1,246 @@
+"""The report as one HTML page that asks for nothing: style and charts are inside, there are no scripts."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from string import Template
+
+from qkit.report.about import About
+from qkit.report.charts import Bar, bars, columns
+from qkit.report.findings import Comparison
+from qkit.report.footer import footer
+from qkit.report.moves import Move
+from qkit.report.style import CSS
+from qkit.report.words import nats, nats_between, share, share_between, summary, tone
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="generator" content="qkit">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<header><h1>$title</h1><p class="lede">$summary</p></header>
+$figures
+$losses
+$premiums
+$moves
+</main>
+<footer>
+$footer
+</footer>
+</body>
+</html>
+""")
+
+LEGEND = {
+    "float": "float",
+    "ptq": "quantized without training (PTQ)",
+    "longer": "the same, of the float model trained longer",
+    "qat": "trained on the grid (QAT)",
+    "moved": "trained, deployed on another grid",
+}
+
+
+def page(found: Comparison, source: About, *, title: str) -> str:
+    """The whole page. All that comes from outside is escaped."""
+    return PAGE.substitute(
+        title=escape(title),
+        style=CSS,
+        summary=escape(summary(found)),
+        figures=_figures(found),
+        losses=_losses(found, source),
+        premiums=_premiums(found) if found.premiums else "",
+        moves=_moves(found) if found.trained else "",
+        footer=footer(found, source),
+    )
+
+
+def _figures(found: Comparison) -> str:
+    if not found.premiums:
+        return ""
+    home, *others = found.premiums
+    tiles = [
+        ("PTQ loss recovered", share(home.recovered), share_between(home.recovered)),
+        ("training premium, nats", nats(home.training), nats_between(home.training)),
+        *(
+            (f"deployment premium on {other.grid}", nats(other.deployment), nats_between(other.deployment))
+            for other in others
+            if other.deployment
+        ),
+        ("codes flipped by training", _flipped(found.trained), f"of {sum(m.numbers for m in found.trained):,} weights"),
+    ]
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+        for name, value, note in tiles
+    )
+    return f'<dl class="figures">{"".join(cells)}</dl>'
+
+
+def _losses(found: Comparison, source: About) -> str:
+    tones = [tone(row, found) for row in found.rows]
+    whole = [Bar(row.name, row.loss, color) for row, color in zip(found.rows, tones, strict=True)]
+    above = [
+        Bar(row.name, row.above, color)
+        for row, color in zip(found.rows, tones, strict=True)
+        if row.name != found.baseline
+    ]
+    note = f"{found.tokens:,} tokens in {found.windows:,} windows of {found.length}"
+    rows = [
+        [
+            row.name,
+            _both(nats(row.loss), nats_between(row.loss)),
+            _both(nats(row.above), nats_between(row.above)) if row.name != found.baseline else "",
+            f"{row.perplexity:.3f}",
+            f"{row.loss.value * source.tokens_per_byte / 0.6931471805599453:.4f}",
+            f"{row.kl:.5f}",
+            f"{row.agreement:.1%}",
+        ]
+        for row in found.rows
+    ]
+    head = [
+        "model",
+        "loss",
+        f"above {found.baseline}",
+        "perplexity",
+        "bits per byte",
+        "KL from float",
+        "same token",
+    ]
+    unit, base = "nats per token", f"Loss above {found.baseline}"
+    made = "".join(f"<li>{escape(row.name)}: {escape(row.source)}</li>" for row in found.rows)
+    charts = [
+        _figure("Loss", unit, bars(whole, title="Loss", unit=unit, digits=4), tones),
+        _figure(base, f"{unit}, paired window by window", bars(above, title=base, unit=unit, digits=4), tones),
+    ]
+    return f"""<section aria-labelledby="losses"><h2 id="losses">Losses</h2>
+<p class="note">{escape(note)}. Lines over the bars are 95 % intervals: windows of text drawn anew, the same for every model.</p>
+{"".join(charts)}{_table("Every model", head, rows)}
+<details><summary>What each was made of</summary><ul class="note">{made}</ul></details></section>"""
+
+
+def _premiums(found: Comparison) -> str:
+    rows = [
+        [
+            premium.grid + (" (trained for)" if premium.deployment is None else ""),
+            _both(nats(premium.training), nats_between(premium.training)),
+            "" if premium.deployment is None else _both(nats(premium.deployment), nats_between(premium.deployment)),
+            _both(share(premium.recovered), share_between(premium.recovered)),
+        ]
+        for premium in found.premiums
+    ]
+    note = (
+        "The training premium is what training is worth on one deploy grid: the loss of PTQ less that of QAT, both on that grid. "
+        "The deployment premium is what the move costs: the loss of the same trained weights on another grid, less that on the "
+        "grid they were trained for."
+    )
+    masters = f"On other grids were put: {found.masters}. " if found.masters else ""
+    if found.masters_equal:
+        equal, numbers = found.masters_equal
+        masters += f"Of the codes that these give on the trained grid, {equal:,} of {numbers:,} are those of the trained model."
+    head = ["deployed on", "training premium", "deployment premium", "recovered"]
+    return f"""<section aria-labelledby="premiums"><h2 id="premiums">Training and deployment apart</h2>
+<p class="note">{escape(note)}</p>{_table("Premiums, nats per token", head, rows)}
+<p class="note">{escape(masters)}</p></section>"""
+
+
+def _moves(found: Comparison) -> str:
+    series = {f"PTQ to QAT on {found.recipe}": found.trained} | {
+        f"QAT to {grid}": moved for grid, moved in found.deployed.items()
+    }
+    names = [move.path for move in found.trained]
+    tones = ["qat", *(("moved", "moved-too")[number % 2] for number in range(len(found.deployed)))]
+    flipped = {
+        name: [(move.flipped or 0) / move.numbers for move in moved]
+        for name, moved in series.items()
+        if len(moved) == len(names) and all(move.flipped is not None for move in moved)
+    }
+    errors = {name: [move.error for move in moved] for name, moved in series.items() if len(moved) == len(names)}
+    charts = [
+        _figure(
+            caption, unit, columns(some, names, title=caption, tones=_tones(some, series, tones)), [], list(some), tones
+        )
+        for caption, unit, some in (
+            ("Codes flipped", "share of the weights of each layer, layers in the order of the model", flipped),
+            ("Values moved", "distance of the values, relative to the first's: root mean squares", errors),
+        )
+        if some
+    ]
+    tables = "".join(
+        f"<details><summary>{escape(name)}, layer by layer</summary>{_move_table(name, moved)}</details>"
+        for name, moved in series.items()
+    )
+    note = (
+        "A code counts as flipped where it stands for another multiple of its group's step, so that a step of the other sign "
+        "alone flips nothing. Between grids of unlike elements codes are not compared, values are."
+    )
+    return f"""<section aria-labelledby="moves"><h2 id="moves">What moved</h2><p class="note">{escape(note)}</p>
+{"".join(charts)}{tables}</section>"""
+
+
+def _tones(some: Iterable[str], series: Iterable[str], tones: Sequence[str]) -> list[str]:
+    known = dict(zip(series, tones, strict=True))
+    return [known[name] for name in some]
+
+
+def _move_table(name: str, moved: Sequence[Move]) -> str:
+    rows = [
+        [
+            move.path,
+            f"{move.numbers:,}",
+            "" if move.flipped is None else f"{move.flipped:,}",
+            "" if move.flipped is None else f"{move.flipped / move.numbers:.2%}",
+            f"{move.steps:.3f}",
+            f"{move.error:.3%}",
+        ]
+        for move in moved
+    ]
+    return _table(name, ["layer", "weights", "flipped", "share", "mean distance, steps", "relative distance"], rows)
+
+
+def _figure(
+    caption: str,
+    unit: str,
+    chart: str,
+    tones: Sequence[str],
+    names: Sequence[str] = (),
+    colors: Sequence[str] = (),
+) -> str:
+    known = {LEGEND[tone]: tone for tone in tones} or dict(zip(names, colors, strict=False))
+    items = "".join(
+        f'<li><svg viewBox="0 0 11 11" aria-hidden="true"><rect class="{color}" width="11" height="11" rx="2"/></svg>'
+        f"{escape(name)}</li>"
+        for name, color in known.items()
+    )
+    return (
+        f"<figure><figcaption>{escape(caption)}<span>{escape(unit)}</span></figcaption>{chart}"
+        f'<ul class="legend">{items}</ul></figure>'
+    )
+
+
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first cells are names, escaped here; the others are markup of this module, or numbers."""
+    tops = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    name = escape(caption)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table><caption>{name}</caption>'
+        f"<thead><tr>{tops}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _both(value: str, interval: str) -> str:
+    return f"{escape(value)}<small>{escape(interval)}</small>" if interval else escape(value)
+
+
+def _flipped(moved: Sequence[Move]) -> str:
+    counted = [move for move in moved if move.flipped is not None]
+    numbers = sum(move.numbers for move in counted)
+    return f"{sum(move.flipped or 0 for move in counted) / numbers:.2%}" if numbers else "not comparable"
