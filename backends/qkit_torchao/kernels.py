@@ -84,22 +84,19 @@ def small_float(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
 
 @triton.jit
 def small_code(value, x, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: tl.constexpr):
-    """The bits of a float of this format, given its value; the sign is that of `x`."""
-    a = bits(value) & 0x7FFFFFFF
-    normal = (a >> (23 - MANTISSA)) - ((126 + MIN_EXPONENT) << MANTISSA)
-    subnormal = (floats(a) * 2.0 ** (MANTISSA - MIN_EXPONENT)).to(tl.int32)
-    magnitude = tl.where(a >= ((127 + MIN_EXPONENT) << 23), normal, subnormal)
-    return magnitude | ((bits(x) >> (32 - BITS)) & (1 << (BITS - 1)))
+    """The bits of a float of this format, given its value; the sign is that of `x`.
+
+    Scaled so that the format's smallest normal number is float32's, its bits are the first ones of float32's, subnormal or not.
+    """
+    a = bits(tl.abs(value) * 2.0 ** (-126 - MIN_EXPONENT)) >> (23 - MANTISSA)
+    return a | ((bits(x) >> (32 - BITS)) & (1 << (BITS - 1)))
 
 
 @triton.jit
 def small_value(code, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: tl.constexpr):
     """The inverse of `small_code`: the value whose bits `code` is."""
-    magnitude = code & ((1 << (BITS - 1)) - 1)
-    normal = (magnitude << (23 - MANTISSA)) + ((126 + MIN_EXPONENT) << 23)
-    subnormal = bits(magnitude.to(tl.float32) * 2.0 ** (MIN_EXPONENT - MANTISSA))
-    rest = tl.where(magnitude >= (1 << MANTISSA), normal, subnormal)
-    return floats(rest | ((code >> (BITS - 1)) << 31))
+    magnitude = floats((code & ((1 << (BITS - 1)) - 1)) << (23 - MANTISSA)) * 2.0 ** (126 + MIN_EXPONENT)
+    return floats(bits(magnitude) | ((code >> (BITS - 1)) << 31))
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao import ops, passes
 
 TILE = 4096  #: elements that a program holds at a time
+LONGEST = 16384  #: the longest group that it holds whole
 WARP = 1024  #: elements of a tile for each warp
 ALIGNED = 16  #: bytes that are read at once
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,8 +131,9 @@ def constants(grid: Grid) -> tuple[Any, ...]:
 def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
     """The tile of a program: how many groups, their length, and the power of two that holds it, or a part of it; and warps."""
     group = _group(w, grid)
-    width = min(triton.next_power_of_2(group), TILE)
-    return {"GROUPS": max(1, TILE // width), "GROUP": group, "WIDTH": width, "num_warps": TILE // WARP}
+    width = min(triton.next_power_of_2(group), LONGEST)
+    groups = max(1, TILE // width)
+    return {"GROUPS": groups, "GROUP": group, "WIDTH": width, "num_warps": groups * width // WARP}
 
 
 def offset(tensor: Tensor, base: Tensor) -> int:
