@@ -8,6 +8,7 @@ from qkit.element import Element
 from qkit.errors import (
     ArtifactError,
     BackendError,
+    DivergedError,
     DTypeError,
     GridError,
     LockedError,
@@ -15,6 +16,7 @@ from qkit.errors import (
     QkitError,
     RangeError,
     RecipeError,
+    RunError,
     StageError,
     VerificationError,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "BackendError",
     "BackendSpec",
     "DTypeError",
+    "DivergedError",
     "Element",
     "Grid",
     "GridError",
@@ -46,6 +49,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "RunError",
     "StageError",
     "VerificationError",
     "__version__",
