@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,7 +63,8 @@ class MlxTrainer:
         self._update(gradients)
         mx.eval(total, self.model.state, self.optimizer.state)
         self.steps += 1
-        return float(total.item())
+        loss: Any = total.item()
+        return float(loss)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See `qkit.backend.Trainer.state`."""
@@ -73,7 +74,7 @@ class MlxTrainer:
             for moment, key in MOMENTS.items():
                 found[f"{moment}.{name}"] = moments[f"{name}.{key}"]
         arrays = {name: self.engine.to_numpy(x) for name, x in found.items()}
-        return {**arrays, "rng.mlx": np.array(mx.random.state[0]), "steps": np.array(self.steps, np.int64)}
+        return {**arrays, "rng.mlx": np.array(_random()[0]), "steps": np.array(self.steps, np.int64)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `qkit.backend.Trainer.restore`."""
@@ -89,7 +90,7 @@ class MlxTrainer:
         others["step"] = mx.array(self.steps, others["step"].dtype)
         self.optimizer.state = tree_unflatten([*others.items(), *moments.items()])
         if "rng.mlx" in state:
-            mx.random.state[0] = mx.array(state["rng.mlx"])
+            _random()[0] = mx.array(state["rng.mlx"])
         self._compile()
 
     def _trained(self) -> dict[str, mx.array]:
@@ -97,13 +98,12 @@ class MlxTrainer:
 
     def _compile(self) -> None:
         """Compiled functions hold on to the state that they were made for: once more when that is another."""
-        around: list[Any] = [self.model.state, mx.random.state]
-        behind: list[Any] = [self.model.state, self.optimizer.state]
-        made = self._accumulate, self._apply
-        if self.compiled:
-            made = tuple(mx.compile(f, inputs=s, outputs=s) for f, s in zip(made, (around, behind), strict=True))
-        self._add: Callable[..., Any] = made[0]
-        self._update: Callable[..., Any] = made[1]
+        self._add = self._compiled(self._accumulate, [self.model.state, _random()])
+        self._update = self._compiled(self._apply, [self.model.state, self.optimizer.state])
+
+    def _compiled(self, function: Any, state: Any) -> Callable[..., Any]:
+        made: Callable[..., Any] = mx.compile(function, inputs=state, outputs=state) if self.compiled else function
+        return made
 
     def _accumulate(self, tokens: mx.array, count: mx.array, target: Any, total: mx.array, before: Any) -> Any:
         """Loss and gradients so far, and those of one batch's share in the mean over `count` tokens."""
@@ -165,7 +165,8 @@ def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
 def divergence(student: mx.array, teacher: mx.array, *, temperature: float) -> mx.array:
     """temperature^2 * KL(teacher || student) of logits [..., k], in nats, summed over all positions."""
     p, q = (nn.log_softmax(x.astype(mx.float32) / temperature, axis=-1) for x in (teacher, student))
-    return (mx.exp(p) * (p - q)).sum() * temperature**2
+    summed: mx.array = (mx.exp(p) * (p - q)).sum() * temperature**2
+    return summed
 
 
 def _objective(model: nn.Module, tokens: mx.array, distillation: Distillation | None, target: list[Any]) -> mx.array:
@@ -176,7 +177,14 @@ def _objective(model: nn.Module, tokens: mx.array, distillation: Distillation | 
         return nats
     student = scores if len(target) == 1 else mx.take_along_axis(scores, target[1], axis=-1)
     learned = divergence(student, target[0], temperature=distillation.temperature)
-    return (1 - distillation.weight) * nats + distillation.weight * learned
+    both: mx.array = (1 - distillation.weight) * nats + distillation.weight * learned
+    return both
+
+
+def _random() -> list[mx.array]:
+    """The state of MLX's random numbers."""
+    state: Any = mx.random.state
+    return cast(list[mx.array], state)
 
 
 def _nats(scores: mx.array, tokens: mx.array) -> mx.array:
@@ -203,11 +211,12 @@ def _recompute(model: nn.Module) -> None:
     if not isinstance(blocks, list) or not blocks:
         raise BackendError(f"gradient_checkpointing: {type(model).__name__} has no list of layers: leave it out")
     for block in blocks:
-        block.__class__ = _recomputing(type(block))
+        kind: Any = type(block)
+        block.__class__ = _recomputing(kind)
 
 
 @cache
-def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+def _recomputing(kind: Any) -> type[nn.Module]:
     """`kind`, with what it computes forgotten and computed again going back."""
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:

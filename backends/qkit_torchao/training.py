@@ -68,7 +68,7 @@ class TorchTrainer:
         ids = _ids(self.model, tokens)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             loss: Tensor = self._objective(self.model, ids, self.distillation, *self._target(ids, target)) / count
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def _target(self, ids: Tensor, target: TopLogits | None) -> tuple[Tensor | None, Tensor | None]:
@@ -151,9 +151,7 @@ def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
 
 
-def _optimizer(
-    parameters: list[Tensor], *, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[Tensor], *, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},

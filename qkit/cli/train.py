@@ -1,4 +1,4 @@
-"""`qkit train MODEL OUT --recipe R --data FILES`, or `qkit train run.toml`: shown as it happens. The work is in `qkit.training`."""
+"""`qkit train MODEL OUT --recipe R --data FILES`, or `qkit train run.toml`: shown as it happens. The work: `qkit.training`."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 
 
 def train(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, float or quantized; or a run file, run.toml.")],
+    model: Annotated[
+        Path, typer.Argument(help="A Hugging Face directory, float or quantized; or a run file, run.toml.")
+    ],
     out: Annotated[Path | None, typer.Argument(help="Where the artifact goes; checkpoints go to OUT.run.")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file; 'float' trains without one.")
+        str | None,
+        typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file; 'float' trains without one."),
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="A file or a shell pattern, in quotes; more than once.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="A file or a shell pattern, in quotes; more than once.")
+    ] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="Text to measure on; else a part of the data.")] = None,
     backend: Annotated[str | None, typer.Option(help="The engine that trains: torchao or mlx.")] = None,
     device: Annotated[str | None, typer.Option(help="Its device.")] = None,
@@ -70,7 +75,9 @@ def train(
         "replace": replace,
     }
     table = read_run(model) if model.suffix == ".toml" else {"model": str(model)}
-    table |= {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if value is not None}
+    table |= {
+        name: str(value) if isinstance(value, Path) else value for name, value in given.items() if value is not None
+    }
     for text in key or ():
         _put(table, text)
     run = run_from_table(table)
@@ -161,7 +168,10 @@ def _table(outcome: "Outcome") -> Table:
         ("held-out loss before", before),
         ("held-out loss after", after),
         ("held-out loss of the artifact, opened again", saved),
-        ("largest logit difference, trained to converted", "not quantized" if difference is None else f"{difference:g}"),
+        (
+            "largest logit difference, trained to converted",
+            "not quantized" if difference is None else f"{difference:g}",
+        ),
         ("steps", f"{outcome.steps:,}"),
         ("tokens", f"{outcome.tokens:,}"),
         ("seconds of training", f"{outcome.seconds:.0f}"),

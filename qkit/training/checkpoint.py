@@ -82,7 +82,9 @@ def newest(folder: Path) -> Checkpoint | None:
         about = dict(json.loads(metadata[KEY]))
         int(state["steps"])
     except (KeyError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{files[-1]} is no checkpoint of qkit's ({error!r}): remove it to go on from the one before") from None
+        raise ArtifactError(
+            f"{files[-1]} is no checkpoint of qkit's ({error!r}): remove it to go on from the one before"
+        ) from None
     return Checkpoint(files[-1], about, state)
 
 

@@ -14,10 +14,11 @@ from qkit.training.checkpoint import Checkpoint
 
 LOCK, LOG = "lock", "log.jsonl"
 
-#: Keys of a run that may differ where it goes on: what they name is compared by its content, or does not change what is trained.
+#: Keys of a run that may differ where it goes on: what they name is compared by its content, or changes nothing that is trained.
 FREE = frozenset(
-    "model out data held_out recipe backend device checkpoint_every evaluate_every gradient_checkpointing compile replace".split()
+    ("model", "out", "data", "held_out", "recipe", "backend", "device", "checkpoint_every", "evaluate_every", "replace")
 )
+FREE |= {"gradient_checkpointing", "compile"}
 
 
 def beside(out: Path) -> Path:
@@ -35,7 +36,9 @@ def check_out(out: Path, *, replace: bool) -> None:
         raise ArtifactError(f"{out} is no name for a directory: choose one of its own")
     check_replaceable(out)
     if out.exists() and any(out.iterdir()) and not replace:
-        raise ArtifactError(f"{out} holds a model already: choose another folder, or let it be replaced (replace = true)")
+        raise ArtifactError(
+            f"{out} holds a model already: choose another folder, or let it be replaced (replace = true)"
+        )
 
 
 @contextmanager
@@ -66,14 +69,16 @@ def check_same(found: Checkpoint, about: Mapping[str, Any]) -> None:
     way_out = f"repeat that run to finish it, or remove {folder} to begin anew"
     if before["model"] != about["model"]:
         raise RunError(
-            f"{found.file} is of the model {before['run']['model']}, which is not what {about['run']['model']} holds now: {way_out}"
+            f"{found.file} is of the model {before['run']['model']}, and {about['run']['model']} is another now: {way_out}"
         )
     if before["recipe"] != about["recipe"]:
         names = [f"{one['recipe']['name']!r}" for one in (before, about)]
         same = ", whose rules are others now" if names[0] == names[1] else ""
         raise RunError(f"{found.file} is of the recipe {names[0]}, and this run is for {names[1]}{same}: {way_out}")
     if before["text"] != about["text"]:
-        raise RunError(f"{found.file} is of another text than {', '.join(about['run']['data'])} at this length: {way_out}")
+        raise RunError(
+            f"{found.file} is of another text than {', '.join(about['run']['data'])} at this length: {way_out}"
+        )
     for key in sorted({*before["run"], *about["run"]} - FREE):
         then, now = before["run"].get(key), about["run"].get(key)
         if then != now:

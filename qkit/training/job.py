@@ -1,11 +1,11 @@
 """A run from directory to artifact: masters, training with checkpoints, conversion, and the proof that it is what was trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from qkit import artifact, pipeline
 from qkit.backend import Backend, Trainer
 from qkit.errors import BackendError, DivergedError, RunError
 from qkit.interop import snapshot
+from qkit.qtensor import DType
 from qkit.registry import backend as choose
 from qkit.switches import calibrating
 from qkit.training import checkpoint
@@ -101,8 +102,8 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
             tell({"event": event, "step": step, **more})
 
         began = found.step if found else 0
-        start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name, "out": str(run.out)}
-        record("resume" if found else "start", began, **start)
+        start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
+        record("resume" if found else "start", began, **start, run=about["run"])
         seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began)
         outcome = _finish(run, engine, model, unseen, order, log, seconds, dtype=dtype_of(source))
         record("end", steps, **asdict(outcome))
@@ -200,7 +201,10 @@ def _train(
         clock = perf_counter()
         for step in steps:
             spent, tokens = spent + perf_counter() - clock, tokens + step.tokens
-            speed = {"tokens_per_second": tokens / spent, "seconds_left": spent / (step.number - began) * (run.steps - step.number)}
+            speed = {
+                "tokens_per_second": tokens / spent,
+                "seconds_left": spent / (step.number - began) * (run.steps - step.number),
+            }
             record("step", step.number, loss=step.loss, learning_rate=step.learning_rate, tokens=step.tokens, **speed)
             last = step.number == run.steps
             if len(unseen) and (last or (run.evaluate_every and step.number % run.evaluate_every == 0)):
@@ -210,14 +214,17 @@ def _train(
             clock = perf_counter()
     except DivergedError as error:
         good = sorted(folder.glob(checkpoint.PATTERN))
-        raise DivergedError(f"{error}; the last good checkpoint is {good[-1] if good else 'none: there is not one yet'}") from None
+        raise DivergedError(
+            f"{error}; the last good checkpoint is {good[-1] if good else 'none: there is not one yet'}"
+        ) from None
     return spent
 
 
 def _finish(
-    run: Run, engine: Backend, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: str
+    run: Run, engine: Backend, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: DType
 ) -> Outcome:
-    few = (unseen if len(unseen) else order.data).rows((unseen if len(unseen) else order.data).chosen[:1])[:, :-1]
+    shown = unseen if len(unseen) else order.data
+    few = shown.rows(shown.chosen[:1])[:, :-1]
     difference = None
     if any(layer.stage == "prepared" for layer in engine.layers(model)):
         with _on(engine, model):
@@ -229,12 +236,13 @@ def _finish(
     events = read_log(log.file)
     losses = [event["loss"] for event in events if event["event"] == "step"]
     held_out = [event["loss"] for event in events if event["event"] == "evaluation"]
+    few_steps = max(1, min(SMOOTH, len(losses) // 2))
     return Outcome(
         steps=len(losses),
         tokens=sum(event["tokens"] for event in events if event["event"] == "step"),
         seconds=seconds,
-        first_loss=float(np.mean(losses[:SMOOTH])),
-        last_loss=float(np.mean(losses[-SMOOTH:])),
+        first_loss=float(np.mean(losses[:few_steps])),
+        last_loss=float(np.mean(losses[-few_steps:])),
         held_out_before=held_out[0] if held_out else None,
         held_out_after=held_out[-1] if held_out else None,
         held_out_saved=saved,

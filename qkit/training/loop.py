@@ -36,7 +36,9 @@ class Order:
         """Micro-batches [batch, length + 1] and their targets, the same whenever they are asked for."""
         size = self.batch * self.accumulation
         numbers = self.data.numbers(step, size=size, seed=self.seed).reshape(self.accumulation, self.batch)
-        return [self.data.rows(part) for part in numbers], [self.top(part.tolist()) for part in numbers] if self.top else []
+        return [self.data.rows(part) for part in numbers], [
+            self.top(part.tolist()) for part in numbers
+        ] if self.top else []
 
 
 def train(

@@ -16,13 +16,13 @@ from qkit.errors import RunError
 from qkit.interop.packed import unpack
 from qkit.interop.snapshot import Snapshot, join
 from qkit.pipeline import prepare
+from qkit.qtensor import DTYPES, DType
 from qkit.recipe import Recipe, Rule, rule_table
 from qkit.registry import recipe as find_recipe
 from qkit.static import static_contents
 from qkit.training.run import FLOAT
 
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-FLOATS = ("float32", "bfloat16", "float16")
 
 
 def masters(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
@@ -81,13 +81,14 @@ def digest(source: Snapshot) -> str:
     return found.hexdigest()
 
 
-def dtype_of(source: Snapshot) -> str:
+def dtype_of(source: Snapshot) -> DType:
     """The type that the model's configuration says its numbers are of."""
     config = source.config or {}
     said = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if said not in FLOATS:
-        raise RunError(f"{source.folder / 'config.json'}: dtype is {said!r}: want one of {', '.join(FLOATS)}")
-    return said
+    for dtype in DTYPES:
+        if said == dtype:
+            return dtype
+    raise RunError(f"{source.folder / 'config.json'}: dtype is {said!r}: want one of {', '.join(DTYPES)}")
 
 
 def _own(engine: Backend, model: Any, source: Snapshot) -> Recipe:
@@ -97,7 +98,9 @@ def _own(engine: Backend, model: Any, source: Snapshot) -> Recipe:
     paths: dict[Rule, list[str]] = {}
     for path, held in source.weights.items():
         if held.unknown:
-            raise RunError(f"{source.folder}: {path} quantizes {held.unknown} by a rule that is not qkit's: name a recipe")
+            raise RunError(
+                f"{source.folder}: {path} quantizes {held.unknown} by a rule that is not qkit's: name a recipe"
+            )
         paths.setdefault(replace(held.rule, match=("*",)), []).append(path)
     for layer in engine.layers(model):
         if layer.tied in source.weights and layer.kind != "other":
@@ -111,4 +114,4 @@ def _static(source: Snapshot) -> set[str]:
 
 
 def _cast(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    return array.astype(dtype) if array.dtype.name in FLOATS else array
+    return array.astype(dtype) if array.dtype.name in DTYPES else array

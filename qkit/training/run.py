@@ -17,7 +17,7 @@ FLOAT = "float"  #: in place of a recipe: train without one
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """Where a teacher's logits come from: a model's directory, or a file of `qkit.training.write_top`; and how much they count."""
+    """Where a teacher's logits come from: a model's directory, or a file of `write_top`; and how much they count."""
 
     teacher: Path
     loss: Distillation
@@ -78,7 +78,7 @@ class Run:
     compile: bool | None = None
     replace: bool = False
     adapter: Mapping[str, Any] = field(default_factory=dict)
-    quantization: Schedule = Schedule()
+    quantization: Schedule = field(default_factory=Schedule)
     distillation: Teaching | None = None
 
     def __post_init__(self) -> None:
@@ -101,8 +101,17 @@ class Run:
         _want("schedule", self.schedule, self.schedule in SHAPES, f"one of {', '.join(SHAPES)}")
         share = isinstance(self.warmup, float) and 0 <= self.warmup < 1
         _want("warmup", self.warmup, share or _whole(self.warmup, 0), "a share below 1, or a whole number of steps")
-        _want("weight_decay", self.weight_decay, _number(self.weight_decay) and self.weight_decay >= 0, "a number from 0 on")
-        betas = isinstance(self.betas, tuple) and len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas)
+        _want(
+            "weight_decay",
+            self.weight_decay,
+            _number(self.weight_decay) and self.weight_decay >= 0,
+            "a number from 0 on",
+        )
+        betas = (
+            isinstance(self.betas, tuple)
+            and len(self.betas) == 2
+            and all(_number(b) and 0 <= b < 1 for b in self.betas)
+        )
         _want("betas", self.betas, betas, "two numbers from 0 to below 1")
         _want("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         for key in ("autocast", "gradient_checkpointing", "replace"):

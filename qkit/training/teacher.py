@@ -50,7 +50,9 @@ def read_top(file: Path, data: Sequences) -> Callable[[Sequence[int]], TopLogits
     if KEY not in metadata or shapes != {"logits": ("float32", 3), "tokens": ("int32", 3)}:
         raise ArtifactError(f"{file} is no file of a teacher's logits: qkit.training.write_top makes one")
     if metadata[KEY] != data.digest():
-        raise RunError(f"{file} is of another text, or of sequences of another length: make it from the data of this run")
+        raise RunError(
+            f"{file} is of another text, or of sequences of another length: make it from the data of this run"
+        )
     places = {int(number): place for place, number in enumerate(data.chosen)}
 
     def top(numbers: Sequence[int]) -> TopLogits:

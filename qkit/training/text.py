@@ -57,10 +57,14 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
     name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():
-        return Text(np.concatenate(encode([_decoded(f) for f in files], tokenizer, vocabulary=vocabulary)), tokenizer.name, name)
+        return Text(
+            np.concatenate(encode([_decoded(f) for f in files], tokenizer, vocabulary=vocabulary)), tokenizer.name, name
+        )
     strange = sorted(file.name for pattern in FOREIGN for file in folder.glob(pattern))
     if strange:
-        raise RunError(f"{folder / strange[0]} is no tokenizer that qkit opens: let transformers save it as tokenizer.json")
+        raise RunError(
+            f"{folder / strange[0]} is no tokenizer that qkit opens: let transformers save it as tokenizer.json"
+        )
     if vocabulary not in BYTES:
         raise RunError(
             f"{folder} has no tokenizer.json, and a vocabulary of {vocabulary} is not one of bytes (256 to 260): put the model's "
