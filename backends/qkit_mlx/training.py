@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,7 +90,8 @@ class MlxTrainer:
         others["step"] = mx.array(self.steps, others["step"].dtype)
         self.optimizer.state = tree_unflatten([*others.items(), *moments.items()])
         if "rng.mlx" in state:
-            _random()[0] = mx.array(state["rng.mlx"])
+            high, low = (int(word) for word in state["rng.mlx"])
+            mx.random.seed(high << 32 | low)  # a seed is the state's two words, and there is no other way to set it
         self._compile()
 
     def _trained(self) -> dict[str, mx.array]:
@@ -181,10 +182,9 @@ def _objective(model: nn.Module, tokens: mx.array, distillation: Distillation | 
     return both
 
 
-def _random() -> list[mx.array]:
+def _random() -> Any:
     """The state of MLX's random numbers."""
-    state: Any = mx.random.state
-    return cast(list[mx.array], state)
+    return mx.random.state
 
 
 def _nats(scores: mx.array, tokens: mx.array) -> mx.array:

@@ -168,11 +168,13 @@ def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: Tensor) -> 
 
 def _recompute(model: nn.Module) -> None:
     """Gradient checkpointing, by transformers' own switch; a cache for generation goes with it as little as in there."""
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+    kind = next((kind for kind in ("activation", "gradient") if hasattr(model, f"{kind}_checkpointing_enable")), None)
+    if kind is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise BackendError(f"gradient_checkpointing: {type(model).__name__} has no such switch: leave it out")
-    model.config.use_cache = False  # type: ignore[union-attr]
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    known: Any = model
+    known.config.use_cache = False
+    enable = getattr(known, f"{kind}_checkpointing_enable")  # the second name warns where there is the first
+    enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
 
 
 def _random_state() -> dict[str, NDArray[Any]]:
