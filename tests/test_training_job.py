@@ -8,9 +8,10 @@ from safetensors.numpy import load_file
 from training import ENGINES, folder, small, table
 
 import qkit
-from qkit.training import run_from_table, train_model, write_top
+from qkit.training import run_from_table, teach, train_model
 from qkit.training.data import sequences, split
 from qkit.training.folder import LOG, beside, read_log
+from qkit.training.teacher import write_top
 from qkit.training.text import read_text
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
@@ -78,10 +79,8 @@ def test_training_goes_on_from_an_artifact_on_its_own_grids(tmp_path, name, tied
     outcome = train(path, backend=name, model=str(path / "ptq"), recipe=None, steps=20)
     assert outcome.held_out_before == pytest.approx(before, rel=1e-6)  # the grids are their values' own
     assert outcome.held_out_after < before
-    found, want = (
-        [(row.path, row.weight) for row in qkit.coverage(one).rows]
-        for one in (qkit.load(path / "out", backend=name), model)
-    )
+    models = (qkit.load(path / "out", backend=name), model)
+    found, want = ([(row.path, row.weight) for row in qkit.coverage(one).rows] for one in models)
     assert found == want
     other = train(path, backend=name, model=str(path / "ptq"), recipe="int8-g32", steps=2, out=str(path / "other"))
     assert other.steps == 2
@@ -127,11 +126,10 @@ def test_without_steps_a_run_is_once_over_the_data(tmp_path):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_teacher_and_the_file_of_its_logits_teach_the_same(tmp_path, name):
-    path, engine = folder(tmp_path), qkit.backend(name)
+    path = folder(tmp_path)
     qkit.save(small(name, rms_norm_eps=0.5), path / "teacher", backend=name)
-    text = read_text([str(path / "text.txt")], folder=path / "model", config={"vocab_size": 256})
-    data = split(sequences(text.tokens, length=16, name=""))[0]
-    write_top(engine, qkit.load(path / "teacher", backend=name), data, path / "top.safetensors", k=256)
+    run = table(path, backend=name, distillation={"teacher": str(path / "teacher")})
+    teach(run_from_table(run), path / "top.safetensors", top=256)
     runs = {}
     for kind in ("teacher", "top.safetensors", ""):
         told = {"distillation": {"teacher": str(path / kind), "weight": 0.9}} if kind else {}
@@ -149,6 +147,8 @@ def test_a_file_of_logits_of_another_text_is_refused(tmp_path):
         train(path, distillation={"teacher": str(path / "top.safetensors")})
     with pytest.raises(qkit.ArtifactError, match="is no file of a teacher's logits"):
         train(path, distillation={"teacher": str(path / "model" / "model.safetensors")})
+    with pytest.raises(qkit.RunError, match="names no directory as"):
+        teach(run_from_table(table(path)), path / "more.safetensors", top=2)
     with pytest.raises(qkit.RunError, match="top is 300: the teacher has 256 logits"):
         write_top(engine, qkit.load(path / "model", backend=engine), data, path / "more.safetensors", k=300)
 
@@ -191,7 +191,7 @@ def test_nothing_is_overwritten_unless_it_is_asked_for(tmp_path):
     assert (path / "out" / "model.safetensors").read_bytes() == old
     (path / "mine").mkdir()
     (path / "mine" / "letter.txt").write_text("x")
-    with pytest.raises(qkit.ArtifactError, match="letter"):
+    with pytest.raises(qkit.ArtifactError, match="mine holds a model that qkit did not write"):
         train(path, out=str(path / "mine"), replace=True)
 
 

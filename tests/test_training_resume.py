@@ -24,7 +24,7 @@ from qkit.training.folder import LOG, beside, read_log
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
 SCRIPT = "import sys, json; from qkit.training import *; train_model(run_from_table(json.loads(sys.argv[1])))"
-BOUND = 1e-3  #: nats that losses of two engines may differ by in 24 steps; measured: see the test
+BOUND = 1e-5  #: nats that losses of two engines may differ by within 24 steps; measured: 9.5e-7
 
 
 def train(path, **changes):
@@ -85,7 +85,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path, name):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert not (path / "out").exists()
-    assert 0 < checkpoint.newest(killed).step < 120
+    assert 0 < checkpoint.newest(killed).step < 80
     train(path, **run)
     train(path, **run, out=str(path / "whole"))
     assert same_run(path / "out", path / "whole")

@@ -1,11 +1,11 @@
 """Training: runs, data and schedules as pure functions, checkpoints, the neutral loop; an engine supplies the step."""
 
 from qkit.training.data import Sequences, read_bytes, sequences
+from qkit.training.inputs import teach
 from qkit.training.job import Outcome, train_model
 from qkit.training.loop import Order, Step, train
 from qkit.training.run import Run, read_run, run_from_table
 from qkit.training.schedule import Schedule
-from qkit.training.teacher import write_top
 
 __all__ = [
     "Order",
@@ -18,7 +18,7 @@ __all__ = [
     "read_run",
     "run_from_table",
     "sequences",
+    "teach",
     "train",
     "train_model",
-    "write_top",
 ]

@@ -56,9 +56,9 @@ def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             write_all(descriptor, data, whole.places[name].begin)
         os.fsync(descriptor)
-    except BaseException:
+    except OSError as error:
         aside.unlink(missing_ok=True)  # room for whatever comes next
-        raise
+        raise OSError(error.errno, error.strerror, str(file)) from None  # by name
     finally:
         os.close(descriptor)
     os.rename(aside, file)

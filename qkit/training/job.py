@@ -12,21 +12,20 @@ import numpy as np
 import qkit
 from qkit import artifact, pipeline
 from qkit.backend import Backend, Trainer
-from qkit.errors import BackendError, DivergedError, RunError
+from qkit.errors import DivergedError
 from qkit.interop import snapshot
 from qkit.qtensor import DType
-from qkit.registry import backend as choose
 from qkit.switches import calibrating
 from qkit.training import checkpoint
-from qkit.training.data import Sequences, sequences, split
+from qkit.training.data import Sequences
 from qkit.training.folder import Log, beside, check_out, check_same, locked, read_log
+from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
 from qkit.training.model import adapted, describe, digest, dtype_of, masters, prepared
 from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
 from qkit.training.schedule import switching
 from qkit.training.teacher import read_top
-from qkit.training.text import read_text
 
 Tell = Callable[[Mapping[str, Any]], None]  #: takes each event: what the log holds, as plain values
 CALIBRATION = 8  #: batches that find static ranges before the first step
@@ -70,14 +69,14 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
         LockedError: another process trains for the same folder.
         BackendError, RecipeError, GridError, ArtifactError, OSError: as their causes.
     """
-    engine = _engine(run)
     check_out(run.out, replace=run.replace)
-    folder = beside(run.out)
+    check_files(run)
+    engine, folder = engine_of(run), beside(run.out)
     with locked(folder):
         source = snapshot.read(run.model)
         model, recipe = prepared(engine, masters(engine, source, dtype=run.dtype), source, run.recipe)
         model = adapted(model, run.adapter)
-        data, unseen, kind = _text(run, source)
+        data, unseen, kind = text_of(run, source)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
         run = replace(run, steps=steps)
         about = {
@@ -110,29 +109,6 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
         return outcome
 
 
-def _engine(run: Run) -> Backend:
-    engine = choose(run.backend)
-    if not hasattr(engine, "trainer"):
-        raise BackendError(
-            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
-        )
-    return engine.on(run.device) if run.device else engine
-
-
-def _text(run: Run, source: snapshot.Snapshot) -> tuple[Sequences, Sequences, str]:
-    """What is trained on, what is held out, and what tokens are."""
-    config = source.config or {}
-    longest = config.get("max_position_embeddings")
-    if isinstance(longest, int) and run.length > longest:
-        raise RunError(f"length is {run.length}, and the model has positions for {longest}: make it shorter")
-    text = read_text(run.data, folder=run.model, config=config)
-    data = sequences(text.tokens, length=run.length, name=text.name)
-    if not run.held_out:
-        return *split(data), text.kind
-    other = read_text(run.held_out, folder=run.model, config=config)
-    return data, sequences(other.tokens, length=run.length, name=other.name), text.kind
-
-
 def _trainer(
     run: Run, engine: Backend, model: Any, data: Sequences, source: snapshot.Snapshot
 ) -> tuple[Trainer, Order]:
@@ -140,7 +116,7 @@ def _trainer(
     if run.distillation and run.distillation.teacher.is_file():
         top = read_top(run.distillation.teacher, data)
     elif run.distillation:
-        teacher = _teacher(engine, run.distillation.teacher, source)
+        teacher = teacher_of(engine, run.distillation.teacher, source)
     trainer = engine.trainer(
         model,
         weight_decay=run.weight_decay,
@@ -154,13 +130,6 @@ def _trainer(
         teacher=teacher,
     )
     return trainer, Order(data, run.batch, run.accumulation, run.seed, top)
-
-
-def _teacher(engine: Backend, folder: Path, source: snapshot.Snapshot) -> Any:
-    sizes = [(one or {}).get("vocab_size") for one in (source.config, artifact.directory.read_config(folder))]
-    if sizes[0] != sizes[1]:
-        raise RunError(f"the teacher {folder} has a vocabulary of {sizes[1]}, and {source.folder} one of {sizes[0]}")
-    return artifact.load(folder, backend=engine)
 
 
 def _calibrate(engine: Backend, model: Any, order: Order) -> None:

@@ -17,7 +17,7 @@ FLOAT = "float"  #: in place of a recipe: train without one
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """Where a teacher's logits come from: a model's directory, or a file of `write_top`; and how much they count."""
+    """Where a teacher's logits come from: a model's directory, or a file of `teach`; and how much they count."""
 
     teacher: Path
     loss: Distillation

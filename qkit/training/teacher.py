@@ -48,7 +48,7 @@ def read_top(file: Path, data: Sequences) -> Callable[[Sequence[int]], TopLogits
     arrays, metadata = read_file(file)
     shapes = {name: (array.dtype.name, array.ndim) for name, array in arrays.items()}
     if KEY not in metadata or shapes != {"logits": ("float32", 3), "tokens": ("int32", 3)}:
-        raise ArtifactError(f"{file} is no file of a teacher's logits: qkit.training.write_top makes one")
+        raise ArtifactError(f"{file} is no file of a teacher's logits: qkit.training.teach makes one")
     if metadata[KEY] != data.digest():
         raise RunError(
             f"{file} is of another text, or of sequences of another length: make it from the data of this run"
