@@ -1,6 +1,7 @@
 """A run from directory to artifact: what it starts from, what it leaves, and how it says no."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,13 @@ from safetensors.numpy import load_file
 from training import ENGINES, folder, small, table
 
 import qkit
+from qkit import reference
+from qkit.interop import snapshot
+from qkit.interop.packed import unpack
 from qkit.training import run_from_table, teach, train_model
 from qkit.training.data import sequences, split
 from qkit.training.folder import LOG, beside, read_log
+from qkit.training.model import masters
 from qkit.training.teacher import write_top
 from qkit.training.text import read_text
 
@@ -200,3 +205,17 @@ def test_a_model_with_no_configuration_is_refused_by_name(tmp_path):
     (path / "model" / "config.json").unlink()
     with pytest.raises(qkit.RunError, match=r"has no config\.json"):
         train(path)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_masters_of_a_bfloat16_artifact_are_the_exact_values_of_its_codes(tmp_path, name):
+    """In float32; the model itself would give them back in bfloat16, which moves them off the grid."""
+    path, engine = folder(tmp_path, dtype="bfloat16"), qkit.backend(name)
+    qkit.save(qkit.convert(qkit.load(path / "model", backend=name), "int8-g32"), path / "ptq", source=path / "model")
+    source = snapshot.read(path / "ptq")
+    model = masters(engine, source, dtype="float32")
+    weights = {layer.path: engine.to_numpy(engine.weight(layer.module)) for layer in engine.layers(model)}
+    for key, held in source.weights.items():
+        q = unpack(held.read())
+        assert (weights[key] == reference.dequantize(replace(q, dtype="float32"))).all()
+        assert (weights[key] != reference.dequantize(q).astype(np.float32)).any()
