@@ -57,22 +57,22 @@ class Case:
 
 def cases(part: str) -> Iterator[Case]:
     """What is measured."""
-    if part in ("220M", "440M"):
-        for compiled in (False, True):
+    if part[:4] in ("220M", "440M"):
+        for compiled in (False, True) if part.isalnum() else (part.endswith(" compiled"),):
             how = " compiled" if compiled else ""
             plain = Variant("plain, torch's AdamW" + how, compiled=compiled)
             others = [Variant("plain, qkit.adamw" + how, optimizer="qkit", compiled=compiled)]
             recipes = ["int4-g32", "int3-g64", "mxfp4-a16", "int8-dynamic-act-int4-weight", "mxfp4", "nvfp4-a16"]
-            for recipe in recipes if part == "220M" else recipes[:1]:
+            for recipe in recipes if part[:4] == "220M" else recipes[:3]:
                 for optimizer in ("qkit", "torch"):
                     name = f"{recipe}, {optimizer}'s AdamW{how}"
                     others.append(Variant(name, recipe, optimizer, compiled))
-            if part == "220M":
+            if part[:4] == "220M":
                 others += [
                     Variant(f"torchao {p} QAT, torch's AdamW{how}", peer=p, compiled=compiled)
                     for p in ("int4", "int8-int4")
                 ]
-            yield Case(part, plain, others)
+            yield Case(part[:4], plain, others)
     if part == "accumulation":
         plain = Variant("plain, 8 micro-batches", accumulation=8)
         yield Case("220M", plain, [Variant(f"int4-g32, {o}", "int4-g32", o, accumulation=8) for o in ("torch", "qkit")])
