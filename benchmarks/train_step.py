@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_llama import Llama, Size
 from torch.nn import functional as F
 
 import qkit
@@ -100,27 +101,15 @@ def build(size: str, variant: Variant, device: str) -> tuple[Callable[[], torch.
     """A function that makes one step and returns the loss, and the model."""
     hidden, intermediate, layers, vocabulary, batch, length = SIZES[size]
     torch.manual_seed(0)
-    config = {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(4, hidden // 64),
-        "num_key_value_heads": max(4, hidden // 64),
-        "vocab_size": vocabulary,
-        "max_position_embeddings": length,
-        "tie_word_embeddings": False,
-        "dtype": str(variant.dtype)[6:],
-    }
-    with torch.device(device):
-        model = qkit.backend("torchao").on(device).build(config).to(variant.dtype).train()
+    shape = Size(hidden, layers, intermediate, max(4, hidden // 64))
+    model = Llama(shape, seed=0, longest=length, vocabulary=vocabulary).to(device, variant.dtype).train()
     if variant.recipe:
         model = qkit.prepare(model, variant.recipe)
     if variant.peer:
         peer(model, variant.peer)
     if variant.compiled:
         torch.compiler.reset()
-        for layer in model.model.layers:
+        for layer in model.layers:
             layer.compile()
     if variant.optimizer == "qkit":
         optimizer = qkit.adamw(model, lr=1e-4)
@@ -132,7 +121,7 @@ def build(size: str, variant: Variant, device: str) -> tuple[Callable[[], torch.
     def step() -> torch.Tensor:
         for part in tokens:
             with torch.autocast(device, torch.bfloat16, enabled=variant.autocast, cache_enabled=False):
-                logits = model(part[:, :-1], use_cache=False).logits
+                logits = model(part[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) / len(tokens)
             loss.backward()
         optimizer.step()

@@ -14,9 +14,9 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao import ops, passes
 
-TILE = 4096  #: elements that a program holds at a time
-LONGEST = 16384  #: the longest group that it holds whole
-WARP = 1024  #: elements of a tile for each warp
+TILE = 2048  #: elements that a program holds, where groups are shorter
+LONGEST = 8192  #: the longest group that it holds whole
+WARP = 1024  #: elements of a tile for each warp; see `tiles`
 ALIGNED = 16  #: bytes that are read at once
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton.knobs.runtime.interpret
@@ -91,14 +91,14 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
         made: of the shapes of `weights`, in one type.
         gates: bool []; where one is off, the weight itself is copied.
     """
-    peaks = torch.zeros(len(weights), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
+    peaks = _zeros(len(weights), weights[0].device) if _looks_first(grid) else None
     rows = tuple(
         (offset(w, weights[0]), offset(target, made[0]), gate.data_ptr(), 0 if peaks is None else peaks[i].data_ptr())
         for i, (w, target, gate) in enumerate(zip(weights, made, gates, strict=True))
     )
     geometry = tiles(weights[0], grid)
     counts = tuple(_count(w, grid) for w in weights)
-    blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device, keep=peaks is None)
+    blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
     if peaks is not None:
         passes.peaks_of_many[(len(blocks),)](weights[0], blocks, FULL=full, **geometry)
     passes.values_of_many[(len(blocks),)](
@@ -133,7 +133,10 @@ def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
     group = _group(w, grid)
     width = min(triton.next_power_of_2(group), LONGEST)
     groups = max(1, TILE // width)
-    return {"GROUPS": groups, "GROUP": group, "WIDTH": width, "num_warps": groups * width // WARP}
+    warps = groups * width // WARP
+    if group > LONGEST and grid.scale not in ("signed", "minmax"):  # one extreme to hold: more warps are faster
+        warps *= 2
+    return {"GROUPS": groups, "GROUP": group, "WIDTH": width, "num_warps": warps}
 
 
 def offset(tensor: Tensor, base: Tensor) -> int:
@@ -147,8 +150,6 @@ def programs(
     moves: tuple[int, ...],
     geometry: dict[str, int],
     device: torch.device,
-    *,
-    keep: bool = True,
 ) -> tuple[Tensor, bool]:
     """One row for each program of a launch over many tensors, int64 on the device, and whether each has a full tile.
 
@@ -156,13 +157,14 @@ def programs(
         rows: of each tensor: places and addresses.
         counts: of each tensor: how many groups. Rows end with how many are left from the program's first on.
         moves: of each column, whether it moves on with the elements.
-        keep: whether to keep the rows, since the same are likely to be asked for again; those made while a graph is captured
-            are never kept, for their memory is the graph's.
+
+    They are kept, since the same are likely to be asked for again; but not those made while a graph is captured, for their
+    memory is the graph's.
     """
     groups, group = geometry["GROUPS"], geometry["GROUP"]
     full = geometry["WIDTH"] == group and all(count % groups == 0 for count in counts)
     key = (rows, counts, groups, group, device)
-    made = _programs.get(key) if keep else None
+    made = _programs.get(key)
     if made is None:
         number = [-(-count // groups) for count in counts]
         first = np.concatenate([np.arange(n, dtype=np.int64) for n in number]) * groups
@@ -170,7 +172,7 @@ def programs(
         table += (first * group)[:, None] * np.array(moves)
         left = np.repeat(np.array(counts, np.int64), number) - first
         made = _on(np.concatenate([table, left[:, None]], axis=1), device)
-        if keep and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             if len(_programs) >= KEPT:
                 _programs.pop(next(iter(_programs)))
             _programs[key] = made
@@ -179,6 +181,7 @@ def programs(
 
 KEPT = 64  #: how many tables of programs are kept
 _programs: dict[Any, Tensor] = {}
+_peaks: dict[Any, Tensor] = {}
 _captured: list[Tensor] = []  #: host memory that captured graphs copy from at every replay
 
 
@@ -215,12 +218,23 @@ def _peak(w: Tensor, grid: Grid) -> Tensor | None:
     """The bits of the largest magnitude of `w`, where `grid` looks at it first."""
     if not _looks_first(grid):
         return None
-    peak = torch.zeros(1, dtype=torch.int32, device=w.device)
+    peak = _zeros(1, w.device)
     geometry = tiles(w, grid)
     rows, counts = ((0, 0, 0, peak.data_ptr()),), (_count(w, grid),)
-    blocks, full = programs(rows, counts, (1, 0, 0, 0), geometry, w.device, keep=False)
+    blocks, full = programs(rows, counts, (1, 0, 0, 0), geometry, w.device)
     passes.peaks_of_many[(len(blocks),)](w, blocks, FULL=full, **geometry)
     return peak
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """`count` peaks to begin with, always at the same place, so that tables that hold it can be kept."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (count, device, stream) in _peaks:
+        return _peaks[count, device, stream].zero_()
+    made = torch.zeros(count, dtype=torch.int32, device=device)
+    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        _peaks[count, device, stream] = made
+    return made
 
 
 def _looks_first(grid: Grid) -> bool:
