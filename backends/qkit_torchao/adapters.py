@@ -64,7 +64,9 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         given = self._scales(x, "input", self.rule.activation)
-        return products.linear(x, self.merged(), self.bias, (self.grid_name, self.input_name), self.rule.ste, **given)
+        return products.linear(
+            x, self.merged(), self.bias, (self.grid_name, self.slot_names["input"]), self.rule.ste, **given
+        )
 
 
 class AdaptedPacked(_Adapted, PackedLinear):

@@ -1,6 +1,7 @@
-"""The product with a weight's quantized values as an operation of its own, so that compiled code does not make them anew.
+"""Operations that compiled code calls, a node each: products with the values of a weight, and quantizing an input.
 
-A compiler sees one node; when it runs, `values` is asked, which knows whether the weight has changed.
+A compiler does not look inside. When a product runs, `values` is asked, which knows whether the weight has changed; and an input
+that several layers quantize is one node for all of them.
 """
 
 from functools import cache
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from qkit.grid import Grid
 from qkit.recipe import Ste
-from qkit_torchao import ops, values
+from qkit_torchao import fused, ops, values
 
 
 def linear(
@@ -72,6 +73,37 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _linear.register_autograd(_backward, setup_context=_setup)
+
+
+def on_grid(x: Tensor, gate: Tensor, grid: str, ste: Ste) -> Tensor:
+    """`x` on the grid that prints as `grid`, straight through; `x` itself where `gate` is off."""
+    y: Tensor = torch.ops.qkit.on_grid(x, gate, grid, ste)
+    return y
+
+
+@torch.library.custom_op("qkit::on_grid", mutates_args=())
+def _on_grid(x: Tensor, gate: Tensor, grid: str, ste: str) -> Tensor:
+    return fused.gated(x.contiguous(), named(grid), gate)
+
+
+@_on_grid.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _on_grid_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate, ctx.grid, ctx.ste = inputs
+    ctx.save_for_backward(*([x, gate] if ctx.ste == "masked" else []))
+
+
+def _on_grid_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.ste == "masked":
+        x, gate = ctx.saved_tensors
+        gradient = torch.where(ops.unclipped(x, named(ctx.grid)) | ~gate, gradient, 0.0)
+    return gradient, None, None, None
+
+
+_on_grid.register_autograd(_on_grid_backward, setup_context=_on_grid_setup)
 
 
 @cache

@@ -13,7 +13,7 @@ from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import compiled, ops, products, straight_through, values
+from qkit_torchao import compiled, gates, ops, products, straight_through, values
 from qkit_torchao.execution import why_no_kernel
 
 EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
@@ -22,13 +22,14 @@ EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
 class _Prepared(nn.Module):
     """What prepared layers share: a rule, ranges of static activations, and a gate.
 
-    The gate is a tensor, so that compiled code obeys it without being compiled anew; in eager mode the host's copy of it is
-    asked, so that nothing waits for the device.
+    The gate is a tensor, so that compiled code obeys it without being compiled anew, unless some layers are switched and others
+    not; in eager mode `mode` is asked, so that nothing waits for the device. Layers in one mode share one gate, and compiled code
+    quantizes an input once for all that share both. `grid_name` and `slot_names` are grids as text, as compiled code wants them.
     """
 
     rule: Rule
     grid_name: str
-    input_name: str
+    slot_names: dict[str, str]
     weight: Tensor
     gate: Tensor
     mode: Mode
@@ -48,7 +49,7 @@ class _Prepared(nn.Module):
     def switch(self, mode: Mode) -> None:
         """See `qkit.backend.Backend.switch`."""
         self.mode, self.calibrating = mode, mode == "calibrating"
-        self.gate.fill_(mode != "off")
+        self.gate = gates.of(self.gate.device, on=mode != "off")
 
     def forget(self) -> None:
         """See `qkit.backend.Backend.forget`."""
@@ -70,9 +71,11 @@ class _Prepared(nn.Module):
         """`x` on the grid of the slot `name`, `input` or `output`; `x` itself where there is none or the layer is off."""
         if grid is None:
             return x
-        if torch.compiler.is_compiling():
-            return torch.where(self.gate, self._quantized(x, name, grid), x)
-        return x if self.mode == "off" else self._quantized(x, name, grid)
+        if not torch.compiler.is_compiling():
+            return x if self.mode == "off" else self._quantized(x, name, grid)
+        if self.rule.range == "dynamic":
+            return compiled.on_grid(x, self.gate, self.slot_names[name], self.rule.ste)
+        return torch.where(self.gate, self._quantized(x, name, grid), x)
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
         given = self._scales(x, name, grid)
@@ -102,10 +105,10 @@ class _Prepared(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *more)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves as any module, but keeps ranges in float32; the gate is set again, in case `fn` gave empty memory."""
+        """Moves as any module, but keeps ranges in float32; the gate is that of the new device."""
         values.drop(self.weight)
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
-        self.gate.fill_(self.mode != "off")
+        self.gate = gates.of(self.gate.device, on=self.mode != "off")
         return self
 
 
@@ -143,7 +146,9 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def _product(self, x: Tensor) -> Tensor:
         given = self._scales(x, "input", self.rule.activation)
-        return products.linear(x, self.weight, self.bias, (self.grid_name, self.input_name), self.rule.ste, **given)
+        return products.linear(
+            x, self.weight, self.bias, (self.grid_name, self.slot_names["input"]), self.rule.ste, **given
+        )
 
 
 class FakeEmbedding(_Prepared, nn.Embedding):
@@ -163,9 +168,10 @@ def fake(module: nn.Module, rule: Rule) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
     made = become(module, FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear)
-    made.rule, made.grid_name, made.input_name = rule, str(rule.weight), str(rule.activation)
+    made.rule, made.grid_name = rule, str(rule.weight)
+    made.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
     device = made.weight.device
-    made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)
+    made.register_buffer("gate", gates.of(device, on=True), persistent=False)
     for name in static_names(rule):
         made.register_buffer(f"{name}_range", torch.tensor(EMPTY, device=device))
     made.mode, made.calibrating = "on", False
