@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401  teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit import native
 from qkit.backend import Backend
 from qkit.checkpoint import kernels
 from qkit.checkpoint.blocks import (
@@ -67,7 +68,7 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
         tick("", sum(row.stored.slot.nbytes for row in plan.rows) - sum(row.stored.slot.nbytes for row in rows))
         rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the longest first, so that all processes end together
         in_numpy = engine.name == "numpy"
-        quantize = kernels.quantize if in_numpy else partial(_quantize_on, engine)
+        quantize = _quantize_here() if in_numpy else partial(_quantize_on, engine)
         work = partial(_make, folder=output.aside, quantize=quantize)
         tasks = [(row, {slot.name: output.layout.places[slot.name] for slot in row.slots}) for row in rows]
         run = partial(_in_processes, workers=workers) if in_numpy and workers > 1 else _in_turn
@@ -119,6 +120,7 @@ def _in_turn(work: Work, tasks: Iterable[Task]) -> Iterator[tuple[Row, Digests]]
 def _begin(parent: int) -> None:
     """In a worker: Ctrl-C is the parent's to handle, and without a parent there is nothing to work for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    native.use_threads(1)  # each core has a process
     threading.Thread(target=_live_with, args=(parent,), daemon=True).start()
 
 
@@ -208,6 +210,10 @@ class _Reader:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._opened)
+
+
+def _quantize_here() -> Quantize:
+    return native.quantize if native.available() else kernels.quantize
 
 
 def _quantize_on(engine: Backend, w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -21,14 +22,11 @@ from qkit.qtensor import DType, QTensor, dtype_of
 SHARE = 1 << 17  #: fewest numbers that are worth a thread: about as long as it takes to wake one
 
 
-def quantize(
-    w: NDArray[Any], grid: Grid, *, dtype: DType | None = None, threads: int | None = None
-) -> QTensor[NDArray[Any]]:
+def quantize(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> QTensor[NDArray[Any]]:
     """`reference.quantize(w, grid)` of finite `w` [..., n].
 
     Args:
         dtype: what the patterns of `w` mean, where they come as 16-bit integers: `bfloat16` or `float16`.
-        threads: most of them; left out, one for each core that this process may use.
 
     Raises:
         DTypeError, GridError: as `reference.quantize`.
@@ -36,7 +34,7 @@ def quantize(
     """
     x, kind = _patterns(w, dtype)
     shape, (count, n) = grid.scale_shape(x.shape), _groups(x, grid)
-    ends, tensor_scale = _of_the_tensor(x, kind, grid, threads)
+    ends, tensor_scale = _of_the_tensor(x, kind, grid)
     codes = np.empty(x.shape, np.int8 if grid.element.kind == "integer" and grid.symmetric else np.uint8)
     scales = np.empty(count, np.float32 if grid.element.kind == "integer" else np.uint8)
     zeros = None if grid.symmetric else np.empty(count, np.uint8)
@@ -48,7 +46,7 @@ def quantize(
             _address(codes, begin * n), _address(scales, begin), None if zeros is None else _address(zeros, begin),
         )  # fmt: skip
 
-    _run(share, count, n, threads)
+    _run(share, count, n)
     each = prod(shape)  # one scale, where it is the tensor's: every row has found the same
     parts = {
         "scales": scales[:each].reshape(shape),
@@ -64,12 +62,11 @@ def fake_quantize(
     *,
     dtype: DType | None = None,
     out: NDArray[Any] | None = None,
-    threads: int | None = None,
 ) -> NDArray[Any]:
     """`reference.fake_quantize(w, grid)` of `w` [..., n], without given scales: a group that holds a NaN comes back as NaN.
 
     Args:
-        dtype, threads: as for `quantize`.
+        dtype: as for `quantize`.
         out: where to, contiguous, of the shape and type of `w`; it may be `w` itself.
 
     Raises:
@@ -82,18 +79,18 @@ def fake_quantize(
         out = np.empty(x.shape, x.dtype)
     elif out.shape != x.shape or out.dtype != x.dtype or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} {out.shape}: it has to be contiguous {x.dtype} {x.shape}")
-    ends, tensor_scale = _of_the_tensor(x, kind, grid, threads)
+    ends, tensor_scale = _of_the_tensor(x, kind, grid)
     call, of_grid, type_, made = function("qkit_fake_quantize"), byref(struct(grid)), TYPES.index(kind), out
 
     def share(begin: int, end: int) -> None:
         given = _end_address(ends), tensor_scale
         call(of_grid, _address(x, begin * n), end - begin, n, type_, *given, _address(made, begin * n))
 
-    _run(share, count, n, threads)
+    _run(share, count, n)
     return out
 
 
-def pack(codes: NDArray[Any], element: Element, *, threads: int | None = None) -> NDArray[np.uint32]:
+def pack(codes: NDArray[Any], element: Element) -> NDArray[np.uint32]:
     """int8 or uint8 codes [..., n] as `packing.packed_codes` packs them: little-endian words [..., words(n, bits)]."""
     codes = np.ascontiguousarray(codes)
     n, bits = codes.shape[-1], element.bits
@@ -104,7 +101,7 @@ def pack(codes: NDArray[Any], element: Element, *, threads: int | None = None) -
     def share(begin: int, end: int) -> None:
         call(_address(codes, begin * n), end - begin, n, bits, flip, _address(out, begin * width // 4), width)
 
-    _run(share, codes.size // n, n, threads)
+    _run(share, codes.size // n, n)
     return out
 
 
@@ -119,7 +116,7 @@ def _groups(x: NDArray[Any], grid: Grid) -> tuple[int, int]:
     return x.size // n, n
 
 
-def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid, threads: int | None) -> tuple[Any, float]:
+def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float]:
     """The extremes, if every group shall use the tensor's, and the tensor's scale; NaN in them where the tensor is not finite."""
     if grid.group != "tensor" and grid.scale != "nvfp4":
         return None, 0.0
@@ -130,7 +127,7 @@ def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid, threads: int | None
     def share(begin: int, end: int) -> None:
         call(_address(x, begin * n), (end - begin) * n, TYPES.index(kind), _address(found, 2 * begin))
 
-    _run(share, rows, n, threads)
+    _run(share, rows, n)
     with np.errstate(invalid="ignore"):
         ends = np.array([found[:, 0].max(), found[:, 1].min()], np.float32)
         if grid.group == "tensor":
@@ -149,15 +146,22 @@ def _end_address(ends: NDArray[np.float32] | None) -> int | None:
 
 # Threads
 
+_most: list[int] = []
 
-def _run(share: Callable[[int, int], None], count: int, n: int, threads: int | None) -> None:
+
+def use_threads(count: int) -> None:
+    """At most so many for one array, in this process; without it, as many as it may use cores."""
+    _most[:] = [count]
+
+
+def _run(share: Callable[[int, int], None], count: int, n: int) -> None:
     """`share(begin, end)` over all of `count` things of `n` numbers each."""
-    most = min(_cores() if threads is None else threads, count * n // SHARE, count)
-    if most < 2:
+    parts = min(count * n // SHARE, count)
+    if parts < 2 or (parts := min(parts, _most[0] if _most else _cores())) < 2:
         share(0, count)
         return
-    edges = [count * i // most for i in range(most + 1)]
-    rest = [_pool().submit(share, begin, end) for begin, end in zip(edges[1:-1], edges[2:], strict=True)]
+    edges = [count * i // parts for i in range(parts + 1)]
+    rest = [_pool().submit(share, begin, end) for begin, end in pairwise(edges[1:])]
     share(0, edges[1])
     for done in rest:
         done.result()

@@ -10,13 +10,12 @@
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define EXPORT __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define EXPORT __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EXPORT
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-#define LANES 16 /* inner loops are this long, which compilers then unroll */
 #define BATCH 64 /* groups whose scales are made together, so that they are vectors too */
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
@@ -136,22 +135,16 @@ static const struct small E4M3 = {3, -6, 8, 448.0f};
 
 /* Extremes, zero among them: as integers, patterns are in the order of the values of one sign. */
 
-#define EXTREMES(NAME, UNSIGNED, SIGNED_)                                             \
+#define EXTREMES(NAME, UNSIGNED, SIGNED_)                                               \
     INLINE void NAME(const UNSIGNED *x, int64_t n, UNSIGNED *highest, UNSIGNED *lowest) \
-    {                                                                                 \
-        SIGNED_ high = 0;                                                             \
-        UNSIGNED low = (UNSIGNED)((UNSIGNED)1 << (8 * sizeof low - 1));               \
-        int64_t i = 0;                                                                \
-        for (; i + LANES <= n; i += LANES)                                            \
-            for (int j = 0; j < LANES; j++) {                                         \
-                high = (SIGNED_)x[i + j] > high ? (SIGNED_)x[i + j] : high;           \
-                low = x[i + j] > low ? x[i + j] : low;                                \
-            }                                                                         \
-        for (; i < n; i++) {                                                          \
-            high = (SIGNED_)x[i] > high ? (SIGNED_)x[i] : high;                       \
-            low = x[i] > low ? x[i] : low;                                            \
-        }                                                                             \
-        *highest = (UNSIGNED)high, *lowest = low;                                     \
+    {                                                                                   \
+        SIGNED_ high = 0;                                                               \
+        UNSIGNED low = (UNSIGNED)((UNSIGNED)1 << (8 * sizeof low - 1));                 \
+        for (int64_t i = 0; i < n; i++) {                                               \
+            high = (SIGNED_)x[i] > high ? (SIGNED_)x[i] : high;                         \
+            low = x[i] > low ? x[i] : low;                                              \
+        }                                                                               \
+        *highest = (UNSIGNED)high, *lowest = low;                                       \
     }
 
 EXTREMES(extremes_of_16, uint16_t, int16_t)
@@ -238,14 +231,8 @@ INLINE void find_scales(struct scales *s, const void *x, int count, int64_t n, i
 /* One group at a time. `type` is a constant in each call. */
 
 #define EACH(WHAT)                      \
-    {                                   \
-        int64_t i = 0;                  \
-        for (; i + LANES <= n; i += LANES) \
-            for (int j = 0; j < LANES; j++) \
-                WHAT(i + j);            \
-        for (; i < n; i++)              \
-            WHAT(i);                    \
-    }
+    for (int64_t i = 0; i < n; i++) \
+        WHAT(i);
 
 INLINE void encode(const void *x, int64_t n, int type, float step, float zero, const struct grid *grid, uint8_t *codes)
 {
@@ -318,6 +305,17 @@ INLINE void fake_quantize(const struct grid *grid, const void *x, int64_t groups
     }
 }
 
+/* Eight codes, each in a byte, as one stream of bits: moved together by twos, by fours, all. */
+INLINE uint64_t joined(const uint8_t *codes, int width, uint8_t flip)
+{
+    uint64_t one = (1ull << width) - 1, two = (1ull << 2 * width) - 1, four = (1ull << 4 * width) - 1, x;
+    memcpy(&x, codes, 8);
+    x ^= flip * 0x0101010101010101u;
+    x = (x & one * 0x0001000100010001u) | (x >> (8 - width) & (one << width) * 0x0001000100010001u);
+    x = (x & two * 0x0000000100000001u) | (x >> (16 - 2 * width) & (two << 2 * width) * 0x0000000100000001u);
+    return (x & four) | (x >> (32 - 4 * width) & four << 4 * width);
+}
+
 /* What Python calls. `x` holds `groups` groups of `n`, one after the other. */
 
 const char *const qkit_digest = DIGEST; /* of this file, see build.py */
@@ -356,28 +354,33 @@ EXPORT void qkit_fake_quantize(const struct grid *grid, const void *x, int64_t g
         fake_quantize(grid, x, groups, n, ends, tensor_scale, out, FLOAT16);
 }
 
-/* Codes [rows, n] to a stream of `width` bits each, lowest first, every row in `bytes` bytes, the rest of them zero. `flip` is
-   XORed in: the sign bit of `width` bits turns signed codes to unsigned ones. */
+/* Codes [rows, n] to a stream of `width` bits each, lowest first, every row in `bytes` bytes, what is left of them zero. `flip`
+   is XORed in: the sign bit of `width` bits makes signed codes unsigned. */
 EXPORT void qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
 {
-    uint64_t low = ((1ull << width) - 1) * 0x0101010101010101u, turn = flip * 0x0101010101010101u;
-    uint64_t even = ((1ull << width) - 1) * 0x0001000100010001u, pair = ((1ull << 2 * width) - 1) * 0x0000000100000001u;
-    uint64_t four = (1ull << 4 * width) - 1;
     for (int64_t row = 0; row < rows; row++, codes += n, out += bytes) {
-        int64_t i = 0, at = 0;
-        for (; i < n; i += 8, at += width) {
-            uint64_t x = turn;
-            memcpy(&x, codes + i, n - i < 8 ? n - i : 8);
-            x = (x ^ turn) & low; /* eight codes in as many bytes are moved together: by twos, fours, all */
-            x = (x & even) | (x >> (8 - width) & even << width);
-            x = (x & pair) | (x >> (16 - 2 * width) & pair << 2 * width);
-            x = (x & four) | (x >> (32 - 4 * width) & four << 4 * width);
-            if (at + 8 <= bytes)
-                memcpy(out + at, &x, 8);
-            else
-                memcpy(out + at, &x, bytes - at < width ? bytes - at : width);
+        int64_t whole = n / 8;
+        switch (width) { /* eight codes fill `width` bytes; constants make faster loops */
+#define WIDTH(W)                                                           \
+    case W:                                                                \
+        for (int64_t i = 0; i < whole; i++) {                              \
+            uint64_t stream = joined(codes + 8 * i, W, flip);              \
+            memcpy(out + W * i, &stream, W);                               \
+        }                                                                  \
+        break;
+            WIDTH(2)
+            WIDTH(3)
+            WIDTH(4)
+            WIDTH(5)
+            WIDTH(6)
+            WIDTH(8)
         }
-        if (at < bytes)
-            memset(out + at, 0, bytes - at);
+        uint8_t last[8];
+        memset(last, flip, 8);
+        memcpy(last, codes + 8 * whole, n - 8 * whole);
+        uint64_t stream = joined(last, width, flip);
+        int64_t left = bytes - whole * width, used = left < 8 ? left : 8;
+        memcpy(out + whole * width, &stream, used);
+        memset(out + whole * width + used, 0, left - used);
     }
 }

@@ -20,7 +20,10 @@ class Struct(ctypes.Structure):
     """`struct grid` of kernels.c."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("rule", "bits", "mantissa", "min_exponent", "max_exponent", "min_code", "max_code")),
+        *(
+            (name, c_int32)
+            for name in ("rule", "bits", "mantissa", "min_exponent", "max_exponent", "min_code", "max_code")
+        ),
         *((name, c_float) for name in ("lowest", "highest", "step", "min_scale", "min_block", "max_block")),
     )
 
@@ -28,7 +31,16 @@ class Struct(ctypes.Structure):
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "qkit_extremes": (c_void_p, c_int64, c_int32, c_void_p),
     "qkit_quantize": (
-        POINTER(Struct), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float, c_void_p, c_void_p, c_void_p
+        POINTER(Struct),
+        c_void_p,
+        c_int64,
+        c_int64,
+        c_int32,
+        c_void_p,
+        c_float,
+        c_void_p,
+        c_void_p,
+        c_void_p,
     ),
     "qkit_fake_quantize": (POINTER(Struct), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float, c_void_p),
     "qkit_pack": (c_void_p, c_int64, c_int64, c_int32, c_uint8, c_void_p, c_int64),
