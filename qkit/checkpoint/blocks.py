@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit import packing
+from qkit import native, packing
 from qkit.checkpoint.layout import Slot
 from qkit.element import LIMIT
 from qkit.errors import RangeError
@@ -16,7 +16,8 @@ from qkit.qtensor import QTensor
 
 Quantize = Callable[[NDArray[Any], Grid], QTensor[NDArray[Any]]]
 
-ELEMENTS = 1 << 18  #: about what a block holds: larger ones leave the caches, smaller ones cost more calls
+#: About what a block holds: larger ones leave the caches, smaller ones cost more calls.
+ELEMENTS = 1 << 20 if native.available() else 1 << 18
 ROWS = 32  #: blocks begin at multiples of it, so that zero points, packed down the rows, fill whole words
 
 #: By type: the unsigned integers of its bits; among them, the infinity; and the least that has no codes.
@@ -95,13 +96,17 @@ def check_finite(w: NDArray[Any], *, name: str, first: int, shape: tuple[int, ..
     _check(w, PATTERNS[w.dtype.name][1], "are copied", name, first, shape)
 
 
+def _largest(w: NDArray[Any], bits: NDArray[Any], sign: int) -> int:
+    """The largest pattern in `bits`, signs set aside; those of NaN are the largest of all."""
+    if native.available():
+        return int(np.abs(np.array(native.extremes(w), w.dtype)).view(bits.dtype).max())
+    return int(max(bits.view(f"i{w.itemsize}").max(), int(bits.max()) - sign))
+
+
 def _check(w: NDArray[Any], least: int, what: str, name: str, first: int, shape: tuple[int, ...]) -> None:
     bits = w.view(PATTERNS[w.dtype.name][0])
     sign = 1 << 8 * w.itemsize - 1
-    signed = bits.view(f"i{w.itemsize}")
-    if bits.size and (
-        signed.max() >= least or bits.max() >= sign + least
-    ):  # the largest positive and the largest negative
+    if bits.size and _largest(w, bits, sign) >= least:
         at = int(np.argmax((bits & bits.dtype.type(sign - 1)) >= least))
         place = [int(i) for i in np.unravel_index(first + at, shape)]
         raise RangeError(

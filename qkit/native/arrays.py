@@ -105,6 +105,19 @@ def pack(codes: NDArray[Any], element: Element) -> NDArray[np.uint32]:
     return out
 
 
+def extremes(w: NDArray[Any], *, dtype: DType | None = None) -> tuple[float, float]:
+    """The highest and the lowest of `w`, zero among them; one of the two is NaN where there is a NaN.
+
+    Args:
+        dtype: as for `quantize`.
+
+    Raises:
+        DTypeError, BackendError: as `quantize`.
+    """
+    high, low = _extremes(*_patterns(w, dtype)).tolist()
+    return high, low
+
+
 def _patterns(w: NDArray[Any], dtype: DType | None) -> tuple[NDArray[Any], DType]:
     """`w`, contiguous, and what its numbers are."""
     return np.ascontiguousarray(w), dtype_of(w) if dtype is None else dtype
@@ -120,19 +133,23 @@ def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float
     """The extremes, if every group shall use the tensor's, and the tensor's scale; NaN in them where the tensor is not finite."""
     if grid.group != "tensor" and grid.scale != "nvfp4":
         return None, 0.0
+    ends = _extremes(x, kind)
+    if grid.group == "tensor":
+        return ends, 0.0
+    with np.errstate(invalid="ignore"):
+        return None, float(reference.tensor_power(ends) + reference.poison(np.abs(ends).max()))
+
+
+def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:
+    """Highest and lowest, of which each share of the rows finds its own."""
     n, call = x.shape[-1], function("qkit_extremes")
-    rows = x.size // n
-    found = np.zeros((rows, 2), np.float32)
+    found = np.zeros((x.size // n, 2), np.float32)
 
     def share(begin: int, end: int) -> None:
         call(_address(x, begin * n), (end - begin) * n, TYPES.index(kind), _address(found, 2 * begin))
 
-    _run(share, rows, n)
-    with np.errstate(invalid="ignore"):
-        ends = np.array([found[:, 0].max(), found[:, 1].min()], np.float32)
-        if grid.group == "tensor":
-            return ends, 0.0
-        return None, float(reference.tensor_power(ends) + reference.poison(np.abs(ends).max()))
+    _run(share, len(found), n)
+    return np.array([found[:, 0].max(), found[:, 1].min()], np.float32)
 
 
 def _address(x: NDArray[Any], offset: int) -> int:
