@@ -12,9 +12,9 @@ from qkit.element import LIMIT
 from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.interop import compressed_tensors
-from qkit.qtensor import QTensor
+from qkit.interop.packed import Packed
 
-Quantize = Callable[[NDArray[Any], Grid], QTensor[NDArray[Any]]]
+Quantize = Callable[[NDArray[Any], Grid], Packed]
 
 #: About what a block holds: larger ones leave the caches, smaller ones cost more calls.
 ELEMENTS = 1 << 20 if native.available() else 1 << 18
@@ -44,16 +44,16 @@ def sees_whole_tensor(grid: Grid) -> bool:
 def encode(
     w: NDArray[Any], grid: Grid, *, quantize: Quantize, extremes: tuple[float, float] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The stored parts of the block `w` [rows, n] of a larger tensor, as `compressed_tensors.to_tensors` names them.
+    """The stored parts of the block `w` [rows, n] of a larger tensor, as `compressed_tensors.store` names them.
 
     Args:
-        quantize: `reference.quantize`, or what gives the same bits.
+        quantize: `reference.quantize` and `pack`, or what gives the same bits.
         extremes: of the whole tensor, least and greatest, where the grid sees it.
     """
     rows = w.shape[0]
     if extremes is not None:  # they ride along in rows of their own, for scales depend on nothing else
         w = np.concatenate([w, np.full((2, w.shape[1]), np.array(extremes)[:, None], w.dtype)])
-    parts = compressed_tensors.to_tensors(quantize(w, grid))
+    parts = compressed_tensors.store(quantize(w, grid))
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
 
 

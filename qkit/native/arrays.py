@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qkit import reference
 from qkit.element import Element
 from qkit.grid import Grid
+from qkit.interop.packed import Packed
 from qkit.native.library import TYPES, function, struct
 from qkit.packing import WORD_BITS, words
 from qkit.qtensor import DType, QTensor, dtype_of
@@ -33,27 +34,35 @@ def quantize(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> QTen
         BackendError: the library was not built.
     """
     x, kind = _patterns(w, dtype)
-    shape, (count, n) = grid.scale_shape(x.shape), _groups(x, grid)
-    ends, tensor_scale = _of_the_tensor(x, kind, grid)
+    count, n = _groups(x, grid)
+    of = _Of(x, kind, grid)
     codes = np.empty(x.shape, np.int8 if grid.element.kind == "integer" and grid.symmetric else np.uint8)
-    scales = np.empty(count, np.float32 if grid.element.kind == "integer" else np.uint8)
-    zeros = None if grid.symmetric else np.empty(count, np.uint8)
-    call, of_grid, type_ = function("qkit_quantize"), byref(struct(grid)), TYPES.index(kind)
 
     def share(begin: int, end: int) -> None:
-        call(
-            of_grid, _address(x, begin * n), end - begin, n, type_, _end_address(ends), tensor_scale,
-            _address(codes, begin * n), _address(scales, begin), None if zeros is None else _address(zeros, begin),
-        )  # fmt: skip
+        of.quantize(begin, codes=_address(codes, begin * n), rows=1, groups=end - begin, words=None, width=0)
 
     _run(share, count, n)
-    each = prod(shape)  # one scale, where it is the tensor's: every row has found the same
-    parts = {
-        "scales": scales[:each].reshape(shape),
-        "zeros": None if zeros is None else zeros[:each].reshape(shape),
-        "tensor_scale": np.array(tensor_scale, np.float32) if grid.scale == "nvfp4" else None,
-    }
-    return QTensor(codes, grid=grid, dtype=kind, **parts)
+    return QTensor(codes, grid=grid, dtype=kind, **of.parts())
+
+
+def quantize_packed(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> Packed:
+    """`pack(quantize(w, grid))` of finite `w` [rows, n], a row at a time, so that no codes are moved but packed ones.
+
+    Arguments and errors: see `quantize`.
+    """
+    x, kind = _patterns(w, dtype)
+    rows, n = x.shape
+    groups = _groups(x, grid)[0] // rows
+    of = _Of(x, kind, grid)
+    packed = np.empty((rows, words(n, grid.element.bits)), "<u4")
+    width = packed.shape[1] * WORD_BITS // 8
+
+    def share(begin: int, end: int) -> None:
+        row, to = np.empty(n, np.uint8), _address(packed, begin * width // 4)
+        of.quantize(begin * groups, codes=_address(row, 0), rows=end - begin, groups=groups, words=to, width=width)
+
+    _run(share, rows, n)
+    return Packed(packed, grid=grid, dtype=kind, shape=x.shape, **of.parts())
 
 
 def fake_quantize(
@@ -67,7 +76,7 @@ def fake_quantize(
 
     Args:
         dtype: as for `quantize`.
-        out: where to, contiguous, of the shape and type of `w`; it may be `w` itself.
+        out: where to, contiguous, of the shape and type of `w`; it may be `w` itself, which is slower.
 
     Raises:
         ValueError: `out` does not fit.
@@ -125,7 +134,8 @@ def _patterns(w: NDArray[Any], dtype: DType | None) -> tuple[NDArray[Any], DType
 
 def _groups(x: NDArray[Any], grid: Grid) -> tuple[int, int]:
     """How many groups, and how long: where the scale is the tensor's, every row is one that has been told the extremes."""
-    n = x.shape[-1] if grid.group == "tensor" else grid.group_shape(x.shape)[-1]
+    group = grid.group_shape(x.shape)[-1]
+    n = x.shape[-1] if grid.group == "tensor" else group
     return x.size // n, n
 
 
@@ -155,6 +165,35 @@ def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:
 def _address(x: NDArray[Any], offset: int) -> int:
     """Of the element that is `offset` elements from the first."""
     return int(x.__array_interface__["data"][0]) + offset * x.itemsize
+
+
+class _Of:
+    """What is made of `x` beside codes, and the kernel that makes it."""
+
+    def __init__(self, x: NDArray[Any], kind: DType, grid: Grid) -> None:
+        self._x, self._type, self._grid = x, TYPES.index(kind), grid
+        count, self._n = _groups(x, grid)
+        self._ends, self._tensor_scale = _of_the_tensor(x, kind, grid)
+        self._scales = np.empty(count, np.float32 if grid.element.kind == "integer" else np.uint8)
+        self._zeros = None if grid.symmetric else np.empty(count, np.uint8)
+        self._call, self._struct = function("qkit_quantize"), byref(struct(grid))
+
+    def quantize(self, first: int, *, codes: int, rows: int, groups: int, words: int | None, width: int) -> None:
+        """Groups from the `first` on; addresses and the rest as in kernels.c."""
+        zeros = None if self._zeros is None else _address(self._zeros, first)
+        self._call(
+            self._struct, _address(self._x, first * self._n), rows, groups, self._n, self._type, _end_address(self._ends),
+            self._tensor_scale, codes, _address(self._scales, first), zeros, words, width,
+        )  # fmt: skip
+
+    def parts(self) -> dict[str, Any]:
+        """Of the `QTensor`. Where one scale is the tensor's, every row has found it."""
+        shape, of_tensor = self._grid.scale_shape(self._x.shape), self._grid.scale == "nvfp4"
+        return {
+            "scales": self._scales[: prod(shape)].reshape(shape),
+            "zeros": None if self._zeros is None else self._zeros[: prod(shape)].reshape(shape),
+            "tensor_scale": np.array(self._tensor_scale, np.float32) if of_tensor else None,
+        }
 
 
 def _end_address(ends: NDArray[np.float32] | None) -> int | None:

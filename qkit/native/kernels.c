@@ -316,7 +316,36 @@ INLINE uint64_t joined(const uint8_t *codes, int width, uint8_t flip)
     return (x & four) | (x >> (32 - 4 * width) & four << 4 * width);
 }
 
-/* What Python calls. `x` holds `groups` groups of `n`, one after the other. */
+/* `n` codes to a stream of `width` bits each, lowest first, in `bytes` bytes, what is left of them zero. `flip` is XORed in: the
+   sign bit of `width` bits makes signed codes unsigned. */
+INLINE void pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
+{
+    int64_t whole = n / 8; /* eight codes fill `width` bytes */
+    switch (width) {
+#define WIDTH(W)                                              \
+    case W:                                                   \
+        for (int64_t i = 0; i < whole; i++) {                 \
+            uint64_t stream = joined(codes + 8 * i, W, flip); \
+            memcpy(out + W * i, &stream, W);                  \
+        }                                                     \
+        break;
+        WIDTH(2)
+        WIDTH(3)
+        WIDTH(4)
+        WIDTH(5)
+        WIDTH(6)
+        WIDTH(8)
+    }
+    uint8_t last[8];
+    memset(last, flip, 8);
+    memcpy(last, codes + 8 * whole, n - 8 * whole);
+    uint64_t stream = joined(last, width, flip);
+    int64_t left = bytes - whole * width, used = left < 8 ? left : 8;
+    memcpy(out + whole * width, &stream, used);
+    memset(out + whole * width + used, 0, left - used);
+}
+
+/* What Python calls. */
 
 const char *const qkit_digest = DIGEST; /* of this file, see build.py */
 
@@ -331,18 +360,30 @@ EXPORT void qkit_extremes(const void *x, int64_t n, int32_t type, float *ends)
         extremes(x, n, FLOAT16, &ends[0], &ends[1]);
 }
 
-/* `ends`: of the whole tensor, or NULL where every group has its own. `zeros`: NULL where there are none. */
-EXPORT void qkit_quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, int32_t type, const float *ends,
-                          float tensor_scale, uint8_t *codes, void *scales, uint8_t *zeros)
+/* Rows of `groups` groups of `n`. `ends`: of the whole tensor, or NULL where every group has its own. `zeros`: NULL where there are
+   none. `words`: NULL, or where every row is packed into `bytes` bytes; then `codes` has room for one row only. */
+EXPORT void qkit_quantize(const struct grid *grid, const void *x, int64_t rows, int64_t groups, int64_t n, int32_t type,
+                          const float *ends, float tensor_scale, uint8_t *codes, void *scales, uint8_t *zeros, uint8_t *words,
+                          int64_t bytes)
 {
-    if (type == FLOAT32)
-        quantize(grid, x, groups, n, ends, tensor_scale, codes, scales, zeros, FLOAT32);
-    else if (type == BFLOAT16)
-        quantize(grid, x, groups, n, ends, tensor_scale, codes, scales, zeros, BFLOAT16);
-    else
-        quantize(grid, x, groups, n, ends, tensor_scale, codes, scales, zeros, FLOAT16);
+    int64_t width = groups * n, scale_bytes = grid->rule < RCEIL ? groups * (int64_t)sizeof(float) : groups;
+    uint8_t flip = grid->lowest < 0 && grid->rule < RCEIL ? (uint8_t)(1 << (grid->bits - 1)) : 0;
+    for (int64_t row = 0; row < rows; row++) {
+        const char *from = (const char *)x + row * width * (type == FLOAT32 ? 4 : 2);
+        uint8_t *to = codes + (words ? 0 : row * width), *zero = zeros ? zeros + row * groups : NULL;
+        void *scale = (char *)scales + row * scale_bytes;
+        if (type == FLOAT32)
+            quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, FLOAT32);
+        else if (type == BFLOAT16)
+            quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, BFLOAT16);
+        else
+            quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, FLOAT16);
+        if (words)
+            pack(to, width, grid->bits, flip, words + row * bytes, bytes);
+    }
 }
 
+/* `groups` groups of `n`. */
 EXPORT void qkit_fake_quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, int32_t type,
                                const float *ends, float tensor_scale, void *out)
 {
@@ -354,33 +395,9 @@ EXPORT void qkit_fake_quantize(const struct grid *grid, const void *x, int64_t g
         fake_quantize(grid, x, groups, n, ends, tensor_scale, out, FLOAT16);
 }
 
-/* Codes [rows, n] to a stream of `width` bits each, lowest first, every row in `bytes` bytes, what is left of them zero. `flip`
-   is XORed in: the sign bit of `width` bits makes signed codes unsigned. */
+/* Codes [rows, n], each row into `bytes` bytes. */
 EXPORT void qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
 {
-    for (int64_t row = 0; row < rows; row++, codes += n, out += bytes) {
-        int64_t whole = n / 8;
-        switch (width) { /* eight codes fill `width` bytes; constants make faster loops */
-#define WIDTH(W)                                                           \
-    case W:                                                                \
-        for (int64_t i = 0; i < whole; i++) {                              \
-            uint64_t stream = joined(codes + 8 * i, W, flip);              \
-            memcpy(out + W * i, &stream, W);                               \
-        }                                                                  \
-        break;
-            WIDTH(2)
-            WIDTH(3)
-            WIDTH(4)
-            WIDTH(5)
-            WIDTH(6)
-            WIDTH(8)
-        }
-        uint8_t last[8];
-        memset(last, flip, 8);
-        memcpy(last, codes + 8 * whole, n - 8 * whole);
-        uint64_t stream = joined(last, width, flip);
-        int64_t left = bytes - whole * width, used = left < 8 ? left : 8;
-        memcpy(out + whole * width, &stream, used);
-        memset(out + whole * width + used, 0, left - used);
-    }
+    for (int64_t row = 0; row < rows; row++)
+        pack(codes + row * n, n, width, flip, out + row * bytes, bytes);
 }

@@ -31,16 +31,8 @@ class Struct(ctypes.Structure):
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "qkit_extremes": (c_void_p, c_int64, c_int32, c_void_p),
     "qkit_quantize": (
-        POINTER(Struct),
-        c_void_p,
-        c_int64,
-        c_int64,
-        c_int32,
-        c_void_p,
-        c_float,
-        c_void_p,
-        c_void_p,
-        c_void_p,
+        *(POINTER(Struct), c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_float),
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "qkit_fake_quantize": (POINTER(Struct), c_void_p, c_int64, c_int64, c_int32, c_void_p, c_float, c_void_p),
     "qkit_pack": (c_void_p, c_int64, c_int64, c_int32, c_uint8, c_void_p, c_int64),
