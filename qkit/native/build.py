@@ -28,11 +28,10 @@ def digest() -> str:
 
 
 def build() -> str:
-    """Compiles the library; returns why there is none, or nothing.
+    """Compiles the library; returns why it did not, or nothing.
 
     It is put in place in one step, so that a process that has the old one loaded keeps it.
     """
-    LIBRARY.unlink(missing_ok=True)
     cc = compiler()
     if cc is None:
         return "there is no C compiler: set CC, or install one"

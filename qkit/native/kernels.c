@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) /* which choose a version when they load it */
 #define EXPORT __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EXPORT
