@@ -15,7 +15,8 @@ class Kernels(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it collects files."""
         spec = importlib.util.spec_from_file_location("build", f"{self.root}/{BUILD}")
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
         if missing := build.build():
