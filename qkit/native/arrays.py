@@ -128,9 +128,8 @@ def extremes(w: NDArray[Any], *, dtype: DType | None = None) -> tuple[float, flo
 
 
 def _patterns(w: NDArray[Any], dtype: DType | None) -> tuple[NDArray[Any], DType]:
-    """`w`, contiguous, and what its numbers are."""
-    x = w if w.flags.c_contiguous else np.ascontiguousarray(w)  # which makes a row of a number
-    return x, dtype_of(w) if dtype is None else dtype
+    """`w`, contiguous and aligned, and what its numbers are."""
+    return np.require(w, requirements=("C", "A")), dtype_of(w) if dtype is None else dtype
 
 
 def _groups(x: NDArray[Any], grid: Grid) -> tuple[int, int]:
