@@ -322,19 +322,19 @@ INLINE void pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, u
 {
     int64_t whole = n / 8; /* eight codes fill `width` bytes */
     switch (width) {
-#define WIDTH(W)                                              \
-    case W:                                                   \
-        for (int64_t i = 0; i < whole; i++) {                 \
-            uint64_t stream = joined(codes + 8 * i, W, flip); \
-            memcpy(out + W * i, &stream, W);                  \
-        }                                                     \
+#define WIDTH(W, TYPE) /* the type that is as wide makes vectors, where there is one */ \
+    case W:                                                                    \
+        for (int64_t i = 0; i < whole; i++) {                                  \
+            TYPE stream = (TYPE)joined(codes + 8 * i, W, flip);                \
+            memcpy(out + W * i, &stream, W);                                   \
+        }                                                                      \
         break;
-        WIDTH(2)
-        WIDTH(3)
-        WIDTH(4)
-        WIDTH(5)
-        WIDTH(6)
-        WIDTH(8)
+        WIDTH(2, uint16_t)
+        WIDTH(3, uint64_t)
+        WIDTH(4, uint32_t)
+        WIDTH(5, uint64_t)
+        WIDTH(6, uint64_t)
+        WIDTH(8, uint64_t)
     }
     uint8_t last[8];
     memset(last, flip, 8);

@@ -62,7 +62,7 @@ def struct(grid: Grid) -> Struct:
     """What the kernels need to know of `grid`."""
     e = grid.element
     rule = "symmetric" if grid.scale in ("absmax", "midmax") else grid.scale
-    lowest, highest = (e.lowest, e.highest) if grid.symmetric else (0, e.levels)
+    lowest, highest = (float(e.lowest), float(e.highest)) if grid.symmetric else (0.0, float(e.levels))
     if e.kind == "float":
         lowest, highest = -e.largest, e.largest
     return Struct(
