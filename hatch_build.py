@@ -10,7 +10,7 @@ BUILD = "qkit/native/build.py"
 
 
 class Kernels(BuildHookInterface[Any]):
-    """Adds `kernels.so` to the wheel, which is then one for this platform."""
+    """Adds `kernels.compiled` to the wheel, which is then one for this platform."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it collects files."""
@@ -22,6 +22,6 @@ class Kernels(BuildHookInterface[Any]):
         if missing := build.build():
             self.app.display_warning(f"qkit's CPU kernels are left out, and NumPy will do their work: {missing}")
             return
-        build_data["artifacts"].append("qkit/native/kernels.so")
+        build_data["artifacts"].append("qkit/native/kernels.compiled")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

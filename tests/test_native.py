@@ -186,7 +186,7 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
 
 
 def test_a_compiler_that_fails_or_is_missing_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "LIBRARY", tmp_path / "kernels.so")
+    monkeypatch.setattr(build, "LIBRARY", tmp_path / "kernels.compiled")
     monkeypatch.setenv("CC", "false")
     assert "false failed" in build.build()
     monkeypatch.setenv("CC", "no-such-compiler")

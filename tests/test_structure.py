@@ -85,7 +85,7 @@ def test_the_wheel_installs_exactly_four_names_and_the_kernels(tmp_path):
     assert tops == {"qkit", "qkit_mlx", "qkit_torchao", "qkit_recipes"}
     assert {f"{top}/py.typed" for top in tops} <= set(names)
     assert "qkit_recipes/int4-g64.toml" in names
-    assert ("qkit/native/kernels.so" in names) == bool(compiler())
+    assert ("qkit/native/kernels.compiled" in names) == bool(compiler())
     assert wheel.stem.endswith("-py3-none-any") != bool(compiler())
 
 
@@ -94,7 +94,7 @@ def test_without_a_compiler_the_wheel_is_for_any_machine(tmp_path):
     assert wheel.stem.endswith("-py3-none-any")
     names = zipfile.ZipFile(wheel).namelist()
     assert "qkit/native/kernels.c" in names
-    assert "qkit/native/kernels.so" not in names
+    assert "qkit/native/kernels.compiled" not in names
 
 
 def make_wheel(folder, **environment):

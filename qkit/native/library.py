@@ -1,4 +1,4 @@
-"""`kernels.so` by way of ctypes, which lets go of Python's lock while a kernel runs, and the grids as its struct."""
+"""`kernels.compiled` by way of ctypes, which lets go of Python's lock while a kernel runs, and the grids as its struct."""
 
 import ctypes
 from collections.abc import Callable
