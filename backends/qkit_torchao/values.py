@@ -48,6 +48,19 @@ def codes(weight: Tensor, grid: Grid) -> QTensor[Tensor]:
     return known.q
 
 
+def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `of`, but made anew and not kept: for weights that are gathered for a moment."""
+    made = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        fused.make_values([weight.detach()], [made], [gate], grid)
+    return made
+
+
+def fresh_codes(weight: Tensor, grid: Grid) -> QTensor[Tensor]:
+    """As `codes`, but made anew and not kept."""
+    return fused.quantize(weight.detach(), grid)
+
+
 def drop(weight: Tensor) -> None:
     """Forgets the values of `weight`; the next use makes them anew."""
     _entries.pop(id(weight), None)
