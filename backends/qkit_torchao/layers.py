@@ -13,7 +13,7 @@ from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import compiled, gates, ops, products, straight_through, values
+from qkit_torchao import compiled, gates, ops, products, sharding, straight_through, values
 from qkit_torchao.execution import why_no_kernel
 
 EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
@@ -59,11 +59,12 @@ class _Prepared(nn.Module):
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
         weight, grid, ste = self.weight, self.weight_grid, self.rule.ste
+        gathered = sharding.is_gathered(self)
         if torch.compiler.is_compiling():
             return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if _cannot_keep(self):
+        if gathered or _cannot_keep(weight):
             return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
         return straight_through.stand_in(weight, values.of(weight, grid, self.gate, dtype), grid, ste=ste)
 
@@ -127,8 +128,10 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.slot(x, "input", self.rule.activation)
-        if torch.compiler.is_compiling() and not _is_sharded(self):
-            return compiled.linear(x, self.weight, self.bias, self.gate, self.grid_name, self.rule.ste, dtype)
+        gathered = sharding.is_gathered(self)
+        if gathered or torch.compiler.is_compiling():
+            options = self.gate, self.grid_name, self.rule.ste, dtype
+            return compiled.linear(x, self.weight, self.bias, *options, kept=not gathered)
         return F.linear(x, self.weight_values(dtype), self.bias)
 
     def _multiplies_codes(self, x: Tensor) -> bool:
@@ -146,9 +149,9 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def _product(self, x: Tensor) -> Tensor:
         given = self._scales(x, "input", self.rule.activation)
-        return products.linear(
-            x, self.weight, self.bias, (self.grid_name, self.slot_names["input"]), self.rule.ste, **given
-        )
+        kept = not sharding.is_gathered(self)
+        grids = self.grid_name, self.slot_names["input"]
+        return products.linear(x, self.weight, self.bias, grids, self.rule.ste, kept=kept, **given)
 
 
 class FakeEmbedding(_Prepared, nn.Embedding):
@@ -197,15 +200,9 @@ def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
             module._buffers[name] = buffer.to(device)
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers the module's weights before it runs, and frees them after."""
-    return getattr(module, "_is_fsdp_managed_module", False)
-
-
-def _cannot_keep(module: Any) -> bool:
-    """Where values cannot be kept: weights that are gathered for a moment, or that no version tells the changes of."""
-    weight = module.weight
-    return _is_sharded(module) or weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
+def _cannot_keep(weight: Tensor) -> bool:
+    """Whether no version tells the changes of `weight`."""
+    return weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
 
 
 def _extremes(x: Tensor) -> Tensor:
