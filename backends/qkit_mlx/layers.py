@@ -120,10 +120,13 @@ class FakeLinear(Exact, nn.Linear):
         return self._deploy(*parameters)(x)
 
     def _deploy(self, weight: mx.array, bias: mx.array | None = None) -> DeployedLinear | PackedLinear:
+        return deploy_linear(ops.quantize(weight, self.rule.weight), self.rule, bias=bias, static=self._static())
+
+    def _static(self) -> dict[str, mx.array]:
         static: dict[str, mx.array] = {}
         for name, grid in static_names(self.rule).items():
             static |= scales_of(self[f"{name}_range"], grid, name=name)
-        return deploy_linear(ops.quantize(weight, self.rule.weight), self.rule, bias=bias, static=static)
+        return static
 
     @property
     def _no_grad(self) -> set[str]:

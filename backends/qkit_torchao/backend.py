@@ -15,7 +15,7 @@ from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_torchao import adapters, fused, layers, ops, packed, straight_through, surgery, training
+from qkit_torchao import adapters, fused, learned, ops, packed, straight_through, surgery, training
 from qkit_torchao.optimizer import AdamW
 
 
@@ -110,7 +110,7 @@ class TorchaoBackend:
 
     def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
-        made: nn.Module = layers.fake(module, rule)
+        made: nn.Module = learned.fake(module, rule)
         return made
 
     def switch(self, module: Any, mode: Mode) -> None:
@@ -227,8 +227,8 @@ class TorchaoBackend:
         weight_decay: float = 0.01,
     ) -> AdamW:
         """See `Backend.adamw`."""
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return AdamW(trainable, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        groups = training.groups(model, weight_decay=weight_decay)
+        return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
         """See `Backend.trainer`."""

@@ -159,10 +159,10 @@ class FakeEmbedding(_Prepared, nn.Embedding):
         return F.embedding(tokens, self.weight_values(self.weight.dtype), *options)
 
 
-def fake(module: nn.Module, rule: Rule) -> Any:
+def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
-    made = become(module, FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear)
+    made = become(module, cls or (FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear))
     made.rule, made.grid_name, made.input_name = rule, str(rule.weight), str(rule.activation)
     device = made.weight.device
     made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkit import learned
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.recipe import Rule
@@ -92,7 +93,8 @@ def pack(
     for name in ("gate", "input_range", "output_range"):
         made._buffers.pop(name, None)
     made._non_persistent_buffers_set.discard("gate")
-    made._parameters.pop("weight", None)
+    for name in ("weight", *learned.NAMES):
+        made._parameters.pop(name, None)
     made.rule, made.owner = rule, () if owner is None else (owner,)
     for name, array in static.items():
         made.register_buffer(name, array)

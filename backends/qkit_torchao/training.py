@@ -10,18 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkit.learned import is_learned
+
 ROWS = 16  #: sequences evaluated at a time
 
 
 class TorchTrainer:
-    """AdamW over the trainable parameters of a model; matrices decay, vectors do not."""
+    """AdamW over the trainable parameters of a model; matrices decay, vectors and learned ranges do not."""
 
     def __init__(self, model: nn.Module, *, weight_decay: float) -> None:
         self.model = model
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        decays = {name: one.dim() > 1 and not is_learned(name) for name, one in trained.items()}
         groups = [
-            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [one for name, one in trained.items() if decays[name]], "weight_decay": weight_decay},
+            {"params": [one for name, one in trained.items() if not decays[name]], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True
@@ -38,6 +41,15 @@ class TorchTrainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.item()
+
+
+def groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained of `model`, for an optimizer; learned ranges, which must not decay, in a group of their own."""
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    ranges = [one for name, one in trained.items() if is_learned(name)]
+    others = [one for name, one in trained.items() if not is_learned(name)]
+    made = [{"params": others, "weight_decay": weight_decay}, {"params": ranges, "weight_decay": 0.0}]
+    return [group for group in made if group["params"]]
 
 
 def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
