@@ -61,17 +61,8 @@ def steps(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats]) -> tupl
     if grid.element.kind == "float":
         return _offset_steps(reference.group(w, grid), grid, parameters["weight_offset"]), None
     p = parameters["weight_scale"]
-    s = reference.round_to_bfloat16(p)
-    if grid.scale == "signed":
-        least = np.where(p < 0, np.float32(-MIN_SCALE), np.float32(MIN_SCALE))
-        s = np.where(np.abs(s) < np.float32(MIN_SCALE), least, s)
-    else:
-        s = np.maximum(s, np.float32(MIN_SCALE))
-    s = s + reference.poison(p)
-    if grid.symmetric:
-        return s, None
-    zero = parameters["weight_zero"]
-    return s, np.clip(np.rint(zero), 0, grid.element.levels).astype(np.float32) + reference.poison(zero)
+    with np.errstate(invalid="ignore"):
+        return _integer_steps(p, parameters.get("weight_zero"), grid)
 
 
 def quantize(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats]) -> QTensor[NDArray[Any]]:
@@ -136,9 +127,22 @@ def learned_codes(engine: Backend, model: Any, layer: Layer, grid: Grid) -> QTen
     return quantize(engine.to_numpy(engine.weight(layer.module)), grid, parameters)
 
 
+def _integer_steps(p: Floats, zero: Floats | None, grid: Grid) -> tuple[Floats, Floats | None]:
+    s = reference.round_to_bfloat16(p)
+    if grid.scale == "signed":
+        least = np.where(p < 0, np.float32(-MIN_SCALE), np.float32(MIN_SCALE))
+        s = np.where(np.abs(s) < np.float32(MIN_SCALE), least, s)
+    else:
+        s = np.maximum(s, np.float32(MIN_SCALE))
+    s = s + reference.poison(p)
+    if zero is None:
+        return s, None
+    return s, np.clip(np.rint(zero), 0, grid.element.levels).astype(np.float32) + reference.poison(zero)
+
+
 def _offset_steps(x: Floats, grid: Grid, offset: Floats) -> Floats:
     peak = reference.amax(x)
     with np.errstate(invalid="ignore"):
         whole = np.clip(np.rint(offset), -FARTHEST, FARTHEST).astype(np.int32)
-    c = np.clip(reference.scale_code(peak, grid).astype(np.int32) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
-    return reference.power(c) + reference.poison(peak) + reference.poison(offset)
+        c = np.clip(reference.scale_code(peak, grid).astype(np.int32) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
+        return reference.power(c) + reference.poison(peak) + reference.poison(offset)

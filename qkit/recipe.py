@@ -22,7 +22,8 @@ STES: tuple[Ste, ...] = ("identity", "masked")
 SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
-DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisible": "error"}  #: the other keys that may be left out
+#: The other keys that may be left out.
+DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisible": "error"}
 
 
 @dataclass(frozen=True, slots=True)

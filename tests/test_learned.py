@@ -188,7 +188,7 @@ class Torch:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return float((self.model(x) - y).square().mean())
+        return (self.model(x) - y).square().mean().item()
 
 
 class Mlx:

@@ -51,8 +51,8 @@ class LearnedLinear(_Learned, FakeLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         raise BackendError(
-            f'scales = "learned" with {self.rule.weight} @ {self.rule.activation}: on CUDA such a layer is deployed with products '
-            "of codes, which learned scales are not trained with yet; give the weight a group size, or use the grid's rule"
+            f'scales = "learned" with {self.rule.weight} @ {self.rule.activation}: on CUDA such a layer is deployed with '
+            "products of codes, which learned scales are not trained with yet; give the weight a group size, or use the grid's rule"
         )
 
 
@@ -131,9 +131,7 @@ def steps(w: Tensor, grid: Grid, p: Tensor, zero: Tensor | None = None) -> tuple
     return s, torch.round(zero).clamp(0, grid.element.levels) + ops.poison(zero)
 
 
-def to_parameters(
-    w: Tensor, gradient: Tensor, inside: Tensor, grid: Grid, s: Tensor, z: Tensor | None
-) -> list[Tensor]:
+def to_parameters(w: Tensor, gradient: Tensor, inside: Tensor, grid: Grid, s: Tensor, z: Tensor | None) -> list[Tensor]:
     """The gradients of the parameters, where the values of `w` have `gradient` and `w` is not clipped `inside`."""
     x, g, within = ops.group(w, grid), ops.group(gradient, grid), inside.reshape(grid.group_shape(tuple(w.shape)))
     v = ops.group(ops.rounded(w.to(torch.float32), grid, scales=s, zeros=z), grid)
