@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qkit_torchao import fused, launch
+from qkit_torchao import fused, launch, products
 from torch import nn
 from train_step import captured
 
@@ -33,6 +33,7 @@ GRIDS = [
     Grid("e4m3", "row"),
     Grid("e2m1", 16, "nvfp4"),
 ]
+FLOAT8 = "float8-dynamic-act-float8-weight"
 SHAPES = [(4096, 14336), (8192, 8192)]
 ROTATE = 4
 
@@ -106,7 +107,12 @@ def float8(report: Callable[[dict[str, Any]], None]) -> None:
     gradient = torch.randn(8192, 14336, device="cuda", dtype=torch.bfloat16)
     plain = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16)
     base = None
-    for recipe in ("", "float8-dynamic-act-float8-weight", "int8-dynamic-act-int8-weight"):
+    for recipe, products.FAST in (
+        ("", False),
+        (FLOAT8, False),
+        (FLOAT8, True),
+        ("int8-dynamic-act-int8-weight", False),
+    ):
         layer = nn.Linear(4096, 14336, bias=False, device="cuda", dtype=torch.bfloat16)
         layer.load_state_dict(plain.state_dict())
         layer = qkit.prepare(nn.Sequential(layer), recipe) if recipe else layer
@@ -118,7 +124,7 @@ def float8(report: Callable[[dict[str, Any]], None]) -> None:
 
         step()
         grads = [x.grad.double(), next(layer.parameters()).grad.double()]
-        row: dict[str, Any] = {"job": f"linear 8192 x 14336 x 4096 {recipe or 'bfloat16'}"}
+        row: dict[str, Any] = {"job": f"linear 8192 x 14336 x 4096 {recipe or 'bfloat16'}{' fast' * products.FAST}"}
         if recipe:
             grid = layer[0].rule.weight
             values = [fused.rounded(t.detach(), g) for t, g in ((plain.weight, grid), (x, layer[0].rule.activation))]

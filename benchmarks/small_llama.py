@@ -67,16 +67,16 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens [batch, length] -> logits [batch, length, 256]; weights drawn from `seed`."""
+    """Tokens [batch, length] -> logits [batch, length, vocabulary]; weights drawn from `seed`."""
 
     turn: Tensor
 
-    def __init__(self, size: Size, *, seed: int, longest: int) -> None:
+    def __init__(self, size: Size, *, seed: int, longest: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(VOCABULARY, size.hidden)
+        self.embed_tokens = nn.Embedding(vocabulary, size.hidden)
         self.layers = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.hidden, eps=1e-5)
-        self.lm_head = nn.Linear(size.hidden, VOCABULARY, bias=False)
+        self.lm_head = nn.Linear(size.hidden, vocabulary, bias=False)
         width = size.hidden // size.heads
         angles = torch.arange(longest)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
         self.register_buffer("turn", torch.stack([angles.cos(), angles.sin()]), persistent=False)

@@ -8,6 +8,7 @@ from qkit.element import Element
 from qkit.errors import (
     ArtifactError,
     BackendError,
+    DivergedError,
     DTypeError,
     GridError,
     LockedError,
@@ -15,6 +16,7 @@ from qkit.errors import (
     QkitError,
     RangeError,
     RecipeError,
+    RunError,
     StageError,
     VerificationError,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "BackendError",
     "BackendSpec",
     "DTypeError",
+    "DivergedError",
     "Element",
     "Grid",
     "GridError",
@@ -48,6 +51,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "RunError",
     "StageError",
     "VerificationError",
     "__version__",

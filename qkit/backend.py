@@ -1,6 +1,6 @@
 """The seam: what an engine must be able to do. Everything else in qkit is written once, over these verbs."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -82,13 +82,55 @@ def want_merged(layers: Iterable[Layer], verb: str) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """How much of a teacher is in the loss: (1 - weight) * cross-entropy + weight * temperature^2 * KL(teacher || student).
+
+    Both distributions are taken at `temperature`; the square keeps the size of gradients (Hinton et al. 2015, arXiv
+    1503.02531). Where only some of the teacher's logits are known, both are restricted to these tokens, so that a student
+    that equals its teacher has nothing to learn.
+    """
+
+    temperature: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopLogits:
+    """The teacher's largest logits of one batch: float32 [batch, length, k], and their tokens int32 [batch, length, k]."""
+
+    logits: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+
+
 class Trainer(Protocol):
     """A model, its optimizer and the step that joins them."""
 
-    def step(self, tokens: NDArray[np.int32], *, learning_rate: float) -> float:
-        """One step on next-token loss over `tokens` [batch, length + 1]; returns the loss before it, in nats.
+    def step(
+        self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
+    ) -> float:
+        """One optimizer step on next-token prediction; returns the mean loss over all tokens before it, in nats.
 
-        AdamW with betas 0.9 and 0.95; the gradient's norm is clipped at 1; matrices decay, vectors do not.
+        Args:
+            batches: micro-batches [batch, length + 1], whose gradients are added up.
+            targets: of each micro-batch, where the trainer distils from a file.
+        """
+        ...
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that training goes on from, by names that every engine shares.
+
+        `weights.NAME` for every name in `Backend.tensors`, static ranges among them; `first_moment.NAME` and `second_moment.NAME`
+        for those that are trained; `steps`, int64 []; and `rng.ENGINE`, which other engines do not read. Arrays may be views:
+        good until the next step.
+        """
+        ...
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Goes on from a `state`, of this engine or another.
+
+        Raises:
+            ArtifactError: a tensor is missing or does not fit the model.
         """
         ...
 
@@ -266,8 +308,34 @@ class Backend(Protocol):
         """The framework's AdamW over the model's trainable parameters, which writes quantized values as it steps, if it can."""
         ...
 
-    def trainer(self, model: Any, *, weight_decay: float) -> Trainer:
-        """AdamW on the model's trainable parameters."""
+    def trainer(
+        self,
+        model: Any,
+        *,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float = 1.0,
+        seed: int | None = None,
+        autocast: bool = False,
+        compiled: bool | None = None,
+        recompute: bool = False,
+        distillation: Distillation | None = None,
+        teacher: Any = None,
+    ) -> Trainer:
+        """AdamW on the model's trainable parameters; matrices decay, vectors do not.
+
+        Args:
+            clip: the largest norm of the gradient, over all parameters; infinity does not clip.
+            seed: what the engine's random numbers begin from, for dropout; None leaves them as they are.
+            autocast: bfloat16 products over float32 masters.
+            compiled: whether steps are compiled; None is as the engine likes.
+            recompute: whether layers are computed once more going back, to save memory.
+            distillation: None learns from the text alone.
+            teacher: a model of this engine that logits come from; None where steps are given `targets`.
+
+        Raises:
+            BackendError: the engine or the model has no such thing; the message names it.
+        """
         ...
 
     def loss(self, model: Any, tokens: NDArray[np.int32]) -> float:

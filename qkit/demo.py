@@ -1,17 +1,18 @@
 """The main job from end to end on real text: train, quantize, train on the grid, deploy, open on another engine, compare."""
 
 import json
-import sysconfig
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qkit import artifact, pipeline
 from qkit.backend import Backend
+from qkit.demo_preset import PRESET, PRESETS, Preset, standard_library
 from qkit.errors import BackendError
 from qkit.interop.compressed_tensors import layout
 from qkit.outside import losses_outside
@@ -20,53 +21,15 @@ from qkit.recipe import Recipe
 from qkit.registry import backend as choose
 from qkit.registry import backends
 from qkit.registry import recipe as find_recipe
-from qkit.training import held_out, read_bytes, train, windows
+from qkit.training import Run, train_model
+from qkit.training.checkpoint import newest
+from qkit.training.curve import smooth
+from qkit.training.data import Tokens
+from qkit.training.folder import LOG, beside, read_log
+from qkit.training.run import FLOAT
 
-Tokens = NDArray[np.int32]
 Progress = Callable[[str, int, int, float], None]  #: stage, step, steps, loss
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """Size of the model and of its training; `length` in tokens, which are bytes."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    batch: int
-    length: int
-    float_steps: int
-    float_rate: float
-    more_steps: int
-    more_rate: float
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The Hugging Face configuration of the model."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 256,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "initializer_range": 0.08,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "dtype": "float32",
-        }
-
-
-PRESET = Preset(128, 3, 256, batch=8, length=128, float_steps=700, float_rate=1.5e-3, more_steps=250, more_rate=5e-4)
-
-#: MLX multiplies matrices at some 6 GFLOP/s on a Linux CPU: a smaller model there, which the result says.
-PRESETS = {"mlx": replace(PRESET, layers=2, batch=4, length=64, float_steps=230, more_steps=100)}
+STAGES = ("float", "longer", "quantized")  #: folders that are trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,40 +106,36 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     other, other_obstacle = _second(engine, preset)
     text, unseen = standard_library(preset)
 
-    curves = {"float": _train(engine, model, text, preset, "float", progress)}
-    parameters = sum(int(np.prod(array.shape)) for array in engine.tensors(model).values())
-    artifact.save(model, folder / "float", backend=engine)
-    (folder / "float" / "config.json").write_text(json.dumps(preset.config, indent=2) + "\n")
-    losses = {"float_loss": engine.loss(model, unseen)}
-    model = pipeline.convert(artifact.load(folder / "float", backend=engine), grid_recipe)
-    losses["ptq_loss"] = engine.loss(model, unseen)
-
-    model = artifact.load(folder / "float", backend=engine)
-    curves["float, longer"] = _train(engine, model, text, preset, "float, longer", progress)
-    losses["longer_float_loss"] = engine.loss(model, unseen)
-    losses["longer_ptq_loss"] = engine.loss(pipeline.convert(model, grid_recipe), unseen)
-
-    model = pipeline.prepare(artifact.load(folder / "float", backend=engine), grid_recipe)
-    curves["QAT"] = _train(engine, model, text, preset, "QAT", progress)
-    prepared = engine.logits(model, unseen[:8])
-    masters = _masters(engine, model)
-    model = pipeline.convert(model)
-    artifact.save(model, folder / "quantized", source=folder / "float", backend=engine)
+    start = folder / "start"
+    artifact.save(model, start, backend=engine)
+    (start / "config.json").write_text(json.dumps(preset.config, indent=2) + "\n")
+    stage = partial(_train, engine, folder, text, preset, progress)
+    curves = {"float": stage("float", "float", source="start", recipe=FLOAT)}
+    losses = {"float_loss": engine.loss(artifact.load(folder / "float", backend=engine), unseen)}
+    losses["ptq_loss"] = _quantized_loss(engine, folder / "float", grid_recipe, unseen)
+    curves["float, longer"] = stage("float, longer", "longer", source="float", recipe=FLOAT)
+    losses["longer_float_loss"] = engine.loss(artifact.load(folder / "longer", backend=engine), unseen)
+    losses["longer_ptq_loss"] = _quantized_loss(engine, folder / "longer", grid_recipe, unseen)
+    curves["QAT"] = stage("QAT", "quantized", source="float", recipe=recipe)
+    model = artifact.load(folder / "quantized", backend=engine)
 
     codes = {
         layer.path: engine.unpack(layer.module).map(engine.to_numpy) for layer in engine.layers(model) if layer.rule
     }
+    trained = newest(beside(folder / "quantized"))
+    assert trained is not None
+    masters = {path: np.array(trained.state[f"weights.{path}.weight"]) for path in codes}
     equal, compared = compare([choose("numpy"), engine, *others], masters, codes)
     result = Result(
         backend=engine.name,
         recipe=grid_recipe.name,
-        parameters=parameters,
+        parameters=sum(x.size for name, x in trained.state.items() if name.startswith("weights.")),
         **losses,
         qat_loss=engine.loss(model, unseen),
         engines=("numpy", engine.name, *(candidate.name for candidate in others)),
         codes_equal=equal,
         codes_compared=compared,
-        forward_difference=float(np.abs(engine.logits(model, unseen[:8]) - prepared).max()),
+        forward_difference=_outcome(folder / "quantized")["forward_difference"],
         other=other.name if other else None,
         other_loss=other.loss(artifact.load(folder / "quantized", backend=other), unseen) if other else None,
         other_obstacle=other_obstacle,
@@ -185,18 +144,10 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         curves=curves,
         folder=str(folder),
     )
+    for left in ("start", "longer", *(beside(folder / name).name for name in STAGES)):
+        rmtree(folder / left, ignore_errors=True)
     (folder / "result.json").write_text(json.dumps({**asdict(result), "recovered": result.recovered}, indent=2) + "\n")
     return result
-
-
-def standard_library(preset: Preset) -> tuple[Tokens, Tokens]:
-    """Python's own source files: text to train on [n], and windows [rows, length + 1] of every tenth file, held out."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    apart = ("site-packages", "test", "tests", "idlelib")
-    files = sorted(file for file in folder.rglob("*.py") if not set(apart) & set(file.relative_to(folder).parts))
-    text = read_bytes((file for number, file in enumerate(files) if number % 10), limit=1 << 27)
-    unseen = read_bytes(files[::10], limit=1 << 27)
-    return text, held_out(unseen, rows=8192 // preset.length, length=preset.length)
 
 
 def compare(engines: list[Backend], masters: dict[str, Any], codes: dict[str, QTensor[Any]]) -> tuple[int, int]:
@@ -220,7 +171,7 @@ def draw(result: Result, file: Path) -> None:
     start = 0
     for name, curve in result.curves.items():
         steps, losses = np.array(curve).T
-        axes.plot(steps + start, _smooth(losses), label=f"{name}, training text")
+        axes.plot(steps + start, smooth(losses), label=f"{name}, training text")
         start = start or int(steps[-1])
     for name, loss, color in (
         ("float, longer", result.longer_float_loss, "C1"),
@@ -269,32 +220,51 @@ def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
 
 
 def _train(
-    engine: Backend, model: Any, text: Tokens, preset: Preset, stage: str, progress: Progress
+    engine: Backend,
+    folder: Path,
+    text: list[str],
+    preset: Preset,
+    progress: Progress,
+    stage: str,
+    out: str,
+    *,
+    source: str,
+    recipe: str,
 ) -> list[tuple[int, float]]:
-    first = stage == "float"
-    steps = preset.float_steps if first else preset.more_steps
-    curve = []
-    for step in train(
-        engine,
-        model,
-        windows(text, batch=preset.batch, length=preset.length, seed=0 if first else 1),
-        steps=steps,
+    """One run of `qkit train`, from `folder/source` to `folder/out`; its losses by step."""
+    first, curve = source == "start", list[tuple[int, float]]()
+    run = Run(
+        model=folder / source,
+        out=folder / out,
+        data=tuple(text),
+        recipe=recipe,
+        backend=engine.name,
+        steps=preset.float_steps if first else preset.more_steps,
+        batch=preset.batch,
+        length=preset.length,
         learning_rate=preset.float_rate if first else preset.more_rate,
+        schedule="cosine",
         warmup=20,
         weight_decay=0.1 if first else 0.0,
-    ):
-        curve.append((step.number, step.loss))
-        progress(stage, step.number, steps, step.loss)
+        betas=(0.9, 0.95),
+        seed=0 if first else 1,
+        replace=True,
+    )
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            curve.append((event["step"], event["loss"]))
+            progress(stage, event["step"], run.steps or 0, event["loss"])
+
+    rmtree(beside(run.out), ignore_errors=True)  # of a demo that was interrupted
+    train_model(run, tell=tell)
     return curve
 
 
-def _masters(engine: Backend, model: Any) -> dict[str, NDArray[Any]]:
-    prepared = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
-    return {layer.path: engine.to_numpy(engine.weight(layer.module)).copy() for layer in prepared}
+def _outcome(out: Path) -> dict[str, Any]:
+    """What `qkit train` wrote last into the log of its run."""
+    return read_log(beside(out) / LOG)[-1]
 
 
-def _smooth(losses: NDArray[Any]) -> NDArray[Any]:
-    """A running mean over up to 20 steps."""
-    total = np.cumsum(losses)
-    width = min(20, len(losses))
-    return np.concatenate([total[:width] / np.arange(1, width + 1), (total[width:] - total[:-width]) / width])
+def _quantized_loss(engine: Backend, folder: Path, recipe: Recipe, unseen: Tokens) -> float:
+    return engine.loss(pipeline.convert(artifact.load(folder, backend=engine), recipe), unseen)

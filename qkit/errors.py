@@ -41,5 +41,13 @@ class PlanError(QkitError, ValueError):
     """A recipe and a checkpoint that do not go together, or a checkpoint that lacks a part: found before any work."""
 
 
+class RunError(QkitError, ValueError):
+    """A training run that is malformed, does not fit its model or data, or is not the one that it would go on from."""
+
+
+class DivergedError(QkitError, ArithmeticError):
+    """A training run whose loss or weights are no longer finite."""
+
+
 class VerificationError(QkitError, ValueError):
     """A directory that is not, or is no longer, what was written."""

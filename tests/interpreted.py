@@ -36,7 +36,7 @@ class Interpreted(TorchaoBackend):
 def main(dtype: str) -> None:
     fused._launch = lambda: None
     np.seterr(all="ignore")  # the interpreter computes in NumPy, also what is then not taken
-    for grid in [*all_grids(), Grid("int4", 43), Grid("e2m1", 48)]:
+    for grid in [*all_grids(), Grid("int4", 43), Grid("e2m1", 48), Grid("int4", 20000), Grid("e4m3", 20000)]:
         found = compare(Interpreted(), grid, dtype=dtype, compiled=False, size=1 << 9)
         print(grid, found.compared, found.error or ("" if found.exact else found), flush=True)
 

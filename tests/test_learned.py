@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from training import TOKENS, small
 
 import qkit
 from qkit import Grid, Recipe, Rule, learned, reference
@@ -300,15 +301,52 @@ def test_weight_decay_does_not_pull_at_ranges(make):
         assert (grown[0][name] == grown[1][name]).all() == learned.is_learned(name)
 
 
-def test_a_trainer_does_not_pull_at_ranges_either():
-    pytest.importorskip("torchao")
-    from qkit_torchao.training import TorchTrainer
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_trainer_does_not_pull_at_ranges_either(name):
+    start, decayed, free = (
+        trained(name, steps=steps, weight_decay=decay) for steps, decay in ((0, 0), (1, 0.5), (1, 0))
+    )
+    for key in start:
+        if key.startswith("weights.") and start[key].ndim > 1 and "proj" in key:
+            assert (decayed[key] == free[key]).all() == learned.is_learned(key)
+            assert (start[key] != free[key]).any()
 
-    model = qkit.prepare(Torch().model, recipe(Grid("int4", 32)))
-    decayed, others = TorchTrainer(model, weight_decay=0.1).optimizer.param_groups
-    assert len(decayed["params"]) == 2
-    assert others["weight_decay"] == 0
-    assert len(others["params"]) == 4
+
+def trained(name, *, steps, weight_decay=0.0, state=None, rule="int3-g32"):
+    """The state of a trainer of the small Llama after `steps` more."""
+    pytest.importorskip({"torchao": "torch", "mlx": "mlx.core"}[name])
+    engine, grid = qkit.backend(name), qkit.recipe(rule).rules[-1].weight
+    model = qkit.prepare(small(name, num_hidden_layers=1), recipe(grid))
+    trainer = engine.trainer(model, weight_decay=weight_decay, seed=0)
+    if state is not None:
+        trainer.restore(state)
+    for _ in range(steps):
+        trainer.step([TOKENS[:2]], learning_rate=1e-2)
+    return {key: np.array(x) for key, x in trainer.state().items()}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_trainer_that_is_resumed_goes_on_as_if_it_had_not_stopped(name):
+    whole = trained(name, steps=4)
+    parts = trained(name, steps=2, state=trained(name, steps=2))
+    assert any(learned.is_learned(key) for key in whole)
+    assert whole.keys() == parts.keys()
+    assert all((whole[key] == parts[key]).all() for key in whole)
+
+
+def test_a_run_goes_on_on_the_other_engine():
+    """The share of equal codes is what the two engines' products leave, which add up in another order."""
+    half = trained("torchao", steps=2)
+    here, there = (trained(name, steps=2, state=half) for name in ENGINES)
+    grid = Grid("int3", 32)
+    scales = [key for key in here if key.startswith("weights.") and key.endswith("weight_scale")]
+    weights = {key: key.replace("weight_scale", "weight") for key in scales}
+    codes = [
+        [learned.quantize(x[w], grid, {"weight_scale": x[s]}).codes for s, w in weights.items()] for x in (here, there)
+    ]
+    equal = np.concatenate([(a == b).ravel() for a, b in zip(*codes, strict=True)])
+    assert len(scales) == 8
+    assert equal.mean() >= 0.999
 
 
 def test_ranges_stay_in_float32_when_the_model_is_cast(make):
@@ -347,25 +385,6 @@ def test_a_layer_that_is_switched_off_is_the_float_layer(make):
     with qkit.disabled(one.model):
         assert (one.be.run(one.model, x) == want).all()
     assert (one.be.run(one.model, x) != want).any()
-
-
-def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(make):
-    """Parameters by name are all there is to carry: by SGD, which has no state."""
-    x, y = data()
-
-    def run(one, steps):
-        one.train(x, y, steps)
-        return {name: one.be.to_numpy(a) for name, a in one.be.tensors(one.model).items()}
-
-    whole, half, rest = (make() for _ in range(3))
-    for one in (whole, half, rest):
-        one.model = qkit.prepare(one.model, recipe(Grid("int3", 32, "minmax")))
-    run(whole, 3)
-    want = run(whole, 2)
-    rest.be.fill(rest.model, run(half, 3))
-    found = run(rest, 2)
-    assert found.keys() == want.keys()
-    assert all((found[name] == want[name]).all() for name in want)
 
 
 def test_names_are_the_same_on_both_engines():

@@ -229,7 +229,7 @@ def test_both_trainers_take_the_same_steps():
         start = {key: engine.to_numpy(array).copy() for key, array in engine.tensors(model).items()}
         trainer = engine.trainer(model, weight_decay=0.5)
         for i in range(4):
-            trainer.step(tokens * (i + 1) % 256, learning_rate=1e-2)
+            trainer.step([tokens * (i + 1) % 256], learning_rate=1e-2)
         ends.append({key: engine.to_numpy(array) - start[key] for key, array in engine.tensors(model).items()})
     for key, moved in ends[0].items():
         # two libraries sum gradients in another order, and Adam's first steps divide by them

@@ -121,7 +121,7 @@ def test_a_tied_head_stays_tied_through_training_conversion_saving_and_loading(t
     before = BE.to_numpy(model.model.embed_tokens.weight)
     trainer = BE.trainer(model, weight_decay=0.0)
     for _ in range(2):
-        trainer.step(TOKENS, learning_rate=1e-3)
+        trainer.step([TOKENS], learning_rate=1e-3)
     assert not np.array_equal(BE.to_numpy(model.model.embed_tokens.weight), before)
     want = BE.logits(model, TOKENS)
     with qkit.disabled(model):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.adapters.update import Update
-from qkit.backend import NOTHING, Layer, Mode, Trainer
+from qkit.backend import NOTHING, Distillation, Layer, Mode, Trainer
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
@@ -220,9 +220,34 @@ class MlxBackend:
         optimizer.init(model.trainable_parameters())
         return optimizer
 
-    def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
+    def trainer(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float = 1.0,
+        seed: int | None = None,
+        autocast: bool = False,
+        compiled: bool | None = None,
+        recompute: bool = False,
+        distillation: Distillation | None = None,
+        teacher: nn.Module | None = None,
+    ) -> Trainer:
         """See `Backend.trainer`."""
-        return training.MlxTrainer(model, weight_decay=weight_decay)
+        return training.MlxTrainer(
+            self,
+            model,
+            weight_decay=weight_decay,
+            betas=betas,
+            clip=clip,
+            seed=seed,
+            autocast=autocast,
+            compiled=compiled,
+            recompute=recompute,
+            distillation=distillation,
+            teacher=teacher,
+        )
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Backend.loss`."""

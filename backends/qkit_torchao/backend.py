@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qkit.adapters.update import Update
-from qkit.backend import NOTHING, Layer, Mode, Trainer
+from qkit.backend import NOTHING, Distillation, Layer, Mode, Trainer
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
@@ -230,9 +230,34 @@ class TorchaoBackend:
         groups = training.groups(model, weight_decay=weight_decay)
         return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def trainer(self, model: nn.Module, *, weight_decay: float) -> Trainer:
+    def trainer(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float = 1.0,
+        seed: int | None = None,
+        autocast: bool = False,
+        compiled: bool | None = None,
+        recompute: bool = False,
+        distillation: Distillation | None = None,
+        teacher: nn.Module | None = None,
+    ) -> Trainer:
         """See `Backend.trainer`."""
-        return training.TorchTrainer(model, weight_decay=weight_decay)
+        return training.TorchTrainer(
+            self,
+            model,
+            weight_decay=weight_decay,
+            betas=betas,
+            clip=clip,
+            seed=seed,
+            autocast=autocast,
+            compiled=compiled,
+            recompute=recompute,
+            distillation=distillation,
+            teacher=teacher,
+        )
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Backend.loss`."""

@@ -1,8 +1,9 @@
-"""The reference in Triton, one pass over memory: a tile of groups in, values or codes out. Device code only; `launch` calls it.
+"""The reference in Triton, on tiles [groups, group] of float32: extremes, steps, units. Device code; `passes` calls it.
 
-Bit for bit `ops`. A division is a product with the reciprocal and one correction by the exact remainder, which rounds as IEEE
-division does (Markstein, 1990). Triton's interpreter has no fused multiply-add and casts by cutting off: there it divides, and
-rounds before it casts. Rounding to an integer is adding and taking away 1.5 * 2^23. Extremes are found on bits, which keep NaN.
+Bit for bit `ops`. A division is a product with the reciprocal, which may be a few units off, and one correction by the exact
+remainder: a quotient by a number of 8 bits is never so close to the middle of two floats that the rest matters. Triton's
+interpreter has no fused multiply-add and casts by cutting off: there it divides, and rounds before it casts. Rounding to an
+integer is adding and taking away 1.5 * 2^23. Maxima keep NaN.
 """
 
 import triton
@@ -23,21 +24,13 @@ def floats(u):
 
 @triton.jit
 def quotient(x, s, reciprocal, INTERPRETED: tl.constexpr):
+    """x / s, rounded as IEEE division rounds where `s` has 8 bits: the exact remainder mends what the product leaves out."""
     if INTERPRETED:
         y = x / s
     else:
         y = x * reciprocal
         y = tl.fma(tl.fma(-y, s, x), reciprocal, y)
     return y
-
-
-@triton.jit
-def inverse(s, INTERPRETED: tl.constexpr):
-    if INTERPRETED:
-        r = 1.0 / s
-    else:
-        r = tl.div_rn(1.0, s)
-    return r
 
 
 @triton.jit
@@ -71,142 +64,160 @@ def ceil_exponent(x):
 
 
 @triton.jit
-def small_float(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, LARGEST: tl.constexpr):
-    """`y`, clamped, to nearest even among the floats of this format."""
-    SHIFT: tl.constexpr = 23 - MANTISSA
-    COARSE: tl.constexpr = 1.5 * 2.0 ** (SHIFT + MIN_EXPONENT)  # its neighbours are one smallest step apart
-    y = clamp(y, -LARGEST, LARGEST)
-    u = bits(y)
-    a = u & 0x7FFFFFFF
-    normal = (a + ((1 << (SHIFT - 1)) - 1) + ((a >> SHIFT) & 1)) & (-1 << SHIFT)
-    subnormal = bits((floats(a) + COARSE) - COARSE)
-    rounded = tl.where(a >= ((127 + MIN_EXPONENT) << 23), normal, subnormal)
-    return floats(rounded | (u & -2147483648))
+def small_float(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """`y`, no larger than the largest, to nearest even among the floats of this format; a zero has any sign.
+
+    Adding and taking away 1.5 * 2^k rounds to multiples of 2^(k - 23), which are chosen to be as far apart as the floats are
+    where `y` is.
+    """
+    binade = tl.maximum(bits(y) & 0x7F800000, (127 + MIN_EXPONENT) << 23)
+    coarse = floats(binade + (((23 - MANTISSA) << 23) + 0x400000))
+    return (y + coarse) - coarse
 
 
 @triton.jit
-def small_code(value, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: tl.constexpr):
-    """The bits of a float of this format, given its value."""
-    SHIFT: tl.constexpr = 23 - MANTISSA
-    u = bits(value)
-    a = u & 0x7FFFFFFF
-    normal = (a >> SHIFT) - ((126 + MIN_EXPONENT) << MANTISSA)
-    subnormal = (floats(a) * 2.0 ** (MANTISSA - MIN_EXPONENT)).to(tl.int32)
-    magnitude = tl.where(a >= ((127 + MIN_EXPONENT) << 23), normal, subnormal)
-    return magnitude | ((u >> (32 - BITS)) & (1 << (BITS - 1)))
+def small_code(value, x, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: tl.constexpr):
+    """The bits of a float of this format, given its value; the sign is that of `x`.
+
+    Scaled so that the format's smallest normal number is float32's, its bits are the first ones of float32's, subnormal or not.
+    """
+    a = bits(tl.abs(value) * 2.0 ** (-126 - MIN_EXPONENT)) >> (23 - MANTISSA)
+    return a | ((bits(x) >> (32 - BITS)) & (1 << (BITS - 1)))
 
 
 @triton.jit
 def small_value(code, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: tl.constexpr):
     """The inverse of `small_code`: the value whose bits `code` is."""
-    magnitude = code & ((1 << (BITS - 1)) - 1)
-    normal = (magnitude << (23 - MANTISSA)) + ((126 + MIN_EXPONENT) << 23)
-    subnormal = bits(magnitude.to(tl.float32) * 2.0 ** (MIN_EXPONENT - MANTISSA))
-    rest = tl.where(magnitude >= (1 << MANTISSA), normal, subnormal)
-    return floats(rest | ((code >> (BITS - 1)) << 31))
+    magnitude = floats((code & ((1 << (BITS - 1)) - 1)) << (23 - MANTISSA)) * 2.0 ** (126 + MIN_EXPONENT)
+    return floats(bits(magnitude) | ((code >> (BITS - 1)) << 31))
 
 
 @triton.jit
-def integer_scale(x, RULE: tl.constexpr, STEP: tl.constexpr, LEVELS: tl.constexpr, LEAST: tl.constexpr):
-    """Scale and zero point of each group of the tile `x` [groups, group]; NaN where the group is not finite."""
-    u = bits(x)
-    peak = tl.max(u & 0x7FFFFFFF, axis=1)
-    z = tl.zeros_like(floats(peak))
-    if RULE == "signed":
-        signed = tl.where(tl.max(u, axis=1) == peak, floats(peak), -floats(peak))
-        s = round_to_bfloat16(signed * STEP)
-        least = tl.where(bits(signed) > 0, -LEAST, LEAST)
-        s = tl.where(tl.abs(s) < LEAST, least, s)
-    elif RULE == "minmax":
-        low = tl.minimum(tl.min(x, axis=1), 0.0)
-        high = tl.maximum(tl.max(x, axis=1), 0.0)
-        s = tl.maximum(round_to_bfloat16((high - low) * STEP), LEAST) + (high - low) * 0.0
-        z = clamp(nearest(tl.div_rn(0.0 - low, s)), 0.0, LEVELS)
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def signs_matter(GRID: tl.constexpr):
+    """Whether scales depend on the highest and the lowest value, not on the largest magnitude alone."""
+    return GRID[0] == "signed" or GRID[0] == "minmax"
+
+
+@triton.jit
+def extremes(x, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The highest and the lowest value of each group of the tile `x` [groups, group], or the largest magnitude twice; or NaN."""
+    if INTERPRETED:  # which leaves NaN out of a maximum, and takes its time over `reduce`
+        poison = floats(tl.max(bits(x) & 0x7FFFFFFF, axis=1)) * 0.0
+        if signs_matter(GRID):
+            high, low = tl.max(x, axis=1) + poison, tl.min(x, axis=1) + poison
+        else:
+            high = tl.max(tl.abs(x), axis=1) + poison
+            low = high
+    elif signs_matter(GRID):
+        high, low = tl.reduce(x, 1, larger), tl.reduce(x, 1, smaller)
     else:
-        s = tl.maximum(round_to_bfloat16(floats(peak) * STEP), LEAST)
-    return s + floats(peak) * 0.0, z
+        high = tl.reduce(tl.abs(x), 1, larger)
+        low = high
+    return high, low
 
 
 @triton.jit
-def power_scale(
-    x, RULE: tl.constexpr, STEP: tl.constexpr, MANTISSA: tl.constexpr, MAX_EXPONENT: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
-    """E8M0 code of each group of the tile `x`, and 0 or, where the group is not finite, NaN."""
-    peak = tl.max(bits(x) & 0x7FFFFFFF, axis=1)
-    if RULE == "floor":
-        c = (peak >> 23) - MAX_EXPONENT
-    elif RULE == "even":
-        c = ((peak + (1 << (22 - MANTISSA))) >> 23) - MAX_EXPONENT
-    else:
-        c = ceil_exponent(floats(peak) * STEP)
-    return tl.minimum(tl.maximum(c, LEAST), MOST), floats(peak) * 0.0
+def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Of groups with these extremes: the step, its reciprocal, the zero point, and what is stored. `GRID`: `launch.constants`.
 
-
-@triton.jit
-def tensor_power(peak, STEP: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
-    """NVFP4's power of two of a tensor whose largest magnitude has the bits `peak`, as an E8M0 code; and 0 or NaN."""
-    c = ceil_exponent(floats(peak) * STEP)
-    return tl.minimum(tl.maximum(c, LEAST), MOST), floats(peak) * 0.0
-
-
-@triton.jit
-def block_scale(x, c, STEP: tl.constexpr, LEAST: tl.constexpr):
-    """NVFP4's block scales of the tile `x`, as e4m3 values, under the power of two with code `c`."""
-    peak = floats(tl.max(bits(x) & 0x7FFFFFFF, axis=1))
-    down = floats((254 - c) << 23)
-    return small_float(tl.maximum(peak * down * STEP, LEAST), 3, -6, 448.0)
-
-
-@triton.jit
-def quantized(x, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The tile `x` [groups, group] of float32 in units of its steps, the steps, what is stored for each group, and zero points.
-
-    The units are codes of integers, zero points taken away, and values of small floats. What is stored is the step itself, an
-    E8M0 code, or the value of an e4m3. `GRID` is `launch.constants(grid)`.
+    Steps are NaN where the group is not finite. What is stored is the step itself, an E8M0 code, or the value of an e4m3.
+    `tensor_peak`: the bits of the tensor's largest magnitude, for nvfp4.
     """
     RULE: tl.constexpr = GRID[0]
     STEP: tl.constexpr = GRID[1]
-    LOW: tl.constexpr = GRID[2]
-    HIGH: tl.constexpr = GRID[3]
-    MANTISSA: tl.constexpr = GRID[4]
-    MIN_EXPONENT: tl.constexpr = GRID[5]
-    if MANTISSA == 0:
-        s, z = integer_scale(x, RULE, STEP, HIGH, GRID[7])
-        y = nearest(quotient(x, s[:, None], inverse(s, INTERPRETED)[:, None], INTERPRETED))
-        if RULE == "minmax":
-            y = clamp(y + z[:, None], LOW, HIGH) - z[:, None]
+    LEAST: tl.constexpr = GRID[7]
+    if GRID[4] == 0:
+        z = high * 0.0
+        if RULE == "signed":
+            peak = tl.where(high >= -low, high, low)
+            s = round_to_bfloat16(peak * STEP)
+            s = tl.where(tl.abs(s) < LEAST, tl.where(bits(peak) > 0, -LEAST, LEAST), s) + peak * 0.0
+        elif RULE == "minmax":
+            low, high = smaller(low, 0.0), larger(high, 0.0)
+            s = tl.maximum(round_to_bfloat16((high - low) * STEP), LEAST) + (high - low) * 0.0
+            z = clamp(nearest(quotient(0.0 - low, s, 1.0 / s, INTERPRETED)), GRID[2], GRID[3])
         else:
-            y = clamp(y, LOW, HIGH)
+            s = tl.maximum(round_to_bfloat16(high * STEP), LEAST) + high * 0.0
         stored = s
+        reciprocal = 1.0 / s
     elif RULE == "nvfp4":
-        c, poison = tensor_power(tensor_peak, GRID[10], GRID[8], GRID[9])
-        stored = block_scale(x, c, STEP, GRID[11])
-        s = stored * (floats(c << 23) + poison)
-        y = small_float(
-            quotient(x, s[:, None], inverse(s, INTERPRETED)[:, None], INTERPRETED), MANTISSA, MIN_EXPONENT, HIGH
-        )
+        c = ceil_exponent(floats(tensor_peak) * GRID[10])
+        c = tl.minimum(tl.maximum(c, GRID[8]), GRID[9])
+        stored = small_float(clamp(high * floats((254 - c) << 23) * STEP, GRID[11], 448.0), 3, -6)
+        s = stored * (floats(c << 23) + floats(tensor_peak) * 0.0)
+        reciprocal = 1.0 / s
         z = s
     else:
-        stored, poison = power_scale(x, RULE, STEP, MANTISSA, GRID[6], GRID[8], GRID[9])
-        y = small_float(x * floats((254 - stored) << 23)[:, None], MANTISSA, MIN_EXPONENT, HIGH)
-        s = floats(stored << 23) + poison
+        if RULE == "floor":
+            c = (bits(high) >> 23) - GRID[6]
+        elif RULE == "even":
+            c = ((bits(high) + (1 << (22 - GRID[4]))) >> 23) - GRID[6]
+        else:
+            c = ceil_exponent(high * STEP)
+        stored = tl.minimum(tl.maximum(c, GRID[8]), GRID[9])
+        s = floats(stored << 23) + high * 0.0
+        reciprocal = floats((254 - stored) << 23)
         z = s
-    return y, s, stored, z
+    return s, reciprocal, z, stored
 
 
 @triton.jit
-def place(base, row, TYPE: tl.constexpr):
-    """The address `row` holds, in elements from `base` on; both are multiples of 16 bytes, which the compiler is shown."""
+def units(x, s, reciprocal, z, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The tile `x` in units of its steps: codes of integers, zero points taken away, and values of small floats.
+
+    What the rule's steps leave nothing to clip is not clipped: a step is too short by at most its 2^-8th, so that a peak is at
+    most 127 * (1 + 2^-8) steps from zero under `absmax`, and rounds to the lowest code or above under `signed` and `midmax`.
+    """
+    RULE: tl.constexpr = GRID[0]
+    HIGH: tl.constexpr = GRID[3]
+    if GRID[4] == 0:
+        y = nearest(quotient(x, s[:, None], reciprocal[:, None], INTERPRETED))
+        if RULE == "minmax":
+            y = clamp(y, GRID[2] - z[:, None], HIGH - z[:, None])
+        elif RULE != "absmax":
+            y = tl.minimum(y, HIGH)
+    else:
+        if RULE == "nvfp4":
+            y = quotient(x, s[:, None], reciprocal[:, None], INTERPRETED)
+        else:
+            y = x * reciprocal[:, None]
+        if RULE != "rceil":
+            y = clamp(y, -HIGH, HIGH)
+        y = small_float(y, GRID[4], GRID[5])
+    return y
+
+
+@triton.jit
+def place(base, block, column, TYPE: tl.constexpr):
+    """The address in `column` of a row of a table, in elements from `base` on; the compiler is shown that 16 bytes divide it."""
     SHIFT: tl.constexpr = 2 if TYPE.primitive_bitwidth == 32 else 3
-    return base + ((tl.load(row) >> SHIFT) << SHIFT)
+    return base + ((tl.load(block + column) >> SHIFT) << SHIFT)
 
 
 @triton.jit
-def tile(first, count, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets of `GROUPS` groups from group `first` on, and which of them are elements of a tensor of `count` groups."""
+def tile(count, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """Offsets of `GROUPS` groups, and which of them are elements where there are `count` groups: all, if `FULL`."""
     rows = tl.arange(0, GROUPS)
     columns = tl.arange(0, WIDTH)
     offsets = rows[:, None] * GROUP + columns[None, :]
-    mask = (rows[:, None] < count - first) & (columns[None, :] < GROUP)
+    if FULL:
+        mask = tl.full((GROUPS, WIDTH), True, tl.int1)  # which the compiler takes away
+    else:
+        mask = (rows[:, None] < count) & (columns[None, :] < GROUP)
     return offsets, mask
+
+
+@triton.jit
+def load(address, mask):
+    """The elements at `address`, in float32; 0 where there is none."""
+    return tl.load(address, mask=mask, other=0.0).to(tl.float32)

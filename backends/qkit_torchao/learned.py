@@ -52,7 +52,7 @@ class LearnedLinear(_Learned, FakeLinear):
     def _product(self, x: Tensor) -> Tensor:
         raise BackendError(
             f'scales = "learned" with {self.rule.weight} @ {self.rule.activation}: on CUDA such a layer is deployed with '
-            "products of codes, which learned scales are not trained with yet; give the weight a group size, or use the grid's rule"
+            "products of codes, which learned scales are not trained with yet; give the weight groups, or use the grid's rule"
         )
 
 

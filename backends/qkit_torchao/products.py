@@ -129,12 +129,12 @@ def _product(
     zeros: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the values of the input, which the gradient of the weight needs."""
-    held = values.codes(weight, named(on_weight))
+    held, factors = values.codes(weight, named(on_weight))
     made = torch.empty_like(x, memory_format=torch.contiguous_format)
     q, steps = quantized(x, named(on_x), scales=scales, zeros=zeros, values=made)
     if held.grid.element.kind == "integer":
-        return finish(int8(q, steps, held.codes, held.scales), x, bias), made
-    return finish(float8(q, steps, held.codes.view(torch.float8_e4m3fn), ops.power(held.scales)), x, bias), made
+        return finish(int8(q, steps, held.codes, factors), x, bias), made
+    return finish(float8(q, steps, held.codes.view(torch.float8_e4m3fn), factors), x, bias), made
 
 
 @_product.register_fake
@@ -144,7 +144,7 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("qkit::product_input", mutates_args=())
 def _product_input(gradient: Tensor, weight: Tensor, on_weight: str) -> Tensor:
-    held = values.codes(weight, named(on_weight))
+    held, _ = values.codes(weight, named(on_weight))
     return gradient @ fused.dequantize(replace(held, dtype=dtype_of(gradient)))
 
 

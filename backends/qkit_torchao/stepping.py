@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkit_torchao.kernels import narrow, place, quantized, tile
-from qkit_torchao.launch import INTERPRETED, WIDEST, constants, offset, tables, tiles
+from qkit_torchao.kernels import extremes, load, narrow, place, steps, tile, units
+from qkit_torchao.launch import INTERPRETED, TILE, constants, offset, programs, tiles
 from qkit_torchao.values import Entry
 
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
@@ -72,14 +72,14 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
             offset(s["exp_avg_sq"], state["exp_avg_sq"]),
             offset(e.made, first) if e and e.made is not None and first is not None else 0,
             e.gate.data_ptr() if e else 0,
-            w.numel() // geometry["GROUP"],
         )
         for (w, s, e), gradient in zip(members, gradients, strict=True)
     )
-    table, blocks = tables(rows, geometry["GROUPS"], weight.device)
+    counts = tuple(w.numel() // geometry["GROUP"] for w, _, _ in members)
+    blocks, full = programs(rows, counts, (1, 1, 1, 1, 1, 0), geometry, weight.device)
     adamw_of_many[(len(blocks),)](
-        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], first, table, blocks, scalars,
-        GRID=constants(entry.grid) if entry else None, INTERPRETED=INTERPRETED, **geometry,
+        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], first, blocks, scalars,
+        GRID=constants(entry.grid) if entry else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
     )  # fmt: skip
 
 
@@ -91,51 +91,48 @@ def _gradient(weight: Tensor) -> Tensor:
 def writes(entry: Entry, weight: Tensor) -> bool:
     """Whether a step can write the values of `entry`: those on grids that look at more than a program sees are made later."""
     group = weight.shape[-1] if entry.grid.group == "row" else entry.grid.group
-    return entry.grid.by_rows and int(group) <= WIDEST and entry.made is not None and entry.made.is_contiguous()
+    return entry.grid.by_rows and int(group) <= TILE and entry.made is not None and entry.made.is_contiguous()
 
 
 @triton.jit
 def adamw_of_many(
-    weights, gradients, means, squares, targets, table, blocks, scalars, GRID: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+    weights, gradients, means, squares, targets, blocks, scalars, GRID: tl.constexpr, GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A step of AdamW for many weights in one launch, and the quantized values of the stepped weights, if there is a `GRID`.
 
-    Arithmetic is in float32 and rounded once to the type of the weight, which is what is then quantized. `table` int64
-    [tensors, 7]: where weight, gradient, both moments and target are, in elements from the first of each on; the address of the
-    gate; how many groups. `scalars` float32 [6]: see `adamw_scalars`.
+    Arithmetic is in float32 and rounded once to the type of the weight, which is what is then quantized. `blocks` int64
+    [programs, 7]: where a program's part of weight, gradient, both moments and target begins, in elements from the first of
+    each on; the address of the gate; how many groups are left. `scalars` float32 [6]: see `adamw_scalars`.
     """
-    block = blocks + 2 * tl.program_id(0)
-    row = table + 7 * tl.load(block)
-    first = tl.load(block + 1)
     SOURCE: tl.constexpr = weights.dtype.element_ty
     MOMENT: tl.constexpr = means.dtype.element_ty
-    weight = place(weights, row, SOURCE)
-    gradient = place(gradients, row + 1, gradients.dtype.element_ty)
-    mean = place(means, row + 2, MOMENT)
-    square = place(squares, row + 3, MOMENT)
-    offsets, mask = tile(first, tl.load(row + 6).to(tl.int32), GROUPS, GROUP, WIDTH)
-    offsets = first.to(tl.int64) * GROUP + offsets
-    w = tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(mean + offsets, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(square + offsets, mask=mask, other=0.0).to(tl.float32)
+    block = blocks + 7 * tl.program_id(0)
+    weight = place(weights, block, 0, SOURCE)
+    gradient = place(gradients, block, 1, gradients.dtype.element_ty)
+    mean = place(means, block, 2, MOMENT)
+    square = place(squares, block, 3, MOMENT)
+    offsets, mask = tile(tl.load(block + 6), GROUPS, GROUP, WIDTH, FULL)
+    w = load(weight + offsets, mask)
+    g = load(gradient + offsets, mask)
+    m = load(mean + offsets, mask)
+    v = load(square + offsets, mask)
     m += tl.load(scalars) * (g - m)
     v += tl.load(scalars + 1) * (g * g - v)
     root = tl.sqrt(v) * tl.load(scalars + 4) + tl.load(scalars + 5)
-    w = w * tl.load(scalars + 2) - tl.load(scalars + 3) * m / root
-    stepped = narrow(w, SOURCE, INTERPRETED)
+    stepped = narrow(w * tl.load(scalars + 2) - tl.load(scalars + 3) * m / root, SOURCE, INTERPRETED)
     tl.store(weight + offsets, stepped, mask=mask)
     tl.store(mean + offsets, narrow(m, MOMENT, INTERPRETED), mask=mask)
     tl.store(square + offsets, narrow(v, MOMENT, INTERPRETED), mask=mask)
     if GRID is not None:
-        target = place(targets, row + 4, targets.dtype.element_ty)
-        on = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.uint8))) != 0
+        TARGET: tl.constexpr = targets.dtype.element_ty
+        target = place(targets, block, 4, TARGET)
         x = stepped.to(tl.float32)
-        y, s, _, _ = quantized(x, 0, GRID, INTERPRETED)
-        tl.store(
-            target + offsets, narrow(tl.where(on, y * s[:, None], x), targets.dtype.element_ty, INTERPRETED), mask=mask
-        )
+        if tl.load(tl.load(block + 5).to(tl.pointer_type(tl.uint8))) != 0:
+            high, low = extremes(x, GRID, INTERPRETED)
+            s, reciprocal, z, _ = steps(high, low, 0, GRID, INTERPRETED)
+            x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
+        tl.store(target + offsets, narrow(x, TARGET, INTERPRETED), mask=mask)
 
 
 @triton.jit

@@ -35,17 +35,20 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
     return entry.made
 
 
-def codes(weight: Tensor, grid: Grid) -> QTensor[Tensor]:
-    """The codes of finite `weight` on `grid`, kept and made anew as the values are, each weight by itself."""
+def codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
+    """The codes of finite `weight` on `grid`, and their steps in float32; kept and made anew as the values are, one by one."""
     known = _codes.get(id(weight))
     stamp = _state(weight)
     if known is None or known.owner() is not weight or known.q.grid != grid or _old(known.stamp, stamp, known.captured):
         with torch.inference_mode(False), torch.no_grad():
-            q = fused.quantize(weight.detach(), grid)
+            steps = torch.empty(grid.scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
+            q = fused.quantize(weight.detach(), grid, steps=steps)
         captured = bool(stamp[-1]) or (known is not None and known.captured)
-        known = _Codes(weakref.ref(weight, partial(_codes_forget, id(weight))), stamp, q, weight.detach(), captured)
+        known = _Codes(
+            weakref.ref(weight, partial(_codes_forget, id(weight))), stamp, q, steps, weight.detach(), captured
+        )
         _codes[id(weight)] = known
-    return known.q
+    return known.q, known.steps
 
 
 def drop(weight: Tensor) -> None:
@@ -88,6 +91,7 @@ class _Codes:
     owner: "weakref.ref[Tensor]"
     stamp: tuple[Any, ...]
     q: QTensor[Tensor]
+    steps: Tensor
     seen: Tensor
     captured: bool
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qkit.artifact.tensors import array_stream, read_folder
+from qkit.artifact.tensors import array_stream, in_type, read_folder, with_type
 from qkit.backend import Backend, Layer, want_merged
 from qkit.checkpoint.layout import SHARD_BYTES
 from qkit.checkpoint.output import write_directory
@@ -44,6 +44,7 @@ def save(
     *,
     source: str | Path | None = None,
     backend: str | Backend | None = None,
+    dtype: DType | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes `model`, converted or float, whole and portable; transformers, vLLM and qkit on any engine open it.
@@ -54,6 +55,8 @@ def save(
         folder: where to; made, or replaced if it is an earlier artifact.
         source: the Hugging Face directory the model came from: its config, tokenizer and generation files are copied. Left
             out, the configuration that the model carries; without one, only the weights are written.
+        dtype: what float tensors are stored in, and values of codes given back in, where it is not the model's own type:
+            masters of float32 become a bfloat16 model again. Codes and scales are the same; left out, nothing is cast.
         shard_bytes: most bytes of tensors in one file.
 
     Raises:
@@ -69,8 +72,10 @@ def save(
         if layer.stage == "prepared":
             raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
     tensors = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items()}
+    static = {_join(layer.path, name) for layer in layers if layer.rule for name in static_contents(layer.rule)}
+    tensors = in_type(tensors, dtype, but=static)
     saved = [
-        (layer, engine.unpack(layer.module).map(engine.to_numpy))
+        (layer, with_type(engine.unpack(layer.module).map(engine.to_numpy), dtype))
         for layer in layers
         if layer.stage == "converted" and not layer.tied  # what is tied is stored once, under the first path
     ]

@@ -21,6 +21,7 @@ from qkit.cli.parity import parity
 from qkit.cli.plan import plan
 from qkit.cli.quantize import quantize
 from qkit.cli.recipes import recipes
+from qkit.cli.train import train
 from qkit.cli.verify import verify
 
 #: By the error's class, the nearest first. 0 is success, 1 mismatches that were asked for, 2 wrong usage.
@@ -41,7 +42,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, plan, quantize, inspect, verify, parity, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, parity, train, demo):
     application.command()(command)
 application.command()(export)
 application.command("import")(import_)

@@ -22,7 +22,8 @@ def demo(
     recipe: Annotated[str, typer.Option(help="The recipe to train for.")] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
-    from qkit.demo import PRESETS, draw, run  # here, so that other commands start fast
+    from qkit.demo import draw, run  # here, so that other commands start fast
+    from qkit.demo_preset import PRESETS
 
     columns = (
         TextColumn("{task.description}", markup=False),

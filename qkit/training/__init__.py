@@ -1,6 +1,24 @@
-"""The neutral loop: data and schedule as NumPy; an engine supplies the step."""
+"""Training: runs, data and schedules as pure functions, checkpoints, the neutral loop; an engine supplies the step."""
 
-from qkit.training.data import held_out, read_bytes, windows
-from qkit.training.loop import Step, train
+from qkit.training.data import Sequences, read_bytes, sequences
+from qkit.training.inputs import teach
+from qkit.training.job import Outcome, train_model
+from qkit.training.loop import Order, Step, train
+from qkit.training.run import Run, read_run, run_from_table
+from qkit.training.schedule import Schedule
 
-__all__ = ["Step", "held_out", "read_bytes", "train", "windows"]
+__all__ = [
+    "Order",
+    "Outcome",
+    "Run",
+    "Schedule",
+    "Sequences",
+    "Step",
+    "read_bytes",
+    "read_run",
+    "run_from_table",
+    "sequences",
+    "teach",
+    "train",
+    "train_model",
+]

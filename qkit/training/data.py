@@ -1,14 +1,88 @@
-"""Text as byte-level tokens, cut into windows. The same windows on every engine, from the seed."""
+"""Text as tokens, cut into sequences, and which of them a step trains on: a pure function of the seed and the step."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.errors import QkitError
+from qkit.errors import QkitError, RunError
 
 Tokens = NDArray[np.int32]
+EVERY = 20  #: one sequence in so many is held out, where no text is given for that
+MOST = 64  #: sequences that are held out so
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """A text cut into sequences of `length` + 1 tokens, `length` apart, so that each token is predicted once.
+
+    Attributes:
+        tokens: int32 [n].
+        length: tokens that a sequence predicts.
+        chosen: numbers of the sequences that belong to this set, ascending.
+    """
+
+    tokens: Tokens
+    length: int
+    chosen: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def rows(self, numbers: NDArray[np.int64]) -> Tokens:
+        """The sequences with these numbers [rows, length + 1]."""
+        cut: Tokens = self.tokens[numbers[:, None] * self.length + np.arange(self.length + 1)]
+        return cut
+
+    @property
+    def all(self) -> Tokens:
+        """Every sequence of the set."""
+        return self.rows(self.chosen)
+
+    def numbers(self, step: int, *, size: int, seed: int) -> NDArray[np.int64]:
+        """Numbers of the `size` sequences that `step`, from 1, trains on: every one once before any comes again."""
+        places = np.arange((step - 1) * size, step * size)
+        epochs, within = np.divmod(places, len(self))
+        picked = [_order(seed, int(epoch), len(self))[place] for epoch, place in zip(epochs, within, strict=True)]
+        return self.chosen[picked]
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens, the length and the choice."""
+        found = hashlib.sha256(f"{self.length} {self.tokens.size}".encode())
+        for array in (self.tokens, self.chosen):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def sequences(tokens: Tokens, *, length: int, name: str) -> Sequences:
+    """All the sequences of `tokens` [n]; `name` is what messages call the text.
+
+    Raises:
+        RunError: there is not one.
+    """
+    count = (tokens.size - 1) // length
+    if count < 1:
+        raise RunError(
+            f"{name} has {tokens.size} tokens, less than one sequence of {length + 1}: give more text, or a shorter length"
+        )
+    return Sequences(tokens, length, np.arange(count))
+
+
+def split(whole: Sequences) -> tuple[Sequences, Sequences]:
+    """What to train on, and what is held out: one sequence in twenty, at most 64, evenly; none of fewer than twenty."""
+    count = min(len(whole) // EVERY, MOST)
+    apart = ((np.arange(count) + 0.5) * len(whole) / max(count, 1)).astype(np.int64)
+    rest = np.delete(whole.chosen, apart)
+    return Sequences(whole.tokens, whole.length, rest), Sequences(whole.tokens, whole.length, whole.chosen[apart])
 
 
 def read_bytes(files: Iterable[Path], *, limit: int) -> Tokens:
@@ -27,36 +101,3 @@ def read_bytes(files: Iterable[Path], *, limit: int) -> Tokens:
     if not size:
         raise QkitError("there is no text to train on: every file is empty or missing")
     return np.concatenate(parts)[:limit].astype(np.int32)
-
-
-def windows(tokens: Tokens, *, batch: int, length: int, seed: int) -> Iterator[Tokens]:
-    """Endless batches [batch, length + 1] from random places of `tokens` [n].
-
-    Raises:
-        QkitError: the text is shorter than one window.
-    """
-    room = _room(tokens, length)
-    random = np.random.default_rng(seed)
-    while True:
-        starts = random.integers(0, room, size=batch)
-        yield tokens[starts[:, None] + np.arange(length + 1)]
-
-
-def held_out(tokens: Tokens, *, rows: int, length: int) -> Tokens:
-    """`rows` windows [rows, length + 1] at even distances over `tokens` [n].
-
-    Raises:
-        QkitError: the text is shorter than one window.
-    """
-    starts = np.linspace(0, _room(tokens, length) - 1, rows).astype(np.int64)
-    cut: Tokens = tokens[starts[:, None] + np.arange(length + 1)]
-    return cut
-
-
-def _room(tokens: Tokens, length: int) -> int:
-    room = tokens.size - length
-    if room < 1:
-        raise QkitError(
-            f"the text has {tokens.size} tokens, less than one window of {length + 1}: give more, or a shorter length"
-        )
-    return room

@@ -1,53 +1,69 @@
-"""The training loop, for any engine: a schedule, a step, and what it reports."""
+"""The training loop, for any engine: what a step trains on, at which rate, and what it reports."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qkit.backend import Backend
-from qkit.errors import QkitError
+from qkit.backend import TopLogits, Trainer
+from qkit.errors import DivergedError
+from qkit.training.data import Sequences, Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step's report: its number from 1, and the loss before it in nats per token."""
+    """One step's report: its number from 1, the loss before it in nats per token, its learning rate, its tokens."""
 
     number: int
     loss: float
+    learning_rate: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """What each step trains on: `accumulation` micro-batches of `batch` sequences of `data`, in an order from `seed`.
+
+    `top` gives a teacher's logits for sequences by number, where there is a file of them.
+    """
+
+    data: Sequences
+    batch: int
+    accumulation: int
+    seed: int
+    top: Callable[[Sequence[int]], TopLogits] | None = None
+
+    def at(self, step: int) -> tuple[list[Tokens], list[TopLogits]]:
+        """Micro-batches [batch, length + 1] and their targets, the same whenever they are asked for."""
+        size = self.batch * self.accumulation
+        numbers = self.data.numbers(step, size=size, seed=self.seed).reshape(self.accumulation, self.batch)
+        return [self.data.rows(part) for part in numbers], [
+            self.top(part.tolist()) for part in numbers
+        ] if self.top else []
 
 
 def train(
-    engine: Backend,
-    model: Any,
-    batches: Iterator[NDArray[np.int32]],
+    trainer: Trainer,
+    order: Order,
     *,
-    steps: int,
-    learning_rate: float,
-    warmup: int,
-    weight_decay: float,
+    first: int,
+    last: int,
+    rate: Callable[[int], float],
+    before: Callable[[int], None],
 ) -> Iterator[Step]:
-    """Trains `model` in place, a step each time the iterator is advanced.
+    """Steps `first` to `last`, one each time the iterator is advanced. Nothing is remembered between them but by `trainer`.
 
-    The learning rate climbs over `warmup` steps and falls by a cosine to a tenth.
+    Args:
+        rate: the learning rate of a step.
+        before: called with the number of each step, before it: see `schedule.switching`.
 
     Raises:
-        QkitError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
     """
-    trainer = engine.trainer(model, weight_decay=weight_decay)
-    for number in range(1, steps + 1):
-        loss = trainer.step(next(batches), learning_rate=learning_rate * schedule(number, steps=steps, warmup=warmup))
+    for number in range(first, last + 1):
+        before(number)
+        batches, targets = order.at(number)
+        learning_rate = rate(number)
+        loss = trainer.step(batches, learning_rate=learning_rate, targets=targets)
         if not math.isfinite(loss):
-            raise QkitError(f"the loss is {loss} at step {number}: lower the learning rate (now {learning_rate:g})")
-        yield Step(number, loss)
-
-
-def schedule(number: int, *, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate at step `number` of 1 .. `steps`."""
-    if number <= warmup:
-        return number / warmup
-    progress = (number - warmup) / max(1, steps - warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+            raise DivergedError(f"the loss is {loss} at step {number}: lower the learning rate (now {learning_rate:g})")
+        yield Step(number, loss, learning_rate, sum(tokens[:, 1:].size for tokens in batches))

@@ -1,0 +1,198 @@
+"""The Triton kernels themselves: one pass over the memory of one tensor, or of many in one launch. `launch` calls them.
+
+Groups up to a tile's width are held in registers between reading and writing; longer ones are read twice, the second time
+from the cache. Constants of a grid come as a tuple, `launch.constants`.
+"""
+
+import triton
+import triton.language as tl
+
+from qkit_torchao.kernels import (
+    bits,
+    extremes,
+    floats,
+    larger,
+    load,
+    narrow,
+    place,
+    signs_matter,
+    small_code,
+    small_value,
+    smaller,
+    steps,
+    tile,
+    units,
+)  # fmt: skip
+
+
+@triton.jit
+def values_of_many(
+    sources, targets, blocks, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    FULL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The quantized values of many weights; of those whose gate is off, the weights themselves.
+
+    `blocks` int64 [programs, 5]: where a program's part of source and target begins, in elements from `sources` and `targets`
+    on; addresses of the gate (a byte) and of the peak (its bits, for nvfp4); and how many groups are left in the tensor.
+    """
+    TYPE: tl.constexpr = targets.dtype.element_ty
+    block = blocks + 5 * tl.program_id(0)
+    source = place(sources, block, 0, sources.dtype.element_ty)
+    target = place(targets, block, 1, TYPE)
+    gate = tl.load(tl.load(block + 2).to(tl.pointer_type(tl.uint8)))
+    offsets, mask = tile(tl.load(block + 4), GROUPS, GROUP, WIDTH, FULL)
+    peak = 0
+    if GRID[0] == "nvfp4":
+        peak = tl.load(tl.load(block + 3).to(tl.pointer_type(tl.int32)))
+    if GROUP <= WIDTH:
+        x = load(source + offsets, mask)
+        if gate != 0:
+            high, low = extremes(x, GRID, INTERPRETED)
+            s, reciprocal, z, _ = steps(high, low, peak, GRID, INTERPRETED)
+            x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
+        put(target + offsets, x, mask, TYPE, INTERPRETED)
+    else:
+        s, reciprocal, z, _ = long_steps(source, peak, GRID, GROUP, WIDTH, INTERPRETED)
+        for begin in range(0, GROUP, WIDTH):
+            inside = offsets < GROUP - begin
+            x = load(source + begin + offsets, inside)
+            if gate != 0:
+                x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
+            put(target + begin + offsets, x, inside, TYPE, INTERPRETED)
+
+
+@triton.jit
+def long_steps(source, peak, GRID: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`steps` of one group that is longer than a tile."""
+    offsets = tl.arange(0, WIDTH)[None, :]
+    highest = tl.zeros([1, WIDTH], tl.float32)
+    lowest = tl.zeros([1, WIDTH], tl.float32)
+    for begin in range(0, GROUP, WIDTH):
+        x = load(source + begin + offsets, offsets < GROUP - begin)
+        if signs_matter(GRID):
+            highest, lowest = larger(highest, x), smaller(lowest, x)
+        else:
+            highest = larger(highest, tl.abs(x))
+    high, low = extremes(highest, GRID, INTERPRETED)
+    if signs_matter(GRID):
+        _, low = extremes(lowest, GRID, INTERPRETED)
+    return steps(high, low, peak, GRID, INTERPRETED)
+
+
+@triton.jit
+def put(address, x, mask, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Writes float32 `x` in `TYPE`."""
+    tl.store(address, narrow(x, TYPE, INTERPRETED), mask=mask)
+
+
+@triton.jit
+def peaks_of_many(
+    sources, blocks, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """Raises each tensor's peak to the bits of its largest magnitude. `blocks` as for `values_of_many`."""
+    block = blocks + 5 * tl.program_id(0)
+    offsets, mask = tile(tl.load(block + 4), GROUPS, GROUP, WIDTH, FULL)
+    x = load(place(sources, block, 0, sources.dtype.element_ty) + offsets, mask)
+    most = tl.max(tl.max(bits(x) & 0x7FFFFFFF, axis=1), axis=0)
+    peak = tl.load(block + 3).to(tl.pointer_type(tl.int32))
+    if most > tl.load(peak):  # as few do, once some have: atomic operations on one address wait for each other
+        tl.atomic_max(peak, most)
+
+
+@triton.jit
+def one(
+    source, values, codes, scales, zeros, factors, peak, count, GRID: tl.constexpr, GROUPS: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, FULL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), as far as there is room for them.
+
+    `CODES`: `bytes`, one code each; else two unsigned four-bit codes to a byte (of symmetric integers, code + 8), the first low
+    in `pairs`, and high in `tiles`. `peak` holds the bits of the largest magnitude of the tensor, for nvfp4.
+    """
+    first = tl.program_id(0) * GROUPS
+    start = first.to(tl.int64) * GROUP
+    groups = first + tl.arange(0, GROUPS)
+    offsets, mask = tile(count - first, GROUPS, GROUP, WIDTH, FULL)
+    tensor_peak = 0
+    if GRID[0] == "nvfp4":
+        tensor_peak = tl.load(peak)
+    if GROUP <= WIDTH:
+        x = load(source + start + offsets, mask)
+        high, low = extremes(x, GRID, INTERPRETED)
+        s, reciprocal, z, stored = steps(high, low, tensor_peak, GRID, INTERPRETED)
+        y = units(x, s, reciprocal, z, GRID, INTERPRETED)
+        if values is not None:
+            put(values + start + offsets, y * s[:, None], mask, values.dtype.element_ty, INTERPRETED)
+        if codes is not None:
+            if CODES == "bytes":
+                tl.store(codes + start + offsets, coded(x, y, z, GRID).to(codes.dtype.element_ty), mask=mask)
+            else:
+                halves, inside = tile(count - first, GROUPS, GROUP // 2, WIDTH // 2, FULL)
+                tl.store(codes + start // 2 + halves, paired(x, y, z, GRID, CODES).to(tl.uint8), mask=inside)
+    else:
+        s, reciprocal, z, stored = long_steps(source + start, tensor_peak, GRID, GROUP, WIDTH, INTERPRETED)
+        for begin in range(0, GROUP, WIDTH):
+            inside = offsets < GROUP - begin
+            x = load(source + start + begin + offsets, inside)
+            y = units(x, s, reciprocal, z, GRID, INTERPRETED)
+            if values is not None:
+                put(values + start + begin + offsets, y * s[:, None], inside, values.dtype.element_ty, INTERPRETED)
+            if codes is not None:
+                tl.store(codes + start + begin + offsets, coded(x, y, z, GRID).to(codes.dtype.element_ty), mask=inside)
+    if factors is not None:
+        tl.store(factors + groups, s, mask=groups < count)
+    if codes is not None:
+        if GRID[0] == "nvfp4":
+            stored = small_code(stored, stored, 3, -6, 8)
+        tl.store(scales + groups, stored.to(scales.dtype.element_ty), mask=groups < count)
+        if GRID[0] == "minmax":
+            tl.store(zeros + groups, z.to(tl.uint8), mask=groups < count)
+
+
+@triton.jit
+def coded(x, y, z, GRID: tl.constexpr):
+    """The codes of `x`, which is `y` in units of its steps, as int32."""
+    if GRID[4] > 0:
+        c = small_code(y, x, GRID[4], GRID[5], GRID[12])
+    elif GRID[0] == "minmax":
+        c = (y + z[:, None]).to(tl.int32)
+    else:
+        c = y.to(tl.int32)
+    return c
+
+
+@triton.jit
+def paired(x, y, z, GRID: tl.constexpr, CODES: tl.constexpr):
+    """As `coded`, but two to a number. Integers are put together as floats, which saves half of the conversions."""
+    if GRID[4] > 0:
+        c = small_code(y, x, GRID[4], GRID[5], GRID[12])
+    elif GRID[0] == "minmax":
+        c = y + z[:, None]
+    else:
+        c = y - GRID[2]
+    first, second = tl.split(c.reshape(c.shape[0], c.shape[1] // 2, 2))
+    if CODES == "pairs":
+        pair = first + second * 16
+    else:
+        pair = first * 16 + second
+    return pair.to(tl.int32)
+
+
+@triton.jit
+def decode(
+    codes, scales, values, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """What the codes of a row, a byte each, and its scale mean; a row for each program."""
+    group = tl.program_id(0)
+    for begin in range(0, GROUP, WIDTH):
+        offsets = begin + tl.arange(0, WIDTH)
+        where = group.to(tl.int64) * GROUP + offsets
+        c = tl.load(codes + where, mask=offsets < GROUP, other=0).to(tl.int32)
+        s = tl.load(scales + group)
+        if GRID[4] > 0:
+            x = small_value(c, GRID[4], GRID[5], GRID[12])
+            s = floats(s.to(tl.int32) << 23)
+        else:
+            x = c.to(tl.float32)
+        put(values + where, x * s, offsets < GROUP, values.dtype.element_ty, INTERPRETED)

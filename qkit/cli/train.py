@@ -1,0 +1,180 @@
+"""`qkit train MODEL OUT --recipe R --data FILES`, or `qkit train run.toml`: shown as it happens. The work: `qkit.training`."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qkit.cli.console import console, errors
+
+if TYPE_CHECKING:
+    from qkit.training import Outcome
+
+
+def train(
+    model: Annotated[
+        Path, typer.Argument(help="A Hugging Face directory, float or quantized; or a run file, run.toml.")
+    ],
+    out: Annotated[Path | None, typer.Argument(help="Where the artifact goes; checkpoints go to OUT.run.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file; 'float' trains without one."),
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="A file or a shell pattern, in quotes; more than once.")
+    ] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="Text to measure on; else a part of the data.")] = None,
+    backend: Annotated[str | None, typer.Option(help="The engine that trains: torchao or mlx.")] = None,
+    device: Annotated[str | None, typer.Option(help="Its device.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; once over the data if left out.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch [8].")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a sequence [512].")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches in a step [1].")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The peak [1e-5].")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant [linear].")] = None,
+    warmup: Annotated[str | None, typer.Option(help="A share of the steps, or a number of them [0.03].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the data, and of dropout [0].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the masters: float32 or bfloat16 [float32].")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps [200].")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps; before and after if left out.")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
+    replace: Annotated[bool | None, typer.Option(help="Replace an artifact of qkit's in OUT.")] = None,
+    key: Annotated[
+        list[str] | None, typer.Option("--set", help="Any key of a run file, as TOML: --set quantization.start=100")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
+) -> None:
+    """Train a model on the grid that it will be shipped on; interrupted, the same command goes on where it was."""
+    from qkit.training import read_run, run_from_table, train_model  # here, so that other commands start fast
+    from qkit.training.curve import draw_log
+    from qkit.training.folder import LOG
+
+    given = {
+        "out": out,
+        "recipe": recipe,
+        "data": data,
+        "held_out": held_out,
+        "backend": backend,
+        "device": device,
+        "steps": steps,
+        "batch": batch,
+        "length": length,
+        "accumulation": accumulation,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup": warmup and _value("warmup", warmup),
+        "seed": seed,
+        "dtype": dtype,
+        "checkpoint_every": checkpoint_every,
+        "evaluate_every": evaluate_every,
+        "gradient_checkpointing": gradient_checkpointing,
+        "replace": replace,
+    }
+    table = read_run(model) if model.suffix == ".toml" else {"model": str(model)}
+    table |= {
+        name: str(value) if isinstance(value, Path) else value for name, value in given.items() if value is not None
+    }
+    for text in key or ():
+        _put(table, text)
+    run = run_from_table(table)
+    if as_json:
+        train_model(run, tell=_print_json)
+        return
+    with _Bar() as bar:
+        outcome = train_model(run, tell=bar)
+    console.print(_table(outcome))
+    console.print(f"{outcome.folder}: the artifact", highlight=False)
+    if find_spec("matplotlib"):
+        picture = Path(outcome.run_folder) / "loss.png"
+        draw_log(Path(outcome.run_folder) / LOG, picture)
+        console.print(f"{picture}: the loss curve", highlight=False)
+
+
+def _put(table: dict[str, Any], text: str) -> None:
+    """Puts `a.b=value` into `table`."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r}: want KEY=VALUE")
+    *outer, last = name.strip().split(".")
+    for part in outer:
+        table = table.setdefault(part, {})
+    table[last] = _value(name, value)
+
+
+def _value(name: str, text: str) -> Any:
+    """`text` as TOML; as it is where it is none, so that words need no quotes."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _print_json(event: Mapping[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(event))
+
+
+class _Bar:
+    """Progress on standard error where that is a terminal, else a line for each evaluation and checkpoint."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+        self._task = self._bar.add_task("reading", total=None)
+
+    def __enter__(self) -> "_Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Shows one event."""
+        kind, step = event["event"], event["step"]
+        if kind in ("start", "resume"):
+            self._bar.update(self._task, total=event["steps"], completed=step)
+            how = f"from step {step} on" if kind == "resume" else "from the beginning"
+            errors.print(
+                f"{event['steps']} steps on {event['backend']} {how}, tokens by {event['tokens']}, "
+                f"{event['held_out']} sequences held out",
+                highlight=False,
+            )
+        elif kind == "step":
+            text = (
+                f"step {step}  loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  "
+                f"{event['seconds_left']:.0f} s left"
+            )
+            self._bar.update(self._task, completed=step, description=text)
+        elif kind == "evaluation":
+            errors.print(f"step {step}: held-out loss {event['loss']:.4f}", highlight=False)
+
+
+def _table(outcome: "Outcome") -> Table:
+    table = Table("", "", show_header=False)
+    held_out = (outcome.held_out_before, outcome.held_out_after, outcome.held_out_saved)
+    before, after, saved = ("nothing held out" if loss is None else f"{loss:.4f}" for loss in held_out)
+    difference = outcome.forward_difference
+    for name, value in (
+        ("loss, first steps", f"{outcome.first_loss:.4f} nats per token"),
+        ("loss, last steps", f"{outcome.last_loss:.4f}"),
+        ("held-out loss before", before),
+        ("held-out loss after", after),
+        ("held-out loss of the artifact, opened again", saved),
+        (
+            "largest logit difference, trained to converted",
+            "not quantized" if difference is None else f"{difference:g}",
+        ),
+        ("steps", f"{outcome.steps:,}"),
+        ("tokens", f"{outcome.tokens:,}"),
+        ("seconds of training", f"{outcome.seconds:.0f}"),
+    ):
+        table.add_row(name, value)
+    return table

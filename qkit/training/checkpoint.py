@@ -1,0 +1,95 @@
+"""Checkpoints of a training run: one safetensors file each, complete or absent, the last two kept."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.artifact.tensors import read_file
+from qkit.checkpoint.layout import SINGLE, WORDS, Slot, lay_out
+from qkit.checkpoint.pen import write_all
+from qkit.checkpoint.swap import sync_folder
+from qkit.errors import ArtifactError, DivergedError
+
+KEY = "qkit_run"  #: the one metadata key
+KEPT = 2
+PATTERN = "checkpoint-*.safetensors"
+FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A checkpoint that was read: its file, the run it is of as plain values, and the trainer's state, mapped."""
+
+    file: Path
+    about: dict[str, Any]
+    state: dict[str, NDArray[Any]]
+
+    @property
+    def step(self) -> int:
+        """Steps that were taken."""
+        return int(self.state["steps"])
+
+
+def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str, Any]) -> Path:
+    """Adds the checkpoint of `state` to `folder`, durable when this returns, and removes all but the last two.
+
+    Raises:
+        DivergedError: a weight or a moment is not finite; nothing is written.
+        OSError: the disk is full, and so on; the checkpoints before are as they were.
+    """
+    check_finite(state)
+    file = folder / f"checkpoint-{int(state['steps']):08d}.safetensors"
+    aside = folder / ".checkpoint.writing"
+    slots = [Slot(name, WORDS[array.dtype.name], array.shape) for name, array in state.items()]
+    whole = lay_out(slots, metadata={KEY: json.dumps(about, sort_keys=True)}, shard_bytes=1 << 62)
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(descriptor, whole.headers[SINGLE], 0)
+        for name, array in state.items():
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            write_all(descriptor, data, whole.places[name].begin)
+        os.fsync(descriptor)
+    except OSError as error:
+        aside.unlink(missing_ok=True)  # room for whatever comes next
+        raise OSError(error.errno, error.strerror, str(file)) from None  # by name
+    finally:
+        os.close(descriptor)
+    os.rename(aside, file)
+    sync_folder(folder)
+    for old in sorted(folder.glob(PATTERN))[:-KEPT]:
+        old.unlink()
+    return file
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The last checkpoint in `folder`, if there is one.
+
+    Raises:
+        ArtifactError: it is unsound, or not one of qkit's; the message names it.
+    """
+    files = sorted(folder.glob(PATTERN))
+    if not files:
+        return None
+    state, metadata = read_file(files[-1])
+    try:
+        about = dict(json.loads(metadata[KEY]))
+        int(state["steps"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{files[-1]} is no checkpoint of qkit's ({error!r}): remove it to go on from the one before"
+        ) from None
+    return Checkpoint(files[-1], about, state)
+
+
+def check_finite(state: Mapping[str, NDArray[Any]]) -> None:
+    """Raises DivergedError for the first weight or moment that is not finite; static ranges begin as infinite."""
+    for name, array in state.items():
+        if array.dtype in FLOATS and not name.endswith("_range") and not np.isfinite(array).all():
+            raise DivergedError(f"{name} is not finite after step {int(state['steps'])}: lower the learning rate")

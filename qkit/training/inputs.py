@@ -1,0 +1,84 @@
+"""What a run names, opened: its engine, its text, its teacher. And a teacher's logits written down, for runs to come."""
+
+from pathlib import Path
+from typing import Any
+
+from qkit import artifact
+from qkit.artifact.directory import read_config
+from qkit.backend import Backend
+from qkit.errors import BackendError, RunError
+from qkit.interop import snapshot
+from qkit.registry import backend as choose
+from qkit.training.data import Sequences, sequences, split
+from qkit.training.run import Run
+from qkit.training.teacher import write_top
+from qkit.training.text import find, read_text
+
+
+def check_files(run: Run) -> None:
+    """Refuses text that is not there, before anything slow is done.
+
+    Raises:
+        RunError: see `find`.
+    """
+    find(run.data)
+    find(run.held_out)
+
+
+def engine_of(run: Run) -> Backend:
+    """The engine that trains, on the run's device.
+
+    Raises:
+        BackendError: it cannot train, or has no such device.
+    """
+    engine = choose(run.backend)
+    if not hasattr(engine, "trainer"):
+        raise BackendError(
+            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
+        )
+    return engine.on(run.device) if run.device else engine
+
+
+def text_of(run: Run, source: snapshot.Snapshot) -> tuple[Sequences, Sequences, str]:
+    """What is trained on, what is held out, and what tokens are, for the model in `source`.
+
+    Raises:
+        RunError: the text or the length does not fit the model.
+    """
+    config = source.config or {}
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and run.length > longest:
+        raise RunError(f"length is {run.length}, and the model has positions for {longest}: make it shorter")
+    text = read_text(run.data, folder=run.model, config=config)
+    data = sequences(text.tokens, length=run.length, name=text.name)
+    if not run.held_out:
+        return *split(data), text.kind
+    other = read_text(run.held_out, folder=run.model, config=config)
+    return data, sequences(other.tokens, length=run.length, name=other.name), text.kind
+
+
+def teacher_of(engine: Backend, folder: Path, source: snapshot.Snapshot) -> Any:
+    """The teacher in `folder`, in its own type.
+
+    Raises:
+        RunError: its vocabulary is not that of `source`.
+    """
+    theirs, ours = ((config or {}).get("vocab_size") for config in (read_config(folder), source.config))
+    if theirs != ours:
+        raise RunError(f"the teacher {folder} has a vocabulary of {theirs}, and {source.folder} one of {ours}")
+    return artifact.load(folder, backend=engine)
+
+
+def teach(run: Run, file: Path, *, top: int) -> None:
+    """Writes the `top` largest logits of the run's teacher, a directory, on all that the run trains on, into `file`.
+
+    The same run with `file` for a teacher then learns from them. See `write_top`.
+
+    Raises:
+        RunError: the run has no such teacher; or see `text_of` and `teacher_of`.
+    """
+    if run.distillation is None or not run.distillation.teacher.is_dir():
+        raise RunError("the run names no directory as distillation.teacher")
+    engine, source = engine_of(run), snapshot.read(run.model)
+    data, _, _ = text_of(run, source)
+    write_top(engine, teacher_of(engine, run.distillation.teacher, source), data, file, k=top)

@@ -1,0 +1,239 @@
+"""A run from directory to artifact: masters, training with checkpoints, conversion, and the proof that it is what was trained."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import qkit
+from qkit import artifact, pipeline
+from qkit.backend import Backend, Trainer
+from qkit.errors import DivergedError
+from qkit.interop import snapshot
+from qkit.qtensor import DType
+from qkit.switches import calibrating
+from qkit.training import checkpoint
+from qkit.training.data import Sequences
+from qkit.training.folder import Log, beside, check_out, check_same, locked, read_log
+from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
+from qkit.training.loop import Order, train
+from qkit.training.model import adapted, describe, digest, dtype_of, masters, prepared
+from qkit.training.rates import rate, warmup_steps
+from qkit.training.run import Run, run_table
+from qkit.training.schedule import switching
+from qkit.training.teacher import read_top
+
+Tell = Callable[[Mapping[str, Any]], None]  #: takes each event: what the log holds, as plain values
+CALIBRATION = 8  #: batches that find static ranges before the first step
+SMOOTH = 20  #: steps that first and last losses are the mean of, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to. Losses are nats per token; held-out ones None where nothing is held out.
+
+    Attributes:
+        steps, tokens, seconds: in all, and the time of training in this process.
+        first_loss, last_loss: of training, means over up to 20 steps.
+        held_out_before, held_out_after: of the model as it is quantized, before the first and after the last step.
+        held_out_saved: of the artifact, opened again in the type it was saved in.
+        forward_difference: the largest difference of a logit before and after `convert`; None where nothing was quantized.
+        folder: the artifact; checkpoints and the log are in `run_folder`.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    held_out_before: float | None
+    held_out_after: float | None
+    held_out_saved: float | None
+    forward_difference: float | None
+    folder: str
+    run_folder: str
+
+
+def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
+    """Carries out `run`; one that was interrupted goes on from its last checkpoint.
+
+    Leaves the artifact in `run.out`, and in the folder beside it `log.jsonl` and the last two checkpoints.
+
+    Raises:
+        RunError: the run does not fit its model, its text, or the checkpoints that are there.
+        DivergedError: the loss or a weight is no longer finite; the message names the last good checkpoint.
+        LockedError: another process trains for the same folder.
+        BackendError, RecipeError, GridError, ArtifactError, OSError: as their causes.
+    """
+    check_out(run.out, replace=run.replace)
+    check_files(run)
+    engine, folder = engine_of(run), beside(run.out)
+    with locked(folder):
+        source = snapshot.read(run.model)
+        model, recipe = prepared(engine, masters(engine, source, dtype=run.dtype), source, run.recipe)
+        model = adapted(model, run.adapter)
+        data, unseen, kind = text_of(run, source)
+        steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
+        run = replace(run, steps=steps)
+        about = {
+            "qkit": qkit.__version__,
+            "run": run_table(run),
+            "recipe": describe(recipe),
+            "model": digest(source),
+            "text": data.digest(),
+        }
+        found = checkpoint.newest(folder)
+        if found:
+            check_same(found, about)
+        trainer, order = _trainer(run, engine, model, data, source)
+        if found:
+            trainer.restore(found.state)
+        else:
+            _calibrate(engine, model, order)
+        log = Log(folder, after=found.step if found else -1)
+
+        def record(event: str, step: int, **more: Any) -> None:
+            log.add({"event": event, "step": step, **more})
+            tell({"event": event, "step": step, **more})
+
+        began = found.step if found else 0
+        start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
+        record("resume" if found else "start", began, **start, run=about["run"])
+        seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began)
+        outcome = _finish(run, engine, model, unseen, order, log, seconds, dtype=dtype_of(source))
+        record("end", steps, **asdict(outcome))
+        return outcome
+
+
+def _trainer(
+    run: Run, engine: Backend, model: Any, data: Sequences, source: snapshot.Snapshot
+) -> tuple[Trainer, Order]:
+    teacher = top = None
+    if run.distillation and run.distillation.teacher.is_file():
+        top = read_top(run.distillation.teacher, data)
+    elif run.distillation:
+        teacher = teacher_of(engine, run.distillation.teacher, source)
+    trainer = engine.trainer(
+        model,
+        weight_decay=run.weight_decay,
+        betas=run.betas,
+        clip=run.clip,
+        seed=run.seed,
+        autocast=run.autocast,
+        compiled=run.compile,
+        recompute=run.gradient_checkpointing,
+        distillation=run.distillation.loss if run.distillation else None,
+        teacher=teacher,
+    )
+    return trainer, Order(data, run.batch, run.accumulation, run.seed, top)
+
+
+def _calibrate(engine: Backend, model: Any, order: Order) -> None:
+    """Finds the static ranges that are not found by training itself."""
+    if any(layer.rule and layer.rule.range == "calibrated" for layer in engine.layers(model)):
+        with calibrating(model, backend=engine):
+            for step in range(1, CALIBRATION + 1):
+                for tokens in order.at(step)[0]:
+                    engine.loss(model, tokens)
+
+
+def _train(
+    run: Run,
+    engine: Backend,
+    model: Any,
+    trainer: Trainer,
+    order: Order,
+    unseen: Sequences,
+    record: Callable[..., None],
+    about: Mapping[str, Any],
+    folder: Path,
+    began: int,
+) -> float:
+    """Steps `began` + 1 to the last; returns how many seconds they took."""
+    assert run.steps is not None
+    warmup, spent, tokens = warmup_steps(run.warmup, run.steps), 0.0, 0
+    if began == 0 and len(unseen):
+        record("evaluation", 0, loss=_held_out(engine, model, unseen))
+    steps = train(
+        trainer,
+        order,
+        first=began + 1,
+        last=run.steps,
+        rate=lambda step: rate(step, peak=run.learning_rate, steps=run.steps or 1, warmup=warmup, shape=run.schedule),
+        before=switching(engine, model, run.quantization),
+    )
+    try:
+        clock = perf_counter()
+        for step in steps:
+            spent, tokens = spent + perf_counter() - clock, tokens + step.tokens
+            speed = {
+                "tokens_per_second": tokens / spent,
+                "seconds_left": spent / (step.number - began) * (run.steps - step.number),
+            }
+            record("step", step.number, loss=step.loss, learning_rate=step.learning_rate, tokens=step.tokens, **speed)
+            last = step.number == run.steps
+            if len(unseen) and (last or (run.evaluate_every and step.number % run.evaluate_every == 0)):
+                record("evaluation", step.number, loss=_held_out(engine, model, unseen))
+            if last or step.number % run.checkpoint_every == 0:
+                record("checkpoint", step.number, file=str(checkpoint.write(folder, trainer.state(), about=about)))
+            clock = perf_counter()
+    except DivergedError as error:
+        good = sorted(folder.glob(checkpoint.PATTERN))
+        raise DivergedError(
+            f"{error}; the last good checkpoint is {good[-1] if good else 'none: there is not one yet'}"
+        ) from None
+    return spent
+
+
+def _finish(
+    run: Run, engine: Backend, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: DType
+) -> Outcome:
+    shown = unseen if len(unseen) else order.data
+    few = shown.rows(shown.chosen[:1])[:, :-1]
+    difference = None
+    if any(layer.stage == "prepared" for layer in engine.layers(model)):
+        with _on(engine, model):
+            before = engine.logits(model, few)
+        model = pipeline.convert(model, backend=engine)
+        difference = float(np.abs(engine.logits(model, few) - before).max())
+    artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
+    saved = engine.loss(artifact.load(run.out, backend=engine), unseen.all) if len(unseen) else None
+    events = read_log(log.file)
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    held_out = [event["loss"] for event in events if event["event"] == "evaluation"]
+    few_steps = max(1, min(SMOOTH, len(losses) // 2))
+    return Outcome(
+        steps=len(losses),
+        tokens=sum(event["tokens"] for event in events if event["event"] == "step"),
+        seconds=seconds,
+        first_loss=float(np.mean(losses[:few_steps])),
+        last_loss=float(np.mean(losses[-few_steps:])),
+        held_out_before=held_out[0] if held_out else None,
+        held_out_after=held_out[-1] if held_out else None,
+        held_out_saved=saved,
+        forward_difference=difference,
+        folder=str(run.out),
+        run_folder=str(log.file.parent),
+    )
+
+
+def _held_out(engine: Backend, model: Any, unseen: Sequences) -> float:
+    with _on(engine, model):
+        return engine.loss(model, unseen.all)
+
+
+@contextmanager
+def _on(engine: Backend, model: Any) -> Iterator[None]:
+    """Every prepared layer quantizes, as it will once it is converted, whatever the schedule says."""
+    off = [layer for layer in engine.layers(model) if layer.stage == "prepared" and layer.mode == "off"]
+    for layer in off:
+        engine.switch(layer.module, "on")
+    try:
+        yield
+    finally:
+        for layer in off:
+            engine.switch(layer.module, "off")

@@ -1,0 +1,117 @@
+"""A directory as a model to train: float masters of one type, whatever is in the files, and a recipe for them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import reference
+from qkit.backend import Backend
+from qkit.errors import RunError
+from qkit.interop.packed import unpack
+from qkit.interop.snapshot import Snapshot, join
+from qkit.pipeline import prepare
+from qkit.qtensor import DTYPES, DType
+from qkit.recipe import Recipe, Rule, rule_table
+from qkit.registry import recipe as find_recipe
+from qkit.static import static_contents
+from qkit.training.run import FLOAT
+
+TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def masters(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
+    """The float model in `source` on `engine`, its numbers in `dtype`; codes become the values that they stand for.
+
+    Raises:
+        RunError: there is no config.json.
+        ArtifactError, BackendError: see `Backend.fill` and `Backend.build`.
+    """
+    if source.config is None:
+        raise RunError(f"{source.folder} has no config.json: qkit train builds the model by it")
+    tensors = {name: array for name, array in source.tensors.items() if name not in _static(source)}
+    for path, held in source.weights.items():
+        q = replace(unpack(held.read()), dtype="float32")
+        tensors[join(path, "weight")] = reference.dequantize(q)
+    model = engine.build({**source.config, "dtype": dtype, "torch_dtype": dtype})
+    engine.fill(model, {name: _cast(array, TYPES[dtype]) for name, array in tensors.items()})
+    return model
+
+
+def prepared(engine: Backend, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
+    """`model` on the grids of `recipe`, or of `source` if that is None; and the recipe, None where there is none.
+
+    Raises:
+        RunError: `source` is a float model, and no recipe is given.
+        RecipeError, GridError: the recipe is unknown or does not fit.
+    """
+    if recipe == FLOAT:
+        return model, None
+    chosen = _own(engine, model, source) if recipe is None else find_recipe(recipe)
+    return prepare(model, chosen, backend=engine), chosen
+
+
+def adapted(model: Any, table: Mapping[str, Any]) -> Any:
+    """`model` with the adapters that the run's `adapter` table asks for; as it is where the table is empty.
+
+    Raises:
+        RunError: it asks for any: they are not there yet.
+    """
+    if table:
+        raise RunError("adapter: qkit train has no adapters yet: leave the table out to train all weights")
+    return model
+
+
+def describe(recipe: Recipe | None) -> dict[str, Any]:
+    """A recipe as plain values, by which a run that goes on knows it again."""
+    if recipe is None:
+        return {"name": FLOAT}
+    return {"name": recipe.name, "version": recipe.version, "rules": [rule_table(rule) for rule in recipe.rules]}
+
+
+def digest(source: Snapshot) -> str:
+    """SHA-256 of the model: its configuration and every tensor's bytes. Reads it once."""
+    found = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
+    found.update(source.digest().encode())
+    return found.hexdigest()
+
+
+def dtype_of(source: Snapshot) -> DType:
+    """The type that the model's configuration says its numbers are of."""
+    config = source.config or {}
+    said = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    for dtype in DTYPES:
+        if said == dtype:
+            return dtype
+    raise RunError(f"{source.folder / 'config.json'}: dtype is {said!r}: want one of {', '.join(DTYPES)}")
+
+
+def _own(engine: Backend, model: Any, source: Snapshot) -> Recipe:
+    """The rules that `source` was quantized by, path by path; a tied head is on the grid of the embedding."""
+    if not source.weights:
+        raise RunError(f"{source.folder} is a float model: name a recipe, or {FLOAT!r} to train without one")
+    paths: dict[Rule, list[str]] = {}
+    for path, held in source.weights.items():
+        if held.unknown:
+            raise RunError(
+                f"{source.folder}: {path} quantizes {held.unknown} by a rule that is not qkit's: name a recipe"
+            )
+        paths.setdefault(replace(held.rule, match=("*",)), []).append(path)
+    for layer in engine.layers(model):
+        if layer.tied in source.weights and layer.kind != "other":
+            tied = Rule(("*",), kind=layer.kind, weight=source.weights[layer.tied].rule.weight)
+            paths.setdefault(tied, []).append(layer.path)
+    return Recipe(source.folder.name, tuple(replace(rule, match=tuple(mine)) for rule, mine in paths.items()))
+
+
+def _static(source: Snapshot) -> set[str]:
+    return {join(path, name) for path, held in source.weights.items() for name in static_contents(held.rule)}
+
+
+def _cast(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    return array.astype(dtype) if array.dtype.name in DTYPES else array

@@ -1,0 +1,206 @@
+"""A training run as a value: every key of a run file, checked once; the same on every engine."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from qkit.backend import Distillation
+from qkit.errors import RunError
+from qkit.training.rates import SHAPES, Shape
+from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
+
+FLOAT = "float"  #: in place of a recipe: train without one
+
+
+@dataclass(frozen=True, slots=True)
+class Teaching:
+    """Where a teacher's logits come from: a model's directory, or a file of `teach`; and how much they count."""
+
+    teacher: Path
+    loss: Distillation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        model: a Hugging Face directory, float or quantized; one that is quantized is trained from its values.
+        out: where the artifact goes; checkpoints and the log go beside it, into `OUT.run`.
+        data, held_out: files and shell patterns; without `held_out`, one sequence in twenty of `data`, at most 64.
+        recipe: a name or a TOML file; `float` trains without one; None takes the rules of a quantized `model`.
+        backend, device: None is the first engine that is ready, and its own device.
+        steps: optimizer steps; None is once over the data.
+        batch, length, accumulation: sequences in a micro-batch, tokens in each, micro-batches in a step.
+        learning_rate, schedule, warmup: the peak; its shape; a share of the steps (0.03) or a number of them (20).
+        weight_decay: of matrices. 0: pulling masters to zero pulls at the scales of their groups, so at the grid itself.
+        betas, clip: AdamW's; the largest norm of a gradient.
+        seed: of the order of the data, and of dropout.
+        dtype: of the masters; in bfloat16, a step of 1e-5 is mostly rounded away. `autocast` has float32 masters and bfloat16
+            products, where the engine can. What is saved has the type of `model`.
+        checkpoint_every, evaluate_every: steps; None evaluates before and after.
+        gradient_checkpointing, compile: see `Backend.trainer`.
+        replace: whether an artifact of qkit's in `out` may be replaced.
+        adapter: see `adapted`.
+        quantization: when to quantize.
+        distillation: a teacher, if any.
+
+    Raises:
+        RunError: a value is of the wrong type or out of range; the message names its key.
+    """
+
+    model: Path
+    out: Path
+    data: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+    recipe: str | None = None
+    backend: str | None = None
+    device: str | None = None
+    steps: int | None = None
+    batch: int = 8
+    length: int = 512
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    schedule: Shape = "linear"
+    warmup: float | int = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: bool = False
+    checkpoint_every: int = 200
+    evaluate_every: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool | None = None
+    replace: bool = False
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Schedule = field(default_factory=Schedule)
+    distillation: Teaching | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("data", "held_out"):
+            files = getattr(self, key)
+            _want(key, files, isinstance(files, tuple) and all(isinstance(f, str) and f for f in files), "file names")
+        _want("data", self.data, bool(self.data), "at least one file")
+        for key in ("recipe", "backend", "device"):
+            text = getattr(self, key)
+            _want(key, text, text is None or (isinstance(text, str) and bool(text)), "a name")
+        for key in ("batch", "length", "accumulation", "checkpoint_every"):
+            _want(key, getattr(self, key), _whole(getattr(self, key), 1), "a whole number from 1 on")
+        for key in ("steps", "evaluate_every"):
+            number = getattr(self, key)
+            _want(key, number, number is None or _whole(number, 1), "a whole number from 1 on")
+        _want("seed", self.seed, _whole(self.seed, 0), "a whole number from 0 on")
+        for key in ("learning_rate", "clip"):
+            _want(key, getattr(self, key), _number(getattr(self, key)) and getattr(self, key) > 0, "a number above 0")
+        _want("learning_rate", self.learning_rate, math.isfinite(self.learning_rate), "a finite number")
+        _want("schedule", self.schedule, self.schedule in SHAPES, f"one of {', '.join(SHAPES)}")
+        share = isinstance(self.warmup, float) and 0 <= self.warmup < 1
+        _want("warmup", self.warmup, share or _whole(self.warmup, 0), "a share below 1, or a whole number of steps")
+        _want(
+            "weight_decay",
+            self.weight_decay,
+            _number(self.weight_decay) and self.weight_decay >= 0,
+            "a number from 0 on",
+        )
+        betas = (
+            isinstance(self.betas, tuple)
+            and len(self.betas) == 2
+            and all(_number(b) and 0 <= b < 1 for b in self.betas)
+        )
+        _want("betas", self.betas, betas, "two numbers from 0 to below 1")
+        _want("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        for key in ("autocast", "gradient_checkpointing", "replace"):
+            _want(key, getattr(self, key), isinstance(getattr(self, key), bool), "true or false")
+        _want("compile", self.compile, self.compile is None or isinstance(self.compile, bool), "true or false")
+        if self.autocast and self.dtype != "float32":
+            raise RunError(f"autocast is for float32 masters, and dtype is {self.dtype!r}: leave one of them out")
+
+
+def run_from_table(table: Mapping[str, Any]) -> Run:
+    """The run that a parsed TOML table describes.
+
+    Raises:
+        RunError: a key is unknown, missing or wrong; the message names it, and the nearest that there is.
+    """
+    known = [one.name for one in fields(Run)]
+    _only(table, known, "")
+    for key in ("model", "out", "data"):
+        if key not in table:
+            raise RunError(f"{key} is missing: a run needs model, out and data")
+    made = dict(table)
+    for key in ("model", "out"):
+        _want(key, made[key], isinstance(made[key], (str, Path)) and bool(str(made[key])), "a folder")
+        made[key] = Path(made[key])
+    for key in ("data", "held_out", "betas"):
+        if key in made:
+            many = [made[key]] if isinstance(made[key], str) else made[key]
+            _want(key, many, isinstance(many, Sequence), "a list")
+            made[key] = tuple(many)
+    for key in ("adapter", "quantization", "distillation"):
+        if key in made:
+            _want(key, made[key], isinstance(made[key], Mapping), "a table")
+    if "quantization" in made:
+        made["quantization"] = schedule_from_table(made["quantization"])
+    if "distillation" in made:
+        made["distillation"] = _teaching(made["distillation"])
+    return Run(**made)
+
+
+def run_table(run: Run) -> dict[str, Any]:
+    """The inverse of `run_from_table`, complete but for keys that are None: plain values, for files."""
+    table = {key: value for key, value in asdict(run).items() if value is not None}
+    table |= {"model": str(run.model), "out": str(run.out), "data": list(run.data), "held_out": list(run.held_out)}
+    table |= {"betas": list(run.betas), "quantization": schedule_table(run.quantization), "adapter": dict(run.adapter)}
+    if run.distillation:
+        table["distillation"] = {"teacher": str(run.distillation.teacher), **asdict(run.distillation.loss)}
+    return table
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """The table in a run file.
+
+    Raises:
+        RunError: it is missing, or not TOML.
+    """
+    import tomllib  # here, so that commands start fast
+
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RunError(f"{file}: {error}") from None
+
+
+def _teaching(table: Mapping[str, Any]) -> Teaching:
+    _only(table, ("teacher", "temperature", "weight"), "distillation.")
+    teacher, temperature, weight = table.get("teacher"), table.get("temperature", 1.0), table.get("weight", 1.0)
+    if not isinstance(teacher, (str, Path)) or not str(teacher):
+        raise RunError(f"distillation.teacher is {teacher!r}: want a model's directory, or a file of logits")
+    _want("distillation.temperature", temperature, _number(temperature) and temperature > 0, "a number above 0")
+    _want("distillation.weight", weight, _number(weight) and 0 < weight <= 1, "a number above 0, up to 1")
+    return Teaching(Path(teacher), Distillation(float(temperature), float(weight)))
+
+
+def _only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            close = get_close_matches(key, known, n=1, cutoff=0.5)
+            way_out = f"did you mean {where}{close[0]}?" if close else f"there is {', '.join(known)}"
+            raise RunError(f"unknown key {where}{key}: {way_out}")
+
+
+def _want(key: str, value: Any, good: bool, what: str) -> None:
+    if not good:
+        raise RunError(f"{key} is {value!r}: want {what}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

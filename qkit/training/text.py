@@ -1,0 +1,88 @@
+"""Files to token numbers, the same on every engine, by the tokenizer of a model's directory or byte by byte."""
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.errors import RunError
+from qkit.training.tokenizer import encode
+
+BYTES = range(256, 261)  #: vocabularies that are bytes, and up to four special tokens
+FOREIGN = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "merges.txt", "*.tiktoken")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text:
+    """What files hold, as tokens int32 [n]; and by what: `tokenizer.json` or `bytes`."""
+
+    tokens: NDArray[np.int32]
+    kind: str
+    name: str  #: of the files, for messages
+
+
+def find(patterns: Sequence[str]) -> list[Path]:
+    """The files that names and shell patterns stand for, each once, sorted within a pattern.
+
+    Raises:
+        RunError: one stands for none, or a file is empty.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        files = [file for file in files if Path(file).is_file()]
+        if not files:
+            raise RunError(f"data: {pattern!r} stands for no file")
+        found.update(dict.fromkeys(map(Path, files)))
+    for file in found:
+        if not file.stat().st_size:
+            raise RunError(f"data: {file} is empty: leave it out, or fill it")
+    return list(found)
+
+
+def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any]) -> Text:
+    """The tokens of files, one after another, for the model in `folder`.
+
+    Args:
+        config: of the model: its `vocab_size` has to hold every token.
+
+    Raises:
+        RunError: see `find`; or the model has no tokenizer that qkit knows, or another's, or a file is not UTF-8.
+    """
+    files, vocabulary = find(patterns), _vocabulary(folder, config)
+    name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.is_file():
+        return Text(
+            np.concatenate(encode([_decoded(f) for f in files], tokenizer, vocabulary=vocabulary)), tokenizer.name, name
+        )
+    strange = sorted(file.name for pattern in FOREIGN for file in folder.glob(pattern))
+    if strange:
+        raise RunError(
+            f"{folder / strange[0]} is no tokenizer that qkit opens: let transformers save it as tokenizer.json"
+        )
+    if vocabulary not in BYTES:
+        raise RunError(
+            f"{folder} has no tokenizer.json, and a vocabulary of {vocabulary} is not one of bytes (256 to 260): put the model's "
+            "tokenizer there"
+        )
+    data = np.concatenate([np.frombuffer(file.read_bytes(), np.uint8) for file in files])
+    return Text(data.astype(np.int32), "bytes", name)
+
+
+def _vocabulary(folder: Path, config: Mapping[str, Any]) -> int:
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise RunError(f"{folder / 'config.json'} has no vocab_size: qkit train is for language models")
+    return size
+
+
+def _decoded(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"data: {file} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
