@@ -18,7 +18,7 @@ from qkit.recipe import Kind, Rule, Ste
 from qkit_mlx import adapters, learned, ops, surgery, training
 from qkit_mlx.adamw import AdamW
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
-from qkit_mlx.layers import forget, switch
+from qkit_mlx.layers import forget, hold, regrid, switch
 
 
 class MlxBackend:
@@ -121,6 +121,14 @@ class MlxBackend:
     def switch(self, module: Any, mode: Mode) -> None:
         """See `Backend.switch`."""
         switch(module, mode)
+
+    def hold(self, module: Any, on: bool) -> None:
+        """See `Backend.hold`."""
+        hold(module, on)
+
+    def regrid(self, module: Any, rule: Rule) -> None:
+        """See `Backend.regrid`."""
+        regrid(module, rule)
 
     def forget(self, module: Any) -> None:
         """See `Backend.forget`."""

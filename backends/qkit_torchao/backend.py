@@ -117,6 +117,14 @@ class TorchaoBackend:
         """See `Backend.switch`."""
         module.switch(mode)
 
+    def hold(self, module: Any, on: bool) -> None:
+        """See `Backend.hold`."""
+        module.hold(on)
+
+    def regrid(self, module: Any, rule: Rule) -> None:
+        """See `Backend.regrid`."""
+        module.regrid(rule)
+
     def forget(self, module: Any) -> None:
         """See `Backend.forget`."""
         module.forget()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from qkit.backend import Mode
 from qkit.element import AVERAGE
+from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
@@ -33,6 +34,7 @@ class _Prepared(nn.Module):
     gate: Tensor
     mode: Mode
     calibrating: bool
+    holding: bool
 
     @property
     def weight_grid(self) -> Grid:
@@ -49,6 +51,23 @@ class _Prepared(nn.Module):
         """See `qkit.backend.Backend.switch`."""
         self.mode, self.calibrating = mode, mode == "calibrating"
         self.gate.fill_(mode != "off")
+        if self.holding:
+            (values.release if mode == "off" else values.hold)(self.weight)
+
+    def hold(self, on: bool) -> None:
+        """See `qkit.backend.Backend.hold`."""
+        if on and (_cannot_keep(self) or products.kind(self.weight_grid, self.rule.activation)):
+            why = "are gathered or cannot be watched" if _cannot_keep(self) else "may be multiplied as codes"
+            raise BackendError(
+                f"values on {self.weight_grid} cannot be held, since these weights {why}: use interval 1"
+            )
+        self.holding = on
+        (values.hold if on and self.mode != "off" else values.release)(self.weight)
+
+    def regrid(self, rule: Rule) -> None:
+        """See `qkit.backend.Backend.regrid`."""
+        self.rule, self.grid_name, self.input_name = rule, str(rule.weight), str(rule.activation)
+        (values.hold if self.holding and self.mode != "off" else values.release)(self.weight)
 
     def forget(self) -> None:
         """See `qkit.backend.Backend.forget`."""
@@ -59,10 +78,12 @@ class _Prepared(nn.Module):
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
         weight, grid, ste = self.weight, self.weight_grid, self.rule.ste
         if torch.compiler.is_compiling():
+            if self.training and self.holding:
+                return compiled.held(weight, self.gate, self.grid_name, ste, dtype)
             return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if _cannot_keep(self):
+        if _cannot_keep(self) or (not self.training and self.holding):
             return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
         return straight_through.stand_in(weight, values.of(weight, grid, self.gate, dtype), grid, ste=ste)
 
@@ -124,7 +145,8 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.slot(x, "input", self.rule.activation)
-        if torch.compiler.is_compiling() and not _is_sharded(self):
+        stale = not self.training and self.holding
+        if torch.compiler.is_compiling() and not _is_sharded(self) and not stale:
             return compiled.linear(x, self.weight, self.bias, self.gate, self.grid_name, self.rule.ste, dtype)
         return F.linear(x, self.weight_values(dtype), self.bias)
 
@@ -152,7 +174,8 @@ class FakeEmbedding(_Prepared, nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
         options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
-        if torch.compiler.is_compiling() and self.weight_grid.by_rows:
+        held = self.training and self.holding
+        if torch.compiler.is_compiling() and self.weight_grid.by_rows and not held:
             rows = F.embedding(tokens, self.weight, *options)
             on_grid = straight_through.fake_quantize(rows, self.weight_grid, ste=self.rule.ste)
             return torch.where(self.gate, on_grid, rows)
@@ -168,7 +191,7 @@ def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> A
     made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)
     for name in static_names(rule):
         made.register_buffer(f"{name}_range", torch.tensor(EMPTY, device=device))
-    made.mode, made.calibrating = "on", False
+    made.mode, made.calibrating, made.holding = "on", False, False
     return made
 
 
