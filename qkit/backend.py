@@ -235,6 +235,22 @@ class Backend(Protocol):
         """Makes the static ranges of a prepared layer empty."""
         ...
 
+    def hold(self, module: Any, on: bool) -> None:
+        """Has a prepared layer train with the values that its weight has now, whatever becomes of it, until the next call.
+
+        Called again, the values are made anew; without `on`, they follow the weight again. In evaluation mode they always do.
+        Compiled functions obey, and compile once more at most. For layers without adapter that learn no scales.
+        """
+        ...
+
+    def regrid(self, module: Any, rule: Rule) -> None:
+        """Gives a prepared layer another rule in place; parameters, their names and the optimizer's state stay.
+
+        Compiled functions obey, and compile once more for each rule. For layers without adapter, and for rules of the same kind
+        with the same static ranges that learn no scales.
+        """
+        ...
+
     def pack(
         self,
         module: Any,

@@ -82,6 +82,11 @@ def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
     owner = next((other for other in planned if layer.tied and other.layer.path == layer.tied), None)
     if owner is None:
         return item
+    if item.rule and item.rule.scales == "learned":
+        raise RecipeError(
+            f"{layer.path}: its weight is tied to that of {layer.tied}, and two layers cannot learn one weight's scales: use "
+            'scales = "rule", or untie them'
+        )
     mine, theirs = (one.rule.weight if one.rule else None for one in (item, owner))
     if mine == theirs and not (item.rule and item.rule.slots):
         return item
@@ -156,6 +161,8 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
 
 def _pack(engine: Backend, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
     """The deployed form of each layer, by its path."""
+    from qkit.learned import learned_codes  # here, so that `import qkit` stays cheap
+
     static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
     codes: dict[str, QTensor[Any]] = {}
     packed: dict[str, Any] = {}
@@ -166,7 +173,10 @@ def _pack(engine: Backend, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
         else:
             w = engine.weight(layer.module)
             check(engine, w, rule.weight, name=f"{layer.path}.weight")
-            q = codes[layer.path] = engine.quantize(w, rule.weight)
+            if layer.stage == "prepared" and rule.scales == "learned":
+                q = codes[layer.path] = learned_codes(engine, model, layer, rule.weight)
+            else:
+                q = codes[layer.path] = engine.quantize(w, rule.weight)
         owner = packed[layer.tied] if layer.tied else None
         packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
     return packed
@@ -296,8 +306,9 @@ def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered
         state = {"on": "prepared", "off": "prepared, switched off", "calibrating": "calibrating"}[layer.mode]
     static = "" if rule.range == "dynamic" else f" {rule.range}"
     activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
+    weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight)
     bits, state = rule.weight.bits_per_weight(layer.shape), ", ".join(filter(None, (state, layer.adapter)))
-    return Covered(layer.path, layer.kind, layer.shape, str(rule.weight), activation, output, state, bits, layer.tied)
+    return Covered(layer.path, layer.kind, layer.shape, weight, activation, output, state, bits, layer.tied)
 
 
 def _grids(row: Covered) -> str:

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 Kind = Literal["linear", "embedding"]
 Range = Literal["dynamic", "calibrated", "average"]
 Ste = Literal["identity", "masked"]
+Scales = Literal["rule", "learned"]
 RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
 STES: tuple[Ste, ...] = ("identity", "masked")
+SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
-DEFAULTS = {"range": "dynamic", "ste": "identity", "indivisible": "error"}  #: the other keys that may be left out
+#: The other keys that may be left out.
+DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisible": "error"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class Rule:
             from a running average of these over the training steps (what gradient checkpointing computes again counts again).
         ste: the straight-through estimator of all three grids: the gradient passes as it is (`identity`), or not where a
             value was clipped (`masked`).
+        scales: where the scales of `weight` come from in training: the grid's own rule, or they are `learned` beside the weight,
+            see `qkit.learned`; its gradient is then masked.
         indivisible: what to do where the weight does not divide into groups: `error`, or `skip` the layer.
     """
 
@@ -48,6 +53,7 @@ class Rule:
     output: Grid | None = None
     range: Range = "dynamic"
     ste: Ste = "identity"
+    scales: Scales = "rule"
     indivisible: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
@@ -61,6 +67,11 @@ class Rule:
             raise RecipeError(f"range is {self.range!r}: choose one of {', '.join(RANGES)}")
         if self.ste not in STES:
             raise RecipeError(f"ste is {self.ste!r}: choose one of {', '.join(STES)}")
+        if self.scales not in SCALES:
+            raise RecipeError(f"scales is {self.scales!r}: choose one of {', '.join(SCALES)}")
+        if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
+            what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
+            raise RecipeError(f'scales = "learned" {what}')
         if self.slots and not self.weight:
             raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
         if self.slots and self.kind == "embedding":

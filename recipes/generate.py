@@ -11,7 +11,10 @@ HEAD = "the output head stays in float"
 
 def files() -> dict[str, str]:
     """File name -> text of every recipe."""
-    return {f"{name}.toml": text for name, text in (*_integers(), *_torchao(), *_static(), *_floats(), *_whole())}
+    return {
+        f"{name}.toml": text
+        for name, text in (*_integers(), *_torchao(), *_static(), *_floats(), *_learned(), *_whole())
+    }
 
 
 def write() -> None:
@@ -89,6 +92,18 @@ def _static() -> list[tuple[str, str]]:
     return made
 
 
+def _learned() -> list[tuple[str, str]]:
+    what = f"learned in training beside the weights; {HEAD}"
+    return [
+        (f"{name}-learned", _recipe(f"{text} {what}", grid, scales="learned"))
+        for name, text, grid in (
+            ("int4-g64", "int4 weights, one scale per 64 inputs,", Grid("int4", 64)),
+            ("int2-g64", "int2 weights, one scale per 64 inputs,", Grid("int2", 64)),
+            ("mxfp4-a16", "MXFP4 (e2m1, E8M0 per 32) weights, activations in 16 bits, exponents", Grid("e2m1", 32)),
+        )
+    ]
+
+
 def _whole() -> list[tuple[str, str]]:
     """Recipes for all the layers, tied ones too."""
     what = "embeddings and output head too, tied or not"
@@ -119,7 +134,13 @@ def _floats() -> list[tuple[str, str]]:
 
 
 def _recipe(
-    summary: str, weight: Grid, activation: Grid | None = None, *, range: str = "dynamic", whole: bool = False
+    summary: str,
+    weight: Grid,
+    activation: Grid | None = None,
+    *,
+    range: str = "dynamic",
+    scales: str = "rule",
+    whole: bool = False,
 ) -> str:
     grids = {"w": weight} | ({"a": activation} if activation else {})
     lines = ["schema  = 1", "version = 1", f'summary = "{summary}"', ""]
@@ -137,6 +158,8 @@ def _recipe(
         rule["activation"] = "a"
     if range != "dynamic":
         rule["range"] = range
+    if scales != "rule":
+        rule["scales"] = scales
     rules: list[dict[str, str | list[str]]] = [{**rule}]
     rules.insert(
         0, {"match": "*", "kind": "embedding", "weight": "w"} if whole else {"match": ["lm_head", "*.lm_head"]}

@@ -52,7 +52,17 @@ def test_a_run_and_its_table_are_inverse():
         ({"dtype": "bfloat16", "autocast": True}, "autocast is for float32 masters"),
         ({"compile": 1}, "compile is 1: want true or false"),
         ({"quantization": {"begin": 1}}, "unknown key quantization.begin"),
-        ({"quantization": {"interval": 4}}, "quantization.interval is not there yet"),
+        ({"quantization": {"interval": 0}}, "quantization.interval is 0: want a whole number from 1 on"),
+        (
+            {"quantization": {"interval": 4, "start": 3}},
+            "step 3 begins to quantize between two refreshes.*begin at 1, or at 5",
+        ),
+        ({"quantization": {"interval": 4}, "checkpoint_every": 6}, "checkpoint_every is 6.*such as 4"),
+        (
+            {"quantization": {"ramp": [[3, "int8-g64"], [3, "int6-g64"]]}},
+            "want .last step, recipe., with last steps that rise",
+        ),
+        ({"quantization": {"ramp": [[3, "int8-g64"]]}, "steps": 3}, "ramp ends at step 3, and steps is 3"),
         ({"quantization": {"start": 0}}, "quantization.start is 0: steps count from 1"),
         ({"quantization": {"windows": [[5, 4]]}}, r"quantization.windows has \[5, 4\]"),
         ({"quantization": {"windows": 5}}, "quantization.windows is 5: want a list"),

@@ -5,6 +5,7 @@ import pytest
 from training import ENGINES, TOKENS, arrays, same, small
 
 import qkit
+from qkit import Grid, Recipe, Rule
 from qkit.training.data import sequences
 from qkit.training.loop import Order, train
 from qkit.training.schedule import Schedule, switching
@@ -18,7 +19,7 @@ class Runs:
     """Training with a schedule, each engine and mode once for each schedule; compiled once for all of them."""
 
     def __init__(self):
-        self.made, self.trainers = {}, {}
+        self.made, self.trainers, self.rules = {}, {}, {}
 
     def __call__(self, name, compiled, schedule, *, recipe="int4-g32"):
         """The weights after each step; without a recipe, those of the float model."""
@@ -36,6 +37,10 @@ class Runs:
             start = {key: np.array(array) for key, array in trainer.state().items()}
             self.trainers[name, compiled, recipe] = model, trainer, start
         model, trainer, start = self.trainers[name, compiled, recipe]
+        for layer in engine.layers(model):
+            if layer.stage == "prepared":
+                engine.hold(layer.module, on=False)
+                engine.regrid(layer.module, self.rules.setdefault((name, compiled, recipe, layer.path), layer.rule))
         trainer.restore(start)
         before = switching(engine, model, schedule) if recipe else lambda step: None
         order = Order(DATA, batch=2, accumulation=1, seed=0)
@@ -75,6 +80,86 @@ def test_windows_open_and_close(runs, name, compiled):
     assert not agree(name, compiled, closed[1], never[1])
     assert same(closed[2], opened[2])
     assert not agree(name, compiled, closed[3], opened[3])
+
+
+@pytest.mark.parametrize(("name", "compiled"), MODES)
+def test_between_refreshes_values_stand_and_masters_move(runs, name, compiled):
+    """Values are made before steps 1 and 3: step 1 is as ever, step 2 has old values, and in the end the masters differ."""
+    always, second, never = (runs(name, compiled, Schedule(interval=n)) for n in (1, 2, STEPS))
+    assert same(second[0], always[0])
+    assert not agree(name, compiled, second[1], always[1])
+    assert same(second[1], never[1])
+    assert not agree(name, compiled, second[2], never[2])
+    assert not same(second[1], second[0])
+
+
+@pytest.mark.parametrize(("name", "compiled"), MODES)
+def test_a_ramp_trains_on_one_recipe_and_then_on_the_next(runs, name, compiled):
+    ramp = runs(name, compiled, Schedule(ramp=((1, "int8-g32"), (2, "mxfp8-a16"))))
+    own, eight = runs(name, compiled, Schedule()), runs(name, compiled, Schedule(ramp=((STEPS, "int8-g32"),)))
+    assert same(ramp[0], eight[0])
+    assert not agree(name, compiled, ramp[0], own[0])
+    assert not agree(name, compiled, ramp[1], eight[1])
+    longer = runs(name, compiled, Schedule(ramp=((1, "int8-g32"), (STEPS, "mxfp8-a16"))))
+    assert same(ramp[1], longer[1])
+    assert not agree(name, compiled, ramp[2], longer[2])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_a_ramp_ends_on_is_the_recipe_of_the_run(name):
+    engine, model = qkit.backend(name), qkit.prepare(small(name, num_hidden_layers=1), "int4-g32")
+    before = switching(engine, model, Schedule(ramp=((2, "int8-g32"),), interval=2))
+    grids = []
+    for step in (1, 2, 3):
+        before(step)
+        grids.append({row.weight for row in qkit.coverage(model).rows if row.state == "prepared"})
+    assert grids == [{"int8-g32-absmax"}, {"int8-g32-absmax"}, {"int4-g32-signed"}]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_held_values_are_not_evaluated(name):
+    """They are for training: evaluation, and what is converted, have the values of the weights as they are."""
+    engine, model = qkit.backend(name), qkit.prepare(small(name, num_hidden_layers=1), "int4-g32")
+    trainer = engine.trainer(model, weight_decay=0.0, seed=0)
+    switching(engine, model, Schedule(interval=9))(1)
+    first = engine.loss(model, TOKENS)
+    for _ in range(2):
+        trainer.step([TOKENS[:2]], learning_rate=1e-2)
+    logits = engine.logits(model, TOKENS[:, :-1])
+    assert engine.loss(model, TOKENS) != first
+    trainer.step([TOKENS[:2]], learning_rate=0.0)
+    assert np.array_equal(engine.logits(model, TOKENS[:, :-1]), logits)
+    assert np.array_equal(engine.logits(qkit.convert(model), TOKENS[:, :-1]), logits)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_evaluation_in_between_does_not_refresh(name):
+    """The loss of a step is that of held values, before and after somebody has looked."""
+    engine, model = qkit.backend(name), qkit.prepare(small(name, num_hidden_layers=1), "int4-g32")
+    trainer = engine.trainer(model, weight_decay=0.0, seed=0)
+    switching(engine, model, Schedule(interval=9))(1)
+    losses = [trainer.step([TOKENS[:2]], learning_rate=rate) for rate in (1e-2, 0.0)]
+    engine.loss(model, TOKENS)
+    losses.append(trainer.step([TOKENS[:2]], learning_rate=0.0))
+    assert losses[1] == losses[2]
+    assert losses[1] != losses[0]  # norms, and the embedding, are not held
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_layers_that_cannot_follow_are_refused(name):
+    engine, model = qkit.backend(name), small(name, num_hidden_layers=1)
+    learns = Recipe("learns", (Rule(("*",), weight=Grid("int4", 32), scales="learned"),))
+    with pytest.raises(qkit.RunError, match=r"interval: .*q_proj learns its scales, and cannot follow"):
+        switching(engine, qkit.prepare(model, learns), Schedule(interval=2))
+    model = qkit.adapt(
+        qkit.prepare(small(name, num_hidden_layers=1), "int4-g32"), qkit.Adapter(rank=2, match=("*q_proj",))
+    )
+    with pytest.raises(qkit.RunError, match=r"ramp: .*q_proj has an adapter, and cannot follow"):
+        switching(engine, model, Schedule(ramp=((2, "int8-g32"),)))
+    every = Recipe("every", (Rule(("*",), weight=Grid("int4", 32)),))
+    model = qkit.prepare(small(name, num_hidden_layers=1), every)
+    with pytest.raises(qkit.RunError, match=r"ramp: lm_head: 'int8-g32' leaves it alone"):
+        switching(engine, model, Schedule(ramp=((2, "int8-g32"),)))
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -6,14 +6,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
+from qkit.learned import is_learned
 from qkit_mlx.once import Once
 
 Arrays = tuple[mx.array, ...]
 
 
 class AdamW(optim.AdamW):
-    """`mlx.optimizers.AdamW` with bias correction, which is torch's: decoupled weight decay, on every parameter.
+    """`mlx.optimizers.AdamW` with bias correction, which is torch's: decoupled weight decay, on all but learned ranges.
 
     Computes in float32, and keeps `m` and `v` in the type of the parameter. Prepared layers let go of what they made of a weight
     when it is replaced, and round the new one when they are next called.
@@ -22,12 +24,20 @@ class AdamW(optim.AdamW):
     def __init__(self, *, learning_rate: Any, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         super().__init__(learning_rate, list(betas), eps, weight_decay, bias_correction=True)
         self._factors: Once[Arrays] = Once()
+        self._ranges: set[int] = set()
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """As any optimizer."""
+        self._ranges = of_ranges(gradients)
+        return super().apply_gradients(gradients, parameters)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         """The parameter after a step; `m` and `v` in `state` move with it."""
         rate = self.learning_rate
         factors = self._factors.of(self.step, lambda step: self._of(step, rate), rate)
-        moved = _compiled(*self.betas, self.eps)(gradient, parameter, state["m"], state["v"], *factors)
+        keep, *more = factors
+        keep = mx.ones_like(keep) if id(gradient) in self._ranges else keep
+        moved = _compiled(*self.betas, self.eps)(gradient, parameter, state["m"], state["v"], keep, *more)
         parameter, state["m"], state["v"] = moved
         return parameter
 
@@ -35,6 +45,12 @@ class AdamW(optim.AdamW):
         """What a step multiplies all parameters, all `m` and all roots of `v` with."""
         (b1, b2), t, rate = self.betas, step.astype(mx.float32), learning_rate.astype(mx.float32)
         return 1 - rate * self.weight_decay, rate / (1 - b1**t), mx.rsqrt(1 - b2**t)
+
+
+def of_ranges(gradients: Any) -> set[int]:
+    """The ids of the gradients of learned ranges, which must not decay: an optimizer is told no names, but these objects."""
+    named: Any = tree_flatten(gradients)
+    return {id(gradient) for name, gradient in named if is_learned(name)}
 
 
 @lru_cache(maxsize=64)

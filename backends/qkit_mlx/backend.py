@@ -15,10 +15,10 @@ from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_mlx import adapters, ops, surgery, training
+from qkit_mlx import adapters, learned, ops, surgery, training
 from qkit_mlx.adamw import AdamW
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
-from qkit_mlx.layers import FakeEmbedding, FakeLinear, forget, switch
+from qkit_mlx.layers import forget, hold, regrid, switch
 
 
 class MlxBackend:
@@ -116,11 +116,19 @@ class MlxBackend:
 
     def fake(self, module: Any, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
-        return FakeEmbedding(module, rule) if isinstance(module, nn.Embedding) else FakeLinear(module, rule)
+        return learned.fake(module, rule)
 
     def switch(self, module: Any, mode: Mode) -> None:
         """See `Backend.switch`."""
         switch(module, mode)
+
+    def hold(self, module: Any, on: bool) -> None:
+        """See `Backend.hold`."""
+        hold(module, on)
+
+    def regrid(self, module: Any, rule: Rule) -> None:
+        """See `Backend.regrid`."""
+        regrid(module, rule)
 
     def forget(self, module: Any) -> None:
         """See `Backend.forget`."""

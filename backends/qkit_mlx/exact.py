@@ -5,12 +5,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qkit import learned
 from qkit.errors import StageError
 from qkit.qtensor import DTYPES, DType
 from qkit_mlx import ops
 
 RANGES = ("input_range", "output_range")
-EXACT = ("scales", "biases", "tensor_scale", "input_scale", "output_scale", *RANGES)  #: what no cast may round (R11)
+#: What no cast may round (R11).
+EXACT = ("scales", "biases", "tensor_scale", "input_scale", "output_scale", *RANGES, *learned.NAMES)
 TYPES: dict[Any, DType] = {ops.DTYPE[name]: name for name in DTYPES}
 
 

@@ -30,14 +30,32 @@ from qkit_mlx.straight_through import straight_through
 #: type as another input, and compile each once; an array that only held another value would cost a choice per weight and step.
 GATES = {True: mx.bool_, False: mx.uint8}
 
+RULES: dict[Rule, int] = {}  #: numbers of the rules that layers were given in place
+
 #: What the last layer's input was rounded to, for others that read the same: queries, keys and values; gate and up.
 INPUT: Once[mx.array] = Once()
 
 
 def switch(layer: Any, mode: Mode) -> None:
     """See `Backend.switch`."""
-    layer._gate = mx.zeros((), GATES[mode != "off"])
+    layer._gate = mx.zeros(layer["_gate"].shape, GATES[mode != "off"])
     layer.calibrating = mode == "calibrating"
+
+
+def hold(layer: Any, on: bool) -> None:
+    """See `Backend.hold`. What is held is part of the model's state, which compiled functions see; by its name, no parameter."""
+    layer.pop("_held", None)
+    if on:
+        layer._held = ops.round_to_grid(layer["weight"], layer.rule.weight)
+        mx.eval(layer._held)
+
+
+def regrid(layer: Any, rule: Rule) -> None:
+    """See `Backend.regrid`. Compiled functions see the shape of the gate, which is another for each rule."""
+    layer.rule = rule
+    layer._gate = mx.zeros((RULES.setdefault(rule, len(RULES) + 1),), layer["_gate"].dtype)
+    if "_held" in layer:
+        hold(layer, on=True)
 
 
 def forget(layer: Any) -> None:
@@ -120,10 +138,13 @@ class FakeLinear(Exact, nn.Linear):
         return self._deploy(*parameters)(x)
 
     def _deploy(self, weight: mx.array, bias: mx.array | None = None) -> DeployedLinear | PackedLinear:
+        return deploy_linear(ops.quantize(weight, self.rule.weight), self.rule, bias=bias, static=self._static())
+
+    def _static(self) -> dict[str, mx.array]:
         static: dict[str, mx.array] = {}
         for name, grid in static_names(self.rule).items():
             static |= scales_of(self[f"{name}_range"], grid, name=name)
-        return deploy_linear(ops.quantize(weight, self.rule.weight), self.rule, bias=bias, static=static)
+        return static
 
     @property
     def _no_grad(self) -> set[str]:
@@ -203,6 +224,9 @@ def _values(layer: Any, weight: mx.array) -> mx.array:
     """What a layer multiplies with: made anew when its weight is another, and not for every part of a batch."""
     if not switched_on(layer):
         return weight
+    if layer.training and "_held" in layer:
+        passes = None if layer.rule.ste == "identity" else partial(ops.unclipped, grid=layer.rule.weight)
+        return straight_through(weight, lambda _: layer["_held"].astype(weight.dtype), where=passes)
     return _once(layer.rounded, weight, cast(Grid, layer.rule.weight), layer.rule, traced=True)
 
 

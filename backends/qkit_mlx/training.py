@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qkit.backend import Backend, Distillation, TopLogits
 from qkit.errors import ArtifactError, BackendError
+from qkit_mlx.adamw import of_ranges
 
 TOKENS = 4096  #: how many tokens are evaluated at once, so that their logits fit into memory
 MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: neutral names, and AdamW's
@@ -128,10 +129,15 @@ class MlxTrainer:
 
 
 class _AdamW(optim.AdamW):
-    """Decays parameters of more than one dimension only."""
+    """Decays parameters of more than one dimension only, and no learned ranges."""
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        self._ranges = of_ranges(gradients)
+        return super().apply_gradients(gradients, parameters)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        step = super().apply_single if parameter.ndim > 1 else super(optim.AdamW, self).apply_single
+        decays = parameter.ndim > 1 and id(gradient) not in self._ranges
+        step = super().apply_single if decays else super(optim.AdamW, self).apply_single
         stepped: mx.array = step(gradient, parameter, state)
         return stepped
 

@@ -15,7 +15,7 @@ from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_torchao import adapters, fused, layers, ops, packed, sharding, straight_through, surgery, training
+from qkit_torchao import adapters, fused, learned, ops, packed, sharding, straight_through, surgery, training
 from qkit_torchao.optimizer import AdamW
 
 
@@ -110,12 +110,20 @@ class TorchaoBackend:
 
     def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
-        made: nn.Module = layers.fake(module, rule)
+        made: nn.Module = learned.fake(module, rule)
         return made
 
     def switch(self, module: Any, mode: Mode) -> None:
         """See `Backend.switch`."""
         module.switch(mode)
+
+    def hold(self, module: Any, on: bool) -> None:
+        """See `Backend.hold`."""
+        module.hold(on)
+
+    def regrid(self, module: Any, rule: Rule) -> None:
+        """See `Backend.regrid`."""
+        module.regrid(rule)
 
     def forget(self, module: Any) -> None:
         """See `Backend.forget`."""
@@ -231,8 +239,8 @@ class TorchaoBackend:
         weight_decay: float = 0.01,
     ) -> AdamW:
         """See `Backend.adamw`."""
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return AdamW(trainable, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        groups = training.groups(model, weight_decay=weight_decay)
+        return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def trainer(
         self,

@@ -86,6 +86,38 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_backward, setup_context=_setup)
 
 
+def held(weight: Tensor, gate: Tensor, grid: str, ste: Ste, dtype: torch.dtype) -> Tensor:
+    """The values of `weight` [entries, width] that are held, straight through; a copy, since those change in place."""
+    made: Tensor = torch.ops.qkit.held(weight, gate, grid, ste, dtype)
+    return made
+
+
+@torch.library.custom_op("qkit::held", mutates_args=())
+def _held(weight: Tensor, gate: Tensor, grid: str, ste: str, dtype: torch.dtype) -> Tensor:
+    return values.of(weight, named(grid), gate, dtype).clone()
+
+
+@_held.register_fake
+def _(weight: Tensor, gate: Tensor, grid: str, ste: str, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _setup_held(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, gate, ctx.grid, ctx.ste, _ = inputs
+    ctx.save_for_backward(weight, gate)
+
+
+def _held_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight, gate = ctx.saved_tensors
+    to_weight = gradient.to(weight.dtype)
+    if ctx.ste == "masked":
+        to_weight = torch.where(ops.unclipped(weight, named(ctx.grid)) | ~gate, to_weight, 0.0)
+    return to_weight, None, None, None, None
+
+
+_held.register_autograd(_held_backward, setup_context=_setup_held)
+
+
 def on_grid(x: Tensor, gate: Tensor, grid: str, ste: Ste) -> Tensor:
     """`x` on the grid that prints as `grid`, straight through; `x` itself where `gate` is off."""
     y: Tensor = torch.ops.qkit.on_grid(x, gate, grid, ste)

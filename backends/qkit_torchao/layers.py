@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from qkit.backend import Mode
 from qkit.element import AVERAGE
+from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
@@ -34,6 +35,7 @@ class _Prepared(nn.Module):
     gate: Tensor
     mode: Mode
     calibrating: bool
+    holding: bool
 
     @property
     def weight_grid(self) -> Grid:
@@ -50,6 +52,24 @@ class _Prepared(nn.Module):
         """See `qkit.backend.Backend.switch`."""
         self.mode, self.calibrating = mode, mode == "calibrating"
         self.gate = gates.of(self.gate.device, on=mode != "off")
+        if self.holding:
+            (values.release if mode == "off" else values.hold)(self.weight)
+
+    def hold(self, on: bool) -> None:
+        """See `qkit.backend.Backend.hold`."""
+        unseen = sharding.is_managed(self) or _cannot_keep(self.weight)
+        if on and (unseen or products.kind(self.weight_grid, self.rule.activation)):
+            why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
+            raise BackendError(
+                f"values on {self.weight_grid} cannot be held, since these weights {why}: use interval 1"
+            )
+        self.holding = on
+        (values.hold if on and self.mode != "off" else values.release)(self.weight)
+
+    def regrid(self, rule: Rule) -> None:
+        """See `qkit.backend.Backend.regrid`."""
+        _put_on(self, rule)
+        (values.hold if self.holding and self.mode != "off" else values.release)(self.weight)
 
     def forget(self) -> None:
         """See `qkit.backend.Backend.forget`."""
@@ -61,10 +81,12 @@ class _Prepared(nn.Module):
         weight, grid, ste = self.weight, self.weight_grid, self.rule.ste
         gathered = sharding.is_gathered(self)
         if torch.compiler.is_compiling():
+            if self.training and self.holding:
+                return compiled.held(weight, self.gate, self.grid_name, ste, dtype)
             return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if gathered or _cannot_keep(weight):
+        if gathered or _cannot_keep(weight) or (not self.training and self.holding):
             return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
         return straight_through.stand_in(weight, values.of(weight, grid, self.gate, dtype), grid, ste=ste)
 
@@ -128,8 +150,8 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.slot(x, "input", self.rule.activation)
-        gathered = sharding.is_gathered(self)
-        if gathered or torch.compiler.is_compiling():
+        gathered, stale = sharding.is_gathered(self), not self.training and self.holding
+        if gathered or (torch.compiler.is_compiling() and not stale):
             options = self.gate, self.grid_name, self.rule.ste, dtype
             return compiled.linear(x, self.weight, self.bias, *options, kept=not gathered)
         return F.linear(x, self.weight_values(dtype), self.bias)
@@ -160,25 +182,30 @@ class FakeEmbedding(_Prepared, nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
         options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
-        if torch.compiler.is_compiling() and self.weight_grid.by_rows:
+        held = self.training and self.holding
+        if torch.compiler.is_compiling() and self.weight_grid.by_rows and not held:
             rows = F.embedding(tokens, self.weight, *options)
             on_grid = straight_through.fake_quantize(rows, self.weight_grid, ste=self.rule.ste)
             return torch.where(self.gate, on_grid, rows)
         return F.embedding(tokens, self.weight_values(self.weight.dtype), *options)
 
 
-def fake(module: nn.Module, rule: Rule) -> Any:
+def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> Any:
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
-    made = become(module, FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear)
-    made.rule, made.grid_name = rule, str(rule.weight)
-    made.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
+    made = become(module, cls or (FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear))
+    _put_on(made, rule)
     device = made.weight.device
     made.register_buffer("gate", gates.of(device, on=True), persistent=False)
     for name in static_names(rule):
         made.register_buffer(f"{name}_range", torch.tensor(EMPTY, device=device))
-    made.mode, made.calibrating = "on", False
+    made.mode, made.calibrating, made.holding = "on", False, False
     return made
+
+
+def _put_on(layer: Any, rule: Rule) -> None:
+    layer.rule, layer.grid_name = rule, str(rule.weight)
+    layer.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> Any:

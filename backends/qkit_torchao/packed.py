@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkit import learned
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.recipe import Rule
@@ -87,12 +88,13 @@ def pack(
         PlainLinear if choose(q, rule).container is None else PackedLinear
     )  # on every device alike: the grid decides
     made = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else plain)
-    for name in ("mode", "calibrating", "grid_name", "slot_names"):
+    for name in ("mode", "calibrating", "holding", "grid_name", "slot_names"):
         made.__dict__.pop(name, None)
     for name in ("gate", "input_range", "output_range"):
         made._buffers.pop(name, None)
     made._non_persistent_buffers_set.discard("gate")
-    made._parameters.pop("weight", None)
+    for name in ("weight", *learned.NAMES):
+        made._parameters.pop(name, None)
     made.rule, made.owner = rule, () if owner is None else (owner,)
     for name, array in static.items():
         made.register_buffer(name, array)

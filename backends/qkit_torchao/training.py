@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from qkit.backend import Backend, Distillation, TopLogits
 from qkit.errors import ArtifactError, BackendError
+from qkit.learned import is_learned
 
 ROWS = 16  #: sequences evaluated at a time
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral names, and AdamW's
@@ -42,7 +43,7 @@ class TorchTrainer:
         self.engine, self.model, self.clip, self.autocast = engine, model, clip, autocast
         self.distillation, self.teacher, self.steps = distillation, teacher, 0
         self._trained = {name: x for name, x in engine.tensors(model).items() if x.requires_grad}
-        self.optimizer = _optimizer(list(self._trained.values()), betas=betas, weight_decay=weight_decay)
+        self.optimizer = _optimizer(self._trained, betas=betas, weight_decay=weight_decay)
         self._objective: Any = torch.compile(_objective, dynamic=False) if compiled else _objective
 
     def step(
@@ -103,6 +104,15 @@ class TorchTrainer:
         _set_random_state(state)
 
 
+def groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained of `model`, for an optimizer; learned ranges, which must not decay, in a group of their own."""
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    ranges = [one for name, one in trained.items() if is_learned(name)]
+    others = [one for name, one in trained.items() if not is_learned(name)]
+    made = [{"params": others, "weight_decay": weight_decay}, {"params": ranges, "weight_decay": 0.0}]
+    return [group for group in made if group["params"]]
+
+
 def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
     """Mean loss in nats per predicted token of `tokens` [batch, length + 1]."""
     with evaluating(model):
@@ -151,10 +161,13 @@ def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
 
 
-def _optimizer(parameters: list[Tensor], *, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+def _optimizer(
+    parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    decays = {name: one.dim() > 1 and not is_learned(name) for name, one in parameters.items()}
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [one for name, one in parameters.items() if decays[name]], "weight_decay": weight_decay},
+        {"params": [one for name, one in parameters.items() if not decays[name]], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, fused=True)
 

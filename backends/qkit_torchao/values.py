@@ -28,7 +28,7 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
     """
     entry = _entry(weight, grid, gate, dtype)
     stamp = _stamp(entry, weight)
-    if _old(entry.stamp, stamp, entry.captured):
+    if _old(entry.stamp, stamp, entry.captured) and not _stands(entry, weight):
         _make(entry, stamp)
     entry.asked = True
     assert entry.made is not None
@@ -64,8 +64,22 @@ def fresh_codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
     return fused.quantize(weight.detach(), grid, steps=steps), steps
 
 
+def hold(weight: Tensor) -> None:
+    """Has the values that `weight` has at its next use given until the next `hold` or `release`, whatever becomes of it."""
+    release(weight)
+    _held[id(weight)] = weakref.ref(weight, partial(_held_forget, id(weight)))
+
+
+def release(weight: Tensor) -> None:
+    """Undoes `hold`."""
+    _held.pop(id(weight), None)
+    drop(weight)
+
+
 def drop(weight: Tensor) -> None:
-    """Forgets the values of `weight`; the next use makes them anew."""
+    """Forgets the values of `weight`, unless they are held; the next use makes them anew."""
+    if id(weight) in _held:
+        return
     _entries.pop(id(weight), None)
     _codes.pop(id(weight), None)
 
@@ -73,7 +87,11 @@ def drop(weight: Tensor) -> None:
 def kept(weights: Iterable[Tensor]) -> "dict[int, Entry]":
     """What is kept of `weights`, by their ids: for optimizers that write values while they step."""
     entries = {id(weight): _entries.get(id(weight)) for weight in weights}
-    return {key: entry for key, entry in entries.items() if entry is not None and entry.made is not None}
+    return {
+        key: entry
+        for key, entry in entries.items()
+        if entry is not None and entry.made is not None and key not in _held
+    }
 
 
 class Entry:
@@ -111,6 +129,7 @@ class _Codes:
 
 _entries: dict[int, Entry] = {}
 _codes: dict[int, _Codes] = {}
+_held: "dict[int, weakref.ref[Tensor]]" = {}
 _steps_taken = 0
 _hook: Any = None
 
@@ -148,6 +167,12 @@ def _old(stamp: tuple[Any, ...], now: tuple[Any, ...], captured: bool) -> bool:
     return stamp != now or (captured and not now[-1])
 
 
+def _stands(entry: Entry, weight: Tensor) -> bool:
+    """Whether what was made is held, so that it may be out of date."""
+    made = entry.made
+    return id(weight) in _held and made is not None and (made.shape, made.device) == (weight.shape, weight.device)
+
+
 def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
     """The values of `entry`, and of the others that are out of date and of one kind with it."""
     stale = {id(entry): (entry, stamp)}
@@ -155,7 +180,7 @@ def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
         weight = other.owner()
         if other is not entry and other.asked and weight is not None and _alike(other, entry):
             now = _stamp(other, weight)
-            if other.stamp != now:
+            if other.stamp != now and not _stands(other, weight):
                 stale[id(other)] = (other, now)
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
         _fill([one for one, _ in stale.values()])
@@ -195,6 +220,10 @@ def _alike(one: Entry, other: Entry) -> bool:
 
 def _forget(key: int, _: Any) -> None:
     _entries.pop(key, None)
+
+
+def _held_forget(key: int, _: Any) -> None:
+    _held.pop(key, None)
 
 
 def _codes_forget(key: int, _: Any) -> None:

@@ -117,6 +117,17 @@ class Run:
         for key in ("autocast", "gradient_checkpointing", "replace"):
             _want(key, getattr(self, key), isinstance(getattr(self, key), bool), "true or false")
         _want("compile", self.compile, self.compile is None or isinstance(self.compile, bool), "true or false")
+        if self.checkpoint_every % self.quantization.interval:
+            near = max(1, self.checkpoint_every // self.quantization.interval) * self.quantization.interval
+            raise RunError(
+                f"checkpoint_every is {self.checkpoint_every}, and quantization.interval {self.quantization.interval}: a run "
+                f"goes on where values are refreshed, so make it a multiple, such as {near}"
+            )
+        ramp = self.quantization.ramp
+        if ramp and self.steps is not None and ramp[-1][0] >= self.steps:
+            raise RunError(
+                f"quantization.ramp ends at step {ramp[-1][0]}, and steps is {self.steps}: leave steps to the recipe"
+            )
         if self.autocast and self.dtype != "float32":
             raise RunError(f"autocast is for float32 masters, and dtype is {self.dtype!r}: leave one of them out")
 

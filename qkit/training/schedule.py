@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.backend import Backend, Mode
+from qkit.backend import Backend, Layer, Mode
 from qkit.errors import RunError
-
-LATER = ("interval", "ramp")  #: words of issue files that this version cannot honour, and does not ignore
+from qkit.pipeline import plan
+from qkit.recipe import Rule
+from qkit.registry import recipe as find_recipe
+from qkit.static import static_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,19 @@ class Schedule:
     Attributes:
         start: the first step that quantizes; before it, the float model is trained.
         windows: first and last steps between which it quantizes, of one or more stretches; empty: always, from `start` on.
-        match: shell pattern for the paths of the layers that are switched.
+        match: shell pattern for the paths of the layers that all of this is for.
+        interval: how many steps in a row train with the same quantized values, while the weights move on: those that the weights
+            had before steps 1, 1 + interval and so on. Evaluation never does. Windows begin at such steps, and checkpoints are
+            written before them, so that a run that goes on refreshes when it would have.
+        ramp: last steps and recipes that come before the run's own, in order, such as ((500, "int8-g64"), (800, "int6-g64")).
+            They quantize the same layers, on the same ranges; masters and the optimizer's state stay. Evaluation follows it.
     """
 
     start: int = 1
     windows: tuple[tuple[int, int], ...] = ()
     match: str = "*"
+    interval: int = 1
+    ramp: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         if type(self.start) is not int or self.start < 1:
@@ -33,11 +42,34 @@ class Schedule:
                 raise RunError(f"quantization.windows has {list(window)}: want [first, last], steps that count from 1")
         if not isinstance(self.match, str) or not self.match:
             raise RunError(f"quantization.match is {self.match!r}: want a pattern, such as '*'")
+        if type(self.interval) is not int or self.interval < 1:
+            raise RunError(f"quantization.interval is {self.interval!r}: want a whole number from 1 on")
+        for step in (self.start, *(first for first, _ in self.windows)):
+            if (step - 1) % self.interval:
+                near = step - (step - 1) % self.interval
+                raise RunError(
+                    f"quantization: step {step} begins to quantize between two refreshes, which are {self.interval} apart: "
+                    f"begin at {near}, or at {near + self.interval}"
+                )
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        before = 0
+        for stage in self.ramp:
+            if len(stage) != 2 or type(stage[0]) is not int or not isinstance(stage[1], str) or stage[0] <= before:
+                raise RunError(
+                    f"quantization.ramp has {list(stage)}: want [last step, recipe], with last steps that rise"
+                )
+            before = stage[0]
 
     def mode(self, step: int) -> Mode:
         """`on` or `off`."""
         inside = not self.windows or any(first <= step <= last for first, last in self.windows)
         return "on" if step >= self.start and inside else "off"
+
+    def recipe(self, step: int) -> str | None:
+        """The recipe of the ramp that `step` is trained on; None: the run's own."""
+        return next((recipe for last, recipe in self.ramp if step <= last), None)
 
 
 def schedule_from_table(table: Mapping[str, Any]) -> Schedule:
@@ -47,38 +79,92 @@ def schedule_from_table(table: Mapping[str, Any]) -> Schedule:
         RunError: a key is unknown or of the wrong type.
     """
     for key in table:
-        if key in LATER:
-            raise RunError(f"quantization.{key} is not there yet: leave it out, and use start and windows")
         if key not in Schedule.__dataclass_fields__:
             raise RunError(f"unknown key quantization.{key}: there is {', '.join(Schedule.__dataclass_fields__)}")
     windows = table.get("windows", [])
     if not isinstance(windows, list) or not all(isinstance(window, list) for window in windows):
         raise RunError(f"quantization.windows is {windows!r}: want a list of [first, last]")
-    return Schedule(table.get("start", 1), tuple(map(tuple, windows)), table.get("match", "*"))
+    ramp = table.get("ramp", [])
+    if not isinstance(ramp, list) or not all(isinstance(stage, list) for stage in ramp):
+        raise RunError(f"quantization.ramp is {ramp!r}: want a list of [last step, recipe]")
+    return Schedule(
+        table.get("start", 1),
+        tuple(map(tuple, windows)),
+        table.get("match", "*"),
+        table.get("interval", 1),
+        tuple(map(tuple, ramp)),
+    )
 
 
 def schedule_table(schedule: Schedule) -> dict[str, Any]:
     """The inverse of `schedule_from_table`, complete."""
-    return {"start": schedule.start, "windows": [list(w) for w in schedule.windows], "match": schedule.match}
+    return {
+        "start": schedule.start,
+        "windows": [list(window) for window in schedule.windows],
+        "match": schedule.match,
+        "interval": schedule.interval,
+        "ramp": [list(stage) for stage in schedule.ramp],
+    }
 
 
 def switching(engine: Backend, model: Any, schedule: Schedule) -> Callable[[int], None]:
     """A function to call before each step; after it the layers of `model` are as `schedule` says.
 
     Raises:
-        RunError: the schedule is not the plain one, and no prepared layer matches.
+        RunError: the schedule is not the plain one, and no prepared layer matches; or one that does cannot follow it.
+        RecipeError, GridError: a recipe of the ramp does not fit the model.
     """
     layers = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
     layers = [layer for layer in layers if fnmatchcase(layer.path, schedule.match)]
     if not layers and schedule != Schedule():
         raise RunError(f"quantization: no prepared layer matches {schedule.match!r}")
+    _check_able(engine, layers, schedule)
     known: dict[str, Mode] = {layer.path: layer.mode for layer in layers}
+    rules = {layer.path: layer.rule for layer in layers}
+    ramp = {name: _rules(engine, model, layers, name) for _, name in schedule.ramp}
+    now: dict[str, Rule | None] = dict(rules)
 
     def before(step: int) -> None:
-        mode = schedule.mode(step)
+        mode, name = schedule.mode(step), schedule.recipe(step)
         for layer in layers:
+            rule = ramp[name][layer.path] if name else rules[layer.path]
+            if now[layer.path] != rule and rule:
+                engine.regrid(layer.module, rule)
+                now[layer.path] = rule
             if known[layer.path] != mode:
                 engine.switch(layer.module, mode)
                 known[layer.path] = mode
+            if schedule.interval > 1 and mode == "on" and (step - 1) % schedule.interval == 0:
+                engine.hold(layer.module, on=True)
 
     return before
+
+
+def _check_able(engine: Backend, layers: list[Layer], schedule: Schedule) -> None:
+    key = "interval" if schedule.interval > 1 else "ramp" if schedule.ramp else None
+    if key and not hasattr(engine, "hold"):
+        raise RunError(f"quantization.{key}: backend {engine.name!r} cannot do it: leave it out")
+    for layer in layers:
+        learns = layer.rule is not None and layer.rule.scales == "learned"
+        if key and (layer.adapter or learns):
+            what = "has an adapter" if layer.adapter else "learns its scales"
+            raise RunError(f"quantization.{key}: {layer.path} {what}, and cannot follow it: leave one of them out")
+
+
+def _rules(engine: Backend, model: Any, layers: list[Layer], name: str) -> dict[str, Rule]:
+    """What the recipe `name` does to each of `layers`, by path."""
+    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), find_recipe(name))}
+    made = {}
+    for layer in layers:
+        rule = planned[layer.path]
+        if rule is None or rule.scales == "learned" or static_names(rule).keys() != _static(layer):
+            what = "leaves it alone" if rule is None else "learns scales, or has other static ranges"
+            raise RunError(
+                f"quantization.ramp: {layer.path}: {name!r} {what}, unlike the run's own recipe: choose another"
+            )
+        made[layer.path] = rule
+    return made
+
+
+def _static(layer: Layer) -> Any:
+    return static_names(layer.rule).keys() if layer.rule else {}
