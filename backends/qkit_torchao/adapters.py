@@ -100,6 +100,7 @@ def adapt(module: Any, update: Update) -> Any:
         made = become(module, AdaptedPlain if isinstance(module, PlainLinear) else AdaptedPacked)
     else:
         made = become(module, AdaptedLinear)
+        made.room = None
     device = module.weight.device
     for name, own in NAMES.items():
         array = update.parts().get(name)

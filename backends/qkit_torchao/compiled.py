@@ -5,7 +5,6 @@ that several layers quantize is one node for all of them. Backward needs the inp
 is gathered for a moment leaves nothing of its size behind.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,16 +18,28 @@ from qkit_torchao import fused, ops, values
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, grid: str, ste: Ste, dtype: torch.dtype, *, kept: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    grid: str,
+    ste: Ste,
+    dtype: torch.dtype,
+    *,
+    kept: bool,
+    room: Tensor | None = None,
 ) -> Tensor:
     """x [..., inputs] times the values of `weight` [outputs, inputs] in `dtype`, straight through, plus `bias`.
 
     Args:
         grid: the weight's, as text, since a compiler passes no other objects on.
         kept: whether the values are kept until the weight changes, or made by every forward and backward.
+        room: where they are kept, see `values.room`, if that is of type `dtype`. The compiler sees the product with it going
+            back, and can add several up in one kernel.
     """
     narrow = bias if bias is None else bias.to(dtype)
-    y: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, grid, ste, dtype, kept)
+    room = room if room is not None and room.dtype == dtype and kept else None
+    y: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, room, grid, ste, dtype, kept)
     return y
 
 
@@ -38,12 +49,18 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor,
+    room: Tensor | None,
     grid: str,
     ste: str,
     dtype: torch.dtype,
     kept: bool,
 ) -> Tensor:
-    return F.linear(x, _values(kept)(weight, named(grid), gate, dtype), bias)
+    made = (
+        values.of(weight, named(grid), gate, dtype, into=room)
+        if kept
+        else values.fresh(weight, named(grid), gate, dtype)
+    )
+    return F.linear(x, made, bias)
 
 
 @_linear.register_fake
@@ -53,7 +70,8 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("qkit::linear_input", mutates_args=())
 def _linear_input(gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype, kept: bool) -> Tensor:
-    return gradient @ _values(kept)(weight, named(grid), gate, dtype)
+    make = values.of if kept else values.fresh
+    return gradient @ make(weight, named(grid), gate, dtype)
 
 
 @_linear_input.register_fake
@@ -62,16 +80,18 @@ def _(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, gate, ctx.grid, ctx.ste, ctx.dtype, ctx.kept = inputs
+    x, weight, bias, gate, room, ctx.grid, ctx.ste, ctx.dtype, ctx.kept = inputs
     ctx.biased = bias is not None
-    ctx.save_for_backward(x, weight, gate)
+    ctx.save_for_backward(x, weight, gate, room)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, gate = ctx.saved_tensors
+    x, weight, gate, room = ctx.saved_tensors
     to_x = to_weight = to_bias = None
     rows = gradient.reshape(-1, gradient.shape[-1])
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and room is not None:
+        to_x = gradient @ room
+    elif ctx.needs_input_grad[0]:
         to_x = torch.ops.qkit.linear_input(gradient, weight, gate, ctx.grid, ctx.dtype, ctx.kept)
     if ctx.needs_input_grad[1]:
         to_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
@@ -80,7 +100,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             to_weight = torch.where(inside, to_weight, 0.0)
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = rows.sum(dim=0)
-    return to_x, to_weight, to_bias, None, None, None, None, None
+    return to_x, to_weight, to_bias, None, None, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup)
@@ -147,10 +167,6 @@ def _on_grid_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _on_grid.register_autograd(_on_grid_backward, setup_context=_on_grid_setup)
-
-
-def _values(kept: bool) -> Callable[[Tensor, Grid, Tensor, torch.dtype], Tensor]:
-    return values.of if kept else values.fresh
 
 
 @cache

@@ -23,9 +23,12 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def takes(w: Tensor, grid: Grid) -> bool:
-    """Whether the kernels take `w` on `grid`; else `ops` does."""
+    """Whether the kernels take `w` on `grid`; else `ops` does. Each program's part must begin where it can read at once."""
     fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % ALIGNED == 0 and w.numel() > 0
-    return fits and grid.group != "tensor"
+    if not fits or grid.group == "tensor":
+        return False
+    tile = tiles(w, grid)
+    return tile["GROUPS"] * tile["GROUP"] * w.element_size() % ALIGNED == 0
 
 
 def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
@@ -171,7 +174,7 @@ def programs(
         table = np.repeat(np.array(rows, np.int64), number, axis=0)
         table += (first * group)[:, None] * np.array(moves)
         left = np.repeat(np.array(counts, np.int64), number) - first
-        made = _on(np.concatenate([table, left[:, None]], axis=1), device)
+        made = on_device(np.concatenate([table, left[:, None]], axis=1), device)
         if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             if len(_programs) >= KEPT:
                 _programs.pop(next(iter(_programs)))
@@ -179,19 +182,20 @@ def programs(
     return made, full
 
 
-KEPT = 64  #: how many tables of programs are kept
-_programs: dict[Any, Tensor] = {}
-_peaks: dict[Any, Tensor] = {}
-_captured: list[Tensor] = []  #: host memory that captured graphs copy from at every replay
-
-
-def _on(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+def on_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """`array` on `device`, without waiting; a graph that is being captured copies it anew at every replay."""
     if device.type != "cuda":
         return torch.from_numpy(array)
     pinned = torch.from_numpy(array).pin_memory()
     if torch.cuda.is_current_stream_capturing():
         _captured.append(pinned)
     return pinned.to(device, non_blocking=True)
+
+
+KEPT = 64  #: how many tables of programs are kept
+_programs: dict[Any, Tensor] = {}
+_peaks: dict[Any, Tensor] = {}
+_captured: list[Tensor] = []  #: host memory that captured graphs copy from at every replay
 
 
 def _one(

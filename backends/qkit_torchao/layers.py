@@ -33,6 +33,7 @@ class _Prepared(nn.Module):
     slot_names: dict[str, str]
     weight: Tensor
     gate: Tensor
+    room: Tensor | None
     mode: Mode
     calibrating: bool
     holding: bool
@@ -88,7 +89,10 @@ class _Prepared(nn.Module):
             return weight.to(dtype)
         if gathered or _cannot_keep(weight) or (not self.training and self.holding):
             return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
-        return straight_through.stand_in(weight, values.of(weight, grid, self.gate, dtype), grid, ste=ste)
+        room = self.room
+        room = room if room is not None and room.dtype == dtype and values.owns(weight, room) else None
+        made = values.of(weight, grid, self.gate, dtype, into=room)
+        return straight_through.stand_in(weight, made, grid, ste=ste)
 
     def slot(self, x: Tensor, name: str, grid: Grid | None) -> Tensor:
         """`x` on the grid of the slot `name`, `input` or `output`; `x` itself where there is none or the layer is off."""
@@ -129,9 +133,9 @@ class _Prepared(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but keeps ranges in float32; the gate is that of the new device."""
-        values.drop(self.weight)
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
         self.gate = gates.of(self.gate.device, on=self.mode != "off")
+        self.room = None if self.room is None else values.room(self.weight, self.weight_grid, self.gate)
         return self
 
 
@@ -151,9 +155,11 @@ class FakeLinear(_Prepared, nn.Linear):
     def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.slot(x, "input", self.rule.activation)
         gathered, stale = sharding.is_gathered(self), not self.training and self.holding
+        if gathered:
+            self.room = None  # it is of the size of the whole weight
         if gathered or (torch.compiler.is_compiling() and not stale):
             options = self.gate, self.grid_name, self.rule.ste, dtype
-            return compiled.linear(x, self.weight, self.bias, *options, kept=not gathered)
+            return compiled.linear(x, self.weight, self.bias, *options, kept=not gathered, room=self.room)
         return F.linear(x, self.weight_values(dtype), self.bias)
 
     def _multiplies_codes(self, x: Tensor) -> bool:
@@ -200,6 +206,7 @@ def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> A
     for name in static_names(rule):
         made.register_buffer(f"{name}_range", torch.tensor(EMPTY, device=device))
     made.mode, made.calibrating, made.holding = "on", False, False
+    made.room = values.room(made.weight, rule.weight, made.gate) if cls is None else None
     return made
 
 
@@ -228,8 +235,8 @@ def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
 
 
 def _cannot_keep(weight: Tensor) -> bool:
-    """Whether no version tells the changes of `weight`."""
-    return weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
+    """Whether no version tells the changes of `weight`, or what is kept may not be written: under torch.func's transforms."""
+    return weight.is_inference() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _extremes(x: Tensor) -> Tensor:

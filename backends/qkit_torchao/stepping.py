@@ -4,13 +4,14 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qkit_torchao.kernels import extremes, load, narrow, place, steps, tile, units
-from qkit_torchao.launch import INTERPRETED, TILE, constants, offset, programs, tiles
+from qkit_torchao.launch import INTERPRETED, TILE, constants, offset, on_device, programs, takes, tiles
 from qkit_torchao.values import Entry
 
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
@@ -76,9 +77,11 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
         for (w, s, e), gradient in zip(members, gradients, strict=True)
     )
     counts = tuple(w.numel() // geometry["GROUP"] for w, _, _ in members)
-    blocks, full = programs(rows, counts, (1, 1, 1, 1, 1, 0), geometry, weight.device)
+    numbers = tuple((number, 0) for number in range(len(members)))
+    blocks, full = programs(numbers, counts, (0, 1), geometry, weight.device)  # the same at every step
+    table = on_device(np.array(rows, np.int64), weight.device)  # gradients are elsewhere at every step
     adamw_of_many[(len(blocks),)](
-        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], first, blocks, scalars,
+        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], first, table, blocks, scalars,
         GRID=constants(entry.grid) if entry else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
     )  # fmt: skip
 
@@ -91,28 +94,32 @@ def _gradient(weight: Tensor) -> Tensor:
 def writes(entry: Entry, weight: Tensor) -> bool:
     """Whether a step can write the values of `entry`: those on grids that look at more than a program sees are made later."""
     group = weight.shape[-1] if entry.grid.group == "row" else entry.grid.group
-    return entry.grid.by_rows and int(group) <= TILE and entry.made is not None and entry.made.is_contiguous()
+    fits = entry.grid.by_rows and int(group) <= TILE and entry.made is not None and entry.made.is_contiguous()
+    return fits and takes(weight.detach(), entry.grid)
 
 
 @triton.jit
 def adamw_of_many(
-    weights, gradients, means, squares, targets, blocks, scalars, GRID: tl.constexpr, GROUPS: tl.constexpr,
+    weights, gradients, means, squares, targets, table, blocks, scalars, GRID: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A step of AdamW for many weights in one launch, and the quantized values of the stepped weights, if there is a `GRID`.
 
-    Arithmetic is in float32 and rounded once to the type of the weight, which is what is then quantized. `blocks` int64
-    [programs, 7]: where a program's part of weight, gradient, both moments and target begins, in elements from the first of
-    each on; the address of the gate; how many groups are left. `scalars` float32 [6]: see `adamw_scalars`.
+    Arithmetic is in float32 and rounded once to the type of the weight, which is what is then quantized. `table` int64
+    [tensors, 6]: where weight, gradient, both moments and target are, in elements from the first of each on; the address of
+    the gate. `blocks` int64 [programs, 3]: a tensor, the first element of the program's part, how many groups are left.
+    `scalars` float32 [6]: see `adamw_scalars`.
     """
     SOURCE: tl.constexpr = weights.dtype.element_ty
     MOMENT: tl.constexpr = means.dtype.element_ty
-    block = blocks + 7 * tl.program_id(0)
-    weight = place(weights, block, 0, SOURCE)
-    gradient = place(gradients, block, 1, gradients.dtype.element_ty)
-    mean = place(means, block, 2, MOMENT)
-    square = place(squares, block, 3, MOMENT)
-    offsets, mask = tile(tl.load(block + 6), GROUPS, GROUP, WIDTH, FULL)
+    block = blocks + 3 * tl.program_id(0)
+    row = table + 6 * tl.load(block)
+    start = (tl.load(block + 1) >> 3) << 3
+    weight = place(weights, row, 0, SOURCE) + start
+    gradient = place(gradients, row, 1, gradients.dtype.element_ty) + start
+    mean = place(means, row, 2, MOMENT) + start
+    square = place(squares, row, 3, MOMENT) + start
+    offsets, mask = tile(tl.load(block + 2), GROUPS, GROUP, WIDTH, FULL)
     w = load(weight + offsets, mask)
     g = load(gradient + offsets, mask)
     m = load(mean + offsets, mask)
@@ -126,9 +133,9 @@ def adamw_of_many(
     tl.store(square + offsets, narrow(v, MOMENT, INTERPRETED), mask=mask)
     if GRID is not None:
         TARGET: tl.constexpr = targets.dtype.element_ty
-        target = place(targets, block, 4, TARGET)
+        target = place(targets, row, 4, TARGET) + start
         x = stepped.to(tl.float32)
-        if tl.load(tl.load(block + 5).to(tl.pointer_type(tl.uint8))) != 0:
+        if tl.load(tl.load(row + 5).to(tl.pointer_type(tl.uint8))) != 0:
             high, low = extremes(x, GRID, INTERPRETED)
             s, reciprocal, z, _ = steps(high, low, 0, GRID, INTERPRETED)
             x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]

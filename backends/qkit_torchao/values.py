@@ -15,7 +15,7 @@ from qkit.qtensor import QTensor
 from qkit_torchao import capture, fused
 
 
-def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
+def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Tensor | None = None) -> Tensor:
     """`weight` on `grid`, rounded to `dtype`, or, where `gate` is off, `weight` itself in `dtype`. No gradient passes.
 
     What is given is kept, and given again until the weight changes; then it is overwritten, with those of all other weights
@@ -24,9 +24,11 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
     A change is seen by torch's version counter, by another storage, type or device, by another gate, by any optimizer's step
     (unless the weight is frozen), and by `drop`, as `train()` and `eval()` call it. A write through `.data` outside of an
     optimizer is not; call `drop` after one. A captured CUDA graph begins with making them, at every replay; and what a graph
-    has made is made anew at every use outside, since nobody sees replays.
+    has made is made anew at every use outside, since nobody sees replays. `into`: the memory to keep them in, see `room`.
     """
     entry = _entry(weight, grid, gate, dtype)
+    if into is not None and entry.made is not into:
+        entry.made, entry.stamp = into, ()
     stamp = _stamp(entry, weight)
     if _old(entry.stamp, stamp, entry.captured) and not _stands(entry, weight):
         _make(entry, stamp)
@@ -48,6 +50,36 @@ def codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
         )
         _codes[id(weight)] = known
     return known.q, known.steps
+
+
+def room(weight: Tensor, grid: Grid, gate: Tensor) -> Tensor:
+    """Memory for the values of `weight` in its own type, the same for all layers that share it; nothing is made yet.
+
+    Layers hold it, so that compiled code is given it, and finds it where it was: graphs need not copy it.
+    """
+    entry = _entry(weight, grid, gate, weight.dtype)
+    entry.stamp, entry.seen = (), None
+    if entry.made is None or (entry.made.shape, entry.made.device) != (weight.shape, weight.device):
+        with torch.inference_mode(False):
+            entry.made = torch.empty_like(weight.detach(), memory_format=torch.contiguous_format)
+        torch._dynamo.mark_static_address(entry.made, guard=False)
+    _owners[entry.made.data_ptr()] = entry
+    return entry.made
+
+
+def owns(weight: Tensor, room: Tensor) -> bool:
+    """Whether `room` is free for the values of `weight`: not so where a layer computes with a weight that is not its own."""
+    owner = _owners.get(room.data_ptr())
+    return owner is None or owner.owner() is weight
+
+
+def _move(entry: "Entry", into: Tensor) -> None:
+    before = _owners.get(into.data_ptr())
+    if before is not entry and before is not None:
+        before.made, before.stamp = None, ()
+    if before is not entry or entry.made is None or entry.made.data_ptr() != into.data_ptr():
+        _owners[into.data_ptr()] = entry
+        entry.made, entry.stamp = into, ()
 
 
 def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +136,7 @@ class Entry:
         captured: whether a CUDA graph has made them, at replays that nobody sees.
     """
 
-    __slots__ = ("asked", "captured", "dtype", "gate", "grid", "made", "owner", "seen", "stamp")
+    __slots__ = ("__weakref__", "asked", "captured", "dtype", "gate", "grid", "made", "owner", "seen", "stamp")
 
     def __init__(self, weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> None:
         self.owner = weakref.ref(weight, partial(_forget, id(weight)))
@@ -128,6 +160,7 @@ class _Codes:
 
 
 _entries: dict[int, Entry] = {}
+_owners: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()  #: by address of a room
 _codes: dict[int, _Codes] = {}
 _held: "dict[int, weakref.ref[Tensor]]" = {}
 _steps_taken = 0
