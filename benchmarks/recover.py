@@ -210,25 +210,27 @@ def main() -> None:
                 "curves": {name: [round(loss, 4) for loss in curve] for name, curve in run.curves.items()},
             }
         )
-    every = {name: {row: pooled([one[name][row] for one in rungs]) for row in rungs[0][name]} for name in names}
-    square = {t: {d: pooled([one[t][d] for one in squares]) for d in row} for t, row in squares[0].items()}
-    report = {
-        "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-        "machine": machine(given.device) | {"python": sys.version.split()[0], "qkit": qkit.__version__},
-        "parameters": sum(p.numel() for p in Llama(SIZES[given.size], seed=0, longest=1).parameters()),
-        "settings": {name: value for name, value in vars(given).items() if name not in ("out", "recipe")},
-        "text": {"training bytes": len(text), "held-out bytes": len(unseen), "windows": len(rows)},
-        "over all seeds": {
-            "recipes": {name: recovery_table(pooled(floats), found) for name, found in every.items()},
-            "matrix": matrix_table(square, "float, longer"),
-        },
-        "seeds": seeds,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    for name, found in report["over all seeds"]["recipes"].items():
-        print(name, found, file=sys.stderr)
-    content = json.dumps(report, indent=2)
-    given.out.write_text(content + "\n") if given.out else print(content)
+        every = {name: {row: pooled([one[name][row] for one in rungs]) for row in rungs[0][name]} for name in names}
+        square = {t: {d: pooled([one[t][d] for one in squares]) for d in row} for t, row in squares[0].items()}
+        report = {
+            "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
+            "machine": machine(given.device) | {"python": sys.version.split()[0], "qkit": qkit.__version__},
+            "parameters": sum(p.numel() for p in Llama(SIZES[given.size], seed=0, longest=1).parameters()),
+            "settings": {name: value for name, value in vars(given).items() if name not in ("out", "recipe")},
+            "text": {"training bytes": len(text), "held-out bytes": len(unseen), "windows": len(rows)},
+            "over all seeds": {
+                "recipes": {name: recovery_table(pooled(floats), found) for name, found in every.items()},
+                "matrix": matrix_table(square, "float, longer"),
+            },
+            "seeds": seeds,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        for name, found in report["over all seeds"]["recipes"].items():
+            print(f"{time.perf_counter() - began:.0f} s, {seed + 1} seeds", name, found, file=sys.stderr, flush=True)
+        if given.out:  # as far as it has come
+            given.out.write_text(json.dumps(report, indent=2) + "\n")
+    if not given.out:
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
