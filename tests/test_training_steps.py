@@ -5,7 +5,7 @@ import pytest
 from training import ENGINES, TOKENS, arrays, same, small
 
 import qkit
-from qkit.backend import Distillation, TopLogits
+from qkit.trainer import Distillation, TopLogits
 
 RATE = {"learning_rate": 1e-2}
 

@@ -12,8 +12,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from numpy.typing import NDArray
 
-from qkit.backend import Backend, Distillation, TopLogits
+from qkit.backend import Backend
 from qkit.errors import ArtifactError, BackendError
+from qkit.trainer import Distillation, TopLogits
 
 TOKENS = 4096  #: how many tokens are evaluated at once, so that their logits fit into memory
 MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: neutral names, and AdamW's
@@ -51,7 +52,7 @@ class MlxTrainer:
     def step(
         self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
     ) -> float:
-        """See `qkit.backend.Trainer.step`."""
+        """See `qkit.trainer.Trainer.step`."""
         self.model.train()
         self.optimizer.learning_rate = learning_rate
         count = mx.array(float(sum(tokens[:, 1:].size for tokens in batches)))
@@ -67,7 +68,7 @@ class MlxTrainer:
         return float(loss)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """See `qkit.backend.Trainer.state`."""
+        """See `qkit.trainer.Trainer.state`."""
         found = {f"weights.{name}": x for name, x in self.engine.tensors(self.model).items()}
         moments = dict(_flat(self.optimizer.state))
         for name in self._trained():
@@ -77,7 +78,7 @@ class MlxTrainer:
         return {**arrays, "rng.mlx": np.array(_random()[0]), "steps": np.array(self.steps, np.int64)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """See `qkit.backend.Trainer.restore`."""
+        """See `qkit.trainer.Trainer.restore`."""
         moments = {
             f"{name}.{key}": self.engine.from_numpy(_moment(state, f"{moment}.{name}", x)).astype(x.dtype)
             for name, x in self._trained().items()

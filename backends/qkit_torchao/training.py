@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkit.backend import Backend, Distillation, TopLogits
+from qkit.backend import Backend
 from qkit.errors import ArtifactError, BackendError
+from qkit.trainer import Distillation, TopLogits
 
 ROWS = 16  #: sequences evaluated at a time
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral names, and AdamW's
@@ -48,7 +49,7 @@ class TorchTrainer:
     def step(
         self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
     ) -> float:
-        """See `qkit.backend.Trainer.step`."""
+        """See `qkit.trainer.Trainer.step`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if not self.model.training:
@@ -81,7 +82,7 @@ class TorchTrainer:
             return _logits(self.teacher, ids[:, :-1]).float(), None
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """See `qkit.backend.Trainer.state`."""
+        """See `qkit.trainer.Trainer.state`."""
         found = {f"weights.{name}": x for name, x in self.engine.tensors(self.model).items()}
         for name, parameter in self._trained.items():
             known = self.optimizer.state[parameter]
@@ -91,7 +92,7 @@ class TorchTrainer:
         return {**arrays, **_random_state(), "steps": np.array(self.steps, np.int64)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """See `qkit.backend.Trainer.restore`."""
+        """See `qkit.trainer.Trainer.restore`."""
         moments = {name: [_moment(state, f"{m}.{name}", x) for m in MOMENTS] for name, x in self._trained.items()}
         weights = {name.removeprefix("weights."): x for name, x in state.items() if name.startswith("weights.")}
         self.engine.fill(self.model, weights)

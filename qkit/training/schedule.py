@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.backend import Backend, Mode
+from qkit.backend import Backend
 from qkit.errors import RunError
+from qkit.layer import Mode
 
 LATER = ("interval", "ramp")  #: words of issue files that this version cannot honour, and does not ignore
 
