@@ -59,6 +59,20 @@ def test_the_gradient_is_clipped(name):
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_matrices_decay_and_vectors_do_not(name):
+    """By the engine's own optimizer: after one step, decay is the only difference."""
+    (_, plain), (_, decayed) = (trained(name, weight_decay=decay) for decay in (0.0, 0.5))
+    for key, array in plain.items():
+        assert np.array_equal(array, decayed[key]) == (array.ndim == 1), key
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_trainer_steps_with_the_engines_own_optimizer(name):
+    own = type(qkit.adamw(small(name), lr=0.0))
+    assert isinstance(trainer(name, small(name)).optimizer, own)
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_recomputing_layers_changes_nothing(name):
     plain, recomputed = trained(name), trained(name, recompute=True)
     assert plain[0] == recomputed[0]

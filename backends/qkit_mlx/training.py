@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from qkit.backend import Backend
 from qkit.errors import ArtifactError, BackendError
 from qkit.trainer import Distillation, TopLogits
+from qkit_mlx.adamw import AdamW
 
 TOKENS = 4096  #: how many tokens are evaluated at once, so that their logits fit into memory
 MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: neutral names, and AdamW's
@@ -128,17 +128,15 @@ class MlxTrainer:
         return [] if self.teacher is None else [self.teacher(mx.array(tokens[:, :-1])).astype(mx.float32)]
 
 
-class _AdamW(optim.AdamW):
+class _Optimizer(AdamW):
     """Decays parameters of more than one dimension only."""
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        step = super().apply_single if parameter.ndim > 1 else super(optim.AdamW, self).apply_single
-        stepped: mx.array = step(gradient, parameter, state)
-        return stepped
+    def decays(self, parameter: mx.array) -> bool:
+        return parameter.ndim > 1
 
 
-def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    made = _AdamW(learning_rate=0.0, betas=list(betas), eps=1e-8, weight_decay=weight_decay, bias_correction=True)
+def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> AdamW:
+    made = _Optimizer(learning_rate=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay)
     made.init(model.trainable_parameters())
     return made
 

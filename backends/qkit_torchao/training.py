@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from qkit.backend import Backend
 from qkit.errors import ArtifactError, BackendError
 from qkit.trainer import Distillation, TopLogits
+from qkit_torchao.optimizer import AdamW
 
 ROWS = 16  #: sequences evaluated at a time
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral names, and AdamW's
@@ -101,6 +102,9 @@ class TorchTrainer:
             made = [self.engine.from_numpy(x).to(parameter) for x in moments[name]]
             step = torch.tensor(float(self.steps), device=parameter.device)
             self.optimizer.state[parameter] = {"step": step, **dict(zip(MOMENTS.values(), made, strict=True))}
+        self.optimizer.load_state_dict(
+            self.optimizer.state_dict()
+        )  # weights may share one counter, as the optimizer likes
         _set_random_state(state)
 
 
@@ -152,12 +156,14 @@ def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
 
 
-def _optimizer(parameters: list[Tensor], *, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[Tensor], *, betas: tuple[float, float], weight_decay: float) -> AdamW:
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, fused=True)
+    return AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay
+    )
 
 
 def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: Tensor) -> NDArray[Any]:
