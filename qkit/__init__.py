@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import dequantize, fake_quantize, quantize
 from qkit.backend import BackendSpec
+from qkit.coverage import coverage
 from qkit.element import Element
 from qkit.errors import (
     ArtifactError,
@@ -22,7 +23,7 @@ from qkit.errors import (
 )
 from qkit.gathering import gather
 from qkit.grid import Grid
-from qkit.pipeline import adamw, convert, coverage, prepare
+from qkit.pipeline import adamw, convert, prepare
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
 from qkit.registry import backend, backends, recipe, recipes

@@ -1,23 +1,22 @@
 """The seam: what an engine must be able to do. Everything else in qkit is written once, over these verbs."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.errors import StageError
 from qkit.grid import Grid
+from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
+from qkit.trainer import Distillation, Trainer
 
 if TYPE_CHECKING:
     from qkit.adapters.update import Update
 
-Stage = Literal["float", "prepared", "converted"]
-Mode = Literal["on", "off", "calibrating"]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -38,115 +37,6 @@ class BackendSpec:
     framework: str
     install: str
     requires: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer of somebody's model, as a backend sees it.
-
-    Attributes:
-        path: dotted path of the module; the first, where it is registered more than once. Of an `other`, the name of a tensor.
-        kind: `linear` or `embedding`; `other` is a weight that no rule speaks of, listed so that coverage is complete.
-        shape: of the weight, (outputs, inputs).
-        module: the framework's module itself.
-        stage: `float`, `prepared` or `converted`.
-        rule: what it was prepared or converted with.
-        mode: of a prepared layer, as `Backend.switch` left it.
-        native: whether a converted layer runs on the engine's own quantized tensor or layer, rather than decoded first.
-        execution: on which one; or, decoded first, why.
-        tied: path of the layer before it whose weight is also its own; empty where there is none.
-        obstacle: why it cannot be quantized although it looks like a layer, or, of an `other`, why no rule speaks of it.
-        adapter: its kind and rank, where it has one; see `qkit.adapters`.
-        sharded: whether this process has only a part of the weight, or is lent the whole for as long as the layer computes.
-    """
-
-    path: str
-    kind: Kind | Literal["other"]
-    shape: tuple[int, ...]
-    module: Any
-    stage: Stage = "float"
-    rule: Rule | None = None
-    mode: Mode = "on"
-    native: bool = False
-    execution: str = ""
-    tied: str = ""
-    obstacle: str = ""
-    adapter: str = ""
-    sharded: bool = False
-
-
-def want_merged(layers: Iterable[Layer], verb: str) -> None:
-    """Refuses layers with adapters, which are not in the weights that they hold."""
-    for layer in layers:
-        if layer.adapter:
-            raise StageError(
-                f"cannot {verb}: {layer.path} has an adapter ({layer.adapter}); call qkit.merge(model) first"
-            )
-
-
-def want_whole(layers: Iterable[Layer], verb: str) -> None:
-    """Refuses layers whose weights are spread over processes."""
-    for layer in layers:
-        if layer.sharded:
-            way_out = (
-                "prepare the model first and shard it then"
-                if layer.stage == "float"
-                else "call whole = qkit.gather(model) in every process, and go on with the whole model in the one that gets it"
-            )
-            raise StageError(f"cannot {verb}: {layer.path} is sharded over processes; {way_out}")
-
-
-@dataclass(frozen=True, slots=True)
-class Distillation:
-    """How much of a teacher is in the loss: (1 - weight) * cross-entropy + weight * temperature^2 * KL(teacher || student).
-
-    Both distributions are taken at `temperature`; the square keeps the size of gradients (Hinton et al. 2015, arXiv
-    1503.02531). Where only some of the teacher's logits are known, both are restricted to these tokens, so that a student
-    that equals its teacher has nothing to learn.
-    """
-
-    temperature: float = 1.0
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TopLogits:
-    """The teacher's largest logits of one batch: float32 [batch, length, k], and their tokens int32 [batch, length, k]."""
-
-    logits: NDArray[np.float32]
-    tokens: NDArray[np.int32]
-
-
-class Trainer(Protocol):
-    """A model, its optimizer and the step that joins them."""
-
-    def step(
-        self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
-    ) -> float:
-        """One optimizer step on next-token prediction; returns the mean loss over all tokens before it, in nats.
-
-        Args:
-            batches: micro-batches [batch, length + 1], whose gradients are added up.
-            targets: of each micro-batch, where the trainer distils from a file.
-        """
-        ...
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """All that training goes on from, by names that every engine shares.
-
-        `weights.NAME` for every name in `Backend.tensors`, static ranges among them; `first_moment.NAME` and `second_moment.NAME`
-        for those that are trained; `steps`, int64 []; and `rng.ENGINE`, which other engines do not read. Arrays may be views:
-        good until the next step.
-        """
-        ...
-
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Goes on from a `state`, of this engine or another.
-
-        Raises:
-            ArtifactError: a tensor is missing or does not fit the model.
-        """
-        ...
 
 
 class Backend(Protocol):

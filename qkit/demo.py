@@ -12,6 +12,7 @@ import numpy as np
 
 from qkit import artifact, pipeline
 from qkit.backend import Backend
+from qkit.coverage import coverage
 from qkit.demo_preset import PRESET, PRESETS, Preset, standard_library
 from qkit.errors import BackendError
 from qkit.interop.compressed_tensors import layout
@@ -140,7 +141,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         other_loss=other.loss(artifact.load(folder / "quantized", backend=other), unseen) if other else None,
         other_obstacle=other_obstacle,
         outside=losses_outside(folder / "quantized", folder / "mlx", unseen),
-        bits_per_weight=pipeline.coverage(model).bits_per_weight,
+        bits_per_weight=coverage(model).bits_per_weight,
         curves=curves,
         folder=str(folder),
     )

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.backend import Backend, Layer, Mode
+from qkit.backend import Backend
 from qkit.errors import StageError
+from qkit.layer import Layer, Mode
 from qkit.pipeline import surgeon
 
 

@@ -53,7 +53,7 @@ def trained(name, recipe, kind, *, base):
     engine, model = adapted(name, recipe, kind, base=base)
     trainer = engine.trainer(model, weight_decay=0.0)
     for _ in range(2):
-        trainer.step(TOKENS, learning_rate=2e-2)
+        trainer.step([TOKENS], learning_rate=2e-2)
     return engine, model
 
 
@@ -202,7 +202,7 @@ def test_only_the_adapter_trains(name, base):
     model = qkit.prepare(model, "int4-g64") if base == "prepared" else qkit.convert(model, "int4-g64")
     model = qkit.adapt(model, Adapter(kind="dora"))
     before = {key: engine.to_numpy(array).copy() for key, array in engine.tensors(model).items()}
-    engine.trainer(model, weight_decay=0.0).step(TOKENS, learning_rate=1e-2)
+    engine.trainer(model, weight_decay=0.0).step([TOKENS], learning_rate=1e-2)
     after = {key: engine.to_numpy(array) for key, array in engine.tensors(model).items()}
     changed = {key.rpartition(".")[2] for key in before if (before[key] != after[key]).any()}
     assert changed == (

@@ -127,7 +127,7 @@ def test_an_adapter_of_pefts_gives_pefts_logits_in_float(wishes, tmp_path):
     trainer = engine.trainer(theirs, weight_decay=0.0)
     tokens = np.random.default_rng(1).integers(0, 256, (4, 17)).astype(np.int32)
     for _ in range(5):
-        trainer.step(tokens, learning_rate=3e-2)
+        trainer.step([tokens], learning_rate=3e-2)
     theirs.save_pretrained(tmp_path)
     ours = adapters.load(qkit.prepare(build("torchao"), RECIPE), tmp_path)
     assert_near(float_logits("torchao", ours), logits("torchao", theirs), logits("torchao", build("torchao")))

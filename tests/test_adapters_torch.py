@@ -155,7 +155,7 @@ def test_peft_works_on_a_prepared_model_whose_layers_stay_on_the_grid():
     with peft_model.disable_adapter():
         assert (engine.logits(peft_model, TOKENS.numpy()) == before).all()
     trainer = engine.trainer(peft_model, weight_decay=0.0)
-    first, *_, last = (trainer.step(TOKENS.numpy().astype(np.int32), learning_rate=1e-2) for _ in range(5))
+    first, *_, last = (trainer.step([TOKENS.numpy().astype(np.int32)], learning_rate=1e-2) for _ in range(5))
     assert last < first
 
 
@@ -169,7 +169,7 @@ def test_pefts_merge_moves_the_loss_and_ours_does_not():
     for model, merge in ((theirs, lambda model: model.merge_and_unload()), (ours, qkit.merge)):
         trainer = engine.trainer(model, weight_decay=0.0)
         for _ in range(40):
-            trainer.step(tokens, learning_rate=1e-2)
+            trainer.step([tokens], learning_rate=1e-2)
         before = engine.loss(model, tokens)
         gaps.append(engine.loss(merge(model), tokens) - before)
     assert gaps[1] == 0

@@ -2,9 +2,13 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from training import folder
 from typer.testing import CliRunner
 
 import qkit
@@ -28,6 +32,31 @@ def test_the_tour_runs_from_the_first_block_to_the_last(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"^\$ qkit (\w+)", TEXT, flags=re.MULTILINE))))
 def test_the_commands_exist(command):
     assert CliRunner().invoke(application, [command, "--help"]).exit_code == 0
+
+
+TRAINING = [line for line in TEXT.splitlines() if line.startswith("$ qkit") and re.search(r"model/|adapted", line)]
+
+
+@pytest.mark.skipif(not {"torchao", "mlx"} & ENGINES, reason="needs an engine that trains")
+def test_the_commands_that_train_and_measure_run_in_their_order(tmp_path, monkeypatch):
+    """As they stand, on a small model, and with few steps."""
+    monkeypatch.chdir(folder(tmp_path, intermediate_size=64, hidden_size=64))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text.txt").rename(tmp_path / "text" / "a.txt")
+    (tmp_path / "other.txt").write_text((tmp_path / "text" / "a.txt").read_text()[:2000])
+    few = {
+        "train": ["--steps", "2", "--batch", "2", "--length", "16"],
+        "compare": ["--length", "16"],
+        "eval": ["--length", "16"],
+    }
+    ran = [shlex.split(line[2:], comments=True)[1:] for line in TRAINING]
+    assert {command for command, *_ in ran} == {"plan", "quantize", "train", "eval", "compare", "merge"}
+    for command in sorted(ran, key=lambda words: words[0] not in ("plan", "quantize")):
+        done = CliRunner().invoke(application, [*command, *few.get(command[0], [])])
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    assert (tmp_path / "report" / "report.html").exists()
+    pair = [load_file(tmp_path / one / "model.safetensors") for one in ("adapted", "merged")]
+    assert all(np.array_equal(pair[0][name], pair[1][name]) for name in pair[0])
 
 
 def parity_table():

@@ -76,10 +76,24 @@ def test_a_tokenizer_of_the_directory_makes_the_tokens(tmp_path):
     assert (text.tokens.tolist(), text.kind) == ([3, 0, 4, 2], "tokenizer.json")
 
 
+def test_a_tokenizer_sees_the_ends_of_lines_that_the_file_has(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer(tmp_path, 5)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["model"]["vocab"] = {"a\r\n": 0, "a\n": 1, "?": 2}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**whole, "pre_tokenizer": None}))
+    (tmp_path / "a.txt").write_bytes(b"a\r\n")
+    assert read_text([str(tmp_path / "a.txt")], folder=tmp_path, config={"vocab_size": 5}).tokens.tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"size": 9}, r"has tokens up to 8, and the model's vocab_size is 5: it is another model's"),
+        (
+            {"size": 9, "text": b"w1 w7"},
+            r"the text has token 7, and the model a vocabulary of 5: the tokenizer is of another",
+        ),
+        ({"size": 5, "text": b" \n"}, r"there are no tokens in .*a\.txt"),
         ({"broken": "{}"}, r"tokenizer\.json: not a tokenizer that tokenizers opens"),
         ({"other": "tokenizer.model"}, r"tokenizer\.model is no tokenizer that qkit opens"),
         ({}, r"no tokenizer\.json, and a vocabulary of 5 is not one of bytes"),

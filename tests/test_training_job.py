@@ -162,7 +162,8 @@ def test_a_file_of_logits_of_another_text_is_refused(tmp_path):
     ("changes", "error", "message"),
     [
         ({"length": 200}, qkit.RunError, "length is 200, and the model has positions for 128"),
-        ({"adapter": {"rank": 8}}, qkit.RunError, "adapter: qkit train has no adapters yet"),
+        ({"adapter": {"match": "none"}}, qkit.StageError, "no layer matches none"),
+        ({"adapter": {"rank": 99}}, qkit.QkitError, "rank 99 is more than its weight"),
         ({"recipe": "int4-g33"}, qkit.RecipeError, "unknown recipe 'int4-g33'"),
         ({"backend": "numpy"}, qkit.BackendError, "'numpy' cannot train"),
         ({"model": "/nowhere"}, qkit.QkitError, "/nowhere is no directory"),

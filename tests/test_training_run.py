@@ -73,6 +73,8 @@ def test_a_run_and_its_table_are_inverse():
         ),
         ({"distillation": {"teacher": "t", "weight": 2}}, "distillation.weight is 2"),
         ({"adapter": 3}, "adapter is 3: want a table"),
+        ({"adapter": {"rnk": 8}}, "adapter: unknown key 'rnk' in an adapter: there is rank"),
+        ({"adapter": {}, "recipe": "float"}, "adapter: an adapter is trained on a grid, and recipe is 'float'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_key(change, message):

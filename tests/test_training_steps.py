@@ -5,7 +5,7 @@ import pytest
 from training import ENGINES, TOKENS, arrays, same, small
 
 import qkit
-from qkit.backend import Distillation, TopLogits
+from qkit.trainer import Distillation, TopLogits
 
 RATE = {"learning_rate": 1e-2}
 
@@ -56,6 +56,20 @@ def test_the_gradient_is_clipped(name):
     whole = norm(float("inf"))
     assert norm(whole / 2) == pytest.approx(whole / 2, rel=1e-5)  # a norm in float32
     assert norm(whole * 2) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_matrices_decay_and_vectors_do_not(name):
+    """By the engine's own optimizer: after one step, decay is the only difference."""
+    (_, plain), (_, decayed) = (trained(name, weight_decay=decay) for decay in (0.0, 0.5))
+    for key, array in plain.items():
+        assert np.array_equal(array, decayed[key]) == (array.ndim == 1), key
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_trainer_steps_with_the_engines_own_optimizer(name):
+    own = type(qkit.adamw(small(name), lr=0.0))
+    assert isinstance(trainer(name, small(name)).optimizer, own)
 
 
 @pytest.mark.parametrize("name", ENGINES)

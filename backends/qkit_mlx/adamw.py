@@ -34,12 +34,15 @@ class AdamW(optim.AdamW):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         """The parameter after a step; `m` and `v` in `state` move with it."""
         rate = self.learning_rate
-        factors = self._factors.of(self.step, lambda step: self._of(step, rate), rate)
-        keep, *more = factors
-        keep = mx.ones_like(keep) if id(gradient) in self._ranges else keep
-        moved = _compiled(*self.betas, self.eps)(gradient, parameter, state["m"], state["v"], keep, *more)
+        keep, *factors = self._factors.of(self.step, lambda step: self._of(step, rate), rate)
+        keep = keep if self.decays(parameter) and id(gradient) not in self._ranges else mx.ones_like(keep)
+        moved = _compiled(*self.betas, self.eps)(gradient, parameter, state["m"], state["v"], keep, *factors)
         parameter, state["m"], state["v"] = moved
         return parameter
+
+    def decays(self, parameter: mx.array) -> bool:
+        """Whether weight decay is for `parameter`."""
+        return True
 
     def _of(self, step: mx.array, learning_rate: mx.array) -> Arrays:
         """What a step multiplies all parameters, all `m` and all roots of `v` with."""

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.adapters.update import Update
-from qkit.backend import NOTHING, Distillation, Layer, Mode, Trainer
+from qkit.backend import NOTHING
 from qkit.errors import BackendError
 from qkit.grid import Grid
+from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
+from qkit.trainer import Distillation, Trainer
 from qkit_mlx import adapters, learned, ops, surgery, training
 from qkit_mlx.adamw import AdamW
 from qkit_mlx.deployed import deploy_embedding, deploy_linear

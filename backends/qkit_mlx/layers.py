@@ -7,9 +7,9 @@ from typing import Any, NoReturn, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.backend import Mode
 from qkit.errors import StageError
 from qkit.grid import Grid
+from qkit.layer import Mode
 from qkit.recipe import Rule
 from qkit.static import static_names
 from qkit_mlx import ops

@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.backend import Layer
 from qkit.errors import ArtifactError, BackendError
+from qkit.layer import Layer
 from qkit.recipe import Kind
 from qkit_mlx.deployed import DEPLOYED, STORED, PackedEmbedding
 from qkit_mlx.layers import FakeEmbedding, FakeLinear, mode_of

@@ -7,14 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from numpy.typing import NDArray
 
-from qkit.backend import Backend, Distillation, TopLogits
+from qkit.backend import Backend
 from qkit.errors import ArtifactError, BackendError
-from qkit_mlx.adamw import of_ranges
+from qkit.trainer import Distillation, TopLogits
+from qkit_mlx.adamw import AdamW
 
 TOKENS = 4096  #: how many tokens are evaluated at once, so that their logits fit into memory
 MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: neutral names, and AdamW's
@@ -52,7 +52,7 @@ class MlxTrainer:
     def step(
         self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
     ) -> float:
-        """See `qkit.backend.Trainer.step`."""
+        """See `qkit.trainer.Trainer.step`."""
         self.model.train()
         self.optimizer.learning_rate = learning_rate
         count = mx.array(float(sum(tokens[:, 1:].size for tokens in batches)))
@@ -68,7 +68,7 @@ class MlxTrainer:
         return float(loss)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """See `qkit.backend.Trainer.state`."""
+        """See `qkit.trainer.Trainer.state`."""
         found = {f"weights.{name}": x for name, x in self.engine.tensors(self.model).items()}
         moments = dict(_flat(self.optimizer.state))
         for name in self._trained():
@@ -78,7 +78,7 @@ class MlxTrainer:
         return {**arrays, "rng.mlx": np.array(_random()[0]), "steps": np.array(self.steps, np.int64)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """See `qkit.backend.Trainer.restore`."""
+        """See `qkit.trainer.Trainer.restore`."""
         moments = {
             f"{name}.{key}": self.engine.from_numpy(_moment(state, f"{moment}.{name}", x)).astype(x.dtype)
             for name, x in self._trained().items()
@@ -128,22 +128,15 @@ class MlxTrainer:
         return [] if self.teacher is None else [self.teacher(mx.array(tokens[:, :-1])).astype(mx.float32)]
 
 
-class _AdamW(optim.AdamW):
-    """Decays parameters of more than one dimension only, and no learned ranges."""
+class _Optimizer(AdamW):
+    """Decays parameters of more than one dimension only."""
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        self._ranges = of_ranges(gradients)
-        return super().apply_gradients(gradients, parameters)
-
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        decays = parameter.ndim > 1 and id(gradient) not in self._ranges
-        step = super().apply_single if decays else super(optim.AdamW, self).apply_single
-        stepped: mx.array = step(gradient, parameter, state)
-        return stepped
+    def decays(self, parameter: mx.array) -> bool:
+        return parameter.ndim > 1
 
 
-def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    made = _AdamW(learning_rate=0.0, betas=list(betas), eps=1e-8, weight_decay=weight_decay, bias_correction=True)
+def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> AdamW:
+    made = _Optimizer(learning_rate=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay)
     made.init(model.trainable_parameters())
     return made
 

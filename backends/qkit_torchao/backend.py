@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qkit.adapters.update import Update
-from qkit.backend import NOTHING, Distillation, Layer, Mode, Trainer
+from qkit.backend import NOTHING
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
+from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
+from qkit.trainer import Distillation, Trainer
 from qkit_torchao import adapters, fused, learned, ops, packed, sharding, straight_through, surgery, training
 from qkit_torchao.optimizer import AdamW
 

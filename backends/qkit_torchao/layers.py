@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkit.backend import Mode
 from qkit.element import AVERAGE
 from qkit.errors import BackendError
 from qkit.grid import Grid
+from qkit.layer import Mode
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qkit.backend import Layer
+from qkit.layer import Layer
 from qkit.recipe import Kind
 from qkit_torchao import sharding
 from qkit_torchao.layers import FakeEmbedding, FakeLinear

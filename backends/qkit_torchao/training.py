@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkit.backend import Backend, Distillation, TopLogits
+from qkit.backend import Backend
 from qkit.errors import ArtifactError, BackendError
 from qkit.learned import is_learned
+from qkit.trainer import Distillation, TopLogits
+from qkit_torchao.optimizer import AdamW
 
 ROWS = 16  #: sequences evaluated at a time
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral names, and AdamW's
@@ -49,7 +51,7 @@ class TorchTrainer:
     def step(
         self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
     ) -> float:
-        """See `qkit.backend.Trainer.step`."""
+        """See `qkit.trainer.Trainer.step`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if not self.model.training:
@@ -82,7 +84,7 @@ class TorchTrainer:
             return _logits(self.teacher, ids[:, :-1]).float(), None
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """See `qkit.backend.Trainer.state`."""
+        """See `qkit.trainer.Trainer.state`."""
         found = {f"weights.{name}": x for name, x in self.engine.tensors(self.model).items()}
         for name, parameter in self._trained.items():
             known = self.optimizer.state[parameter]
@@ -92,7 +94,7 @@ class TorchTrainer:
         return {**arrays, **_random_state(), "steps": np.array(self.steps, np.int64)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """See `qkit.backend.Trainer.restore`."""
+        """See `qkit.trainer.Trainer.restore`."""
         moments = {name: [_moment(state, f"{m}.{name}", x) for m in MOMENTS] for name, x in self._trained.items()}
         weights = {name.removeprefix("weights."): x for name, x in state.items() if name.startswith("weights.")}
         self.engine.fill(self.model, weights)
@@ -101,6 +103,9 @@ class TorchTrainer:
             made = [self.engine.from_numpy(x).to(parameter) for x in moments[name]]
             step = torch.tensor(float(self.steps), device=parameter.device)
             self.optimizer.state[parameter] = {"step": step, **dict(zip(MOMENTS.values(), made, strict=True))}
+        self.optimizer.load_state_dict(
+            self.optimizer.state_dict()
+        )  # weights may share one counter, as the optimizer likes
         _set_random_state(state)
 
 
@@ -161,15 +166,15 @@ def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
 
 
-def _optimizer(
-    parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
+def _optimizer(parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float) -> AdamW:
     decays = {name: one.dim() > 1 and not is_learned(name) for name, one in parameters.items()}
     groups = [
         {"params": [one for name, one in parameters.items() if decays[name]], "weight_decay": weight_decay},
         {"params": [one for name, one in parameters.items() if not decays[name]], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, fused=True)
+    return AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay
+    )
 
 
 def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: Tensor) -> NDArray[Any]:

@@ -8,9 +8,10 @@ import numpy as np
 
 from qkit.adapters.surgery import able, adapted, base_weight, obstacle, put
 from qkit.adapters.update import Update
-from qkit.backend import Backend, Layer
+from qkit.backend import Backend
 from qkit.errors import ArtifactError
 from qkit.interop import adapters as interop
+from qkit.layer import Layer
 from qkit.qtensor import dtype_of
 from qkit.recipe import grid_table
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from qkit.adapters.arithmetic import row_norms
 from qkit.adapters.update import Adapter, Floats, Update
-from qkit.backend import Backend, Layer
+from qkit.backend import Backend
 from qkit.errors import BackendError, QkitError, StageError
+from qkit.layer import Layer
 from qkit.pipeline import surgeon
 
 

@@ -2,27 +2,27 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from qkit.artifact.entries import KEY, Entry, describe, entries_of, group, kind_of
 from qkit.artifact.tensors import array_stream, in_type, read_folder, with_type
-from qkit.backend import Backend, Layer, want_merged, want_whole
+from qkit.backend import Backend
 from qkit.checkpoint.layout import SHARD_BYTES
 from qkit.checkpoint.output import write_directory
 from qkit.checkpoint.source import inside, is_pickle, read_json
-from qkit.errors import ArtifactError, BackendError, GridError, RecipeError, StageError
+from qkit.errors import ArtifactError, BackendError, GridError, StageError
 from qkit.interop import compressed_tensors
+from qkit.layer import Layer, want_merged, want_whole
 from qkit.pipeline import NOTE, surgeon
-from qkit.qtensor import DTYPES, DType, QTensor
-from qkit.recipe import Kind, Rule, rule_from_table, rule_table
+from qkit.qtensor import DType, QTensor
+from qkit.recipe import Rule
 from qkit.registry import backend as choose
 from qkit.static import check_static, static_contents
 
-KEY = "qkit"  #: the one metadata key of the weights file
-NUMERICS = 1  #: version of the arithmetic that the codes follow
 CONFIG = "config.json"
 COMPANIONS = (
     "generation_config.json",
@@ -130,7 +130,7 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
         if layer.kind != "other":
             setattr(layer.module, NOTE, "float in the artifact")
         if layer.tied and layer.tied in taken:
-            rule = Rule(("*",), kind=_kind(layer), weight=taken[layer.tied].rule.weight)
+            rule = Rule(("*",), kind=kind_of(layer), weight=taken[layer.tied].rule.weight)
             packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
         elif path in taken:
             packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
@@ -143,15 +143,6 @@ def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> A
     if not hasattr(engine, "build"):
         raise BackendError(f"backend {engine.name!r} works on arrays only: it has no models to load into")
     return engine.build(_without(config, "quantization_config"))
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One rule of an artifact, the type of the weights it was applied to, and the full paths of their layers."""
-
-    rule: Rule
-    dtype: DType
-    paths: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,71 +177,6 @@ def _why_not(layer: Layer) -> str:
     if layer.stage == "converted":
         return "it is converted already"
     return layer.obstacle or f"its weight is that of {layer.tied}"
-
-
-def group(saved: list[tuple[Layer, DType]]) -> list[Entry]:
-    """The rules that were applied, each once per type of weight, with the layers that they were applied to."""
-    paths: dict[tuple[Rule, DType], list[str]] = {}
-    for layer, dtype in saved:
-        assert layer.rule is not None
-        rule = replace(layer.rule, match=("*",), kind=_kind(layer), indivisible="error")
-        paths.setdefault((rule, dtype), []).append(layer.path)
-    return [
-        Entry(rule, dtype, tuple(sorted(mine)))
-        for (rule, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
-    ]
-
-
-def describe(entries: list[Entry]) -> str:
-    """The text of the metadata key."""
-    rules = [
-        {**_without(rule_table(entry.rule), "match"), "layers": list(entry.paths), "dtype": entry.dtype}
-        for entry in entries
-    ]
-    return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
-
-
-def entries_of(
-    folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, *, layout: str = "compressed-tensors"
-) -> list[Entry]:
-    """The rules of the artifact in `folder`; none for a float model.
-
-    Raises:
-        ArtifactError: the metadata are not readable or speak of another layout, or another tool has quantized the model.
-    """
-    entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
-    foreign = config.get("quantization_config") if config else None
-    if foreign and not entries:
-        method = foreign.get("quant_method", "an unknown tool")
-        raise ArtifactError(
-            f"{folder} is quantized by {method}, not by qkit: it does not say which grid its codes are on"
-        )
-    return entries
-
-
-def _described(folder: Path, text: str, layout: str) -> list[Entry]:
-    try:
-        described = json.loads(text)
-        if described.get("layout", "compressed-tensors") != layout:
-            raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
-        if described["numerics"] != NUMERICS:
-            raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
-        return [_entry(dict(table)) for table in described["rules"]]
-    except ArtifactError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
-
-
-def _entry(table: dict[str, Any]) -> Entry:
-    paths, dtype = tuple(map(str, table.pop("layers"))), table.pop("dtype")
-    if dtype not in DTYPES:
-        raise RecipeError(f"unknown dtype {dtype!r}")
-    return Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
-
-
-def _kind(layer: Layer) -> Kind:
-    return "embedding" if layer.kind == "embedding" else "linear"
 
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:

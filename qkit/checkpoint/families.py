@@ -8,9 +8,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qkit.backend import Layer
 from qkit.checkpoint.layout import DTYPES, Slot
 from qkit.errors import PlanError
+from qkit.layer import Layer
 from qkit.qtensor import DTYPES as FLOATS
 
 EMBEDDINGS = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)(_tokens|_in|_positions|_per_layer|s)*$")

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from qkit.artifact.directory import Entry, entries_of, read_config
-from qkit.backend import Layer
+from qkit.artifact.directory import read_config
+from qkit.artifact.entries import Entry, entries_of
 from qkit.checkpoint.families import layer_of, tied_head
 from qkit.checkpoint.source import Stored, read_folder
 from qkit.errors import ArtifactError
 from qkit.interop import compressed_tensors
+from qkit.layer import Layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from qkit import native, pipeline
-from qkit.artifact.directory import CONFIG, KEY, Entry, companions, describe, group, quantized_config, read_config
-from qkit.backend import Layer
+from qkit.artifact.directory import CONFIG, companions, quantized_config, read_config
+from qkit.artifact.entries import KEY, Entry, describe, group
 from qkit.checkpoint.blocks import row_blocks
 from qkit.checkpoint.families import HEAD, check_whole, layer_of, output_name, tied_head
 from qkit.checkpoint.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
@@ -16,6 +16,7 @@ from qkit.checkpoint.output import Output
 from qkit.checkpoint.source import MissingError, Stored, inside, read_folder
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.interop import compressed_tensors
+from qkit.layer import Layer
 from qkit.qtensor import DType
 from qkit.recipe import Recipe, Rule
 

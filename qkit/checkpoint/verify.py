@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit.artifact.directory import CONFIG, KEY, Entry, entries_of, quantized_config, read_config
+from qkit.artifact.directory import CONFIG, quantized_config, read_config
+from qkit.artifact.entries import KEY, Entry, entries_of
 from qkit.checkpoint.blocks import row_blocks, rows_of
 from qkit.checkpoint.inspection import parts, weight_shape
 from qkit.checkpoint.layout import DTYPES

@@ -51,6 +51,7 @@ def compare(
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
     from qkit.report import Sources, about, compare, page, to_json
     from qkit.report.masters import newest_checkpoint
+    from qkit.training.text import find
 
     engine = qkit.backend(backend)
     engine = engine.on(device) if device else engine
@@ -58,7 +59,9 @@ def compare(
     others = tuple(map(qkit.recipe, deploy_recipe or []))
     masters = masters or (newest_checkpoint(qat) if qat else None)
     sources = Sources(floats, named, others, ptq, qat, masters, longer)
-    tokens = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
+    tokens = read_alike(
+        [floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data
+    ).tokens
     rows = consecutive(tokens, length=length, windows=windows)
     out.mkdir(parents=True, exist_ok=True)
     found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
@@ -66,7 +69,7 @@ def compare(
         shlex.join(["qkit", *sys.argv[1:]]),
         backend=engine.name,
         device=device or "the default device",
-        files=data,
+        files=find(data),
         tokens=tokens.size,
     )
     heading = title or f"{floats.name} on {found.recipe}"

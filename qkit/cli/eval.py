@@ -12,7 +12,9 @@ from qkit.cli.console import Json, console, print_json
 if TYPE_CHECKING:
     from qkit.evaluation import Evaluation
 
-Data = Annotated[list[Path], typer.Option("--data", help="A text to measure on, in UTF-8; give it again for more.")]
+Data = Annotated[
+    list[str], typer.Option("--data", help="A text, or a shell pattern in quotes; give it again for more.")
+]
 Engine = Annotated[str | None, typer.Option(help="The engine; the first that is ready, if left out.")]
 Device = Annotated[str | None, typer.Option(help="Its device, such as cpu or cuda.")]
 Length = Annotated[int, typer.Option(help="Tokens predicted in one window.")]
@@ -34,9 +36,9 @@ def eval_(
 
     engine = qkit.backend(backend)
     engine = engine.on(device) if device else engine
-    tokens = read_alike([*directories, *([teacher] if teacher else [])], data)
-    rows = consecutive(tokens, length=length, windows=windows)
-    tokens_per_byte = tokens.size / sum(file.stat().st_size for file in data)
+    text = read_alike([*directories, *([teacher] if teacher else [])], data)
+    rows = consecutive(text.tokens, length=length, windows=windows)
+    tokens_per_byte = text.tokens.size / text.nbytes
     reference = open_model(engine, teacher) if teacher else None
     found = {}
     for directory in directories:
@@ -45,7 +47,7 @@ def eval_(
         print_json(
             {
                 "backend": engine.name,
-                "data": [str(file) for file in data],
+                "data": data,
                 "teacher": str(teacher) if teacher else None,
                 "windows": len(rows),
                 "length": length,

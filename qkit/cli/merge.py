@@ -9,7 +9,7 @@ import qkit
 from qkit.cli.console import console
 from qkit.pipeline import surgeon
 
-Engine = Annotated[str | None, typer.Option(help="The engine, torchao or mlx: the codes are the same on both.")]
+Engine = Annotated[str | None, typer.Option(help="The engine; the first that is ready, if left out.")]
 
 
 def merge(
@@ -18,7 +18,11 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Where to: made whole, or not at all.")],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="What it was trained with; none for an artifact, which knows its own."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe, an alias or a TOML file: an artifact's own, if left out.",
+        ),
     ] = None,
     backend: Engine = None,
 ) -> None:

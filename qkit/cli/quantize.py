@@ -28,7 +28,7 @@ def quantize(
     backend: Annotated[
         str, typer.Option(help="The engine that makes the codes; their bits are the same on all.")
     ] = "numpy",
-    device: Annotated[str, typer.Option(help="Its device.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Its device, such as cpu or cuda.")] = "cpu",
     copy_code: CopyCode = False,
     shard_size: ShardSize = "5GB",
 ) -> None:

@@ -22,15 +22,21 @@ def train(
     out: Annotated[Path | None, typer.Argument(help="Where the artifact goes; checkpoints go to OUT.run.")] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file; 'float' trains without one."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe, an alias or a TOML file; 'float': none; MODEL's own, if left out.",
+        ),
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="A file or a shell pattern, in quotes; more than once.")
+        list[str] | None, typer.Option(help="A text, or a shell pattern in quotes; give it again for more.")
     ] = None,
-    held_out: Annotated[list[str] | None, typer.Option(help="Text to measure on; else a part of the data.")] = None,
-    backend: Annotated[str | None, typer.Option(help="The engine that trains: torchao or mlx.")] = None,
-    device: Annotated[str | None, typer.Option(help="Its device.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; once over the data if left out.")] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Text to measure on; some of the data, if left out.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="The engine; the first that is ready, if left out.")] = None,
+    device: Annotated[str | None, typer.Option(help="Its device, such as cpu or cuda.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; once over the data, if left out.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch [8].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a sequence [512].")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches in a step [1].")] = None,
@@ -40,11 +46,12 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the order of the data, and of dropout [0].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the masters: float32 or bfloat16 [float32].")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps [200].")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps; before and after if left out.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps; before and after, if left out.")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
     replace: Annotated[bool | None, typer.Option(help="Replace an artifact of qkit's in OUT.")] = None,
     key: Annotated[
-        list[str] | None, typer.Option("--set", help="Any key of a run file, as TOML: --set quantization.start=100")
+        list[str] | None,
+        typer.Option("--set", help="Any key of a run file, as TOML: --set adapter.rank=8"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
 ) -> None:

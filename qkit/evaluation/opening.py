@@ -6,14 +6,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qkit import artifact
+from qkit.artifact.directory import read_config
 from qkit.artifact.tensors import read_folder
 from qkit.backend import Backend
 from qkit.errors import BackendError, QkitError
 from qkit.interop import snapshot, transfer
-from qkit.training.tokens import tokens_of
+from qkit.training.text import Text, read_text
 
 
 def open_model(engine: Backend, directory: Path) -> Any:
@@ -35,15 +35,23 @@ def open_model(engine: Backend, directory: Path) -> Any:
         return artifact.load(own, backend=engine)
 
 
-def read_alike(directories: Sequence[Path], files: Sequence[Path]) -> NDArray[np.int32]:
-    """The tokens [n] of `files`, which are the same for the model in each of `directories`.
+def read_alike(directories: Sequence[Path], patterns: Sequence[str]) -> Text:
+    """What the files that `patterns` stand for hold, as tokens that are the same for the model in each of `directories`.
 
     Raises:
-        QkitError: they are not, so that losses per token cannot be compared; or see `tokens_of`.
+        QkitError: they are not, so that losses per token cannot be compared; or see `read_text`.
     """
-    first, *others = directories
-    tokens = tokens_of(first, files)
-    for other in others:
-        if not np.array_equal(tokens_of(other, files), tokens):
-            raise QkitError(f"{other} reads the text as other tokens than {first}: losses per token cannot be compared")
-    return tokens
+    first, *others = (read_text(patterns, folder=one, config=_config(one)) for one in directories)
+    for directory, other in zip(directories[1:], others, strict=True):
+        if not np.array_equal(first.tokens, other.tokens):
+            raise QkitError(
+                f"{directory} reads the text as other tokens than {directories[0]}: losses per token cannot be compared"
+            )
+    return first
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config = read_config(directory)
+    if config is None:
+        raise QkitError(f"{directory} is no model with a config.json: name a Hugging Face directory")
+    return config

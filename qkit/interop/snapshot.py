@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.artifact.directory import KEY, entries_of, read_config
+from qkit.artifact.directory import read_config
+from qkit.artifact.entries import KEY, entries_of
 from qkit.artifact.tensors import read_folder
 from qkit.checkpoint.families import EMBEDDINGS
 from qkit.errors import ArtifactError, GridError

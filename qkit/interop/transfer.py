@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from qkit.artifact.directory import KEY, Entry, companions, describe, quantized_config
+from qkit.artifact.directory import companions, quantized_config
+from qkit.artifact.entries import KEY, Entry, describe
 from qkit.artifact.tensors import array_stream
-from qkit.backend import Layer
 from qkit.checkpoint.families import HEAD, layer_of
 from qkit.checkpoint.layout import SHARD_BYTES, WORDS, Slot
 from qkit.checkpoint.output import Stream, write_directory
 from qkit.errors import ArtifactError
 from qkit.interop import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.interop.snapshot import QUANTIZATION, Held, Snapshot, join
+from qkit.layer import Layer
 from qkit.recipe import Rule, rule_table
 
 BLOCK = 1 << 20  #: numbers that are decoded together

@@ -1,5 +1,6 @@
 """Weights to put on another grid, for a report only: what a trained artifact stands for, as a float model; and its recipe."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from qkit.artifact.tensors import read_file
 from qkit.backend import Backend
 from qkit.errors import ArtifactError, StageError
 from qkit.recipe import Recipe, Rule
+from qkit.training.checkpoint import KEY
 
 WEIGHTS = "weights."  #: before the names of the weights in a checkpoint
 
@@ -30,9 +32,10 @@ def dequantized(engine: Backend, model: Any, *, into: Any) -> Any:
 
 
 def newest_checkpoint(trained: Path) -> Path | None:
-    """The last checkpoint that `qkit train` left beside the artifact `trained`, if it is still there."""
+    """The last checkpoint that `qkit train` left beside the artifact `trained`, if there is one; none of a run with adapters."""
     beside = trained.absolute().with_name(f"{trained.absolute().name}.run")
-    return max(beside.glob("checkpoint-*.safetensors"), default=None)
+    found = max(beside.glob("checkpoint-*.safetensors"), default=None)
+    return None if found is None or _has_adapter(read_file(found)[1]) else found
 
 
 def of_checkpoint(engine: Backend, file: Path, config: Mapping[str, Any] | None) -> Any:
@@ -41,7 +44,9 @@ def of_checkpoint(engine: Backend, file: Path, config: Mapping[str, Any] | None)
     Raises:
         ArtifactError: it is no such checkpoint, or another model's.
     """
-    tensors, _ = read_file(file)
+    tensors, metadata = read_file(file)
+    if _has_adapter(metadata):
+        raise ArtifactError(f"{file} holds adapters, and masters that were not trained: leave it out")
     weights = {name.removeprefix(WEIGHTS): array for name, array in tensors.items() if name.startswith(WEIGHTS)}
     if not weights or config is None:
         raise ArtifactError(f"{file} holds no weights.* of a model with a config.json: give a checkpoint of qkit train")
@@ -50,6 +55,13 @@ def of_checkpoint(engine: Backend, file: Path, config: Mapping[str, Any] | None)
     names = engine.tensors(model).keys()  # static ranges are in the checkpoint, and in no float model
     engine.fill(model, {name: array for name, array in weights.items() if name in names})
     return model
+
+
+def _has_adapter(metadata: Mapping[str, str]) -> bool:
+    try:
+        return bool(json.loads(metadata.get(KEY, "{}")).get("run", {}).get("adapter"))
+    except (ValueError, AttributeError):
+        return False
 
 
 def recipe_of(engine: Backend, model: Any) -> Recipe:

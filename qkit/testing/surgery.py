@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 import qkit
 from qkit import reference
-from qkit.backend import Backend, Stage
+from qkit.backend import Backend
 from qkit.errors import ArtifactError, GridError, QkitError, RangeError, RecipeError, StageError
 from qkit.grid import Grid
+from qkit.layer import Stage
 from qkit.recipe import Recipe, Rule
 from qkit.testing.tensors import all_grids, random
 

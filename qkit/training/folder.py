@@ -79,6 +79,11 @@ def check_same(found: Checkpoint, about: Mapping[str, Any]) -> None:
         raise RunError(
             f"{found.file} is of another text than {', '.join(about['run']['data'])} at this length: {way_out}"
         )
+    if about["run"].get("adapter") and before.get("engine") != about["engine"]:
+        raise RunError(
+            f"{found.file} has adapters of backend {before.get('engine')}, and this is {about['engine']}, which has other names "
+            f"for them: {way_out}"
+        )
     for key in sorted({*before["run"], *about["run"]} - FREE):
         then, now = before["run"].get(key), about["run"].get(key)
         if then != now:

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 
 import qkit
-from qkit import artifact, pipeline
-from qkit.backend import Backend, Trainer
+from qkit import adapters, artifact, pipeline
+from qkit.backend import Backend
 from qkit.errors import DivergedError
 from qkit.interop import snapshot
 from qkit.qtensor import DType
 from qkit.switches import calibrating
+from qkit.trainer import Trainer
 from qkit.training import checkpoint
 from qkit.training.data import Sequences
 from qkit.training.folder import Log, beside, check_out, check_same, locked, read_log
 from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
-from qkit.training.model import adapted, describe, digest, dtype_of, masters, prepared
+from qkit.training.model import describe, digest, dtype_of, opened
 from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
 from qkit.training.schedule import switching
@@ -61,7 +62,8 @@ class Outcome:
 def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     """Carries out `run`; one that was interrupted goes on from its last checkpoint.
 
-    Leaves the artifact in `run.out`, and in the folder beside it `log.jsonl` and the last two checkpoints.
+    Leaves the artifact in `run.out`, and in the folder beside it `log.jsonl` and the last two checkpoints. Adapters are merged
+    into the artifact, and beside it in `adapter`, as peft's files.
 
     Raises:
         RunError: the run does not fit its model, its text, or the checkpoints that are there.
@@ -74,13 +76,13 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     engine, folder = engine_of(run), beside(run.out)
     with locked(folder):
         source = snapshot.read(run.model)
-        model, recipe = prepared(engine, masters(engine, source, dtype=run.dtype), source, run.recipe)
-        model = adapted(model, run.adapter)
+        model, recipe = opened(engine, source, recipe=run.recipe, dtype=run.dtype, adapter=run.adapter)
         data, unseen, kind = text_of(run, source)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
         run = replace(run, steps=steps)
         about = {
             "qkit": qkit.__version__,
+            "engine": engine.name,
             "run": run_table(run),
             "recipe": describe(recipe),
             "model": digest(source),
@@ -195,10 +197,14 @@ def _finish(
     shown = unseen if len(unseen) else order.data
     few = shown.rows(shown.chosen[:1])[:, :-1]
     difference = None
-    if any(layer.stage == "prepared" for layer in engine.layers(model)):
+    if run.adapter:
+        adapters.save(model, log.file.with_name("adapter"), base=str(run.model), backend=engine)
+    if run.adapter or any(layer.stage == "prepared" for layer in engine.layers(model)):
         with _on(engine, model):
             before = engine.logits(model, few)
-        model = pipeline.convert(model, backend=engine)
+        model = adapters.merge(model, backend=engine) if run.adapter else model
+        if any(layer.stage == "prepared" for layer in engine.layers(model)):
+            model = pipeline.convert(model, backend=engine)
         difference = float(np.abs(engine.logits(model, few) - before).max())
     artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
     saved = engine.loss(artifact.load(run.out, backend=engine), unseen.all) if len(unseen) else None

@@ -1,8 +1,7 @@
-"""A directory as a model to train: float masters of one type, whatever is in the files, and a recipe for them."""
+"""A directory as a model to train: float masters of one type, whatever is in the files, and a recipe; or codes, and adapters."""
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit import reference
+from qkit import artifact, reference
+from qkit.adapters import Adapter, adapt
 from qkit.backend import Backend
 from qkit.errors import RunError
 from qkit.interop.packed import unpack
@@ -23,6 +23,26 @@ from qkit.static import static_contents
 from qkit.training.run import FLOAT
 
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def opened(
+    engine: Backend, source: Snapshot, *, recipe: str | None, dtype: str, adapter: Adapter | None
+) -> tuple[Any, Recipe | None]:
+    """The model in `source`, ready to train, and the recipe that it is on, None where there is none.
+
+    Masters in `dtype` on the grids of `recipe`, or of `source` if that is None. With an adapter and without a recipe, a quantized
+    `source` stays packed, in its own type.
+
+    Raises:
+        RunError: see `masters` and `prepared`.
+        StageError: the adapter does not fit a layer.
+        ArtifactError, BackendError, RecipeError, GridError: as their causes.
+    """
+    if adapter and recipe is None and source.weights:
+        model = artifact.load(source.folder, backend=engine)
+        return adapt(model, adapter, backend=engine), _own(engine, model, source)
+    model, chosen = prepared(engine, masters(engine, source, dtype=dtype), source, recipe)
+    return (adapt(model, adapter, backend=engine) if adapter else model), chosen
 
 
 def masters(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
@@ -54,17 +74,6 @@ def prepared(engine: Backend, model: Any, source: Snapshot, recipe: str | None) 
         return model, None
     chosen = _own(engine, model, source) if recipe is None else find_recipe(recipe)
     return prepare(model, chosen, backend=engine), chosen
-
-
-def adapted(model: Any, table: Mapping[str, Any]) -> Any:
-    """`model` with the adapters that the run's `adapter` table asks for; as it is where the table is empty.
-
-    Raises:
-        RunError: it asks for any: they are not there yet.
-    """
-    if table:
-        raise RunError("adapter: qkit train has no adapters yet: leave the table out to train all weights")
-    return model
 
 
 def describe(recipe: Recipe | None) -> dict[str, Any]:

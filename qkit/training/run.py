@@ -7,8 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from qkit.backend import Distillation
-from qkit.errors import RunError
+from qkit.adapters.update import Adapter, adapter_from_table
+from qkit.errors import QkitError, RunError
+from qkit.trainer import Distillation
 from qkit.training.rates import SHAPES, Shape
 from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
 
@@ -44,7 +45,7 @@ class Run:
         checkpoint_every, evaluate_every: steps; None evaluates before and after.
         gradient_checkpointing, compile: see `Backend.trainer`.
         replace: whether an artifact of qkit's in `out` may be replaced.
-        adapter: see `adapted`.
+        adapter: trained in place of the weights, and merged in the end; without `recipe`, a quantized `model` stays packed.
         quantization: when to quantize.
         distillation: a teacher, if any.
 
@@ -77,7 +78,7 @@ class Run:
     gradient_checkpointing: bool = False
     compile: bool | None = None
     replace: bool = False
-    adapter: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter | None = None
     quantization: Schedule = field(default_factory=Schedule)
     distillation: Teaching | None = None
 
@@ -130,6 +131,8 @@ class Run:
             )
         if self.autocast and self.dtype != "float32":
             raise RunError(f"autocast is for float32 masters, and dtype is {self.dtype!r}: leave one of them out")
+        if self.adapter and self.recipe == FLOAT:
+            raise RunError(f"adapter: an adapter is trained on a grid, and recipe is {FLOAT!r}: name another recipe")
 
 
 def run_from_table(table: Mapping[str, Any]) -> Run:
@@ -155,6 +158,8 @@ def run_from_table(table: Mapping[str, Any]) -> Run:
     for key in ("adapter", "quantization", "distillation"):
         if key in made:
             _want(key, made[key], isinstance(made[key], Mapping), "a table")
+    if "adapter" in made:
+        made["adapter"] = _adapter(made["adapter"])
     if "quantization" in made:
         made["quantization"] = schedule_from_table(made["quantization"])
     if "distillation" in made:
@@ -166,7 +171,9 @@ def run_table(run: Run) -> dict[str, Any]:
     """The inverse of `run_from_table`, complete but for keys that are None: plain values, for files."""
     table = {key: value for key, value in asdict(run).items() if value is not None}
     table |= {"model": str(run.model), "out": str(run.out), "data": list(run.data), "held_out": list(run.held_out)}
-    table |= {"betas": list(run.betas), "quantization": schedule_table(run.quantization), "adapter": dict(run.adapter)}
+    table |= {"betas": list(run.betas), "quantization": schedule_table(run.quantization)}
+    if run.adapter:
+        table["adapter"] = {**asdict(run.adapter), "match": list(run.adapter.match)}
     if run.distillation:
         table["distillation"] = {"teacher": str(run.distillation.teacher), **asdict(run.distillation.loss)}
     return table
@@ -184,6 +191,13 @@ def read_run(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RunError(f"{file}: {error}") from None
+
+
+def _adapter(table: Mapping[str, Any]) -> Adapter:
+    try:
+        return adapter_from_table(table)
+    except QkitError as error:
+        raise RunError(f"adapter: {error}") from None
 
 
 def _teaching(table: Mapping[str, Any]) -> Teaching:

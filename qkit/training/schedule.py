@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.backend import Backend, Layer, Mode
+from qkit.backend import Backend
 from qkit.errors import RunError
+from qkit.layer import Layer, Mode
 from qkit.pipeline import plan
 from qkit.recipe import Rule
 from qkit.registry import recipe as find_recipe

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from qkit.artifact.tensors import read_file
-from qkit.backend import Backend, TopLogits
+from qkit.backend import Backend
 from qkit.errors import ArtifactError, RunError
+from qkit.trainer import TopLogits
 from qkit.training.data import Sequences
 
 KEY = "qkit_teacher"  #: the one metadata key: the digest of the sequences

@@ -23,6 +23,7 @@ class Text:
     tokens: NDArray[np.int32]
     kind: str
     name: str  #: of the files, for messages
+    nbytes: int  #: of the files
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
@@ -52,14 +53,28 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
 
     Raises:
         RunError: see `find`; or the model has no tokenizer that qkit knows, or another's, or a file is not UTF-8.
+        BackendError: it has a tokenizer.json, and tokenizers is not installed.
     """
     files, vocabulary = find(patterns), _vocabulary(folder, config)
     name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    content = [file.read_bytes() for file in files]
+    tokens, kind = _tokens(files, content, folder=folder, vocabulary=vocabulary)
+    largest = int(tokens.max(initial=-1))
+    if largest >= vocabulary:
+        raise RunError(
+            f"{folder}: the text has token {largest}, and the model a vocabulary of {vocabulary}: the tokenizer is of another"
+        )
+    if largest < 0:
+        raise RunError(f"there are no tokens in {name}: give more text")
+    return Text(tokens, kind, name, sum(map(len, content)))
+
+
+def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary: int) -> tuple[NDArray[np.int32], str]:
+    """The tokens of all files, and what they are by."""
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():
-        return Text(
-            np.concatenate(encode([_decoded(f) for f in files], tokenizer, vocabulary=vocabulary)), tokenizer.name, name
-        )
+        texts = [_decoded(file, data) for file, data in zip(files, content, strict=True)]
+        return np.concatenate(encode(texts, tokenizer)), tokenizer.name
     strange = sorted(file.name for pattern in FOREIGN for file in folder.glob(pattern))
     if strange:
         raise RunError(
@@ -70,19 +85,19 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
             f"{folder} has no tokenizer.json, and a vocabulary of {vocabulary} is not one of bytes (256 to 260): put the model's "
             "tokenizer there"
         )
-    data = np.concatenate([np.frombuffer(file.read_bytes(), np.uint8) for file in files])
-    return Text(data.astype(np.int32), "bytes", name)
+    return np.frombuffer(b"".join(content), np.uint8).astype(np.int32), "bytes"
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any]) -> int:
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if not isinstance(size, int):
-        raise RunError(f"{folder / 'config.json'} has no vocab_size: qkit train is for language models")
+        raise RunError(f"{folder / 'config.json'} has no vocab_size: want a language model")
     return size
 
 
-def _decoded(file: Path) -> str:
+def _decoded(file: Path, data: bytes) -> str:
+    """The text, with the ends of lines that it has."""
     try:
-        return file.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RunError(f"data: {file} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from toyframe import Linear, Module, Tensor
 
 import qkit
-from qkit.backend import Layer, Mode
 from qkit.errors import ArtifactError, BackendError
+from qkit.layer import Layer, Mode
 from qkit.numpy_backend import NumpyBackend
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule
