@@ -26,7 +26,7 @@ bench: .venv/ready
 recipes: .venv/ready
 	$(BIN)/python recipes/generate.py
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt hatch_build.py qkit/native/build.py qkit/native/kernels.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@

@@ -1,10 +1,12 @@
 """Quantizing a checkpoint on disk: `qkit quantize` beside `mlx_lm.convert`, llm-compressor's `model_free_ptq` and `cp`.
 
-One generated Llama-shaped directory in bfloat16, each program a process of its own, in turn, on cached files; medians with
-the spread of the repeats, ratios, and the peak of anonymous memory (Pss_Anon of the process and its children, sampled:
-pages that processes share count once).
+One generated Llama-shaped directory in bfloat16, each program a process of its own, on cached files. `cp` and qkit take turns,
+and after them the others: `cp` took four times its time after a program that had filled the memory of a machine. Medians and
+the best with the spread of the repeats, ratios, the processor time of all cores, and the peak of anonymous memory (Pss_Anon
+of the process and its children, sampled: pages that processes share count once).
 
-Usage: python benchmarks/checkpoint.py [--gigabytes 2.2] [--repeats 3] [--folder DIR] [--compressor PYTHON]
+Usage: python benchmarks/checkpoint.py [--gigabytes 2.2] [--repeats 3] [--folder DIR] [--compressor PYTHON] [--recipes NAME ...]
+       [--out FILE.json]
 
 `--compressor` is the Python of an environment with llmcompressor, which does not live beside everybody's transformers.
 """
@@ -12,6 +14,7 @@ Usage: python benchmarks/checkpoint.py [--gigabytes 2.2] [--repeats 3] [--folder
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -19,11 +22,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from qkit import native
 from qkit.artifact.tensors import array_stream
 from qkit.checkpoint.output import write_directory
 
@@ -89,11 +97,20 @@ def generate(folder: Path, gigabytes: float) -> None:
     write_directory(folder, streams, metadata={"format": "pt"}, files=content, shard_bytes=1_000_000_000)
 
 
-def commands(source: Path, out: Path, compressor: str | None) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class Run:
+    """One repeat: seconds by the wall and of processor time, and the peak of anonymous memory in bytes."""
+
+    wall: float
+    processor: float
+    anonymous: int
+
+
+def commands(source: Path, out: Path, compressor: str | None, recipes: list[str]) -> dict[str, list[str]]:
     """What is timed, by name; each writes `out`."""
     here = sys.executable
     jobs = {"cp": ["cp", "-r", str(source), str(out)]}
-    for name, (recipe, bits, group, scheme) in JOBS.items():
+    for name, (recipe, bits, group, scheme) in ((name, JOBS[name]) for name in recipes):
         code = "from qkit.cli import main; main()"
         jobs[f"qkit quantize {name}"] = [here, "-c", code, "quantize", str(source), str(out), "--recipe", recipe]
         options = ["--q-bits", str(bits), "--q-group-size", str(group)]
@@ -104,11 +121,11 @@ def commands(source: Path, out: Path, compressor: str | None) -> dict[str, list[
     return jobs
 
 
-def timed(command: list[str], out: Path) -> tuple[float, int]:
-    """Seconds that it takes, and the peak of its anonymous memory in bytes."""
+def timed(command: list[str], out: Path) -> Run:
+    """`command` run once."""
     shutil.rmtree(out, ignore_errors=True)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    start = time.perf_counter()
+    used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with subprocess.Popen(command, **quiet, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
         peak = [0]
         watch = threading.Thread(target=_watch, args=(process, peak))
@@ -118,7 +135,8 @@ def timed(command: list[str], out: Path) -> tuple[float, int]:
         watch.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:6])}: {errors.decode()[-2000:]}")
-    return seconds, peak[0]
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Run(seconds, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, peak[0])
 
 
 def _watch(process: "subprocess.Popen[bytes]", peak: list[int]) -> None:
@@ -144,34 +162,76 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--compressor", default=None)
+    parser.add_argument("--recipes", nargs="+", default=list(JOBS), choices=JOBS)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as home:
         source, out = Path(home) / "model", Path(home) / "out"
         generate(source, given.gigabytes)
         size = sum(file.stat().st_size for file in source.iterdir())
         os.sync()
-        jobs = commands(source, out, given.compressor)
-        results: dict[str, list[tuple[float, int]]] = {name: [] for name in jobs}
-        for repeat in range(given.repeats + 1):
-            for name, command in jobs.items():
-                result = timed(command, out)
-                os.sync()  # so that nobody writes back what another has written
-                if repeat:  # the first round warms the caches up
-                    results[name].append(result)
-        _show(results, size, given.repeats)
+        jobs = commands(source, out, given.compressor, given.recipes)
+        results: dict[str, list[Run]] = {name: [] for name in jobs}
+        light = [name for name in jobs if name.startswith(("cp", "qkit"))]
+        for names in (light, [name for name in jobs if name not in light]):
+            for repeat in range(given.repeats + 1):
+                for name in names:
+                    result = timed(jobs[name], out)
+                    os.sync()  # so that nobody writes back what another has written
+                    if repeat:  # the first round warms the caches up
+                        results[name].append(result)
+    rows = list(_rows(results))
+    _show(rows, size, given.repeats)
+    machine = {"cpu": _processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[1], 2)}
+    machine |= {name: version(name) for name in ("numpy", "mlx", "mlx-lm")} | _versions(given.compressor)
+    table = {"command": _command(given), "machine": machine, "kernels": native.available(), "bytes": size, "rows": rows}
+    if given.out:
+        given.out.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def _show(results: dict[str, list[tuple[float, int]]], size: int, repeats: int) -> None:
-    medians = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in results.items()}
-    print(f"{size / 1e9:.2f} GB of bfloat16, {repeats} repeats, {os.cpu_count()} cores, cached files")
-    print(f"{'':30}{'seconds':>9}{'spread':>14}{'/ cp':>8}{'/ qkit':>8}{'anonymous MB':>14}")
-    ours = 1.0
+def _rows(results: dict[str, list[Run]]) -> Iterator[dict[str, Any]]:
+    base, ours = results["cp"], None
     for name, runs in results.items():
-        median = medians[name]
-        ours = median if name.startswith("qkit") else ours
-        spread = f"{min(s for s, _ in runs) / median:.2f}..{max(s for s, _ in runs) / median:.2f}"
-        ratios = f"{median / medians['cp']:8.2f}" + ("        " if name == "cp" else f"{median / ours:8.2f}")
-        print(f"{name:30}{median:9.2f}{spread:>14}{ratios}{max(peak for _, peak in runs) / 1e6:14.0f}", flush=True)
+        ours = runs if name.startswith("qkit") else ours
+        median, best = (pick(run.wall for run in runs) for pick in (statistics.median, min))
+        yield {
+            "program": name,
+            "seconds": round(median, 3),
+            "best": round(best, 3),
+            "spread": [round(best / median, 2), round(max(run.wall for run in runs) / median, 2)],
+            "processor seconds": round(statistics.median(run.processor for run in runs), 3),
+            "anonymous MB": round(max(run.anonymous for run in runs) / 1e6),
+            "/ cp": round(median / statistics.median(run.wall for run in base), 2),
+            "best / cp": round(best / min(run.wall for run in base), 2),
+            "/ qkit": round(median / statistics.median(run.wall for run in ours), 2) if ours else None,
+        }
+
+
+def _show(rows: list[dict[str, Any]], size: int, repeats: int) -> None:
+    print(f"{size / 1e9:.2f} GB of bfloat16, {repeats} repeats, {os.cpu_count()} cores, cached files")
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+def _command(given: argparse.Namespace) -> str:
+    """What was run, without the paths of this machine."""
+    words = sys.argv[: sys.argv.index("--out")] if given.out else sys.argv
+    hidden = {str(given.folder): "DIR", str(given.compressor): "PYTHON"}
+    return f"python {' '.join(hidden.get(word, word) for word in words)}"
+
+
+def _versions(python: str | None) -> dict[str, str]:
+    if python is None:
+        return {}
+    code = "from importlib.metadata import version; print(version('llmcompressor'))"
+    return {
+        "llmcompressor": subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

@@ -1,87 +1,139 @@
-"""Quantizing and fake-quantizing a weight, in GB/s of input, beside a copy of the same array and beside the peer.
+"""Quantizing and fake-quantizing a weight on every grid, on the CPU: qkit on each engine beside `mx.quantize` and torchao.
 
-Peers: `mx.quantize` + `mx.dequantize` (MLX), torchao's fake quantizer as its QAT applies it (torch). All in one run, in turn,
-so that the ratios hold on a noisy machine; medians, with the spread of the repeats.
+Nanoseconds for a number; all columns of a row in one run, in turn, so that their ratios hold on a noisy machine; medians, and
+the spread of qkit's repeats. `quantize` goes to codes and scales: packed words in the columns `qkit` and `mlx`, a byte for a
+code where the peer keeps codes so. `fake` goes to values in the type of the weight.
 
-Usage: python benchmarks/speed.py [--rows N] [--columns N] [--repeats N]
+Usage: python benchmarks/speed.py [--rows N] [--columns N] [--repeats N] [--dtypes bfloat16 float32] [--out FILE.json]
 """
 
 import argparse
+import json
+import os
+import platform
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 import qkit
+from qkit import Grid, native
+from qkit.checkpoint import kernels
+from qkit.interop.packed import pack
 
+INTEGERS = {f"int{bits}": Grid(f"int{bits}", 64) for bits in (2, 3, 4, 5, 6, 8)}
 GRIDS = {
-    "int4-g64": qkit.Grid("int4", 64),
-    "int8-g64": qkit.Grid("int8", 64),
-    "mxfp4": qkit.Grid("e2m1", 32),
-    "mxfp8": qkit.Grid("e4m3", 32),
-    "nvfp4": qkit.Grid("e2m1", 16, "nvfp4"),
+    **{f"{name}-g64": grid for name, grid in INTEGERS.items()},
+    "int4-g64-minmax": Grid("int4", 64, "minmax"),
+    "int4-g32": Grid("int4", 32),
+    "int4-g128": Grid("int4", 128),
+    "int8-row": Grid("int8", "row"),
+    "mxfp4": Grid("e2m1", 32),
+    "mxfp8": Grid("e4m3", 32),
+    "mxfp8-e5m2": Grid("e5m2", 32),
+    "nvfp4": Grid("e2m1", 16, "nvfp4"),
+    "fp8-row": Grid("e4m3", "row"),
+    "fp8-tensor": Grid("e4m3", "tensor"),
 }
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
+PEERS = ("mlx", "torchao")  #: columns that are not qkit's
 Job = Callable[[], object]
+Row = tuple[str, str]  #: the name of a grid, and what is done: `quantize` or `fake`
+Jobs = Iterator[tuple[Row, str, Job]]  #: with the column
 
 
-def torch_jobs(w: np.ndarray) -> dict[str, Job]:
-    """What is timed on torch, in bfloat16 as models are."""
+def numpy_jobs(w: np.ndarray) -> Jobs:
+    """qkit on NumPy arrays, with its kernels where it was built with them."""
+    out = np.empty_like(w)
+    for name, grid in GRIDS.items():
+        if native.available():
+            yield (name, "quantize"), "qkit", lambda grid=grid: native.quantize_packed(w, grid)
+            yield (name, "fake"), "qkit", lambda grid=grid: native.fake_quantize(w, grid, out=out)
+        yield (name, "quantize"), "qkit, NumPy", lambda grid=grid: pack(kernels.quantize(w, grid))
+
+
+def torch_jobs(w: np.ndarray) -> Jobs:
+    """qkit on torch, and torchao's own tensors."""
+    import torch
+
+    x = (
+        torch.from_numpy(w.view(np.int16)).view(torch.bfloat16)
+        if w.dtype == ml_dtypes.bfloat16
+        else torch.from_numpy(w)
+    )
+    engine = qkit.backend("torchao")
+    for name, grid in GRIDS.items():
+        yield (name, "quantize"), "qkit on torch", lambda grid=grid: engine.quantize(x, grid)
+        yield (name, "fake"), "qkit on torch", lambda grid=grid: engine.fake_quantize(x, grid)
+        if (make := torchao_tensor(x, grid)) is not None:
+            yield (name, "quantize"), "torchao", make
+            yield (name, "fake"), "torchao", lambda make=make: make().dequantize()
+
+
+def torchao_tensor(x: Any, grid: Grid) -> Callable[[], Any] | None:
+    """A function that makes torchao's tensor of `x` nearest to `grid`; None where it has none."""
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+        from torchao.prototype.mx_formats.config import ScaleCalculationMode
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+        from torchao.quantization.granularity import PerRow, PerTensor
+        from torchao.quantization.quant_primitives import MappingType
+        from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor
 
-    x = torch.from_numpy(w).to(torch.bfloat16)
-    engine, out = qkit.backend("torchao"), torch.empty_like(x)
-    jobs: dict[str, Job] = {"copy": lambda: out.copy_(x)}
-    for name, grid in GRIDS.items():
-        fake = torch.compile(lambda x, grid=grid: engine.fake_quantize(x, grid))
-        jobs[f"{name} quantize"] = lambda grid=grid: engine.quantize(x, grid)
-        jobs[f"{name} fake"] = lambda grid=grid: engine.fake_quantize(x, grid)
-        jobs[f"{name} fake, compiled"] = lambda fake=fake: fake(x)
-    peer = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int4, group_size=64))
-    compiled_peer = torch.compile(peer)
-    jobs["torchao int4-g64 fake"] = lambda: peer(x)
-    jobs["torchao int4-g64 fake, compiled"] = lambda: compiled_peer(x)
-    return jobs
+    element, group = grid.element.name, grid.group
+    if grid.element.kind == "integer":
+        block = (1, x.shape[1] if group == "row" else group)
+        mapping = MappingType.SYMMETRIC if grid.symmetric else MappingType.ASYMMETRIC
+        kind = getattr(torch, element)
+        return lambda: IntxUnpackedToInt8Tensor.from_hp(x, block, kind, mapping_type=mapping)
+    if grid.scale == "nvfp4":
+        return lambda: NVFP4Tensor.to_nvfp4(x)
+    if group == 32:
+        mode = ScaleCalculationMode.RCEIL
+        kinds = {"e2m1": torch.float4_e2m1fn_x2, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+        return lambda: MXTensor.to_mx(x, kinds[element], 32, mode)
+    granularity = PerRow() if group == "row" else PerTensor()
+    return lambda: Float8Tensor.from_hp(x, torch.float8_e4m3fn, granularity)
 
 
-def mlx_jobs(w: np.ndarray) -> dict[str, Job]:
-    """What is timed on MLX, in float32, which its CPU backend is built for."""
+def mlx_jobs(w: np.ndarray) -> Jobs:
+    """qkit on MLX, and MLX's own functions."""
     import mlx.core as mx
 
-    x = mx.array(w)
+    x = mx.array(w.astype(np.float32)).astype(getattr(mx, w.dtype.name))
     engine = qkit.backend("mlx")
-    jobs: dict[str, Job] = {"copy": lambda: mx.eval(mx.contiguous(x + 0))}
+    mx.eval(x)
     for name, grid in GRIDS.items():
-        fake = mx.compile(lambda x, grid=grid: engine.fake_quantize(x, grid))
-        jobs[f"{name} quantize"] = lambda grid=grid: mx.eval(list(engine.quantize(x, grid).parts().values()))
-        jobs[f"{name} fake"] = lambda grid=grid: mx.eval(engine.fake_quantize(x, grid))
-        jobs[f"{name} fake, compiled"] = lambda fake=fake: mx.eval(fake(x))
-    for name, options in {
-        "int4-g64": {"group_size": 64, "bits": 4},
-        "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-        "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
-    }.items():
+        yield (
+            (name, "quantize"),
+            "qkit on mlx",
+            lambda grid=grid: mx.eval(list(engine.quantize(x, grid).parts().values())),
+        )
+        yield (name, "fake"), "qkit on mlx", lambda grid=grid: mx.eval(engine.fake_quantize(x, grid))
+        if grid.group not in (16, 32, 64, 128) or name == "mxfp8-e5m2":
+            continue
+        mode = name if grid.element.kind == "float" else "affine"
+        options = {"group_size": grid.group, "bits": grid.element.bits, "mode": mode}
 
-        def fake(options: dict = options) -> None:
+        def fake(options: dict[str, Any] = options) -> None:
             mx.eval(mx.dequantize(*mx.quantize(x, **options), **options))
 
-        jobs[f"mx.quantize {name}"] = lambda options=options: mx.eval(mx.quantize(x, **options))
-        jobs[f"mx.quantize + mx.dequantize {name}"] = fake
-    return jobs
+        yield (name, "quantize"), "mlx", lambda options=options: mx.eval(mx.quantize(x, **options))
+        yield (name, "fake"), "mlx", fake
 
 
-def numpy_jobs(w: np.ndarray) -> dict[str, Job]:
-    """What is timed on NumPy."""
-    jobs: dict[str, Job] = {"copy": w.copy}
-    for name, grid in GRIDS.items():
-        jobs[f"{name} quantize"] = lambda grid=grid: qkit.quantize(w, grid)
-        jobs[f"{name} fake"] = lambda grid=grid: qkit.fake_quantize(w, grid)
-    return jobs
+ENGINES = {"numpy": numpy_jobs, "torchao": torch_jobs, "mlx": mlx_jobs}
 
 
 def measure(jobs: dict[str, Job], repeats: int) -> dict[str, list[float]]:
@@ -97,24 +149,66 @@ def measure(jobs: dict[str, Job], repeats: int) -> dict[str, list[float]]:
     return times
 
 
+def rows(w: np.ndarray, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row for each grid and for each of `quantize` and `fake`."""
+    ready = {status.name for status in qkit.backends() if status.ready}
+    table: dict[Row, dict[str, Job]] = {}
+    for engine, jobs in ENGINES.items():
+        for row, column, job in jobs(w) if engine in ready else ():
+            table.setdefault(row, {"copy": w.copy})[column] = job
+    for (name, what), jobs in table.items():
+        times = measure(jobs, repeats)
+        each = {column: statistics.median(seconds) / w.size * 1e9 for column, seconds in times.items()}
+        ours = times.get("qkit", times.get("qkit, NumPy", times["copy"]))
+        peers = [each[peer] for peer in PEERS if peer in each]
+        median = statistics.median(ours)
+        yield {
+            "grid": name,
+            "what": what,
+            "dtype": w.dtype.name,
+            "ns": {column: round(ns, 3) for column, ns in each.items()},
+            "spread": [round(min(ours) / median, 2), round(max(ours) / median, 2)],
+            "qkit / faster peer": round(each["qkit"] / min(peers), 3) if peers and "qkit" in each else None,
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for option, default in (("--rows", 2048), ("--columns", 4096), ("--repeats", 5)):
         parser.add_argument(option, type=int, default=default)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    w = np.random.default_rng(0).standard_normal((given.rows, given.columns)).astype(np.float32)
-    width = {"numpy": 4, "torchao": 2, "mlx": 4}
-    for name, jobs in (("numpy", numpy_jobs), ("torchao", torch_jobs), ("mlx", mlx_jobs)):
-        if not any(status.name == name and status.ready for status in qkit.backends()):
-            continue
-        times = measure(jobs(w), given.repeats)
-        copy = statistics.median(times["copy"])
-        print(f"\n{name}, {given.rows} x {given.columns}, {width[name]} bytes each, {given.repeats} repeats")
-        print(f"{'':44}{'GB/s':>8}{'time / copy':>13}{'spread':>16}")
-        for job, seconds in times.items():
-            median = statistics.median(seconds)
-            spread = f"{min(seconds) / median:.2f}..{max(seconds) / median:.2f}"
-            print(f"{job:44}{w.size * width[name] / median / 1e9:8.2f}{median / copy:13.1f}{spread:>16}", flush=True)
+    made = []
+    for dtype in given.dtypes:
+        w = (
+            np.random.default_rng(0)
+            .standard_normal((given.rows, given.columns))
+            .astype(np.float32)
+            .astype(DTYPES[dtype])
+        )
+        for row in rows(w, given.repeats):
+            made.append(row)
+            columns = "  ".join(f"{column} {ns:.2f}" for column, ns in row["ns"].items())
+            print(
+                f"{dtype:9}{row['grid']:17}{row['what']:9}{row['qkit / faster peer']!s:>7}  {columns}", file=sys.stderr
+            )
+    machine = {"cpu": processor(), "cores": os.cpu_count()}
+    machine |= {name: version(name) for name in ("numpy", "torch", "torchao", "mlx")}
+    command = f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}"
+    text = json.dumps({"command": command, "machine": machine, "kernels": native.available(), "rows": made}, indent=1)
+    given.out.write_text(text + "\n") if given.out else print(text)
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

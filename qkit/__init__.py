@@ -20,6 +20,7 @@ from qkit.errors import (
     StageError,
     VerificationError,
 )
+from qkit.gathering import gather
 from qkit.grid import Grid
 from qkit.pipeline import adamw, convert, coverage, prepare
 from qkit.qtensor import QTensor
@@ -67,6 +68,7 @@ __all__ = [
     "disabled",
     "enable",
     "fake_quantize",
+    "gather",
     "load",
     "merge",
     "prepare",

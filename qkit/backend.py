@@ -57,6 +57,7 @@ class Layer:
         tied: path of the layer before it whose weight is also its own; empty where there is none.
         obstacle: why it cannot be quantized although it looks like a layer, or, of an `other`, why no rule speaks of it.
         adapter: its kind and rank, where it has one; see `qkit.adapters`.
+        sharded: whether this process has only a part of the weight, or is lent the whole for as long as the layer computes.
     """
 
     path: str
@@ -71,6 +72,7 @@ class Layer:
     tied: str = ""
     obstacle: str = ""
     adapter: str = ""
+    sharded: bool = False
 
 
 def want_merged(layers: Iterable[Layer], verb: str) -> None:
@@ -80,6 +82,18 @@ def want_merged(layers: Iterable[Layer], verb: str) -> None:
             raise StageError(
                 f"cannot {verb}: {layer.path} has an adapter ({layer.adapter}); call qkit.merge(model) first"
             )
+
+
+def want_whole(layers: Iterable[Layer], verb: str) -> None:
+    """Refuses layers whose weights are spread over processes."""
+    for layer in layers:
+        if layer.sharded:
+            way_out = (
+                "prepare the model first and shard it then"
+                if layer.stage == "float"
+                else "call whole = qkit.gather(model) in every process, and go on with the whole model in the one that gets it"
+            )
+            raise StageError(f"cannot {verb}: {layer.path} is sharded over processes; {way_out}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +314,10 @@ class Backend(Protocol):
         Raises:
             ArtifactError: a name, a shape or a type does not fit, or one is missing. float16 and bfloat16 fit a float32 model.
         """
+        ...
+
+    def gather(self, model: Any) -> Any:
+        """The whole of a sharded model in process 0, on the CPU, and None in the others; a model that is whole, as it is."""
         ...
 
     def config(self, model: Any) -> dict[str, Any] | None:

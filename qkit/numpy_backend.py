@@ -1,4 +1,7 @@
-"""The reference as a backend, and the base that any other one can start from: operations only, no modules."""
+"""NumPy as a backend, and the base that any other one can start from: operations only, no modules.
+
+Compiled where qkit was built with a compiler, else the reference itself; the bits are the same.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit import reference
+from qkit import native, reference
 from qkit.backend import BackendSpec
 from qkit.errors import BackendError
 from qkit.grid import Grid
@@ -43,7 +46,8 @@ class NumpyBackend:
 
     def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:
         """See `Backend.quantize`."""
-        return reference.quantize(self.to_numpy(w), grid).map(self.from_numpy)
+        quantize = native.quantize if native.available() else reference.quantize
+        return quantize(self.to_numpy(w), grid).map(self.from_numpy)
 
     def dequantize(self, q: QTensor[Any]) -> Any:
         """See `Backend.dequantize`."""
@@ -51,6 +55,8 @@ class NumpyBackend:
 
     def fake_quantize(self, w: Any, grid: Grid, *, ste: Ste = "identity", scales: Any = None, zeros: Any = None) -> Any:
         """See `Backend.fake_quantize`. NumPy has no gradients, so neither has this one, whatever `ste` is."""
+        if scales is None and native.available():
+            return self.from_numpy(native.fake_quantize(self.to_numpy(w), grid))
         given = {"scales": self._given(scales), "zeros": self._given(zeros)}
         return self.from_numpy(reference.fake_quantize(self.to_numpy(w), grid, **given))
 

@@ -85,7 +85,10 @@ def unpack(packed: NDArray[Any], bits: int, n: int) -> NDArray[np.uint8]:
 
 def packed_codes(q: QTensor[NDArray[Any]]) -> NDArray[np.uint32]:
     """The codes of `q` [..., n] as canonical words [..., words(n, bits)]."""
-    return pack(unsigned(q.codes, q.grid.element), q.grid.element.bits)
+    from qkit import native  # here, for it counts words as this module does
+
+    element = q.grid.element
+    return native.pack(q.codes, element) if native.available() else pack(unsigned(q.codes, element), element.bits)
 
 
 def unpacked_codes(packed: NDArray[Any], *, element: Element, n: int, symmetric: bool) -> NDArray[Any]:

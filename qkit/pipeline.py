@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import check
-from qkit.backend import Backend, Layer, want_merged
+from qkit.backend import Backend, Layer, want_merged, want_whole
 from qkit.errors import BackendError, GridError, RecipeError, StageError
 from qkit.qtensor import QTensor
 from qkit.recipe import Recipe, Rule
@@ -115,11 +115,12 @@ def prepare(model: Any, recipe: "str | Path | Recipe", *, backend: str | Backend
 
     Raises:
         RecipeError, GridError: the recipe does not fit; the model is as it was.
-        StageError: the model is prepared or converted already.
+        StageError: the model is prepared, converted or sharded already.
         BackendError: no engine works on such a model.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
+    want_whole(layers, "prepare")
     _want_float(layers, "prepare")
     planned = plan(layers, find_recipe(recipe))
     fakes = {item.layer.path: engine.fake(item.layer.module, item.rule) for item in planned if item.rule}
@@ -133,12 +134,14 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
     Works in place and returns the model, as `prepare` does.
 
     Raises:
-        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted or adapted.
+        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted, adapted
+            or sharded.
         RecipeError, GridError, RangeError: the recipe does not fit, or a weight is not finite; the model is as it was.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     prepared = [layer for layer in layers if layer.stage == "prepared"]
+    want_whole(layers, "convert")
     want_merged(layers, "convert")
     if recipe is None:
         if not prepared:

@@ -14,6 +14,7 @@ from qkit.checkpoint import blocks, kernels
 from qkit.checkpoint.plan import make_plan
 from qkit.checkpoint.run import quantize_directory
 from qkit.interop import compressed_tensors
+from qkit.native import library
 from qkit.testing.tensors import all_grids, tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -91,3 +92,15 @@ def test_the_fast_path_on_long_and_odd_rows(n, dtype):
         ours, law = kernels.quantize(w, grid), reference.quantize(w, grid)
         for part, array in law.parts().items():
             assert ours.parts()[part].tobytes() == array.tobytes(), (grid, part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_directory_made_without_kernels_is_the_same(dtype, tmp_path, monkeypatch):
+    w = np.random.default_rng(3).standard_normal((70, 96)).astype(DTYPES[dtype])
+    source = directory(tmp_path / "in", {"a.weight": w, "b.weight": w[:32] * 3, "norm": w[0]})
+    grids = Grid("int3", 32, "minmax"), Grid("int4", 96)
+    recipe = Recipe("test", tuple(Rule((path,), weight=grid) for path, grid in zip("ab", grids, strict=True)))
+    run(source, tmp_path / "with", recipe)
+    monkeypatch.setattr(library, "_library", lambda: None)
+    run(source, tmp_path / "without", recipe)
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")

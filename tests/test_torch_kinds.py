@@ -9,6 +9,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
 from torch import nn  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit.grid import Grid  # noqa: E402
@@ -201,10 +203,37 @@ def test_a_switch_does_not_compile_anew(rule):
     with torch._dynamo.config.patch(error_on_recompile=True):
         with qkit.disabled(model):
             torch.testing.assert_close(compiled(x), off, rtol=0, atol=1e-5)  # matmul order
-        qkit.disable(model, "0")
-        assert (compiled(x) - on).abs().max() > 1e-3
-        qkit.enable(model)
         torch.testing.assert_close(compiled(x), on, rtol=0, atol=1e-5)  # matmul order
+    qkit.disable(model, "0")  # layers in different modes are compiled once more
+    assert (compiled(x) - on).abs().max() > 1e-3
+    qkit.enable(model)
+    torch.testing.assert_close(compiled(x), on, rtol=0, atol=1e-5)  # matmul order
+
+
+def test_compiled_layers_that_share_an_input_quantize_it_once():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleList(nn.Linear(64, 32) for _ in range(3))
+
+        def forward(self, x):
+            return torch.stack([branch(x) for branch in self.branches])
+
+    model = qkit.prepare(Branches(), recipe(Rule(("*",), weight=Grid("int4", 32), activation=Grid("int8", "row"))))
+    graphs = []  # as inductor sees them
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(
+        model,
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=backend, partition_fn=min_cut_rematerialization_partition),
+    )(inputs())
+    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.qkit.on_grid.default) == 1
+    assert called.count(torch.ops.qkit.linear.default) == 3
 
 
 def test_gradients_of_a_switched_off_layer_are_those_of_the_float_layer():

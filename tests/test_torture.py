@@ -99,7 +99,7 @@ def test_the_kth_call_fails_for_every_k(tmp_path, replacing):
 
 
 def test_a_kill_at_any_moment_is_made_good_by_running_again(tmp_path):
-    source = model(tmp_path / "in", layers=48, width=1024)
+    source = model(tmp_path / "in", layers=160, width=1024)
     run(source, tmp_path / "whole", workers=2)
     whole = contents(tmp_path / "whole")
     run(source, tmp_path / "old", "int3-g64", workers=2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from qkit.adapters.arithmetic import DROPPED
 from qkit.adapters.update import Update
 from qkit.element import MIN_SCALE
-from qkit_torchao import ops, packed, products, straight_through
+from qkit_torchao import ops, packed, products, sharding, straight_through
 from qkit_torchao.layers import FakeLinear, become
 from qkit_torchao.packed import PackedLinear, PlainLinear
 from qkit_torchao.static import slot, static_scales
@@ -47,6 +47,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in the type of the base."""
+        sharding.is_gathered(self)  # refuses one that was rounded
         return self.merge_into(self.weight, self.weight.dtype)
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
@@ -64,7 +65,9 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         given = self._scales(x, "input", self.rule.activation)
-        return products.linear(x, self.merged(), self.bias, (self.grid_name, self.input_name), self.rule.ste, **given)
+        return products.linear(
+            x, self.merged(), self.bias, (self.grid_name, self.slot_names["input"]), self.rule.ste, **given
+        )
 
 
 class AdaptedPacked(_Adapted, PackedLinear):

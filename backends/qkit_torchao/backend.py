@@ -15,7 +15,7 @@ from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit_torchao import adapters, fused, learned, ops, packed, straight_through, surgery, training
+from qkit_torchao import adapters, fused, learned, ops, packed, sharding, straight_through, surgery, training
 from qkit_torchao.optimizer import AdamW
 
 
@@ -209,6 +209,10 @@ class TorchaoBackend:
         with torch.no_grad():
             for name, array in tensors.items():
                 state[name].copy_(self.from_numpy(array))
+
+    def gather(self, model: nn.Module) -> nn.Module | None:
+        """See `Backend.gather`."""
+        return sharding.gather(model)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """The configuration of a transformers model."""

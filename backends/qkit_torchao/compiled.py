@@ -1,8 +1,11 @@
-"""The product with a weight's quantized values as an operation of its own, so that compiled code does not make them anew.
+"""Operations that compiled code calls, a node each: products with the values of a weight, and quantizing an input.
 
-A compiler sees one node; when it runs, `values` is asked, which knows whether the weight has changed.
+A compiler does not look inside. When a product runs, `values` is asked, which knows whether the weight has changed; and an input
+that several layers quantize is one node for all of them. Backward needs the input and the weight only, so that a weight which
+is gathered for a moment leaves nothing of its size behind.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,26 +15,35 @@ from torch.nn import functional as F
 
 from qkit.grid import Grid
 from qkit.recipe import Ste
-from qkit_torchao import ops, values
+from qkit_torchao import fused, ops, values
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, grid: str, ste: Ste, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, grid: str, ste: Ste, dtype: torch.dtype, *, kept: bool
 ) -> Tensor:
     """x [..., inputs] times the values of `weight` [outputs, inputs] in `dtype`, straight through, plus `bias`.
 
-    `grid` is the weight's, as text, since a compiler passes no other objects on.
+    Args:
+        grid: the weight's, as text, since a compiler passes no other objects on.
+        kept: whether the values are kept until the weight changes, or made by every forward and backward.
     """
     narrow = bias if bias is None else bias.to(dtype)
-    y: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, grid, ste, dtype)
+    y: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, grid, ste, dtype, kept)
     return y
 
 
 @torch.library.custom_op("qkit::linear", mutates_args=())
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, grid: str, ste: str, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    grid: str,
+    ste: str,
+    dtype: torch.dtype,
+    kept: bool,
 ) -> Tensor:
-    return F.linear(x, values.of(weight, named(grid), gate, dtype), bias)
+    return F.linear(x, _values(kept)(weight, named(grid), gate, dtype), bias)
 
 
 @_linear.register_fake
@@ -40,8 +52,8 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("qkit::linear_input", mutates_args=())
-def _linear_input(gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype) -> Tensor:
-    return gradient @ values.of(weight, named(grid), gate, dtype)
+def _linear_input(gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype, kept: bool) -> Tensor:
+    return gradient @ _values(kept)(weight, named(grid), gate, dtype)
 
 
 @_linear_input.register_fake
@@ -50,7 +62,7 @@ def _(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, gate, ctx.grid, ctx.ste, ctx.dtype = inputs
+    x, weight, bias, gate, ctx.grid, ctx.ste, ctx.dtype, ctx.kept = inputs
     ctx.biased = bias is not None
     ctx.save_for_backward(x, weight, gate)
 
@@ -60,7 +72,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_x = to_weight = to_bias = None
     rows = gradient.reshape(-1, gradient.shape[-1])
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.qkit.linear_input(gradient, weight, gate, ctx.grid, ctx.dtype)
+        to_x = torch.ops.qkit.linear_input(gradient, weight, gate, ctx.grid, ctx.dtype, ctx.kept)
     if ctx.needs_input_grad[1]:
         to_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if ctx.ste == "masked":
@@ -68,7 +80,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             to_weight = torch.where(inside, to_weight, 0.0)
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = rows.sum(dim=0)
-    return to_x, to_weight, to_bias, None, None, None, None
+    return to_x, to_weight, to_bias, None, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup)
@@ -104,6 +116,41 @@ def _held_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _held.register_autograd(_held_backward, setup_context=_setup_held)
+
+
+def on_grid(x: Tensor, gate: Tensor, grid: str, ste: Ste) -> Tensor:
+    """`x` on the grid that prints as `grid`, straight through; `x` itself where `gate` is off."""
+    y: Tensor = torch.ops.qkit.on_grid(x, gate, grid, ste)
+    return y
+
+
+@torch.library.custom_op("qkit::on_grid", mutates_args=())
+def _on_grid(x: Tensor, gate: Tensor, grid: str, ste: str) -> Tensor:
+    return fused.gated(x.contiguous(), named(grid), gate)
+
+
+@_on_grid.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _on_grid_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate, ctx.grid, ctx.ste = inputs
+    ctx.save_for_backward(*([x, gate] if ctx.ste == "masked" else []))
+
+
+def _on_grid_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.ste == "masked":
+        x, gate = ctx.saved_tensors
+        gradient = torch.where(ops.unclipped(x, named(ctx.grid)) | ~gate, gradient, 0.0)
+    return gradient, None, None, None
+
+
+_on_grid.register_autograd(_on_grid_backward, setup_context=_on_grid_setup)
+
+
+def _values(kept: bool) -> Callable[[Tensor, Grid, Tensor, torch.dtype], Tensor]:
+    return values.of if kept else values.fresh
 
 
 @cache

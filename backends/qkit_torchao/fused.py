@@ -19,6 +19,15 @@ def rounded(w: Tensor, grid: Grid) -> Tensor:
     return kernels.values(w, grid) if kernels and kernels.takes(w, grid) else ops.rounded(w, grid)
 
 
+def gated(x: Tensor, grid: Grid, gate: Tensor) -> Tensor:
+    """`rounded(x, grid)` where `gate` is on, else `x`; always in new memory."""
+    kernels = _kernels(x)
+    if kernels and kernels.takes(x, grid):
+        made: Tensor = kernels.values(x, grid, gate=gate)
+        return made
+    return torch.where(gate, ops.rounded(x, grid), x) if x.numel() else x.clone()
+
+
 def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
     """`ops.quantize(w, grid)`. Filled besides, if wanted:
 

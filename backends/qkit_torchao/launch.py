@@ -28,10 +28,10 @@ def takes(w: Tensor, grid: Grid) -> bool:
     return fits and grid.group != "tensor"
 
 
-def values(w: Tensor, grid: Grid) -> Tensor:
-    """`ops.rounded(w, grid)`, for what `takes`."""
+def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
+    """`ops.rounded(w, grid)`, for what `takes`; the bits of `w` itself where there is a `gate`, bool [], that is off."""
     made = torch.empty_like(w)
-    _one(w, grid, peak=_peak(w, grid), values=made)
+    _one(w, grid, peak=_peak(w, grid), values=made, gate=gate)
     return made
 
 
@@ -204,12 +204,13 @@ def _one(
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     steps: Tensor | None = None,
+    gate: Tensor | None = None,
     layout: str = "",
 ) -> None:
     geometry, count = tiles(w, grid), _count(w, grid)
     full = geometry["WIDTH"] == geometry["GROUP"] and count % geometry["GROUPS"] == 0
     passes.one[(-(-count // geometry["GROUPS"]),)](
-        w, values, codes, scales, zeros, steps, peak, count,
+        w, values, codes, scales, zeros, steps, gate if gate is None else gate.view(torch.uint8), peak, count,
         GRID=constants(grid), CODES=layout, FULL=full, INTERPRETED=INTERPRETED, **geometry,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import compiled, ops, products, straight_through, values
+from qkit_torchao import compiled, gates, ops, products, sharding, straight_through, values
 from qkit_torchao.execution import why_no_kernel
 
 EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
@@ -23,13 +23,14 @@ EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
 class _Prepared(nn.Module):
     """What prepared layers share: a rule, ranges of static activations, and a gate.
 
-    The gate is a tensor, so that compiled code obeys it without being compiled anew; in eager mode the host's copy of it is
-    asked, so that nothing waits for the device.
+    The gate is a tensor, so that compiled code obeys it without being compiled anew, unless some layers are switched and others
+    not; in eager mode `mode` is asked, so that nothing waits for the device. Layers in one mode share one gate, and compiled code
+    quantizes an input once for all that share both. `grid_name` and `slot_names` are grids as text, as compiled code wants them.
     """
 
     rule: Rule
     grid_name: str
-    input_name: str
+    slot_names: dict[str, str]
     weight: Tensor
     gate: Tensor
     mode: Mode
@@ -50,14 +51,15 @@ class _Prepared(nn.Module):
     def switch(self, mode: Mode) -> None:
         """See `qkit.backend.Backend.switch`."""
         self.mode, self.calibrating = mode, mode == "calibrating"
-        self.gate.fill_(mode != "off")
+        self.gate = gates.of(self.gate.device, on=mode != "off")
         if self.holding:
             (values.release if mode == "off" else values.hold)(self.weight)
 
     def hold(self, on: bool) -> None:
         """See `qkit.backend.Backend.hold`."""
-        if on and (_cannot_keep(self) or products.kind(self.weight_grid, self.rule.activation)):
-            why = "are gathered or cannot be watched" if _cannot_keep(self) else "may be multiplied as codes"
+        unseen = sharding.is_managed(self) or _cannot_keep(self.weight)
+        if on and (unseen or products.kind(self.weight_grid, self.rule.activation)):
+            why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
             raise BackendError(
                 f"values on {self.weight_grid} cannot be held, since these weights {why}: use interval 1"
             )
@@ -66,7 +68,7 @@ class _Prepared(nn.Module):
 
     def regrid(self, rule: Rule) -> None:
         """See `qkit.backend.Backend.regrid`."""
-        self.rule, self.grid_name, self.input_name = rule, str(rule.weight), str(rule.activation)
+        _put_on(self, rule)
         (values.hold if self.holding and self.mode != "off" else values.release)(self.weight)
 
     def forget(self) -> None:
@@ -77,13 +79,14 @@ class _Prepared(nn.Module):
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
         weight, grid, ste = self.weight, self.weight_grid, self.rule.ste
+        gathered = sharding.is_gathered(self)
         if torch.compiler.is_compiling():
             if self.training and self.holding:
                 return compiled.held(weight, self.gate, self.grid_name, ste, dtype)
             return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if _cannot_keep(self) or (not self.training and self.holding):
+        if gathered or _cannot_keep(weight) or (not self.training and self.holding):
             return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
         return straight_through.stand_in(weight, values.of(weight, grid, self.gate, dtype), grid, ste=ste)
 
@@ -91,9 +94,11 @@ class _Prepared(nn.Module):
         """`x` on the grid of the slot `name`, `input` or `output`; `x` itself where there is none or the layer is off."""
         if grid is None:
             return x
-        if torch.compiler.is_compiling():
-            return torch.where(self.gate, self._quantized(x, name, grid), x)
-        return x if self.mode == "off" else self._quantized(x, name, grid)
+        if not torch.compiler.is_compiling():
+            return x if self.mode == "off" else self._quantized(x, name, grid)
+        if self.rule.range == "dynamic":
+            return compiled.on_grid(x, self.gate, self.slot_names[name], self.rule.ste)
+        return torch.where(self.gate, self._quantized(x, name, grid), x)
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
         given = self._scales(x, name, grid)
@@ -123,10 +128,10 @@ class _Prepared(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *more)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves as any module, but keeps ranges in float32; the gate is set again, in case `fn` gave empty memory."""
+        """Moves as any module, but keeps ranges in float32; the gate is that of the new device."""
         values.drop(self.weight)
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
-        self.gate.fill_(self.mode != "off")
+        self.gate = gates.of(self.gate.device, on=self.mode != "off")
         return self
 
 
@@ -145,9 +150,10 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.slot(x, "input", self.rule.activation)
-        stale = not self.training and self.holding
-        if torch.compiler.is_compiling() and not _is_sharded(self) and not stale:
-            return compiled.linear(x, self.weight, self.bias, self.gate, self.grid_name, self.rule.ste, dtype)
+        gathered, stale = sharding.is_gathered(self), not self.training and self.holding
+        if gathered or (torch.compiler.is_compiling() and not stale):
+            options = self.gate, self.grid_name, self.rule.ste, dtype
+            return compiled.linear(x, self.weight, self.bias, *options, kept=not gathered)
         return F.linear(x, self.weight_values(dtype), self.bias)
 
     def _multiplies_codes(self, x: Tensor) -> bool:
@@ -165,7 +171,9 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def _product(self, x: Tensor) -> Tensor:
         given = self._scales(x, "input", self.rule.activation)
-        return products.linear(x, self.weight, self.bias, (self.grid_name, self.input_name), self.rule.ste, **given)
+        kept = not sharding.is_gathered(self)
+        grids = self.grid_name, self.slot_names["input"]
+        return products.linear(x, self.weight, self.bias, grids, self.rule.ste, kept=kept, **given)
 
 
 class FakeEmbedding(_Prepared, nn.Embedding):
@@ -186,13 +194,18 @@ def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> A
     """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
     assert rule.weight is not None
     made = become(module, cls or (FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear))
-    made.rule, made.grid_name, made.input_name = rule, str(rule.weight), str(rule.activation)
+    _put_on(made, rule)
     device = made.weight.device
-    made.register_buffer("gate", torch.tensor(True, device=device), persistent=False)
+    made.register_buffer("gate", gates.of(device, on=True), persistent=False)
     for name in static_names(rule):
         made.register_buffer(f"{name}_range", torch.tensor(EMPTY, device=device))
     made.mode, made.calibrating, made.holding = "on", False, False
     return made
+
+
+def _put_on(layer: Any, rule: Rule) -> None:
+    layer.rule, layer.grid_name = rule, str(rule.weight)
+    layer.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> Any:
@@ -214,15 +227,9 @@ def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
             module._buffers[name] = buffer.to(device)
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers the module's weights before it runs, and frees them after."""
-    return getattr(module, "_is_fsdp_managed_module", False)
-
-
-def _cannot_keep(module: Any) -> bool:
-    """Where values cannot be kept: weights that are gathered for a moment, or that no version tells the changes of."""
-    weight = module.weight
-    return _is_sharded(module) or weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
+def _cannot_keep(weight: Tensor) -> bool:
+    """Whether no version tells the changes of `weight`."""
+    return weight.is_inference() or bool(torch._C._functorch.is_functorch_wrapped_tensor(weight))
 
 
 def _extremes(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW that writes the quantized values of the weights it steps, in the same kernel. On a CPU, torch's own AdamW."""
+"""AdamW that writes the quantized values of what it steps, in the same kernel. On a CPU, and for shards, torch's own."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkit_torchao import values
+from qkit_torchao.sharding import is_shard
 
 
 class AdamW(torch.optim.AdamW):
@@ -26,7 +27,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         parameters = list(params)
         flat = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
-        self.in_kernels = bool(find_spec("triton")) and all(p.is_cuda for p in flat)
+        self.in_kernels = bool(find_spec("triton")) and all(p.is_cuda and not is_shard(p) for p in flat)
         options = {"capturable": True, "foreach": True} if self.in_kernels else {"fused": True}
         self.written: list[values.Entry] = []
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
@@ -35,7 +36,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure` does. `written` are then the values that it has brought up to date."""
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not self.in_kernels or any(p.grad.is_sparse or not p.is_contiguous() for p in stepped):
+        if not self.in_kernels or any(map(_needs_torch, stepped)):
             return super().step(closure)
         self.written = []
         loss = None
@@ -92,3 +93,9 @@ class AdamW(torch.optim.AdamW):
             step = self.state[weight]["step"]
             if id(step) in idle:
                 self.state[weight]["step"] = copies.setdefault(id(step), step.clone())
+
+
+def _needs_torch(weight: Tensor) -> bool:
+    """Whether the kernels cannot step `weight`. accelerate puts shards in the place of weights after the optimizer is made."""
+    assert weight.grad is not None
+    return weight.grad.is_sparse or not weight.is_contiguous() or is_shard(weight)

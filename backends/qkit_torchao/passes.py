@@ -101,13 +101,14 @@ def peaks_of_many(
 
 @triton.jit
 def one(
-    source, values, codes, scales, zeros, factors, peak, count, GRID: tl.constexpr, GROUPS: tl.constexpr,
+    source, values, codes, scales, zeros, factors, gate, peak, count, GRID: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, FULL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), as far as there is room for them.
 
     `CODES`: `bytes`, one code each; else two unsigned four-bit codes to a byte (of symmetric integers, code + 8), the first low
-    in `pairs`, and high in `tiles`. `peak` holds the bits of the largest magnitude of the tensor, for nvfp4.
+    in `pairs`, and high in `tiles`. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak` holds the bits of
+    the largest magnitude of the tensor, for nvfp4.
     """
     first = tl.program_id(0) * GROUPS
     start = first.to(tl.int64) * GROUP
@@ -122,7 +123,8 @@ def one(
         s, reciprocal, z, stored = steps(high, low, tensor_peak, GRID, INTERPRETED)
         y = units(x, s, reciprocal, z, GRID, INTERPRETED)
         if values is not None:
-            put(values + start + offsets, y * s[:, None], mask, values.dtype.element_ty, INTERPRETED)
+            v = chosen(gate, y * s[:, None], x)
+            put(values + start + offsets, v, mask, values.dtype.element_ty, INTERPRETED)
         if codes is not None:
             if CODES == "bytes":
                 tl.store(codes + start + offsets, coded(x, y, z, GRID).to(codes.dtype.element_ty), mask=mask)
@@ -136,7 +138,8 @@ def one(
             x = load(source + start + begin + offsets, inside)
             y = units(x, s, reciprocal, z, GRID, INTERPRETED)
             if values is not None:
-                put(values + start + begin + offsets, y * s[:, None], inside, values.dtype.element_ty, INTERPRETED)
+                v = chosen(gate, y * s[:, None], x)
+                put(values + start + begin + offsets, v, inside, values.dtype.element_ty, INTERPRETED)
             if codes is not None:
                 tl.store(codes + start + begin + offsets, coded(x, y, z, GRID).to(codes.dtype.element_ty), mask=inside)
     if factors is not None:
@@ -147,6 +150,13 @@ def one(
         tl.store(scales + groups, stored.to(scales.dtype.element_ty), mask=groups < count)
         if GRID[0] == "minmax":
             tl.store(zeros + groups, z.to(tl.uint8), mask=groups < count)
+
+
+@triton.jit
+def chosen(gate, on_grid, x):
+    if gate is not None:
+        on_grid = tl.where(tl.load(gate) != 0, on_grid, x)
+    return on_grid
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 Scales are applied to the product of the codes, so they may differ by row only, never along it.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +102,7 @@ def linear(
     grids: tuple[str, str],
     ste: Ste,
     *,
+    kept: bool = True,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
 ) -> Tensor:
@@ -111,9 +113,10 @@ def linear(
 
     Args:
         grids: of the weight and of the input, as text, since a compiler passes no other objects on.
+        kept: whether the codes are kept until the weight changes, or made by every forward and backward.
         scales, zeros: of the input, where they are static.
     """
-    y: Tensor = torch.ops.qkit.product(x, weight, bias, *grids, ste, scales, zeros)[0]
+    y: Tensor = torch.ops.qkit.product(x, weight, bias, *grids, ste, kept, scales, zeros)[0]
     return y
 
 
@@ -125,11 +128,12 @@ def _product(
     on_weight: str,
     on_x: str,
     ste: str,
+    kept: bool,
     scales: Tensor | None,
     zeros: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the values of the input, which the gradient of the weight needs."""
-    held, factors = values.codes(weight, named(on_weight))
+    held, factors = _codes(kept)(weight, named(on_weight))
     made = torch.empty_like(x, memory_format=torch.contiguous_format)
     q, steps = quantized(x, named(on_x), scales=scales, zeros=zeros, values=made)
     if held.grid.element.kind == "integer":
@@ -143,8 +147,8 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("qkit::product_input", mutates_args=())
-def _product_input(gradient: Tensor, weight: Tensor, on_weight: str) -> Tensor:
-    held, _ = values.codes(weight, named(on_weight))
+def _product_input(gradient: Tensor, weight: Tensor, on_weight: str, kept: bool) -> Tensor:
+    held, _ = _codes(kept)(weight, named(on_weight))
     return gradient @ fused.dequantize(replace(held, dtype=dtype_of(gradient)))
 
 
@@ -154,7 +158,7 @@ def _(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.on_weight, ctx.on_x, ctx.ste, scales, zeros = inputs
+    x, weight, bias, ctx.on_weight, ctx.on_x, ctx.ste, ctx.kept, scales, zeros = inputs
     ctx.biased = bias is not None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x if ctx.ste == "masked" else None, output[1], weight, scales, zeros)
@@ -165,7 +169,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     rows = gradient.reshape(-1, gradient.shape[-1])
     to_x = to_weight = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.qkit.product_input(gradient, weight, ctx.on_weight).to(made.dtype)
+        to_x = torch.ops.qkit.product_input(gradient, weight, ctx.on_weight, ctx.kept).to(made.dtype)
         if ctx.ste == "masked":
             inside = ops.unclipped(x, named(ctx.on_x), scales=scales, zeros=zeros)
             to_x = torch.where(inside, to_x, 0.0)
@@ -175,7 +179,11 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
             to_weight = torch.where(ops.unclipped(weight, named(ctx.on_weight)), to_weight, 0.0)
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = rows.sum(dim=0)
-    return to_x, to_weight, to_bias, None, None, None, None, None
+    return to_x, to_weight, to_bias, None, None, None, None, None, None
+
+
+def _codes(kept: bool) -> Callable[[Tensor, Grid], tuple[QTensor[Tensor], Tensor]]:
+    return values.codes if kept else values.fresh_codes
 
 
 _product.register_autograd(_backward, setup_context=_setup)

@@ -80,14 +80,14 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, _, ctx.grid, ste = inputs
-        ctx.dtype = weight.dtype
-        ctx.save_for_backward(*([weight] if ste == "masked" else []))
+        weight, _, ctx.grid, ctx.ste = inputs
+        ctx.save_for_backward(weight)  # in any case: torch then refuses to go back once it has changed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0].to(ctx.dtype)
-        for weight in ctx.saved_tensors:
+        (weight,) = ctx.saved_tensors
+        gradient = gradients[0].to(weight.dtype)
+        if ctx.ste == "masked":
             gradient = masked(gradient, ops.unclipped(weight, ctx.grid))
         return gradient, None, None, None
 

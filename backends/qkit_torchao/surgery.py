@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qkit.backend import Layer
 from qkit.recipe import Kind
+from qkit_torchao import sharding
 from qkit_torchao.layers import FakeEmbedding, FakeLinear
 from qkit_torchao.packed import PLAIN, PackedEmbedding, PackedLinear
 
@@ -86,7 +87,18 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
     )
     if isinstance(module, FAKE):
         adapter = getattr(module, "adapter", "")
-        return Layer(path, kind, shape, module, "prepared", module.rule, module.mode, tied=tied, adapter=adapter)
+        return Layer(
+            path,
+            kind,
+            shape,
+            module,
+            stage="prepared",
+            rule=module.rule,
+            mode=module.mode,
+            tied=tied,
+            adapter=adapter,
+            sharded=sharding.is_sharded(module),
+        )
     if isinstance(module, PACKED):
         how = module.execution
         return Layer(
@@ -108,7 +120,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         obstacle = "its weight is computed from other parameters (weight_norm and the like)"
     elif type(module) not in (nn.Linear, nn.Embedding):
         obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
-    return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle)
+    return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharding.is_sharded(module))
 
 
 def _others(path: str, module: nn.Module, held: dict[int, str]) -> Iterator[Layer]:

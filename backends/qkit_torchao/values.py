@@ -41,14 +41,27 @@ def codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
     stamp = _state(weight)
     if known is None or known.owner() is not weight or known.q.grid != grid or _old(known.stamp, stamp, known.captured):
         with torch.inference_mode(False), torch.no_grad():
-            steps = torch.empty(grid.scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
-            q = fused.quantize(weight.detach(), grid, steps=steps)
+            q, steps = fresh_codes(weight, grid)
         captured = bool(stamp[-1]) or (known is not None and known.captured)
         known = _Codes(
             weakref.ref(weight, partial(_codes_forget, id(weight))), stamp, q, steps, weight.detach(), captured
         )
         _codes[id(weight)] = known
     return known.q, known.steps
+
+
+def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `of`, but made anew and not kept: for weights that are gathered for a moment."""
+    made = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        fused.make_values([weight.detach()], [made], [gate], grid)
+    return made
+
+
+def fresh_codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
+    """As `codes`, but made anew and not kept."""
+    steps = torch.empty(grid.scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
+    return fused.quantize(weight.detach(), grid, steps=steps), steps
 
 
 def hold(weight: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qkit.artifact.tensors import array_stream, in_type, read_folder, with_type
-from qkit.backend import Backend, Layer, want_merged
+from qkit.backend import Backend, Layer, want_merged, want_whole
 from qkit.checkpoint.layout import SHARD_BYTES
 from qkit.checkpoint.output import write_directory
 from qkit.checkpoint.source import inside, is_pickle, read_json
@@ -60,13 +60,14 @@ def save(
         shard_bytes: most bytes of tensors in one file.
 
     Raises:
-        StageError: a layer is prepared but not converted, or has an adapter.
+        StageError: a layer is prepared but not converted, or has an adapter, or is sharded.
         ArtifactError: a grid has no portable layout, or `folder` holds something else.
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
     folder, origin = Path(folder), None if source is None else Path(source)
     layers = list(engine.layers(model))
+    want_whole(layers, "save")
     want_merged(layers, "save")
     for layer in layers:
         if layer.stage == "prepared":

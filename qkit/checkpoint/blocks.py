@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit import packing
+from qkit import native, packing
 from qkit.checkpoint.layout import Slot
 from qkit.element import LIMIT
 from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.interop import compressed_tensors
-from qkit.qtensor import QTensor
+from qkit.interop.packed import Packed
 
-Quantize = Callable[[NDArray[Any], Grid], QTensor[NDArray[Any]]]
+Quantize = Callable[[NDArray[Any], Grid], Packed]
 
-ELEMENTS = 1 << 18  #: about what a block holds: larger ones leave the caches, smaller ones cost more calls
+#: About what a block holds: larger ones leave the caches, smaller ones cost more calls.
+ELEMENTS = 1 << 20 if native.available() else 1 << 18
 ROWS = 32  #: blocks begin at multiples of it, so that zero points, packed down the rows, fill whole words
 
 #: By type: the unsigned integers of its bits; among them, the infinity; and the least that has no codes.
@@ -43,16 +44,16 @@ def sees_whole_tensor(grid: Grid) -> bool:
 def encode(
     w: NDArray[Any], grid: Grid, *, quantize: Quantize, extremes: tuple[float, float] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The stored parts of the block `w` [rows, n] of a larger tensor, as `compressed_tensors.to_tensors` names them.
+    """The stored parts of the block `w` [rows, n] of a larger tensor, as `compressed_tensors.store` names them.
 
     Args:
-        quantize: `reference.quantize`, or what gives the same bits.
+        quantize: `reference.quantize` and `pack`, or what gives the same bits.
         extremes: of the whole tensor, least and greatest, where the grid sees it.
     """
     rows = w.shape[0]
     if extremes is not None:  # they ride along in rows of their own, for scales depend on nothing else
         w = np.concatenate([w, np.full((2, w.shape[1]), np.array(extremes)[:, None], w.dtype)])
-    parts = compressed_tensors.to_tensors(quantize(w, grid))
+    parts = compressed_tensors.store(quantize(w, grid))
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
 
 
@@ -95,13 +96,17 @@ def check_finite(w: NDArray[Any], *, name: str, first: int, shape: tuple[int, ..
     _check(w, PATTERNS[w.dtype.name][1], "are copied", name, first, shape)
 
 
+def _largest(w: NDArray[Any], bits: NDArray[Any], sign: int) -> int:
+    """The largest pattern in `bits`, signs set aside; those of NaN are the largest of all."""
+    if native.available():
+        return int(np.abs(np.array(native.extremes(w), w.dtype)).view(bits.dtype).max())
+    return int(max(bits.view(f"i{w.itemsize}").max(), int(bits.max()) - sign))
+
+
 def _check(w: NDArray[Any], least: int, what: str, name: str, first: int, shape: tuple[int, ...]) -> None:
     bits = w.view(PATTERNS[w.dtype.name][0])
     sign = 1 << 8 * w.itemsize - 1
-    signed = bits.view(f"i{w.itemsize}")
-    if bits.size and (
-        signed.max() >= least or bits.max() >= sign + least
-    ):  # the largest positive and the largest negative
+    if bits.size and _largest(w, bits, sign) >= least:
         at = int(np.argmax((bits & bits.dtype.type(sign - 1)) >= least))
         place = [int(i) for i in np.unravel_index(first + at, shape)]
         raise RangeError(

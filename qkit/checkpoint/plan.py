@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from qkit import pipeline
+from qkit import native, pipeline
 from qkit.artifact.directory import CONFIG, KEY, Entry, companions, describe, group, quantized_config, read_config
 from qkit.backend import Layer
 from qkit.checkpoint.blocks import row_blocks
@@ -20,7 +20,7 @@ from qkit.qtensor import DType
 from qkit.recipe import Recipe, Rule
 
 #: Anonymous bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of a worker for each element of a block.
-BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 40
+BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
 
 
 @dataclass(frozen=True, slots=True)

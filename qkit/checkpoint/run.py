@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401  teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit import native
 from qkit.backend import Backend
 from qkit.checkpoint import kernels
 from qkit.checkpoint.blocks import (
@@ -36,7 +37,7 @@ from qkit.checkpoint.plan import Plan, Row
 from qkit.checkpoint.source import Stored
 from qkit.errors import ArtifactError
 from qkit.grid import Grid
-from qkit.qtensor import QTensor
+from qkit.interop.packed import Packed, pack
 
 COPY = 1 << 20  #: bytes of a block that is only copied
 WORKERS = min(os.cpu_count() or 1, 4)  #: more than these wait for the disk, and each takes memory
@@ -67,7 +68,7 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
         tick("", sum(row.stored.slot.nbytes for row in plan.rows) - sum(row.stored.slot.nbytes for row in rows))
         rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the longest first, so that all processes end together
         in_numpy = engine.name == "numpy"
-        quantize = kernels.quantize if in_numpy else partial(_quantize_on, engine)
+        quantize = _quantize_here if in_numpy else partial(_quantize_on, engine)
         work = partial(_make, folder=output.aside, quantize=quantize)
         tasks = [(row, {slot.name: output.layout.places[slot.name] for slot in row.slots}) for row in rows]
         run = partial(_in_processes, workers=workers) if in_numpy and workers > 1 else _in_turn
@@ -119,6 +120,7 @@ def _in_turn(work: Work, tasks: Iterable[Task]) -> Iterator[tuple[Row, Digests]]
 def _begin(parent: int) -> None:
     """In a worker: Ctrl-C is the parent's to handle, and without a parent there is nothing to work for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    native.use_threads(1)  # each core has a process
     threading.Thread(target=_live_with, args=(parent,), daemon=True).start()
 
 
@@ -210,8 +212,12 @@ class _Reader:
         os.close(self._opened)
 
 
-def _quantize_on(engine: Backend, w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
-    return engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy)
+def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:
+    return native.quantize_packed(w, grid) if native.available() else pack(kernels.quantize(w, grid))
+
+
+def _quantize_on(engine: Backend, w: NDArray[Any], grid: Grid) -> Packed:
+    return pack(engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy))
 
 
 def _name(stored: Stored) -> str:

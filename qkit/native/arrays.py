@@ -1,0 +1,235 @@
+"""The kernels on NumPy arrays: whole tensors, their rows shared out among threads where there are enough of them."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import reference
+from qkit.element import Element
+from qkit.grid import Grid
+from qkit.interop.packed import Packed
+from qkit.native.library import TYPES, function, struct
+from qkit.packing import WORD_BITS, words
+from qkit.qtensor import DType, QTensor, dtype_of
+
+SHARE = 1 << 17  #: fewest numbers that are worth a thread: about as long as it takes to wake one
+
+
+def quantize(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> QTensor[NDArray[Any]]:
+    """`reference.quantize(w, grid)` of finite `w` [..., n].
+
+    Args:
+        dtype: what the patterns of `w` mean, where they come as 16-bit integers: `bfloat16` or `float16`.
+
+    Raises:
+        DTypeError, GridError: as `reference.quantize`.
+        BackendError: the library was not built.
+    """
+    x, kind = _patterns(w, dtype)
+    count, n = _groups(x, grid)
+    of = _Of(x, kind, grid)
+    codes = np.empty(x.shape, np.int8 if grid.element.kind == "integer" and grid.symmetric else np.uint8)
+
+    def share(begin: int, end: int) -> None:
+        of.quantize(begin, codes=_address(codes, begin * n), rows=1, groups=end - begin, words=None, width=0)
+
+    _run(share, count, n)
+    return QTensor(codes, grid=grid, dtype=kind, **of.parts())
+
+
+def quantize_packed(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> Packed:
+    """`pack(quantize(w, grid))` of finite `w` [rows, n], a row at a time, so that no codes are moved but packed ones.
+
+    Arguments and errors: see `quantize`.
+    """
+    x, kind = _patterns(w, dtype)
+    rows, n = x.shape
+    groups = _groups(x, grid)[0] // rows
+    of = _Of(x, kind, grid)
+    packed = np.empty((rows, words(n, grid.element.bits)), "<u4")
+    width = packed.shape[1] * WORD_BITS // 8
+
+    def share(begin: int, end: int) -> None:
+        row, to = np.empty(n, np.uint8), _address(packed, begin * width // 4)
+        of.quantize(begin * groups, codes=_address(row, 0), rows=end - begin, groups=groups, words=to, width=width)
+
+    _run(share, rows, n)
+    return Packed(packed, grid=grid, dtype=kind, shape=x.shape, **of.parts())
+
+
+def fake_quantize(
+    w: NDArray[Any],
+    grid: Grid,
+    *,
+    dtype: DType | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """`reference.fake_quantize(w, grid)` of `w` [..., n], without given scales: a group that holds a NaN comes back as NaN.
+
+    Args:
+        dtype: as for `quantize`.
+        out: where to, contiguous, of the shape and type of `w`; it may be `w` itself, which is slower.
+
+    Raises:
+        ValueError: `out` does not fit.
+        DTypeError, GridError, BackendError: as `quantize`.
+    """
+    x, kind = _patterns(w, dtype)
+    count, n = _groups(x, grid)
+    if out is None:
+        out = np.empty(x.shape, x.dtype)
+    elif out.shape != x.shape or out.dtype != x.dtype or not out.flags.c_contiguous:
+        raise ValueError(f"out is {out.dtype} {out.shape}: it has to be contiguous {x.dtype} {x.shape}")
+    ends, tensor_scale = _of_the_tensor(x, kind, grid)
+    call, of_grid, type_, made = function("qkit_fake_quantize"), byref(struct(grid)), TYPES.index(kind), out
+
+    def share(begin: int, end: int) -> None:
+        given = _end_address(ends), tensor_scale
+        call(of_grid, _address(x, begin * n), end - begin, n, type_, *given, _address(made, begin * n))
+
+    _run(share, count, n)
+    return out
+
+
+def pack(codes: NDArray[Any], element: Element) -> NDArray[np.uint32]:
+    """int8 or uint8 codes [..., n] as `packing.packed_codes` packs them: little-endian words [..., words(n, bits)]."""
+    codes = np.ascontiguousarray(codes)
+    n, bits = codes.shape[-1], element.bits
+    out = np.empty((*codes.shape[:-1], words(n, bits)), "<u4")
+    flip = -element.lowest if codes.dtype == np.int8 else 0
+    call, width = function("qkit_pack"), out.shape[-1] * WORD_BITS // 8
+
+    def share(begin: int, end: int) -> None:
+        call(_address(codes, begin * n), end - begin, n, bits, flip, _address(out, begin * width // 4), width)
+
+    _run(share, codes.size // n, n)
+    return out
+
+
+def extremes(w: NDArray[Any], *, dtype: DType | None = None) -> tuple[float, float]:
+    """The highest and the lowest of `w`, zero among them; one of the two is NaN where there is a NaN.
+
+    Args:
+        dtype: as for `quantize`.
+
+    Raises:
+        DTypeError, BackendError: as `quantize`.
+    """
+    high, low = _extremes(*_patterns(w, dtype)).tolist()
+    return high, low
+
+
+def _patterns(w: NDArray[Any], dtype: DType | None) -> tuple[NDArray[Any], DType]:
+    """`w`, contiguous and aligned, and what its numbers are."""
+    return np.require(w, requirements=("C", "A")), dtype_of(w) if dtype is None else dtype
+
+
+def _groups(x: NDArray[Any], grid: Grid) -> tuple[int, int]:
+    """How many groups, and how long: where the scale is the tensor's, every row is one that has been told the extremes."""
+    group = grid.group_shape(x.shape)[-1]
+    n = x.shape[-1] if grid.group == "tensor" else group
+    return x.size // n, n
+
+
+def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float]:
+    """The extremes, if every group shall use the tensor's, and the tensor's scale; NaN in them where the tensor is not finite."""
+    if grid.group != "tensor" and grid.scale != "nvfp4":
+        return None, 0.0
+    ends = _extremes(x, kind)
+    if grid.group == "tensor":
+        return ends, 0.0
+    with np.errstate(invalid="ignore"):
+        return None, float(reference.tensor_power(ends) + reference.poison(np.abs(ends).max()))
+
+
+def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:
+    """Highest and lowest, of which each share of the rows finds its own."""
+    n, call = x.shape[-1], function("qkit_extremes")
+    found = np.zeros((x.size // n, 2), np.float32)
+
+    def share(begin: int, end: int) -> None:
+        call(_address(x, begin * n), (end - begin) * n, TYPES.index(kind), _address(found, 2 * begin))
+
+    _run(share, len(found), n)
+    return np.array([found[:, 0].max(), found[:, 1].min()], np.float32)
+
+
+def _address(x: NDArray[Any], offset: int) -> int:
+    """Of the element that is `offset` elements from the first."""
+    return int(x.__array_interface__["data"][0]) + offset * x.itemsize
+
+
+class _Of:
+    """What is made of `x` beside codes, and the kernel that makes it."""
+
+    def __init__(self, x: NDArray[Any], kind: DType, grid: Grid) -> None:
+        self._x, self._type, self._grid = x, TYPES.index(kind), grid
+        count, self._n = _groups(x, grid)
+        self._ends, self._tensor_scale = _of_the_tensor(x, kind, grid)
+        self._scales = np.empty(count, np.float32 if grid.element.kind == "integer" else np.uint8)
+        self._zeros = None if grid.symmetric else np.empty(count, np.uint8)
+        self._call, self._struct = function("qkit_quantize"), byref(struct(grid))
+
+    def quantize(self, first: int, *, codes: int, rows: int, groups: int, words: int | None, width: int) -> None:
+        """Groups from the `first` on; addresses and the rest as in kernels.c."""
+        zeros = None if self._zeros is None else _address(self._zeros, first)
+        self._call(
+            self._struct, _address(self._x, first * self._n), rows, groups, self._n, self._type, _end_address(self._ends),
+            self._tensor_scale, codes, _address(self._scales, first), zeros, words, width,
+        )  # fmt: skip
+
+    def parts(self) -> dict[str, Any]:
+        """Of the `QTensor`. Where one scale is the tensor's, every row has found it."""
+        shape, of_tensor = self._grid.scale_shape(self._x.shape), self._grid.scale == "nvfp4"
+        return {
+            "scales": self._scales[: prod(shape)].reshape(shape),
+            "zeros": None if self._zeros is None else self._zeros[: prod(shape)].reshape(shape),
+            "tensor_scale": np.array(self._tensor_scale, np.float32) if of_tensor else None,
+        }
+
+
+def _end_address(ends: NDArray[np.float32] | None) -> int | None:
+    return None if ends is None else _address(ends, 0)
+
+
+# Threads
+
+_most: list[int] = []
+
+
+def use_threads(count: int) -> None:
+    """At most so many for one array, in this process; without it, as many as it may use cores."""
+    _most[:] = [count]
+
+
+def _run(share: Callable[[int, int], None], count: int, n: int) -> None:
+    """`share(begin, end)` over all of `count` things of `n` numbers each."""
+    parts = min(count * n // SHARE, count)
+    if parts < 2 or (parts := min(parts, _most[0] if _most else _cores())) < 2:
+        share(0, count)
+        return
+    edges = [count * i // parts for i in range(parts + 1)]
+    rest = [_pool().submit(share, begin, end) for begin, end in pairwise(edges[1:])]
+    share(0, edges[1])
+    for done in rest:
+        done.result()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(_cores() - 1, 1), thread_name_prefix="qkit")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not live on in a child

@@ -1,0 +1,403 @@
+/* The loops that a CPU spends its time in, for every grid: quantizing, fake-quantizing, packing. `qkit/reference.py` is the law:
+   what is here is its arithmetic in its order, one group at a time, so that the bits are its bits.
+
+   No intrinsics and no threads: compilers make vectors of these loops, and callers split rows. To be built with -O3
+   -ffp-contract=off -fno-math-errno -fno-trapping-math, and never with -ffast-math. Numbers come from `qkit/element.py`, in
+   `struct grid`. Codes, scales and bytes are little-endian. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) /* which choose a version when they load it */
+#define EXPORT __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define EXPORT
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define BATCH 64 /* groups whose scales are made together, so that they are vectors too */
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { SIGNED, SYMMETRIC, MINMAX, RCEIL, EVEN, FLOOR, NVFP4 }; /* absmax and midmax are SYMMETRIC: their step differs */
+
+struct grid {
+    int32_t rule, bits;
+    int32_t mantissa, min_exponent, max_exponent; /* of a small float */
+    int32_t min_code, max_code;                   /* of E8M0 */
+    float lowest, highest;                        /* codes of an integer; -largest and largest of a float */
+    float step;                                   /* what a peak is multiplied with */
+    float min_scale;
+    float min_block, max_block; /* of e4m3 scales */
+};
+
+struct scales {                      /* of a batch of groups */
+    float high[BATCH], low[BATCH];   /* extremes, zero among them */
+    float step[BATCH], zero[BATCH];  /* a value is (code - zero) * step; step is NaN where a group is not finite */
+    uint8_t code[BATCH];             /* E8M0, or the bits of an e4m3 */
+};
+
+/* Numbers */
+
+INLINE uint32_t bits(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+INLINE float from_bits(uint32_t u)
+{
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+INLINE float power(int32_t exponent) { return from_bits((uint32_t)(127 + exponent) << 23); }
+
+INLINE float clip(float x, float low, float high)
+{
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+INLINE float half_value(uint16_t h)
+{
+    uint32_t magnitude = (uint32_t)(h & 0x7FFF) << 13;
+    uint32_t finite = bits(from_bits(magnitude) * power(112)); /* the exponents' biases are 112 apart */
+    return from_bits((uint32_t)(h & 0x8000) << 16 | (magnitude < 0x0F800000 ? finite : magnitude | 0x7F800000));
+}
+
+INLINE uint16_t half_code(float x)
+{
+    float a = fabsf(x);
+    uint32_t normal = ((bits(a) + 0xFFF + (bits(a) >> 13 & 1)) >> 13) - (112 << 10);
+    uint32_t code = a < power(-14) ? bits(a + 0.5f) - bits(0.5f) : normal;
+    return (uint16_t)(bits(x) >> 16 & 0x8000) | (uint16_t)(code < 0x7C00 ? code : 0x7C00);
+}
+
+INLINE float load(const void *x, int64_t i, int type)
+{
+    if (type == FLOAT32)
+        return ((const float *)x)[i];
+    uint16_t pattern = ((const uint16_t *)x)[i];
+    return type == BFLOAT16 ? from_bits((uint32_t)pattern << 16) : half_value(pattern);
+}
+
+/* Rounds to nearest even; not for NaN. */
+INLINE void store(void *out, int64_t i, float x, int type)
+{
+    if (type == FLOAT32)
+        ((float *)out)[i] = x;
+    else if (type == BFLOAT16)
+        ((uint16_t *)out)[i] = (uint16_t)((bits(x) + 0x7FFF + (bits(x) >> 16 & 1)) >> 16);
+    else
+        ((uint16_t *)out)[i] = half_code(x);
+}
+
+INLINE void store_nan(void *out, int64_t n, int type)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (type == FLOAT32)
+            ((float *)out)[i] = NAN;
+        else
+            ((uint16_t *)out)[i] = type == BFLOAT16 ? 0x7FC0 : 0x7E00;
+}
+
+/* Small floats: above the smallest normal number the pattern is rounded; below it, a sum rounds to the fixed distance. */
+
+struct small {
+    int32_t mantissa, min_exponent, width;
+    float largest;
+};
+
+INLINE uint8_t small_code(float y, struct small e)
+{
+    int32_t drop = 23 - e.mantissa;
+    float a = clip(fabsf(y), 0.0f, e.largest), shift = power(e.min_exponent + drop);
+    uint32_t rounded = (bits(a) + (1u << (drop - 1)) - 1 + (bits(a) >> drop & 1)) >> drop;
+    uint32_t normal = rounded - ((uint32_t)(126 + e.min_exponent) << e.mantissa);
+    uint32_t below = bits(a + shift) - bits(shift);
+    uint32_t code = a < power(e.min_exponent) ? below : normal;
+    return (uint8_t)(bits(y) >> 31 << (e.width - 1) | code);
+}
+
+INLINE float small_value(float y, struct small e)
+{
+    int32_t drop = 23 - e.mantissa;
+    float a = clip(fabsf(y), 0.0f, e.largest), shift = power(e.min_exponent + drop);
+    uint32_t normal = (bits(a) + (1u << (drop - 1)) - 1 + (bits(a) >> drop & 1)) & ~((1u << drop) - 1);
+    uint32_t below = bits((a + shift) - shift);
+    return from_bits((bits(y) & 0x80000000u) | (a < power(e.min_exponent) ? below : normal));
+}
+
+static const struct small E4M3 = {3, -6, 8, 448.0f};
+
+/* Extremes, zero among them: as integers, patterns are in the order of the values of one sign. */
+
+#define EXTREMES(NAME, UNSIGNED, SIGNED_)                                               \
+    INLINE void NAME(const UNSIGNED *x, int64_t n, UNSIGNED *highest, UNSIGNED *lowest) \
+    {                                                                                   \
+        SIGNED_ high = 0;                                                               \
+        UNSIGNED low = (UNSIGNED)((UNSIGNED)1 << (8 * sizeof low - 1));                 \
+        for (int64_t i = 0; i < n; i++) {                                               \
+            high = (SIGNED_)x[i] > high ? (SIGNED_)x[i] : high;                         \
+            low = x[i] > low ? x[i] : low;                                              \
+        }                                                                               \
+        *highest = (UNSIGNED)high, *lowest = low;                                       \
+    }
+
+EXTREMES(extremes_of_16, uint16_t, int16_t)
+EXTREMES(extremes_of_32, uint32_t, int32_t)
+
+INLINE void extremes(const void *x, int64_t n, int type, float *high, float *low)
+{
+    uint16_t ends[2];
+    uint32_t wide[2];
+    if (type == FLOAT32) {
+        extremes_of_32(x, n, &wide[0], &wide[1]);
+        *high = from_bits(wide[0]), *low = from_bits(wide[1]);
+    } else {
+        extremes_of_16(x, n, &ends[0], &ends[1]);
+        *high = load(ends, 0, type), *low = load(ends, 1, type);
+    }
+}
+
+/* Scales */
+
+INLINE float round_to_bfloat16(float x)
+{
+    return from_bits((bits(x) + 0x7FFF + (bits(x) >> 16 & 1)) & 0xFFFF0000u);
+}
+
+INLINE void choose(struct scales *s, int i, float tensor_scale, const struct grid *grid, int rule)
+{
+    float high = s->high[i], low = s->low[i], step, zero = 0.0f;
+    float peak = high >= -low ? high : -low, poison = high * 0.0f + low * 0.0f;
+    int32_t code = 0;
+    if (rule == SIGNED) {
+        float end = high >= -low ? high : low;
+        float least = end > 0.0f ? -grid->min_scale : grid->min_scale;
+        step = round_to_bfloat16(end * grid->step);
+        step = fabsf(step) < grid->min_scale ? least : step;
+    } else if (rule == SYMMETRIC || rule == MINMAX) {
+        float span = rule == MINMAX ? high - low : peak;
+        step = round_to_bfloat16(span * grid->step);
+        step = step < grid->min_scale ? grid->min_scale : step;
+        zero = rule == MINMAX ? clip(rintf(-low / step), grid->lowest, grid->highest) : 0.0f;
+        poison += span * 0.0f; /* the distance of two finite numbers may be infinite */
+    } else if (rule == NVFP4) {
+        float block = clip(peak * (1.0f / tensor_scale) * grid->step, grid->min_block, grid->max_block);
+        code = small_code(block, E4M3);
+        step = small_value(block, E4M3) * tensor_scale;
+    } else {
+        uint32_t half = rule == EVEN ? 1u << (22 - grid->mantissa) : 0, up = bits(peak * grid->step);
+        code = (int32_t)((bits(peak) + half) >> 23) - grid->max_exponent;
+        code = rule == RCEIL ? (int32_t)(up >> 23) + ((up & 0x7FFFFF) != 0) : code;
+        code = code < grid->min_code ? grid->min_code : code > grid->max_code ? grid->max_code : code;
+        step = power(code - 127);
+    }
+    s->step[i] = step + poison;
+    s->zero[i] = zero;
+    s->code[i] = (uint8_t)code;
+}
+
+/* The scales of `count` groups of `n`. */
+INLINE void find_scales(struct scales *s, const void *x, int count, int64_t n, int type, const float *ends,
+                        float tensor_scale, const struct grid *grid)
+{
+    int64_t width = n * (type == FLOAT32 ? 4 : 2);
+    for (int i = 0; i < count; i++)
+        if (ends)
+            s->high[i] = ends[0], s->low[i] = ends[1];
+        else
+            extremes((const char *)x + i * width, n, type, &s->high[i], &s->low[i]);
+#define RULE(R)                         \
+    case R:                             \
+        for (int i = 0; i < count; i++) \
+            choose(s, i, tensor_scale, grid, R); \
+        break;
+    switch (grid->rule) {
+        RULE(SIGNED)
+        RULE(SYMMETRIC)
+        RULE(MINMAX)
+        RULE(RCEIL)
+        RULE(EVEN)
+        RULE(FLOOR)
+        RULE(NVFP4)
+    }
+}
+
+/* One group at a time. `type` is a constant in each call. */
+
+#define EACH(WHAT)                      \
+    for (int64_t i = 0; i < n; i++) \
+        WHAT(i);
+
+INLINE void encode(const void *x, int64_t n, int type, float step, float zero, const struct grid *grid, uint8_t *codes)
+{
+    float lowest = grid->lowest, highest = grid->highest, inverse = 1.0f / step;
+    struct small e = {grid->mantissa, grid->min_exponent, grid->bits, highest};
+#define INTEGER(I) codes[I] = (uint8_t)(int32_t)clip(rintf(load(x, I, type) / step) + zero, lowest, highest)
+#define POWER(I) codes[I] = small_code(load(x, I, type) * inverse, e) /* exact: the step is a power of two */
+#define BLOCK(I) codes[I] = small_code(load(x, I, type) / step, e)    /* right: the step has four bits */
+    if (grid->rule < RCEIL)
+        EACH(INTEGER)
+    else if (grid->rule < NVFP4)
+        EACH(POWER)
+    else
+        EACH(BLOCK)
+#undef INTEGER
+#undef POWER
+#undef BLOCK
+}
+
+INLINE void round_values(const void *x, int64_t n, int type, float step, float zero, const struct grid *grid, void *out)
+{
+    float lowest = grid->lowest, highest = grid->highest, inverse = 1.0f / step;
+    struct small e = {grid->mantissa, grid->min_exponent, grid->bits, highest};
+#define INTEGER(I) \
+    store(out, I, (clip(rintf(load(x, I, type) / step) + zero, lowest, highest) - zero) * step, type)
+#define POWER(I) store(out, I, small_value(load(x, I, type) * inverse, e) * step, type)
+#define BLOCK(I) store(out, I, small_value(load(x, I, type) / step, e) * step, type)
+    if (step != step)
+        store_nan(out, n, type);
+    else if (grid->rule < RCEIL)
+        EACH(INTEGER)
+    else if (grid->rule < NVFP4)
+        EACH(POWER)
+    else
+        EACH(BLOCK)
+}
+
+INLINE void quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, const float *ends,
+                     float tensor_scale, uint8_t *codes, void *scales, uint8_t *zeros, int type)
+{
+    int64_t width = n * (type == FLOAT32 ? 4 : 2);
+    struct scales s;
+    for (int64_t first = 0; first < groups; first += BATCH) {
+        int count = groups - first < BATCH ? (int)(groups - first) : BATCH;
+        const char *from = (const char *)x + first * width;
+        find_scales(&s, from, count, n, type, ends, tensor_scale, grid);
+        for (int i = 0; i < count; i++)
+            encode(from + i * width, n, type, s.step[i], s.zero[i], grid, codes + (first + i) * n);
+        if (grid->rule < RCEIL)
+            memcpy((float *)scales + first, s.step, count * sizeof(float));
+        else
+            memcpy((uint8_t *)scales + first, s.code, count);
+        for (int i = 0; zeros && i < count; i++)
+            zeros[first + i] = (uint8_t)s.zero[i];
+    }
+}
+
+INLINE void fake_quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, const float *ends,
+                          float tensor_scale, void *out, int type)
+{
+    int64_t width = n * (type == FLOAT32 ? 4 : 2);
+    struct scales s;
+    for (int64_t first = 0; first < groups; first += BATCH) {
+        int count = groups - first < BATCH ? (int)(groups - first) : BATCH;
+        const char *from = (const char *)x + first * width;
+        char *to = (char *)out + first * width;
+        find_scales(&s, from, count, n, type, ends, tensor_scale, grid);
+        for (int i = 0; i < count; i++)
+            round_values(from + i * width, n, type, s.step[i], s.zero[i], grid, to + i * width);
+    }
+}
+
+/* Eight codes, each in a byte, as one stream of bits: moved together by twos, by fours, all. */
+INLINE uint64_t joined(const uint8_t *codes, int width, uint8_t flip)
+{
+    uint64_t one = (1ull << width) - 1, two = (1ull << 2 * width) - 1, four = (1ull << 4 * width) - 1, x;
+    memcpy(&x, codes, 8);
+    x ^= flip * 0x0101010101010101u;
+    x = (x & one * 0x0001000100010001u) | (x >> (8 - width) & (one << width) * 0x0001000100010001u);
+    x = (x & two * 0x0000000100000001u) | (x >> (16 - 2 * width) & (two << 2 * width) * 0x0000000100000001u);
+    return (x & four) | (x >> (32 - 4 * width) & four << 4 * width);
+}
+
+/* `n` codes to a stream of `width` bits each, lowest first, in `bytes` bytes, what is left of them zero. `flip` is XORed in: the
+   sign bit of `width` bits makes signed codes unsigned. */
+INLINE void pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
+{
+    int64_t whole = n / 8; /* eight codes fill `width` bytes */
+    switch (width) {
+#define WIDTH(W, TYPE) /* the type that is as wide makes vectors, where there is one */ \
+    case W:                                                                    \
+        for (int64_t i = 0; i < whole; i++) {                                  \
+            TYPE stream = (TYPE)joined(codes + 8 * i, W, flip);                \
+            memcpy(out + W * i, &stream, W);                                   \
+        }                                                                      \
+        break;
+        WIDTH(2, uint16_t)
+        WIDTH(3, uint64_t)
+        WIDTH(4, uint32_t)
+        WIDTH(5, uint64_t)
+        WIDTH(6, uint64_t)
+        WIDTH(8, uint64_t)
+    }
+    uint8_t last[8];
+    memset(last, flip, 8);
+    memcpy(last, codes + 8 * whole, n - 8 * whole);
+    uint64_t stream = joined(last, width, flip);
+    int64_t left = bytes - whole * width, used = left < 8 ? left : 8;
+    memcpy(out + whole * width, &stream, used);
+    memset(out + whole * width + used, 0, left - used);
+}
+
+/* What Python calls. */
+
+const char *const qkit_digest = DIGEST; /* of this file, see build.py */
+
+/* The highest and the lowest of `n` numbers, zero among them, into `ends`. */
+EXPORT void qkit_extremes(const void *x, int64_t n, int32_t type, float *ends)
+{
+    if (type == FLOAT32)
+        extremes(x, n, FLOAT32, &ends[0], &ends[1]);
+    else if (type == BFLOAT16)
+        extremes(x, n, BFLOAT16, &ends[0], &ends[1]);
+    else
+        extremes(x, n, FLOAT16, &ends[0], &ends[1]);
+}
+
+/* Rows of `groups` groups of `n`. `ends`: of the whole tensor, or NULL where every group has its own. `zeros`: NULL where there are
+   none. `words`: NULL, or where every row is packed into `bytes` bytes; then `codes` has room for one row only. */
+EXPORT void qkit_quantize(const struct grid *grid, const void *x, int64_t rows, int64_t groups, int64_t n, int32_t type,
+                          const float *ends, float tensor_scale, uint8_t *codes, void *scales, uint8_t *zeros, uint8_t *words,
+                          int64_t bytes)
+{
+    int64_t width = groups * n, scale_bytes = grid->rule < RCEIL ? groups * (int64_t)sizeof(float) : groups;
+    uint8_t flip = grid->lowest < 0 && grid->rule < RCEIL ? (uint8_t)(1 << (grid->bits - 1)) : 0;
+    for (int64_t row = 0; row < rows; row++) {
+        const char *from = (const char *)x + row * width * (type == FLOAT32 ? 4 : 2);
+        uint8_t *to = codes + (words ? 0 : row * width), *zero = zeros ? zeros + row * groups : NULL;
+        void *scale = (char *)scales + row * scale_bytes;
+        if (type == FLOAT32)
+            quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, FLOAT32);
+        else if (type == BFLOAT16)
+            quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, BFLOAT16);
+        else
+            quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, FLOAT16);
+        if (words)
+            pack(to, width, grid->bits, flip, words + row * bytes, bytes);
+    }
+}
+
+/* `groups` groups of `n`. */
+EXPORT void qkit_fake_quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, int32_t type,
+                               const float *ends, float tensor_scale, void *out)
+{
+    if (type == FLOAT32)
+        fake_quantize(grid, x, groups, n, ends, tensor_scale, out, FLOAT32);
+    else if (type == BFLOAT16)
+        fake_quantize(grid, x, groups, n, ends, tensor_scale, out, BFLOAT16);
+    else
+        fake_quantize(grid, x, groups, n, ends, tensor_scale, out, FLOAT16);
+}
+
+/* Codes [rows, n], each row into `bytes` bytes. */
+EXPORT void qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
+{
+    for (int64_t row = 0; row < rows; row++)
+        pack(codes + row * n, n, width, flip, out + row * bytes, bytes);
+}

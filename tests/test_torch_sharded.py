@@ -1,0 +1,106 @@
+"""Two processes, on the CPU: what they train together is what one trains alone, and it is gathered to the same bytes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+import processes  # noqa: E402
+from processes import GRID, adam, batch, net, ours, train  # noqa: E402
+
+import qkit  # noqa: E402
+
+NEAR = 1e-5  # of losses: two halves are summed in another order, and a weight near a tie may take the other code
+ALONE = {
+    "adam": (torch.float32, adam, {}),
+    "ours": (torch.float32, ours, {}),
+    "accumulated": (torch.float32, adam, {}),
+    "checkpointed": (torch.float32, adam, {}),
+    "compiled": (torch.float32, adam, {}),
+    "DDP": (torch.float32, adam, {}),
+    "autocast": (torch.float32, adam, {"autocast": True}),
+    "bfloat16": (torch.bfloat16, adam, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(processes.run, (str(folder),), processes.RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes.RANKS)]
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_losses_are_those_of_one_process(seen, case):
+    dtype, make, options = ALONE[case]
+    model = net(dtype)
+    want = train(model, make(model), **options)
+    near = (
+        NEAR if (dtype, options) == (torch.float32, {}) else 2e-3
+    )  # sums are rounded to 8 bits, here and there in other places
+    for one in seen:
+        assert one[case]["losses"] == pytest.approx(want, rel=near)
+    assert want[0] != pytest.approx(want[-1], rel=near)  # it moves
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_codes_are_those_of_the_gathered_masters(seen, case):
+    masters, codes = seen[0][case]["masters"], seen[0][case]["codes"]
+    assert codes.keys() == {"tokens", "first.0", "second.0"}
+    for path, mine in codes.items():
+        assert torch.equal(mine, qkit.quantize(masters[f"{path}.weight"], GRID).codes)
+    assert seen[0][case]["kind"] == "Net"
+    assert ("codes" in seen[1][case]) == (case == "DDP")  # every process has the whole model there
+
+
+def test_the_artifact_of_shards_has_the_bytes_of_the_whole_models(seen, folder, tmp_path):
+    model = net()
+    model.load_state_dict(seen[0]["ours"]["masters"])
+    alone = qkit.save(qkit.convert(model), tmp_path / "alone")
+    sharded = Path(folder) / "sharded"
+    files = sorted(file.name for file in alone.iterdir())
+    assert files == sorted(file.name for file in sharded.iterdir())
+    for name in files:
+        assert (alone / name).read_bytes() == (sharded / name).read_bytes()
+
+
+def test_nothing_of_the_size_of_a_weight_is_kept_for_backward(seen):
+    assert max(one["sizes"] for one in seen) == 4 * 97  # a hidden state; the smallest weight has 51 * 96
+
+
+def test_an_edit_of_the_shards_is_seen(seen):
+    for name, factor in (("edited", -2), ("edited again", -4)):
+        model = net()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+            assert torch.equal(seen[0][name], model(batch(0)[0]))
+
+
+def test_a_sharded_model_is_switched_off(seen):
+    model = net()
+    with torch.no_grad(), qkit.disabled(model):
+        assert torch.equal(seen[0]["disabled"], model(batch(0)[0]))
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("prepare", "cannot prepare: tokens is sharded over processes; prepare the model first"),
+        ("convert", "cannot convert: tokens is sharded over processes; call whole = qkit.gather"),
+        ("save", "cannot save: tokens is sharded over processes; call whole = qkit.gather"),
+        ("rounded", "FSDP rounds masters from float32 to bfloat16 .* leave param_dtype out"),
+    ],
+)
+def test_what_would_go_wrong_is_refused_by_name(seen, verb, message):
+    for one in seen:
+        assert re.search(message, one["errors"][verb])
