@@ -92,6 +92,8 @@ def probe_table():
     columns = [cells[key] for key in (("torchao", "CPU"), ("torchao", "H200"), ("mlx", "CPU"), ("mlx", "H200"))]
     rows = {}
     for recipe in qkit.recipes():
+        if any(rule.scales == "learned" for rule in qkit.recipe(recipe).rules):
+            continue  # deployed as the recipe with the grid's own scales, which is in the table
         rows.setdefault(tuple(map(probe_cell, (column[recipe] for column in columns))), []).append(recipe)
     return [f"| {', '.join(names)} | {' | '.join(row)} |" for row, names in rows.items()]
 

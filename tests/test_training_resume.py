@@ -104,6 +104,28 @@ def test_a_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, name):
     assert kinds.count("resume") == 1
 
 
+SCHEDULED = {"recipe": "int4-g32", "quantization": {"interval": 3, "ramp": [[5, "int8-g32"]]}, "checkpoint_every": 6}
+
+
+@pytest.mark.parametrize(
+    "changes", [SCHEDULED, {"recipe": "LEARNED", "checkpoint_every": 6}], ids=["scheduled", "learned"]
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_schedules_and_learned_scales_are_resumed(tmp_path, name, changes):
+    """Stopped at step 6, which ends on a refresh and on the second recipe."""
+    path = folder(tmp_path)
+    mine = tmp_path / "mine.toml"
+    text = 'schema = 1\n[grids.w]\nelement = "int3"\ngroup = 32\n[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\n'
+    mine.write_text(text + 'weight = "w"\nscales = "learned"\n')
+    changes = {**changes, "recipe": str(mine) if changes["recipe"] == "LEARNED" else changes["recipe"]}
+    run = {"backend": name, "learning_rate": 1e-2, **changes}
+    train(path, **run, out=str(path / "whole"))
+    with stopping(6) as tell:
+        train_model(run_from_table(table(path, **run)), tell=tell)
+    train(path, **run)
+    assert same_run(path / "out", path / "whole")
+
+
 def codes_of(out):
     return {path: unpack(held.read()).codes for path, held in snapshot.read(out).weights.items()}
 

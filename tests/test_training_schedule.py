@@ -106,6 +106,31 @@ def test_a_ramp_trains_on_one_recipe_and_then_on_the_next(runs, name, compiled):
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_compiled_steps_are_compiled_once_for_each_recipe_and_not_for_each_step(name, monkeypatch):
+    engine, model = qkit.backend(name), qkit.prepare(small(name, num_hidden_layers=1), "int4-g32")
+    counted = []
+    if name == "torchao":
+        import torch
+
+        torch.compiler.reset()
+        start = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    else:
+        kind = type(model)
+        call = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda *a, **k: (counted.append(1), call(*a, **k))[1])
+    trainer = engine.trainer(model, weight_decay=0.0, seed=0, compiled=True)
+    before = switching(engine, model, Schedule(interval=2, ramp=((4, "int8-g32"),)))
+    made = []
+    for step in range(1, 9):
+        before(step)
+        trainer.step([TOKENS[:2]], learning_rate=1e-3)
+        made.append(
+            torch._dynamo.utils.counters["stats"]["unique_graphs"] - start if name == "torchao" else len(counted)
+        )
+    assert made[0] == made[1] == made[2] == made[3] < made[4] == made[5] == made[6] == made[7]
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_what_a_ramp_ends_on_is_the_recipe_of_the_run(name):
     engine, model = qkit.backend(name), qkit.prepare(small(name, num_hidden_layers=1), "int4-g32")
     before = switching(engine, model, Schedule(ramp=((2, "int8-g32"),), interval=2))

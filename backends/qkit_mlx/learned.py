@@ -48,14 +48,14 @@ class LearnedLinear(_Learned, FakeLinear):
             return self._forward(x, *parameters)
         return _answer(self._deployed, self._forward, x, *parameters)
 
-    def _forward(self, x: mx.array, *parameters: mx.array) -> mx.array:
+    def _forward(self, x: mx.array, *parameters: mx.array) -> mx.array:  # type: ignore[override]  # ranges between
         (weight, *ranges), bias = self._split(parameters)
         x = self._on_grid(x, self.rule.activation, "input")
         w = self._on_grid_now(weight, *ranges)
         y = x @ w.T if bias is None else mx.addmm(bias, x, w.T)
         return self._on_grid(y, self.rule.output, "output")
 
-    def _deploy(self, *parameters: mx.array) -> DeployedLinear | PackedLinear:
+    def _deploy(self, *parameters: mx.array) -> DeployedLinear | PackedLinear:  # type: ignore[override]
         (weight, *ranges), bias = self._split(parameters)
         return deploy_linear(self._codes(weight, *ranges), self.rule, bias=bias, static=self._static())
 
