@@ -51,9 +51,7 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("qkit::linear_input", mutates_args=())
-def _linear_input(
-    gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype, kept: bool
-) -> Tensor:
+def _linear_input(gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype, kept: bool) -> Tensor:
     return gradient @ _values(kept)(weight, named(grid), gate, dtype)
 
 

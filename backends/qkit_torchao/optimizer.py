@@ -1,4 +1,4 @@
-"""AdamW that writes the quantized values of the weights it steps, in the same kernel. On a CPU, and for shards, torch's own AdamW."""
+"""AdamW that writes the quantized values of the weights it steps, in the same kernel. On a CPU and for shards, torch's own."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
