@@ -134,7 +134,8 @@ def saved_sizes(model):
 def run(rank, folder):
     """All of it, in process `rank`."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # accelerate looks there
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}  # accelerate looks there
+    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     seen = {}
     for make in (adam, ours):
