@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from qkit import reference
 from qkit.backend import Backend
-from qkit.layer import Layer
 from qkit.element import MAX_SCALE_CODE, MIN_SCALE, MIN_SCALE_CODE
 from qkit.errors import RangeError
 from qkit.grid import Grid
+from qkit.layer import Layer
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import Codes, Floats
 

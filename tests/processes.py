@@ -1,5 +1,8 @@
 """What test_torch_sharded.py has two processes do; each leaves what it saw in a file."""
 
+import os
+from importlib.util import find_spec
+
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -93,6 +96,18 @@ def ends(model, losses):
     return {"losses": losses, "masters": masters, "codes": codes, "kind": kind}
 
 
+def by_accelerate():
+    """A model and an optimizer, made whole, that accelerate has sharded; it offers that on GPUs only, so its state is set."""
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+
+    wishes = {"fsdp_version": 2, "transformer_cls_names_to_wrap": ["Sequential"], "reshard_after_forward": True}
+    plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap", **wishes)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = net()
+    return accelerator.prepare(model, ours(model))
+
+
 def error(act):
     try:
         act()
@@ -119,6 +134,8 @@ def saved_sizes(model):
 def run(rank, folder):
     """All of it, in process `rank`."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}  # accelerate looks there
+    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     seen = {}
     for make in (adam, ours):
@@ -151,6 +168,10 @@ def run(rank, folder):
     wrapped = DistributedDataParallel(net())
     seen["DDP"] = ends(wrapped.module, train(wrapped, adam(wrapped), rank))
 
+    if find_spec("accelerate"):
+        model, optimizer = by_accelerate()
+        seen["accelerate"] = ends(model, train(model, optimizer, rank))
+
     seen["sizes"] = saved_sizes(shard(net()))
 
     model = shard(net())
@@ -178,4 +199,4 @@ def run(rank, folder):
     seen["errors"]["rounded"] = error(lambda: rounding(batch(0)[0]))
     torch.save(seen, f"{folder}/{rank}.pt")
     distributed.barrier()
-    distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort a process that takes them down, torch 2.13

@@ -1,6 +1,7 @@
 """Two processes, on the CPU: what they train together is what one trains alone, and it is gathered to the same bytes."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ ALONE = {
     "checkpointed": (torch.float32, adam, {}),
     "compiled": (torch.float32, adam, {}),
     "DDP": (torch.float32, adam, {}),
+    "accelerate": (torch.float32, ours, {}),
     "autocast": (torch.float32, adam, {"autocast": True}),
     "bfloat16": (torch.bfloat16, adam, {}),
 }
@@ -36,11 +38,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(folder):
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes.RANKS)]
+    seen = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes.RANKS)]
+    assert not find_spec("accelerate") or "accelerate" in seen[0]
+    return seen
+
+
+def _want(seen, case):
+    if case not in seen[0]:
+        pytest.skip("accelerate is not installed")
 
 
 @pytest.mark.parametrize("case", ALONE)
 def test_losses_are_those_of_one_process(seen, case):
+    _want(seen, case)
     dtype, make, options = ALONE[case]
     model = net(dtype)
     want = train(model, make(model), **options)
@@ -54,6 +64,7 @@ def test_losses_are_those_of_one_process(seen, case):
 
 @pytest.mark.parametrize("case", ALONE)
 def test_codes_are_those_of_the_gathered_masters(seen, case):
+    _want(seen, case)
     masters, codes = seen[0][case]["masters"], seen[0][case]["codes"]
     assert codes.keys() == {"tokens", "first.0", "second.0"}
     for path, mine in codes.items():

@@ -59,6 +59,7 @@ def is_gathered(module: nn.Module) -> bool:
 
 def gather(model: nn.Module) -> nn.Module | None:
     """See `Backend.gather`. The whole model is on the CPU and has the class, the attributes and the hooks that it had before."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):  # what a forward left whole, perhaps rounded
             module.reshard()
@@ -88,7 +89,8 @@ def _copied(module: nn.Module, whole: dict[int, Tensor], made: dict[int, nn.Modu
     cls: Any = type(module)
     if cls.__module__.startswith(HERE) and len(cls.__bases__) == 2:  # FSDPLinear(FSDPModule, Linear)
         cls = cls.__bases__[1]
-    copy = made[id(module)] = cls.__new__(cls)
+    copy: nn.Module = cls.__new__(cls)
+    made[id(module)] = copy
     for key, value in module.__dict__.items():
         if key.endswith("_hooks"):
             value = type(value)((one, hook) for one, hook in value.items() if not _is_theirs(hook))
@@ -114,7 +116,7 @@ def _is_theirs(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith(HERE)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _master_type(module: nn.Module) -> torch.dtype | None:
     """The type of the shards that the weight of `module` is gathered from; None if FSDP2 has not gathered it."""
     known = _sources.get(module)

@@ -10,18 +10,19 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 import qkit
+from qkit.errors import StageError
 from qkit.pipeline import Coverage
 from qkit.recipe import Recipe
 
 log = logging.get_logger(__name__)
 
 
-class QatCallback(TrainerCallback):  # type: ignore[misc]
+class QatCallback(TrainerCallback):
     """Prepares the trainer's model, if it is not yet, so that it trains on the grids of `recipe`.
 
-    Given as `Trainer(..., callbacks=[QatCallback("int4-g64")])`, it prepares before the trainer shards, wraps or compiles the model;
-    added later, when training begins. Checkpoints have the names of the float model. Of a model with adapters of peft's, the
-    base is prepared, under the paths it had without them, and adapters stay float. After training the model is still prepared:
+    Given as `Trainer(..., callbacks=[QatCallback("int4-g64")])`, it prepares before the trainer shards, wraps or compiles the
+    model; added later, when training begins. Checkpoints have the names of the float model. Where peft has put adapters, the base
+    is prepared, under the paths it had without them, and adapters stay float. After training the model is still prepared:
     `qkit.save(qkit.convert(trainer.model), "out")`, or, of a sharded one, convert and save what `qkit.gather` gives.
 
     Attributes:
@@ -53,7 +54,7 @@ class QatCallback(TrainerCallback):  # type: ignore[misc]
         if not any(row.state.startswith(PREPARED) for row in qkit.coverage(model).rows):
             with _without_adapters(model) as base:
                 if qkit.prepare(base, self.recipe) is not base:
-                    raise qkit.StageError(
+                    raise StageError(
                         "a model that is itself one layer is replaced: prepare it before its trainer is made"
                     )
         self.coverage = qkit.coverage(model)
@@ -70,8 +71,9 @@ PREPARED = ("prepared", "calibrating")
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """The base of a model of peft's, with the layers that adapters wrap in the places that they had; and then the adapters again."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The base of a model of peft's, with the layers that adapters wrap where they were; then the adapters again."""
+    of_peft: Any = model
+    base: nn.Module = of_peft.get_base_model() if hasattr(model, "get_base_model") else model
     wrapped = [
         (parent, name, child)
         for parent in list(base.modules())
