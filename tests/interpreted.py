@@ -7,7 +7,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
 import numpy as np
 import torch
-from qkit_torchao import fused, launch, ops
+from qkit_torchao import launch, ops
 from qkit_torchao.backend import TorchaoBackend
 
 from qkit.grid import Grid
@@ -34,11 +34,12 @@ class Interpreted(TorchaoBackend):
 
 
 def main(dtype: str) -> None:
-    fused._launch = lambda: None
+    """One grid for each element and rule, and what does not fit a tile; the others differ in constants only."""
     np.seterr(all="ignore")  # the interpreter computes in NumPy, also what is then not taken
-    for grid in [*all_grids(), Grid("int4", 43), Grid("e2m1", 48), Grid("int4", 20000), Grid("e4m3", 20000)]:
+    rest = [Grid("int4", "row", "minmax"), Grid("e4m3", "row"), Grid("int4", 43), Grid("e2m1", 48), Grid("int3", 20000)]
+    for grid in [grid for grid in all_grids() if grid.group in (32, 16)] + rest:
         found = compare(Interpreted(), grid, dtype=dtype, compiled=False, size=1 << 9)
-        print(grid, found.compared, found.error or ("" if found.exact else found), flush=True)
+        print(grid, found.compared, found.error or ("exact" if found.exact else found), flush=True)
 
 
 if __name__ == "__main__":

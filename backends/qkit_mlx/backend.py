@@ -196,6 +196,10 @@ class MlxBackend:
         """See `Backend.fill`."""
         surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()}, without=without)
 
+    def gather(self, model: nn.Module) -> nn.Module:
+        """See `Backend.gather`: MLX's models are whole."""
+        return model
+
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """See `Backend.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
         return getattr(model, "qkit_config", None)

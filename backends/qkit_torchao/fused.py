@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit_torchao import ops
+from qkit_torchao import native, ops
 
 
 def rounded(w: Tensor, grid: Grid) -> Tensor:
@@ -73,8 +73,12 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
 
 
 def _kernels(w: Tensor) -> ModuleType | None:
-    """The module that launches kernels, for tensors on a GPU that Triton writes code for."""
-    return _launch() if w.is_cuda and not torch.compiler.is_compiling() else None
+    """The module that launches kernels, for tensors on a GPU that Triton writes code for, and on CPUs where they were built."""
+    if torch.compiler.is_compiling():
+        return None
+    if w.is_cuda:
+        return _launch()
+    return native if w.device.type == "cpu" and native.available() else None
 
 
 @cache

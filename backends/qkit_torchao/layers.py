@@ -136,6 +136,7 @@ class _Prepared(nn.Module):
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
         self.gate = gates.of(self.gate.device, on=self.mode != "off")
         self.room = None if self.room is None else values.room(self.weight, self.weight_grid, self.gate)
+        _reserve(self)
         return self
 
 
@@ -207,7 +208,14 @@ def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> A
         made.register_buffer(f"{name}_range", torch.tensor(EMPTY, device=device))
     made.mode, made.calibrating, made.holding = "on", False, False
     made.room = values.room(made.weight, rule.weight, made.gate) if cls is None else None
+    _reserve(made)
     return made
+
+
+def _reserve(layer: Any) -> None:
+    """Has codes made before a graph is captured, for layers that multiply them; see `values.codes`."""
+    if layer.weight.is_cuda and products.kind(layer.weight_grid, layer.rule.activation):
+        values.codes(layer.weight, layer.weight_grid)
 
 
 def _put_on(layer: Any, rule: Rule) -> None:

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 import qkit
+from qkit.coverage import Coverage
 from qkit.errors import StageError
-from qkit.pipeline import Coverage
 from qkit.recipe import Recipe
 
 log = logging.get_logger(__name__)

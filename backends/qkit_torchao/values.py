@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qkit.grid import Grid
-from qkit.qtensor import QTensor
+from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao import capture, fused
 
 
@@ -38,18 +38,30 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
 
 
 def codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
-    """The codes of finite `weight` on `grid`, and their steps in float32; kept and made anew as the values are, one by one."""
+    """The codes of finite `weight` on `grid`, and their steps in float32; kept and made anew as the values are, one by one.
+
+    They stay where they were first made, so that layers ask once before a graph is captured, whose memory is its own.
+    """
     known = _codes.get(id(weight))
     stamp = _state(weight)
-    if known is None or known.owner() is not weight or known.q.grid != grid or _old(known.stamp, stamp, known.captured):
+    if known is not None and (known.owner() is not weight or known.q.grid != grid or not _fits(known, weight)):
+        known = None
+    if known is None or _old(known.stamp, stamp, known.captured):
         with torch.inference_mode(False), torch.no_grad():
             q, steps = fresh_codes(weight, grid)
-        captured = bool(stamp[-1]) or (known is not None and known.captured)
-        known = _Codes(
-            weakref.ref(weight, partial(_codes_forget, id(weight))), stamp, q, steps, weight.detach(), captured
-        )
-        _codes[id(weight)] = known
+            if known is None:
+                owner = weakref.ref(weight, partial(_codes_forget, id(weight)))
+                known = _codes[id(weight)] = _Codes(owner, stamp, q, steps, weight.detach(), captured=False)
+            else:
+                for mine, new in zip(known.q.parts().values(), q.parts().values(), strict=True):
+                    mine.copy_(new)
+                known.steps.copy_(steps)
+        known.stamp, known.seen, known.captured = stamp, weight.detach(), known.captured or bool(stamp[-1])
     return known.q, known.steps
+
+
+def _fits(known: "_Codes", weight: Tensor) -> bool:
+    return (known.q.codes.shape, known.q.codes.device, known.q.dtype) == (weight.shape, weight.device, dtype_of(weight))
 
 
 def room(weight: Tensor, grid: Grid, gate: Tensor) -> Tensor:
@@ -113,7 +125,8 @@ def drop(weight: Tensor) -> None:
     if id(weight) in _held:
         return
     _entries.pop(id(weight), None)
-    _codes.pop(id(weight), None)
+    if known := _codes.get(id(weight)):
+        known.stamp = ()
 
 
 def kept(weights: Iterable[Tensor]) -> "dict[int, Entry]":
