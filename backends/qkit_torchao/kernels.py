@@ -1,9 +1,8 @@
 """The reference in Triton, on tiles [groups, group] of float32: extremes, steps, units. Device code; `passes` calls it.
 
-Bit for bit `ops`. A division is a product with the reciprocal, which may be a few units off, and one correction by the exact
-remainder: a quotient by a number of 8 bits is never so close to the middle of two floats that the rest matters. Triton's
-interpreter has no fused multiply-add and casts by cutting off: there it divides, and rounds before it casts. Rounding to an
-integer is adding and taking away 1.5 * 2^23. Maxima keep NaN.
+Bit for bit `ops`. A division is a product with the reciprocal and one correction by the exact remainder, which rounds as IEEE
+division does (Markstein, 1990), since the reciprocal does. Triton's interpreter has no fused multiply-add and casts by cutting
+off: there it divides, and rounds before it casts. Rounding to an integer is adding and taking away 1.5 * 2^23. Maxima keep NaN.
 """
 
 import triton
@@ -31,6 +30,11 @@ def quotient(x, s, reciprocal, INTERPRETED: tl.constexpr):
         y = x * reciprocal
         y = tl.fma(tl.fma(-y, s, x), reciprocal, y)
     return y
+
+
+@triton.jit
+def inverse(s, INTERPRETED: tl.constexpr):
+    return 1.0 / s if INTERPRETED else tl.div_rn(1.0, s)
 
 
 @triton.jit
@@ -145,17 +149,17 @@ def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr)
         elif RULE == "minmax":
             low, high = smaller(low, 0.0), larger(high, 0.0)
             s = tl.maximum(round_to_bfloat16((high - low) * STEP), LEAST) + (high - low) * 0.0
-            z = clamp(nearest(quotient(0.0 - low, s, 1.0 / s, INTERPRETED)), GRID[2], GRID[3])
+            z = clamp(nearest((0.0 - low) / s if INTERPRETED else tl.div_rn(0.0 - low, s)), GRID[2], GRID[3])
         else:
             s = tl.maximum(round_to_bfloat16(high * STEP), LEAST) + high * 0.0
         stored = s
-        reciprocal = 1.0 / s
+        reciprocal = inverse(s, INTERPRETED)
     elif RULE == "nvfp4":
         c = ceil_exponent(floats(tensor_peak) * GRID[10])
         c = tl.minimum(tl.maximum(c, GRID[8]), GRID[9])
         stored = small_float(clamp(high * floats((254 - c) << 23) * STEP, GRID[11], 448.0), 3, -6)
         s = stored * (floats(c << 23) + floats(tensor_peak) * 0.0)
-        reciprocal = 1.0 / s
+        reciprocal = inverse(s, INTERPRETED)
         z = s
     else:
         if RULE == "floor":
