@@ -75,7 +75,7 @@ start = 2
     ]
     run = events[0]["run"]
     assert (run["steps"], run["warmup"], run["batch"]) == (5, 2, 2)
-    assert run["quantization"] == {"start": 2, "windows": [], "match": "*.mlp.*"}
+    assert run["quantization"] == {"start": 2, "windows": [], "match": "*.mlp.*", "interval": 1, "ramp": []}
     assert [e["learning_rate"] for e in events if e["event"] == "step"][:2] == [5e-6, 1e-5]
     assert events[-1]["held_out_saved"] == pytest.approx(events[-1]["held_out_after"], rel=1e-6)
 

@@ -1,7 +1,9 @@
 """qkit's C kernels on torch's CPU tensors, in their own memory; the same functions as `launch`, for `fused`."""
 
+import ctypes
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -60,6 +62,6 @@ def decodes(q: QTensor[Tensor]) -> bool:
 
 
 def _memory(x: Tensor) -> NDArray[Any]:
-    """`x` as NumPy; the patterns, as int16, of what NumPy has no type for."""
-    x = x.detach()
-    return (x.view(torch.int16) if x.element_size() == 2 else x).numpy()
+    """`x` as NumPy; the patterns, as int16, of what NumPy has no type for. `Tensor.numpy` would bind memory that FSDP frees."""
+    held = (ctypes.c_byte * (x.numel() * x.element_size())).from_address(x.data_ptr())
+    return np.frombuffer(held, np.int16 if x.element_size() == 2 else np.float32).reshape(x.shape)

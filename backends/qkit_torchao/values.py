@@ -24,11 +24,14 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
     A change is seen by torch's version counter, by another storage, type or device, by another gate, by any optimizer's step
     (unless the weight is frozen), and by `drop`, as `train()` and `eval()` call it. A write through `.data` outside of an
     optimizer is not; call `drop` after one. A captured CUDA graph begins with making them, at every replay; and what a graph
-    has made is made anew at every use outside, since nobody sees replays. `into`: the memory to keep them in, see `room`.
+    has made is made anew at every use outside, since nobody sees replays.
+
+    Args:
+        into: where they are to be kept, see `room`; if it has those of another weight, they are forgotten.
     """
     entry = _entry(weight, grid, gate, dtype)
-    if into is not None and entry.made is not into:
-        entry.made, entry.stamp = into, ()
+    if into is not None:
+        _move(entry, into)
     stamp = _stamp(entry, weight)
     if _old(entry.stamp, stamp, entry.captured) and not _stands(entry, weight):
         _make(entry, stamp)
@@ -216,7 +219,9 @@ def _old(stamp: tuple[Any, ...], now: tuple[Any, ...], captured: bool) -> bool:
 def _stands(entry: Entry, weight: Tensor) -> bool:
     """Whether what was made is held, so that it may be out of date."""
     made = entry.made
-    return id(weight) in _held and made is not None and (made.shape, made.device) == (weight.shape, weight.device)
+    if id(weight) not in _held or not entry.stamp:  # not made yet
+        return False
+    return made is not None and (made.shape, made.device) == (weight.shape, weight.device)
 
 
 def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
