@@ -63,5 +63,6 @@ def decodes(q: QTensor[Tensor]) -> bool:
 
 def _memory(x: Tensor) -> NDArray[Any]:
     """`x` as NumPy; the patterns, as int16, of what NumPy has no type for. `Tensor.numpy` would bind memory that FSDP frees."""
-    held = (ctypes.c_byte * (x.numel() * x.element_size())).from_address(x.data_ptr())
-    return np.frombuffer(held, np.int16 if x.element_size() == 2 else np.float32).reshape(x.shape)
+    kind: Any = ctypes.c_int16 if x.element_size() == 2 else ctypes.c_float
+    held: NDArray[Any] = np.ctypeslib.as_array((kind * x.numel()).from_address(x.data_ptr()))
+    return held.reshape(x.shape)
