@@ -233,7 +233,7 @@ def test_compiled_layers_that_share_an_input_quantize_it_once():
     )(inputs())
     called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert called.count(torch.ops.qkit.on_grid.default) == 1
-    assert called.count(torch.ops.qkit.linear.default) == 3
+    assert called.count(torch.ops.aten.addmm.default) == 3  # which a compiler can add to
 
 
 def test_gradients_of_a_switched_off_layer_are_those_of_the_float_layer():

@@ -341,3 +341,16 @@ def test_the_architecture_that_was_saved_is_built(architecture, tmp_path):
     assert type(again).__name__ == architecture
     ids = torch.randint(1, 256, (2, 9))
     assert torch.equal(again(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("made", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_compiled_code_has_values_made_in_the_memory_that_is_theirs(made, monkeypatch):
+    model = made(qkit.prepare(mlp(), "int4-g32"))
+    rooms = [layer.room.data_ptr() for layer in model if hasattr(layer, "room")]
+    filled, fill = [], values.fill
+    monkeypatch.setattr(values, "fill", lambda room, *rest: filled.append(room.data_ptr()) or fill(room, *rest))
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        compiled(inputs()).sum().backward()
+    assert len(rooms) == 2
+    assert filled == 2 * rooms

@@ -60,7 +60,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
     def _on_grid(self, merged: Tensor) -> Tensor:
         return straight_through.fake_quantize(merged, self.weight_grid, ste=self.rule.ste)
 
-    def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _values_product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return F.linear(self.slot(x, "input", self.rule.activation), self.weight_values(dtype), self.bias)
 
     def _product(self, x: Tensor) -> Tensor:

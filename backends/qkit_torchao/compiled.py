@@ -22,7 +22,8 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor,
-    grid: str,
+    grid: Grid,
+    name: str,
     ste: Ste,
     dtype: torch.dtype,
     *,
@@ -32,15 +33,47 @@ def linear(
     """x [..., inputs] times the values of `weight` [outputs, inputs] in `dtype`, straight through, plus `bias`.
 
     Args:
-        grid: the weight's, as text, since a compiler passes no other objects on.
+        name: `grid` as text: operations are given it, and a compiler cannot print.
         kept: whether the values are kept until the weight changes, or made by every forward and backward.
-        room: where they are kept, see `values.room`, if that is of type `dtype`. The compiler sees the product with it going
-            back, and can add several up in one kernel.
+        room: where they are kept, see `values.room`, if that is of type `dtype`. The compiler then sees products with it, and
+            adds to them or adds them up in one kernel.
     """
     narrow = bias if bias is None else bias.to(dtype)
-    room = room if room is not None and room.dtype == dtype and kept else None
-    y: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, room, grid, ste, dtype, kept)
+    if room is None or room.dtype != dtype or not kept:
+        made: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, name, ste, dtype, kept)
+        return made
+    with torch.no_grad():
+        torch.ops.qkit.fill(room, weight, gate, name)
+    y: Tensor = _Product.apply(x.to(dtype), weight, narrow, gate, room, grid, ste)  # type: ignore[no-untyped-call]
     return y
+
+
+@torch.library.custom_op("qkit::fill", mutates_args=("room",))
+def _fill(room: Tensor, weight: Tensor, gate: Tensor, grid: str) -> None:
+    values.fill(room, weight, named(grid), gate)
+
+
+@_fill.register_fake
+def _(room: Tensor, *_: Any) -> None:
+    return
+
+
+class _Product(torch.autograd.Function):
+    """The product with what is in the room, which going back is the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, room: Tensor, grid: Grid, ste: str
+    ) -> Tensor:
+        ctx.grid, ctx.ste, ctx.biased = grid, ste, bias is not None
+        ctx.save_for_backward(x, weight, gate, room)
+        return F.linear(x, room, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate, room = ctx.saved_tensors
+        to_x = gradients[0] @ room if ctx.needs_input_grad[0] else None
+        return to_x, *_to_parameters(ctx, gradients[0], x, weight, gate, ctx.grid), None, None, None, None
 
 
 @torch.library.custom_op("qkit::linear", mutates_args=())
@@ -49,18 +82,13 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor,
-    room: Tensor | None,
     grid: str,
     ste: str,
     dtype: torch.dtype,
     kept: bool,
 ) -> Tensor:
-    made = (
-        values.of(weight, named(grid), gate, dtype, into=room)
-        if kept
-        else values.fresh(weight, named(grid), gate, dtype)
-    )
-    return F.linear(x, made, bias)
+    make = values.of if kept else values.fresh
+    return F.linear(x, make(weight, named(grid), gate, dtype), bias)
 
 
 @_linear.register_fake
@@ -80,27 +108,32 @@ def _(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, gate, room, ctx.grid, ctx.ste, ctx.dtype, ctx.kept = inputs
+    x, weight, bias, gate, ctx.grid, ctx.ste, ctx.dtype, ctx.kept = inputs
     ctx.biased = bias is not None
-    ctx.save_for_backward(x, weight, gate, room)
+    ctx.save_for_backward(x, weight, gate)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, gate, room = ctx.saved_tensors
-    to_x = to_weight = to_bias = None
-    rows = gradient.reshape(-1, gradient.shape[-1])
-    if ctx.needs_input_grad[0] and room is not None:
-        to_x = gradient @ room
-    elif ctx.needs_input_grad[0]:
+    x, weight, gate = ctx.saved_tensors
+    to_x = None
+    if ctx.needs_input_grad[0]:
         to_x = torch.ops.qkit.linear_input(gradient, weight, gate, ctx.grid, ctx.dtype, ctx.kept)
+    return to_x, *_to_parameters(ctx, gradient, x, weight, gate, named(ctx.grid)), None, None, None, None, None
+
+
+def _to_parameters(
+    ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, gate: Tensor, grid: Grid
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias."""
+    to_weight = to_bias = None
+    rows = gradient.reshape(-1, gradient.shape[-1])
     if ctx.needs_input_grad[1]:
         to_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if ctx.ste == "masked":
-            inside = ops.unclipped(weight, named(ctx.grid)) | ~gate
-            to_weight = torch.where(inside, to_weight, 0.0)
+            to_weight = torch.where(ops.unclipped(weight, grid) | ~gate, to_weight, 0.0)
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = rows.sum(dim=0)
-    return to_x, to_weight, to_bias, None, None, None, None, None, None
+    return to_weight, to_bias
 
 
 _linear.register_autograd(_backward, setup_context=_setup)

@@ -1,5 +1,6 @@
 """Launching the Triton kernels: which tensors they take, in what tiles, many weights at once. Imported on CUDA machines only."""
 
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from qkit_torchao import ops, passes
 
 TILE = 2048  #: elements that a program holds, where groups are shorter
 LONGEST = 8192  #: the longest group that it holds whole
+PEAK = 8192  #: elements of which a program looks for the largest
 WARP = 1024  #: elements of a tile for each warp; see `tiles`
 ALIGNED = 16  #: bytes that are read at once
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,15 +97,14 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
         gates: bool []; where one is off, the weight itself is copied.
     """
     peaks = _zeros(len(weights), weights[0].device) if _looks_first(grid) else None
-    rows = tuple(
-        (offset(w, weights[0]), offset(target, made[0]), gate.data_ptr(), 0 if peaks is None else peaks[i].data_ptr())
-        for i, (w, target, gate) in enumerate(zip(weights, made, gates, strict=True))
-    )
+    addresses = [0] * len(weights) if peaks is None else [peak.data_ptr() for peak in peaks]
+    columns = offsets(weights), offsets(made), [gate.data_ptr() for gate in gates], addresses
+    rows = tuple(zip(*columns, strict=True))
     geometry = tiles(weights[0], grid)
     counts = tuple(_count(w, grid) for w in weights)
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
     if peaks is not None:
-        passes.peaks_of_many[(len(blocks),)](weights[0], blocks, FULL=full, **geometry)
+        _find_peaks(weights[0], rows, counts)
     passes.values_of_many[(len(blocks),)](
         weights[0], made[0], blocks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
     )
@@ -133,18 +134,23 @@ def constants(grid: Grid) -> tuple[Any, ...]:
 
 def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
     """The tile of a program: how many groups, their length, and the power of two that holds it, or a part of it; and warps."""
-    group = _group(w, grid)
+    return dict(_tile(_group(w, grid), extremes=2 if grid.scale in ("signed", "minmax") else 1))
+
+
+@cache
+def _tile(group: int, *, extremes: int) -> dict[str, int]:
     width = min(triton.next_power_of_2(group), LONGEST)
     groups = max(1, TILE // width)
     warps = groups * width // WARP
-    if group > LONGEST and grid.scale not in ("signed", "minmax"):  # one extreme to hold: more warps are faster
+    if group > LONGEST and extremes == 1:  # one to hold: more warps are faster
         warps *= 2
     return {"GROUPS": groups, "GROUP": group, "WIDTH": width, "num_warps": warps}
 
 
-def offset(tensor: Tensor, base: Tensor) -> int:
-    """Where `tensor` is, in elements from `base` on, which has its type."""
-    return (tensor.data_ptr() - base.data_ptr()) // base.element_size()
+def offsets(tensors: Sequence[Tensor]) -> list[int]:
+    """Where `tensors` of one type are, in elements from the first of them on."""
+    base, size = tensors[0].data_ptr(), tensors[0].element_size()
+    return [(tensor.data_ptr() - base) // size for tensor in tensors]
 
 
 def programs(
@@ -160,42 +166,50 @@ def programs(
         rows: of each tensor: places and addresses.
         counts: of each tensor: how many groups. Rows end with how many are left from the program's first on.
         moves: of each column, whether it moves on with the elements.
-
-    They are kept, since the same are likely to be asked for again; but not those made while a graph is captured, for their
-    memory is the graph's.
     """
     groups, group = geometry["GROUPS"], geometry["GROUP"]
     full = geometry["WIDTH"] == group and all(count % groups == 0 for count in counts)
-    key = (rows, counts, groups, group, device)
-    made = _programs.get(key)
-    if made is None:
+
+    def table() -> np.ndarray[Any, Any]:
         number = [-(-count // groups) for count in counts]
         first = np.concatenate([np.arange(n, dtype=np.int64) for n in number]) * groups
-        table = np.repeat(np.array(rows, np.int64), number, axis=0)
-        table += (first * group)[:, None] * np.array(moves)
+        made = np.repeat(np.array(rows, np.int64), number, axis=0)
+        made += (first * group)[:, None] * np.array(moves)
         left = np.repeat(np.array(counts, np.int64), number) - first
-        made = on_device(np.concatenate([table, left[:, None]], axis=1), device)
-        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            if len(_programs) >= KEPT:
-                _programs.pop(next(iter(_programs)))
-            _programs[key] = made
-    return made, full
+        return np.concatenate([made, left[:, None]], axis=1)
+
+    return on_device((rows, counts, groups, group), table, device), full
 
 
-def on_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """`array` on `device`, without waiting; a graph that is being captured copies it anew at every replay."""
-    if device.type != "cuda":
-        return torch.from_numpy(array)
-    pinned = torch.from_numpy(array).pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
+def on_device(key: Any, make: Callable[[], np.ndarray[Any, Any]], device: torch.device) -> Tensor:
+    """The table that `make` makes of what is in `key`, on `device`, without waiting.
+
+    It is kept, since the same is likely to be asked for again; but not one made while a graph is captured, for its memory is the
+    graph's, which copies it anew at every replay.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    made = _tables.get((key, device))
+    if made is None:
+        table = torch.from_numpy(make())
+        if device.type != "cuda":
+            return table
+        pinned = table.pin_memory()
+        made = pinned.to(device, non_blocking=True)
+        if capturing:
+            _captured.append(pinned)
+            return made
+        if len(_tables) >= KEPT:
+            _tables.pop(next(iter(_tables)))
+        _tables[key, device] = made
+    elif capturing:
+        _captured.append(made)
+    return made
 
 
-KEPT = 64  #: how many tables of programs are kept
-_programs: dict[Any, Tensor] = {}
+KEPT = 64  #: how many tables are kept
+_tables: dict[Any, Tensor] = {}
 _peaks: dict[Any, Tensor] = {}
-_captured: list[Tensor] = []  #: host memory that captured graphs copy from at every replay
+_captured: list[Tensor] = []  #: what captured graphs read at every replay, here and on the host
 
 
 def _one(
@@ -224,11 +238,15 @@ def _peak(w: Tensor, grid: Grid) -> Tensor | None:
     if not _looks_first(grid):
         return None
     peak = _zeros(1, w.device)
-    geometry = tiles(w, grid)
-    rows, counts = ((0, 0, 0, peak.data_ptr()),), (_count(w, grid),)
-    blocks, full = programs(rows, counts, (1, 0, 0, 0), geometry, w.device)
-    passes.peaks_of_many[(len(blocks),)](w, blocks, FULL=full, **geometry)
+    _find_peaks(w, ((0, 0, 0, peak.data_ptr()),), (_count(w, grid),))
     return peak
+
+
+def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...]) -> None:
+    """Raises the peaks of weights in groups of 16, the `first` and others; arguments as for `programs`."""
+    geometry = {"GROUPS": PEAK // 16, "GROUP": 16, "WIDTH": 16, "num_warps": 4}
+    blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, first.device)
+    passes.peaks_of_many[(len(blocks),)](first, blocks, FULL=full, **geometry)
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ class _Prepared(nn.Module):
     """
 
     rule: Rule
+    kind: str
     grid_name: str
     slot_names: dict[str, str]
     weight: Tensor
@@ -59,7 +60,7 @@ class _Prepared(nn.Module):
     def hold(self, on: bool) -> None:
         """See `qkit.backend.Backend.hold`."""
         unseen = sharding.is_managed(self) or _cannot_keep(self.weight)
-        if on and (unseen or products.kind(self.weight_grid, self.rule.activation)):
+        if on and (unseen or self.kind):
             why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
             raise BackendError(
                 f"values on {self.weight_grid} cannot be held, since these weights {why}: use interval 1"
@@ -79,15 +80,17 @@ class _Prepared(nn.Module):
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
-        weight, grid, ste = self.weight, self.weight_grid, self.rule.ste
-        gathered = sharding.is_gathered(self)
+        return self._values(self.weight, dtype, kept=not sharding.is_gathered(self))
+
+    def _values(self, weight: Tensor, dtype: torch.dtype, *, kept: bool) -> Tensor:
+        grid, ste = self.weight_grid, self.rule.ste
         if torch.compiler.is_compiling():
             if self.training and self.holding:
                 return compiled.held(weight, self.gate, self.grid_name, ste, dtype)
             return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if gathered or _cannot_keep(weight) or (not self.training and self.holding):
+        if not kept or _cannot_keep(weight) or (self.holding and not self.training):
             return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
         room = self.room
         room = room if room is not None and room.dtype == dtype and values.owns(weight, room) else None
@@ -105,9 +108,9 @@ class _Prepared(nn.Module):
         return torch.where(self.gate, self._quantized(x, name, grid), x)
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
-        given = self._scales(x, name, grid)
-        if not given:
+        if self.rule.range == "dynamic":
             return straight_through.shared(x, grid, ste=self.rule.ste)
+        given = self._scales(x, name, grid)
         return x if self.calibrating else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **given)
 
     def _scales(self, x: Tensor, name: str, grid: Grid | None) -> dict[str, Any]:
@@ -131,11 +134,19 @@ class _Prepared(nn.Module):
             state_dict.setdefault(f"{prefix}{name}_range", self.get_buffer(f"{name}_range"))
         super()._load_from_state_dict(state_dict, prefix, *more)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As any module; a copy has its own room."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._make_room()
+
+    def _make_room(self) -> None:
+        self.room = None if self.room is None else values.room(self.weight, self.weight_grid, self.gate)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but keeps ranges in float32; the gate is that of the new device."""
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
         self.gate = gates.of(self.gate.device, on=self.mode != "off")
-        self.room = None if self.room is None else values.room(self.weight, self.weight_grid, self.gate)
+        self._make_room()
         _reserve(self)
         return self
 
@@ -148,20 +159,21 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        device = self.weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        y = self._product(x) if self._multiplies_codes(x) else self._values_product(x, dtype)
+        weight = self.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        y = self._product(x) if self.kind and self._multiplies_codes(x) else self._values_product(x, weight, dtype)
         return self.slot(y, "output", self.rule.output)
 
-    def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _values_product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.slot(x, "input", self.rule.activation)
-        gathered, stale = sharding.is_gathered(self), not self.training and self.holding
+        gathered = sharding.is_gathered(self)
         if gathered:
             self.room = None  # it is of the size of the whole weight
-        if gathered or (torch.compiler.is_compiling() and not stale):
-            options = self.gate, self.grid_name, self.rule.ste, dtype
-            return compiled.linear(x, self.weight, self.bias, *options, kept=not gathered, room=self.room)
-        return F.linear(x, self.weight_values(dtype), self.bias)
+        if gathered or (torch.compiler.is_compiling() and not (self.holding and not self.training)):
+            options = self.gate, self.weight_grid, self.grid_name, self.rule.ste, dtype
+            return compiled.linear(x, weight, self.bias, *options, kept=not gathered, room=self.room)
+        return F.linear(x, self._values(weight, dtype, kept=True), self.bias)
 
     def _multiplies_codes(self, x: Tensor) -> bool:
         """Whether a kernel will multiply codes of both sides once the layer is converted, so that training must, too.
@@ -169,7 +181,7 @@ class FakeLinear(_Prepared, nn.Linear):
         Here a switch is asked for by Python, and compiled code follows by compiling once more: products of integers and of
         floats are two kernels, and no tensor chooses between them.
         """
-        if not products.kind(self.weight_grid, self.rule.activation) or self.weight.device.type != "cuda":
+        if self.weight.device.type != "cuda":
             return False
         if self.mode != "on" or x.dtype != self.weight.dtype or not x.numel():
             return False
@@ -214,12 +226,13 @@ def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> A
 
 def _reserve(layer: Any) -> None:
     """Has codes made before a graph is captured, for layers that multiply them; see `values.codes`."""
-    if layer.weight.is_cuda and products.kind(layer.weight_grid, layer.rule.activation):
+    if layer.weight.is_cuda and layer.kind:
         values.codes(layer.weight, layer.weight_grid)
 
 
 def _put_on(layer: Any, rule: Rule) -> None:
-    layer.rule, layer.grid_name = rule, str(rule.weight)
+    assert rule.weight is not None
+    layer.rule, layer.grid_name, layer.kind = rule, str(rule.weight), products.kind(rule.weight, rule.activation)
     layer.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
 
 
@@ -244,7 +257,7 @@ def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
 
 def _cannot_keep(weight: Tensor) -> bool:
     """Whether no version tells the changes of `weight`, or what is kept may not be written: under torch.func's transforms."""
-    return weight.is_inference() or torch._C._functorch.peek_interpreter_stack() is not None
+    return weight.is_inference() or straight_through.transformed()
 
 
 def _extremes(x: Tensor) -> Tensor:

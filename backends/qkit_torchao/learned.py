@@ -46,7 +46,7 @@ class _Learned(_Prepared):
 class LearnedLinear(_Learned, FakeLinear):
     """A linear layer that learns its scales; see `FakeLinear`."""
 
-    def _values_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _values_product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return F.linear(self.slot(x, "input", self.rule.activation), self.weight_values(dtype), self.bias)
 
     def _product(self, x: Tensor) -> Tensor:

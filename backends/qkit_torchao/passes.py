@@ -36,7 +36,7 @@ def values_of_many(
     on; addresses of the gate (a byte) and of the peak (its bits, for nvfp4); and how many groups are left in the tensor.
     """
     TYPE: tl.constexpr = targets.dtype.element_ty
-    block = blocks + 5 * tl.program_id(0)
+    block = blocks + 5 * turn(GRID)
     source = place(sources, block, 0, sources.dtype.element_ty)
     target = place(targets, block, 1, TYPE)
     gate = tl.load(tl.load(block + 2).to(tl.pointer_type(tl.uint8)))
@@ -59,6 +59,12 @@ def values_of_many(
             if gate != 0:
                 x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
             put(target + begin + offsets, x, inside, TYPE, INTERPRETED)
+
+
+@triton.jit
+def turn(GRID: tl.constexpr):
+    """Which part is this program's: the last comes first where all were just read for a peak, for it is still in the cache."""
+    return tl.num_programs(0) - 1 - tl.program_id(0) if GRID[0] == "nvfp4" else tl.program_id(0)
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def one(
     in `pairs`, and high in `tiles`. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak` holds the bits of
     the largest magnitude of the tensor, for nvfp4.
     """
-    first = tl.program_id(0) * GROUPS
+    first = turn(GRID) * GROUPS
     start = first.to(tl.int64) * GROUP
     groups = first + tl.arange(0, GROUPS)
     offsets, mask = tile(count - first, GROUPS, GROUP, WIDTH, FULL)

@@ -14,7 +14,7 @@ HERE = "torch.distributed"
 
 def is_managed(module: nn.Module) -> bool:
     """Whether FSDP gathers the module's weights before it runs, and frees them after."""
-    return getattr(module, "_is_fsdp_managed_module", False)
+    return "_is_fsdp_managed_module" in module.__dict__  # getattr would look for a parameter of that name
 
 
 def is_shard(tensor: Tensor) -> bool:

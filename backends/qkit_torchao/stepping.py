@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkit_torchao import passes
-from qkit_torchao.launch import INTERPRETED, TILE, constants, offset, on_device, programs, takes, tiles
+from qkit_torchao.launch import INTERPRETED, TILE, constants, offsets, on_device, programs, takes, tiles
 from qkit_torchao.values import Entry
 
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
@@ -61,25 +61,19 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
     else:
         group = _flat(weight)
         geometry = {"GROUPS": 4 * FLAT // group, "GROUP": group, "WIDTH": group, "num_warps": 4}
-    gradients = [_gradient(w) for w, _, _ in members]
-    first = entry.made if entry else None
-    rows = tuple(
-        (
-            offset(w, weight),
-            offset(gradient, gradients[0]),
-            offset(s["exp_avg"], state["exp_avg"]),
-            offset(s["exp_avg_sq"], state["exp_avg_sq"]),
-            offset(e.made, first) if e and e.made is not None and first is not None else 0,
-            e.gate.data_ptr() if e else 0,
-        )
-        for (w, s, e), gradient in zip(members, gradients, strict=True)
-    )
-    counts = tuple(w.numel() // geometry["GROUP"] for w, _, _ in members)
+    weights, states, entries = zip(*members, strict=True)
+    gradients = [_gradient(w) for w in weights]
+    moments = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")]
+    made = [e.made for e in entries] if entry else []
+    columns = [offsets(tensors) for tensors in (weights, gradients, *moments)]
+    columns += [offsets(made), [e.gate.data_ptr() for e in entries]] if entry else [[0] * len(members)] * 2
+    counts = tuple(w.numel() // geometry["GROUP"] for w in weights)
     numbers = tuple((number, 0) for number in range(len(members)))
     blocks, full = programs(numbers, counts, (0, 1), geometry, weight.device)  # the same at every step
-    table = on_device(np.array(rows, np.int64), weight.device)  # gradients are elsewhere at every step
+    rows = tuple(zip(*columns, strict=True))  # gradients may be elsewhere at every step
+    table = on_device(rows, lambda: np.array(rows, np.int64), weight.device)
     passes.adamw_of_many[(len(blocks),)](
-        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], first, table, blocks, scalars,
+        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], made[0] if made else None, table, blocks, scalars,
         GRID=constants(entry.grid) if entry else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
     )  # fmt: skip
 

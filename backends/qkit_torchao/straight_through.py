@@ -30,15 +30,28 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     The result is kept on the tensor itself, and lives as long. Masked gradients need `x`: it is not kept with them, for `x` would
     then keep itself.
     """
-    if torch.compiler.is_compiling() or ste == "masked" or x.is_inference():
+    if torch.compiler.is_compiling() or ste == "masked" or x.is_inference() or transformed():
         return fake_quantize(x, grid, ste=ste)
     state = (grid, x._version, x.data_ptr(), torch.is_grad_enabled())
     before, result = getattr(x, "_qkit_on_grid", (None, None))
     if result is None or before != state:
-        result = fake_quantize(x, grid, ste=ste)
+        result = _alone(x, grid)
         if result is not x:  # an empty tensor is given back
             x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
     return result
+
+
+def _alone(x: Tensor, grid: Grid) -> Tensor:
+    if not x.numel():
+        return x
+    made = fused.rounded(x.detach(), grid)
+    result: Tensor = _StandIn.apply(x, made, grid, "identity", False) if x.requires_grad else made  # type: ignore[no-untyped-call]
+    return result
+
+
+def transformed() -> bool:
+    """Whether one of torch.func's transforms is at work, which wants Functions that it can look into."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -66,30 +79,31 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def stand_in(weight: Tensor, made: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
-    """`made`, the values of `weight` on `grid`, with the gradient of `fake_quantize`."""
-    result: Tensor = _StandIn.apply(weight, made, grid, ste)  # type: ignore[no-untyped-call]
+    """`made`, the values of `weight`, with the gradient of `fake_quantize`; torch refuses to go back once either has changed."""
+    result: Tensor = _StandIn.apply(weight, made, grid, ste, True)  # type: ignore[no-untyped-call]
     return result
 
 
 class _StandIn(torch.autograd.Function):
-    """Stands for `made` going forward and for `weight` going back."""
+    """Stands for `made` going forward and for `weight`, which may have been `watched`, going back.
+
+    With `ctx` in `forward`: torch inspects the signature at every call where there is none, which costs more than a launch.
+    """
 
     @staticmethod
-    def forward(weight: Tensor, made: Tensor, grid: Grid, ste: Ste) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, made: Tensor, grid: Grid, ste: Ste, watched: bool) -> Tensor:
+        ctx.grid, ctx.ste, ctx.dtype = grid, ste, weight.dtype
+        if watched:
+            ctx.save_for_backward(weight)
         return made
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, _, ctx.grid, ctx.ste = inputs
-        ctx.save_for_backward(weight)  # in any case: torch then refuses to go back once it has changed
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        gradient = gradients[0].to(weight.dtype)
+        saved = ctx.saved_tensors
+        gradient = gradients[0].to(ctx.dtype)
         if ctx.ste == "masked":
-            gradient = masked(gradient, ops.unclipped(weight, ctx.grid))
-        return gradient, None, None, None
+            gradient = masked(gradient, ops.unclipped(saved[0], ctx.grid))
+        return gradient, None, None, None, None
 
 
 def masked(gradient: Tensor, inside: Tensor) -> Tensor:

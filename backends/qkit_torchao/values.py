@@ -30,7 +30,7 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
         into: where they are to be kept, see `room`; if it has those of another weight, they are forgotten.
     """
     entry = _entry(weight, grid, gate, dtype)
-    if into is not None:
+    if into is not None and into is not entry.made:
         _move(entry, into)
     stamp = _stamp(entry, weight)
     if _old(entry.stamp, stamp, entry.captured) and not _stands(entry, weight):
@@ -38,6 +38,14 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
     entry.asked = True
     assert entry.made is not None
     return entry.made
+
+
+def fill(room: Tensor, weight: Tensor, grid: Grid, gate: Tensor) -> None:
+    """Has `room` hold what `of` gives, which is kept there; or a copy, where a compiler has put other memory in its place."""
+    ours = room.data_ptr() in _rooms
+    made = of(weight, grid, gate, room.dtype, into=room if ours else None)
+    if made.data_ptr() != room.data_ptr():
+        room.copy_(made)
 
 
 def codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
@@ -79,6 +87,7 @@ def room(weight: Tensor, grid: Grid, gate: Tensor) -> Tensor:
             entry.made = torch.empty_like(weight.detach(), memory_format=torch.contiguous_format)
         torch._dynamo.mark_static_address(entry.made, guard=False)
     _owners[entry.made.data_ptr()] = entry
+    _rooms[entry.made.data_ptr()] = entry.made
     return entry.made
 
 
@@ -176,7 +185,8 @@ class _Codes:
 
 
 _entries: dict[int, Entry] = {}
-_owners: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()  #: by address of a room
+_rooms: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()  #: by their addresses
+_owners: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()  #: of rooms, by their addresses
 _codes: dict[int, _Codes] = {}
 _held: "dict[int, weakref.ref[Tensor]]" = {}
 _steps_taken = 0
@@ -187,8 +197,12 @@ def _entry(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Entr
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_count_step)
     entry = _entries.get(id(weight))
-    same = entry is not None and entry.owner() is weight and entry.grid == grid and entry.dtype == dtype
-    if entry is None or not same:
+    if (
+        entry is None
+        or entry.owner() is not weight
+        or entry.dtype != dtype
+        or not (entry.grid is grid or entry.grid == grid)
+    ):
         entry = _entries[id(weight)] = Entry(weight, grid, gate, dtype)
     entry.gate = gate
     return entry
