@@ -363,7 +363,7 @@ def test_gradient_checkpointing_makes_no_other_values(reentrant):
 def test_a_backward_after_its_weight_has_changed_is_refused_as_torch_does(edit, recipe, between):
     model = qkit.prepare(mlp(), recipe)
     model(inputs()).sum().backward()
-    out = model(inputs())
+    out = model(inputs().requires_grad_())  # so that all weights are needed going back
     changed = edit(model)
     if changed is not None:
         changed.step()
@@ -397,3 +397,13 @@ def test_a_compiled_backward_uses_the_values_of_its_forward_or_is_refused(backen
             gradient(*made_anew)
     else:
         assert torch.equal(gradient(*made_anew), want)
+
+
+def test_values_made_anew_for_an_unchanged_weight_are_not_used_by_an_older_backward():
+    model = qkit.prepare(mlp(), RECIPE)
+    out = model(inputs().requires_grad_())
+    model[2].weight.data.mul_(-2)  # which nobody sees
+    model.train()  # so that it is looked at
+    model(inputs())
+    with pytest.raises(RuntimeError, match=CHANGED):
+        out.sum().backward()

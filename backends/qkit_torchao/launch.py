@@ -140,7 +140,7 @@ def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
 @cache
 def _tile(group: int, *, extremes: int) -> dict[str, int]:
     width = min(triton.next_power_of_2(group), LONGEST)
-    groups = max(1, TILE // width)
+    groups = max(1, (TILE if group > 16 else 2 * TILE) // width)
     warps = groups * width // WARP
     if group > LONGEST and extremes == 1:  # one to hold: more warps are faster
         warps *= 2

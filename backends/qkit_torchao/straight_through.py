@@ -35,17 +35,9 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     state = (grid, x._version, x.data_ptr(), torch.is_grad_enabled())
     before, result = getattr(x, "_qkit_on_grid", (None, None))
     if result is None or before != state:
-        result = _alone(x, grid)
-        if result is not x:  # an empty tensor is given back
+        result = stand_in(x, fused.rounded(x.detach(), grid), grid, ste=ste) if x.numel() else x
+        if result is not x:
             x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
-    return result
-
-
-def _alone(x: Tensor, grid: Grid) -> Tensor:
-    if not x.numel():
-        return x
-    made = fused.rounded(x.detach(), grid)
-    result: Tensor = _StandIn.apply(x, made, grid, "identity", False) if x.requires_grad else made  # type: ignore[no-untyped-call]
     return result
 
 
@@ -79,31 +71,37 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def stand_in(weight: Tensor, made: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
-    """`made`, the values of `weight`, with the gradient of `fake_quantize`; torch refuses to go back once either has changed."""
-    result: Tensor = _StandIn.apply(weight, made, grid, ste, True)  # type: ignore[no-untyped-call]
-    return result
+    """`made`, the values of `weight`, with the gradient of `fake_quantize`; torch refuses to go back once `weight` has changed.
+
+    It is for reading only. Where the gradient is the identity, this is a view of `weight` that has been given other memory:
+    going back costs nothing then, where a Function would have Python called and the gradient copied.
+    """
+    if ste == "masked":
+        result: Tensor = _Masked.apply(weight, made, grid)  # type: ignore[no-untyped-call]
+        return result
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return made
+    view = weight.view_as(weight)
+    view.data = made
+    return view
 
 
-class _StandIn(torch.autograd.Function):
-    """Stands for `made` going forward and for `weight`, which may have been `watched`, going back.
+class _Masked(torch.autograd.Function):
+    """Stands for `made` going forward and for `weight`, where it was not clipped, going back.
 
     With `ctx` in `forward`: torch inspects the signature at every call where there is none, which costs more than a launch.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, made: Tensor, grid: Grid, ste: Ste, watched: bool) -> Tensor:
-        ctx.grid, ctx.ste, ctx.dtype = grid, ste, weight.dtype
-        if watched:
-            ctx.save_for_backward(weight)
+    def forward(ctx: Any, weight: Tensor, made: Tensor, grid: Grid) -> Tensor:
+        ctx.grid = grid
+        ctx.save_for_backward(weight)
         return made
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradient = gradients[0].to(ctx.dtype)
-        if ctx.ste == "masked":
-            gradient = masked(gradient, ops.unclipped(saved[0], ctx.grid))
-        return gradient, None, None, None, None
+        (weight,) = ctx.saved_tensors
+        return masked(gradients[0].to(weight.dtype), ops.unclipped(weight, ctx.grid)), None, None
 
 
 def masked(gradient: Tensor, inside: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
         into: where they are to be kept, see `room`; if it has those of another weight, they are forgotten.
     """
     entry = _entry(weight, grid, gate, dtype)
+    if _dropped and _dropped.pop(id(weight), None) == weight._version:  # it may have changed all the same
+        _refuse_older([weight])
     if into is not None and into is not entry.made:
         _move(entry, into)
     stamp = _stamp(entry, weight)
@@ -101,6 +103,8 @@ def _move(entry: "Entry", into: Tensor) -> None:
     before = _owners.get(into.data_ptr())
     if before is not entry and before is not None:
         before.made, before.stamp = None, ()
+        if (weight := before.owner()) is not None:
+            _refuse_older([weight])
     if before is not entry or entry.made is None or entry.made.data_ptr() != into.data_ptr():
         _owners[into.data_ptr()] = entry
         entry.made, entry.stamp = into, ()
@@ -136,7 +140,8 @@ def drop(weight: Tensor) -> None:
     """Forgets the values of `weight`, unless they are held; the next use makes them anew."""
     if id(weight) in _held:
         return
-    _entries.pop(id(weight), None)
+    if _entries.pop(id(weight), None):
+        _dropped[id(weight)] = weight._version
     if known := _codes.get(id(weight)):
         known.stamp = ()
 
@@ -189,6 +194,7 @@ _rooms: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary
 _owners: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()  #: of rooms, by their addresses
 _codes: dict[int, _Codes] = {}
 _held: "dict[int, weakref.ref[Tensor]]" = {}
+_dropped: dict[int, int] = {}  #: in which version a weight was whose values were forgotten
 _steps_taken = 0
 _hook: Any = None
 
@@ -251,6 +257,11 @@ def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
         _fill([one for one, _ in stale.values()])
     for one, now in stale.values():
         one.stamp, one.asked, one.captured = now, False, one.captured or bool(now[-1])
+
+
+def _refuse_older(weights: list[Tensor]) -> None:
+    """Has torch refuse to go back through values of `weights`: those are views of the weights, and share their versions."""
+    torch.autograd.graph.increment_version(weights)
 
 
 def _fill(entries: list[Entry]) -> None:
