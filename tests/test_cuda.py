@@ -157,3 +157,28 @@ def test_switches_and_ranges_work_in_cuda_graphs():
         torch.testing.assert_close(made, on, rtol=2**-7, atol=5e-3)  # bf16 rounding of the output
         with qkit.disabled(model):
             torch.testing.assert_close(compiled(x).clone(), off, rtol=2**-7, atol=5e-3)  # as above
+
+
+TRAINED = ["int4-g32", "mxfp4", "nvfp4", "int8-dynamic-act-int4-weight", "int8-dynamic-act-int8-weight", "fp8"]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_training_in_inductors_graphs_is_that_of_eager(recipe, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    models = [qkit.prepare(linear(dtype, outputs=512), recipe) for _ in range(2)]
+    runs = models[0], torch.compile(models[1], fullgraph=True, mode="reduce-overhead")
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    x = torch.randn(32, 1536, device="cuda", dtype=dtype)
+    for model, run in zip(models, runs, strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for step in range(6):
+            (qkit.disable if step == 4 else qkit.enable)(model)
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                y = run(x)
+            y.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=2**-6, atol=1e-5)  # sums in another order

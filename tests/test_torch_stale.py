@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import sys
+import threading
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
-from qkit_torchao import values  # noqa: E402
+from qkit_torchao import capture, values  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -407,3 +409,13 @@ def test_values_made_anew_for_an_unchanged_weight_are_not_used_by_an_older_backw
     model(inputs())
     with pytest.raises(RuntimeError, match=CHANGED):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_what_outlives_a_graph_is_allocated_by_a_thread_of_its_own_where_inductor_has_graphs(trees, monkeypatch):
+    monkeypatch.delitem(sys.modules, capture.TREES, raising=False)
+    if trees:
+        monkeypatch.setitem(sys.modules, capture.TREES, object())
+    threads = []
+    capture.lasting(lambda: threads.append(threading.get_ident()) or torch.empty(1))
+    assert (threads == [threading.get_ident()]) is not trees

@@ -1,10 +1,16 @@
-"""Which CUDA graph is being captured, if one is: torch says whether, the driver says which."""
+"""Which CUDA graph is being captured, if one is: torch says whether, the driver says which. And memory that is no graph's."""
 
 import ctypes
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
+TREES = "torch._inductor.cudagraph_trees"
 
 
 def number(device: torch.device) -> int:
@@ -15,6 +21,20 @@ def number(device: torch.device) -> int:
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     _driver().cuStreamGetCaptureInfo(stream, ctypes.byref(status), ctypes.byref(found))
     return found.value or 1
+
+
+def lasting(make: Callable[[], Tensor]) -> Tensor:
+    """What `make` allocates, for longer than one call of compiled code.
+
+    Inductor's graph trees count whatever their thread allocates, before they capture, as part of a graph, and refuse to go on
+    if it lives longer. Another thread's memory is its own.
+    """
+    return _elsewhere().submit(make).result() if TREES in sys.modules else make()
+
+
+@cache
+def _elsewhere() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="qkit-memory")
 
 
 @cache

@@ -13,7 +13,7 @@ from qkit import element as elements
 from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit_torchao import ops, passes
+from qkit_torchao import capture, ops, passes
 
 TILE = 2048  #: elements that a program holds, where groups are shorter
 LONGEST = 8192  #: the longest group that it holds whole
@@ -194,10 +194,10 @@ def on_device(key: Any, make: Callable[[], np.ndarray[Any, Any]], device: torch.
         if device.type != "cuda":
             return table
         pinned = table.pin_memory()
-        made = pinned.to(device, non_blocking=True)
         if capturing:
             _captured.append(pinned)
-            return made
+            return pinned.to(device, non_blocking=True)
+        made = capture.lasting(partial(torch.empty_like, table, device=device)).copy_(pinned, non_blocking=True)
         if len(_tables) >= KEPT:
             _tables.pop(next(iter(_tables)))
         _tables[key, device] = made
@@ -254,10 +254,11 @@ def _zeros(count: int, device: torch.device) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if (count, device, stream) in _peaks:
         return _peaks[count, device, stream].zero_()
-    made = torch.zeros(count, dtype=torch.int32, device=device)
-    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        _peaks[count, device, stream] = made
-    return made
+    make = partial(torch.empty, count, dtype=torch.int32, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make().zero_()
+    _peaks[count, device, stream] = capture.lasting(make)
+    return _peaks[count, device, stream].zero_()
 
 
 def _looks_first(grid: Grid) -> bool:

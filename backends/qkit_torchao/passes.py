@@ -22,6 +22,7 @@ from qkit_torchao.kernels import (
     steps,
     tile,
     units,
+    whole,
 )  # fmt: skip
 
 
@@ -167,19 +168,19 @@ def chosen(gate, on_grid, x):
 
 @triton.jit
 def coded(x, y, z, GRID: tl.constexpr):
-    """The codes of `x`, which is `y` in units of its steps, as int32."""
+    """The codes of `x`, which is `y` in units of its steps, as the last byte of int32."""
     if GRID[4] > 0:
         c = small_code(y, x, GRID[4], GRID[5], GRID[12])
     elif GRID[0] == "minmax":
-        c = (y + z[:, None]).to(tl.int32)
+        c = whole(y + z[:, None])
     else:
-        c = y.to(tl.int32)
+        c = whole(y)
     return c
 
 
 @triton.jit
 def paired(x, y, z, GRID: tl.constexpr, CODES: tl.constexpr):
-    """As `coded`, but two to a number. Integers are put together as floats, which saves half of the conversions."""
+    """As `coded`, but two to a byte. Integers are put together as floats, which saves half of the conversions."""
     if GRID[4] > 0:
         c = small_code(y, x, GRID[4], GRID[5], GRID[12])
     elif GRID[0] == "minmax":
@@ -191,7 +192,9 @@ def paired(x, y, z, GRID: tl.constexpr, CODES: tl.constexpr):
         pair = first + second * 16
     else:
         pair = first * 16 + second
-    return pair.to(tl.int32)
+    if GRID[4] == 0:
+        pair = whole(pair)
+    return pair
 
 
 @triton.jit

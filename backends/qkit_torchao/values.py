@@ -271,7 +271,8 @@ def _fill(entries: list[Entry]) -> None:
         assert weight is not None
         weights.append(entry.seen if entry.seen is not None and _same(entry.seen, weight) else weight.detach())
         if entry.made is None or (entry.made.shape, entry.made.device) != (weight.shape, weight.device):
-            entry.made = torch.empty_like(weight, dtype=entry.dtype, memory_format=torch.contiguous_format)
+            make = partial(torch.empty_like, weight, dtype=entry.dtype, memory_format=torch.contiguous_format)
+            entry.made = make() if capture.number(weight.device) else capture.lasting(make)
         entry.seen = weights[-1]
     made = [entry.made for entry in entries if entry.made is not None]
     fused.make_values(weights, made, [entry.gate for entry in entries], entries[0].grid)
