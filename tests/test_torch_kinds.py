@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -424,3 +425,16 @@ def test_a_float_checkpoint_loads_into_a_prepared_model():
     model = qkit.prepare(mlp(), recipe(STATIC))
     model.load_state_dict(mlp().state_dict())
     assert model[0].input_range.tolist() == [np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("ste", ["identity", "masked"])
+def test_an_input_that_layers_share_is_not_kept_by_what_is_kept_on_it(ste, leaf):
+    model = qkit.prepare(mlp(), recipe(Rule(("*",), weight=Grid("int4", 32), activation=Grid("int8", "row"), ste=ste)))
+    x = inputs().requires_grad_()
+    x = x if leaf else x * 2
+    seen = weakref.ref(x)
+    model[0](x)
+    model[0](x)
+    del x
+    assert seen() is None

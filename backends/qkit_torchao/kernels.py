@@ -43,12 +43,6 @@ def nearest(y):
 
 
 @triton.jit
-def whole(y):
-    """Whole `y` as int32, of which the last 22 bits hold: converting takes four times as long as adding."""
-    return bits(y + MAGIC)
-
-
-@triton.jit
 def clamp(x, low, high):
     return tl.minimum(tl.maximum(x, low), high)
 
@@ -191,11 +185,7 @@ def units(x, s, reciprocal, z, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
     RULE: tl.constexpr = GRID[0]
     HIGH: tl.constexpr = GRID[3]
     if GRID[4] == 0:
-        y = nearest(quotient(x, s[:, None], reciprocal[:, None], INTERPRETED))
-        if RULE == "minmax":
-            y = clamp(y, GRID[2] - z[:, None], HIGH - z[:, None])
-        elif RULE != "absmax":
-            y = tl.minimum(y, HIGH)
+        y = lifted(x, s, reciprocal, z, GRID, INTERPRETED) - MAGIC
     else:
         if RULE == "nvfp4":
             y = quotient(x, s[:, None], reciprocal[:, None], INTERPRETED)
@@ -204,6 +194,17 @@ def units(x, s, reciprocal, z, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
         if RULE != "rceil":
             y = clamp(y, -HIGH, HIGH)
         y = small_float(y, GRID[4], GRID[5])
+    return y
+
+
+@triton.jit
+def lifted(x, s, reciprocal, z, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`units` of integers, and `MAGIC` more: the last bits of such a float are the integer, which need not be converted."""
+    y = quotient(x, s[:, None], reciprocal[:, None], INTERPRETED) + MAGIC
+    if GRID[0] == "minmax":
+        y = clamp(y, MAGIC + GRID[2] - z[:, None], MAGIC + GRID[3] - z[:, None])
+    elif GRID[0] != "absmax":
+        y = tl.minimum(y, MAGIC + GRID[3])
     return y
 
 

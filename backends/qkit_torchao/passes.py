@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 
 from qkit_torchao.kernels import (
+    MAGIC,
     bits,
     extremes,
     floats,
     larger,
+    lifted,
     load,
     narrow,
     place,
@@ -22,7 +24,6 @@ from qkit_torchao.kernels import (
     steps,
     tile,
     units,
-    whole,
 )  # fmt: skip
 
 
@@ -137,7 +138,11 @@ def one(
                 tl.store(codes + start + offsets, coded(x, y, z, GRID).to(codes.dtype.element_ty), mask=mask)
             else:
                 halves, inside = tile(count - first, GROUPS, GROUP // 2, WIDTH // 2, FULL)
-                tl.store(codes + start // 2 + halves, paired(x, y, z, GRID, CODES).to(tl.uint8), mask=inside)
+                tl.store(
+                    codes + start // 2 + halves,
+                    paired(x, s, reciprocal, z, GRID, CODES, INTERPRETED).to(tl.uint8),
+                    mask=inside,
+                )
     else:
         s, reciprocal, z, stored = long_steps(source + start, tensor_peak, GRID, GROUP, WIDTH, INTERPRETED)
         for begin in range(0, GROUP, WIDTH):
@@ -172,28 +177,28 @@ def coded(x, y, z, GRID: tl.constexpr):
     if GRID[4] > 0:
         c = small_code(y, x, GRID[4], GRID[5], GRID[12])
     elif GRID[0] == "minmax":
-        c = whole(y + z[:, None])
+        c = bits(y + z[:, None] + MAGIC)
     else:
-        c = whole(y)
+        c = bits(y + MAGIC)
     return c
 
 
 @triton.jit
-def paired(x, y, z, GRID: tl.constexpr, CODES: tl.constexpr):
-    """As `coded`, but two to a byte. Integers are put together as floats, which saves half of the conversions."""
+def paired(x, s, reciprocal, z, GRID: tl.constexpr, CODES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The codes of `x`, two to the last byte of int32; those of integers without a sign."""
     if GRID[4] > 0:
-        c = small_code(y, x, GRID[4], GRID[5], GRID[12])
-    elif GRID[0] == "minmax":
-        c = y + z[:, None]
+        c = small_code(units(x, s, reciprocal, z, GRID, INTERPRETED), x, GRID[4], GRID[5], GRID[12])
     else:
-        c = y - GRID[2]
+        c = bits(lifted(x, s, reciprocal, z, GRID, INTERPRETED))
     first, second = tl.split(c.reshape(c.shape[0], c.shape[1] // 2, 2))
     if CODES == "pairs":
-        pair = first + second * 16
+        pair = first + (second << 4)
     else:
-        pair = first * 16 + second
-    if GRID[4] == 0:
-        pair = whole(pair)
+        pair = (first << 4) + second
+    if GRID[0] == "minmax":
+        pair += 17 * z.to(tl.int32)[:, None]
+    elif GRID[4] == 0:
+        pair += 17 * -int(GRID[2])
     return pair
 
 

@@ -27,18 +27,21 @@ def fake_quantize(
 def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     """`fake_quantize`, made once for all layers that are given the same `x`, as queries, keys and values are.
 
-    The result is kept on the tensor itself, and lives as long. Masked gradients need `x`: it is not kept with them, for `x` would
-    then keep itself.
+    The result is kept on the tensor itself, and lives as long; so it must not keep `x`, as masked gradients do, views, and what
+    comes back to `x` if that is a leaf.
     """
-    if torch.compiler.is_compiling() or ste == "masked" or x.is_inference() or transformed():
+    keeps_itself = ste == "masked" or (x.is_leaf and x.requires_grad)
+    if torch.compiler.is_compiling() or keeps_itself or x.is_inference() or transformed():
         return fake_quantize(x, grid, ste=ste)
     state = (grid, x._version, x.data_ptr(), torch.is_grad_enabled())
     before, result = getattr(x, "_qkit_on_grid", (None, None))
     if result is None or before != state:
-        result = stand_in(x, fused.rounded(x.detach(), grid), grid, ste=ste) if x.numel() else x
-        if result is not x:
-            x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
-    return result
+        if not x.numel():
+            return x
+        result = _Through.apply(x, fused.rounded(x.detach(), grid))  # type: ignore[no-untyped-call]
+        x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
+    shared: Tensor = result
+    return shared
 
 
 def transformed() -> bool:
@@ -86,11 +89,23 @@ def stand_in(weight: Tensor, made: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     return view
 
 
-class _Masked(torch.autograd.Function):
-    """Stands for `made` going forward and for `weight`, where it was not clipped, going back.
+class _Through(torch.autograd.Function):
+    """Stands for `made` going forward and for `x` going back.
 
     With `ctx` in `forward`: torch inspects the signature at every call where there is none, which costs more than a launch.
     """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, made: Tensor) -> Tensor:
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
+
+
+class _Masked(torch.autograd.Function):
+    """Stands for `made` going forward and for `weight`, where it was not clipped, going back."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, made: Tensor, grid: Grid) -> Tensor:
