@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,28 @@ def packing(report: Callable[[dict[str, Any]], None]) -> None:
                     "GB/s of input": [round(size * ROTATE / t / 1e6) for t in times]})  # fmt: skip
 
 
+def converting(report: Callable[[dict[str, Any]], None]) -> None:
+    """`qkit.convert` of a linear layer on the device, all of it: the look for what is not finite, codes, torchao's containers."""
+    for recipe in ("int4-g32", "int4-g64-minmax", "mxfp4-a16", "nvfp4-a16"):
+        for shape in SHAPES:
+            times = []
+            for _ in range(12):
+                model = nn.Sequential(nn.Linear(*reversed(shape), bias=False, device="cuda", dtype=torch.bfloat16))
+                before, size = torch.cuda.memory_allocated(), model[0].weight.numel() * 2
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                model = qkit.convert(model, recipe)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+                held = torch.cuda.memory_allocated() - (before - size)
+                scratch = (torch.cuda.max_memory_allocated() - before - held) / size
+            times = sorted(times[2:])
+            speeds = [round(size / t / 1e9) for t in (statistics.median(times), times[0], times[-1])]
+            report({"shape": shape, "job": f"convert to {recipe}", "scratch / weight": round(scratch, 3),
+                    "GB/s of input": speeds})  # fmt: skip
+
+
 def float8(report: Callable[[dict[str, Any]], None]) -> None:
     """Forward and backward of one linear layer, 8192 x 14336 x 4096, in bfloat16 and on e4m3 codes of both sides."""
     x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -156,7 +179,7 @@ def main() -> None:
         if given.out:
             given.out.write_text(json.dumps(table, indent=1) + "\n")
 
-    for job in (kernels, packing, float8):
+    for job in (kernels, packing, converting, float8):
         job(report)
 
 

@@ -6,16 +6,19 @@ trained as long, with a paired bootstrap over windows of held-out text. Then int
 `absmax`, `midmax`, MLX's affine), deployed on each.
 
 Usage: python benchmarks/recover.py [--device cuda] [--size 4m|30m|tiny] [--seeds N] [--float-steps N] [--steps N] [--batch N]
-       [--length N] [--windows N] [--float-rate R] [--rate R] [--half] [--recipe NAME ...] [--no-matrix] [--out FILE.json]
+       [--length N] [--windows N] [--float-rate R] [--rate R] [--half] [--recipe NAME ...] [--no-matrix] [--jobs N]
+       [--out FILE.json]
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,54 +182,83 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--half", action="store_true", help="train in bfloat16, under autocast")
     parser.add_argument("--recipe", action="append", default=[])
     parser.add_argument("--no-matrix", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
-def main() -> None:
-    given, began = arguments(), time.perf_counter()
+@dataclass
+class Found:
+    """What one seed comes to: losses by window, and what is written of it."""
+
+    longer: Losses
+    rungs: dict[str, dict[str, Losses]]
+    square: dict[str, dict[str, Losses]]
+    written: dict[str, Any]
+
+
+def of_seed(seed: int, given: argparse.Namespace) -> Found:
+    """Trains and measures everything."""
     text, unseen = texts()
     rows = consecutive(unseen, length=given.length, windows=given.windows)
-    on_device = torch.from_numpy(text.astype(np.uint8)).to(given.device)
-    names = given.recipe or list(RECIPES)
-    seeds, floats, rungs, squares = [], [], [], []
-    for seed in range(given.seeds):
-        run = Seed(seed, given, on_device, rows)
-        recipes = {name: recovery(run, name) for name in names}
-        square = {} if given.no_matrix else dialects(run)
-        longer = run.found["float, longer"].losses
-        floats.append(longer)
-        rungs.append({name: {row: one.losses for row, one in found.items()} for name, found in recipes.items()})
-        squares.append({t: {d: one.losses for d, one in row.items()} for t, row in square.items()})
-        seeds.append(
-            {
-                "seed": seed,
-                "floats": {name: numbers(one) for name, one in run.found.items()},
-                "recipes": {
-                    name: {row: numbers(one) for row, one in found.items()} | recovery_table(longer, rungs[-1][name])
-                    for name, found in recipes.items()
-                },
-                "matrix": matrix_table(squares[-1], "float, longer"),
-                "curves": {name: [round(loss, 4) for loss in curve] for name, curve in run.curves.items()},
-            }
-        )
-        every = {name: {row: pooled([one[name][row] for one in rungs]) for row in rungs[0][name]} for name in names}
-        square = {t: {d: pooled([one[t][d] for one in squares]) for d in row} for t, row in squares[0].items()}
-        report = {
-            "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-            "machine": machine(given.device) | {"python": sys.version.split()[0], "qkit": qkit.__version__},
-            "parameters": sum(p.numel() for p in Llama(SIZES[given.size], seed=0, longest=1).parameters()),
-            "settings": {name: value for name, value in vars(given).items() if name not in ("out", "recipe")},
-            "text": {"training bytes": len(text), "held-out bytes": len(unseen), "windows": len(rows)},
-            "over all seeds": {
-                "recipes": {name: recovery_table(pooled(floats), found) for name, found in every.items()},
-                "matrix": matrix_table(square, "float, longer"),
-            },
-            "seeds": seeds,
-            "seconds": round(time.perf_counter() - began, 1),
-        }
-        for name, found in report["over all seeds"]["recipes"].items():
-            print(f"{time.perf_counter() - began:.0f} s, {seed + 1} seeds", name, found, file=sys.stderr, flush=True)
+    run = Seed(seed, given, torch.from_numpy(text.astype(np.uint8)).to(given.device), rows)
+    recipes = {name: recovery(run, name) for name in given.recipe or RECIPES}
+    made = {} if given.no_matrix else dialects(run)
+    longer = run.found["float, longer"].losses
+    rungs = {name: {row: one.losses for row, one in found.items()} for name, found in recipes.items()}
+    square = {t: {d: one.losses for d, one in row.items()} for t, row in made.items()}
+    written = {
+        "seed": seed,
+        "floats": {name: numbers(one) for name, one in run.found.items()},
+        "recipes": {
+            name: {row: numbers(one) for row, one in found.items()} | recovery_table(longer, rungs[name])
+            for name, found in recipes.items()
+        },
+        "matrix": matrix_table(square, "float, longer"),
+        "curves": {name: [round(loss, 4) for loss in curve] for name, curve in run.curves.items()},
+    }
+    return Found(longer, rungs, square, written)
+
+
+def all_seeds(given: argparse.Namespace) -> Iterator[Found]:
+    """`of_seed` of each, side by side in as many processes as `given` has jobs."""
+    if given.jobs == 1:
+        yield from (of_seed(seed, given) for seed in range(given.seeds))
+        return
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(of_seed, range(given.seeds), [given] * given.seeds)
+
+
+def report_of(seeds: list[Found], given: argparse.Namespace) -> dict[str, Any]:
+    """What is written of the seeds so far."""
+    text, unseen = texts()
+    every = {
+        name: {row: pooled([one.rungs[name][row] for one in seeds]) for row in found}
+        for name, found in seeds[0].rungs.items()
+    }
+    square = {t: {d: pooled([one.square[t][d] for one in seeds]) for d in row} for t, row in seeds[0].square.items()}
+    longer = pooled([one.longer for one in seeds])
+    return {
+        "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
+        "machine": machine(given.device) | {"python": sys.version.split()[0], "qkit": qkit.__version__},
+        "parameters": sum(p.numel() for p in Llama(SIZES[given.size], seed=0, longest=1).parameters()),
+        "settings": {name: value for name, value in vars(given).items() if name not in ("out", "recipe", "jobs")},
+        "text": {"training bytes": len(text), "held-out bytes": len(unseen), "windows": len(longer)},
+        "over all seeds": {
+            "recipes": {name: recovery_table(longer, found) for name, found in every.items()},
+            "matrix": matrix_table(square, "float, longer"),
+        },
+        "seeds": [one.written for one in seeds],
+    }
+
+
+def main() -> None:
+    given, began, seeds = arguments(), time.perf_counter(), []
+    for found in all_seeds(given):
+        seeds.append(found)
+        report = report_of(seeds, given) | {"seconds": round(time.perf_counter() - began, 1)}
+        for name, one in report["over all seeds"]["recipes"].items():
+            print(f"{report['seconds']} s, {len(seeds)} seeds", name, one, file=sys.stderr, flush=True)
         if given.out:  # as far as it has come
             given.out.write_text(json.dumps(report, indent=2) + "\n")
     if not given.out:

@@ -13,7 +13,7 @@ pytest.importorskip("torchao")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SETTINGS = (
     "--device cpu --size tiny --seeds 2 --float-steps 150 --steps 30 --batch 8 --length 32 --windows 48 --float-rate 3e-3 "
-    "--rate 1e-3 --recipe int2-g32 --recipe int2-g64"
+    "--rate 1e-3 --recipe int2-g32 --recipe int2-g64 --jobs 2"
 )
 DIALECTS = {"signed", "absmax", "midmax", "mlx affine"}
 

@@ -89,7 +89,10 @@ class TorchaoBackend:
 
     def magnitude(self, x: Tensor) -> float:
         """Largest magnitude in `x`; NaN if there is a NaN."""
-        return float(x.detach().abs().amax()) if x.numel() else 0.0
+        if not x.numel():
+            return 0.0
+        low, high = torch.aminmax(x.detach())  # which makes no copy
+        return float(torch.maximum(-low, high))
 
     # surgery on modules
 
