@@ -12,7 +12,7 @@ from qkit.element import ELEMENTS, STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
-from qkit_mlx import fused
+from qkit_mlx import fused, native
 from qkit_mlx.nearest import nearest_values
 from qkit_mlx.straight_through import straight_through
 
@@ -21,8 +21,10 @@ DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
-    x = group(w, grid)
     dtype = dtype_of(w)
+    if native.takes(w):
+        return native.quantize(w, grid)
+    x = group(w, grid)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x, grid.element)
         q = asymmetric_codes(x, s, z, grid.element)
@@ -70,6 +72,8 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     """`fake_quantize` without gradients; in one pass where there is a kernel for it."""
     if scales is None and fused.fits(w, grid):
         return fused.round_to_grid(w, grid)
+    if scales is None and native.takes(w):
+        return native.round_to_grid(w, grid)
     x = group(w, grid)
     if scales is not None:
         return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
