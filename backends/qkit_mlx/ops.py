@@ -27,11 +27,11 @@ def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
     x = group(w, grid)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x, grid.element)
-        q = asymmetric_codes(x, s, z, grid.element)
+        q = asymmetric_codes(x, each(s), each(z), grid.element)
         return QTensor(q.astype(mx.uint8).reshape(w.shape), s, grid, dtype, zeros=z.astype(mx.uint8))
     if grid.element.kind == "integer":
         s = symmetric_scale(x, grid)
-        return QTensor(symmetric_codes(x, s, grid.element).astype(mx.int8).reshape(w.shape), s, grid, dtype)
+        return QTensor(symmetric_codes(x, each(s), grid.element).astype(mx.int8).reshape(w.shape), s, grid, dtype)
     if grid.scale == "nvfp4":
         tensor_scale = tensor_power(x)
         block = block_scale(x, tensor_scale)
@@ -72,25 +72,26 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     """`fake_quantize` without gradients; in one pass where there is a kernel for it."""
     if scales is None and fused.fits(w, grid):
         return fused.round_to_grid(w, grid)
-    if scales is None and native.takes(w):
-        return native.round_to_grid(w, grid)
     x = group(w, grid)
     if scales is not None:
         return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
     if grid.scale == "minmax":
-        s, z = asymmetric_scale(x, grid.element)
-        values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+        s, z = map(each, asymmetric_scale(x, grid.element))
+        values = (asymmetric_codes(x, s, z, grid.element) - z) * s
     elif grid.element.kind == "integer":
-        s = symmetric_scale(x, grid)
-        values = symmetric_codes(x, s, grid.element) * each(s)
+        s = each(symmetric_scale(x, grid))
+        values = symmetric_codes(x, s, grid.element) * s
     elif grid.scale == "nvfp4":
         tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
-        s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
-        values = nearest_values(x / each(s), grid.element) * each(s)
+        s = each(e4m3_values(block_scale(x, tensor_scale)) * tensor_scale)
+        y = mx.clip(x / s, -grid.element.largest, grid.element.largest)
+        values = nearest_values(y, grid.element, step=1.0) * s
     else:
         peak = amax(x)
-        c = scale_code(peak, grid)
-        values = nearest_values(x * each(power(254 - c)), grid.element) * each(power(c) + poison(peak))
+        s = each(power(scale_exponent(peak, grid)) + poison(peak))
+        if grid.scale != "rceil":  # which is the rule that clips nothing
+            x = mx.clip(x, -grid.element.largest * s, grid.element.largest * s)
+        values = nearest_values(x, grid.element, step=s)
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
@@ -116,10 +117,10 @@ def scale_values(q: QTensor[mx.array]) -> mx.array:
 def _static_values(x: mx.array, grid: Grid, s: mx.array, zeros: mx.array | None) -> mx.array:
     """The values of grouped `x` on given fp32 steps; NaN where `x` is not finite."""
     if zeros is not None:
-        z = zeros.astype(mx.float32)
-        values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+        z = each(zeros.astype(mx.float32))
+        values = (asymmetric_codes(x, each(s), z, grid.element) - z) * each(s)
     elif grid.element.kind == "integer":
-        values = symmetric_codes(x, s, grid.element) * each(s)
+        values = symmetric_codes(x, each(s), grid.element) * each(s)
     else:
         values = float_values(float_codes(x, exponent(s), grid.element), grid.element) * each(s)
     return values + poison(x)
@@ -193,29 +194,36 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
-    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even. Division is exact enough since s has 8 bits."""
-    return mx.clip(mx.round(x / each(s)), element.lowest, element.highest)
+    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even, for scales that are `each`. Division is exact enough
+    since s has 8 bits.
+    """
+    return mx.clip(mx.round(x / s), element.lowest, element.highest)
 
 
 def asymmetric_scale(x: mx.array, element: Element) -> tuple[mx.array, mx.array]:
     """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
     low = mx.minimum(x.min(axis=-1), 0.0)
     high = mx.maximum(x.max(axis=-1), 0.0)
-    s = round_to_bfloat16((high - low) * STEP[element.name, "minmax"])
-    s = mx.maximum(s, constants.MIN_SCALE) + poison(high - low)
+    s = round_to_bfloat16((span := high - low) * STEP[element.name, "minmax"])
+    s = mx.maximum(s, constants.MIN_SCALE) + poison(span)
     return s, mx.clip(mx.round(-low / s), 0, element.levels)
 
 
 def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) -> mx.array:
-    """Codes 0 .. 2^bits-1 as floats."""
-    return mx.clip(mx.round(x / each(s)) + each(z), 0, element.levels)
+    """Codes 0 .. 2^bits-1 as floats, for scales and zero points that are `each`."""
+    return mx.clip(mx.round(x / s) + z, 0, element.levels)
 
 
 # Power-of-two scales (R6)
 
 
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
-    """E8M0 codes of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
+    """E8M0 codes (uint8) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
+    return scale_exponent(peak, grid).astype(mx.uint8)
+
+
+def scale_exponent(peak: mx.array, grid: Grid) -> mx.array:
+    """`scale_code` as int32. Looks at exponent bits only."""
     element = grid.element
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
@@ -223,13 +231,12 @@ def scale_code(peak: mx.array, grid: Grid) -> mx.array:
         c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
     else:
         c = ceil_exponent(peak * STEP[element.name, "rceil"])
-    return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(mx.uint8)
+    return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
 
 
 def ceil_exponent(x: mx.array) -> mx.array:
     """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
-    u = bits(x)
-    return (u >> 23) + ((u & 0x7FFFFF) != 0).astype(mx.int32)
+    return (bits(x) + 0x7FFFFF) >> 23
 
 
 def exponent(s: mx.array) -> mx.array:
