@@ -13,9 +13,10 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
 from qkit_mlx import fused, native
-from qkit_mlx.nearest import nearest_values
+from qkit_mlx.nearest import leading_bit, nearest_values
 from qkit_mlx.straight_through import straight_through
 
+LAST_BEFORE_TWO = 2.0 - 2.0**-23
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -86,11 +87,13 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
         s = each(e4m3_values(block_scale(x, tensor_scale)) * tensor_scale)
         y = mx.clip(x / s, -grid.element.largest, grid.element.largest)
         values = nearest_values(y, grid.element, step=1.0) * s
+    elif grid.scale == "rceil":  # clips nothing
+        s = ceil_scale(mx.abs(x).max(axis=-1, keepdims=True), grid.element)
+        values = nearest_values(x, grid.element, step=s)
     else:
         peak = amax(x)
         s = each(power(scale_exponent(peak, grid)) + poison(peak))
-        if grid.scale != "rceil":  # which is the rule that clips nothing
-            x = mx.clip(x, -grid.element.largest * s, grid.element.largest * s)
+        x = mx.clip(x, -grid.element.largest * s, grid.element.largest * s)
         values = nearest_values(x, grid.element, step=s)
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
@@ -206,7 +209,7 @@ def asymmetric_scale(x: mx.array, element: Element) -> tuple[mx.array, mx.array]
     high = mx.maximum(x.max(axis=-1), 0.0)
     s = round_to_bfloat16((span := high - low) * STEP[element.name, "minmax"])
     s = mx.maximum(s, constants.MIN_SCALE) + poison(span)
-    return s, mx.clip(mx.round(-low / s), 0, element.levels)
+    return s, mx.minimum(mx.round(-low / s), element.levels)
 
 
 def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) -> mx.array:
@@ -232,6 +235,16 @@ def scale_exponent(peak: mx.array, grid: Grid) -> mx.array:
     else:
         c = ceil_exponent(peak * STEP[element.name, "rceil"])
     return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
+
+
+def ceil_scale(peak: mx.array, element: Element) -> mx.array:
+    """The step that `rceil` gives to groups whose largest magnitude is `peak`, in few operations; infinite where that is not
+    finite.
+
+    A number that is no power of two is over the next one when it is multiplied with the last number before 2; others are not.
+    """
+    ceiling = leading_bit(peak * STEP[element.name, "rceil"] * LAST_BEFORE_TWO)
+    return mx.maximum(ceiling, 2.0 ** (constants.MIN_SCALE_CODE - 127))
 
 
 def ceil_exponent(x: mx.array) -> mx.array:
