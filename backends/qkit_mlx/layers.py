@@ -32,7 +32,7 @@ GATES = {True: mx.bool_, False: mx.uint8}
 
 RULES: dict[Rule, int] = {}  #: numbers of the rules that layers were given in place
 
-#: What the last layer's input was rounded to, for others that read the same: queries, keys and values; gate and up.
+#: The last layer's input on its grid, with its gradient, for others that read the same: queries, keys and values; gate and up.
 INPUT: Once[mx.array] = Once()
 
 
@@ -46,7 +46,7 @@ def hold(layer: Any, on: bool) -> None:
     """See `Backend.hold`. What is held is part of the model's state, which compiled functions see; by its name, no parameter."""
     layer.pop("_held", None)
     if on:
-        layer._held = _rounded(layer["weight"], layer.rule.weight)
+        layer._held = weight_on_grid(layer["weight"], layer.rule.weight)
         mx.eval(layer._held)
 
 
@@ -75,6 +75,12 @@ def mode_of(layer: Any) -> Mode:
 def switched_on(layer: Any) -> bool:
     """Whether a layer quantizes."""
     return bool(layer["_gate"].dtype == GATES[True])
+
+
+def weight_on_grid(weight: mx.array, grid: Grid) -> mx.array:
+    """`ops.round_to_grid` of a weight, which may be waited for. To wait for an activation would keep all that it was made of."""
+    weight = mx.stop_gradient(weight)
+    return native.round_to_grid(weight, grid) if native.takes(weight) else ops.round_to_grid(weight, grid)
 
 
 class FakeLinear(Exact, nn.Linear):
@@ -227,15 +233,9 @@ def _values(layer: Any, weight: mx.array) -> mx.array:
         passes = None if layer.rule.ste == "identity" else partial(ops.unclipped, grid=layer.rule.weight)
         return straight_through(weight, lambda _: layer["_held"].astype(weight.dtype), where=passes)
     grid = cast(Grid, layer.rule.weight)
-    values = layer.rounded.of(weight, partial(_rounded, grid=grid), grid, traced=True)
+    values = layer.rounded.of(weight, partial(weight_on_grid, grid=grid), grid, traced=True)
     passes = None if layer.rule.ste == "identity" else partial(ops.unclipped, grid=grid)
     return straight_through(weight, lambda _: values, where=passes)
-
-
-def _rounded(weight: mx.array, grid: Grid) -> mx.array:
-    """`ops.round_to_grid` of a weight, which may be waited for. To wait for an activation would keep all that it was made of."""
-    weight = mx.stop_gradient(weight)
-    return native.round_to_grid(weight, grid) if native.takes(weight) else ops.round_to_grid(weight, grid)
 
 
 def _answer(deployed: Callable[..., mx.array], forward: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
