@@ -110,7 +110,7 @@ def test_codes_are_packed_alike(bits, way):
 def test_what_is_not_finite_is_seen(bad, dtype, way):
     w = random((4, 64), 0, dtype)
     w[2, 5] = bad
-    with pytest.raises(RangeError, match="NaN|inf"):
+    with pytest.raises(RangeError, match=r"NaN|inf"):
         qkit.quantize(BE.from_numpy(w), INT4)
     rounded, want = BE.to_numpy(layers.weight_on_grid(BE.from_numpy(w), INT4)), reference.fake_quantize(w, INT4)
     assert np.array_equal(rounded.astype(np.float32), want.astype(np.float32), equal_nan=True)

@@ -6,11 +6,11 @@ from qkit.element import Element
 
 
 def nearest_values(x: mx.array, element: Element, *, step: mx.array | float) -> mx.array:
-    """The multiple by a number of `element` of `step`, a power of two, that is nearest to `x`, ties to even; NaN where the step is
-    not finite.
+    """The number of `element`, times `step`, that is nearest to `x`, ties to even; NaN where the step is not finite.
 
-    No `x` is larger than the largest, or not by so much that it rounds to the next. It may be a rounded quotient, if the divisor
-    has at most 8 significant bits: whatever lies between two boundaries of an element, which have at most 5 bits, stays there.
+    A step is a power of two. No `x` is larger than the largest, or not by so much that it rounds to the next. It may be a rounded
+    quotient, if the divisor has at most 8 significant bits: whatever lies between two boundaries of an element, which have at
+    most 5 bits, stays there.
     """
     smallest = step * 2.0**element.min_exponent if element.min_exponent else step  # of the normal numbers
     quantum = mx.maximum(leading_bit(x), smallest) * 2.0**-element.mantissa  # neighbours are so far apart
