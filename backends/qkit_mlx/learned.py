@@ -116,7 +116,9 @@ def initial(w: mx.array, grid: Grid) -> tuple[mx.array, ...]:
     x = ops.group(w, grid)
     if grid.element.kind == "float":
         return (mx.zeros(x.shape[:-1]),)
-    return (ops.symmetric_scale(x, grid),) if grid.symmetric else ops.asymmetric_scale(x, grid.element)
+    if grid.symmetric:
+        return (ops.symmetric_scale(x, grid),)
+    return ops.asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
 
 
 def steps(w: mx.array, grid: Grid, p: mx.array, zero: mx.array | None = None) -> tuple[mx.array, mx.array | None]:

@@ -27,7 +27,7 @@ def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
         return native.quantize(w, grid)
     x = group(w, grid)
     if grid.scale == "minmax":
-        s, z = asymmetric_scale(x, grid.element)
+        s, z = asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
         q = asymmetric_codes(x, each(s), each(z), grid.element)
         return QTensor(q.astype(mx.uint8).reshape(w.shape), s, grid, dtype, zeros=z.astype(mx.uint8))
     if grid.element.kind == "integer":
@@ -77,7 +77,8 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     if scales is not None:
         return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
     if grid.scale == "minmax":
-        s, z = map(each, asymmetric_scale(x, grid.element))
+        ends = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
+        s, z = asymmetric_scale(*ends, grid.element)
         values = (asymmetric_codes(x, s, z, grid.element) - z) * s
     elif grid.element.kind == "integer":
         s = each(symmetric_scale(x, grid))
@@ -132,7 +133,7 @@ def _static_values(x: mx.array, grid: Grid, s: mx.array, zeros: mx.array | None)
 def _steps(x: mx.array, grid: Grid) -> tuple[mx.array, mx.array | None]:
     """The fp32 step of every group of `x`, and its zero point under `minmax`."""
     if grid.scale == "minmax":
-        return asymmetric_scale(x, grid.element)
+        return asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
     if grid.element.kind == "integer":
         return symmetric_scale(x, grid), None
     if grid.scale == "nvfp4":
@@ -203,10 +204,9 @@ def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
     return mx.clip(mx.round(x / s), element.lowest, element.highest)
 
 
-def asymmetric_scale(x: mx.array, element: Element) -> tuple[mx.array, mx.array]:
-    """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
-    low = mx.minimum(x.min(axis=-1), 0.0)
-    high = mx.maximum(x.max(axis=-1), 0.0)
+def asymmetric_scale(low: mx.array, high: mx.array, element: Element) -> tuple[mx.array, mx.array]:
+    """Scale and zero point 0 .. 2^bits-1 (a float), under `minmax`, of groups from `low` to `high`; zero has a code."""
+    low, high = mx.minimum(low, 0.0), mx.maximum(high, 0.0)
     s = round_to_bfloat16((span := high - low) * STEP[element.name, "minmax"])
     s = mx.maximum(s, constants.MIN_SCALE) + poison(span)
     return s, mx.minimum(mx.round(-low / s), element.levels)
