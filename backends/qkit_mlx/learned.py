@@ -188,5 +188,5 @@ def to_parameters(
 def _offset_steps(x: mx.array, grid: Grid, offset: mx.array) -> mx.array:
     peak = ops.amax(x)
     whole = mx.clip(mx.round(offset), -FARTHEST, FARTHEST).astype(mx.int32)
-    c = mx.clip(ops.scale_exponent(peak, grid) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
+    c = mx.clip(ops.scale_code(peak, grid) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
     return ops.power(c) + ops.poison(peak) + ops.poison(offset)

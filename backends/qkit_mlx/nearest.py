@@ -2,7 +2,9 @@
 
 import mlx.core as mx
 
-from qkit.element import Element
+from qkit.element import MIN_SCALE_CODE, STEP, Element
+
+LAST_BEFORE_TWO = 2.0 - 2.0**-23
 
 
 def nearest_values(x: mx.array, element: Element, *, step: mx.array | float) -> mx.array:
@@ -15,6 +17,16 @@ def nearest_values(x: mx.array, element: Element, *, step: mx.array | float) -> 
     smallest = step * 2.0**element.min_exponent if element.min_exponent else step  # of the normal numbers
     quantum = mx.maximum(leading_bit(x), smallest) * 2.0**-element.mantissa  # neighbours are so far apart
     return mx.round(x / quantum) * quantum
+
+
+def ceil_scale(peak: mx.array, element: Element) -> mx.array:
+    """The step that `rceil` gives to groups whose largest magnitude is `peak`, in few operations; infinite where that is not
+    finite.
+
+    A number that is no power of two is over the next one when it is multiplied with the last number before 2; others are not.
+    """
+    ceiling = leading_bit(peak * STEP[element.name, "rceil"] * LAST_BEFORE_TWO)
+    return mx.maximum(ceiling, 2.0 ** (MIN_SCALE_CODE - 127))
 
 
 def leading_bit(x: mx.array) -> mx.array:

@@ -13,10 +13,9 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
 from qkit_mlx import fused, native
-from qkit_mlx.nearest import leading_bit, nearest_values
+from qkit_mlx.nearest import ceil_scale, nearest_values
 from qkit_mlx.straight_through import straight_through
 
-LAST_BEFORE_TWO = 2.0 - 2.0**-23
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -38,7 +37,7 @@ def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
         block = block_scale(x, tensor_scale)
         codes = e2m1_codes(x, e4m3_values(block) * tensor_scale)
         return QTensor(codes.reshape(w.shape), block, grid, dtype, tensor_scale=tensor_scale)
-    c = scale_code(amax(x), grid)
+    c = scale_code(amax(x), grid).astype(mx.uint8)
     return QTensor(float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype)
 
 
@@ -64,7 +63,6 @@ def fake_quantize(
     """
     if not w.size:  # a layer that no token reaches
         return w
-
     passes = None if ste == "identity" else partial(unclipped, grid=grid, scales=scales, zeros=zeros)
     return straight_through(w, partial(round_to_grid, grid=grid, scales=scales, zeros=zeros), where=passes)
 
@@ -77,8 +75,7 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     if scales is not None:
         return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
     if grid.scale == "minmax":
-        ends = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-        s, z = asymmetric_scale(*ends, grid.element)
+        s, z = asymmetric_scale(x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True), grid.element)
         values = (asymmetric_codes(x, s, z, grid.element) - z) * s
     elif grid.element.kind == "integer":
         s = each(symmetric_scale(x, grid))
@@ -86,16 +83,12 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     elif grid.scale == "nvfp4":
         tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
         s = each(e4m3_values(block_scale(x, tensor_scale)) * tensor_scale)
-        y = mx.clip(x / s, -grid.element.largest, grid.element.largest)
-        values = nearest_values(y, grid.element, step=1.0) * s
+        values = nearest_values(mx.clip(x / s, -grid.element.largest, grid.element.largest), grid.element, step=1.0) * s
     elif grid.scale == "rceil":  # clips nothing
-        s = ceil_scale(mx.abs(x).max(axis=-1, keepdims=True), grid.element)
-        values = nearest_values(x, grid.element, step=s)
+        values = nearest_values(x, grid.element, step=ceil_scale(mx.abs(x).max(axis=-1, keepdims=True), grid.element))
     else:
-        peak = amax(x)
-        s = each(power(scale_exponent(peak, grid)) + poison(peak))
-        x = mx.clip(x, -grid.element.largest * s, grid.element.largest * s)
-        values = nearest_values(x, grid.element, step=s)
+        s = each(power(scale_code(peak := amax(x), grid)) + poison(peak))
+        values = nearest_values(mx.clip(x, -grid.element.largest * s, grid.element.largest * s), grid.element, step=s)
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
@@ -198,9 +191,7 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
-    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even, for scales that are `each`. Division is exact enough
-    since s has 8 bits.
-    """
+    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even, for `each` s. Exact enough since s has 8 bits."""
     return mx.clip(mx.round(x / s), element.lowest, element.highest)
 
 
@@ -221,12 +212,7 @@ def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) ->
 
 
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
-    """E8M0 codes (uint8) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
-    return scale_exponent(peak, grid).astype(mx.uint8)
-
-
-def scale_exponent(peak: mx.array, grid: Grid) -> mx.array:
-    """`scale_code` as int32. Looks at exponent bits only."""
+    """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
     element = grid.element
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
@@ -235,16 +221,6 @@ def scale_exponent(peak: mx.array, grid: Grid) -> mx.array:
     else:
         c = ceil_exponent(peak * STEP[element.name, "rceil"])
     return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
-
-
-def ceil_scale(peak: mx.array, element: Element) -> mx.array:
-    """The step that `rceil` gives to groups whose largest magnitude is `peak`, in few operations; infinite where that is not
-    finite.
-
-    A number that is no power of two is over the next one when it is multiplied with the last number before 2; others are not.
-    """
-    ceiling = leading_bit(peak * STEP[element.name, "rceil"] * LAST_BEFORE_TWO)
-    return mx.maximum(ceiling, 2.0 ** (constants.MIN_SCALE_CODE - 127))
 
 
 def ceil_exponent(x: mx.array) -> mx.array:
