@@ -1,8 +1,8 @@
 """Quantizing and fake-quantizing a weight on every grid, on the CPU: qkit on each engine beside `mx.quantize` and torchao.
 
 Nanoseconds for a number; all columns of a row in one run, in turn, so that their ratios hold on a noisy machine; medians, and
-the spread of qkit's repeats. `quantize` goes to codes and scales: packed words in the columns `qkit` and `mlx`, a byte for a
-code where the peer keeps codes so. `fake` goes to values in the type of the weight.
+the spread of qkit's repeats. `quantize` goes to codes and scales: packed words in the columns `qkit`, `mlx` and `qkit on mlx,
+packed`, which is what a converted layer holds, a byte for a code in the others. `fake` goes to values in the type of the weight.
 
 Usage: python benchmarks/speed.py [--rows N] [--columns N] [--repeats N] [--dtypes bfloat16 float32] [--out FILE.json]
 """
@@ -26,6 +26,7 @@ import numpy as np
 import qkit
 from qkit import Grid, native
 from qkit.checkpoint import kernels
+from qkit.interop.mlx_lm import containers_for
 from qkit.interop.packed import pack
 
 INTEGERS = {f"int{bits}": Grid(f"int{bits}", 64) for bits in (2, 3, 4, 5, 6, 8)}
@@ -110,6 +111,11 @@ def torchao_tensor(x: Any, grid: Grid) -> Callable[[], Any] | None:
 def mlx_jobs(w: np.ndarray) -> Jobs:
     """qkit on MLX, and MLX's own functions."""
     import mlx.core as mx
+    from qkit_mlx.containers import Contents, contain
+
+    def arrays(contents: Contents) -> list[mx.array]:
+        named = (contents.weight, contents.scales, contents.biases, contents.tensor_scale)
+        return [array for array in named if array is not None]
 
     x = mx.array(w.astype(np.float32)).astype(getattr(mx, w.dtype.name))
     engine = qkit.backend("mlx")
@@ -123,6 +129,12 @@ def mlx_jobs(w: np.ndarray) -> Jobs:
         yield (name, "fake"), "qkit on mlx", lambda grid=grid: mx.eval(engine.fake_quantize(x, grid))
         if grid.group not in (16, 32, 64, 128) or name == "mxfp8-e5m2":
             continue
+        container = containers_for(grid, w.shape[1])[0]
+        yield (
+            (name, "quantize"),
+            "qkit on mlx, packed",
+            lambda grid=grid, container=container: mx.eval(arrays(contain(engine.quantize(x, grid), container))),
+        )
         mode = name if grid.element.kind == "float" else "affine"
         options = {"group_size": grid.group, "bits": grid.element.bits, "mode": mode}
 
@@ -162,6 +174,7 @@ def rows(w: np.ndarray, repeats: int) -> Iterator[dict[str, Any]]:
         ours = times.get("qkit", times.get("qkit, NumPy", times["copy"]))
         peers = [each[peer] for peer in PEERS if peer in each]
         median = statistics.median(ours)
+        on_mlx = "qkit on mlx, packed" if what == "quantize" else "qkit on mlx"
         yield {
             "grid": name,
             "what": what,
@@ -169,6 +182,7 @@ def rows(w: np.ndarray, repeats: int) -> Iterator[dict[str, Any]]:
             "ns": {column: round(ns, 3) for column, ns in each.items()},
             "spread": [round(min(ours) / median, 2), round(max(ours) / median, 2)],
             "qkit / faster peer": round(each["qkit"] / min(peers), 3) if peers and "qkit" in each else None,
+            "qkit on mlx / mlx": round(each[on_mlx] / each["mlx"], 3) if "mlx" in each else None,
         }
 
 

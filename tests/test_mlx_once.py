@@ -13,7 +13,7 @@ nn = pytest.importorskip("mlx.nn")
 optim = pytest.importorskip("mlx.optimizers")
 
 from mlx.utils import tree_map  # noqa: E402
-from qkit_mlx import identity, ops  # noqa: E402
+from qkit_mlx import identity, native, ops  # noqa: E402
 from qkit_mlx.once import Once  # noqa: E402
 
 import qkit  # noqa: E402
@@ -26,13 +26,14 @@ INT4, INT8 = Grid("int4", 32), Grid("int8", "row")
 @pytest.fixture
 def roundings(monkeypatch):
     """The shape of all that is rounded, in order."""
-    seen, round_to_grid = [], ops.round_to_grid
+    seen = []
+    for module in (ops, native):
 
-    def spy(w, *args, **kwargs):
-        seen.append(tuple(w.shape))
-        return round_to_grid(w, *args, **kwargs)
+        def spy(w, *args, round_to_grid=module.round_to_grid, **kwargs):
+            seen.append(tuple(w.shape))
+            return round_to_grid(w, *args, **kwargs)
 
-    monkeypatch.setattr(ops, "round_to_grid", spy)
+        monkeypatch.setattr(module, "round_to_grid", spy)
     return seen
 
 
@@ -238,6 +239,35 @@ def test_layers_that_read_the_same_round_it_once(roundings, run):
     q, k, v = (mx.addmm(one.bias, at, BE.fake_quantize(one.weight, INT4).T) for one in (model.q, model.k, model.v))
     # MLX compiles the sum and the product into one kernel
     assert np.abs(BE.to_numpy(y - (q + k * v))).max() <= 1e-6 * np.abs(BE.to_numpy(y)).max()
+
+
+@pytest.mark.parametrize("run", [lambda f: f, mx.checkpoint], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("ste", ["identity", "masked"])
+def test_what_layers_share_has_the_gradients_of_what_they_do_not(ste, run):
+    rule = Rule(("*",), weight=INT4, activation=Grid("int8", "row", "minmax"), ste=ste)
+    model = qkit.prepare(Heads(), Recipe("test", (rule,)))
+
+    def apart(x):
+        return sum((layer(x * 1) ** 2).sum() for layer in (model.q, model.k, model.v))
+
+    def shared(x):
+        x = x * 1
+        return sum((layer(x) ** 2).sum() for layer in (model.q, model.k, model.v))
+
+    x = inputs()
+    want = mx.grad(apart)(x)
+    assert np.abs(BE.to_numpy(mx.grad(run(shared))(x) - want)).max() <= 1e-6 * np.abs(BE.to_numpy(want)).max()
+    assert equal(shared(x), apart(x))
+
+
+def test_an_input_of_nothing_is_not_kept():
+    model = qkit.prepare(Heads(), Recipe("test", (Rule(("*",), weight=INT4, activation=INT8),)))
+    x = mx.zeros((0, 64))
+    gone = weakref.ref(x)
+    mx.eval(model(x))
+    del x
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_input_that_is_edited_between_two_layers_is_rounded_anew():

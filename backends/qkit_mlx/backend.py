@@ -17,7 +17,7 @@ from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
 from qkit.trainer import Distillation, Trainer
-from qkit_mlx import adapters, learned, ops, surgery, training
+from qkit_mlx import adapters, learned, native, ops, surgery, training
 from qkit_mlx.adamw import AdamW
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
 from qkit_mlx.layers import forget, hold, regrid, switch
@@ -96,6 +96,8 @@ class MlxBackend:
 
     def magnitude(self, x: mx.array) -> float:
         """See `Backend.magnitude`."""
+        if native.takes(x):
+            return native.magnitude(x)
         return float(np.array(mx.abs(x.astype(mx.float32)).max())) if x.size else 0.0
 
     # surgery on modules

@@ -12,7 +12,7 @@ from qkit.grid import Grid
 from qkit.layer import Mode
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_mlx import ops
+from qkit_mlx import native, ops
 from qkit_mlx.deployed import (
     DeployedEmbedding,
     DeployedLinear,
@@ -32,7 +32,7 @@ GATES = {True: mx.bool_, False: mx.uint8}
 
 RULES: dict[Rule, int] = {}  #: numbers of the rules that layers were given in place
 
-#: What the last layer's input was rounded to, for others that read the same: queries, keys and values; gate and up.
+#: The last layer's input on its grid, with its gradient, for others that read the same: queries, keys and values; gate and up.
 INPUT: Once[mx.array] = Once()
 
 
@@ -46,7 +46,7 @@ def hold(layer: Any, on: bool) -> None:
     """See `Backend.hold`. What is held is part of the model's state, which compiled functions see; by its name, no parameter."""
     layer.pop("_held", None)
     if on:
-        layer._held = ops.round_to_grid(layer["weight"], layer.rule.weight)
+        layer._held = weight_on_grid(layer["weight"], layer.rule.weight)
         mx.eval(layer._held)
 
 
@@ -75,6 +75,12 @@ def mode_of(layer: Any) -> Mode:
 def switched_on(layer: Any) -> bool:
     """Whether a layer quantizes."""
     return bool(layer["_gate"].dtype == GATES[True])
+
+
+def weight_on_grid(weight: mx.array, grid: Grid) -> mx.array:
+    """`ops.round_to_grid` of a weight, which may be waited for. To wait for an activation would keep all that it was made of."""
+    weight = mx.stop_gradient(weight)
+    return native.round_to_grid(weight, grid) if native.takes(weight) else ops.round_to_grid(weight, grid)
 
 
 class FakeLinear(Exact, nn.Linear):
@@ -114,9 +120,8 @@ class FakeLinear(Exact, nn.Linear):
             self._record(name, x)
             return x
         if self.rule.range == "dynamic":
-            return (
-                _once(INPUT, x, grid, self.rule) if name == "input" else ops.fake_quantize(x, grid, ste=self.rule.ste)
-            )
+            quantize = partial(ops.fake_quantize, grid=grid, ste=self.rule.ste)
+            return INPUT.of(x, quantize, grid, self.rule.ste) if name == "input" and x.size else quantize(x)
         if self.rule.range == "average" and self.training:
             self[f"{name}_range"] = averaged(self[f"{name}_range"], x)
         stored = scales_of(self[f"{name}_range"], grid, name=name)
@@ -227,16 +232,10 @@ def _values(layer: Any, weight: mx.array) -> mx.array:
     if layer.training and "_held" in layer:
         passes = None if layer.rule.ste == "identity" else partial(ops.unclipped, grid=layer.rule.weight)
         return straight_through(weight, lambda _: layer["_held"].astype(weight.dtype), where=passes)
-    return _once(layer.rounded, weight, cast(Grid, layer.rule.weight), layer.rule, traced=True)
-
-
-def _once(once: Once[mx.array], x: mx.array, grid: Grid, rule: Rule, *, traced: bool = False) -> mx.array:
-    """`ops.fake_quantize`, by way of what it gave before for the same array."""
-    if not x.size:
-        return x
-    values = once.of(x, lambda x: ops.round_to_grid(mx.stop_gradient(x), grid), grid, traced=traced)
-    passes = None if rule.ste == "identity" else partial(ops.unclipped, grid=grid)
-    return straight_through(x, lambda _: values, where=passes)
+    grid = cast(Grid, layer.rule.weight)
+    values = layer.rounded.of(weight, partial(weight_on_grid, grid=grid), grid, traced=True)
+    passes = None if layer.rule.ste == "identity" else partial(ops.unclipped, grid=grid)
+    return straight_through(weight, lambda _: values, where=passes)
 
 
 def _answer(deployed: Callable[..., mx.array], forward: Callable[..., mx.array], *inputs: mx.array) -> mx.array:

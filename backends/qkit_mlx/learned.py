@@ -116,7 +116,9 @@ def initial(w: mx.array, grid: Grid) -> tuple[mx.array, ...]:
     x = ops.group(w, grid)
     if grid.element.kind == "float":
         return (mx.zeros(x.shape[:-1]),)
-    return (ops.symmetric_scale(x, grid),) if grid.symmetric else ops.asymmetric_scale(x, grid.element)
+    if grid.symmetric:
+        return (ops.symmetric_scale(x, grid),)
+    return ops.asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
 
 
 def steps(w: mx.array, grid: Grid, p: mx.array, zero: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
@@ -139,10 +141,10 @@ def quantize(w: mx.array, grid: Grid, *parameters: mx.array) -> QTensor[mx.array
     x = ops.group(w, grid)
     s, z = steps(w, grid, *parameters)
     if z is not None:
-        q = ops.asymmetric_codes(x, s, z, grid.element).astype(mx.uint8)
+        q = ops.asymmetric_codes(x, ops.each(s), ops.each(z), grid.element).astype(mx.uint8)
         return QTensor(q.reshape(w.shape), s, grid, dtype_of(w), zeros=z.astype(mx.uint8))
     if grid.element.kind == "integer":
-        q = ops.symmetric_codes(x, s, grid.element).astype(mx.int8)
+        q = ops.symmetric_codes(x, ops.each(s), grid.element).astype(mx.int8)
         return QTensor(q.reshape(w.shape), s, grid, dtype_of(w))
     c = ops.exponent(s)
     return QTensor(ops.float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype_of(w))
@@ -186,5 +188,5 @@ def to_parameters(
 def _offset_steps(x: mx.array, grid: Grid, offset: mx.array) -> mx.array:
     peak = ops.amax(x)
     whole = mx.clip(mx.round(offset), -FARTHEST, FARTHEST).astype(mx.int32)
-    c = mx.clip(ops.scale_code(peak, grid).astype(mx.int32) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
+    c = mx.clip(ops.scale_code(peak, grid) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
     return ops.power(c) + ops.poison(peak) + ops.poison(offset)

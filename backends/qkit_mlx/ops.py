@@ -12,8 +12,8 @@ from qkit.element import ELEMENTS, STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
-from qkit_mlx import fused
-from qkit_mlx.nearest import nearest_values
+from qkit_mlx import fused, native
+from qkit_mlx.nearest import ceil_scale, nearest_values
 from qkit_mlx.straight_through import straight_through
 
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -21,21 +21,23 @@ DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
-    x = group(w, grid)
     dtype = dtype_of(w)
+    if native.takes(w):
+        return native.quantize(w, grid)
+    x = group(w, grid)
     if grid.scale == "minmax":
-        s, z = asymmetric_scale(x, grid.element)
-        q = asymmetric_codes(x, s, z, grid.element)
+        s, z = asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
+        q = asymmetric_codes(x, each(s), each(z), grid.element)
         return QTensor(q.astype(mx.uint8).reshape(w.shape), s, grid, dtype, zeros=z.astype(mx.uint8))
     if grid.element.kind == "integer":
         s = symmetric_scale(x, grid)
-        return QTensor(symmetric_codes(x, s, grid.element).astype(mx.int8).reshape(w.shape), s, grid, dtype)
+        return QTensor(symmetric_codes(x, each(s), grid.element).astype(mx.int8).reshape(w.shape), s, grid, dtype)
     if grid.scale == "nvfp4":
         tensor_scale = tensor_power(x)
         block = block_scale(x, tensor_scale)
         codes = e2m1_codes(x, e4m3_values(block) * tensor_scale)
         return QTensor(codes.reshape(w.shape), block, grid, dtype, tensor_scale=tensor_scale)
-    c = scale_code(amax(x), grid)
+    c = scale_code(amax(x), grid).astype(mx.uint8)
     return QTensor(float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype)
 
 
@@ -61,7 +63,6 @@ def fake_quantize(
     """
     if not w.size:  # a layer that no token reaches
         return w
-
     passes = None if ste == "identity" else partial(unclipped, grid=grid, scales=scales, zeros=zeros)
     return straight_through(w, partial(round_to_grid, grid=grid, scales=scales, zeros=zeros), where=passes)
 
@@ -74,19 +75,20 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     if scales is not None:
         return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
     if grid.scale == "minmax":
-        s, z = asymmetric_scale(x, grid.element)
-        values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+        s, z = asymmetric_scale(x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True), grid.element)
+        values = (asymmetric_codes(x, s, z, grid.element) - z) * s
     elif grid.element.kind == "integer":
-        s = symmetric_scale(x, grid)
-        values = symmetric_codes(x, s, grid.element) * each(s)
+        s = each(symmetric_scale(x, grid))
+        values = symmetric_codes(x, s, grid.element) * s
     elif grid.scale == "nvfp4":
         tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
-        s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
-        values = nearest_values(x / each(s), grid.element) * each(s)
+        s = each(e4m3_values(block_scale(x, tensor_scale)) * tensor_scale)
+        values = nearest_values(mx.clip(x / s, -grid.element.largest, grid.element.largest), grid.element, step=1.0) * s
+    elif grid.scale == "rceil":  # clips nothing
+        values = nearest_values(x, grid.element, step=ceil_scale(mx.abs(x).max(axis=-1, keepdims=True), grid.element))
     else:
-        peak = amax(x)
-        c = scale_code(peak, grid)
-        values = nearest_values(x * each(power(254 - c)), grid.element) * each(power(c) + poison(peak))
+        s = each(power(scale_code(peak := amax(x), grid)) + poison(peak))
+        values = nearest_values(mx.clip(x, -grid.element.largest * s, grid.element.largest * s), grid.element, step=s)
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
@@ -112,10 +114,10 @@ def scale_values(q: QTensor[mx.array]) -> mx.array:
 def _static_values(x: mx.array, grid: Grid, s: mx.array, zeros: mx.array | None) -> mx.array:
     """The values of grouped `x` on given fp32 steps; NaN where `x` is not finite."""
     if zeros is not None:
-        z = zeros.astype(mx.float32)
-        values = (asymmetric_codes(x, s, z, grid.element) - each(z)) * each(s)
+        z = each(zeros.astype(mx.float32))
+        values = (asymmetric_codes(x, each(s), z, grid.element) - z) * each(s)
     elif grid.element.kind == "integer":
-        values = symmetric_codes(x, s, grid.element) * each(s)
+        values = symmetric_codes(x, each(s), grid.element) * each(s)
     else:
         values = float_values(float_codes(x, exponent(s), grid.element), grid.element) * each(s)
     return values + poison(x)
@@ -124,7 +126,7 @@ def _static_values(x: mx.array, grid: Grid, s: mx.array, zeros: mx.array | None)
 def _steps(x: mx.array, grid: Grid) -> tuple[mx.array, mx.array | None]:
     """The fp32 step of every group of `x`, and its zero point under `minmax`."""
     if grid.scale == "minmax":
-        return asymmetric_scale(x, grid.element)
+        return asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
     if grid.element.kind == "integer":
         return symmetric_scale(x, grid), None
     if grid.scale == "nvfp4":
@@ -189,29 +191,28 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
-    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even. Division is exact enough since s has 8 bits."""
-    return mx.clip(mx.round(x / each(s)), element.lowest, element.highest)
+    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even, for `each` s. Exact enough since s has 8 bits."""
+    return mx.clip(mx.round(x / s), element.lowest, element.highest)
 
 
-def asymmetric_scale(x: mx.array, element: Element) -> tuple[mx.array, mx.array]:
-    """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
-    low = mx.minimum(x.min(axis=-1), 0.0)
-    high = mx.maximum(x.max(axis=-1), 0.0)
-    s = round_to_bfloat16((high - low) * STEP[element.name, "minmax"])
-    s = mx.maximum(s, constants.MIN_SCALE) + poison(high - low)
-    return s, mx.clip(mx.round(-low / s), 0, element.levels)
+def asymmetric_scale(low: mx.array, high: mx.array, element: Element) -> tuple[mx.array, mx.array]:
+    """Scale and zero point 0 .. 2^bits-1 (a float), under `minmax`, of groups from `low` to `high`; zero has a code."""
+    low, high = mx.minimum(low, 0.0), mx.maximum(high, 0.0)
+    s = round_to_bfloat16((span := high - low) * STEP[element.name, "minmax"])
+    s = mx.maximum(s, constants.MIN_SCALE) + poison(span)
+    return s, mx.minimum(mx.round(-low / s), element.levels)
 
 
 def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) -> mx.array:
-    """Codes 0 .. 2^bits-1 as floats."""
-    return mx.clip(mx.round(x / each(s)) + each(z), 0, element.levels)
+    """Codes 0 .. 2^bits-1 as floats, for scales and zero points that are `each`."""
+    return mx.clip(mx.round(x / s) + z, 0, element.levels)
 
 
 # Power-of-two scales (R6)
 
 
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
-    """E8M0 codes of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
+    """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
     element = grid.element
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
@@ -219,13 +220,12 @@ def scale_code(peak: mx.array, grid: Grid) -> mx.array:
         c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
     else:
         c = ceil_exponent(peak * STEP[element.name, "rceil"])
-    return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(mx.uint8)
+    return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
 
 
 def ceil_exponent(x: mx.array) -> mx.array:
     """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
-    u = bits(x)
-    return (u >> 23) + ((u & 0x7FFFFF) != 0).astype(mx.int32)
+    return (bits(x) + 0x7FFFFF) >> 23
 
 
 def exponent(s: mx.array) -> mx.array:

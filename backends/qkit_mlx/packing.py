@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from qkit.element import Element
 from qkit.packing import WORD_BITS, words
+from qkit_mlx import native
 
 
 def unsigned(codes: mx.array, element: Element) -> mx.array:
@@ -49,6 +50,8 @@ def unpack(packed: mx.array, bits: int, n: int) -> mx.array:
 
 def packed_codes(codes: mx.array, element: Element) -> mx.array:
     """Codes [..., n] as canonical words [..., words(n, bits)]."""
+    if native.takes(codes):
+        return native.packed_codes(codes, element)
     return pack(unsigned(codes, element), element.bits)
 
 
