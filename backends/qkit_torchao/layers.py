@@ -14,7 +14,7 @@ from qkit.layer import Mode
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import compiled, gates, ops, products, sharding, straight_through, values
+from qkit_torchao import codes, compiled, gates, ops, products, sharding, straight_through, values
 from qkit_torchao.execution import why_no_kernel
 
 EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
@@ -225,9 +225,9 @@ def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> A
 
 
 def _reserve(layer: Any) -> None:
-    """Has codes made before a graph is captured, for layers that multiply them; see `values.codes`."""
+    """Has codes made before a graph is captured, for layers that multiply them; see `codes.of`."""
     if layer.weight.is_cuda and layer.kind:
-        values.codes(layer.weight, layer.weight_grid)
+        codes.of(layer.weight, layer.weight_grid)
 
 
 def _put_on(layer: Any, rule: Rule) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
-from qkit_torchao import fused, lowering, ops, values
+from qkit_torchao import codes, fused, lowering, ops
 from qkit_torchao.compiled import named
 
 INT8_ROWS = 32  #: `torch._int_mm` wants more than 16 rows
@@ -183,7 +183,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 def _codes(kept: bool) -> Callable[[Tensor, Grid], tuple[QTensor[Tensor], Tensor]]:
-    return values.codes if kept else values.fresh_codes
+    return codes.of if kept else codes.fresh
 
 
 _product.register_autograd(_backward, setup_context=_setup)

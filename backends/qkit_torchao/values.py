@@ -2,17 +2,14 @@
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qkit.grid import Grid
-from qkit.qtensor import QTensor, dtype_of
-from qkit_torchao import capture, fused
+from qkit_torchao import capture, codes, fused, watch
 
 
 def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Tensor | None = None) -> Tensor:
@@ -31,11 +28,11 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
     """
     entry = _entry(weight, grid, gate, dtype)
     if _dropped and _dropped.pop(id(weight), None) == weight._version:  # it may have changed all the same
-        _refuse_older([weight])
+        watch.refuse_older([weight])
     if into is not None and into is not entry.made:
         _move(entry, into)
     stamp = _stamp(entry, weight)
-    if _old(entry.stamp, stamp, entry.captured) and not _stands(entry, weight):
+    if watch.old(entry.stamp, stamp, entry.captured) and not _stands(entry, weight):
         _make(entry, stamp)
     entry.asked = True
     assert entry.made is not None
@@ -48,33 +45,6 @@ def fill(room: Tensor, weight: Tensor, grid: Grid, gate: Tensor) -> None:
     made = of(weight, grid, gate, room.dtype, into=room if ours else None)
     if made.data_ptr() != room.data_ptr():
         room.copy_(made)
-
-
-def codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
-    """The codes of finite `weight` on `grid`, and their steps in float32; kept and made anew as the values are, one by one.
-
-    They stay where they were first made, so that layers ask once before a graph is captured, whose memory is its own.
-    """
-    known = _codes.get(id(weight))
-    stamp = _state(weight)
-    if known is not None and (known.owner() is not weight or known.q.grid != grid or not _fits(known, weight)):
-        known = None
-    if known is None or _old(known.stamp, stamp, known.captured):
-        with torch.inference_mode(False), torch.no_grad():
-            q, steps = fresh_codes(weight, grid)
-            if known is None:
-                owner = weakref.ref(weight, partial(_codes_forget, id(weight)))
-                known = _codes[id(weight)] = _Codes(owner, stamp, q, steps, weight.detach(), captured=False)
-            else:
-                for mine, new in zip(known.q.parts().values(), q.parts().values(), strict=True):
-                    mine.copy_(new)
-                known.steps.copy_(steps)
-        known.stamp, known.seen, known.captured = stamp, weight.detach(), known.captured or bool(stamp[-1])
-    return known.q, known.steps
-
-
-def _fits(known: "_Codes", weight: Tensor) -> bool:
-    return (known.q.codes.shape, known.q.codes.device, known.q.dtype) == (weight.shape, weight.device, dtype_of(weight))
 
 
 def room(weight: Tensor, grid: Grid, gate: Tensor) -> Tensor:
@@ -104,7 +74,7 @@ def _move(entry: "Entry", into: Tensor) -> None:
     if before is not entry and before is not None:
         before.made, before.stamp = None, ()
         if (weight := before.owner()) is not None:
-            _refuse_older([weight])
+            watch.refuse_older([weight])
     if before is not entry or entry.made is None or entry.made.data_ptr() != into.data_ptr():
         _owners[into.data_ptr()] = entry
         entry.made, entry.stamp = into, ()
@@ -116,12 +86,6 @@ def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tenso
     with torch.no_grad():
         fused.make_values([weight.detach()], [made], [gate], grid)
     return made
-
-
-def fresh_codes(weight: Tensor, grid: Grid) -> tuple[QTensor[Tensor], Tensor]:
-    """As `codes`, but made anew and not kept."""
-    steps = torch.empty(grid.scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
-    return fused.quantize(weight.detach(), grid, steps=steps), steps
 
 
 def hold(weight: Tensor) -> None:
@@ -142,8 +106,7 @@ def drop(weight: Tensor) -> None:
         return
     if _entries.pop(id(weight), None):
         _dropped[id(weight)] = weight._version
-    if known := _codes.get(id(weight)):
-        known.stamp = ()
+    codes.drop(weight)
 
 
 def kept(weights: Iterable[Tensor]) -> "dict[int, Entry]":
@@ -177,31 +140,14 @@ class Entry:
         self.asked, self.captured = False, False
 
 
-@dataclass(slots=True)
-class _Codes:
-    """The codes of one weight; as `Entry`."""
-
-    owner: "weakref.ref[Tensor]"
-    stamp: tuple[Any, ...]
-    q: QTensor[Tensor]
-    steps: Tensor
-    seen: Tensor
-    captured: bool
-
-
 _entries: dict[int, Entry] = {}
 _rooms: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()  #: by their addresses
 _owners: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()  #: of rooms, by their addresses
-_codes: dict[int, _Codes] = {}
 _held: "dict[int, weakref.ref[Tensor]]" = {}
 _dropped: dict[int, int] = {}  #: in which version a weight was whose values were forgotten
-_steps_taken = 0
-_hook: Any = None
 
 
 def _entry(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Entry:
-    global _hook
-    _hook = _hook or register_optimizer_step_post_hook(_count_step)
     entry = _entries.get(id(weight))
     if (
         entry is None
@@ -216,24 +162,7 @@ def _entry(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Entr
 
 def _stamp(entry: Entry, weight: Tensor) -> tuple[Any, ...]:
     """What tells one state of a weight and its gate from another."""
-    return (entry.gate._version, entry.gate.data_ptr(), *_state(weight))
-
-
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    """What tells one state of a weight from another; last, the graph that is being captured."""
-    return (
-        weight._version,
-        weight.data_ptr(),
-        weight.dtype,
-        weight.device,
-        _steps_taken if weight.requires_grad else -1,
-        capture.number(weight.device),
-    )
-
-
-def _old(stamp: tuple[Any, ...], now: tuple[Any, ...], captured: bool) -> bool:
-    """Whether what was made at `stamp` is out of date; what a graph has made always is, outside of it."""
-    return stamp != now or (captured and not now[-1])
+    return (entry.gate._version, entry.gate.data_ptr(), *watch.state(weight))
 
 
 def _stands(entry: Entry, weight: Tensor) -> bool:
@@ -257,11 +186,6 @@ def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
         _fill([one for one, _ in stale.values()])
     for one, now in stale.values():
         one.stamp, one.asked, one.captured = now, False, one.captured or bool(now[-1])
-
-
-def _refuse_older(weights: list[Tensor]) -> None:
-    """Has torch refuse to go back through values of `weights`: those are views of the weights, and share their versions."""
-    torch.autograd.graph.increment_version(weights)
 
 
 def _fill(entries: list[Entry]) -> None:
@@ -303,13 +227,11 @@ def _held_forget(key: int, _: Any) -> None:
     _held.pop(key, None)
 
 
-def _codes_forget(key: int, _: Any) -> None:
-    _codes.pop(key, None)
-
-
-def _count_step(optimizer: Any, *_: Any) -> None:
-    global _steps_taken
-    _steps_taken += 1
+def _take_written(optimizer: Any) -> None:
+    """An optimizer's `written` are what it has brought up to date with the weights that it has stepped."""
     for entry in getattr(optimizer, "written", ()):
         if (weight := entry.owner()) is not None:
             entry.stamp = _stamp(entry, weight)
+
+
+watch.after_step.append(_take_written)
