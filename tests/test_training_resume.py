@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from training import ENGINES, folder, table
 
 import qkit
+from qkit import learned
 from qkit.checkpoint import swap
 from qkit.interop import snapshot
 from qkit.interop.packed import unpack
@@ -107,23 +108,56 @@ def test_a_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, name):
 SCHEDULED = {"recipe": "int4-g32", "quantization": {"interval": 3, "ramp": [[5, "int8-g32"]]}, "checkpoint_every": 6}
 
 
-@pytest.mark.parametrize(
-    "changes", [SCHEDULED, {"recipe": "LEARNED", "checkpoint_every": 6}], ids=["scheduled", "learned"]
-)
+LEARNED = [("int3", "signed"), ("int2", "minmax"), ("e2m1", "rceil")]
+
+
+def learning(path, element, scale):
+    """A file with a recipe that learns its ranges."""
+    grid = f'schema = 1\n[grids.w]\nelement = "{element}"\ngroup = 32\nscale = "{scale}"\n'
+    rules = '[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\nweight = "w"\nscales = "learned"\n'
+    (path / "mine.toml").write_text(grid + rules)
+    return str(path / "mine.toml")
+
+
+@pytest.mark.parametrize("changes", [SCHEDULED, *LEARNED], ids=["scheduled", "scales", "zero points", "exponents"])
 @pytest.mark.parametrize("name", ENGINES)
-def test_schedules_and_learned_scales_are_resumed(tmp_path, name, changes):
+def test_schedules_and_learned_ranges_are_resumed(tmp_path, name, changes):
     """Stopped at step 6, which ends on a refresh and on the second recipe."""
     path = folder(tmp_path)
-    mine = tmp_path / "mine.toml"
-    text = 'schema = 1\n[grids.w]\nelement = "int3"\ngroup = 32\n[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\n'
-    mine.write_text(text + 'weight = "w"\nscales = "learned"\n')
-    changes = {**changes, "recipe": str(mine) if changes["recipe"] == "LEARNED" else changes["recipe"]}
+    if isinstance(changes, tuple):
+        changes = {"recipe": learning(path, *changes), "checkpoint_every": 6, "offset_learning_rate": 0.2}
     run = {"backend": name, "learning_rate": 1e-2, **changes}
     train(path, **run, out=str(path / "whole"))
     with stopping(6) as tell:
         train_model(run_from_table(table(path, **run)), tell=tell)
     train(path, **run)
     assert same_run(path / "out", path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("grid", "parameter", "rate"), [(LEARNED[1], "weight_zero", 1e-3), (LEARNED[2], "weight_offset", 1e-5)]
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_zero_points_and_exponents_change_codes_in_a_short_run(tmp_path, name, grid, parameter, rate):
+    """A zero point has a gradient where values are clipped, so that scales have to move first. Against those it began with."""
+    path = folder(tmp_path)
+    run = {"backend": name, "recipe": learning(path, *grid), "steps": 60, "learning_rate": rate}
+    train(path, **run, offset_learning_rate=0, out=str(path / "still"))
+    train(path, **run)
+    first, state = load_file(last(path / "still")), load_file(last(path / "out"))
+    places = [key for key in state if key.startswith("weights.") and key.endswith(parameter)]
+    assert len(places) == 14
+    changed, packed = 0, codes_of(path / "out")
+    for key in places:
+        layer, law = key.rpartition(".")[0], qkit.Grid(grid[0], 32, grid[1])
+        ranges = {one: state[f"{layer}.{one}"] for one in learned.names(law)}
+        codes, others = (
+            learned.quantize(state[f"{layer}.weight"], law, {**ranges, parameter: it[key]}).codes
+            for it in (state, first)
+        )
+        assert (codes == packed[layer.removeprefix("weights.")]).all()
+        changed += int((codes != others).sum())
+    assert changed > 0
 
 
 def codes_of(out):

@@ -43,6 +43,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="The peak [1e-5].")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant [linear].")] = None,
     warmup: Annotated[str | None, typer.Option(help="A share of the steps, or a number of them [0.03].")] = None,
+    offset_learning_rate: Annotated[
+        float | None, typer.Option(help="The peak for learned zero points and exponent offsets [0.03].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the data, and of dropout [0].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the masters: float32 or bfloat16 [float32].")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps [200].")] = None,
@@ -74,6 +77,7 @@ def train(
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup": warmup and _value("warmup", warmup),
+        "offset_learning_rate": offset_learning_rate,
         "seed": seed,
         "dtype": dtype,
         "checkpoint_every": checkpoint_every,

@@ -124,6 +124,7 @@ def _trainer(
         weight_decay=run.weight_decay,
         betas=run.betas,
         clip=run.clip,
+        offset_ratio=run.offset_learning_rate / run.learning_rate,
         seed=run.seed,
         autocast=run.autocast,
         compiled=run.compile,
