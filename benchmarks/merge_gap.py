@@ -47,7 +47,7 @@ def base(folder: Path, steps: int) -> None:
     """A float Llama, trained on torch, for both engines."""
     engine = qkit.backend("torchao")
     model = engine.build(SMALL.config)
-    text, _, _ = standard_library(SMALL)
+    text, _ = standard_library(SMALL)
     batches = windows(text, batch=SMALL.batch, length=SMALL.length, seed=0)
     for step in train(engine, model, batches, steps=steps, learning_rate=1.5e-3, warmup=20, weight_decay=0.1):
         if step.number % 100 == 0:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qkit import artifact, pipeline
+from qkit import artifact, pipeline, report
 from qkit.backend import Backend
 from qkit.coverage import coverage
 from qkit.demo_preset import PRESET, PRESETS, Preset, standard_library
@@ -22,6 +22,7 @@ from qkit.recipe import Recipe
 from qkit.registry import backend as choose
 from qkit.registry import backends
 from qkit.registry import recipe as find_recipe
+from qkit.report.masters import newest_checkpoint
 from qkit.training import Run, train_model
 from qkit.training.checkpoint import newest
 from qkit.training.curve import smooth
@@ -30,6 +31,15 @@ from qkit.training.folder import LOG, beside, read_log
 from qkit.training.run import FLOAT
 
 Progress = Callable[[str, int, int, float], None]  #: stage, step, steps, loss
+#: The scale rule of another tool, by the rule: see the numerics of `qkit.grid`. Zero points and nvfp4 have no other.
+ELSEWHERE = {
+    "signed": "absmax",
+    "absmax": "signed",
+    "midmax": "absmax",
+    "rceil": "floor",
+    "even": "rceil",
+    "floor": "rceil",
+}
 STAGES = ("float", "longer", "quantized")  #: folders that are trained
 
 
@@ -45,6 +55,7 @@ class Result:
         float_loss, ptq_loss: of the float model, and of the same quantized without training.
         longer_float_loss, longer_ptq_loss: the same after the extra steps in float.
         qat_loss: of the float model after the extra steps on the grid, converted.
+        elsewhere: another grid of the same name, and the loss of the same trained weights on it; None where there is none.
         codes_equal, codes_compared: codes, scales and zero points that every engine makes from the trained weights, equal to
             those in the artifact, out of how many comparisons; `engines` names who took part.
         forward_difference: largest difference of a logit before and after `convert`.
@@ -60,6 +71,7 @@ class Result:
     longer_float_loss: float
     longer_ptq_loss: float
     qat_loss: float
+    elsewhere: tuple[str, float] | None
     engines: tuple[str, ...]
     codes_equal: int
     codes_compared: int
@@ -85,8 +97,9 @@ class Result:
 def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, preset: Preset | None = None) -> Result:
     """Trains a small Llama on the standard library's source, and takes it the whole way on `backend`.
 
-    Leaves in `folder`: `float/`, `quantized/` and `mlx/`, Hugging Face directories, and `result.json`. Whatever can go wrong with
-    the recipe or the engines does so before the training. `preset` is that of the engine, if left out.
+    Leaves in `folder`: `float/`, `quantized/` and `mlx/`, Hugging Face directories, `result.json`, and what `qkit compare` would
+    write of them, `report.html` and `report.json`. Whatever can go wrong with the recipe or the engines does so before the
+    training. `preset` is that of the engine, if left out.
 
     Raises:
         BackendError: the engine, or what it needs to build a Llama, is missing.
@@ -112,12 +125,10 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     (start / "config.json").write_text(json.dumps(preset.config, indent=2) + "\n")
     stage = partial(_train, engine, folder, text, preset, progress)
     curves = {"float": stage("float", "float", source="start", recipe=FLOAT)}
-    losses = {"float_loss": engine.loss(artifact.load(folder / "float", backend=engine), unseen)}
-    losses["ptq_loss"] = _quantized_loss(engine, folder / "float", grid_recipe, unseen)
     curves["float, longer"] = stage("float, longer", "longer", source="float", recipe=FLOAT)
-    losses["longer_float_loss"] = engine.loss(artifact.load(folder / "longer", backend=engine), unseen)
-    losses["longer_ptq_loss"] = _quantized_loss(engine, folder / "longer", grid_recipe, unseen)
     curves["QAT"] = stage("QAT", "quantized", source="float", recipe=recipe)
+    found = _report(engine, folder, grid_recipe, unseen)
+    losses = {row.name: row.loss.value for row in found.rows}
     model = artifact.load(folder / "quantized", backend=engine)
 
     codes = {
@@ -131,8 +142,12 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         backend=engine.name,
         recipe=grid_recipe.name,
         parameters=sum(x.size for name, x in trained.state.items() if name.startswith("weights.")),
-        **losses,
-        qat_loss=engine.loss(model, unseen),
+        float_loss=losses["float"],
+        ptq_loss=losses["PTQ"],
+        longer_float_loss=losses["float, longer"],
+        longer_ptq_loss=losses["longer PTQ"],
+        qat_loss=losses["QAT"],
+        elsewhere=next(((row.grid, row.loss.value) for row in found.rows if row.name.startswith("QAT on")), None),
         engines=("numpy", engine.name, *(candidate.name for candidate in others)),
         codes_equal=equal,
         codes_compared=compared,
@@ -267,5 +282,36 @@ def _outcome(out: Path) -> dict[str, Any]:
     return read_log(beside(out) / LOG)[-1]
 
 
-def _quantized_loss(engine: Backend, folder: Path, recipe: Recipe, unseen: Tokens) -> float:
-    return engine.loss(pipeline.convert(artifact.load(folder, backend=engine), recipe), unseen)
+def _report(engine: Backend, folder: Path, recipe: Recipe, unseen: Tokens) -> report.Comparison:
+    """Compares what was trained as `qkit compare` does, and leaves its page in `folder`."""
+    sources = report.Sources(
+        folder / "float",
+        recipe,
+        deploy=another(recipe),
+        qat=folder / "quantized",
+        masters=newest_checkpoint(folder / "quantized"),
+        longer=folder / "longer",
+    )
+    found = report.compare(engine, sources, unseen, progress=lambda row: None)
+    source = report.about(
+        f"qkit demo --backend {engine.name} --recipe {recipe.name}",
+        backend=engine.name,
+        device="the default device",
+        files=["every tenth file of Python's own source, held out, and of these some windows at even distances"],
+        tokens_per_byte=1.0,
+    )
+    report.write(folder, found, source, title=f"A small Llama on {recipe.name}")
+    return found
+
+
+def another(recipe: Recipe) -> tuple[Recipe, ...]:
+    """`recipe` with the scale rule that some other tool takes for a grid of the same name, if there is such a tool."""
+    scales = {rule.weight.scale for rule in recipe.rules if rule.weight}
+    if not scales <= ELSEWHERE.keys():
+        return ()
+    rules = [
+        replace(rule, weight=replace(rule.weight, scale=ELSEWHERE[rule.weight.scale])) if rule.weight else rule
+        for rule in recipe.rules
+    ]
+    names = "-".join(sorted({ELSEWHERE[scale] for scale in scales}))
+    return (replace(recipe, name=f"{recipe.name}-{names}", rules=tuple(rules)),)

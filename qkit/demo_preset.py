@@ -54,13 +54,12 @@ PRESET = Preset(128, 3, 256, batch=8, length=128, float_steps=700, float_rate=1.
 PRESETS = {"mlx": replace(PRESET, layers=2, batch=4, length=64, float_steps=230, more_steps=100)}
 
 
-def standard_library(preset: Preset) -> tuple[list[str], list[Path], Tokens]:
-    """Python's own source files: those to train on, every tenth, which is held out, and windows [rows, length + 1] of these."""
+def standard_library(preset: Preset) -> tuple[list[str], Tokens]:
+    """Python's own source files: those to train on, and windows [rows, length + 1] of every tenth file, held out."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    foreign = ("site-packages", "test", "tests", "idlelib")
-    files = [file for file in folder.rglob("*.py") if not set(foreign) & set(file.relative_to(folder).parts)]
+    apart = ("site-packages", "test", "tests", "idlelib")
+    files = [file for file in folder.rglob("*.py") if not set(apart) & set(file.relative_to(folder).parts)]
     files = sorted(file for file in files if file.stat().st_size)
-    apart = files[::10]
-    unseen = sequences(read_bytes(apart, limit=1 << 27), length=preset.length, name=str(folder))
+    unseen = sequences(read_bytes(files[::10], limit=1 << 27), length=preset.length, name=str(folder))
     picked = np.linspace(0, len(unseen) - 1, 8192 // preset.length).astype(np.int64)
-    return [str(file) for number, file in enumerate(files) if number % 10], apart, unseen.rows(picked)
+    return [str(file) for number, file in enumerate(files) if number % 10], unseen.rows(picked)

@@ -18,7 +18,7 @@ def demo(
     backend: Annotated[
         str | None, typer.Option(help="The engine that trains; torchao or mlx, whichever is at hand, if left out.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the artifact and the picture go.")] = Path("qkit-demo"),
+    out: Annotated[Path, typer.Option(help="Where the artifact, the report and the picture go.")] = Path("qkit-demo"),
     recipe: Annotated[str, typer.Option(help="The recipe to train for.")] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
@@ -45,6 +45,9 @@ def demo(
     console.print(f"{out / 'quantized'}: the artifact, a Hugging Face directory in compressed-tensors layout")
     if (out / "mlx").exists():
         console.print(f"{out / 'mlx'}: the same codes for mlx-lm")
+    console.print(
+        f"{out / 'report.html'}: the comparison as a page, with its charts; report.json beside it has the numbers"
+    )
     if find_spec("matplotlib"):
         draw(result, out / "losses.png")
         console.print(f"{out / 'losses.png'}: the loss curves")
@@ -67,6 +70,7 @@ def _table(result: "Result") -> Table:
         ("held-out loss, float, trained longer", f"{result.longer_float_loss:.4f}"),
         ("  quantized without training (PTQ)", f"{result.longer_ptq_loss:.4f}"),
         ("held-out loss, trained as long on the grid (QAT)", f"{result.qat_loss:.4f}"),
+        *([(f"  the same weights on {result.elsewhere[0]}", f"{result.elsewhere[1]:.4f}")] if result.elsewhere else []),
         ("share of the PTQ loss recovered", recovered),
         ("bits per weight, embedding and head included", f"{result.bits_per_weight:.2f}"),
         (
