@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from training import ENGINES, folder, small, table
 
 import qkit
@@ -16,7 +16,7 @@ from qkit.training import run_from_table, teach, train_model
 from qkit.training.data import sequences, split
 from qkit.training.folder import LOG, beside, read_log
 from qkit.training.model import masters
-from qkit.training.teacher import write_top
+from qkit.training.teacher import KEY, write_top
 from qkit.training.text import read_text
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
@@ -154,6 +154,18 @@ def test_a_file_of_logits_of_another_text_is_refused(tmp_path):
         train(path, distillation={"teacher": str(path / "model" / "model.safetensors")})
     with pytest.raises(qkit.RunError, match="names no directory as"):
         teach(run_from_table(table(path)), path / "more.safetensors", top=2)
+    own = split(
+        sequences(
+            read_text([str(path / "text.txt")], folder=path, config={"vocab_size": 256}).tokens, length=16, name=""
+        )
+    )
+    wider = {
+        "logits": np.zeros((len(own[0]), 16, 1), np.float32),
+        "tokens": np.full((len(own[0]), 16, 1), 256, np.int32),
+    }
+    save_file(wider, path / "wider.safetensors", metadata={KEY: own[0].digest()})
+    with pytest.raises(qkit.RunError, match="has logits of token 256, and the model a vocabulary of 256"):
+        train(path, distillation={"teacher": str(path / "wider.safetensors")})
     with pytest.raises(qkit.RunError, match="top is 300: the teacher has 256 logits"):
         write_top(engine, qkit.load(path / "model", backend=engine), data, path / "more.safetensors", k=300)
 

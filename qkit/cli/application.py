@@ -21,6 +21,7 @@ from qkit.cli.parity import parity
 from qkit.cli.plan import plan
 from qkit.cli.quantize import quantize
 from qkit.cli.recipes import recipes
+from qkit.cli.teach import teach
 from qkit.cli.train import train
 from qkit.cli.verify import verify
 
@@ -42,7 +43,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, plan, quantize, inspect, verify, parity, train, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, parity, train, teach, demo):
     application.command()(command)
 application.command()(export)
 application.command("import")(import_)
