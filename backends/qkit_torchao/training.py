@@ -92,7 +92,7 @@ class TorchTrainer:
             for moment, key in MOMENTS.items():
                 found[f"{moment}.{name}"] = known[key] if known else torch.zeros_like(parameter)
         arrays = {name: self.engine.to_numpy(x) for name, x in found.items()}
-        return {**arrays, **_random_state(), "steps": np.array(self.steps, np.int64)}
+        return {**arrays, **_random_state(_device(self.model)), "steps": np.array(self.steps, np.int64)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `qkit.trainer.Trainer.restore`."""
@@ -107,7 +107,7 @@ class TorchTrainer:
         self.optimizer.load_state_dict(
             self.optimizer.state_dict()
         )  # weights may share one counter, as the optimizer likes
-        _set_random_state(state)
+        _set_random_state(state, _device(self.model))
 
 
 def groups(model: nn.Module, *, weight_decay: float, offset_learning_rate: float) -> list[dict[str, Any]]:
@@ -167,8 +167,11 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
-    device = next(model.parameters()).device
-    return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(_device(model))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _optimizer(
@@ -201,18 +204,19 @@ def _recompute(model: nn.Module) -> None:
     enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
 
 
-def _random_state() -> dict[str, NDArray[Any]]:
+def _random_state(device: torch.device) -> dict[str, NDArray[Any]]:
+    """The states of the random numbers of the CPU and, if it is another, of `device`, whichever the process has for its own."""
     states = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["rng.torch.cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["rng.torch.cuda"] = torch.cuda.get_rng_state(device)
     return {name: x.numpy() for name, x in states.items()}
 
 
-def _set_random_state(state: Mapping[str, NDArray[Any]]) -> None:
+def _set_random_state(state: Mapping[str, NDArray[Any]], device: torch.device) -> None:
     if "rng.torch" in state:
         torch.set_rng_state(torch.from_numpy(np.array(state["rng.torch"])))
-    if "rng.torch.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.from_numpy(np.array(state["rng.torch.cuda"])))
+    if "rng.torch.cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(torch.from_numpy(np.array(state["rng.torch.cuda"])), device)
 
 
 @contextmanager
