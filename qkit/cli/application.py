@@ -56,7 +56,7 @@ application.command()(compare)
 def main() -> None:
     """Runs the command line; a failure is one line on standard error and a code of `EXIT_CODES`."""
     try:
-        application()
+        application(prog_name="qkit")
     except qkit.QkitError as error:
         _fail(str(error), error)
     except OSError as error:  # a full disk, a folder that may not be written: the system's own words

@@ -22,7 +22,12 @@ def compare(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where report.html, report.json and report.png go.")],
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="The grid that was trained for; that of --qat, if left out.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe, an alias or a TOML file; what --qat was trained for, if left out.",
+        ),
     ] = None,
     deploy_recipe: Annotated[
         list[str] | None, typer.Option(help="Another grid to put the same weights on; give it again for more.")

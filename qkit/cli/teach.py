@@ -13,7 +13,10 @@ from qkit.cli.eval import Device, Engine
 def teach(
     model: Annotated[
         Path,
-        typer.Argument(help="The teacher's directory; or a run file, run.toml, that names it as distillation.teacher."),
+        typer.Argument(
+            metavar="MODEL",
+            help="The teacher's directory; or a run file, run.toml, whose distillation.teacher it is.",
+        ),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to: made whole, or not at all.")],
     data: Annotated[

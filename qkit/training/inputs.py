@@ -77,8 +77,9 @@ def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None)
     Raises:
         RunError: the run has no such teacher; or see `text_of` and `teacher_of`.
     """
-    if run.distillation is None or not run.distillation.teacher.is_dir():
-        raise RunError("the run names no directory as distillation.teacher")
+    named = run.distillation.teacher if run.distillation else None
+    if named is None or not named.is_dir():
+        raise RunError(f"distillation.teacher is {named or 'not there'}: name the directory of a model")
     engine, source = engine_of(run), snapshot.read(run.model)
     data, _, _ = text_of(run, source)
-    write_top(engine, teacher_of(engine, run.distillation.teacher, source), data, file, k=top, tick=tick)
+    write_top(engine, teacher_of(engine, named, source), data, file, k=top, tick=tick)
