@@ -190,6 +190,39 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, changes, erro
     assert {entry.name for entry in path.iterdir()} == {"model", "text.txt"}
 
 
+def words(size):
+    """A tokenizer.json of so many words, w0 and so on."""
+    model = {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(size)}, "unk_token": "w0"}
+    whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    return json.dumps(whole | dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder")))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"text.txt": "short"}, r"text\.txt has 5 tokens, less than one sequence of 17: give more text, or a shorter"),
+        ({"text.txt": ""}, r"text\.txt is empty: leave it out, or fill it"),
+        ({"model/tokenizer.model": "x"}, r"tokenizer\.model is no tokenizer that qkit opens: let transformers save it"),
+        ({"model/tokenizer.json": "{}"}, r"tokenizer\.json: not a tokenizer that tokenizers opens"),
+        (
+            {"model/tokenizer.json": words(300), "text.txt": "w1 w299 " * 99},
+            r"the text has token 299, and the model a vocabulary of 256: the tokenizer is of another",
+        ),
+    ],
+    ids=["short", "empty", "unknown tokenizer", "broken tokenizer", "vocabulary"],
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_text_that_cannot_be_trained_on_is_refused_and_leaves_nothing(tmp_path, name, texts, message):
+    pytest.importorskip("tokenizers")
+    path = folder(tmp_path)
+    for file, content in texts.items():
+        (path / file).write_text(content)
+    before = sorted(path.rglob("*"))
+    with pytest.raises(qkit.RunError, match=message):
+        train(path, backend=name)
+    assert sorted(path.rglob("*")) == before
+
+
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     path = folder(tmp_path)
     qkit.save(small(ENGINES[0], vocab_size=258), path / "teacher", backend=ENGINES[0])

@@ -203,9 +203,10 @@ def interrupted(path, **changes):
         ({"quantization": {"start": 4}}, r"is of a run with quantization = .*'start': 1.* and now it is .*'start': 4"),
     ],
 )
-def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes, message):
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes, message, name):
     path = folder(tmp_path)
-    interrupted(path)
+    interrupted(path, backend=name)
     before = files(beside(path / "out"))
     if changes.get("model") == "other":
         (path / "second").mkdir()
@@ -216,7 +217,7 @@ def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes
         (path / "other.txt").write_text("other " * 500)
         changes = {"data": [str(path / "other.txt")]}
     with pytest.raises(qkit.RunError, match=message):
-        train(path, **changes)
+        train(path, **{"backend": name, **changes})
     assert files(beside(path / "out")) == before
 
 
@@ -238,10 +239,11 @@ def test_what_does_not_change_the_training_may_change(tmp_path):
     assert len(losses(path / "out")) == 12
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_last_good_checkpoint(tmp_path, name):
     path = folder(tmp_path)
     with pytest.raises(qkit.DivergedError, match=r"at step \d+: lower .*; the last good checkpoint is .*0001\.safe"):
-        train(path, learning_rate=1e38, checkpoint_every=1, schedule="constant", warmup=0.99)
+        train(path, backend=name, learning_rate=1e38, checkpoint_every=1, schedule="constant", warmup=0.99)
     kept = load_file(last(path / "out"))
     assert all(np.isfinite(kept[key]).all() for key in kept if key.startswith("weights."))
 
@@ -306,6 +308,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(full_disk):
     assert checkpoint.newest(full_disk).step == 2
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_there_is_room(tmp_path, full_disk, name):
+    """Three checkpoints of 0.4 MB are one too many."""
+    path = folder(tmp_path)
+    out = full_disk / "out"
+    with pytest.raises(OSError, match=r"No space left .*checkpoint-00000012"):
+        train(path, backend=name, out=str(out))
+    assert checkpoint.newest(beside(out)).step == 10
+    assert not out.exists()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(full_disk)], check=True)
+    train(path, backend=name, out=str(out))
+    train(path, backend=name, out=str(path / "whole"))
+    assert same_run(out, path / "whole")
+
+
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path):
     file = checkpoint.write(tmp_path, state(1), about={})
     file.write_bytes(file.read_bytes()[:-1])
@@ -313,14 +330,15 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path):
         checkpoint.newest(tmp_path)
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, name):
     path = folder(tmp_path)
     monkeypatch.setattr(swap, "PATIENCE", 0.1)
 
     def second(event):
         if event["step"] == 3:
             with pytest.raises(qkit.LockedError, match=r"out\.run.*held by another process"):
-                train(path)
+                train(path, backend=name)
 
-    train_model(run_from_table(table(path)), tell=second)
+    train_model(run_from_table(table(path, backend=name)), tell=second)
     assert not (beside(path / "out") / "lock").exists()
