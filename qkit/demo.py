@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from qkit import artifact, pipeline, report
+from qkit import artifact, pipeline
 from qkit.backend import Backend
 from qkit.coverage import coverage
 from qkit.demo_preset import PRESET, PRESETS, Preset, standard_library
+from qkit.demo_report import write_report
 from qkit.errors import BackendError
 from qkit.interop.compressed_tensors import layout
 from qkit.outside import losses_outside
@@ -22,24 +23,13 @@ from qkit.recipe import Recipe
 from qkit.registry import backend as choose
 from qkit.registry import backends
 from qkit.registry import recipe as find_recipe
-from qkit.report.masters import newest_checkpoint
 from qkit.training import Run, train_model
 from qkit.training.checkpoint import newest
 from qkit.training.curve import smooth
-from qkit.training.data import Tokens
 from qkit.training.folder import LOG, beside, read_log
 from qkit.training.run import FLOAT
 
 Progress = Callable[[str, int, int, float], None]  #: stage, step, steps, loss
-#: The scale rule of another tool, by the rule: see the numerics of `qkit.grid`. Zero points and nvfp4 have no other.
-ELSEWHERE = {
-    "signed": "absmax",
-    "absmax": "signed",
-    "midmax": "absmax",
-    "rceil": "floor",
-    "even": "rceil",
-    "floor": "rceil",
-}
 STAGES = ("float", "longer", "quantized")  #: folders that are trained
 
 
@@ -127,7 +117,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     curves = {"float": stage("float", "float", source="start", recipe=FLOAT)}
     curves["float, longer"] = stage("float, longer", "longer", source="float", recipe=FLOAT)
     curves["QAT"] = stage("QAT", "quantized", source="float", recipe=recipe)
-    found = _report(engine, folder, grid_recipe, unseen)
+    found = write_report(engine, folder, grid_recipe, unseen)
     losses = {row.name: row.loss.value for row in found.rows}
     model = artifact.load(folder / "quantized", backend=engine)
 
@@ -280,38 +270,3 @@ def _train(
 def _outcome(out: Path) -> dict[str, Any]:
     """What `qkit train` wrote last into the log of its run."""
     return read_log(beside(out) / LOG)[-1]
-
-
-def _report(engine: Backend, folder: Path, recipe: Recipe, unseen: Tokens) -> report.Comparison:
-    """Compares what was trained as `qkit compare` does, and leaves its page in `folder`."""
-    sources = report.Sources(
-        folder / "float",
-        recipe,
-        deploy=another(recipe),
-        qat=folder / "quantized",
-        masters=newest_checkpoint(folder / "quantized"),
-        longer=folder / "longer",
-    )
-    found = report.compare(engine, sources, unseen, progress=lambda row: None)
-    source = report.about(
-        f"qkit demo --backend {engine.name} --recipe {recipe.name}",
-        backend=engine.name,
-        device="the default device",
-        files=["every tenth file of Python's own source, held out, and of these some windows at even distances"],
-        tokens_per_byte=1.0,
-    )
-    report.write(folder, found, source, title=f"A small Llama on {recipe.name}")
-    return found
-
-
-def another(recipe: Recipe) -> tuple[Recipe, ...]:
-    """`recipe` with the scale rule that some other tool takes for a grid of the same name, if there is such a tool."""
-    scales = {rule.weight.scale for rule in recipe.rules if rule.weight}
-    if not scales <= ELSEWHERE.keys():
-        return ()
-    rules = [
-        replace(rule, weight=replace(rule.weight, scale=ELSEWHERE[rule.weight.scale])) if rule.weight else rule
-        for rule in recipe.rules
-    ]
-    names = "-".join(sorted({ELSEWHERE[scale] for scale in scales}))
-    return (replace(recipe, name=f"{recipe.name}-{names}", rules=tuple(rules)),)

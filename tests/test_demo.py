@@ -10,6 +10,7 @@ import pytest
 import qkit
 from qkit import demo, registry
 from qkit.cli.demo import _table
+from qkit.demo_report import another
 from qkit.hookspecs import hookimpl
 from qkit.numpy_backend import NumpyBackend
 from qkit.outside import READERS, loss_outside
@@ -125,7 +126,7 @@ def unseen():
 @pytest.mark.parametrize("name", ["int2-g64", "int4-g64-absmax", "int4-g64-midmax", "mxfp4", "mxfp8-a16-even"])
 def test_another_grid_of_the_same_name_is_another_rule_on_the_same_layers(name):
     recipe = qkit.recipe(name)
-    (other,) = demo.another(recipe)
+    (other,) = another(recipe)
     assert other.name.startswith(f"{name}-")
     for one, two in zip(recipe.rules, other.rules, strict=True):
         assert (one.match, one.kind, one.activation) == (two.match, two.kind, two.activation)
@@ -135,7 +136,7 @@ def test_another_grid_of_the_same_name_is_another_rule_on_the_same_layers(name):
 
 
 def test_zero_points_and_nvfp4_have_no_other_rule():
-    assert demo.another(qkit.recipe("int4-g64-minmax")) == demo.another(qkit.recipe("nvfp4")) == ()
+    assert another(qkit.recipe("int4-g64-minmax")) == another(qkit.recipe("nvfp4")) == ()
 
 
 class CannotBuild(NumpyBackend):
