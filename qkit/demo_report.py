@@ -9,7 +9,7 @@ from qkit.recipe import Recipe
 from qkit.report.masters import newest_checkpoint
 from qkit.training.data import Tokens
 
-#: The scale rule of another tool, by the rule: see the numerics of `qkit.grid`. Zero points and nvfp4 have no other.
+#: The scale rule of another tool, by the rule. Zero points and nvfp4 have no other.
 ELSEWHERE = {
     "signed": "absmax",
     "absmax": "signed",
