@@ -1,33 +1,34 @@
 # `make demo` and `make test` need nothing but Python: each makes .venv first.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 export PYTHONHASHSEED = 0
 
 .PHONY: demo test test-all lint bench recipes clean
 
-demo: .venv/ready
+demo: $(VENV)/ready
 	$(BIN)/qkit demo
 
-test: .venv/ready lint
+test: $(VENV)/ready lint
 	$(BIN)/python -m pytest
 
 test-all: test
 	$(BIN)/qkit parity --all
 
-lint: .venv/ready
+lint: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/ready
+bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/parity.py
 
-recipes: .venv/ready
+recipes: $(VENV)/ready
 	$(BIN)/python recipes/generate.py
 
-.venv/ready: pyproject.toml constraints.txt hatch_build.py qkit/native/build.py qkit/native/kernels.c
-	$(PYTHON) -m venv .venv
+$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py qkit/native/build.py qkit/native/kernels.c
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@
 

@@ -12,7 +12,7 @@ from qkit.grid import Grid
 from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit.trainer import Distillation, Trainer
+from qkit.trainer import OFFSET_RATE, Distillation, Trainer
 
 if TYPE_CHECKING:
     from qkit.adapters.update import Update
@@ -228,8 +228,12 @@ class Backend(Protocol):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        offset_learning_rate: float = OFFSET_RATE,
     ) -> Any:
-        """The framework's AdamW over the model's trainable parameters, which writes quantized values as it steps, if it can."""
+        """The framework's AdamW over the model's trainable parameters, which writes quantized values as it steps, if it can.
+
+        `offset_learning_rate` is that of the parameters that `qkit.learned.is_offset` names.
+        """
         ...
 
     def trainer(
@@ -239,6 +243,7 @@ class Backend(Protocol):
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.999),
         clip: float = 1.0,
+        offset_ratio: float = 1.0,
         seed: int | None = None,
         autocast: bool = False,
         compiled: bool | None = None,
@@ -250,6 +255,7 @@ class Backend(Protocol):
 
         Args:
             clip: the largest norm of the gradient, over all parameters; infinity does not clip.
+            offset_ratio: the learning rate of what `qkit.learned.is_offset` names, as a multiple of a step's learning rate.
             seed: what the engine's random numbers begin from, for dropout; None leaves them as they are.
             autocast: bfloat16 products over float32 masters.
             compiled: whether steps are compiled; None is as the engine likes.

@@ -14,6 +14,7 @@ from qkit import artifact, pipeline
 from qkit.backend import Backend
 from qkit.coverage import coverage
 from qkit.demo_preset import PRESET, PRESETS, Preset, standard_library
+from qkit.demo_report import write_report
 from qkit.errors import BackendError
 from qkit.interop.compressed_tensors import layout
 from qkit.outside import losses_outside
@@ -25,7 +26,6 @@ from qkit.registry import recipe as find_recipe
 from qkit.training import Run, train_model
 from qkit.training.checkpoint import newest
 from qkit.training.curve import smooth
-from qkit.training.data import Tokens
 from qkit.training.folder import LOG, beside, read_log
 from qkit.training.run import FLOAT
 
@@ -45,6 +45,7 @@ class Result:
         float_loss, ptq_loss: of the float model, and of the same quantized without training.
         longer_float_loss, longer_ptq_loss: the same after the extra steps in float.
         qat_loss: of the float model after the extra steps on the grid, converted.
+        elsewhere: another grid of the same name, and the loss of the same trained weights on it; None where there is none.
         codes_equal, codes_compared: codes, scales and zero points that every engine makes from the trained weights, equal to
             those in the artifact, out of how many comparisons; `engines` names who took part.
         forward_difference: largest difference of a logit before and after `convert`.
@@ -60,6 +61,7 @@ class Result:
     longer_float_loss: float
     longer_ptq_loss: float
     qat_loss: float
+    elsewhere: tuple[str, float] | None
     engines: tuple[str, ...]
     codes_equal: int
     codes_compared: int
@@ -85,8 +87,9 @@ class Result:
 def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, preset: Preset | None = None) -> Result:
     """Trains a small Llama on the standard library's source, and takes it the whole way on `backend`.
 
-    Leaves in `folder`: `float/`, `quantized/` and `mlx/`, Hugging Face directories, and `result.json`. Whatever can go wrong with
-    the recipe or the engines does so before the training. `preset` is that of the engine, if left out.
+    Leaves in `folder`: `float/`, `quantized/` and `mlx/`, Hugging Face directories, `result.json`, and what `qkit compare` would
+    write of them, `report.html` and `report.json`. Whatever can go wrong with the recipe or the engines does so before the
+    training. `preset` is that of the engine, if left out.
 
     Raises:
         BackendError: the engine, or what it needs to build a Llama, is missing.
@@ -112,12 +115,10 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     (start / "config.json").write_text(json.dumps(preset.config, indent=2) + "\n")
     stage = partial(_train, engine, folder, text, preset, progress)
     curves = {"float": stage("float", "float", source="start", recipe=FLOAT)}
-    losses = {"float_loss": engine.loss(artifact.load(folder / "float", backend=engine), unseen)}
-    losses["ptq_loss"] = _quantized_loss(engine, folder / "float", grid_recipe, unseen)
     curves["float, longer"] = stage("float, longer", "longer", source="float", recipe=FLOAT)
-    losses["longer_float_loss"] = engine.loss(artifact.load(folder / "longer", backend=engine), unseen)
-    losses["longer_ptq_loss"] = _quantized_loss(engine, folder / "longer", grid_recipe, unseen)
     curves["QAT"] = stage("QAT", "quantized", source="float", recipe=recipe)
+    found = write_report(engine, folder, grid_recipe, unseen)
+    losses = {row.name: row.loss.value for row in found.rows}
     model = artifact.load(folder / "quantized", backend=engine)
 
     codes = {
@@ -131,8 +132,12 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         backend=engine.name,
         recipe=grid_recipe.name,
         parameters=sum(x.size for name, x in trained.state.items() if name.startswith("weights.")),
-        **losses,
-        qat_loss=engine.loss(model, unseen),
+        float_loss=losses["float"],
+        ptq_loss=losses["PTQ"],
+        longer_float_loss=losses["float, longer"],
+        longer_ptq_loss=losses["longer PTQ"],
+        qat_loss=losses["QAT"],
+        elsewhere=next(((row.grid, row.loss.value) for row in found.rows if row.name.startswith("QAT on")), None),
         engines=("numpy", engine.name, *(candidate.name for candidate in others)),
         codes_equal=equal,
         codes_compared=compared,
@@ -265,7 +270,3 @@ def _train(
 def _outcome(out: Path) -> dict[str, Any]:
     """What `qkit train` wrote last into the log of its run."""
     return read_log(beside(out) / LOG)[-1]
-
-
-def _quantized_loss(engine: Backend, folder: Path, recipe: Recipe, unseen: Tokens) -> float:
-    return engine.loss(pipeline.convert(artifact.load(folder, backend=engine), recipe), unseen)

@@ -60,8 +60,8 @@ def want_whole(layers: Iterable[Layer], verb: str) -> None:
     for layer in layers:
         if layer.sharded:
             way_out = (
-                "prepare the model first and shard it then"
-                if layer.stage == "float"
+                f"{verb} the model first and shard it then"
+                if layer.stage == "float" or verb == "adapt"
                 else "call whole = qkit.gather(model) in every process, and go on with the whole model in the one that gets it"
             )
             raise StageError(f"cannot {verb}: {layer.path} is sharded over processes; {way_out}")

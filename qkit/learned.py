@@ -21,12 +21,21 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import Codes, Floats
 
 NAMES = ("weight_scale", "weight_zero", "weight_offset")  #: of parameters; float32, shaped like the grid's scales
+OFFSETS = NAMES[1:]  #: those of them that are rounded to whole numbers
 FARTHEST = 255.0  #: an offset larger than this changes no code any more
 
 
 def is_learned(name: str) -> bool:
     """Whether the parameter called `name`, with or without its layer's path, is a range: no weight decay should pull at it."""
     return name.rpartition(".")[2] in NAMES
+
+
+def is_offset(name: str) -> bool:
+    """Whether the parameter called `name` counts whole codes or powers of two: a zero point, or an offset of exponents.
+
+    It changes no value before it has moved by a half, whatever the size of the weights: at their learning rate it never would.
+    """
+    return name.rpartition(".")[2] in OFFSETS
 
 
 def names(grid: Grid) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from qkit.recipe import Recipe, Rule
 from qkit.registry import backend as choose
 from qkit.registry import backend_of
 from qkit.registry import recipe as find_recipe
+from qkit.trainer import OFFSET_RATE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -205,6 +206,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    offset_lr: float = OFFSET_RATE,
     backend: str | Backend | None = None,
 ) -> Any:
     """AdamW (Loshchilov and Hutter, 2019) over the trainable parameters of `model`: an optimizer of its framework.
@@ -212,13 +214,18 @@ def adamw(
     On a GPU it updates the master weights of prepared layers and writes their quantized values in one kernel; elsewhere, and with
     any other optimizer, the values are made at the first use after a step.
 
+    `offset_lr` is the learning rate of learned zero points and exponent offsets, which count whole codes and powers of two: a
+    rate for weights would hardly move them. torch's schedulers scale it as they do `lr`; on MLX, give both a schedule.
+
     Raises:
         BackendError: no engine works on such a model, or the engine has no optimizer.
     """
     engine = surgeon(model, backend)
     if not hasattr(engine, "adamw"):
         raise BackendError(f"backend {engine.name!r} has no optimizer of its own: use one of {engine.framework}'s")
-    return engine.adamw(model, learning_rate=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return engine.adamw(
+        model, learning_rate=lr, betas=betas, eps=eps, weight_decay=weight_decay, offset_learning_rate=offset_lr
+    )
 
 
 def surgeon(model: Any, backend: str | Backend | None) -> Backend:

@@ -39,6 +39,16 @@ def net(dtype=torch.float32):
     return qkit.prepare(Net().to(dtype), RECIPE)
 
 
+def with_adapters():
+    return qkit.adapt(net(), qkit.Adapter(rank=2))
+
+
+def codes(model):
+    """Of what was prepared, by path."""
+    model, engine = qkit.convert(model), qkit.backend("torchao")
+    return {layer.path: engine.unpack(layer.module).codes for layer in engine.layers(model)}
+
+
 def shard(model, **options):
     for block in (model.first, model.second):
         fully_shard(block, **options)
@@ -90,10 +100,7 @@ def ends(model, losses):
         return {"losses": losses}
     masters = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     kind = type(whole).__name__
-    whole = qkit.convert(whole)
-    engine = qkit.backend("torchao")
-    codes = {layer.path: engine.unpack(layer.module).codes for layer in engine.layers(whole)}
-    return {"losses": losses, "masters": masters, "codes": codes, "kind": kind}
+    return {"losses": losses, "masters": masters, "codes": codes(whole), "kind": kind}
 
 
 def by_accelerate():
@@ -190,7 +197,15 @@ def run(rank, folder):
     with qkit.disabled(model):
         seen["disabled"] = model(batch(0)[0]).detach()
 
+    adapted, plain = shard(with_adapters()), shard(net())
+    losses = train(adapted, adam(adapted), rank)
+    whole = qkit.gather(adapted)
+    seen["adapted"] = {"losses": losses} | ({"codes": codes(qkit.merge(whole))} if whole is not None else {})
     seen["errors"] = {
+        "adapt": error(lambda: qkit.adapt(plain, qkit.Adapter(rank=2))),
+        "put": error(lambda: qkit.adapters.load(plain, f"{folder}/adapter")),
+        "merge": error(lambda: qkit.merge(adapted)),
+        "keep": error(lambda: qkit.adapters.save(adapted, f"{folder}/never")),
         "prepare": error(lambda: qkit.prepare(shard(Net()), RECIPE)),
         "convert": error(lambda: qkit.convert(model)),
         "save": error(lambda: qkit.save(model, f"{folder}/never")),

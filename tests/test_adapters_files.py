@@ -365,8 +365,8 @@ def test_a_configuration_of_mlx_lms_that_means_more_is_refused(tmp_path, changes
         load(tmp_path)
 
 
-def test_another_base_is_told_by_its_weights_type_and_grid(tmp_path):
-    name = ENGINES[0]
+@pytest.mark.parametrize("name", ENGINES)
+def test_another_base_is_told_by_its_weights_type_and_grid(tmp_path, name):
     adapters.save(adapted(name), tmp_path)
     with pytest.raises(
         qkit.ArtifactError, match=r"for another base: \S+ was trained with dtype float32, and the model's has bfloat16"

@@ -182,3 +182,28 @@ def test_training_in_inductors_graphs_is_that_of_eager(recipe, autocast):
             optimizer.zero_grad()
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
     torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=2**-6, atol=1e-5)  # sums in another order
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_resumed_trainer_draws_on_the_random_numbers_of_its_own_device():
+    """The model is on the second GPU, and the process has the first for its current one."""
+    engine = qkit.backend("torchao").on("cuda:1")
+
+    def trainer():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(32, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 32))
+        return engine.trainer(qkit.prepare(model.to("cuda:1"), "int4-g32"), weight_decay=0.0, seed=3)
+
+    tokens = [torch.arange(18).reshape(2, 9).numpy().astype("int32") % 32]
+    whole = trainer()
+    losses = [whole.step(tokens, learning_rate=1e-2) for _ in range(4)]
+    first = trainer()
+    for _ in range(2):
+        first.step(tokens, learning_rate=1e-2)
+    state = {name: array.copy() for name, array in first.state().items()}
+    torch.randn(100, device="cuda:0")
+    second = trainer()
+    torch.randn(100, device="cuda:1")
+    second.restore(state)
+    assert [second.step(tokens, learning_rate=1e-2) for _ in range(2)] == losses[2:]
+    assert len(set(losses)) == 4

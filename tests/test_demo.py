@@ -10,6 +10,7 @@ import pytest
 import qkit
 from qkit import demo, registry
 from qkit.cli.demo import _table
+from qkit.demo_report import another
 from qkit.hookspecs import hookimpl
 from qkit.numpy_backend import NumpyBackend
 from qkit.outside import READERS, loss_outside
@@ -43,6 +44,7 @@ def result(**losses: float) -> demo.Result:
             "qat_loss": 1.25,
             **losses,
         },
+        elsewhere=("int2-g64-absmax", 1.75),
         engines=("numpy",),
         codes_equal=1,
         codes_compared=1,
@@ -75,7 +77,19 @@ def test_the_demo_goes_the_whole_way(name, tmp_path):
         assert result.other_obstacle
     else:
         assert result.other_loss == pytest.approx(result.qat_loss, abs=1e-5)  # two libraries, two orders of summation
-    assert {entry.name for entry in tmp_path.iterdir()} == {"float", "quantized", "mlx", "result.json"}
+    left = {"float", "quantized", "mlx", "result.json", "report.html", "report.json"}
+    assert {entry.name for entry in tmp_path.iterdir()} == left
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows.keys() == {
+        *("float", "float, longer", "PTQ", "PTQ on int2-g64-absmax", "longer PTQ", "longer PTQ on int2-g64-absmax"),
+        *("QAT", "QAT on int2-g64-absmax"),
+    }
+    assert result.elsewhere == ("int2-g64-absmax", rows["QAT on int2-g64-absmax"]["loss"]["value"])
+    assert result.qat_loss == pytest.approx(qkit.backend(name).loss(reopened(tmp_path, name), unseen()), abs=1e-6)
+    equal, numbers = report["masters_equal"]
+    assert equal == numbers > 10_000
+    assert (tmp_path / "report.html").read_text().count('role="img"') == 4
     assert result.outside == pytest.approx(dict.fromkeys(("transformers", "mlx-lm"), result.qat_loss), abs=1e-5)
     assert json.loads((tmp_path / "result.json").read_text())["backend"] == name
     pytest.importorskip("matplotlib")
@@ -99,6 +113,30 @@ def test_a_recipe_that_does_not_fit_fails_before_the_training(name, tmp_path, ol
         demo.run(backend=name, recipe=str(file), folder=folder, progress=lambda *step: seen.append(step), preset=TINY)
     assert not seen
     assert not folder.exists()
+
+
+def reopened(folder, name):
+    return qkit.load(folder / "quantized", backend=name)
+
+
+def unseen():
+    return demo.standard_library(TINY)[1]
+
+
+@pytest.mark.parametrize("name", ["int2-g64", "int4-g64-absmax", "int4-g64-midmax", "mxfp4", "mxfp8-a16-even"])
+def test_another_grid_of_the_same_name_is_another_rule_on_the_same_layers(name):
+    recipe = qkit.recipe(name)
+    (other,) = another(recipe)
+    assert other.name.startswith(f"{name}-")
+    for one, two in zip(recipe.rules, other.rules, strict=True):
+        assert (one.match, one.kind, one.activation) == (two.match, two.kind, two.activation)
+        if one.weight:
+            assert (one.weight.element, one.weight.group) == (two.weight.element, two.weight.group)
+            assert one.weight.scale != two.weight.scale
+
+
+def test_zero_points_and_nvfp4_have_no_other_rule():
+    assert another(qkit.recipe("int4-g64-minmax")) == another(qkit.recipe("nvfp4")) == ()
 
 
 class CannotBuild(NumpyBackend):

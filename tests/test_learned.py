@@ -197,9 +197,9 @@ class Torch:
     def parameters(self):
         return dict(self.model.named_parameters())
 
-    def train(self, x, y, steps, *, lr=2e-3, weight_decay=0.0):
+    def train(self, x, y, steps, *, lr=2e-3, **options):
         x, y = self.be.from_numpy(x), self.be.from_numpy(y)
-        optimizer = qkit.adamw(self.model, lr=lr, weight_decay=weight_decay)
+        optimizer = qkit.adamw(self.model, lr=lr, **{"weight_decay": 0.0, **options})
         for _ in range(steps):
             loss = (self.model(x) - y).square().mean()
             optimizer.zero_grad()
@@ -227,9 +227,9 @@ class Mlx:
 
         return dict(tree_flatten(self.model.trainable_parameters()))
 
-    def train(self, x, y, steps, *, lr=2e-3, weight_decay=0.0):
+    def train(self, x, y, steps, *, lr=2e-3, **options):
         x, y = self.mx.array(x), self.mx.array(y)
-        optimizer = qkit.adamw(self.model, lr=lr, weight_decay=weight_decay)
+        optimizer = qkit.adamw(self.model, lr=lr, **{"weight_decay": 0.0, **options})
 
         def loss():
             return (self.model(x) - y).square().mean()
@@ -303,6 +303,63 @@ def test_learning_scales_helps_at_two_bits(make):
         losses[scales] = one.train(x, y, 300)
     print(make.__name__, losses)
     assert losses["learned"] < 0.9 * losses["rule"]
+
+
+OFFSETS = [(Grid("int2", 32, "minmax"), "weight_zero"), (Grid("e2m1", 32), "weight_offset")]
+
+
+@pytest.mark.parametrize(("grid", "name"), OFFSETS, ids=["zero points", "exponents"])
+def test_offsets_have_a_rate_of_their_own_and_change_codes(make, grid, name):
+    """Under a rate for weights they stay within a hundredth, and no code is another for them; under their own some are."""
+    x, y = data()
+    codes = {}
+    for rate in (1e-5, None):
+        one = make()
+        one.model = qkit.prepare(one.model, recipe(grid))
+        before = ranges(one, name)
+        one.train(x, y, 100, lr=1e-5, **({} if rate is None else {"offset_lr": rate}))
+        after, w = ranges(one, name), one.be.to_numpy(layer(one, 0).weight)
+        p = {key: ranges(one, key) for key in learned.names(grid)}
+        codes[rate] = [learned.quantize(w, grid, {**p, name: x}).codes for x in (after, before)]
+        furthest = np.abs(after - before).max()
+        assert furthest < 0.01 if rate else furthest > 0.5
+    assert (codes[1e-5][0] == codes[1e-5][1]).all()
+    assert (codes[None][0] != codes[None][1]).any()
+
+
+def ranges(one, name):
+    """The parameter called `name` of the first layer, copied."""
+    return np.array(next(one.be.to_numpy(a) for key, a in one.be.tensors(one.model).items() if key.endswith(name)))
+
+
+def test_a_rate_of_offsets_moves_nothing_but_offsets(make):
+    """The first step of AdamW is a rate long, whatever the gradient."""
+    x, y = data()
+    grown = []
+    for rate in (0.0, 0.25):
+        one = make()
+        one.model = qkit.prepare(one.model, recipe(Grid("int3", 32, "minmax")))
+        before = {name: np.array(one.be.to_numpy(a)) for name, a in one.parameters().items()}
+        one.train(x, y, 1, lr=1e-3, offset_lr=rate)
+        grown.append({name: one.be.to_numpy(a) - before[name] for name, a in one.parameters().items()})
+    for name, still in grown[0].items():
+        if learned.is_offset(name):
+            assert not still.any()
+            moved = np.abs(grown[1][name])
+            assert moved.any()
+            assert np.allclose(moved[moved > 0], 0.25, rtol=1e-2)  # eps beside the gradient
+        else:
+            assert still.any()
+            assert (still == grown[1][name]).all()
+
+
+def test_mlx_takes_schedules_for_both_rates():
+    mx = pytest.importorskip("mlx.core")
+    one, (x, y) = Mlx(), data()
+    one.model = qkit.prepare(one.model, recipe(Grid("e2m1", 32)))
+    one.train(x, y, 3, lr=lambda step: mx.array(1e-3), offset_lr=lambda step: 0.125 * (step == 1).astype(mx.float32))
+    moved = np.abs(ranges(one, "weight_offset"))
+    assert 0 < moved.max() < 0.25  # one step of the three
 
 
 def test_weight_decay_does_not_pull_at_ranges(make):

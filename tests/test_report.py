@@ -304,7 +304,7 @@ class Tags(HTMLParser):
 
 
 def a_page(place, found, **changes):
-    source = about("qkit compare", backend="torchao", device="cpu", files=[place / "text"], tokens=len(TEXT))
+    source = about("qkit compare", backend="torchao", device="cpu", files=["text"], tokens_per_byte=1.0)
     return page(found, replace(source, **changes), title="A title")
 
 
@@ -342,7 +342,7 @@ def test_what_comes_from_outside_is_escaped(made, found):
     dirty = replace(found, rows=(row, *found.rows[1:]), trained=(layer, *found.trained[1:]), masters=evil)
     text = a_page(made[1], dirty, command=evil, files=(evil,), device=evil) + page(
         replace(found, recipe=evil),
-        about(evil, backend=evil, device="", files=[made[1] / "text"], tokens=1),
+        about(evil, backend=evil, device="", files=["text"], tokens_per_byte=1.0),
         title=evil,
     )
     assert "<script" not in text

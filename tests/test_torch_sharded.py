@@ -11,7 +11,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 import processes  # noqa: E402
-from processes import GRID, adam, batch, net, ours, train  # noqa: E402
+from processes import GRID, adam, batch, codes, net, ours, train, with_adapters  # noqa: E402
 
 import qkit  # noqa: E402
 
@@ -65,9 +65,9 @@ def test_losses_are_those_of_one_process(seen, case):
 @pytest.mark.parametrize("case", ALONE)
 def test_codes_are_those_of_the_gathered_masters(seen, case):
     _want(seen, case)
-    masters, codes = seen[0][case]["masters"], seen[0][case]["codes"]
-    assert codes.keys() == {"tokens", "first.0", "second.0"}
-    for path, mine in codes.items():
+    masters, found = seen[0][case]["masters"], seen[0][case]["codes"]
+    assert found.keys() == {"tokens", "first.0", "second.0"}
+    for path, mine in found.items():
         assert torch.equal(mine, qkit.quantize(masters[f"{path}.weight"], GRID).codes)
     assert seen[0][case]["kind"] == "Net"
     assert ("codes" in seen[1][case]) == (case == "DDP")  # every process has the whole model there
@@ -82,6 +82,17 @@ def test_the_artifact_of_shards_has_the_bytes_of_the_whole_models(seen, folder, 
     assert files == sorted(file.name for file in sharded.iterdir())
     for name in files:
         assert (alone / name).read_bytes() == (sharded / name).read_bytes()
+
+
+def test_adapters_that_are_sharded_train_and_merge_as_in_one_process(seen):
+    model = with_adapters()
+    want = train(model, adam(model))
+    assert all(one["adapted"]["losses"] == pytest.approx(want, rel=NEAR) for one in seen)
+    assert want[0] != pytest.approx(want[-1], rel=NEAR)
+    alone, sharded = codes(qkit.merge(model)), seen[0]["adapted"]["codes"]
+    assert alone.keys() == sharded.keys()
+    equal = torch.cat([(alone[path] == sharded[path]).flatten() for path in alone]).double().mean()
+    assert equal > 0.999  # halves of the batch are summed in another order
 
 
 def test_nothing_of_the_size_of_a_weight_is_kept_for_backward(seen):
@@ -109,6 +120,10 @@ def test_a_sharded_model_is_switched_off(seen):
         ("prepare", "cannot prepare: tokens is sharded over processes; prepare the model first"),
         ("convert", "cannot convert: tokens is sharded over processes; call whole = qkit.gather"),
         ("save", "cannot save: tokens is sharded over processes; call whole = qkit.gather"),
+        ("adapt", "cannot adapt: tokens is sharded over processes; adapt the model first and shard it then"),
+        ("put", "cannot adapt: tokens is sharded over processes; adapt the model first and shard it then"),
+        ("merge", "cannot merge: tokens is sharded over processes; call whole = qkit.gather"),
+        ("keep", "cannot save: first.0 is sharded over processes; call whole = qkit.gather"),
         ("rounded", "FSDP rounds masters from float32 to bfloat16 .* leave param_dtype out"),
     ],
 )

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from training import ENGINES, folder
+from safetensors.numpy import load_file
+from training import ENGINES, folder, small
 
+import qkit as api
 from qkit.checkpoint import swap
 from qkit.training.folder import beside
 
@@ -27,7 +29,11 @@ SHORT = (
 
 
 def qkit(*arguments, cwd):
-    command = [sys.executable, "-c", "from qkit.cli import main; main()", "train", *map(str, arguments)]
+    return run("train", *arguments, cwd=cwd)
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-c", "from qkit.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, cwd=cwd)
 
 
@@ -96,6 +102,71 @@ def test_a_failure_is_one_line_and_a_code(tmp_path, arguments, code, message):
     assert done.returncode == code
     assert message in done.stderr
     assert not (path / "out.run").exists()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_teacher_writes_its_logits_once_and_students_of_any_engine_learn_from_them(tmp_path, name):
+    """All 256 of them, so that a student that learns from the teacher itself has the same losses."""
+    path, other = folder(tmp_path), ENGINES[::-1][ENGINES.index(name)]
+    api.save(small(name, rms_norm_eps=0.5), path / "teacher", backend=name)
+    more = ("--length", "16", "--backend", name)
+    done = run("teach", "teacher", "top.safetensors", "--data", "*.txt", "--top", "256", *more, cwd=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "top.safetensors: the 256 largest logits at every place, for sequences of 16" in done.stdout
+    losses = {}
+    for teacher, engine in (("top.safetensors", other), ("teacher", name), (None, name)):
+        told = ("--set", f"distillation.teacher={teacher}") if teacher else ()
+        out = ("model", f"out-{teacher}", "-r", "int4-g32", "--data", "*.txt", *SHORT[:-1], engine)
+        done = qkit(*out, *told, "--json", cwd=path)
+        assert done.returncode == 0, done.stderr
+        losses[teacher] = [e["loss"] for e in map(json.loads, done.stdout.splitlines()) if e["event"] == "step"]
+    assert losses["top.safetensors"] == pytest.approx(losses["teacher"], rel=1e-4)  # another engine's products
+    assert losses["teacher"] != pytest.approx(losses[None], rel=1e-2)
+
+
+def test_a_run_file_says_who_teaches_and_a_few_logits_are_few_bytes(tmp_path):
+    path = folder(tmp_path)
+    (path / "run.toml").write_text(
+        'model = "model"\nout = "out"\ndata = "text.txt"\nlength = 16\n[distillation]\nteacher = "model"\n'
+    )
+    done = run("teach", "run.toml", "few.safetensors", "--top", "3", "--backend", ENGINES[0], cwd=path)
+    assert done.returncode == 0, done.stderr
+    few = load_file(path / "few.safetensors")
+    assert few["logits"].shape == few["tokens"].shape == (*few["logits"].shape[:2], 3)
+    assert (few["logits"][..., :-1] >= few["logits"][..., 1:]).all()
+    done = qkit(
+        "run.toml", *SHORT, "-r", "int8-g32", "--set", "distillation.teacher=few.safetensors", "--json", cwd=path
+    )
+    assert done.returncode == 0, done.stderr
+    first = next(e["loss"] for e in map(json.loads, done.stdout.splitlines()) if e["event"] == "step")
+    assert first < 1e-3  # the student is the teacher, in 8 bits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "text.txt", "--top", "300"), "top is 300: the teacher has 256 logits"),
+        (("--data", "none.txt"), "'none.txt' stands for no file"),
+        ((), "data is missing"),
+        (("--data", "text.txt", "--backend", "numpy"), "'numpy' cannot train"),
+        (("--data", "text.txt", "--length", "9999"), "length is 9999, and the model has positions for 128"),
+    ],
+)
+def test_teaching_is_refused_by_name_and_leaves_nothing(tmp_path, arguments, message):
+    path = folder(tmp_path)
+    done = run("teach", "model", "top.safetensors", "--length", "16", *arguments, cwd=path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert message in done.stderr
+    assert {entry.name for entry in path.iterdir()} == {"model", "text.txt"}
+
+
+def test_a_file_of_logits_is_never_overwritten(tmp_path):
+    path = folder(tmp_path)
+    (path / "top.safetensors").write_text("mine")
+    done = run("teach", "model", "top.safetensors", "--data", "text.txt", "--length", "16", cwd=path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "top.safetensors is there already: remove it, or choose another name" in done.stderr
+    assert (path / "top.safetensors").read_text() == "mine"
 
 
 def test_a_second_run_in_one_folder_exits_with_4(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from training import ENGINES, folder, small, table
 
 import qkit
@@ -16,7 +16,7 @@ from qkit.training import run_from_table, teach, train_model
 from qkit.training.data import sequences, split
 from qkit.training.folder import LOG, beside, read_log
 from qkit.training.model import masters
-from qkit.training.teacher import write_top
+from qkit.training.teacher import KEY, write_top
 from qkit.training.text import read_text
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
@@ -152,8 +152,20 @@ def test_a_file_of_logits_of_another_text_is_refused(tmp_path):
         train(path, distillation={"teacher": str(path / "top.safetensors")})
     with pytest.raises(qkit.ArtifactError, match="is no file of a teacher's logits"):
         train(path, distillation={"teacher": str(path / "model" / "model.safetensors")})
-    with pytest.raises(qkit.RunError, match="names no directory as"):
+    with pytest.raises(qkit.RunError, match=r"distillation\.teacher is not there: name the directory"):
         teach(run_from_table(table(path)), path / "more.safetensors", top=2)
+    own = split(
+        sequences(
+            read_text([str(path / "text.txt")], folder=path, config={"vocab_size": 256}).tokens, length=16, name=""
+        )
+    )
+    wider = {
+        "logits": np.zeros((len(own[0]), 16, 1), np.float32),
+        "tokens": np.full((len(own[0]), 16, 1), 256, np.int32),
+    }
+    save_file(wider, path / "wider.safetensors", metadata={KEY: own[0].digest()})
+    with pytest.raises(qkit.RunError, match="has logits of token 256, and the model a vocabulary of 256"):
+        train(path, distillation={"teacher": str(path / "wider.safetensors")})
     with pytest.raises(qkit.RunError, match="top is 300: the teacher has 256 logits"):
         write_top(engine, qkit.load(path / "model", backend=engine), data, path / "more.safetensors", k=300)
 
@@ -176,6 +188,39 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, changes, erro
     with pytest.raises(error, match=message):
         train(path, **changes)
     assert {entry.name for entry in path.iterdir()} == {"model", "text.txt"}
+
+
+def words(size):
+    """A tokenizer.json of so many words, w0 and so on."""
+    model = {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(size)}, "unk_token": "w0"}
+    whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    return json.dumps(whole | dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder")))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"text.txt": "short"}, r"text\.txt has 5 tokens, less than one sequence of 17: give more text, or a shorter"),
+        ({"text.txt": ""}, r"text\.txt is empty: leave it out, or fill it"),
+        ({"model/tokenizer.model": "x"}, r"tokenizer\.model is no tokenizer that qkit opens: let transformers save it"),
+        ({"model/tokenizer.json": "{}"}, r"tokenizer\.json: not a tokenizer that tokenizers opens"),
+        (
+            {"model/tokenizer.json": words(300), "text.txt": "w1 w299 " * 99},
+            r"the text has token 299, and the model a vocabulary of 256: the tokenizer is of another",
+        ),
+    ],
+    ids=["short", "empty", "unknown tokenizer", "broken tokenizer", "vocabulary"],
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_text_that_cannot_be_trained_on_is_refused_and_leaves_nothing(tmp_path, name, texts, message):
+    pytest.importorskip("tokenizers")
+    path = folder(tmp_path)
+    for file, content in texts.items():
+        (path / file).write_text(content)
+    before = sorted(path.rglob("*"))
+    with pytest.raises(qkit.RunError, match=message):
+        train(path, backend=name)
+    assert sorted(path.rglob("*")) == before
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):

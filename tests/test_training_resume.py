@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from training import ENGINES, folder, table
 
 import qkit
+from qkit import learned
 from qkit.checkpoint import swap
 from qkit.interop import snapshot
 from qkit.interop.packed import unpack
@@ -107,23 +108,56 @@ def test_a_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, name):
 SCHEDULED = {"recipe": "int4-g32", "quantization": {"interval": 3, "ramp": [[5, "int8-g32"]]}, "checkpoint_every": 6}
 
 
-@pytest.mark.parametrize(
-    "changes", [SCHEDULED, {"recipe": "LEARNED", "checkpoint_every": 6}], ids=["scheduled", "learned"]
-)
+LEARNED = [("int3", "signed"), ("int2", "minmax"), ("e2m1", "rceil")]
+
+
+def learning(path, element, scale):
+    """A file with a recipe that learns its ranges."""
+    grid = f'schema = 1\n[grids.w]\nelement = "{element}"\ngroup = 32\nscale = "{scale}"\n'
+    rules = '[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\nweight = "w"\nscales = "learned"\n'
+    (path / "mine.toml").write_text(grid + rules)
+    return str(path / "mine.toml")
+
+
+@pytest.mark.parametrize("changes", [SCHEDULED, *LEARNED], ids=["scheduled", "scales", "zero points", "exponents"])
 @pytest.mark.parametrize("name", ENGINES)
-def test_schedules_and_learned_scales_are_resumed(tmp_path, name, changes):
+def test_schedules_and_learned_ranges_are_resumed(tmp_path, name, changes):
     """Stopped at step 6, which ends on a refresh and on the second recipe."""
     path = folder(tmp_path)
-    mine = tmp_path / "mine.toml"
-    text = 'schema = 1\n[grids.w]\nelement = "int3"\ngroup = 32\n[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\n'
-    mine.write_text(text + 'weight = "w"\nscales = "learned"\n')
-    changes = {**changes, "recipe": str(mine) if changes["recipe"] == "LEARNED" else changes["recipe"]}
+    if isinstance(changes, tuple):
+        changes = {"recipe": learning(path, *changes), "checkpoint_every": 6, "offset_learning_rate": 0.2}
     run = {"backend": name, "learning_rate": 1e-2, **changes}
     train(path, **run, out=str(path / "whole"))
     with stopping(6) as tell:
         train_model(run_from_table(table(path, **run)), tell=tell)
     train(path, **run)
     assert same_run(path / "out", path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("grid", "parameter", "rate"), [(LEARNED[1], "weight_zero", 1e-3), (LEARNED[2], "weight_offset", 1e-5)]
+)
+@pytest.mark.parametrize("name", ENGINES)
+def test_zero_points_and_exponents_change_codes_in_a_short_run(tmp_path, name, grid, parameter, rate):
+    """A zero point has a gradient where values are clipped, so that scales have to move first. Against those it began with."""
+    path = folder(tmp_path)
+    run = {"backend": name, "recipe": learning(path, *grid), "steps": 60, "learning_rate": rate}
+    train(path, **run, offset_learning_rate=0, out=str(path / "still"))
+    train(path, **run)
+    first, state = load_file(last(path / "still")), load_file(last(path / "out"))
+    places = [key for key in state if key.startswith("weights.") and key.endswith(parameter)]
+    assert len(places) == 14
+    changed, packed = 0, codes_of(path / "out")
+    for key in places:
+        layer, law = key.rpartition(".")[0], qkit.Grid(grid[0], 32, grid[1])
+        ranges = {one: state[f"{layer}.{one}"] for one in learned.names(law)}
+        codes, others = (
+            learned.quantize(state[f"{layer}.weight"], law, {**ranges, parameter: it[key]}).codes
+            for it in (state, first)
+        )
+        assert (codes == packed[layer.removeprefix("weights.")]).all()
+        changed += int((codes != others).sum())
+    assert changed > 0
 
 
 def codes_of(out):
@@ -169,9 +203,10 @@ def interrupted(path, **changes):
         ({"quantization": {"start": 4}}, r"is of a run with quantization = .*'start': 1.* and now it is .*'start': 4"),
     ],
 )
-def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes, message):
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes, message, name):
     path = folder(tmp_path)
-    interrupted(path)
+    interrupted(path, backend=name)
     before = files(beside(path / "out"))
     if changes.get("model") == "other":
         (path / "second").mkdir()
@@ -182,7 +217,7 @@ def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes
         (path / "other.txt").write_text("other " * 500)
         changes = {"data": [str(path / "other.txt")]}
     with pytest.raises(qkit.RunError, match=message):
-        train(path, **changes)
+        train(path, **{"backend": name, **changes})
     assert files(beside(path / "out")) == before
 
 
@@ -204,10 +239,11 @@ def test_what_does_not_change_the_training_may_change(tmp_path):
     assert len(losses(path / "out")) == 12
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_the_last_good_checkpoint(tmp_path, name):
     path = folder(tmp_path)
     with pytest.raises(qkit.DivergedError, match=r"at step \d+: lower .*; the last good checkpoint is .*0001\.safe"):
-        train(path, learning_rate=1e38, checkpoint_every=1, schedule="constant", warmup=0.99)
+        train(path, backend=name, learning_rate=1e38, checkpoint_every=1, schedule="constant", warmup=0.99)
     kept = load_file(last(path / "out"))
     assert all(np.isfinite(kept[key]).all() for key in kept if key.startswith("weights."))
 
@@ -272,6 +308,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(full_disk):
     assert checkpoint.newest(full_disk).step == 2
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_there_is_room(tmp_path, full_disk, name):
+    """Three checkpoints of 0.4 MB are one too many."""
+    path = folder(tmp_path)
+    out = full_disk / "out"
+    with pytest.raises(OSError, match=r"No space left .*checkpoint-00000012"):
+        train(path, backend=name, out=str(out))
+    assert checkpoint.newest(beside(out)).step == 10
+    assert not out.exists()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(full_disk)], check=True)
+    train(path, backend=name, out=str(out))
+    train(path, backend=name, out=str(path / "whole"))
+    assert same_run(out, path / "whole")
+
+
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path):
     file = checkpoint.write(tmp_path, state(1), about={})
     file.write_bytes(file.read_bytes()[:-1])
@@ -279,14 +330,15 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path):
         checkpoint.newest(tmp_path)
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, name):
     path = folder(tmp_path)
     monkeypatch.setattr(swap, "PATIENCE", 0.1)
 
     def second(event):
         if event["step"] == 3:
             with pytest.raises(qkit.LockedError, match=r"out\.run.*held by another process"):
-                train(path)
+                train(path, backend=name)
 
-    train_model(run_from_table(table(path)), tell=second)
+    train_model(run_from_table(table(path, backend=name)), tell=second)
     assert not (beside(path / "out") / "lock").exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import qkit
+from qkit.trainer import OFFSET_RATE
 from qkit.training import Schedule, read_run, run_from_table
 from qkit.training.run import run_table
 
@@ -14,6 +15,7 @@ LEAST = {"model": "m", "out": "o", "data": ["a.txt"]}
 def test_the_defaults_of_the_field():
     run = run_from_table(LEAST)
     assert (run.learning_rate, run.warmup, run.schedule, run.weight_decay) == (1e-5, 0.03, "linear", 0.0)
+    assert run.offset_learning_rate == OFFSET_RATE
     assert (run.betas, run.dtype, run.steps, run.quantization) == ((0.9, 0.999), "float32", None, Schedule())
 
 
@@ -45,6 +47,8 @@ def test_a_run_and_its_table_are_inverse():
         ({"seed": True}, "seed is True: want a whole number"),
         ({"learning_rate": 0}, "learning_rate is 0: want a number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"offset_learning_rate": -1}, "offset_learning_rate is -1: want a number from 0 on"),
+        ({"offset_learning_rate": float("inf")}, "offset_learning_rate is inf: want a number from 0 on"),
         ({"warmup": 1.5}, r"warmup is 1\.5: want a share below 1, or a whole number of steps"),
         ({"schedule": "line"}, "schedule is 'line': want one of linear, cosine, constant"),
         ({"betas": [0.9]}, r"betas is \(0\.9,\): want two numbers"),

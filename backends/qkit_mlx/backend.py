@@ -16,7 +16,7 @@ from qkit.grid import Grid
 from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit.trainer import Distillation, Trainer
+from qkit.trainer import OFFSET_RATE, Distillation, Trainer
 from qkit_mlx import adapters, learned, native, ops, surgery, training
 from qkit_mlx.adamw import AdamW
 from qkit_mlx.deployed import deploy_embedding, deploy_linear
@@ -230,9 +230,16 @@ class MlxBackend:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        offset_learning_rate: float = OFFSET_RATE,
     ) -> AdamW:
         """See `Backend.adamw`; for `optimizer.update(model, gradients)`. A rate may also be one of MLX's schedules."""
-        optimizer = AdamW(learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        optimizer = AdamW(
+            learning_rate=learning_rate,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            offset_learning_rate=offset_learning_rate,
+        )
         optimizer.init(model.trainable_parameters())
         return optimizer
 
@@ -243,6 +250,7 @@ class MlxBackend:
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.999),
         clip: float = 1.0,
+        offset_ratio: float = 1.0,
         seed: int | None = None,
         autocast: bool = False,
         compiled: bool | None = None,
@@ -257,6 +265,7 @@ class MlxBackend:
             weight_decay=weight_decay,
             betas=betas,
             clip=clip,
+            offset_ratio=offset_ratio,
             seed=seed,
             autocast=autocast,
             compiled=compiled,

@@ -31,6 +31,7 @@ class MlxTrainer:
         weight_decay: float,
         betas: tuple[float, float],
         clip: float,
+        offset_ratio: float,
         seed: int | None,
         autocast: bool,
         compiled: bool | None,
@@ -45,6 +46,7 @@ class MlxTrainer:
         if seed is not None:
             mx.random.seed(seed)
         self.engine, self.model, self.clip, self.steps = engine, model, clip, 0
+        self.offset_ratio = offset_ratio
         self.distillation, self.teacher, self.compiled = distillation, teacher, compiled is not False
         self.optimizer = _optimizer(model, betas=betas, weight_decay=weight_decay)
         self._compile()
@@ -55,6 +57,7 @@ class MlxTrainer:
         """See `qkit.trainer.Trainer.step`."""
         self.model.train()
         self.optimizer.learning_rate = learning_rate
+        self.optimizer.offset_learning_rate = learning_rate * self.offset_ratio
         count = mx.array(float(sum(tokens[:, 1:].size for tokens in batches)))
         total, gradients = mx.array(0.0), None
         for i, tokens in enumerate(batches):
@@ -136,7 +139,7 @@ class _Optimizer(AdamW):
 
 
 def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> AdamW:
-    made = _Optimizer(learning_rate=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay)
+    made = _Optimizer(learning_rate=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, offset_learning_rate=0.0)
     made.init(model.trainable_parameters())
     return made
 

@@ -16,7 +16,7 @@ from qkit.grid import Grid
 from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
-from qkit.trainer import Distillation, Trainer
+from qkit.trainer import OFFSET_RATE, Distillation, Trainer
 from qkit_torchao import adapters, fused, learned, ops, packed, sharding, straight_through, surgery, training
 from qkit_torchao.optimizer import AdamW
 
@@ -242,9 +242,10 @@ class TorchaoBackend:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        offset_learning_rate: float = OFFSET_RATE,
     ) -> AdamW:
         """See `Backend.adamw`."""
-        groups = training.groups(model, weight_decay=weight_decay)
+        groups = training.groups(model, weight_decay=weight_decay, offset_learning_rate=offset_learning_rate)
         return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def trainer(
@@ -254,6 +255,7 @@ class TorchaoBackend:
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.999),
         clip: float = 1.0,
+        offset_ratio: float = 1.0,
         seed: int | None = None,
         autocast: bool = False,
         compiled: bool | None = None,
@@ -268,6 +270,7 @@ class TorchaoBackend:
             weight_decay=weight_decay,
             betas=betas,
             clip=clip,
+            offset_ratio=offset_ratio,
             seed=seed,
             autocast=autocast,
             compiled=compiled,

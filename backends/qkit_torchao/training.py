@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qkit.backend import Backend
 from qkit.errors import ArtifactError, BackendError
-from qkit.learned import is_learned
+from qkit.learned import is_learned, is_offset
 from qkit.trainer import Distillation, TopLogits
 from qkit_torchao.optimizer import AdamW
 
@@ -31,6 +31,7 @@ class TorchTrainer:
         weight_decay: float,
         betas: tuple[float, float],
         clip: float,
+        offset_ratio: float,
         seed: int | None,
         autocast: bool,
         compiled: bool | None,
@@ -45,7 +46,7 @@ class TorchTrainer:
         self.engine, self.model, self.clip, self.autocast = engine, model, clip, autocast
         self.distillation, self.teacher, self.steps = distillation, teacher, 0
         self._trained = {name: x for name, x in engine.tensors(model).items() if x.requires_grad}
-        self.optimizer = _optimizer(self._trained, betas=betas, weight_decay=weight_decay)
+        self.optimizer = _optimizer(self._trained, betas=betas, weight_decay=weight_decay, offset_ratio=offset_ratio)
         self._objective: Any = torch.compile(_objective, dynamic=False) if compiled else _objective
 
     def step(
@@ -53,7 +54,7 @@ class TorchTrainer:
     ) -> float:
         """See `qkit.trainer.Trainer.step`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         if not self.model.training:
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -91,7 +92,7 @@ class TorchTrainer:
             for moment, key in MOMENTS.items():
                 found[f"{moment}.{name}"] = known[key] if known else torch.zeros_like(parameter)
         arrays = {name: self.engine.to_numpy(x) for name, x in found.items()}
-        return {**arrays, **_random_state(), "steps": np.array(self.steps, np.int64)}
+        return {**arrays, **_random_state(_device(self.model)), "steps": np.array(self.steps, np.int64)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `qkit.trainer.Trainer.restore`."""
@@ -106,15 +107,19 @@ class TorchTrainer:
         self.optimizer.load_state_dict(
             self.optimizer.state_dict()
         )  # weights may share one counter, as the optimizer likes
-        _set_random_state(state)
+        _set_random_state(state, _device(self.model))
 
 
-def groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained of `model`, for an optimizer; learned ranges, which must not decay, in a group of their own."""
+def groups(model: nn.Module, *, weight_decay: float, offset_learning_rate: float) -> list[dict[str, Any]]:
+    """What is trained of `model`, for an optimizer; learned ranges must not decay, and offsets have their own rate."""
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    ranges = [one for name, one in trained.items() if is_learned(name)]
-    others = [one for name, one in trained.items() if not is_learned(name)]
-    made = [{"params": others, "weight_decay": weight_decay}, {"params": ranges, "weight_decay": 0.0}]
+    offsets = [one for name, one in trained.items() if is_offset(name)]
+    scales = [one for name, one in trained.items() if is_learned(name) and not is_offset(name)]
+    made: list[dict[str, Any]] = [
+        {"params": [one for name, one in trained.items() if not is_learned(name)], "weight_decay": weight_decay},
+        {"params": scales, "weight_decay": 0.0},
+        {"params": offsets, "weight_decay": 0.0, "lr": offset_learning_rate},
+    ]
     return [group for group in made if group["params"]]
 
 
@@ -162,19 +167,23 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
-    device = next(model.parameters()).device
-    return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(_device(model))
 
 
-def _optimizer(parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float) -> AdamW:
-    decays = {name: one.dim() > 1 and not is_learned(name) for name, one in parameters.items()}
-    groups = [
-        {"params": [one for name, one in parameters.items() if decays[name]], "weight_decay": weight_decay},
-        {"params": [one for name, one in parameters.items() if not decays[name]], "weight_decay": 0.0},
-    ]
-    return AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay
-    )
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _optimizer(
+    parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float, offset_ratio: float
+) -> AdamW:
+    """With groups that name, as `ratio`, what multiple of a step's learning rate they are stepped by."""
+    kinds: dict[tuple[float, float], list[Tensor]] = {(weight_decay, 1.0): [], (0.0, 1.0): [], (0.0, offset_ratio): []}
+    for name, one in parameters.items():
+        decay = weight_decay if one.dim() > 1 and not is_learned(name) else 0.0
+        kinds[decay, offset_ratio if is_offset(name) else 1.0].append(one)
+    groups = [{"params": ones, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ones in kinds.items() if ones]
+    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay)
 
 
 def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: Tensor) -> NDArray[Any]:
@@ -195,18 +204,19 @@ def _recompute(model: nn.Module) -> None:
     enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
 
 
-def _random_state() -> dict[str, NDArray[Any]]:
+def _random_state(device: torch.device) -> dict[str, NDArray[Any]]:
+    """The states of the random numbers of the CPU and, if it is another, of `device`, whichever the process has for its own."""
     states = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["rng.torch.cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["rng.torch.cuda"] = torch.cuda.get_rng_state(device)
     return {name: x.numpy() for name, x in states.items()}
 
 
-def _set_random_state(state: Mapping[str, NDArray[Any]]) -> None:
+def _set_random_state(state: Mapping[str, NDArray[Any]], device: torch.device) -> None:
     if "rng.torch" in state:
         torch.set_rng_state(torch.from_numpy(np.array(state["rng.torch"])))
-    if "rng.torch.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.from_numpy(np.array(state["rng.torch.cuda"])))
+    if "rng.torch.cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(torch.from_numpy(np.array(state["rng.torch.cuda"])), device)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _hook: Any = None
 
 
 def state(weight: Tensor) -> tuple[Any, ...]:
-    """The state of `weight`: version, address, type, device, all optimizers' steps unless it is frozen; last, the graph captured."""
+    """The state of `weight`: version, address, type, device, all optimizers' steps unless frozen; last, the graph captured."""
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_count_step)
     return (

@@ -11,7 +11,7 @@ from qkit.adapters.update import Update
 from qkit.backend import Backend
 from qkit.errors import ArtifactError
 from qkit.interop import adapters as interop
-from qkit.layer import Layer
+from qkit.layer import Layer, want_whole
 from qkit.qtensor import dtype_of
 from qkit.recipe import grid_table
 
@@ -34,11 +34,12 @@ def save(
         base: name or folder of the base model, for readers that load it themselves.
 
     Raises:
-        StageError: there is no adapter.
+        StageError: there is no adapter, or the model is sharded.
         ArtifactError: the layout cannot hold these adapters, or the folder holds another's.
     """
     engine, folder = able(model, backend), Path(folder)
     layers = adapted(engine, model)
+    want_whole(layers, "save")
     updates = {layer.path: engine.update(layer.module) for layer in layers}
     notes = {layer.path: _note(engine, layer) for layer in layers}
     interop.write(folder, updates, layout=layout, base=notes, name=base)
@@ -53,11 +54,13 @@ def load(model: Any, folder: str | Path, *, backend: str | Backend | None = None
     Raises:
         ArtifactError: the files are unsound, or for another base: a layer is missing, or has another shape, or, where qkit wrote
             them, another grid, type or other weights than the adapter was trained on.
+        StageError: the model is sharded.
         BackendError: the engine has no adapters.
     """
     engine, folder = able(model, backend), Path(folder)
-    found = interop.read(folder)
     layers = list(engine.layers(model))
+    want_whole(layers, "adapt")
+    found = interop.read(folder)
     by_path = {layer.path: layer for layer in layers}
     for path, update in found.updates.items():
         if path not in by_path:

@@ -12,7 +12,7 @@ from qkit.adapters.arithmetic import row_norms
 from qkit.adapters.update import Adapter, Floats, Update
 from qkit.backend import Backend
 from qkit.errors import BackendError, QkitError, StageError
-from qkit.layer import Layer
+from qkit.layer import Layer, want_whole
 from qkit.pipeline import surgeon
 
 
@@ -32,11 +32,13 @@ def adapt(model: Any, adapter: Adapter, *, backend: str | Backend | None = None)
     adapted one does; codes are the same there, too.
 
     Raises:
-        StageError: no layer matches, or one that does cannot take an adapter: the message says why, and the way out.
+        StageError: no layer matches, or one that does cannot take an adapter: the message says why, and the way out. Or the
+            model is sharded: its factors would be whole beside parts of weights.
         BackendError: the engine has no adapters.
     """
     engine = able(model, backend)
     layers = list(engine.layers(model))
+    want_whole(layers, "adapt")
     return put(engine, model, {layer.path: _first(engine, layer, adapter) for layer in _chosen(layers, adapter)})
 
 
@@ -47,10 +49,11 @@ def merge(model: Any, *, backend: str | Backend | None = None) -> Any:
     comes after, for layers that are prepared. What `adapt` froze stays frozen.
 
     Raises:
-        StageError: there is no adapter.
+        StageError: there is no adapter, or the model is sharded.
         BackendError: the engine has no adapters.
     """
     engine = able(model, backend)
+    want_whole(engine.layers(model), "merge")
     return engine.replace(model, {layer.path: engine.merged(layer.module) for layer in adapted(engine, model)})
 
 

@@ -21,6 +21,7 @@ from qkit.cli.parity import parity
 from qkit.cli.plan import plan
 from qkit.cli.quantize import quantize
 from qkit.cli.recipes import recipes
+from qkit.cli.teach import teach
 from qkit.cli.train import train
 from qkit.cli.verify import verify
 
@@ -42,7 +43,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, plan, quantize, inspect, verify, parity, train, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, parity, train, teach, demo):
     application.command()(command)
 application.command()(export)
 application.command("import")(import_)
@@ -55,7 +56,7 @@ application.command()(compare)
 def main() -> None:
     """Runs the command line; a failure is one line on standard error and a code of `EXIT_CODES`."""
     try:
-        application()
+        application(prog_name="qkit")
     except qkit.QkitError as error:
         _fail(str(error), error)
     except OSError as error:  # a full disk, a folder that may not be written: the system's own words

@@ -22,7 +22,12 @@ def compare(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where report.html, report.json and report.png go.")],
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="The grid that was trained for; that of --qat, if left out.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe, an alias or a TOML file; what --qat was trained for, if left out.",
+        ),
     ] = None,
     deploy_recipe: Annotated[
         list[str] | None, typer.Option(help="Another grid to put the same weights on; give it again for more.")
@@ -49,7 +54,7 @@ def compare(
 ) -> None:
     """Compare float, quantized, trained on the grid, and that deployed on another grid: table, picture and page."""
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
-    from qkit.report import Sources, about, compare, page, to_json
+    from qkit.report import Sources, about, compare, write
     from qkit.report.masters import newest_checkpoint
     from qkit.training.text import find
 
@@ -59,25 +64,22 @@ def compare(
     others = tuple(map(qkit.recipe, deploy_recipe or []))
     masters = masters or (newest_checkpoint(qat) if qat else None)
     sources = Sources(floats, named, others, ptq, qat, masters, longer)
-    tokens = read_alike(
-        [floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data
-    ).tokens
-    rows = consecutive(tokens, length=length, windows=windows)
+    text = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
+    rows = consecutive(text.tokens, length=length, windows=windows)
     out.mkdir(parents=True, exist_ok=True)
     found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
     source = about(
         shlex.join(["qkit", *sys.argv[1:]]),
         backend=engine.name,
         device=device or "the default device",
-        files=find(data),
-        tokens=tokens.size,
+        files=list(map(str, find(data))),
+        tokens_per_byte=text.tokens.size / text.nbytes,
     )
     heading = title or f"{floats.name} on {found.recipe}"
-    (out / "report.json").write_text(to_json(found, source), encoding="utf-8")
-    (out / "report.html").write_text(page(found, source, title=heading), encoding="utf-8")
+    written = write(out, found, source, title=heading)
     console.print(_table(found))
     _premiums(found)
-    console.print(f"{out / 'report.html'}: the page; report.json beside it has the numbers")
+    console.print(f"{written}: the page; report.json beside it has the numbers")
     if find_spec("matplotlib"):
         from qkit.report.picture import draw
 

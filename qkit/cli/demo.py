@@ -1,11 +1,12 @@
 """`qkit demo`: the main job from end to end, shown as it happens. The work is in `qkit.demo`."""
 
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qkit.cli.console import console
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 
 def demo(
     backend: Annotated[
-        str | None, typer.Option(help="The engine that trains; torchao or mlx, whichever is at hand, if left out.")
+        str | None, typer.Option(help="The engine; torchao or mlx, whichever is at hand, if left out.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the artifact and the picture go.")] = Path("qkit-demo"),
-    recipe: Annotated[str, typer.Option(help="The recipe to train for.")] = "int2-g64",
+    out: Annotated[Path, typer.Option(help="Where the artifact, the report and the picture go.")] = Path("qkit-demo"),
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file: what is trained for.")
+    ] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
     from qkit.demo import draw, run  # here, so that other commands start fast
@@ -30,10 +33,13 @@ def demo(
         BarColumn(),
         TextColumn("{task.fields[loss]}", markup=False),
     )
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
-        tasks = {}
+    with ExitStack() as stack:
+        bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        tasks: dict[str, TaskID] = {}
 
         def progress(stage: str, step: int, steps: int, loss: float) -> None:
+            if not tasks:
+                stack.enter_context(bars)  # not before: what is refused leaves no empty lines
             if stage not in tasks:
                 tasks[stage] = bars.add_task(f"training, {stage}", total=steps, loss="")
             bars.update(tasks[stage], completed=step, loss=f"loss {loss:.3f}")
@@ -45,6 +51,9 @@ def demo(
     console.print(f"{out / 'quantized'}: the artifact, a Hugging Face directory in compressed-tensors layout")
     if (out / "mlx").exists():
         console.print(f"{out / 'mlx'}: the same codes for mlx-lm")
+    console.print(
+        f"{out / 'report.html'}: the comparison as a page, with its charts; report.json beside it has the numbers"
+    )
     if find_spec("matplotlib"):
         draw(result, out / "losses.png")
         console.print(f"{out / 'losses.png'}: the loss curves")
@@ -67,6 +76,7 @@ def _table(result: "Result") -> Table:
         ("held-out loss, float, trained longer", f"{result.longer_float_loss:.4f}"),
         ("  quantized without training (PTQ)", f"{result.longer_ptq_loss:.4f}"),
         ("held-out loss, trained as long on the grid (QAT)", f"{result.qat_loss:.4f}"),
+        *([(f"  the same weights on {result.elsewhere[0]}", f"{result.elsewhere[1]:.4f}")] if result.elsewhere else []),
         ("share of the PTQ loss recovered", recovered),
         ("bits per weight, embedding and head included", f"{result.bits_per_weight:.2f}"),
         (

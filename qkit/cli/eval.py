@@ -22,7 +22,7 @@ Windows = Annotated[int | None, typer.Option(help="Most windows, at even distanc
 
 
 def eval_(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Model directories, float or quantized.")],
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="Model directories, float or quantized.")],
     data: Data,
     teacher: Annotated[Path | None, typer.Option(help="A directory to measure the distance from.")] = None,
     backend: Engine = None,

@@ -23,7 +23,9 @@ class Target(StrEnum):
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model that qkit, llm-compressor or mlx-lm wrote.")],
-    out: Annotated[Path, typer.Argument(help="Where the exported model goes: a directory; for gguf, a file.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Where the exported model goes: a directory; for gguf, a file.")
+    ],
     to: Annotated[
         Target, typer.Option(help="mlx: for mlx-lm. gguf: for llama.cpp. dense: the values, as a float model.")
     ],

@@ -11,7 +11,7 @@ from qkit.cli.export import WeightsOnly
 
 def import_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory of llm-compressor's or mlx-lm's.")],
-    out: Annotated[Path, typer.Argument(help="Where the artifact goes.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the artifact goes.")],
     weights_only: WeightsOnly = False,
 ) -> None:
     """Read a model that another tool quantized, codes untouched, or say why that cannot be."""

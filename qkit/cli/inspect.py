@@ -15,7 +15,8 @@ FEW = 6
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="An artifact, or any model's directory.")], as_json: Json = False
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact, or any model's directory.")],
+    as_json: Json = False,
 ) -> None:
     """Say what is in a directory: formats, layers, sizes, what is left alone. Reads headers only."""
     found = inspect_directory(folder)

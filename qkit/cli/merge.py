@@ -7,15 +7,16 @@ import typer
 
 import qkit
 from qkit.cli.console import console
+from qkit.cli.eval import Engine
 from qkit.pipeline import surgeon
-
-Engine = Annotated[str | None, typer.Option(help="The engine; the first that is ready, if left out.")]
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(help="A Hugging Face directory, or an artifact of qkit's.")],
-    adapter: Annotated[Path, typer.Argument(help="A folder of peft's, of mlx-lm's or of qkit's own.")],
-    out: Annotated[Path, typer.Argument(help="Where to: made whole, or not at all.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A Hugging Face directory, or an artifact of qkit's.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A folder of peft's, of mlx-lm's or of qkit's own.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to: made whole, or not at all.")],
     recipe: Annotated[
         str | None,
         typer.Option(

@@ -25,7 +25,9 @@ MISMATCH = 1
 
 
 def parity(
-    recipe: Annotated[list[str] | None, typer.Argument(help="Recipes to compare on; all of them, if left out.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Recipes to compare on; all of them, if left out.")
+    ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backends to compare; all that are ready.")] = None,
     device: Annotated[
         str | None,

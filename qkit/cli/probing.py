@@ -22,16 +22,14 @@ def probe_all(
     recipes, dtypes = list(recipes), list(dtypes)
     found: list[Probe] = []
     description = TextColumn("{task.description}", markup=False)
+    placed = [engine.on(device) if device else engine for engine in engines if hasattr(engine, "layers")]
     with Progress(SpinnerColumn(), description, console=errors, transient=True) as progress:
         task = progress.add_task("", total=None)
-        for engine in engines:
-            if not hasattr(engine, "layers"):
-                continue
-            placed = engine.on(device) if device else engine
+        for engine in placed:
             for recipe in recipes:
                 progress.update(task, description=f"{engine.name} {recipe.name}")
                 for dtype in dtypes:
-                    found += probe(placed, recipe, dtype=dtype, device=device or "")
+                    found += probe(engine, recipe, dtype=dtype, device=device or "")
     return found
 
 

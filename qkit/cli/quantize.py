@@ -15,7 +15,9 @@ from qkit.checkpoint.plan import Plan, make_plan
 from qkit.checkpoint.run import WORKERS, quantize_directory
 from qkit.cli.console import console, errors, read_size, size
 
-Model = Annotated[Path, typer.Argument(help="A Hugging Face directory: safetensors and a config.json.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A Hugging Face directory: safetensors and a config.json.")
+]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file.")]
 CopyCode = Annotated[bool, typer.Option("--copy-code", help="Copy the directory's Python files too. None is ever run.")]
 ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in one file, such as 5GB or 800MB.")]
@@ -23,11 +25,9 @@ ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in one file,
 
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Where to: made whole, or not at all.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to: made whole, or not at all.")],
     recipe: RecipeName,
-    backend: Annotated[
-        str, typer.Option(help="The engine that makes the codes; their bits are the same on all.")
-    ] = "numpy",
+    backend: Annotated[str, typer.Option(help="The engine; its codes have the same bits as any other's.")] = "numpy",
     device: Annotated[str, typer.Option(help="Its device, such as cpu or cuda.")] = "cpu",
     copy_code: CopyCode = False,
     shard_size: ShardSize = "5GB",

@@ -18,7 +18,9 @@ TYPICAL = (4096, 4096)  #: shape of the weight that bits per weight are given fo
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe, an alias or a TOML file; all, if left out.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A recipe, an alias or a TOML file; all, if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the recipes, or show one in full."""

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qkit.cli.console import console, errors
+from qkit.cli.eval import Device, Engine
 
 if TYPE_CHECKING:
     from qkit.training import Outcome
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
 
 def train(
     model: Annotated[
-        Path, typer.Argument(help="A Hugging Face directory, float or quantized; or a run file, run.toml.")
+        Path,
+        typer.Argument(metavar="MODEL", help="A Hugging Face directory, float or quantized; or a run file, run.toml."),
     ],
-    out: Annotated[Path | None, typer.Argument(help="Where the artifact goes; checkpoints go to OUT.run.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Where the artifact goes; checkpoints go to OUT.run.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -34,8 +38,8 @@ def train(
     held_out: Annotated[
         list[str] | None, typer.Option(help="Text to measure on; some of the data, if left out.")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="The engine; the first that is ready, if left out.")] = None,
-    device: Annotated[str | None, typer.Option(help="Its device, such as cpu or cuda.")] = None,
+    backend: Engine = None,
+    device: Device = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; once over the data, if left out.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch [8].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a sequence [512].")] = None,
@@ -43,6 +47,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="The peak [1e-5].")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant [linear].")] = None,
     warmup: Annotated[str | None, typer.Option(help="A share of the steps, or a number of them [0.03].")] = None,
+    offset_learning_rate: Annotated[
+        float | None, typer.Option(help="The peak for learned zero points and exponent offsets [0.03].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the data, and of dropout [0].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the masters: float32 or bfloat16 [float32].")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps [200].")] = None,
@@ -53,7 +60,7 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Any key of a run file, as TOML: --set adapter.rank=8"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines, a line for each event.")] = False,
 ) -> None:
     """Train a model on the grid that it will be shipped on; interrupted, the same command goes on where it was."""
     from qkit.training import read_run, run_from_table, train_model  # here, so that other commands start fast
@@ -74,6 +81,7 @@ def train(
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup": warmup and _value("warmup", warmup),
+        "offset_learning_rate": offset_learning_rate,
         "seed": seed,
         "dtype": dtype,
         "checkpoint_every": checkpoint_every,

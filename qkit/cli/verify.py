@@ -9,7 +9,9 @@ import qkit
 from qkit.cli.console import console, errors
 
 
-def verify(folder: Annotated[Path, typer.Argument(help="What `qkit quantize` or `qkit.save` wrote.")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `qkit quantize` or `qkit.save` wrote.")],
+) -> None:
     """Read every byte of an artifact and compare it with what was written."""
     from qkit.checkpoint.verify import verify as find_problems  # here, so that other commands start fast
 

@@ -6,7 +6,7 @@ from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import Estimate, mean, recovered
 from qkit.report.matrix import matrix
 from qkit.report.moves import Move, moves
-from qkit.report.page import page
+from qkit.report.page import page, write
 
 __all__ = [
     "About",
@@ -24,4 +24,5 @@ __all__ = [
     "page",
     "recovered",
     "to_json",
+    "write",
 ]

@@ -5,7 +5,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import qkit
 from qkit.report.findings import Comparison
@@ -30,16 +29,16 @@ class About:
     tokens_per_byte: float
 
 
-def about(command: str, *, backend: str, device: str, files: Sequence[Path], tokens: int) -> About:
-    """What this process knows of itself; `tokens` are those of all `files`."""
+def about(command: str, *, backend: str, device: str, files: Sequence[str], tokens_per_byte: float) -> About:
+    """What this process knows of itself, and what it was told."""
     return About(
         command=command,
         backend=backend,
         device=device,
         versions={"qkit": qkit.__version__, "python": platform.python_version(), **_installed()},
         machine={"system": platform.system(), "processor": platform.machine()},
-        files=tuple(map(str, files)),
-        tokens_per_byte=tokens / sum(file.stat().st_size for file in files),
+        files=tuple(files),
+        tokens_per_byte=tokens_per_byte,
     )
 
 

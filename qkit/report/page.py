@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from string import Template
 
-from qkit.report.about import About
+from qkit.report.about import About, to_json
 from qkit.report.charts import Bar, bars, columns
 from qkit.report.findings import Comparison
 from qkit.report.footer import footer
@@ -58,6 +59,14 @@ def page(found: Comparison, source: About, *, title: str) -> str:
         moves=_moves(found) if found.trained else "",
         footer=footer(found, source),
     )
+
+
+def write(folder: Path, found: Comparison, source: About, *, title: str) -> Path:
+    """Puts report.html and report.json into `folder`, made if need be; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(to_json(found, source), encoding="utf-8")
+    (folder / "report.html").write_text(page(found, source, title=title), encoding="utf-8")
+    return folder / "report.html"
 
 
 def _figures(found: Comparison) -> str:

@@ -11,7 +11,7 @@ from qkit.interop import snapshot
 from qkit.registry import backend as choose
 from qkit.training.data import Sequences, sequences, split
 from qkit.training.run import Run
-from qkit.training.teacher import write_top
+from qkit.training.teacher import Tick, write_top
 from qkit.training.text import find, read_text
 
 
@@ -69,7 +69,7 @@ def teacher_of(engine: Backend, folder: Path, source: snapshot.Snapshot) -> Any:
     return artifact.load(folder, backend=engine)
 
 
-def teach(run: Run, file: Path, *, top: int) -> None:
+def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None) -> None:
     """Writes the `top` largest logits of the run's teacher, a directory, on all that the run trains on, into `file`.
 
     The same run with `file` for a teacher then learns from them. See `write_top`.
@@ -77,8 +77,9 @@ def teach(run: Run, file: Path, *, top: int) -> None:
     Raises:
         RunError: the run has no such teacher; or see `text_of` and `teacher_of`.
     """
-    if run.distillation is None or not run.distillation.teacher.is_dir():
-        raise RunError("the run names no directory as distillation.teacher")
+    named = run.distillation.teacher if run.distillation else None
+    if named is None or not named.is_dir():
+        raise RunError(f"distillation.teacher is {named or 'not there'}: name the directory of a model")
     engine, source = engine_of(run), snapshot.read(run.model)
     data, _, _ = text_of(run, source)
-    write_top(engine, teacher_of(engine, run.distillation.teacher, source), data, file, k=top)
+    write_top(engine, teacher_of(engine, named, source), data, file, k=top, tick=tick)

@@ -27,6 +27,7 @@ from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
 from qkit.training.schedule import switching
 from qkit.training.teacher import read_top
+from qkit.training.text import vocabulary_of
 
 Tell = Callable[[Mapping[str, Any]], None]  #: takes each event: what the log holds, as plain values
 CALIBRATION = 8  #: batches that find static ranges before the first step
@@ -116,7 +117,8 @@ def _trainer(
 ) -> tuple[Trainer, Order]:
     teacher = top = None
     if run.distillation and run.distillation.teacher.is_file():
-        top = read_top(run.distillation.teacher, data)
+        vocabulary = vocabulary_of(run.model, source.config or {})
+        top = read_top(run.distillation.teacher, data, vocabulary=vocabulary)
     elif run.distillation:
         teacher = teacher_of(engine, run.distillation.teacher, source)
     trainer = engine.trainer(
@@ -124,6 +126,7 @@ def _trainer(
         weight_decay=run.weight_decay,
         betas=run.betas,
         clip=run.clip,
+        offset_ratio=run.offset_learning_rate / run.learning_rate,
         seed=run.seed,
         autocast=run.autocast,
         compiled=run.compile,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from qkit.adapters.update import Adapter, adapter_from_table
 from qkit.errors import QkitError, RunError
-from qkit.trainer import Distillation
+from qkit.trainer import OFFSET_RATE, Distillation
 from qkit.training.rates import SHAPES, Shape
 from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
 
@@ -37,6 +37,8 @@ class Run:
         steps: optimizer steps; None is once over the data.
         batch, length, accumulation: sequences in a micro-batch, tokens in each, micro-batches in a step.
         learning_rate, schedule, warmup: the peak; its shape; a share of the steps (0.03) or a number of them (20).
+        offset_learning_rate: the peak for learned zero points and exponent offsets, whose unit is a whole code or power of two;
+            it rises and falls with the other. 0 leaves them where the grid's own rule puts them.
         weight_decay: of matrices. 0: pulling masters to zero pulls at the scales of their groups, so at the grid itself.
         betas, clip: AdamW's; the largest norm of a gradient.
         seed: of the order of the data, and of dropout.
@@ -67,6 +69,7 @@ class Run:
     learning_rate: float = 1e-5
     schedule: Shape = "linear"
     warmup: float | int = 0.03
+    offset_learning_rate: float = OFFSET_RATE
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
@@ -102,12 +105,9 @@ class Run:
         _want("schedule", self.schedule, self.schedule in SHAPES, f"one of {', '.join(SHAPES)}")
         share = isinstance(self.warmup, float) and 0 <= self.warmup < 1
         _want("warmup", self.warmup, share or _whole(self.warmup, 0), "a share below 1, or a whole number of steps")
-        _want(
-            "weight_decay",
-            self.weight_decay,
-            _number(self.weight_decay) and self.weight_decay >= 0,
-            "a number from 0 on",
-        )
+        for key in ("weight_decay", "offset_learning_rate"):
+            number = getattr(self, key)
+            _want(key, number, _number(number) and 0 <= number < math.inf, "a number from 0 on")
         betas = (
             isinstance(self.betas, tuple)
             and len(self.betas) == 2

@@ -13,46 +13,64 @@ from qkit.trainer import TopLogits
 from qkit.training.data import Sequences
 
 KEY = "qkit_teacher"  #: the one metadata key: the digest of the sequences
-ROWS = 16  #: sequences that the teacher reads at a time
+LOGITS = 1 << 24  #: how many logits the teacher is asked for at a time
+
+Tick = Callable[[int, int], None]  #: takes how many sequences were read, and of how many
 
 
-def write_top(engine: Backend, teacher: Any, data: Sequences, file: Path, *, k: int) -> None:
-    """The `k` largest logits of `teacher` at every position of `data`, as safetensors.
+def write_top(
+    engine: Backend, teacher: Any, data: Sequences, file: Path, *, k: int, tick: Tick = lambda done, of: None
+) -> None:
+    """The `k` largest logits of `teacher` at every position of `data`, as safetensors; `file` is complete or absent.
 
     `logits` float32 [sequences, length, k], falling; `tokens` int32, likewise; the digest of `data` in the metadata.
 
     Raises:
-        RunError: `k` is more than the vocabulary, or less than 1.
+        RunError: `k` is more than the vocabulary, or less than 1; or there is such a file.
     """
     from safetensors.numpy import save_file  # here, so that commands start fast
 
-    shape = (len(data), data.length, k)
+    if file.exists():
+        raise RunError(f"{file} is there already: remove it, or choose another name")
+    vocabulary = engine.logits(teacher, data.rows(data.chosen[:1])[:, :1]).shape[-1]
+    if not 1 <= k <= vocabulary:
+        raise RunError(f"top is {k}: the teacher has {vocabulary} logits")
+    shape, many = (len(data), data.length, k), max(1, LOGITS // (data.length * vocabulary))
     logits, tokens = np.empty(shape, np.float32), np.empty(shape, np.int32)
-    for begin in range(0, len(data), ROWS):
-        rows = data.rows(data.chosen[begin : begin + ROWS])
+    for begin in range(0, len(data), many):
+        rows = data.rows(data.chosen[begin : begin + many])
         found = engine.logits(teacher, rows[:, :-1])
-        if not 1 <= k <= found.shape[-1]:
-            raise RunError(f"top is {k}: the teacher has {found.shape[-1]} logits")
         best = np.argsort(-found, axis=-1, kind="stable")[..., :k]
-        tokens[begin : begin + ROWS] = best
-        logits[begin : begin + ROWS] = np.take_along_axis(found, best, axis=-1)
-    save_file({"logits": logits, "tokens": tokens}, file, metadata={KEY: data.digest()})
+        tokens[begin : begin + many] = best
+        logits[begin : begin + many] = np.take_along_axis(found, best, axis=-1)
+        tick(min(begin + many, len(data)), len(data))
+    aside = file.with_name(f".{file.name}.writing")
+    try:
+        save_file({"logits": logits, "tokens": tokens}, aside, metadata={KEY: data.digest()})
+        aside.rename(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def read_top(file: Path, data: Sequences) -> Callable[[Sequence[int]], TopLogits]:
+def read_top(file: Path, data: Sequences, *, vocabulary: int) -> Callable[[Sequence[int]], TopLogits]:
     """A function that gives the logits of sequences of `data` by their numbers; the file is mapped.
 
     Raises:
         ArtifactError: it is not what `write_top` writes.
-        RunError: it was made from other sequences.
+        RunError: it was made from other sequences, or by a teacher that knows tokens beyond `vocabulary`.
     """
     arrays, metadata = read_file(file)
     shapes = {name: (array.dtype.name, array.ndim) for name, array in arrays.items()}
     if KEY not in metadata or shapes != {"logits": ("float32", 3), "tokens": ("int32", 3)}:
-        raise ArtifactError(f"{file} is no file of a teacher's logits: qkit.training.teach makes one")
+        raise ArtifactError(f"{file} is no file of a teacher's logits: qkit teach makes one")
     if metadata[KEY] != data.digest():
         raise RunError(
             f"{file} is of another text, or of sequences of another length: make it from the data of this run"
+        )
+    largest = int(arrays["tokens"].max(initial=-1))
+    if largest >= vocabulary:
+        raise RunError(
+            f"{file} has logits of token {largest}, and the model a vocabulary of {vocabulary}: use its teacher's"
         )
     places = {int(number): place for place, number in enumerate(data.chosen)}
 

@@ -55,7 +55,7 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
         RunError: see `find`; or the model has no tokenizer that qkit knows, or another's, or a file is not UTF-8.
         BackendError: it has a tokenizer.json, and tokenizers is not installed.
     """
-    files, vocabulary = find(patterns), _vocabulary(folder, config)
+    files, vocabulary = find(patterns), vocabulary_of(folder, config)
     name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     content = [file.read_bytes() for file in files]
     tokens, kind = _tokens(files, content, folder=folder, vocabulary=vocabulary)
@@ -67,6 +67,18 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
     if largest < 0:
         raise RunError(f"there are no tokens in {name}: give more text")
     return Text(tokens, kind, name, sum(map(len, content)))
+
+
+def vocabulary_of(folder: Path, config: Mapping[str, Any]) -> int:
+    """How many tokens the model in `folder` knows, by its `config`.
+
+    Raises:
+        RunError: it does not say.
+    """
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise RunError(f"{folder / 'config.json'} has no vocab_size: want a language model")
+    return size
 
 
 def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary: int) -> tuple[NDArray[np.int32], str]:
@@ -86,13 +98,6 @@ def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary
             "tokenizer there"
         )
     return np.frombuffer(b"".join(content), np.uint8).astype(np.int32), "bytes"
-
-
-def _vocabulary(folder: Path, config: Mapping[str, Any]) -> int:
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    if not isinstance(size, int):
-        raise RunError(f"{folder / 'config.json'} has no vocab_size: want a language model")
-    return size
 
 
 def _decoded(file: Path, data: bytes) -> str:
