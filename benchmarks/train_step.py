@@ -65,7 +65,7 @@ def cases(part: str) -> Iterator[Case]:
             others = [Variant("plain, qkit.adamw" + how, optimizer="qkit", compiled=compiled)]
             recipes = ["int4-g32", "int3-g64", "mxfp4-a16", "int8-dynamic-act-int4-weight", "mxfp4", "nvfp4-a16"]
             for recipe in recipes if part[:4] == "220M" else recipes[:3]:
-                for optimizer in ("qkit", "torch") if recipe == "int4-g32" or not compiled else ("qkit",):
+                for optimizer in ("qkit", "torch") if recipe == "int4-g32" else ("qkit",):
                     name = f"{recipe}, {optimizer}'s AdamW{how}"
                     others.append(Variant(name, recipe, optimizer, compiled))
             if part[:4] == "220M":
