@@ -7,6 +7,7 @@ Usage: python benchmarks/kernels.py [--out FILE.json]
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -167,7 +168,7 @@ def main() -> None:
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     table = {
-        "command": f"python {' '.join(sys.argv)}",
+        "command": f"python {shlex.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
         "machine": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "rows": rows,

@@ -9,6 +9,7 @@ Usage: python benchmarks/train_step.py [--part NAME ...] [--repeats N] [--out FI
 import argparse
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -244,7 +245,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU, 2 cores"
-    table = {"command": f"python {' '.join(sys.argv)}", "machine": machine, "torch": torch.__version__, "rows": rows}
+    table = {
+        "command": f"python {shlex.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
+        "machine": machine,
+        "torch": torch.__version__,
+        "rows": rows,
+    }
 
     def report(row: dict[str, Any]) -> None:
         rows.append(row)
