@@ -167,8 +167,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    asked = sys.argv[: sys.argv.index("--out")] if given.out else sys.argv
     table = {
-        "command": f"python {shlex.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
+        "command": f"python {shlex.join(asked)}",
         "machine": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "rows": rows,

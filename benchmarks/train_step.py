@@ -245,8 +245,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU, 2 cores"
+    asked = sys.argv[: sys.argv.index("--out")] if given.out else sys.argv
     table = {
-        "command": f"python {shlex.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
+        "command": f"python {shlex.join(asked)}",
         "machine": machine,
         "torch": torch.__version__,
         "rows": rows,

@@ -185,6 +185,23 @@ def test_training_in_inductors_graphs_is_that_of_eager(recipe, autocast):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("recipe", ["int4-g32", "nvfp4", "int8-dynamic-act-int4-weight"])
+def test_a_model_on_another_device_than_the_current_one_trains_as_on_the_cpu(recipe):
+    models = [qkit.prepare(torch.nn.Sequential(torch.nn.Linear(64, 64)), recipe) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].to("cuda:1")
+    x = torch.randn(4, 64)
+    for model in models:
+        optimizer = qkit.adamw(model, lr=1e-3)
+        for _ in range(3):
+            model(x.to(model[0].weight.device)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight.cpu(), rtol=1e-3, atol=1e-5)  # sums' order
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_resumed_trainer_draws_on_the_random_numbers_of_its_own_device():
     """The model is on the second GPU, and the process has the first for its current one."""
     engine = qkit.backend("torchao").on("cuda:1")

@@ -1,6 +1,7 @@
 """Launching the Triton kernels: which tensors they take, in what tiles, many weights at once. Imported on CUDA machines only."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -82,9 +83,10 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     """`ops.dequantize(q)`, for what it `decodes`."""
     values = torch.empty(q.codes.shape, dtype=ops.DTYPE[q.dtype], device=q.codes.device)
     geometry = tiles(q.codes, q.grid)
-    passes.decode[(_count(q.codes, q.grid),)](
-        q.codes, q.scales, values, GRID=constants(q.grid), INTERPRETED=INTERPRETED, **geometry
-    )
+    with device_of(q.codes):
+        passes.decode[(_count(q.codes, q.grid),)](
+            q.codes, q.scales, values, GRID=constants(q.grid), INTERPRETED=INTERPRETED, **geometry
+        )
     return values
 
 
@@ -105,9 +107,17 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
     if peaks is not None:
         _find_peaks(weights[0], rows, counts)
-    passes.values_of_many[(len(blocks),)](
-        weights[0], made[0], blocks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
-    )
+    with device_of(weights[0]):
+        passes.values_of_many[(len(blocks),)](
+            weights[0], made[0], blocks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
+        )
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Has the device of `x` be the current one, on which Triton launches, whatever device its arguments are on."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 @cache
@@ -227,10 +237,11 @@ def _one(
 ) -> None:
     geometry, count = tiles(w, grid), _count(w, grid)
     full = geometry["WIDTH"] == geometry["GROUP"] and count % geometry["GROUPS"] == 0
-    passes.one[(-(-count // geometry["GROUPS"]),)](
-        w, values, codes, scales, zeros, steps, gate if gate is None else gate.view(torch.uint8), peak, count,
-        GRID=constants(grid), CODES=layout, FULL=full, INTERPRETED=INTERPRETED, **geometry,
-    )  # fmt: skip
+    with device_of(w):
+        passes.one[(-(-count // geometry["GROUPS"]),)](
+            w, values, codes, scales, zeros, steps, gate if gate is None else gate.view(torch.uint8), peak, count,
+            GRID=constants(grid), CODES=layout, FULL=full, INTERPRETED=INTERPRETED, **geometry,
+        )  # fmt: skip
 
 
 def _peak(w: Tensor, grid: Grid) -> Tensor | None:
@@ -246,7 +257,8 @@ def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[
     """Raises the peaks of weights in groups of 16, the `first` and others; arguments as for `programs`."""
     geometry = {"GROUPS": PEAK // 16, "GROUP": 16, "WIDTH": 16, "num_warps": 4}
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, first.device)
-    passes.peaks_of_many[(len(blocks),)](first, blocks, FULL=full, **geometry)
+    with device_of(first):
+        passes.peaks_of_many[(len(blocks),)](first, blocks, FULL=full, **geometry)
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkit_torchao import passes
-from qkit_torchao.launch import INTERPRETED, TILE, constants, offsets, on_device, programs, takes, tiles
+from qkit_torchao.launch import INTERPRETED, TILE, constants, device_of, offsets, on_device, programs, takes, tiles
 from qkit_torchao.values import Entry
 
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
@@ -30,10 +30,11 @@ def step(
     Where there is an entry, its values are made of the stepped weight.
     """
     scalars = torch.empty(6, dtype=torch.float32, device=weights[0].device)
-    passes.adamw_scalars[(1,)](
-        states[0]["step"], lr, scalars, 1 - betas[0], 1 - betas[1], math.log2(betas[0]) if betas[0] else -1e4,
-        math.log2(betas[1]) if betas[1] else -1e4, eps, weight_decay, FLOAT=not isinstance(lr, Tensor),
-    )  # fmt: skip
+    with device_of(scalars):
+        passes.adamw_scalars[(1,)](
+            states[0]["step"], lr, scalars, 1 - betas[0], 1 - betas[1], math.log2(betas[0]) if betas[0] else -1e4,
+            math.log2(betas[1]) if betas[1] else -1e4, eps, weight_decay, FLOAT=not isinstance(lr, Tensor),
+        )  # fmt: skip
     kinds: dict[Any, list[tuple[Tensor, dict[str, Tensor], Entry | None]]] = defaultdict(list)
     for weight, state, entry in zip(weights, states, entries, strict=True):
         kinds[_kind(weight, state, entry)].append((weight, state, entry))
@@ -72,10 +73,11 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
     blocks, full = programs(numbers, counts, (0, 1), geometry, weight.device)  # the same at every step
     rows = tuple(zip(*columns, strict=True))  # gradients may be elsewhere at every step
     table = on_device(rows, lambda: np.array(rows, np.int64), weight.device)
-    passes.adamw_of_many[(len(blocks),)](
-        weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], made[0] if made else None, table, blocks, scalars,
-        GRID=constants(entry.grid) if entry else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
-    )  # fmt: skip
+    with device_of(weight):
+        passes.adamw_of_many[(len(blocks),)](
+            weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], made[0] if made else None, table, blocks, scalars,
+            GRID=constants(entry.grid) if entry else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
+        )  # fmt: skip
 
 
 def _gradient(weight: Tensor) -> Tensor:
