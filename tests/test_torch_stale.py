@@ -411,6 +411,31 @@ def test_values_made_anew_for_an_unchanged_weight_are_not_used_by_an_older_backw
         out.sum().backward()
 
 
+def test_values_of_other_memory_in_place_of_the_weights_own_are_not_used_by_an_older_backward():
+    model = qkit.prepare(mlp(), RECIPE)
+    out = model(inputs().requires_grad_())
+    model[2].weight.data = model[2].weight.detach() * -2
+    model(inputs())
+    with pytest.raises(RuntimeError, match=CHANGED):
+        out.sum().backward()
+
+
+def test_another_models_step_leaves_a_backward_that_waits():
+    models = [qkit.prepare(mlp(), RECIPE) for _ in range(2)]
+    optimizer = torch.optim.SGD(models[1].parameters(), lr=0.1)
+    grads = []
+    for steps in (0, 1):
+        x = inputs().requires_grad_()
+        out = models[0](x)
+        for _ in range(steps):
+            models[1](inputs()).sum().backward()
+            optimizer.step()
+            models[0](inputs())  # looks at its weights anew
+        out.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("trees", [False, True])
 def test_what_outlives_a_graph_is_allocated_by_a_thread_of_its_own_where_inductor_has_graphs(trees, monkeypatch):
     monkeypatch.delitem(sys.modules, capture.TREES, raising=False)

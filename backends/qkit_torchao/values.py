@@ -161,7 +161,7 @@ def _entry(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Entr
 
 
 def _stamp(entry: Entry, weight: Tensor) -> tuple[Any, ...]:
-    """What tells one state of a weight and its gate from another."""
+    """What tells one state of a weight and its gate from another: two numbers of the gate's, then `watch.state`."""
     return (entry.gate._version, entry.gate.data_ptr(), *watch.state(weight))
 
 
@@ -185,6 +185,10 @@ def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
         _fill([one for one, _ in stale.values()])
     for one, now in stale.values():
+        weight = one.owner()
+        if weight is not None and one.stamp[2:3] == now[2:3] and one.stamp[:4] != now[:4]:  # one version, other memory
+            watch.refuse_older([weight])
+            now = _stamp(one, weight)
         one.stamp, one.asked, one.captured = now, False, one.captured or bool(now[-1])
 
 
