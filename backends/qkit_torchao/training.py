@@ -1,7 +1,7 @@
 """Steps, losses and logits in torch, on next-token prediction."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class TorchTrainer:
         self._trained = {name: x for name, x in engine.tensors(model).items() if x.requires_grad}
         self.optimizer = _optimizer(self._trained, betas=betas, weight_decay=weight_decay, offset_ratio=offset_ratio)
         self._objective: Any = torch.compile(_objective, dynamic=False) if compiled else _objective
+        self._in_order = bool(compiled) and next(model.parameters()).device.type == "cpu"
 
     def step(
         self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
@@ -70,9 +71,10 @@ class TorchTrainer:
     def _backward(self, tokens: NDArray[np.int32], target: TopLogits | None, count: int) -> Tensor:
         """Adds the gradient of this batch's share in the mean over `count` tokens; returns that share."""
         ids = _ids(self.model, tokens)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-            loss: Tensor = self._objective(self.model, ids, self.distillation, *self._target(ids, target)) / count
-        loss.backward()
+        with _in_order() if self._in_order else nullcontext():
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+                loss: Tensor = self._objective(self.model, ids, self.distillation, *self._target(ids, target)) / count
+            loss.backward()
         return loss.detach()
 
     def _target(self, ids: Tensor, target: TopLogits | None) -> tuple[Tensor | None, Tensor | None]:
@@ -154,6 +156,19 @@ def _objective(
     student = scores if among is None else scores.gather(-1, among)
     learned = divergence(student, teacher, temperature=distillation.temperature)
     return (1 - distillation.weight) * nats + distillation.weight * learned
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Has sums taken in one order, so that a run can be repeated: compiled for a CPU, threads add to an embedding's gradient as
+    they come.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _nats(scores: Tensor, ids: Tensor) -> Tensor:
