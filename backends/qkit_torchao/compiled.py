@@ -1,8 +1,9 @@
 """Operations that compiled code calls, a node each: products with the values of a weight, and quantizing an input.
 
-A compiler does not look inside. When a product runs, `values` is asked, which knows whether the weight has changed; and an input
-that several layers quantize is one node for all of them. Backward needs the input and the weight only, so that a weight which
-is gathered for a moment leaves nothing of its size behind.
+A compiler does not look inside. `values` is asked when they run, which knows whether the weight has changed; and an input that
+several layers quantize is one node for all of them. Where the values have a room of their own, the node fills it, and the product
+with it is the compiler's. Else backward needs the input and the weight only, so that a weight which is gathered for a moment
+leaves nothing of its size behind.
 """
 
 from functools import cache

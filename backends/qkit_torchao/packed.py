@@ -88,7 +88,7 @@ def pack(
         PlainLinear if choose(q, rule).container is None else PackedLinear
     )  # on every device alike: the grid decides
     made = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else plain)
-    for name in ("mode", "calibrating", "holding", "grid_name", "slot_names", "room"):
+    for name in ("mode", "calibrating", "holding", "kind", "grid_name", "slot_names", "room"):
         made.__dict__.pop(name, None)
     for name in ("gate", "input_range", "output_range"):
         made._buffers.pop(name, None)
