@@ -1,5 +1,6 @@
 """Compares the Triton kernels, run by Triton's interpreter on a CPU, with the reference. Run by test_kernels.py."""
 
+import itertools
 import os
 import sys
 
@@ -7,11 +8,12 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
 import numpy as np
 import torch
-from qkit_torchao import launch, lowering, ops
+from qkit_torchao import launch, layouts, ops
 from qkit_torchao.backend import TorchaoBackend
 
 from qkit.grid import Grid
 from qkit.parity import compare
+from qkit.qtensor import QTensor
 from qkit.testing.tensors import all_grids
 
 
@@ -33,15 +35,36 @@ class Interpreted(TorchaoBackend):
         return made
 
 
-def pairs(grid: Grid, dtype: str) -> bool:
-    """Whether codes that are packed two to a byte are the bytes of `quantize`, in both orders."""
-    w = torch.randn(24, 256, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+def laid(grid: Grid, layout: layouts.Layout, dtype: str) -> bool:
+    """Whether codes that a kernel lays out are those of `quantize`, laid out, and a group without codes is told of."""
+    w = torch.randn(24, 1024, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     w[3], w[4], w[5, :7] = 0, w[4] * 2.0**-20, w[5].abs().max()
-    codes = launch.quantize(w, grid).codes
-    codes = lowering.unshift(codes, grid.element) if codes.dtype == torch.int8 else codes
-    swapped = codes.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    made = {layout: lowering.unpair(launch.packed(w, grid, layout=layout)["codes"]) for layout in ("pairs", "tiles")}
-    return torch.equal(made["pairs"], codes) and torch.equal(made["tiles"], swapped)
+    broken = torch.zeros(3, dtype=torch.int32)
+    made = launch.laid_out(w, grid, layout, broken=broken, number=1)
+    q = ops.quantize(w, grid)
+    want = tiled(q) if layout == "tiles" else layouts.lay(q, layout)
+    same = all(
+        a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
+        for a, b in ((getattr(made, n), getattr(want, n)) for n in ("codes", "scales", "zeros", "tensor_scale"))
+    )
+    for row, wrong in enumerate((torch.nan, -torch.inf, 2.0**127)):
+        w[row, 77] = wrong
+        launch.laid_out(w, grid, layout, broken=broken, number=row)
+        w[row, 77] = 0
+        same = same and broken.tolist() == [1] * row + [1] + [0] * (2 - row)
+    return same
+
+
+def tiled(q: QTensor) -> layouts.Laid:
+    """int4 in tinygemm's layout, word by word, as `tinygemm` describes it."""
+    unsigned = (q.codes + 8).to(torch.int64).unflatten(1, (-1, 128)).unflatten(0, (-1, 8))  # tile, row, part, column
+    words = torch.zeros(unsigned.shape[0], unsigned.shape[2], 32, 4, dtype=torch.int64)
+    for lane in range(32):
+        for i, j, h, e in itertools.product(range(4), range(2), range(2), range(2)):
+            column = 32 * i + 16 * j + 8 * h + 2 * (lane % 4) + e
+            words[:, :, lane, i] += unsigned[:, lane // 4, :, column] << (16 * e + 8 * j + 4 * h)
+    scales = torch.stack([q.scales.T, torch.zeros_like(q.scales.T)], dim=-1).to(torch.bfloat16)
+    return layouts.Laid(words.to(torch.int32), scales, None, None, q.grid, q.dtype, q.shape)
 
 
 def main(dtype: str) -> None:
@@ -51,8 +74,11 @@ def main(dtype: str) -> None:
     for grid in [grid for grid in all_grids() if grid.group in (32, 16)] + rest:
         found = compare(Interpreted(), grid, dtype=dtype, compiled=False, size=1 << 9)
         print(grid, found.compared, found.error or ("exact" if found.exact else found), flush=True)
-    for grid in [grid for grid in all_grids() if grid.element.bits == 4 and grid.group in (16, 32)]:
-        print(grid, "in pairs", "exact" if pairs(grid, dtype) else "not the bytes of quantize", flush=True)
+    for grid in [grid for grid in all_grids() if grid.element.bits == 4 and grid.group in (16, 32, 256)]:
+        layout = "pairs" if grid.element.kind == "float" else "tiles" if grid.symmetric and grid.group != 16 else "signed"
+        print(grid, "in", layout, "exact" if laid(grid, layout, dtype) else "not the codes of quantize", flush=True)
+    row = Grid("int4", "row", "minmax")
+    print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)
 
 
 if __name__ == "__main__":

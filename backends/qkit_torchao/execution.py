@@ -6,16 +6,21 @@ the same bits as the prepared one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkit.qtensor import DType, QTensor
+from qkit.grid import Grid
+from qkit.qtensor import DType
 from qkit.recipe import Rule
 from qkit_torchao import lowering, products
+from qkit_torchao.layouts import Layout
 from qkit_torchao.lowering import Container
 from qkit_torchao.static import static_scales
+
+KEPT = 256  #: how many choices are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,38 +30,52 @@ class Execution:
     Attributes:
         native: whether a kernel multiplies its codes; else they are decoded at every call.
         text: the kernel; or what decodes, and why no kernel does.
-        container: the torchao tensor that holds the codes; None for plain arrays.
+        layout: how the codes lie in memory.
+        container: the torchao tensor that holds them; None for plain arrays.
         takes_floats: whether `F.linear` takes the container as a weight.
         multiply: the product of a layer and its input; None for `F.linear`.
     """
 
     native: bool
     text: str
+    layout: Layout
     container: Container | None = None
     takes_floats: bool = False
     multiply: Callable[[Any, Tensor], Tensor] | None = None
 
 
-def choose(q: QTensor[Tensor], rule: Rule) -> Execution:
-    """How a layer with the codes `q` runs on the device where they are."""
+@lru_cache(maxsize=KEPT)
+def choose(rule: Rule, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> Execution:
+    """How a converted layer under `rule`, with a weight of `shape`, runs on `device`."""
+    grid = rule.weight
+    assert grid is not None
     if rule.kind == "embedding":
-        return Execution(native=False, text="rows are decoded as they are looked up")
-    if lowering.fits_tiles(q):
-        return Execution(True, "torchao Int4TilePackedTo4dTensor (tinygemm)", lowering.TILES, takes_floats=True)
-    why_not = why_no_kernel(rule, device=q.codes.device, dtype=q.dtype, shape=q.shape)
-    if q.grid.element.kind == "integer":
+        return _plain("rows are decoded as they are looked up", grid)
+    if lowering.fits_tiles(grid, device=device, dtype=dtype, shape=shape):
+        return _held("torchao Int4TilePackedTo4dTensor (tinygemm)", lowering.TILES, native=True, takes_floats=True)
+    why_not = why_no_kernel(rule, device=device, dtype=dtype, shape=shape)
+    if grid.element.kind == "integer":
         if not why_not:
-            return Execution(True, "torch._int_mm on the codes of both sides", lowering.INTEGER, multiply=_int8)
-        return Execution(False, f"in torchao IntxUnpackedToInt8Tensor; {why_not}", lowering.INTEGER, takes_floats=True)
-    if q.grid.scale == "nvfp4":
-        return Execution(False, f"in torchao NVFP4Tensor; {why_not}", lowering.NVFP4, takes_floats=True)
-    if q.grid.element.bits == 8 and q.grid.group in ("row", "tensor"):
+            return _held("torch._int_mm on the codes of both sides", lowering.INTEGER, native=True, multiply=_int8)
+        return _held(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", lowering.INTEGER, takes_floats=True)
+    if grid.scale == "nvfp4":
+        return _held(f"in torchao NVFP4Tensor; {why_not}", lowering.NVFP4, takes_floats=True)
+    if grid.element.bits == 8 and grid.group in ("row", "tensor"):
         if not why_not:
-            return Execution(
-                True, "torch._scaled_mm on the codes of both sides", lowering.FLOAT8_ROWS, multiply=_float8
-            )
-        return Execution(False, f"from torchao Float8Tensor; {why_not}", lowering.FLOAT8_ROWS)
-    return Execution(False, f"from plain arrays; {why_not}")
+            kernel = "torch._scaled_mm on the codes of both sides"
+            return _held(kernel, lowering.FLOAT8_ROWS, native=True, multiply=_float8)
+        return _held(f"from torchao Float8Tensor; {why_not}", lowering.FLOAT8_ROWS)
+    return _plain(f"from plain arrays; {why_not}", grid)
+
+
+def _held(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:
+    return Execution(native, text, container.layout, container, **how)
+
+
+def _plain(text: str, grid: Grid) -> Execution:
+    """Codes in plain arrays, two to a byte where they have four bits and rows are of even width."""
+    even = isinstance(grid.group, int) and grid.group % 2 == 0
+    return Execution(False, text, "pairs" if grid.element.name == "e2m1" and even else "bytes")
 
 
 def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> str:

@@ -1,11 +1,9 @@
 """Launching the Triton kernels: which tensors they take, in what tiles, many weights at once. Imported on CUDA machines only."""
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -14,7 +12,9 @@ from qkit import element as elements
 from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit_torchao import capture, ops, passes
+from qkit_torchao import capture, ops, passes, tinygemm
+from qkit_torchao.layouts import TILE_COLUMNS, TILE_ROWS, Laid, Layout
+from qkit_torchao.tables import offsets, programs
 
 TILE = 2048  #: elements that a program holds, where groups are shorter
 LONGEST = 8192  #: the longest group that it holds whole
@@ -48,30 +48,50 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
         values: shaped like `w`: what the codes mean.
         steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
     """
-    return QTensor(**_encoded(w, grid, layout="bytes", values=values, steps=steps), grid=grid, dtype=dtype_of(w))
+    return QTensor(**_encoded(w, grid, "bytes", values=values, steps=steps), grid=grid, dtype=dtype_of(w))
 
 
-def packed(w: Tensor, grid: Grid, *, layout: str) -> dict[str, Tensor | None]:
-    """The parts of `quantize(w, grid)` by name, but codes of four bits two to a byte: `pairs` or `tiles`, see `one`."""
-    return _encoded(w, grid, layout=layout)
+def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
+    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for what `takes`; None where this layout would need more memory.
+
+    Args:
+        broken: int32: its element of this `number` becomes 1 if a group has no codes, for it holds what is not below 2^127.
+    """
+    if layout == "tiles":
+        if w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS:
+            return None
+        parts = _tiled(w.detach(), grid, broken, number)
+    else:
+        parts = _encoded(w, grid, layout, broken=broken, number=number)
+    return Laid(**parts, grid=grid, dtype=dtype_of(w), shape=tuple(w.shape))
 
 
-def _encoded(
-    w: Tensor, grid: Grid, *, layout: str, values: Tensor | None = None, steps: Tensor | None = None
-) -> dict[str, Any]:
+def _encoded(w: Tensor, grid: Grid, layout: Layout, **more: Any) -> dict[str, Any]:
     shape = grid.scale_shape(tuple(w.shape))
+    integer = grid.element.kind == "integer"
     new = partial(torch.empty, device=w.device)
-    width = w.shape[-1] if layout == "bytes" else w.shape[-1] // 2
-    signed = grid.element.kind == "integer" and grid.symmetric and layout == "bytes"
+    width = w.shape[-1] // 2 if layout == "pairs" else w.shape[-1]
+    signed = layout == "signed" or (layout == "bytes" and integer and grid.symmetric)
     codes = new((*w.shape[:-1], width), dtype=torch.int8 if signed else torch.uint8)
-    scales = new(shape, dtype=torch.float32 if grid.element.kind == "integer" else torch.uint8)
-    zeros = None if grid.symmetric else new(shape, dtype=torch.uint8)
+    scales = new(shape, dtype=torch.float32 if integer else torch.uint8)
+    zeros = None if grid.symmetric else new(shape, dtype=torch.int8 if layout == "signed" else torch.uint8)
     peak = _peak(w, grid)
-    _one(
-        w.detach(), grid, peak=peak, values=values, steps=steps, codes=codes, scales=scales, zeros=zeros, layout=layout
-    )
+    _one(w.detach(), grid, peak=peak, codes=codes, scales=scales, zeros=zeros, layout=layout, **more)
     power = None if peak is None else ops.tensor_power(peak.view(torch.float32)).reshape(())
     return {"codes": codes, "scales": scales, "zeros": zeros, "tensor_scale": power}
+
+
+def _tiled(w: Tensor, grid: Grid, broken: Tensor, number: int) -> dict[str, Any]:
+    rows, columns = w.shape
+    group = int(grid.group)
+    codes = torch.empty(rows // 8, columns // 128, 32, 4, dtype=torch.int32, device=w.device)
+    scales = torch.empty(columns // group, rows, 2, dtype=torch.bfloat16, device=w.device)
+    with device_of(w):
+        tinygemm.quantize[(rows // 8 * (columns // tinygemm.WIDTH),)](
+            w, codes, scales.view(torch.int32), broken, number, rows, columns,
+            GRID=constants(grid), GROUP=group, WIDTH=tinygemm.WIDTH, INTERPRETED=INTERPRETED, num_warps=tinygemm.WARPS,
+        )  # fmt: skip
+    return {"codes": codes, "scales": scales, "zeros": None, "tensor_scale": None}
 
 
 def decodes(q: QTensor[Tensor]) -> bool:
@@ -157,71 +177,6 @@ def _tile(group: int, *, extremes: int) -> dict[str, int]:
     return {"GROUPS": groups, "GROUP": group, "WIDTH": width, "num_warps": warps}
 
 
-def offsets(tensors: Sequence[Tensor]) -> list[int]:
-    """Where `tensors` of one type are, in elements from the first of them on."""
-    base, size = tensors[0].data_ptr(), tensors[0].element_size()
-    return [(tensor.data_ptr() - base) // size for tensor in tensors]
-
-
-def programs(
-    rows: tuple[tuple[int, ...], ...],
-    counts: tuple[int, ...],
-    moves: tuple[int, ...],
-    geometry: dict[str, int],
-    device: torch.device,
-) -> tuple[Tensor, bool]:
-    """One row for each program of a launch over many tensors, int64 on the device, and whether each has a full tile.
-
-    Args:
-        rows: of each tensor: places and addresses.
-        counts: of each tensor: how many groups. Rows end with how many are left from the program's first on.
-        moves: of each column, whether it moves on with the elements.
-    """
-    groups, group = geometry["GROUPS"], geometry["GROUP"]
-    full = geometry["WIDTH"] == group and all(count % groups == 0 for count in counts)
-
-    def table() -> np.ndarray[Any, Any]:
-        number = [-(-count // groups) for count in counts]
-        first = np.concatenate([np.arange(n, dtype=np.int64) for n in number]) * groups
-        made = np.repeat(np.array(rows, np.int64), number, axis=0)
-        made += (first * group)[:, None] * np.array(moves)
-        left = np.repeat(np.array(counts, np.int64), number) - first
-        return np.concatenate([made, left[:, None]], axis=1)
-
-    return on_device((rows, counts, groups, group), table, device), full
-
-
-def on_device(key: Any, make: Callable[[], np.ndarray[Any, Any]], device: torch.device) -> Tensor:
-    """The table that `make` makes of what is in `key`, on `device`, without waiting.
-
-    It is kept, since the same is likely to be asked for again; but not one made while a graph is captured, for its memory is the
-    graph's, which copies it anew at every replay.
-    """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    made = _tables.get((key, device))
-    if made is None:
-        table = torch.from_numpy(make())
-        if device.type != "cuda":
-            return table
-        pinned = table.pin_memory()
-        if capturing:
-            _captured.append(pinned)
-            return pinned.to(device, non_blocking=True)
-        made = capture.lasting(partial(torch.empty_like, table, device=device)).copy_(pinned, non_blocking=True)
-        if len(_tables) >= KEPT:
-            _tables.pop(next(iter(_tables)))
-        _tables[key, device] = made
-    elif capturing:
-        _captured.append(made)
-    return made
-
-
-KEPT = 64  #: how many tables are kept
-_tables: dict[Any, Tensor] = {}
-_peaks: dict[Any, Tensor] = {}
-_captured: list[Tensor] = []  #: what captured graphs read at every replay, here and on the host
-
-
 def _one(
     w: Tensor,
     grid: Grid,
@@ -234,14 +189,20 @@ def _one(
     steps: Tensor | None = None,
     gate: Tensor | None = None,
     layout: str = "",
+    broken: Tensor | None = None,
+    number: int = 0,
 ) -> None:
     geometry, count = tiles(w, grid), _count(w, grid)
     full = geometry["WIDTH"] == geometry["GROUP"] and count % geometry["GROUPS"] == 0
     with device_of(w):
         passes.one[(-(-count // geometry["GROUPS"]),)](
-            w, values, codes, scales, zeros, steps, gate if gate is None else gate.view(torch.uint8), peak, count,
+            w, values, codes, scales, zeros, steps, gate if gate is None else gate.view(torch.uint8), peak, broken,
+            number, count,
             GRID=constants(grid), CODES=layout, FULL=full, INTERPRETED=INTERPRETED, **geometry,
         )  # fmt: skip
+
+
+_peaks: dict[Any, Tensor] = {}
 
 
 def _peak(w: Tensor, grid: Grid) -> Tensor | None:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from qkit.element import Element
 from qkit.grid import Grid
-from qkit.qtensor import QTensor
+from qkit.qtensor import DType, QTensor
 from qkit_torchao import ops
+from qkit_torchao.layouts import Laid, Layout, unpair, unshift
 
 _disabled = logging.root.manager.disable
 logging.disable(logging.ERROR)  # torchao reports CUDA libraries that a CPU machine cannot load
@@ -30,16 +29,15 @@ try:
 finally:
     logging.disable(_disabled)
 
-TILE_ROWS, TILE_COLUMNS, TILE_INNER = 8, 1024, 8  #: what tinygemm's kernel pads to, and its inner_k_tiles
-
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One of torchao's tensors: how our codes go in, and how they come out."""
+    """One of torchao's tensors: how it wants our codes laid out, how they go in, and how they come out."""
 
     name: str
-    lower: Callable[[QTensor[Tensor]], Any]
-    raised: Callable[[Any, Grid, str], QTensor[Tensor]]
+    layout: Layout
+    lower: Callable[[Laid], Any]
+    raised: Callable[[Any, Grid, DType], QTensor[Tensor]]
 
 
 def container_of(held: Tensor) -> Container:
@@ -47,49 +45,34 @@ def container_of(held: Tensor) -> Container:
     return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS) if one.name == type(held).__name__)
 
 
-def _lower_integer(q: QTensor[Tensor]) -> Any:
-    element = q.grid.element
-    zeros = (
-        torch.zeros(q.scales.shape, dtype=torch.int8, device=q.codes.device)
-        if q.zeros is None
-        else shift(q.zeros, element)
-    )
-    codes = q.codes if q.zeros is None else shift(q.codes, element)
-    block = tuple(n // groups for n, groups in zip(q.shape, q.scales.shape, strict=True))
-    target = getattr(torch, element.name)
-    return IntxUnpackedToInt8Tensor(codes, q.scales, zeros, target, block, ops.DTYPE[q.dtype], None)
+def _lower_integer(laid: Laid) -> Any:
+    zeros = laid.zeros
+    if zeros is None:
+        zeros = torch.zeros(laid.scales.shape, dtype=torch.int8, device=laid.codes.device)
+    target = getattr(torch, laid.grid.element.name)
+    return IntxUnpackedToInt8Tensor(laid.codes, laid.scales, zeros, target, _block(laid), ops.DTYPE[laid.dtype], None)
 
 
-def _raise_integer(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
+def _raise_integer(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
     if grid.symmetric:
         return QTensor(held.qdata, held.scale, grid, dtype)
     zeros, codes = unshift(held.zero_point, grid.element), unshift(held.qdata, grid.element)
     return QTensor(codes, held.scale, grid, dtype, zeros=zeros)
 
 
-def fits_tiles(q: QTensor[Tensor]) -> bool:
-    """Whether tinygemm's kernel takes `q`: int4 in its groups, and no zero points, which it would hold as rounded bfloat16."""
-    on_tensor_cores = q.codes.is_cuda and torch.cuda.get_device_capability(q.codes.device) >= (8, 0)
-    fits = (
-        q.grid.element.name == "int4" and q.grid.symmetric and q.grid.group in (32, 64, 128, 256) and len(q.shape) == 2
-    )
-    return on_tensor_cores and fits and q.dtype == "bfloat16"
+def fits_tiles(grid: Grid, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> bool:
+    """Whether tinygemm takes a weight: int4 in its groups, and no zero points, which it would hold as rounded bfloat16."""
+    on_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    fits = grid.element.name == "int4" and grid.symmetric and grid.group in (32, 64, 128, 256) and len(shape) == 2
+    return on_tensor_cores and fits and dtype == "bfloat16"
 
 
-def _lower_tiles(q: QTensor[Tensor]) -> Any:
-    """Rows padded to 8 and columns to 1024, two codes to a byte with the first high, then permuted by the kernel's own packer."""
-    rows, columns = q.shape
-    more = (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS)
-    codes = F.pad(unshift(q.codes, q.grid.element), more, value=-q.grid.element.lowest)
-    scales = F.pad(q.scales, (0, more[1] // int(q.grid.group), 0, more[3])).to(torch.bfloat16)
-    high_first = codes[:, 0::2] << 4 | codes[:, 1::2]
-    packed = torch.ops.aten._convert_weight_to_int4pack(high_first.contiguous(), TILE_INNER)
-    scale_and_zero = torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()
-    return Int4TilePackedTo4dTensor(packed, scale_and_zero, [1, int(q.grid.group)], torch.Size(q.shape))
+def _lower_tiles(laid: Laid) -> Any:
+    return Int4TilePackedTo4dTensor(laid.codes, laid.scales, [1, int(laid.grid.group)], torch.Size(laid.shape))
 
 
-def _raise_tiles(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
-    """The permutation is the kernel's secret: the codes are its product of the identity with scales of one, which is exact."""
+def _raise_tiles(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+    """The codes are the kernel's product of the identity with scales of one, which is exact, whatever its permutation."""
     rows, columns = held.shape
     padded = held.scale_and_zero.shape[0] * int(grid.group)
     ones = torch.stack(
@@ -101,45 +84,31 @@ def _raise_tiles(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
     return QTensor(codes.T[:rows, :columns].to(torch.int8).contiguous(), scales.float().contiguous(), grid, dtype)
 
 
-def _lower_nvfp4(q: QTensor[Tensor]) -> Any:
-    return NVFP4Tensor(pairs(q.codes), q.scales.view(torch.float8_e4m3fn), 16, ops.DTYPE[q.dtype], q.tensor_scale)
+def _lower_nvfp4(laid: Laid) -> Any:
+    scales = laid.scales.view(torch.float8_e4m3fn)
+    return NVFP4Tensor(laid.codes, scales, 16, ops.DTYPE[laid.dtype], laid.tensor_scale)
 
 
-def _raise_nvfp4(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
+def _raise_nvfp4(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
     scales = held.scale.view(torch.uint8)
     return QTensor(unpair(held.qdata), scales, grid, dtype, tensor_scale=held.per_tensor_scale)
 
 
-def _lower_float8(q: QTensor[Tensor]) -> Any:
-    block = [n // groups for n, groups in zip(q.shape, q.scales.shape, strict=True)]
-    codes = q.codes.view(ops.FLOAT8[q.grid.element.name])
-    return Float8Tensor(codes, ops.power(q.scales), block_size=block, dtype=ops.DTYPE[q.dtype])
+def _lower_float8(laid: Laid) -> Any:
+    codes = laid.codes.view(ops.FLOAT8[laid.grid.element.name])
+    return Float8Tensor(codes, ops.power(laid.scales), block_size=list(_block(laid)), dtype=ops.DTYPE[laid.dtype])
 
 
-def _raise_float8(held: Any, grid: Grid, dtype: Any) -> QTensor[Tensor]:
+def _raise_float8(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
     return QTensor(held.qdata.view(torch.uint8), (ops.bits(held.scale) >> 23).to(torch.uint8), grid, dtype)
 
 
-INTEGER = Container("IntxUnpackedToInt8Tensor", lower=_lower_integer, raised=_raise_integer)
-NVFP4 = Container("NVFP4Tensor", lower=_lower_nvfp4, raised=_raise_nvfp4)
-FLOAT8_ROWS = Container("Float8Tensor", lower=_lower_float8, raised=_raise_float8)
-TILES = Container("Int4TilePackedTo4dTensor", lower=_lower_tiles, raised=_raise_tiles)
+def _block(laid: Laid) -> tuple[int, ...]:
+    """The shape of what shares a scale."""
+    return tuple(n // groups for n, groups in zip(laid.shape, laid.scales.shape, strict=True))
 
 
-def shift(codes: Tensor, element: Element) -> Tensor:
-    """0 .. 2^bits-1 as int8 from -2^(bits-1) on."""
-    return (codes.to(torch.int16) + element.lowest).to(torch.int8)
-
-
-def unshift(codes: Tensor, element: Element) -> Tensor:
-    """The inverse of `shift`, as uint8."""
-    return (codes.to(torch.int16) - element.lowest).to(torch.uint8)
-
-
-def pairs(codes: Tensor) -> Tensor:
-    """Four-bit codes [..., n] two to a byte, low nibble first."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
-
-
-def unpair(packed: Tensor) -> Tensor:
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+INTEGER = Container("IntxUnpackedToInt8Tensor", "signed", lower=_lower_integer, raised=_raise_integer)
+NVFP4 = Container("NVFP4Tensor", "pairs", lower=_lower_nvfp4, raised=_raise_nvfp4)
+FLOAT8_ROWS = Container("Float8Tensor", "bytes", lower=_lower_float8, raised=_raise_float8)
+TILES = Container("Int4TilePackedTo4dTensor", "tiles", lower=_lower_tiles, raised=_raise_tiles)

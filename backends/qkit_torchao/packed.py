@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkit import learned
-from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_contents
 from qkit_torchao import lowering, ops
 from qkit_torchao.execution import Execution, choose
 from qkit_torchao.layers import apply_but_keep, become
+from qkit_torchao.layouts import Laid, lay, unpair
 from qkit_torchao.static import slot
 
 PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that holds no torchao tensor
@@ -84,9 +84,21 @@ def pack(
     module: nn.Module, q: QTensor[Any], rule: Rule, *, static: Mapping[str, Tensor], owner: nn.Module | None
 ) -> Any:
     """The deployed form of a Linear or Embedding, float or prepared, holding the codes of `q`; see `Backend.pack`."""
-    plain = (
-        PlainLinear if choose(q, rule).container is None else PackedLinear
-    )  # on every device alike: the grid decides
+    execution = choose(rule, device=q.codes.device, dtype=q.dtype, shape=q.shape)
+    return hold(module, lay(q, execution.layout), rule, execution, static=static, owner=owner)
+
+
+def hold(
+    module: nn.Module,
+    laid: Laid,
+    rule: Rule,
+    execution: Execution,
+    *,
+    static: Mapping[str, Tensor],
+    owner: nn.Module | None = None,
+) -> Any:
+    """`pack`, where the codes are laid out already as `execution` wants them."""
+    plain = PlainLinear if execution.container is None else PackedLinear  # on every device alike: the grid decides
     made = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else plain)
     for name in ("mode", "calibrating", "holding", "kind", "grid_name", "slot_names", "room"):
         made.__dict__.pop(name, None)
@@ -98,7 +110,7 @@ def pack(
     made.rule, made.owner = rule, () if owner is None else (owner,)
     for name, array in static.items():
         made.register_buffer(name, array)
-    _hold(made, q)
+    _put_in(made, laid, execution)
     return made
 
 
@@ -108,27 +120,20 @@ def unpack(module: Any) -> QTensor[Tensor]:
     held = module._parameters.get("weight")
     if held is not None:
         return lowering.container_of(held).raised(held, grid, module.dtype)
-    codes = lowering.unpair(module.codes) if _in_pairs(grid) else module.codes
+    codes = unpair(module.codes) if module.execution.layout == "pairs" else module.codes
     parts = {name: getattr(module, name, None) for name in ("scales", "zeros", "tensor_scale")}
     return QTensor(codes, grid=grid, dtype=module.dtype, **parts)
 
 
-def _hold(made: Any, q: QTensor[Tensor]) -> None:
-    """Puts `q` into a layer that holds nothing yet."""
-    made.execution = choose(q, made.rule)
-    made.dtype = q.dtype
-    if made.execution.container:
-        made.register_parameter("weight", nn.Parameter(made.execution.container.lower(q), requires_grad=False))
+def _put_in(made: Any, laid: Laid, execution: Execution) -> None:
+    """Puts codes into a layer that holds none yet."""
+    made.execution, made.dtype = execution, laid.dtype
+    if execution.container:
+        made.register_parameter("weight", nn.Parameter(execution.container.lower(laid), requires_grad=False))
         return
-    codes = lowering.pairs(q.codes) if _in_pairs(q.grid) else q.codes
-    for name, array in zip(PLAIN, (codes, q.scales, q.zeros, q.tensor_scale), strict=True):
-        if array is not None:
+    for name in PLAIN:
+        if (array := getattr(laid, name)) is not None:
             made.register_buffer(name, array)
-
-
-def _in_pairs(grid: Grid) -> bool:
-    """Whether codes are held two to a byte, as rows of even width can be."""
-    return grid.element.name == "e2m1" and isinstance(grid.group, int) and grid.group % 2 == 0
 
 
 def _apply_to_packed(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
@@ -143,7 +148,8 @@ def _apply_to_packed(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool)
         module._buffers.pop(name, None)
     module._parameters.pop("weight", None)
     apply_but_keep(module, fn, recurse, list(static_contents(module.rule)))
-    _hold(module, moved)
+    execution = choose(module.rule, device=probe.device, dtype=moved.dtype, shape=moved.shape)
+    _put_in(module, lay(moved, execution.layout), execution)
 
 
 def _rows(q: QTensor[Tensor], tokens: Tensor) -> QTensor[Tensor]:

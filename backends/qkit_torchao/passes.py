@@ -13,7 +13,6 @@ from qkit_torchao.kernels import (
     extremes,
     floats,
     larger,
-    lifted,
     load,
     narrow,
     place,
@@ -54,7 +53,8 @@ def values_of_many(
             x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
         put(target + offsets, x, mask, TYPE, INTERPRETED)
     else:
-        s, reciprocal, z, _ = long_steps(source, peak, GRID, GROUP, WIDTH, INTERPRETED)
+        high, low = long_extremes(source, GRID, GROUP, WIDTH, INTERPRETED)
+        s, reciprocal, z, _ = steps(high, low, peak, GRID, INTERPRETED)
         for begin in range(0, GROUP, WIDTH):
             inside = offsets < GROUP - begin
             x = load(source + begin + offsets, inside)
@@ -70,8 +70,8 @@ def turn(GRID: tl.constexpr):
 
 
 @triton.jit
-def long_steps(source, peak, GRID: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr):
-    """`steps` of one group that is longer than a tile."""
+def long_extremes(source, GRID: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`extremes` of one group that is longer than a tile."""
     offsets = tl.arange(0, WIDTH)[None, :]
     highest = tl.zeros([1, WIDTH], tl.float32)
     lowest = tl.zeros([1, WIDTH], tl.float32)
@@ -84,7 +84,7 @@ def long_steps(source, peak, GRID: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.
     high, low = extremes(highest, GRID, INTERPRETED)
     if signs_matter(GRID):
         _, low = extremes(lowest, GRID, INTERPRETED)
-    return steps(high, low, peak, GRID, INTERPRETED)
+    return high, low
 
 
 @triton.jit
@@ -109,14 +109,14 @@ def peaks_of_many(
 
 @triton.jit
 def one(
-    source, values, codes, scales, zeros, factors, gate, peak, count, GRID: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, FULL: tl.constexpr, INTERPRETED: tl.constexpr,
+    source, values, codes, scales, zeros, factors, gate, peak, broken, number, count, GRID: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, FULL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), as far as there is room for them.
 
-    `CODES`: `bytes`, one code each; else two unsigned four-bit codes to a byte (of symmetric integers, code + 8), the first low
-    in `pairs`, and high in `tiles`. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak` holds the bits of
-    the largest magnitude of the tensor, for nvfp4.
+    `CODES`: a `layouts.Layout`, but for tiles. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak` holds the
+    bits of the largest magnitude of the tensor, for nvfp4. `broken` is told, in its element `number`, of groups without codes.
     """
     first = turn(GRID) * GROUPS
     start = first.to(tl.int64) * GROUP
@@ -134,17 +134,15 @@ def one(
             v = chosen(gate, y * s[:, None], x)
             put(values + start + offsets, v, mask, values.dtype.element_ty, INTERPRETED)
         if codes is not None:
-            if CODES == "bytes":
-                tl.store(codes + start + offsets, coded(x, y, z, GRID).to(codes.dtype.element_ty), mask=mask)
+            if CODES != "pairs":
+                tl.store(codes + start + offsets, coded(x, y, z, GRID, CODES).to(codes.dtype.element_ty), mask=mask)
             else:
+                even, odd = tl.split(coded(x, y, z, GRID, CODES).reshape(GROUPS, WIDTH // 2, 2))
                 halves, inside = tile(count - first, GROUPS, GROUP // 2, WIDTH // 2, FULL)
-                tl.store(
-                    codes + start // 2 + halves,
-                    paired(x, s, reciprocal, z, GRID, CODES, INTERPRETED).to(tl.uint8),
-                    mask=inside,
-                )
+                tl.store(codes + start // 2 + halves, (even | (odd << 4)).to(tl.uint8), mask=inside)
     else:
-        s, reciprocal, z, stored = long_steps(source + start, tensor_peak, GRID, GROUP, WIDTH, INTERPRETED)
+        high, low = long_extremes(source + start, GRID, GROUP, WIDTH, INTERPRETED)
+        s, reciprocal, z, stored = steps(high, low, tensor_peak, GRID, INTERPRETED)
         for begin in range(0, GROUP, WIDTH):
             inside = offsets < GROUP - begin
             x = load(source + start + begin + offsets, inside)
@@ -153,7 +151,8 @@ def one(
                 v = chosen(gate, y * s[:, None], x)
                 put(values + start + begin + offsets, v, inside, values.dtype.element_ty, INTERPRETED)
             if codes is not None:
-                tl.store(codes + start + begin + offsets, coded(x, y, z, GRID).to(codes.dtype.element_ty), mask=inside)
+                c = coded(x, y, z, GRID, CODES).to(codes.dtype.element_ty)
+                tl.store(codes + start + begin + offsets, c, mask=inside)
     if factors is not None:
         tl.store(factors + groups, s, mask=groups < count)
     if codes is not None:
@@ -161,7 +160,10 @@ def one(
             stored = small_code(stored, stored, 3, -6, 8)
         tl.store(scales + groups, stored.to(scales.dtype.element_ty), mask=groups < count)
         if GRID[0] == "minmax":
-            tl.store(zeros + groups, z.to(tl.uint8), mask=groups < count)
+            stored = shifted(z.to(tl.int32), GRID, CODES)
+            tl.store(zeros + groups, stored.to(zeros.dtype.element_ty), mask=groups < count)
+    if broken is not None:
+        tell(broken + number, high, low)
 
 
 @triton.jit
@@ -172,34 +174,29 @@ def chosen(gate, on_grid, x):
 
 
 @triton.jit
-def coded(x, y, z, GRID: tl.constexpr):
+def tell(broken, high, low):
+    """Writes 1 at `broken` unless all groups with these extremes are between -2^127 and 2^127."""
+    whole = (high < 2.0**127) & (low > -(2.0**127))
+    if tl.min(whole.to(tl.int32), axis=0) == 0:
+        tl.store(broken, 1)
+
+
+@triton.jit
+def coded(x, y, z, GRID: tl.constexpr, CODES: tl.constexpr):
     """The codes of `x`, which is `y` in units of its steps, as the last byte of int32."""
     if GRID[4] > 0:
         c = small_code(y, x, GRID[4], GRID[5], GRID[12])
     elif GRID[0] == "minmax":
-        c = bits(y + z[:, None] + MAGIC)
+        c = shifted(bits(y + z[:, None] + MAGIC), GRID, CODES)
     else:
         c = bits(y + MAGIC)
     return c
 
 
 @triton.jit
-def paired(x, s, reciprocal, z, GRID: tl.constexpr, CODES: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The codes of `x`, two to the last byte of int32; those of integers without a sign."""
-    if GRID[4] > 0:
-        c = small_code(units(x, s, reciprocal, z, GRID, INTERPRETED), x, GRID[4], GRID[5], GRID[12])
-    else:
-        c = bits(lifted(x, s, reciprocal, z, GRID, INTERPRETED))
-    first, second = tl.split(c.reshape(c.shape[0], c.shape[1] // 2, 2))
-    if CODES == "pairs":
-        pair = first + (second << 4)
-    else:
-        pair = (first << 4) + second
-    if GRID[0] == "minmax":
-        pair += 17 * z.to(tl.int32)[:, None]
-    elif GRID[4] == 0:
-        pair += 17 * -int(GRID[2])
-    return pair
+def shifted(c, GRID: tl.constexpr, CODES: tl.constexpr):
+    """Unsigned integers from -2^(bits - 1) on, where `CODES` are signed."""
+    return c - (1 << (GRID[12] - 1)) if CODES == "signed" else c
 
 
 @triton.jit

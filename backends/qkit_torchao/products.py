@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.recipe import Ste
-from qkit_torchao import codes, fused, lowering, ops
+from qkit_torchao import codes, fused, ops
 from qkit_torchao.compiled import named
+from qkit_torchao.layouts import shift
 
 INT8_ROWS = 32  #: `torch._int_mm` wants more than 16 rows
 FAST = False  #: whether e4m3 products add up in fewer bits
@@ -59,11 +60,11 @@ def int8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Te
         weight: int8 codes [outputs, inputs] of a symmetric grid.
         scale: their fp32 scales [outputs or 1, 1].
     """
-    codes = x.codes if x.zeros is None else lowering.shift(x.codes, x.grid.element)
+    codes = x.codes if x.zeros is None else shift(x.codes, x.grid.element)
     padded = F.pad(codes, (0, 0, 0, max(0, INT8_ROWS - len(codes))))
     product = torch._int_mm(padded, weight.T)[: len(codes)]
     if x.zeros is not None:
-        zero = lowering.shift(x.zeros, x.grid.element).reshape(-1, 1).to(torch.int32)
+        zero = shift(x.zeros, x.grid.element).reshape(-1, 1).to(torch.int32)
         product = product - zero * weight.sum(dim=1, dtype=torch.int32)
     return product.to(torch.float32) * steps * scale.reshape(1, -1)
 

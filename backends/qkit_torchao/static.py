@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from qkit.grid import Grid
-from qkit_torchao import lowering, straight_through
+from qkit_torchao import layouts, straight_through
 
 
 def slot(module: Any, x: Tensor, name: str, grid: Grid | None) -> Tensor:
@@ -22,4 +22,4 @@ def static_scales(module: Any, name: str, grid: Grid) -> dict[str, Any]:
     scales = {"scales": module.get_buffer(f"{name}_scale")}
     if grid.symmetric:
         return scales
-    return {**scales, "zeros": lowering.unshift(module.get_buffer(f"{name}_zero_point"), grid.element)}
+    return {**scales, "zeros": layouts.unshift(module.get_buffer(f"{name}_zero_point"), grid.element)}

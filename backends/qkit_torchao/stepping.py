@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qkit_torchao import passes
-from qkit_torchao.launch import INTERPRETED, TILE, constants, device_of, offsets, on_device, programs, takes, tiles
+from qkit_torchao.launch import INTERPRETED, TILE, constants, device_of, takes, tiles
+from qkit_torchao.tables import offsets, on_device, programs
 from qkit_torchao.values import Entry
 
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below

@@ -1,0 +1,45 @@
+"""int4 as tinygemm multiplies it, in one pass over the weight. Device code; `launch` calls it.
+
+The layout is that of `torch.ops.aten._convert_weight_to_int4pack` with 8 inner k-tiles, as PyTorch's `int4mm.cu` describes it: a
+word for each lane of a warp, 4 words a lane for 8 rows and 128 columns. Lane t has row t / 4; its word i has the columns
+32 i + 16 j + 8 h + 2 (t mod 4) + e, codes from 0 to 15, at bit 16 e + 8 j + 4 h.
+"""
+
+import triton
+import triton.language as tl
+
+from qkit_torchao.kernels import bits, extremes, lifted, steps
+from qkit_torchao.passes import tell
+
+WIDTH = 512  #: columns of 8 rows that a program takes
+WARPS = 4
+
+
+@triton.jit
+def quantize(
+    source, codes, scales, broken, number, rows, columns, GRID: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Codes and steps of `source` [rows, columns]; `scales` int32 [groups, rows] is bfloat16, a step and a zero in each.
+
+    `columns` are a multiple of `WIDTH`, which is one of `GROUP` and of 128; `rows` are a multiple of 8. `broken`: see `passes.one`.
+    """
+    across = columns // WIDTH
+    first_row = tl.program_id(0) // across * 8
+    first_column = tl.program_id(0) % across * WIDTH
+    r = tl.arange(0, 8)[:, None]
+    x = tl.load(source + (first_row + r).to(tl.int64) * columns + first_column + tl.arange(0, WIDTH)[None, :])
+    x = x.to(tl.float32).reshape(8 * WIDTH // GROUP, GROUP)
+    high, low = extremes(x, GRID, INTERPRETED)
+    s, reciprocal, z, _ = steps(high, low, 0, GRID, INTERPRETED)
+    unsigned = bits(lifted(x, s, reciprocal, z, GRID, INTERPRETED)) + 8 & 15
+    even, odd = tl.split(unsigned.reshape(8 * WIDTH // 32, 4, 4, 2))
+    places = tl.arange(0, 4)[None, :, None] * 4
+    words = tl.sum((even | (odd << 16)) << places, axis=1)
+    lanes = words.reshape(8, WIDTH // 128, 4, 4).permute(1, 0, 3, 2).reshape(8 * WIDTH // 8)
+    target = codes + (first_row.to(tl.int64) * columns + first_column * 8) // 8
+    tl.store(target + tl.arange(0, 8 * WIDTH // 8), lanes)
+    g = tl.arange(0, WIDTH // GROUP)[None, :]
+    stored = (bits(s) >> 16 & 0xFFFF).reshape(8, WIDTH // GROUP)
+    tl.store(scales + (first_column // GROUP + g).to(tl.int64) * rows + first_row + r, stored)
+    tell(broken + number, high, low)
