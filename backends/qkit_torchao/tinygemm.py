@@ -11,8 +11,18 @@ import triton.language as tl
 from qkit_torchao.kernels import bits, extremes, lifted, steps
 from qkit_torchao.passes import tell
 
+
+def wrapped(word: int) -> int:
+    """The int32 with the last 32 bits of `word`."""
+    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
 WIDTH = 512  #: columns of 8 rows that a program takes
 WARPS = 4
+
+#: what makes a sum of eight codes, each as the last bits of `MAGIC` and at its place, a word of codes from 0 on: an 8 for each,
+#: less what `MAGIC` leaves of itself below bit 32
+EIGHTS = tl.constexpr(wrapped(0x88888888 - sum(0x4B400000 << place for place in (0, 4, 8, 12, 16, 20, 24, 28))))
 
 
 @triton.jit
@@ -32,10 +42,10 @@ def quantize(
     x = x.to(tl.float32).reshape(8 * WIDTH // GROUP, GROUP)
     high, low = extremes(x, GRID, INTERPRETED)
     s, reciprocal, z, _ = steps(high, low, 0, GRID, INTERPRETED)
-    unsigned = bits(lifted(x, s, reciprocal, z, GRID, INTERPRETED)) + 8 & 15
-    even, odd = tl.split(unsigned.reshape(8 * WIDTH // 32, 4, 4, 2))
+    signed = bits(lifted(x, s, reciprocal, z, GRID, INTERPRETED))
+    even, odd = tl.split(signed.reshape(8 * WIDTH // 32, 4, 4, 2))
     places = tl.arange(0, 4)[None, :, None] * 4
-    words = tl.sum((even | (odd << 16)) << places, axis=1)
+    words = tl.sum((even + (odd << 16)) << places, axis=1) + EIGHTS
     lanes = words.reshape(8, WIDTH // 128, 4, 4).permute(1, 0, 3, 2).reshape(8 * WIDTH // 8)
     target = codes + (first_row.to(tl.int64) * columns + first_column * 8) // 8
     tl.store(target + tl.arange(0, 8 * WIDTH // 8), lanes)
