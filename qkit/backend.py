@@ -1,9 +1,9 @@
 """The seam: what an engine must be able to do. Everything else in qkit is written once, over these verbs."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -274,4 +274,19 @@ class Backend(Protocol):
 
     def logits(self, model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits [batch, length, vocabulary] of the model in evaluation mode."""
+        ...
+
+
+@runtime_checkable
+class Deployer(Protocol):
+    """What an engine may be able to do besides: to convert layers without ever holding a byte for each code."""
+
+    def deploy(self, layers: Sequence[tuple[Any, Rule, Mapping[str, NDArray[Any]]]]) -> Sequence[Any | None]:
+        """What `pack` makes of the codes of each layer's own weight; None where the engine packs what it has quantized.
+
+        None stands for weights without codes, too, which are not finite.
+
+        Args:
+            layers: of each the module, its rule, and the scales of its static activations.
+        """
         ...

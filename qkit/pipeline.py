@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import check
-from qkit.backend import Backend
+from qkit.backend import Backend, Deployer
 from qkit.errors import BackendError, GridError, RecipeError, StageError
 from qkit.layer import Layer, want_merged, want_whole
 from qkit.qtensor import QTensor
@@ -162,25 +162,43 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
 
 def _pack(engine: Backend, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
     """The deployed form of each layer, by its path."""
-    from qkit.learned import learned_codes  # here, so that `import qkit` stays cheap
-
     static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
+    packed = _deploy(engine, chosen, static)
     codes: dict[str, QTensor[Any]] = {}
-    packed: dict[str, Any] = {}
     for layer, rule in chosen:
-        assert rule.weight is not None
-        if layer.tied and layer.tied in codes:
-            q = codes[layer.tied]
-        else:
-            w = engine.weight(layer.module)
-            check(engine, w, rule.weight, name=f"{layer.path}.weight")
-            if layer.stage == "prepared" and rule.scales == "learned":
-                q = codes[layer.path] = learned_codes(engine, model, layer, rule.weight)
-            else:
-                q = codes[layer.path] = engine.quantize(w, rule.weight)
+        if layer.path in packed:
+            continue
         owner = packed[layer.tied] if layer.tied else None
+        if owner is None:
+            q = codes[layer.path] = _codes(engine, model, layer, rule)
+        else:
+            q = codes[layer.tied] if layer.tied in codes else engine.unpack(owner)
         packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
     return packed
+
+
+def _deploy(engine: Backend, chosen: list[tuple[Layer, Rule]], static: dict[str, Any]) -> dict[str, Any]:
+    """The deployed form of those layers for which the engine makes it at once."""
+    if not isinstance(engine, Deployer):
+        return {}
+    own = [(layer, rule) for layer, rule in chosen if not layer.tied and not _learned(layer, rule)]
+    made = engine.deploy([(layer.module, rule, static[layer.path]) for layer, rule in own])
+    return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
+
+
+def _codes(engine: Backend, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
+    from qkit.learned import learned_codes  # here, so that `import qkit` stays cheap
+
+    assert rule.weight is not None
+    w = engine.weight(layer.module)
+    check(engine, w, rule.weight, name=f"{layer.path}.weight")
+    return (
+        learned_codes(engine, model, layer, rule.weight) if _learned(layer, rule) else engine.quantize(w, rule.weight)
+    )
+
+
+def _learned(layer: Layer, rule: Rule) -> bool:
+    return layer.stage == "prepared" and rule.scales == "learned"
 
 
 def _static(engine: Backend, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":

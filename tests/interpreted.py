@@ -75,7 +75,9 @@ def main(dtype: str) -> None:
         found = compare(Interpreted(), grid, dtype=dtype, compiled=False, size=1 << 9)
         print(grid, found.compared, found.error or ("exact" if found.exact else found), flush=True)
     for grid in [grid for grid in all_grids() if grid.element.bits == 4 and grid.group in (16, 32, 256)]:
-        layout = "pairs" if grid.element.kind == "float" else "tiles" if grid.symmetric and grid.group != 16 else "signed"
+        layout = (
+            "pairs" if grid.element.kind == "float" else "tiles" if grid.symmetric and grid.group != 16 else "signed"
+        )
         print(grid, "in", layout, "exact" if laid(grid, layout, dtype) else "not the codes of quantize", flush=True)
     row = Grid("int4", "row", "minmax")
     print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)

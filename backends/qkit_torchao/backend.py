@@ -1,7 +1,7 @@
 """The torch engine: every verb of `qkit.backend.Backend`, in the order they stand there."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,10 +145,15 @@ class TorchaoBackend:
     ) -> nn.Module:
         """See `Backend.pack`; the codes go to the layer's device."""
         device = self.weight(module).device
-        scales = {name: self._tensor(array).to(device) for name, array in static.items()}
+        scales = self._static(static, device)
         q = packed.unpack(owner) if owner else q.map(lambda array: self._tensor(array).to(device))
         made: nn.Module = packed.pack(module, q, rule, static=scales, owner=owner)
         return made
+
+    def deploy(self, layers: Sequence[tuple[nn.Module, Rule, Mapping[str, NDArray[Any]]]]) -> list[nn.Module | None]:
+        """See `Deployer.deploy`; for weights on a GPU."""
+        placed = [(module, rule, self._static(static, self.weight(module).device)) for module, rule, static in layers]
+        return packed.deploy(placed)
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
         """See `Backend.unpack`."""
@@ -157,6 +162,9 @@ class TorchaoBackend:
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Backend.replace`."""
         return surgery.replace(model, modules)
+
+    def _static(self, static: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+        return {name: self._tensor(array).to(device) for name, array in static.items()}
 
     def _tensor(self, array: Any) -> Tensor:
         return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))

@@ -11,6 +11,7 @@ from torch import Tensor
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit_torchao import native, ops
+from qkit_torchao.layouts import Laid, Layout
 
 
 def rounded(w: Tensor, grid: Grid) -> Tensor:
@@ -45,6 +46,20 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
     if steps is not None:
         steps.copy_(ops.scale_values(q) + ops.poison(ops.amax(ops.group(w, grid))))
     return q
+
+
+def lays_out(w: Tensor, grid: Grid) -> bool:
+    """Whether kernels write the codes of `w` as a layer holds them: on a GPU."""
+    kernels = _kernels(w)
+    return w.is_cuda and kernels is not None and kernels.takes(w, grid)
+
+
+def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
+    """See `launch.laid_out`; for what `lays_out`."""
+    kernels = _launch()
+    assert kernels is not None
+    made: Laid | None = kernels.laid_out(w, grid, layout, broken=broken, number=number)
+    return made
 
 
 def dequantize(q: QTensor[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Converted layers: they hold codes, in a torchao tensor or in plain arrays, and are not trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from qkit import learned
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_contents
-from qkit_torchao import lowering, ops
+from qkit_torchao import fused, lowering, ops
 from qkit_torchao.execution import Execution, choose
 from qkit_torchao.layers import apply_but_keep, become
 from qkit_torchao.layouts import Laid, lay, unpair
@@ -112,6 +112,24 @@ def hold(
         made.register_buffer(name, array)
     _put_in(made, laid, execution)
     return made
+
+
+def deploy(layers: Sequence[tuple[Any, Rule, Mapping[str, Tensor]]]) -> list[Any | None]:
+    """See `Deployer.deploy`; on a GPU. The device is waited for once, to hear which weights are not finite."""
+    made: list[Any | None] = [None] * len(layers)
+    broken: dict[torch.device, Tensor] = {}
+    for number, (module, rule, static) in enumerate(layers):
+        w, grid = module.weight.detach(), rule.weight
+        assert grid is not None
+        if fused.lays_out(w, grid):
+            if w.device not in broken:
+                broken[w.device] = torch.zeros(len(layers), dtype=torch.int32, device=w.device)
+            execution = choose(rule, device=w.device, dtype=dtype_of(w), shape=tuple(w.shape))
+            laid = fused.laid_out(w, grid, execution.layout, broken=broken[w.device], number=number)
+            if laid is not None:
+                made[number] = hold(module, laid, rule, execution, static=static)
+    wrong = {number for flags in broken.values() for number, flag in enumerate(flags.tolist()) if flag}
+    return [None if number in wrong else one for number, one in enumerate(made)]
 
 
 def unpack(module: Any) -> QTensor[Tensor]:

@@ -115,8 +115,8 @@ def one(
 ):  # fmt: skip
     """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), as far as there is room for them.
 
-    `CODES`: a `layouts.Layout`, but for tiles. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak` holds the
-    bits of the largest magnitude of the tensor, for nvfp4. `broken` is told, in its element `number`, of groups without codes.
+    `CODES`: a `layouts.Layout`, but for tiles. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak`: the
+    bits of the tensor's largest magnitude, for nvfp4. `broken` is told, in its element `number`, of groups without codes.
     """
     first = turn(GRID) * GROUPS
     start = first.to(tl.int64) * GROUP

@@ -32,7 +32,7 @@ def quantize(
 ):  # fmt: skip
     """Codes and steps of `source` [rows, columns]; `scales` int32 [groups, rows] is bfloat16, a step and a zero in each.
 
-    `columns` are a multiple of `WIDTH`, which is one of `GROUP` and of 128; `rows` are a multiple of 8. `broken`: see `passes.one`.
+    `columns` are a multiple of `WIDTH`, which is one of `GROUP` and of 128; `rows` one of 8. `broken`: see `passes.one`.
     """
     across = columns // WIDTH
     first_row = tl.program_id(0) // across * 8
