@@ -12,7 +12,7 @@ from qkit import element as elements
 from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit_torchao import capture, ops, passes, tinygemm
+from qkit_torchao import capture, direct, ops, passes, tinygemm
 from qkit_torchao.layouts import TILE_COLUMNS, TILE_ROWS, Laid, Layout
 from qkit_torchao.tables import offsets, programs
 
@@ -30,8 +30,8 @@ def takes(w: Tensor, grid: Grid) -> bool:
     fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % ALIGNED == 0 and w.numel() > 0
     if not fits or grid.group == "tensor":
         return False
-    tile = tiles(w, grid)
-    return tile["GROUPS"] * tile["GROUP"] * w.element_size() % ALIGNED == 0
+    groups, group, _, _ = _tiles(w, grid)
+    return groups * group * w.element_size() % ALIGNED == 0
 
 
 def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
@@ -87,9 +87,11 @@ def _tiled(w: Tensor, grid: Grid, broken: Tensor, number: int) -> dict[str, Any]
     codes = torch.empty(rows // 8, columns // 128, 32, 4, dtype=torch.int32, device=w.device)
     scales = torch.empty(columns // group, rows, 2, dtype=torch.bfloat16, device=w.device)
     with device_of(w):
-        tinygemm.quantize[(rows // 8 * (columns // tinygemm.WIDTH),)](
-            w, codes, scales.view(torch.int32), broken, number, rows, columns,
-            GRID=constants(grid), GROUP=group, WIDTH=tinygemm.WIDTH, INTERPRETED=INTERPRETED, num_warps=tinygemm.WARPS,
+        _tiles_kernel(
+            (grid, w.device), rows // 8 * (columns // tinygemm.WIDTH),
+            (w, codes, scales.view(torch.int32), broken, number, rows, columns, constants(grid), group, tinygemm.WIDTH,
+             INTERPRETED),
+            warps=tinygemm.WARPS,
         )  # fmt: skip
     return {"codes": codes, "scales": scales, "zeros": None, "tensor_scale": None}
 
@@ -164,17 +166,21 @@ def constants(grid: Grid) -> tuple[Any, ...]:
 
 def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
     """The tile of a program: how many groups, their length, and the power of two that holds it, or a part of it; and warps."""
-    return dict(_tile(_group(w, grid), extremes=2 if grid.scale in ("signed", "minmax") else 1))
+    return dict(zip(("GROUPS", "GROUP", "WIDTH", "num_warps"), _tiles(w, grid), strict=True))
+
+
+def _tiles(w: Tensor, grid: Grid) -> tuple[int, int, int, int]:
+    return _tile(_group(w, grid), extremes=2 if grid.scale in ("signed", "minmax") else 1)
 
 
 @cache
-def _tile(group: int, *, extremes: int) -> dict[str, int]:
+def _tile(group: int, *, extremes: int) -> tuple[int, int, int, int]:
     width = min(triton.next_power_of_2(group), LONGEST)
     groups = max(1, (TILE if group > 16 else 2 * TILE) // width)
     warps = groups * width // WARP
     if group > LONGEST and extremes == 1:  # one to hold: more warps are faster
         warps *= 2
-    return {"GROUPS": groups, "GROUP": group, "WIDTH": width, "num_warps": warps}
+    return groups, group, width, warps
 
 
 def _one(
@@ -192,16 +198,23 @@ def _one(
     broken: Tensor | None = None,
     number: int = 0,
 ) -> None:
-    geometry, count = tiles(w, grid), _count(w, grid)
-    full = geometry["WIDTH"] == geometry["GROUP"] and count % geometry["GROUPS"] == 0
+    tile, count = _tiles(w, grid), _count(w, grid)
+    groups, group, width, warps = tile
+    full = width == group and count % groups == 0
+    parts = values, codes, scales, zeros, steps, gate, peak, broken
+    there = tuple([part is not None for part in parts])
+    aligned = values is None or values.data_ptr() % ALIGNED == 0
+    key = (grid, layout, w.dtype, w.device, tile, full, there, aligned, count >> 31)
+    if gate is not None:
+        parts = (*parts[:5], gate.view(torch.uint8), *parts[6:])
     with device_of(w):
-        passes.one[(-(-count // geometry["GROUPS"]),)](
-            w, values, codes, scales, zeros, steps, gate if gate is None else gate.view(torch.uint8), peak, broken,
-            number, count,
-            GRID=constants(grid), CODES=layout, FULL=full, INTERPRETED=INTERPRETED, **geometry,
+        _one_kernel(
+            key, -(-count // groups),
+            (w, *parts, number, count, constants(grid), groups, group, width, layout, full, INTERPRETED), warps=warps,
         )  # fmt: skip
 
 
+_one_kernel, _tiles_kernel = direct.Kernel(passes.one), direct.Kernel(tinygemm.quantize)
 _peaks: dict[Any, Tensor] = {}
 
 

@@ -25,6 +25,15 @@ from qkit_torchao.kernels import (
     units,
 )  # fmt: skip
 
+SMALL = [
+    "scales",
+    "zeros",
+    "factors",
+    "gate",
+    "peak",
+    "broken",
+]  #: arguments of `one` that are not read and written many at once
+
 
 @triton.jit
 def values_of_many(
@@ -107,7 +116,7 @@ def peaks_of_many(
         tl.atomic_max(peak, most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number", "count"], do_not_specialize_on_alignment=SMALL)
 def one(
     source, values, codes, scales, zeros, factors, gate, peak, broken, number, count, GRID: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, FULL: tl.constexpr,

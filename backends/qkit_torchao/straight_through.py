@@ -9,6 +9,8 @@ from qkit.grid import Grid
 from qkit.recipe import Ste
 from qkit_torchao import fused, ops
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def fake_quantize(
     w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
@@ -30,7 +32,7 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     The result is kept on the tensor itself, and lives as long; so it must not keep `x`, as masked gradients do, views, and what
     comes back to `x` if that is a leaf.
     """
-    keeps_itself = ste == "masked" or (x.is_leaf and x.requires_grad)
+    keeps_itself = ste == "masked" or (x.is_leaf and x.requires_grad) or type(x) not in PLAIN
     if torch.compiler.is_compiling() or keeps_itself or x.is_inference() or transformed():
         return fake_quantize(x, grid, ste=ste)
     state = (grid, x._version, x.data_ptr(), torch.is_grad_enabled())
@@ -38,10 +40,19 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     if result is None or before != state:
         if not x.numel():
             return x
-        result = _Through.apply(x, fused.rounded(x.detach(), grid))  # type: ignore[no-untyped-call]
+        result = _through(x, fused.rounded(x.detach(), grid))
         x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
     shared: Tensor = result
     return shared
+
+
+def _through(x: Tensor, made: Tensor) -> Tensor:
+    """`made`, with the gradient that `x` has: a result of `x`, not a view that would keep it, which is given other memory."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return made
+    result: Tensor = torch.ops.aten._unsafe_view.default(x, x.shape)
+    result.data = made
+    return result
 
 
 def transformed() -> bool:
@@ -87,21 +98,6 @@ def stand_in(weight: Tensor, made: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     view = weight.view_as(weight)
     view.data = made
     return view
-
-
-class _Through(torch.autograd.Function):
-    """Stands for `made` going forward and for `x` going back.
-
-    With `ctx` in `forward`: torch inspects the signature at every call where there is none, which costs more than a launch.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, made: Tensor) -> Tensor:
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], None
 
 
 class _Masked(torch.autograd.Function):

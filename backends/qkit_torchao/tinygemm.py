@@ -25,7 +25,7 @@ WARPS = 4
 EIGHTS = tl.constexpr(wrapped(0x88888888 - sum(0x4B400000 << place for place in (0, 4, 8, 12, 16, 20, 24, 28))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number", "rows", "columns"], do_not_specialize_on_alignment=["broken"])
 def quantize(
     source, codes, scales, broken, number, rows, columns, GRID: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -38,6 +38,7 @@ def quantize(
     first_row = tl.program_id(0) // across * 8
     first_column = tl.program_id(0) % across * WIDTH
     r = tl.arange(0, 8)[:, None]
+    columns = columns // WIDTH * WIDTH  # as the compiler is shown
     x = tl.load(source + (first_row + r).to(tl.int64) * columns + first_column + tl.arange(0, WIDTH)[None, :])
     x = x.to(tl.float32).reshape(8 * WIDTH // GROUP, GROUP)
     high, low = extremes(x, GRID, INTERPRETED)
