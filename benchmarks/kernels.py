@@ -2,7 +2,7 @@
 
 Tensors rotate, so that none is found in the cache; medians of device times, with the spread.
 
-Usage: python benchmarks/kernels.py [--out FILE.json]
+Usage: python benchmarks/kernels.py [--part NAME ...] [--out FILE.json]
 """
 
 import argparse
@@ -12,12 +12,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from qkit_torchao import fused, launch, products
+from qkit_torchao.layouts import Layout
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from train_step import captured
 
 import qkit
@@ -82,47 +85,66 @@ def kernels(report: Callable[[dict[str, Any]], None]) -> None:
 
 
 def packing(report: Callable[[dict[str, Any]], None]) -> None:
-    """Codes of 4 bits, two to a byte, of a bfloat16 weight on the device; and the memory it takes besides."""
+    """Codes of 4 bits of a bfloat16 weight, as a converted layer holds them, on the device; and the memory it takes besides."""
+    layouts: dict[Grid, Layout] = {Grid("int4", group): "tiles" for group in (32, 64, 128)}
+    layouts |= {Grid("int4", 64, "minmax"): "signed", Grid("e2m1", 32): "pairs", Grid("e2m1", 16, "nvfp4"): "pairs"}
     for shape in SHAPES:
-        for grid in (Grid("int4", 32), Grid("int4", 64), Grid("int4", 128), Grid("int4", 64, "minmax"),
-                     Grid("e2m1", 32), Grid("e2m1", 16, "nvfp4")):  # fmt: skip
+        for grid, layout in layouts.items():
             ws = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(ROTATE)]
+            broken = torch.zeros(1, device="cuda", dtype=torch.int32)
 
-            def pack(ws: list = ws, grid: Grid = grid) -> None:
+            def pack(ws: list = ws, grid: Grid = grid, layout: Layout = layout, broken: torch.Tensor = broken) -> None:
                 for w in ws:
-                    launch.packed(w, grid, layout="pairs")
+                    launch.laid_out(w, grid, layout, broken=broken, number=0)
 
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            q = launch.packed(ws[0], grid, layout="pairs")
+            laid = launch.laid_out(ws[0], grid, layout, broken=broken, number=0)
             size = ws[0].numel() * 2
-            held = sum(part.numel() * part.element_size() for part in q.values() if part is not None)
+            parts = [laid.codes, laid.scales, laid.zeros, laid.tensor_scale]
+            held = sum(part.numel() * part.element_size() for part in parts if part is not None)
             scratch = (torch.cuda.max_memory_allocated() - before - held) / size
             times = milliseconds(pack)
-            report({"shape": shape, "job": f"pack {grid}", "scratch / weight": round(scratch, 3),
+            report({"shape": shape, "job": f"pack {grid} in {layout}", "scratch / weight": round(scratch, 3),
                     "GB/s of input": [round(size * ROTATE / t / 1e6) for t in times]})  # fmt: skip
 
 
 def converting(report: Callable[[dict[str, Any]], None]) -> None:
-    """`qkit.convert` of a linear layer on the device, all of it: the look for what is not finite, codes, torchao's containers."""
-    for recipe in ("int4-g32", "int4-g64-minmax", "mxfp4-a16", "nvfp4-a16"):
-        for shape in SHAPES:
-            times = []
-            for _ in range(12):
-                model = nn.Sequential(nn.Linear(*reversed(shape), bias=False, device="cuda", dtype=torch.bfloat16))
-                before, size = torch.cuda.memory_allocated(), model[0].weight.numel() * 2
+    """`qkit.convert` of a model of linear layers: the look for what is not finite, codes, torchao's containers, all of it.
+
+    By the clock, and by what the device was busy with.
+    """
+    for recipe in ("int4-g32", "int4-g64", "int4-g128", "int4-g64-minmax", "mxfp4-a16", "nvfp4-a16"):
+        for shape, count in ((SHAPES[0], 1), (SHAPES[0], 16), (SHAPES[1], 16)):
+            clock, busy = [], []
+            for number in range(9):
+                linears = [
+                    nn.Linear(*reversed(shape), bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(count)
+                ]
+                model = nn.Sequential(*linears)
+                size = sum(linear.weight.numel() * 2 for linear in linears)
+                del linears
+                before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                model = qkit.convert(model, recipe)
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - begin)
+                watched = number > 5
+                with profile(activities=[ProfilerActivity.CUDA]) if watched else nullcontext() as seen:
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    model = qkit.convert(model, recipe)
+                    torch.cuda.synchronize()
+                    took = time.perf_counter() - begin
+                if watched:
+                    busy.append(sum(event.self_device_time_total for event in seen.key_averages()) / 1e6)
+                elif number:
+                    clock.append(took)
                 held = torch.cuda.memory_allocated() - (before - size)
                 scratch = (torch.cuda.max_memory_allocated() - before - held) / size
-            times = sorted(times[2:])
-            speeds = [round(size / t / 1e9) for t in (statistics.median(times), times[0], times[-1])]
-            report({"shape": shape, "job": f"convert to {recipe}", "scratch / weight": round(scratch, 3),
-                    "GB/s of input": speeds})  # fmt: skip
+            speeds = {
+                name: [round(size / t / 1e9) for t in (statistics.median(times), max(times), min(times))]
+                for name, times in (("clock", clock), ("device", busy))
+            }
+            report({"shape": shape, "layers": count, "job": f"convert to {recipe}", "scratch / weight": round(scratch, 3),
+                    "GB/s of input by the clock": speeds["clock"], "GB/s by the device": speeds["device"]})  # fmt: skip
 
 
 def float8(report: Callable[[dict[str, Any]], None]) -> None:
@@ -162,9 +184,13 @@ def float8(report: Callable[[dict[str, Any]], None]) -> None:
         report({**row, "ms": times[0], "time / bfloat16": [round(t / base, 4) for t in times]})
 
 
+JOBS = {"kernels": kernels, "packing": packing, "converting": converting, "float8": float8}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--part", nargs="+", choices=JOBS, default=list(JOBS))
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     asked = sys.argv[: sys.argv.index("--out")] if given.out else sys.argv
@@ -181,8 +207,8 @@ def main() -> None:
         if given.out:
             given.out.write_text(json.dumps(table, indent=1) + "\n")
 
-    for job in (kernels, packing, converting, float8):
-        job(report)
+    for part in given.part:
+        JOBS[part](report)
 
 
 if __name__ == "__main__":

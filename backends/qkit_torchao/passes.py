@@ -46,6 +46,7 @@ def values_of_many(
     on; addresses of the gate (a byte) and of the peak (its bits, for nvfp4); and how many groups are left in the tensor.
     """
     TYPE: tl.constexpr = targets.dtype.element_ty
+    NARROW: tl.constexpr = sources.dtype.element_ty.primitive_bitwidth == 16
     block = blocks + 5 * turn(GRID)
     source = place(sources, block, 0, sources.dtype.element_ty)
     target = place(targets, block, 1, TYPE)
@@ -59,7 +60,7 @@ def values_of_many(
         if gate != 0:
             high, low = extremes(x, GRID, INTERPRETED)
             s, reciprocal, z, _ = steps(high, low, peak, GRID, INTERPRETED)
-            x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
+            x = units(x, s, reciprocal, z, GRID, NARROW, INTERPRETED) * s[:, None]
         put(target + offsets, x, mask, TYPE, INTERPRETED)
     else:
         high, low = long_extremes(source, GRID, GROUP, WIDTH, INTERPRETED)
@@ -68,7 +69,7 @@ def values_of_many(
             inside = offsets < GROUP - begin
             x = load(source + begin + offsets, inside)
             if gate != 0:
-                x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
+                x = units(x, s, reciprocal, z, GRID, NARROW, INTERPRETED) * s[:, None]
             put(target + begin + offsets, x, inside, TYPE, INTERPRETED)
 
 
@@ -127,6 +128,7 @@ def one(
     `CODES`: a `layouts.Layout`, but for tiles. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak`: the
     bits of the tensor's largest magnitude, for nvfp4. `broken` is told, in its element `number`, of groups without codes.
     """
+    NARROW: tl.constexpr = source.dtype.element_ty.primitive_bitwidth == 16
     first = turn(GRID) * GROUPS
     start = first.to(tl.int64) * GROUP
     groups = first + tl.arange(0, GROUPS)
@@ -138,7 +140,7 @@ def one(
         x = load(source + start + offsets, mask)
         high, low = extremes(x, GRID, INTERPRETED)
         s, reciprocal, z, stored = steps(high, low, tensor_peak, GRID, INTERPRETED)
-        y = units(x, s, reciprocal, z, GRID, INTERPRETED)
+        y = units(x, s, reciprocal, z, GRID, NARROW, INTERPRETED)
         if values is not None:
             v = chosen(gate, y * s[:, None], x)
             put(values + start + offsets, v, mask, values.dtype.element_ty, INTERPRETED)
@@ -155,7 +157,7 @@ def one(
         for begin in range(0, GROUP, WIDTH):
             inside = offsets < GROUP - begin
             x = load(source + start + begin + offsets, inside)
-            y = units(x, s, reciprocal, z, GRID, INTERPRETED)
+            y = units(x, s, reciprocal, z, GRID, NARROW, INTERPRETED)
             if values is not None:
                 v = chosen(gate, y * s[:, None], x)
                 put(values + start + begin + offsets, v, inside, values.dtype.element_ty, INTERPRETED)
@@ -241,6 +243,7 @@ def adamw_of_many(
     `scalars` float32 [6]: see `adamw_scalars`.
     """
     SOURCE: tl.constexpr = weights.dtype.element_ty
+    NARROW: tl.constexpr = SOURCE.primitive_bitwidth == 16
     MOMENT: tl.constexpr = means.dtype.element_ty
     block = blocks + 3 * tl.program_id(0)
     row = table + 6 * tl.load(block)
@@ -268,7 +271,7 @@ def adamw_of_many(
         if tl.load(tl.load(row + 5).to(tl.pointer_type(tl.uint8))) != 0:
             high, low = extremes(x, GRID, INTERPRETED)
             s, reciprocal, z, _ = steps(high, low, 0, GRID, INTERPRETED)
-            x = units(x, s, reciprocal, z, GRID, INTERPRETED) * s[:, None]
+            x = units(x, s, reciprocal, z, GRID, NARROW, INTERPRETED) * s[:, None]
         tl.store(target + offsets, narrow(x, TARGET, INTERPRETED), mask=mask)
 
 

@@ -17,7 +17,8 @@ def wrapped(word: int) -> int:
     return (word + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-WIDTH = 512  #: columns of 8 rows that a program takes
+OUTER_LOW, INNER_LOW = tl.constexpr(0x00FF00FF), tl.constexpr(0x0F0F0F0F)
+WIDTH = 1024  #: columns of 8 rows that a program takes
 WARPS = 4
 
 #: what makes a sum of eight codes, each as the last bits of `MAGIC` and at its place, a word of codes from 0 on: an 8 for each,
@@ -43,14 +44,26 @@ def quantize(
     x = x.to(tl.float32).reshape(8 * WIDTH // GROUP, GROUP)
     high, low = extremes(x, GRID, INTERPRETED)
     s, reciprocal, z, _ = steps(high, low, 0, GRID, INTERPRETED)
-    signed = bits(lifted(x, s, reciprocal, z, GRID, INTERPRETED))
-    even, odd = tl.split(signed.reshape(8 * WIDTH // 32, 4, 4, 2))
-    places = tl.arange(0, 4)[None, :, None] * 4
-    words = tl.sum((even + (odd << 16)) << places, axis=1) + EIGHTS
-    lanes = words.reshape(8, WIDTH // 128, 4, 4).permute(1, 0, 3, 2).reshape(8 * WIDTH // 8)
+    signed = bits(lifted(x, s, reciprocal, z, GRID, True, INTERPRETED))
+    even, odd = tl.split(signed.reshape(8 * WIDTH // 8, 4, 2))
+    mine = tl.sum((even + (odd << 16)) << (tl.arange(0, 4) * 4)[None, :], axis=1) + EIGHTS
+    lanes = turned(mine.reshape(8 * WIDTH // 32, 2, 2)).reshape(8, WIDTH // 128, 4, 4).permute(1, 0, 3, 2)
     target = codes + (first_row.to(tl.int64) * columns + first_column * 8) // 8
-    tl.store(target + tl.arange(0, 8 * WIDTH // 8), lanes)
+    tl.store(target + tl.arange(0, 8 * WIDTH // 8), lanes.reshape(8 * WIDTH // 8))
     g = tl.arange(0, WIDTH // GROUP)[None, :]
     stored = (bits(s) >> 16 & 0xFFFF).reshape(8, WIDTH // GROUP)
     tl.store(scales + (first_column // GROUP + g).to(tl.int64) * rows + first_row + r, stored)
     tell(broken + number, high, low)
+
+
+@triton.jit
+def turned(words):
+    """Words [n, 2, 2] of 8 columns each, number t of a half at bit 4 t -> words [n, 4] of columns t, from word q at bit 4 q."""
+    even, odd = tl.split(words)
+    a, c = tl.split(even.reshape(even.shape[0], 2))
+    b, d = tl.split(odd.reshape(odd.shape[0], 2))
+    ac, bd = a & OUTER_LOW | (c & OUTER_LOW) << 8, b & OUTER_LOW | (d & OUTER_LOW) << 8
+    ca, db = a >> 8 & OUTER_LOW | c & ~OUTER_LOW, b >> 8 & OUTER_LOW | d & ~OUTER_LOW
+    first, second = ac & INNER_LOW | (bd & INNER_LOW) << 4, ac >> 4 & INNER_LOW | bd & ~INNER_LOW
+    third, fourth = ca & INNER_LOW | (db & INNER_LOW) << 4, ca >> 4 & INNER_LOW | db & ~INNER_LOW
+    return tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(words.shape[0], 4)
