@@ -37,7 +37,7 @@ def quotient(x, s, reciprocal, INTERPRETED: tl.constexpr):
 def raised(x, s, reciprocal, LIFT: tl.constexpr, NARROW: tl.constexpr, INTERPRETED: tl.constexpr):
     """`LIFT` and a number that rounds to integers, and to floats of few bits, as the quotient of `x` and `s` does, below 256.
 
-    Where `x` is `NARROW`, of 16 bits, and `s` has 8, the quotient is a tie of such a rounding or farther than 2^-15 from all ties.
+    Where `x` is `NARROW`, of 16 bits, and `s` has 8, the quotient is a tie of such a rounding or over 2^-15 away from all ties.
     So it may first be rounded to multiples of 2^-14, which ties are among: that undoes the error of the reciprocal.
     `tests/test_kernels` counts it out for all mantissas.
     """
