@@ -154,6 +154,12 @@ def extremes(x, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def tensor_code(tensor_peak, GRID: tl.constexpr):
+    """The E8M0 code of a tensor's scale, for nvfp4; `tensor_peak`: the bits of its largest magnitude."""
+    return tl.minimum(tl.maximum(ceil_exponent(floats(tensor_peak) * GRID[10]), GRID[8]), GRID[9])
+
+
+@triton.jit
 def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
     """Of groups with these extremes: the step, its reciprocal, the zero point, and what is stored. `GRID`: `launch.constants`.
 
@@ -179,8 +185,7 @@ def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr)
         if RULE == "minmax":
             z = clamp(nearest(quotient(0.0 - low, s, reciprocal, INTERPRETED)), GRID[2], GRID[3])
     elif RULE == "nvfp4":
-        c = ceil_exponent(floats(tensor_peak) * GRID[10])
-        c = tl.minimum(tl.maximum(c, GRID[8]), GRID[9])
+        c = tensor_code(tensor_peak, GRID)
         stored = small_float(clamp(high * floats((254 - c) << 23) * STEP, GRID[11], 448.0), 3, -6)
         s = stored * (floats(c << 23) + floats(tensor_peak) * 0.0)
         reciprocal = inverse(s, INTERPRETED)

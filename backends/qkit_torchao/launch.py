@@ -37,7 +37,7 @@ def takes(w: Tensor, grid: Grid) -> bool:
 def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
     """`ops.rounded(w, grid)`, for what `takes`; the bits of `w` itself where there is a `gate`, bool [], that is off."""
     made = torch.empty_like(w)
-    _one(w, grid, peak=_peak(w, grid), values=made, gate=gate)
+    _one(w, grid, values=made, gate=gate)
     return made
 
 
@@ -75,9 +75,8 @@ def _encoded(w: Tensor, grid: Grid, layout: Layout, **more: Any) -> dict[str, An
     codes = new((*w.shape[:-1], width), dtype=torch.int8 if signed else torch.uint8)
     scales = new(shape, dtype=torch.float32 if integer else torch.uint8)
     zeros = None if grid.symmetric else new(shape, dtype=torch.int8 if layout == "signed" else torch.uint8)
-    peak = _peak(w, grid)
-    _one(w.detach(), grid, peak=peak, codes=codes, scales=scales, zeros=zeros, layout=layout, **more)
-    power = None if peak is None else ops.tensor_power(peak.view(torch.float32)).reshape(())
+    power = new((), dtype=torch.float32) if _looks_first(grid) else None
+    _one(w.detach(), grid, codes=codes, scales=scales, zeros=zeros, power=power, layout=layout, **more)
     return {"codes": codes, "scales": scales, "zeros": zeros, "tensor_scale": power}
 
 
@@ -187,13 +186,13 @@ def _one(
     w: Tensor,
     grid: Grid,
     *,
-    peak: Tensor | None,
     values: Tensor | None = None,
     codes: Tensor | None = None,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     steps: Tensor | None = None,
     gate: Tensor | None = None,
+    power: Tensor | None = None,
     layout: str = "",
     broken: Tensor | None = None,
     number: int = 0,
@@ -201,7 +200,7 @@ def _one(
     tile, count = _tiles(w, grid), _count(w, grid)
     groups, group, width, warps = tile
     full = width == group and count % groups == 0
-    parts = values, codes, scales, zeros, steps, gate, peak, broken
+    parts = values, codes, scales, zeros, steps, gate, _peak(w, grid), power, broken
     there = tuple([part is not None for part in parts])
     aligned = values is None or values.data_ptr() % ALIGNED == 0
     key = (grid, layout, w.dtype, w.device, tile, full, there, aligned, count >> 31)

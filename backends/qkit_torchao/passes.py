@@ -21,6 +21,7 @@ from qkit_torchao.kernels import (
     small_value,
     smaller,
     steps,
+    tensor_code,
     tile,
     units,
 )  # fmt: skip
@@ -119,14 +120,15 @@ def peaks_of_many(
 
 @triton.jit(do_not_specialize=["number", "count"], do_not_specialize_on_alignment=SMALL)
 def one(
-    source, values, codes, scales, zeros, factors, gate, peak, broken, number, count, GRID: tl.constexpr,
+    source, values, codes, scales, zeros, factors, gate, peak, power, broken, number, count, GRID: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, FULL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), as far as there is room for them.
 
     `CODES`: a `layouts.Layout`, but for tiles. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak`: the
-    bits of the tensor's largest magnitude, for nvfp4. `broken` is told, in its element `number`, of groups without codes.
+    bits of the tensor's largest magnitude, for nvfp4, whose scale goes to `power`. `broken` is told of groups without codes, in its
+    element `number`.
     """
     NARROW: tl.constexpr = source.dtype.element_ty.primitive_bitwidth == 16
     first = turn(GRID) * GROUPS
@@ -169,6 +171,8 @@ def one(
     if codes is not None:
         if GRID[0] == "nvfp4":
             stored = small_code(stored, stored, 3, -6, 8)
+            if first == 0:
+                tl.store(power, floats(tensor_code(tensor_peak, GRID) << 23))
         tl.store(scales + groups, stored.to(scales.dtype.element_ty), mask=groups < count)
         if GRID[0] == "minmax":
             stored = shifted(z.to(tl.int32), GRID, CODES)
