@@ -127,8 +127,8 @@ def one(
     """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), as far as there is room for them.
 
     `CODES`: a `layouts.Layout`, but for tiles. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak`: the
-    bits of the tensor's largest magnitude, for nvfp4, whose scale goes to `power`. `broken` is told of groups without codes, in its
-    element `number`.
+    bits of the tensor's largest magnitude, for nvfp4, whose scale goes to `power`. `broken` is told of groups without codes,
+    in its element `number`.
     """
     NARROW: tl.constexpr = source.dtype.element_ty.primitive_bitwidth == 16
     first = turn(GRID) * GROUPS
