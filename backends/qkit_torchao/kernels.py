@@ -259,5 +259,9 @@ def tile(count, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def load(address, mask):
-    """The elements at `address`, in float32; 0 where there is none."""
-    return tl.load(address, mask=mask, other=0.0).to(tl.float32)
+    """The elements at `address`, in float32; 0 where there is none, if there is a mask."""
+    if mask is None:
+        x = tl.load(address)
+    else:
+        x = tl.load(address, mask=mask, other=0.0)
+    return x.to(tl.float32)

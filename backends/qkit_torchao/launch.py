@@ -17,7 +17,7 @@ from qkit_torchao.layouts import TILE_COLUMNS, TILE_ROWS, Laid, Layout
 from qkit_torchao.tables import offsets, programs
 
 TILE = 2048  #: elements that a program holds, where groups are shorter
-LONGEST = 8192  #: the longest group that it holds whole
+LONGEST = 8192  #: the longest group that it holds whole, or half of it in float32
 PEAK = 8192  #: elements of which a program looks for the largest
 WARP = 1024  #: elements of a tile for each warp; see `tiles`
 ALIGNED = 16  #: bytes that are read at once
@@ -169,15 +169,16 @@ def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
 
 
 def _tiles(w: Tensor, grid: Grid) -> tuple[int, int, int, int]:
-    return _tile(_group(w, grid), extremes=2 if grid.scale in ("signed", "minmax") else 1)
+    longest = LONGEST * 2 if w.dtype == torch.float32 else LONGEST  # what is not converted takes fewer registers
+    return _tile(_group(w, grid), longest, extremes=2 if grid.scale in ("signed", "minmax") else 1)
 
 
 @cache
-def _tile(group: int, *, extremes: int) -> tuple[int, int, int, int]:
-    width = min(triton.next_power_of_2(group), LONGEST)
+def _tile(group: int, longest: int, *, extremes: int) -> tuple[int, int, int, int]:
+    width = min(triton.next_power_of_2(group), longest)
     groups = max(1, (TILE if group > 16 else 2 * TILE) // width)
     warps = groups * width // WARP
-    if group > LONGEST and extremes == 1:  # one to hold: more warps are faster
+    if group > longest and extremes == 1:  # one to hold: more warps are faster
         warps *= 2
     return groups, group, width, warps
 
@@ -231,7 +232,7 @@ def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[
     geometry = {"GROUPS": PEAK // 16, "GROUP": 16, "WIDTH": 16, "num_warps": 4}
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, first.device)
     with device_of(first):
-        passes.peaks_of_many[(len(blocks),)](first, blocks, FULL=full, **geometry)
+        passes.peaks_of_many[(len(blocks),)](first, blocks, FULL=full, INTERPRETED=INTERPRETED, **geometry)
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:

@@ -106,13 +106,18 @@ def put(address, x, mask, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def peaks_of_many(
-    sources, blocks, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr
+    sources, blocks, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Raises each tensor's peak to the bits of its largest magnitude. `blocks` as for `values_of_many`."""
+    """Raises each tensor's peak to the bits of its largest magnitude. `blocks` as for `values_of_many`; a tile is one row."""
     block = blocks + 5 * tl.program_id(0)
-    offsets, mask = tile(tl.load(block + 4), GROUPS, GROUP, WIDTH, FULL)
-    x = load(place(sources, block, 0, sources.dtype.element_ty) + offsets, mask)
-    most = tl.max(tl.max(bits(x) & 0x7FFFFFFF, axis=1), axis=0)
+    offsets = tl.arange(0, GROUPS * GROUP)
+    source = place(sources, block, 0, sources.dtype.element_ty) + offsets
+    x = load(source, None if FULL else offsets < tl.load(block + 4) * GROUP)
+    if INTERPRETED:  # which leaves NaN out of a maximum
+        most = tl.max(bits(x) & 0x7FFFFFFF, axis=0)
+    else:
+        most = bits(tl.reduce(tl.abs(x), 0, larger))
     peak = tl.load(block + 3).to(tl.pointer_type(tl.int32))
     if most > tl.load(peak):  # as few do, once some have: atomic operations on one address wait for each other
         tl.atomic_max(peak, most)

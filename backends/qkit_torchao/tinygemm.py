@@ -18,8 +18,8 @@ def wrapped(word: int) -> int:
 
 
 OUTER_LOW, INNER_LOW = tl.constexpr(0x00FF00FF), tl.constexpr(0x0F0F0F0F)
-WIDTH = 1024  #: columns of 8 rows that a program takes
-WARPS = 4
+WIDTH = 256  #: columns of 8 rows that a program takes
+WARPS = 1
 
 #: what makes a sum of eight codes, each as the last bits of `MAGIC` and at its place, a word of codes from 0 on: an 8 for each,
 #: less what `MAGIC` leaves of itself below bit 32
