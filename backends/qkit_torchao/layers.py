@@ -7,17 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkit.element import AVERAGE
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.layer import Mode
 from qkit.qtensor import dtype_of
 from qkit.recipe import Rule
 from qkit.static import static_names
-from qkit_torchao import codes, compiled, gates, ops, products, sharding, straight_through, values
+from qkit_torchao import codes, compiled, gates, ops, products, ranges, sharding, straight_through, values
 from qkit_torchao.execution import why_no_kernel
-
-EMPTY = (torch.inf, -torch.inf)  #: the range of what has seen nothing
 
 
 class _Prepared(nn.Module):
@@ -38,6 +35,7 @@ class _Prepared(nn.Module):
     mode: Mode
     calibrating: bool
     holding: bool
+    simple: bool
 
     @property
     def weight_grid(self) -> Grid:
@@ -53,6 +51,7 @@ class _Prepared(nn.Module):
     def switch(self, mode: Mode) -> None:
         """See `qkit.backend.Backend.switch`."""
         self.mode, self.calibrating = mode, mode == "calibrating"
+        _settle(self)
         self.gate = gates.of(self.gate.device, on=mode != "off")
         if self.holding:
             (values.release if mode == "off" else values.hold)(self.weight)
@@ -66,17 +65,19 @@ class _Prepared(nn.Module):
                 f"values on {self.weight_grid} cannot be held, since these weights {why}: use interval 1"
             )
         self.holding = on
+        _settle(self)
         (values.hold if on and self.mode != "off" else values.release)(self.weight)
 
     def regrid(self, rule: Rule) -> None:
         """See `qkit.backend.Backend.regrid`."""
         _put_on(self, rule)
+        _settle(self)
         (values.hold if self.holding and self.mode != "off" else values.release)(self.weight)
 
     def forget(self) -> None:
         """See `qkit.backend.Backend.forget`."""
         for name in static_names(self.rule):
-            self.get_buffer(f"{name}_range").copy_(torch.tensor(EMPTY))
+            self.get_buffer(f"{name}_range").copy_(torch.tensor(ranges.EMPTY))
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
@@ -121,9 +122,9 @@ class _Prepared(nn.Module):
         if not x.numel():
             pass  # nothing is seen
         elif self.calibrating:
-            seen.copy_(_wider(seen, _extremes(x)))
+            seen.copy_(ranges.wider(seen, ranges.extremes(x)))
         elif self.training and self.rule.range == "average":
-            seen.copy_(torch.where(self.gate, _averaged(seen, _extremes(x)), seen))
+            seen.copy_(torch.where(self.gate, ranges.averaged(seen, ranges.extremes(x)), seen))
         q = ops.quantize(seen, grid)
         scales = ops.scale_values(q) + ops.poison(ops.amax(seen))  # NaN, as long as nothing was seen
         return {"scales": scales, "zeros": q.zeros}
@@ -159,11 +160,36 @@ class FakeLinear(_Prepared, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
+        if (made := self._standing()) is not None:
+            return self._with(x, made)
         weight = self.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         y = self._product(x) if self.kind and self._multiplies_codes(x) else self._values_product(x, weight, dtype)
         return self.slot(y, "output", self.rule.output)
+
+    def _standing(self) -> Tensor | None:
+        """The values that were made of the weight, if they may be used as they are, and a short way there is all that is needed.
+
+        For eager training on a slow host: what is asked here is what can change between two calls.
+        """
+        if not self.simple or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return None
+        if sharding.is_managed(self) or straight_through.transformed():
+            return None
+        assert self.rule.weight is not None
+        gate = self._buffers["gate"]
+        return values.standing(self._parameters["weight"], self.rule.weight, gate, self.room)  # type: ignore[arg-type]
+
+    def _with(self, x: Tensor, made: Tensor) -> Tensor:
+        """The output for `made`, the values of the weight."""
+        rule, weight = self.rule, self._parameters["weight"]
+        assert weight is not None
+        assert rule.weight is not None
+        if rule.activation is not None:
+            x = straight_through.shared(x, rule.activation, ste=rule.ste)
+        y = F.linear(x, straight_through.stand_in(weight, made, rule.weight, ste=rule.ste), self._parameters["bias"])
+        return y if rule.output is None else straight_through.shared(y, rule.output, ste=rule.ste)
 
     def _values_product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.slot(x, "input", self.rule.activation)
@@ -217,8 +243,9 @@ def fake(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> A
     device = made.weight.device
     made.register_buffer("gate", gates.of(device, on=True), persistent=False)
     for name in static_names(rule):
-        made.register_buffer(f"{name}_range", torch.tensor(EMPTY, device=device))
+        made.register_buffer(f"{name}_range", torch.tensor(ranges.EMPTY, device=device))
     made.mode, made.calibrating, made.holding = "on", False, False
+    _settle(made)
     made.room = values.room(made.weight, rule.weight, made.gate) if cls is None else None
     _reserve(made)
     return made
@@ -234,6 +261,11 @@ def _put_on(layer: Any, rule: Rule) -> None:
     assert rule.weight is not None
     layer.rule, layer.grid_name, layer.kind = rule, str(rule.weight), products.kind(rule.weight, rule.activation)
     layer.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
+
+
+def _settle(layer: Any) -> None:
+    """Works out what does not change between two calls: whether the layer does nothing but multiply dynamic values."""
+    layer.simple = layer.mode == "on" and not (layer.holding or layer.kind) and layer.rule.range == "dynamic"
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> Any:
@@ -258,20 +290,3 @@ def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
 def _cannot_keep(weight: Tensor) -> bool:
     """Whether no version tells the changes of `weight`, or what is kept may not be written: under torch.func's transforms."""
     return weight.is_inference() or straight_through.transformed()
-
-
-def _extremes(x: Tensor) -> Tensor:
-    """The lowest and the highest value of `x`, float32 [2]."""
-    return torch.stack(torch.aminmax(x.detach())).to(torch.float32)
-
-
-def _wider(seen: Tensor, extremes: Tensor) -> Tensor:
-    """The range of both; extremes that are not finite are not looked at."""
-    wider = torch.stack([torch.minimum(seen[0], extremes[0]), torch.maximum(seen[1], extremes[1])])
-    return torch.where(extremes.isfinite().all(), wider, seen)
-
-
-def _averaged(seen: Tensor, extremes: Tensor) -> Tensor:
-    """The running average after one more step; the first range is taken as it is."""
-    averaged = torch.where(seen[0] > seen[1], extremes, seen + AVERAGE * (extremes - seen))
-    return torch.where(extremes.isfinite().all(), averaged, seen)
