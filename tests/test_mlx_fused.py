@@ -31,18 +31,19 @@ static inline unsigned QKIT_BITS(float x) { unsigned u; std::memcpy(&u, &x, 4); 
 static inline float QKIT_FLOAT(unsigned u) { float x; std::memcpy(&x, &u, 4); return x; }
 #define QKIT_ADD(x, y) ((x) + (y))
 #define QKIT_MULTIPLY(x, y) ((x) * (y))
+#define QKIT_FMA std::fma
 #define QKIT_DIVIDE(x, y) ((x) / (y))
 #define QKIT_ROUND std::nearbyintf
 #define QKIT_LEAST std::fmin
 #define QKIT_MOST std::fmax
 """
 ROUND_GROUPS = """
-extern "C" void NAME_groups(const float* x, float* out, long groups, long size, float peak) {
+extern "C" void NAME_groups(const float* x, float* out, long groups, long size, float peak, int narrow) {
   for (long g = 0; g < groups; g++, x += size, out += size) {
     unsigned high = 0, low = 0;
     for (long i = 0; i < size; i++) NAME::see(high, low, x[i]);
     const NAME::Step step = NAME::step_of(high, low, peak);
-    for (long i = 0; i < size; i++) out[i] = NAME::value(x[i], step);
+    for (long i = 0; i < size; i++) out[i] = NAME::value(x[i], step, narrow);
   }
 }
 """
@@ -68,7 +69,9 @@ def rounded(library, x, grid):
     pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (wide, out)]
     function = getattr(library, f"{fused_source.name(grid)}_groups")
     peak = ctypes.c_float(np.abs(wide).max())
-    function(*pointers, ctypes.c_long(groups), ctypes.c_long(wide.size // groups), peak)
+    function(
+        *pointers, ctypes.c_long(groups), ctypes.c_long(wide.size // groups), peak, ctypes.c_int(x.dtype.itemsize == 2)
+    )
     with np.errstate(over="ignore"):
         return out.astype(x.dtype)
 

@@ -14,6 +14,7 @@ RULES = {"signed": 0, "absmax": 1, "midmax": 1, "minmax": 2, "rceil": 3, "even":
 SHIFT = (
     1.5 * 2.0**23
 )  #: added to a number below 2^22 and taken off again, it leaves the nearest whole number, ties to even
+FINE = 1.5 * 2.0**9  #: likewise for one below 2^8: the nearest multiple of 2^-14
 
 #: What the arithmetic is written over, on CUDA: roundings that no compiler may contract into others.
 CUDA = """
@@ -22,6 +23,7 @@ CUDA = """
 #define QKIT_FLOAT __uint_as_float
 #define QKIT_ADD __fadd_rn
 #define QKIT_MULTIPLY __fmul_rn
+#define QKIT_FMA __fmaf_rn
 #define QKIT_DIVIDE __fdiv_rn
 #define QKIT_ROUND rintf
 #define QKIT_LEAST fminf
@@ -48,24 +50,22 @@ QKIT_INLINE float round_to_bfloat16(float x) {
   return QKIT_FLOAT((u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u);
 }
 
-// x to a small float: neighbours are a power of two apart
+// x to a small float: adding and taking away 1.5 * 2^k leaves multiples of what its neighbours are apart
 QKIT_INLINE float small_float(float x, int mantissa, int min_exponent) {
-  int exponent = (int)((QKIT_BITS(x) >> 23) & 0xFFu) - 127;
-  exponent = exponent < min_exponent ? min_exponent : exponent;
-  float shifted = QKIT_ADD(QKIT_MULTIPLY(x, power(127 + mantissa - exponent)), SHIFT);
-  return QKIT_MULTIPLY(QKIT_ADD(shifted, -SHIFT), power(127 + exponent - mantissa));
+  const unsigned smallest = (unsigned)(127 + min_exponent) << 23;
+  unsigned binade = QKIT_BITS(x) & 0x7F800000u;
+  binade = binade > smallest ? binade : smallest;
+  const float coarse = QKIT_FLOAT(binade + ((unsigned)(23 - mantissa) << 23) + 0x400000u);
+  return QKIT_ADD(QKIT_ADD(x, coarse), -coarse);
 }
 
-// x / s to nearest even, for s on the bfloat16 grid: a candidate, corrected by comparing exact products; no division. As
-// integers, patterns of positive floats have their order, and a negative one is less; a tie moves an odd candidate.
-QKIT_INLINE float nearest(float x, Step step) {
-  float a = magnitude(x), s = magnitude(step.s), shifted = QKIT_ADD(QKIT_MULTIPLY(a, step.inverse), SHIFT);
-  float q = QKIT_ADD(shifted, -SHIFT);
-  int odd = QKIT_BITS(shifted) & 1, pattern = QKIT_BITS(a);
-  int above = QKIT_BITS(QKIT_MULTIPLY(QKIT_ADD(q, 0.5f), s)), below = QKIT_BITS(QKIT_MULTIPLY(QKIT_ADD(q, -0.5f), s));
-  q = QKIT_ADD(q, pattern > above - odd ? 1.0f : 0.0f);  // without branches: one of the two adds nothing
-  q = QKIT_ADD(q, pattern < below + odd ? -1.0f : 0.0f);
-  return QKIT_FLOAT(QKIT_BITS(q) | ((QKIT_BITS(x) ^ QKIT_BITS(step.s)) & 0x80000000u));
+// lift, and a number that rounds as x / s does to integers and to floats of few bits. Where x has 16 bits, see `raised` in
+// `qkit_torchao.kernels`; else the exact remainder mends the product with the reciprocal (Markstein, 1990).
+QKIT_INLINE float raised(float x, Step step, float lift, bool narrow) {
+  if (narrow) return QKIT_ADD(QKIT_FMA(x, step.inverse, FINE), lift - FINE);
+  float y = QKIT_MULTIPLY(x, step.inverse);
+  y = QKIT_FMA(QKIT_FMA(-y, step.s, x), step.inverse, y);
+  return QKIT_ADD(y, lift);
 }
 
 // Patterns order magnitudes, and a NaN above them all. `signed` prefers the positive of two equal ones by the last bit.
@@ -99,6 +99,7 @@ QKIT_INLINE Step step_of(unsigned high, unsigned low, float tensor_peak) {
     float block = QKIT_MULTIPLY(QKIT_MULTIPLY(peak, power(254 - code)), STEP);
     block = small_float(most(least(block, 448.0f), MIN_BLOCK_SCALE), 3, -6);
     step.s = QKIT_MULTIPLY(block, power(code));
+    step.inverse = QKIT_DIVIDE(1.0f, step.s);
     poisoned = !(tensor_peak < QKIT_FLOAT(infinite));
   } else {
     int code = (int)(high >> 23) - MAX_EXPONENT;
@@ -108,23 +109,20 @@ QKIT_INLINE Step step_of(unsigned high, unsigned low, float tensor_peak) {
     step.s = power(code);
     step.inverse = power(254 - code);
   }
-  if (RULE < 3) step.inverse = QKIT_DIVIDE(1.0f, magnitude(step.s));
+  if (RULE < 3) step.inverse = QKIT_DIVIDE(1.0f, step.s);
   if (poisoned) step.s = nan;
   return step;
 }
 
-QKIT_INLINE float value(float x, Step step) {
-  if (RULE < 2) return QKIT_MULTIPLY(most(least(nearest(x, step), HIGHEST), LOWEST), step.s);
-  if (RULE == 2) {
-    float q = most(least(QKIT_ADD(nearest(x, step), step.zero), HIGHEST), LOWEST);
-    return QKIT_MULTIPLY(QKIT_ADD(q, -step.zero), step.s);
+// Clipped where a rule's steps leave something to clip, as in `qkit_torchao.kernels`.
+QKIT_INLINE float value(float x, Step step, bool narrow) {
+  if (RULE < 3) {
+    float q = least(raised(x, step, SHIFT, narrow), SHIFT + HIGHEST - step.zero);
+    if (RULE == 2) q = most(q, SHIFT - step.zero);
+    return QKIT_MULTIPLY(QKIT_ADD(q, -SHIFT), step.s);
   }
-  if (RULE == 6) {
-    float a = magnitude(x), s = step.s, v = 0.0f;
-EDGES
-    return QKIT_MULTIPLY(QKIT_FLOAT(QKIT_BITS(v) | (QKIT_BITS(x) & 0x80000000u)), s);
-  }
-  float y = most(least(QKIT_MULTIPLY(x, step.inverse), HIGHEST), LOWEST);
+  float y = RULE == 6 ? raised(x, step, 0.0f, narrow) : QKIT_MULTIPLY(x, step.inverse);
+  if (RULE != 3) y = most(least(y, HIGHEST), LOWEST);
   return QKIT_MULTIPLY(small_float(y, MANTISSA, MIN_EXPONENT), step.s);
 }
 """
@@ -174,7 +172,7 @@ SHORT = """
   #pragma unroll
   for (int k = 0; k < K; k++) {
     #pragma unroll
-    for (int v = 0; v < V; v++) x[k].at[v] = static_cast<T>(NAME::value(static_cast<float>(x[k].at[v]), step));
+    for (int v = 0; v < V; v++) x[k].at[v] = static_cast<T>(NAME::value(static_cast<float>(x[k].at[v]), step, sizeof(T) == 2));
     *reinterpret_cast<NAME::Vector<T, V>*>(to + k * L * V) = x[k];
   }
 """
@@ -198,7 +196,7 @@ LONG = """
   const NAME::Step step = NAME::step_of(high, low, PEAK);
   for (int i = threadIdx.x * V; i < G; i += L * V) {
     NAME::Vector<T, V> x = NAME::load<T, V>(from + i);
-    for (int v = 0; v < V; v++) x.at[v] = static_cast<T>(NAME::value(static_cast<float>(x.at[v]), step));
+    for (int v = 0; v < V; v++) x.at[v] = static_cast<T>(NAME::value(static_cast<float>(x.at[v]), step, sizeof(T) == 2));
     *reinterpret_cast<NAME::Vector<T, V>*>(to + i) = x;
   }
 """
@@ -211,7 +209,7 @@ def name(grid: Grid) -> str:
 
 def arithmetic(grid: Grid) -> str:
     """`see`, `step_of` and `value` of `grid`, in the namespace `name(grid)`; the macros of `CUDA` come before it."""
-    return f"namespace {name(grid)} {{\n{_constants(grid)}{ARITHMETIC.replace('EDGES', _edges())}}}\n"
+    return f"namespace {name(grid)} {{\n{_constants(grid)}{ARITHMETIC}}}\n"
 
 
 def header(grid: Grid) -> str:
@@ -237,6 +235,7 @@ def _constants(grid: Grid) -> str:
         "MIN_SCALE": constants.MIN_SCALE,
         "MIN_BLOCK_SCALE": constants.MIN_BLOCK_SCALE,
         "SHIFT": SHIFT,
+        "FINE": FINE,
     }
     integers = {
         "RULE": RULES[grid.scale],
@@ -248,12 +247,3 @@ def _constants(grid: Grid) -> str:
     }
     lines = [f"constexpr float {key} = {float(number).hex()}f;\n" for key, number in floats.items()]
     return "".join([*lines, *(f"constexpr int {key} = {number};\n" for key, number in integers.items())])
-
-
-def _edges() -> str:
-    """Additions to `v` at each boundary of e2m1."""
-    values = constants.E2M1_VALUES
-    return "\n".join(
-        f"    if (a {'>=' if included else '>'} QKIT_MULTIPLY({edge}f, s)) v = {values[i + 1]}f;"
-        for i, (edge, included) in enumerate(constants.E2M1_BOUNDARIES)
-    )
