@@ -173,13 +173,14 @@ class FakeLinear(_Prepared, nn.Linear):
 
         For eager training on a slow host: what is asked here is what can change between two calls.
         """
-        if not self.simple or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        if torch.compiler.is_compiling() or not self.simple or torch._C._is_any_autocast_enabled():
             return None
-        if sharding.is_managed(self) or straight_through.transformed():
+        weight, gate = self._parameters["weight"], self._buffers["gate"]
+        assert weight is not None
+        assert gate is not None
+        if sharding.is_managed(self) or _cannot_keep(weight):
             return None
-        assert self.rule.weight is not None
-        gate = self._buffers["gate"]
-        return values.standing(self._parameters["weight"], self.rule.weight, gate, self.room)  # type: ignore[arg-type]
+        return values.standing(weight, self.weight_grid, gate, self.room)
 
     def _with(self, x: Tensor, made: Tensor) -> Tensor:
         """The output for `made`, the values of the weight."""

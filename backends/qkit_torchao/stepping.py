@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkit_torchao import passes
+from qkit_torchao import adamw_kernels
 from qkit_torchao.launch import INTERPRETED, TILE, constants, device_of, takes, tiles
 from qkit_torchao.tables import offsets, on_device, programs
 from qkit_torchao.values import Entry
@@ -32,7 +32,7 @@ def step(
     """
     scalars = torch.empty(6, dtype=torch.float32, device=weights[0].device)
     with device_of(scalars):
-        passes.adamw_scalars[(1,)](
+        adamw_kernels.adamw_scalars[(1,)](
             states[0]["step"], lr, scalars, 1 - betas[0], 1 - betas[1], math.log2(betas[0]) if betas[0] else -1e4,
             math.log2(betas[1]) if betas[1] else -1e4, eps, weight_decay, FLOAT=not isinstance(lr, Tensor),
         )  # fmt: skip
@@ -75,7 +75,7 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
     rows = tuple(zip(*columns, strict=True))  # gradients may be elsewhere at every step
     table = on_device(rows, lambda: np.array(rows, np.int64), weight.device)
     with device_of(weight):
-        passes.adamw_of_many[(len(blocks),)](
+        adamw_kernels.adamw_of_many[(len(blocks),)](
             weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], made[0] if made else None, table, blocks, scalars,
             GRID=constants(entry.grid) if entry else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
         )  # fmt: skip
