@@ -12,7 +12,7 @@ from qkit import element as elements
 from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit_torchao import capture, direct, ops, passes, tinygemm
+from qkit_torchao import direct, ops, passes, tinygemm
 from qkit_torchao.layouts import TILE_COLUMNS, TILE_ROWS, Laid, Layout
 from qkit_torchao.tables import offsets, programs
 
@@ -119,18 +119,17 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
         made: of the shapes of `weights`, in one type.
         gates: bool []; where one is off, the weight itself is copied.
     """
-    peaks = _zeros(len(weights), weights[0].device) if _looks_first(grid) else None
-    addresses = [0] * len(weights) if peaks is None else [peak.data_ptr() for peak in peaks]
-    columns = offsets(weights), offsets(made), [gate.data_ptr() for gate in gates], addresses
+    peaks = torch.zeros(len(weights), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
+    columns = offsets(weights), offsets(made), [gate.data_ptr() for gate in gates], range(len(weights))
     rows = tuple(zip(*columns, strict=True))
     geometry = tiles(weights[0], grid)
     counts = tuple(_count(w, grid) for w in weights)
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
     if peaks is not None:
-        _find_peaks(weights[0], rows, counts)
+        _find_peaks(weights[0], rows, counts, peaks)
     with device_of(weights[0]):
         passes.values_of_many[(len(blocks),)](
-            weights[0], made[0], blocks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
+            weights[0], made[0], blocks, peaks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
         )
 
 
@@ -215,36 +214,23 @@ def _one(
 
 
 _one_kernel, _tiles_kernel = direct.Kernel(passes.one), direct.Kernel(tinygemm.quantize)
-_peaks: dict[Any, Tensor] = {}
 
 
 def _peak(w: Tensor, grid: Grid) -> Tensor | None:
     """The bits of the largest magnitude of `w`, where `grid` looks at it first."""
     if not _looks_first(grid):
         return None
-    peak = _zeros(1, w.device)
-    _find_peaks(w, ((0, 0, 0, peak.data_ptr()),), (_count(w, grid),))
+    peak = torch.zeros(1, dtype=torch.int32, device=w.device)
+    _find_peaks(w, ((0, 0, 0, 0),), (_count(w, grid),), peak)
     return peak
 
 
-def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...]) -> None:
-    """Raises the peaks of weights in groups of 16, the `first` and others; arguments as for `programs`."""
+def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], peaks: Tensor) -> None:
+    """Raises the `peaks` of weights in groups of 16, the `first` and others; else as for `programs`."""
     geometry = {"GROUPS": PEAK // 16, "GROUP": 16, "WIDTH": 16, "num_warps": 4}
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, first.device)
     with device_of(first):
-        passes.peaks_of_many[(len(blocks),)](first, blocks, FULL=full, INTERPRETED=INTERPRETED, **geometry)
-
-
-def _zeros(count: int, device: torch.device) -> Tensor:
-    """`count` peaks to begin with, always at the same place, so that tables that hold it can be kept."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if (count, device, stream) in _peaks:
-        return _peaks[count, device, stream].zero_()
-    make = partial(torch.empty, count, dtype=torch.int32, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return make().zero_()
-    _peaks[count, device, stream] = capture.lasting(make)
-    return _peaks[count, device, stream].zero_()
+        passes.peaks_of_many[(len(blocks),)](first, blocks, peaks, FULL=full, INTERPRETED=INTERPRETED, **geometry)
 
 
 def _looks_first(grid: Grid) -> bool:

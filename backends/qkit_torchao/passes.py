@@ -38,13 +38,14 @@ SMALL = [
 
 @triton.jit
 def values_of_many(
-    sources, targets, blocks, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    sources, targets, blocks, peaks, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     FULL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The quantized values of many weights; of those whose gate is off, the weights themselves.
 
     `blocks` int64 [programs, 5]: where a program's part of source and target begins, in elements from `sources` and `targets`
-    on; addresses of the gate (a byte) and of the peak (its bits, for nvfp4); and how many groups are left in the tensor.
+    on; the address of the gate (a byte); the tensor's number; and how many groups are left in it. `peaks`: bits of the largest
+    magnitude of each tensor, for nvfp4.
     """
     TYPE: tl.constexpr = targets.dtype.element_ty
     NARROW: tl.constexpr = sources.dtype.element_ty.primitive_bitwidth == 16
@@ -55,7 +56,7 @@ def values_of_many(
     offsets, mask = tile(tl.load(block + 4), GROUPS, GROUP, WIDTH, FULL)
     peak = 0
     if GRID[0] == "nvfp4":
-        peak = tl.load(tl.load(block + 3).to(tl.pointer_type(tl.int32)))
+        peak = tl.load(peaks + tl.load(block + 3))
     if GROUP <= WIDTH:
         x = load(source + offsets, mask)
         if gate != 0:
@@ -106,10 +107,10 @@ def put(address, x, mask, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def peaks_of_many(
-    sources, blocks, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
+    sources, blocks, peaks, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Raises each tensor's peak to the bits of its largest magnitude. `blocks` as for `values_of_many`; a tile is one row."""
+    """Raises each of `peaks` to the bits of its tensor's largest magnitude. `blocks`: see `values_of_many`; a tile is one row."""
     block = blocks + 5 * tl.program_id(0)
     offsets = tl.arange(0, GROUPS * GROUP)
     source = place(sources, block, 0, sources.dtype.element_ty) + offsets
@@ -118,7 +119,7 @@ def peaks_of_many(
         most = tl.max(bits(x) & 0x7FFFFFFF, axis=0)
     else:
         most = bits(tl.reduce(tl.abs(x), 0, larger))
-    peak = tl.load(block + 3).to(tl.pointer_type(tl.int32))
+    peak = peaks + tl.load(block + 3)
     if most > tl.load(
         peak, cache_modifier=".cg"
     ):  # as few do, once some have: atomic operations on one address wait for each other
