@@ -2,15 +2,20 @@
 
 For every width the stream is, byte for byte, what MLX holds in its uint32 words and what compressed-tensors calls
 `pack-quantized` and holds in int32 words; at 4 bits it is also the low-nibble-first order of mxfp4 and nvfp4.
+
+`Packed` is a quantized weight as files hold it: a `QTensor` whose codes are such words. Every layout renames what is in it.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkit.element import Element
-from qkit.qtensor import QTensor
+from qkit.grid import Grid
+from qkit.qtensor import DType, QTensor
 
 WORD_BITS = 32
 
@@ -85,13 +90,60 @@ def unpack(packed: NDArray[Any], bits: int, n: int) -> NDArray[np.uint8]:
 
 def packed_codes(q: QTensor[NDArray[Any]]) -> NDArray[np.uint32]:
     """The codes of `q` [..., n] as canonical words [..., words(n, bits)]."""
-    from qkit import native  # here, for it counts words as this module does
-
-    element = q.grid.element
-    return native.pack(q.codes, element) if native.available() else pack(unsigned(q.codes, element), element.bits)
+    return pack(unsigned(q.codes, q.grid.element), q.grid.element.bits)
 
 
 def unpacked_codes(packed: NDArray[Any], *, element: Element, n: int, symmetric: bool) -> NDArray[Any]:
     """The inverse of `packed_codes`: int8 for symmetric integers, else uint8."""
     codes = unpack(packed, element.bits, n)
     return signed(codes, element) if element.kind == "integer" and symmetric else codes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A quantized weight [outputs, inputs], cheap to pass on: the words are usually a view into a mapped file.
+
+    Attributes:
+        words: uint32 [outputs, words(inputs, bits)], see above.
+        scales, grid, dtype, zeros, tensor_scale: as in `QTensor`.
+        shape: of the weight.
+    """
+
+    words: NDArray[np.uint32]
+    scales: NDArray[Any]
+    grid: Grid
+    dtype: DType
+    shape: tuple[int, ...]
+    zeros: NDArray[np.uint8] | None = None
+    tensor_scale: NDArray[np.float32] | None = None
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name, without the absent ones."""
+        named = {"words": self.words, "scales": self.scales, "zeros": self.zeros, "tensor_scale": self.tensor_scale}
+        return {name: array for name, array in named.items() if array is not None}
+
+    def rows(self, start: int, stop: int) -> "Packed":
+        """The same weight, rows `start` to `stop` of it."""
+        shared = self.scales.shape[0] != self.shape[0]  # one scale for the whole tensor
+        return replace(
+            self,
+            words=self.words[start:stop],
+            scales=self.scales if shared else self.scales[start:stop],
+            zeros=self.zeros if shared or self.zeros is None else self.zeros[start:stop],
+            shape=(len(self.words[start:stop]), *self.shape[1:]),
+        )
+
+    def blocks(self, numbers: int) -> Iterator["Packed"]:
+        """The same weight in blocks of whole rows, of about so many numbers."""
+        step = max(numbers // self.shape[-1], 1)
+        return (self.rows(start, start + step) for start in range(0, self.shape[0], step))
+
+    def permuted(self, order: NDArray[np.int64]) -> "Packed":
+        """The same weight with its rows in another order."""
+        shared = self.scales.shape[0] != self.shape[0]
+        return replace(
+            self,
+            words=self.words[order],
+            scales=self.scales if shared else self.scales[order],
+            zeros=self.zeros if shared or self.zeros is None else self.zeros[order],
+        )

@@ -14,6 +14,7 @@ import qkit
 from qkit import Grid, native, packing, reference
 from qkit.element import ELEMENTS, LIMIT
 from qkit.errors import BackendError, DTypeError, GridError
+from qkit.interop.packed import pack
 from qkit.native import arrays, build, library
 from qkit.numpy_backend import NumpyBackend
 from qkit.testing.tensors import all_grids, tensors
@@ -163,12 +164,12 @@ def test_without_kernels_numpy_gives_the_same(grid, monkeypatch):
     w = np.random.default_rng(0).standard_normal((4, 192)).astype(np.float32)
     engine = NumpyBackend()
     codes, values = engine.quantize(w, grid), engine.fake_quantize(w, grid)
-    words = packing.packed_codes(codes)
+    words = pack(codes).words
     monkeypatch.setattr(library, "_library", lambda: None)
     assert not native.available()
     assert_same(engine.quantize(w, grid), codes)
     assert (engine.fake_quantize(w, grid) == values).all()
-    assert packing.packed_codes(codes).tobytes() == words.tobytes()
+    assert pack(codes).words.tobytes() == words.tobytes()
     with pytest.raises(BackendError, match="was not built"):
         native.quantize(w, grid)
 

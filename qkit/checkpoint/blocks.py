@@ -12,7 +12,7 @@ from qkit.element import LIMIT
 from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.interop import compressed_tensors
-from qkit.interop.packed import Packed
+from qkit.packing import Packed
 
 Quantize = Callable[[NDArray[Any], Grid], Packed]
 

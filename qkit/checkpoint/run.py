@@ -37,7 +37,8 @@ from qkit.checkpoint.plan import Plan, Row
 from qkit.checkpoint.source import Stored
 from qkit.errors import ArtifactError
 from qkit.grid import Grid
-from qkit.interop.packed import Packed, pack
+from qkit.interop.packed import pack
+from qkit.packing import Packed
 
 COPY = 1 << 20  #: bytes of a block that is only copied
 WORKERS = min(os.cpu_count() or 1, 4)  #: more than these wait for the disk, and each takes memory

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from qkit import packing
 from qkit.errors import ArtifactError, GridError
 from qkit.grid import Grid
-from qkit.interop.packed import Packed, Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
+from qkit.interop.packed import Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
+from qkit.packing import Packed
 from qkit.qtensor import DType, QTensor
 from qkit.recipe import Rule
 

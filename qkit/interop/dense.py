@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 
 from qkit import reference
 from qkit.grid import Grid
-from qkit.interop.packed import Packed, Tensors, unpack
+from qkit.interop.packed import Tensors, unpack
+from qkit.packing import Packed
 from qkit.qtensor import DType
 
 

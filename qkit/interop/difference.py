@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from qkit import packing
 from qkit.interop import dense
-from qkit.interop.packed import Packed
 from qkit.interop.snapshot import Held, Snapshot, join
+from qkit.packing import Packed
 
 BLOCK = 1 << 20  #: numbers that are compared together
 

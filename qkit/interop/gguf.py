@@ -20,9 +20,10 @@ from qkit.checkpoint import swap
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.interop.mlx_lm import spread
-from qkit.interop.packed import Packed, unpack
+from qkit.interop.packed import unpack
 from qkit.interop.rope import rope_type, ropes
 from qkit.interop.snapshot import Held, Snapshot, join
+from qkit.packing import Packed
 
 BLOCK: Final = 32
 NUMBERS: Final = 1 << 20  #: that are decoded together

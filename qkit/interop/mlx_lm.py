@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from qkit import packing
 from qkit.errors import ArtifactError
 from qkit.grid import Grid
-from qkit.interop.packed import Packed, Tensors, check, check_scales, want
+from qkit.interop.packed import Tensors, check, check_scales, want
+from qkit.packing import Packed
 from qkit.qtensor import DType
 
 AFFINE_GROUPS: Final = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it

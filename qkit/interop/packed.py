@@ -1,73 +1,23 @@
-"""A quantized weight as files hold it: a `QTensor` whose codes are canonical words. What every layout is a renaming of."""
+"""Quantized weights to canonical words and back, and the checks that all layouts share."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit import packing
+from qkit import native, packing
 from qkit.errors import ArtifactError
 from qkit.grid import Grid
-from qkit.qtensor import DType, QTensor
+from qkit.packing import Packed
+from qkit.qtensor import QTensor
 
 Tensors = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Packed:
-    """A quantized weight [outputs, inputs], cheap to pass on: the words are usually a view into a mapped file.
-
-    Attributes:
-        words: uint32 [outputs, words(inputs, bits)], see `qkit.packing`.
-        scales, grid, dtype, zeros, tensor_scale: as in `QTensor`.
-        shape: of the weight.
-    """
-
-    words: NDArray[np.uint32]
-    scales: NDArray[Any]
-    grid: Grid
-    dtype: DType
-    shape: tuple[int, ...]
-    zeros: NDArray[np.uint8] | None = None
-    tensor_scale: NDArray[np.float32] | None = None
-
-    def parts(self) -> Tensors:
-        """The arrays by name, without the absent ones."""
-        named = {"words": self.words, "scales": self.scales, "zeros": self.zeros, "tensor_scale": self.tensor_scale}
-        return {name: array for name, array in named.items() if array is not None}
-
-    def rows(self, start: int, stop: int) -> "Packed":
-        """The same weight, rows `start` to `stop` of it."""
-        shared = self.scales.shape[0] != self.shape[0]  # one scale for the whole tensor
-        return replace(
-            self,
-            words=self.words[start:stop],
-            scales=self.scales if shared else self.scales[start:stop],
-            zeros=self.zeros if shared or self.zeros is None else self.zeros[start:stop],
-            shape=(len(self.words[start:stop]), *self.shape[1:]),
-        )
-
-    def blocks(self, numbers: int) -> Iterator["Packed"]:
-        """The same weight in blocks of whole rows, of about so many numbers."""
-        step = max(numbers // self.shape[-1], 1)
-        return (self.rows(start, start + step) for start in range(0, self.shape[0], step))
-
-    def permuted(self, order: NDArray[np.int64]) -> "Packed":
-        """The same weight with its rows in another order."""
-        shared = self.scales.shape[0] != self.shape[0]
-        return replace(
-            self,
-            words=self.words[order],
-            scales=self.scales if shared else self.scales[order],
-            zeros=self.zeros if shared or self.zeros is None else self.zeros[order],
-        )
-
-
 def pack(q: QTensor[NDArray[Any]]) -> Packed:
     """`q` with its codes packed."""
-    return Packed(packing.packed_codes(q), q.scales, q.grid, q.dtype, q.shape, q.zeros, q.tensor_scale)
+    words = native.pack(q.codes, q.grid.element) if native.available() else packing.packed_codes(q)
+    return Packed(words, q.scales, q.grid, q.dtype, q.shape, q.zeros, q.tensor_scale)
 
 
 def unpack(packed: Packed) -> QTensor[NDArray[Any]]:

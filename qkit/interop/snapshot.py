@@ -17,7 +17,8 @@ from qkit.artifact.tensors import read_folder
 from qkit.checkpoint.families import EMBEDDINGS
 from qkit.errors import ArtifactError, GridError
 from qkit.interop import compressed_tensors, mlx_config, mlx_lm
-from qkit.interop.packed import Packed, Tensors
+from qkit.interop.packed import Tensors
+from qkit.packing import Packed
 from qkit.qtensor import DTYPES, DType
 from qkit.recipe import Kind, Rule
 

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from qkit import reference
 from qkit.element import Element
 from qkit.grid import Grid
-from qkit.interop.packed import Packed
 from qkit.native.library import TYPES, function, struct
-from qkit.packing import WORD_BITS, words
+from qkit.packing import WORD_BITS, Packed, words
 from qkit.qtensor import DType, QTensor, dtype_of
 
 SHARE = 1 << 17  #: fewest numbers that are worth a thread: about as long as it takes to wake one

@@ -13,7 +13,7 @@ from qkit.artifact.directory import read_config
 from qkit.backend import Backend
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model
-from qkit.interop.packed import Packed
+from qkit.packing import Packed
 from qkit.recipe import Recipe, rule_table
 from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import mean, recovered

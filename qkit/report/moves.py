@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from qkit import reference
 from qkit.backend import Backend
-from qkit.interop.packed import Packed, pack, unpack
+from qkit.interop.packed import pack, unpack
+from qkit.packing import Packed
 from qkit.qtensor import QTensor
 
 BLOCK = 1 << 22  #: numbers that are compared together
