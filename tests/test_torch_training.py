@@ -103,3 +103,23 @@ def losses(model, parts, name):
         optimizer.step()
         optimizer.zero_grad()
     return np.array(found).reshape(STEPS, parts)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("recipe", ["int4-g32", "mxfp4", "int8-dynamic-act-int4-weight"])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 1, 3, 64), (0, 64)], ids=str)
+def test_inputs_of_any_rank_and_outputs_that_are_edited_have_their_gradients(shape, recipe, bias):
+    rule = rule_of(recipe)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 24, bias=bias), torch.randn(shape)
+    ends = []
+    for model in (qkit.prepare(nn.Sequential(layer), qkit.Recipe("one", (rule,))), nn.Sequential(Slow(layer, rule))):
+        for _ in range(2):  # the second time, the values stand
+            given = x.clone().requires_grad_()
+            layer.zero_grad()
+            y = model(given * 2)
+            assert y.shape == (*shape[:-1], 24)
+            y.mul_(3).add_(1)
+            y.square().sum().backward()
+        ends.append((y.detach(), given.grad, *(parameter.grad.clone() for parameter in layer.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

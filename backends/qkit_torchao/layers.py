@@ -187,9 +187,12 @@ class FakeLinear(_Prepared, nn.Linear):
         rule, weight = self.rule, self._parameters["weight"]
         assert weight is not None
         assert rule.weight is not None
+        before = x.shape[:-1]
         if rule.activation is not None:
-            x = straight_through.shared(x, rule.activation, ste=rule.ste)
-        y = F.linear(x, straight_through.stand_in(weight, made, rule.weight, ste=rule.ste), self._parameters["bias"])
+            x = straight_through.shared(x, rule.activation, ste=rule.ste, rows=True)
+        y = straight_through.linear(x, weight, made, self._parameters["bias"], rule.weight, ste=rule.ste)
+        if len(before) + 1 != y.dim():
+            y = y.view(*before, y.shape[-1])
         return y if rule.output is None else straight_through.shared(y, rule.output, ste=rule.ste)
 
     def _values_product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

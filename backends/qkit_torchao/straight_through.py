@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qkit.grid import Grid
 from qkit.recipe import Ste
@@ -26,8 +27,10 @@ def fake_quantize(
     return result
 
 
-def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
+def shared(x: Tensor, grid: Grid, *, ste: Ste, rows: bool = False) -> Tensor:
     """`fake_quantize`, made once for all layers that are given the same `x`, as queries, keys and values are.
+
+    With `rows`, it may come as [rows, n], which saves each of these layers a view of it.
 
     The result is kept on the tensor itself, and lives as long; so it must not keep `x`, as masked gradients do, views, and what
     comes back to `x` if that is a leaf.
@@ -35,22 +38,23 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     keeps_itself = ste == "masked" or (x.is_leaf and x.requires_grad) or type(x) not in PLAIN
     if torch.compiler.is_compiling() or keeps_itself or x.is_inference() or transformed():
         return fake_quantize(x, grid, ste=ste)
-    state = (grid, x._version, x.data_ptr(), torch.is_grad_enabled())
+    state = (grid, rows, x._version, x.data_ptr(), torch.is_grad_enabled())
     before, result = getattr(x, "_qkit_on_grid", (None, None))
     if result is None or before != state:
         if not x.numel():
             return x
-        result = _through(x, fused.rounded(x.detach(), grid))
+        made = fused.rounded(x.detach(), grid)
+        result = _through(x, made.view(-1, made.shape[-1]) if rows else made)
         x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
     shared: Tensor = result
     return shared
 
 
 def _through(x: Tensor, made: Tensor) -> Tensor:
-    """`made`, with the gradient that `x` has: a result of `x`, not a view that would keep it, which is given other memory."""
+    """`made`, with the gradient of `x` in another shape: a result of `x`, not a view that would keep it, given other memory."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return made
-    result: Tensor = torch.ops.aten._unsafe_view.default(x, x.shape)
+    result: Tensor = torch.ops.aten._unsafe_view.default(x, made.shape)
     result.data = made
     return result
 
@@ -98,6 +102,18 @@ def stand_in(weight: Tensor, made: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
     view = weight.view_as(weight)
     view.data = made
     return view
+
+
+def linear(x: Tensor, weight: Tensor, made: Tensor, bias: Tensor | None, grid: Grid, *, ste: Ste) -> Tensor:
+    """x [..., inputs] times `made`, which stands in for `weight` [outputs, inputs], plus `bias`.
+
+    Without a bias the weight is transposed anyway, and what is transposed can stand in: at no cost over a float layer.
+    """
+    if bias is None and ste == "identity" and weight.requires_grad and torch.is_grad_enabled():
+        across = weight.t()
+        across.data = made.t()
+        return torch.matmul(x, across)
+    return F.linear(x, stand_in(weight, made, grid, ste=ste), bias)
 
 
 class _Masked(torch.autograd.Function):
