@@ -56,3 +56,34 @@ def _e2m1(y):
     y = np.clip(y, -6, 6)
     coarse = (np.maximum(y.view(np.int32) & 0x7F800000, 127 << 23) + (22 << 23) + 0x400000).view(np.float32)
     return (y + coarse) - coarse
+
+
+def test_a_kernel_is_compiled_once_for_each_key_and_then_launched_by_itself():
+    from qkit_torchao.direct import Kernel
+
+    calls = []
+
+    class Function:
+        def __getitem__(self, grid):
+            def run(*arguments, num_warps):
+                calls.append(("compiled", grid, arguments, num_warps))
+                return Compiled(arguments)
+
+            return run
+
+    class Compiled:
+        def __init__(self, first):
+            self.first = first
+
+        def __getitem__(self, grid):
+            return lambda *arguments: calls.append(("launched", grid, self.first, arguments))
+
+    kernel = Kernel(Function())
+    for key, programs, argument in (("a", 4, 1), ("a", 5, 2), ("b", 6, 3), ("a", 7, 4)):
+        kernel(key, programs, (argument,), warps=2)
+    assert calls == [
+        ("compiled", (4,), (1,), 2),
+        ("launched", (5, 1, 1), (1,), (2,)),
+        ("compiled", (6,), (3,), 2),
+        ("launched", (7, 1, 1), (1,), (4,)),
+    ]

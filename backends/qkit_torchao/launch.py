@@ -52,7 +52,7 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
 
 
 def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
-    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for what `takes`; None where this layout would need more memory.
+    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for what `takes`; None where `w` would have to be padded.
 
     Args:
         broken: int32: its element of this `number` becomes 1 if a group has no codes, for it holds what is not below 2^127.
