@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit import reference  # noqa: E402
@@ -123,3 +124,40 @@ def test_inputs_of_any_rank_and_outputs_that_are_edited_have_their_gradients(sha
             y.square().sum().backward()
         ends.append((y.detach(), given.grad, *(parameter.grad.clone() for parameter in layer.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["int4-g32", "mxfp4", "int8-dynamic-act-int4-weight"])
+@pytest.mark.parametrize(
+    "turn", [lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[:, :1].expand(-1, 4, -1)]
+)
+def test_inputs_that_do_not_lie_in_one_piece_have_their_gradients(turn, recipe):
+    rule = rule_of(recipe)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 24, bias=False), torch.randn(3, 4, 64)
+    ends = []
+    for model in (qkit.prepare(nn.Sequential(layer), qkit.Recipe("one", (rule,))), nn.Sequential(Slow(layer, rule))):
+        for _ in range(2):
+            given = x.clone().requires_grad_()
+            layer.zero_grad()
+            y = model(turn(given * 2))
+            y.square().sum().backward()
+        ends.append((y.detach(), given.grad, layer.weight.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_layer_that_is_pruned_after_it_was_prepared_trains_what_is_left(bias):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 24, bias=bias), torch.randn(5, 64)
+    rule = rule_of("int4-g32")
+    model = qkit.prepare(nn.Sequential(layer), qkit.Recipe("one", (rule,)))
+    for _ in range(2):
+        model(x)
+    for name in ("weight", "bias") if bias else ("weight",):
+        prune.l1_unstructured(model[0], name, amount=0.5)
+    for _ in range(2):
+        y = model(x)
+    want = F.linear(x, BE.fake_quantize(model[0].weight, rule.weight), model[0].bias)
+    assert torch.equal(y, want)
+    y.sum().backward()
+    assert ((model[0].weight_orig.grad == 0) == (model[0].weight_mask == 0)).all()

@@ -175,10 +175,9 @@ class FakeLinear(_Prepared, nn.Linear):
         """
         if torch.compiler.is_compiling() or not self.simple or torch._C._is_any_autocast_enabled():
             return None
-        weight, gate = self._parameters["weight"], self._buffers["gate"]
-        assert weight is not None
+        weight, gate = self._parameters.get("weight"), self._buffers["gate"]
         assert gate is not None
-        if sharding.is_managed(self) or _cannot_keep(weight):
+        if weight is None or sharding.is_managed(self) or _cannot_keep(weight):  # none, where something computes it
             return None
         return values.standing(weight, self.weight_grid, gate, self.room)
 
@@ -190,7 +189,7 @@ class FakeLinear(_Prepared, nn.Linear):
         before = x.shape[:-1]
         if rule.activation is not None:
             x = straight_through.shared(x, rule.activation, ste=rule.ste, rows=True)
-        y = straight_through.linear(x, weight, made, self._parameters["bias"], rule.weight, ste=rule.ste)
+        y = straight_through.linear(x, weight, made, self.bias, rule.weight, ste=rule.ste)
         if len(before) + 1 != y.dim():
             y = y.view(*before, y.shape[-1])
         return y if rule.output is None else straight_through.shared(y, rule.output, ste=rule.ste)

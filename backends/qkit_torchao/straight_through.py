@@ -30,7 +30,7 @@ def fake_quantize(
 def shared(x: Tensor, grid: Grid, *, ste: Ste, rows: bool = False) -> Tensor:
     """`fake_quantize`, made once for all layers that are given the same `x`, as queries, keys and values are.
 
-    With `rows`, it may come as [rows, n], which saves each of these layers a view of it.
+    With `rows`, it may come as [rows, n], which saves each of these layers a view of it: where `x` lies in one piece.
 
     The result is kept on the tensor itself, and lives as long; so it must not keep `x`, as masked gradients do, views, and what
     comes back to `x` if that is a leaf.
@@ -44,7 +44,7 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste, rows: bool = False) -> Tensor:
         if not x.numel():
             return x
         made = fused.rounded(x.detach(), grid)
-        result = _through(x, made.view(-1, made.shape[-1]) if rows else made)
+        result = _through(x, made.reshape(-1, made.shape[-1]) if rows and x.is_contiguous() else made)
         x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
     shared: Tensor = result
     return shared
