@@ -17,7 +17,7 @@ from qkit_torchao.layouts import TILE_COLUMNS, TILE_ROWS, Laid, Layout
 from qkit_torchao.tables import offsets, programs
 
 TILE = 2048  #: elements that a program holds, where groups are shorter
-LONGEST = 8192  #: the longest group that it holds whole, or half of it in float32
+LONGEST = 8192  #: the longest group that it holds whole; in float32, twice that
 PEAK = 8192  #: elements of which a program looks for the largest
 WARP = 1024  #: elements of a tile for each warp; see `tiles`
 ALIGNED = 16  #: bytes that are read at once

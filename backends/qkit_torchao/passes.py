@@ -26,14 +26,8 @@ from qkit_torchao.kernels import (
     units,
 )  # fmt: skip
 
-SMALL = [
-    "scales",
-    "zeros",
-    "factors",
-    "gate",
-    "peak",
-    "broken",
-]  #: arguments of `one` that are not read and written many at once
+#: arguments of `one` that are not read and written many at once
+SMALL = ["scales", "zeros", "factors", "gate", "peak", "power", "broken"]
 
 
 @triton.jit
@@ -120,9 +114,8 @@ def peaks_of_many(
     else:
         most = bits(tl.reduce(tl.abs(x), 0, larger))
     peak = peaks + tl.load(block + 3)
-    if most > tl.load(
-        peak, cache_modifier=".cg"
-    ):  # as few do, once some have: atomic operations on one address wait for each other
+    known = tl.load(peak, cache_modifier=".cg")  # past what this processor's own cache has kept from before
+    if most > known:  # as few do, once some have: atomic operations on one address wait for each other
         tl.atomic_max(peak, most)
 
 
