@@ -32,8 +32,8 @@ import ml_dtypes
 import numpy as np
 
 from qkit import native
-from qkit.artifact.tensors import array_stream
-from qkit.checkpoint.output import write_directory
+from qkit.storage.arrays import array_stream
+from qkit.storage.write import write_directory
 
 WIDTH, INNER, KEYS, VOCABULARY = 2048, 5632, 256, 32000  # TinyLlama's, which is 2.2 GB in 22 layers
 LAYER = {

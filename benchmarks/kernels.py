@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qkit_torchao import fused, launch, products
-from qkit_torchao.layouts import Layout
+from qkit_torchao.arithmetic.packing import Layout
+from qkit_torchao.kernels import choose, cuda
+from qkit_torchao.layers import products
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from train_step import captured
@@ -77,7 +78,7 @@ def kernels(report: Callable[[dict[str, Any]], None]) -> None:
 
                 def fake(grid: Grid = grid, ws: list = ws, outs: list = outs, gates: list = gates) -> None:
                     for w, out in zip(ws, outs, strict=True):
-                        launch.make_values([w], [out], gates, grid)
+                        cuda.make_values([w], [out], gates, grid)
 
                 times = milliseconds(fake)
                 ratios = [round(t / base[0], 3) for t in times]
@@ -95,11 +96,11 @@ def packing(report: Callable[[dict[str, Any]], None]) -> None:
 
             def pack(ws: list = ws, grid: Grid = grid, layout: Layout = layout, broken: torch.Tensor = broken) -> None:
                 for w in ws:
-                    launch.laid_out(w, grid, layout, broken=broken, number=0)
+                    cuda.laid_out(w, grid, layout, broken=broken, number=0)
 
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            laid = launch.laid_out(ws[0], grid, layout, broken=broken, number=0)
+            laid = cuda.laid_out(ws[0], grid, layout, broken=broken, number=0)
             size = ws[0].numel() * 2
             parts = [laid.codes, laid.scales, laid.zeros, laid.tensor_scale]
             held = sum(part.numel() * part.element_size() for part in parts if part is not None)
@@ -173,7 +174,7 @@ def float8(report: Callable[[dict[str, Any]], None]) -> None:
         row: dict[str, Any] = {"job": f"linear 8192 x 14336 x 4096 {recipe or 'bfloat16'}{' fast' * products.FAST}"}
         if recipe:
             grid = layer[0].rule.weight
-            values = [fused.rounded(t.detach(), g) for t, g in ((plain.weight, grid), (x, layer[0].rule.activation))]
+            values = [choose.rounded(t.detach(), g) for t, g in ((plain.weight, grid), (x, layer[0].rule.activation))]
             wants = [gradient.double() @ values[0].double(), gradient.double().T @ values[1].double()]
             errors = [((a - b).norm() / b.norm()).item() for a, b in zip(grads, wants, strict=True)]
             row["relative error of dx, dW"] = [round(e, 5) for e in errors]

@@ -24,9 +24,9 @@ from parity import machine
 
 import qkit
 from qkit.adapters import Adapter
-from qkit.adapters.arithmetic import merged
 from qkit.adapters.surgery import base_weight
-from qkit.demo import PRESET, standard_library
+from qkit.demo.run import PRESET, standard_library
+from qkit.reference.merged import merged
 from qkit.training import held_out, read_bytes, train, windows
 
 SMALL = replace(PRESET, layers=2, batch=8, length=64)

@@ -14,8 +14,8 @@ from pathlib import Path
 from parity import machine
 
 import qkit
-from qkit.probe import Probe, probe
 from qkit.qtensor import DTYPES
+from qkit.testing.probe import Probe, probe
 
 
 def work(task: tuple[str, str, str]) -> list[Probe]:

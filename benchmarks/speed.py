@@ -25,9 +25,9 @@ import numpy as np
 
 import qkit
 from qkit import Grid, native
-from qkit.checkpoint import kernels
-from qkit.interop.mlx_lm import containers_for
-from qkit.interop.packed import pack
+from qkit.formats.mlx_lm import containers_for
+from qkit.formats.packed import pack
+from qkit.streaming import fast_reference
 
 INTEGERS = {f"int{bits}": Grid(f"int{bits}", 64) for bits in (2, 3, 4, 5, 6, 8)}
 GRIDS = {
@@ -57,7 +57,7 @@ def numpy_jobs(w: np.ndarray) -> Jobs:
         if native.available():
             yield (name, "quantize"), "qkit", lambda grid=grid: native.quantize_packed(w, grid)
             yield (name, "fake"), "qkit", lambda grid=grid: native.fake_quantize(w, grid, out=out)
-        yield (name, "quantize"), "qkit, NumPy", lambda grid=grid: pack(kernels.quantize(w, grid))
+        yield (name, "quantize"), "qkit, NumPy", lambda grid=grid: pack(fast_reference.quantize(w, grid))
 
 
 def torch_jobs(w: np.ndarray) -> Jobs:
@@ -111,7 +111,7 @@ def torchao_tensor(x: Any, grid: Grid) -> Callable[[], Any] | None:
 def mlx_jobs(w: np.ndarray) -> Jobs:
     """qkit on MLX, and MLX's own functions."""
     import mlx.core as mx
-    from qkit_mlx.containers import Contents, contain
+    from qkit_mlx.layers.containers import Contents, contain
 
     def arrays(contents: Contents) -> list[mx.array]:
         named = (contents.weight, contents.scales, contents.biases, contents.tensor_scale)

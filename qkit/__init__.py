@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import dequantize, fake_quantize, quantize
-from qkit.backend import BackendSpec
-from qkit.coverage import coverage
+from qkit.coverage_table import coverage
 from qkit.element import Element
+from qkit.engines.protocol import BackendSpec
+from qkit.engines.registry import backend, backends, recipe, recipes
 from qkit.errors import (
     ArtifactError,
     BackendError,
@@ -25,8 +26,7 @@ from qkit.gathering import gather
 from qkit.grid import Grid
 from qkit.pipeline import adamw, convert, prepare
 from qkit.qtensor import QTensor
-from qkit.recipe import Recipe, Rule
-from qkit.registry import backend, backends, recipe, recipes
+from qkit.rules import Recipe, Rule
 from qkit.switches import calibrating, disable, disabled, enable
 
 if TYPE_CHECKING:

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from qkit.backend import Backend
 from qkit.element import LIMIT
+from qkit.engines.protocol import Backend
+from qkit.engines.registry import backend as choose
+from qkit.engines.registry import backend_of
 from qkit.errors import BackendError, RangeError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of, shape_of
-from qkit.recipe import Ste
-from qkit.registry import backend as choose
-from qkit.registry import backend_of
+from qkit.rules import Ste
 
 
 def quantize(w: Any, grid: Grid, *, backend: str | Backend | None = None) -> QTensor[Any]:

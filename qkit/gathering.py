@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
 from qkit.pipeline import surgeon
 
 

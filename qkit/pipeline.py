@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qkit.arrays import check
-from qkit.backend import Backend, Deployer
+from qkit.engines.layer import Layer, want_merged, want_whole
+from qkit.engines.protocol import Backend, Deployer
+from qkit.engines.registry import backend as choose
+from qkit.engines.registry import backend_of
+from qkit.engines.registry import recipe as find_recipe
+from qkit.engines.trainer import OFFSET_RATE
 from qkit.errors import BackendError, GridError, RecipeError, StageError
-from qkit.layer import Layer, want_merged, want_whole
 from qkit.qtensor import QTensor
-from qkit.recipe import Recipe, Rule
-from qkit.registry import backend as choose
-from qkit.registry import backend_of
-from qkit.registry import recipe as find_recipe
-from qkit.trainer import OFFSET_RATE
+from qkit.rules import Recipe, Rule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,7 +187,7 @@ def _deploy(engine: Backend, chosen: list[tuple[Layer, Rule]], static: dict[str,
 
 
 def _codes(engine: Backend, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
-    from qkit.learned import learned_codes  # here, so that `import qkit` stays cheap
+    from qkit.reference.learned import learned_codes  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)
@@ -202,7 +202,7 @@ def _learned(layer: Layer, rule: Rule) -> bool:
 
 
 def _static(engine: Backend, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":
-    from qkit.static import static_names, static_scales  # here, so that `import qkit` stays cheap
+    from qkit.reference.ranges import static_names, static_scales  # here, so that `import qkit` stays cheap
 
     if not (names := static_names(rule)):
         return {}

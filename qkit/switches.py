@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.backend import Backend
+from qkit.engines.layer import Layer, Mode
+from qkit.engines.protocol import Backend
 from qkit.errors import StageError
-from qkit.layer import Layer, Mode
 from qkit.pipeline import surgeon
 
 

@@ -8,12 +8,13 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
 import numpy as np
 import torch
-from qkit_torchao import launch, layouts, ops
+from qkit_torchao.arithmetic import packing, rounding
 from qkit_torchao.backend import TorchaoBackend
+from qkit_torchao.kernels import cuda
 
 from qkit.grid import Grid
-from qkit.parity import compare
 from qkit.qtensor import QTensor
+from qkit.testing.parity import compare
 from qkit.testing.tensors import all_grids
 
 
@@ -21,17 +22,17 @@ class Interpreted(TorchaoBackend):
     """torch with the kernels, although its tensors are on the CPU."""
 
     def quantize(self, w, grid):
-        return launch.quantize(w, grid) if launch.takes(w, grid) else ops.quantize(w, grid)
+        return cuda.quantize(w, grid) if cuda.takes(w, grid) else rounding.quantize(w, grid)
 
     def dequantize(self, q):
-        return launch.dequantize(q) if launch.decodes(q) else ops.dequantize(q)
+        return cuda.dequantize(q) if cuda.decodes(q) else rounding.dequantize(q)
 
     def fake_quantize(self, w, grid, *, ste="identity", scales=None, zeros=None):
-        if scales is not None or not launch.takes(w, grid):
-            return ops.rounded(w, grid, scales=scales, zeros=zeros)
+        if scales is not None or not cuda.takes(w, grid):
+            return rounding.rounded(w, grid, scales=scales, zeros=zeros)
         made = torch.empty_like(w)
-        launch.make_values([w], [made], [torch.tensor(True)], grid)
-        assert torch.equal(torch.nan_to_num(made), torch.nan_to_num(launch.values(w, grid)))
+        cuda.make_values([w], [made], [torch.tensor(True)], grid)
+        assert torch.equal(torch.nan_to_num(made), torch.nan_to_num(cuda.values(w, grid)))
         return made
 
 
@@ -39,33 +40,33 @@ def long(grid: Grid, dtype: str) -> bool:
     """Whether groups that are longer than a tile, which are read twice, get the reference's codes, steps and values."""
     w = torch.randn(4, int(grid.group), generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     w[1], w[2], w[3, -1] = w[1] * 2.0**-60, 0, 77.0
-    assert launch.takes(w, grid)
-    made, want = launch.quantize(w, grid), ops.quantize(w, grid)
+    assert cuda.takes(w, grid)
+    made, want = cuda.quantize(w, grid), rounding.quantize(w, grid)
     same = all(torch.equal(made.parts()[name], part) for name, part in want.parts().items())
-    return same and torch.equal(launch.values(w, grid), ops.rounded(w, grid))
+    return same and torch.equal(cuda.values(w, grid), rounding.rounded(w, grid))
 
 
-def laid(grid: Grid, layout: layouts.Layout, dtype: str) -> bool:
+def laid(grid: Grid, layout: packing.Layout, dtype: str) -> bool:
     """Whether codes that a kernel lays out are those of `quantize`, laid out, and a group without codes is told of."""
     w = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     w[3], w[4], w[5, :7] = 0, w[4] * 2.0**-20, w[5].abs().max()
     broken = torch.zeros(3, dtype=torch.int32)
-    made = launch.laid_out(w, grid, layout, broken=broken, number=1)
-    q = ops.quantize(w, grid)
-    want = tiled(q) if layout == "tiles" else layouts.lay(q, layout)
+    made = cuda.laid_out(w, grid, layout, broken=broken, number=1)
+    q = rounding.quantize(w, grid)
+    want = tiled(q) if layout == "tiles" else packing.lay(q, layout)
     same = all(
         a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
         for a, b in ((getattr(made, n), getattr(want, n)) for n in ("codes", "scales", "zeros", "tensor_scale"))
     )
     for row, wrong in enumerate((torch.nan, -torch.inf, 2.0**127)):
         w[row, 77] = wrong
-        launch.laid_out(w, grid, layout, broken=broken, number=row)
+        cuda.laid_out(w, grid, layout, broken=broken, number=row)
         w[row, 77] = 0
         same = same and broken.tolist() == [1] * row + [1] + [0] * (2 - row)
     return same
 
 
-def tiled(q: QTensor) -> layouts.Laid:
+def tiled(q: QTensor) -> packing.Laid:
     """int4 in tinygemm's layout, word by word, as `tinygemm` describes it."""
     unsigned = (q.codes + 8).to(torch.int64).unflatten(1, (-1, 128)).unflatten(0, (-1, 8))  # tile, row, part, column
     words = torch.zeros(unsigned.shape[0], unsigned.shape[2], 32, 4, dtype=torch.int64)
@@ -74,7 +75,7 @@ def tiled(q: QTensor) -> layouts.Laid:
             column = 32 * i + 16 * j + 8 * h + 2 * (lane % 4) + e
             words[:, :, lane, i] += unsigned[:, lane // 4, :, column] << (16 * e + 8 * j + 4 * h)
     scales = torch.stack([q.scales.T, torch.zeros_like(q.scales.T)], dim=-1).to(torch.bfloat16)
-    return layouts.Laid(words.to(torch.int32), scales, None, None, q.grid, q.dtype, q.shape)
+    return packing.Laid(words.to(torch.int32), scales, None, None, q.grid, q.dtype, q.shape)
 
 
 def main(dtype: str) -> None:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from qkit.backend import BackendSpec
-from qkit.hookspecs import hookimpl
+from qkit.engines.hookspecs import hookimpl
+from qkit.engines.protocol import BackendSpec
 
 
 @hookimpl

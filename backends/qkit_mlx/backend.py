@@ -1,4 +1,4 @@
-"""Every verb of `qkit.backend.Backend`, on MLX. What is more than a line is in the modules around."""
+"""Every verb of `qkit.engines.protocol.Backend`, on MLX. What is more than a line is in the modules around."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -10,21 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.adapters.update import Update
-from qkit.backend import NOTHING
+from qkit.engines.layer import Layer, Mode
+from qkit.engines.protocol import NOTHING
+from qkit.engines.trainer import OFFSET_RATE, Distillation, Trainer
 from qkit.errors import BackendError
 from qkit.grid import Grid
-from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
-from qkit.recipe import Kind, Rule, Ste
-from qkit.trainer import OFFSET_RATE, Distillation, Trainer
-from qkit_mlx import adapters, learned, native, ops, surgery, training
-from qkit_mlx.adamw import AdamW
-from qkit_mlx.deployed import deploy_embedding, deploy_linear
-from qkit_mlx.layers import forget, hold, regrid, switch
+from qkit.rules import Kind, Rule, Ste
+from qkit_mlx.arithmetic import rounding
+from qkit_mlx.kernels import cpu
+from qkit_mlx.layers import adapted, learned
+from qkit_mlx.layers.converted import deploy_embedding, deploy_linear
+from qkit_mlx.layers.prepared import forget, hold, regrid, switch
+from qkit_mlx.models import surgery
+from qkit_mlx.training import trainer
+from qkit_mlx.training.adamw import AdamW
 
 
 class MlxBackend:
-    """MLX: Apple silicon, and CPUs anywhere. Each method is described in `qkit.backend.Backend`."""
+    """MLX: Apple silicon, and CPUs anywhere. Each method is described in `qkit.engines.protocol.Backend`."""
 
     name = "mlx"
     framework = "mlx"
@@ -48,11 +52,11 @@ class MlxBackend:
 
     def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
         """See `Backend.quantize`."""
-        return ops.quantize(w, grid)
+        return rounding.quantize(w, grid)
 
     def dequantize(self, q: QTensor[mx.array]) -> mx.array:
         """See `Backend.dequantize`."""
-        return ops.dequantize(q)
+        return rounding.dequantize(q)
 
     def fake_quantize(
         self,
@@ -64,13 +68,13 @@ class MlxBackend:
         zeros: mx.array | None = None,
     ) -> mx.array:
         """See `Backend.fake_quantize`."""
-        return ops.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
+        return rounding.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
 
     def unclipped(
         self, w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
     ) -> mx.array:
         """See `Backend.unclipped`."""
-        return ops.unclipped(w, grid, scales=scales, zeros=zeros)
+        return rounding.unclipped(w, grid, scales=scales, zeros=zeros)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` under `mx.compile`."""
@@ -96,8 +100,8 @@ class MlxBackend:
 
     def magnitude(self, x: mx.array) -> float:
         """See `Backend.magnitude`."""
-        if native.takes(x):
-            return native.magnitude(x)
+        if cpu.takes(x):
+            return cpu.magnitude(x)
         return float(np.array(mx.abs(x.astype(mx.float32)).max())) if x.size else 0.0
 
     # surgery on modules
@@ -165,28 +169,28 @@ class MlxBackend:
 
     def run(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
         """See `Backend.run`."""
-        with training.evaluating(module):
+        with trainer.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
 
     # adapters
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
         """See `Backend.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
-        made: nn.Module = adapters.adapt(module, update)
+        made: nn.Module = adapted.adapt(module, update)
         return made
 
     def update(self, module: Any) -> Update:
         """See `Backend.update`."""
-        return adapters.update(module)
+        return adapted.update(module)
 
     def merged(self, module: Any) -> nn.Module:
         """See `Backend.merged`."""
-        made: nn.Module = adapters.merged(module)
+        made: nn.Module = adapted.merged(module)
         return made
 
     def freeze(self, model: nn.Module) -> None:
         """See `Backend.freeze`."""
-        adapters.freeze(model)
+        adapted.freeze(model)
 
     # whole models
 
@@ -213,7 +217,7 @@ class MlxBackend:
             BackendError: mlx-lm is missing, or has no such architecture.
         """
         try:
-            from qkit_mlx import hub
+            from qkit_mlx.models import hub
         except ModuleNotFoundError as error:
             if error.name != "mlx_lm":
                 raise
@@ -259,7 +263,7 @@ class MlxBackend:
         teacher: nn.Module | None = None,
     ) -> Trainer:
         """See `Backend.trainer`."""
-        return training.MlxTrainer(
+        return trainer.MlxTrainer(
             self,
             model,
             weight_decay=weight_decay,
@@ -276,8 +280,8 @@ class MlxBackend:
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Backend.loss`."""
-        return training.loss(model, tokens)
+        return trainer.loss(model, tokens)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Backend.logits`."""
-        return training.logits(model, tokens)
+        return trainer.logits(model, tokens)

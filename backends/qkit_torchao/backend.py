@@ -1,4 +1,4 @@
-"""The torch engine: every verb of `qkit.backend.Backend`, in the order they stand there."""
+"""The torch engine: every verb of `qkit.engines.protocol.Backend`, in the order they stand there."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,15 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qkit.adapters.update import Update
-from qkit.backend import NOTHING
+from qkit.engines.layer import Layer, Mode
+from qkit.engines.protocol import NOTHING
+from qkit.engines.trainer import OFFSET_RATE, Distillation, Trainer
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
-from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
-from qkit.recipe import Kind, Rule, Ste
-from qkit.trainer import OFFSET_RATE, Distillation, Trainer
-from qkit_torchao import adapters, fused, learned, ops, packed, sharding, straight_through, surgery, training
-from qkit_torchao.optimizer import AdamW
+from qkit.rules import Kind, Rule, Ste
+from qkit_torchao.arithmetic import rounding
+from qkit_torchao.kernels import choose
+from qkit_torchao.layers import adapted, converted, learned, sharded, straight_through
+from qkit_torchao.models import surgery
+from qkit_torchao.training import trainer
+from qkit_torchao.training.adamw import AdamW
 
 
 class TorchaoBackend:
@@ -46,11 +50,11 @@ class TorchaoBackend:
 
     def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
         """See `Backend.quantize`."""
-        return fused.quantize(w, grid)
+        return choose.quantize(w, grid)
 
     def dequantize(self, q: QTensor[Tensor]) -> Tensor:
         """See `Backend.dequantize`."""
-        return ops.dequantize(q)
+        return rounding.dequantize(q)
 
     def fake_quantize(
         self, w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
@@ -60,7 +64,7 @@ class TorchaoBackend:
 
     def unclipped(self, w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
         """See `Backend.unclipped`."""
-        return ops.unclipped(w, grid, scales=scales, zeros=zeros)
+        return rounding.unclipped(w, grid, scales=scales, zeros=zeros)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`torch.compile`, one graph or an error."""
@@ -146,18 +150,18 @@ class TorchaoBackend:
         """See `Backend.pack`; the codes go to the layer's device."""
         device = self.weight(module).device
         scales = self._static(static, device)
-        q = packed.unpack(owner) if owner else q.map(lambda array: self._tensor(array).to(device))
-        made: nn.Module = packed.pack(module, q, rule, static=scales, owner=owner)
+        q = converted.unpack(owner) if owner else q.map(lambda array: self._tensor(array).to(device))
+        made: nn.Module = converted.pack(module, q, rule, static=scales, owner=owner)
         return made
 
     def deploy(self, layers: Sequence[tuple[nn.Module, Rule, Mapping[str, NDArray[Any]]]]) -> list[nn.Module | None]:
         """See `Deployer.deploy`; for weights on a GPU."""
         placed = [(module, rule, self._static(static, self.weight(module).device)) for module, rule, static in layers]
-        return packed.deploy(placed)
+        return converted.deploy(placed)
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
         """See `Backend.unpack`."""
-        return packed.unpack(module)
+        return converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Backend.replace`."""
@@ -171,28 +175,28 @@ class TorchaoBackend:
 
     def run(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
         """See `Backend.run`."""
-        with training.evaluating(module):
+        with trainer.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
 
     # adapters
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
         """See `Backend.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
-        made: nn.Module = adapters.adapt(module, update)
+        made: nn.Module = adapted.adapt(module, update)
         return made
 
     def update(self, module: Any) -> Update:
         """See `Backend.update`."""
-        return adapters.update(module)
+        return adapted.update(module)
 
     def merged(self, module: Any) -> nn.Module:
         """See `Backend.merged`."""
-        made: nn.Module = adapters.merged(module)
+        made: nn.Module = adapted.merged(module)
         return made
 
     def freeze(self, model: nn.Module) -> None:
         """See `Backend.freeze`."""
-        adapters.freeze(model)
+        adapted.freeze(model)
 
     # whole models
 
@@ -225,7 +229,7 @@ class TorchaoBackend:
 
     def gather(self, model: nn.Module) -> nn.Module | None:
         """See `Backend.gather`."""
-        return sharding.gather(model)
+        return sharded.gather(model)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """The configuration of a transformers model."""
@@ -236,7 +240,7 @@ class TorchaoBackend:
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """See `Backend.build`; by transformers."""
-        from qkit_torchao import hub
+        from qkit_torchao.models import hub
 
         return hub.build(config).to(self.device)
 
@@ -253,7 +257,7 @@ class TorchaoBackend:
         offset_learning_rate: float = OFFSET_RATE,
     ) -> AdamW:
         """See `Backend.adamw`."""
-        groups = training.groups(model, weight_decay=weight_decay, offset_learning_rate=offset_learning_rate)
+        groups = trainer.groups(model, weight_decay=weight_decay, offset_learning_rate=offset_learning_rate)
         return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def trainer(
@@ -272,7 +276,7 @@ class TorchaoBackend:
         teacher: nn.Module | None = None,
     ) -> Trainer:
         """See `Backend.trainer`."""
-        return training.TorchTrainer(
+        return trainer.TorchTrainer(
             self,
             model,
             weight_decay=weight_decay,
@@ -289,8 +293,8 @@ class TorchaoBackend:
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Backend.loss`."""
-        return training.loss(model, tokens)
+        return trainer.loss(model, tokens)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Backend.logits`."""
-        return training.logits(model, tokens)
+        return trainer.logits(model, tokens)

@@ -6,21 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from qkit.adapters import formats
 from qkit.adapters.surgery import able, adapted, base_weight, obstacle, put
 from qkit.adapters.update import Update
-from qkit.backend import Backend
+from qkit.engines.layer import Layer, want_whole
+from qkit.engines.protocol import Backend
 from qkit.errors import ArtifactError
-from qkit.interop import adapters as interop
-from qkit.layer import Layer, want_whole
 from qkit.qtensor import dtype_of
-from qkit.recipe import grid_table
+from qkit.rules import grid_table
 
 
 def save(
     model: Any,
     folder: str | Path,
     *,
-    layout: interop.Layout = "peft",
+    layout: formats.Layout = "peft",
     base: str | None = None,
     backend: str | Backend | None = None,
 ) -> Path:
@@ -42,7 +42,7 @@ def save(
     want_whole(layers, "save")
     updates = {layer.path: engine.update(layer.module) for layer in layers}
     notes = {layer.path: _note(engine, layer) for layer in layers}
-    interop.write(folder, updates, layout=layout, base=notes, name=base)
+    formats.write(folder, updates, layout=layout, base=notes, name=base)
     return folder
 
 
@@ -60,7 +60,7 @@ def load(model: Any, folder: str | Path, *, backend: str | Backend | None = None
     engine, folder = able(model, backend), Path(folder)
     layers = list(engine.layers(model))
     want_whole(layers, "adapt")
-    found = interop.read(folder)
+    found = formats.read(folder)
     by_path = {layer.path: layer for layer in layers}
     for path, update in found.updates.items():
         if path not in by_path:

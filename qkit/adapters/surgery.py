@@ -8,12 +8,12 @@ from zlib import crc32
 
 import numpy as np
 
-from qkit.adapters.arithmetic import row_norms
 from qkit.adapters.update import Adapter, Floats, Update
-from qkit.backend import Backend
+from qkit.engines.layer import Layer, want_whole
+from qkit.engines.protocol import Backend
 from qkit.errors import BackendError, QkitError, StageError
-from qkit.layer import Layer, want_whole
 from qkit.pipeline import surgeon
+from qkit.reference.merged import row_norms
 
 
 def adapt(model: Any, adapter: Adapter, *, backend: str | Backend | None = None) -> Any:
@@ -22,7 +22,7 @@ def adapt(model: Any, adapter: Adapter, *, backend: str | Backend | None = None)
     Works in place and returns the model, as `prepare` does. An adapted layer computes with the value that its grid gives the
     *merged* weight, and gradients pass straight through the grid to the adapter. So what `merge` gives has the codes and the loss
     of the last step, all of them. The merged weight is made in float32, whatever autocast says, and in the same bits by every
-    engine (`qkit.adapters.arithmetic`); where the base is in 16 bits, it is rounded to them first, as it will be stored.
+    engine (`qkit.reference.merged`); where the base is in 16 bits, it is rounded to them first, as it will be stored.
 
     A converted layer's codes stay as they are, packed; they are decoded in each forward. Its merged weight is put on its grid
     again, by the forward that is trained: nothing is ever stored on another grid than it was trained on.

@@ -8,20 +8,20 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qkit.artifact.entries import KEY, Entry, describe, entries_of, group, kind_of
-from qkit.artifact.tensors import array_stream, in_type, read_folder, with_type
-from qkit.backend import Backend
-from qkit.checkpoint.layout import SHARD_BYTES
-from qkit.checkpoint.output import write_directory
-from qkit.checkpoint.source import inside, is_pickle, read_json
+from qkit.artifact.metadata import KEY, Entry, describe, entries_of, group, kind_of
+from qkit.engines.layer import Layer, want_merged, want_whole
+from qkit.engines.protocol import Backend
+from qkit.engines.registry import backend as choose
 from qkit.errors import ArtifactError, BackendError, GridError, StageError
-from qkit.interop import compressed_tensors
-from qkit.layer import Layer, want_merged, want_whole
+from qkit.formats import compressed_tensors
 from qkit.pipeline import NOTE, surgeon
 from qkit.qtensor import DType, QTensor
-from qkit.recipe import Rule
-from qkit.registry import backend as choose
-from qkit.static import check_static, static_contents
+from qkit.reference.ranges import check_static, static_contents
+from qkit.rules import Rule
+from qkit.storage.arrays import array_stream, in_type, read_folder, with_type
+from qkit.storage.layout import SHARD_BYTES
+from qkit.storage.read import inside, is_pickle, read_json
+from qkit.storage.write import write_directory
 
 CONFIG = "config.json"
 COMPANIONS = (

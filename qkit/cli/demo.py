@@ -1,4 +1,4 @@
-"""`qkit demo`: the main job from end to end, shown as it happens. The work is in `qkit.demo`."""
+"""`qkit demo`: the main job from end to end, shown as it happens. The work is in `qkit.demo.run`."""
 
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from rich.table import Table
 from qkit.cli.console import console
 
 if TYPE_CHECKING:
-    from qkit.demo import Result
+    from qkit.demo.run import Result
 
 
 def demo(
@@ -25,8 +25,8 @@ def demo(
     ] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
-    from qkit.demo import draw, run  # here, so that other commands start fast
-    from qkit.demo_preset import PRESETS
+    from qkit.demo.preset import PRESETS
+    from qkit.demo.run import draw, run  # here, so that other commands start fast
 
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -1,4 +1,4 @@
-"""`qkit diff A B`: whether two directories hold the same model, and if not, where. The work is in `qkit.interop`."""
+"""`qkit diff A B`: whether two directories hold the same model, and if not, where. The work is in `qkit.exchange`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from rich.table import Table
 from qkit.cli.console import Json, console, print_json
 
 if TYPE_CHECKING:
-    from qkit.interop.difference import Difference
+    from qkit.exchange.diff import Difference
 
 DIFFERENT = 1
 
@@ -21,8 +21,8 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two models, code by code and scale by scale. Exit code 0: equal; 1: different."""
-    from qkit.interop.difference import compare  # here, so that other commands start fast
-    from qkit.interop.snapshot import read
+    from qkit.exchange.diff import compare  # here, so that other commands start fast
+    from qkit.exchange.snapshot import read
 
     found = list(compare(read(first), read(second)))
     different = [row for row in found if not row.equal]

@@ -1,4 +1,4 @@
-"""`qkit export DIR OUT --to mlx`: a model for another program, with the same codes. The work is in `qkit.interop`."""
+"""`qkit export DIR OUT --to mlx`: a model for another program, with the same codes. The work is in `qkit.exchange`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -32,8 +32,9 @@ def export(
     weights_only: WeightsOnly = False,
 ) -> None:
     """Write a model for another program: the same codes under other names, exactly, or not at all."""
-    from qkit.interop import gguf, transfer  # here, so that other commands start fast
-    from qkit.interop.snapshot import read
+    from qkit.exchange import transfer  # here, so that other commands start fast
+    from qkit.exchange.snapshot import read
+    from qkit.formats import gguf  # here, so that other commands start fast
 
     source = read(folder)
     if weights_only:

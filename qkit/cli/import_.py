@@ -1,4 +1,4 @@
-"""`qkit import DIR OUT`: another tool's quantized model as an artifact of qkit's. The work is in `qkit.interop`."""
+"""`qkit import DIR OUT`: another tool's quantized model as an artifact of qkit's. The work is in `qkit.exchange`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +15,8 @@ def import_(
     weights_only: WeightsOnly = False,
 ) -> None:
     """Read a model that another tool quantized, codes untouched, or say why that cannot be."""
-    from qkit.interop import transfer  # here, so that other commands start fast
-    from qkit.interop.snapshot import read
+    from qkit.exchange import transfer  # here, so that other commands start fast
+    from qkit.exchange.snapshot import read
 
     source = read(folder)
     if weights_only:

@@ -7,9 +7,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qkit.checkpoint.inspection import Group, Inspection, inspect_directory
+from qkit.artifact.inspect import Group, Inspection, inspect_directory
 from qkit.cli.console import Json, console, print_json, size
-from qkit.recipe import rule_table
+from qkit.rules import rule_table
 
 FEW = 6
 

@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 import qkit
-from qkit.backend import Backend
 from qkit.cli.console import Json, Type, console, errors, print_json
+from qkit.engines.protocol import Backend
 from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
-from qkit.recipe import Recipe
+from qkit.rules import Recipe
 
 if TYPE_CHECKING:
-    from qkit.parity import Parity
+    from qkit.testing.parity import Parity
 
 Work = tuple[Backend, DType, bool]  #: engine, type, compiled
 Rows = Mapping[str, list[Grid]]  #: name of a row of the matrix -> its grids
@@ -101,7 +101,7 @@ def _work(engines: list[Backend], dtypes: list[DType], modes: list[bool]) -> lis
 
 def _run(work: list[Work], rows: Rows, size: int) -> "list[Parity]":
     """Each distinct grid once per engine, type and mode, with progress on standard error."""
-    from qkit.parity import compare_many  # here, so that other commands start fast
+    from qkit.testing.parity import compare_many  # here, so that other commands start fast
 
     grids = list(dict.fromkeys(grid for grids in rows.values() for grid in grids))
     results = []

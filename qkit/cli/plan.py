@@ -6,10 +6,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import qkit
-from qkit.checkpoint.plan import Plan, make_plan
-from qkit.checkpoint.run import WORKERS
 from qkit.cli.console import Json, console, print_json, read_size, size
 from qkit.cli.quantize import CopyCode, Model, RecipeName, ShardSize
+from qkit.streaming.carry_out import WORKERS
+from qkit.streaming.plan import Plan, make_plan
 
 
 def plan(

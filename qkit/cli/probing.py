@@ -6,11 +6,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from qkit.backend import Backend
 from qkit.cli.console import console, errors
-from qkit.probe import Probe, probe, worst
+from qkit.engines.protocol import Backend
 from qkit.qtensor import DType
-from qkit.recipe import Recipe
+from qkit.rules import Recipe
+from qkit.testing.probe import Probe, probe, worst
 
 COLORS = {"native": "green", "decoded": "yellow", "missing": "red"}
 

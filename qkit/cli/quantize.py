@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 import qkit
-from qkit.checkpoint.plan import Plan, make_plan
-from qkit.checkpoint.run import WORKERS, quantize_directory
 from qkit.cli.console import console, errors, read_size, size
+from qkit.streaming.carry_out import WORKERS, quantize_directory
+from qkit.streaming.plan import Plan, make_plan
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A Hugging Face directory: safetensors and a config.json.")

@@ -9,9 +9,9 @@ from rich.text import Text
 
 import qkit
 from qkit.cli.console import Json, console, print_json
+from qkit.engines.registry import ALIASES
 from qkit.grid import Grid
-from qkit.recipe import Recipe, rule_table
-from qkit.registry import ALIASES
+from qkit.rules import Recipe, rule_table
 
 NAMES = 80  #: columns that names and grids take; the summary has the rest
 TYPICAL = (4096, 4096)  #: shape of the weight that bits per weight are given for

@@ -13,7 +13,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `qkit quantize` or `qkit.save` wrote.")],
 ) -> None:
     """Read every byte of an artifact and compare it with what was written."""
-    from qkit.checkpoint.verify import verify as find_problems  # here, so that other commands start fast
+    from qkit.artifact.verify import verify as find_problems  # here, so that other commands start fast
 
     problems = list(find_problems(folder))
     for problem in problems:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
 from qkit.errors import QkitError
 
 Numbers = NDArray[np.float64]

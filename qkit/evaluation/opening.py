@@ -9,10 +9,10 @@ import numpy as np
 
 from qkit import artifact
 from qkit.artifact.directory import read_config
-from qkit.artifact.tensors import read_folder
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
 from qkit.errors import BackendError, QkitError
-from qkit.interop import snapshot, transfer
+from qkit.exchange import snapshot, transfer
+from qkit.storage.arrays import read_folder
 from qkit.training.text import Text, read_text
 
 

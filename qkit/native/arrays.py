@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit import reference
 from qkit.element import Element
 from qkit.grid import Grid
 from qkit.native.library import TYPES, function, struct
-from qkit.packing import WORD_BITS, Packed, words
 from qkit.qtensor import DType, QTensor, dtype_of
+from qkit.reference import rounding
+from qkit.reference.packing import WORD_BITS, Packed, words
 
 SHARE = 1 << 17  #: fewest numbers that are worth a thread: about as long as it takes to wake one
 
@@ -146,7 +146,7 @@ def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float
     if grid.group == "tensor":
         return ends, 0.0
     with np.errstate(invalid="ignore"):
-        return None, float(reference.tensor_power(ends) + reference.poison(np.abs(ends).max()))
+        return None, float(rounding.tensor_power(ends) + rounding.poison(np.abs(ends).max()))
 
 
 def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-/* The loops that a CPU spends its time in, for every grid: quantizing, fake-quantizing, packing. `qkit/reference.py` is the law:
+/* The loops that a CPU spends its time in, for every grid: quantizing, fake-quantizing, packing. `qkit/reference/` is the law:
    what is here is its arithmetic in its order, one group at a time, so that the bits are its bits.
 
    No intrinsics and no threads: compilers make vectors of these loops, and callers split rows. To be built with -O3

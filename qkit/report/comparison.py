@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from qkit import pipeline
 from qkit.artifact.directory import read_config
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model
-from qkit.packing import Packed
-from qkit.recipe import Recipe, rule_table
+from qkit.reference.packing import Packed
 from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import mean, recovered
 from qkit.report.masters import dequantized, of_checkpoint, recipe_of
 from qkit.report.moves import Move, moves, packed_weights
+from qkit.rules import Recipe, rule_table
 
 Progress = Callable[[str], None]
 

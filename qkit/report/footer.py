@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from qkit.recipe import GRIDS
 from qkit.report.about import About
 from qkit.report.findings import Comparison
+from qkit.rules import GRIDS
 
 
 def footer(found: Comparison, source: About) -> str:

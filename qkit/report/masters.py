@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qkit.artifact.tensors import read_file
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
 from qkit.errors import ArtifactError, StageError
-from qkit.recipe import Recipe, Rule
+from qkit.rules import Recipe, Rule
+from qkit.storage.arrays import read_file
 from qkit.training.checkpoint import KEY
 
 WEIGHTS = "weights."  #: before the names of the weights in a checkpoint

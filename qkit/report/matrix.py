@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
 from qkit.evaluation import Evaluation, evaluate
 
 

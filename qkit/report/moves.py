@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.backend import Backend
-from qkit.interop.packed import pack, unpack
-from qkit.packing import Packed
+from qkit.engines.protocol import Backend
+from qkit.formats.packed import pack, unpack
 from qkit.qtensor import QTensor
+from qkit.reference.packing import Packed
 
 BLOCK = 1 << 22  #: numbers that are compared together
 

@@ -11,8 +11,8 @@ from qkit import reference
 from qkit.element import AVERAGE
 from qkit.errors import BackendError, GridError, StageError
 from qkit.grid import Grid
-from qkit.recipe import Recipe, Rule
-from qkit.static import static_scales
+from qkit.reference.ranges import static_scales
+from qkit.rules import Recipe, Rule
 from qkit.testing.surgery import Surgery, same
 from qkit.testing.tensors import random
 

@@ -9,14 +9,15 @@ import pytest
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
+from qkit.engines.registry import backend as choose
 from qkit.grid import Grid
-from qkit.parity import compare, compare_many, static_parts
 from qkit.qtensor import DTYPES, DType
-from qkit.recipe import STES, Ste
-from qkit.registry import backend as choose
+from qkit.reference import rounding
+from qkit.rules import STES, Ste
 from qkit.testing.activations import Activations
 from qkit.testing.kinds import Kinds
+from qkit.testing.parity import compare, compare_many, static_parts
 from qkit.testing.tensors import all_grids, coupled, random, tensors
 
 GRIDS = all_grids()
@@ -107,7 +108,7 @@ class ArrayConformance:
     def test_the_bridge_keeps_bits(self, dtype: DType) -> None:
         engine = self.engine
         hard = tensors(Grid("int8", 32), dtype).values()
-        x = np.concatenate([*hard, np.full((1, 64), -0.0, reference.DTYPE[dtype])])
+        x = np.concatenate([*hard, np.full((1, 64), -0.0, rounding.DTYPE[dtype])])
         back = engine.to_numpy(engine.from_numpy(x))
         assert back.dtype == x.dtype
         unsigned = BITS[x.itemsize]

@@ -10,7 +10,7 @@ import qkit
 from qkit import reference
 from qkit.errors import BackendError, RecipeError
 from qkit.grid import Grid
-from qkit.recipe import Recipe, Rule
+from qkit.rules import Recipe, Rule
 from qkit.testing.surgery import Surgery, common_grid, same
 from qkit.testing.tensors import random
 

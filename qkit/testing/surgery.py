@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 import qkit
 from qkit import reference
-from qkit.backend import Backend
+from qkit.engines.layer import Stage
+from qkit.engines.protocol import Backend
 from qkit.errors import ArtifactError, GridError, QkitError, RangeError, RecipeError, StageError
 from qkit.grid import Grid
-from qkit.layer import Stage
-from qkit.recipe import Recipe, Rule
+from qkit.rules import Recipe, Rule
 from qkit.testing.tensors import all_grids, random
 
 COMMON = [

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from qkit.element import E2M1_BOUNDARIES, ELEMENTS, LIMIT, MIN_SCALE, Element
 from qkit.grid import INTEGER_RULES, Grid
 from qkit.qtensor import DType
-from qkit.reference import DTYPE, FLOAT8
+from qkit.reference.rounding import DTYPE, FLOAT8
 
 Wide = NDArray[np.float64]
 

@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.artifact.tensors import read_file
-from qkit.checkpoint.layout import SINGLE, WORDS, Slot, lay_out
-from qkit.checkpoint.pen import write_all
-from qkit.checkpoint.swap import sync_folder
 from qkit.errors import ArtifactError, DivergedError
+from qkit.storage.arrays import read_file
+from qkit.storage.layout import SINGLE, WORDS, Slot, lay_out
+from qkit.storage.place_writer import write_all
+from qkit.storage.swap import sync_folder
 
 KEY = "qkit_run"  #: the one metadata key
 KEPT = 2

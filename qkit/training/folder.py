@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qkit.checkpoint import swap
-from qkit.checkpoint.output import check_replaceable
 from qkit.errors import ArtifactError, RunError
+from qkit.storage import swap
+from qkit.storage.write import check_replaceable
 from qkit.training.checkpoint import Checkpoint
 
 LOCK, LOG = "lock", "log.jsonl"

@@ -5,10 +5,10 @@ from typing import Any
 
 from qkit import artifact
 from qkit.artifact.directory import read_config
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
+from qkit.engines.registry import backend as choose
 from qkit.errors import BackendError, RunError
-from qkit.interop import snapshot
-from qkit.registry import backend as choose
+from qkit.exchange import snapshot
 from qkit.training.data import Sequences, sequences, split
 from qkit.training.run import Run
 from qkit.training.teacher import Tick, write_top

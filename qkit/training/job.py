@@ -11,12 +11,12 @@ import numpy as np
 
 import qkit
 from qkit import adapters, artifact, pipeline
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
+from qkit.engines.trainer import Trainer
 from qkit.errors import DivergedError
-from qkit.interop import snapshot
+from qkit.exchange import snapshot
 from qkit.qtensor import DType
 from qkit.switches import calibrating
-from qkit.trainer import Trainer
 from qkit.training import checkpoint
 from qkit.training.data import Sequences
 from qkit.training.folder import Log, beside, check_out, check_same, locked, read_log

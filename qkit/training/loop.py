@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qkit.engines.trainer import TopLogits, Trainer
 from qkit.errors import DivergedError
-from qkit.trainer import TopLogits, Trainer
 from qkit.training.data import Sequences, Tokens
 
 

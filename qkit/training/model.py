@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from qkit import artifact, reference
 from qkit.adapters import Adapter, adapt
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
+from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import RunError
-from qkit.interop.packed import unpack
-from qkit.interop.snapshot import Snapshot, join
+from qkit.exchange.snapshot import Snapshot, join
+from qkit.formats.packed import unpack
 from qkit.pipeline import prepare
 from qkit.qtensor import DTYPES, DType
-from qkit.recipe import Recipe, Rule, rule_table
-from qkit.registry import recipe as find_recipe
-from qkit.static import static_contents
+from qkit.reference.ranges import static_contents
+from qkit.rules import Recipe, Rule, rule_table
 from qkit.training.run import FLOAT
 
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

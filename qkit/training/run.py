@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qkit.adapters.update import Adapter, adapter_from_table
+from qkit.engines.trainer import OFFSET_RATE, Distillation
 from qkit.errors import QkitError, RunError
-from qkit.trainer import OFFSET_RATE, Distillation
 from qkit.training.rates import SHAPES, Shape
 from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
 

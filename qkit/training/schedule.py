@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.backend import Backend
+from qkit.engines.layer import Layer, Mode
+from qkit.engines.protocol import Backend
+from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import RunError
-from qkit.layer import Layer, Mode
 from qkit.pipeline import plan
-from qkit.recipe import Rule
-from qkit.registry import recipe as find_recipe
-from qkit.static import static_names
+from qkit.reference.ranges import static_names
+from qkit.rules import Rule
 
 
 @dataclass(frozen=True, slots=True)

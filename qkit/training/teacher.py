@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from qkit.artifact.tensors import read_file
-from qkit.backend import Backend
+from qkit.engines.protocol import Backend
+from qkit.engines.trainer import TopLogits
 from qkit.errors import ArtifactError, RunError
-from qkit.trainer import TopLogits
+from qkit.storage.arrays import read_file
 from qkit.training.data import Sequences
 
 KEY = "qkit_teacher"  #: the one metadata key: the digest of the sequences

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from qkit.hookspecs import hookimpl
+from qkit.engines.hookspecs import hookimpl
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from qkit import BackendSpec
-from qkit.hookspecs import hookimpl
+from qkit.engines.hookspecs import hookimpl
 
 
 @hookimpl

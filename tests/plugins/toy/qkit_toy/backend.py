@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from toyframe import Linear, Module, Tensor
 
 import qkit
+from qkit.engines.layer import Layer, Mode
+from qkit.engines.numpy import NumpyBackend
 from qkit.errors import ArtifactError, BackendError
-from qkit.layer import Layer, Mode
-from qkit.numpy_backend import NumpyBackend
 from qkit.qtensor import QTensor
-from qkit.recipe import Kind, Rule
+from qkit.rules import Kind, Rule
 
 
 class FakeLinear(Linear):

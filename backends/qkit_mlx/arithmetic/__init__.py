@@ -1,0 +1,1 @@
+"""The law in MLX, function by function: arrays only."""

@@ -1,0 +1,72 @@
+"""`qkit/reference/packing.py` in MLX: canonical words, which are MLX's own. Lazy, so that it also works while a graph is traced.
+
+Shifts are arrays, not numbers: `mx.compile` (0.32.4) names its kernels after the constants in them, written without
+anything between, so that `(x >> 26) & 3` and `(x >> 2) & 63` get one kernel.
+"""
+
+import mlx.core as mx
+
+from qkit.element import Element
+from qkit.reference.packing import WORD_BITS, words
+from qkit_mlx.kernels import cpu
+
+
+def unsigned(codes: mx.array, element: Element) -> mx.array:
+    """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; codes that are unsigned stay."""
+    if codes.dtype != mx.int8:
+        return codes
+    return (codes.astype(mx.int32) - element.lowest).astype(mx.uint8)
+
+
+def signed(codes: mx.array, element: Element) -> mx.array:
+    """The inverse of `unsigned`: 0 .. 2^bits-1 shifted to -2^(bits-1) .. 2^(bits-1)-1."""
+    return (codes.astype(mx.int32) + element.lowest).astype(mx.int8)
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """uint8 codes [..., n], each below 2^bits -> uint32 words [..., words(n, bits)]; the tail is zeros."""
+    *rows, n = codes.shape
+    blocks = _padded(codes, WORD_BITS).reshape(*rows, -1, WORD_BITS).astype(mx.uint32)  # 32 codes fill `bits` words
+    _, shift = _places(bits)
+    low, high = blocks << shift, (blocks >> 1) >> (WORD_BITS - 1 - shift)  # `high` is what goes over into the next word
+    stream: list[mx.array] = []
+    for word in range(bits):
+        first, after = -(-word * WORD_BITS // bits), -(-(word + 1) * WORD_BITS // bits)  # codes that begin in this word
+        begun = low[..., first:after].sum(axis=-1)  # they share no bit, so adding is joining
+        stream.append(begun + high[..., first - 1] if word else begun)
+    return mx.stack(stream, axis=-1).reshape(*rows, -1)[..., : words(n, bits)]
+
+
+def unpack(packed: mx.array, bits: int, n: int) -> mx.array:
+    """uint32 words [..., words(n, bits)] -> uint8 codes [..., n]."""
+    rows = packed.shape[:-1]
+    blocks = _padded(packed, bits).reshape(*rows, -1, bits)
+    word, shift = _places(bits)
+    low = mx.take(blocks, word, axis=-1) >> shift
+    high = (mx.take(blocks, mx.minimum(word + 1, bits - 1), axis=-1) << 1) << (WORD_BITS - 1 - shift)
+    codes = ((low | high) & ((1 << bits) - 1)).astype(mx.uint8)
+    return codes.reshape(*rows, -1)[..., :n]
+
+
+def packed_codes(codes: mx.array, element: Element) -> mx.array:
+    """Codes [..., n] as canonical words [..., words(n, bits)]."""
+    if cpu.takes(codes):
+        return cpu.packed_codes(codes, element)
+    return pack(unsigned(codes, element), element.bits)
+
+
+def unpacked_codes(packed: mx.array, *, element: Element, n: int, symmetric: bool) -> mx.array:
+    """The inverse of `packed_codes`: int8 for symmetric integers, else uint8."""
+    codes = unpack(packed, element.bits, n)
+    return signed(codes, element) if element.kind == "integer" and symmetric else codes
+
+
+def _places(bits: int) -> tuple[mx.array, mx.array]:
+    """In which word each of 32 codes begins, and at which bit of it; both uint32 [32]."""
+    places = [divmod(i * bits, WORD_BITS) for i in range(WORD_BITS)]
+    return mx.array([word for word, _ in places], mx.uint32), mx.array([shift for _, shift in places], mx.uint32)
+
+
+def _padded(x: mx.array, multiple: int) -> mx.array:
+    missing = -x.shape[-1] % multiple
+    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x

@@ -1,0 +1,1 @@
+"""Quantized values of weights, kept until the weight changes."""

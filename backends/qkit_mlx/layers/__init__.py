@@ -1,0 +1,1 @@
+"""MLX layers: prepared, learned, adapted and converted."""

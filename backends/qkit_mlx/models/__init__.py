@@ -1,0 +1,1 @@
+"""Whole MLX models: their layers, and how to build one from a configuration."""

@@ -1,0 +1,192 @@
+"""Modules and arrays by dotted name: finding layers, replacing them, reading and filling what a model stores."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qkit.engines.layer import Layer
+from qkit.errors import ArtifactError, BackendError
+from qkit.rules import Kind
+from qkit_mlx.layers.converted import DEPLOYED, STORED, PackedEmbedding
+from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
+
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every module that a rule could speak of, and every other array of two or more dimensions, in the order of the model."""
+    return [layer for path, module in _modules(model) for layer in _listed(path, module)]
+
+
+def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """`model` with the module at each path replaced, wherever it is registered; in place, unless it is the root.
+
+    Raises:
+        BackendError: there is no module at a path.
+    """
+    present = dict(_modules(model))
+    for path in modules:
+        if path not in present:
+            raise BackendError(f"the model has no module {path!r}: it has {', '.join(list(present)[:8])}")
+    instead = {id(present[path]): module for path, module in modules.items()}
+    for module in present.values():
+        _replace_in(module, instead)
+    return modules.get("", model)
+
+
+def tensors(model: nn.Module) -> dict[str, mx.array]:
+    """Every stored array by name, each once, but for the quantized weights of converted layers."""
+    return {name: container[key] for name, container, key in _slots(model)}
+
+
+def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = ()) -> None:
+    """Puts `arrays` where `tensors(model)` has them, but for the names in `without`; casts half precision up to float32.
+
+    Names that do not fit go through the model's own `sanitize` first.
+
+    Raises:
+        ArtifactError: a name, a shape or a type does not fit, or one is missing; nothing was written.
+    """
+    slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
+    if arrays.keys() != slots.keys() and hasattr(model, "sanitize"):
+        arrays = model.sanitize(dict(arrays))  # may also drop the output head of a model whose embedding is the head
+        slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
+    for name in [*slots, *arrays]:
+        if name not in arrays:
+            raise ArtifactError(f"{name} is missing: the model has it, and the artifact does not")
+        if name not in slots:
+            raise ArtifactError(
+                f"{name} is in the artifact, and the model has no such tensor: is it another architecture?"
+            )
+    for name, (container, key) in slots.items():
+        want, given = tuple(container[key].shape), tuple(arrays[name].shape)
+        if want != given:
+            raise ArtifactError(f"{name} has shape {given}, and the model wants {want}: is it another architecture?")
+        if not _fits(arrays[name].dtype, container[key].dtype):
+            raise ArtifactError(
+                f"{name} is {arrays[name].dtype} in the file and {container[key].dtype} in the model: cast the model"
+            )
+    for name, (container, key) in slots.items():
+        container[key] = arrays[name].astype(container[key].dtype)
+
+
+def _fits(given: mx.Dtype, want: mx.Dtype) -> bool:
+    return given == want or (want == mx.float32 and given in (mx.bfloat16, mx.float16))
+
+
+# Walking. An MLX module is a dict of arrays, modules, lists and dicts; the same module may be registered twice.
+
+
+def _items(container: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(container.items() if isinstance(container, dict) else enumerate(container))
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _modules(container: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under `container`, itself included, once, at its first path."""
+    seen = set() if seen is None else seen
+    if isinstance(container, nn.Module):
+        if id(container) in seen:
+            return
+        seen.add(id(container))
+        yield path, container
+    for key, value in _items(container):
+        if isinstance(value, (dict, list)):
+            yield from _modules(value, _join(path, key), seen)
+
+
+def _replace_in(container: Any, instead: Mapping[int, nn.Module]) -> None:
+    for key, value in list(_items(container)):
+        if id(value) in instead:
+            container[key] = instead[id(value)]
+        elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
+            _replace_in(value, instead)
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    for path, module in _modules(model):
+        if not isinstance(module, DEPLOYED):
+            yield from _arrays(module, path)
+        else:
+            yield from ((_join(path, key), module, key) for key in STORED if key in module)
+
+
+def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Name, container and key of each array in a module, in its lists and dicts, but not in the modules within."""
+    for key, value in _items(container):
+        if isinstance(container, nn.Module) and key.startswith(
+            "_"
+        ):  # private to the module: MLX does not store it either
+            continue
+        if isinstance(value, mx.array):
+            yield _join(path, key), container, key
+        elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
+            yield from _arrays(value, _join(path, key))
+
+
+# Layers
+
+
+def _listed(path: str, module: Any) -> Iterator[Layer]:
+    """The layer that `module` is, if it is one, and every other weight that it holds itself."""
+    layer = _layer(path, module)
+    if layer:
+        yield layer
+    if isinstance(module, (*DEPLOYED, FakeLinear, FakeEmbedding)):
+        return
+    known = ("weight", "bias", "scales", "biases") if layer else ("bias", "scales", "biases")
+    for name, container, key in _arrays(module, path):
+        array = container[key]
+        held = mx.issubdtype(array.dtype, mx.floating) or _words(array, module)
+        if held and array.ndim > 1 and not (container is module and key in known):
+            yield _other(name, module, array)
+
+
+def _layer(path: str, module: Any) -> Layer | None:
+    kind: Kind = "embedding" if isinstance(module, EMBEDDINGS) else "linear"
+    if isinstance(module, DEPLOYED):
+        shape = (module["weight"].shape[0], module.inputs)
+        native, execution = module.native, module.execution
+        adapter = getattr(module, "adapter", "")
+        return Layer(
+            path, kind, shape, module, "converted", module.rule, native=native, execution=execution, adapter=adapter
+        )
+    if isinstance(module, (FakeLinear, FakeEmbedding)):
+        adapter, mode = getattr(module, "adapter", ""), mode_of(module)
+        return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule, mode, adapter=adapter)
+    if type(module) in (nn.Linear, nn.Embedding):
+        return Layer(path, kind, tuple(module.weight.shape), module)
+    name = type(module).__name__
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return Layer(
+            path, kind, _unpacked(module["weight"], module), module, obstacle=f"quantized by MLX already ({name})"
+        )
+    if isinstance(module, nn.Linear):
+        return Layer(path, kind, tuple(module.weight.shape), module, obstacle=f"a subclass of Linear ({name})")
+    if isinstance(module, nn.Embedding):
+        return Layer(path, kind, tuple(module.weight.shape), module, obstacle=f"a subclass of Embedding ({name})")
+    return None
+
+
+def _other(path: str, module: Any, array: mx.array) -> Layer:
+    """A row of coverage for a weight that no rule speaks of: of a convolution, of stacked experts, of anyone's module."""
+    name = type(module).__name__
+    if _words(array, module):
+        return Layer(path, "other", _unpacked(array, module), module, obstacle=f"quantized by MLX already ({name})")
+    obstacle = f"of a {name}, which is neither a linear layer nor an embedding"
+    return Layer(path, "other", tuple(array.shape), module, obstacle=obstacle)
+
+
+def _words(array: mx.array, module: Any) -> bool:
+    """Whether MLX packed a weight into `array`."""
+    return array.dtype == mx.uint32 and "scales" in module
+
+
+def _unpacked(words: mx.array, module: Any) -> tuple[int, ...]:
+    """Shape of the weight that MLX packed into 32-bit words."""
+    return (*words.shape[:-1], words.shape[-1] * 32 // module.bits)

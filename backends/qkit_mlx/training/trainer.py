@@ -1,0 +1,253 @@
+"""Training and measuring language models: token numbers in, logits out. Loops are the core's."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from numpy.typing import NDArray
+
+from qkit.engines.protocol import Backend
+from qkit.engines.trainer import Distillation, TopLogits
+from qkit.errors import ArtifactError, BackendError
+from qkit_mlx.training.adamw import AdamW
+
+TOKENS = 4096  #: how many tokens are evaluated at once, so that their logits fit into memory
+MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: neutral names, and AdamW's
+
+
+class MlxTrainer:
+    """See `qkit.engines.protocol.Backend.trainer`. Compiled, unless told otherwise."""
+
+    def __init__(
+        self,
+        engine: Backend,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        betas: tuple[float, float],
+        clip: float,
+        offset_ratio: float,
+        seed: int | None,
+        autocast: bool,
+        compiled: bool | None,
+        recompute: bool,
+        distillation: Distillation | None,
+        teacher: nn.Module | None,
+    ) -> None:
+        if autocast:
+            raise BackendError("autocast: MLX has none: leave it out, and choose dtype = 'float32' or 'bfloat16'")
+        if recompute:
+            _recompute(model)
+        if seed is not None:
+            mx.random.seed(seed)
+        self.engine, self.model, self.clip, self.steps = engine, model, clip, 0
+        self.offset_ratio = offset_ratio
+        self.distillation, self.teacher, self.compiled = distillation, teacher, compiled is not False
+        self.optimizer = _optimizer(model, betas=betas, weight_decay=weight_decay)
+        self._compile()
+
+    def step(
+        self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
+    ) -> float:
+        """See `qkit.engines.trainer.Trainer.step`."""
+        self.model.train()
+        self.optimizer.learning_rate = learning_rate
+        self.optimizer.offset_learning_rate = learning_rate * self.offset_ratio
+        count = mx.array(float(sum(tokens[:, 1:].size for tokens in batches)))
+        total, gradients = mx.array(0.0), None
+        for i, tokens in enumerate(batches):
+            if gradients is not None:
+                mx.eval(total, gradients, self.model.state)  # or all micro-batches would be in memory at once
+            total, gradients = self._add(mx.array(tokens), count, self._target(tokens, targets, i), total, gradients)
+        self._update(gradients)
+        mx.eval(total, self.model.state, self.optimizer.state)
+        self.steps += 1
+        loss: Any = total.item()
+        return float(loss)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """See `qkit.engines.trainer.Trainer.state`."""
+        found = {f"weights.{name}": x for name, x in self.engine.tensors(self.model).items()}
+        moments = dict(_flat(self.optimizer.state))
+        for name in self._trained():
+            for moment, key in MOMENTS.items():
+                found[f"{moment}.{name}"] = moments[f"{name}.{key}"]
+        arrays = {name: self.engine.to_numpy(x) for name, x in found.items()}
+        return {**arrays, "rng.mlx": np.array(_random()[0]), "steps": np.array(self.steps, np.int64)}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `qkit.engines.trainer.Trainer.restore`."""
+        moments = {
+            f"{name}.{key}": self.engine.from_numpy(_moment(state, f"{moment}.{name}", x)).astype(x.dtype)
+            for name, x in self._trained().items()
+            for moment, key in MOMENTS.items()
+        }
+        weights = {name.removeprefix("weights."): x for name, x in state.items() if name.startswith("weights.")}
+        self.engine.fill(self.model, weights)
+        self.steps = int(state["steps"])
+        others = {name: x for name, x in _flat(self.optimizer.state) if name not in moments}
+        others["step"] = mx.array(self.steps, others["step"].dtype)
+        self.optimizer.state = tree_unflatten([*others.items(), *moments.items()])
+        if "rng.mlx" in state:
+            high, low = (int(word) for word in state["rng.mlx"])
+            mx.random.seed(high << 32 | low)  # a seed is the state's two words, and there is no other way to set it
+        self._compile()
+
+    def _trained(self) -> dict[str, mx.array]:
+        return dict(_flat(self.model.trainable_parameters()))
+
+    def _compile(self) -> None:
+        """Compiled functions hold on to the state that they were made for: once more when that is another."""
+        self._add = self._compiled(self._accumulate, [self.model.state, _random()])
+        self._update = self._compiled(self._apply, [self.model.state, self.optimizer.state])
+
+    def _compiled(self, function: Any, state: Any) -> Callable[..., Any]:
+        made: Callable[..., Any] = mx.compile(function, inputs=state, outputs=state) if self.compiled else function
+        return made
+
+    def _accumulate(self, tokens: mx.array, count: mx.array, target: Any, total: mx.array, before: Any) -> Any:
+        """Loss and gradients so far, and those of one batch's share in the mean over `count` tokens."""
+
+        def objective(tokens: mx.array) -> mx.array:
+            return _objective(self.model, tokens, self.distillation, target) / count
+
+        share, gradients = nn.value_and_grad(self.model, objective)(tokens)
+        if before is not None:
+            gradients = tree_map(lambda a, b: a + b, before, gradients)
+        return total + share, gradients
+
+    def _apply(self, gradients: Any) -> None:
+        self.optimizer.update(self.model, _clipped(gradients, self.clip))
+
+    def _target(self, tokens: NDArray[np.int32], targets: Sequence[TopLogits], i: int) -> Any:
+        """The teacher's logits [batch, length, k] and their tokens; none where they are all of the vocabulary."""
+        if targets:
+            return [mx.array(targets[i].logits), mx.array(targets[i].tokens)]
+        return [] if self.teacher is None else [self.teacher(mx.array(tokens[:, :-1])).astype(mx.float32)]
+
+
+class _Optimizer(AdamW):
+    """Decays parameters of more than one dimension only."""
+
+    def decays(self, parameter: mx.array) -> bool:
+        return parameter.ndim > 1
+
+
+def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> AdamW:
+    made = _Optimizer(learning_rate=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, offset_learning_rate=0.0)
+    made.init(model.trainable_parameters())
+    return made
+
+
+def _clipped(gradients: Any, largest: float) -> Any:
+    """`gradients` with a norm, over all of them, of at most `largest`; `optim.clip_grad_norm` would sum in bfloat16."""
+    squares = [g.astype(mx.float32).square().sum() for _, g in _flat(gradients)]
+    factor = mx.minimum(largest / (mx.sqrt(mx.stack(squares).sum()) + 1e-6), 1.0)
+    return tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
+
+
+def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
+    """Mean next-token loss over `tokens` [batch, length + 1] in nats, with the model in evaluation mode."""
+    with evaluating(model):
+        parts = (mx.array(part) for part in _parts(tokens))
+        total = sum(np.array(_nats(model(part[:, :-1]), part)).sum(dtype=np.float64) for part in parts)
+    return float(total) / tokens[:, 1:].size
+
+
+def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits [batch, length, vocabulary] of the model in evaluation mode."""
+    with evaluating(model):
+        return np.concatenate([np.array(model(mx.array(part)).astype(mx.float32)) for part in _parts(tokens)])
+
+
+def divergence(student: mx.array, teacher: mx.array, *, temperature: float) -> mx.array:
+    """temperature^2 * KL(teacher || student) of logits [..., k], in nats, summed over all positions."""
+    p, q = (nn.log_softmax(x.astype(mx.float32) / temperature, axis=-1) for x in (teacher, student))
+    summed: mx.array = (mx.exp(p) * (p - q)).sum() * temperature**2
+    return summed
+
+
+def _objective(model: nn.Module, tokens: mx.array, distillation: Distillation | None, target: list[Any]) -> mx.array:
+    """The loss of `tokens` [batch, length + 1], summed over its tokens."""
+    scores = model(tokens[:, :-1])
+    nats = _nats(scores, tokens).sum()
+    if distillation is None or not target:
+        return nats
+    student = scores if len(target) == 1 else mx.take_along_axis(scores, target[1], axis=-1)
+    learned = divergence(student, target[0], temperature=distillation.temperature)
+    both: mx.array = (1 - distillation.weight) * nats + distillation.weight * learned
+    return both
+
+
+def _random() -> Any:
+    """The state of MLX's random numbers."""
+    return mx.random.state
+
+
+def _nats(scores: mx.array, tokens: mx.array) -> mx.array:
+    """Next-token losses [batch, length] of `tokens` [batch, length + 1], in fp32."""
+    nats: mx.array = nn.losses.cross_entropy(scores.astype(mx.float32), tokens[:, 1:])
+    return nats
+
+
+def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: mx.array) -> NDArray[Any]:
+    if name not in state or state[name].shape != tuple(parameter.shape):
+        found = list(state[name].shape) if name in state else "missing"
+        raise ArtifactError(f"{name} is {found} in the checkpoint, and {list(parameter.shape)} in the model")
+    return state[name]
+
+
+def _flat(tree: Any) -> list[tuple[str, mx.array]]:
+    arrays: list[tuple[str, mx.array]] = tree_flatten(tree)  # type: ignore[assignment]
+    return arrays
+
+
+def _recompute(model: nn.Module) -> None:
+    """Gradient checkpointing of each of the model's layers: these instances only, and no class of anybody's."""
+    blocks = getattr(model, "layers", None)
+    if not isinstance(blocks, list) or not blocks:
+        raise BackendError(f"gradient_checkpointing: {type(model).__name__} has no list of layers: leave it out")
+    for block in blocks:
+        kind: Any = type(block)
+        block.__class__ = _recomputing(kind)
+
+
+@cache
+def _recomputing(kind: Any) -> type[nn.Module]:
+    """`kind`, with what it computes forgotten and computed again going back."""
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        before = self.trainable_parameters()
+
+        def inner(parameters: Any, *arguments: Any, **options: Any) -> Any:
+            self.update(parameters)
+            return kind.__call__(self, *arguments, **options)
+
+        try:
+            return mx.checkpoint(inner)(before, *arguments, **options)
+        finally:
+            self.update(before)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _parts(tokens: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
+    rows = max(1, TOKENS // tokens.shape[1])
+    return (tokens[i : i + rows] for i in range(0, len(tokens), rows))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has the mode it had."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module._set_training_mode(training)

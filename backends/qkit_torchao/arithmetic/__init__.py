@@ -1,0 +1,1 @@
+"""The law in torch, function by function: arrays only."""

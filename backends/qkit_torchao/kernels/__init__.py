@@ -1,0 +1,1 @@
+"""Compiled code for torch, and the choice between it and the plain arithmetic."""

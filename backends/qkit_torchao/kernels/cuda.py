@@ -1,0 +1,248 @@
+"""Launching the Triton kernels: which tensors they take, in what tiles, many weights at once. Imported on CUDA machines only."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from qkit import element as elements
+from qkit.element import STEP
+from qkit.grid import Grid
+from qkit.qtensor import QTensor, dtype_of
+from qkit_torchao.arithmetic import rounding
+from qkit_torchao.arithmetic.packing import TILE_COLUMNS, TILE_ROWS, Laid, Layout
+from qkit_torchao.kernels import direct, triton_passes, triton_tinygemm
+from qkit_torchao.kernels.tables import offsets, programs
+
+TILE = 2048  #: elements that a program holds, where groups are shorter
+LONGEST = 8192  #: the longest group that it holds whole; in float32, twice that
+PEAK = 8192  #: elements of which a program looks for the largest
+WARP = 1024  #: elements of a tile for each warp; see `tiles`
+ALIGNED = 16  #: bytes that are read at once
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def takes(w: Tensor, grid: Grid) -> bool:
+    """Whether the kernels take `w` on `grid`; else `ops` does. Each program's part must begin where it can read at once."""
+    fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % ALIGNED == 0 and w.numel() > 0
+    if not fits or grid.group == "tensor":
+        return False
+    groups, group, _, _ = _tiles(w, grid)
+    return groups * group * w.element_size() % ALIGNED == 0
+
+
+def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
+    """`ops.rounded(w, grid)`, for what `takes`; the bits of `w` itself where there is a `gate`, bool [], that is off."""
+    made = torch.empty_like(w)
+    _one(w, grid, values=made, gate=gate)
+    return made
+
+
+def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
+    """`ops.quantize(w, grid)`, for what `takes`. Filled in the same pass, if wanted:
+
+    Args:
+        values: shaped like `w`: what the codes mean.
+        steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
+    """
+    return QTensor(**_encoded(w, grid, "bytes", values=values, steps=steps), grid=grid, dtype=dtype_of(w))
+
+
+def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
+    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for what `takes`; None where `w` would have to be padded.
+
+    Args:
+        broken: int32: its element of this `number` becomes 1 if a group has no codes, for it holds what is not below 2^127.
+    """
+    if layout == "tiles":
+        if w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS:
+            return None
+        parts = _tiled(w.detach(), grid, broken, number)
+    else:
+        parts = _encoded(w, grid, layout, broken=broken, number=number)
+    return Laid(**parts, grid=grid, dtype=dtype_of(w), shape=tuple(w.shape))
+
+
+def _encoded(w: Tensor, grid: Grid, layout: Layout, **more: Any) -> dict[str, Any]:
+    shape = grid.scale_shape(tuple(w.shape))
+    integer = grid.element.kind == "integer"
+    new = partial(torch.empty, device=w.device)
+    width = w.shape[-1] // 2 if layout == "pairs" else w.shape[-1]
+    signed = layout == "signed" or (layout == "bytes" and integer and grid.symmetric)
+    codes = new((*w.shape[:-1], width), dtype=torch.int8 if signed else torch.uint8)
+    scales = new(shape, dtype=torch.float32 if integer else torch.uint8)
+    zeros = None if grid.symmetric else new(shape, dtype=torch.int8 if layout == "signed" else torch.uint8)
+    power = new((), dtype=torch.float32) if _looks_first(grid) else None
+    _one(w.detach(), grid, codes=codes, scales=scales, zeros=zeros, power=power, layout=layout, **more)
+    return {"codes": codes, "scales": scales, "zeros": zeros, "tensor_scale": power}
+
+
+def _tiled(w: Tensor, grid: Grid, broken: Tensor, number: int) -> dict[str, Any]:
+    rows, columns = w.shape
+    group = int(grid.group)
+    codes = torch.empty(rows // 8, columns // 128, 32, 4, dtype=torch.int32, device=w.device)
+    scales = torch.empty(columns // group, rows, 2, dtype=torch.bfloat16, device=w.device)
+    with device_of(w):
+        _tiles_kernel(
+            (grid, w.device), rows // 8 * (columns // triton_tinygemm.WIDTH),
+            (w, codes, scales.view(torch.int32), broken, number, rows, columns, constants(grid), group, triton_tinygemm.WIDTH,
+             INTERPRETED),
+            warps=triton_tinygemm.WARPS,
+        )  # fmt: skip
+    return {"codes": codes, "scales": scales, "zeros": None, "tensor_scale": None}
+
+
+def decodes(q: QTensor[Tensor]) -> bool:
+    """Whether `dequantize` takes `q`: a code a byte, and a scale for each row."""
+    return q.grid.symmetric and q.grid.group == "row" and q.codes.is_contiguous() and q.codes.data_ptr() % ALIGNED == 0
+
+
+def dequantize(q: QTensor[Tensor]) -> Tensor:
+    """`ops.dequantize(q)`, for what it `decodes`."""
+    values = torch.empty(q.codes.shape, dtype=rounding.DTYPE[q.dtype], device=q.codes.device)
+    geometry = tiles(q.codes, q.grid)
+    with device_of(q.codes):
+        triton_passes.decode[(_count(q.codes, q.grid),)](
+            q.codes, q.scales, values, GRID=constants(q.grid), INTERPRETED=INTERPRETED, **geometry
+        )
+    return values
+
+
+def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+    """Fills each of `made` with the values of its weight, in one launch (nvfp4: two, for it looks at whole tensors first).
+
+    Args:
+        weights: what the kernels take on `grid`, of one type and one length of rows if groups are rows.
+        made: of the shapes of `weights`, in one type.
+        gates: bool []; where one is off, the weight itself is copied.
+    """
+    peaks = torch.zeros(len(weights), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
+    columns = offsets(weights), offsets(made), [gate.data_ptr() for gate in gates], range(len(weights))
+    rows = tuple(zip(*columns, strict=True))
+    geometry = tiles(weights[0], grid)
+    counts = tuple(_count(w, grid) for w in weights)
+    blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
+    if peaks is not None:
+        _find_peaks(weights[0], rows, counts, peaks)
+    with device_of(weights[0]):
+        triton_passes.values_of_many[(len(blocks),)](
+            weights[0], made[0], blocks, peaks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
+        )
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Has the device of `x` be the current one, on which Triton launches, whatever device its arguments are on."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@cache
+def constants(grid: Grid) -> tuple[Any, ...]:
+    """What the kernels must know of `grid`, as they want it: see `kernels.quantized`."""
+    element = grid.element
+    low, high = (0, element.levels) if not grid.symmetric else (element.lowest, element.highest)
+    return (
+        grid.scale,
+        STEP.get((element.name, grid.scale), 0.0),
+        float(low),
+        element.largest if element.kind == "float" else float(high),
+        element.mantissa,
+        element.min_exponent,
+        element.max_exponent,
+        elements.MIN_SCALE,
+        elements.MIN_SCALE_CODE,
+        elements.MAX_SCALE_CODE,
+        elements.NVFP4_STEP,
+        elements.MIN_BLOCK_SCALE,
+        element.bits,
+    )
+
+
+def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
+    """The tile of a program: how many groups, their length, and the power of two that holds it, or a part of it; and warps."""
+    return dict(zip(("GROUPS", "GROUP", "WIDTH", "num_warps"), _tiles(w, grid), strict=True))
+
+
+def _tiles(w: Tensor, grid: Grid) -> tuple[int, int, int, int]:
+    longest = LONGEST * 2 if w.dtype == torch.float32 else LONGEST  # what is not converted takes fewer registers
+    return _tile(_group(w, grid), longest, extremes=2 if grid.scale in ("signed", "minmax") else 1)
+
+
+@cache
+def _tile(group: int, longest: int, *, extremes: int) -> tuple[int, int, int, int]:
+    width = min(triton.next_power_of_2(group), longest)
+    groups = max(1, (TILE if group > 16 else 2 * TILE) // width)
+    warps = groups * width // WARP
+    if group > longest and extremes == 1:  # one to hold: more warps are faster
+        warps *= 2
+    return groups, group, width, warps
+
+
+def _one(
+    w: Tensor,
+    grid: Grid,
+    *,
+    values: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    steps: Tensor | None = None,
+    gate: Tensor | None = None,
+    power: Tensor | None = None,
+    layout: str = "",
+    broken: Tensor | None = None,
+    number: int = 0,
+) -> None:
+    tile, count = _tiles(w, grid), _count(w, grid)
+    groups, group, width, warps = tile
+    full = width == group and count % groups == 0
+    parts = values, codes, scales, zeros, steps, gate, _peak(w, grid), power, broken
+    there = tuple([part is not None for part in parts])
+    aligned = values is None or values.data_ptr() % ALIGNED == 0
+    key = (grid, layout, w.dtype, w.device, tile, full, there, aligned, count >> 31)
+    if gate is not None:
+        parts = (*parts[:5], gate.view(torch.uint8), *parts[6:])
+    with device_of(w):
+        _one_kernel(
+            key, -(-count // groups),
+            (w, *parts, number, count, constants(grid), groups, group, width, layout, full, INTERPRETED), warps=warps,
+        )  # fmt: skip
+
+
+_one_kernel, _tiles_kernel = direct.Kernel(triton_passes.one), direct.Kernel(triton_tinygemm.quantize)
+
+
+def _peak(w: Tensor, grid: Grid) -> Tensor | None:
+    """The bits of the largest magnitude of `w`, where `grid` looks at it first."""
+    if not _looks_first(grid):
+        return None
+    peak = torch.zeros(1, dtype=torch.int32, device=w.device)
+    _find_peaks(w, ((0, 0, 0, 0),), (_count(w, grid),), peak)
+    return peak
+
+
+def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], peaks: Tensor) -> None:
+    """Raises the `peaks` of weights in groups of 16, the `first` and others; else as for `programs`."""
+    geometry = {"GROUPS": PEAK // 16, "GROUP": 16, "WIDTH": 16, "num_warps": 4}
+    blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, first.device)
+    with device_of(first):
+        triton_passes.peaks_of_many[(len(blocks),)](
+            first, blocks, peaks, FULL=full, INTERPRETED=INTERPRETED, **geometry
+        )
+
+
+def _looks_first(grid: Grid) -> bool:
+    return grid.scale == "nvfp4"
+
+
+def _group(w: Tensor, grid: Grid) -> int:
+    return w.shape[-1] if grid.group == "row" else int(grid.group)
+
+
+def _count(w: Tensor, grid: Grid) -> int:
+    return w.numel() // _group(w, grid)

@@ -1,0 +1,1 @@
+"""torch layers: prepared, learned, adapted and converted."""

@@ -1,0 +1,107 @@
+"""What multiplies the codes of a converted layer on its device: a kernel of torch's where one fits, else decoding first.
+
+A kernel multiplies codes and applies scales afterwards. On the CPU all layers decode, so that a converted model computes
+the same bits as the prepared one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.grid import Grid
+from qkit.qtensor import DType
+from qkit.rules import Rule
+from qkit_torchao.arithmetic.packing import Layout
+from qkit_torchao.layers import containers, products
+from qkit_torchao.layers.containers import Container
+from qkit_torchao.layers.slots import static_scales
+
+KEPT = 256  #: how many choices are remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a converted layer runs.
+
+    Attributes:
+        native: whether a kernel multiplies its codes; else they are decoded at every call.
+        text: the kernel; or what decodes, and why no kernel does.
+        layout: how the codes lie in memory.
+        container: the torchao tensor that holds them; None for plain arrays.
+        takes_floats: whether `F.linear` takes the container as a weight.
+        multiply: the product of a layer and its input; None for `F.linear`.
+    """
+
+    native: bool
+    text: str
+    layout: Layout
+    container: Container | None = None
+    takes_floats: bool = False
+    multiply: Callable[[Any, Tensor], Tensor] | None = None
+
+
+@lru_cache(maxsize=KEPT)
+def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> Execution:
+    """How a converted layer under `rule`, with a weight of `shape`, runs on `device`."""
+    grid = rule.weight
+    assert grid is not None
+    if rule.kind == "embedding":
+        return _plain("rows are decoded as they are looked up", grid)
+    if containers.fits_tiles(grid, device=device, dtype=dtype, shape=shape):
+        return _held("torchao Int4TilePackedTo4dTensor (tinygemm)", containers.TILES, native=True, takes_floats=True)
+    why_not = why_no_kernel(rule, device=device, dtype=dtype, shape=shape)
+    if grid.element.kind == "integer":
+        if not why_not:
+            return _held("torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8)
+        return _held(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", containers.INTEGER, takes_floats=True)
+    if grid.scale == "nvfp4":
+        return _held(f"in torchao NVFP4Tensor; {why_not}", containers.NVFP4, takes_floats=True)
+    if grid.element.bits == 8 and grid.group in ("row", "tensor"):
+        if not why_not:
+            kernel = "torch._scaled_mm on the codes of both sides"
+            return _held(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8)
+        return _held(f"from torchao Float8Tensor; {why_not}", containers.FLOAT8_ROWS)
+    return _plain(f"from plain arrays; {why_not}", grid)
+
+
+def _held(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:
+    return Execution(native, text, container.layout, container, **how)
+
+
+def _plain(text: str, grid: Grid) -> Execution:
+    """Codes in plain arrays, two to a byte where they have four bits and rows are of even width."""
+    even = isinstance(grid.group, int) and grid.group % 2 == 0
+    return Execution(False, text, "pairs" if grid.element.name == "e2m1" and even else "bytes")
+
+
+def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> str:
+    """Why no kernel multiplies codes of weights [outputs, inputs] with those of inputs under `rule`; empty if one does."""
+    assert rule.weight is not None
+    if device.type != "cuda":
+        return f"no kernel on the {device.type} gives the bits of the prepared layer"
+    kind = products.kind(rule.weight, rule.activation)
+    if not kind:
+        inputs = f"times {rule.activation}" if rule.activation else f"and {dtype} inputs"
+        return f"{torch.cuda.get_device_name(device)} has no kernel for {rule.weight} {inputs}"
+    if kind == "float8" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has no e4m3 products by rows: compute capability 9.0 has"
+    if kind == "float8" and dtype != "bfloat16":
+        return f"e4m3 products come out in bfloat16, and the model is {dtype}"
+    size = products.ALIGNED[kind]
+    if all(n % size == 0 for n in shape):
+        return ""
+    return f"the kernel wants inputs and outputs in multiples of {size}, not {shape[1]} and {shape[0]}"
+
+
+def _int8(layer: Any, x: Tensor) -> Tensor:
+    codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
+    return products.finish(products.int8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+
+
+def _float8(layer: Any, x: Tensor) -> Tensor:
+    codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
+    return products.finish(products.float8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)

@@ -1,0 +1,138 @@
+"""Modules and tensors by dotted name: finding layers, replacing them, and what a model stores."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qkit.engines.layer import Layer
+from qkit.rules import Kind
+from qkit_torchao.layers import sharded
+from qkit_torchao.layers.converted import PLAIN, PackedEmbedding, PackedLinear
+from qkit_torchao.layers.prepared import FakeEmbedding, FakeLinear
+
+FAKE = (FakeLinear, FakeEmbedding)
+PACKED = (PackedLinear, PackedEmbedding)
+
+
+def layers(model: nn.Module) -> Iterator[Layer]:
+    """Linear and Embedding modules, each once, under their first path; then every other weight that has a row and a column."""
+    first: dict[int, str] = {}
+    held: dict[int, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, PACKED):
+            held.setdefault(id(module.weight), path)
+    unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread:
+            yield _layer(path, module, tied=_owner(path, module, first))
+        else:
+            yield from _others(path, module, held)
+
+
+def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """See `Backend.replace`."""
+    swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in swaps:
+                parent._modules[name] = swaps[id(child)]
+    _call_children(model)
+    return swaps.get(id(model), model)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, shared ones under each, but for the quantized weights of converted layers."""
+    held = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PACKED)
+        for name in (*PLAIN, "weight")
+    }
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
+
+
+def _call_children(model: nn.Module) -> None:
+    """Has transformer encoders call layers of ours: in evaluation torch's fused path would read their weights instead.
+
+    Its own switches for that, as of torch 2.13: whether a layer's activation is one that the fused kernel knows, and whether an
+    encoder packs masked inputs for it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_ours(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(map(_has_ours, module.layers)):
+            module.use_nested_tensor = False
+
+
+def _has_ours(parent: nn.Module) -> bool:
+    return any(isinstance(child, (*FAKE, *PACKED)) for child in parent.children())
+
+
+def _owner(path: str, module: Any, first: dict[int, str]) -> str:
+    """Path of an earlier layer with the same weight, or empty; `first` remembers."""
+    if isinstance(module, PACKED):
+        first[id(module)] = path
+        return "".join(first.get(id(owner), "") for owner in module.owner)
+    owner = first.setdefault(id(module.weight), path)
+    return "" if owner == path else owner
+
+
+def _layer(path: str, module: Any, *, tied: str) -> Layer:
+    kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
+    shape = (
+        (module.num_embeddings, module.embedding_dim)
+        if kind == "embedding"
+        else (module.out_features, module.in_features)
+    )
+    if isinstance(module, FAKE):
+        adapter = getattr(module, "adapter", "")
+        return Layer(
+            path,
+            kind,
+            shape,
+            module,
+            stage="prepared",
+            rule=module.rule,
+            mode=module.mode,
+            tied=tied,
+            adapter=adapter,
+            sharded=sharded.is_sharded(module),
+        )
+    if isinstance(module, PACKED):
+        how = module.execution
+        return Layer(
+            path,
+            kind,
+            shape,
+            module,
+            stage="converted",
+            rule=module.rule,
+            native=how.native,
+            execution=how.text,
+            tied=tied,
+            adapter=getattr(module, "adapter", ""),
+        )
+    obstacle = ""
+    if getattr(module, "max_norm", None) is not None:
+        obstacle = "its rows are rescaled at every look-up (max_norm)"
+    elif "weight" not in module._parameters:
+        obstacle = "its weight is computed from other parameters (weight_norm and the like)"
+    elif type(module) not in (nn.Linear, nn.Embedding):
+        obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
+    return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
+
+
+def _others(path: str, module: nn.Module, held: dict[int, str]) -> Iterator[Layer]:
+    """Weights of a module that no rule speaks of; those that are also elsewhere are tied to what has them, as `held` knows."""
+    for name, parameter in module.named_parameters(path, recurse=False):
+        if parameter.dim() > 1:
+            owner = held.setdefault(id(parameter), name)
+            tied = "" if owner in (name, path) else owner
+            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module))
+
+
+def _why_not(module: nn.Module) -> str:
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+        return "nn.MultiheadAttention reads its weights itself"
+    return f"{type(module).__name__} is no linear layer"

@@ -1,0 +1,101 @@
+"""AdamW that writes the quantized values of what it steps, in the same kernel. On a CPU, and for shards, torch's own."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit_torchao.cache import values
+from qkit_torchao.layers.sharded import is_shard
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov and Hutter, 2019), with its options, its state and its state's types.
+
+    On CUDA with Triton, all weights of a kind are stepped in one launch, on tensors only, so that a step can be captured in a
+    CUDA graph. The quantized values of prepared layers are written with them, but not while a graph is captured: there they
+    are made where they are first used, so that weights which somebody edits between two replays are seen.
+
+    Arithmetic is in float32 and rounded once to the type of the weight. Rates may be tensors: a captured graph reads them.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        parameters = list(params)
+        flat = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
+        self.in_kernels = bool(find_spec("triton")) and all(p.is_cuda and not is_shard(p) for p in flat)
+        options = {"capturable": True, "foreach": True} if self.in_kernels else {"fused": True}
+        self.written: list[values.Entry] = []
+        super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` does. `written` are then the values that it has brought up to date."""
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not self.in_kernels or any(map(_needs_torch, stepped)):
+            return super().step(closure)
+        self.written = []
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer; weights that have taken as many steps share one counter again."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            counters: dict[float, Tensor] = {}
+            for weight in group["params"]:
+                if self.in_kernels and self.state[weight]:
+                    state = self.state[weight]
+                    state["step"] = counters.setdefault(float(state["step"]), state["step"])
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        from qkit_torchao.kernels import cuda_adamw
+
+        stepped = [weight for weight in group["params"] if weight.grad is not None]
+        self._begin([weight for weight in stepped if not self.state[weight]])
+        self._split_counters(group, stepped)
+        kept = {} if torch.cuda.is_current_stream_capturing() else values.kept(stepped)
+        together: dict[int, list[Tensor]] = defaultdict(list)
+        for weight in stepped:
+            together[id(self.state[weight]["step"])].append(weight)
+        hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        for weights in together.values():
+            entries = [kept.get(id(weight)) for weight in weights]
+            writable = [e if e and cuda_adamw.writes(e, w) else None for e, w in zip(entries, weights, strict=True)]
+            cuda_adamw.step(weights, [self.state[weight] for weight in weights], writable, **hyper)
+            self.written += [entry for entry in writable if entry]
+
+    def _begin(self, weights: list[Tensor]) -> None:
+        """The moments of weights that are stepped for the first time. They share a counter on the device."""
+        counters: dict[torch.device, Tensor] = {}
+        for weight in weights:
+            step = torch.zeros((), dtype=torch.float32, device=weight.device)
+            self.state[weight] = {
+                "step": counters.setdefault(weight.device, step),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+
+    def _split_counters(self, group: dict[str, Any], stepped: list[Tensor]) -> None:
+        """Weights that sit a step out, for lack of a gradient, keep the counter that they shared with the others."""
+        idle = {id(self.state[w]["step"]) for w in group["params"] if w.grad is None and self.state[w]}
+        copies: dict[int, Tensor] = {}
+        for weight in stepped:
+            step = self.state[weight]["step"]
+            if id(step) in idle:
+                self.state[weight]["step"] = copies.setdefault(id(step), step.clone())
+
+
+def _needs_torch(weight: Tensor) -> bool:
+    """Whether the kernels cannot step `weight`. accelerate puts shards in the place of weights after the optimizer is made."""
+    assert weight.grad is not None
+    return weight.grad.is_sparse or not weight.is_contiguous() or is_shard(weight)

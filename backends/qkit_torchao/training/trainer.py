@@ -1,0 +1,247 @@
+"""Steps, losses and logits in torch, on next-token prediction."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qkit.engines.protocol import Backend
+from qkit.engines.trainer import Distillation, TopLogits
+from qkit.errors import ArtifactError, BackendError
+from qkit.reference.learned import is_learned, is_offset
+from qkit_torchao.training.adamw import AdamW
+
+ROWS = 16  #: sequences evaluated at a time
+MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral names, and AdamW's
+
+
+class TorchTrainer:
+    """See `Backend.trainer`. A parameter that a step does not reach has a gradient of zero, as on other engines."""
+
+    def __init__(
+        self,
+        engine: Backend,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        betas: tuple[float, float],
+        clip: float,
+        offset_ratio: float,
+        seed: int | None,
+        autocast: bool,
+        compiled: bool | None,
+        recompute: bool,
+        distillation: Distillation | None,
+        teacher: nn.Module | None,
+    ) -> None:
+        if recompute:
+            _recompute(model)
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.engine, self.model, self.clip, self.autocast = engine, model, clip, autocast
+        self.distillation, self.teacher, self.steps = distillation, teacher, 0
+        self._trained = {name: x for name, x in engine.tensors(model).items() if x.requires_grad}
+        self.optimizer = _optimizer(self._trained, betas=betas, weight_decay=weight_decay, offset_ratio=offset_ratio)
+        self._objective: Any = torch.compile(_objective, dynamic=False) if compiled else _objective
+        self._in_order = bool(compiled) and next(model.parameters()).device.type == "cpu"
+
+    def step(
+        self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
+    ) -> float:
+        """See `qkit.engines.trainer.Trainer.step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["ratio"]
+        if not self.model.training:
+            self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        count = sum(tokens[:, 1:].size for tokens in batches)
+        losses = [self._backward(tokens, targets[i] if targets else None, count) for i, tokens in enumerate(batches)]
+        for parameter in self._trained.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        nn.utils.clip_grad_norm_(list(self._trained.values()), self.clip)
+        self.optimizer.step()
+        self.steps += 1
+        return float(torch.stack(losses).sum())
+
+    def _backward(self, tokens: NDArray[np.int32], target: TopLogits | None, count: int) -> Tensor:
+        """Adds the gradient of this batch's share in the mean over `count` tokens; returns that share."""
+        ids = _ids(self.model, tokens)
+        with _in_order() if self._in_order else nullcontext():
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+                loss: Tensor = self._objective(self.model, ids, self.distillation, *self._target(ids, target)) / count
+            loss.backward()
+        return loss.detach()
+
+    def _target(self, ids: Tensor, target: TopLogits | None) -> tuple[Tensor | None, Tensor | None]:
+        """The teacher's logits [batch, length, k] and their tokens; None where they are all of the vocabulary."""
+        if target is not None:
+            return self.engine.from_numpy(target.logits), self.engine.from_numpy(target.tokens.astype(np.int64))
+        if self.teacher is None:
+            return None, None
+        with torch.no_grad():
+            return _logits(self.teacher, ids[:, :-1]).float(), None
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """See `qkit.engines.trainer.Trainer.state`."""
+        found = {f"weights.{name}": x for name, x in self.engine.tensors(self.model).items()}
+        for name, parameter in self._trained.items():
+            known = self.optimizer.state[parameter]
+            for moment, key in MOMENTS.items():
+                found[f"{moment}.{name}"] = known[key] if known else torch.zeros_like(parameter)
+        arrays = {name: self.engine.to_numpy(x) for name, x in found.items()}
+        return {**arrays, **_random_state(_device(self.model)), "steps": np.array(self.steps, np.int64)}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `qkit.engines.trainer.Trainer.restore`."""
+        moments = {name: [_moment(state, f"{m}.{name}", x) for m in MOMENTS] for name, x in self._trained.items()}
+        weights = {name.removeprefix("weights."): x for name, x in state.items() if name.startswith("weights.")}
+        self.engine.fill(self.model, weights)
+        self.steps = int(state["steps"])
+        for name, parameter in self._trained.items():
+            made = [self.engine.from_numpy(x).to(parameter) for x in moments[name]]
+            step = torch.tensor(float(self.steps), device=parameter.device)
+            self.optimizer.state[parameter] = {"step": step, **dict(zip(MOMENTS.values(), made, strict=True))}
+        self.optimizer.load_state_dict(
+            self.optimizer.state_dict()
+        )  # weights may share one counter, as the optimizer likes
+        _set_random_state(state, _device(self.model))
+
+
+def groups(model: nn.Module, *, weight_decay: float, offset_learning_rate: float) -> list[dict[str, Any]]:
+    """What is trained of `model`, for an optimizer; learned ranges must not decay, and offsets have their own rate."""
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    offsets = [one for name, one in trained.items() if is_offset(name)]
+    scales = [one for name, one in trained.items() if is_learned(name) and not is_offset(name)]
+    made: list[dict[str, Any]] = [
+        {"params": [one for name, one in trained.items() if not is_learned(name)], "weight_decay": weight_decay},
+        {"params": scales, "weight_decay": 0.0},
+        {"params": offsets, "weight_decay": 0.0, "lr": offset_learning_rate},
+    ]
+    return [group for group in made if group["params"]]
+
+
+def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
+    """Mean loss in nats per predicted token of `tokens` [batch, length + 1]."""
+    with evaluating(model):
+        parts = [_nats(_logits(model, ids[:, :-1]), ids) for ids in _ids(model, tokens).split(ROWS)]
+    return float(torch.stack(parts).double().sum()) / tokens[:, 1:].size
+
+
+def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits of every position of `tokens` [batch, length] -> float32 [batch, length, vocabulary]."""
+    with evaluating(model):
+        parts = [_logits(model, ids).float().cpu() for ids in _ids(model, tokens).split(ROWS)]
+    return torch.cat(parts).numpy()
+
+
+def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """temperature^2 * KL(teacher || student) of logits [..., k], in nats, summed over all positions."""
+    p, q = (F.log_softmax(x.float() / temperature, dim=-1) for x in (teacher, student))
+    return (p.exp() * (p - q)).sum() * temperature**2
+
+
+def _objective(
+    model: nn.Module, ids: Tensor, distillation: Distillation | None, teacher: Tensor | None, among: Tensor | None
+) -> Tensor:
+    """The loss of `ids` [batch, length + 1], summed over its tokens."""
+    scores = _logits(model, ids[:, :-1])
+    nats = _nats(scores, ids)
+    if distillation is None or teacher is None:
+        return nats
+    student = scores if among is None else scores.gather(-1, among)
+    learned = divergence(student, teacher, temperature=distillation.temperature)
+    return (1 - distillation.weight) * nats + distillation.weight * learned
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Has sums taken in one order, so that a run can be repeated: compiled for a CPU, threads add to an embedding's gradient as
+    they come.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _nats(scores: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(scores.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    out: Any = model(ids)
+    scores: Tensor = getattr(out, "logits", out)
+    return scores
+
+
+def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(_device(model))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _optimizer(
+    parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float, offset_ratio: float
+) -> AdamW:
+    """With groups that name, as `ratio`, what multiple of a step's learning rate they are stepped by."""
+    kinds: dict[tuple[float, float], list[Tensor]] = {(weight_decay, 1.0): [], (0.0, 1.0): [], (0.0, offset_ratio): []}
+    for name, one in parameters.items():
+        decay = weight_decay if one.dim() > 1 and not is_learned(name) else 0.0
+        kinds[decay, offset_ratio if is_offset(name) else 1.0].append(one)
+    groups = [{"params": ones, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ones in kinds.items() if ones]
+    return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay)
+
+
+def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: Tensor) -> NDArray[Any]:
+    if name not in state or state[name].shape != tuple(parameter.shape):
+        found = list(state[name].shape) if name in state else "missing"
+        raise ArtifactError(f"{name} is {found} in the checkpoint, and {list(parameter.shape)} in the model")
+    return state[name]
+
+
+def _recompute(model: nn.Module) -> None:
+    """Gradient checkpointing, by transformers' own switch; a cache for generation goes with it as little as in there."""
+    kind = next((kind for kind in ("activation", "gradient") if hasattr(model, f"{kind}_checkpointing_enable")), None)
+    if kind is None or not getattr(model, "supports_gradient_checkpointing", False):
+        raise BackendError(f"gradient_checkpointing: {type(model).__name__} has no such switch: leave it out")
+    known: Any = model
+    known.config.use_cache = False
+    enable = getattr(known, f"{kind}_checkpointing_enable")  # the second name warns where there is the first
+    enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+
+
+def _random_state(device: torch.device) -> dict[str, NDArray[Any]]:
+    """The states of the random numbers of the CPU and, if it is another, of `device`, whichever the process has for its own."""
+    states = {"rng.torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.torch.cuda"] = torch.cuda.get_rng_state(device)
+    return {name: x.numpy() for name, x in states.items()}
+
+
+def _set_random_state(state: Mapping[str, NDArray[Any]], device: torch.device) -> None:
+    if "rng.torch" in state:
+        torch.set_rng_state(torch.from_numpy(np.array(state["rng.torch"])))
+    if "rng.torch.cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(torch.from_numpy(np.array(state["rng.torch.cuda"])), device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has the mode it had."""
+    were_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in were_training:
+            module.training = True

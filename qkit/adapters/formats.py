@@ -1,0 +1,265 @@
+"""Adapters in the files of peft and of mlx-lm, read and written: safetensors and JSON, and untrusted. No model is seen here.
+
+Read off peft 0.21 and mlx-lm 0.32, which both are tested.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.adapters.update import Update
+from qkit.errors import ArtifactError, QkitError
+from qkit.storage.read import inside, read_file, read_json
+
+Layout = Literal["peft", "mlx-lm"]
+CONFIG = "adapter_config.json"
+WEIGHTS: dict[Layout, str] = {"peft": "adapter_model.safetensors", "mlx-lm": "adapters.safetensors"}
+KEY = "qkit"  #: metadata key of the weights
+PREFIX = "base_model.model."  #: of peft's names
+
+#: By layout, how the names of tensors end: those of `Update`, and whether the array is transposed.
+ENDINGS: dict[Layout, dict[str, tuple[str, bool]]] = {
+    "peft": {
+        "lora_A.weight": ("a", False),
+        "lora_B.weight": ("b", False),
+        "lora_magnitude_vector": ("magnitude", False),
+    },
+    "mlx-lm": {"lora_a": ("a", True), "lora_b": ("b", True), "m": ("magnitude", False)},
+}
+
+#: Keys of peft's configuration that change what an adapter computes: what qkit can do is that they are not set.
+PLAIN = (
+    *("alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias"),
+    *(
+        "modules_to_save",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_qalora",
+    ),
+    "velora_config",
+)
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  #: ways to begin that leave the base's weights as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An adapter as it lies in a folder: updates by the path of their layer, and what qkit noted of the base, if it wrote it."""
+
+    updates: dict[str, Update]
+    base: dict[str, Any]
+
+
+def read(folder: Path) -> Found:
+    """The adapter in `folder`, of either layout.
+
+    Raises:
+        ArtifactError: it is neither, or a file is unsound, or has what qkit cannot compute: which, and where.
+    """
+    here = [layout for layout, name in WEIGHTS.items() if (folder / name).exists()]
+    if len(here) != 1:
+        names = " or ".join(WEIGHTS.values())
+        raise ArtifactError(f"{folder} has {'both' if here else 'neither'} {names}: name a folder with one adapter")
+    config = read_json(inside(folder, CONFIG))
+    if config is None:
+        raise ArtifactError(f"{folder} has no {CONFIG}: fetch it again")
+    file = inside(folder, WEIGHTS[here[0]])
+    stored, metadata = read_file(file)
+    arrays: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, one in stored.items():
+        path, part, turned = _named(name, here[0], file)
+        array = one.mapped().astype(np.float32)
+        arrays.setdefault(path, {})[part] = array.T.copy() if turned and array.ndim == 2 else array
+    if not arrays:
+        raise ArtifactError(f"{file} holds no adapter")
+    scale = _peft_scales(config, folder) if here[0] == "peft" else _mlx_scales(config, folder)
+    updates = {}
+    for path, parts in arrays.items():
+        if missing := [part for part in ("a", "b", *(["magnitude"] * scale.dora)) if part not in parts]:
+            raise ArtifactError(f"{file}: {path} lacks its {', '.join(missing)}")
+        if "magnitude" in parts and not scale.dora:
+            raise ArtifactError(f"{file}: {path} has a magnitude, and {CONFIG} does not speak of DoRA")
+        try:
+            updates[path] = Update(scale=scale(path, len(parts["a"])), **parts)
+        except QkitError as error:
+            raise ArtifactError(f"{file}: {path}: {error}") from None
+    return Found(updates, _noted(metadata, file))
+
+
+def write(
+    folder: Path, updates: Mapping[str, Update], *, layout: Layout, base: Mapping[str, Any], name: str | None
+) -> None:
+    """Writes an adapter that peft or mlx-lm opens.
+
+    Args:
+        base: what to note of the weights that it was trained on.
+        name: of the base model, for readers that load it themselves.
+
+    Raises:
+        ArtifactError: the layout cannot hold such an adapter, or the folder holds one of the other layout.
+    """
+    if layout not in WEIGHTS:
+        raise ArtifactError(f"unknown layout {layout!r}: choose one of {', '.join(WEIGHTS)}")
+    other = next(file for one, file in WEIGHTS.items() if one != layout)
+    if (folder / other).exists():
+        raise ArtifactError(f"{folder} holds an adapter in {other}: choose another folder")
+    table = (_peft_config if layout == "peft" else _mlx_config)(updates, name)
+    tensors = {}
+    for path, update in updates.items():
+        for ending, (part, turned) in ENDINGS[layout].items():
+            if part in update.parts():
+                array = update.parts()[part]
+                prefix = PREFIX if layout == "peft" else ""
+                tensors[f"{prefix}{path}.{ending}"] = np.ascontiguousarray(array.T if turned else array)
+    from safetensors.numpy import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(folder / CONFIG, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
+    _put(folder / WEIGHTS[layout], save(tensors, metadata={KEY: json.dumps(base, sort_keys=True)}))
+
+
+def _put(file: Path, data: bytes) -> None:
+    aside = file.with_name(file.name + ".partial")
+    aside.write_bytes(data)
+    os.replace(aside, file)
+
+
+def _named(name: str, layout: Layout, file: Path) -> tuple[str, str, bool]:
+    """Path of the layer, name of the part in `Update`, and whether it is transposed."""
+    prefix = PREFIX if layout == "peft" else ""
+    for ending, (part, turned) in ENDINGS[layout].items():
+        if name.startswith(prefix) and name.endswith(f".{ending}"):
+            return name[len(prefix) : -len(ending) - 1], part, turned
+    raise ArtifactError(f"{file}: {name} is no part of LoRA or DoRA on a linear layer: qkit knows no other adapters")
+
+
+def _noted(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    try:
+        noted = json.loads(metadata.get(KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}: the {KEY} metadata is not readable ({error})") from None
+    if not isinstance(noted, dict) or not all(isinstance(one, dict) for one in noted.values()):
+        raise ArtifactError(f"{file}: the {KEY} metadata is not readable: want a table for each layer")
+    return noted
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """What the product of each layer is multiplied by: alpha over the rank, or over its root; or a number for all."""
+
+    dora: bool
+    fixed: float | None = None
+    alpha: float = 0.0
+    alphas: Mapping[str, float] | None = None
+    rooted: bool = False
+
+    def __call__(self, path: str, rank: int) -> float:
+        if self.fixed is not None:
+            return self.fixed
+        alpha = next((own for key, own in (self.alphas or {}).items() if f".{path}".endswith(f".{key}")), self.alpha)
+        return alpha / (math.sqrt(rank) if self.rooted else max(rank, 1))
+
+
+def _peft_scales(config: Mapping[str, Any], folder: Path) -> _Scales:
+    file = folder / CONFIG
+    if config.get("peft_type") != "LORA":
+        raise ArtifactError(
+            f"{file}: peft_type is {config.get('peft_type')!r}: qkit knows LORA, with or without use_dora"
+        )
+    for key in PLAIN:
+        if config.get(key):
+            raise ArtifactError(f"{file}: {key} = {config[key]!r} is more than LoRA or DoRA: merge it with peft first")
+    if config.get("bias", "none") != "none":
+        raise ArtifactError(
+            f"{file}: bias = {config['bias']!r}, and qkit's adapters leave biases alone: merge it with peft first"
+        )
+    if config.get("init_lora_weights", True) not in KEEPS_BASE:
+        raise ArtifactError(
+            f"{file}: init_lora_weights = {config['init_lora_weights']!r} changed the base's weights before training: let peft "
+            "save it as plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    alphas = {}
+    for key, alpha in _table(config, "alpha_pattern", file).items():
+        plain = key.removeprefix("^").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise ArtifactError(
+                f"{file}: alpha_pattern has {key!r}: qkit reads names of layers there, and no other patterns"
+            )
+        alphas[plain] = _number(alpha, "alpha_pattern", file)
+    return _Scales(
+        dora=bool(config.get("use_dora")),
+        alpha=_number(config.get("lora_alpha"), "lora_alpha", file),
+        alphas=alphas,
+        rooted=bool(config.get("use_rslora")),
+    )
+
+
+def _mlx_scales(config: Mapping[str, Any], folder: Path) -> _Scales:
+    file = folder / CONFIG
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise ArtifactError(f"{file}: fine_tune_type is {kind!r}: qkit knows lora and dora")
+    scale = _table(config, "lora_parameters", file).get("scale")
+    return _Scales(dora=kind == "dora", fixed=_number(scale, "lora_parameters.scale", file))
+
+
+def _table(config: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
+    table = config.get(key) or {}
+    if not isinstance(table, dict):
+        raise ArtifactError(f"{file}: {key} is {table!r}: want a table")
+    return table
+
+
+def _number(value: Any, key: str, file: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ArtifactError(f"{file}: {key} is {value!r}: want a number")
+    return float(value)
+
+
+def _peft_config(updates: Mapping[str, Update], name: str | None) -> dict[str, Any]:
+    first = next(iter(updates.values()))
+    _same("kind", (update.kind for update in updates.values()), "peft")
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": name,
+        "r": first.rank,
+        "lora_alpha": _alpha(first),
+        "rank_pattern": {f"^{path}": one.rank for path, one in updates.items() if one.rank != first.rank},
+        "alpha_pattern": {f"^{path}": _alpha(one) for path, one in updates.items() if _alpha(one) != _alpha(first)},
+        "target_modules": sorted(updates),
+        "use_dora": first.kind == "dora",
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _mlx_config(updates: Mapping[str, Update], name: str | None) -> dict[str, Any]:
+    """Layers are named by their whole path, which mlx-lm takes besides names within each block."""
+    first = next(iter(updates.values()))
+    for what in ("kind", "rank", "scale"):
+        _same(what, (getattr(update, what) for update in updates.values()), "mlx-lm")
+    parameters = {"rank": first.rank, "scale": first.scale, "dropout": 0.0, "keys": sorted(updates)}
+    return {"fine_tune_type": first.kind, "num_layers": 0, "lora_parameters": parameters, "model": name}
+
+
+def _same(what: str, values: Iterable[Any], layout: Layout) -> None:
+    if len(found := sorted(set(values))) > 1:
+        raise ArtifactError(
+            f"{layout} has one {what} for all layers, and these have {', '.join(map(str, found))}: save them apart"
+        )
+
+
+def _alpha(update: Update) -> float | int:
+    alpha = update.scale * update.rank
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -1,0 +1,117 @@
+"""What is in a directory of weights, from headers alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from qkit.artifact.directory import read_config
+from qkit.artifact.metadata import Entry, entries_of
+from qkit.engines.layer import Layer
+from qkit.errors import ArtifactError
+from qkit.formats import compressed_tensors
+from qkit.storage.read import Stored, read_folder
+from qkit.streaming.families import layer_of, tied_head
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The layers that one rule was applied to.
+
+    Attributes:
+        entry: the rule, the type of the weights it was applied to, and the paths of the layers.
+        format: compressed-tensors' name for the layout.
+        numbers, nbytes: of all its weights: how many there are, and what they take with their scales.
+    """
+
+    entry: Entry
+    format: str
+    numbers: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What is in a directory.
+
+    Attributes:
+        groups: the quantized layers, by rule.
+        left_alone: paths of the layers that are float.
+        tied: path of the embedding that is also the output head, or empty.
+        files: bytes of each weights file.
+        tensors: how many there are.
+        numbers, nbytes: of all tensors, quantized weights counted as what they stand for.
+    """
+
+    groups: tuple[Group, ...]
+    left_alone: tuple[str, ...]
+    tied: str
+    files: Mapping[str, int]
+    tensors: int
+    numbers: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all tensors."""
+        return 8 * self.nbytes / max(self.numbers, 1)
+
+
+def inspect_directory(folder: Path) -> Inspection:
+    """What is in `folder`: an artifact, or a float model.
+
+    Raises:
+        ArtifactError: it is unsound, or quantized by another tool.
+    """
+    tensors, metadata = read_folder(folder)
+    config = read_config(folder)
+    groups, taken = [], set()
+    for entry in entries_of(folder, metadata, config):
+        assert entry.rule.weight is not None
+        numbers = nbytes = 0
+        for path in entry.paths:
+            mine = parts(tensors, path)
+            shape = weight_shape(mine, path=f"{folder}: {path}")
+            names = compressed_tensors.contents(entry.rule.weight, dtype=entry.dtype, shape=shape)
+            numbers += prod(shape)
+            nbytes += sum(stored.slot.nbytes for name, stored in mine.items() if name in names)
+            taken |= {f"{path}.{name}" for name in names}
+        groups.append(Group(entry, compressed_tensors.layout(entry.rule.weight), numbers, nbytes))
+    rest = [stored.slot for name, stored in tensors.items() if name not in taken]
+    found = [layer_of(slot, config or {}) for slot in rest]
+    layers = [layer for layer in found if isinstance(layer, Layer)]
+    quantized = [Layer(path, group.entry.rule.kind, (), None) for group in groups for path in group.entry.paths]
+    owner = tied_head([*layers, *quantized], config) if config else None
+    files = {stored.file.name: stored.file.stat().st_size for stored in tensors.values()}
+    return Inspection(
+        groups=tuple(groups),
+        left_alone=tuple(sorted(layer.path for layer in layers)),
+        tied=owner.path if owner else "",
+        files=dict(sorted(files.items())),
+        tensors=len(tensors),
+        numbers=sum(prod(slot.shape) for slot in rest) + sum(group.numbers for group in groups),
+        nbytes=sum(stored.slot.nbytes for stored in tensors.values()),
+    )
+
+
+def parts(tensors: Mapping[str, Stored], path: str) -> dict[str, Stored]:
+    """The tensors of the layer at `path`, by their names in it."""
+    prefix = f"{path}." if path else ""
+    found = {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
+    return {name: stored for name, stored in found.items() if "." not in name}
+
+
+def weight_shape(found: Mapping[str, Stored], *, path: str) -> tuple[int, ...]:
+    """Shape of the weight that a layer's parts stand for.
+
+    Raises:
+        ArtifactError: the part that tells is missing.
+    """
+    if "weight_shape" in found:
+        return tuple(int(n) for n in found["weight_shape"].mapped())
+    if "weight" in found:
+        return found["weight"].slot.shape
+    if "weight_packed" in found:  # fp4: two codes in a byte
+        *rows, n = found["weight_packed"].slot.shape
+        return (*rows, 2 * n)
+    raise ArtifactError(f"{path}: its codes are missing: quantize or save the model again")

@@ -1,0 +1,91 @@
+"""Which rules an artifact's codes are on: the text of its one metadata key, written and read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qkit.engines.layer import Layer
+from qkit.errors import ArtifactError, RecipeError
+from qkit.qtensor import DTYPES, DType
+from qkit.rules import Kind, Rule, rule_from_table, rule_table
+
+KEY = "qkit"  #: the one metadata key of the weights file
+NUMERICS = 1  #: version of the arithmetic that the codes follow
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One rule of an artifact, the type of the weights it was applied to, and the full paths of their layers."""
+
+    rule: Rule
+    dtype: DType
+    paths: tuple[str, ...]
+
+
+def group(saved: list[tuple[Layer, DType]]) -> list[Entry]:
+    """The rules that were applied, each once per type of weight, with the layers that they were applied to."""
+    paths: dict[tuple[Rule, DType], list[str]] = {}
+    for layer, dtype in saved:
+        assert layer.rule is not None
+        rule = replace(layer.rule, match=("*",), kind=kind_of(layer), indivisible="error")
+        paths.setdefault((rule, dtype), []).append(layer.path)
+    return [
+        Entry(rule, dtype, tuple(sorted(mine)))
+        for (rule, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
+    ]
+
+
+def describe(entries: list[Entry]) -> str:
+    """The text of the metadata key."""
+    rules = [{**_without_match(entry.rule), "layers": list(entry.paths), "dtype": entry.dtype} for entry in entries]
+    return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
+
+
+def entries_of(
+    folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, *, layout: str = "compressed-tensors"
+) -> list[Entry]:
+    """The rules of the artifact in `folder`; none for a float model.
+
+    Raises:
+        ArtifactError: the metadata are not readable or speak of another layout, or another tool has quantized the model.
+    """
+    entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
+    foreign = config.get("quantization_config") if config else None
+    if foreign and not entries:
+        method = foreign.get("quant_method", "an unknown tool")
+        raise ArtifactError(
+            f"{folder} is quantized by {method}, not by qkit: it does not say which grid its codes are on"
+        )
+    return entries
+
+
+def _described(folder: Path, text: str, layout: str) -> list[Entry]:
+    try:
+        described = json.loads(text)
+        if described.get("layout", "compressed-tensors") != layout:
+            raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
+        if described["numerics"] != NUMERICS:
+            raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
+        return [_entry(dict(table)) for table in described["rules"]]
+    except ArtifactError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
+
+
+def _entry(table: dict[str, Any]) -> Entry:
+    paths, dtype = tuple(map(str, table.pop("layers"))), table.pop("dtype")
+    if dtype not in DTYPES:
+        raise RecipeError(f"unknown dtype {dtype!r}")
+    return Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
+
+
+def kind_of(layer: Layer) -> Kind:
+    """The kind of the rules that speak of `layer`."""
+    return "embedding" if layer.kind == "embedding" else "linear"
+
+
+def _without_match(rule: Rule) -> dict[str, Any]:
+    return {name: value for name, value in rule_table(rule).items() if name != "match"}

@@ -1,0 +1,93 @@
+"""coverage: every layer of a model, its grid and how it runs, or that it was left alone and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from qkit.engines.layer import Layer
+from qkit.engines.protocol import Backend
+from qkit.pipeline import NOTE, surgeon
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """One row of `coverage`.
+
+    Attributes:
+        path, kind, shape: of the layer.
+        weight, activation, output: the grids, as text; empty where there is none. Static ones say so.
+        state: `prepared`; `native` or `decoded first`, and on what or why; or `left alone: why`.
+        bits: stored bits per weight.
+        tied: path of the layer before it whose weight is also its own, so that it stores none.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    weight: str
+    activation: str
+    output: str
+    state: str
+    bits: float
+    tied: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What happened to every layer. Prints as a table."""
+
+    rows: tuple[Covered, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over all the layers listed, tied ones once."""
+        rows = [row for row in self.rows if not row.tied]
+        weights = sum(prod(row.shape) for row in rows)
+        return sum(row.bits * prod(row.shape) for row in rows) / weights if weights else 0.0
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                row.path,
+                "x".join(map(str, row.shape)),
+                _grids(row),
+                row.state + (f", tied to {row.tied}" * bool(row.tied)),
+            )
+            for row in self.rows
+        ]
+        widths = [max((len(row[i]) for row in cells), default=0) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in cells
+        ]
+        return "\n".join([*lines, f"{self.bits_per_weight:.2f} bits per weight"])
+
+
+def coverage(model: Any, *, backend: str | Backend | None = None) -> Coverage:
+    """Every layer of `model`: its grid and how it runs, or that it is left alone and why."""
+    engine = surgeon(model, backend)
+    tensors = engine.tensors(model)
+    return Coverage(tuple(_cover(layer, engine, tensors) for layer in engine.layers(model)))
+
+
+def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered:
+    rule = layer.rule
+    if rule is None or rule.weight is None:
+        weight = tensors.get(layer.path) if layer.kind == "other" else engine.weight(layer.module)
+        reason = layer.obstacle if layer.kind == "other" else getattr(layer.module, NOTE, "") or layer.obstacle
+        bits = 0.0 if weight is None else 8 * weight.nbytes / prod(layer.shape)  # tied ones are stored elsewhere
+        state = f"left alone: {reason}" if reason else "float"
+        return Covered(layer.path, layer.kind, layer.shape, "", "", "", state, bits, layer.tied)
+    state = f"{'native' if layer.native else 'decoded first'}: {layer.execution}"
+    if layer.stage == "prepared":
+        state = {"on": "prepared", "off": "prepared, switched off", "calibrating": "calibrating"}[layer.mode]
+    static = "" if rule.range == "dynamic" else f" {rule.range}"
+    activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
+    weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight)
+    bits, state = rule.weight.bits_per_weight(layer.shape), ", ".join(filter(None, (state, layer.adapter)))
+    return Covered(layer.path, layer.kind, layer.shape, weight, activation, output, state, bits, layer.tied)
+
+
+def _grids(row: Covered) -> str:
+    text = " @ ".join(filter(None, (row.weight, row.activation)))
+    return f"{text} -> {row.output}" if row.output else text

@@ -1,0 +1,272 @@
+"""The main job from end to end on real text: train, quantize, train on the grid, deploy, open on another engine, compare."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+
+from qkit import artifact, pipeline
+from qkit.coverage_table import coverage
+from qkit.demo.other_programs import losses_outside
+from qkit.demo.preset import PRESET, PRESETS, Preset, standard_library
+from qkit.demo.report import write_report
+from qkit.engines.protocol import Backend
+from qkit.engines.registry import backend as choose
+from qkit.engines.registry import backends
+from qkit.engines.registry import recipe as find_recipe
+from qkit.errors import BackendError
+from qkit.formats.compressed_tensors import layout
+from qkit.qtensor import QTensor
+from qkit.rules import Recipe
+from qkit.training import Run, train_model
+from qkit.training.checkpoint import newest
+from qkit.training.curve import smooth
+from qkit.training.folder import LOG, beside, read_log
+from qkit.training.run import FLOAT
+
+Progress = Callable[[str, int, int, float], None]  #: stage, step, steps, loss
+STAGES = ("float", "longer", "quantized")  #: folders that are trained
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the demo found. Losses are nats per byte of held-out text.
+
+    Training on the grid is more training, which helps by itself. So the float model is trained on too, for as many steps on
+    the same text, and what QAT wins back is counted against that.
+
+    Attributes:
+        parameters: of the model.
+        float_loss, ptq_loss: of the float model, and of the same quantized without training.
+        longer_float_loss, longer_ptq_loss: the same after the extra steps in float.
+        qat_loss: of the float model after the extra steps on the grid, converted.
+        elsewhere: another grid of the same name, and the loss of the same trained weights on it; None where there is none.
+        codes_equal, codes_compared: codes, scales and zero points that every engine makes from the trained weights, equal to
+            those in the artifact, out of how many comparisons; `engines` names who took part.
+        forward_difference: largest difference of a logit before and after `convert`.
+        outside: loss of the artifact in other programs, in processes that cannot import qkit; or what stands in the way.
+        other_loss: of the artifact on `other`, None where no second engine can build the model; `other_obstacle` says why.
+    """
+
+    backend: str
+    recipe: str
+    parameters: int
+    float_loss: float
+    ptq_loss: float
+    longer_float_loss: float
+    longer_ptq_loss: float
+    qat_loss: float
+    elsewhere: tuple[str, float] | None
+    engines: tuple[str, ...]
+    codes_equal: int
+    codes_compared: int
+    forward_difference: float
+    other: str | None
+    other_loss: float | None
+    other_obstacle: str
+    outside: dict[str, float | str]
+    bits_per_weight: float
+    curves: dict[str, list[tuple[int, float]]]
+    folder: str
+
+    @property
+    def recovered(self) -> float | None:
+        """The share of what quantizing cost (PTQ less float, both trained as long) that training on the grid won back.
+
+        None where quantizing cost nothing.
+        """
+        cost = self.longer_ptq_loss - self.longer_float_loss
+        return (self.longer_ptq_loss - self.qat_loss) / cost if cost > 0 else None
+
+
+def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, preset: Preset | None = None) -> Result:
+    """Trains a small Llama on the standard library's source, and takes it the whole way on `backend`.
+
+    Leaves in `folder`: `float/`, `quantized/` and `mlx/`, Hugging Face directories, `result.json`, and what `qkit compare` would
+    write of them, `report.html` and `report.json`. Whatever can go wrong with the recipe or the engines does so before the
+    training. `preset` is that of the engine, if left out.
+
+    Raises:
+        BackendError: the engine, or what it needs to build a Llama, is missing.
+        RecipeError, GridError: the recipe is unknown or does not fit.
+        ArtifactError: the artifact has no layout for a grid of the recipe.
+    """
+    engine = choose(backend)
+    if not hasattr(engine, "trainer"):
+        raise BackendError(
+            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
+        )
+    grid_recipe, preset = find_recipe(recipe), preset or PRESETS.get(engine.name, PRESET)
+    model = engine.build(preset.config)
+    _check(engine, model, grid_recipe)
+    others = [
+        choose(status.name) for status in backends() if status.ready and status.name not in ("numpy", engine.name)
+    ]
+    other, other_obstacle = _second(engine, preset)
+    text, unseen = standard_library(preset)
+
+    start = folder / "start"
+    artifact.save(model, start, backend=engine)
+    (start / "config.json").write_text(json.dumps(preset.config, indent=2) + "\n")
+    stage = partial(_train, engine, folder, text, preset, progress)
+    curves = {"float": stage("float", "float", source="start", recipe=FLOAT)}
+    curves["float, longer"] = stage("float, longer", "longer", source="float", recipe=FLOAT)
+    curves["QAT"] = stage("QAT", "quantized", source="float", recipe=recipe)
+    found = write_report(engine, folder, grid_recipe, unseen)
+    losses = {row.name: row.loss.value for row in found.rows}
+    model = artifact.load(folder / "quantized", backend=engine)
+
+    codes = {
+        layer.path: engine.unpack(layer.module).map(engine.to_numpy) for layer in engine.layers(model) if layer.rule
+    }
+    trained = newest(beside(folder / "quantized"))
+    assert trained is not None
+    masters = {path: np.array(trained.state[f"weights.{path}.weight"]) for path in codes}
+    equal, compared = compare([choose("numpy"), engine, *others], masters, codes)
+    result = Result(
+        backend=engine.name,
+        recipe=grid_recipe.name,
+        parameters=sum(x.size for name, x in trained.state.items() if name.startswith("weights.")),
+        float_loss=losses["float"],
+        ptq_loss=losses["PTQ"],
+        longer_float_loss=losses["float, longer"],
+        longer_ptq_loss=losses["longer PTQ"],
+        qat_loss=losses["QAT"],
+        elsewhere=next(((row.grid, row.loss.value) for row in found.rows if row.name.startswith("QAT on")), None),
+        engines=("numpy", engine.name, *(candidate.name for candidate in others)),
+        codes_equal=equal,
+        codes_compared=compared,
+        forward_difference=_outcome(folder / "quantized")["forward_difference"],
+        other=other.name if other else None,
+        other_loss=other.loss(artifact.load(folder / "quantized", backend=other), unseen) if other else None,
+        other_obstacle=other_obstacle,
+        outside=losses_outside(folder / "quantized", folder / "mlx", unseen),
+        bits_per_weight=coverage(model).bits_per_weight,
+        curves=curves,
+        folder=str(folder),
+    )
+    for left in ("start", "longer", *(beside(folder / name).name for name in STAGES)):
+        rmtree(folder / left, ignore_errors=True)
+    (folder / "result.json").write_text(json.dumps({**asdict(result), "recovered": result.recovered}, indent=2) + "\n")
+    return result
+
+
+def compare(engines: list[Backend], masters: dict[str, Any], codes: dict[str, QTensor[Any]]) -> tuple[int, int]:
+    """How many codes, scales and zero points each of `engines` makes from `masters` as they are in `codes`, of how many."""
+    equal = compared = 0
+    for engine in engines:
+        for path, held in codes.items():
+            made = engine.quantize(engine.from_numpy(masters[path]), held.grid).map(engine.to_numpy)
+            for name, array in held.parts().items():
+                equal += int((made.parts()[name] == array).sum())
+                compared += array.size
+    return equal, compared
+
+
+def draw(result: Result, file: Path) -> None:
+    """Writes the loss curves as a PNG; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    start = 0
+    for name, curve in result.curves.items():
+        steps, losses = np.array(curve).T
+        axes.plot(steps + start, smooth(losses), label=f"{name}, training text")
+        start = start or int(steps[-1])
+    for name, loss, color in (
+        ("float, longer", result.longer_float_loss, "C1"),
+        ("PTQ", result.longer_ptq_loss, "C3"),
+        ("QAT", result.qat_loss, "C2"),
+    ):
+        axes.axhline(loss, color=color, linestyle=":", label=f"{name}, held-out text: {loss:.3f}")
+    axes.set_title(f"{result.recipe} on {result.backend}", loc="left")
+    top = max(result.ptq_loss, result.qat_loss)
+    axes.set(
+        xlabel="step", ylabel="loss, nats per byte", ylim=(min(result.float_loss, result.qat_loss) * 0.85, top * 1.25)
+    )
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
+def _check(engine: Backend, model: Any, recipe: Recipe) -> None:
+    """Raises what `prepare` and `save` would raise after the training."""
+    pipeline.plan(engine.layers(model), recipe)
+    for rule in recipe.rules:
+        for grid in (rule.weight, rule.activation):
+            if grid:
+                layout(grid)
+
+
+def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
+    """The first engine besides `first` and NumPy that can build the model; or None, and what stands in the way."""
+    obstacles = []
+    for status in backends():
+        if status.name in ("numpy", first.name):
+            continue
+        if not status.ready:
+            obstacles.append(f"{status.name} {status.reason}")
+            continue
+        engine = choose(status.name)
+        if not hasattr(engine, "trainer"):
+            obstacles.append(f"{status.name} cannot run a language model")
+            continue
+        try:
+            engine.build(preset.config)
+        except BackendError as error:
+            obstacles.append(f"{status.name}: {error}")
+            continue
+        return engine, ""
+    return None, "; ".join(obstacles) or "there is no second engine: pip install 'qkit[all]'"
+
+
+def _train(
+    engine: Backend,
+    folder: Path,
+    text: list[str],
+    preset: Preset,
+    progress: Progress,
+    stage: str,
+    out: str,
+    *,
+    source: str,
+    recipe: str,
+) -> list[tuple[int, float]]:
+    """One run of `qkit train`, from `folder/source` to `folder/out`; its losses by step."""
+    first, curve = source == "start", list[tuple[int, float]]()
+    run = Run(
+        model=folder / source,
+        out=folder / out,
+        data=tuple(text),
+        recipe=recipe,
+        backend=engine.name,
+        steps=preset.float_steps if first else preset.more_steps,
+        batch=preset.batch,
+        length=preset.length,
+        learning_rate=preset.float_rate if first else preset.more_rate,
+        schedule="cosine",
+        warmup=20,
+        weight_decay=0.1 if first else 0.0,
+        betas=(0.9, 0.95),
+        seed=0 if first else 1,
+        replace=True,
+    )
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            curve.append((event["step"], event["loss"]))
+            progress(stage, event["step"], run.steps or 0, event["loss"])
+
+    rmtree(beside(run.out), ignore_errors=True)  # of a demo that was interrupted
+    train_model(run, tell=tell)
+    return curve
+
+
+def _outcome(out: Path) -> dict[str, Any]:
+    """What `qkit train` wrote last into the log of its run."""
+    return read_log(beside(out) / LOG)[-1]

@@ -1,0 +1,1 @@
+"""The seam between qkit and its engines: the protocols, the registry, and the NumPy engine."""

@@ -1,0 +1,1 @@
+"""Whole models in other programs' layouts: import, export and comparison."""

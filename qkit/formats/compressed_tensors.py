@@ -1,0 +1,289 @@
+"""The compressed-tensors layout, which transformers and vLLM open: tensor names, bytes and `quantization_config`.
+
+Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantized`, `mxfp8-quantized`,
+`nvfp4-pack-quantized`, `float-quantized`. Nothing is computed: codes and scales are renamed, shifted or viewed.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.errors import ArtifactError, GridError
+from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
+from qkit.grid import Grid
+from qkit.qtensor import DType, QTensor
+from qkit.reference import packing
+from qkit.reference.packing import Packed
+from qkit.rules import Rule
+
+#: Names of the tensors of a weight, in any of the formats.
+NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight")
+FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
+
+
+def layout(grid: Grid) -> str:
+    """The compressed-tensors format that holds tensors on `grid`.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    element, group = grid.element.name, grid.group
+    if grid.element.kind == "integer":
+        return "pack-quantized"
+    if grid.scale == "nvfp4":
+        return "nvfp4-pack-quantized"
+    if (element, group) == ("e2m1", 32):
+        return "mxfp4-pack-quantized"
+    if (element, group) == ("e4m3", 32):
+        return "mxfp8-quantized"
+    if element == "e4m3" and group in ("row", "tensor"):
+        return "float-quantized"
+    raise ArtifactError(
+        f"compressed-tensors has no layout for {grid}: use e2m1 or e4m3 in groups of 32, or e4m3 per row or tensor"
+    )
+
+
+def to_tensors(q: QTensor[NDArray[Any]]) -> Tensors:
+    """The named arrays of one weight, without the layer's path: `weight_packed`, `weight_scale` and so on."""
+    return store(pack(q))
+
+
+def from_tensors(
+    tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]
+) -> QTensor[Any]:
+    """The inverse of `to_tensors`, for a weight of `shape`; see `restore`."""
+    return unpack(restore(tensors, grid=grid, dtype=dtype, shape=shape))
+
+
+def store(packed: Packed) -> Tensors:
+    """`packed` in this layout: the named arrays of one weight. The codes are viewed, not copied."""
+    import ml_dtypes  # here, so that `import qkit` stays cheap
+
+    form, bits, inputs = layout(packed.grid), packed.grid.element.bits, packed.shape[-1]
+    if form == "pack-quantized":
+        out: Tensors = {
+            "weight_packed": packed.words.view(np.int32),
+            "weight_scale": _float_scale(packed.scales, packed),
+            "weight_shape": np.array(packed.shape, np.int64),
+        }
+        if packed.zeros is not None:
+            rows_last = np.ascontiguousarray(packed.zeros.T)
+            rows = packing.pack(rows_last, bits).view(np.int32).T
+            signed = packing.signed(packed.zeros, packed.grid.element).reshape(-1)
+            out["weight_zero_point"] = signed if packed.grid.group == "tensor" else np.ascontiguousarray(rows)
+        return out
+    codes = as_bytes(packed.words, width=inputs * bits // 8)
+    if form == "nvfp4-pack-quantized":
+        assert packed.tensor_scale is not None
+        reciprocal = np.float32(1) / packed.tensor_scale.reshape(1)
+        scale = packed.scales.view(ml_dtypes.float8_e4m3fn)
+        return {"weight_packed": codes, "weight_scale": scale, "weight_global_scale": reciprocal}
+    if form == "mxfp4-pack-quantized":
+        return {"weight_packed": codes, "weight_scale": packed.scales}
+    if form == "mxfp8-quantized":
+        return {"weight": codes.view(ml_dtypes.float8_e4m3fn), "weight_scale": packed.scales}
+    scale = (packed.scales.astype(np.uint32) << 23).view(np.float32)
+    return {"weight": codes.view(ml_dtypes.float8_e4m3fn), "weight_scale": _float_scale(scale, packed)}
+
+
+def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> Packed:
+    """The inverse of `store`, for a weight of `shape`.
+
+    Raises:
+        ArtifactError: a tensor is missing, has another type or shape than the layout says, or holds what no code or scale is.
+    """
+    form, scale_shape, zeros, tensor_scale = layout(grid), grid.scale_shape(shape), None, None
+    want(dict(tensors), contents(grid, dtype=dtype, shape=shape), form, grid)
+    scales = tensors["weight_scale"]
+    codes = tensors.get("weight_packed", tensors.get("weight"))
+    assert codes is not None
+    if form == "pack-quantized":
+        if tuple(tensors["weight_shape"].tolist()) != shape:
+            raise ArtifactError(f"weight_shape says {tensors['weight_shape'].tolist()}, the layer has {list(shape)}")
+        scales = scales.astype(np.float32).reshape(scale_shape)
+        check_scales(scales, "weight_scale")
+        zeros = None if grid.symmetric else _zeros(tensors["weight_zero_point"], grid, scale_shape)
+        return Packed(codes.view(np.uint32), scales, grid, dtype, shape, zeros)
+    if form == "nvfp4-pack-quantized":
+        tensor_scale = np.asarray(np.float32(1) / tensors["weight_global_scale"].reshape(()), np.float32)
+        check(np.isfinite(tensor_scale) & (mantissa(tensor_scale) == 0), "weight_global_scale", "a power of two")
+        scales = scales.view(np.uint8)
+        check((scales > 0) & (scales < 0x7F), "weight_scale", "a positive e4m3")
+    elif form == "float-quantized":
+        scales = scales.astype(np.float32).reshape(scale_shape)
+        check(np.isfinite(scales) & (scales > 0) & (mantissa(scales) == 0), "weight_scale", "a power of two")
+        scales = (scales.view(np.uint32) >> 23).astype(np.uint8)
+    check((scales > 0) & (scales < 255), "weight_scale", "an exponent")
+    if "weight" in tensors:
+        check(codes.view(np.uint8) & 0x7F != 0x7F, "weight", "a finite e4m3")
+    words = as_words(codes, width=packing.words(shape[-1], grid.element.bits))
+    return Packed(words, scales, grid, dtype, shape, tensor_scale=tensor_scale)
+
+
+def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, NumPy type and shape of every tensor that `to_tensors` gives for a weight of `shape`."""
+    form, scales, bits = layout(grid), grid.scale_shape(shape), grid.element.bits
+    float_scale = ("bfloat16" if dtype == "bfloat16" else "float32", (1,) if grid.group == "tensor" else scales)
+    if form == "pack-quantized":
+        out = {
+            "weight_packed": ("int32", (*shape[:-1], packing.words(shape[-1], bits))),
+            "weight_scale": float_scale,
+            "weight_shape": ("int64", (len(shape),)),
+        }
+        if not grid.symmetric:
+            packed = ("int32", (packing.words(scales[0], bits), *scales[1:]))
+            out["weight_zero_point"] = ("int8", (1,)) if grid.group == "tensor" else packed
+        return out
+    pairs = ("uint8", (*shape[:-1], shape[-1] // 2))
+    if form == "nvfp4-pack-quantized":
+        scale = ("float8_e4m3fn", scales)
+        return {"weight_packed": pairs, "weight_scale": scale, "weight_global_scale": ("float32", (1,))}
+    if form == "mxfp4-pack-quantized":
+        return {"weight_packed": pairs, "weight_scale": ("uint8", scales)}
+    scale = ("uint8", scales) if form == "mxfp8-quantized" else float_scale
+    return {"weight": ("float8_e4m3fn", shape), "weight_scale": scale}
+
+
+def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alone: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json: one group for each rule.
+
+    Args:
+        rules: of the converted layers, each with the full paths of its layers.
+        left_alone: paths of the linear layers that stay float.
+    """
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if len(rules) == 1 and rule.kind == "linear" else list(paths),
+            "weights": _arguments(rule.weight),
+            "input_activations": _activation_arguments(rule.activation, rule),
+            "output_activations": _activation_arguments(rule.output, rule),
+            "format": layout(rule.weight),
+        }
+        for i, (rule, paths) in enumerate(rules)
+        if rule.weight
+    }
+    forms = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": sorted(left_alone),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dict[str, tuple[Grid, bool]]:
+    """The grid of every weight among `tensors` that another tool wrote, and whether inputs or outputs are quantized too.
+
+    Integer rules are named after compressed-tensors' own observers: `midmax` where symmetric, `minmax` where not, `even` for
+    MX; see "Scale rules" in the numerics. Decoding does not depend on them.
+
+    Args:
+        config: the `quantization_config`.
+
+    Raises:
+        ArtifactError: the configuration is not readable, or asks for what qkit has no grid for.
+    """
+    out = {}
+    for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
+        if f"{path}.weight_g_idx" in tensors:
+            raise ArtifactError(
+                f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
+            )
+        try:
+            group = _group_of(path, config["config_groups"])
+            weights = group["weights"]
+            grid = _grid(weights, str(group.get("format") or config.get("format")))
+        except (ArtifactError, GridError) as error:
+            raise ArtifactError(f"{path}: {error}") from None
+        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
+        out[path] = grid, bool(group.get("input_activations") or group.get("output_activations"))
+    return out
+
+
+def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
+    """Shape of the weight on `grid` that `tensors` are; the words of `pack-quantized` do not tell, so it is stored.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    if layout(grid) == "pack-quantized":
+        return tuple(tensors["weight_shape"].tolist())
+    if grid.element.name == "e2m1":
+        *rows, pairs = tensors["weight_packed"].shape
+        return (*rows, 2 * pairs)
+    return tuple(tensors["weight"].shape)
+
+
+def _group_of(path: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group of a configuration whose targets name the layer at `path`: its path or its end, a pattern, or its class."""
+    for fits in (
+        lambda t: path == t or path.endswith(f".{t}"),
+        lambda t: t[:3] == "re:" and re.match(t[3:], path),
+        bool,
+    ):
+        for group in groups.values():
+            if any(fits(target) for target in group["targets"]):
+                return dict(group)
+    raise ArtifactError("no group of the quantization_config speaks of it")
+
+
+def _grid(weights: Mapping[str, Any], form: str) -> Grid:
+    bits, kind, strategy, size = (weights[key] for key in ("num_bits", "type", "strategy", "group_size"))
+    sizes = {"channel": "row", "tensor": "tensor", "group": size, "tensor_group": size}
+    element = f"int{bits}" if kind == "int" else {4: "e2m1", 8: "e4m3"}.get(bits)
+    if strategy not in sizes or element is None or weights.get("actorder"):
+        raise ArtifactError(
+            f"qkit has no grid for {bits} bits of {kind} by {strategy}, actorder {weights.get('actorder')}"
+        )
+    if form not in FORMATS:
+        raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")
+    if kind == "int":
+        return Grid(element, sizes[strategy], "midmax" if weights["symmetric"] else "minmax")
+    rule = {"nvfp4-pack-quantized": "nvfp4", "float-quantized": "rceil"}.get(form, "even")
+    return Grid(element, sizes[strategy], rule)
+
+
+def _arguments(grid: Grid) -> dict[str, Any]:
+    strategy = {"row": "channel", "tensor": "tensor"}.get(str(grid.group), "group")
+    scale_dtype = {"mxfp4-pack-quantized": "torch.uint8", "mxfp8-quantized": "torch.uint8"}.get(layout(grid))
+    if grid.scale == "nvfp4":
+        strategy, scale_dtype = "tensor_group", "torch.float8_e4m3fn"
+    return {
+        "num_bits": grid.element.bits,
+        "type": "int" if grid.element.kind == "integer" else "float",
+        "symmetric": grid.symmetric,
+        "strategy": strategy,
+        "group_size": grid.group if isinstance(grid.group, int) else None,
+        "dynamic": False,
+        **({"scale_dtype": scale_dtype} if scale_dtype else {}),
+    }
+
+
+def _activation_arguments(grid: Grid | None, rule: Rule) -> dict[str, Any] | None:
+    if grid is None:
+        return None
+    if rule.range != "dynamic":
+        return _arguments(grid)
+    arguments = {**_arguments(grid), "dynamic": "local" if grid.scale == "nvfp4" else True}
+    return {**arguments, "strategy": "token"} if grid.group == "row" else arguments
+
+
+def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:
+    """bfloat16 for a bfloat16 model, where it is exact since scales live on that grid; float32 for any other."""
+    import ml_dtypes  # here, so that `import qkit` stays cheap
+
+    stored: NDArray[Any] = scale.astype(ml_dtypes.bfloat16) if q.dtype == "bfloat16" else scale
+    return stored.reshape(-1) if q.grid.group == "tensor" else stored
+
+
+def _zeros(stored: NDArray[Any], grid: Grid, scale_shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    if grid.group == "tensor":
+        return packing.unsigned(stored, grid.element).reshape(scale_shape)
+    return np.ascontiguousarray(packing.unpack(stored.T, grid.element.bits, scale_shape[0]).T)

@@ -1,0 +1,216 @@
+"""MLX's layout, which mlx-lm opens: tensor names, bytes and the `quantization` of a config.json.
+
+Read off mlx 0.32.4 (`mlx.nn.quantize`, `mlx.core.quantize`) and mlx-lm 0.32.2 (`utils.load_model`). The words are the ones
+that compressed-tensors has; nothing is computed but repeated scales, and biases, which are exact.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.errors import ArtifactError
+from qkit.formats.packed import Tensors, check, check_scales, want
+from qkit.grid import Grid
+from qkit.qtensor import DType
+from qkit.reference import packing
+from qkit.reference.packing import Packed
+
+AFFINE_GROUPS: Final = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it
+MX_GROUP: Final = 32
+MX_MODES: Final = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
+NARROW_BITS: Final = 4  #: most bits of an integer that MLX may decode in bfloat16; see `_kind`
+MODES: Final = {"mxfp4": ("e2m1", 32), "mxfp8": ("e4m3", 32), "nvfp4": ("e2m1", 16)}  #: element and group of each
+
+NAMES: Final = ("weight", "scales", "biases")  #: of the tensors of a weight
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One of MLX's quantisation modes, at a group size."""
+
+    mode: str
+    bits: int
+    group: int
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """In the words of a config.json, and of `to_quantized`."""
+        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
+
+
+def containers_for(grid: Grid, inputs: int) -> list[Container]:
+    """The containers that hold rows of `inputs` numbers on `grid` exactly, the smallest first; scales are repeated in the others.
+
+    The power of two of `nvfp4` is left over.
+    """
+    group = grid.group if isinstance(grid.group, int) else inputs
+    bits = grid.element.bits
+    if grid.element.kind == "integer":
+        return [Container("affine", bits, size) for size in AFFINE_GROUPS if group % size == 0]
+    if grid.scale == "nvfp4":
+        return [Container("nvfp4", bits, group)]
+    if grid.element.name in MX_MODES and group % MX_GROUP == 0:
+        return [Container(MX_MODES[grid.element.name], bits, MX_GROUP)]
+    return []
+
+
+def container_for(grid: Grid, inputs: int) -> Container | None:
+    """The first of `containers_for`, if there is one: what files hold."""
+    return next(iter(containers_for(grid, inputs)), None)
+
+
+def layout(grid: Grid, inputs: int) -> Container:
+    """`container_for`, where there must be one.
+
+    Raises:
+        ArtifactError: MLX holds no such grid.
+    """
+    container = container_for(grid, inputs)
+    if container is None:
+        size = (
+            f"integers want groups that {AFFINE_GROUPS[-1]} divides, small floats e2m1 or e4m3 in groups of {MX_GROUP}"
+        )
+        raise ArtifactError(
+            f"MLX holds no rows of {inputs} on {grid}: {size}; export --to dense, or leave the layer float"
+        )
+    return container
+
+
+def store(packed: Packed) -> Tensors:
+    """`packed` in this layout: `weight`, `scales` and, for integers, `biases`. The codes are viewed, not copied.
+
+    Raises:
+        ArtifactError: MLX holds no such grid, or the power of two of `nvfp4` does not go into its block scales.
+    """
+    rows, inputs = packed.shape
+    container, grid = layout(packed.grid, inputs), packed.grid
+    columns = inputs // container.group
+    scales = _folded(packed) if packed.tensor_scale is not None else packed.scales
+    out = {"weight": packed.words, "scales": spread(scales, rows, columns)}
+    if container.mode != "affine":
+        return out
+    zeros = np.float32(-grid.element.lowest) if packed.zeros is None else packed.zeros.astype(np.float32)
+    kind = _kind(grid, packed.dtype)
+    biases = spread(-zeros * packed.scales, rows, columns)
+    return {**out, "scales": out["scales"].astype(kind), "biases": biases.astype(kind)}
+
+
+def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> Packed:
+    """The inverse of `store`, for a weight of `shape`; `nvfp4` comes back with a power of 2^0. Scales of any type are taken.
+
+    Raises:
+        ArtifactError: a tensor is missing or has another shape, or the scales and biases are not those of such a grid.
+    """
+    container = layout(grid, shape[-1])
+    kind = tensors["scales"].dtype.name if "scales" in tensors and container.mode == "affine" else None
+    want(dict(tensors), contents(grid, dtype=dtype, shape=shape, kind=kind), f"MLX {container.mode}", grid)
+    words, scale_shape = tensors["weight"], grid.scale_shape(shape)
+    scales = _gather(tensors["scales"], scale_shape, "scales")
+    if container.mode == "affine":
+        scales = scales.astype(np.float32)
+        check_scales(scales, "scales")
+        zeros = _zeros(scales, _gather(tensors["biases"], scale_shape, "biases").astype(np.float32), grid)
+        return Packed(words, scales, grid, dtype, shape, zeros)
+    if container.mode == "nvfp4":
+        check((scales > 0) & (scales < 0x7F), "scales", "a positive e4m3")
+        return Packed(words, scales, grid, dtype, shape, tensor_scale=np.ones((), np.float32))
+    check((scales > 0) & (scales < 255), "scales", "an exponent")
+    if container.mode == "mxfp8":
+        check(np.ascontiguousarray(words).view(np.uint8) & 0x7F != 0x7F, "weight", "a finite e4m3")
+    return Packed(words, scales, grid, dtype, shape)
+
+
+def contents(
+    grid: Grid, *, dtype: DType, shape: tuple[int, ...], kind: str | None = None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, NumPy type and shape of every tensor that `store` gives; `kind` is the type of affine scales, if it is another."""
+    container = layout(grid, shape[-1])
+    scales = (*shape[:-1], shape[-1] // container.group)
+    weight = ("uint32", (*shape[:-1], packing.words(shape[-1], container.bits)))
+    if container.mode != "affine":
+        return {"weight": weight, "scales": ("uint8", scales)}
+    kind = kind or _kind(grid, dtype)
+    return {"weight": weight, "scales": (kind, scales), "biases": (kind, scales)}
+
+
+def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
+    """Shape of the weight on `grid` that `tensors` are: MLX's rows are whole words.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    *rows, words = tensors["weight"].shape
+    return (*rows, words * packing.WORD_BITS // grid.element.bits)
+
+
+def grid_of(tensors: Mapping[str, NDArray[Any]], container: Container) -> Grid:
+    """The grid that tensors of MLX's own making are on, as far as decoding goes: which rule chose the scales is not written.
+
+    Raises:
+        ArtifactError: qkit has none like it.
+    """
+    if container.mode != "affine":
+        element, group = MODES[container.mode]
+        return Grid(element, group, "nvfp4" if container.mode == "nvfp4" else None)
+    element, scales = f"int{container.bits}", tensors["scales"].astype(np.float32)
+    lowest = np.float32(-(1 << (container.bits - 1)))
+    if (tensors["biases"].astype(np.float32) == lowest * scales).all():
+        return Grid(element, container.group, "signed" if (scales < 0).any() else "absmax")
+    return Grid(element, container.group, "minmax")
+
+
+def spread(per_group: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
+    """Scales [outputs or 1, groups] repeated to [outputs, columns]."""
+    every = np.broadcast_to(per_group, (rows, per_group.shape[1]))
+    return every if per_group.shape[1] == columns else np.repeat(every, columns // per_group.shape[1], axis=1)
+
+
+def _kind(grid: Grid, dtype: DType) -> str:
+    """The type of affine scales and biases, which MLX decodes in and whose type its layers give back.
+
+    bfloat16 holds a scale (R3) and a bias of -2^(bits-1) times that; of -z times that only half of the time. But MLX rounds
+    code * scale before it adds the bias: above 4 bits values would be off by up to a step (R11).
+    """
+    return "bfloat16" if dtype == "bfloat16" and grid.symmetric and grid.element.bits <= NARROW_BITS else "float32"
+
+
+def _folded(packed: Packed) -> NDArray[np.uint8]:
+    """The block scales times the power of two of the tensor."""
+    import ml_dtypes  # here, so that `import qkit` stays cheap
+
+    assert packed.tensor_scale is not None
+    exact = packed.scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * packed.tensor_scale
+    with np.errstate(over="ignore"):
+        scales = exact.astype(ml_dtypes.float8_e4m3fn)
+    lost = np.count_nonzero(scales.astype(np.float32) != exact)
+    if lost:
+        exponent = int(np.log2(packed.tensor_scale))
+        raise ArtifactError(
+            f"MLX's nvfp4 has no scale for the tensor, and {lost} of {exact.size} block scales times its 2^{exponent} are no "
+            "e4m3: use mxfp4, or export --to dense"
+        )
+    out: NDArray[np.uint8] = scales.view(np.uint8)
+    return out
+
+
+def _zeros(scales: NDArray[np.float32], biases: NDArray[np.float32], grid: Grid) -> NDArray[np.uint8] | None:
+    if grid.symmetric:
+        check(biases == grid.element.lowest * scales, "biases", f"{grid.element.lowest} scales")
+        return None
+    zeros = np.rint(-biases / scales)
+    sound = (zeros >= 0) & (zeros <= grid.element.levels) & (-zeros * scales == biases)
+    check(sound, "biases", f"-z scales, z a whole number up to {grid.element.levels}")
+    out: NDArray[np.uint8] = zeros.astype(np.uint8)
+    return out
+
+
+def _gather(every: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
+    """The inverse of `spread`: the first of each run of equal scales."""
+    if every.shape == shape:
+        return every
+    first = every[: shape[0]].reshape(shape[0], shape[1], -1)[..., 0]
+    check(spread(first, *every.shape) == every, name, "that of its row or group")
+    return first

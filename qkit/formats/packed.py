@@ -1,0 +1,79 @@
+"""Quantized weights to canonical words and back, and the checks that all layouts share."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import native
+from qkit.errors import ArtifactError
+from qkit.grid import Grid
+from qkit.qtensor import QTensor
+from qkit.reference import packing
+from qkit.reference.packing import Packed
+
+Tensors = dict[str, NDArray[Any]]
+
+
+def pack(q: QTensor[NDArray[Any]]) -> Packed:
+    """`q` with its codes packed."""
+    words = native.pack(q.codes, q.grid.element) if native.available() else packing.packed_codes(q)
+    return Packed(words, q.scales, q.grid, q.dtype, q.shape, q.zeros, q.tensor_scale)
+
+
+def unpack(packed: Packed) -> QTensor[NDArray[Any]]:
+    """The inverse of `pack`."""
+    grid = packed.grid
+    codes = packing.unpacked_codes(packed.words, element=grid.element, n=packed.shape[-1], symmetric=grid.symmetric)
+    return QTensor(codes, packed.scales, grid, packed.dtype, zeros=packed.zeros, tensor_scale=packed.tensor_scale)
+
+
+def as_words(data: NDArray[Any], *, width: int) -> NDArray[np.uint32]:
+    """The bytes of each row of `data` as `width` words: a view where they fill them, else a copy with zeros at the end."""
+    flat = np.ascontiguousarray(data).view(np.uint8)
+    if flat.shape[-1] != width * 4:
+        padded = np.zeros((*flat.shape[:-1], width * 4), np.uint8)
+        padded[..., : flat.shape[-1]] = flat
+        flat = padded
+    return flat.view(np.uint32)
+
+
+def as_bytes(words: NDArray[np.uint32], *, width: int) -> NDArray[np.uint8]:
+    """The first `width` bytes of each row of words: the inverse of `as_words`."""
+    return np.ascontiguousarray(words).view(np.uint8)[..., :width]
+
+
+def want(tensors: Tensors, expected: dict[str, tuple[str, tuple[int, ...]]], layout: str, grid: Grid) -> None:
+    """Compares names, types and shapes with what a layout says.
+
+    Raises:
+        ArtifactError: one is missing or otherwise.
+    """
+    for name, (kind, shape) in expected.items():
+        if name not in tensors:
+            raise ArtifactError(f"{name} is missing, which {layout} needs")
+        if (tensors[name].dtype.name, tensors[name].shape) != (kind, shape):
+            found = f"{tensors[name].dtype.name} {list(tensors[name].shape)}"
+            raise ArtifactError(f"{name} is {found}, where {layout} of {grid} has {kind} {list(shape)}")
+
+
+def mantissa(x: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """The 23 low bits of fp32 patterns."""
+    return np.asarray(x, np.float32).view(np.uint32) & np.uint32(0x7FFFFF)
+
+
+def check(sound: NDArray[np.bool_], name: str, what: str) -> None:
+    """Raises:
+    ArtifactError: not all of a tensor's numbers are sound; the message counts the others.
+    """
+    if not sound.all():
+        raise ArtifactError(f"{name} holds {np.count_nonzero(~sound)} numbers, each of which should be {what}")
+
+
+def check_scales(scales: NDArray[np.float32], name: str) -> None:
+    """Scales of integers: finite, not zero, with 8 significant bits (R3).
+
+    Raises:
+        ArtifactError: some are not.
+    """
+    check(np.isfinite(scales) & (scales != 0) & (mantissa(scales) & 0xFFFF == 0), name, "a finite bfloat16")

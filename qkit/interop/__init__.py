@@ -1,1 +1,0 @@
-"""Other people's layouts: readers and writers of them, one module each."""

@@ -1,0 +1,5 @@
+"""The law: each rule of `numerics.md` as a page of NumPy. Engines compute the same bits."""
+
+from qkit.reference.rounding import dequantize, fake_quantize, quantize, scale_values, unclipped
+
+__all__ = ["dequantize", "fake_quantize", "quantize", "scale_values", "unclipped"]

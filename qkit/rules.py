@@ -1,0 +1,255 @@
+"""What happens to a model: a named, versioned list of rules, read from flat TOML. First match wins."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from qkit.errors import GridError, RecipeError
+from qkit.grid import Grid
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+    from pathlib import Path
+
+Kind = Literal["linear", "embedding"]
+Range = Literal["dynamic", "calibrated", "average"]
+Ste = Literal["identity", "masked"]
+Scales = Literal["rule", "learned"]
+RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
+STES: tuple[Ste, ...] = ("identity", "masked")
+SCALES: tuple[Scales, ...] = ("rule", "learned")
+SCHEMA = 1
+GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
+#: The other keys that may be left out.
+DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisible": "error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What happens to layers whose path matches.
+
+    Attributes:
+        match: shell patterns (`*`, `?`, `[...]`) for the dotted path of a layer; one that matches is enough.
+        kind: `linear` or `embedding`.
+        weight: the weight's grid, or None to leave the layer alone.
+        activation: the input's grid, quantized at every call in training and after conversion; or None.
+        output: the output's grid, likewise; or None, as nearly always.
+        range: where the scales of `activation` and `output` come from. `dynamic`: from each tensor itself. Static ones need
+            a `"tensor"` grid: `calibrated`, from the lowest and highest value seen under `qkit.calibrating`; `average`,
+            from a running average of these over the training steps (what gradient checkpointing computes again counts again).
+        ste: the straight-through estimator of all three grids: the gradient passes as it is (`identity`), or not where a
+            value was clipped (`masked`).
+        scales: where the scales of `weight` come from in training: the grid's own rule, or they are `learned` beside the weight,
+            see `qkit.reference.learned`; its gradient is then masked.
+        indivisible: what to do where the weight does not divide into groups: `error`, or `skip` the layer.
+    """
+
+    match: tuple[str, ...]
+    kind: Kind = "linear"
+    weight: Grid | None = None
+    activation: Grid | None = None
+    output: Grid | None = None
+    range: Range = "dynamic"
+    ste: Ste = "identity"
+    scales: Scales = "rule"
+    indivisible: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if not self.match or not all(isinstance(pattern, str) and pattern for pattern in self.match):
+            raise RecipeError(f"match is {self.match!r}: give at least one pattern, such as '*'")
+        if self.kind not in ("linear", "embedding"):
+            raise RecipeError(f"kind is {self.kind!r}: choose linear or embedding")
+        if self.indivisible not in ("error", "skip"):
+            raise RecipeError(f"indivisible is {self.indivisible!r}: choose error or skip")
+        if self.range not in RANGES:
+            raise RecipeError(f"range is {self.range!r}: choose one of {', '.join(RANGES)}")
+        if self.ste not in STES:
+            raise RecipeError(f"ste is {self.ste!r}: choose one of {', '.join(STES)}")
+        if self.scales not in SCALES:
+            raise RecipeError(f"scales is {self.scales!r}: choose one of {', '.join(SCALES)}")
+        if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
+            what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
+            raise RecipeError(f'scales = "learned" {what}')
+        if self.slots and not self.weight:
+            raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
+        if self.slots and self.kind == "embedding":
+            raise RecipeError(f"an embedding's input is a token number: drop the {' and the '.join(self.slots)} grid")
+        self._check_range()
+
+    def _check_range(self) -> None:
+        if self.range == "dynamic":
+            return
+        if not self.slots:
+            raise RecipeError(f"range = {self.range!r} is for activations: give an activation or an output grid")
+        for slot, grid in self.slots.items():
+            if grid.group != "tensor":
+                raise RecipeError(
+                    f"{slot} is on {grid}, whose scales follow the shape of each input: range = {self.range!r} wants group "
+                    '"tensor"'
+                )
+
+    @property
+    def slots(self) -> "dict[str, Grid]":
+        """The grids of what goes in and out, by name: `activation` and `output`, where there is one."""
+        named = {"activation": self.activation, "output": self.output}
+        return {name: grid for name, grid in named.items() if grid}
+
+    def matches(self, path: str, kind: Kind) -> bool:
+        """Whether the rule speaks of the layer at `path`."""
+        return kind == self.kind and any(fnmatchcase(path, pattern) for pattern in self.match)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Rules for a whole model. The version changes when any number it produces does."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    version: int = 1
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if self.version < 1:
+            raise RecipeError(f"version is {self.version}: versions count from 1")
+        if not any(rule.weight for rule in self.rules):
+            raise RecipeError(f"recipe {self.name!r} has no rule with a weight grid: nothing would be quantized")
+
+    def rule_for(self, path: str, kind: Kind) -> Rule | None:
+        """The first rule that matches, if any."""
+        return next((rule for rule in self.rules if rule.matches(path, kind)), None)
+
+
+def read_recipe(file: "Path | Traversable") -> Recipe:
+    """The recipe in a TOML file; its name is the file's.
+
+    Raises:
+        RecipeError: the file is missing or malformed; the message names the file and the key.
+    """
+    import tomllib  # here, so that `import qkit` stays cheap
+
+    name = file.name.removesuffix(".toml")
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{file}: {error}") from None
+    try:
+        return recipe_from_table(table, name=name)
+    except (RecipeError, GridError) as error:
+        raise RecipeError(f"{file}: {error}") from None
+
+
+def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
+    """The recipe that a parsed TOML table describes.
+
+    Raises:
+        RecipeError: a key is unknown, missing or of the wrong type.
+        GridError: a grid does not exist.
+
+    Messages begin with the place, `grids.w` or `rules[2]`, counted from 1.
+    """
+    _only(table, ("schema", "version", "summary", "grids", "rules"), "the recipe")
+    schema = table.get("schema")
+    if type(schema) is not int or schema != SCHEMA:  # `true == 1`
+        raise RecipeError(f"schema is {schema!r}: this version of qkit reads schema = {SCHEMA}")
+    grids, rules = {}, []
+    for key, value in _get(table, "grids", dict, {}).items():
+        with _place(f"grids.{key}"):
+            grids[key] = grid_from_table(value)
+    for number, value in enumerate(_get(table, "rules", list, []), start=1):
+        with _place(f"rules[{number}]"):
+            rules.append(_rule(value, grids))
+    summary, version = _get(table, "summary", str, ""), _get(table, "version", int, 1)
+    used = {grid for rule in rules for grid in (rule.weight, *rule.slots.values())}
+    for key, grid in grids.items():
+        if grid not in used:
+            raise RecipeError(f"grids.{key}: not used by any rule")
+    return Recipe(name=name, rules=tuple(rules), version=version, summary=summary)
+
+
+def grid_from_table(table: Any) -> Grid:
+    """The grid that `{element, group, scale}` describes; `scale` may be left out."""
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{table!r} is no grid: want a table with element and group")
+    _only(table, ("element", "group", "scale"), "a grid")
+    for want in ("element", "group"):
+        if want not in table:
+            raise RecipeError(f"{want} is missing")
+    scale = _get(table, "scale", str, "") if "scale" in table else None
+    return Grid(_get(table, "element", str, ""), table["group"], scale)
+
+
+def grid_table(grid: Grid) -> dict[str, Any]:
+    """The inverse of `grid_from_table`, complete."""
+    return {"element": grid.element.name, "group": grid.group, "scale": grid.scale}
+
+
+def rule_table(rule: Rule) -> dict[str, Any]:
+    """A rule with its grids written out, for files."""
+    table: dict[str, Any] = {"match": list(rule.match), "kind": rule.kind}
+    for key, default in DEFAULTS.items():
+        if getattr(rule, key) != default:
+            table[key] = getattr(rule, key)
+    for slot in GRIDS:
+        if grid := getattr(rule, slot):
+            table[slot] = grid_table(grid)
+    return table
+
+
+def rule_from_table(table: Mapping[str, Any]) -> Rule:
+    """The inverse of `rule_table`."""
+    grids = {}
+    for slot in GRIDS:
+        if slot in table:
+            with _place(slot):
+                grids[slot] = grid_from_table(table[slot])
+    named = {slot: slot for slot in grids}
+    return _rule({**{key: value for key, value in table.items() if key not in grids}, **named}, grids)
+
+
+def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{table!r} is no rule: write [[rules]]")
+    _only(table, ("match", "kind", *GRIDS, *DEFAULTS), "a rule")
+    match = table.get("match", ())
+    if not isinstance(match, (str, list, tuple)):
+        raise RecipeError(f"match is {match!r}: give a pattern or a list of them")
+    patterns = (match,) if isinstance(match, str) else tuple(match)
+    return Rule(
+        match=patterns,
+        kind=cast(Kind, _get(table, "kind", str, "linear")),
+        **cast(Any, {slot: _grid(table, slot, grids) for slot in GRIDS}),
+        **cast(Any, {key: _get(table, key, str, default) for key, default in DEFAULTS.items()}),
+    )
+
+
+def _grid(table: Mapping[str, Any], slot: str, grids: Mapping[str, Grid]) -> Grid | None:
+    if slot not in table:
+        return None
+    name = _get(table, slot, str, "")
+    if name not in grids:
+        raise RecipeError(f"{slot} = {name!r} names no grid: there is {', '.join(grids) or 'none'}")
+    return grids[name]
+
+
+@contextmanager
+def _place(name: str) -> Iterator[None]:
+    """Puts `name` before the message of what goes wrong inside."""
+    try:
+        yield
+    except (RecipeError, GridError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _get(table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = table.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RecipeError(f"{key} is {value!r}: want a {kind.__name__}")
+    return value
+
+
+def _only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"unknown key {key!r} in {where}: there is {', '.join(known)}")

@@ -1,0 +1,1 @@
+"""Checkpoints larger than memory, quantized tensor by tensor."""

@@ -1,0 +1,203 @@
+"""What a recipe will make of a checkpoint, to the byte, from headers alone."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+from qkit import native, pipeline
+from qkit.artifact.directory import CONFIG, companions, quantized_config, read_config
+from qkit.artifact.metadata import KEY, Entry, describe, group
+from qkit.engines.layer import Layer
+from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
+from qkit.formats import compressed_tensors
+from qkit.qtensor import DType
+from qkit.rules import Recipe, Rule
+from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
+from qkit.storage.read import MissingError, Stored, inside, read_folder
+from qkit.storage.write import Output
+from qkit.streaming.blocks import row_blocks
+from qkit.streaming.families import HEAD, check_whole, layer_of, output_name, tied_head
+
+#: Anonymous bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of a worker for each element of a block.
+BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What becomes of one stored tensor.
+
+    Attributes:
+        stored: it, as it lies in the source.
+        path, kind: of the layer whose weight it is; empty where it is none.
+        rule: what is done to that layer, or None where the tensor is copied.
+        reason: why it is copied.
+        slots: what it becomes: itself, perhaps under another name, or the parts of its quantized form.
+    """
+
+    stored: Stored
+    path: str
+    kind: str
+    rule: Rule | None
+    reason: str
+    slots: tuple[Slot, ...]
+
+    @property
+    def dtype(self) -> DType:
+        """The type of a weight, in NumPy's words."""
+        return cast(DType, DTYPES[self.stored.slot.dtype][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole checkpoint: its tensors in order, and the directory that they will become.
+
+    Attributes:
+        folder: the source.
+        rows: one for each stored tensor, in the order of their names, numbers counted as numbers.
+        tied: path of the embedding that is also the output head; empty where the head is a weight of its own.
+        metadata, files: of the output; see `Output`.
+        left_behind: names of what is in the source and will not be in the output.
+        shard_bytes: most bytes of tensors in one file.
+    """
+
+    folder: Path
+    rows: tuple[Row, ...]
+    tied: str
+    metadata: Mapping[str, str]
+    files: Mapping[str, bytes | Path]
+    left_behind: tuple[str, ...]
+    shard_bytes: int
+
+    def output(self, folder: Path, *, fingerprint: str = "") -> Output:
+        """The directory to write."""
+        slots = [slot for row in self.rows for slot in row.slots]
+        options: dict[str, Any] = {"shard_bytes": self.shard_bytes, "fingerprint": fingerprint}
+        return Output(folder, slots, metadata=self.metadata, files=self.files, **options)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the weights files that will be written."""
+        return self.output(self.folder).layout
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all the files that will be written."""
+        return self.output(self.folder).nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that all tensors will take, for each number that is stored in the source."""
+        numbers = sum(prod(row.stored.slot.shape) for row in self.rows)
+        return 8 * sum(slot.nbytes for row in self.rows for slot in row.slots) / max(numbers, 1)
+
+    def peak_memory(self, workers: int) -> int:
+        """An upper estimate, in bytes, of the anonymous memory that the NumPy engine needs with so many workers."""
+        blocks = [next(row_blocks(row.stored.slot.shape)) for row in self.rows if row.rule]
+        widths = [row.stored.slot.shape[1] for row in self.rows if row.rule]
+        largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
+        return BASE + workers * (WORKER + ELEMENT * largest)
+
+
+def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False) -> Plan:
+    """What `recipe` makes of the model in `folder`. Reads headers and JSON, no tensor.
+
+    Raises:
+        ArtifactError: a file is unsound or hostile, or the model is quantized already.
+        PlanError: the recipe does not fit the model, or a part of it is missing.
+    """
+    try:
+        tensors, _ = read_folder(folder)
+    except MissingError as error:
+        raise PlanError(str(error)) from None
+    config = read_config(folder)
+    if config and (foreign := config.get("quantization_config")):
+        method = foreign.get("quant_method") if isinstance(foreign, Mapping) else "an unknown tool"
+        raise ArtifactError(
+            f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
+        )
+    known = config or {}
+    check_whole(tensors, known)
+    found = {
+        name: _layer(stored.slot, known) for name, stored in sorted(tensors.items(), key=lambda item: _natural(item[0]))
+    }
+    layers = [layer for layer in found.values() if isinstance(layer, Layer)]
+    owner = tied_head(layers, known)
+    planned = {item.layer.path: item for item in _plan(_with_head(layers, owner), recipe)}
+    rows = []
+    for name, layer in found.items():
+        item = planned[layer.path] if isinstance(layer, Layer) else None
+        rule, reason = (item.rule, item.reason) if item else (None, str(layer))
+        path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
+        rows.append(Row(tensors[name], path, kind, rule, reason, _slots(tensors[name].slot, path, rule, known)))
+    _check_names(rows, folder)
+    entries = _entries(rows, planned)
+    left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
+    files = companions(folder, config=quantized_config(config, entries, left_alone=left_alone))
+    if copy_code:
+        files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
+    used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
+    left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
+    tied = owner.path if owner else ""
+    return Plan(folder, tuple(rows), tied, {KEY: describe(entries)}, files, left_behind, shard_bytes)
+
+
+def _layer(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
+    return layer_of(replace(slot, name=output_name(slot.name, config)), config)
+
+
+def _with_head(layers: list[Layer], owner: Layer | None) -> list[Layer]:
+    """The layers of the model: where one weight has two, each says so."""
+    if owner is None:
+        return layers
+    head = Layer(HEAD, "linear", owner.shape, None, tied=owner.path)
+    return [*layers, head]
+
+
+def _plan(layers: list[Layer], recipe: Recipe) -> list[pipeline.Planned]:
+    try:
+        planned = pipeline.plan(layers, recipe)
+    except (RecipeError, GridError) as error:
+        raise PlanError(str(error)) from None
+    for item in planned:
+        if item.rule and item.rule.range != "dynamic":
+            raise PlanError(
+                f"{item.layer.path}: the recipe's range is {item.rule.range!r}, so that its scales come from data, which "
+                "runs through a model: build it, and use qkit.prepare, qkit.convert and qkit.save"
+            )
+    return planned
+
+
+def _keeps_weight(item: pipeline.Planned) -> bool:
+    """Whether readers find no codes under the path of this linear layer."""
+    return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
+
+
+def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) -> tuple[Slot, ...]:
+    if rule is None or rule.weight is None:
+        return (replace(slot, name=output_name(slot.name, config)),)
+    dtype = cast(DType, DTYPES[slot.dtype][0])
+    try:
+        parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape)
+    except ArtifactError as error:
+        raise PlanError(f"{path}: {error}") from None
+    return tuple(Slot(f"{path}.{name}" if path else name, WORDS[kind], shape) for name, (kind, shape) in parts.items())
+
+
+def _check_names(rows: Iterable[Row], folder: Path) -> None:
+    seen = set()
+    for row in rows:
+        for slot in row.slots:
+            if slot.name in seen:
+                raise ArtifactError(f"{folder}: two tensors would be called {slot.name}: drop {row.stored.slot.name}")
+            seen.add(slot.name)
+
+
+def _entries(rows: Iterable[Row], planned: Mapping[str, pipeline.Planned]) -> list[Entry]:
+    return group([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

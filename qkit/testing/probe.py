@@ -1,0 +1,105 @@
+"""What happens to a recipe on an engine, found by doing it: one layer prepared, converted and run, codes and outputs compared."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit import reference
+from qkit.engines.protocol import Backend
+from qkit.qtensor import DType
+from qkit.reference.ranges import static_scales
+from qkit.rules import Recipe, Rule
+from qkit.testing.tensors import random
+
+Outcome = Literal["native", "decoded", "missing"]
+
+INPUTS, OUTPUTS, ROWS = 512, 256, 48  #: of the layer that is probed, and how many rows run through it
+
+#: How far outputs may be apart, relative to abs(x) @ abs(w) (numerics, R13), and to themselves: each is rounded once.
+TOLERANCE = {"float32": (1e-6, 0.0), "bfloat16": (5e-4, 2**-7), "float16": (5e-4, 2**-10)}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One rule of a recipe on one engine.
+
+    Attributes:
+        recipe, backend, device, dtype, kind: what was tried; `device` is empty where the engine chose it.
+        outcome: `native`, if the converted layer runs on the engine's own quantized tensor or layer; `decoded`, if its weight
+            is decoded at every call; `missing`, if it does not run.
+        detail: on what it runs, or why it is decoded, or what went wrong.
+        codes: how many codes and scales of the converted layer differ from the reference, out of `compared`.
+        difference: largest difference of the prepared layer's outputs from the converted one's, relative to abs(x) @ abs(w).
+        within: whether all outputs are as near as the numerics demand (R13).
+    """
+
+    recipe: str
+    backend: str
+    device: str
+    dtype: DType
+    kind: str
+    outcome: Outcome = "missing"
+    detail: str = ""
+    codes: int = 0
+    compared: int = 0
+    difference: float = 0.0
+    within: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether it ran, with the reference's codes, and trained and shipped layer agree."""
+        return self.outcome != "missing" and not self.codes and self.within
+
+
+def probe(engine: Backend, recipe: Recipe, *, dtype: DType, device: str = "") -> Iterator[Probe]:
+    """Every rule with a weight of `recipe` on `engine`; `device` is what the answers call the place where it computes."""
+    for rule in dict.fromkeys(replace(rule, match=("*",)) for rule in recipe.rules if rule.weight):
+        tried = Probe(recipe.name, engine.name, device, dtype, rule.kind)
+        try:
+            yield _probe(engine, rule, tried)
+        except Exception as error:  # an engine may fail in any way: the table shows it, and goes on
+            yield replace(tried, detail=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def worst(probes: Iterable[Probe]) -> Outcome:
+    """The least that the rules of one recipe come to."""
+    outcomes = {probe.outcome for probe in probes}
+    return next(outcome for outcome in ("missing", "decoded", "native") if outcome in outcomes)
+
+
+def _probe(engine: Backend, rule: Rule, tried: Probe) -> Probe:
+    assert rule.weight is not None
+    w = random((OUTPUTS, INPUTS), 11, tried.dtype)
+    x: NDArray[Any] = random((ROWS, INPUTS), 12, tried.dtype)
+    if rule.kind == "embedding":
+        x = np.arange(OUTPUTS, dtype=np.int32)
+    prepared = engine.fake(engine.make(rule.kind, w), rule)
+    if rule.range != "dynamic":
+        engine.forget(prepared)
+        engine.switch(prepared, "calibrating")
+        engine.run(prepared, x)
+        engine.switch(prepared, "on")
+    before = engine.run(prepared, x)
+    ranges = {name.removesuffix("_range"): engine.to_numpy(a) for name, a in engine.tensors(prepared).items()}
+    static = static_scales(rule, ranges, path=tried.recipe)
+    packed = engine.pack(prepared, engine.quantize(engine.weight(prepared), rule.weight), rule, static=static)
+    (layer,) = engine.layers(packed)
+    wanted = reference.quantize(w, rule.weight)
+    made = engine.unpack(packed).map(engine.to_numpy).parts()
+    values = reference.dequantize(wanted).astype(np.float64)
+    scale = np.abs(x).astype(np.float64) @ np.abs(values).T if rule.kind == "linear" else np.abs(values)
+    after = engine.run(packed, x).astype(np.float64)
+    apart = np.abs(before.astype(np.float64) - after)
+    relative, rounding = TOLERANCE[tried.dtype]
+    return replace(
+        tried,
+        outcome="native" if layer.native else "decoded",
+        detail=layer.execution,
+        codes=sum(int(np.count_nonzero(made[name] != part)) for name, part in wanted.parts().items()),
+        compared=sum(part.size for part in wanted.parts().values()),
+        difference=float((apart / np.maximum(scale, np.finfo(np.float32).tiny)).max()),
+        within=bool(np.isfinite(after).all() and (apart <= relative * scale + rounding * np.abs(after)).all()),
+    )

@@ -1,0 +1,111 @@
+"""The shape of the project: who may import whom, what a wheel installs, and what an import costs."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from qkit.native.build import compiler
+
+ROOT = Path(__file__).parents[2]
+FRAMEWORKS = {"torch", "torchao", "mlx", "mlx_lm", "transformers", "gguf", "compressed_tensors", "jax"}
+PACKAGES = {
+    "qkit": ROOT / "qkit",
+    "qkit_mlx": ROOT / "backends/qkit_mlx",
+    "qkit_torchao": ROOT / "backends/qkit_torchao",
+}
+MAY = {
+    "qkit": set(),
+    "qkit_mlx": {"mlx", "mlx_lm", "qkit", "qkit_mlx"},
+    "qkit_torchao": {"torch", "torchao", "transformers", "qkit", "qkit_torchao"},
+}
+ONLY_IN = {"mlx_lm": {"hub.py"}, "transformers": {"hub.py", "transformers.py"}, "torchao": {"containers.py"}}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_it_may(package):
+    forbidden = (FRAMEWORKS | set(PACKAGES) | {"qkit_recipes"}) - MAY[package] - {package}
+    files = sorted(PACKAGES[package].rglob("*.py"))
+    assert files
+    for file in files:
+        integrates = {"gguf"} if file == ROOT / "qkit/formats/gguf.py" else set()
+        assert not (forbidden - integrates) & set(imports(file)), file
+
+
+@pytest.mark.parametrize("package", ["qkit_mlx", "qkit_torchao"])
+def test_an_integration_lives_in_one_module(package):
+    for file in PACKAGES[package].rglob("*.py"):
+        for name, homes in ONLY_IN.items():
+            assert file.name in homes or name not in set(imports(file)), file
+
+
+@pytest.mark.parametrize("package", ["qkit_mlx", "qkit_torchao", "qkit_recipes"])
+def test_a_plugin_package_is_a_hook_and_loads_no_framework(package):
+    code = f"import sys, {package}; print(sorted({FRAMEWORKS!r} & set(sys.modules)))"
+    assert run(code) == "[]\n"
+
+
+def test_import_qkit_loads_no_framework():
+    code = f"import sys, qkit; qkit.backends(); qkit.recipes(); print(sorted({FRAMEWORKS!r} & set(sys.modules)))"
+    assert run(code) == "[]\n"
+
+
+def test_import_qkit_costs_at_most_half_of_numpy_more():
+    """Both in one process, numpy first, so that the machine's mood is the same; the best of seven processes."""
+    code = """
+from time import perf_counter as now
+start = now(); import numpy; between = now(); import qkit; end = now()
+print((end - start) / (between - start))
+"""
+    assert min(float(run(code)) for _ in range(7)) <= 1.5
+
+
+def test_every_file_is_short_enough_to_read():
+    for file in [*ROOT.glob("qkit/**/*.py"), *ROOT.glob("backends/**/*.py"), *ROOT.glob("recipes/**/*.py")]:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 300, file
+
+
+def test_the_wheel_installs_exactly_four_names_and_the_kernels(tmp_path):
+    wheel = make_wheel(tmp_path)
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"qkit", "qkit_mlx", "qkit_torchao", "qkit_recipes"}
+    assert {f"{top}/py.typed" for top in tops} <= set(names)
+    assert "qkit_recipes/int4-g64.toml" in names
+    assert ("qkit/native/kernels.compiled" in names) == bool(compiler())
+    assert wheel.stem.endswith("-py3-none-any") != bool(compiler())
+
+
+def test_without_a_compiler_the_wheel_is_for_any_machine(tmp_path):
+    wheel = make_wheel(tmp_path, CC="no-such-compiler")
+    assert wheel.stem.endswith("-py3-none-any")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "qkit/native/kernels.c" in names
+    assert "qkit/native/kernels.compiled" not in names
+
+
+def make_wheel(folder, **environment):
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    assert find_spec("build")
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout

@@ -1,0 +1,89 @@
+"""Probes tell what happens: native, decoded or missing, and whether codes and outputs are right."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import qkit
+from qkit.cli.application import application
+from qkit.testing.probe import probe, worst
+
+ENGINES = [status.name for status in qkit.backends() if status.ready and hasattr(qkit.backend(status.name), "layers")]
+RECIPES = ["int4-g64", "int4-g64-all", "int8-static-act-int8-weight", "nvfp4"]
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_does_what_a_recipe_says(name, recipe, dtype):
+    probes = list(probe(qkit.backend(name), qkit.recipe(recipe), dtype=dtype, device="here"))
+    assert [one.kind for one in probes] == (["embedding", "linear"] if recipe.endswith("-all") else ["linear"])
+    for one in probes:
+        assert one.exact, one
+        assert one.compared > 256 * 512
+        assert one.detail
+        assert (one.recipe, one.backend, one.device, one.dtype) == (recipe, name, "here", dtype)
+
+
+def engine(**methods):
+    """The torch engine with other methods."""
+    pytest.importorskip("torch")
+    base = type(qkit.backend("torchao"))
+    return type("Other", (base,), methods)()
+
+
+def test_what_does_not_run_is_missing_and_says_why():
+    def fake(self, module, rule):
+        raise NotImplementedError("no such kernel")
+
+    (one,) = probe(engine(fake=fake), qkit.recipe("int4-g64"), dtype="float32")
+    assert (one.outcome, one.detail, one.exact) == ("missing", "NotImplementedError: no such kernel", False)
+
+
+def test_wrong_codes_are_counted():
+    def quantize(self, w, grid):
+        q = qkit.backend("torchao").quantize(w, grid)
+        q.codes[3, 5:9] += 1
+        return q
+
+    (one,) = probe(engine(quantize=quantize), qkit.recipe("int4-g64"), dtype="float32")
+    assert (one.codes, one.exact) == (4, False)
+
+
+def test_outputs_that_differ_are_found():
+    def run(self, module, x):
+        y = qkit.backend("torchao").run(module, x)
+        return y * 1.001 if type(module).__name__ == "PackedLinear" else y
+
+    (one,) = probe(engine(run=run), qkit.recipe("int4-g64"), dtype="float32")
+    assert (one.codes, one.within, one.exact) == (0, False, False)
+    assert one.difference > 1e-5
+
+
+def test_the_worst_of_a_recipe_counts():
+    (first, second) = probe(engine(), qkit.recipe("int4-g64-all"), dtype="float32")
+    assert worst([first, second]) == "decoded"
+
+
+@pytest.mark.skipif(not {"torchao", "mlx"} <= set(ENGINES), reason="both engines")
+def test_the_command_shows_a_row_for_each_recipe_and_what_the_cells_mean():
+    done = runner.invoke(application, ["backends", "--probe"])
+    assert done.exit_code == 0
+    for name in qkit.recipes():
+        assert f" {name} " in done.stdout
+    assert "mlx native: QuantizedLinear, affine 4-bit g64" in done.stdout
+    assert "torchao decoded: in torchao IntxUnpackedToInt8Tensor; no kernel on the cpu gives the bits" in done.stdout
+    assert "0 mismatches in" in done.stdout
+
+
+@pytest.mark.skipif("torchao" not in ENGINES, reason="torch")
+def test_parity_of_everything_probes_layers_too():
+    arguments = ["parity", "mxfp4", "--all", "--no-compiled", "--backend", "torchao", "--size", "10", "--json"]
+    rows = json.loads(runner.invoke(application, arguments).stdout)
+    probes = [row for row in rows if "recipe" in row]
+    assert [(row["recipe"], row["dtype"]) for row in probes] == [
+        ("mxfp4", t) for t in ("float32", "bfloat16", "float16")
+    ]
+    assert all(row["exact"] for row in rows)

@@ -1,0 +1,89 @@
+"""The CUDA kernels without CUDA: Triton's interpreter runs them, in a process of its own, beside the reference.
+
+The interpreter divides where the kernels do not; what they do instead is counted out here, for every mantissa there is.
+"""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the torch extra is not installed")
+pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+
+SCRIPT = Path(__file__).parents[2] / "interpreted.py"
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16"]
+)  # the other types differ in how they are read; they are compared on GPUs
+def test_kernels_are_the_reference_bit_for_bit(dtype):
+    done = subprocess.run([sys.executable, str(SCRIPT), dtype], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) > 35
+    assert [line for line in lines if not line.endswith(" exact")] == []
+
+
+def test_a_mended_reciprocal_is_the_rounded_one_of_every_mantissa_of_8_bits():
+    s = np.arange(128, 256, dtype=np.float64)
+    want = (1 / s).astype(np.float32)
+    for units in range(-3, 4):  # how far off the hardware's quotient may be, and one more
+        r = (want.view(np.int32) + units).view(np.float32).astype(np.float64)
+        remainder = (1 - s * r).astype(np.float32).astype(np.float64)  # s * r has 32 bits: exact
+        assert ((r + remainder * r).astype(np.float32) == want).all()
+
+
+@pytest.mark.parametrize("bits", [8, 11], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("steps", [8, 4], ids=["integers", "nvfp4"])
+def test_a_quotient_rounded_to_fine_steps_first_rounds_as_the_exact_one(bits, steps):
+    x = np.arange(2 ** (bits - 1), 2**bits, dtype=np.float64)
+    x = (x * 2.0 ** np.arange(-bits - 10, 17 - bits)[:, None]).reshape(-1)
+    for s in np.arange(2 ** (steps - 1), 2**steps, dtype=np.float64):
+        near = np.concatenate([x, -x])[np.abs(np.concatenate([x, -x]) / s) < 256]
+        r = np.float64(np.float32(1 / s))
+        exact, fine = (near / s).astype(np.float32), (near * r + 768).astype(np.float32)
+        if steps == 8:
+            assert (np.rint(exact) == fine + np.float32(12582912 - 768) - np.float32(12582912)).all()
+        else:
+            assert (_e2m1(exact) == _e2m1(fine - np.float32(768))).all()
+
+
+def _e2m1(y):
+    """As `kernels.small_float`."""
+    y = np.clip(y, -6, 6)
+    coarse = (np.maximum(y.view(np.int32) & 0x7F800000, 127 << 23) + (22 << 23) + 0x400000).view(np.float32)
+    return (y + coarse) - coarse
+
+
+def test_a_kernel_is_compiled_once_for_each_key_and_then_launched_by_itself():
+    from qkit_torchao.kernels.direct import Kernel
+
+    calls = []
+
+    class Function:
+        def __getitem__(self, grid):
+            def run(*arguments, num_warps):
+                calls.append(("compiled", grid, arguments, num_warps))
+                return Compiled(arguments)
+
+            return run
+
+    class Compiled:
+        def __init__(self, first):
+            self.first = first
+
+        def __getitem__(self, grid):
+            return lambda *arguments: calls.append(("launched", grid, self.first, arguments))
+
+    kernel = Kernel(Function())
+    for key, programs, argument in (("a", 4, 1), ("a", 5, 2), ("b", 6, 3), ("a", 7, 4)):
+        kernel(key, programs, (argument,), warps=2)
+    assert calls == [
+        ("compiled", (4,), (1,), 2),
+        ("launched", (5, 1, 1), (1,), (2,)),
+        ("compiled", (6,), (3,), 2),
+        ("launched", (7, 1, 1), (1,), (4,)),
+    ]

@@ -1,0 +1,141 @@
+"""GGUF: the same codes in blocks of 32, as gguf itself decodes them, or refused by name."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_export import DTYPES, quantized, weight
+
+import qkit
+from qkit.exchange import snapshot, transfer
+from qkit.formats.gguf import export_gguf, store
+from qkit.formats.packed import pack
+from qkit.grid import Grid
+
+gguf = pytest.importorskip("gguf")
+
+HELD = {
+    "Q4_0": [Grid("int4", 32), Grid("int4", 64, "absmax"), Grid("int4", "row", "midmax"), Grid("int4", "tensor")],
+    "Q8_0": [Grid("int8", 32), Grid("int8", 128, "signed"), Grid("int8", "row")],
+    "MXFP4": [Grid("e2m1", 32), Grid("e2m1", 64, "floor"), Grid("e2m1", "row", "even")],
+}
+REFUSED = [Grid("int4", 32, "minmax"), Grid("int3", 32), Grid("int4", 16), Grid("e4m3", 32), Grid("e2m1", 16, "nvfp4")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "grid"), [(kind, grid) for kind, grids in HELD.items() for grid in grids], ids=str)
+def test_gguf_decodes_what_the_reference_does(kind, grid, dtype):
+    q = qkit.quantize(weight(dtype), grid)
+    values = gguf.dequantize(store(pack(q)), gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(values, qkit.dequantize(replace(q, dtype="float32")))
+
+
+def test_the_layout_of_a_block_is_ggml_s():
+    codes = np.arange(-16, 16) // 2
+    w = (codes * 0.5).astype(np.float32)[None]
+    q = qkit.quantize(w, Grid("int4", 32, "signed"))
+    assert np.array_equal(q.codes[0], codes)
+    (block,) = store(pack(q))
+    assert block[:2].view(np.float16)[0] == 0.5
+    assert block[2:].tolist() == [(codes[i] + 8) | (codes[i + 16] + 8) << 4 for i in range(16)]
+
+
+@pytest.mark.parametrize("grid", REFUSED, ids=str)
+def test_what_gguf_cannot_hold_is_refused_with_the_way_out(grid):
+    with pytest.raises(qkit.ArtifactError, match=rf"GGUF holds no rows of 256 on {grid}.*--to dense"):
+        store(pack(qkit.quantize(weight(), grid)))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e7])
+def test_scales_that_are_no_float16_are_counted(scale):
+    q = qkit.quantize(weight(scale=scale), Grid("int8", 128))
+    with pytest.raises(qkit.ArtifactError, match="48 of 48 scales are no float16"):
+        store(pack(q))
+
+
+def test_the_file_appears_whole_or_not_at_all(tmp_path):
+    source = snapshot.read(quantized(tmp_path, "int4-g32"))
+    path = "model.layers.1.mlp.up_proj"
+    zeros = qkit.Rule(("*",), weight=Grid("int4", 32, "minmax"))
+    wrong = {**source.weights, path: replace(source.weights[path], rule=zeros)}
+    with pytest.raises(qkit.ArtifactError, match=rf"{path}\.weight: GGUF holds no rows of 128 on int4-g32-minmax"):
+        export_gguf(replace(source, weights=wrong), tmp_path / "model.gguf")
+
+    def broken():
+        raise qkit.ArtifactError("half way")
+
+    wrong = {**source.weights, path: replace(source.weights[path], read=broken)}
+    with pytest.raises(qkit.ArtifactError, match=r"up_proj\.weight: half way"):
+        export_gguf(replace(source, weights=wrong), tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
+    assert not list(tmp_path.glob(".*"))
+    export_gguf(source, tmp_path / "model.gguf")
+    before = (tmp_path / "model.gguf").read_bytes()
+    with pytest.raises(qkit.ArtifactError, match=r"model\.gguf exists: remove it"):
+        export_gguf(source, tmp_path / "model.gguf")
+    export_gguf(source, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "how GGUF writes a 'gpt_neox' is not known"),
+        ({"hidden_act": "relu"}, "a 'llama' with hidden_act 'relu'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "a rope of type 'linear'"),
+        ({"sliding_window": 64}, "a sliding window of 64"),
+        ({"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
+    ],
+)
+def test_a_model_that_gguf_would_compute_otherwise_is_refused(change, message, tmp_path):
+    source = snapshot.read(quantized(tmp_path, "int4-g32"))
+    with pytest.raises(qkit.ArtifactError, match=message):
+        export_gguf(replace(source, config={**source.config, **change}), tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_tensors_without_a_name_there_are_refused(tmp_path):
+    source = snapshot.read(quantized(tmp_path, "int4-g32"))
+    strange = {**source.tensors, "model.thing.weight": np.zeros(3, np.float32)}
+    with pytest.raises(qkit.ArtifactError, match=r"model\.thing\.weight: GGUF has no name for it in a 'llama'"):
+        export_gguf(replace(source, tensors=strange), tmp_path / "model.gguf")
+
+
+def test_norms_that_do_not_survive_plus_one_are_counted(tmp_path):
+    source = snapshot.read(quantized(tmp_path, "int4-g32", family="gemma2", query_pre_attn_scalar=32))
+    norm = np.full(128, 2.0**-30, np.float32)
+    tensors = {**source.tensors, "model.norm.weight": norm}
+    with pytest.raises(
+        qkit.ArtifactError, match=r"model\.norm\.weight: GGUF holds 1 \+ w, and 128 of 128 are no float32"
+    ):
+        export_gguf(replace(source, tensors=tensors), tmp_path / "model.gguf")
+
+
+def test_every_tensor_is_in_the_file_with_its_codes(tmp_path):
+    source = snapshot.read(quantized(tmp_path, "mxfp4-a16", dtype="bfloat16"))
+    export_gguf(source, tmp_path / "model.gguf")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert len(found) == 21
+    kinds = {name: tensor.tensor_type.name for name, tensor in found.items()}
+    assert (kinds["blk.0.ffn_up.weight"], kinds["output.weight"], kinds["output_norm.weight"]) == (
+        "MXFP4",
+        "BF16",
+        "F32",
+    )
+    held = source.weights["model.layers.0.mlp.up_proj"].read()
+    assert np.array_equal(found["blk.0.ffn_up.weight"].data, store(held))
+
+
+def test_activations_are_not_lost_unless_asked(tmp_path):
+    from typer.testing import CliRunner
+
+    from qkit.cli.application import application
+
+    folder = quantized(tmp_path, "int8-dynamic-act-int4-weight")
+    command = ["export", str(folder), str(tmp_path / "model.gguf"), "--to", "gguf"]
+    failed = CliRunner().invoke(application, command)
+    assert isinstance(failed.exception, qkit.ArtifactError)
+    done = CliRunner().invoke(application, [*command, "--weights-only"])
+    assert done.exit_code == 0
+    assert "without a tokenizer" in done.output
+    assert not transfer.weights_only(snapshot.read(folder)).weights["model.layers.0.mlp.up_proj"].rule.activation

@@ -1,0 +1,220 @@
+"""The compiled kernels are the reference, bit for bit; without them NumPy does the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qkit
+from qkit import Grid, native, reference
+from qkit.element import ELEMENTS, LIMIT
+from qkit.engines.numpy import NumpyBackend
+from qkit.errors import BackendError, DTypeError, GridError
+from qkit.formats.packed import pack
+from qkit.native import arrays, build, library
+from qkit.reference import packing
+from qkit.testing.tensors import all_grids, tensors
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+PATTERNS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
+ODD = [Grid("int4", 3), Grid("int3", 10, "minmax"), Grid("int8", 1), Grid("e4m3", 5), Grid("e2m1", 31, "even")]
+needs_kernels = pytest.mark.skipif(not native.available(), reason="qkit was built without a C compiler")
+
+
+def assert_same(made, law):
+    assert made.parts().keys() == law.parts().keys()
+    assert (made.grid, made.dtype) == (law.grid, law.dtype)
+    for part, array in law.parts().items():
+        one = made.parts()[part]
+        assert (one.dtype, one.shape) == (array.dtype, array.shape), part
+        assert one.tobytes() == array.tobytes(), part
+
+
+def test_where_there_is_a_compiler_there_are_kernels():
+    assert native.available() or build.compiler() is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", all_grids(), ids=str)
+def test_kernels_are_the_reference(grid, dtype):
+    for w in tensors(grid, dtype).values():
+        law = reference.quantize(w, grid)
+        assert_same(native.quantize(w, grid), law)
+        assert (native.fake_quantize(w, grid) == reference.fake_quantize(w, grid)).all()
+        packed = native.quantize_packed(w, grid)
+        assert (
+            packed.words.tobytes()
+            == packing.pack(packing.unsigned(law.codes, grid.element), law.grid.element.bits).tobytes()
+        )
+        assert packed.scales.tobytes() == law.scales.tobytes()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_kernels_are_the_reference_on_any_patterns(dtype, data):
+    """Every pattern there is: subnormals, NaN of any payload, infinities."""
+    grid = data.draw(st.sampled_from([*all_grids(), *ODD]))
+    size = grid.group if isinstance(grid.group, int) else data.draw(st.integers(1, 70))
+    shape = (data.draw(st.integers(1, 5)), size * data.draw(st.integers(1, 3)))
+    seed, spread = data.draw(st.integers(0, 2**32)), data.draw(st.booleans())
+    random = np.random.default_rng(seed)
+    bits = random.integers(0, 2 ** (8 * np.dtype(PATTERNS[dtype]).itemsize), shape).astype(PATTERNS[dtype])
+    w = bits.view(DTYPES[dtype]) if spread else random.standard_normal(shape).astype(DTYPES[dtype])
+    with np.errstate(all="ignore"):
+        made, law = native.fake_quantize(w, grid), reference.fake_quantize(w, grid)
+        wide, want = made.astype(np.float32), law.astype(np.float32)
+        assert ((wide == want) | (np.isnan(wide) & np.isnan(want))).all()
+        finite = np.where(np.abs(w.astype(np.float32)) < LIMIT, w, np.array(1, w.dtype))
+    assert_same(native.quantize(finite, grid), reference.quantize(finite, grid))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (5, 128)])
+def test_any_rank_and_any_strides(shape):
+    for grid in (Grid("int4", 32), Grid("int4", "tensor", "minmax"), Grid("e2m1", 16, "nvfp4"), Grid("int8", "row")):
+        w = np.random.default_rng(0).standard_normal((*shape, 2)).astype(np.float32)[..., 0]
+        assert_same(native.quantize(w, grid), reference.quantize(w, grid))
+        assert native.fake_quantize(w, grid).tobytes() == reference.dequantize(reference.quantize(w, grid)).tobytes()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_patterns_of_other_frameworks_are_taken_as_they_are(dtype):
+    w = np.random.default_rng(0).standard_normal((4, 64)).astype(DTYPES[dtype])
+    grid = Grid("int4", 32)
+    assert_same(native.quantize(w.view(np.int16), grid, dtype=dtype), reference.quantize(w, grid))
+    out = np.empty((4, 64), np.int16)
+    assert native.fake_quantize(w.view(np.int16), grid, dtype=dtype, out=out) is out
+    assert out.tobytes() == reference.dequantize(reference.quantize(w, grid)).tobytes()
+
+
+@needs_kernels
+def test_values_may_take_the_place_of_the_weights():
+    w = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    want = native.fake_quantize(w, Grid("int4", 32))
+    native.fake_quantize(w, Grid("int4", 32), out=w)
+    assert w.tobytes() == want.tobytes()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "grid", [Grid("int4", 64), Grid("int4", "tensor"), Grid("e2m1", 16, "nvfp4"), Grid("int8", "row")], ids=str
+)
+def test_threads_change_nothing(grid, monkeypatch):
+    w = np.random.default_rng(0).standard_normal((37, 192)).astype(np.float32)
+    monkeypatch.setattr(arrays, "SHARE", 500)
+    monkeypatch.setattr(arrays, "_most", [5])
+    assert_same(native.quantize(w, grid), reference.quantize(w, grid))
+    assert native.fake_quantize(w, grid).tobytes() == reference.dequantize(reference.quantize(w, grid)).tobytes()
+    assert (
+        native.quantize_packed(w, grid).words.tobytes() == packing.packed_codes(reference.quantize(w, grid)).tobytes()
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_packing_is_the_canonical_stream(bits):
+    element = ELEMENTS[f"int{bits}"]
+    for n in range(1, 68):
+        codes = np.random.default_rng(n).integers(element.lowest, element.highest + 1, (3, n), dtype=np.int8)
+        unsigned = packing.unsigned(codes, element)
+        assert native.pack(codes, element).tobytes() == packing.pack(unsigned, bits).tobytes(), n
+        assert native.pack(unsigned, element).tobytes() == packing.pack(unsigned, bits).tobytes(), n
+
+
+@needs_kernels
+def test_extremes_have_zero_among_them_and_show_a_nan():
+    assert native.extremes(np.array([[3, -2], [1, 0]], np.float32)) == (3, -2)
+    assert native.extremes(np.array([3, 2], np.float16)) == (3, 0)
+    assert native.extremes(np.array([-3, -2], ml_dtypes.bfloat16)) == (0, -3)
+    assert any(np.isnan(native.extremes(np.array([1, np.nan, -1], np.float32))))
+
+
+@needs_kernels
+def test_what_has_no_codes_is_refused_as_the_reference_refuses_it():
+    for make in (native.quantize, native.fake_quantize):
+        for shape in ((), (0,), (3, 0)):
+            for grid in (Grid("int4", 32), Grid("int4", "tensor")):
+                with pytest.raises(GridError):
+                    make(np.zeros(shape, np.float32), grid)
+        with pytest.raises(GridError, match="do not divide"):
+            make(np.zeros((2, 33), np.float32), Grid("int4", 32))
+        with pytest.raises(DTypeError):
+            make(np.zeros((2, 32)), Grid("int4", 32))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "out", [np.empty((2, 31), np.float32), np.empty((2, 32), np.float16), np.empty((32, 2), np.float32).T]
+)
+def test_an_array_that_does_not_fit_is_not_written(out):
+    with pytest.raises(ValueError, match="contiguous float32"):
+        native.fake_quantize(np.zeros((2, 32), np.float32), Grid("int4", 32), out=out)
+
+
+@pytest.mark.parametrize("grid", [Grid("int4", 64), Grid("int3", 32, "minmax"), Grid("e2m1", 16, "nvfp4")], ids=str)
+def test_without_kernels_numpy_gives_the_same(grid, monkeypatch):
+    w = np.random.default_rng(0).standard_normal((4, 192)).astype(np.float32)
+    engine = NumpyBackend()
+    codes, values = engine.quantize(w, grid), engine.fake_quantize(w, grid)
+    words = pack(codes).words
+    monkeypatch.setattr(library, "_library", lambda: None)
+    assert not native.available()
+    assert_same(engine.quantize(w, grid), codes)
+    assert (engine.fake_quantize(w, grid) == values).all()
+    assert pack(codes).words.tobytes() == words.tobytes()
+    with pytest.raises(BackendError, match="was not built"):
+        native.quantize(w, grid)
+
+
+@needs_kernels
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(library, "digest", lambda: "of another source")
+    library._library.cache_clear()
+    try:
+        assert not native.available()
+    finally:
+        monkeypatch.undo()
+        library._library.cache_clear()
+    assert native.available()
+
+
+def test_a_compiler_that_fails_or_is_missing_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "LIBRARY", tmp_path / "kernels.compiled")
+    monkeypatch.setenv("CC", "false")
+    assert "false failed" in build.build()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no C compiler" in build.build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_forked_process_quantizes_after_its_parent_used_threads():
+    code = """
+import os, numpy, qkit
+w = numpy.random.default_rng(0).standard_normal((1024, 1024)).astype(numpy.float32)
+want = qkit.quantize(w, qkit.Grid("int4", 64)).codes
+if not (child := os.fork()):
+    os._exit(int((qkit.quantize(w, qkit.Grid("int4", 64)).codes != want).any()))
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_numpy_arrays_take_the_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setattr(native, "available", lambda: bool(calls.append(1)))
+    qkit.quantize(np.ones((2, 32), np.float32), Grid("int4", 32))
+    assert calls
+
+
+def test_the_source_is_beside_the_library():
+    assert build.SOURCE.exists()
+    assert Path(library.LIBRARY).parent == build.SOURCE.parent

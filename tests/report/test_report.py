@@ -1,0 +1,364 @@
+"""The four-way report: what its numbers are, and that its page says them safely."""
+
+import json
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import llama
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+import qkit
+from qkit import Grid, Recipe, Rule
+from qkit.cli.application import application
+from qkit.evaluation import consecutive, evaluate, open_model
+from qkit.formats.packed import pack
+from qkit.report import Sources, about, compare, matrix, mean, moves, page, recovered
+from qkit.report.masters import newest_checkpoint, of_checkpoint
+
+TEXT = bytes(np.random.default_rng(1).integers(0, 256, 250).astype(np.uint8))
+ROWS = consecutive(np.frombuffer(TEXT, np.uint8).astype(np.int32), length=20)
+TRAINED, OTHER = "int4-g64-absmax", "int4-g32-minmax"
+
+
+def recipe(name, grid):
+    """The head in float, the rest on `grid`."""
+    return Recipe(name, (Rule(("lm_head",)), Rule(("*",), weight=grid)))
+
+
+def nudged(engine, folder, model, size):
+    """Writes `model` with other weights, as if it had been trained on; gives it back."""
+    random = np.random.default_rng(3)
+    arrays = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items()}
+    engine.fill(model, {name: a + size * random.standard_normal(a.shape).astype(a.dtype) for name, a in arrays.items()})
+    qkit.save(model, folder)
+    return qkit.load(folder, backend=engine)
+
+
+@pytest.fixture(scope="module", params=llama.ENGINES)
+def made(request, tmp_path_factory):
+    """An engine and a folder with `float`, `longer`, `masters` and what they are on the grid: `qat`."""
+    place, engine = tmp_path_factory.mktemp(request.param), qkit.backend(request.param)
+    qkit.save(llama.build(request.param), place / "float")
+    nudged(engine, place / "longer", llama.build(request.param), 0.001)
+    qkit.save(
+        qkit.convert(nudged(engine, place / "masters", llama.build(request.param), 0.003), TRAINED), place / "qat"
+    )
+    (place / "text").write_bytes(TEXT)
+    return engine, place
+
+
+@pytest.fixture(scope="module")
+def found(made):
+    """The comparison of all of them."""
+    engine, place = made
+    sources = Sources(
+        floats=place / "float",
+        recipe=qkit.recipe(TRAINED),
+        deploy=(qkit.recipe(OTHER),),
+        qat=place / "qat",
+        masters=place / "masters",
+        longer=place / "longer",
+    )
+    return compare(engine, sources, ROWS, progress=lambda row: None)
+
+
+def test_rows_are_the_losses_of_the_models(made, found):
+    engine, place = made
+    rows = {row.name: row for row in found.rows}
+    want = {
+        "float": open_model(engine, place / "float"),
+        "float, longer": open_model(engine, place / "longer"),
+        "PTQ": qkit.convert(open_model(engine, place / "float"), TRAINED),
+        f"PTQ on {OTHER}": qkit.convert(open_model(engine, place / "float"), OTHER),
+        "longer PTQ": qkit.convert(open_model(engine, place / "longer"), TRAINED),
+        f"longer PTQ on {OTHER}": qkit.convert(open_model(engine, place / "longer"), OTHER),
+        "QAT": open_model(engine, place / "qat"),
+        f"QAT on {OTHER}": qkit.convert(open_model(engine, place / "masters"), OTHER),
+    }
+    assert list(rows) == list(want)
+    for name, model in want.items():
+        loss = evaluate(engine, model, ROWS).loss
+        assert rows[name].loss.value == loss
+        assert rows[name].above.value == pytest.approx(loss - rows["float, longer"].loss.value, abs=1e-12)  # sums
+    assert (rows["float"].kl, rows["float"].agreement) == (0.0, 1.0)
+    assert rows["QAT"].kl > 0
+
+
+def test_premiums_are_differences_of_rows(found):
+    loss = {row.name: row.loss.value for row in found.rows}
+    home, other = found.premiums
+    assert (home.grid, home.deployment, other.grid) == (TRAINED, None, OTHER)
+    assert home.training.value == pytest.approx(loss["longer PTQ"] - loss["QAT"])
+    assert other.training.value == pytest.approx(loss[f"longer PTQ on {OTHER}"] - loss[f"QAT on {OTHER}"])
+    assert other.deployment.value == pytest.approx(loss[f"QAT on {OTHER}"] - loss["QAT"])
+    for one in (home.training, other.training, other.deployment):
+        assert one.low < one.value < one.high
+
+
+def test_masters_are_held_to_the_trained_model(made, found):
+    engine, place = made
+    numbers = sum(move.numbers for move in found.trained)
+    assert found.masters_equal == (numbers, numbers)
+    sources = Sources(place / "float", qat=place / "qat", masters=place / "float")
+    wrong = compare(engine, sources, ROWS, progress=lambda row: None)
+    equal, numbers = wrong.masters_equal
+    assert numbers - equal == sum(move.flipped for move in wrong.trained) > 0
+
+
+def test_without_masters_the_dequantized_values_are_put_on_the_other_grid(made):
+    engine, place = made
+    row = {name: qkit.recipe(name) for name in (TRAINED, "int8-g32")}
+    sources = Sources(place / "float", row[TRAINED], (row["int8-g32"],), qat=place / "qat")
+    finer = compare(engine, sources, ROWS, progress=lambda row: None)
+    assert "its dequantized values" in finer.masters
+    assert finer.masters_equal is None
+    assert finer.baseline == "float"
+    values = [move.error for move in finer.deployed["int8-g32"]]
+    assert 0 < max(values) < 0.01  # what int4 holds, int8 holds nearly
+
+
+def test_masters_are_read_from_a_checkpoint_beside_the_trained_model(made, found, tmp_path):
+    engine, place = made
+    arrays = {name: engine.to_numpy(a) for name, a in engine.tensors(open_model(engine, place / "masters")).items()}
+    state = {f"weights.{name}": array for name, array in arrays.items()} | {"steps": np.ones((), np.int64)}
+    shutil.copytree(place / "qat", tmp_path / "qat")
+    (tmp_path / "qat.run").mkdir()
+    save_file(state, tmp_path / "qat.run" / "checkpoint-00000002.safetensors")
+    save_file({"steps": np.zeros((), np.int64)}, tmp_path / "qat.run" / "checkpoint-00000001.safetensors")
+    newest = newest_checkpoint(tmp_path / "qat")
+    sources = Sources(place / "float", deploy=(qkit.recipe(OTHER),), qat=place / "qat", masters=newest)
+    again = compare(engine, sources, ROWS, progress=lambda _: None)
+    assert again.rows[-1].loss == found.rows[-1].loss
+    assert again.masters_equal == found.masters_equal
+    assert newest_checkpoint(place / "qat") is None
+    with pytest.raises(qkit.ArtifactError, match=r"checkpoint-00000001.safetensors holds no weights"):
+        of_checkpoint(engine, newest.with_name("checkpoint-00000001.safetensors"), llama.CONFIG)
+
+
+def test_the_recipe_follows_from_the_trained_model(made):
+    engine, place = made
+    named = compare(
+        engine, Sources(place / "float", qkit.recipe(TRAINED), qat=place / "qat"), ROWS, progress=lambda _: 0
+    )
+    read = compare(engine, Sources(place / "float", qat=place / "qat"), ROWS, progress=lambda _: 0)
+    assert read.recipe == "int4-g64-absmax"
+    assert [row.loss for row in read.rows] == [row.loss for row in named.rows]
+
+
+def test_another_grid_than_the_trained_model_is_on_is_refused(made):
+    engine, place = made
+    with pytest.raises(
+        qkit.RecipeError, match=r"q_proj is on int4-g64-absmax .* recipe 'int4-g64' says int4-g64-signed"
+    ):
+        compare(
+            engine, Sources(place / "float", qkit.recipe("int4-g64"), qat=place / "qat"), ROWS, progress=lambda _: 0
+        )
+
+
+def test_an_existing_quantized_directory_takes_the_place_of_converting(made, tmp_path):
+    engine, place = made
+    qkit.save(qkit.convert(open_model(engine, place / "longer"), TRAINED), tmp_path / "ptq")
+    sources = Sources(place / "float", qat=place / "qat", ptq=tmp_path / "ptq")
+    rows = {row.name: row for row in compare(engine, sources, ROWS, progress=lambda _: 0).rows}
+    assert rows["PTQ"].loss.value == evaluate(engine, open_model(engine, tmp_path / "ptq"), ROWS).loss
+    assert rows["PTQ"].source == str(tmp_path / "ptq")
+
+
+def test_two_recipes_of_one_name_are_refused(made):
+    engine, place = made
+    twice = (recipe("mine", Grid("int4", 32)), recipe("mine", Grid("int4", 64)))
+    with pytest.raises(qkit.RecipeError, match="two of the recipes are called 'mine'"):
+        compare(engine, Sources(place / "float", twice[0], twice[1:]), ROWS, progress=lambda _: 0)
+
+
+def test_neither_recipe_nor_trained_model_is_refused(made):
+    engine, place = made
+    with pytest.raises(qkit.RecipeError, match="neither a recipe nor a trained model"):
+        compare(engine, Sources(place / "float"), ROWS, progress=lambda _: 0)
+
+
+def test_a_matrix_deploys_each_model_on_each_grid(made):
+    engine, place = made
+    models = {name: (lambda name=name: open_model(engine, place / name)) for name in ("float", "masters")}
+    grids = {name: (lambda model, name=name: qkit.convert(model, name)) for name in (TRAINED, OTHER)}
+    square = matrix(engine, models, grids, ROWS)
+    assert square["masters"][TRAINED].loss == evaluate(engine, open_model(engine, place / "qat"), ROWS).loss
+    assert len({one.loss for row in square.values() for one in row.values()}) == 4
+
+
+# intervals
+
+
+def losses(size=0.1, windows=400):
+    random = np.random.default_rng(0)
+    text = random.gamma(2.0, 1.0, windows)  # some windows are harder than others, for every model
+    return (
+        text,
+        text + 0.10 + size * random.standard_normal(windows),
+        text + 0.04 + size * random.standard_normal(windows),
+    )
+
+
+def test_the_share_recovered_and_its_interval():
+    floats, untrained, trained = losses()
+    one = recovered(floats, untrained, trained)
+    assert one.value == pytest.approx((untrained - trained).mean() / (untrained - floats).mean())
+    assert 0.3 < one.low < one.value < one.high < 0.7
+    assert recovered(floats, untrained, trained) == one
+
+
+def test_an_interval_is_paired():
+    """The spread of the windows, 1.4, is the same for both models and does not count; that of the difference, 0.14, does."""
+    _, untrained, trained = losses()
+    one = mean(untrained - trained)
+    standard_error = (untrained - trained).std() / 20
+    assert one.high - one.low == pytest.approx(2 * 1.96 * standard_error, rel=0.1)  # 2000 draws
+    assert one.high - one.low < (mean(untrained).high - mean(untrained).low) / 5
+
+
+def test_nothing_is_recovered_of_nothing():
+    floats, untrained, trained = losses()
+    assert recovered(untrained, floats, trained) is None
+    assert recovered(floats, floats + 1e-3 * (untrained - untrained.mean()), trained) is None
+
+
+def test_one_window_has_no_interval():
+    with pytest.raises(qkit.QkitError, match="at least 2 windows"):
+        mean(np.ones(1))
+
+
+# how far weights are from each other
+
+
+def packed(values, grid):
+    return {"layer": pack(qkit.quantize(np.asarray(values, np.float32), grid))}
+
+
+def test_a_step_of_the_other_sign_alone_flips_nothing():
+    grid = Grid("int4", 32, "signed")
+    row = np.linspace(-6, 7, 32)[None]
+    ours = qkit.quantize(row.astype(np.float32), grid)
+    turned = replace(ours, codes=np.clip(-ours.codes, -8, 7), scales=-ours.scales)
+    (move,) = moves({"layer": pack(ours)}, {"layer": pack(turned)})
+    assert move.flipped == int((ours.codes == -8).sum()) == 2  # whose opposite there is no code for
+    assert (ours.codes != turned.codes).sum() > 20
+
+
+def test_codes_and_values_that_differ_are_counted():
+    grid = Grid("int4", 32, "absmax")
+    before = np.zeros((2, 32))
+    before[:, 0] = 7.0
+    after = before.copy()
+    after[1, 1:3] = 3.0
+    (move,) = moves(packed(before, grid), packed(after, grid))
+    assert (move.numbers, move.flipped) == (64, 2)
+    assert move.steps == pytest.approx(6 / 64)
+    assert move.error == pytest.approx((18 / 98) ** 0.5)
+
+
+def test_zero_points_are_no_flips():
+    whole = np.tile(np.arange(-7.0, 9.0), 2)[
+        None
+    ]  # multiples of 1 on both grids: from zero point 7, and of a step of -1
+    minmax, signed, absmax = (Grid("int4", 32, rule) for rule in ("minmax", "signed", "absmax"))
+    (same,) = moves(packed(whole, minmax), packed(whole, signed))
+    (across,) = moves(packed(whole, minmax), packed(whole, absmax))
+    assert (same.flipped, same.steps, same.error) == (0, 0.0, 0.0)
+    assert across.flipped > 0  # its step is 8 / 7
+
+
+def test_codes_of_unlike_elements_are_not_compared_but_values_are():
+    row = np.linspace(-6, 7, 32)[None]
+    (move,) = moves(packed(row, Grid("int4", 32)), packed(row, Grid("int8", 32)))
+    assert move.flipped is None
+    assert 0 < move.error < 0.1
+
+
+# the page
+
+
+class Tags(HTMLParser):
+    """Every tag, and whether all were closed in order."""
+
+    VOID = ("meta",)
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def a_page(place, found, **changes):
+    source = about("qkit compare", backend="torchao", device="cpu", files=["text"], tokens_per_byte=1.0)
+    return page(found, replace(source, **changes), title="A title")
+
+
+def test_the_page_is_whole_and_asks_for_nothing(made, found):
+    text = a_page(made[1], found)
+    tags = Tags(text)
+    assert not tags.open
+    assert ("html", {"lang": "en"}) in tags.tags
+    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in tags.tags}
+    assert not [attrs for _, attrs in tags.tags if {"src", "href", "onload", "onclick"} & attrs.keys()]
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http:" not in text
+    assert "https:" not in text
+    charts = [attrs for tag, attrs in tags.tags if tag == "svg" and attrs.get("role") == "img"]
+    assert len(charts) == 4
+    assert all(attrs["aria-label"] for attrs in charts)
+    tables = [tag for tag, _ in tags.tags if tag in ("table", "caption")]
+    assert tables == ["table", "caption"] * 4
+
+
+def test_the_page_shows_the_numbers(made, found):
+    text = a_page(made[1], found)
+    for row in found.rows:
+        assert f"{row.loss.value:.4f}" in text
+        assert f'<th scope="row">{row.name}</th>' in text
+    for move in found.trained:
+        assert f"{move.path}, PTQ to QAT on {found.recipe}: {move.flipped / move.numbers:.2%}" in text
+
+
+def test_what_comes_from_outside_is_escaped(made, found):
+    evil = '<script>alert("x")</script>&'
+    row = replace(found.rows[0], source=evil)
+    layer = replace(found.trained[0], path=evil)
+    dirty = replace(found, rows=(row, *found.rows[1:]), trained=(layer, *found.trained[1:]), masters=evil)
+    text = a_page(made[1], dirty, command=evil, files=(evil,), device=evil) + page(
+        replace(found, recipe=evil),
+        about(evil, backend=evil, device="", files=["text"], tokens_per_byte=1.0),
+        title=evil,
+    )
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;") >= 10
+
+
+def test_the_command_writes_page_numbers_and_picture_twice_the_same(made, tmp_path):
+    engine, place = made
+    arguments = ["compare", place / "float", "--recipe", TRAINED, "--qat", place / "qat", "--deploy-recipe", OTHER]
+    arguments += ["--data", place / "text", "--length", "20", "--backend", engine.name, "--out", tmp_path / "out"]
+    done = [CliRunner().invoke(application, list(map(str, arguments))) for _ in range(2)]
+    assert [one.exit_code for one in done] == [0, 0], done[0].output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recipe"] == TRAINED
+    assert [row["name"] for row in report["rows"]] == ["float", "PTQ", f"PTQ on {OTHER}", "QAT", f"QAT on {OTHER}"]
+    assert f"{report['rows'][3]['loss']['value']:.4f}" in done[0].stdout
+    assert done[0].stdout == done[1].stdout
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,131 @@
+"""Runs that train adapters: merged into the artifact, kept beside it, resumed to the same bytes, on masters or on codes."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import ENGINES, folder, table
+from safetensors.numpy import load_file
+from test_training_resume import codes_of, files, last, losses, same_run, stopping
+
+import qkit
+from qkit import adapters, reference
+from qkit.adapters import formats as interop
+from qkit.reference import merged as arithmetic
+from qkit.report.masters import newest_checkpoint, of_checkpoint
+from qkit.training import run_from_table, train_model
+from qkit.training.folder import beside
+
+pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
+LORA = {"rank": 4, "match": "*.mlp.*", "seed": 3}
+KINDS = [LORA, {**LORA, "kind": "dora", "alpha": 4}]
+FAST = {"learning_rate": 1e-2}
+
+
+def train(path, **changes):
+    return train_model(run_from_table(table(path, **{"adapter": LORA, **FAST, **changes})))
+
+
+def quantized(path, name, recipe="int4-g32"):
+    """An artifact of the model in `path`, which was not trained."""
+    qkit.save(qkit.convert(qkit.load(path / "model", backend=name), recipe), path / "base", source=path / "model")
+    return path / "base"
+
+
+def merged_codes(weights, out):
+    """The codes that the reference gives base weights with the adapter beside `out`, by path."""
+    found = interop.read(beside(out) / "adapter")
+    merged = {path: arithmetic.merged(weights(path), update) for path, update in found.updates.items()}
+    return {path: reference.quantize(w, qkit.Grid("int4", 32)).codes for path, w in merged.items()}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("adapter", KINDS)
+def test_the_artifact_has_the_codes_of_the_merged_weights(tmp_path, name, adapter):
+    path = folder(tmp_path)
+    outcome = train(path, backend=name, steps=20, adapter=adapter)
+    assert outcome.held_out_after < outcome.held_out_before
+    assert outcome.held_out_saved == pytest.approx(outcome.held_out_after, rel=1e-6)
+    assert outcome.forward_difference == 0.0
+    masters = load_file(path / "model" / "model.safetensors")
+    merged = merged_codes(lambda layer: masters[f"{layer}.weight"], path / "out")
+    codes, before = codes_of(path / "out"), codes_of(quantized(path, name))
+    assert len(merged) == 6
+    for layer in codes:
+        assert (codes[layer] == merged.get(layer, before[layer])).all(), layer
+        assert (codes[layer] != before[layer]).any() == (layer in merged)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_base_of_codes_stays_packed_and_only_the_adapter_trains(tmp_path, name):
+    path = folder(tmp_path)
+    base = quantized(path, name)
+    outcome = train(path, backend=name, steps=20, model=str(base), recipe=None)
+    assert outcome.held_out_after < outcome.held_out_before
+    assert outcome.held_out_saved == pytest.approx(outcome.held_out_after, rel=1e-6)
+    assert outcome.forward_difference == 0.0
+    state = load_file(last(path / "out"))
+    assert not any(key.endswith("up_proj.weight") for key in state)
+    assert all("lora" in key for key in state if key.startswith("first_moment"))
+    before = load_file(base / "model.safetensors")
+    for key in ("model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        assert np.array_equal(state[f"weights.{key}"], before[key])
+    opened, engine = qkit.load(base, backend=name), qkit.backend(name)
+    layers = {layer.path: layer.module for layer in engine.layers(opened)}
+    values = lambda layer: engine.to_numpy(engine.dequantize(engine.unpack(layers[layer])))  # noqa: E731
+    merged, codes = merged_codes(values, path / "out"), codes_of(path / "out")
+    assert all((codes[layer] == merged.get(layer, old)).all() for layer, old in codes_of(base).items())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_adapter_beside_the_artifact_is_opened_on_its_base(tmp_path, name):
+    path = folder(tmp_path)
+    train(path, backend=name)
+    kept = beside(path / "out") / "adapter"
+    assert json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"] == str(path / "model")
+    model = qkit.prepare(qkit.load(path / "model", backend=name), "int4-g32")
+    model = qkit.convert(qkit.merge(adapters.load(model, kept)))
+    qkit.save(model, path / "again", source=path / "model")
+    assert (path / "again/model.safetensors").read_bytes() == (path / "out/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_with_adapters_that_is_resumed_is_the_uninterrupted_one(tmp_path, name, packed):
+    path = folder(tmp_path)
+    run = {"backend": name, "adapter": KINDS[1], **FAST}
+    if packed:
+        run |= {"model": str(quantized(path, name)), "recipe": None}
+    train(path, **run, out=str(path / "whole"))
+    with stopping(5) as tell:
+        train_model(run_from_table(table(path, **run)), tell=tell)
+    train(path, **run)
+    assert same_run(path / "out", path / "whole")
+    assert files(beside(path / "out") / "adapter") == files(beside(path / "whole") / "adapter")
+    assert len(losses(path / "out")) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {**LORA, "rank": 2}}, r"is of a run with adapter = .*'rank': 4.* and now it is .*'rank': 2"),
+        ({"adapter": None}, r"is of a run with adapter = .*, and now it is None"),
+        ({"backend": ENGINES[-1]}, rf"has adapters of backend {ENGINES[0]}, and this is {ENGINES[-1]}"),
+    ],
+)
+def test_a_resume_with_another_adapter_or_engine_is_refused(tmp_path, changes, message):
+    if changes.get("backend") == ENGINES[0]:
+        pytest.skip("needs two engines")
+    path = folder(tmp_path)
+    with stopping(5) as tell:
+        train_model(run_from_table(table(path, adapter=LORA)), tell=tell)
+    with pytest.raises(qkit.RunError, match=message):
+        train_model(run_from_table(table(path, **{"adapter": LORA, **changes})))
+
+
+def test_the_masters_under_an_adapter_are_not_taken_for_trained_ones(tmp_path):
+    path = folder(tmp_path)
+    train(path, steps=2)
+    assert newest_checkpoint(path / "out") is None
+    with pytest.raises(qkit.ArtifactError, match="holds adapters, and masters that were not trained"):
+        of_checkpoint(qkit.backend(ENGINES[0]), last(path / "out"), {})
