@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays
 from qkit.pipeline import surgeon
 
 
-def gather(model: Any, *, backend: str | Backend | None = None) -> Any:
+def gather(model: Any, *, backend: str | Arrays | None = None) -> Any:
     """The whole of a model that FSDP2 has sharded, to convert and save: in process 0, on the CPU; None in the others.
 
     Every process has to call it. The sharded model stays as it is, and none of its tensors is shared. A model that is whole is

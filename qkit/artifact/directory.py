@@ -9,10 +9,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qkit.artifact.metadata import KEY, Entry, describe, entries_of, group, kind_of
+from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
-from qkit.errors import ArtifactError, BackendError, GridError, StageError
+from qkit.errors import ArtifactError, GridError, StageError
 from qkit.formats import compressed_tensors
 from qkit.pipeline import NOTE, surgeon
 from qkit.qtensor import DType, QTensor
@@ -43,7 +44,7 @@ def save(
     folder: str | Path,
     *,
     source: str | Path | None = None,
-    backend: str | Backend | None = None,
+    backend: str | Arrays | None = None,
     dtype: DType | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -99,7 +100,7 @@ def save(
     return folder
 
 
-def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any = None) -> Any:
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any = None) -> Any:
     """The model in `folder`, float or converted, on an engine.
 
     Args:
@@ -111,7 +112,7 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
         BackendError: the engine is missing, or cannot build such a model.
     """
     folder = Path(folder)
-    engine = choose(backend) if into is None else surgeon(into, backend)
+    engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
     arrays, metadata = read_folder(folder)
     config = read_config(folder)
     entries = entries_of(folder, metadata, config)
@@ -137,12 +138,10 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     return engine.replace(model, packed)
 
 
-def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> Any:
+def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-    if not hasattr(engine, "build"):
-        raise BackendError(f"backend {engine.name!r} works on arrays only: it has no models to load into")
-    return engine.build(_without(config, "quantization_config"))
+    return require(engine, Builds).build(_without(config, "quantization_config"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from qkit.engines.protocol import Backend, BackendSpec
+from qkit.engines.protocol import Arrays, BackendSpec
 from qkit.errors import BackendError, RecipeError
 from qkit.rules import Recipe, read_recipe
 
@@ -113,7 +113,7 @@ def _ask(found: Plugins, name: str, plugin: Any, hook: str, *, wanted: type) -> 
 
 
 #: The backends of the packages that `backend_of` has met; a plain look-up, so that it passes torch's compiler.
-_by_package: dict[str, Backend] = {}
+_by_package: dict[str, Arrays] = {}
 
 
 def register(plugin: object, name: str) -> None:
@@ -143,7 +143,7 @@ def backends() -> list[BackendStatus]:
     ]
 
 
-def backend(choice: "str | Backend | None" = None) -> Backend:
+def backend(choice: "str | Arrays | None" = None) -> Arrays:
     """The backend called `choice`; a backend object is given back.
 
     None takes what is at hand: MLX on a Mac, torch anywhere else, then any other that is ready, NumPy last.
@@ -166,7 +166,7 @@ def backend(choice: "str | Backend | None" = None) -> Backend:
     return _instance(choice)
 
 
-def backend_of(thing: Any) -> Backend:
+def backend_of(thing: Any) -> Arrays:
     """The backend for an array or a module, by the package its type comes from.
 
     Raises:
@@ -176,7 +176,7 @@ def backend_of(thing: Any) -> Backend:
     return known if known is not None else _search(thing)
 
 
-def _search(thing: Any) -> Backend:
+def _search(thing: Any) -> Arrays:
     packages = {cls.__module__.partition(".")[0] for cls in type(thing).__mro__}
     for spec in plugins().backends.values():
         if spec.framework in packages:
@@ -188,13 +188,13 @@ def _search(thing: Any) -> Backend:
 
 
 @cache
-def _instance(name: str) -> Backend:
+def _instance(name: str) -> Arrays:
     spec = plugins().backends[name]
     status = _status(spec)
     if not status.ready:
         raise BackendError(f"backend {name!r} {status.reason}")
     module, _, attribute = spec.target.partition(":")
-    made: Backend = getattr(importlib.import_module(module), attribute)()
+    made: Arrays = getattr(importlib.import_module(module), attribute)()
     return made
 
 

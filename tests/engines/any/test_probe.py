@@ -54,7 +54,7 @@ def test_wrong_codes_are_counted():
 
 def test_outputs_that_differ_are_found():
     def run(self, module, x):
-        y = qkit.backend("torchao").run(module, x)
+        y = qkit.backend("torchao").run_layer(module, x)
         return y * 1.001 if type(module).__name__ == "PackedLinear" else y
 
     (one,) = probe(engine(run=run), qkit.recipe("int4-g64"), dtype="float32")
