@@ -16,6 +16,7 @@ from qkit.coverage import coverage
 from qkit.demo_preset import PRESET, PRESETS, Preset, standard_library
 from qkit.demo_report import write_report
 from qkit.errors import BackendError
+from qkit.installation import how_to_install
 from qkit.interop.compressed_tensors import layout
 from qkit.outside import losses_outside
 from qkit.qtensor import QTensor
@@ -99,7 +100,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     engine = choose(backend)
     if not hasattr(engine, "trainer"):
         raise BackendError(
-            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
+            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with {how_to_install('all')}"
         )
     grid_recipe, preset = find_recipe(recipe), preset or PRESETS.get(engine.name, PRESET)
     model = engine.build(preset.config)
@@ -222,7 +223,7 @@ def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
             obstacles.append(f"{status.name}: {error}")
             continue
         return engine, ""
-    return None, "; ".join(obstacles) or "there is no second engine: pip install 'qkit[all]'"
+    return None, "; ".join(obstacles) or f"there is no second engine: {how_to_install('all')}"
 
 
 def _train(

@@ -13,6 +13,7 @@ from qkit.adapters.update import Update
 from qkit.backend import NOTHING
 from qkit.errors import BackendError
 from qkit.grid import Grid
+from qkit.installation import how_to_install
 from qkit.layer import Layer, Mode
 from qkit.qtensor import QTensor
 from qkit.recipe import Kind, Rule, Ste
@@ -217,7 +218,7 @@ class MlxBackend:
         except ModuleNotFoundError as error:
             if error.name != "mlx_lm":
                 raise
-            raise BackendError("building a Hugging Face model needs mlx-lm: pip install 'qkit[mlx-lm]'") from None
+            raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
         return hub.build(config)
 
     # training

@@ -12,6 +12,7 @@ from rich.table import Table
 import qkit
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Data, Device, Engine, Length, Windows
+from qkit.installation import how_to_install
 
 if TYPE_CHECKING:
     from qkit.report import Comparison
@@ -85,7 +86,7 @@ def compare(
 
         draw(found, out / "report.png", title=heading)
     else:
-        console.print("no picture: pip install 'qkit[plot]'")
+        console.print(f"no picture: {how_to_install('plot')}", markup=False)
 
 
 def _table(found: "Comparison") -> Table:

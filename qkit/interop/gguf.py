@@ -19,6 +19,7 @@ from qkit import packing
 from qkit.checkpoint import swap
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
+from qkit.installation import how_to_install
 from qkit.interop.mlx_lm import spread
 from qkit.interop.packed import unpack
 from qkit.interop.rope import rope_type, ropes
@@ -133,7 +134,7 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise BackendError("GGUF files need the gguf package: pip install 'qkit[gguf]'") from None
+        raise BackendError(f"GGUF files need the gguf package: {how_to_install('gguf')}") from None
     out = Path(out)
     if out.exists():
         raise ArtifactError(f"{out} exists: remove it, or choose another name")

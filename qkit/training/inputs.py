@@ -7,6 +7,7 @@ from qkit import artifact
 from qkit.artifact.directory import read_config
 from qkit.backend import Backend
 from qkit.errors import BackendError, RunError
+from qkit.installation import how_to_install
 from qkit.interop import snapshot
 from qkit.registry import backend as choose
 from qkit.training.data import Sequences, sequences, split
@@ -34,7 +35,7 @@ def engine_of(run: Run) -> Backend:
     engine = choose(run.backend)
     if not hasattr(engine, "trainer"):
         raise BackendError(
-            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
+            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with {how_to_install('all')}"
         )
     return engine.on(run.device) if run.device else engine
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import BackendError, RunError
+from qkit.installation import how_to_install
 
 
 def encode(texts: list[str], tokenizer: Path) -> list[NDArray[np.int32]]:
@@ -18,7 +19,7 @@ def encode(texts: list[str], tokenizer: Path) -> list[NDArray[np.int32]]:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise BackendError(f"{tokenizer} needs tokenizers: pip install 'qkit[hf]'") from None
+        raise BackendError(f"{tokenizer} needs tokenizers: {how_to_install('hf')}") from None
     try:
         made = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the library raises plain exceptions
