@@ -127,17 +127,25 @@ def read_recipe(file: "Path | Traversable") -> Recipe:
     Raises:
         RecipeError: the file is missing or malformed; the message names the file and the key.
     """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: {error}") from None
+    return parse_recipe(text, name=file.name.removesuffix(".toml"), source=str(file))
+
+
+def parse_recipe(text: str, *, name: str, source: str) -> Recipe:
+    """The recipe in the text of a TOML file; messages begin with `source`.
+
+    Raises:
+        RecipeError: it is malformed; the message names the key.
+    """
     import tomllib  # here, so that `import qkit` stays cheap
 
-    name = file.name.removesuffix(".toml")
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{file}: {error}") from None
-    try:
-        return recipe_from_table(table, name=name)
-    except (RecipeError, GridError) as error:
-        raise RecipeError(f"{file}: {error}") from None
+        return recipe_from_table(tomllib.loads(text), name=name)
+    except (RecipeError, GridError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"{source}: {error}") from None
 
 
 def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:

@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 import qkit
-from qkit.cli.console import Json, console, print_json
+from qkit.cli.console import Json, console, errors, print_json
 from qkit.grid import Grid
 from qkit.recipe import Recipe, rule_table
-from qkit.registry import ALIASES
+from qkit.registry import ALIASES, left_out
 
 NAMES = 80  #: columns that names and grids take; the summary has the rest
 TYPICAL = (4096, 4096)  #: shape of the weight that bits per weight are given for
@@ -32,6 +32,8 @@ def recipes(
             _show(recipe, asked_for=name)
         return
     found = [qkit.recipe(known) for known in qkit.recipes()]
+    for who, reason in left_out().items():
+        errors.print(f"left out: {who}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print_json([_as_table(recipe) for recipe in found])
         return
