@@ -4,6 +4,7 @@ Nothing of a third party is imported here: its process reports descriptions of b
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -135,7 +136,7 @@ def ask_all(entries: "dict[str, EntryPoint]") -> dict[str, Brought | str]:
 
     if not entries:
         return {}
-    with ThreadPoolExecutor(max_workers=8) as threads:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         return dict(zip(entries, threads.map(_ask_apart, entries.values()), strict=True))
 
 
