@@ -64,7 +64,12 @@ def test_every_extra_resolves_against_the_index_alone(
             str(cache),
         ]
         done = subprocess.run(
-            [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            [*command, *options, "--cache-dir", str(cache)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode and re.search("error sending request|dns error|tcp connect", done.stderr):
             pytest.skip(f"the package index cannot be reached: {done.stderr[-300:]}")
