@@ -179,7 +179,6 @@ for line in json.loads(sys.argv[1]):
         ["recipes", "--json"],
         ["recipes"],
         ["recipes", "int4-g64"],
-        ["backends", "--probe"],
     ]
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, "-W", "error", "-c", code, json.dumps(lines)]
