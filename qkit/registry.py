@@ -27,7 +27,7 @@ ALIASES = {
     "W4A16_ASYM": "int4-g128-minmax",
     "W8A16": "int8-g128-midmax",
     "MXFP4A16": "mxfp4-a16-even",
-    "MXFP8A16": "mxfp8-a16-even",
+    "MXFP8A16": "mxfp8-a16",
     "NVFP4A16": "nvfp4-a16",
 }
 
