@@ -30,7 +30,7 @@ CUDA = """
 #define QKIT_MOST fmaxf
 """
 
-#: One group: `see` every element, then `step_of` what was seen, then `value` of every element. R2 to R9 of the numerics.
+#: One group: `see` every element, then `step_of` what was seen, then `value` of every element. R2 to R9 of numerics.md.
 ARITHMETIC = """
 struct Step { float s, inverse, zero; };
 

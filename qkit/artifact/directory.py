@@ -9,13 +9,15 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qkit.artifact.entries import KEY, Entry, describe, entries_of, group, kind_of
-from qkit.artifact.tensors import array_stream, in_type, read_folder, with_type
+from qkit.artifact.tensors import array_stream, in_type, with_type
 from qkit.backend import Backend
 from qkit.checkpoint.layout import SHARD_BYTES
 from qkit.checkpoint.output import write_directory
-from qkit.checkpoint.source import inside, is_pickle, read_json
+from qkit.checkpoint.seal import check_seal
+from qkit.checkpoint.source import inside, is_pickle, read_folder, read_json
 from qkit.errors import ArtifactError, BackendError, GridError, StageError
 from qkit.interop import compressed_tensors
+from qkit.interop.settings import WAY_OUT
 from qkit.layer import Layer, want_merged, want_whole
 from qkit.pipeline import NOTE, surgeon
 from qkit.qtensor import DType, QTensor
@@ -24,6 +26,7 @@ from qkit.registry import backend as choose
 from qkit.static import check_static, static_contents
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  #: where NVIDIA ModelOpt says what config.json may leave out
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -107,12 +110,14 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
         into: a model of yours to fill, by the paths of its layers; left out, one is built from `config.json`.
 
     Raises:
-        ArtifactError: a file is missing or unsound, or does not fit the model.
+        ArtifactError: a file is missing or unsound, is not what `qkit.json` says was written, or does not fit the model.
         BackendError: the engine is missing, or cannot build such a model.
     """
     folder = Path(folder)
     engine = choose(backend) if into is None else surgeon(into, backend)
-    arrays, metadata = read_folder(folder)
+    stored, metadata = read_folder(folder)
+    check_seal(folder, stored, digests=True)
+    arrays = {name: tensor.mapped() for name, tensor in stored.items()}
     config = read_config(folder)
     entries = entries_of(folder, metadata, config)
     model = _build(engine, folder, config) if into is None else into
@@ -216,9 +221,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is not a JSON object, or a link out of the folder.
+        ArtifactError: it is not a JSON object, or a link out of the folder; or another file says how the model is quantized.
     """
-    return read_json(inside(folder, CONFIG))
+    config = read_json(inside(folder, CONFIG))
+    if (folder / MODELOPT).exists() and not (config or {}).get("quantization_config"):
+        raise ArtifactError(f"{folder / MODELOPT} says how the model is quantized, which qkit does not read: {WAY_OUT}")
+    return config
 
 
 def _join(path: str, name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qkit.artifact.directory import read_config
 from qkit.artifact.entries import Entry, entries_of
 from qkit.checkpoint.families import layer_of, tied_head
+from qkit.checkpoint.seal import check_seal
 from qkit.checkpoint.source import Stored, read_folder
 from qkit.errors import ArtifactError
 from qkit.interop import compressed_tensors
@@ -64,6 +65,7 @@ def inspect_directory(folder: Path) -> Inspection:
         ArtifactError: it is unsound, or quantized by another tool.
     """
     tensors, metadata = read_folder(folder)
+    check_seal(folder, tensors, digests=False)
     config = read_config(folder)
     groups, taken = [], set()
     for entry in entries_of(folder, metadata, config):

@@ -16,6 +16,7 @@ from qkit.checkpoint.output import Output
 from qkit.checkpoint.source import MissingError, Stored, inside, read_folder
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.interop import compressed_tensors
+from qkit.interop.settings import quantization_of
 from qkit.layer import Layer
 from qkit.qtensor import DType
 from qkit.recipe import Recipe, Rule
@@ -112,8 +113,12 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     except MissingError as error:
         raise PlanError(str(error)) from None
     config = read_config(folder)
-    if config and (foreign := config.get("quantization_config")):
-        method = foreign.get("quant_method") if isinstance(foreign, Mapping) else "an unknown tool"
+    try:
+        foreign = next(filter(None, quantization_of(config).values()), None)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    if foreign:
+        method = foreign.get("quant_method", "an unknown tool")
         raise ArtifactError(
             f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
         )

@@ -11,7 +11,7 @@ import qkit
 from qkit.cli.console import Json, console, errors, print_json
 from qkit.grid import Grid
 from qkit.recipe import Recipe, rule_table
-from qkit.registry import ALIASES, left_out
+from qkit.registry import ALIASES, DIFFERENCES, left_out
 
 NAMES = 80  #: columns that names and grids take; the summary has the rest
 TYPICAL = (4096, 4096)  #: shape of the weight that bits per weight are given for
@@ -50,7 +50,7 @@ def recipes(
 
 def _show(recipe: Recipe, *, asked_for: str) -> None:
     if asked_for in ALIASES:
-        console.print(f"{asked_for} is an alias of {recipe.name}", highlight=False)
+        console.print(f"{asked_for} is an alias of {recipe.name}: {DIFFERENCES[asked_for]}", highlight=False)
     console.print(Text.assemble((recipe.name, "bold"), f", version {recipe.version}: {recipe.summary}"))
     table = Table("layers", "kind", "weight", "activation", "bits", title="the first rule that matches wins")
     for rule in recipe.rules:

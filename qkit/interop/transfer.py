@@ -16,13 +16,15 @@ from qkit.checkpoint.layout import SHARD_BYTES, WORDS, Slot
 from qkit.checkpoint.output import Stream, write_directory
 from qkit.errors import ArtifactError
 from qkit.interop import compressed_tensors, dense, mlx_config, mlx_lm
-from qkit.interop.snapshot import QUANTIZATION, Held, Snapshot, join
+from qkit.interop.settings import QUANTIZATION
+from qkit.interop.snapshot import Held, Snapshot, join
 from qkit.layer import Layer
 from qkit.recipe import Rule, rule_table
 
 BLOCK = 1 << 20  #: numbers that are decoded together
 MOVING = {"activation": "its inputs", "output": "its outputs"}  #: keys of a rule that other layouts have no word for
-STATIC = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")  #: tensors that go with them
+#: Names of the tensors that go with them.
+STATIC = tuple(f"{slot}_{name}" for slot in ("input", "output") for name in ("scale", "zero_point", "global_scale"))
 
 
 def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
