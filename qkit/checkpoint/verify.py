@@ -11,7 +11,7 @@ from qkit.artifact.entries import KEY, Entry, entries_of
 from qkit.checkpoint.blocks import row_blocks, rows_of
 from qkit.checkpoint.inspection import parts, weight_shape
 from qkit.checkpoint.layout import DTYPES
-from qkit.checkpoint.output import SEAL
+from qkit.checkpoint.marks import SEAL
 from qkit.checkpoint.pen import CHUNK
 from qkit.checkpoint.source import Stored, is_pickle, read_folder, read_json
 from qkit.errors import ArtifactError, QkitError
