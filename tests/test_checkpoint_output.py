@@ -200,7 +200,7 @@ def test_a_kill_between_any_two_steps_is_made_good(tmp_path, monkeypatch, call, 
         if not killed_at(call, k, write, out, fingerprint=fingerprint):
             break
         kills += 1
-        assert not out.exists() and not exchange or contents(out) in (old, new)
+        assert (not out.exists() and not exchange) or contents(out) in (old, new)
         assert contents(write(out, fingerprint=fingerprint)) == new
         assert {entry.name for entry in tmp_path.iterdir()} == {"out", "old", "new"}
     assert kills >= {"rename": 2 - 2 * exchange, "mkdir": 1, "rmdir": 1}.get(call, 3)

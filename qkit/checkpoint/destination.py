@@ -181,7 +181,7 @@ def is_mount(folder: Path) -> bool:
     wanted = os.fsencode(folder)
     lines = MOUNTS.read_bytes().splitlines()
     points = (line.split()[4] for line in lines)
-    return any(b"\\" in point and _plain(point) == wanted or point == wanted for point in points)
+    return any((b"\\" in point and _plain(point) == wanted) or point == wanted for point in points)
 
 
 def _plain(point: bytes) -> bytes:

@@ -159,7 +159,9 @@ class Output:
 
     def _read_journal(self) -> dict[str, str]:
         """What an interrupted run with the same fingerprint had closed."""
-        entries = [entry for line in self._staging.journal if (entry := _entry(line))]  # a kill may have cut the last line
+        entries = [
+            entry for line in self._staging.journal if (entry := _entry(line))
+        ]  # a kill may have cut the last line
         before = entries[0][1] if entries and entries[0][0] == "fingerprint" else ""
         if not self._staging.is_reusable() or not before or not self.fingerprint:
             return {}

@@ -71,9 +71,7 @@ def check_saved(out: Path, again: Path) -> None:
 
 
 def _holds_a_model(out: Path) -> ArtifactError:
-    return ArtifactError(
-        f"{out} holds a model already: choose another folder, or let it be replaced (replace = true)"
-    )
+    return ArtifactError(f"{out} holds a model already: choose another folder, or let it be replaced (replace = true)")
 
 
 @contextmanager
@@ -84,19 +82,22 @@ def locked(folder: Path) -> Iterator[None]:
         LockedError: another process trains in it.
         ArtifactError: it is somebody's own.
     """
-    made = make_parents(folder)
-    folder.mkdir(exist_ok=True)
-    check_own(Path(os.path.realpath(folder)), folders=True)
-    mark(folder)
-    descriptor = swap.lock(folder / LOCK)
+    real = destination(folder).path
+    check_own(real, folders=True)
+    made, descriptor = make_parents(real), None
     try:
+        real.mkdir(exist_ok=True)
+        mark(real)
+        descriptor = swap.lock(real / LOCK)
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
-        if {entry.name for entry in folder.iterdir()} == {MARK}:
-            (folder / MARK).unlink()
-            remove_empty([folder, *made])
+        if descriptor is not None:
+            (real / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+            if real.is_dir() and {*os.listdir(real)} <= {MARK}:
+                (real / MARK).unlink(missing_ok=True)
+                os.rmdir(real)
+        remove_empty(made)
 
 
 def check_same(found: Checkpoint, about: Mapping[str, Any]) -> None:

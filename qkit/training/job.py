@@ -108,7 +108,9 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
 
         def end(step: int, **more: Any) -> None:
             tell({"event": "end", "step": step, **more})
-            log.add({"event": "end", "step": step, **more})  # last: a run that is killed before has not ended, and goes on
+            log.add(
+                {"event": "end", "step": step, **more}
+            )  # last: a run that is killed before has not ended, and goes on
 
         began = found.step if found else 0
         start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
