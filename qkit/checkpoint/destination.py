@@ -75,8 +75,8 @@ def check_directory(out: str | Path) -> Destination:
     """The place of a directory that is to be written whole, after every check that needs no work.
 
     Raises:
-        ArtifactError: see `destination`; `out` is a file, is inside one, holds what qkit did not write, or is a mount point with a
-            model in it; or a name beside it that qkit would use belongs to something else.
+        ArtifactError: see `destination`; `out` is a file, is inside one, holds what qkit did not write, or is a mount point
+            with a model in it; or a name beside it that qkit would use belongs to something else.
         PlanError: the disk is read-only, or may not be written.
     """
     place = destination(out)

@@ -5,6 +5,7 @@ Read off peft 0.21 and mlx-lm 0.32, which both are tested.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def write(
     if layout not in WEIGHTS:
         raise ArtifactError(f"unknown layout {layout!r}: choose one of {', '.join(WEIGHTS)}")
     other = next(file for one, file in WEIGHTS.items() if one != layout)
-    if (folder / other).exists():
+    if os.path.exists(folder / other):
         raise ArtifactError(f"{folder} holds an adapter in {other}: choose another folder")
     check_directory(folder)
     table = (_peft_config if layout == "peft" else _mlx_config)(updates, name)

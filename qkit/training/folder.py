@@ -36,8 +36,8 @@ def check_out(out: Path, *, replace: bool) -> None:
     whether it is that run's.
 
     Raises:
-        ArtifactError: `out` holds a model, and `replace` is false, or one that is not qkit's; or it is a mount point, which has no
-            room beside it; or see `check_directory`.
+        ArtifactError: `out` holds a model, and `replace` is false, or one that is not qkit's; or it is a mount point, which has
+            no room beside it; or see `check_directory`.
         PlanError: the disk is read-only.
     """
     place, folder = check_directory(out), beside(out)

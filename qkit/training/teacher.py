@@ -1,5 +1,6 @@
 """A teacher's largest logits in a file, so that students need not run it: made once, read by every run on the same text."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def check_absent(file: Path) -> None:
         RunError: there is such a file.
         ArtifactError, PlanError: no file can be written there; see `check_file`.
     """
-    if file.exists():
+    if os.path.exists(file):  # which bears names that are too long
         raise RunError(f"{file} is there already: remove it, or choose another name")
     check_file(file)
 
