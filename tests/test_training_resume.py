@@ -372,11 +372,11 @@ def test_a_run_that_is_killed_after_its_last_step_goes_on_by_the_same_command(tm
             return real(*arguments, **options)
         if after:
             real(*arguments, **options)
-        raise KeyboardInterrupt
+        raise Stopped
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             by_command(path, "out")
     ended = step == "the end of the log" and after
     if not ended:
@@ -391,11 +391,9 @@ def test_a_run_that_is_killed_after_its_last_step_goes_on_by_the_same_command(tm
 
 
 def by_command(path, out):
-    data, rest = ("--data", str(path / "text.txt")), ("-r", "int4-g32", "--backend", ENGINES[0], "--steps", "2")
-    application(
-        ["train", str(path / "model"), str(path / out), *data, *rest, "--batch", "2", "--length", "16"],
-        standalone_mode=False,
-    )
+    what = ("--data", str(path / "text.txt"), "-r", "int4-g32", "--backend", ENGINES[0])
+    small = ("--steps", "2", "--batch", "2", "--length", "16")
+    application(["train", str(path / "model"), str(path / out), *what, *small], standalone_mode=False)
 
 
 def test_a_run_that_was_killed_at_its_end_replaces_no_other_model(tmp_path, monkeypatch):

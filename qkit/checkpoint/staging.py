@@ -91,7 +91,7 @@ class Staging:
         write_all(self._lock, (json.dumps(entry) + "\n").encode(), os.fstat(self._lock).st_size)
 
     def put_in_place(self) -> None:
-        """The directory, with a list of all its files in `qkit.json`, takes its place. Killed, the old one or the new one is there.
+        """The directory, with a list of all its files in `qkit.json`, takes its place. Killed, there is the old or the new one.
 
         At a mount point there is no old one: files are moved into it, the list and the configuration last.
 
