@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qkit.artifact.entries import KEY, Entry, describe, entries_of, group, kind_of
 from qkit.artifact.tensors import array_stream, in_type, with_type
 from qkit.backend import Backend
+from qkit.checkpoint.destination import check_directory, destination
 from qkit.checkpoint.layout import SHARD_BYTES
 from qkit.checkpoint.output import write_directory
 from qkit.checkpoint.seal import check_seal
@@ -64,11 +65,17 @@ def save(
 
     Raises:
         StageError: a layer is prepared but not converted, or has an adapter, or is sharded.
-        ArtifactError: a grid has no portable layout, or `folder` holds something else.
+        ArtifactError: a grid has no portable layout, or `folder` holds something else; see `check_directory`.
+        PlanError: the disk is read-only.
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
     folder, origin = Path(folder), None if source is None else Path(source)
+    config = engine.config(model) if origin is None else read_config(origin)
+    if origin is not None and (config is None or origin.resolve() == destination(folder).path):
+        why = "has no config.json" if config is None else "is where the artifact would go"
+        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
+    check_directory(folder)
     layers = list(engine.layers(model))
     want_whole(layers, "save")
     want_merged(layers, "save")
@@ -87,10 +94,6 @@ def save(
         for name, array in compressed_tensors.to_tensors(q).items():
             tensors[_join(layer.path, name)] = array
     entries = group([(layer, q.dtype) for layer, q in saved])
-    config = engine.config(model) if origin is None else read_config(origin)
-    if origin is not None and (config is None or origin.resolve() == folder.resolve()):
-        why = "has no config.json" if config is None else "is where the artifact would go"
-        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
     write_directory(
         folder,

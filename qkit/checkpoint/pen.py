@@ -48,7 +48,7 @@ class Pen:
 
     def _open(self, file: str) -> int:
         if file not in self._opened:
-            self._opened[file] = os.open(self._folder / file, os.O_RDWR | os.O_CLOEXEC)
+            self._opened[file] = os.open(self._folder / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         return self._opened[file]
 
 

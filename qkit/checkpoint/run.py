@@ -31,6 +31,7 @@ from qkit.checkpoint.blocks import (
     row_blocks,
     sees_whole_tensor,
 )
+from qkit.checkpoint.destination import destination
 from qkit.checkpoint.layout import DTYPES, Place
 from qkit.checkpoint.pen import Pen
 from qkit.checkpoint.plan import Plan, Row
@@ -59,9 +60,9 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
 
     Raises:
         RangeError: a weight holds what has no codes, or a copied tensor a NaN or an infinity.
-        ArtifactError, LockedError, OSError: see `Output`; or the source ended early.
+        ArtifactError, PlanError, LockedError, OSError: see `Output`; or the source ended early.
     """
-    if folder.resolve() == plan.folder.resolve():
+    if destination(folder).path == plan.folder.resolve():
         raise ArtifactError(f"{folder} is the model itself: choose another folder")
     with plan.output(folder, fingerprint=fingerprint(plan)) as output:
         missing = set(output.missing)

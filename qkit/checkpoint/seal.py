@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qkit.checkpoint.output import SEAL
+from qkit.checkpoint.marks import SEAL
 from qkit.checkpoint.pen import CHUNK
 from qkit.checkpoint.source import Stored, inside, is_pickle, read_json
 from qkit.errors import ArtifactError

@@ -8,7 +8,7 @@ from qkit.artifact.entries import Entry, check_config, entries_of
 from qkit.checkpoint.blocks import row_blocks, rows_of
 from qkit.checkpoint.inspection import parts, weight_shape
 from qkit.checkpoint.layout import DTYPES
-from qkit.checkpoint.output import SEAL
+from qkit.checkpoint.marks import SEAL
 from qkit.checkpoint.seal import Problem, file_problems, read_seal, tensor_problems
 from qkit.checkpoint.source import Stored, read_folder
 from qkit.errors import ArtifactError, QkitError

@@ -57,8 +57,10 @@ def compare(
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
     from qkit.report import Sources, about, compare, write
     from qkit.report.masters import newest_checkpoint
+    from qkit.report.place import check_report
     from qkit.training.text import find
 
+    check_report(out)
     engine = qkit.backend(backend)
     engine = engine.on(device) if device else engine
     named = qkit.recipe(recipe) if recipe else None
@@ -67,7 +69,6 @@ def compare(
     sources = Sources(floats, named, others, ptq, qat, masters, longer)
     text = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
     rows = consecutive(text.tokens, length=length, windows=windows)
-    out.mkdir(parents=True, exist_ok=True)
     found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
     source = about(
         shlex.join(["qkit", *sys.argv[1:]]),

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qkit.checkpoint.destination import check_directory, check_file
 from qkit.cli.console import console
 
 WeightsOnly = Annotated[
@@ -35,6 +36,7 @@ def export(
     from qkit.interop import gguf, transfer  # here, so that other commands start fast
     from qkit.interop.snapshot import read
 
+    (check_file if to is Target.gguf else check_directory)(out)
     source = read(folder)
     if weights_only:
         source = transfer.weights_only(source)

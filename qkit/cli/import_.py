@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qkit.checkpoint.destination import check_directory
 from qkit.cli.console import console
 from qkit.cli.export import WeightsOnly
 
@@ -18,6 +19,7 @@ def import_(
     from qkit.interop import transfer  # here, so that other commands start fast
     from qkit.interop.snapshot import read
 
+    check_directory(out)
     source = read(folder)
     if weights_only:
         source = transfer.weights_only(source)

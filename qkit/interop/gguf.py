@@ -5,8 +5,8 @@ Read off gguf 0.19 (`quants.py`, `tensor_mapping.py`, `gguf_writer.py`) and tran
 be exact, and 1 + w of Gemma's norms, which has to be too. The only module that imports gguf.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import packing
-from qkit.checkpoint import swap
+from qkit.checkpoint.destination import check_file
+from qkit.checkpoint.staging import whole_file
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.installation import how_to_install
@@ -129,15 +130,14 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
     Raises:
         BackendError: gguf is not installed.
         LockedError: another process writes `out`.
+        PlanError: its disk is read-only; see `check_file`.
         ArtifactError: `out` exists; GGUF has no such model or no type for a grid, or a number does not go into it exactly.
     """
     try:
         import gguf
     except ModuleNotFoundError:
         raise BackendError(f"GGUF files need the gguf package: {how_to_install('gguf')}") from None
-    out = Path(out)
-    if out.exists():
-        raise ArtifactError(f"{out} exists: remove it, or choose another name")
+    check_file(out)
     config = source.config or {}
     architecture = _architecture(config)
     index = next(i for i, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
@@ -148,35 +148,37 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
         if theirs is None:
             raise ArtifactError(f"{name}: GGUF has no name for it in a {architecture.name!r}: export --to dense")
         tensors[theirs] = _tensor(source, name, architecture)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.writing")
-    lock = swap.lock(aside)
-    writer: Any = gguf.GGUFWriter(aside, architecture.name)
-    try:
-        _describe(writer, config, architecture)
-        for theirs, tensor in tensors.items():
-            kind = gguf.GGMLQuantizationType[tensor.kind]
-            many, nbytes = gguf.GGML_QUANT_SIZES[kind]
-            total = prod(tensor.shape) // many * nbytes
-            writer.add_tensor_info(theirs, tensor.shape, np.dtype(np.float32), total, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        (file,) = writer.fout
-        for tensor in tensors.values():
-            writer.write_padding(file, file.tell())  # what `write_tensor_data` does, but block by block
-            for block in tensor.blocks():
-                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-        writer.write_padding(file, file.tell())
-        writer.flush()
-        os.fsync(file.fileno())
+    with whole_file(out) as aside:
+        writer: Any = gguf.GGUFWriter(aside, architecture.name)
+        try:
+            _describe(writer, config, architecture)
+            _write(writer, tensors)
+        except BaseException:
+            with suppress(OSError):  # it would write the rest to a full disk, and fail as before
+                writer.close()
+            raise
         writer.close()
-        os.replace(aside, out)
-        swap.sync_folder(out.parent)
-    finally:
-        writer.close()
-        aside.unlink(missing_ok=True)
-        os.close(lock)
+
+
+def _write(writer: Any, tensors: Mapping[str, "_Tensor"]) -> None:
+    """Writes the whole file: its head, then every tensor, block by block."""
+    import gguf
+
+    for theirs, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        many, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        total = prod(tensor.shape) // many * nbytes
+        writer.add_tensor_info(theirs, tensor.shape, np.dtype(np.float32), total, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    (file,) = writer.fout
+    for tensor in tensors.values():
+        writer.write_padding(file, file.tell())  # what `write_tensor_data` does, but block by block
+        for block in tensor.blocks():
+            file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    writer.write_padding(file, file.tell())
+    writer.flush()
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:

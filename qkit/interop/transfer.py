@@ -11,6 +11,7 @@ import numpy as np
 from qkit.artifact.directory import companions, quantized_config
 from qkit.artifact.entries import KEY, Entry, describe
 from qkit.artifact.tensors import array_stream
+from qkit.checkpoint.destination import destination
 from qkit.checkpoint.families import HEAD, layer_of
 from qkit.checkpoint.layout import SHARD_BYTES, WORDS, Slot
 from qkit.checkpoint.output import Stream, write_directory
@@ -146,7 +147,7 @@ def _write(
     config: Mapping[str, Any] | None,
     shard_bytes: int,
 ) -> None:
-    if Path(out).resolve() == source.folder.resolve():
+    if destination(out).path == source.folder.resolve():
         raise ArtifactError(f"{out} is what is to be read: choose another folder")
     streams = [array_stream(name, array) for name, array in source.tensors.items()]
     for path, held in source.weights.items():
