@@ -11,9 +11,21 @@ from rich.console import Console
 
 PAPER = 140  #: columns where the output is not a terminal
 
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves the error to `qkit.cli.boundary`; rich would end the process with 1, which means differences."""
+        raise  # noqa: PLE0704  rich calls this while it handles the error
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 #: No markup: what is printed is often the user's own text, and `*.[a-z]_proj` is a pattern. Color is given by `Text`.
-console = Console(width=None if sys.stdout.isatty() else PAPER, markup=False, emoji=False)
-errors = Console(stderr=True, markup=False, emoji=False)
+console = _Console(width=None if _is_terminal() else PAPER, markup=False, emoji=False)
+errors = _Console(stderr=True, markup=False, emoji=False)
 
 
 class Type(StrEnum):
