@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from qkit.artifact.config import check_config
 from qkit.artifact.entries import KEY, Entry, describe, entries_of, group, kind_of
 from qkit.artifact.tensors import array_stream, in_type, read_folder, with_type
 from qkit.backend import Backend
@@ -216,9 +217,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is not a JSON object, or a link out of the folder.
+        ArtifactError: it is not a JSON object, or a link out of the folder; or see `check_config`.
     """
-    return read_json(inside(folder, CONFIG))
+    config = read_json(inside(folder, CONFIG))
+    if config is not None:
+        check_config(config, folder / CONFIG)
+    return config
 
 
 def _join(path: str, name: str) -> str:

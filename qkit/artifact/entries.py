@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import ArtifactError, RecipeError
+from qkit.intake import parse_json
 from qkit.layer import Layer
 from qkit.qtensor import DTYPES, DType
 from qkit.recipe import Kind, Rule, rule_from_table, rule_table
@@ -54,7 +55,7 @@ def entries_of(
     entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
     foreign = config.get("quantization_config") if config else None
     if foreign and not entries:
-        method = foreign.get("quant_method", "an unknown tool")
+        method = foreign.get("quant_method", "an unknown tool") if isinstance(foreign, Mapping) else "an unknown tool"
         raise ArtifactError(
             f"{folder} is quantized by {method}, not by qkit: it does not say which grid its codes are on"
         )
@@ -63,23 +64,34 @@ def entries_of(
 
 def _described(folder: Path, text: str, layout: str) -> list[Entry]:
     try:
-        described = json.loads(text)
+        described = parse_json(text)
+        if not isinstance(described, dict):
+            raise TypeError("want an object")
         if described.get("layout", "compressed-tensors") != layout:
             raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
         if described["numerics"] != NUMERICS:
             raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
-        return [_entry(dict(table)) for table in described["rules"]]
+        entries = [_entry(dict(table)) for table in described["rules"]]
+        paths = [path for entry in entries for path in entry.paths]
+        if len(paths) != len(set(paths)):
+            raise ValueError("a layer stands twice")
+        return entries
     except ArtifactError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
 
 
 def _entry(table: dict[str, Any]) -> Entry:
-    paths, dtype = tuple(map(str, table.pop("layers"))), table.pop("dtype")
+    paths, dtype = table.pop("layers"), table.pop("dtype")
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+        raise RecipeError("layers: want a list of paths")
     if dtype not in DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}")
-    return Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
+    rule = rule_from_table({**table, "match": ["*"]})
+    if rule.weight is None:
+        raise RecipeError("weight is missing")
+    return Entry(rule, dtype, tuple(paths))
 
 
 def kind_of(layer: Layer) -> Kind:
