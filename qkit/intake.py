@@ -15,7 +15,9 @@ from qkit.errors import ArtifactError, QkitError
 
 TEXT_BYTES: Final = 1 << 25  #: most bytes of a configuration or a recipe: 33.6 MB
 DEPTH: Final = 64  #: most levels of lists and tables within each other
-INTEGER: Final = 1 << 63  #: whole numbers are smaller than this: longer ones cost time to compute with, and even to print
+INTEGER: Final = (
+    1 << 63
+)  #: whole numbers are smaller than this: longer ones cost time to compute with, and even to print
 
 KINDS: Final = (
     (stat.S_ISDIR, "a directory"),

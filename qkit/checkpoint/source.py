@@ -112,10 +112,14 @@ def read_file(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except (SafetensorError, ValueError) as error:
         raise ArtifactError(f"{file}: {error}: fetch it again") from None
     if sum(len(key) + len(value) for key, value in metadata.items()) > METADATA_BYTES:
-        raise ArtifactError(f"{file} has more than {METADATA_BYTES:,} bytes of metadata: remove them, or fetch it again")
+        raise ArtifactError(
+            f"{file} has more than {METADATA_BYTES:,} bytes of metadata: remove them, or fetch it again"
+        )
     table.pop("__metadata__", None)
     if len(table) > FILE_TENSORS:
-        raise ArtifactError(f"{file} has {len(table):,} tensors, and qkit opens at most {FILE_TENSORS:,} in a file: {FEWER}")
+        raise ArtifactError(
+            f"{file} has {len(table):,} tensors, and qkit opens at most {FILE_TENSORS:,} in a file: {FEWER}"
+        )
     tensors = {}
     for name, entry in table.items():
         _check_entry(name, entry, file)
@@ -129,7 +133,9 @@ def _check_entry(name: str, entry: Mapping[str, Any], file: Path) -> None:
     if not name or len(name) > NAME or not name.isprintable():
         raise ArtifactError(f"{file}: {name[:NAME]!r} is no name of a tensor: want 1 to {NAME:,} printable characters")
     if name[0] in "/\\" or ".." in name.replace("\\", "/").split("/"):
-        raise ArtifactError(f"{file}: the name {name!r} is a path out of the folder, where tensors are written to files")
+        raise ArtifactError(
+            f"{file}: the name {name!r} is a path out of the folder, where tensors are written to files"
+        )
     if entry["dtype"] not in DTYPES:
         raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which qkit does not read: cast or drop it")
     shape = entry["shape"]

@@ -9,11 +9,10 @@ from typing import Any
 from qkit.artifact.directory import CONFIG, quantized_config, read_config
 from qkit.artifact.entries import KEY, Entry, entries_of
 from qkit.checkpoint.blocks import row_blocks, rows_of
-from qkit.checkpoint.inspection import parts, weight_shape
-from qkit.checkpoint.layout import DTYPES
+from qkit.checkpoint.inspection import check_parts, parts
 from qkit.checkpoint.output import SEAL
 from qkit.checkpoint.pen import CHUNK
-from qkit.checkpoint.source import Stored, is_pickle, read_folder, read_json
+from qkit.checkpoint.source import INDEX_BYTES, Stored, is_pickle, read_folder, read_json
 from qkit.errors import ArtifactError, QkitError
 from qkit.interop import compressed_tensors
 from qkit.interop.snapshot import layout_of, read
@@ -39,8 +38,8 @@ def verify(folder: Path) -> Iterator[Problem]:
     Raises:
         ArtifactError: qkit did not write it.
     """
-    seal = read_json(folder / SEAL)
-    if seal is None or [type(seal.get(key)) for key in ("files", "headers", "tensors")] != [list, dict, dict]:
+    seal = read_json(folder / SEAL, most=INDEX_BYTES)
+    if seal is None or not _is_seal(seal):
         raise ArtifactError(f"{folder} has no sound {SEAL}: verify reads what `qkit quantize` or `qkit.save` wrote")
     yield from _files(folder, seal)
     try:
@@ -56,6 +55,13 @@ def verify(folder: Path) -> Iterator[Problem]:
     yield from _digests(folder, seal, tensors)
     yield from _rules(folder, tensors, entries)
     yield from _config(folder, entries)
+
+
+def _is_seal(seal: Mapping[str, Any]) -> bool:
+    if [type(seal.get(key)) for key in ("files", "headers", "tensors")] != [list, dict, dict]:
+        return False
+    names = [*map(str, seal["files"]), *seal["headers"]]
+    return all(name == Path(name).name and name.isprintable() for name in names)
 
 
 def _export(folder: Path) -> Iterator[Problem]:
@@ -96,24 +102,19 @@ def _digests(folder: Path, seal: Mapping[str, Any], tensors: Mapping[str, Stored
 
 def _rules(folder: Path, tensors: Mapping[str, Stored], entries: list[Entry]) -> Iterator[Problem]:
     """Types, shapes and scales of every quantized layer, some rows in memory at a time."""
+    by_path = parts(tensors)
     for entry in entries:
         for path in entry.paths:
             try:
-                _check_layer(parts(tensors, path), entry, path=path)
+                _check_layer(by_path.get(path, {}), entry, path=path)
             except (QkitError, ValueError) as error:
                 yield Problem(f"{folder}: {path}", str(error))
 
 
 def _check_layer(found: Mapping[str, Stored], entry: Entry, *, path: str) -> None:
-    grid, shape = entry.rule.weight, weight_shape(found, path=path)
+    grid, shape = entry.rule.weight, check_parts(found, entry, path=path)
     assert grid is not None
     want = compressed_tensors.contents(grid, dtype=entry.dtype, shape=shape)
-    for name, (kind, full) in want.items():
-        if name not in found:
-            raise ArtifactError(f"{name} is missing")
-        slot = found[name].slot
-        if (DTYPES[slot.dtype][0], slot.shape) != (kind, full):
-            raise ArtifactError(f"{name} is {slot.dtype} {list(slot.shape)}, where {grid} has {kind} {list(full)}")
     arrays = {name: found[name].mapped() for name in want}
     for begin, end in row_blocks(shape):
         block = rows_of(arrays, begin, end, shape=shape, bits=grid.element.bits)
@@ -126,7 +127,7 @@ def _config(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
         return
     said = config.get("quantization_config") or {}
     want = (quantized_config({}, entries, left_alone=[]) or {}).get("quantization_config", {})
-    if said.get("config_groups") != want.get("config_groups"):
+    if not isinstance(said, Mapping) or said.get("config_groups") != want.get("config_groups"):
         yield Problem(str(folder / CONFIG), f"its quantization_config is not that of the {KEY} metadata")
 
 

@@ -12,11 +12,10 @@ from rich.console import Console
 PAPER = 140  #: columns where the output is not a terminal
 
 
-
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Leaves the error to `qkit.cli.boundary`; rich would end the process with 1, which means differences."""
-        raise  # noqa: PLE0704  rich calls this while it handles the error
+        raise  # rich calls this while it handles the error
 
 
 def _is_terminal() -> bool:

@@ -4,7 +4,6 @@ Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantize
 `nvfp4-pack-quantized`, `float-quantized`. Nothing is computed: codes and scales are renamed, shifted or viewed.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from qkit import packing
 from qkit.errors import ArtifactError, GridError
 from qkit.grid import Grid
 from qkit.interop.packed import Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
+from qkit.interop.targets import Targets, readable
 from qkit.packing import Packed
 from qkit.qtensor import DType, QTensor
 from qkit.recipe import Rule
@@ -189,20 +189,19 @@ def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dic
     Raises:
         ArtifactError: the configuration is not readable, or asks for what qkit has no grid for.
     """
-    out = {}
+    out, targets = {}, Targets.of(config)
     for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
         if f"{path}.weight_g_idx" in tensors:
             raise ArtifactError(
                 f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
             )
         try:
-            group = _group_of(path, config["config_groups"])
-            weights = group["weights"]
-            grid = _grid(weights, str(group.get("format") or config.get("format")))
+            with readable():
+                group = targets.group_of(path)
+                weights = group["weights"]
+                grid = _grid(weights, str(group.get("format") or config.get("format")))
         except (ArtifactError, GridError) as error:
             raise ArtifactError(f"{path}: {error}") from None
-        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
         out[path] = grid, bool(group.get("input_activations") or group.get("output_activations"))
     return out
 
@@ -219,19 +218,6 @@ def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]
         *rows, pairs = tensors["weight_packed"].shape
         return (*rows, 2 * pairs)
     return tuple(tensors["weight"].shape)
-
-
-def _group_of(path: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group of a configuration whose targets name the layer at `path`: its path or its end, a pattern, or its class."""
-    for fits in (
-        lambda t: path == t or path.endswith(f".{t}"),
-        lambda t: t[:3] == "re:" and re.match(t[3:], path),
-        bool,
-    ):
-        for group in groups.values():
-            if any(fits(target) for target in group["targets"]):
-                return dict(group)
-    raise ArtifactError("no group of the quantization_config speaks of it")
 
 
 def _grid(weights: Mapping[str, Any], form: str) -> Grid:
