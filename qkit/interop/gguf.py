@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import packing
+from qkit.artifact.config import describing
+from qkit.artifact.directory import CONFIG
 from qkit.checkpoint import swap
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
@@ -29,6 +31,7 @@ BLOCK: Final = 32
 NUMBERS: Final = 1 << 20  #: that are decoded together
 TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: by element
 LOCAL_THETA: Final = 10000.0  #: of the rope of sliding attention, which GGUF has no word for
+MOST: Final = 1 << 32  #: GGUF's counts are smaller
 FLOATS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -138,9 +141,11 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
     if out.exists():
         raise ArtifactError(f"{out} exists: remove it, or choose another name")
     config = source.config or {}
-    architecture = _architecture(config)
+    with describing(source.folder / CONFIG):
+        architecture = _architecture(config)
+        numbers = _numbers(config, architecture)
     index = next(i for i, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(index, int(config["num_hidden_layers"]))
+    names = gguf.get_tensor_name_map(index, numbers["block_count"])
     tensors: dict[str, _Tensor] = {}
     for name in sorted({*source.tensors, *(join(path, "weight") for path in source.weights)}):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -152,7 +157,7 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
     lock = swap.lock(aside)
     writer: Any = gguf.GGUFWriter(aside, architecture.name)
     try:
-        _describe(writer, config, architecture)
+        _describe(writer, numbers, architecture)
         for theirs, tensor in tensors.items():
             kind = gguf.GGMLQuantizationType[tensor.kind]
             many, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -205,8 +210,13 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
     return architecture
 
 
-def _describe(writer: Any, config: Mapping[str, Any], architecture: Architecture) -> None:
-    """The model's numbers. Its tokenizer is said to be none: GGUF tells tokenizers apart by a list of names of known ones."""
+def _numbers(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The model's numbers, by GGUF's names less the architecture's.
+
+    Raises:
+        ArtifactError: one is none that GGUF holds.
+        KeyError: one is missing.
+    """
     head = _head(config)
     values = {
         **{name: config[key] for name, key in COUNTS.items()},
@@ -216,9 +226,17 @@ def _describe(writer: Any, config: Mapping[str, Any], architecture: Architecture
         "rope.dimension_count": head,
         "rope.freq_base": float(_rope(config).get("rope_theta") or config.get("rope_theta", 10000.0)),
     }
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0 <= value < MOST:
+            raise ArtifactError(f"config.json: {value!r:.200} is no {name} of GGUF: want a number from 0 to {MOST - 1:,}")
+    return values
+
+
+def _describe(writer: Any, numbers: Mapping[str, Any], architecture: Architecture) -> None:
+    """The model's numbers. Its tokenizer is said to be none: GGUF tells tokenizers apart by a list of names of known ones."""
     writer.add_string("tokenizer.ggml.model", "none")
     writer.add_quantization_version(2)
-    for name, value in values.items():
+    for name, value in numbers.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{architecture.name}.{name}", value)
 
@@ -240,7 +258,8 @@ class _Tensor:
 
 def _tensor(source: Snapshot, name: str, architecture: Architecture) -> _Tensor:
     held, config = source.weights.get(name.removesuffix(".weight")), source.config or {}
-    order = _order(name, config) if architecture.interleaved else None
+    rows = (held or source.tensors[name]).shape[:1]
+    order = _order(name, config, rows) if architecture.interleaved else None
     if held is not None:
         assert held.rule.weight is not None
         try:
@@ -275,13 +294,15 @@ def _blocks(name: str, held: Held, order: NDArray[np.int64] | None) -> Callable[
     return blocks
 
 
-def _order(name: str, config: Mapping[str, Any]) -> NDArray[np.int64] | None:
-    """Which row of queries or keys goes where: halves of each head in turn, for llama.cpp's rotary embedding."""
+def _order(name: str, config: Mapping[str, Any], rows: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """Which of the `rows` of queries or keys goes where: halves of each head in turn, for llama.cpp's rotary embedding."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    count = heads.get(name.split(".")[-2])
+    count, head = heads.get(name.split(".")[-2]), _head(config)
     if count is None:
         return None
-    return np.arange(count * _head(config)).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)
+    if rows != (count * head,) or head % 2:
+        raise ArtifactError(f"{name} has {list(rows)} rows, and config.json speaks of {count} heads of {head}: mend it")
+    return np.arange(count * head).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def _head(config: Mapping[str, Any]) -> int:

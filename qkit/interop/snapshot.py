@@ -1,7 +1,6 @@
 """What a model directory holds, whatever its layout: quantized weights by path, every other tensor by name. All mapped."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from qkit.artifact.entries import KEY, entries_of
 from qkit.artifact.tensors import read_folder
 from qkit.checkpoint.families import EMBEDDINGS
 from qkit.errors import ArtifactError, GridError
+from qkit.intake import parse_json
 from qkit.interop import compressed_tensors, mlx_config, mlx_lm
 from qkit.interop.packed import Tensors
 from qkit.packing import Packed
@@ -186,7 +186,7 @@ def _table(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, Any]
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What qkit's metadata say; empty where they are not readable, which `entries_of` then says."""
     try:
-        return dict(json.loads(metadata[KEY]))
+        return dict(parse_json(metadata[KEY]))
     except (ValueError, TypeError):
         return {}
 
