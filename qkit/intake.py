@@ -85,19 +85,16 @@ def check_values(value: Any) -> None:
         ValueError: they are nested deeper than `DEPTH`, or hold an integer of `INTEGER` and more.
     """
     level = [value]
-    for _ in range(DEPTH + 1):
+    for depth in range(DEPTH + 1):
         inner: list[Any] = []
         for one in level:
-            if isinstance(one, dict):
-                inner.extend(one.values())
-            elif isinstance(one, list):
-                inner.extend(one)
+            if isinstance(one, (dict, list)):
+                if depth == DEPTH:
+                    raise ValueError(f"it is nested deeper than {DEPTH} levels")
+                inner.extend(one.values() if isinstance(one, dict) else one)
             elif isinstance(one, int) and abs(one) >= INTEGER:
                 raise ValueError(f"it holds an integer of {one.bit_length()} bits")
-        if not inner:
-            return
         level = inner
-    raise ValueError(f"it is nested deeper than {DEPTH} levels")
 
 
 @contextmanager

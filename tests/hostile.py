@@ -222,6 +222,8 @@ def run_qkit(arguments):
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 1
         return (124 if "SlowError" in said.getvalue() else code), said.getvalue()
+    except SlowError:
+        return 124, ""
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

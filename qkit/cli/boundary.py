@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final
 
-from qkit.cli.console import errors
+from qkit.cli.console import errors, to_output
 from qkit.errors import LockedError, PlanError, QkitError, VerificationError
 from qkit.startup import INTERRUPTED
 
@@ -30,7 +30,7 @@ MEANINGS: Final = {
     UNVERIFIED: "a verification failed",
     DEFECT: "a defect of qkit: please report it",
     INTERRUPTED: "Ctrl-C",
-    READER_GONE: "the reader of the output went away, as with `| head -1`",
+    READER_GONE: "the reader of the output went away, as `head` does",
 }
 
 #: By class, the nearest first.
@@ -78,7 +78,8 @@ def run(command: Callable[[], Any]) -> None:
             code = _attempt(command)
             if sys.stdout is not out:  # Typer replaces a stream whose reader went away, and says 1
                 sys.stdout, code = out, READER_GONE
-            _flush()
+            with to_output():  # now: at exit, a full disk would be nobody's error
+                sys.stdout.flush()
         except BaseException as error:
             code = INTERRUPTED if interrupts else _code(error)
             if code == READER_GONE:
@@ -91,14 +92,6 @@ def run(command: Callable[[], Any]) -> None:
             _say("interrupted")
         _drop_output()
     sys.exit(code)
-
-
-def _flush() -> None:
-    """Writes the rest of standard output now: at exit, a full disk would be nobody's error."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, "standard output") from None
 
 
 def _attempt(command: Callable[[], Any]) -> int:
