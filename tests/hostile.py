@@ -58,11 +58,43 @@ RECIPE = 'schema = 1\n[grids.w]\nelement = "int4"\ngroup = 32\n[[rules]]\nmatch 
 BIG, DEEP, LONG = "@big@", "@deep@", "@long@"
 RAW = {f'"{BIG}"': "9" * 5000, f'"{DEEP}"': "[" * 5000 + "]" * 5000, f'"{LONG}"': '"' + "a" * 100_000 + '"'}
 VALUES = (
-    *(None, True, False, 0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e308, 10**9, 2**31, 2**53, 2**63, 10**400, float("nan"), float("inf")),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        0.5,
+        -0.0,
+        1e308,
+        10**9,
+        2**31,
+        2**53,
+        2**63,
+        10**400,
+        float("nan"),
+        float("inf"),
+    ),
     *("", "x", "\0", "../../x", "/etc/passwd", "é", "\ud800", "int4", "e2m1", "int99999", "re:(a+)+$", "Linear", "row"),
     *([], {}, [1], ["x"], [[]], {"x": 1}, {"": None}, [None] * 100, BIG, DEEP, LONG),
 )
-WORDS = ("group", "num_bits", "quant_method", "targets", "weights", "format", "layers", "rules", "mode", "bits", "dtype")
+WORDS = (
+    "group",
+    "num_bits",
+    "quant_method",
+    "targets",
+    "weights",
+    "format",
+    "layers",
+    "rules",
+    "mode",
+    "bits",
+    "dtype",
+)
 
 
 def make_sound(home):
@@ -125,7 +157,11 @@ def mutate(rng, value):
 def mutate_json(rng, file):
     table = json.loads(file.read_text())
     if rng.random() < 0.6 and isinstance(table, dict):
-        key = rng.choice([*CONFIG, "quantization_config", "quantization", "text_config"]) if file.name == "config.json" else ""
+        key = (
+            rng.choice([*CONFIG, "quantization_config", "quantization", "text_config"])
+            if file.name == "config.json"
+            else ""
+        )
         if key in table or (key and rng.random() < 0.5):
             table[key] = mutate(rng, table.get(key))
             file.write_bytes(dumped(table))
@@ -142,7 +178,11 @@ def mutate_header(rng, file):
         elif rng.random() < 0.2:
             table[rng.choice(("", "\0", "a\0b", "../x", "/x", "x" * 5000, "layers.99999999999.x"))] = table.pop(name)
         elif rng.random() < 0.2:
-            table["more"] = {"dtype": "F32", "shape": rng.choice(([0], [0, 2**62, 2**62], [1] * 70, [])), "data_offsets": [0, 0]}
+            table["more"] = {
+                "dtype": "F32",
+                "shape": rng.choice(([0], [0, 2**62, 2**62], [1] * 70, [])),
+                "data_offsets": [0, 0],
+            }
         else:
             table[name] = mutate(rng, table[name])
 
@@ -287,12 +327,30 @@ def mutate_toml(rng):
     if what == 0:
         place = rng.randrange(len(RECIPE))
         return RECIPE[:place] + rng.choice(("[", '"', "\0", "=", "x", "\n", "1")) + RECIPE[place + 1 :]
-    words = ("0", "-1", "true", '"x"', "[]", "{}", "1e400", "nan", "9" * 5000, "0x" + "f" * 5000, "[" * 3000, '["*"]', "2024-01-01")
-    key, old = rng.choice((("schema", "1"), ("element", '"int4"'), ("group", "32"), ("match", '"*"'), ("weight", '"w"')))
+    words = (
+        "0",
+        "-1",
+        "true",
+        '"x"',
+        "[]",
+        "{}",
+        "1e400",
+        "nan",
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "[" * 3000,
+        '["*"]',
+        "2024-01-01",
+    )
+    key, old = rng.choice(
+        (("schema", "1"), ("element", '"int4"'), ("group", "32"), ("match", '"*"'), ("weight", '"w"'))
+    )
     if what == 1:
         return RECIPE + f"{rng.choice(WORDS)} = {rng.choice(words)}\n"
     if what == 2:
-        return RECIPE.replace('match = "*"', f"match = {json.dumps(['*' * rng.randrange(1, 2000)] * rng.randrange(2000))}")
+        return RECIPE.replace(
+            'match = "*"', f"match = {json.dumps(['*' * rng.randrange(1, 2000)] * rng.randrange(2000))}"
+        )
     return RECIPE.replace(f"{key} = {old}", f"{key} = {rng.choice(words)}")
 
 
@@ -310,7 +368,17 @@ def count(begin, end):
             found[f"command: {verb}"] += 1
             if bad:
                 wrong.append(f"{number}: {bad}")
-            for name in ("out", "float", "sharded", "artifact", "mlx", "foreign", "recipe.toml", ".out.writing", ".out.journal"):
+            for name in (
+                "out",
+                "float",
+                "sharded",
+                "artifact",
+                "mlx",
+                "foreign",
+                "recipe.toml",
+                ".out.writing",
+                ".out.journal",
+            ):
                 one = home / name
                 if one.is_dir() and not one.is_symlink():
                     shutil.rmtree(one)

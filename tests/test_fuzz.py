@@ -1,4 +1,4 @@
-"""Several hundred directories with one thing wrong each: a line and a documented exit code, in time, and never 0 for what is wrong."""
+"""Hundreds of directories with one thing wrong each: a line and a documented exit code, in time, and never 0 for a fault."""
 
 import pytest
 from hostile import CODES, SECONDS, count

@@ -38,7 +38,9 @@ def plan(folder):
     return make_plan(folder, qkit.recipe("int4-g64"))
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "\0", "../x", "a/../../x", "/etc/x", "..\\x", "a\nb", "x" * 1001], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["", "a\0b", "\0", "../x", "a/../../x", "/etc/x", "..\\x", "a\nb", "x" * 1001], ids=repr
+)
 def test_a_name_that_no_tensor_has_is_refused(folder, name):
     raw(folder, {name: entry()}, b"ab")
     with pytest.raises(qkit.ArtifactError, match=r"is no name of a tensor|is a path out of the folder"):
@@ -66,8 +68,8 @@ def test_200_000_tensors_in_a_file_are_refused_by_number(folder):
 
 def test_the_largest_real_models_are_within_the_limits():
     """60 layers of 256 experts with 9 tensors each; and the largest known, 61 layers of 384 experts."""
-    assert 60 * 256 * 9 < layout.FILE_TENSORS < 200_000
-    assert 61 * 384 * 9 < source.TENSORS
+    assert 200_000 > layout.FILE_TENSORS > 60 * 256 * 9
+    assert source.TENSORS > 61 * 384 * 9
 
 
 def test_qkit_itself_begins_another_file_at_the_limit(monkeypatch):
@@ -174,7 +176,13 @@ def test_json_of_no_measure_is_refused(text):
         *(("quantization_config", value) for value in ([1], "x", 7, True)),
         *(("num_hidden_layers", value) for value in (10**9, LAYERS + 1, -1, "2", 2.0, True)),
         *(("vocab_size", value) for value in (2**31, -1, "x", [None])),
-        *(("text_config", []), ("rope_parameters", [1]), ("architectures", "x"), ("model_type", {}), ("rms_norm_eps", "x")),
+        *(
+            ("text_config", []),
+            ("rope_parameters", [1]),
+            ("architectures", "x"),
+            ("model_type", {}),
+            ("rms_norm_eps", "x"),
+        ),
         *(("tie_word_embeddings", "yes"), ("rope_theta", float("inf"))),
     ],
     ids=repr,

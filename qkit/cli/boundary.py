@@ -129,7 +129,8 @@ def _message(error: BaseException) -> str:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ended here, in a framework, or in a worker that the system then killed."""
-    return isinstance(error, (MemoryError, BrokenExecutor)) or type(error).__name__ == "OutOfMemoryError"
+    torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, BrokenExecutor)) or torch
 
 
 def _say(message: str) -> None:

@@ -228,7 +228,9 @@ def _numbers(config: Mapping[str, Any], architecture: Architecture) -> dict[str,
     }
     for name, value in values.items():
         if type(value) not in (int, float) or not 0 <= value < MOST:
-            raise ArtifactError(f"config.json: {value!r:.200} is no {name} of GGUF: want a number from 0 to {MOST - 1:,}")
+            raise ArtifactError(
+                f"config.json: {value!r:.200} is no {name} of GGUF: want a number from 0 to {MOST - 1:,}"
+            )
     return values
 
 
