@@ -2,32 +2,35 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qkit.arrays import dequantize, fake_quantize, quantize
-from qkit.backend import BackendSpec
-from qkit.coverage import coverage
-from qkit.element import Element
-from qkit.errors import (
-    ArtifactError,
-    BackendError,
-    DivergedError,
-    DTypeError,
-    GridError,
-    LockedError,
-    PlanError,
-    QkitError,
-    RangeError,
-    RecipeError,
-    RunError,
-    StageError,
-    VerificationError,
-)
-from qkit.gathering import gather
-from qkit.grid import Grid
-from qkit.pipeline import adamw, convert, prepare
-from qkit.qtensor import QTensor
-from qkit.recipe import Recipe, Rule
-from qkit.registry import backend, backends, recipe, recipes
-from qkit.switches import calibrating, disable, disabled, enable
+from qkit.startup import interruptible as _interruptible
+
+with _interruptible():
+    from qkit.arrays import dequantize, fake_quantize, quantize
+    from qkit.backend import BackendSpec
+    from qkit.coverage import coverage
+    from qkit.element import Element
+    from qkit.errors import (
+        ArtifactError,
+        BackendError,
+        DivergedError,
+        DTypeError,
+        GridError,
+        LockedError,
+        PlanError,
+        QkitError,
+        RangeError,
+        RecipeError,
+        RunError,
+        StageError,
+        VerificationError,
+    )
+    from qkit.gathering import gather
+    from qkit.grid import Grid
+    from qkit.pipeline import adamw, convert, prepare
+    from qkit.qtensor import QTensor
+    from qkit.recipe import Recipe, Rule
+    from qkit.registry import backend, backends, recipe, recipes
+    from qkit.switches import calibrating, disable, disabled, enable
 
 if TYPE_CHECKING:
     from qkit.adapters import Adapter, adapt, merge

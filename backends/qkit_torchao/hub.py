@@ -31,6 +31,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
             model: nn.Module = architecture._from_config(known, dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_config(known, dtype=dtype)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # with a stranger's numbers, transformers fails in any way
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None
     return model.eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from qkit.artifact.config import check_config
 from qkit.artifact.entries import KEY, Entry, describe, entries_of, group, kind_of
 from qkit.artifact.tensors import array_stream, in_type, with_type
 from qkit.backend import Backend
@@ -224,9 +225,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is not a JSON object, or a link out of the folder; or another file says how the model is quantized.
+        ArtifactError: it is not a JSON object, or a link out of the folder; or another file says how the model is quantized; or
+            see `check_config`.
     """
     config = read_json(inside(folder, CONFIG))
+    if config is not None:
+        check_config(config, folder / CONFIG)
     if (folder / MODELOPT).exists() and not (config or {}).get("quantization_config"):
         raise ArtifactError(f"{folder / MODELOPT} says how the model is quantized, which qkit does not read: {WAY_OUT}")
     return config

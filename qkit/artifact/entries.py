@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import ArtifactError, RecipeError
+from qkit.intake import parse_json
 from qkit.interop import compressed_tensors
 from qkit.interop.settings import check_compressed_tensors, quantization_of
 from qkit.layer import Layer
@@ -58,13 +59,13 @@ def entries_of(
     entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
     try:
         if layout == "compressed-tensors":
-            check_config(config, entries)
+            check_quantization(config, entries)
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     return entries
 
 
-def check_config(config: Mapping[str, Any] | None, entries: list[Entry]) -> None:
+def check_quantization(config: Mapping[str, Any] | None, entries: list[Entry]) -> None:
     """Compares what other readers of an artifact are told in its config.json with what the metadata say.
 
     Raises:
@@ -93,7 +94,9 @@ def check_config(config: Mapping[str, Any] | None, entries: list[Entry]) -> None
 
 def _described(folder: Path, text: str, layout: str) -> list[Entry]:
     try:
-        described = json.loads(text)
+        described = parse_json(text)
+        if not isinstance(described, dict):
+            raise TypeError("want an object")
         if described.get("layout", "compressed-tensors") != layout:
             raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
         if described["numerics"] != NUMERICS:
@@ -102,18 +105,27 @@ def _described(folder: Path, text: str, layout: str) -> list[Entry]:
             raise ArtifactError(
                 f"{folder}: the {KEY} metadata have {', '.join(unknown)}, which this qkit does not know"
             )
-        return [_entry(dict(table)) for table in described["rules"]]
+        entries = [_entry(dict(table)) for table in described["rules"]]
+        paths = [path for entry in entries for path in entry.paths]
+        if len(paths) != len(set(paths)):
+            raise ValueError("a layer stands twice")
+        return entries
     except ArtifactError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
 
 
 def _entry(table: dict[str, Any]) -> Entry:
-    paths, dtype = tuple(map(str, table.pop("layers"))), table.pop("dtype")
+    paths, dtype = table.pop("layers"), table.pop("dtype")
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
+        raise RecipeError("layers: want a list of paths")
     if dtype not in DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}")
-    return Entry(rule_from_table({**table, "match": ["*"]}), dtype, paths)
+    rule = rule_from_table({**table, "match": ["*"]})
+    if rule.weight is None:
+        raise RecipeError("weight is missing")
+    return Entry(rule, dtype, tuple(paths))
 
 
 def kind_of(layer: Layer) -> Kind:

@@ -27,7 +27,10 @@ class Pen:
         if running.end == offset:  # what comes in order is digested as it comes
             running.digest.update(data)
             running.end += len(data)
-        write_all(self._open(place.file), data, place.begin + offset)
+        try:
+            write_all(self._open(place.file), data, place.begin + offset)
+        except OSError as error:  # the system does not say of which file
+            raise OSError(error.errno, error.strerror, str(self._folder / place.file)) from None
         return len(data)
 
     def digest(self, name: str) -> str:

@@ -35,7 +35,7 @@ from qkit.checkpoint.destination import destination
 from qkit.checkpoint.layout import DTYPES, Place
 from qkit.checkpoint.pen import Pen
 from qkit.checkpoint.plan import Plan, Row
-from qkit.checkpoint.source import Stored
+from qkit.checkpoint.source import Stored, check_bools
 from qkit.errors import ArtifactError
 from qkit.grid import Grid
 from qkit.interop.packed import pack
@@ -154,6 +154,8 @@ def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
     stored, size = row.stored, row.stored.slot.nbytes
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
+        if stored.slot.dtype == "BOOL":
+            check_bools(data, name=_name(stored))
         if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
             check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)

@@ -10,7 +10,7 @@ from typing import Final
 
 from qkit.checkpoint.marks import SEAL
 from qkit.checkpoint.pen import CHUNK
-from qkit.checkpoint.source import Stored, inside, is_pickle, read_json
+from qkit.checkpoint.source import INDEX_BYTES, Stored, inside, is_pickle, read_json
 from qkit.errors import ArtifactError
 
 AGAIN: Final = "quantize or save the model again"
@@ -54,12 +54,13 @@ def read_seal(folder: Path) -> Seal | None:
     Raises:
         ArtifactError: the file is not what qkit writes.
     """
-    table = read_json(inside(folder, SEAL))
+    table = read_json(inside(folder, SEAL), most=INDEX_BYTES)
     if table is None:
         return None
     sound = table.keys() == KEYS.keys() and all(type(table[key]) is kind for key, kind in KEYS.items())
     names = [*table["files"], *table["headers"].values(), *table["tensors"].values()] if sound else [None]
-    if not all(isinstance(name, str) for name in names):
+    files = [*table["files"], *table["headers"]] if sound else []
+    if not all(isinstance(name, str) for name in names) or not all(map(_is_file_name, files)):
         raise ArtifactError(f"{folder / SEAL}: not what qkit writes, which is {', '.join(KEYS)}: {AGAIN}")
     return Seal(tuple(table["files"]), table["headers"], table["tensors"])
 
@@ -108,6 +109,10 @@ def tensor_problems(
             yield Problem(f"{tensors[name].file}: {name}", "was not written by qkit")
         elif digests and found[name] != seal.tensors[name]:
             yield Problem(f"{tensors[name].file}: {name}", "its bytes are not those that were written")
+
+
+def _is_file_name(name: str) -> bool:
+    return name == Path(name).name and name.isprintable()
 
 
 def _header_digest(file: Path) -> str:

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qkit.artifact.directory import CONFIG, read_config
-from qkit.artifact.entries import Entry, check_config, entries_of
+from qkit.artifact.entries import Entry, check_quantization, entries_of
 from qkit.checkpoint.blocks import row_blocks, rows_of
-from qkit.checkpoint.inspection import parts, weight_shape
-from qkit.checkpoint.layout import DTYPES
+from qkit.checkpoint.inspection import check_parts, parts
 from qkit.checkpoint.marks import SEAL
 from qkit.checkpoint.seal import Problem, file_problems, read_seal, tensor_problems
 from qkit.checkpoint.source import Stored, read_folder
@@ -39,7 +38,7 @@ def verify(folder: Path) -> Iterator[Problem]:
     yield from tensor_problems(folder, seal, tensors)
     yield from _rules(folder, tensors, entries)
     try:
-        check_config(read_config(folder), entries)
+        check_quantization(read_config(folder), entries)
     except QkitError as error:
         yield Problem(str(folder / CONFIG), str(error))
 
@@ -60,24 +59,19 @@ def _export(folder: Path) -> Iterator[Problem]:
 
 def _rules(folder: Path, tensors: Mapping[str, Stored], entries: list[Entry]) -> Iterator[Problem]:
     """Types, shapes and scales of every quantized layer, some rows in memory at a time."""
+    by_path = parts(tensors)
     for entry in entries:
         for path in entry.paths:
             try:
-                _check_layer(parts(tensors, path), entry, path=path)
+                _check_layer(by_path.get(path, {}), entry, path=path)
             except (QkitError, ValueError) as error:
                 yield Problem(f"{folder}: {path}", str(error))
 
 
 def _check_layer(found: Mapping[str, Stored], entry: Entry, *, path: str) -> None:
-    grid, shape = entry.rule.weight, weight_shape(found, path=path)
+    grid, shape = entry.rule.weight, check_parts(found, entry, path=path)
     assert grid is not None
     want = compressed_tensors.contents(grid, dtype=entry.dtype, shape=shape)
-    for name, (kind, full) in want.items():
-        if name not in found:
-            raise ArtifactError(f"{name} is missing")
-        slot = found[name].slot
-        if (DTYPES[slot.dtype][0], slot.shape) != (kind, full):
-            raise ArtifactError(f"{name} is {slot.dtype} {list(slot.shape)}, where {grid} has {kind} {list(full)}")
     arrays = {name: found[name].mapped() for name in want}
     for begin, end in row_blocks(shape):
         block = rows_of(arrays, begin, end, shape=shape, bits=grid.element.bits)

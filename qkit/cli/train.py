@@ -126,6 +126,8 @@ def _put(table: dict[str, Any], text: str) -> None:
     *outer, last = name.strip().split(".")
     for part in outer:
         table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise typer.BadParameter(f"{text!r}: {part} is no table")
     table[last] = _value(name, value)
 
 
@@ -135,7 +137,7 @@ def _value(name: str, text: str) -> Any:
 
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text.strip()
 
 

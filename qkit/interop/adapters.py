@@ -20,6 +20,7 @@ from qkit.checkpoint.destination import check_directory
 from qkit.checkpoint.source import inside, read_file, read_json
 from qkit.checkpoint.staging import write_files
 from qkit.errors import ArtifactError, QkitError
+from qkit.intake import parse_json
 
 Layout = Literal["peft", "mlx-lm"]
 CONFIG = "adapter_config.json"
@@ -142,8 +143,8 @@ def _named(name: str, layout: Layout, file: Path) -> tuple[str, str, bool]:
 
 def _noted(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     try:
-        noted = json.loads(metadata.get(KEY, "{}"))
-    except (ValueError, RecursionError) as error:
+        noted = parse_json(metadata.get(KEY, "{}"))
+    except ValueError as error:
         raise ArtifactError(f"{file}: the {KEY} metadata is not readable ({error})") from None
     if not isinstance(noted, dict) or not all(isinstance(one, dict) for one in noted.values()):
         raise ArtifactError(f"{file}: the {KEY} metadata is not readable: want a table for each layer")

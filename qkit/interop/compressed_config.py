@@ -1,6 +1,5 @@
 """The `quantization_config` that another tool wrote in compressed-tensors' words: which grid each weight is on."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -10,6 +9,7 @@ from qkit.errors import ArtifactError, GridError
 from qkit.grid import Grid
 from qkit.interop import settings
 from qkit.interop.compressed_tensors import FORMATS, layout
+from qkit.interop.targets import Targets, patterns_limit, readable
 from qkit.recipe import Kind
 
 CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding"}  #: as groups name them
@@ -32,39 +32,27 @@ def grids(
             carry out; see `settings`.
     """
     settings.check_compressed_tensors(config)
-    out, used = {}, set()
+    out, used, targets = {}, set(), Targets.of(config)
     for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
         if f"{path}.weight_g_idx" in tensors:
             raise ArtifactError(
                 f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
             )
         try:
-            settings.check_ignored(path, config.get("ignore"))
-            name, group = _group_of(path, kind_of(path), config["config_groups"])
+            with readable(), patterns_limit():
+                settings.check_ignored(path, config.get("ignore"))
+            name = targets.group_of(path, kind=CLASSES[kind_of(path)])
             used.add(name)
-            grid = _grid(group["weights"], _form(config.get("format"), group.get("format")))
+            with readable():
+                group = config["config_groups"][name]
+                grid = _grid(group["weights"], _form(config.get("format"), group.get("format")))
         except (ArtifactError, GridError) as error:
             raise ArtifactError(f"{path}: {error}") from None
-        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
         out[path] = grid, any(group.get(part) is not None for part in ("input_activations", "output_activations"))
     if not out:
         raise ArtifactError("the quantization_config speaks of quantized layers, and no layer has a weight_scale")
     settings.check_unused(config["config_groups"], used)
     return out
-
-
-def _group_of(path: str, kind: Kind, groups: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The group whose targets name the layer at `path`, by its path or its end, a pattern, or its class; and its name."""
-    for fits in (
-        lambda t: path == t or path.endswith(f".{t}"),
-        lambda t: t[:3] == "re:" and re.match(t[3:], path),
-        lambda t: t == CLASSES[kind],
-    ):
-        for name, group in groups.items():
-            if any(fits(target) for target in group["targets"]):
-                return name, group
-    raise ArtifactError("no group of the quantization_config speaks of it")
 
 
 def _form(whole: Any, group: Any) -> str:

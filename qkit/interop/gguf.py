@@ -16,73 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import packing
+from qkit.artifact.config import describing
+from qkit.artifact.directory import CONFIG
 from qkit.checkpoint.destination import check_file
 from qkit.checkpoint.staging import whole_file
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.installation import how_to_install
+from qkit.interop.gguf_config import Architecture, architecture_of, head_width, numbers_of
 from qkit.interop.mlx_lm import spread
 from qkit.interop.packed import unpack
-from qkit.interop.rope import rope_type, ropes
 from qkit.interop.snapshot import Held, Snapshot, join
 from qkit.packing import Packed
 
 BLOCK: Final = 32
 NUMBERS: Final = 1 << 20  #: that are decoded together
 TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: by element
-LOCAL_THETA: Final = 10000.0  #: of the rope of sliding attention, which GGUF has no word for
 FLOATS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What GGUF makes of a type of model.
-
-    Attributes:
-        name: its own.
-        activation: the only one it computes.
-        interleaved: whether the rows of queries and keys are in the order of complex pairs.
-        norms_plus_one: whether norms hold 1 + w.
-        keys: further numbers of a configuration, by GGUF's name less the architecture's.
-    """
-
-    name: str
-    activation: str = "silu"
-    interleaved: bool = False
-    norms_plus_one: bool = False
-    keys: tuple[tuple[str, str], ...] = ()
-
-
-_GEMMA = (("attention.sliding_window", "sliding_window"),)
-ARCHITECTURES: Final = {
-    "llama": Architecture("llama", interleaved=True),
-    "mistral": Architecture("llama", interleaved=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma2": Architecture(
-        "gemma2",
-        activation="gelu_pytorch_tanh",
-        norms_plus_one=True,
-        keys=(
-            *_GEMMA,
-            ("attn_logit_softcapping", "attn_logit_softcapping"),
-            ("final_logit_softcapping", "final_logit_softcapping"),
-        ),
-    ),
-    "gemma3_text": Architecture("gemma3", activation="gelu_pytorch_tanh", norms_plus_one=True, keys=_GEMMA),
-}
-
-#: Numbers of a configuration by GGUF's name, less the architecture's; every architecture has them.
-COUNTS: Final = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "vocab_size": "vocab_size",
-}
 
 
 def layout(grid: Grid, inputs: int) -> str:
@@ -139,9 +89,11 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
         raise BackendError(f"GGUF files need the gguf package: {how_to_install('gguf')}") from None
     check_file(out)
     config = source.config or {}
-    architecture = _architecture(config)
+    with describing(source.folder / CONFIG):
+        architecture = architecture_of(config)
+        numbers = numbers_of(config, architecture)
     index = next(i for i, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(index, int(config["num_hidden_layers"]))
+    names = gguf.get_tensor_name_map(index, numbers["block_count"])
     tensors: dict[str, _Tensor] = {}
     for name in sorted({*source.tensors, *(join(path, "weight") for path in source.weights)}):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -151,7 +103,7 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
     with whole_file(out) as aside:
         writer: Any = gguf.GGUFWriter(aside, architecture.name)
         try:
-            _describe(writer, config, architecture)
+            _describe(writer, numbers, architecture)
             _write(writer, tensors)
         except BaseException:
             with suppress(OSError):  # it would write the rest to a full disk, and fail as before
@@ -181,55 +133,13 @@ def _write(writer: Any, tensors: Mapping[str, "_Tensor"]) -> None:
     writer.flush()
 
 
-def _architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a model, if GGUF's computes the same."""
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ArtifactError(
-            f"how GGUF writes a {kind!r} is not known to this qkit: known are {', '.join(ARCHITECTURES)}"
-        )
-    architecture = ARCHITECTURES[kind]
-    activation = config.get("hidden_activation") or config.get("hidden_act") or architecture.activation
-    scaled = [rope_type(rope) for rope in ropes(config).values() if rope_type(rope) != "default"]
-    window = config.get("sliding_window") if architecture.name == "llama" or config.get("use_sliding_window") else None
-    scalar = config.get("query_pre_attn_scalar", _head(config))
-    local = ropes(config).get("sliding_attention", {}).get("rope_theta", LOCAL_THETA)
-    for wrong, what in (
-        (scalar != _head(config), f"query_pre_attn_scalar {scalar}, which is not its head_dim"),
-        (local != LOCAL_THETA, f"a rope of theta {local} for sliding attention"),
-        (activation != architecture.activation, f"hidden_act {activation!r}"),
-        (bool(scaled), f"a rope of type {scaled[0] if scaled else None!r}"),
-        (window is not None, f"a sliding window of {window}"),
-    ):
-        if wrong:
-            raise ArtifactError(
-                f"a {kind!r} with {what} is not one that qkit can say in GGUF: export --to mlx or --to dense"
-            )
-    return architecture
-
-
-def _describe(writer: Any, config: Mapping[str, Any], architecture: Architecture) -> None:
+def _describe(writer: Any, numbers: Mapping[str, Any], architecture: Architecture) -> None:
     """The model's numbers. Its tokenizer is said to be none: GGUF tells tokenizers apart by a list of names of known ones."""
-    head = _head(config)
-    values = {
-        **{name: config[key] for name, key in COUNTS.items()},
-        **{name: config[key] for name, key in architecture.keys if config.get(key) is not None},
-        "attention.key_length": head,
-        "attention.value_length": head,
-        "rope.dimension_count": head,
-        "rope.freq_base": float(_rope(config).get("rope_theta") or config.get("rope_theta", 10000.0)),
-    }
     writer.add_string("tokenizer.ggml.model", "none")
     writer.add_quantization_version(2)
-    for name, value in values.items():
+    for name, value in numbers.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{architecture.name}.{name}", value)
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope of full attention, which is the one that GGUF says."""
-    found = ropes(config)
-    return found.get("full_attention") or next(iter(found.values()), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +153,8 @@ class _Tensor:
 
 def _tensor(source: Snapshot, name: str, architecture: Architecture) -> _Tensor:
     held, config = source.weights.get(name.removesuffix(".weight")), source.config or {}
-    order = _order(name, config) if architecture.interleaved else None
+    rows = (held or source.tensors[name]).shape[:1]
+    order = _order(name, config, rows) if architecture.interleaved else None
     if held is not None:
         assert held.rule.weight is not None
         try:
@@ -278,15 +189,12 @@ def _blocks(name: str, held: Held, order: NDArray[np.int64] | None) -> Callable[
     return blocks
 
 
-def _order(name: str, config: Mapping[str, Any]) -> NDArray[np.int64] | None:
-    """Which row of queries or keys goes where: halves of each head in turn, for llama.cpp's rotary embedding."""
+def _order(name: str, config: Mapping[str, Any], rows: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """Which of the `rows` of queries or keys goes where: halves of each head in turn, for llama.cpp's rotary embedding."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    count = heads.get(name.split(".")[-2])
+    count, head = heads.get(name.split(".")[-2]), head_width(config)
     if count is None:
         return None
-    return np.arange(count * _head(config)).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)
-
-
-def _head(config: Mapping[str, Any]) -> int:
-    """Width of an attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    if rows != (count * head,) or head % 2:
+        raise ArtifactError(f"{name} has {list(rows)} rows, and config.json speaks of {count} heads of {head}: mend it")
+    return np.arange(count * head).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)

@@ -1,7 +1,6 @@
 """What a model directory holds, whatever its layout: quantized weights by path, every other tensor by name. All mapped."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from qkit.checkpoint import source
 from qkit.checkpoint.families import EMBEDDINGS
 from qkit.checkpoint.seal import check_seal
 from qkit.errors import ArtifactError, GridError
+from qkit.intake import parse_json
 from qkit.interop import compressed_config, compressed_tensors, mlx_config, mlx_lm
 from qkit.interop.packed import Tensors
 from qkit.interop.settings import QUANTIZATION, check_alike, quantization_of
@@ -201,7 +201,7 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What qkit's metadata say; empty where they are not readable, which `entries_of` then says."""
     try:
-        return dict(json.loads(metadata[KEY]))
+        return dict(parse_json(metadata[KEY]))
     except (ValueError, TypeError):
         return {}
 

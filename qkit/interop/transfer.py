@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qkit.artifact.directory import companions, quantized_config
+from qkit.artifact.config import describing
+from qkit.artifact.directory import CONFIG, companions, quantized_config
 from qkit.artifact.entries import KEY, Entry, describe
 from qkit.artifact.tensors import array_stream
 from qkit.checkpoint.destination import destination
@@ -45,7 +46,8 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
             raise ArtifactError(f"{path}: {error}") from None
     config, added = source.config, []
     if config is not None:
-        config = mlx_config.model_config(config, tied=source.tied)
+        with describing(source.folder / CONFIG):
+            config = mlx_config.model_config(config, tied=source.tied)
         added = sorted(config.keys() - (source.config or {}).keys())
         if containers:  # under both names, as mlx_lm.convert writes it
             config = {**config, **dict.fromkeys(QUANTIZATION, mlx_config.quantization_config(containers))}
