@@ -62,8 +62,7 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
         RangeError: a weight holds what has no codes, or a copied tensor a NaN or an infinity.
         ArtifactError, PlanError, LockedError, OSError: see `Output`; or the source ended early.
     """
-    if destination(folder).path == plan.folder.resolve():
-        raise ArtifactError(f"{folder} is the model itself: choose another folder")
+    check_apart(folder, plan.folder)
     with plan.output(folder, fingerprint=fingerprint(plan)) as output:
         missing = set(output.missing)
         rows = [row for row in plan.rows if any(slot.name in missing for slot in row.slots)]
@@ -79,6 +78,12 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
                 output.close(name, digest=digest)
             tick(row.stored.slot.name, row.stored.slot.nbytes)
     return folder
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raises ArtifactError where `out` is the place of `source`, the model to read."""
+    if destination(out).path == source.resolve():
+        raise ArtifactError(f"{out} is the model itself: choose another folder")
 
 
 def fingerprint(plan: Plan) -> str:

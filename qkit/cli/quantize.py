@@ -13,7 +13,7 @@ from rich.text import Text
 import qkit
 from qkit.checkpoint.destination import Destination, check_directory, nearest
 from qkit.checkpoint.plan import Plan, make_plan
-from qkit.checkpoint.run import WORKERS, quantize_directory
+from qkit.checkpoint.run import WORKERS, check_apart, quantize_directory
 from qkit.cli.console import console, errors, read_size, size
 
 Model = Annotated[
@@ -34,6 +34,7 @@ def quantize(
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Quantize a model's directory, tensor by tensor; interrupted, the same command goes on where it was."""
+    check_apart(out, model)
     place = check_directory(out)
     engine = qkit.backend(backend).on(device)
     plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)

@@ -46,7 +46,7 @@ def check_out(out: Path, *, replace: bool) -> None:
             f"{out} is a mount point, and checkpoints go beside the model: choose a directory inside it, such as {out / 'model'}"
         )
     run = destination(folder).path  # which may lie on another disk, by a link
-    check_own(run, folders=True)
+    _check_run_folder(run)
     check_writable(run / LOCK)
     if place.path.exists() and any(place.path.iterdir()) and not replace and not _was_ending(folder):
         raise _holds_a_model(out)
@@ -58,6 +58,13 @@ def _was_ending(folder: Path) -> bool:
     steps = next((event["steps"] for event in reversed(events) if event["event"] in ("start", "resume")), None)
     done = steps is not None and any(event["event"] == "checkpoint" and event["step"] == steps for event in events)
     return done and events[-1]["event"] != "end"
+
+
+def _check_run_folder(folder: Path) -> None:
+    """`check_own`, but for a lock without content: nobody loses by it."""
+    if folder.is_dir() and os.listdir(folder) == [LOCK] and not (folder / LOCK).stat().st_size:
+        return
+    check_own(folder, folders=True)
 
 
 def check_saved(out: Path, again: Path) -> None:
@@ -83,7 +90,7 @@ def locked(folder: Path) -> Iterator[None]:
         ArtifactError: it is somebody's own.
     """
     real = destination(folder).path
-    check_own(real, folders=True)
+    _check_run_folder(real)
     made, descriptor = make_parents(real), None
     try:
         real.mkdir(exist_ok=True)
