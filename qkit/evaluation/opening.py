@@ -9,6 +9,7 @@ import numpy as np
 
 from qkit import artifact
 from qkit.artifact.directory import read_config
+from qkit.artifact.metadata import KEY
 from qkit.engines.protocol import Backend
 from qkit.errors import BackendError, QkitError
 from qkit.exchange import snapshot, transfer
@@ -25,9 +26,11 @@ def open_model(engine: Backend, directory: Path) -> Any:
     """
     if not hasattr(engine, "logits"):
         raise BackendError(f"backend {engine.name!r} works on arrays only: choose one that runs language models")
-    found = snapshot.read(directory)
     _, metadata = read_folder(directory)
-    if not found.foreign and snapshot.layout_of(metadata) == "compressed-tensors":
+    if KEY in metadata and snapshot.layout_of(metadata) == "compressed-tensors":
+        return artifact.load(directory, backend=engine)
+    found = snapshot.read(directory)
+    if found.layout == "float":
         return artifact.load(directory, backend=engine)
     with TemporaryDirectory() as place:
         own = Path(place) / "artifact"

@@ -9,9 +9,10 @@ from qkit.engines.protocol import Backend
 from qkit.engines.registry import backend as choose
 from qkit.errors import BackendError, RunError
 from qkit.exchange import snapshot
+from qkit.installation import how_to_install
 from qkit.training.data import Sequences, sequences, split
 from qkit.training.run import Run
-from qkit.training.teacher import Tick, write_top
+from qkit.training.teacher import Tick, check_absent, write_top
 from qkit.training.text import find, read_text
 
 
@@ -34,7 +35,7 @@ def engine_of(run: Run) -> Backend:
     engine = choose(run.backend)
     if not hasattr(engine, "trainer"):
         raise BackendError(
-            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
+            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with {how_to_install('all')}"
         )
     return engine.on(run.device) if run.device else engine
 
@@ -77,6 +78,7 @@ def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None)
     Raises:
         RunError: the run has no such teacher; or see `text_of` and `teacher_of`.
     """
+    check_absent(file)
     named = run.distillation.teacher if run.distillation else None
     if named is None or not named.is_dir():
         raise RunError(f"distillation.teacher is {named or 'not there'}: name the directory of a model")
