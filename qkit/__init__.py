@@ -2,32 +2,35 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qkit.arrays import dequantize, fake_quantize, quantize
-from qkit.coverage_table import coverage
-from qkit.element import Element
-from qkit.engines.protocol import BackendSpec
-from qkit.engines.registry import backend, backends, recipe, recipes
-from qkit.errors import (
-    ArtifactError,
-    BackendError,
-    DivergedError,
-    DTypeError,
-    GridError,
-    LockedError,
-    PlanError,
-    QkitError,
-    RangeError,
-    RecipeError,
-    RunError,
-    StageError,
-    VerificationError,
-)
-from qkit.gathering import gather
-from qkit.grid import Grid
-from qkit.pipeline import adamw, convert, prepare
-from qkit.qtensor import QTensor
-from qkit.rules import Recipe, Rule
-from qkit.switches import calibrating, disable, disabled, enable
+from qkit.startup import interruptible as _interruptible
+
+with _interruptible():
+    from qkit.arrays import dequantize, fake_quantize, quantize
+    from qkit.coverage_table import coverage
+    from qkit.element import Element
+    from qkit.engines.protocol import BackendSpec
+    from qkit.engines.registry import backend, backends, recipe, recipes
+    from qkit.errors import (
+        ArtifactError,
+        BackendError,
+        DivergedError,
+        DTypeError,
+        GridError,
+        LockedError,
+        PlanError,
+        QkitError,
+        RangeError,
+        RecipeError,
+        RunError,
+        StageError,
+        VerificationError,
+    )
+    from qkit.gathering import gather
+    from qkit.grid import Grid
+    from qkit.pipeline import adamw, convert, prepare
+    from qkit.qtensor import QTensor
+    from qkit.rules import Recipe, Rule
+    from qkit.switches import calibrating, disable, disabled, enable
 
 if TYPE_CHECKING:
     from qkit.adapters import Adapter, adapt, merge

@@ -1,6 +1,6 @@
 """prepare and convert: one recipe over one model, on any engine. Plans first, then swaps: no half-done models."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
         GridError: a layer does not divide into groups and the rule does not say "skip".
     """
     planned = [_plan_layer(layer, recipe) for layer in layers]
-    planned = [_plan_tied(item, planned) for item in planned]
+    owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
+    planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
     spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned if item.layer.kind != "other"}
     for rule in recipe.rules:
         if rule.weight and id(rule) not in spoken:
@@ -78,10 +79,10 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
     return Planned(layer, rule)
 
 
-def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
+def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
     """`item`, whose weight belongs to a layer before it, if both can be quantized as one."""
     layer = item.layer
-    owner = next((other for other in planned if layer.tied and other.layer.path == layer.tied), None)
+    owner = owners.get(layer.tied)
     if owner is None:
         return item
     if item.rule and item.rule.scales == "learned":

@@ -15,6 +15,7 @@ from qkit.engines.protocol import NOTHING, Adapts, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import BackendError
 from qkit.grid import Grid
+from qkit.installation import how_to_install
 from qkit.qtensor import QTensor
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
@@ -222,7 +223,7 @@ class MlxBackend:
         except ModuleNotFoundError as error:
             if error.name != "mlx_lm":
                 raise
-            raise BackendError("building a Hugging Face model needs mlx-lm: pip install 'qkit[mlx-lm]'") from None
+            raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
         return hub.build(config)
 
     # training

@@ -268,4 +268,8 @@ class TorchaoBackend:
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Adapts, Trains, Deploys] = (_engine, _engine, _engine)  # mypy compares every verb with the protocols
+    _offered: tuple[Adapts, Trains, Deploys] = (
+        _engine,
+        _engine,
+        _engine,
+    )  # mypy compares every verb with the protocols

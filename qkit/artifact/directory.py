@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from qkit.artifact.config import check_config
 from qkit.artifact.metadata import KEY, Entry, describe, entries_of, group, kind_of
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_merged, want_whole
@@ -15,16 +16,20 @@ from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
 from qkit.errors import ArtifactError, GridError, StageError
 from qkit.formats import compressed_tensors
+from qkit.formats.settings import WAY_OUT
 from qkit.pipeline import NOTE, surgeon
 from qkit.qtensor import DType, QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
-from qkit.storage.arrays import array_stream, in_type, read_folder, with_type
+from qkit.storage.arrays import array_stream, in_type, with_type
+from qkit.storage.destination import check_directory, destination
 from qkit.storage.layout import SHARD_BYTES
-from qkit.storage.read import inside, is_pickle, read_json
+from qkit.storage.read import inside, is_pickle, read_folder, read_json
+from qkit.storage.seal import check_seal
 from qkit.storage.write import write_directory
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  #: where NVIDIA ModelOpt says what config.json may leave out
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -62,11 +67,17 @@ def save(
 
     Raises:
         StageError: a layer is prepared but not converted, or has an adapter, or is sharded.
-        ArtifactError: a grid has no portable layout, or `folder` holds something else.
+        ArtifactError: a grid has no portable layout, or `folder` holds something else; see `check_directory`.
+        PlanError: the disk is read-only.
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
     folder, origin = Path(folder), None if source is None else Path(source)
+    config = engine.config(model) if origin is None else read_config(origin)
+    if origin is not None and (config is None or origin.resolve() == destination(folder).path):
+        why = "has no config.json" if config is None else "is where the artifact would go"
+        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
+    check_directory(folder)
     layers = list(engine.layers(model))
     want_whole(layers, "save")
     want_merged(layers, "save")
@@ -85,10 +96,6 @@ def save(
         for name, array in compressed_tensors.to_tensors(q).items():
             tensors[_join(layer.path, name)] = array
     entries = group([(layer, q.dtype) for layer, q in saved])
-    config = engine.config(model) if origin is None else read_config(origin)
-    if origin is not None and (config is None or origin.resolve() == folder.resolve()):
-        why = "has no config.json" if config is None else "is where the artifact would go"
-        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
     write_directory(
         folder,
@@ -108,12 +115,14 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
         into: a model of yours to fill, by the paths of its layers; left out, one is built from `config.json`.
 
     Raises:
-        ArtifactError: a file is missing or unsound, or does not fit the model.
+        ArtifactError: a file is missing or unsound, is not what `qkit.json` says was written, or does not fit the model.
         BackendError: the engine is missing, or cannot build such a model.
     """
     folder = Path(folder)
     engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
-    arrays, metadata = read_folder(folder)
+    stored, metadata = read_folder(folder)
+    check_seal(folder, stored, digests=True)
+    arrays = {name: tensor.mapped() for name, tensor in stored.items()}
     config = read_config(folder)
     entries = entries_of(folder, metadata, config)
     model = _build(engine, folder, config) if into is None else into
@@ -215,9 +224,15 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is not a JSON object, or a link out of the folder.
+        ArtifactError: it is not a JSON object, or a link out of the folder; or another file says how the model is quantized; or
+            see `check_config`.
     """
-    return read_json(inside(folder, CONFIG))
+    config = read_json(inside(folder, CONFIG))
+    if config is not None:
+        check_config(config, folder / CONFIG)
+    if (folder / MODELOPT).exists() and not (config or {}).get("quantization_config"):
+        raise ArtifactError(f"{folder / MODELOPT} says how the model is quantized, which qkit does not read: {WAY_OUT}")
+    return config
 
 
 def _join(path: str, name: str) -> str:

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,13 @@ from qkit.engines.registry import backends
 from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import BackendError
 from qkit.formats.compressed_tensors import layout
+from qkit.installation import how_to_install
 from qkit.qtensor import QTensor
+from qkit.report.place import PICTURE, REPORT, SOFTWARE, check_report
 from qkit.rules import Recipe
+from qkit.storage.destination import check_directory, destination
+from qkit.storage.marks import check_own, remove
+from qkit.storage.staging import replaced_file
 from qkit.training import Run, train_model
 from qkit.training.checkpoint import newest
 from qkit.training.curve import smooth
@@ -32,6 +37,7 @@ from qkit.training.run import FLOAT
 
 Progress = Callable[[str, int, int, float], None]  #: stage, step, steps, loss
 STAGES = ("float", "longer", "quantized")  #: folders that are trained
+FILES = {**REPORT, "result.json": b'"codes_equal"', "losses.png": PICTURE}  #: see `check_report`
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +101,9 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     Raises:
         BackendError: the engine, or what it needs to build a Llama, is missing.
         RecipeError, GridError: the recipe is unknown or does not fit.
-        ArtifactError: the artifact has no layout for a grid of the recipe.
+        ArtifactError: the artifact has no layout for a grid of the recipe, or `folder` holds what qkit did not write.
     """
+    _check_folder(folder)
     engine = require(choose(backend), Trains)
     grid_recipe, preset = find_recipe(recipe), preset or PRESETS.get(engine.name, PRESET)
     model = engine.build(preset.config)
@@ -147,9 +154,10 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         curves=curves,
         folder=str(folder),
     )
-    for left in ("start", "longer", *(beside(folder / name).name for name in STAGES)):
-        rmtree(folder / left, ignore_errors=True)
-    (folder / "result.json").write_text(json.dumps({**asdict(result), "recovered": result.recovered}, indent=2) + "\n")
+    for left in (folder / "start", folder / "longer", *(beside(folder / name) for name in STAGES)):
+        _remove(left)
+    with replaced_file(folder / "result.json") as aside:
+        aside.write_text(json.dumps({**asdict(result), "recovered": result.recovered}, indent=2) + "\n")
     return result
 
 
@@ -188,7 +196,23 @@ def draw(result: Result, file: Path) -> None:
         xlabel="step", ylabel="loss, nats per byte", ylim=(min(result.float_loss, result.qat_loss) * 0.85, top * 1.25)
     )
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=120)
+    with replaced_file(file) as aside:
+        figure.savefig(aside, dpi=120, metadata=SOFTWARE)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses, before any work, to replace or remove anything in `folder` that qkit did not write."""
+    for name in (*STAGES, "start", "mlx"):
+        check_directory(folder / name)
+    for name in STAGES:
+        check_own(destination(beside(folder / name)).path, folders=True)
+    check_report(folder, FILES)
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a stage left that nobody needs afterwards; anything in it that is not qkit's stays."""
+    with suppress(OSError):
+        remove(destination(folder).path)
 
 
 def _check(engine: Builds, model: Any, recipe: Recipe) -> None:
@@ -219,7 +243,7 @@ def _second(first: Builds, preset: Preset) -> tuple[Builds | None, str]:
             obstacles.append(f"{status.name}: {error}")
             continue
         return engine, ""
-    return None, "; ".join(obstacles) or "there is no second engine: pip install 'qkit[all]'"
+    return None, "; ".join(obstacles) or f"there is no second engine: {how_to_install('all')}"
 
 
 def _train(
@@ -259,7 +283,7 @@ def _train(
             curve.append((event["step"], event["loss"]))
             progress(stage, event["step"], run.steps or 0, event["loss"])
 
-    rmtree(beside(run.out), ignore_errors=True)  # of a demo that was interrupted
+    _remove(beside(run.out))  # of a demo that was interrupted
     train_model(run, tell=tell)
     return curve
 

@@ -5,6 +5,7 @@ from typing import TypeGuard, TypeVar
 
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Modules, Trains
 from qkit.errors import BackendError
+from qkit.installation import how_to_install
 
 Ability = TypeVar("Ability", bound=Arrays)
 
@@ -30,8 +31,8 @@ def require(engine: Arrays, protocol: type[Ability]) -> Ability:
     arrays_only = not offers(engine, Modules) and set(_verbs(Modules)) - set(_verbs(Arrays)) <= set(missing)
     reason = "it works on arrays only" if arrays_only else f"it lacks {', '.join(missing)}"
     raise BackendError(
-        f"backend {engine.name!r} cannot {ACTIONS[protocol]}: {reason}; choose one that can, such as torchao or mlx: "
-        "pip install 'qkit[all]'"
+        f"backend {engine.name!r} cannot {ACTIONS[protocol]}: {reason}; choose torchao or mlx, which come with "
+        f"{how_to_install('all')}"
     )
 
 

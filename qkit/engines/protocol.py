@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
+from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.rules import Kind, Rule, Ste
@@ -28,7 +29,7 @@ class BackendSpec:
         name: the name by which users choose it.
         target: `package.module:Class`, called without arguments.
         framework: the import name of the package whose arrays and modules it works on, such as `torch`.
-        install: the command that installs it, such as `pip install 'qkit[torch]'`.
+        install: the command that installs it, such as `pip install NAME`.
         requires: other importable packages it needs.
     """
 
@@ -37,6 +38,11 @@ class BackendSpec:
     framework: str
     install: str
     requires: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        texts = (self.name, self.target, self.framework, self.install, *self.requires)
+        if not all(isinstance(text, str) and text for text in texts) or self.target.count(":") != 1:
+            raise BackendError(f"{self!r}: want texts that are not empty, and a target package.module:Class")
 
 
 class Arrays(Protocol):

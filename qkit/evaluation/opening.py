@@ -9,6 +9,7 @@ import numpy as np
 
 from qkit import artifact
 from qkit.artifact.directory import read_config
+from qkit.artifact.metadata import KEY
 from qkit.engines.protocol import Builds
 from qkit.errors import QkitError
 from qkit.exchange import snapshot, transfer
@@ -23,9 +24,11 @@ def open_model(engine: Builds, directory: Path) -> Any:
         ArtifactError: it is unsound, or quantized in a way that qkit holds no codes of.
         BackendError: the engine has no language models, or cannot build this one.
     """
-    found = snapshot.read(directory)
     _, metadata = read_folder(directory)
-    if not found.foreign and snapshot.layout_of(metadata) == "compressed-tensors":
+    if KEY in metadata and snapshot.layout_of(metadata) == "compressed-tensors":
+        return artifact.load(directory, backend=engine)
+    found = snapshot.read(directory)
+    if found.layout == "float":
         return artifact.load(directory, backend=engine)
     with TemporaryDirectory() as place:
         own = Path(place) / "artifact"

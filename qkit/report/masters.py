@@ -10,7 +10,8 @@ from qkit.engines.protocol import Builds
 from qkit.errors import ArtifactError, StageError
 from qkit.rules import Recipe, Rule
 from qkit.storage.arrays import read_file
-from qkit.training.checkpoint import KEY
+from qkit.training.checkpoint import KEY, PATTERN
+from qkit.training.folder import beside
 
 WEIGHTS = "weights."  #: before the names of the weights in a checkpoint
 
@@ -33,8 +34,7 @@ def dequantized(engine: Builds, model: Any, *, into: Any) -> Any:
 
 def newest_checkpoint(trained: Path) -> Path | None:
     """The last checkpoint that `qkit train` left beside the artifact `trained`, if there is one; none of a run with adapters."""
-    beside = trained.absolute().with_name(f"{trained.absolute().name}.run")
-    found = max(beside.glob("checkpoint-*.safetensors"), default=None)
+    found = max(beside(trained).glob(PATTERN), default=None)
     return None if found is None or _has_adapter(read_file(found)[1]) else found
 
 

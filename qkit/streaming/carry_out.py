@@ -24,9 +24,10 @@ from qkit.errors import ArtifactError
 from qkit.formats.packed import pack
 from qkit.grid import Grid
 from qkit.reference.packing import Packed
+from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place
 from qkit.storage.place_writer import Pen
-from qkit.storage.read import Stored
+from qkit.storage.read import Stored, check_bools
 from qkit.streaming import fast_reference
 from qkit.streaming.blocks import (
     PATTERNS,
@@ -59,10 +60,9 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int
 
     Raises:
         RangeError: a weight holds what has no codes, or a copied tensor a NaN or an infinity.
-        ArtifactError, LockedError, OSError: see `Output`; or the source ended early.
+        ArtifactError, PlanError, LockedError, OSError: see `Output`; or the source ended early.
     """
-    if folder.resolve() == plan.folder.resolve():
-        raise ArtifactError(f"{folder} is the model itself: choose another folder")
+    check_apart(folder, plan.folder)
     with plan.output(folder, fingerprint=fingerprint(plan)) as output:
         missing = set(output.missing)
         rows = [row for row in plan.rows if any(slot.name in missing for slot in row.slots)]
@@ -78,6 +78,12 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int
                 output.close(name, digest=digest)
             tick(row.stored.slot.name, row.stored.slot.nbytes)
     return folder
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raises ArtifactError where `out` is the place of `source`, the model to read."""
+    if destination(out).path == source.resolve():
+        raise ArtifactError(f"{out} is the model itself: choose another folder")
 
 
 def fingerprint(plan: Plan) -> str:
@@ -153,6 +159,8 @@ def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
     stored, size = row.stored, row.stored.slot.nbytes
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
+        if stored.slot.dtype == "BOOL":
+            check_bools(data, name=_name(stored))
         if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
             check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)

@@ -18,7 +18,7 @@ Outcome = Literal["native", "decoded", "missing"]
 
 INPUTS, OUTPUTS, ROWS = 512, 256, 48  #: of the layer that is probed, and how many rows run through it
 
-#: How far outputs may be apart, relative to abs(x) @ abs(w) (numerics, R13), and to themselves: each is rounded once.
+#: How far outputs may be apart, relative to abs(x) @ abs(w) (numerics.md, R13), and to themselves: each is rounded once.
 TOLERANCE = {"float32": (1e-6, 0.0), "bfloat16": (5e-4, 2**-7), "float16": (5e-4, 2**-10)}
 
 
@@ -33,7 +33,7 @@ class Probe:
         detail: on what it runs, or why it is decoded, or what went wrong.
         codes: how many codes and scales of the converted layer differ from the reference, out of `compared`.
         difference: largest difference of the prepared layer's outputs from the converted one's, relative to abs(x) @ abs(w).
-        within: whether all outputs are as near as the numerics demand (R13).
+        within: whether all outputs are as near as numerics.md demands (R13).
     """
 
     recipe: str

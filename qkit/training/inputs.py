@@ -12,7 +12,7 @@ from qkit.errors import RunError
 from qkit.exchange import snapshot
 from qkit.training.data import Sequences, sequences, split
 from qkit.training.run import Run
-from qkit.training.teacher import Tick, write_top
+from qkit.training.teacher import Tick, check_absent, write_top
 from qkit.training.text import find, read_text
 
 
@@ -74,6 +74,7 @@ def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None)
     Raises:
         RunError: the run has no such teacher; or see `text_of` and `teacher_of`.
     """
+    check_absent(file)
     named = run.distillation.teacher if run.distillation else None
     if named is None or not named.is_dir():
         raise RunError(f"distillation.teacher is {named or 'not there'}: name the directory of a model")

@@ -16,10 +16,11 @@ from qkit.engines.trainer import Trainer, TrainerOptions
 from qkit.errors import DivergedError
 from qkit.exchange import snapshot
 from qkit.qtensor import DType
+from qkit.storage.marks import remove
 from qkit.switches import calibrating
 from qkit.training import checkpoint
 from qkit.training.data import Sequences
-from qkit.training.folder import Log, beside, check_out, check_same, locked, read_log
+from qkit.training.folder import Log, beside, check_out, check_same, check_saved, locked, read_log
 from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
 from qkit.training.model import describe, digest, dtype_of, opened
@@ -66,6 +67,8 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     Leaves the artifact in `run.out`, and in the folder beside it `log.jsonl` and the last two checkpoints. Adapters are merged
     into the artifact, and beside it in `adapter`, as peft's files.
 
+    `tell` has every event; the last, `end`, before the log has it: a run that is killed in it goes on.
+
     Raises:
         RunError: the run does not fit its model, its text, or the checkpoints that are there.
         DivergedError: the loss or a weight is no longer finite; the message names the last good checkpoint.
@@ -103,12 +106,18 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
             log.add({"event": event, "step": step, **more})
             tell({"event": event, "step": step, **more})
 
+        def end(step: int, **more: Any) -> None:
+            tell({"event": "end", "step": step, **more})
+            log.add(
+                {"event": "end", "step": step, **more}
+            )  # last: a run that is killed before has not ended, and goes on
+
         began = found.step if found else 0
         start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
         record("resume" if found else "start", began, **start, run=about["run"])
         seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began)
         outcome = _finish(run, engine, model, unseen, order, log, seconds, dtype=dtype_of(source))
-        record("end", steps, **asdict(outcome))
+        end(steps, **asdict(outcome))
         return outcome
 
 
@@ -206,7 +215,7 @@ def _finish(
         if any(layer.stage == "prepared" for layer in engine.layers(model)):
             model = pipeline.convert(model, backend=engine)
         difference = float(np.abs(engine.logits(model, few) - before).max())
-    artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
+    _save(run, engine, model, log.file.with_name("again"), dtype=dtype)
     saved = engine.loss(artifact.load(run.out, backend=engine), unseen.all) if len(unseen) else None
     events = read_log(log.file)
     losses = [event["loss"] for event in events if event["event"] == "step"]
@@ -225,6 +234,18 @@ def _finish(
         folder=str(run.out),
         run_folder=str(log.file.parent),
     )
+
+
+def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) -> None:
+    """Writes the artifact; where the same run had written it before it was killed, only proves that it is this one."""
+    if run.replace or not run.out.exists() or not any(run.out.iterdir()):
+        artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
+        return
+    artifact.save(model, again, source=run.model, backend=engine, dtype=dtype)
+    try:
+        check_saved(run.out, again)
+    finally:
+        remove(again)
 
 
 def _held_out(engine: Trains, model: Any, unseen: Sequences) -> float:

@@ -1,7 +1,7 @@
 """The source of the kernels that fake-quantize in one pass: C++ for MLX's CUDA build. Strings only; `fused` runs them.
 
 The arithmetic of a group is written over a few macros, so that an ordinary C++ compiler takes it too: there the tests hold it to
-`qkit/reference.py` on every grid. How threads share the work is checked on a GPU only (`tests/test_mlx_gpu.py`). There is no
+`qkit/reference/` on every grid. How threads share the work is checked on a GPU only (`test_mlx_gpu.py`). There is no
 Metal version: nobody here could run it.
 """
 
@@ -30,7 +30,7 @@ CUDA = """
 #define QKIT_MOST fmaxf
 """
 
-#: One group: `see` every element, then `step_of` what was seen, then `value` of every element. R2 to R9 of the numerics.
+#: One group: `see` every element, then `step_of` what was seen, then `value` of every element. R2 to R9 of numerics.md.
 ARITHMETIC = """
 struct Step { float s, inverse, zero; };
 

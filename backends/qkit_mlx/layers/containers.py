@@ -18,7 +18,7 @@ from qkit_mlx.arithmetic.packing import packed_codes, unpacked_codes
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The arrays of a container, by MLX's names; see "Bytes" in the numerics.
+    """The arrays of a container, by MLX's names; see "Bytes" in numerics.md.
 
     Attributes:
         weight: uint32 words [outputs, words].

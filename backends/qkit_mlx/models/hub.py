@@ -30,7 +30,9 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         model_class, arguments = _get_classes(given)
         known = spell_rope(given, set(inspect.signature(arguments).parameters))
         model: nn.Module = model_class(arguments.from_dict(known))
-    except (ValueError, TypeError, KeyError) as error:
+    except (BackendError, OSError, MemoryError):
+        raise
+    except Exception as error:  # with a stranger's numbers, mlx-lm fails in any way
         rope = f" with {given['rope_parameters']}" if "rope_parameters" in given else ""
         raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
     check_rope(model, given)
