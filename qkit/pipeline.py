@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit.arrays import check
-from qkit.engines.abilities import offers, require
+from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
 from qkit.engines.protocol import Arrays, Deploys, Modules, Trains
 from qkit.engines.registry import backend as choose
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+Model = TypeVar("Model")
 
 NOTE = "qkit_note"  #: attribute of a module that was left alone: why
 
@@ -110,7 +112,7 @@ def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
     )
 
 
-def prepare(model: Any, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Any:
+def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Model:
     """`model` ready for quantisation-aware training: its layers compute with the values they will be deployed with.
 
     Works in place and returns the model (a new one only where the model is itself one layer). Master weights stay the
@@ -124,14 +126,13 @@ def prepare(model: Any, recipe: "str | Path | Recipe", *, backend: str | Arrays 
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     want_whole(layers, "prepare")
-    _want_float(layers, "prepare")
-    planned = plan(layers, find_recipe(recipe))
-    fakes = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
+    planned = _plan_on(engine, layers, recipe, "prepare")
+    prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
     _note(planned)
-    return engine.replace(model, fakes)
+    return cast(Model, engine.replace(model, prepared))
 
 
-def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Any:
+def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Model:
     """`model` with codes in place of weights. Prepared layers remember their rule; a recipe is for unprepared models.
 
     Works in place and returns the model, as `prepare` does.
@@ -154,12 +155,20 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
             )
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
-        _want_float(layers, "convert")
-        planned = plan(layers, find_recipe(recipe))
+        planned = _plan_on(engine, layers, recipe, "convert")
     packed = _pack(engine, model, [(item.layer, item.rule) for item in planned if item.rule])
     if recipe is not None:
         _note(planned)
-    return engine.replace(model, packed)
+    return cast(Model, engine.replace(model, packed))
+
+
+def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:
+    """The plan for `layers` of a float model, by a recipe that `engine` honours."""
+    _want_float(layers, verb)
+    found = find_recipe(recipe)
+    planned = plan(layers, found)
+    want_honored(engine, found.rules, verb)
+    return planned
 
 
 def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
@@ -217,6 +226,18 @@ def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str,
     prefix = f"{layer.path}." if layer.path else ""
     ranges = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in names}
     return static_scales(rule, ranges, path=layer.path)
+
+
+def gather(model: Model, *, backend: str | Arrays | None = None) -> Model | None:
+    """The whole of a model that FSDP2 has sharded, to convert and save: in process 0, on the CPU; None in the others.
+
+    Call it in every process. The sharded model does not change, and the whole one shares no tensor with it. Where the model
+    is whole already, every process gets the model itself.
+
+    Raises:
+        BackendError: no engine works on such a model.
+    """
+    return cast("Model | None", surgeon(model, backend).gather(model))
 
 
 def adamw(

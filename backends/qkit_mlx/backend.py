@@ -9,7 +9,6 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.adapters.update import Update
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import NOTHING, Adapts, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
@@ -17,6 +16,7 @@ from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.installation import how_to_install
 from qkit.qtensor import QTensor
+from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import cpu

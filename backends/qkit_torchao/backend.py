@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qkit.adapters.update import Update
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import NOTHING, Adapts, Deploys, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
+from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose

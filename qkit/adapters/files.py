@@ -8,11 +8,12 @@ import numpy as np
 
 from qkit.adapters import formats
 from qkit.adapters.surgery import able, adapted, base_weight, obstacle, put
-from qkit.adapters.update import Update
 from qkit.engines.layer import Layer, want_whole
 from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError
+from qkit.pipeline import Model
 from qkit.qtensor import dtype_of
+from qkit.reference.merged import Update
 from qkit.rules import grid_table
 
 
@@ -46,7 +47,7 @@ def save(
     return folder
 
 
-def load(model: Any, folder: str | Path, *, backend: str | Arrays | None = None) -> Any:
+def load(model: Model, folder: str | Path, *, backend: str | Arrays | None = None) -> Model:
     """`model`, prepared or converted, with the adapter that qkit, peft or mlx-lm wrote to `folder`; all else is frozen.
 
     Works in place and returns the model, as `adapt` does.

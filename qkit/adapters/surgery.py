@@ -3,21 +3,21 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import numpy as np
 
-from qkit.adapters.update import Adapter, Floats, Update
+from qkit.adapters.adapter import Adapter
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_whole
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
-from qkit.pipeline import surgeon
-from qkit.reference.merged import row_norms
+from qkit.pipeline import Model, surgeon
+from qkit.reference.merged import Floats, Update, row_norms
 
 
-def adapt(model: Any, adapter: Adapter, *, backend: str | Arrays | None = None) -> Any:
+def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None) -> Model:
     """`model` with an adapter on every prepared or converted linear layer that matches; nothing else in it trains any more.
 
     Works in place and returns the model, as `prepare` does. An adapted layer computes with the value that its grid gives the
@@ -43,7 +43,7 @@ def adapt(model: Any, adapter: Adapter, *, backend: str | Arrays | None = None) 
     return put(engine, model, {layer.path: _first(engine, layer, adapter) for layer in _chosen(layers, adapter)})
 
 
-def merge(model: Any, *, backend: str | Arrays | None = None) -> Any:
+def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     """`model` without adapters: prepared and converted layers again, whose weights are the merged ones.
 
     Works in place and returns the model. Codes and loss are those of the adapted model, exactly (see `adapt`); `qkit.convert`
@@ -55,15 +55,16 @@ def merge(model: Any, *, backend: str | Arrays | None = None) -> Any:
     """
     engine = able(model, backend)
     want_whole(engine.layers(model), "merge")
-    return engine.replace(model, {layer.path: engine.merge_adapter(layer.module) for layer in adapted(engine, model)})
+    merged = {layer.path: engine.merge_adapter(layer.module) for layer in adapted(engine, model)}
+    return cast(Model, engine.replace(model, merged))
 
 
-def put(engine: Adapts, model: Any, updates: Mapping[str, Update]) -> Any:
+def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
     """`model` with the update of each path on its layer, and all else frozen."""
     layers = {layer.path: layer for layer in engine.layers(model)}
     made = {path: engine.adapt(layers[path].module, update) for path, update in updates.items()}
     engine.train_only_adapters(model)
-    return engine.replace(model, made)
+    return cast(Model, engine.replace(model, made))
 
 
 def able(model: Any, backend: str | Arrays | None) -> Adapts:

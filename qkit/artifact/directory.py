@@ -2,22 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from numpy.typing import NDArray
 
 from qkit.artifact.config import check_config
 from qkit.artifact.metadata import KEY, Entry, describe, entries_of, group, kind_of
-from qkit.engines.abilities import require
+from qkit.engines.abilities import require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
 from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
 from qkit.errors import ArtifactError, GridError, StageError
 from qkit.formats import compressed_tensors
 from qkit.formats.settings import WAY_OUT
-from qkit.pipeline import NOTE, surgeon
+from qkit.pipeline import NOTE, Model, surgeon
 from qkit.qtensor import DType, QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
@@ -107,6 +107,10 @@ def save(
     return folder
 
 
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Model) -> Model: ...
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: None = None) -> Any: ...
 def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any = None) -> Any:
     """The model in `folder`, float or converted, on an engine.
 
@@ -116,7 +120,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
 
     Raises:
         ArtifactError: a file is missing or unsound, is not what `qkit.json` says was written, or does not fit the model.
-        BackendError: the engine is missing, or cannot build such a model.
+        BackendError: the engine is missing, cannot build such a model, or does not honour a key of its rules.
     """
     folder = Path(folder)
     engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
@@ -125,6 +129,8 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     arrays = {name: tensor.mapped() for name, tensor in stored.items()}
     config = read_config(folder)
     entries = entries_of(folder, metadata, config)
+    rules = [replace(entry.rule, ste="identity", scales="rule") for entry in entries]  # the two keys of training
+    want_honored(engine, rules, f"load {folder}")
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
     for layer in layers.values():

@@ -15,7 +15,7 @@ from qkit.coverage_table import coverage
 from qkit.demo.other_programs import losses_outside
 from qkit.demo.preset import PRESET, PRESETS, Preset, standard_library
 from qkit.demo.report import write_report
-from qkit.engines.abilities import offers, require
+from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.protocol import Arrays, Builds, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backends
@@ -218,6 +218,7 @@ def _remove(folder: Path) -> None:
 def _check(engine: Builds, model: Any, recipe: Recipe) -> None:
     """Raises what `prepare` and `save` would raise after the training."""
     pipeline.plan(engine.layers(model), recipe)
+    want_honored(engine, recipe.rules, "prepare")
     for rule in recipe.rules:
         for grid in (rule.weight, rule.activation):
             if grid:

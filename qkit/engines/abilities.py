@@ -1,11 +1,13 @@
-"""Which protocols an engine offers: an engine offers one if its class has every verb of it."""
+"""Which protocols an engine offers, and which recipe keys it honours. A class with every verb of a protocol offers it."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import TypeGuard, TypeVar
 
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Modules, Trains
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
+from qkit.rules import Rule
 
 Ability = TypeVar("Ability", bound=Arrays)
 
@@ -34,6 +36,22 @@ def require(engine: Arrays, protocol: type[Ability]) -> Ability:
         f"backend {engine.name!r} cannot {ACTIONS[protocol]}: {reason}; choose torchao or mlx, which come with "
         f"{how_to_install('all')}"
     )
+
+
+def want_honored(engine: Modules, rules: Iterable[Rule], verb: str) -> None:
+    """Refuses rules with a key that `engine` does not honour.
+
+    Raises:
+        BackendError: there is one; the message names the engine, the key and its value.
+    """
+    honored = getattr(engine, "recipe_keys", frozenset())
+    for rule in rules:
+        for key, value in rule.engine_keys.items():
+            if key not in honored:
+                raise BackendError(
+                    f"cannot {verb}: backend {engine.name!r} does not honour {key} = {value!r} of the rule for "
+                    f"{', '.join(rule.match)}; use a recipe without it, or another engine"
+                )
 
 
 def offers(engine: Arrays, protocol: type[Ability]) -> TypeGuard[Ability]:

@@ -16,7 +16,7 @@ from qkit.qtensor import QTensor
 from qkit.rules import Kind, Rule, Ste
 
 if TYPE_CHECKING:
-    from qkit.adapters.update import Update
+    from qkit.reference.merged import Update
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -100,8 +100,8 @@ class Modules(Arrays, Protocol):
     """Layers of models: prepare, convert, save and load. `tests/plugins/toy` is a small engine that offers them.
 
     Attributes:
-        recipe_keys: the keys of a rule that the engine honours, of those that `qkit.rules.ENGINE_KEYS` names. qkit refuses a
-            recipe with any other. An engine without this attribute honours none of them.
+        recipe_keys: the keys of a rule that the engine honours, besides `qkit.rules.CORE_KEYS`, such as `activation`. Recipes
+            with any other key are refused. An engine without this attribute honours none.
     """
 
     recipe_keys: frozenset[str]

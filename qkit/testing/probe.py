@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import reference
+from qkit.engines.abilities import want_honored
 from qkit.engines.protocol import Modules
 from qkit.qtensor import DType
 from qkit.reference.ranges import static_scales
@@ -76,6 +77,7 @@ def _probe(engine: Modules, rule: Rule, tried: Probe) -> Probe:
     x: NDArray[Any] = random((ROWS, INPUTS), 12, tried.dtype)
     if rule.kind == "embedding":
         x = np.arange(OUTPUTS, dtype=np.int32)
+    want_honored(engine, [rule], "prepare")
     prepared = engine.prepare_layer(engine.make_layer(rule.kind, w), rule)
     if rule.range != "dynamic":
         engine.clear_ranges(prepared)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from qkit.engines.abilities import want_honored
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import Trains
 from qkit.engines.registry import recipe as find_recipe
@@ -152,7 +153,9 @@ def _check_able(layers: list[Layer], schedule: Schedule) -> None:
 
 def _rules(engine: Trains, model: Any, layers: list[Layer], name: str) -> dict[str, Rule]:
     """What the recipe `name` does to each of `layers`, by path."""
-    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), find_recipe(name))}
+    recipe = find_recipe(name)
+    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), recipe)}
+    want_honored(engine, recipe.rules, "follow quantization.ramp")
     made = {}
     for layer in layers:
         rule = planned[layer.path]
