@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qkit.errors import GridError, RecipeError
-from qkit.grid import Grid
+from qkit.grid import Grid, want_grid
 from qkit.intake import check_values, read_text
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class Rule:
             raise RecipeError(f"ste is {self.ste!r}: choose one of {', '.join(STES)}")
         if self.scales not in SCALES:
             raise RecipeError(f"scales is {self.scales!r}: choose one of {', '.join(SCALES)}")
+        for slot in GRIDS:
+            if (grid := getattr(self, slot)) is not None:
+                want_grid(grid)
         if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
             what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
             raise RecipeError(f'scales = "learned" {what}')

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qkit.testing.tensors import all_grids, random, tensors
+from qkit.testing.hard_tensors import all_grids, random, tensors
 
 if TYPE_CHECKING:
     from qkit.testing.conformance import ArrayConformance, Conformance

@@ -13,8 +13,8 @@ from qkit.errors import BackendError, GridError, StageError
 from qkit.grid import Grid
 from qkit.reference.ranges import static_scales
 from qkit.rules import Recipe, Rule
+from qkit.testing.hard_tensors import random
 from qkit.testing.surgery import Surgery, same
-from qkit.testing.tensors import random
 
 WEIGHT = Grid("int4", 64)
 DYNAMIC = [

@@ -17,9 +17,9 @@ from qkit.qtensor import DTYPES, DType
 from qkit.reference import rounding
 from qkit.rules import STES, Ste
 from qkit.testing.activations import Activations
+from qkit.testing.hard_tensors import all_grids, coupled, random, tensors
 from qkit.testing.kinds import Kinds
 from qkit.testing.parity import compare, compare_many, static_parts
-from qkit.testing.tensors import all_grids, coupled, random, tensors
 
 GRIDS = all_grids()
 FAMILIES = {

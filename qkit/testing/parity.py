@@ -13,7 +13,7 @@ from qkit import reference
 from qkit.engines.protocol import Arrays
 from qkit.grid import Grid
 from qkit.qtensor import DType
-from qkit.testing.tensors import COUPLED_SHAPE, coupled, random, tensors
+from qkit.testing.hard_tensors import COUPLED_SHAPE, coupled, random, tensors
 
 BATCH = 12  #: grids per compiled function: enough of them to share what a compilation costs whatever its size
 

@@ -13,7 +13,7 @@ from qkit.engines.protocol import Modules
 from qkit.qtensor import DType
 from qkit.reference.ranges import static_scales
 from qkit.rules import Recipe, Rule
-from qkit.testing.tensors import random
+from qkit.testing.hard_tensors import random
 
 Outcome = Literal["native", "decoded", "missing"]
 

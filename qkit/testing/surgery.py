@@ -17,7 +17,7 @@ from qkit.engines.protocol import Modules
 from qkit.errors import ArtifactError, GridError, QkitError, RangeError, RecipeError, StageError
 from qkit.grid import Grid
 from qkit.rules import Recipe, Rule
-from qkit.testing.tensors import all_grids, random
+from qkit.testing.hard_tensors import all_grids, random
 
 COMMON = [
     Grid("int4", 64),
