@@ -37,8 +37,8 @@ class PackedLinear(Module):
         return Linear(qkit.dequantize(self.q), self.bias)(x)
 
 
-class ToyBackend(NumpyBackend):
-    """`Arrays` by the reference, and `Modules`. Declares no recipe keys: qkit refuses recipes with activations and the like."""
+class ToyArrays(NumpyBackend):
+    """`Arrays` by the reference: with the two verbs of the bridge, the other seven work."""
 
     name = "toy"
     framework = "toyframe"
@@ -48,6 +48,10 @@ class ToyBackend(NumpyBackend):
 
     def to_numpy(self, x: Any) -> NDArray[Any]:
         return x.array if isinstance(x, Tensor) else np.asarray(x)
+
+
+class ToyBackend(ToyArrays):
+    """`Modules` besides. It declares no recipe keys, so that qkit refuses recipes with activations, learned scales and so on."""
 
     def layers(self, model: Module) -> Iterable[Layer]:
         for path, module in _walk(model, ""):
