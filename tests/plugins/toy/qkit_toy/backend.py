@@ -37,8 +37,11 @@ class PackedLinear(Module):
         return Linear(qkit.dequantize(self.q), self.bias)(x)
 
 
-class ToyArrays(NumpyBackend):
-    """`Arrays` by the reference: with the two verbs of the bridge, the other seven work."""
+class ToyBackend(NumpyBackend):
+    """`Arrays` by the reference, with the two verbs of the bridge; and `Modules`.
+
+    It declares no recipe keys, so that qkit refuses recipes with activations, learned scales and so on.
+    """
 
     name = "toy"
     framework = "toyframe"
@@ -48,10 +51,6 @@ class ToyArrays(NumpyBackend):
 
     def to_numpy(self, x: Any) -> NDArray[Any]:
         return x.array if isinstance(x, Tensor) else np.asarray(x)
-
-
-class ToyBackend(ToyArrays):
-    """`Modules` besides. It declares no recipe keys, so that qkit refuses recipes with activations, learned scales and so on."""
 
     def layers(self, model: Module) -> Iterable[Layer]:
         for path, module in _walk(model, ""):

@@ -1,17 +1,8 @@
-"""The tests that a plugin's author writes: the suite for arrays alone, and the whole one on a model of the framework."""
+"""The tests that a plugin's author writes: the whole suite, on a model of the framework."""
 
-from qkit_toy.backend import ToyArrays
 from toyframe import Linear, Sequential, Tensor
 
-from qkit.testing import ArrayConformance, Conformance, random
-
-
-class TestArraysAlone(ArrayConformance):
-    backend = "toy"
-
-    @property
-    def engine(self) -> ToyArrays:
-        return ToyArrays()
+from qkit.testing import Conformance, random
 
 
 class TestToy(Conformance):
