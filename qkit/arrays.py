@@ -1,4 +1,4 @@
-"""Quantizing one array of any framework: the engine follows from the array, unless it is named."""
+"""quantize, dequantize, fake_quantize: one array of any framework, whose type chooses the engine unless `backend` does."""
 
 import os
 from typing import TYPE_CHECKING, Any
