@@ -1,4 +1,4 @@
-"""The laws of embeddings and of layers that share one weight. Part of `Conformance`."""
+"""The laws of embeddings, and of layers that share one weight. Part of `Conformance`."""
 
 from pathlib import Path
 from typing import Any
