@@ -86,7 +86,7 @@ def expected(grid: Grid, dtype: DType, size: int) -> tuple[Outputs, ...]:
 
 
 def static_parts(grid: Grid, w: NDArray[Any]) -> Outputs:
-    """Scale, and zero point if the grid has one, for half the range of `w`, so that it clips; empty if `grid` cannot be static."""
+    """Scale, and zero point if any, for half the range of `w`, so that it clips; empty if `grid` cannot be static."""
     if grid.group != "tensor":
         return []
     q = reference.quantize(np.array([w.min(), w.max()], np.float32) / 2, grid)
