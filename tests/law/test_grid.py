@@ -178,3 +178,9 @@ def test_a_rule_and_a_quantized_tensor_refuse_text_for_a_grid(slot: str) -> None
         Rule(("*",), **grids)
     with pytest.raises(GridError, match="'int4-g64' is no grid, which is"):
         replace(qkit.quantize(random((4, 128), 1), Grid("int4", 64)), grid="int4-g64")
+
+
+@pytest.mark.parametrize("call", [qkit.reference.quantize, qkit.reference.fake_quantize, qkit.reference.unclipped])
+def test_the_law_refuses_text_for_a_grid(call: Any) -> None:
+    with pytest.raises(GridError, match="'int4-g64' is no grid, which is"):
+        call(random((4, 128), 1), "int4-g64")
