@@ -37,10 +37,10 @@ def engine(**methods):
 
 
 def test_what_does_not_run_is_missing_and_says_why():
-    def fake(self, module, rule):
+    def prepare_layer(self, module, rule):
         raise NotImplementedError("no such kernel")
 
-    (one,) = probe(engine(fake=fake), qkit.recipe("int4-g64"), dtype="float32")
+    (one,) = probe(engine(prepare_layer=prepare_layer), qkit.recipe("int4-g64"), dtype="float32")
     assert (one.outcome, one.detail, one.exact) == ("missing", "NotImplementedError: no such kernel", False)
 
 
@@ -55,11 +55,11 @@ def test_wrong_codes_are_counted():
 
 
 def test_outputs_that_differ_are_found():
-    def run(self, module, x):
+    def run_layer(self, module, x):
         y = qkit.backend("torchao").run_layer(module, x)
         return y * 1.001 if type(module).__name__ == "PackedLinear" else y
 
-    (one,) = probe(engine(run=run), qkit.recipe("int4-g64"), dtype="float32")
+    (one,) = probe(engine(run_layer=run_layer), qkit.recipe("int4-g64"), dtype="float32")
     assert (one.codes, one.within, one.exact) == (0, False, False)
     assert one.difference > 1e-5
 
