@@ -18,6 +18,7 @@ from qkit.native.library import TYPES, function, packs, struct, takes
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference import packing, rounding
 from qkit.reference.packing import WORD_BITS, Packed, packed_codes, words
+from qkit.reference.scale_rules import poison
 
 SHARE = 1 << 17  #: fewest numbers that are worth a thread: about as long as it takes to wake one
 
@@ -165,7 +166,7 @@ def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float
     if grid.group == "tensor":
         return ends, 0.0
     with np.errstate(invalid="ignore"):
-        return None, float(rounding.tensor_power(ends) + rounding.poison(np.abs(ends).max()))
+        return None, float(rounding.tensor_power(ends) + poison(np.abs(ends).max()))
 
 
 def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:
