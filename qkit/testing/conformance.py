@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qkit import reference
+from qkit.element import FLOATS, INTEGERS
 from qkit.engines.protocol import Backend
 from qkit.engines.registry import backend as choose
 from qkit.grid import Grid
@@ -22,12 +23,9 @@ from qkit.testing.tensors import all_grids, coupled, random, tensors
 
 GRIDS = all_grids()
 FAMILIES = {
-    name: [grid for grid in GRIDS if grid.element.name == name and grid.group in (16, group)]
-    for group, names in (
-        (64, ("int2", "int3", "int4", "int5", "int6", "int8")),
-        (32, ("e2m1", "e4m3", "e5m2")),
-    )
-    for name in names
+    element.name: [grid for grid in GRIDS if grid.element == element and grid.group in (16, group)]
+    for group, elements in ((64, INTEGERS), (32, FLOATS))
+    for element in elements
 }
 BITS = {2: np.uint16, 4: np.uint32}
 
