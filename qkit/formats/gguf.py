@@ -31,7 +31,7 @@ from qkit.storage.staging import whole_file
 
 BLOCK: Final = 32
 NUMBERS: Final = 1 << 20  #: that are decoded together
-TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: by element
+TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: the types of GGUF that qkit writes, by element
 FLOATS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 

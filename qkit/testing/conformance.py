@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.element import ELEMENTS
+from qkit.element import FLOATS, INTEGERS
 from qkit.engines.abilities import offers, require
 from qkit.engines.protocol import Arrays, Modules
 from qkit.engines.registry import backend as choose
@@ -23,10 +23,10 @@ from qkit.testing.kinds import Kinds
 from qkit.testing.parity import compare, compare_many, static_parts
 
 GRIDS = all_grids()
-SIZES = {"integer": (64,), "float": (16, 32)}  #: groups of the grids that are compiled
 FAMILIES = {
-    name: [grid for grid in GRIDS if grid.element == element and grid.group in SIZES[element.kind]]
-    for name, element in ELEMENTS.items()
+    element.name: [grid for grid in GRIDS if grid.element == element and grid.group in (16, group)]
+    for group, elements in ((64, INTEGERS), (32, FLOATS))
+    for element in elements
 }
 BITS = {2: np.uint16, 4: np.uint32}
 

@@ -9,6 +9,7 @@ import pytest
 from families import make
 
 import qkit
+from qkit.element import INTEGERS
 from qkit.exchange import snapshot, transfer
 from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.formats.packed import pack, unpack
@@ -18,7 +19,7 @@ from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
 GRIDS = [
-    *(Grid(f"int{bits}", 64, rule) for bits in (2, 3, 4, 5, 6, 8) for rule in ("signed", "minmax")),
+    *(Grid(element, 64, rule) for element in INTEGERS for rule in ("signed", "minmax")),
     Grid("int4", 32, "absmax"),
     Grid("int4", 128, "midmax"),
     Grid("int8", "row"),
