@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +23,12 @@ RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
 STES: tuple[Ste, ...] = ("identity", "masked")
 SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
+CORE_KEYS = (
+    "match",
+    "kind",
+    "weight",
+    "indivisible",
+)  #: keys of a rule that the core carries out; an engine honours the others
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
@@ -99,6 +105,12 @@ class Rule:
         """The grids of what goes in and out, by name: `activation` and `output`, where there is one."""
         named = {"activation": self.activation, "output": self.output}
         return {name: grid for name, grid in named.items() if grid}
+
+    @property
+    def engine_keys(self) -> dict[str, str]:
+        """The keys that an engine has to honour for this rule, with their values: not `CORE_KEYS`, and not at their default."""
+        keys = {field.name: field.default for field in fields(self) if field.name not in CORE_KEYS}
+        return {key: str(getattr(self, key)) for key, default in keys.items() if getattr(self, key) != default}
 
     def matches(self, path: str, kind: Kind) -> bool:
         """Whether the rule speaks of the layer at `path`."""

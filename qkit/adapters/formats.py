@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.adapters.update import Update
 from qkit.errors import ArtifactError, QkitError
 from qkit.intake import parse_json
+from qkit.reference.merged import Update
 from qkit.storage.destination import check_directory
 from qkit.storage.read import inside, read_file, read_json
 from qkit.storage.staging import write_files

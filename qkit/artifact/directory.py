@@ -2,21 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from numpy.typing import NDArray
 
 from qkit.artifact.config import check_config
 from qkit.artifact.metadata import KEY, Entry, describe, entries_of, group, kind_of
+from qkit.engines.abilities import require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
-from qkit.errors import ArtifactError, BackendError, GridError, StageError
+from qkit.errors import ArtifactError, GridError, StageError
 from qkit.formats import compressed_tensors
 from qkit.formats.settings import WAY_OUT
-from qkit.pipeline import NOTE, surgeon
+from qkit.pipeline import NOTE, Model, surgeon
 from qkit.qtensor import DType, QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
@@ -48,7 +49,7 @@ def save(
     folder: str | Path,
     *,
     source: str | Path | None = None,
-    backend: str | Backend | None = None,
+    backend: str | Arrays | None = None,
     dtype: DType | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -106,7 +107,11 @@ def save(
     return folder
 
 
-def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any = None) -> Any:
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Model) -> Model: ...
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: None = None) -> Any: ...
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any = None) -> Any:
     """The model in `folder`, float or converted, on an engine.
 
     Args:
@@ -115,15 +120,17 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
 
     Raises:
         ArtifactError: a file is missing or unsound, is not what `qkit.json` says was written, or does not fit the model.
-        BackendError: the engine is missing, or cannot build such a model.
+        BackendError: the engine is missing, cannot build such a model, or does not honour a key of its rules.
     """
     folder = Path(folder)
-    engine = choose(backend) if into is None else surgeon(into, backend)
+    engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
     stored, metadata = read_folder(folder)
     check_seal(folder, stored, digests=True)
     arrays = {name: tensor.mapped() for name, tensor in stored.items()}
     config = read_config(folder)
     entries = entries_of(folder, metadata, config)
+    rules = [replace(entry.rule, ste="identity", scales="rule") for entry in entries]  # the two keys of training
+    want_honored(engine, rules, f"load {folder}")
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
     for layer in layers.values():
@@ -146,12 +153,10 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     return engine.replace(model, packed)
 
 
-def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> Any:
+def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-    if not hasattr(engine, "build"):
-        raise BackendError(f"backend {engine.name!r} works on arrays only: it has no models to load into")
-    return engine.build(_without(config, "quantization_config"))
+    return require(engine, Builds).build(_without(config, "quantization_config"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 import qkit
 from qkit.cli.console import Json, Type, console, errors, print_json
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays
 
 
 def backends(
@@ -44,7 +44,7 @@ def backends(
     console.print(table)
 
 
-def _load(names: Iterable[str]) -> list[Backend]:
+def _load(names: Iterable[str]) -> list[Arrays]:
     """The engines that load; the others are named on standard error."""
     engines = []
     for name in names:

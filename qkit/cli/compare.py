@@ -12,6 +12,8 @@ from rich.table import Table
 import qkit
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Data, Device, Engine, Length, Windows
+from qkit.engines.abilities import require
+from qkit.engines.protocol import Builds
 from qkit.installation import how_to_install
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def compare(
     from qkit.training.text import find
 
     check_report(out)
-    engine = qkit.backend(backend)
+    engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
     named = qkit.recipe(recipe) if recipe else None
     others = tuple(map(qkit.recipe, deploy_recipe or []))

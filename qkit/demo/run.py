@@ -1,7 +1,7 @@
 """The main job from end to end on real text: train, quantize, train on the grid, deploy, open on another engine, compare."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +15,8 @@ from qkit.coverage_table import coverage
 from qkit.demo.other_programs import losses_outside
 from qkit.demo.preset import PRESET, PRESETS, Preset, standard_library
 from qkit.demo.report import write_report
-from qkit.engines.protocol import Backend
+from qkit.engines.abilities import offers, require, want_honored
+from qkit.engines.protocol import Arrays, Builds, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backends
 from qkit.engines.registry import recipe as find_recipe
@@ -103,11 +104,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         ArtifactError: the artifact has no layout for a grid of the recipe, or `folder` holds what qkit did not write.
     """
     _check_folder(folder)
-    engine = choose(backend)
-    if not hasattr(engine, "trainer"):
-        raise BackendError(
-            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with {how_to_install('all')}"
-        )
+    engine = require(choose(backend), Trains)
     grid_recipe, preset = find_recipe(recipe), preset or PRESETS.get(engine.name, PRESET)
     model = engine.build(preset.config)
     _check(engine, model, grid_recipe)
@@ -164,7 +161,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     return result
 
 
-def compare(engines: list[Backend], masters: dict[str, Any], codes: dict[str, QTensor[Any]]) -> tuple[int, int]:
+def compare(engines: Sequence[Arrays], masters: dict[str, Any], codes: dict[str, QTensor[Any]]) -> tuple[int, int]:
     """How many codes, scales and zero points each of `engines` makes from `masters` as they are in `codes`, of how many."""
     equal = compared = 0
     for engine in engines:
@@ -218,16 +215,17 @@ def _remove(folder: Path) -> None:
         remove(destination(folder).path)
 
 
-def _check(engine: Backend, model: Any, recipe: Recipe) -> None:
+def _check(engine: Builds, model: Any, recipe: Recipe) -> None:
     """Raises what `prepare` and `save` would raise after the training."""
     pipeline.plan(engine.layers(model), recipe)
+    want_honored(engine, recipe.rules, "prepare")
     for rule in recipe.rules:
         for grid in (rule.weight, rule.activation):
             if grid:
                 layout(grid)
 
 
-def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
+def _second(first: Builds, preset: Preset) -> tuple[Builds | None, str]:
     """The first engine besides `first` and NumPy that can build the model; or None, and what stands in the way."""
     obstacles = []
     for status in backends():
@@ -237,7 +235,7 @@ def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
             obstacles.append(f"{status.name} {status.reason}")
             continue
         engine = choose(status.name)
-        if not hasattr(engine, "trainer"):
+        if not offers(engine, Builds):
             obstacles.append(f"{status.name} cannot run a language model")
             continue
         try:
@@ -250,7 +248,7 @@ def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
 
 
 def _train(
-    engine: Backend,
+    engine: Builds,
     folder: Path,
     text: list[str],
     preset: Preset,

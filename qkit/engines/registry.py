@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from qkit.engines.discovery import Brought, ask, ask_all, explain, foreign_plugins, own_plugins
-from qkit.engines.protocol import Backend, BackendSpec
+from qkit.engines.protocol import Arrays, BackendSpec
 from qkit.errors import BackendError, QkitError, RecipeError
 from qkit.rules import Recipe, parse_recipe, read_recipe
 
@@ -119,7 +119,7 @@ def _ask(load: Callable[[], object]) -> Brought | str:
 _registered: dict[str, object] = {}
 
 #: The backends of the packages that `backend_of` has met; a plain look-up, so that it passes torch's compiler.
-_by_package: dict[str, Backend] = {}
+_by_package: dict[str, Arrays] = {}
 
 
 def register(plugin: object, name: str) -> None:
@@ -155,7 +155,7 @@ def backends() -> list[BackendStatus]:
     ]
 
 
-def backend(choice: "str | Backend | None" = None) -> Backend:
+def backend(choice: "str | Arrays | None" = None) -> Arrays:
     """The backend called `choice`; a backend object is given back.
 
     None takes what is at hand: MLX on a Mac, torch anywhere else, then any other that is ready, NumPy last.
@@ -184,7 +184,7 @@ def _at_hand() -> str:
     return next((name for name in sorted(ready - {"numpy"})), "numpy")
 
 
-def backend_of(thing: Any) -> Backend:
+def backend_of(thing: Any) -> Arrays:
     """The backend for an array or a module, by the package its type comes from.
 
     Raises:
@@ -194,7 +194,7 @@ def backend_of(thing: Any) -> Backend:
     return known if known is not None else _search(thing)
 
 
-def _search(thing: Any) -> Backend:
+def _search(thing: Any) -> Arrays:
     packages = {cls.__module__.partition(".")[0] for cls in type(thing).__mro__}
     for found in (own, plugins):  # third parties are asked only where qkit has no backend for it
         for spec in found().backends.values():
@@ -207,14 +207,14 @@ def _search(thing: Any) -> Backend:
 
 
 @cache
-def _instance(name: str) -> Backend:
+def _instance(name: str) -> Arrays:
     spec = own().backends.get(name) or plugins().backends[name]
     status = _status(spec)
     if not status.ready:
         raise BackendError(f"backend {name!r} {status.reason}")
     module, _, attribute = spec.target.partition(":")
     try:
-        made: Backend = getattr(importlib.import_module(module), attribute)()
+        made: Arrays = getattr(importlib.import_module(module), attribute)()
     except (Exception, SystemExit) as error:
         raise BackendError(f"backend {name!r} cannot be loaded from {spec.target}: {explain(error)}") from error
     return made

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import native
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
 from qkit.formats.packed import pack
 from qkit.grid import Grid
@@ -50,7 +50,7 @@ Digests = dict[str, str]
 Work = Callable[[Row, Mapping[str, Place]], Digests]
 
 
-def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: int, tick: Tick) -> Path:
+def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int, tick: Tick) -> Path:
     """Writes what `plan` says into `folder`, all or nothing; interrupted, it goes on where it was.
 
     Args:
@@ -225,7 +225,7 @@ def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:
     return native.quantize_packed(w, grid) if native.available() else pack(fast_reference.quantize(w, grid))
 
 
-def _quantize_on(engine: Backend, w: NDArray[Any], grid: Grid) -> Packed:
+def _quantize_on(engine: Arrays, w: NDArray[Any], grid: Grid) -> Packed:
     return pack(engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy))
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 import qkit
 from qkit import adapters, artifact, pipeline
-from qkit.engines.protocol import Backend
-from qkit.engines.trainer import Trainer
+from qkit.engines.protocol import Trains
+from qkit.engines.trainer import Trainer, TrainerOptions
 from qkit.errors import DivergedError
 from qkit.exchange import snapshot
 from qkit.qtensor import DType
@@ -121,17 +121,14 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
         return outcome
 
 
-def _trainer(
-    run: Run, engine: Backend, model: Any, data: Sequences, source: snapshot.Snapshot
-) -> tuple[Trainer, Order]:
+def _trainer(run: Run, engine: Trains, model: Any, data: Sequences, source: snapshot.Snapshot) -> tuple[Trainer, Order]:
     teacher = top = None
     if run.distillation and run.distillation.teacher.is_file():
         vocabulary = vocabulary_of(run.model, source.config or {})
         top = read_top(run.distillation.teacher, data, vocabulary=vocabulary)
     elif run.distillation:
         teacher = teacher_of(engine, run.distillation.teacher, source)
-    trainer = engine.trainer(
-        model,
+    options = TrainerOptions(
         weight_decay=run.weight_decay,
         betas=run.betas,
         clip=run.clip,
@@ -143,10 +140,10 @@ def _trainer(
         distillation=run.distillation.loss if run.distillation else None,
         teacher=teacher,
     )
-    return trainer, Order(data, run.batch, run.accumulation, run.seed, top)
+    return engine.trainer(model, options), Order(data, run.batch, run.accumulation, run.seed, top)
 
 
-def _calibrate(engine: Backend, model: Any, order: Order) -> None:
+def _calibrate(engine: Trains, model: Any, order: Order) -> None:
     """Finds the static ranges that are not found by training itself."""
     if any(layer.rule and layer.rule.range == "calibrated" for layer in engine.layers(model)):
         with calibrating(model, backend=engine):
@@ -157,7 +154,7 @@ def _calibrate(engine: Backend, model: Any, order: Order) -> None:
 
 def _train(
     run: Run,
-    engine: Backend,
+    engine: Trains,
     model: Any,
     trainer: Trainer,
     order: Order,
@@ -204,7 +201,7 @@ def _train(
 
 
 def _finish(
-    run: Run, engine: Backend, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: DType
+    run: Run, engine: Trains, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: DType
 ) -> Outcome:
     shown = unseen if len(unseen) else order.data
     few = shown.rows(shown.chosen[:1])[:, :-1]
@@ -239,7 +236,7 @@ def _finish(
     )
 
 
-def _save(run: Run, engine: Backend, model: Any, again: Path, *, dtype: DType) -> None:
+def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) -> None:
     """Writes the artifact; where the same run had written it before it was killed, only proves that it is this one."""
     if run.replace or not run.out.exists() or not any(run.out.iterdir()):
         artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
@@ -251,19 +248,19 @@ def _save(run: Run, engine: Backend, model: Any, again: Path, *, dtype: DType) -
         remove(again)
 
 
-def _held_out(engine: Backend, model: Any, unseen: Sequences) -> float:
+def _held_out(engine: Trains, model: Any, unseen: Sequences) -> float:
     with _on(engine, model):
         return engine.loss(model, unseen.all)
 
 
 @contextmanager
-def _on(engine: Backend, model: Any) -> Iterator[None]:
+def _on(engine: Trains, model: Any) -> Iterator[None]:
     """Every prepared layer quantizes, as it will once it is converted, whatever the schedule says."""
     off = [layer for layer in engine.layers(model) if layer.stage == "prepared" and layer.mode == "off"]
     for layer in off:
-        engine.switch(layer.module, "on")
+        engine.switch_mode(layer.module, "on")
     try:
         yield
     finally:
         for layer in off:
-            engine.switch(layer.module, "off")
+            engine.switch_mode(layer.module, "off")

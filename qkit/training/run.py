@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from qkit.adapters.update import Adapter, adapter_from_table
+from qkit.adapters.adapter import Adapter, adapter_from_table
 from qkit.engines.trainer import OFFSET_RATE, Distillation
 from qkit.errors import QkitError, RunError
 from qkit.intake import check_values, read_text

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.engines.trainer import TopLogits
 from qkit.errors import ArtifactError, RunError
 from qkit.storage.arrays import read_file
@@ -22,7 +22,7 @@ Tick = Callable[[int, int], None]  #: takes how many sequences were read, and of
 
 
 def write_top(
-    engine: Backend, teacher: Any, data: Sequences, file: Path, *, k: int, tick: Tick = lambda done, of: None
+    engine: Builds, teacher: Any, data: Sequences, file: Path, *, k: int, tick: Tick = lambda done, of: None
 ) -> None:
     """The `k` largest logits of `teacher` at every position of `data`, as safetensors; `file` is complete or absent.
 

@@ -13,11 +13,13 @@ from qkit.demo import run
 from qkit.demo.other_programs import READERS, loss_outside
 from qkit.demo.report import another
 from qkit.engines import registry
+from qkit.engines.abilities import offers
 from qkit.engines.hookspecs import hookimpl
 from qkit.engines.numpy import NumpyBackend
+from qkit.engines.protocol import Trains
 
 READY = {status.name: status for status in qkit.backends() if status.ready}
-ENGINES = [name for name in READY if hasattr(qkit.backend(name), "trainer")]
+ENGINES = [name for name in READY if offers(qkit.backend(name), Trains)]
 TINY = replace(run.PRESET, hidden=64, layers=1, intermediate=128, batch=2, length=32, float_steps=12, more_steps=6)
 
 RECIPE = """

@@ -10,11 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qkit.adapters.update import Update
 from qkit.element import MIN_SCALE
 from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
-from qkit.reference.merged import DROPPED
+from qkit.reference.merged import DROPPED, Update
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.ranges import given
 from qkit_mlx.layers.converted import DEPLOYED, STORED, DeployedLinear, PackedLinear, deploy_linear
