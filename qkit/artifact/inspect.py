@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from qkit.artifact.directory import read_config
-from qkit.artifact.metadata import Entry, entries_of
+from qkit.artifact.config import read_config
+from qkit.artifact.families import layer_of, tied_head
+from qkit.artifact.metadata import StoredRule, read_rules
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import compressed_tensors
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
 from qkit.storage.seal import check_seal
-from qkit.streaming.families import layer_of, tied_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,13 @@ class Group:
     """The layers that one rule was applied to.
 
     Attributes:
-        entry: the rule, the type of the weights it was applied to, and the paths of the layers.
+        stored: the rule, the type of its weights, and the paths of its layers.
         format: compressed-tensors' name for the layout.
-        numbers, nbytes: of all its weights: how many there are, and what they take with their scales.
+        numbers: how many numbers its weights have.
+        nbytes: bytes of its codes and scales.
     """
 
-    entry: Entry
+    stored: StoredRule
     format: str
     numbers: int
     nbytes: int
@@ -69,24 +70,24 @@ def inspect_directory(folder: Path) -> Inspection:
     check_seal(folder, tensors, digests=False)
     config = read_config(folder)
     groups, taken, by_path = [], set(), parts(tensors)
-    for entry in entries_of(folder, metadata, config):
-        assert entry.rule.weight is not None
+    for rule in read_rules(folder, metadata, config):
+        assert rule.rule.weight is not None
         numbers = nbytes = 0
-        for path in entry.paths:
+        for path in rule.paths:
             mine = by_path.get(path, {})
             try:
-                shape = check_parts(mine, entry, path=path)
+                shape = check_parts(mine, rule, path=path)
             except (ArtifactError, GridError) as error:
                 raise ArtifactError(f"{folder}: {path}: {error}") from None
-            names = compressed_tensors.contents(entry.rule.weight, dtype=entry.dtype, shape=shape)
+            names = compressed_tensors.contents(rule.rule.weight, dtype=rule.dtype, shape=shape)
             numbers += prod(shape)
             nbytes += sum(mine[name].slot.nbytes for name in names)
             taken |= {mine[name].slot.name for name in names}
-        groups.append(Group(entry, compressed_tensors.layout(entry.rule.weight), numbers, nbytes))
+        groups.append(Group(rule, compressed_tensors.layout(rule.rule.weight), numbers, nbytes))
     rest = [stored.slot for name, stored in tensors.items() if name not in taken]
     found = [layer_of(slot, config or {}) for slot in rest]
     layers = [layer for layer in found if isinstance(layer, Layer)]
-    quantized = [Layer(path, group.entry.rule.kind, (), None) for group in groups for path in group.entry.paths]
+    quantized = [Layer(path, group.stored.rule.kind, (), None) for group in groups for path in group.stored.paths]
     owner = tied_head([*layers, *quantized], config) if config else None
     files = {stored.file.name: stored.file.stat().st_size for stored in tensors.values()}
     return Inspection(
@@ -109,16 +110,16 @@ def parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     return found
 
 
-def check_parts(found: Mapping[str, Stored], entry: Entry, *, path: str) -> tuple[int, ...]:
+def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -> tuple[int, ...]:
     """Shape of the weight that the parts of the layer at `path` stand for; looks at headers, and at the shape that is stored.
 
     Raises:
         ArtifactError: a part is missing, or has another type or shape than the rule says.
         GridError: the weight does not divide into groups.
     """
-    grid, shape = entry.rule.weight, weight_shape(found, path=path)
+    grid, shape = stored.rule.weight, weight_shape(found, path=path)
     assert grid is not None
-    for name, (kind, full) in compressed_tensors.contents(grid, dtype=entry.dtype, shape=shape).items():
+    for name, (kind, full) in compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape).items():
         if name not in found:
             raise ArtifactError(f"{name} is missing")
         slot = found[name].slot

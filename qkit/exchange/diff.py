@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.exchange.snapshot import Held, Snapshot, join
+from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.formats import dense
+from qkit.formats.packed import join
 from qkit.reference import packing
 from qkit.reference.packing import Packed
 
@@ -63,17 +64,17 @@ def compare(first: Snapshot, second: Snapshot) -> Iterator[Difference]:
             yield _compare(name, left[name], right[name])
 
 
-def _named(snapshot: Snapshot) -> dict[str, Held | NDArray[Any]]:
-    return {**{join(path, "weight"): held for path, held in snapshot.weights.items()}, **snapshot.tensors}
+def _named(snapshot: Snapshot) -> dict[str, StoredWeight | NDArray[Any]]:
+    return {**{join(path, "weight"): weight for path, weight in snapshot.weights.items()}, **snapshot.tensors}
 
 
-def _compare(name: str, a: Held | NDArray[Any], b: Held | NDArray[Any]) -> Difference:
+def _compare(name: str, a: StoredWeight | NDArray[Any], b: StoredWeight | NDArray[Any]) -> Difference:
     numbers = prod(a.shape)
     if a.shape != b.shape:
         return Difference(name, "shape", numbers, detail=f"{list(a.shape)}, {list(b.shape)}")
     if str(a.dtype) != str(b.dtype):
         return Difference(name, "type", numbers, detail=f"{a.dtype}, {b.dtype}")
-    one, other = (held.read() if isinstance(held, Held) else held for held in (a, b))
+    one, other = (x.read() if isinstance(x, StoredWeight) else x for x in (a, b))
     if isinstance(one, Packed) and isinstance(other, Packed) and _kind(one) == _kind(other):
         codes = sum(_flipped(one.rows(*rows), other.rows(*rows)) for rows in _rows(a.shape))
         parts = {**one.parts(), **other.parts()}.keys() - {"words"}

@@ -1,4 +1,4 @@
-"""Quantized weights to canonical words and back, and the checks that all layouts share."""
+"""Quantized weights to packed words and back, and the names and checks that all layouts share."""
 
 from typing import Any
 
@@ -13,6 +13,11 @@ from qkit.reference import packing
 from qkit.reference.packing import Packed
 
 Tensors = dict[str, NDArray[Any]]
+
+
+def join(path: str, name: str) -> str:
+    """Full name of the tensor `name` of the layer at `path`, which is empty where the whole model is one layer."""
+    return f"{path}.{name}" if path else name
 
 
 def pack(q: QTensor[NDArray[Any]]) -> Packed:

@@ -63,7 +63,7 @@ CONFIG: Final[Mapping[str, Callable[[Any], bool]]] = {
 GROUP: Final[Mapping[str, Callable[[Any], bool]]] = {
     "targets": _anything,  # honoured
     "weights": _anything,  # honoured: `WEIGHTS`
-    "input_activations": _anything,  # known as what a layer quantizes besides: `transfer.check_moving`
+    "input_activations": _anything,  # known as what a layer quantizes besides: `write_model.check_weights_only`
     "output_activations": _anything,
     "format": _anything,  # honoured
 }
@@ -86,7 +86,7 @@ WEIGHTS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "observer_kwargs": _anything,
 }
 
-#: The activations of a group: qkit carries none of them out, and `check_moving` says so; but an unknown key is unknown.
+#: The activations of a group: `check_weights_only` refuses them all, and an unknown key is refused here.
 ACTIVATIONS: Final = dict.fromkeys(WEIGHTS, _anything)
 
 #: MLX's `quantization`, at the top and for one layer.

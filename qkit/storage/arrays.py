@@ -1,7 +1,5 @@
 """NumPy arrays from and to directories of safetensors files; mapped rather than read."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,6 @@ import ml_dtypes  # noqa: F401  teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.storage import read
 from qkit.storage.layout import WORDS, Slot
 from qkit.storage.write import Stream
@@ -31,18 +28,3 @@ def array_stream(name: str, array: NDArray[Any]) -> Stream:
     """`array` as a tensor to write."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return Stream(Slot(name, WORDS[array.dtype.name], array.shape), lambda: [data])
-
-
-def in_type(
-    tensors: Mapping[str, NDArray[Any]], dtype: DType | None, *, but: Collection[str] = ()
-) -> dict[str, NDArray[Any]]:
-    """`tensors`, the floats among them as `dtype`, but for those called `but`; all as they are where it is None."""
-    return {
-        name: array.astype(dtype) if dtype and array.dtype.name in DTYPES and name not in but else array
-        for name, array in tensors.items()
-    }
-
-
-def with_type(q: QTensor[Any], dtype: DType | None) -> QTensor[Any]:
-    """`q`, its values given back as `dtype`; the same codes and scales."""
-    return q if dtype is None else replace(q, dtype=dtype)

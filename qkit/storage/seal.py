@@ -10,8 +10,8 @@ from typing import Final
 
 from qkit.errors import ArtifactError
 from qkit.storage.marks import SEAL
-from qkit.storage.place_writer import CHUNK
 from qkit.storage.read import INDEX_BYTES, Stored, inside, is_pickle, read_json
+from qkit.storage.tensor_writer import CHUNK
 
 AGAIN: Final = "quantize or save the model again"
 KEYS: Final = {

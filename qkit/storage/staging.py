@@ -17,7 +17,7 @@ from qkit.storage.destination import (
     put_back,
 )
 from qkit.storage.marks import MARK, PLACING, SEAL, check_journal, check_own, is_marked, mark, remove
-from qkit.storage.place_writer import write_all
+from qkit.storage.tensor_writer import write_all
 
 CONFIG = "config.json"  #: moved last but one to a mount point: without it, nobody takes what is there for a model
 

@@ -14,8 +14,8 @@ from qkit.storage import swap
 from qkit.storage.destination import check_place, destination
 from qkit.storage.layout import INDEX, SHARD_BYTES, Slot, lay_out
 from qkit.storage.marks import MARK, SEAL
-from qkit.storage.place_writer import CHUNK, Pen, write_all
 from qkit.storage.staging import Staging, write_synced
+from qkit.storage.tensor_writer import CHUNK, TensorWriter, write_all
 
 FLUSH = 64 << 20  #: bytes that are closed before they are sent to the disk
 
@@ -89,7 +89,7 @@ class Output:
         self.aside = self._place.aside
         self._digests: dict[str, str] = {}
         self._opened: dict[str, int] = {}
-        self._pen = Pen(self.aside, self.layout.places)
+        self._writer = TensorWriter(self.aside, self.layout.places)
         self._flusher, self._flushes, self._unflushed = ThreadPoolExecutor(1), list[Future[None]](), 0
 
     @property
@@ -117,11 +117,11 @@ class Output:
 
     def write(self, name: str, block: bytes | memoryview, *, offset: int = 0) -> int:
         """Puts `block` at `offset` of tensor `name`; returns its length."""
-        return self._pen.write(name, block, offset=offset)
+        return self._writer.write(name, block, offset=offset)
 
     def close(self, name: str, *, digest: str | None = None) -> None:
-        """Says that every byte of tensor `name` is written; `digest` is what a `Pen` of another process gave for it."""
-        self._digests[name] = digest or self._pen.digest(name)
+        """Says that every byte of tensor `name` is written; `digest` is what a `TensorWriter` of another process gave for it."""
+        self._digests[name] = digest or self._writer.digest(name)
         self._staging.note([name, self._digests[name]])
         self._unflushed += self.layout.places[name].nbytes
         if self._unflushed > FLUSH:  # the disk works while the next tensors are made
@@ -141,7 +141,7 @@ class Output:
     def _tidy(self, error: BaseException | None) -> None:
         """Lets go of everything; removes what is aside, unless another run can use it."""
         self._flusher.shutdown()
-        self._pen.close()
+        self._writer.close()
         for descriptor in self._opened.values():
             os.close(descriptor)
         self._opened.clear()
@@ -183,7 +183,7 @@ class Output:
             os.truncate(self._opened[file], self.layout.sizes[file])
         self._staging.start_journal(self.fingerprint)
         for name, digest in closed.items():  # what was closed is read again: the machine may have lost power since
-            if name in self.layout.places and self._pen.digest(name) == digest:
+            if name in self.layout.places and self._writer.digest(name) == digest:
                 self._digests[name] = digest
                 self._staging.note([name, digest])
 

@@ -1,6 +1,6 @@
 """Row blocks: a tensor that is quantized a few rows at a time has the codes that it would have at once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,9 @@ from qkit.element import LIMIT
 from qkit.errors import RangeError
 from qkit.formats import compressed_tensors
 from qkit.grid import Grid
-from qkit.reference import packing
 from qkit.reference.packing import Packed
-from qkit.storage.layout import Slot
 
 Quantize = Callable[[NDArray[Any], Grid], Packed]
-
-#: About what a block holds: larger ones leave the caches, smaller ones cost more calls.
-ELEMENTS = 1 << 20 if native.available() else 1 << 18
-ROWS = 32  #: blocks begin at multiples of it, so that zero points, packed down the rows, fill whole words
 
 #: By type: the unsigned integers of its bits; among them, the infinity; and the least that has no codes.
 PATTERNS: dict[str, tuple[Any, int, int]] = {
@@ -27,14 +21,6 @@ PATTERNS: dict[str, tuple[Any, int, int]] = {
     "bfloat16": (np.uint16, 0x7F80, int(np.float32(LIMIT).view(np.uint32)) >> 16),
     "float16": (np.uint16, 0x7C00, 0x7C00),
 }
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First row and last, exclusive, of each block of a tensor [rows, n]."""
-    rows, n = shape
-    step = max(ELEMENTS // n // ROWS, 1) * ROWS
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
 
 
 def sees_whole_tensor(grid: Grid) -> bool:
@@ -56,31 +42,6 @@ def encode(
         w = np.concatenate([w, np.full((2, w.shape[1]), np.array(extremes)[:, None], w.dtype)])
     parts = compressed_tensors.store(quantize(w, grid))
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
-
-
-def offset(part: Slot, begin: int, *, shape: tuple[int, ...], bits: int) -> int | None:
-    """Where the part that a block from row `begin` on makes of a tensor of `shape` goes; None where the first block made it."""
-    if len(part.shape) < 2:
-        return None if begin else 0
-    rows = (
-        begin if part.shape[0] == shape[0] else begin * bits // packing.WORD_BITS
-    )  # zero points are packed down the rows
-    return rows * (part.nbytes // part.shape[0])
-
-
-def rows_of(
-    parts: Mapping[str, NDArray[Any]], begin: int, end: int, *, shape: tuple[int, ...], bits: int
-) -> dict[str, NDArray[Any]]:
-    """The inverse: what the stored parts of a tensor of `shape` hold for one block of its rows."""
-    rows, out = shape[0], {}
-    for name, part in parts.items():
-        if part.ndim < 2:
-            out[name] = np.array([end - begin, *shape[1:]]) if name == "weight_shape" else part
-        elif part.shape[0] == rows:
-            out[name] = part[begin:end]
-        else:
-            out[name] = part[begin * bits // packing.WORD_BITS : packing.words(end, bits)]
-    return out
 
 
 def check_codable(w: NDArray[Any], *, name: str, first: int, shape: tuple[int, ...]) -> None:

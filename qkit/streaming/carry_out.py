@@ -22,12 +22,13 @@ from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
 from qkit.formats.packed import pack
+from qkit.formats.row_blocks import part_rows, row_blocks
 from qkit.grid import Grid
 from qkit.reference.packing import Packed
 from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place
-from qkit.storage.place_writer import Pen
 from qkit.storage.read import Stored, check_bools
+from qkit.storage.tensor_writer import TensorWriter
 from qkit.streaming import fast_reference
 from qkit.streaming.blocks import (
     PATTERNS,
@@ -35,8 +36,6 @@ from qkit.streaming.blocks import (
     check_codable,
     check_finite,
     encode,
-    offset,
-    row_blocks,
     sees_whole_tensor,
 )
 from qkit.streaming.plan import Plan, Row
@@ -143,19 +142,19 @@ def _live_with(parent: int) -> None:
 def _make(row: Row, places: Mapping[str, Place], *, folder: Path, quantize: Quantize) -> Digests:
     """Writes what becomes of one row into the files of `folder`; gives the digest of every tensor written."""
     fast_reference.keep_memory()
-    pen, reader = Pen(folder, places), _Reader(row.stored)
+    writer, reader = TensorWriter(folder, places), _Reader(row.stored)
     try:
         if row.rule is None or row.rule.weight is None:
-            _copy(row, pen, reader)
+            _copy(row, writer, reader)
         else:
-            _quantize(row, row.rule.weight, pen, reader, quantize)
-        return {slot.name: pen.digest(slot.name) for slot in row.slots}
+            _quantize(row, row.rule.weight, writer, reader, quantize)
+        return {slot.name: writer.digest(slot.name) for slot in row.slots}
     finally:
-        pen.close()
+        writer.close()
         reader.close()
 
 
-def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
+def _copy(row: Row, writer: TensorWriter, reader: "_Reader") -> None:
     stored, size = row.stored, row.stored.slot.nbytes
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
@@ -164,10 +163,10 @@ def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
         if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
             check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)
-        pen.write(row.slots[0].name, data.data, offset=begin)
+        writer.write(row.slots[0].name, data.data, offset=begin)
 
 
-def _quantize(row: Row, grid: Grid, pen: Pen, reader: "_Reader", quantize: Quantize) -> None:
+def _quantize(row: Row, grid: Grid, writer: TensorWriter, reader: "_Reader", quantize: Quantize) -> None:
     shape = row.stored.slot.shape
     extremes = _extremes(row, reader) if sees_whole_tensor(grid) else None
     for begin, w in _blocks(row, reader):
@@ -175,9 +174,9 @@ def _quantize(row: Row, grid: Grid, pen: Pen, reader: "_Reader", quantize: Quant
         for slot in row.slots:
             name = slot.name.rpartition(".")[2]
             part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
-            place = offset(slot, begin, shape=shape, bits=grid.element.bits)
-            if place is not None:
-                pen.write(slot.name, _bytes(part), offset=place)
+            first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)
+            if first is not None:
+                writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
 
 
 def _extremes(row: Row, reader: "_Reader") -> tuple[float, float]:

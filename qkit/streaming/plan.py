@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from qkit import native, pipeline
-from qkit.artifact.directory import CONFIG, companions, quantized_config, read_config
-from qkit.artifact.metadata import KEY, Entry, describe, group
+from qkit.artifact.companions import companions
+from qkit.artifact.config import CONFIG, quantized_config, read_config
+from qkit.artifact.families import HEAD, check_whole, layer_of, output_name, tied_head
+from qkit.artifact.metadata import KEY, StoredRule, describe, group_rules
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.formats import compressed_tensors
+from qkit.formats.row_blocks import row_blocks
 from qkit.formats.settings import quantization_of
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
 from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
 from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
-from qkit.streaming.blocks import row_blocks
-from qkit.streaming.families import HEAD, check_whole, layer_of, output_name, tied_head
 
 #: Anonymous bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of a worker for each element of a block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
@@ -137,15 +138,15 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
         rows.append(Row(tensors[name], path, kind, rule, reason, _slots(tensors[name].slot, path, rule, known)))
     _check_names(rows, folder)
-    entries = _entries(rows, planned)
+    rules = _stored_rules(rows, planned)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
-    files = companions(folder, config=quantized_config(config, entries, left_alone=left_alone))
+    files = companions(folder, config=quantized_config(config, rules, left_alone=left_alone))
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
-    return Plan(folder, tuple(rows), tied, {KEY: describe(entries)}, files, left_behind, shard_bytes)
+    return Plan(folder, tuple(rows), tied, {KEY: describe(rules)}, files, left_behind, shard_bytes)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
@@ -199,8 +200,8 @@ def _check_names(rows: Iterable[Row], folder: Path) -> None:
             seen.add(slot.name)
 
 
-def _entries(rows: Iterable[Row], planned: Mapping[str, pipeline.Planned]) -> list[Entry]:
-    return group([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
+def _stored_rules(rows: Iterable[Row], planned: Mapping[str, pipeline.Planned]) -> list[StoredRule]:
+    return group_rules([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from qkit.errors import ArtifactError, DivergedError
 from qkit.storage.arrays import read_file
 from qkit.storage.layout import SINGLE, WORDS, Slot, lay_out
-from qkit.storage.place_writer import write_all
 from qkit.storage.swap import sync_folder
+from qkit.storage.tensor_writer import write_all
 
 KEY = "qkit_run"  #: the one metadata key
 KEPT = 2

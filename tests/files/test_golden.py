@@ -6,7 +6,8 @@ from make_artifacts import OUT, make_module, make_saved, make_streamed
 
 import qkit
 from qkit.artifact.verify import verify
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.export_model import export_mlx
+from qkit.exchange.import_model import read_model, to_artifact
 from qkit.formats.packed import unpack
 
 ARTIFACTS = ("integers", "small-floats", "static")
@@ -37,22 +38,22 @@ def test_a_saved_model_has_the_bytes_of_the_golden_directory(tmp_path):
 @pytest.mark.parametrize("name", [*ARTIFACTS, "mlx"])
 def test_golden_directories_are_whole_and_readable(name):
     assert list(verify(OUT / name)) == []
-    assert snapshot.read(OUT / name).weights
+    assert read_model(OUT / name).weights
 
 
 def test_a_golden_artifact_exports_to_the_golden_export(tmp_path):
-    transfer.export_mlx(snapshot.read(OUT / "integers"), tmp_path / "mlx")
+    export_mlx(read_model(OUT / "integers"), tmp_path / "mlx")
     assert content(tmp_path / "mlx") == content(OUT / "mlx")
 
 
 def test_the_golden_export_imports_as_the_golden_artifact(tmp_path):
-    transfer.to_artifact(snapshot.read(OUT / "mlx"), tmp_path / "integers")
-    assert snapshot.read(tmp_path / "integers").digests() == snapshot.read(OUT / "integers").digests()
+    to_artifact(read_model(OUT / "mlx"), tmp_path / "integers")
+    assert read_model(tmp_path / "integers").digests() == read_model(OUT / "integers").digests()
 
 
 def test_a_golden_artifact_loads_into_a_module():
     model = qkit.load(OUT / "static", into=make_module())
-    for path, stored in snapshot.read(OUT / "static").weights.items():
+    for path, stored in read_model(OUT / "static").weights.items():
         mine = qkit.backend("torchao").unpack(model[path])
         assert np.array_equal(mine.codes.numpy(), unpack(stored.read()).codes)
 
@@ -61,4 +62,4 @@ def test_a_golden_artifact_loads_into_a_module():
 def test_a_golden_artifact_builds_its_model(name, tmp_path):
     model = qkit.load(OUT / name, backend="torchao")
     qkit.save(model, tmp_path / name, source=OUT / name)
-    assert snapshot.read(tmp_path / name).digests() == snapshot.read(OUT / name).digests()
+    assert read_model(tmp_path / name).digests() == read_model(OUT / name).digests()

@@ -10,20 +10,20 @@ from qkit.storage.layout import Place
 CHUNK = 1 << 20
 
 
-class Pen:
+class TensorWriter:
     """Writes at the places of a layout, into files of `folder` that exist, and digests what it writes."""
 
     def __init__(self, folder: Path, places: Mapping[str, Place]) -> None:
         self._folder, self._places = folder, places
         self._opened: dict[str, int] = {}
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _RunningDigest] = {}
 
     def write(self, name: str, block: bytes | memoryview, *, offset: int = 0) -> int:
         """Puts `block` at `offset` of tensor `name`; returns its length."""
         place, data = self._places[name], memoryview(block).cast("B")
         if offset + len(data) > place.nbytes:
             raise ValueError(f"{name} has {place.nbytes} bytes: {len(data)} at {offset} are too many")
-        running = self._running.setdefault(name, _Running())
+        running = self._running.setdefault(name, _RunningDigest())
         if running.end == offset:  # what comes in order is digested as it comes
             running.digest.update(data)
             running.end += len(data)
@@ -55,7 +55,7 @@ class Pen:
         return self._opened[file]
 
 
-class _Running:
+class _RunningDigest:
     """The digest of what has come of one tensor, as far as it came in order."""
 
     def __init__(self) -> None:
