@@ -22,7 +22,7 @@ from qkit.formats.settings import QUANTIZATION, check_alike, quantization_of
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Kind, Rule
 from qkit.storage import read
-from qkit.storage.layout import SHARD_BYTES, WORDS, Slot
+from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
 from qkit.storage.seal import check_seal
 
 FOREIGN = "; qkit holds a model exactly or not at all: open it with what wrote it, or quantize the float model"
@@ -74,7 +74,7 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from None
     known = source.config or {}
-    layers = [layer_of(Slot(name, WORDS[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
+    layers = [layer_of(Slot(name, TYPE_NAMES[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
     left_alone = [layer.path for layer in layers if isinstance(layer, Layer) and layer.kind == "linear"]
     left_alone += [HEAD] if source.tied else []
     config = quantized_config(source.config, rules_of(source), left_alone=left_alone)

@@ -17,7 +17,7 @@ from qkit.formats.packed import join
 from qkit.rules import Rule, rule_table
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import destination
-from qkit.storage.layout import WORDS, Slot
+from qkit.storage.layout import TYPE_NAMES, Slot
 from qkit.storage.write import Stream, write_directory
 
 BLOCK: Final = 1 << 20  #: numbers that are dequantized together
@@ -103,7 +103,7 @@ def _streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
     """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
     assert weight.rule.weight is not None
     for name, (kind, shape) in layout.contents(weight.rule.weight, dtype=weight.dtype, shape=weight.shape).items():
-        yield Stream(Slot(join(path, name), WORDS[kind], shape), _blocks(path, weight, layout, name))
+        yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), _blocks(path, weight, layout, name))
 
 
 def _blocks(path: str, weight: StoredWeight, layout: Any, name: str) -> Callable[[], Iterable[memoryview]]:

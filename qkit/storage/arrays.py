@@ -1,4 +1,4 @@
-"""NumPy arrays from and to directories of safetensors files; mapped rather than read."""
+"""NumPy arrays from directories of safetensors files, mapped rather than read, and arrays as streams to write."""
 
 from pathlib import Path
 from typing import Any
@@ -8,23 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.storage import read
-from qkit.storage.layout import WORDS, Slot
+from qkit.storage.layout import TYPE_NAMES, Slot
 from qkit.storage.write import Stream
 
 
 def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of one file, mapped read-only, and its header metadata. Raises as `source.read_file`."""
+    """The tensors of one file, mapped read-only, and the metadata of its header. Raises as `read.read_file`."""
     tensors, metadata = read.read_file(file)
     return {name: stored.mapped() for name, stored in tensors.items()}, metadata
 
 
 def read_folder(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a folder, mapped read-only, and its metadata. Raises as `source.read_folder`."""
+    """The tensors of a folder, mapped read-only, and its metadata. Raises as `read.read_folder`."""
     tensors, metadata = read.read_folder(folder)
     return {name: stored.mapped() for name, stored in tensors.items()}, metadata
 
 
 def array_stream(name: str, array: NDArray[Any]) -> Stream:
-    """`array` as a tensor to write."""
+    """`array` as a stream that writes one tensor."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return Stream(Slot(name, WORDS[array.dtype.name], array.shape), lambda: [data])
+    return Stream(Slot(name, TYPE_NAMES[array.dtype.name], array.shape), lambda: [data])

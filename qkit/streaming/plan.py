@@ -18,7 +18,7 @@ from qkit.formats.row_blocks import row_blocks
 from qkit.formats.settings import quantization_of
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
-from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
+from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot
 from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
 
@@ -188,7 +188,9 @@ def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) 
         parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape)
     except ArtifactError as error:
         raise PlanError(f"{path}: {error}") from None
-    return tuple(Slot(f"{path}.{name}" if path else name, WORDS[kind], shape) for name, (kind, shape) in parts.items())
+    return tuple(
+        Slot(f"{path}.{name}" if path else name, TYPE_NAMES[kind], shape) for name, (kind, shape) in parts.items()
+    )
 
 
 def _check_names(rows: Iterable[Row], folder: Path) -> None:
