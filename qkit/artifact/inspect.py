@@ -1,4 +1,4 @@
-"""What is in a directory of weights, from headers alone."""
+"""The content of a directory of weights, from headers alone: layers, grids, sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,15 +35,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What is in a directory.
+    """The content of a directory.
 
     Attributes:
         groups: the quantized layers, by rule.
-        left_alone: paths of the layers that are float.
-        tied: path of the embedding that is also the output head, or empty.
-        files: bytes of each weights file.
-        tensors: how many there are.
-        numbers, nbytes: of all tensors, quantized weights counted as what they stand for.
+        left_alone: paths of the float layers.
+        tied: path of the embedding that is also the output head; empty where there is none.
+        files: bytes of each weights file, by name.
+        tensors: number of stored tensors.
+        numbers: numbers of all tensors; a quantized weight counts with the numbers of its float weight.
+        nbytes: bytes of all tensors.
     """
 
     groups: tuple[Group, ...]
@@ -56,15 +57,15 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all tensors."""
+        """Stored bits per number, over all tensors."""
         return 8 * self.nbytes / max(self.numbers, 1)
 
 
 def inspect_directory(folder: Path) -> Inspection:
-    """What is in `folder`: an artifact, or a float model.
+    """The content of `folder`, which is an artifact or a float model.
 
     Raises:
-        ArtifactError: it is unsound, or quantized by another tool.
+        ArtifactError: the directory is unsound, or another tool quantized the model.
     """
     tensors, metadata = read_folder(folder)
     check_seal(folder, tensors, digests=False)
@@ -102,7 +103,7 @@ def inspect_directory(folder: Path) -> Inspection:
 
 
 def parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    """The tensors of every layer, by its path and by their names in it. One pass, however many layers there are."""
+    """The tensors of every layer, by the layer's path and by their names in it."""
     found: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
         path, _, last = name.rpartition(".")
@@ -111,10 +112,10 @@ def parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
 
 
 def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -> tuple[int, ...]:
-    """Shape of the weight that the parts of the layer at `path` stand for; looks at headers, and at the shape that is stored.
+    """Shape of the weight of the layer at `path`, after a check of its stored parts. Reads headers and the stored shape.
 
     Raises:
-        ArtifactError: a part is missing, or has another type or shape than the rule says.
+        ArtifactError: a part is missing, or has another type or shape than the rule needs.
         GridError: the weight does not divide into groups.
     """
     grid, shape = stored.rule.weight, weight_shape(found, path=path)
@@ -129,10 +130,10 @@ def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -
 
 
 def weight_shape(found: Mapping[str, Stored], *, path: str) -> tuple[int, ...]:
-    """Shape of the weight that a layer's parts stand for.
+    """Shape of a layer's weight, from its stored parts.
 
     Raises:
-        ArtifactError: the part that tells is missing, or tells of no matrix.
+        ArtifactError: the part with the shape is missing, or is not the shape of a matrix.
     """
     if "weight_shape" in found:
         shape = tuple(int(n) for n in found["weight_shape"].mapped().reshape(-1)[: AXES + 1])

@@ -101,11 +101,11 @@ def read_own(folder: Path) -> Snapshot:
     if layout == "mlx" and rules and config:
         with locating(folder):
             grids = {path: one.rule.weight for one in rules for path in one.paths}
-            mlx_config.check_told(config, grids, tensors)
+            mlx_config.check_export(config, grids, tensors)
     if layout == "mlx":
         added = set(map(str, about(metadata).get("added") or ()))
         known = known and {name: value for name, value in known.items() if name not in added}
-        tensors = {mlx_config.inward(name, known or {}): array for name, array in tensors.items()}
+        tensors = {mlx_config.from_mlx_name(name, known or {}): array for name, array in tensors.items()}
     weights = {}
     for one in rules:
         if one.rule.weight is None:

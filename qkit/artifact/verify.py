@@ -1,4 +1,4 @@
-"""Whether a directory that qkit wrote is whole, and still what was written. Every problem is named, not the first alone."""
+"""Verification of a directory that qkit wrote: it is whole and unchanged. Names every problem, not only the first."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +16,10 @@ from qkit.storage.seal import Problem, file_problems, read_seal, tensor_problems
 
 
 def verify(folder: Path) -> Iterator[Problem]:
-    """Everything that is wrong with the artifact in `folder`, one at a time; reads every byte of the weights.
+    """The problems of the artifact or export in `folder`, one at a time. Reads every byte of the weights.
 
     Raises:
-        ArtifactError: qkit did not write it.
+        ArtifactError: qkit did not write the directory.
     """
     seal = read_seal(folder)
     if seal is None:
@@ -44,7 +44,7 @@ def verify(folder: Path) -> Iterator[Problem]:
 
 
 def _export(folder: Path) -> Iterator[Problem]:
-    """What is wrong with the weights of an export for another program."""
+    """Problems of the weights of an export for another program."""
     try:
         weights = read_own(folder).weights
     except QkitError as error:
@@ -58,7 +58,7 @@ def _export(folder: Path) -> Iterator[Problem]:
 
 
 def _weights(folder: Path, tensors: Mapping[str, Stored], rules: list[StoredRule]) -> Iterator[Problem]:
-    """Types, shapes and scales of every quantized layer, some rows in memory at a time."""
+    """Problems of the types, shapes and scales of quantized layers. Reads a block of rows at a time."""
     by_path = parts(tensors)
     for stored in rules:
         for path in stored.paths:

@@ -67,7 +67,7 @@ def export_gguf(source: Snapshot, out: str | Path) -> None:
 
 
 def _write(writer: Any, tensors: Mapping[str, "_Tensor"]) -> None:
-    """Writes the whole file: its head, then every tensor, block by block."""
+    """Writes the whole file: the header, then every tensor block by block."""
     import gguf
 
     for theirs, tensor in tensors.items():
@@ -148,7 +148,13 @@ def _blocks(
 
 
 def _order(name: str, config: Mapping[str, Any], rows: tuple[int, ...]) -> NDArray[np.int64] | None:
-    """Which of the `rows` of queries or keys goes where: halves of each head in turn, for llama.cpp's rotary embedding."""
+    """The new order of the `rows` of queries or keys, for llama.cpp's rotary embedding: halves of each head in turn.
+
+    None for any other weight.
+
+    Raises:
+        ArtifactError: the number of rows is not that of the configuration's heads.
+    """
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     count, head = heads.get(name.split(".")[-2]), head_width(config)
     if count is None:

@@ -58,7 +58,7 @@ def export_dense(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_
 def _outward(source: Snapshot) -> Snapshot:
     """`source` under mlx-lm's tensor names."""
     config = source.config or {}
-    weights = {mlx_config.outward(f"{path}.", config)[:-1]: weight for path, weight in source.weights.items()}
+    weights = {mlx_config.to_mlx_name(f"{path}.", config)[:-1]: weight for path, weight in source.weights.items()}
     return replace(
-        source, weights=weights, tensors={mlx_config.outward(n, config): a for n, a in source.tensors.items()}
+        source, weights=weights, tensors={mlx_config.to_mlx_name(n, config): a for n, a in source.tensors.items()}
     )

@@ -20,10 +20,10 @@ TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: GGUF's type
 
 
 def layout(grid: Grid, inputs: int) -> str:
-    """The GGUF type that holds rows of `inputs` numbers on `grid`; longer groups repeat their scale.
+    """The GGUF type for rows of `inputs` numbers on `grid`. Groups longer than a block repeat their scale.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: GGUF has no such type.
     """
     group = grid.group if isinstance(grid.group, int) else inputs
     if grid.element.name not in TYPES or not grid.symmetric or grid.scale == "nvfp4" or group % BLOCK:
@@ -35,10 +35,10 @@ def layout(grid: Grid, inputs: int) -> str:
 
 
 def store(packed: Packed) -> NDArray[np.uint8]:
-    """`packed` as rows of blocks, uint8 [outputs, bytes]: each block its scale, then its codes, the halves in a byte's nibbles.
+    """`packed` as rows of blocks, uint8 [outputs, bytes]. A block is its scale, then its codes; a 4-bit byte has two of them.
 
     Raises:
-        ArtifactError: GGUF has no such type, or a scale is no float16.
+        ArtifactError: GGUF has no type for the grid, or a scale is no float16.
     """
     rows, inputs = packed.shape
     kind = layout(packed.grid, inputs)

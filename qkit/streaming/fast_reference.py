@@ -1,8 +1,8 @@
-"""The reference on big blocks, faster: NumPy's calls in the order that its loops like. Bit for bit `reference.quantize`.
+"""`reference.quantize` bit for bit, faster on large blocks: NumPy's calls in an order that suits its loops.
 
-Two things are other than there. The extremes of groups are found on integers, since the patterns of floats of one sign are
-in the order of their values, and across groups, since NumPy is slow along short axes. And codes are made in place. Scales
-are the reference's own, which follow from the extremes.
+Two things differ from the reference. Extremes of groups are found on integers, since bit patterns of floats of one sign have the
+order of their values, and across groups, since NumPy is slow along short axes. Codes are computed in place. Scales are the
+reference's own functions of the extremes.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
 
-LONG = 512  #: a group from which on NumPy reduces well along it
-UNIT = 16  #: bytes that are moved at once: a complex128
+LONG = 512  #: smallest group along which NumPy reduces fast
+UNIT = 16  #: bytes that one step moves: a complex128
 
 
 def keep_memory() -> None:
-    """Has glibc keep what blocks free instead of giving it back page by page: a third of the time, measured. Once is enough.
+    """Makes glibc reuse freed blocks instead of returning them page by page, which took a third of the time. Call it once.
 
-    Its threshold follows the largest block that was ever freed (mallopt(3), M_MMAP_THRESHOLD); elsewhere this does nothing.
+    glibc's threshold follows the largest block ever freed (mallopt(3), M_MMAP_THRESHOLD). Other systems do not change.
     """
     np.empty(1 << 24, np.uint8)
 
@@ -48,7 +48,7 @@ def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
 
 
 def _quantize_to_floats(w: NDArray[Any], x: rounding.Floats, e: rounding.Floats, grid: Grid) -> QTensor[NDArray[Any]]:
-    """The reference's own functions, with extremes where it looks through whole groups."""
+    """The reference's own functions, with the extremes in place of its pass through whole groups."""
     if grid.scale == "nvfp4":
         tensor_scale = rounding.tensor_power(e)
         s = rounding.block_scale(e, tensor_scale)
@@ -59,9 +59,9 @@ def _quantize_to_floats(w: NDArray[Any], x: rounding.Floats, e: rounding.Floats,
 
 
 def extremes(w: NDArray[Any], grid: Grid) -> rounding.Floats:
-    """[rows, n] -> the highest and the lowest value of each group, zero among them, float32 [..., groups, 2].
+    """[rows, n] -> highest and lowest value of each group and zero, float32 [..., groups, 2].
 
-    The two lie far apart in memory, so that what is computed of them runs along the groups.
+    The highest values are contiguous in memory, and so are the lowest, so that later loops run along the groups.
     """
     shape = grid.scale_shape(w.shape)
     signed, unsigned = (np.int16, np.uint16) if w.itemsize == 2 else (np.int32, np.uint32)
@@ -77,6 +77,6 @@ def extremes(w: NDArray[Any], grid: Grid) -> rounding.Floats:
     else:
         patterns.view(signed).max(axis=1, out=high.view(signed))
         patterns.max(axis=1, out=low)
-    np.maximum(high.view(signed), 0, out=high.view(signed))  # negative floats are negative integers,
-    np.maximum(low, 1 << 8 * w.itemsize - 1, out=low)  # and large unsigned ones, of which -0.0 is the least
+    np.maximum(high.view(signed), 0, out=high.view(signed))  # negative floats are negative integers
+    np.maximum(low, 1 << 8 * w.itemsize - 1, out=low)  # and large unsigned ones; -0.0 is the smallest
     return out.view(w.dtype).astype(np.float32).transpose(1, 2, 0)
