@@ -101,8 +101,8 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
     Raises:
         ArtifactError: the two differ, or the configuration asks for something that qkit does not carry out.
     """
-    said = quantization_of(config)
-    foreign = said["quantization_config"] or said["quantization"]
+    stated = quantization_of(config)
+    foreign = stated["quantization_config"] or stated["quantization"]
     if not rules:
         if foreign:
             method = foreign.get("quant_method", "an unknown tool")
@@ -110,15 +110,15 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
         return
     if config is None:
         return
-    told = said["quantization_config"]
-    check_compressed_tensors(told)
+    theirs = stated["quantization_config"]
+    check_compressed_tensors(theirs)
     ours = compressed_tensors.quantization_config([(one.rule, one.paths) for one in rules], left_alone=[])
     for key in ("quant_method", "format", "config_groups"):
-        if told.get(key) != ours[key]:
+        if theirs.get(key) != ours[key]:
             raise ArtifactError(
                 f"{key} of its quantization_config is not that of the {KEY} metadata: quantize or save it again"
             )
-    if said["quantization"]:
+    if stated["quantization"]:
         raise ArtifactError("config.json speaks of MLX's quantization, and the files are in compressed-tensors' layout")
 
 

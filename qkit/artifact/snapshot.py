@@ -174,8 +174,15 @@ def locating(folder: Path, path: str = "", way_out: str = "") -> Iterator[None]:
 
 def _digest_packed(packed: Packed) -> str:
     grid = packed.grid
-    said = (packed.shape, packed.dtype, grid.element.name, packed.scales.shape, grid.symmetric, grid.scale == "nvfp4")
-    found = hashlib.sha256(repr(said).encode())
+    properties = (
+        packed.shape,
+        packed.dtype,
+        grid.element.name,
+        packed.scales.shape,
+        grid.symmetric,
+        grid.scale == "nvfp4",
+    )
+    found = hashlib.sha256(repr(properties).encode())
     for name, array in packed.parts().items():
         found.update(name.encode())
         _update(found, array)

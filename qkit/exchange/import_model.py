@@ -44,10 +44,10 @@ def read_model(folder: str | Path) -> Snapshot:
         return read_own(folder)
     config = read_config(folder)
     with locating(folder):
-        said = quantization_of(config)
-        packed, mlx = (said[name] for name in QUANTIZATION)
+        stated = quantization_of(config)
+        packed, mlx = (stated[name] for name in QUANTIZATION)
         if mlx:
-            check_alike(said)
+            check_alike(stated)
     tensors = {name: tensor.mapped() for name, tensor in stored.items()}
     known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
     if mlx:
@@ -82,11 +82,11 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
 
 
-def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[str, Any]) -> Snapshot:
+def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
     """A model that another tool quantized in compressed-tensors' layout."""
     weights = {}
     with locating(folder):
-        found = compressed_config.grids(said, tensors, kind_of=_kind_of)
+        found = compressed_config.grids(stated, tensors, kind_of=_kind_of)
     for path, (grid, moving) in found.items():
         parts = take_parts(tensors, path, "compressed-tensors")
         with locating(folder, path):
@@ -101,7 +101,7 @@ def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], said: Ma
     return Snapshot(folder, "compressed-tensors", True, config, weights, tensors)
 
 
-def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[str, Any]) -> Snapshot:
+def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
     """A model that mlx-lm quantized. Its tensor names are transformers' for most types of models."""
     kind = config.get("model_type")
     if kind not in mlx_config.SAME_NAMES:
@@ -116,7 +116,7 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
     }
     weights = {}
     with locating(folder):
-        found = mlx_config.containers(said, shapes)
+        found = mlx_config.containers(stated, shapes)
     for path, (container, shape) in found.items():
         parts = take_parts(tensors, path, "mlx")
         with locating(folder, path):

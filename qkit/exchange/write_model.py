@@ -49,7 +49,7 @@ def write_model(
         ArtifactError: `out` is the source; a weight does not fit the layout; or see `Output`.
     """
     if destination(out).path == source.folder.resolve():
-        raise ArtifactError(f"{out} is what is to be read: choose another folder")
+        raise ArtifactError(f"{out} is the model to read: choose another folder")
     streams = [array_stream(name, array) for name, array in source.tensors.items()]
     for path, weight in source.weights.items():
         streams.extend(_streams(path, weight, layout))

@@ -123,15 +123,15 @@ def check_export(
     Raises:
         ArtifactError: a layer has another container for mlx-lm, or a setting that qkit does not carry out.
     """
-    said = settings.quantization_of(config)
-    settings.check_alike(said)
+    stated = settings.quantization_of(config)
+    settings.check_alike(stated)
     ours = {to_mlx_name(f"{path}.", config)[:-1]: grid for path, grid in grids.items()}
     shapes = {
         path: (tensors[f"{path}.weight"].shape, tensors[f"{path}.scales"].shape)
         for path in ours
         if f"{path}.weight" in tensors and f"{path}.scales" in tensors
     }
-    for path, (container, shape) in containers(said["quantization"], shapes).items():
+    for path, (container, shape) in containers(stated["quantization"], shapes).items():
         grid = ours[path]
         if grid is not None and container != layout(grid, shape[-1]):
             raise ArtifactError(f"{path}: config.json has it as {container.table}, and the metadata on {grid}")

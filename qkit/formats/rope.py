@@ -15,7 +15,7 @@ KNOWN = {
     "llama3",
     "yarn",
     "proportional",
-}  #: types where mlx-lm computes what torch does
+}  #: types that mlx-lm and transformers compute alike
 THETA = ("rope_theta", "rotary_emb_base")
 PARTIAL = ("partial_rotary_factor", "rotary_pct")
 NESTED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor"}

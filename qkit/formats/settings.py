@@ -100,7 +100,7 @@ MLX: Final[Mapping[str, Callable[[Any], bool]]] = {
     "quantize_input": _one_of(None, False),
 }
 
-#: Keys of config.json beside the two of `QUANTIZATION` that change what is computed.
+#: Other keys of config.json, besides `QUANTIZATION`, that change the results of a model.
 BESIDE: Final[Mapping[str, Callable[[Any], bool]]] = {
     "compression_config": _empty,  # compressed-tensors' name for its own until 0.5
     "sparsity_config": _dense,
@@ -131,15 +131,15 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, dict[str, Any
     return found
 
 
-def check_compressed_tensors(said: Mapping[str, Any]) -> None:
+def check_compressed_tensors(stated: Mapping[str, Any]) -> None:
     """Checks that qkit carries out every setting of a `quantization_config` of compressed-tensors.
 
     Raises:
         ArtifactError: a key is unknown and not null, or has a value that changes numbers; the message names both.
     """
     where = "quantization_config"
-    check_keys(said, CONFIG, where)
-    groups = said.get("config_groups")
+    check_keys(stated, CONFIG, where)
+    groups = stated.get("config_groups")
     for name, group in (groups if isinstance(groups, Mapping) else {}).items():
         place = f"{where}: config_groups.{name}"
         if not isinstance(group, Mapping):
@@ -184,7 +184,7 @@ def check_unused(groups: Mapping[str, Any], used: Collection[str]) -> None:
                 )
 
 
-def check_mlx(said: Mapping[str, Any], quantized: Iterable[str]) -> None:
+def check_mlx(stated: Mapping[str, Any], quantized: Iterable[str]) -> None:
     """Checks that qkit carries out every setting of MLX's `quantization`.
 
     Args:
@@ -194,9 +194,9 @@ def check_mlx(said: Mapping[str, Any], quantized: Iterable[str]) -> None:
         ArtifactError: a key is unknown and not null, or a layer's table and its tensors contradict each other.
     """
     paths = set(quantized)
-    layers = {path: table for path, table in said.items() if path in paths or isinstance(table, (Mapping, bool))}
+    layers = {path: table for path, table in stated.items() if path in paths or isinstance(table, (Mapping, bool))}
     layers = {path: table for path, table in layers.items() if path not in MLX}
-    check_keys({key: value for key, value in said.items() if key not in layers}, MLX, "quantization")
+    check_keys({key: value for key, value in stated.items() if key not in layers}, MLX, "quantization")
     for path, table in layers.items():
         if isinstance(table, Mapping):
             check_keys(table, MLX, f"quantization: {path}")
@@ -205,21 +205,21 @@ def check_mlx(said: Mapping[str, Any], quantized: Iterable[str]) -> None:
             raise ArtifactError(f"quantization: {path} is {_shown(table)}, and yet the layer {has}: {WAY_OUT}")
 
 
-def check_alike(said: Mapping[str, Mapping[str, Any]]) -> None:
+def check_alike(stated: Mapping[str, Mapping[str, Any]]) -> None:
     """Checks that the two tables of MLX's quantization in a config.json are equal, since readers take either one.
 
     Raises:
         ArtifactError: the tables differ.
     """
-    first, second = (said[key] for key in QUANTIZATION)
+    first, second = (stated[key] for key in QUANTIZATION)
     if first and second and first != second:
         raise ArtifactError(
             f"config.json: quantization is {_shown(second)}, and quantization_config is {_shown(first)}: remove one of them"
         )
 
 
-def check_keys(said: Mapping[str, Any], allowed: Mapping[str, Callable[[Any], bool]], where: str) -> None:
-    """Checks each value of `said` by the test for its key in `allowed`; a key without a test has to be null.
+def check_keys(stated: Mapping[str, Any], allowed: Mapping[str, Callable[[Any], bool]], where: str) -> None:
+    """Checks each value of `stated` by the test for its key in `allowed`; a key without a test has to be null.
 
     Args:
         where: place of the table, for the message.
@@ -227,7 +227,7 @@ def check_keys(said: Mapping[str, Any], allowed: Mapping[str, Callable[[Any], bo
     Raises:
         ArtifactError: a value fails; the message names key and value.
     """
-    for key, value in said.items():
+    for key, value in stated.items():
         if not allowed.get(key, _nothing)(value):
             raise ArtifactError(f"{where}: {key} is {_shown(value)}, which qkit does not carry out: {WAY_OUT}")
 

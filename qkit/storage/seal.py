@@ -26,11 +26,11 @@ class Problem:
     """A fault of a file or a tensor, and the way out."""
 
     where: str
-    what: str
+    fault: str
     remedy: str = AGAIN
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}: {self.remedy}"
+        return f"{self.where}: {self.fault}: {self.remedy}"
 
 
 @dataclass(frozen=True, slots=True)
