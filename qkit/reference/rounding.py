@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qkit import element as constants
 from qkit.element import STEP, Element
-from qkit.grid import Grid
+from qkit.grid import Grid, want_grid
 from qkit.qtensor import QTensor, dtype_of
 
 Floats = NDArray[np.float32]
@@ -147,6 +147,7 @@ def _steps(x: Floats, grid: Grid) -> tuple[Floats, Floats | None]:
 
 def group(w: NDArray[Any], grid: Grid) -> Floats:
     """[..., n] -> float32 [..., groups, group]."""
+    want_grid(grid)
     return w.astype(np.float32).reshape(grid.group_shape(w.shape))
 
 

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from qkit import native, pipeline
+from qkit import native
 from qkit.artifact.companions import companions
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, layer_of, output_name, tied_head
@@ -16,6 +16,7 @@ from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.formats import compressed_tensors
 from qkit.formats.row_blocks import row_blocks
 from qkit.formats.settings import quantization_of
+from qkit.planning import Planned, plan
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
 from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot
@@ -166,9 +167,9 @@ def _with_head(layers: list[Layer], owner: Layer | None) -> list[Layer]:
     return [*layers, head]
 
 
-def _plan(layers: list[Layer], recipe: Recipe) -> list[pipeline.Planned]:
+def _plan(layers: list[Layer], recipe: Recipe) -> list[Planned]:
     try:
-        planned = pipeline.plan(layers, recipe)
+        planned = plan(layers, recipe)
     except (RecipeError, GridError) as error:
         raise PlanError(str(error)) from None
     for item in planned:
@@ -180,7 +181,7 @@ def _plan(layers: list[Layer], recipe: Recipe) -> list[pipeline.Planned]:
     return planned
 
 
-def _keeps_weight(item: pipeline.Planned) -> bool:
+def _keeps_weight(item: Planned) -> bool:
     """Whether this linear layer has no codes of its own in the output."""
     return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
 
@@ -207,7 +208,7 @@ def _check_names(rows: Iterable[Row], folder: Path) -> None:
             seen.add(slot.name)
 
 
-def _stored_rules(rows: Iterable[Row], planned: Mapping[str, pipeline.Planned]) -> list[StoredRule]:
+def _stored_rules(rows: Iterable[Row], planned: Mapping[str, Planned]) -> list[StoredRule]:
     return group_rules([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
 
 
