@@ -35,7 +35,8 @@ with _interruptible():
 if TYPE_CHECKING:
     from qkit import reference
     from qkit.adapters import Adapter, adapt, merge
-    from qkit.artifact import load, save
+    from qkit.artifact.load import load
+    from qkit.artifact.save import save
 
 __version__ = "0.1.0"
 
@@ -86,7 +87,13 @@ __all__ = [
 
 
 #: Where the names are that are imported on first use: files and adapters are a third of the cost of `import qkit`.
-_LATER = {"load": "artifact", "save": "artifact", "Adapter": "adapters", "adapt": "adapters", "merge": "adapters"}
+_LATER = {
+    "load": "artifact.load",
+    "save": "artifact.save",
+    "Adapter": "adapters",
+    "adapt": "adapters",
+    "merge": "adapters",
+}
 
 
 def __getattr__(name: str) -> Any:

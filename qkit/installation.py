@@ -1,4 +1,4 @@
-"""What is installed that concerns qkit, by metadata alone: its own distribution, the remedies that name it, and its plugins."""
+"""The installed distributions that concern qkit, from metadata alone: qkit itself and its plugins."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,13 +13,13 @@ SCRIPT = ("console_scripts", "qkit", "qkit.cli:main")  #: the entry point by whi
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A distribution that has plugins of qkit, or is qkit.
+    """A distribution that is qkit, or has plugins for it.
 
     Attributes:
-        name: of the distribution, or nothing where its metadata is damaged.
+        name: name of the distribution; empty where its metadata are damaged.
         plugins: its entry points in the group `qkit`.
-        own: whether it is qkit itself.
-        broken: why its entry points cannot be read, or nothing.
+        own: whether the distribution is qkit itself.
+        broken: reason why its entry points cannot be read; empty where they can.
     """
 
     name: str
@@ -29,9 +29,9 @@ class Installed:
 
 
 def how_to_install(extra: str) -> str:
-    """The command that adds an extra of qkit: `pip install 'NAME[EXTRA]'`. NAME comes from the metadata, it is not `qkit`.
+    """The command that adds an extra of qkit: `pip install 'NAME[EXTRA]'`, where NAME is the distribution's own.
 
-    Without metadata, as in a source tree on PYTHONPATH, the answer names the extra only.
+    Without metadata, as in a source tree on PYTHONPATH, the text names the extra only.
     """
     name = next((found.name for found in installed() if found.own), "")
     return f"pip install '{name}[{extra}]'" if name else f"install qkit with its extra {extra!r}"
@@ -39,7 +39,7 @@ def how_to_install(extra: str) -> str:
 
 @cache
 def installed() -> list[Installed]:
-    """Every distribution that concerns qkit, in the order of `sys.path`. Reads metadata; imports nothing of theirs."""
+    """Every distribution that concerns qkit, in the order of `sys.path`. Reads metadata, and imports no distribution."""
     from importlib.metadata import distributions
 
     return [found for distribution in distributions() if (found := _look(distribution))]
@@ -49,13 +49,13 @@ def _look(distribution: "Distribution") -> Installed | None:
     try:
         text = distribution.read_text("entry_points.txt")
     except (OSError, UnicodeDecodeError):
-        return None  # nothing says that it has to do with qkit
+        return None  # no entry point names qkit
     if not text or GROUP not in text:
         return None
     name = _name(distribution)
     try:
         entries = list(distribution.entry_points)
-    except Exception as error:  # a line that is no entry point: the library's parser fails in several ways
+    except Exception as error:  # the library's parser fails in several ways
         broken = f"its entry_points.txt is malformed ({type(error).__name__}: {error}): install it again"
         return Installed(name, broken=broken) if f"[{GROUP}]" in text else None
     plugins = tuple(entry for entry in entries if entry.group == GROUP)

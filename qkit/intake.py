@@ -1,4 +1,4 @@
-"""Files and JSON from strangers: regular files alone, sizes before contents, and values of bounded depth and size."""
+"""Files and JSON from outside: regular files only, size limits before reading, and values of bounded depth."""
 
 import json
 import os
@@ -15,9 +15,7 @@ from qkit.errors import ArtifactError, QkitError
 
 TEXT_BYTES: Final = 1 << 25  #: most bytes of a configuration or a recipe: 33.6 MB
 DEPTH: Final = 64  #: most levels of lists and tables within each other
-INTEGER: Final = (
-    1 << 63
-)  #: whole numbers are smaller than this: longer ones cost time to compute with, and even to print
+INTEGER: Final = 1 << 63  #: whole numbers are smaller than this: longer ones are slow to compute with and to print
 
 KINDS: Final = (
     (stat.S_ISDIR, "a directory"),
@@ -29,11 +27,11 @@ KINDS: Final = (
 
 
 def check_regular(file: Path) -> int:
-    """The bytes of a file that can be opened without waiting. Looks at it only: opening a pipe may never end.
+    """Bytes of a regular file. Does not open the file, since opening a pipe may never end.
 
     Raises:
-        ArtifactError: it is a pipe, a device, a socket or a directory.
-        OSError: there is none, or it may not be looked at.
+        ArtifactError: the file is a pipe, a device, a socket or a directory.
+        OSError: there is no such file, or the system refuses its status.
     """
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
@@ -46,9 +44,9 @@ def read_text(file: Path, *, most: int = TEXT_BYTES) -> str:
     """The text of a regular file of at most `most` bytes.
 
     Raises:
-        ArtifactError: it is no regular file, or a longer one.
-        OSError: it cannot be read.
-        UnicodeDecodeError: it is not UTF-8.
+        ArtifactError: the file is no regular file, or is longer.
+        OSError: the file cannot be read.
+        UnicodeDecodeError: the text is not UTF-8.
     """
     size = check_regular(file)
     if size > most:
@@ -57,10 +55,10 @@ def read_text(file: Path, *, most: int = TEXT_BYTES) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that JSON text stands for.
+    """The value of JSON text.
 
     Raises:
-        ValueError: it is no JSON, or a key stands twice; or see `check_values`.
+        ValueError: the text is no JSON, or an object has a key twice; or see `check_values`.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
@@ -71,7 +69,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_table(text: bytes) -> dict[str, Any]:
-    """The object that JSON text stands for. Raises as `parse_json`."""
+    """The object of JSON text. Raises as `parse_json`, and for any other value."""
     value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
@@ -79,10 +77,10 @@ def parse_table(text: bytes) -> dict[str, Any]:
 
 
 def check_values(value: Any) -> None:
-    """Looks through tables and lists, without recursion.
+    """Checks nested tables and lists, without recursion.
 
     Raises:
-        ValueError: they are nested deeper than `DEPTH`, or hold an integer of `INTEGER` and more.
+        ValueError: the value is nested deeper than `DEPTH`, or has an integer of `INTEGER` or more.
     """
     level = [value]
     for depth in range(DEPTH + 1):
@@ -99,9 +97,9 @@ def check_values(value: Any) -> None:
 
 @contextmanager
 def time_limit(seconds: float, error: QkitError) -> Iterator[None]:
-    """Raises `error` in Python code that takes longer: for regular expressions of strangers, which may never end.
+    """Raises `error` in a block that takes longer. Regular expressions from outside may never end.
 
-    Works on the main thread of a system with alarms. Elsewhere, the code runs to its end.
+    Works on the main thread of a system with alarms. Elsewhere, the block runs to its end.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield

@@ -113,14 +113,16 @@ def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str,
 
 
 def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
-    from qkit.reference.learned import learned_codes  # here, so that `import qkit` stays cheap
+    from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)
     check(engine, w, rule.weight, name=f"{layer.path}.weight")
-    return (
-        learned_codes(engine, model, layer, rule.weight) if _learned(layer, rule) else engine.quantize(w, rule.weight)
-    )
+    if not _learned(layer, rule):
+        return engine.quantize(w, rule.weight)
+    tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
+    parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
+    return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 import qkit
 from qkit.artifact.verify import verify
 from qkit.cli import main
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.export_model import export_mlx
+from qkit.exchange.import_model import read_model
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
@@ -114,7 +115,7 @@ def make_sound(home):
     (home / "sharded/model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     plan = make_plan(home / "float", qkit.recipe("int4-g32"))
     quantize_directory(plan, home / "artifact", engine=qkit.backend("numpy"), workers=1, tick=lambda name, done: None)
-    transfer.export_mlx(snapshot.read(home / "artifact"), home / "mlx")
+    export_mlx(read_model(home / "artifact"), home / "mlx")
     shutil.copytree(home / "artifact", home / "foreign")
     (home / "foreign/qkit.json").unlink()
     edit_header(home / "foreign/model.safetensors", lambda table: table.pop("__metadata__"))

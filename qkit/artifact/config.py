@@ -1,14 +1,20 @@
-"""The keys of a `config.json` that qkit computes with: each of the type and size that it may have."""
+"""The `config.json` of a model: read, checked key by key, and written with a `quantization_config`."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from qkit.artifact.metadata import StoredRule
 from qkit.errors import ArtifactError
+from qkit.formats import compressed_tensors
+from qkit.formats.settings import WAY_OUT
+from qkit.storage.read import inside, read_json
 
-LAYERS: Final = 10_000  #: most hidden layers: names are made for each, whatever the files hold
+CONFIG: Final = "config.json"
+MODELOPT: Final = "hf_quant_config.json"  #: NVIDIA ModelOpt's own file, which says what config.json may leave out
+LAYERS: Final = 10_000  #: most hidden layers: qkit makes names for each, however few the files hold
 SIZE: Final = 1 << 31  #: every other count of a configuration is below this
 
 
@@ -31,7 +37,7 @@ _SIZES = (  # some models have one for each layer
     f"a whole number from 0 to {SIZE - 1:,}",
 )
 
-#: By key, at the top and in `text_config`: a test, and the words for it. A null is as good as no key.
+#: By key, at the top and in `text_config`: a test of the value, and its text for messages. Null counts as an absent key.
 KEYS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     **dict.fromkeys(("quantization_config", "quantization", "text_config", "rope_parameters", "rope_scaling"), _TABLE),
     **dict.fromkeys(("model_type", "dtype", "torch_dtype", "hidden_act", "hidden_activation"), _TEXT),
@@ -44,26 +50,63 @@ KEYS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
 }
 
 
-def check_config(config: Mapping[str, Any], file: Path) -> None:
-    """Looks at every key of `KEYS` that is there.
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The `config.json` of `folder`; None where there is none.
 
     Raises:
-        ArtifactError: a value is of another type, or too large; the message names the file and the key.
+        ArtifactError: the file is not a JSON object, or is a link out of the folder; another file says how the model is
+            quantized; or see `check_config`.
+    """
+    config = read_json(inside(folder, CONFIG))
+    if config is not None:
+        check_config(config, folder / CONFIG)
+    if (folder / MODELOPT).exists() and not (config or {}).get("quantization_config"):
+        raise ArtifactError(f"{folder / MODELOPT} says how the model is quantized, which qkit does not read: {WAY_OUT}")
+    return config
+
+
+def quantized_config(
+    config: Mapping[str, Any] | None, rules: Sequence[StoredRule], *, left_alone: Sequence[str]
+) -> dict[str, Any] | None:
+    """`config` of a Hugging Face model with the `quantization_config` of its stored rules; None where `config` is None.
+
+    Args:
+        left_alone: paths of the linear layers that stay float.
+    """
+    if config is None:
+        return None
+    config = float_config(config)
+    if rules:
+        groups = [(stored.rule, stored.paths) for stored in rules]
+        config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=left_alone)
+    return config
+
+
+def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without its `quantization_config`."""
+    return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+def check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Checks every key of `KEYS` that the configuration has.
+
+    Raises:
+        ArtifactError: a value has another type, or is too large; the message names the file and the key.
     """
     inner = config.get("text_config")
     for prefix, table in (("", config), ("text_config.", inner if isinstance(inner, Mapping) else {})):
-        for key, (fits, words) in KEYS.items():
+        for key, (fits, wanted) in KEYS.items():
             value = table.get(key)
             if value is not None and not fits(value):
-                raise ArtifactError(f"{file}: {prefix}{key} is {value!r:.200}: want {words}")
+                raise ArtifactError(f"{file}: {prefix}{key} is {value!r:.200}: want {wanted}")
 
 
 @contextmanager
 def describing(file: Path) -> Iterator[None]:
-    """Names `file` where work on its values alone fails: a key that the model needs is missing, or of another type.
+    """Turns a failure of code that computes with the values of `file` into an error that names the file.
 
     Raises:
-        ArtifactError: it does.
+        ArtifactError: a key that the model needs is missing, or a value has another type.
     """
     try:
         yield

@@ -1,19 +1,19 @@
-"""What is in a directory of weights, from headers alone."""
+"""The content of a directory of weights, from headers alone: layers, grids, sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from qkit.artifact.directory import read_config
-from qkit.artifact.metadata import Entry, entries_of
+from qkit.artifact.config import read_config
+from qkit.artifact.families import layer_of, tied_head
+from qkit.artifact.metadata import StoredRule, read_rules
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import compressed_tensors
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
 from qkit.storage.seal import check_seal
-from qkit.streaming.families import layer_of, tied_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,13 @@ class Group:
     """The layers that one rule was applied to.
 
     Attributes:
-        entry: the rule, the type of the weights it was applied to, and the paths of the layers.
+        stored: the rule, the type of its weights, and the paths of its layers.
         format: compressed-tensors' name for the layout.
-        numbers, nbytes: of all its weights: how many there are, and what they take with their scales.
+        numbers: how many numbers its weights have.
+        nbytes: bytes of its codes and scales.
     """
 
-    entry: Entry
+    stored: StoredRule
     format: str
     numbers: int
     nbytes: int
@@ -34,15 +35,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What is in a directory.
+    """The content of a directory.
 
     Attributes:
         groups: the quantized layers, by rule.
-        left_alone: paths of the layers that are float.
-        tied: path of the embedding that is also the output head, or empty.
-        files: bytes of each weights file.
-        tensors: how many there are.
-        numbers, nbytes: of all tensors, quantized weights counted as what they stand for.
+        left_alone: paths of the float layers.
+        tied: path of the embedding that is also the output head; empty where there is none.
+        files: bytes of each weights file, by name.
+        tensors: number of stored tensors.
+        numbers: numbers of all tensors; a quantized weight counts with the numbers of its float weight.
+        nbytes: bytes of all tensors.
     """
 
     groups: tuple[Group, ...]
@@ -55,38 +57,38 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all tensors."""
+        """Stored bits per number, over all tensors."""
         return 8 * self.nbytes / max(self.numbers, 1)
 
 
 def inspect_directory(folder: Path) -> Inspection:
-    """What is in `folder`: an artifact, or a float model.
+    """The content of `folder`, which is an artifact or a float model.
 
     Raises:
-        ArtifactError: it is unsound, or quantized by another tool.
+        ArtifactError: the directory is unsound, or another tool quantized the model.
     """
     tensors, metadata = read_folder(folder)
     check_seal(folder, tensors, digests=False)
     config = read_config(folder)
     groups, taken, by_path = [], set(), parts(tensors)
-    for entry in entries_of(folder, metadata, config):
-        assert entry.rule.weight is not None
+    for rule in read_rules(folder, metadata, config):
+        assert rule.rule.weight is not None
         numbers = nbytes = 0
-        for path in entry.paths:
+        for path in rule.paths:
             mine = by_path.get(path, {})
             try:
-                shape = check_parts(mine, entry, path=path)
+                shape = check_parts(mine, rule, path=path)
             except (ArtifactError, GridError) as error:
                 raise ArtifactError(f"{folder}: {path}: {error}") from None
-            names = compressed_tensors.contents(entry.rule.weight, dtype=entry.dtype, shape=shape)
+            names = compressed_tensors.contents(rule.rule.weight, dtype=rule.dtype, shape=shape)
             numbers += prod(shape)
             nbytes += sum(mine[name].slot.nbytes for name in names)
             taken |= {mine[name].slot.name for name in names}
-        groups.append(Group(entry, compressed_tensors.layout(entry.rule.weight), numbers, nbytes))
+        groups.append(Group(rule, compressed_tensors.layout(rule.rule.weight), numbers, nbytes))
     rest = [stored.slot for name, stored in tensors.items() if name not in taken]
     found = [layer_of(slot, config or {}) for slot in rest]
     layers = [layer for layer in found if isinstance(layer, Layer)]
-    quantized = [Layer(path, group.entry.rule.kind, (), None) for group in groups for path in group.entry.paths]
+    quantized = [Layer(path, group.stored.rule.kind, (), None) for group in groups for path in group.stored.paths]
     owner = tied_head([*layers, *quantized], config) if config else None
     files = {stored.file.name: stored.file.stat().st_size for stored in tensors.values()}
     return Inspection(
@@ -101,7 +103,7 @@ def inspect_directory(folder: Path) -> Inspection:
 
 
 def parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    """The tensors of every layer, by its path and by their names in it. One pass, however many layers there are."""
+    """The tensors of every layer, by the layer's path and by their names in it."""
     found: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
         path, _, last = name.rpartition(".")
@@ -109,16 +111,16 @@ def parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     return found
 
 
-def check_parts(found: Mapping[str, Stored], entry: Entry, *, path: str) -> tuple[int, ...]:
-    """Shape of the weight that the parts of the layer at `path` stand for; looks at headers, and at the shape that is stored.
+def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -> tuple[int, ...]:
+    """Shape of the weight of the layer at `path`, after a check of its stored parts. Reads headers and the stored shape.
 
     Raises:
-        ArtifactError: a part is missing, or has another type or shape than the rule says.
+        ArtifactError: a part is missing, or has another type or shape than the rule needs.
         GridError: the weight does not divide into groups.
     """
-    grid, shape = entry.rule.weight, weight_shape(found, path=path)
+    grid, shape = stored.rule.weight, weight_shape(found, path=path)
     assert grid is not None
-    for name, (kind, full) in compressed_tensors.contents(grid, dtype=entry.dtype, shape=shape).items():
+    for name, (kind, full) in compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape).items():
         if name not in found:
             raise ArtifactError(f"{name} is missing")
         slot = found[name].slot
@@ -128,10 +130,10 @@ def check_parts(found: Mapping[str, Stored], entry: Entry, *, path: str) -> tupl
 
 
 def weight_shape(found: Mapping[str, Stored], *, path: str) -> tuple[int, ...]:
-    """Shape of the weight that a layer's parts stand for.
+    """Shape of a layer's weight, from its stored parts.
 
     Raises:
-        ArtifactError: the part that tells is missing, or tells of no matrix.
+        ArtifactError: the part with the shape is missing, or is not the shape of a matrix.
     """
     if "weight_shape" in found:
         shape = tuple(int(n) for n in found["weight_shape"].mapped().reshape(-1)[: AXES + 1])

@@ -1,7 +1,7 @@
-"""Which rules an artifact's codes are on: the text of its one metadata key, written and read."""
+"""The rules of an artifact, as the one metadata key of its weights file states them: written, read and checked."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,83 +16,118 @@ from qkit.rules import Kind, Rule, rule_from_table, rule_table
 
 KEY = "qkit"  #: the one metadata key of the weights file
 NUMERICS = 1  #: version of the arithmetic that the codes follow
-KEYS = {"numerics", "rules", "layout", "added"}  #: of the text; the last two where it is an export
+KEYS = {"numerics", "rules", "layout", "added"}  #: of the text; the last two stand in exports only
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One rule of an artifact, the type of the weights it was applied to, and the full paths of their layers."""
+class StoredRule:
+    """One rule of an artifact and its layers.
+
+    Attributes:
+        rule: the rule, without the patterns that chose the layers.
+        dtype: type of the weights before they were quantized.
+        paths: full paths of the layers.
+    """
 
     rule: Rule
     dtype: DType
     paths: tuple[str, ...]
 
 
-def group(saved: list[tuple[Layer, DType]]) -> list[Entry]:
-    """The rules that were applied, each once per type of weight, with the layers that they were applied to."""
-    paths: dict[tuple[Rule, DType], list[str]] = {}
+def group_rules(saved: Iterable[tuple[Layer, DType]]) -> list[StoredRule]:
+    """The rules of converted layers, each rule once for each type of weight, in the order of their first layers."""
+    applied = []
     for layer, dtype in saved:
         assert layer.rule is not None
         rule = replace(layer.rule, match=("*",), kind=kind_of(layer), indivisible="error")
-        paths.setdefault((rule, dtype), []).append(layer.path)
-    return [
-        Entry(rule, dtype, tuple(sorted(mine)))
-        for (rule, dtype), mine in sorted(paths.items(), key=lambda item: min(item[1]))
-    ]
+        applied.append((rule, dtype, layer.path))
+    return group_paths(applied)
 
 
-def describe(entries: list[Entry]) -> str:
-    """The text of the metadata key."""
-    rules = [{**_without_match(entry.rule), "layers": list(entry.paths), "dtype": entry.dtype} for entry in entries]
-    return json.dumps({"numerics": NUMERICS, "rules": rules}, sort_keys=True)
+def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:
+    """The rules among `applied`, each once for each type of weight, with the paths that have them."""
+    paths: dict[tuple[Rule, DType], list[str]] = {}
+    for rule, dtype, path in applied:
+        paths.setdefault((rule, dtype), []).append(path)
+    ordered = sorted(paths.items(), key=lambda item: min(item[1]))
+    return [StoredRule(rule, dtype, tuple(sorted(mine))) for (rule, dtype), mine in ordered]
 
 
-def entries_of(
+def describe(rules: Iterable[StoredRule]) -> str:
+    """The text of the metadata key that states `rules`."""
+    tables = [{**_without_match(one.rule), "layers": list(one.paths), "dtype": one.dtype} for one in rules]
+    return json.dumps({"numerics": NUMERICS, "rules": tables}, sort_keys=True)
+
+
+def read_rules(
     folder: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, *, layout: str = "compressed-tensors"
-) -> list[Entry]:
-    """The rules of the artifact in `folder`; none for a float model.
+) -> list[StoredRule]:
+    """The rules of the artifact in `folder`; an empty list for a float model.
+
+    Args:
+        metadata: of the weights file.
+        config: content of `config.json`; None skips the comparison with it.
+        layout: the layout that the metadata have to state.
 
     Raises:
-        ArtifactError: the metadata are not readable or speak of another layout, another tool has quantized the model, or
-            `config.json` says of quantization what the metadata do not.
+        ArtifactError: the metadata are not readable or state another layout, another tool has quantized the model, or
+            `config.json` contradicts the metadata.
     """
-    entries = _described(folder, metadata[KEY], layout) if KEY in metadata else []
+    rules = _parse(folder, metadata[KEY], layout) if KEY in metadata else []
     try:
         if layout == "compressed-tensors":
-            check_quantization(config, entries)
+            check_quantization(config, rules)
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
-    return entries
+    return rules
 
 
-def check_quantization(config: Mapping[str, Any] | None, entries: list[Entry]) -> None:
-    """Compares what other readers of an artifact are told in its config.json with what the metadata say.
+def layout_of(metadata: Mapping[str, str]) -> str:
+    """The layout of a directory with these metadata: `mlx` for an export of qkit's, else `compressed-tensors`."""
+    return "mlx" if KEY in metadata and about(metadata).get("layout") == "mlx" else "compressed-tensors"
+
+
+def about(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The content of qkit's metadata key; {} where it is not readable, which `read_rules` refuses."""
+    try:
+        return dict(parse_json(metadata[KEY]))
+    except (ValueError, TypeError):
+        return {}
+
+
+def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredRule]) -> None:
+    """Compares the `quantization_config`, which other programs read, with the rules in the metadata.
 
     Raises:
-        ArtifactError: they differ, or the configuration asks for what qkit does not carry out.
+        ArtifactError: the two differ, or the configuration asks for something that qkit does not carry out.
     """
-    said = quantization_of(config)
-    foreign = said["quantization_config"] or said["quantization"]
-    if not entries:
+    stated = quantization_of(config)
+    foreign = stated["quantization_config"] or stated["quantization"]
+    if not rules:
         if foreign:
             method = foreign.get("quant_method", "an unknown tool")
             raise ArtifactError(f"quantized by {method}, not by qkit: it does not say which grid its codes are on")
         return
     if config is None:
         return
-    told = said["quantization_config"]
-    check_compressed_tensors(told)
-    ours = compressed_tensors.quantization_config([(entry.rule, entry.paths) for entry in entries], left_alone=[])
+    theirs = stated["quantization_config"]
+    check_compressed_tensors(theirs)
+    ours = compressed_tensors.quantization_config([(one.rule, one.paths) for one in rules], left_alone=[])
     for key in ("quant_method", "format", "config_groups"):
-        if told.get(key) != ours[key]:
+        if theirs.get(key) != ours[key]:
             raise ArtifactError(
                 f"{key} of its quantization_config is not that of the {KEY} metadata: quantize or save it again"
             )
-    if said["quantization"]:
+    if stated["quantization"]:
         raise ArtifactError("config.json speaks of MLX's quantization, and the files are in compressed-tensors' layout")
 
 
-def _described(folder: Path, text: str, layout: str) -> list[Entry]:
+def kind_of(layer: Layer) -> Kind:
+    """The kind of the rules that apply to `layer`."""
+    return "embedding" if layer.kind == "embedding" else "linear"
+
+
+def _parse(folder: Path, text: str, layout: str) -> list[StoredRule]:
     try:
         described = parse_json(text)
         if not isinstance(described, dict):
@@ -105,18 +140,18 @@ def _described(folder: Path, text: str, layout: str) -> list[Entry]:
             raise ArtifactError(
                 f"{folder}: the {KEY} metadata have {', '.join(unknown)}, which this qkit does not know"
             )
-        entries = [_entry(dict(table)) for table in described["rules"]]
-        paths = [path for entry in entries for path in entry.paths]
+        rules = [_parse_rule(dict(table)) for table in described["rules"]]
+        paths = [path for one in rules for path in one.paths]
         if len(paths) != len(set(paths)):
             raise ValueError("a layer stands twice")
-        return entries
+        return rules
     except ArtifactError:
         raise
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
 
 
-def _entry(table: dict[str, Any]) -> Entry:
+def _parse_rule(table: dict[str, Any]) -> StoredRule:
     paths, dtype = table.pop("layers"), table.pop("dtype")
     if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
         raise RecipeError("layers: want a list of paths")
@@ -125,12 +160,7 @@ def _entry(table: dict[str, Any]) -> Entry:
     rule = rule_from_table({**table, "match": ["*"]})
     if rule.weight is None:
         raise RecipeError("weight is missing")
-    return Entry(rule, dtype, tuple(paths))
-
-
-def kind_of(layer: Layer) -> Kind:
-    """The kind of the rules that speak of `layer`."""
-    return "embedding" if layer.kind == "embedding" else "linear"
+    return StoredRule(rule, dtype, tuple(paths))
 
 
 def _without_match(rule: Rule) -> dict[str, Any]:

@@ -22,9 +22,9 @@ def diff(
 ) -> None:
     """Compare two models, code by code and scale by scale. Exit code 0: equal; 1: different."""
     from qkit.exchange.diff import compare  # here, so that other commands start fast
-    from qkit.exchange.snapshot import read
+    from qkit.exchange.import_model import read_model
 
-    found = list(compare(read(first), read(second)))
+    found = list(compare(read_model(first), read_model(second)))
     different = [row for row in found if not row.equal]
     totals = {name: sum(getattr(row, name) for row in found) for name in ("codes", "scales", "values")}
     if as_json:

@@ -33,19 +33,19 @@ def export(
     weights_only: WeightsOnly = False,
 ) -> None:
     """Write a model for another program: the same codes under other names, exactly, or not at all."""
-    from qkit.exchange import transfer  # here, so that other commands start fast
-    from qkit.exchange.snapshot import read
-    from qkit.formats import gguf  # here, so that other commands start fast
+    from qkit.exchange import export_model, write_model  # here, as the next two, so that other commands start fast
+    from qkit.exchange.export_gguf import export_gguf
+    from qkit.exchange.import_model import read_model
 
     (check_file if to is Target.gguf else check_directory)(out)
-    source = read(folder)
+    source = read_model(folder)
     if weights_only:
-        source = transfer.weights_only(source)
+        source = write_model.weights_only(source)
     if to is Target.gguf:
-        transfer.check_moving(source, source.weights)
-        gguf.export_gguf(source, out)
+        write_model.check_weights_only(source, source.weights)
+        export_gguf(source, out)
     else:
-        {Target.mlx: transfer.export_mlx, Target.dense: transfer.export_dense}[to](source, out)
+        {Target.mlx: export_model.export_mlx, Target.dense: export_model.export_dense}[to](source, out)
     console.print(
         f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
     )

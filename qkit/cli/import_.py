@@ -16,12 +16,12 @@ def import_(
     weights_only: WeightsOnly = False,
 ) -> None:
     """Read a model that another tool quantized, codes untouched, or say why that cannot be."""
-    from qkit.exchange import transfer  # here, so that other commands start fast
-    from qkit.exchange.snapshot import read
+    from qkit.exchange.import_model import read_model, to_artifact  # here, so that other commands start fast
+    from qkit.exchange.write_model import weights_only as without_activations
 
     check_directory(out)
-    source = read(folder)
+    source = read_model(folder)
     if weights_only:
-        source = transfer.weights_only(source)
-    transfer.to_artifact(source, out)
+        source = without_activations(source)
+    to_artifact(source, out)
     console.print(f"{out}: {len(source.weights)} quantized weights and {len(source.tensors)} other tensors")

@@ -28,8 +28,8 @@ def inspect(
         for heading in ("layers", "kind", "weight", "activation", "stored as", "bits"):
             table.add_column(heading)
         for group in found.groups:
-            rule = group.entry.rule
-            cells = (_few(group.entry.paths), rule.kind, str(rule.weight), str(rule.activation or ""), group.format)
+            rule = group.stored.rule
+            cells = (_few(group.stored.paths), rule.kind, str(rule.weight), str(rule.activation or ""), group.format)
             table.add_row(*cells, f"{8 * group.nbytes / group.numbers:.2f}")
         console.print(table)
     else:
@@ -58,6 +58,6 @@ def _as_table(found: Inspection) -> dict[str, Any]:
 
 
 def _group_table(group: Group) -> dict[str, Any]:
-    rule = {key: value for key, value in rule_table(group.entry.rule).items() if key != "match"}
+    rule = {key: value for key, value in rule_table(group.stored.rule).items() if key != "match"}
     sizes = {"bytes": group.nbytes, "bits_per_weight": 8 * group.nbytes / group.numbers}
-    return {**rule, "format": group.format, "dtype": group.entry.dtype, "layers": list(group.entry.paths), **sizes}
+    return {**rule, "format": group.format, "dtype": group.stored.dtype, "layers": list(group.stored.paths), **sizes}

@@ -12,7 +12,7 @@ from rich.text import Text
 
 import qkit
 from qkit.cli.console import console, errors, read_size, size
-from qkit.storage.destination import Destination, check_directory, nearest
+from qkit.storage.destination import Destination, check_directory, existing_parent
 from qkit.streaming.carry_out import WORKERS, check_apart, quantize_directory
 from qkit.streaming.plan import Plan, make_plan
 
@@ -58,9 +58,9 @@ def quantize(
 
 def _check_room(plan: Plan, place: Destination) -> None:
     """Refuses what the disk has no room for before it is begun, not after."""
-    out, aside = place.given, place.aside
+    out, aside = place.requested, place.aside
     held = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
-    home = place.path if place.mounted else nearest(place.path)
+    home = place.path if place.mounted else existing_parent(place.path)
     free = shutil.disk_usage(home).free + held
     if plan.output_bytes > free:
         raise qkit.PlanError(

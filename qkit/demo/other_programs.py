@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import BackendError, QkitError
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.export_model import export_mlx
+from qkit.exchange.import_model import read_model
 
 READERS = ("transformers", "mlx-lm")
 
@@ -71,7 +72,7 @@ def losses_outside(artifact: Path, export: Path, tokens: NDArray[np.int32]) -> d
     for reader in READERS:
         try:
             if reader == "mlx-lm":
-                transfer.export_mlx(snapshot.read(artifact), export)
+                export_mlx(read_model(artifact), export)
             found[reader] = loss_outside(reader, export if reader == "mlx-lm" else artifact, tokens)
         except QkitError as error:
             found[reader] = str(error)

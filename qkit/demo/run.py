@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qkit import artifact
+from qkit.artifact.load import load
+from qkit.artifact.save import save
 from qkit.coverage_table import coverage
 from qkit.demo.other_programs import losses_outside
 from qkit.demo.preset import PRESET, PRESETS, Preset, standard_library
@@ -116,7 +117,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     text, unseen = standard_library(preset)
 
     start = folder / "start"
-    artifact.save(model, start, backend=engine)
+    save(model, start, backend=engine)
     (start / "config.json").write_text(json.dumps(preset.config, indent=2) + "\n")
     stage = partial(_train, engine, folder, text, preset, progress)
     curves = {"float": stage("float", "float", source="start", recipe=FLOAT)}
@@ -124,7 +125,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     curves["QAT"] = stage("QAT", "quantized", source="float", recipe=recipe)
     found = write_report(engine, folder, grid_recipe, unseen)
     losses = {row.name: row.loss.value for row in found.rows}
-    model = artifact.load(folder / "quantized", backend=engine)
+    model = load(folder / "quantized", backend=engine)
 
     codes = {
         layer.path: engine.unpack(layer.module).map(engine.to_numpy) for layer in engine.layers(model) if layer.rule
@@ -148,7 +149,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         codes_compared=compared,
         forward_difference=_outcome(folder / "quantized")["forward_difference"],
         other=other.name if other else None,
-        other_loss=other.loss(artifact.load(folder / "quantized", backend=other), unseen) if other else None,
+        other_loss=other.loss(load(folder / "quantized", backend=other), unseen) if other else None,
         other_obstacle=other_obstacle,
         outside=losses_outside(folder / "quantized", folder / "mlx", unseen),
         bits_per_weight=coverage(model).bits_per_weight,

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from qkit import artifact
-from qkit.artifact.directory import read_config
-from qkit.artifact.metadata import KEY
+from qkit.artifact.config import read_config
+from qkit.artifact.load import load
+from qkit.artifact.metadata import KEY, layout_of
 from qkit.engines.protocol import Builds
 from qkit.errors import QkitError
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.import_model import read_model, to_artifact
 from qkit.storage.arrays import read_folder
 from qkit.training.text import Text, read_text
 
@@ -25,15 +25,15 @@ def open_model(engine: Builds, directory: Path) -> Any:
         BackendError: the engine has no language models, or cannot build this one.
     """
     _, metadata = read_folder(directory)
-    if KEY in metadata and snapshot.layout_of(metadata) == "compressed-tensors":
-        return artifact.load(directory, backend=engine)
-    found = snapshot.read(directory)
+    if KEY in metadata and layout_of(metadata) == "compressed-tensors":
+        return load(directory, backend=engine)
+    found = read_model(directory)
     if found.layout == "float":
-        return artifact.load(directory, backend=engine)
+        return load(directory, backend=engine)
     with TemporaryDirectory() as place:
         own = Path(place) / "artifact"
-        transfer.to_artifact(found, own)
-        return artifact.load(own, backend=engine)
+        to_artifact(found, own)
+        return load(own, backend=engine)
 
 
 def read_alike(directories: Sequence[Path], patterns: Sequence[str]) -> Text:

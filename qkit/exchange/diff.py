@@ -1,4 +1,4 @@
-"""Two model directories, tensor by tensor: what is missing, which codes and scales differ. Equal means equal."""
+"""Comparison of two model directories, tensor by tensor: missing tensors, and different codes, scales or values."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,25 +8,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.exchange.snapshot import Held, Snapshot, join
+from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.formats import dense
+from qkit.formats.packed import join
 from qkit.reference import packing
 from qkit.reference.packing import Packed
 
-BLOCK = 1 << 20  #: numbers that are compared together
+BLOCK = 1 << 20  #: numbers that one step compares
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One tensor of two directories.
+    """The comparison of one tensor in two directories.
 
     Attributes:
-        name: of the tensor in a float model.
-        compared: `codes`, where both are quantized alike; `values` of the two, where not; `missing` or `extra`, where only the
-            first or only the second directory has it; `shape` or `type`, where that is why nothing was compared.
-        numbers: how many codes or values there are.
-        codes, scales: how many codes differ, and how many scales and zero points.
-        values: how many values differ, as bits.
+        name: name of the tensor in a float model.
+        compared: `codes` for two weights on equal grids, `values` for other pairs. `missing` where only the first directory has
+            the tensor, `extra` where only the second has it. `shape` or `type` where these differ and nothing was compared.
+        numbers: number of codes or values.
+        codes: number of different codes.
+        scales: number of different scales and zero points.
+        values: number of values with different bits.
         detail: the two grids, shapes or types, where they differ.
     """
 
@@ -40,18 +42,18 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Whether the two are the same tensor."""
+        """Whether the two tensors are equal."""
         return self.compared in ("codes", "values") and not (self.codes or self.scales or self.values)
 
 
 def compare(first: Snapshot, second: Snapshot) -> Iterator[Difference]:
-    """Every tensor of either, by name.
+    """The comparison of every tensor of either snapshot, by name.
 
-    A weight that is quantized alike in both is compared code by code and scale by scale; under two grids, or quantized in
-    one alone, by the values it stands for.
+    Two weights on equal grids are compared code by code and scale by scale. Two grids, or a quantized and a float weight, are
+    compared by their dequantized values.
 
     Raises:
-        ArtifactError: a tensor of one of them is not sound.
+        ArtifactError: a tensor of a snapshot is not sound.
     """
     left, right = _named(first), _named(second)
     for name in sorted({*left, *right}):
@@ -63,17 +65,17 @@ def compare(first: Snapshot, second: Snapshot) -> Iterator[Difference]:
             yield _compare(name, left[name], right[name])
 
 
-def _named(snapshot: Snapshot) -> dict[str, Held | NDArray[Any]]:
-    return {**{join(path, "weight"): held for path, held in snapshot.weights.items()}, **snapshot.tensors}
+def _named(snapshot: Snapshot) -> dict[str, StoredWeight | NDArray[Any]]:
+    return {**{join(path, "weight"): weight for path, weight in snapshot.weights.items()}, **snapshot.tensors}
 
 
-def _compare(name: str, a: Held | NDArray[Any], b: Held | NDArray[Any]) -> Difference:
+def _compare(name: str, a: StoredWeight | NDArray[Any], b: StoredWeight | NDArray[Any]) -> Difference:
     numbers = prod(a.shape)
     if a.shape != b.shape:
         return Difference(name, "shape", numbers, detail=f"{list(a.shape)}, {list(b.shape)}")
     if str(a.dtype) != str(b.dtype):
         return Difference(name, "type", numbers, detail=f"{a.dtype}, {b.dtype}")
-    one, other = (held.read() if isinstance(held, Held) else held for held in (a, b))
+    one, other = (x.read() if isinstance(x, StoredWeight) else x for x in (a, b))
     if isinstance(one, Packed) and isinstance(other, Packed) and _kind(one) == _kind(other):
         codes = sum(_flipped(one.rows(*rows), other.rows(*rows)) for rows in _rows(a.shape))
         parts = {**one.parts(), **other.parts()}.keys() - {"words"}
@@ -85,7 +87,7 @@ def _compare(name: str, a: Held | NDArray[Any], b: Held | NDArray[Any]) -> Diffe
 
 
 def _kind(packed: Packed) -> tuple[Any, ...]:
-    """What has to be the same for codes to mean the same; the name of the scale rule need not."""
+    """Properties that give codes their meaning. The name of the scale rule is not one of them."""
     grid = packed.grid
     return grid.element.name, grid.symmetric, grid.scale == "nvfp4", packed.scales.shape
 
@@ -110,6 +112,6 @@ def _values(x: Packed | NDArray[Any], start: int, stop: int) -> NDArray[Any]:
 
 
 def _unequal(a: NDArray[Any], b: NDArray[Any]) -> int:
-    """How many numbers of two arrays differ as bits, so that NaN equals itself, and 0 is not -0."""
+    """Number of elements with different bits, so that NaN equals itself, and 0 differs from -0."""
     kind = f"u{a.dtype.itemsize}"
     return int(np.count_nonzero(np.ascontiguousarray(a).view(kind) != np.ascontiguousarray(b).view(kind)))

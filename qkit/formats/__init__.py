@@ -1,1 +1,1 @@
-"""Other programs' layouts, one tensor at a time: readers and writers, one module each."""
+"""Layouts of other programs, one tensor at a time, and their configuration keys. No module here reads or writes a file."""

@@ -1,4 +1,4 @@
-"""The `quantization_config` that another tool wrote in compressed-tensors' words: which grid each weight is on."""
+"""The `quantization_config` that another tool wrote for compressed-tensors: the grid of each weight."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -12,24 +12,25 @@ from qkit.formats.targets import Targets, patterns_limit, readable
 from qkit.grid import Grid
 from qkit.rules import Kind
 
-CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding"}  #: as groups name them
+CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding"}  #: names in the targets of groups
 
 
 def grids(
     config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], *, kind_of: Callable[[str], Kind]
 ) -> dict[str, tuple[Grid, bool]]:
-    """The grid of every weight among `tensors` that another tool wrote, and whether inputs or outputs are quantized too.
+    """The grid of every quantized weight by path, and whether the layer's inputs or outputs are quantized too.
 
-    Rules are named after compressed-tensors' own: `midmax` where symmetric, `minmax` where not, `even` for MXFP4, `rceil` for
-    MXFP8; see "Scale rules" in numerics.md. Decoding does not depend on them.
+    Scale rules are those of compressed-tensors: `midmax` for symmetric integers, `minmax` for the others, `even` for MXFP4,
+    `rceil` for MXFP8; see "Scale rules" in numerics.md. Decoding does not depend on them.
 
     Args:
         config: the `quantization_config`.
-        kind_of: gives the kind of the layer at a path, for groups that name a class.
+        tensors: all tensors of the model, by name.
+        kind_of: returns the kind of the layer at a path, for groups that name a class.
 
     Raises:
-        ArtifactError: the configuration is not readable, asks for what qkit has no grid for, or says anything that qkit does not
-            carry out; see `settings`.
+        ArtifactError: the configuration is not readable, needs a grid that qkit does not have, or has a setting that qkit does
+            not carry out; see `settings`.
     """
     settings.check_compressed_tensors(config)
     out, used, targets = {}, set(), Targets.of(config)
@@ -56,7 +57,7 @@ def grids(
 
 
 def _form(whole: Any, group: Any) -> str:
-    """The format of a group: its own, or that of the whole configuration."""
+    """The format of a group: the group's own, or that of the whole configuration."""
     form = str(group or whole)
     if form not in FORMATS:
         raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")

@@ -1,7 +1,7 @@
 """The compressed-tensors layout, which transformers and vLLM open: tensor names, bytes and `quantization_config`.
 
 Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantized`, `mxfp8-quantized`,
-`nvfp4-pack-quantized`, `float-quantized`. Nothing is computed: codes and scales are renamed, shifted or viewed.
+`nvfp4-pack-quantized`, `float-quantized`. No value is computed: codes and scales are renamed, shifted or viewed.
 """
 
 import math
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qkit.element import LIMIT, MIN_SCALE_CODE, NVFP4_STEP
 from qkit.errors import ArtifactError
-from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
+from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_parts, check_scales, mantissa, pack, unpack
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
 from qkit.reference import packing
@@ -22,17 +22,17 @@ from qkit.rules import Rule
 
 #: Names of the tensors of a weight, in any of the formats.
 NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight")
-#: The powers of two that R9 gives tensors: from the smallest E8M0 scale to that of the largest magnitude below 2^127.
+#: Range of the power of two of a tensor (R9): from the smallest E8M0 scale to that of the largest magnitude below 2^127.
 TENSOR_SCALES: Final = 2.0 ** (MIN_SCALE_CODE - 127), 2.0 ** math.ceil(math.log2(LIMIT * NVFP4_STEP))
 PACKED_BITS: Final = range(1, 9)  #: the widths of integers that compressed-tensors packs (`pack_to_int32`)
 FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
 def layout(grid: Grid) -> str:
-    """The compressed-tensors format that holds tensors on `grid`.
+    """The name of the compressed-tensors format for weights on `grid`.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: no format has this grid.
     """
     element, group = grid.element.name, grid.group
     if grid.element.kind == "integer" and grid.element.bits in PACKED_BITS:
@@ -63,7 +63,7 @@ def from_tensors(
 
 
 def store(packed: Packed) -> Tensors:
-    """`packed` in this layout: the named arrays of one weight. The codes are viewed, not copied."""
+    """The named arrays of one packed weight. Codes are views, not copies."""
     import ml_dtypes  # here, so that `import qkit` stays cheap
 
     form, bits, inputs = layout(packed.grid), packed.grid.element.bits, packed.shape[-1]
@@ -97,10 +97,10 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
     """The inverse of `store`, for a weight of `shape`.
 
     Raises:
-        ArtifactError: a tensor is missing, has another type or shape than the layout says, or holds what no code or scale is.
+        ArtifactError: a tensor is missing, has another type or shape than the layout, or has a value that is no code or scale.
     """
     form, scale_shape, zeros, tensor_scale = layout(grid), grid.scale_shape(shape), None, None
-    want(dict(tensors), contents(grid, dtype=dtype, shape=shape), form, grid)
+    check_parts(dict(tensors), contents(grid, dtype=dtype, shape=shape), form, grid)
     scales = tensors["weight_scale"]
     codes = tensors.get("weight_packed", tensors.get("weight"))
     assert codes is not None
@@ -127,7 +127,7 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
 
 
 def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, NumPy type and shape of every tensor that `to_tensors` gives for a weight of `shape`."""
+    """Name, NumPy type and shape of every stored tensor of a weight of `shape`."""
     form, scales, bits = layout(grid), grid.scale_shape(shape), grid.element.bits
     float_scale = ("bfloat16" if dtype == "bfloat16" else "float32", (1,) if grid.group == "tensor" else scales)
     if form == "pack-quantized":
@@ -151,10 +151,10 @@ def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, t
 
 
 def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alone: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json: one group for each rule.
+    """The `quantization_config` of a config.json, with one group for each rule.
 
     Args:
-        rules: of the converted layers, each with the full paths of its layers.
+        rules: rules of the converted layers, each with the full paths of its layers.
         left_alone: paths of the linear layers that stay float.
     """
     groups = {
@@ -181,7 +181,7 @@ def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alo
 
 
 def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
-    """Shape of the weight on `grid` that `tensors` are; the words of `pack-quantized` do not tell, so it is stored.
+    """Shape of the weight on `grid` that `tensors` store. `pack-quantized` has a tensor for it: packed words do not tell.
 
     Raises:
         KeyError: a tensor is missing.
@@ -220,7 +220,7 @@ def _activation_arguments(grid: Grid | None, rule: Rule) -> dict[str, Any] | Non
 
 
 def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:
-    """bfloat16 for a bfloat16 model, where it is exact since scales live on that grid; float32 for any other."""
+    """Scales as bfloat16 for a bfloat16 model, which is exact since every scale is a bfloat16 (R3); as float32 for others."""
     import ml_dtypes  # here, so that `import qkit` stays cheap
 
     stored: NDArray[Any] = scale.astype(ml_dtypes.bfloat16) if q.dtype == "bfloat16" else scale
@@ -228,10 +228,10 @@ def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:
 
 
 def _tensor_scale(stored: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The power of two of an NVFP4 tensor, shape (), whose reciprocal is stored (R9).
+    """The power of two of an NVFP4 tensor, shape (), from its stored reciprocal (R9).
 
     Raises:
-        ArtifactError: it is none that R9 gives, for a tensor whose magnitudes are below 2^127.
+        ArtifactError: the value is no power of two that R9 allows for magnitudes below 2^127.
     """
     value = float(stored.reshape(()))
     sound = math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5

@@ -1,4 +1,4 @@
-"""No layout at all: a quantized weight as the plain tensor of its values, which any reader opens."""
+"""The dense layout: a quantized weight as the plain tensor of its dequantized values, which any reader opens."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from qkit.reference.packing import Packed
 
 
 def store(packed: Packed) -> Tensors:
-    """The values of `packed`, in the type of what was quantized. There is no way back."""
+    """The dequantized values of `packed`, in the type of the weight before quantization. The codes cannot be recovered."""
     values: NDArray[Any] = reference.dequantize(unpack(packed))
     return {"weight": values}
 
 
 def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, NumPy type and shape of every tensor that `store` gives."""
+    """Name, NumPy type and shape of every tensor that `store` returns."""
     return {"weight": (dtype, shape)}

@@ -1,4 +1,4 @@
-"""What GGUF makes of a model's configuration: its architecture and its numbers, or why it has none for it. Plain values only."""
+"""A model's configuration for GGUF: the architecture and its numbers, or the reason for a refusal. Plain values only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from typing import Any, Final
 from qkit.errors import ArtifactError
 from qkit.formats.rope import rope_type, ropes
 
-LOCAL_THETA: Final = 10000.0  #: of the rope of sliding attention, which GGUF has no word for
-MOST: Final = 1 << 32  #: GGUF's counts are smaller
+LOCAL_THETA: Final = 10000.0  #: theta of the rope of sliding attention, for which GGUF has no key
+MOST: Final = 1 << 32  #: GGUF's counts are smaller than this
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What GGUF makes of a type of model.
+    """GGUF's architecture for a type of model.
 
     Attributes:
-        name: its own.
-        activation: the only one it computes.
+        name: GGUF's name.
+        activation: the one activation function that it computes.
         interleaved: whether the rows of queries and keys are in the order of complex pairs.
-        norms_plus_one: whether norms hold 1 + w.
-        keys: further numbers of a configuration, by GGUF's name less the architecture's.
+        norms_plus_one: whether norms store 1 + w.
+        keys: further numbers: GGUF's name without the architecture's, and the configuration's key.
     """
 
     name: str
@@ -49,7 +49,7 @@ ARCHITECTURES: Final = {
     "gemma3_text": Architecture("gemma3", activation="gelu_pytorch_tanh", norms_plus_one=True, keys=_GEMMA),
 }
 
-#: Numbers of a configuration by GGUF's name, less the architecture's; every architecture has them.
+#: Numbers that every architecture has: the configuration's key, by GGUF's name without the architecture's.
 COUNTS: Final = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -63,7 +63,11 @@ COUNTS: Final = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a model, if GGUF's computes the same."""
+    """GGUF's architecture for a model.
+
+    Raises:
+        ArtifactError: GGUF has none, or its architecture computes another model.
+    """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise ArtifactError(
@@ -75,7 +79,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     window = config.get("sliding_window") if architecture.name == "llama" or config.get("use_sliding_window") else None
     scalar = config.get("query_pre_attn_scalar", head_width(config))
     local = ropes(config).get("sliding_attention", {}).get("rope_theta", LOCAL_THETA)
-    for wrong, what in (
+    for wrong, feature in (
         (scalar != head_width(config), f"query_pre_attn_scalar {scalar}, which is not its head_dim"),
         (local != LOCAL_THETA, f"a rope of theta {local} for sliding attention"),
         (activation != architecture.activation, f"hidden_act {activation!r}"),
@@ -84,17 +88,17 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     ):
         if wrong:
             raise ArtifactError(
-                f"a {kind!r} with {what} is not one that qkit can say in GGUF: export --to mlx or --to dense"
+                f"a {kind!r} with {feature} is not one that qkit can say in GGUF: export --to mlx or --to dense"
             )
     return architecture
 
 
 def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The model's numbers, by GGUF's names less the architecture's.
+    """The model's numbers, by GGUF's names without the architecture's.
 
     Raises:
-        ArtifactError: one is none that GGUF holds.
-        KeyError: one is missing.
+        ArtifactError: a number does not fit GGUF's type.
+        KeyError: a number is missing.
     """
     head = head_width(config)
     values = {
@@ -114,7 +118,7 @@ def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[st
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope of full attention, which is the one that GGUF says."""
+    """The rope of full attention, the one that GGUF has keys for."""
     found = ropes(config)
     return found.get("full_attention") or next(iter(found.values()), {})
 

@@ -1,4 +1,4 @@
-"""What mlx-lm is told in a config.json, and what it calls things: rotary embeddings, quantised layers, a few other names.
+"""mlx-lm's keys of a config.json and names of tensors: rotary embeddings, quantized layers, and a few renamed keys.
 
 Read off mlx-lm 0.32.2 (`utils.load_model`, `models/*.py`).
 """
@@ -18,7 +18,7 @@ from qkit.reference import packing
 _LLAMA = frozenset({"rope_theta", "rope_scaling"})
 _GEMMA = frozenset({"rope_theta"})
 
-#: What each of mlx-lm's model types reads of a rotary embedding; those whose tensors it takes under transformers' names.
+#: By mlx-lm's type of model: the keys of a rotary embedding that it reads.
 ROPE: Final[Mapping[str, Collection[str]]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -34,17 +34,17 @@ ROPE: Final[Mapping[str, Collection[str]]] = {
     "qwen3_moe": _LLAMA,
 }
 
-SAME_NAMES: Final = ROPE.keys() - {"gpt_neox", "mixtral", "qwen3_moe"}  #: whose tensors mlx-lm does not rename
+SAME_NAMES: Final = ROPE.keys() - {"gpt_neox", "mixtral", "qwen3_moe"}  #: types whose tensors mlx-lm does not rename
 
-#: By model type: how a layer's path begins here, and how mlx-lm has it.
+#: By model type: the beginning of a layer's path in qkit, and in mlx-lm.
 RENAMED: Final = {"gpt_neox": ("lm_head.", "embed_out.")}
 
 
 def model_config(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """A Hugging Face model's `config` in the words that mlx-lm reads; the types of models it knows are those of `ROPE`.
+    """A Hugging Face model's `config` with the keys that mlx-lm reads. `ROPE` has the known types of models.
 
     Raises:
-        ArtifactError: transformers 5 wrote it, for a type of model that is not one of these.
+        ArtifactError: transformers 5 wrote the rotary embedding of a type of model that is not in `ROPE`.
         BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
     """
     kind = str(config.get("model_type"))
@@ -62,33 +62,34 @@ def model_config(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     return {**config, **known, "tie_word_embeddings": tied}
 
 
-def outward(name: str, config: Mapping[str, Any]) -> str:
-    """What mlx-lm calls the tensor `name` of a model of qkit's, before its own renaming."""
+def to_mlx_name(name: str, config: Mapping[str, Any]) -> str:
+    """mlx-lm's name of the tensor `name`, before its own renaming."""
     ours, theirs = RENAMED.get(str(config.get("model_type")), ("", ""))
     return theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name
 
 
-def inward(name: str, config: Mapping[str, Any]) -> str:
-    """The inverse of `outward`."""
+def from_mlx_name(name: str, config: Mapping[str, Any]) -> str:
+    """The inverse of `to_mlx_name`."""
     ours, theirs = RENAMED.get(str(config.get("model_type")), ("", ""))
     return ours + name.removeprefix(theirs) if theirs and name.startswith(theirs) else name
 
 
 def quantization_config(containers: Mapping[str, Container]) -> dict[str, Any]:
-    """The `quantization` of a config.json: the commonest container for all, the others by the path of their layer."""
+    """The `quantization` of a config.json: the most common container for all layers, the others by their path."""
     kinds = list(containers.values())
     common = max(dict.fromkeys(kinds), key=kinds.count)
     return {**common.table, **{path: mine.table for path, mine in containers.items() if mine != common}}
 
 
 def containers(quantization: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> Any:
-    """What the `quantization` of a config.json says of each layer.
+    """Container and shape of each quantized weight, by path, from the `quantization` of a config.json.
 
     Args:
         shapes: by path, the shapes of `weight` and `scales`.
 
     Raises:
-        ArtifactError: it says nothing, what the shapes contradict, or anything that qkit does not carry out; see `settings`.
+        ArtifactError: a layer's settings are missing, contradict the shapes, or need something that qkit does not carry out;
+            see `settings`.
     """
     settings.check_mlx(quantization, shapes)
     out: dict[str, tuple[Container, tuple[int, ...]]] = {}
@@ -110,27 +111,27 @@ def containers(quantization: Mapping[str, Any], shapes: Mapping[str, tuple[tuple
     return out
 
 
-def check_told(
+def check_export(
     config: Mapping[str, Any], grids: Mapping[str, Grid | None], tensors: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Compares what mlx-lm is told of qkit's own export with the grids that the metadata name.
+    """Compares the `quantization` of an export of qkit's, which mlx-lm reads, with the grids in the metadata.
 
     Args:
-        grids: by path, as qkit has it.
-        tensors: as the files name them.
+        grids: by path in qkit's names.
+        tensors: by their names in the files.
 
     Raises:
-        ArtifactError: a layer is another container to mlx-lm, or it is told of anything that qkit does not carry out.
+        ArtifactError: a layer has another container for mlx-lm, or a setting that qkit does not carry out.
     """
-    said = settings.quantization_of(config)
-    settings.check_alike(said)
-    ours = {outward(f"{path}.", config)[:-1]: grid for path, grid in grids.items()}
+    stated = settings.quantization_of(config)
+    settings.check_alike(stated)
+    ours = {to_mlx_name(f"{path}.", config)[:-1]: grid for path, grid in grids.items()}
     shapes = {
         path: (tensors[f"{path}.weight"].shape, tensors[f"{path}.scales"].shape)
         for path in ours
         if f"{path}.weight" in tensors and f"{path}.scales" in tensors
     }
-    for path, (container, shape) in containers(said["quantization"], shapes).items():
+    for path, (container, shape) in containers(stated["quantization"], shapes).items():
         grid = ours[path]
         if grid is not None and container != layout(grid, shape[-1]):
             raise ArtifactError(f"{path}: config.json has it as {container.table}, and the metadata on {grid}")

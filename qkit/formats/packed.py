@@ -1,4 +1,4 @@
-"""Quantized weights to canonical words and back, and the checks that all layouts share."""
+"""Quantized weights to packed words and back, and the names and checks that all layouts share."""
 
 from typing import Any
 
@@ -15,6 +15,11 @@ from qkit.reference.packing import Packed
 Tensors = dict[str, NDArray[Any]]
 
 
+def join(path: str, name: str) -> str:
+    """Full name of the tensor `name` of the layer at `path`, which is empty where the whole model is one layer."""
+    return f"{path}.{name}" if path else name
+
+
 def pack(q: QTensor[NDArray[Any]]) -> Packed:
     """`q` with its codes packed."""
     words = native.pack(q.codes, q.grid.element) if native.available() else packing.packed_codes(q)
@@ -29,7 +34,7 @@ def unpack(packed: Packed) -> QTensor[NDArray[Any]]:
 
 
 def as_words(data: NDArray[Any], *, width: int) -> NDArray[np.uint32]:
-    """The bytes of each row of `data` as `width` words: a view where they fill them, else a copy with zeros at the end."""
+    """The bytes of each row of `data` as `width` packed words: a view where the bytes fill them, else a copy with zeros added."""
     flat = np.ascontiguousarray(data).view(np.uint8)
     if flat.shape[-1] != width * 4:
         padded = np.zeros((*flat.shape[:-1], width * 4), np.uint8)
@@ -39,15 +44,15 @@ def as_words(data: NDArray[Any], *, width: int) -> NDArray[np.uint32]:
 
 
 def as_bytes(words: NDArray[np.uint32], *, width: int) -> NDArray[np.uint8]:
-    """The first `width` bytes of each row of words: the inverse of `as_words`."""
+    """The first `width` bytes of each row of packed words: the inverse of `as_words`."""
     return np.ascontiguousarray(words).view(np.uint8)[..., :width]
 
 
-def want(tensors: Tensors, expected: dict[str, tuple[str, tuple[int, ...]]], layout: str, grid: Grid) -> None:
-    """Compares names, types and shapes with what a layout says.
+def check_parts(tensors: Tensors, expected: dict[str, tuple[str, tuple[int, ...]]], layout: str, grid: Grid) -> None:
+    """Compares names, types and shapes of stored tensors with those that a layout expects.
 
     Raises:
-        ArtifactError: one is missing or otherwise.
+        ArtifactError: a tensor is missing, or has another type or shape.
     """
     for name, (kind, shape) in expected.items():
         if name not in tensors:
@@ -62,18 +67,23 @@ def mantissa(x: NDArray[np.float32]) -> NDArray[np.uint32]:
     return np.asarray(x, np.float32).view(np.uint32) & np.uint32(0x7FFFFF)
 
 
-def check(sound: NDArray[np.bool_], name: str, what: str) -> None:
-    """Raises:
-    ArtifactError: not all of a tensor's numbers are sound; the message counts the others.
+def check(sound: NDArray[np.bool_], name: str, wanted: str) -> None:
+    """Checks that all numbers of the tensor `name` are `sound`.
+
+    Args:
+        wanted: text for a sound number, for the message.
+
+    Raises:
+        ArtifactError: some are not; the message counts them.
     """
     if not sound.all():
-        raise ArtifactError(f"{name} holds {np.count_nonzero(~sound)} numbers, each of which should be {what}")
+        raise ArtifactError(f"{name} holds {np.count_nonzero(~sound)} numbers, each of which should be {wanted}")
 
 
 def check_scales(scales: NDArray[np.float32], name: str) -> None:
-    """Scales of integers: finite, not zero, with 8 significant bits (R3).
+    """Checks scales of integers: finite, not zero, with 8 significant bits (R3).
 
     Raises:
-        ArtifactError: some are not.
+        ArtifactError: some scales are not.
     """
     check(np.isfinite(scales) & (scales != 0) & (mantissa(scales) & 0xFFFF == 0), name, "a finite bfloat16")

@@ -1,6 +1,6 @@
-"""Rotary embeddings: what transformers 5 writes as `rope_parameters`, in the words that mlx-lm reads. Plain values only.
+"""Rotary embeddings: transformers 5's `rope_parameters`, translated into the keys that mlx-lm reads. Plain values only.
 
-mlx-lm ignores what it does not know and uses its defaults; here that is an error instead.
+mlx-lm ignores unknown keys and uses its defaults. Here an unknown key is an error.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,17 +15,17 @@ KNOWN = {
     "llama3",
     "yarn",
     "proportional",
-}  #: types where mlx-lm computes what torch does
+}  #: types that mlx-lm and transformers compute alike
 THETA = ("rope_theta", "rotary_emb_base")
 PARTIAL = ("partial_rotary_factor", "rotary_pct")
 NESTED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor"}
 
 
 def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
-    """`config` with its rotary embedding in the names `accepted` by mlx-lm; names that are there already stay.
+    """`config` with its rotary embedding under the keys `accepted` by mlx-lm. Existing keys stay.
 
     Raises:
-        BackendError: mlx-lm computes another rotary embedding, or none of its names says this one.
+        BackendError: mlx-lm computes another rotary embedding, or has no key for this one.
     """
     known = {name: value for name, value in config.items() if value is not None}
     if isinstance(known.get("text_config"), dict):
@@ -34,7 +34,7 @@ def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str
     for rope in found.values():
         _check(rope)
     if not found or (len(found) > 1 and "rope_parameters" in accepted):
-        return known  # nothing to say, or mlx-lm reads the rope of each kind of layer by itself
+        return known  # there is no rope, or mlx-lm itself reads one for each kind of layer
     if len(found) == 1:
         rope = next(iter(found.values()))
     elif found.keys() == {"full_attention", "sliding_attention"} and "rope_local_base_freq" in accepted:
@@ -62,7 +62,7 @@ def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str
 
 
 def ropes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rope of each kind of attention; one, called "all", where there is one for every layer."""
+    """The rope of each kind of attention; a single rope for all layers is called "all"."""
     rope = config.get("rope_parameters") or {}
     nested = {kind: value for kind, value in rope.items() if isinstance(value, dict)} or ({"all": rope} if rope else {})
     return {kind: {name: v for name, v in value.items() if v is not None} for kind, value in nested.items()}
@@ -90,7 +90,7 @@ def _scales(rope: Mapping[str, Any], known: Mapping[str, Any], accepted: Collect
 
 
 def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What mlx-lm calls `rope_scaling`; its models look for the type under either name."""
+    """mlx-lm's `rope_scaling`, with the type under both names, since its models read one or the other."""
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     if rope_type(rope) == "yarn" and "max_position_embeddings" in config:
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
@@ -98,7 +98,11 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
 
 
 def _pattern(kinds: list[str]) -> int:
-    """Every how many layers attention is full."""
+    """The period of full attention, in layers.
+
+    Raises:
+        BackendError: the layers have no period.
+    """
     pattern = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
     if any((kind == "full_attention") != ((i + 1) % pattern == 0) for i, kind in enumerate(kinds)):
         raise BackendError("mlx-lm alternates full and sliding attention regularly, and layer_types does not")

@@ -1,4 +1,4 @@
-"""What a config.json may say of quantization: every key is honoured, harmless, or refused by name. Never ignored.
+"""The quantization settings of a config.json: qkit carries out a key, knows it as harmless, or refuses it by name.
 
 Read off compressed-tensors 0.20 (`QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs`, `TransformConfig`),
 transformers 5.23 (`CompressedTensorsConfig`), mlx-lm 0.32.2 (`utils.load_model`) and NVIDIA ModelOpt's hf_quant_config.json.
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from qkit.errors import ArtifactError
 
-QUANTIZATION: Final = ("quantization_config", "quantization")  #: what readers are told in config.json
+QUANTIZATION: Final = ("quantization_config", "quantization")  #: keys of config.json that readers look for
 WAY_OUT: Final = "open the model with the program that wrote it, or quantize the float model"
 SHOWN: Final = 120  #: most characters of a value in a message
 
@@ -37,40 +37,42 @@ def _without_transforms(value: Any) -> bool:
 
 
 def _dense(value: Any) -> bool:
-    """Tensors of a pruned model that are stored whole: the zeros are among the codes."""
+    """Whether a pruned model stores whole tensors, with zeros among the codes."""
     return _empty(value) or value == "dense" or (isinstance(value, Mapping) and value.get("format") == "dense")
 
 
-#: Top level of compressed-tensors' `quantization_config`: what each key may say. A key that is not here has to be null.
+#: Top level of compressed-tensors' `quantization_config`: a test for each key's value. Any other key has to be null.
 CONFIG: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "config_groups": _anything,  # honoured: `compressed_tensors.grids`
-    "quant_method": _anything,  # honoured: it chooses the reader
-    "format": _anything,  # honoured
-    "ignore": _anything,  # honoured: `check_ignored`
-    "quantization_status": _one_of(None, "compressed"),  # before that, `weight` is float and is quantized at every call
-    "kv_cache_scheme": _nothing,  # {} is int8 there, and not nothing
+    "config_groups": _anything,  # carried out: `compressed_tensors.grids`
+    "quant_method": _anything,  # carried out: it chooses the reader
+    "format": _anything,  # carried out
+    "ignore": _anything,  # carried out: `check_ignored`
+    "quantization_status": _one_of(
+        None, "compressed"
+    ),  # with another status `weight` is float, and is quantized at every call
+    "kv_cache_scheme": _nothing,  # {} means int8 there
     "moe_sparsity_config": _nothing,
     "sparsity_config": _dense,
     "transform_config": _without_transforms,
     "global_compression_ratio": _anything,  # harmless: a figure for people
-    "version": _anything,  # harmless: of the program that wrote it
-    "run_compressed": _anything,  # harmless, as the next two: how a reader of transformers holds the same values
+    "version": _anything,  # harmless: version of the program that wrote it
+    "run_compressed": _anything,  # harmless, as the next two: choices of a reader, with the same values
     "dequantize": _anything,
     "use_optimized_inference": _anything,
 }
 
 #: One of the `config_groups`.
 GROUP: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "targets": _anything,  # honoured
-    "weights": _anything,  # honoured: `WEIGHTS`
-    "input_activations": _anything,  # known as what a layer quantizes besides: `transfer.check_moving`
+    "targets": _anything,  # carried out
+    "weights": _anything,  # carried out: `WEIGHTS`
+    "input_activations": _anything,  # marks the layer as quantizing its inputs; see `write_model.check_weights_only`
     "output_activations": _anything,
-    "format": _anything,  # honoured
+    "format": _anything,  # carried out
 }
 
 #: The `weights` of a group.
 WEIGHTS: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "num_bits": _anything,  # honoured, as the next four
+    "num_bits": _anything,  # carried out, as the next four
     "type": _anything,
     "symmetric": _anything,
     "strategy": _anything,
@@ -82,23 +84,23 @@ WEIGHTS: Final[Mapping[str, Callable[[Any], bool]]] = {
         None, "torch.uint8", "torch.float8_e4m3fn", "torch.float32", "torch.bfloat16", "torch.float16"
     ),  # harmless: the stored tensor has it, and `contents` compares that
     "zp_dtype": _one_of(None, "torch.int8", "torch.float8_e4m3fn"),  # harmless: likewise
-    "observer": _anything,  # harmless, as the next: how the scales that are stored were found
+    "observer": _anything,  # harmless, as the next: the way in which the stored scales were found
     "observer_kwargs": _anything,
 }
 
-#: The activations of a group: qkit carries none of them out, and `check_moving` says so; but an unknown key is unknown.
+#: The activations of a group: `check_weights_only` refuses them all, and an unknown key is refused here.
 ACTIVATIONS: Final = dict.fromkeys(WEIGHTS, _anything)
 
 #: MLX's `quantization`, at the top and for one layer.
 MLX: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "group_size": _anything,  # honoured, as the next two
+    "group_size": _anything,  # carried out, as the next two
     "bits": _anything,
     "mode": _anything,
     "global_scale": _one_of(None, False),
     "quantize_input": _one_of(None, False),
 }
 
-#: Keys of config.json beside the two of `QUANTIZATION` that change what is computed.
+#: Other keys of config.json, besides `QUANTIZATION`, that change the results of a model.
 BESIDE: Final[Mapping[str, Callable[[Any], bool]]] = {
     "compression_config": _empty,  # compressed-tensors' name for its own until 0.5
     "sparsity_config": _dense,
@@ -109,10 +111,10 @@ BESIDE: Final[Mapping[str, Callable[[Any], bool]]] = {
 
 
 def quantization_of(config: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """What `config.json` says under each of `QUANTIZATION`; {} where it says nothing.
+    """The tables of `config.json` under each of `QUANTIZATION`; {} where a key is missing.
 
     Raises:
-        ArtifactError: it says something that is no object, or speaks of quantization in another place.
+        ArtifactError: a value is no object, or another key has quantization settings.
     """
     config, found = config or {}, {}
     for key in QUANTIZATION:
@@ -129,15 +131,15 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, dict[str, Any
     return found
 
 
-def check_compressed_tensors(said: Mapping[str, Any]) -> None:
-    """Refuses a `quantization_config` of compressed-tensors that asks for what qkit does not carry out.
+def check_compressed_tensors(stated: Mapping[str, Any]) -> None:
+    """Checks that qkit carries out every setting of a `quantization_config` of compressed-tensors.
 
     Raises:
         ArtifactError: a key is unknown and not null, or has a value that changes numbers; the message names both.
     """
     where = "quantization_config"
-    check_keys(said, CONFIG, where)
-    groups = said.get("config_groups")
+    check_keys(stated, CONFIG, where)
+    groups = stated.get("config_groups")
     for name, group in (groups if isinstance(groups, Mapping) else {}).items():
         place = f"{where}: config_groups.{name}"
         if not isinstance(group, Mapping):
@@ -153,10 +155,10 @@ def check_compressed_tensors(said: Mapping[str, Any]) -> None:
 
 
 def check_ignored(path: str, ignore: Any) -> None:
-    """Refuses scales of a layer that readers are told to leave float.
+    """Checks that the configuration does not tell readers to leave the layer at `path`, which has scales, in float.
 
     Raises:
-        ArtifactError: one of the names or patterns of `ignore` is that of `path`.
+        ArtifactError: a name or pattern of `ignore` matches `path`.
     """
     for pattern in ignore if isinstance(ignore, list) else []:
         if pattern == path or (isinstance(pattern, str) and pattern[:3] == "re:" and re.match(pattern[3:], path)):
@@ -164,7 +166,7 @@ def check_ignored(path: str, ignore: Any) -> None:
 
 
 def check_unused(groups: Mapping[str, Any], used: Collection[str]) -> None:
-    """Refuses groups that quantize the inputs or outputs of layers whose weights stay float, or of attention.
+    """Checks that no unused group quantizes inputs or outputs: of layers with float weights, or of attention.
 
     Args:
         used: names of the groups that quantize a stored weight.
@@ -182,8 +184,8 @@ def check_unused(groups: Mapping[str, Any], used: Collection[str]) -> None:
                 )
 
 
-def check_mlx(said: Mapping[str, Any], quantized: Iterable[str]) -> None:
-    """Refuses a `quantization` of MLX's that asks for what qkit does not carry out.
+def check_mlx(stated: Mapping[str, Any], quantized: Iterable[str]) -> None:
+    """Checks that qkit carries out every setting of MLX's `quantization`.
 
     Args:
         quantized: paths of the layers that have scales.
@@ -192,9 +194,9 @@ def check_mlx(said: Mapping[str, Any], quantized: Iterable[str]) -> None:
         ArtifactError: a key is unknown and not null, or a layer's table and its tensors contradict each other.
     """
     paths = set(quantized)
-    layers = {path: table for path, table in said.items() if path in paths or isinstance(table, (Mapping, bool))}
+    layers = {path: table for path, table in stated.items() if path in paths or isinstance(table, (Mapping, bool))}
     layers = {path: table for path, table in layers.items() if path not in MLX}
-    check_keys({key: value for key, value in said.items() if key not in layers}, MLX, "quantization")
+    check_keys({key: value for key, value in stated.items() if key not in layers}, MLX, "quantization")
     for path, table in layers.items():
         if isinstance(table, Mapping):
             check_keys(table, MLX, f"quantization: {path}")
@@ -203,24 +205,29 @@ def check_mlx(said: Mapping[str, Any], quantized: Iterable[str]) -> None:
             raise ArtifactError(f"quantization: {path} is {_shown(table)}, and yet the layer {has}: {WAY_OUT}")
 
 
-def check_alike(said: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses a config.json whose two accounts of MLX's quantization differ: readers differ in which they take.
+def check_alike(stated: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that the two tables of MLX's quantization in a config.json are equal, since readers take either one.
 
     Raises:
-        ArtifactError: they do.
+        ArtifactError: the tables differ.
     """
-    first, second = (said[key] for key in QUANTIZATION)
+    first, second = (stated[key] for key in QUANTIZATION)
     if first and second and first != second:
         raise ArtifactError(
             f"config.json: quantization is {_shown(second)}, and quantization_config is {_shown(first)}: remove one of them"
         )
 
 
-def check_keys(said: Mapping[str, Any], allowed: Mapping[str, Callable[[Any], bool]], where: str) -> None:
-    """Raises:
-    ArtifactError: a key of `said` is not `allowed` to say what it says; the message names key and value.
+def check_keys(stated: Mapping[str, Any], allowed: Mapping[str, Callable[[Any], bool]], where: str) -> None:
+    """Checks each value of `stated` by the test for its key in `allowed`; a key without a test has to be null.
+
+    Args:
+        where: place of the table, for the message.
+
+    Raises:
+        ArtifactError: a value fails; the message names key and value.
     """
-    for key, value in said.items():
+    for key, value in stated.items():
         if not allowed.get(key, _nothing)(value):
             raise ArtifactError(f"{where}: {key} is {_shown(value)}, which qkit does not carry out: {WAY_OUT}")
 

@@ -1,4 +1,4 @@
-"""Which group of a `quantization_config` speaks of a layer: by its path, by a pattern, or by its class."""
+"""The group of a `quantization_config` for a layer, found by path, by pattern, or by class."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,16 +10,16 @@ from qkit.errors import ArtifactError, GridError
 from qkit.intake import time_limit
 
 PATTERNS: Final = 1000  #: most regular expressions of a configuration
-SECONDS: Final = 20  #: that they may take for one layer: some never end
+SECONDS: Final = 20  #: most seconds of all patterns for one layer: some patterns never end
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The names of a configuration's groups by their targets.
+    """The names of a configuration's groups, by their targets.
 
     Attributes:
-        named: by path of a layer, by its end, or by a class of layers.
-        patterns: by regular expression, in their order.
+        named: groups by path of a layer, by end of a path, or by class of layers.
+        patterns: regular expressions with their groups, in the configuration's order.
     """
 
     named: Mapping[str, str]
@@ -27,10 +27,10 @@ class Targets:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Targets":
-        """Those of a `quantization_config`.
+        """The targets of a `quantization_config`.
 
         Raises:
-            ArtifactError: it is not readable, or has more than `PATTERNS` patterns.
+            ArtifactError: the configuration is not readable, or has more than `PATTERNS` patterns.
         """
         named: dict[str, str] = {}
         patterns: list[tuple[re.Pattern[str], str]] = []
@@ -46,10 +46,10 @@ class Targets:
         return cls(named, patterns)
 
     def group_of(self, path: str, *, kind: str) -> str:
-        """The name of the group that speaks of the layer at `path`: by its path or its end, a pattern, or its class `kind`.
+        """The name of the group for the layer at `path`: by its path or an end of it, by a pattern, or by its class `kind`.
 
         Raises:
-            ArtifactError: there is none, or a pattern takes longer than `SECONDS`.
+            ArtifactError: no group fits, or the patterns take longer than `SECONDS`.
         """
         parts = path.split(".")
         for end in (".".join(parts[i:]) for i in range(len(parts))):
@@ -66,10 +66,10 @@ class Targets:
 
 @contextmanager
 def patterns_limit() -> Iterator[None]:
-    """Stops regular expressions that do not end.
+    """Stops a block of regular expressions that do not end.
 
     Raises:
-        ArtifactError: the code inside takes longer than `SECONDS`.
+        ArtifactError: the block takes longer than `SECONDS`.
     """
     slow = ArtifactError(f"the patterns of the quantization_config take more than {SECONDS} seconds: name layers")
     with time_limit(SECONDS, slow):
@@ -78,7 +78,11 @@ def patterns_limit() -> Iterator[None]:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Says that the configuration is at fault where work on its values alone fails."""
+    """Turns a failure of code that reads the configuration's values into an error about the configuration.
+
+    Raises:
+        ArtifactError: the block failed on a value.
+    """
     try:
         yield
     except (ArtifactError, GridError):

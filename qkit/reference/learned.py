@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.element import MAX_SCALE_CODE, MIN_SCALE, MIN_SCALE_CODE
-from qkit.engines.layer import Layer
-from qkit.engines.protocol import Modules
 from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
@@ -123,19 +121,17 @@ def gradients(
     return made
 
 
-def learned_codes(engine: Modules, model: Any, layer: Layer, grid: Grid) -> QTensor[NDArray[Any]]:
-    """What a prepared layer of `model`, whose weight is finite, has learned, as codes.
+def learned_codes(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats], *, path: str) -> QTensor[NDArray[Any]]:
+    """`quantize`, for the finite weight of the prepared layer at `path`.
 
     Raises:
         RangeError: a parameter is not finite.
     """
-    tensors, parameters = engine.tensors(model), {}
-    for name in names(grid):
-        full = f"{layer.path}.{name}" if layer.path else name
-        parameters[name] = engine.to_numpy(tensors[full])
-        if not np.isfinite(parameters[name]).all():
+    for name, values in parameters.items():
+        if not np.isfinite(values).all():
+            full = f"{path}.{name}" if path else name
             raise RangeError(f"{full} is not finite: go back to an earlier checkpoint, and lower the learning rate")
-    return quantize(engine.to_numpy(engine.weight(layer.module)), grid, parameters)
+    return quantize(w, grid, parameters)
 
 
 def _integer_steps(p: Floats, zero: Floats | None, grid: Grid) -> tuple[Floats, Floats | None]:

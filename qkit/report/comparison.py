@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import pipeline
-from qkit.artifact.directory import read_config
+from qkit.artifact.config import read_config
 from qkit.engines.protocol import Builds
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model

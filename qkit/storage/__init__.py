@@ -1,1 +1,1 @@
-"""Bytes and files: headers are read, tensors stream through, and a whole directory appears or none. Knows no grid."""
+"""Bytes and files: reads headers, streams tensors, and puts whole directories in place. Imports nothing about grids."""

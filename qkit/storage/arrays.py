@@ -1,7 +1,5 @@
-"""NumPy arrays from and to directories of safetensors files; mapped rather than read."""
+"""NumPy arrays from directories of safetensors files, mapped rather than read, and arrays as streams to write."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +7,24 @@ import ml_dtypes  # noqa: F401  teaches NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.storage import read
-from qkit.storage.layout import WORDS, Slot
+from qkit.storage.layout import TYPE_NAMES, Slot
 from qkit.storage.write import Stream
 
 
 def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of one file, mapped read-only, and its header metadata. Raises as `source.read_file`."""
+    """The tensors of one file, mapped read-only, and the metadata of its header. Raises as `read.read_file`."""
     tensors, metadata = read.read_file(file)
     return {name: stored.mapped() for name, stored in tensors.items()}, metadata
 
 
 def read_folder(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a folder, mapped read-only, and its metadata. Raises as `source.read_folder`."""
+    """The tensors of a folder, mapped read-only, and its metadata. Raises as `read.read_folder`."""
     tensors, metadata = read.read_folder(folder)
     return {name: stored.mapped() for name, stored in tensors.items()}, metadata
 
 
 def array_stream(name: str, array: NDArray[Any]) -> Stream:
-    """`array` as a tensor to write."""
+    """`array` as a stream that writes one tensor."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return Stream(Slot(name, WORDS[array.dtype.name], array.shape), lambda: [data])
-
-
-def in_type(
-    tensors: Mapping[str, NDArray[Any]], dtype: DType | None, *, but: Collection[str] = ()
-) -> dict[str, NDArray[Any]]:
-    """`tensors`, the floats among them as `dtype`, but for those called `but`; all as they are where it is None."""
-    return {
-        name: array.astype(dtype) if dtype and array.dtype.name in DTYPES and name not in but else array
-        for name, array in tensors.items()
-    }
-
-
-def with_type(q: QTensor[Any], dtype: DType | None) -> QTensor[Any]:
-    """`q`, its values given back as `dtype`; the same codes and scales."""
-    return q if dtype is None else replace(q, dtype=dtype)
+    return Stream(Slot(name, TYPE_NAMES[array.dtype.name], array.shape), lambda: [data])

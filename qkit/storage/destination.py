@@ -1,4 +1,4 @@
-"""Where an output goes: the real place behind every link, and all that can be refused before any work is done."""
+"""The place of an output: the real path behind every link, and the checks that need no work on the model."""
 
 import os
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ from pathlib import Path
 from qkit.errors import ArtifactError, PlanError
 from qkit.storage.marks import PLACING, SEAL, check_journal, check_own, check_replaceable, is_marked, sealed
 
-NAME_BYTES, PATH_BYTES = 255, 4095  #: the most that a name and a path may have, where the system does not say
-ROOM = len(".model-00001-of-00001.safetensors.index.json.writing")  #: bytes that paths inside need beyond the output's
-FRESH = frozenset(("lost+found",))  #: what a new volume holds by itself
+NAME_BYTES, PATH_BYTES = 255, 4095  #: longest name and path, where the system states no limit
+RESERVED = len(
+    ".model-00001-of-00001.safetensors.index.json.writing"
+)  #: longest name that qkit adds to an output's path
+FRESH = frozenset(("lost+found",))  #: entries of a new, empty volume
 MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -18,28 +20,28 @@ class Destination:
     """The place of an output.
 
     Attributes:
-        given: the path that was asked for, for messages.
-        path: the real one, absolute and without links.
-        mounted: whether `path` is a mount point. No rename can replace one, so that files are staged inside it.
+        requested: the path that the caller named, for messages.
+        path: the real path, absolute and without links.
+        mounted: whether `path` is a mount point. No rename can replace a mount point, so files are staged inside it.
     """
 
-    given: Path
+    requested: Path
     path: Path
     mounted: bool
 
     @property
     def aside(self) -> Path:
-        """The directory that is written first."""
+        """The staging directory, where qkit writes before the output takes its place."""
         return self._near("writing")
 
     @property
     def journal(self) -> Path:
-        """The file that is locked, and that says how far a run came."""
+        """The journal file: the lock of the place, and the record of finished tensors."""
         return self._near("journal")
 
     @property
     def previous(self) -> Path:
-        """The name of the old directory for a moment, on file systems that cannot exchange two."""
+        """Name of the old directory during the exchange, on file systems that cannot exchange two directories in one step."""
         return self._near("old")
 
     def _near(self, ending: str) -> Path:
@@ -49,14 +51,14 @@ class Destination:
 
 
 def destination(out: str | Path) -> Destination:
-    """The place that `out` means. Looks at links and mounts only, and checks names.
+    """The place that the path `out` names. Resolves links, finds mount points, and checks names.
 
     Raises:
-        ArtifactError: `out` is no name for a file or directory, one too long, or a link that leads nowhere.
+        ArtifactError: `out` is no name for a file or directory, is too long, or is a link that leads nowhere.
     """
-    given = Path(out)
-    _check_name(given)
-    whole = given.absolute()
+    requested = Path(out)
+    _check_name(requested)
+    whole = requested.absolute()
     for part in (whole, *whole.parents):
         if os.path.islink(part) and not os.path.exists(part):
             target = Path(os.path.realpath(part))
@@ -67,17 +69,17 @@ def destination(out: str | Path) -> Destination:
                 )
     path = Path(os.path.realpath(whole))
     if not path.name:
-        raise ArtifactError(f"{given} is no name for a directory: choose one of its own")
-    return Destination(given, path, is_mount(path))
+        raise ArtifactError(f"{requested} is no name for a directory: choose one of its own")
+    return Destination(requested, path, is_mount(path))
 
 
 def check_directory(out: str | Path) -> Destination:
-    """The place of a directory that is to be written whole, after every check that needs no work.
+    """The place of the directory `out`, which qkit may write or replace.
 
     Raises:
-        ArtifactError: see `destination`; `out` is a file, is inside one, holds what qkit did not write, or is a mount point
-            with a model in it; or a name beside it that qkit would use belongs to something else.
-        PlanError: the disk is read-only, or may not be written.
+        ArtifactError: see `destination`; `out` is a file, is inside a file, has entries that qkit did not write, or is a mount
+            point with a model in it; or another program uses a name beside `out` that qkit needs.
+        PlanError: the disk is read-only, or this user may not write there.
     """
     place = destination(out)
     check_place(place)
@@ -85,14 +87,14 @@ def check_directory(out: str | Path) -> Destination:
 
 
 def check_place(place: Destination) -> None:
-    """`check_directory` of a place that is known already."""
+    """As `check_directory`, for a resolved place."""
     _check_parents(place)
     _check_near(place)
     check_content(place)
 
 
 def check_file(out: str | Path) -> Destination:
-    """As `check_directory`, for a file that is not there yet.
+    """As `check_directory`, for a new file.
 
     Raises:
         ArtifactError: `out` exists; or see `check_directory`.
@@ -105,7 +107,7 @@ def check_file(out: str | Path) -> Destination:
 
 
 def check_replaced_file(out: str | Path) -> Destination:
-    """As `check_file`, for a file that may be there.
+    """As `check_file`, for a file that may exist already.
 
     Raises:
         ArtifactError, PlanError: see `check_directory`.
@@ -119,17 +121,17 @@ def check_replaced_file(out: str | Path) -> Destination:
 
 
 def check_writable(file: Path) -> None:
-    """Refuses to put `file` where it cannot be, as far as that can be told before.
+    """Checks that `file` can be written, as far as its parents tell.
 
     Raises:
         ArtifactError: a parent is a file.
-        PlanError: the disk is read-only, or may not be written.
+        PlanError: the disk is read-only, or this user may not write there.
     """
-    _check_writable(nearest(file), file)
+    _check_writable(existing_parent(file), file)
 
 
 def check_content(place: Destination) -> None:
-    """Refuses to replace what qkit did not write; run again when the new content is ready.
+    """Checks that every entry of `place` is one that qkit wrote. Called again when the new content is complete.
 
     Raises:
         ArtifactError: see `check_directory`.
@@ -138,42 +140,43 @@ def check_content(place: Destination) -> None:
         try:
             check_replaceable(place.path)
         except ArtifactError as error:
-            raise ArtifactError(str(error).replace(str(place.path), str(place.given), 1)) from None
+            raise ArtifactError(str(error).replace(str(place.path), str(place.requested), 1)) from None
         return
     moved = set(_moved(place))
     ours = {place.aside.name, place.journal.name, *moved, *FRESH}
     strangers = sorted(entry.name for entry in os.scandir(place.path) if entry.name not in ours)
     if not strangers:
         return
-    way_out = f"choose a directory inside it, such as {place.given / 'model'}"
+    way_out = f"choose a directory inside it, such as {place.requested / 'model'}"
     if (place.path / SEAL).is_file() and {*strangers} <= {*sealed(place.path), SEAL}:
         raise ArtifactError(
-            f"{place.given} is a mount point and holds a model, which cannot be replaced in one step: remove that, or {way_out}"
+            f"{place.requested} is a mount point and holds a model, which cannot be replaced in one step: remove that, or "
+            f"{way_out}"
         )
-    raise ArtifactError(f"{place.given} is a mount point and holds {strangers[0]}: {way_out}")
+    raise ArtifactError(f"{place.requested} is a mount point and holds {strangers[0]}: {way_out}")
 
 
 def put_back(place: Destination) -> None:
-    """Puts files of a run that was killed while it moved them to a mount point back to where they are staged."""
+    """Moves files back into the staging directory, where a killed run had moved them to a mount point."""
     for name in _moved(place):
         os.rename(place.path / name, place.aside / name)
 
 
 def _moved(place: Destination) -> list[str]:
-    """Names of the files that a run which was killed had moved to a mount point; its list is moved last."""
+    """Names of the files that a killed run had moved to a mount point. A run moves its list of files last."""
     if not place.mounted or not is_marked(place.aside) or not (place.aside / SEAL).is_file():
         return []
     names = [name for name in sealed(place.aside) if Path(name).name == name]
     return [name for name in names if (place.path / name).is_file() and not os.path.lexists(place.aside / name)]
 
 
-def nearest(path: Path) -> Path:
-    """The nearest parent of `path` that is there."""
+def existing_parent(path: Path) -> Path:
+    """The innermost parent of `path` that exists."""
     return next(parent for parent in path.parents if os.path.lexists(parent))
 
 
 def is_mount(folder: Path) -> bool:
-    """Whether another disk, or another place of the same one, is mounted at `folder`; no link is in its path."""
+    """Whether a disk, or another directory of one, is mounted at `folder`, a path without links."""
     if os.path.ismount(folder):
         return True
     if not MOUNTS.exists():
@@ -185,34 +188,38 @@ def is_mount(folder: Path) -> bool:
 
 
 def _plain(point: bytes) -> bytes:
-    """A mount point with the octal escapes of the system's list undone."""
+    """A mount point as its path, with the octal escapes of the system's list decoded."""
     for letter in b" \t\n\\":
         point = point.replace(b"\\%03o" % letter, bytes([letter]))
     return point
 
 
-def _check_name(given: Path) -> None:
+def _check_name(requested: Path) -> None:
     try:
-        parts = [os.fsencode(part) for part in given.absolute().parts]
+        parts = [os.fsencode(part) for part in requested.absolute().parts]
     except (UnicodeEncodeError, OSError) as error:
-        raise ArtifactError(f"{str(given)!r} is no name for a directory ({error}): choose another name") from None
-    if b"\0" in os.fsencode(given):
-        raise ArtifactError(f"{str(given)!r} has a NUL in it: choose another name")
+        raise ArtifactError(f"{str(requested)!r} is no name for a directory ({error}): choose another name") from None
+    if b"\0" in os.fsencode(requested):
+        raise ArtifactError(f"{str(requested)!r} has a NUL in it: choose another name")
     long = max(parts, key=len)
     if len(long) > NAME_BYTES:
-        raise ArtifactError(f"a name in {_short(given)} is {len(long)} bytes long, of at most {NAME_BYTES}: shorten it")
-    if sum(len(part) + 1 for part in parts) + ROOM > PATH_BYTES:
-        raise ArtifactError(f"{_short(given)} is {len(os.fsencode(given))} bytes long, which is too much: shorten it")
+        raise ArtifactError(
+            f"a name in {_short(requested)} is {len(long)} bytes long, of at most {NAME_BYTES}: shorten it"
+        )
+    if sum(len(part) + 1 for part in parts) + RESERVED > PATH_BYTES:
+        raise ArtifactError(
+            f"{_short(requested)} is {len(os.fsencode(requested))} bytes long, which is too much: shorten it"
+        )
 
 
-def _short(given: Path) -> str:
-    text = str(given)
+def _short(requested: Path) -> str:
+    text = str(requested)
     return text if len(text) < 100 else f"{text[:48]}...{text[-48:]}"
 
 
 def _check_parents(place: Destination) -> None:
-    home = place.path if place.mounted else nearest(place.path)
-    _check_writable(home, place.given)
+    home = place.path if place.mounted else existing_parent(place.path)
+    _check_writable(home, place.requested)
     try:
         most = os.pathconf(home, "PC_NAME_MAX")
     except (OSError, ValueError):
@@ -240,5 +247,5 @@ def _check_near(place: Destination) -> None:
 
 
 def is_placing(journal: list[str]) -> bool:
-    """Whether a journal's lines say that a finished directory was about to take its place."""
+    """Whether a journal says that a finished directory was about to take its place."""
     return any(line.startswith(f'["{PLACING}"') for line in journal)

@@ -1,6 +1,6 @@
-"""Where every byte of a directory of safetensors files goes, before any of them is known. Nothing here touches a disk.
+"""The layout of a directory of safetensors files: the place of every byte, from names, types and shapes. Touches no disk.
 
-The bytes are those that safetensors 0.8 itself writes: tensors by type, then by name; a header padded to eight bytes.
+The bytes equal those of safetensors 0.8: tensors sorted by type, then by name, after a header padded to eight bytes.
 """
 
 import json
@@ -13,7 +13,7 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000  #: a directory with more than this in tensors is sharded
 FILE_TENSORS = 150_000  #: most tensors of one file; a directory with more is sharded
 
-#: By the format's word for it, in the order in which safetensors writes them, the last first: NumPy's name, bytes of one.
+#: Types by safetensors' name: NumPy's name, and bytes of one number. safetensors writes tensors in the reverse order.
 DTYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
@@ -31,13 +31,13 @@ DTYPES = {
     "I64": ("int64", 8),
     "U64": ("uint64", 8),
 }
-WORDS = {name: word for word, (name, _) in DTYPES.items()}  #: the inverse: by NumPy's name
-_RANK = {word: rank for rank, word in enumerate(DTYPES)}
+TYPE_NAMES = {name: stored for stored, (name, _) in DTYPES.items()}  #: safetensors' names of types, by NumPy's
+_RANK = {stored: rank for rank, stored in enumerate(DTYPES)}
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Room for one tensor: its name, its type in the format's words (`BF16`, see `DTYPES`), its shape."""
+    """One tensor of a file, without its data: name, type as safetensors names it (`BF16`, see `DTYPES`), and shape."""
 
     name: str
     dtype: str
@@ -51,7 +51,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor's data lies: `nbytes` bytes of `file` from `begin` on."""
+    """Place of a tensor's data: `nbytes` bytes of `file`, from `begin` on."""
 
     file: str
     begin: int
@@ -63,10 +63,10 @@ class Layout:
     """A whole directory of weights.
 
     Attributes:
-        headers: by file name, the bytes each begins with, length included.
-        sizes: by file name, bytes of the whole file.
-        places: by tensor name.
-        index: the text of the index of shards, or None where one file holds all.
+        headers: first bytes of each file, length included, by file name.
+        sizes: bytes of each whole file, by file name.
+        places: place of each tensor's data, by tensor name.
+        index: text of the index of shards; None where there is one file.
     """
 
     headers: Mapping[str, bytes]
@@ -76,11 +76,11 @@ class Layout:
 
 
 def lay_out(slots: Iterable[Slot], *, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> Layout:
-    """The layout of `slots`, the same for the same slots in any order.
+    """The layout of `slots`. The order of the slots does not matter.
 
     Args:
-        metadata: of every file's header: at most one key, since the format's metadata is an unordered map.
-        shard_bytes: most bytes of tensors in one file; a tensor that is larger has a file to itself.
+        metadata: metadata of every file's header, at most one key: the format stores an unordered map.
+        shard_bytes: most bytes of tensors in one file. A larger tensor gets a file of its own.
     """
     shards = _shards(sorted(slots, key=lambda slot: slot.name), shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
@@ -100,13 +100,13 @@ def lay_out(slots: Iterable[Slot], *, metadata: Mapping[str, str], shard_bytes: 
 
 def _shards(slots: Sequence[Slot], most: int) -> list[list[Slot]]:
     shards: list[list[Slot]] = [[]]
-    room = most
+    left = most
     for slot in slots:
-        if (slot.nbytes > room or len(shards[-1]) == FILE_TENSORS) and shards[-1]:
+        if (slot.nbytes > left or len(shards[-1]) == FILE_TENSORS) and shards[-1]:
             shards.append([])
-            room = most
+            left = most
         shards[-1].append(slot)
-        room -= slot.nbytes
+        left -= slot.nbytes
     return shards
 
 
@@ -115,7 +115,7 @@ def _shard_name(i: int, count: int) -> str:
 
 
 def _header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The bytes a file begins with, and where after them each tensor does."""
+    """The first bytes of a file, and the offset of each tensor after them."""
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, end = {}, 0
     for slot in sorted(slots, key=lambda slot: (-_RANK[slot.dtype], slot.name)):

@@ -1,4 +1,4 @@
-"""Which files and directories qkit wrote: a mark while they are written, a list in the finished ones. Nothing else is removed."""
+"""How qkit knows its own directories: a mark in those it works in, a list of files in finished ones. It removes no others."""
 
 import json
 import os
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from qkit.errors import ArtifactError
 
-SEAL = "qkit.json"  #: in a finished directory: what was written, with a digest for every tensor
-MARK = ".made-by-qkit"  #: in a directory that qkit works in
+SEAL = "qkit.json"  #: the seal of a finished directory: its files, and a digest of every tensor
+MARK = ".made-by-qkit"  #: name of the mark in a working directory
 MARK_TEXT = "qkit made this directory, and removes it.\n"
-JOURNAL_START = '["fingerprint", "'  #: what a journal of qkit's begins with
-PLACING = "placing"  #: the journal's word for a directory that is complete and about to take its place
+JOURNAL_START = '["fingerprint", "'  #: first bytes of every journal of qkit's
+PLACING = "placing"  #: stands in the journal of a directory that is complete and about to take its place
 
 
 def mark(folder: Path) -> None:
-    """Marks `folder` as qkit's own. The name alone is the mark, so that no kill leaves half of one."""
+    """Marks `folder` as a working directory of qkit's. The file's name is the mark, so a kill leaves no partial mark."""
     descriptor = os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         os.pwrite(descriptor, MARK_TEXT.encode(), 0)
@@ -24,7 +24,7 @@ def mark(folder: Path) -> None:
 
 
 def is_marked(folder: Path) -> bool:
-    """Whether qkit made `folder`, a directory that it works in."""
+    """Whether `folder` is a working directory of qkit's."""
     return (folder / MARK).is_file() and not (folder / MARK).is_symlink()
 
 
@@ -32,7 +32,7 @@ def sealed(folder: Path) -> Collection[str]:
     """Names of the files that qkit wrote into `folder`.
 
     Raises:
-        ArtifactError: qkit wrote none, or its list is not readable.
+        ArtifactError: the folder has no list of qkit's, or the list is not readable.
     """
     try:
         return [str(name) for name in json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]]
@@ -43,10 +43,10 @@ def sealed(folder: Path) -> Collection[str]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuses to replace what qkit did not write.
+    """Checks that qkit wrote every entry of `folder`.
 
     Raises:
-        ArtifactError: `folder` is a file, or holds anything that is not on the list that qkit wrote into it.
+        ArtifactError: `folder` is a file, or has an entry that is not on qkit's list in it.
     """
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file: choose another name")
@@ -58,14 +58,14 @@ def check_replaceable(folder: Path) -> None:
 
 
 def check_own(folder: Path, *, placing: bool = False, folders: bool = False) -> None:
-    """Refuses a directory that qkit works in, unless it is absent, empty or qkit's own.
+    """Checks that `folder`, which qkit would work in, is absent, empty or a working directory of qkit's.
 
     Args:
-        placing: whether the journal says that a finished directory was taking its place; only then is a seal a mark.
-        folders: whether qkit puts directories into it.
+        placing: whether the journal says that a finished directory was taking its place. Only then a seal counts as a mark.
+        folders: whether qkit itself puts directories into the folder.
 
     Raises:
-        ArtifactError: it is a link, a file, or anything else that qkit did not make.
+        ArtifactError: the path is a link or a file, or qkit did not make the directory or one of its entries.
     """
     if not os.path.lexists(folder):
         return
@@ -89,10 +89,10 @@ def check_own(folder: Path, *, placing: bool = False, folders: bool = False) -> 
 
 
 def check_journal(journal: Path) -> list[str]:
-    """The lines of `journal`, none where it is not there.
+    """The lines of `journal`; an empty list where there is no file.
 
     Raises:
-        ArtifactError: qkit did not write it.
+        ArtifactError: qkit did not write the file.
     """
     if not os.path.lexists(journal):
         return []
@@ -106,12 +106,12 @@ def check_journal(journal: Path) -> list[str]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a directory that `check_own` let pass, its mark and its list last: killed in between, it is still known.
+    """Removes a directory that `check_own` has passed: its files first, then its mark and its list, then itself.
 
-    What is no file in it is left, and the directory with it.
+    A kill in between leaves a directory that qkit still recognizes. Directories inside are not removed.
 
     Raises:
-        OSError: the system does not let it go.
+        OSError: the system refuses to remove an entry, or a directory is inside.
     """
     names = [entry.name for entry in os.scandir(folder) if not entry.is_dir(follow_symlinks=False)]
     keep_known = () if is_marked(folder) else _listed(folder)
@@ -122,7 +122,7 @@ def remove(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> Collection[str]:
-    """The files of a finished directory that are qkit's; anything that has come between them since is not."""
+    """The files of a finished directory that qkit wrote. Files that others added since are not among them."""
     try:
         return {*sealed(folder), SEAL}
     except ArtifactError:

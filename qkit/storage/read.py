@@ -1,4 +1,4 @@
-"""A directory of safetensors files as it is found: hostile until checked. Headers are read, and no tensor."""
+"""Directories of safetensors files from anywhere: every header is checked before use, and no tensor is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,34 +13,34 @@ from qkit.errors import ArtifactError
 from qkit.intake import TEXT_BYTES, check_regular, parse_json, parse_table, read_text
 from qkit.storage.layout import DTYPES, FILE_TENSORS, INDEX, SINGLE, Slot
 
-TENSORS: Final = 500_000  #: most of a directory; the largest models that are known have 211,000
-HEADER_BYTES: Final = 100_000_000  #: most bytes of a header, by the format itself
-METADATA_BYTES: Final = 1 << 24  #: most bytes of its metadata: 16.8 MB
+TENSORS: Final = 500_000  #: most tensors of a directory; the largest known models have 211,000
+HEADER_BYTES: Final = 100_000_000  #: most bytes of a header, by the format's own rule
+METADATA_BYTES: Final = 1 << 24  #: most bytes of the metadata in a header: 16.8 MB
 INDEX_BYTES: Final = 1 << 28  #: most bytes of an index of shards, or of a list of digests: 268 MB
 NAME: Final = 1000  #: most characters of a tensor's name
 AXES: Final = 16  #: most axes of a tensor
-NUMBERS: Final = 1 << 60  #: its numbers are fewer than this, axes of 0 counted as 1
+NUMBERS: Final = 1 << 60  #: a tensor has fewer numbers than this, with axes of 0 counted as 1
 FEWER: Final = "stack them, or split the model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class MissingError(ArtifactError):
-    """A part that the directory itself says it has is not there."""
+    """A file or tensor that the directory lists is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a file: its slot, and where its data begins."""
+    """One tensor of a file: its slot, and the offset of its data."""
 
     slot: Slot
     file: Path
     begin: int
 
     def mapped(self) -> NDArray[Any]:
-        """Its values, mapped read-only.
+        """The values, mapped read-only.
 
         Raises:
-            ArtifactError: it holds booleans, and a byte is neither 0 nor 1.
+            ArtifactError: a byte of a tensor of booleans is neither 0 nor 1.
         """
         import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
 
@@ -57,7 +57,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a folder with one file or with an index of shards, and the metadata of the first file that has any.
 
     Raises:
-        ArtifactError: a file is unsound, a pickle, outside of the folder, or on no list; or a tensor stands twice.
+        ArtifactError: a file is unsound, a pickle, outside of the folder, or not in the index; or two files have one tensor.
         MissingError: the folder, a shard or a tensor is missing.
     """
     if not folder.is_dir():
@@ -91,11 +91,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def read_file(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of one file and its header's metadata, after safetensors' own checks: header, offsets, overlaps, sizes.
+    """The tensors of one file and its header's metadata, after safetensors' own checks of header, offsets and sizes.
 
     Raises:
-        ArtifactError: it is not a sound safetensors file, or holds a tensor twice or of a type that qkit does not read.
-        MissingError: there is none.
+        ArtifactError: the file is no sound safetensors file, or has a tensor twice or of a type that qkit does not read.
+        MissingError: there is no such file.
     """
     from safetensors import SafetensorError, safe_open  # here, so that `import qkit` stays cheap
 
@@ -129,7 +129,7 @@ def read_file(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _check_entry(name: str, entry: Mapping[str, Any], file: Path) -> None:
-    """Refuses what no model has, and what other programs that go by names and shapes would stumble over."""
+    """Refuses names, types and shapes that no model has, or that other programs would fail on."""
     if not name or len(name) > NAME or not name.isprintable():
         raise ArtifactError(f"{file}: {name[:NAME]!r} is no name of a tensor: want 1 to {NAME:,} printable characters")
     if name[0] in "/\\" or ".." in name.replace("\\", "/").split("/"):
@@ -144,8 +144,10 @@ def _check_entry(name: str, entry: Mapping[str, Any], file: Path) -> None:
 
 
 def check_bools(data: NDArray[np.uint8], *, name: str) -> None:
-    """Raises:
-    ArtifactError: a byte of the booleans `name` is neither 0 nor 1, so that programs disagree on what it is.
+    """Checks the bytes of the booleans in tensor `name`.
+
+    Raises:
+        ArtifactError: a byte is neither 0 nor 1, so that programs disagree on its value.
     """
     if data.size and data.max() > 1:
         place = int(np.argmax(data > 1))
@@ -156,8 +158,8 @@ def read_json(file: Path, *, most: int = TEXT_BYTES) -> dict[str, Any] | None:
     """The object in a JSON file of at most `most` bytes; None where there is no file.
 
     Raises:
-        ArtifactError: it holds anything else, or a key twice; or it is no regular file, or too long.
-        OSError: it cannot be read.
+        ArtifactError: the file is no regular file, is too long, is no JSON object, or has a key twice.
+        OSError: the file cannot be read.
     """
     if not file.exists():
         return None
@@ -173,10 +175,10 @@ def read_json(file: Path, *, most: int = TEXT_BYTES) -> dict[str, Any] | None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`, where it is one that lies there, or in the blobs of the hub's cache.
+    """The file `name` of `folder`, which has to lie there or, as a link, in the blobs of Hugging Face's cache.
 
     Raises:
-        ArtifactError: it is a path, or a link to somewhere else or to nothing.
+        ArtifactError: `name` is a path, or the file is a link to another place or to nothing.
     """
     file, home = folder / name, folder.resolve()
     if Path(name).name != name or not name.isprintable():
@@ -192,7 +194,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file of this name would run code when it is read."""
+    """Whether a file of this name is a pickle, which can run code when a program reads it."""
     return name.endswith(PICKLES)
 
 

@@ -1,4 +1,4 @@
-"""Whether a directory is still the one that qkit wrote: `qkit.json` in it has its files and a SHA-256 of every tensor."""
+"""The seal `qkit.json` of a directory: the files that qkit wrote and a SHA-256 of every tensor, read and compared."""
 
 import hashlib
 import os
@@ -10,27 +10,27 @@ from typing import Final
 
 from qkit.errors import ArtifactError
 from qkit.storage.marks import SEAL
-from qkit.storage.place_writer import CHUNK
 from qkit.storage.read import INDEX_BYTES, Stored, inside, is_pickle, read_json
+from qkit.storage.tensor_writer import CHUNK
 
 AGAIN: Final = "quantize or save the model again"
 KEYS: Final = {
     "files": list,
     "headers": dict,
     "tensors": dict,
-}  #: of the file; what it has beyond these qkit does not know
+}  #: the keys of the file, and no others
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with a file or a tensor, and the way out."""
+    """A fault of a file or a tensor, and the way out."""
 
     where: str
-    what: str
+    fault: str
     remedy: str = AGAIN
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}: {self.remedy}"
+        return f"{self.where}: {self.fault}: {self.remedy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Seal:
 
     Attributes:
         files: names of the files that qkit wrote.
-        headers: SHA-256 of the header of each weights file, its length included.
+        headers: SHA-256 of the header of each weights file, length included.
         tensors: SHA-256 of the bytes of each tensor.
     """
 
@@ -49,10 +49,10 @@ class Seal:
 
 
 def read_seal(folder: Path) -> Seal | None:
-    """The seal of `folder`; None where there is none: another program wrote it.
+    """The seal of `folder`; None in a directory of another program, which has no seal.
 
     Raises:
-        ArtifactError: the file is not what qkit writes.
+        ArtifactError: the file is no seal of qkit's.
     """
     table = read_json(inside(folder, SEAL), most=INDEX_BYTES)
     if table is None:
@@ -66,12 +66,12 @@ def read_seal(folder: Path) -> Seal | None:
 
 
 def check_seal(folder: Path, tensors: Mapping[str, Stored], *, digests: bool) -> None:
-    """Compares `folder` with its seal, if it has one. Costs one pass over the weights where `digests` are compared too.
+    """Compares `folder` with its seal, if it has one.
 
-    The pass leaves the bytes in the system's cache, from which the caller then reads what fits into memory.
+    With `digests`, one pass reads every byte of the weights. The bytes stay in the system's cache for the caller.
 
     Raises:
-        ArtifactError: something is not what was written.
+        ArtifactError: a file or tensor differs from the seal.
     """
     seal = read_seal(folder)
     if seal is None:
@@ -83,7 +83,7 @@ def check_seal(folder: Path, tensors: Mapping[str, Stored], *, digests: bool) ->
 
 
 def file_problems(folder: Path, seal: Seal) -> Iterator[Problem]:
-    """Files that are missing, weights files that are too many, headers that have changed."""
+    """Missing files, additional weights files, and changed headers."""
     for name in seal.files:
         if not (folder / name).is_file():
             yield Problem(str(folder / name), "is missing")
@@ -98,9 +98,9 @@ def file_problems(folder: Path, seal: Seal) -> Iterator[Problem]:
 def tensor_problems(
     folder: Path, seal: Seal, tensors: Mapping[str, Stored], *, digests: bool = True
 ) -> Iterator[Problem]:
-    """Tensors that are missing or too many and, where `digests` are compared, those whose bytes have changed."""
+    """Missing and additional tensors and, with `digests`, tensors whose bytes have changed."""
     common = [name for name in sorted(tensors) if digests and name in seal.tensors]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and reading both let go of the interpreter
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and reading both release the interpreter lock
         found = dict(zip(common, pool.map(lambda name: _digest(tensors[name]), common), strict=True))
     for name in sorted(seal.tensors.keys() | tensors.keys()):
         if name not in tensors:

@@ -1,4 +1,4 @@
-"""A place that one process writes to: aside first, under a lock, and then in one step. Every output of qkit comes this way."""
+"""Every output of qkit: written into a staging directory under a lock, then put in place in one step."""
 
 import json
 import os
@@ -17,20 +17,20 @@ from qkit.storage.destination import (
     put_back,
 )
 from qkit.storage.marks import MARK, PLACING, SEAL, check_journal, check_own, is_marked, mark, remove
-from qkit.storage.place_writer import write_all
+from qkit.storage.tensor_writer import write_all
 
-CONFIG = "config.json"  #: moved last but one to a mount point: without it, nobody takes what is there for a model
+LAST = ("config.json", SEAL)  #: moved last to a mount point: no program takes a directory without them for a model
 
 
 class Staging:
-    """The directory beside a destination, where files are written before they take its place.
+    """The staging directory of a destination, and the lock that keeps other processes away.
 
-    `take` locks it and mends what a killed run left; `begin` makes it; `put_in_place` ends it; `release` lets go, always.
+    Call `take` to lock the place, `begin` to make the directory, `put_in_place` to finish, and `release` in every case.
 
     Attributes:
         place: the destination.
-        folder: the directory to write into.
-        journal: the lines that an earlier run left, for the caller to go on from; empty where there are none.
+        folder: the staging directory.
+        journal: lines of an earlier run's journal, from which the caller can resume; empty without an earlier run.
     """
 
     def __init__(self, place: Destination) -> None:
@@ -40,11 +40,11 @@ class Staging:
         self._lock: int | None = None
 
     def take(self) -> None:
-        """Makes the parents, locks the journal, and puts in order what a killed run left.
+        """Makes the parents, locks the journal, and completes or undoes the last step of a killed run.
 
         Raises:
             LockedError: another process writes to this place.
-            ArtifactError: a name that would be used belongs to something else.
+            ArtifactError: a name that qkit needs belongs to another program.
         """
         self._made = make_parents(self.place.path)
         self._lock = swap.lock(self.place.journal)
@@ -54,33 +54,33 @@ class Staging:
             for near in (self.place.aside, self.place.previous):
                 check_own(near, placing=placing)
         except BaseException:
-            self._let_go()  # before anything is removed: it is somebody's
+            self._unlock()  # before any removal: the entries are another program's
             raise
         if not self.place.mounted:
             swap.recover(self.place.path, self.place.previous)
         put_back(self.place)
 
     def is_reusable(self) -> bool:
-        """Whether the directory is one that a run was writing, and not the old one that it had replaced."""
+        """Whether the staging directory is an interrupted run's output, and not the old directory that a run had replaced."""
         if not self.folder.is_dir():
             return False
         status = os.stat(self.folder)
         return is_marked(self.folder) or json.dumps([PLACING, status.st_dev, status.st_ino]) in self.journal
 
     def begin(self) -> None:
-        """Makes the directory, and marks it as qkit's; what is in it stays where it can be used again."""
+        """Makes the staging directory and marks it as qkit's. Keeps the content of an interrupted run."""
         if os.path.lexists(self.folder) and not self.is_reusable():
             remove(self.folder)
         self.folder.mkdir(exist_ok=True)
         mark(self.folder)
 
     def clear(self) -> None:
-        """Removes the directory that an earlier run left."""
+        """Removes the staging directory of an earlier run."""
         if os.path.lexists(self.folder):
             remove(self.folder)
 
     def start_journal(self, fingerprint: str) -> None:
-        """Begins the journal anew."""
+        """Begins a new journal."""
         assert self._lock is not None
         os.truncate(self._lock, 0)
         self.note(["fingerprint", fingerprint])
@@ -91,16 +91,16 @@ class Staging:
         write_all(self._lock, (json.dumps(entry) + "\n").encode(), os.fstat(self._lock).st_size)
 
     def put_in_place(self) -> None:
-        """The directory, with a list of all its files in `qkit.json`, takes its place. Killed, there is the old or the new one.
+        """Puts the staging directory, which has its seal, at the destination. A kill leaves the old or the new directory.
 
-        At a mount point there is no old one: files are moved into it, the list and the configuration last.
+        A mount point has no old directory. There, files are moved one by one, the configuration and the seal last.
 
         Raises:
-            ArtifactError: something has come to that place meanwhile.
+            ArtifactError: another program has written to the destination meanwhile.
         """
         check_content(self.place)
         if self.place.mounted:
-            names = sorted(os.listdir(self.folder), key=lambda name: (name == SEAL, name == CONFIG))
+            names = sorted(os.listdir(self.folder), key=lambda name: LAST.index(name) if name in LAST else -1)
             for name in names:
                 if name != MARK:
                     os.rename(self.folder / name, self.place.path / name)
@@ -114,23 +114,23 @@ class Staging:
             self._discard(self.place.previous)
 
     def put_file_in_place(self, name: str) -> None:
-        """File `name` of the directory takes the place of the destination."""
+        """Moves file `name` of the staging directory to the destination, which is a file."""
         with (self.folder / name).open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(self.folder / name, self.place.path)
         swap.sync_folder(self.place.path.parent)
 
     def release(self, *, keep: bool) -> None:
-        """Lets go. Unless `keep`, for a later run to go on, nothing is left beside the destination, parents included."""
+        """Unlocks the place. Without `keep`, which is for a later run to resume, removes the staging files and empty parents."""
         if self._lock is not None and not keep:
             self._discard(self.folder)
-            if not os.path.lexists(self.folder):  # what could not be removed is known by its journal
+            if not os.path.lexists(self.folder):  # a directory that stays is recognized by its journal
                 with suppress(OSError):
                     os.unlink(self.place.journal)
-        self._let_go()
+        self._unlock()
         remove_empty(self._made)
 
-    def _let_go(self) -> None:
+    def _unlock(self) -> None:
         if self._lock is not None:
             with suppress(OSError):
                 if not os.fstat(self._lock).st_size:
@@ -146,7 +146,7 @@ class Staging:
 
 @contextmanager
 def whole_file(out: str | Path) -> Iterator[Path]:
-    """A path to write a new file to; the file appears at `out` when the block ends well, and nothing at all if not.
+    """A path to write a new file to. The file appears at `out` when the block ends without an error, and not otherwise.
 
     Raises:
         ArtifactError, PlanError: see `check_file`.
@@ -158,7 +158,7 @@ def whole_file(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_file(out: str | Path) -> Iterator[Path]:
-    """As `whole_file`, for a file of qkit's that may be there: the old one or the new one, at any moment.
+    """As `whole_file`, for a file that may exist already. At any moment `out` is the old file or the new one.
 
     Raises:
         ArtifactError, PlanError: see `check_replaced_file`.
@@ -185,7 +185,7 @@ def _whole(check: Callable[[str | Path], Destination], out: str | Path) -> Itera
 
 
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Writes a directory of `files`, whole or not at all, with a list of them in `qkit.json`.
+    """Writes a directory of `files` and its list `qkit.json`, whole or not at all.
 
     Raises:
         ArtifactError, PlanError: see `check_directory`.
@@ -207,7 +207,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_synced(file: Path, blocks: Iterable[bytes]) -> None:
-    """Writes `file` in a directory of qkit's own, durable when this returns; a link of that name is not followed."""
+    """Writes `file` in a working directory of qkit's and syncs it to the disk. Does not follow a link of that name."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(file, flags, 0o666)
     try:
@@ -221,14 +221,14 @@ def write_synced(file: Path, blocks: Iterable[bytes]) -> None:
 
 
 def make_parents(path: Path) -> list[Path]:
-    """Makes the parents of `path`; returns those that were not there, the innermost first."""
+    """Makes the missing parents of `path`, and returns them, the innermost first."""
     missing = [parent for parent in path.parents if not os.path.lexists(parent)]
     path.parent.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Removes those of `folders` that are empty, up to the first that is not."""
+    """Removes `folders` in their order, up to the first that is not empty."""
     for folder in folders:
         try:
             os.rmdir(folder)

@@ -1,4 +1,4 @@
-"""One directory in the place of another in one step, and a lock against two writers."""
+"""Putting one directory in the place of another in one step, and the lock against two writers."""
 
 import ctypes
 import fcntl
@@ -17,12 +17,12 @@ EXCHANGE = 2  #: Linux's RENAME_EXCHANGE and macOS's RENAME_SWAP
 
 
 def lock(file: Path) -> int:
-    """A descriptor of `file`, made if need be, that no other process holds; closing it, or dying, lets go.
+    """A locked descriptor of `file`, which is made where it is missing. Closing it, or the end of the process, unlocks it.
 
-    Waits for a moment, for the workers of a process that was killed live a little longer than it.
+    Waits up to `PATIENCE`, since the workers of a killed process live a little longer than the process.
 
     Raises:
-        LockedError: another process holds it.
+        LockedError: another process has the lock.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -30,7 +30,7 @@ def lock(file: Path) -> int:
         with suppress(FileNotFoundError, BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
-                return descriptor  # and not one that its last owner has just removed
+                return descriptor  # the file is still there: its last owner has not removed it
         os.close(descriptor)
         if time.monotonic() > deadline:
             raise LockedError(f"{file} is held by another process, which writes this folder: wait for it")
@@ -38,10 +38,11 @@ def lock(file: Path) -> int:
 
 
 def put_in_place(new: Path, folder: Path, previous: Path) -> bool:
-    """`new` becomes `folder`. Killed at any moment, `folder` is the old one or the new one. The caller removes the old one.
+    """Puts the directory `new` at `folder`. A kill leaves the old or the new directory there. The caller removes the old one.
 
-    It is in the place of `new`; or, if this returns True, it is `previous`: where the system cannot exchange two directories in
-    one step there is a moment without either, which `recover` mends.
+    Returns:
+        False where the old directory is now at `new`. True where it is at `previous`: a system that cannot exchange two
+        directories in one step has a moment with neither at `folder`, and `recover` repairs a kill in that moment.
     """
     if not folder.exists() or not any(folder.iterdir()):
         os.rename(new, folder)
@@ -59,7 +60,7 @@ def put_in_place(new: Path, folder: Path, previous: Path) -> bool:
 
 
 def recover(folder: Path, previous: Path) -> None:
-    """Puts back the old directory if a `put_in_place` was killed between its two steps; removes it if after both."""
+    """Repairs a killed `put_in_place`: puts the old directory back after the first step, removes it after the second."""
     if previous.exists():
         if folder.exists():
             remove(previous)
@@ -68,7 +69,7 @@ def recover(folder: Path, previous: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
+    """Syncs the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,7 +78,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step; False where the system or the file system cannot."""
+    """Exchanges two names in one step. Returns False where the system or the file system has no such step."""
     library, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
         return bool(library.renamex_np(*names, EXCHANGE) == 0)

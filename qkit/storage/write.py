@@ -1,4 +1,4 @@
-"""Writing a model directory that is larger than memory: every offset first, then blocks in any order, then a rename."""
+"""Writing a model directory that is larger than memory: headers first, then blocks in any order, then one rename."""
 
 import hashlib
 import json
@@ -14,15 +14,15 @@ from qkit.storage import swap
 from qkit.storage.destination import check_place, destination
 from qkit.storage.layout import INDEX, SHARD_BYTES, Slot, lay_out
 from qkit.storage.marks import MARK, SEAL
-from qkit.storage.place_writer import CHUNK, Pen, write_all
 from qkit.storage.staging import Staging, write_synced
+from qkit.storage.tensor_writer import CHUNK, TensorWriter, write_all
 
-FLUSH = 64 << 20  #: bytes that are closed before they are sent to the disk
+FLUSH = 64 << 20  #: bytes of closed tensors after which a sync to the disk begins
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One tensor to write: its slot, and a function that gives its bytes from the first to the last, in blocks."""
+    """One tensor to write: its slot, and a function that returns its bytes in order, in blocks."""
 
     slot: Slot
     blocks: Callable[[], Iterable[bytes | memoryview]]
@@ -37,7 +37,7 @@ def write_directory(
     shard_bytes: int = SHARD_BYTES,
     fingerprint: str = "",
 ) -> None:
-    """Writes `folder` whole or not at all, one block of one tensor in memory at a time. Arguments and errors: see `Output`."""
+    """Writes `folder` whole or not at all, with one block in memory at a time. See `Output` for arguments and errors."""
     by_name = {stream.slot.name: stream for stream in streams}
     slots = [stream.slot for stream in by_name.values()]
     output = Output(folder, slots, metadata=metadata, files=files, shard_bytes=shard_bytes, fingerprint=fingerprint)
@@ -50,23 +50,23 @@ def write_directory(
 
 
 class Output:
-    """A directory being written, aside; it takes its place when the block ends well.
+    """A directory of weights, written in a staging directory that takes its place when the `with` block ends without an error.
 
-    `write` each of `missing` and `close` it. A tensor that is closed is in a journal, with its digest; with a `fingerprint`,
-    a later run with the same one goes on from there, after it has read the digests again. A run that fails otherwise than
-    by the system's fault leaves nothing behind.
+    In the block, `write` and `close` each tensor of `missing`. The journal records closed tensors with their digests. A later
+    run with the same `fingerprint` resumes there, after it has compared the digests with the files. A run that raises a
+    `QkitError` leaves no file behind.
 
     Args:
-        folder: made, or replaced if it is one that this class wrote; links are followed to the real place first.
+        folder: the directory to write. An earlier output of this class is replaced. Links lead to the real place.
         slots: every tensor.
-        metadata: of every weights file: at most one key.
+        metadata: metadata of every weights file, at most one key.
         files: the other files by name, as bytes or as a file to copy.
         shard_bytes: most bytes of tensors in one file.
-        fingerprint: what the bytes follow from; empty where a run cannot be resumed.
+        fingerprint: text that identifies the source of the bytes; empty where a run cannot be resumed.
 
     Raises:
-        ArtifactError: `folder` is not one to replace, or an interrupted run with another fingerprint is in the way.
-        PlanError: its disk is read-only; see `check_directory`.
+        ArtifactError: `folder` may not be replaced, or an interrupted run with another fingerprint is in the way.
+        PlanError: the disk is read-only; see `check_directory`.
         LockedError: another process writes `folder`.
         OSError: the disk is full, and so on.
     """
@@ -89,19 +89,19 @@ class Output:
         self.aside = self._place.aside
         self._digests: dict[str, str] = {}
         self._opened: dict[str, int] = {}
-        self._pen = Pen(self.aside, self.layout.places)
+        self._writer = TensorWriter(self.aside, self.layout.places)
         self._flusher, self._flushes, self._unflushed = ThreadPoolExecutor(1), list[Future[None]](), 0
 
     @property
     def missing(self) -> list[str]:
-        """Names of the tensors that are not closed, in the order they lie in the files."""
+        """Names of the tensors that are not closed, in their order in the files."""
         places = self.layout.places
         left = [name for name in places if name not in self._digests]
         return sorted(left, key=lambda name: (places[name].file, places[name].begin))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the files of the directory; known before the first tensor is, since digests have one length."""
+        """Bytes of all files of the directory. Known before any tensor is written, since all digests have one length."""
         others = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.files.values())
         return sum(self.layout.sizes.values()) + others + len(self._seal(dict.fromkeys(self.layout.places, _sha([]))))
 
@@ -116,15 +116,15 @@ class Output:
         return self
 
     def write(self, name: str, block: bytes | memoryview, *, offset: int = 0) -> int:
-        """Puts `block` at `offset` of tensor `name`; returns its length."""
-        return self._pen.write(name, block, offset=offset)
+        """Writes `block` at `offset` of tensor `name`, and returns its length."""
+        return self._writer.write(name, block, offset=offset)
 
     def close(self, name: str, *, digest: str | None = None) -> None:
-        """Says that every byte of tensor `name` is written; `digest` is what a `Pen` of another process gave for it."""
-        self._digests[name] = digest or self._pen.digest(name)
+        """Records that tensor `name` is complete. `digest` is that of another process's `TensorWriter`, if one wrote it."""
+        self._digests[name] = digest or self._writer.digest(name)
         self._staging.note([name, self._digests[name]])
         self._unflushed += self.layout.places[name].nbytes
-        if self._unflushed > FLUSH:  # the disk works while the next tensors are made
+        if self._unflushed > FLUSH:  # the disk writes while the next tensors are computed
             self._unflushed = 0
             self._flushes.append(self._flusher.submit(self._sync))
 
@@ -139,38 +139,36 @@ class Output:
             self._tidy(error)
 
     def _tidy(self, error: BaseException | None) -> None:
-        """Lets go of everything; removes what is aside, unless another run can use it."""
+        """Closes files, unlocks the place, and removes the staging directory unless a later run can resume there."""
         self._flusher.shutdown()
-        self._pen.close()
+        self._writer.close()
         for descriptor in self._opened.values():
             os.close(descriptor)
         self._opened.clear()
-        resumable = isinstance(error, _Kept) or (error and not isinstance(error, QkitError))
+        resumable = isinstance(error, _StagingStays) or (error and not isinstance(error, QkitError))
         self._staging.release(keep=bool(self.fingerprint and resumable))
 
-    # beginning, or going on
+    # Beginning and resuming
 
     def _fingerprint(self, sources: str) -> str:
-        """Of everything that the bytes of the directory follow from; headers name the grids and the numerics."""
+        """Digest of the sources, the headers and the other files. Headers name the grids and the version of the numerics."""
         parts = [sources, *(f"{name} {_sha([header])}" for name, header in sorted(self.layout.headers.items()))]
         for name, content in sorted(self.files.items()):
             parts.append(f"{name} {_sha(_blocks(content))}")
         return _sha(["\n".join(parts).encode()])
 
     def _read_journal(self) -> dict[str, str]:
-        """What an interrupted run with the same fingerprint had closed."""
-        entries = [
-            entry for line in self._staging.journal if (entry := _entry(line))
-        ]  # a kill may have cut the last line
-        before = entries[0][1] if entries and entries[0][0] == "fingerprint" else ""
+        """Names and digests of the tensors that an interrupted run with the same fingerprint had closed."""
+        pairs = [pair for line in self._staging.journal if (pair := _parse(line))]  # a kill may have cut the last line
+        before = pairs[0][1] if pairs and pairs[0][0] == "fingerprint" else ""
         if not self._staging.is_reusable() or not before or not self.fingerprint:
             return {}
         if before != self.fingerprint:
-            raise _Kept(
+            raise _StagingStays(
                 f"{self.aside} is from an interrupted run with another source, recipe or version of qkit: "
                 "repeat that run to finish it, or remove it"
             )
-        return dict(entries[1:])
+        return dict(pairs[1:])
 
     def _begin(self, closed: Mapping[str, str]) -> None:
         if not closed:
@@ -182,12 +180,12 @@ class Output:
             write_all(self._opened[file], header, 0)
             os.truncate(self._opened[file], self.layout.sizes[file])
         self._staging.start_journal(self.fingerprint)
-        for name, digest in closed.items():  # what was closed is read again: the machine may have lost power since
-            if name in self.layout.places and self._pen.digest(name) == digest:
+        for name, digest in closed.items():  # digests are computed again: the machine may have lost power since
+            if name in self.layout.places and self._writer.digest(name) == digest:
                 self._digests[name] = digest
                 self._staging.note([name, digest])
 
-    # ending
+    # Finishing
 
     def _finish(self) -> None:
         if self.missing:
@@ -198,13 +196,13 @@ class Output:
         for name, content in {**self.files, SEAL: self._seal(self._digests)}.items():
             write_synced(self.aside / name, _blocks(content))
         for flush in self._flushes:
-            flush.result()  # the system tells a failed write once, and perhaps there
+            flush.result()  # the system reports a failed write once, perhaps here
         self._sync()
         swap.sync_folder(self.aside)
         try:
             self._staging.put_in_place()
-        except ArtifactError as error:  # somebody has put something there meanwhile
-            raise _Kept(str(error)) from None
+        except ArtifactError as error:  # another program has written there meanwhile
+            raise _StagingStays(str(error)) from None
 
     def _sync(self) -> None:
         for descriptor in self._opened.values():
@@ -219,8 +217,8 @@ class Output:
         return (json.dumps(table, indent=1) + "\n").encode()
 
 
-class _Kept(ArtifactError):
-    """The directory aside is not to be removed: it is another run's, or complete and its place is taken."""
+class _StagingStays(ArtifactError):
+    """The staging directory has to stay: it is another run's, or it is complete and its place is taken."""
 
 
 def _blocks(content: bytes | Path) -> Iterator[bytes]:
@@ -232,7 +230,7 @@ def _blocks(content: bytes | Path) -> Iterator[bytes]:
             yield block
 
 
-def _entry(line: str) -> tuple[str, str] | None:
+def _parse(line: str) -> tuple[str, str] | None:
     try:
         name, digest = json.loads(line)
     except (ValueError, TypeError):

@@ -1,6 +1,6 @@
-"""Row blocks: a tensor that is quantized a few rows at a time has the codes that it would have at once."""
+"""Quantizing a weight block by block of rows, with the codes of the whole weight, and the check of its values."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,11 @@ from qkit.element import LIMIT
 from qkit.errors import RangeError
 from qkit.formats import compressed_tensors
 from qkit.grid import Grid
-from qkit.reference import packing
 from qkit.reference.packing import Packed
-from qkit.storage.layout import Slot
 
 Quantize = Callable[[NDArray[Any], Grid], Packed]
 
-#: About what a block holds: larger ones leave the caches, smaller ones cost more calls.
-ELEMENTS = 1 << 20 if native.available() else 1 << 18
-ROWS = 32  #: blocks begin at multiples of it, so that zero points, packed down the rows, fill whole words
-
-#: By type: the unsigned integers of its bits; among them, the infinity; and the least that has no codes.
+#: By type: unsigned integers of its width; the pattern of infinity; the smallest pattern of a magnitude without codes.
 PATTERNS: dict[str, tuple[Any, int, int]] = {
     "float32": (np.uint32, 0x7F800000, int(np.float32(LIMIT).view(np.uint32))),
     "bfloat16": (np.uint16, 0x7F80, int(np.float32(LIMIT).view(np.uint32)) >> 16),
@@ -29,87 +23,54 @@ PATTERNS: dict[str, tuple[Any, int, int]] = {
 }
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First row and last, exclusive, of each block of a tensor [rows, n]."""
-    rows, n = shape
-    step = max(ELEMENTS // n // ROWS, 1) * ROWS
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
-
-
 def sees_whole_tensor(grid: Grid) -> bool:
-    """Whether scales depend on the tensor's extremes, so that it is looked through before its first block is quantized."""
+    """Whether scales depend on the extremes of the whole tensor, which then needs a pass before its first block."""
     return grid.group == "tensor" or grid.scale == "nvfp4"
 
 
 def encode(
     w: NDArray[Any], grid: Grid, *, quantize: Quantize, extremes: tuple[float, float] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The stored parts of the block `w` [rows, n] of a larger tensor, as `compressed_tensors.store` names them.
+    """The stored parts of the block `w` [rows, n] of a larger weight, by the names of `compressed_tensors.store`.
 
     Args:
-        quantize: `reference.quantize` and `pack`, or what gives the same bits.
-        extremes: of the whole tensor, least and greatest, where the grid sees it.
+        quantize: a function with the bits of `reference.quantize` and `pack`.
+        extremes: lowest and highest value of the whole tensor, where `sees_whole_tensor` is true.
     """
     rows = w.shape[0]
-    if extremes is not None:  # they ride along in rows of their own, for scales depend on nothing else
+    if extremes is not None:  # in two rows of their own: scales depend on no other value outside the block
         w = np.concatenate([w, np.full((2, w.shape[1]), np.array(extremes)[:, None], w.dtype)])
     parts = compressed_tensors.store(quantize(w, grid))
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
 
 
-def offset(part: Slot, begin: int, *, shape: tuple[int, ...], bits: int) -> int | None:
-    """Where the part that a block from row `begin` on makes of a tensor of `shape` goes; None where the first block made it."""
-    if len(part.shape) < 2:
-        return None if begin else 0
-    rows = (
-        begin if part.shape[0] == shape[0] else begin * bits // packing.WORD_BITS
-    )  # zero points are packed down the rows
-    return rows * (part.nbytes // part.shape[0])
-
-
-def rows_of(
-    parts: Mapping[str, NDArray[Any]], begin: int, end: int, *, shape: tuple[int, ...], bits: int
-) -> dict[str, NDArray[Any]]:
-    """The inverse: what the stored parts of a tensor of `shape` hold for one block of its rows."""
-    rows, out = shape[0], {}
-    for name, part in parts.items():
-        if part.ndim < 2:
-            out[name] = np.array([end - begin, *shape[1:]]) if name == "weight_shape" else part
-        elif part.shape[0] == rows:
-            out[name] = part[begin:end]
-        else:
-            out[name] = part[begin * bits // packing.WORD_BITS : packing.words(end, bits)]
-    return out
-
-
 def check_codable(w: NDArray[Any], *, name: str, first: int, shape: tuple[int, ...]) -> None:
-    """Refuses a stretch of tensor `name` of `shape`, from its element `first` on, that holds what has no codes.
+    """Checks that all values of `w` have codes. `w` is part of tensor `name` of `shape`, from its element `first` on.
 
     Raises:
-        RangeError: a NaN, an infinity, or a magnitude of 2^127 and more; the message says where.
+        RangeError: a value is NaN, infinite, or at least 2^127 in magnitude; the message has its index.
     """
     _check(w, PATTERNS[w.dtype.name][2], "below 2^127 have codes", name, first, shape)
 
 
 def check_finite(w: NDArray[Any], *, name: str, first: int, shape: tuple[int, ...]) -> None:
-    """As `check_codable`, but refuses NaN and infinities alone."""
+    """As `check_codable`, for tensors that are copied: refuses NaN and infinity only."""
     _check(w, PATTERNS[w.dtype.name][1], "are copied", name, first, shape)
 
 
 def _largest(w: NDArray[Any], bits: NDArray[Any], sign: int) -> int:
-    """The largest pattern in `bits`, signs set aside; those of NaN are the largest of all."""
+    """The largest pattern in `bits` without sign bits. The patterns of NaN are the largest of all."""
     if native.available():
         return int(np.abs(np.array(native.extremes(w), w.dtype)).view(bits.dtype).max())
     return int(max(bits.view(f"i{w.itemsize}").max(), int(bits.max()) - sign))
 
 
-def _check(w: NDArray[Any], least: int, what: str, name: str, first: int, shape: tuple[int, ...]) -> None:
+def _check(w: NDArray[Any], least: int, wanted: str, name: str, first: int, shape: tuple[int, ...]) -> None:
     bits = w.view(PATTERNS[w.dtype.name][0])
     sign = 1 << 8 * w.itemsize - 1
     if bits.size and _largest(w, bits, sign) >= least:
         at = int(np.argmax((bits & bits.dtype.type(sign - 1)) >= least))
         place = [int(i) for i in np.unravel_index(first + at, shape)]
         raise RangeError(
-            f"{name} holds {float(w.reshape(-1)[at]):g} at {place}: only finite values {what}; find what made it"
+            f"{name} holds {float(w.reshape(-1)[at]):g} at {place}: only finite values {wanted}; find what made it"
         )

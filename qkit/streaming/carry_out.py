@@ -1,4 +1,4 @@
-"""A plan carried out: tensors stream from the source to the output, block by block, one tensor in each process."""
+"""Carrying out a plan: tensors stream from the source to the output block by block, one tensor in each process."""
 
 import hashlib
 import json
@@ -22,12 +22,13 @@ from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
 from qkit.formats.packed import pack
+from qkit.formats.row_blocks import part_rows, row_blocks
 from qkit.grid import Grid
 from qkit.reference.packing import Packed
 from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place
-from qkit.storage.place_writer import Pen
 from qkit.storage.read import Stored, check_bools
+from qkit.storage.tensor_writer import TensorWriter
 from qkit.streaming import fast_reference
 from qkit.streaming.blocks import (
     PATTERNS,
@@ -35,15 +36,13 @@ from qkit.streaming.blocks import (
     check_codable,
     check_finite,
     encode,
-    offset,
-    row_blocks,
     sees_whole_tensor,
 )
 from qkit.streaming.plan import Plan, Row
 
-COPY = 1 << 20  #: bytes of a block that is only copied
-WORKERS = min(os.cpu_count() or 1, 4)  #: more than these wait for the disk, and each takes memory
-HEARTBEAT = 0.2  #: seconds between two looks of a worker whether its parent lives
+COPY = 1 << 20  #: bytes of a block of a copied tensor
+WORKERS = min(os.cpu_count() or 1, 4)  #: more processes would wait for the disk, and each takes memory
+HEARTBEAT = 0.2  #: seconds after which a worker checks again that its parent lives
 Tick = Callable[[str, int], None]
 Task = tuple[Row, Mapping[str, Place]]
 Digests = dict[str, str]
@@ -51,15 +50,18 @@ Work = Callable[[Row, Mapping[str, Place]], Digests]
 
 
 def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int, tick: Tick) -> Path:
-    """Writes what `plan` says into `folder`, all or nothing; interrupted, it goes on where it was.
+    """Writes the output of `plan` to `folder`, whole or not at all. After an interruption, the same call resumes.
 
     Args:
-        engine: what makes codes. Their bits do not depend on it.
-        workers: processes, for the NumPy engine; any other works alone, in this one.
-        tick: told the name of each source tensor that is done and its bytes.
+        engine: the engine that quantizes. The bits of the codes do not depend on it.
+        workers: processes for the NumPy engine. Any other engine works in this process alone.
+        tick: called with the name and the bytes of each finished source tensor.
+
+    Returns:
+        The folder.
 
     Raises:
-        RangeError: a weight holds what has no codes, or a copied tensor a NaN or an infinity.
+        RangeError: a weight has a value without codes, or a copied tensor has a NaN or an infinity.
         ArtifactError, PlanError, LockedError, OSError: see `Output`; or the source ended early.
     """
     check_apart(folder, plan.folder)
@@ -67,7 +69,7 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int
         missing = set(output.missing)
         rows = [row for row in plan.rows if any(slot.name in missing for slot in row.slots)]
         tick("", sum(row.stored.slot.nbytes for row in plan.rows) - sum(row.stored.slot.nbytes for row in rows))
-        rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the longest first, so that all processes end together
+        rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the largest first, so that all processes end together
         in_numpy = engine.name == "numpy"
         quantize = _quantize_here if in_numpy else partial(_quantize_on, engine)
         work = partial(_make, folder=output.aside, quantize=quantize)
@@ -81,16 +83,20 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int
 
 
 def check_apart(out: Path, source: Path) -> None:
-    """Raises ArtifactError where `out` is the place of `source`, the model to read."""
+    """Checks that `out` is not the place of `source`, the model to read.
+
+    Raises:
+        ArtifactError: it is.
+    """
     if destination(out).path == source.resolve():
         raise ArtifactError(f"{out} is the model itself: choose another folder")
 
 
 def fingerprint(plan: Plan) -> str:
-    """What the source is, wherever it lies: of each file its name, size, header and time of last change.
+    """Identity of the source, independent of its path: name, size, header and time of last change of each file.
 
-    Not a digest of its tensors: reading them would cost as much as quantizing them, at every start. Whoever changes a weight
-    and sets the clock back deceives this; a source that was copied without its times only begins anew.
+    Tensors are not digested, since reading them at every start would cost as much as quantizing them. A changed weight under an
+    old time stamp is not noticed. A copy of the source with new time stamps begins a new run.
     """
     stamps = []
     for file in sorted({row.stored.file for row in plan.rows}):
@@ -102,11 +108,11 @@ def fingerprint(plan: Plan) -> str:
     return json.dumps(stamps)
 
 
-# Processes, not threads: most of NumPy's calls here take some microseconds, and threads would wait for each other between
+# Processes, not threads: NumPy's calls here take microseconds, and between calls threads would wait for each other
 
 
 def _in_processes(work: Work, tasks: Iterable[Task], *, workers: int) -> Iterator[tuple[Row, Digests]]:
-    """Each row with what `work` gives for it, in the order in which they are done; the first error ends all."""
+    """Each row with the result of `work`, in the order of completion. The first error ends all work."""
     context = get_context("fork" if sys.platform == "linux" else "spawn")  # elsewhere, frameworks do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
         try:
@@ -119,13 +125,13 @@ def _in_processes(work: Work, tasks: Iterable[Task], *, workers: int) -> Iterato
 
 
 def _in_turn(work: Work, tasks: Iterable[Task]) -> Iterator[tuple[Row, Digests]]:
-    """As `_in_processes`, in this one."""
+    """As `_in_processes`, in this process."""
     for row, places in tasks:
         yield row, work(row, places)
 
 
 def _begin(parent: int) -> None:
-    """In a worker: Ctrl-C is the parent's to handle, and without a parent there is nothing to work for."""
+    """Prepares a worker: the parent handles Ctrl-C, and the worker ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     native.use_threads(1)  # each core has a process
     threading.Thread(target=_live_with, args=(parent,), daemon=True).start()
@@ -141,21 +147,21 @@ def _live_with(parent: int) -> None:
 
 
 def _make(row: Row, places: Mapping[str, Place], *, folder: Path, quantize: Quantize) -> Digests:
-    """Writes what becomes of one row into the files of `folder`; gives the digest of every tensor written."""
+    """Writes the output of one row into the files of `folder`, and returns the digest of every tensor written."""
     fast_reference.keep_memory()
-    pen, reader = Pen(folder, places), _Reader(row.stored)
+    writer, reader = TensorWriter(folder, places), _Reader(row.stored)
     try:
         if row.rule is None or row.rule.weight is None:
-            _copy(row, pen, reader)
+            _copy(row, writer, reader)
         else:
-            _quantize(row, row.rule.weight, pen, reader, quantize)
-        return {slot.name: pen.digest(slot.name) for slot in row.slots}
+            _quantize(row, row.rule.weight, writer, reader, quantize)
+        return {slot.name: writer.digest(slot.name) for slot in row.slots}
     finally:
-        pen.close()
+        writer.close()
         reader.close()
 
 
-def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
+def _copy(row: Row, writer: TensorWriter, reader: "_Reader") -> None:
     stored, size = row.stored, row.stored.slot.nbytes
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
@@ -164,10 +170,10 @@ def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
         if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
             check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)
-        pen.write(row.slots[0].name, data.data, offset=begin)
+        writer.write(row.slots[0].name, data.data, offset=begin)
 
 
-def _quantize(row: Row, grid: Grid, pen: Pen, reader: "_Reader", quantize: Quantize) -> None:
+def _quantize(row: Row, grid: Grid, writer: TensorWriter, reader: "_Reader", quantize: Quantize) -> None:
     shape = row.stored.slot.shape
     extremes = _extremes(row, reader) if sees_whole_tensor(grid) else None
     for begin, w in _blocks(row, reader):
@@ -175,19 +181,19 @@ def _quantize(row: Row, grid: Grid, pen: Pen, reader: "_Reader", quantize: Quant
         for slot in row.slots:
             name = slot.name.rpartition(".")[2]
             part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
-            place = offset(slot, begin, shape=shape, bits=grid.element.bits)
-            if place is not None:
-                pen.write(slot.name, _bytes(part), offset=place)
+            first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)
+            if first is not None:
+                writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
 
 
 def _extremes(row: Row, reader: "_Reader") -> tuple[float, float]:
-    """The least and the greatest of a whole tensor."""
+    """Lowest and highest value of a whole tensor."""
     found = [(float(x.min()), float(x.max())) for _, w in _blocks(row, reader) for x in [w.astype(np.float32)]]
     return min(low for low, _ in found), max(high for _, high in found)
 
 
 def _blocks(row: Row, reader: "_Reader") -> Iterator[tuple[int, NDArray[Any]]]:
-    """Blocks of rows of a weight, each with the number of its first row; good until the next one."""
+    """Blocks of rows of a weight, each with the number of its first row. A block is valid until the next one is read."""
     stored, n = row.stored, row.stored.slot.shape[1]
     width = n * DTYPES[stored.slot.dtype][1]
     for begin, end in row_blocks(stored.slot.shape):
@@ -197,7 +203,7 @@ def _blocks(row: Row, reader: "_Reader") -> Iterator[tuple[int, NDArray[Any]]]:
 
 
 class _Reader:
-    """Reads stretches of one tensor into one buffer."""
+    """Reads parts of one tensor into one buffer."""
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
@@ -205,7 +211,11 @@ class _Reader:
         self._buffer = np.empty(0, np.uint8)
 
     def read(self, begin: int, end: int) -> NDArray[np.uint8]:
-        """Bytes `begin` to `end` of the tensor; good until the next call."""
+        """Bytes `begin` to `end` of the tensor, valid until the next call.
+
+        Raises:
+            ArtifactError: the file has become shorter.
+        """
         if self._buffer.size < end - begin:
             self._buffer = np.empty(end - begin, np.uint8)
         data, got = self._buffer[: end - begin], 0

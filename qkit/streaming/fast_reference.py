@@ -82,6 +82,6 @@ def extremes(w: NDArray[Any], grid: Grid) -> Floats:
     else:
         patterns.view(signed).max(axis=1, out=high.view(signed))
         patterns.max(axis=1, out=low)
-    np.maximum(high.view(signed), 0, out=high.view(signed))  # negative floats are negative integers,
-    np.maximum(low, 1 << 8 * w.itemsize - 1, out=low)  # and large unsigned ones, of which -0.0 is the least
+    np.maximum(high.view(signed), 0, out=high.view(signed))  # negative floats are negative integers
+    np.maximum(low, 1 << 8 * w.itemsize - 1, out=low)  # and large unsigned ones; -0.0 is the smallest
     return out.view(w.dtype).astype(np.float32).transpose(1, 2, 0)

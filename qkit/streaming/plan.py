@@ -1,4 +1,4 @@
-"""What a recipe will make of a checkpoint, to the byte, from headers alone."""
+"""The plan of a recipe for a checkpoint: every tensor of the output, to the byte, from headers alone."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -7,35 +7,37 @@ from pathlib import Path
 from typing import Any, cast
 
 from qkit import native
-from qkit.artifact.directory import CONFIG, companions, quantized_config, read_config
-from qkit.artifact.metadata import KEY, Entry, describe, group
+from qkit.artifact.companions import companions
+from qkit.artifact.config import CONFIG, quantized_config, read_config
+from qkit.artifact.families import HEAD, check_whole, layer_of, output_name, tied_head
+from qkit.artifact.metadata import KEY, StoredRule, describe, group_rules
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.formats import compressed_tensors
+from qkit.formats.row_blocks import row_blocks
 from qkit.formats.settings import quantization_of
 from qkit.planning import Planned, plan
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
-from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
+from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot
 from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
-from qkit.streaming.blocks import row_blocks
-from qkit.streaming.families import HEAD, check_whole, layer_of, output_name, tied_head
 
-#: Anonymous bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of a worker for each element of a block.
+#: Anonymous memory in bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What becomes of one stored tensor.
+    """The plan for one tensor of the source.
 
     Attributes:
-        stored: it, as it lies in the source.
-        path, kind: of the layer whose weight it is; empty where it is none.
-        rule: what is done to that layer, or None where the tensor is copied.
-        reason: why it is copied.
-        slots: what it becomes: itself, perhaps under another name, or the parts of its quantized form.
+        stored: the tensor in the source.
+        path: path of the layer whose weight it is; empty for any other tensor.
+        kind: kind of that layer; empty for any other tensor.
+        rule: rule of that layer; None where the tensor is copied.
+        reason: reason for the copy.
+        slots: tensors of the output: a copy, perhaps under another name, or the parts of the quantized weight.
     """
 
     stored: Stored
@@ -47,20 +49,21 @@ class Row:
 
     @property
     def dtype(self) -> DType:
-        """The type of a weight, in NumPy's words."""
+        """The type of a weight, by NumPy's name."""
         return cast(DType, DTYPES[self.stored.slot.dtype][0])
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole checkpoint: its tensors in order, and the directory that they will become.
+    """The plan for a whole checkpoint: its tensors in order, and the directory to write.
 
     Attributes:
         folder: the source.
-        rows: one for each stored tensor, in the order of their names, numbers counted as numbers.
-        tied: path of the embedding that is also the output head; empty where the head is a weight of its own.
-        metadata, files: of the output; see `Output`.
-        left_behind: names of what is in the source and will not be in the output.
+        rows: one row for each stored tensor, sorted by name, with numbers in names sorted as numbers.
+        tied: path of the embedding that is also the output head; empty where the head has its own weight.
+        metadata: metadata of the output; see `Output`.
+        files: other files of the output; see `Output`.
+        left_behind: names of entries of the source that the output will not have.
         shard_bytes: most bytes of tensors in one file.
     """
 
@@ -80,22 +83,22 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        """Of the weights files that will be written."""
+        """Layout of the weights files of the output."""
         return self.output(self.folder).layout
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all the files that will be written."""
+        """Bytes of all files of the output."""
         return self.output(self.folder).nbytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that all tensors will take, for each number that is stored in the source."""
+        """Bits of all tensors of the output per number in the source."""
         numbers = sum(prod(row.stored.slot.shape) for row in self.rows)
         return 8 * sum(slot.nbytes for row in self.rows for slot in row.slots) / max(numbers, 1)
 
     def peak_memory(self, workers: int) -> int:
-        """An upper estimate, in bytes, of the anonymous memory that the NumPy engine needs with so many workers."""
+        """An upper estimate of the NumPy engine's anonymous memory with this number of workers, in bytes."""
         blocks = [next(row_blocks(row.stored.slot.shape)) for row in self.rows if row.rule]
         widths = [row.stored.slot.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
@@ -103,11 +106,14 @@ class Plan:
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False) -> Plan:
-    """What `recipe` makes of the model in `folder`. Reads headers and JSON, no tensor.
+    """The plan of `recipe` for the model in `folder`. Reads headers and JSON, and no tensor.
+
+    Args:
+        copy_code: whether the output gets the Python files of the source too.
 
     Raises:
         ArtifactError: a file is unsound or hostile, or the model is quantized already.
-        PlanError: the recipe does not fit the model, or a part of it is missing.
+        PlanError: the recipe does not fit the model, or a part of the model is missing.
     """
     try:
         tensors, _ = read_folder(folder)
@@ -138,15 +144,15 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
         rows.append(Row(tensors[name], path, kind, rule, reason, _slots(tensors[name].slot, path, rule, known)))
     _check_names(rows, folder)
-    entries = _entries(rows, planned)
+    rules = _stored_rules(rows, planned)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
-    files = companions(folder, config=quantized_config(config, entries, left_alone=left_alone))
+    files = companions(folder, config=quantized_config(config, rules, left_alone=left_alone))
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
-    return Plan(folder, tuple(rows), tied, {KEY: describe(entries)}, files, left_behind, shard_bytes)
+    return Plan(folder, tuple(rows), tied, {KEY: describe(rules)}, files, left_behind, shard_bytes)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
@@ -154,7 +160,7 @@ def _layer(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
 
 
 def _with_head(layers: list[Layer], owner: Layer | None) -> list[Layer]:
-    """The layers of the model: where one weight has two, each says so."""
+    """The layers of the model, with the output head that shares the weight of the embedding `owner`."""
     if owner is None:
         return layers
     head = Layer(HEAD, "linear", owner.shape, None, tied=owner.path)
@@ -176,7 +182,7 @@ def _plan(layers: list[Layer], recipe: Recipe) -> list[Planned]:
 
 
 def _keeps_weight(item: Planned) -> bool:
-    """Whether readers find no codes under the path of this linear layer."""
+    """Whether this linear layer has no codes of its own in the output."""
     return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
 
 
@@ -188,7 +194,9 @@ def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) 
         parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape)
     except ArtifactError as error:
         raise PlanError(f"{path}: {error}") from None
-    return tuple(Slot(f"{path}.{name}" if path else name, WORDS[kind], shape) for name, (kind, shape) in parts.items())
+    return tuple(
+        Slot(f"{path}.{name}" if path else name, TYPE_NAMES[kind], shape) for name, (kind, shape) in parts.items()
+    )
 
 
 def _check_names(rows: Iterable[Row], folder: Path) -> None:
@@ -200,10 +208,10 @@ def _check_names(rows: Iterable[Row], folder: Path) -> None:
             seen.add(slot.name)
 
 
-def _entries(rows: Iterable[Row], planned: Mapping[str, Planned]) -> list[Entry]:
-    return group([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
+def _stored_rules(rows: Iterable[Row], planned: Mapping[str, Planned]) -> list[StoredRule]:
+    return group_rules([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
+    """A key that sorts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError, DivergedError
 from qkit.storage.arrays import read_file
-from qkit.storage.layout import SINGLE, WORDS, Slot, lay_out
-from qkit.storage.place_writer import write_all
+from qkit.storage.layout import SINGLE, TYPE_NAMES, Slot, lay_out
 from qkit.storage.swap import sync_folder
+from qkit.storage.tensor_writer import write_all
 
 KEY = "qkit_run"  #: the one metadata key
 KEPT = 2
@@ -47,7 +47,7 @@ def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str
     check_finite(state)
     file = folder / f"checkpoint-{int(state['steps']):08d}.safetensors"
     aside = folder / ".checkpoint.writing"
-    slots = [Slot(name, WORDS[array.dtype.name], array.shape) for name, array in state.items()]
+    slots = [Slot(name, TYPE_NAMES[array.dtype.name], array.shape) for name, array in state.items()]
     whole = lay_out(slots, metadata={KEY: json.dumps(about, sort_keys=True)}, shard_bytes=1 << 62)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from qkit import artifact
-from qkit.artifact.directory import read_config
+from qkit.artifact.config import read_config
+from qkit.artifact.load import load
+from qkit.artifact.snapshot import Snapshot
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds, Trains
 from qkit.engines.registry import backend as choose
 from qkit.errors import RunError
-from qkit.exchange import snapshot
+from qkit.exchange.import_model import read_model
 from qkit.training.data import Sequences, sequences, split
 from qkit.training.run import Run
 from qkit.training.teacher import Tick, check_absent, write_top
@@ -36,7 +37,7 @@ def engine_of(run: Run) -> Trains:
     return engine.on(run.device) if run.device else engine
 
 
-def text_of(run: Run, source: snapshot.Snapshot) -> tuple[Sequences, Sequences, str]:
+def text_of(run: Run, source: Snapshot) -> tuple[Sequences, Sequences, str]:
     """What is trained on, what is held out, and what tokens are, for the model in `source`.
 
     Raises:
@@ -54,7 +55,7 @@ def text_of(run: Run, source: snapshot.Snapshot) -> tuple[Sequences, Sequences, 
     return data, sequences(other.tokens, length=run.length, name=other.name), text.kind
 
 
-def teacher_of(engine: Builds, folder: Path, source: snapshot.Snapshot) -> Any:
+def teacher_of(engine: Builds, folder: Path, source: Snapshot) -> Any:
     """The teacher in `folder`, in its own type.
 
     Raises:
@@ -63,7 +64,7 @@ def teacher_of(engine: Builds, folder: Path, source: snapshot.Snapshot) -> Any:
     theirs, ours = ((config or {}).get("vocab_size") for config in (read_config(folder), source.config))
     if theirs != ours:
         raise RunError(f"the teacher {folder} has a vocabulary of {theirs}, and {source.folder} one of {ours}")
-    return artifact.load(folder, backend=engine)
+    return load(folder, backend=engine)
 
 
 def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None) -> None:
@@ -78,6 +79,6 @@ def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None)
     named = run.distillation.teacher if run.distillation else None
     if named is None or not named.is_dir():
         raise RunError(f"distillation.teacher is {named or 'not there'}: name the directory of a model")
-    engine, source = engine_of(run), snapshot.read(run.model)
+    engine, source = engine_of(run), read_model(run.model)
     data, _, _ = text_of(run, source)
     write_top(engine, teacher_of(engine, named, source), data, file, k=top, tick=tick)

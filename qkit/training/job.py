@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 import qkit
-from qkit import adapters, artifact, pipeline
+from qkit import adapters, pipeline
+from qkit.artifact.load import load
+from qkit.artifact.save import save
+from qkit.artifact.snapshot import Snapshot
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import Trainer, TrainerOptions
 from qkit.errors import DivergedError
-from qkit.exchange import snapshot
+from qkit.exchange.import_model import read_model
 from qkit.qtensor import DType
 from qkit.storage.marks import remove
 from qkit.switches import calibrating
@@ -79,7 +82,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     check_files(run)
     engine, folder = engine_of(run), beside(run.out)
     with locked(folder):
-        source = snapshot.read(run.model)
+        source = read_model(run.model)
         model, recipe = opened(engine, source, recipe=run.recipe, dtype=run.dtype, adapter=run.adapter)
         data, unseen, kind = text_of(run, source)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
@@ -121,7 +124,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
         return outcome
 
 
-def _trainer(run: Run, engine: Trains, model: Any, data: Sequences, source: snapshot.Snapshot) -> tuple[Trainer, Order]:
+def _trainer(run: Run, engine: Trains, model: Any, data: Sequences, source: Snapshot) -> tuple[Trainer, Order]:
     teacher = top = None
     if run.distillation and run.distillation.teacher.is_file():
         vocabulary = vocabulary_of(run.model, source.config or {})
@@ -216,7 +219,7 @@ def _finish(
             model = pipeline.convert(model, backend=engine)
         difference = float(np.abs(engine.logits(model, few) - before).max())
     _save(run, engine, model, log.file.with_name("again"), dtype=dtype)
-    saved = engine.loss(artifact.load(run.out, backend=engine), unseen.all) if len(unseen) else None
+    saved = engine.loss(load(run.out, backend=engine), unseen.all) if len(unseen) else None
     events = read_log(log.file)
     losses = [event["loss"] for event in events if event["event"] == "step"]
     held_out = [event["loss"] for event in events if event["event"] == "evaluation"]
@@ -239,9 +242,9 @@ def _finish(
 def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) -> None:
     """Writes the artifact; where the same run had written it before it was killed, only proves that it is this one."""
     if run.replace or not run.out.exists() or not any(run.out.iterdir()):
-        artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
+        save(model, run.out, source=run.model, backend=engine, dtype=dtype)
         return
-    artifact.save(model, again, source=run.model, backend=engine, dtype=dtype)
+    save(model, again, source=run.model, backend=engine, dtype=dtype)
     try:
         check_saved(run.out, again)
     finally:

@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit import artifact, reference
+from qkit import reference
 from qkit.adapters import Adapter, adapt
+from qkit.artifact.load import load
+from qkit.artifact.snapshot import Snapshot
 from qkit.engines.protocol import Builds
 from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import RunError
-from qkit.exchange.snapshot import Snapshot, join
-from qkit.formats.packed import unpack
+from qkit.formats.packed import join, unpack
 from qkit.pipeline import prepare
 from qkit.qtensor import DTYPES, DType
 from qkit.reference.ranges import static_contents
@@ -39,7 +40,7 @@ def opened(
         ArtifactError, BackendError, RecipeError, GridError: as their causes.
     """
     if adapter and recipe is None and source.weights:
-        model = artifact.load(source.folder, backend=engine)
+        model = load(source.folder, backend=engine)
         return adapt(model, adapter, backend=engine), _own(engine, model, source)
     model, chosen = prepared(engine, masters(engine, source, dtype=dtype), source, recipe)
     return (adapt(model, adapter, backend=engine) if adapter else model), chosen

@@ -344,7 +344,7 @@ def test_files_that_are_no_adapter_are_refused(folder, tmp_path):
     with pytest.raises(qkit.ArtifactError, match=r"has no adapter_config.json"):
         load(folder)
     (folder / "adapter_config.json").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(qkit.ArtifactError, match="a link out of its folder"):
+    with pytest.raises(qkit.ArtifactError, match="a link to nothing"):
         load(folder)
     with pytest.raises(qkit.ArtifactError, match="unknown layout 'gguf': choose one of peft, mlx-lm"):
         adapters.save(adapted(ENGINES[0]), tmp_path / "x", layout="gguf")

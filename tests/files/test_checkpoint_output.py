@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import qkit
 from qkit.storage import swap
 from qkit.storage.arrays import read_file
-from qkit.storage.layout import WORDS, Slot, lay_out
+from qkit.storage.layout import TYPE_NAMES, Slot, lay_out
 from qkit.storage.write import Output, Stream, write_directory
 
 RANDOM = np.random.default_rng(0)
@@ -33,7 +33,7 @@ TENSORS = {
 def stream(name, array, block=11):
     data = array.tobytes()
     blocks = [data[i : i + block] for i in range(0, len(data), block)]
-    return Stream(Slot(name, WORDS[array.dtype.name], array.shape), lambda: blocks)
+    return Stream(Slot(name, TYPE_NAMES[array.dtype.name], array.shape), lambda: blocks)
 
 
 def write(folder, tensors=TENSORS, **options):
@@ -74,7 +74,7 @@ def test_two_writes_are_the_same_bytes_whatever_the_order(tmp_path):
 
 
 def test_every_tensor_begins_where_its_type_is_aligned():
-    slots = [Slot(name, WORDS[array.dtype.name], array.shape) for name, array in TENSORS.items()]
+    slots = [Slot(name, TYPE_NAMES[array.dtype.name], array.shape) for name, array in TENSORS.items()]
     layout = lay_out(slots, metadata={})
     for name, place in layout.places.items():
         assert place.begin % TENSORS[name].dtype.itemsize == 0
@@ -105,7 +105,7 @@ def stopping(name, array):
         yield array.tobytes()[:3]
         raise Stop
 
-    return Stream(Slot(name, WORDS[array.dtype.name], array.shape), blocks)
+    return Stream(Slot(name, TYPE_NAMES[array.dtype.name], array.shape), blocks)
 
 
 def interrupt(folder, fingerprint, tensors=TENSORS):

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import qkit
 from qkit.cli.application import application
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.export_model import export_dense, export_mlx
+from qkit.exchange.import_model import read_model
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
@@ -28,17 +29,17 @@ def artifacts(tmp_path_factory):
         recipe = minmax if kind == "int8-minmax" else qkit.recipe(kind)
         plan = make_plan(source, recipe, shard_bytes=9_000)
         quantize_directory(plan, root / kind, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
-    transfer.export_mlx(snapshot.read(root / "int4-g32"), root / "mlx", shard_bytes=9_000)
-    transfer.export_dense(snapshot.read(root / "int4-g32"), root / "dense", shard_bytes=30_000)
+    export_mlx(read_model(root / "int4-g32"), root / "mlx", shard_bytes=9_000)
+    export_dense(read_model(root / "int4-g32"), root / "dense", shard_bytes=30_000)
     return root
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_damage_that_changes_a_value_passes(kind, artifacts, tmp_path):
     """Each command is run on each damage; the one that ends well must have read the values that were written."""
-    undamaged, wrong, tried = snapshot.read(artifacts / kind), [], 0
-    transfer.export_dense(undamaged, tmp_path / "dense")
-    wanted = {"import": undamaged.digest(), "export": snapshot.read(tmp_path / "dense").digest()}
+    undamaged, wrong, tried = read_model(artifacts / kind), [], 0
+    export_dense(undamaged, tmp_path / "dense")
+    wanted = {"import": undamaged.digest(), "export": read_model(tmp_path / "dense").digest()}
     for name, damage in damages(artifacts / kind):
         folder = tmp_path / "damaged"
         shutil.copytree(artifacts / kind, folder)
@@ -51,7 +52,7 @@ def test_no_damage_that_changes_a_value_passes(kind, artifacts, tmp_path):
             assert done.exit_code == 0 or isinstance(done.exception, qkit.QkitError), (name, done.exception)
             assert (done.exit_code == 0) == out.exists(), name
             if done.exit_code == 0:
-                if snapshot.read(out).digest() != wanted[verb]:
+                if read_model(out).digest() != wanted[verb]:
                     wrong.append((name, verb))
                 shutil.rmtree(out)
         shutil.rmtree(folder)
@@ -62,12 +63,12 @@ def test_no_damage_that_changes_a_value_passes(kind, artifacts, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_damage_all_pass(kind, artifacts, tmp_path):
     assert runner.invoke(application, ["import", str(artifacts / kind), str(tmp_path / "out")]).exit_code == 0
-    assert snapshot.read(tmp_path / "out").digest() == snapshot.read(artifacts / kind).digest()
+    assert read_model(tmp_path / "out").digest() == read_model(artifacts / kind).digest()
 
 
 def test_what_another_program_wrote_needs_no_seal(artifacts, tmp_path):
     shutil.copytree(artifacts / "dense", tmp_path / "theirs", ignore=shutil.ignore_patterns("qkit.json"))
-    assert snapshot.read(tmp_path / "theirs").digest() == snapshot.read(artifacts / "dense").digest()
+    assert read_model(tmp_path / "theirs").digest() == read_model(artifacts / "dense").digest()
 
 
 @pytest.mark.parametrize("reader", ["inspect", "verify"])

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from qkit.artifact.verify import verify
 from qkit.cli.application import application
-from qkit.exchange import snapshot, transfer
 from qkit.exchange.diff import compare
+from qkit.exchange.export_model import export_dense, export_mlx
+from qkit.exchange.import_model import read_model
 from qkit.storage.arrays import read_file
 
 runner = CliRunner()
@@ -24,8 +25,8 @@ UP = "model.layers.0.mlp.up_proj"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("diff")
-    transfer.export_mlx(snapshot.read(quantized(root, "int4-g64")), root / "mlx")
-    transfer.export_dense(snapshot.read(root / "qkit"), root / "dense")
+    export_mlx(read_model(quantized(root, "int4-g64")), root / "mlx")
+    export_dense(read_model(root / "qkit"), root / "dense")
     return root
 
 
@@ -37,7 +38,7 @@ def edited(folder, target, edit):
     edit(tensors)
     save_file(tensors, target / "model.safetensors", metadata=metadata)
     (target / "qkit.json").unlink()  # or its digests would be what differs
-    return snapshot.read(target)
+    return read_model(target)
 
 
 def unequal(first, second):
@@ -46,7 +47,7 @@ def unequal(first, second):
 
 @pytest.mark.parametrize("other", ["qkit", "mlx", "dense"])
 def test_a_model_equals_itself_in_every_layout(folder, other):
-    rows = list(compare(snapshot.read(folder / "qkit"), snapshot.read(folder / other)))
+    rows = list(compare(read_model(folder / "qkit"), read_model(folder / other)))
     assert len(rows) == 21
     assert all(row.equal for row in rows)
     assert {row.compared for row in rows if row.name == f"{UP}.weight"} == {"values" if other == "dense" else "codes"}
@@ -56,9 +57,9 @@ def test_a_flipped_code_is_one_code(folder, tmp_path):
     def flip(tensors):
         tensors[f"{UP}.weight_packed"][3, 2] ^= 1 << 8  # one bit of the third code of eight in that word
 
-    (row,) = unequal(snapshot.read(folder / "qkit"), edited(folder, tmp_path / "out", flip))
+    (row,) = unequal(read_model(folder / "qkit"), edited(folder, tmp_path / "out", flip))
     assert (row.name, row.compared, row.codes, row.scales, row.numbers) == (f"{UP}.weight", "codes", 1, 0, 256 * 128)
-    (row,) = unequal(snapshot.read(folder / "dense"), snapshot.read(tmp_path / "out"))
+    (row,) = unequal(read_model(folder / "dense"), read_model(tmp_path / "out"))
     assert (row.compared, row.values, row.detail) == ("values", 1, "float, int4-g64-signed")
 
 
@@ -66,9 +67,9 @@ def test_a_changed_scale_is_one_scale(folder, tmp_path):
     def change(tensors):
         tensors[f"{UP}.weight_scale"][7, 1] *= 2
 
-    (row,) = unequal(snapshot.read(folder / "mlx"), edited(folder, tmp_path / "out", change))
+    (row,) = unequal(read_model(folder / "mlx"), edited(folder, tmp_path / "out", change))
     assert (row.name, row.codes, row.scales) == (f"{UP}.weight", 0, 1)
-    (row,) = unequal(snapshot.read(folder / "dense"), snapshot.read(tmp_path / "out"))
+    (row,) = unequal(read_model(folder / "dense"), read_model(tmp_path / "out"))
     assert 50 < row.values <= 64  # zeros stay zeros
 
 
@@ -77,8 +78,7 @@ def test_tensors_that_only_one_side_has_are_missing_or_extra(folder, tmp_path):
         tensors["model.other.weight"] = tensors.pop("model.norm.weight")
 
     found = {
-        row.name: row.compared
-        for row in unequal(snapshot.read(folder / "qkit"), edited(folder, tmp_path / "out", rename))
+        row.name: row.compared for row in unequal(read_model(folder / "qkit"), edited(folder, tmp_path / "out", rename))
     }
     assert found == {"model.norm.weight": "missing", "model.other.weight": "extra"}
 
@@ -90,14 +90,14 @@ def test_shapes_and_types_that_differ_are_said(folder, tmp_path):
 
     found = {
         row.name: (row.compared, row.detail)
-        for row in unequal(snapshot.read(folder / "mlx"), edited(folder, tmp_path / "out", change))
+        for row in unequal(read_model(folder / "mlx"), edited(folder, tmp_path / "out", change))
     }
     assert found == {"model.norm.weight": ("shape", "[128], [3]"), "lm_head.weight": ("type", "float32, float16")}
 
 
 def test_two_grids_are_compared_by_their_values(folder, tmp_path):
-    other = snapshot.read(quantized(tmp_path, "int8-g64"))
-    rows = unequal(snapshot.read(folder / "qkit"), other)
+    other = read_model(quantized(tmp_path, "int8-g64"))
+    rows = unequal(read_model(folder / "qkit"), other)
     assert len(rows) == 14
     assert {row.detail for row in rows} == {"int4-g64-signed, int8-g64-absmax"}
     assert all(row.values > row.numbers / 2 for row in rows)
@@ -117,7 +117,7 @@ def test_a_negative_zero_is_not_zero(folder, tmp_path):
 
 
 def test_digests_follow_the_content_and_not_the_container(folder, tmp_path):
-    of = {name: snapshot.read(folder / name) for name in ("qkit", "mlx", "dense")}
+    of = {name: read_model(folder / name) for name in ("qkit", "mlx", "dense")}
     assert of["qkit"].digest() == of["mlx"].digest() != of["dense"].digest()
     name = f"{UP}.weight"
 
@@ -167,7 +167,7 @@ def test_diff_shows_what_differs_and_exits_with_1(folder, tmp_path):
 
 def test_a_float_model_is_compared_too(tmp_path):
     first, second = make(tmp_path / "a", "llama"), make(tmp_path / "b", "llama")
-    assert not unequal(snapshot.read(first), snapshot.read(second))
+    assert not unequal(read_model(first), read_model(second))
 
 
 def test_an_export_that_cannot_be_is_bad_input(folder, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,9 @@ from families import make
 
 import qkit
 from qkit.element import INTEGERS
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.export_model import export_dense, export_mlx
+from qkit.exchange.import_model import read_model
+from qkit.exchange.write_model import weights_only
 from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
@@ -146,8 +148,8 @@ def test_the_configuration_speaks_of_mixed_grids_layer_by_layer(tmp_path):
         qkit.Rule(("*.up_proj",), weight=Grid("e2m1", 32)),
         qkit.Rule(("*_proj",), weight=Grid("int4", 64)),
     )
-    source = snapshot.read(quantized(tmp_path, qkit.Recipe("mixed", rules)))
-    transfer.export_mlx(source, tmp_path / "mlx")
+    source = read_model(quantized(tmp_path, qkit.Recipe("mixed", rules)))
+    export_mlx(source, tmp_path / "mlx")
     config = json.loads((tmp_path / "mlx" / "config.json").read_text())
     said = config["quantization"]
     assert config["quantization_config"] == said
@@ -179,20 +181,20 @@ def test_the_configuration_speaks_of_mixed_grids_layer_by_layer(tmp_path):
     ],
 )
 def test_the_rotary_embedding_is_said_in_mlx_lm_s_words(rope, wanted, tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int4-g64", rope_parameters=rope))
-    transfer.export_mlx(source, tmp_path / "mlx")
+    source = read_model(quantized(tmp_path, "int4-g64", rope_parameters=rope))
+    export_mlx(source, tmp_path / "mlx")
     config = json.loads((tmp_path / "mlx" / "config.json").read_text())
     assert {name: config[name] for name in wanted} == wanted
 
 
 def test_a_rotary_embedding_that_mlx_lm_would_ignore_is_refused(tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int4-g64"))
+    source = read_model(quantized(tmp_path, "int4-g64"))
     unknown = replace(source, config={**source.config, "model_type": "starcoder9"})
     with pytest.raises(qkit.ArtifactError, match="rotary embedding of a 'starcoder9' is not known"):
-        transfer.export_mlx(unknown, tmp_path / "mlx")
+        export_mlx(unknown, tmp_path / "mlx")
     partial = replace(source, config={**source.config, "rope_parameters": {"partial_rotary_factor": 0.5}})
     with pytest.raises(qkit.BackendError, match="rotates all of a 'llama'"):
-        transfer.export_mlx(partial, tmp_path / "mlx")
+        export_mlx(partial, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 
@@ -209,30 +211,30 @@ def test_the_table_of_rotary_names_is_mlx_lm_s(kind):
 def test_a_layer_that_mlx_cannot_hold_is_named_and_nothing_is_written(tmp_path):
     folder = quantized(tmp_path, "int8-row", intermediate_size=172)
     with pytest.raises(qkit.ArtifactError, match=r"model\.layers\.0\.mlp\.down_proj: MLX holds no rows of 172"):
-        transfer.export_mlx(snapshot.read(folder), tmp_path / "mlx")
+        export_mlx(read_model(folder), tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 
-@pytest.mark.parametrize("export", [transfer.export_mlx, transfer.export_dense])
+@pytest.mark.parametrize("export", [export_mlx, export_dense])
 def test_quantized_inputs_are_not_lost_unless_asked(export, tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int8-dynamic-act-int4-weight"))
+    source = read_model(quantized(tmp_path, "int8-dynamic-act-int4-weight"))
     with pytest.raises(qkit.ArtifactError, match=r"down_proj quantizes its inputs too.*--weights-only"):
         export(source, tmp_path / "out")
-    export(transfer.weights_only(source), tmp_path / "out")
+    export(weights_only(source), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_stacked_experts_are_refused_by_name(tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int4-g64"))
+    source = read_model(quantized(tmp_path, "int4-g64"))
     stacked = {**source.tensors, "model.layers.0.mlp.experts.down_proj": np.zeros((4, 8, 8), np.float32)}
     with pytest.raises(qkit.ArtifactError, match=r"experts\.down_proj: mlx-lm reads experts one by one"):
-        transfer.export_mlx(replace(source, tensors=stacked), tmp_path / "mlx")
+        export_mlx(replace(source, tensors=stacked), tmp_path / "mlx")
 
 
 def test_dense_is_a_plain_model_with_the_decoded_values(tmp_path):
     folder = quantized(tmp_path, "int4-g64-minmax", dtype="bfloat16")
-    source = snapshot.read(folder)
-    transfer.export_dense(source, tmp_path / "dense")
+    source = read_model(folder)
+    export_dense(source, tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     tensors, metadata = read_file(tmp_path / "dense" / "model.safetensors")
     original, _ = read_file(tmp_path / "float" / "model.safetensors")
@@ -247,11 +249,11 @@ def test_dense_is_a_plain_model_with_the_decoded_values(tmp_path):
 def test_the_source_is_not_the_target(tmp_path):
     folder = quantized(tmp_path, "int4-g64")
     with pytest.raises(qkit.ArtifactError, match="is what is to be read"):
-        transfer.export_mlx(snapshot.read(folder), folder)
+        export_mlx(read_model(folder), folder)
 
 
 def test_exports_know_their_companions(tmp_path):
     folder = quantized(tmp_path, "int4-g64")
-    transfer.export_mlx(snapshot.read(folder), tmp_path / "mlx")
+    export_mlx(read_model(folder), tmp_path / "mlx")
     names = {entry.name for entry in (tmp_path / "mlx").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} <= names

@@ -7,8 +7,10 @@ import pytest
 from test_export import DTYPES, quantized, weight
 
 import qkit
-from qkit.exchange import snapshot, transfer
-from qkit.formats.gguf import export_gguf, store
+from qkit.exchange.export_gguf import export_gguf
+from qkit.exchange.import_model import read_model
+from qkit.exchange.write_model import weights_only
+from qkit.formats.gguf import store
 from qkit.formats.packed import pack
 from qkit.grid import Grid
 
@@ -54,7 +56,7 @@ def test_scales_that_are_no_float16_are_counted(scale):
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int4-g32"))
+    source = read_model(quantized(tmp_path, "int4-g32"))
     path = "model.layers.1.mlp.up_proj"
     zeros = qkit.Rule(("*",), weight=Grid("int4", 32, "minmax"))
     wrong = {**source.weights, path: replace(source.weights[path], rule=zeros)}
@@ -88,21 +90,21 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path):
     ],
 )
 def test_a_model_that_gguf_would_compute_otherwise_is_refused(change, message, tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int4-g32"))
+    source = read_model(quantized(tmp_path, "int4-g32"))
     with pytest.raises(qkit.ArtifactError, match=message):
         export_gguf(replace(source, config={**source.config, **change}), tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_tensors_without_a_name_there_are_refused(tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int4-g32"))
+    source = read_model(quantized(tmp_path, "int4-g32"))
     strange = {**source.tensors, "model.thing.weight": np.zeros(3, np.float32)}
     with pytest.raises(qkit.ArtifactError, match=r"model\.thing\.weight: GGUF has no name for it in a 'llama'"):
         export_gguf(replace(source, tensors=strange), tmp_path / "model.gguf")
 
 
 def test_norms_that_do_not_survive_plus_one_are_counted(tmp_path):
-    source = snapshot.read(quantized(tmp_path, "int4-g32", family="gemma2", query_pre_attn_scalar=32))
+    source = read_model(quantized(tmp_path, "int4-g32", family="gemma2", query_pre_attn_scalar=32))
     norm = np.full(128, 2.0**-30, np.float32)
     tensors = {**source.tensors, "model.norm.weight": norm}
     with pytest.raises(
@@ -112,7 +114,7 @@ def test_norms_that_do_not_survive_plus_one_are_counted(tmp_path):
 
 
 def test_every_tensor_is_in_the_file_with_its_codes(tmp_path):
-    source = snapshot.read(quantized(tmp_path, "mxfp4-a16", dtype="bfloat16"))
+    source = read_model(quantized(tmp_path, "mxfp4-a16", dtype="bfloat16"))
     export_gguf(source, tmp_path / "model.gguf")
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert len(found) == 21
@@ -138,4 +140,4 @@ def test_activations_are_not_lost_unless_asked(tmp_path):
     done = CliRunner().invoke(application, [*command, "--weights-only"])
     assert done.exit_code == 0
     assert "without a tokenizer" in done.output
-    assert not transfer.weights_only(snapshot.read(folder)).weights["model.layers.0.mlp.up_proj"].rule.activation
+    assert not weights_only(read_model(folder)).weights["model.layers.0.mlp.up_proj"].rule.activation

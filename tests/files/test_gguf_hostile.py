@@ -6,8 +6,8 @@ import pytest
 from hostile import CONFIG, make_sound
 
 import qkit
-from qkit.exchange.snapshot import read
-from qkit.formats.gguf import export_gguf
+from qkit.exchange.export_gguf import export_gguf
+from qkit.exchange.import_model import read_model
 
 pytest.importorskip("gguf")
 
@@ -35,7 +35,7 @@ def test_a_number_that_does_not_go_is_refused(tmp_path, key, value, message):
     edit = tmp_path / "float/model.safetensors"
     without_mask(edit)
     with pytest.raises(qkit.ArtifactError, match=message):
-        export_gguf(read(tmp_path / "float"), tmp_path / "out.gguf")
+        export_gguf(read_model(tmp_path / "float"), tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*out.gguf*"))
 
 
@@ -44,7 +44,7 @@ def test_a_key_that_is_missing_is_named(tmp_path):
     (tmp_path / "float/config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))
     without_mask(tmp_path / "float/model.safetensors")
     with pytest.raises(qkit.ArtifactError, match=r"config.json: hidden_size is missing"):
-        export_gguf(read(tmp_path / "float"), tmp_path / "out.gguf")
+        export_gguf(read_model(tmp_path / "float"), tmp_path / "out.gguf")
 
 
 def without_mask(file):

@@ -12,7 +12,10 @@ from safetensors.numpy import save_file
 from test_export import GRIDS, quantized, weight
 
 import qkit
-from qkit.exchange import diff, snapshot, transfer
+from qkit.exchange import diff
+from qkit.exchange.export_model import export_mlx
+from qkit.exchange.import_model import read_model, to_artifact
+from qkit.exchange.write_model import weights_only
 from qkit.formats import mlx_lm
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
@@ -28,7 +31,7 @@ def written_by_qkit(folder, recipe):
     """What `qkit quantize` makes of the golden float model."""
     plan = make_plan(GOLDEN / "float", qkit.recipe(recipe))
     quantize_directory(plan, folder, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
-    return snapshot.read(folder)
+    return read_model(folder)
 
 
 # there and back
@@ -38,9 +41,9 @@ def written_by_qkit(folder, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_artifact_goes_to_mlx_and_back_byte_by_byte(recipe, dtype, tmp_path):
     folder = quantized(tmp_path, recipe, dtype=dtype)
-    transfer.export_mlx(snapshot.read(folder), tmp_path / "mlx")
-    transfer.to_artifact(snapshot.read(tmp_path / "mlx"), tmp_path / "back")
-    assert snapshot.read(tmp_path / "mlx").digest() == snapshot.read(folder).digest()
+    export_mlx(read_model(folder), tmp_path / "mlx")
+    to_artifact(read_model(tmp_path / "mlx"), tmp_path / "back")
+    assert read_model(tmp_path / "mlx").digest() == read_model(folder).digest()
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
 
@@ -48,8 +51,8 @@ def test_an_artifact_goes_to_mlx_and_back_byte_by_byte(recipe, dtype, tmp_path):
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text", "mixtral", "qwen3_moe"])
 def test_so_does_every_family(family, tmp_path):
     folder = quantized(tmp_path, "int4-g32", family=family)
-    transfer.export_mlx(snapshot.read(folder), tmp_path / "mlx", shard_bytes=200_000)
-    transfer.to_artifact(snapshot.read(tmp_path / "mlx"), tmp_path / "back")
+    export_mlx(read_model(folder), tmp_path / "mlx", shard_bytes=200_000)
+    to_artifact(read_model(tmp_path / "mlx"), tmp_path / "back")
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
 
@@ -62,10 +65,10 @@ def test_compressed_tensors_without_a_word_of_qkit_come_back_with_an_equal_diges
     shutil.copytree(folder, tmp_path / "theirs")
     save_file(tensors, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "theirs" / "qkit.json").unlink()
-    theirs = snapshot.read(tmp_path / "theirs")
+    theirs = read_model(tmp_path / "theirs")
     assert theirs.foreign
-    transfer.to_artifact(theirs, tmp_path / "back")
-    assert snapshot.read(tmp_path / "back").digest() == snapshot.read(folder).digest()
+    to_artifact(theirs, tmp_path / "back")
+    assert read_model(tmp_path / "back").digest() == read_model(folder).digest()
 
 
 # llm-compressor
@@ -73,7 +76,7 @@ def test_compressed_tensors_without_a_word_of_qkit_come_back_with_an_equal_diges
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "MXFP4A16"])
 def test_llm_compressor_s_codes_are_untouched(scheme, tmp_path):
-    transfer.to_artifact(snapshot.read(GOLDEN / scheme), tmp_path / "out")
+    to_artifact(read_model(GOLDEN / scheme), tmp_path / "out")
     theirs, _ = read_file(GOLDEN / scheme / "model.safetensors")
     ours, _ = read_file(tmp_path / "out" / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -90,7 +93,7 @@ def test_an_imported_model_computes_what_transformers_does(scheme, tmp_path):
 
     told = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(GOLDEN / scheme, dtype="auto", quantization_config=told)
-    transfer.to_artifact(snapshot.read(GOLDEN / scheme), tmp_path / "out")
+    to_artifact(read_model(GOLDEN / scheme), tmp_path / "out")
     ours = qkit.load(tmp_path / "out", backend="torchao")
     tokens = np.arange(18).reshape(2, 9)
     engine = qkit.backend("torchao")
@@ -99,16 +102,16 @@ def test_an_imported_model_computes_what_transformers_does(scheme, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "MXFP4A16"])
 def test_llm_compressor_s_model_goes_straight_to_mlx(scheme, tmp_path):
-    theirs = snapshot.read(GOLDEN / scheme)
-    transfer.export_mlx(theirs, tmp_path / "mlx")
-    assert snapshot.read(tmp_path / "mlx").digest() == theirs.digest()
+    theirs = read_model(GOLDEN / scheme)
+    export_mlx(theirs, tmp_path / "mlx")
+    assert read_model(tmp_path / "mlx").digest() == theirs.digest()
 
 
 @pytest.mark.parametrize("name", ["torchao", "mlx"])
 def test_an_imported_model_loads(name, tmp_path):
     if not any(status.name == name and status.ready for status in qkit.backends()):
         pytest.skip(f"{name} is not installed")
-    transfer.to_artifact(snapshot.read(GOLDEN / "W4A16_ASYM"), tmp_path / "out")
+    to_artifact(read_model(GOLDEN / "W4A16_ASYM"), tmp_path / "out")
     model = qkit.load(tmp_path / "out", backend=name)
     rows = {row.path: row.weight for row in qkit.coverage(model).rows}
     assert rows["model.layers.0.mlp.up_proj"] == "int4-g128-minmax"
@@ -116,7 +119,7 @@ def test_an_imported_model_loads(name, tmp_path):
 
 
 def test_mxfp4_is_llm_compressor_s_bit_for_bit(tmp_path):
-    rows = list(diff.compare(written_by_qkit(tmp_path / "out", "mxfp4-a16-even"), snapshot.read(GOLDEN / "MXFP4A16")))
+    rows = list(diff.compare(written_by_qkit(tmp_path / "out", "mxfp4-a16-even"), read_model(GOLDEN / "MXFP4A16")))
     assert all(row.equal for row in rows)
     assert sum(row.numbers for row in rows if row.compared == "codes") == 90_112
 
@@ -126,7 +129,7 @@ def test_mxfp4_is_llm_compressor_s_bit_for_bit(tmp_path):
 )
 def test_scales_are_llm_compressor_s_and_codes_but_for_its_division_in_bfloat16(scheme, recipe, flipped, tmp_path):
     """Its quotient is rounded to bfloat16 before it is rounded to a code: that accounts for every one of 90,112 codes."""
-    ours, theirs = written_by_qkit(tmp_path / "out", recipe), snapshot.read(GOLDEN / scheme)
+    ours, theirs = written_by_qkit(tmp_path / "out", recipe), read_model(GOLDEN / scheme)
     original, _ = read_file(GOLDEN / "float" / "model.safetensors")
     rows = [row for row in diff.compare(ours, theirs) if row.compared == "codes"]
     assert [row.scales for row in rows] == [0] * 7
@@ -154,7 +157,7 @@ def test_scales_are_llm_compressor_s_and_codes_but_for_its_division_in_bfloat16(
 )
 def test_what_qkit_has_no_grid_for_is_refused(scheme, message, tmp_path):
     with pytest.raises(qkit.ArtifactError, match=message):
-        transfer.to_artifact(snapshot.read(GOLDEN / scheme), tmp_path / "out")
+        to_artifact(read_model(GOLDEN / scheme), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -162,7 +165,7 @@ def test_scales_off_the_grid_are_counted(tmp_path):
     with pytest.raises(
         qkit.ArtifactError, match=r"weight_scale holds \d+ numbers, each of which should be a power of two"
     ):
-        transfer.to_artifact(transfer.weights_only(snapshot.read(GOLDEN / "FP8_DYNAMIC")), tmp_path / "out")
+        to_artifact(weights_only(read_model(GOLDEN / "FP8_DYNAMIC")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -196,7 +199,7 @@ def edited(tmp_path, edit):
 def test_a_configuration_that_does_not_fit_is_refused(edit, message, tmp_path):
     folder = edited(tmp_path, edit)
     with pytest.raises(qkit.ArtifactError, match=message):
-        transfer.to_artifact(snapshot.read(folder), tmp_path / "out")
+        to_artifact(read_model(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -213,7 +216,7 @@ def test_nonsense_in_a_configuration_is_bad_input(name, value, tmp_path):
     with pytest.raises(
         qkit.ArtifactError, match=r"want an object|want bits and group_size|quantized by an unknown tool"
     ):
-        transfer.to_artifact(snapshot.read(tmp_path / "theirs"), tmp_path / "out")
+        to_artifact(read_model(tmp_path / "theirs"), tmp_path / "out")
 
 
 def test_groups_are_found_by_name_by_pattern_and_by_class(tmp_path):
@@ -226,7 +229,7 @@ def test_groups_are_found_by_name_by_pattern_and_by_class(tmp_path):
             "by_pattern": {**group, "targets": [r"re:.*(down|self_attn\.[qkvo])_proj"]},
         }
 
-    assert snapshot.read(edited(tmp_path, split)).digest() == snapshot.read(GOLDEN / "W4A16").digest()
+    assert read_model(edited(tmp_path, split)).digest() == read_model(GOLDEN / "W4A16").digest()
 
 
 # mlx-lm
@@ -241,9 +244,9 @@ def float_model(tmp_path_factory):
 def test_mlx_lm_s_codes_are_untouched(mode, bits, group, float_model, tmp_path):
     mx, convert = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm").convert
     convert(str(float_model), str(tmp_path / "mlx"), quantize=True, q_bits=bits, q_group_size=group, q_mode=mode)
-    theirs = snapshot.read(tmp_path / "mlx")
-    transfer.to_artifact(theirs, tmp_path / "out")
-    assert snapshot.read(tmp_path / "out").digest() == theirs.digest()
+    theirs = read_model(tmp_path / "mlx")
+    to_artifact(theirs, tmp_path / "out")
+    assert read_model(tmp_path / "out").digest() == theirs.digest()
     stored, _ = read_file(tmp_path / "mlx" / "model.safetensors")
     assert len(theirs.weights) == 16
     for path, held in theirs.weights.items():
@@ -262,7 +265,7 @@ def test_mlx_s_own_affine_codes_are_refused_with_a_count(float_model, tmp_path):
     with pytest.raises(
         qkit.ArtifactError, match=r"(biases|scales) holds \d+ numbers, each of which.*; qkit holds a model"
     ):
-        transfer.to_artifact(snapshot.read(tmp_path / "mlx"), tmp_path / "out")
+        to_artifact(read_model(tmp_path / "mlx"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -308,10 +311,10 @@ def test_names_that_mlx_lm_changes_are_refused(float_model, tmp_path):
     file = tmp_path / "mlx" / "config.json"
     file.write_text(file.read_text().replace('"llama"', '"gpt_neox"'))
     with pytest.raises(qkit.ArtifactError, match="how mlx-lm renames the tensors of a 'gpt_neox' is not known"):
-        snapshot.read(tmp_path / "mlx")
+        read_model(tmp_path / "mlx")
 
 
 def test_an_export_says_so_where_an_artifact_is_wanted(tmp_path):
-    transfer.export_mlx(snapshot.read(quantized(tmp_path, "int4-g64")), tmp_path / "mlx")
+    export_mlx(read_model(quantized(tmp_path, "int4-g64")), tmp_path / "mlx")
     with pytest.raises(qkit.ArtifactError, match="is an export for mlx: qkit import makes an artifact of it"):
         qkit.load(tmp_path / "mlx", backend="torchao")

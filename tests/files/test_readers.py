@@ -13,8 +13,9 @@ from families import make
 
 import qkit
 from qkit import reference
-from qkit.exchange import snapshot, transfer
-from qkit.formats import gguf
+from qkit.exchange.export_gguf import export_gguf
+from qkit.exchange.export_model import export_dense, export_mlx
+from qkit.exchange.import_model import read_model
 from qkit.formats.packed import unpack
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
@@ -111,18 +112,18 @@ def opened(tmp_path_factory):
         folder = root / name.replace(" ", "-")
         source = make(folder / "float", case.family, **case.changes)
         write(case, source, folder / "qkit")
-        held = snapshot.read(folder / "qkit")
+        held = read_model(folder / "qkit")
         wanted[name] = by_hand(source, held, dtype="float32" if "gguf" in case.readers else "auto")
         paths[name] = list(held.weights)
         for reader in case.readers:
             place = {"mlx-lm": "mlx", "dense": "dense", "gguf": "model.gguf"}.get(reader, "qkit")
             folders.setdefault(reader, {})[name] = folder / place
         if "mlx-lm" in case.readers:
-            transfer.export_mlx(held, folder / "mlx", shard_bytes=case.shard_bytes)
+            export_mlx(held, folder / "mlx", shard_bytes=case.shard_bytes)
         if "gguf" in case.readers:
-            gguf.export_gguf(held, folder / "model.gguf")
+            export_gguf(held, folder / "model.gguf")
         if "dense" in case.readers:
-            transfer.export_dense(held, folder / "dense")
+            export_dense(held, folder / "dense")
     logits, said = {}, {}
     for reader, mine in folders.items():
         found, words = run("transformers" if reader == "dense" else reader, list(mine.values()), root)

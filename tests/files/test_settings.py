@@ -15,7 +15,7 @@ from qkit.artifact.inspect import inspect_directory
 from qkit.artifact.verify import verify
 from qkit.cli.application import application
 from qkit.evaluation.opening import open_model
-from qkit.exchange import snapshot
+from qkit.exchange.import_model import read_model
 from qkit.formats import compressed_tensors, settings
 from qkit.grid import Grid
 from qkit.storage.arrays import read_file
@@ -99,7 +99,7 @@ def test_every_reader_refuses_such_a_setting_in_an_artifact_of_qkit_s_own(key, t
 def test_settings_that_say_nothing_are_no_obstacle(key, tmp_path):
     for i, value in enumerate(HARMLESS[key]):
         folder = told(tmp_path / str(i), lambda config, value=value: config["quantization_config"].update({key: value}))
-        assert snapshot.read(folder).digest() == snapshot.read(GOLDEN / "W4A16").digest()
+        assert read_model(folder).digest() == read_model(GOLDEN / "W4A16").digest()
 
 
 def group(config):
@@ -148,26 +148,26 @@ ATTENTION = {"targets": ["re:.*self_attn$"], "input_activations": CACHE}
 )
 def test_what_changes_numbers_is_refused_at_every_level(edit, message, tmp_path):
     with pytest.raises(qkit.ArtifactError, match=message):
-        snapshot.read(told(tmp_path / "theirs", edit))
+        read_model(told(tmp_path / "theirs", edit))
 
 
 def test_an_order_of_calibration_changes_no_number(tmp_path):
     folder = told(tmp_path / "theirs", lambda c: group(c)["weights"].update(actorder="static"))
-    assert snapshot.read(folder).digest() == snapshot.read(GOLDEN / "W4A16").digest()
+    assert read_model(folder).digest() == read_model(GOLDEN / "W4A16").digest()
 
 
 def test_a_model_whose_settings_lie_in_another_file_is_refused(tmp_path):
     shutil.copytree(GOLDEN / "float", tmp_path / "theirs")
     (tmp_path / "theirs" / "hf_quant_config.json").write_text('{"quantization": {"kv_cache_quant_algo": "FP8"}}')
     with pytest.raises(qkit.ArtifactError, match=r"hf_quant_config.json says how the model is quantized"):
-        snapshot.read(tmp_path / "theirs")
+        read_model(tmp_path / "theirs")
 
 
 def test_settings_without_a_quantized_layer_are_refused(tmp_path):
     config = json.loads((GOLDEN / "W4A16" / "config.json").read_text())["quantization_config"]
     folder = told(tmp_path / "theirs", lambda c: c.update(quantization_config=config), source=GOLDEN / "float")
     with pytest.raises(qkit.ArtifactError, match="no layer has a weight_scale"):
-        snapshot.read(folder)
+        read_model(folder)
 
 
 def test_every_key_of_the_installed_compressed_tensors_has_been_decided():
@@ -213,13 +213,13 @@ def test_mlx_s_settings_are_carried_out_or_refused(edit, message, of_mlx_lm, tmp
             config[key].update(edit)
 
     with pytest.raises(qkit.ArtifactError, match=message):
-        snapshot.read(told(tmp_path / "theirs", both, source=of_mlx_lm))
+        read_model(told(tmp_path / "theirs", both, source=of_mlx_lm))
 
 
 def test_two_accounts_of_one_model_have_to_agree(of_mlx_lm, tmp_path):
     folder = told(tmp_path / "theirs", lambda c: c["quantization_config"].update(bits=8), source=of_mlx_lm)
     with pytest.raises(qkit.ArtifactError, match="remove one of them"):
-        snapshot.read(folder)
+        read_model(folder)
 
 
 def test_mlx_s_quantized_model_is_not_quantized_again(of_mlx_lm, tmp_path):

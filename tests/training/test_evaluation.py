@@ -14,7 +14,8 @@ import qkit
 from qkit.cli.application import application, main
 from qkit.engines.numpy import NumpyBackend
 from qkit.evaluation import consecutive, evaluate, measure, open_model, read_alike
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.export_model import export_mlx
+from qkit.exchange.import_model import read_model
 from qkit.training.text import read_text
 
 TEXT = bytes(np.random.default_rng(1).integers(0, 256, 400).astype(np.uint8))
@@ -35,7 +36,7 @@ def directories(tmp_path_factory):
     name = llama.ENGINES[0]
     qkit.save(llama.build(name), place / "float")
     qkit.save(qkit.convert(llama.build(name), "int4-g64"), place / "int4")
-    transfer.export_mlx(snapshot.read(place / "int4"), place / "mlx")
+    export_mlx(read_model(place / "int4"), place / "mlx")
     (place / "text").write_bytes(TEXT)
     return place
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import qkit
 from qkit import reference
-from qkit.exchange import snapshot
+from qkit.exchange.import_model import read_model
 from qkit.formats.packed import unpack
 from qkit.training import run_from_table, teach, train_model
 from qkit.training.data import sequences, split
@@ -259,7 +259,7 @@ def test_masters_of_a_bfloat16_artifact_are_the_exact_values_of_its_codes(tmp_pa
     """In float32; the model itself would give them back in bfloat16, which moves them off the grid."""
     path, engine = folder(tmp_path, dtype="bfloat16"), qkit.backend(name)
     qkit.save(qkit.convert(qkit.load(path / "model", backend=name), "int8-g32"), path / "ptq", source=path / "model")
-    source = snapshot.read(path / "ptq")
+    source = read_model(path / "ptq")
     model = masters(engine, source, dtype="float32")
     weights = {layer.path: engine.to_numpy(engine.weight(layer.module)) for layer in engine.layers(model)}
     for key, held in source.weights.items():

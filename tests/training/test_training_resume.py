@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import qkit
 from qkit.cli.application import application
-from qkit.exchange import snapshot
+from qkit.exchange.import_model import read_model
 from qkit.formats.packed import unpack
 from qkit.reference import learned
 from qkit.storage import swap
@@ -163,7 +163,7 @@ def test_zero_points_and_exponents_change_codes_in_a_short_run(tmp_path, name, g
 
 
 def codes_of(out):
-    return {path: unpack(held.read()).codes for path, held in snapshot.read(out).weights.items()}
+    return {path: unpack(held.read()).codes for path, held in read_model(out).weights.items()}
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs two engines")

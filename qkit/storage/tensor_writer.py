@@ -1,4 +1,4 @@
-"""Writing tensors into files that are laid out already: from any process, each tensor from one."""
+"""Writing the bytes of tensors to their places in files that exist. Several processes may write, each its own tensors."""
 
 import hashlib
 import os
@@ -10,31 +10,36 @@ from qkit.storage.layout import Place
 CHUNK = 1 << 20
 
 
-class Pen:
-    """Writes at the places of a layout, into files of `folder` that exist, and digests what it writes."""
+class TensorWriter:
+    """Writes tensors at the places of a layout into existing files of `folder`, and digests the bytes on the way."""
 
     def __init__(self, folder: Path, places: Mapping[str, Place]) -> None:
         self._folder, self._places = folder, places
         self._opened: dict[str, int] = {}
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _RunningDigest] = {}
 
     def write(self, name: str, block: bytes | memoryview, *, offset: int = 0) -> int:
-        """Puts `block` at `offset` of tensor `name`; returns its length."""
+        """Writes `block` at `offset` of tensor `name`, and returns its length.
+
+        Raises:
+            ValueError: the block is longer than the rest of the tensor.
+            OSError: the disk is full, and so on; the error names the file.
+        """
         place, data = self._places[name], memoryview(block).cast("B")
         if offset + len(data) > place.nbytes:
             raise ValueError(f"{name} has {place.nbytes} bytes: {len(data)} at {offset} are too many")
-        running = self._running.setdefault(name, _Running())
-        if running.end == offset:  # what comes in order is digested as it comes
+        running = self._running.setdefault(name, _RunningDigest())
+        if running.end == offset:  # blocks in order are digested while they are in memory
             running.digest.update(data)
             running.end += len(data)
         try:
             write_all(self._open(place.file), data, place.begin + offset)
-        except OSError as error:  # the system does not say of which file
+        except OSError as error:  # the system's own error does not name the file
             raise OSError(error.errno, error.strerror, str(self._folder / place.file)) from None
         return len(data)
 
     def digest(self, name: str) -> str:
-        """SHA-256 of tensor `name`, all of whose bytes are written."""
+        """SHA-256 of tensor `name`, after all its bytes are written."""
         place, running = self._places[name], self._running.pop(name, None)
         if running and running.end == place.nbytes:
             return running.digest.hexdigest()
@@ -55,15 +60,15 @@ class Pen:
         return self._opened[file]
 
 
-class _Running:
-    """The digest of what has come of one tensor, as far as it came in order."""
+class _RunningDigest:
+    """Digest of the first bytes of one tensor, up to `end`, written in order."""
 
     def __init__(self) -> None:
         self.digest, self.end = hashlib.sha256(), 0
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Every byte that is written goes through here."""
+    """Writes all of `data` at `offset` of an open file. Every byte that qkit writes goes through this function."""
     left = memoryview(data)
     while left:
         done = os.pwrite(descriptor, left, offset)

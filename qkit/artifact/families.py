@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint are the weights of layers, from their names and shapes: what the modules would say, unbuilt.
+"""The layers of a checkpoint, from the names and shapes of its tensors. No module is built.
 
-Read off transformers 5.23 on Llama, Qwen, Gemma, GPT-NeoX, GPT-2, Mixtral, Qwen-MoE, gpt-oss and Llama 4; tests compare with
-`layers()` of an engine. The rest follows from the same few names, since most families copy them.
+Read off transformers 5.23 on Llama, Qwen, Gemma, GPT-NeoX, GPT-2, Mixtral, Qwen-MoE, gpt-oss and Llama 4. Tests compare the
+result with `layers()` of an engine. Most other families copy the same few names.
 """
 
 import re
@@ -14,26 +14,26 @@ from qkit.qtensor import DTYPES as FLOATS
 from qkit.storage.layout import DTYPES, Slot
 
 EMBEDDINGS = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)(_tokens|_in|_positions|_per_layer|s)*$")
-NO_TOKENS = re.compile(r"(wpe|positions|per_layer)$")  #: embeddings that no head is tied to
+NO_TOKENS = re.compile(r"(wpe|positions|per_layer)$")  #: embeddings that are never the output head too
 ROUTERS = ("gate", "router")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 HEAD = "lm_head"
 HIDDEN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
-#: By model type: paths that transformers calls otherwise than their files do.
+#: By model type: paths in the files, and their names in transformers.
 RENAMED = {"gpt_neox": {"embed_out": HEAD}}
-#: By model type: layers that hold their weight transposed (transformers' Conv1D), which no engine quantizes.
+#: By model type: layers with a transposed weight (transformers' Conv1D), which no engine quantizes.
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}
 
 
 def output_name(name: str, config: Mapping[str, Any]) -> str:
-    """The name of a tensor in the model, which is the file's but for `RENAMED`."""
+    """The name of a tensor in the model: the file's name, except for `RENAMED`."""
     path, _, last = name.rpartition(".")
     return f"{RENAMED.get(_type(config), {}).get(path, path)}.{last}" if path else name
 
 
 def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
-    """The layer whose weight lies in `slot`, or why there is none that a rule could speak of."""
+    """The layer whose weight is in `slot`; or, where no rule can apply to the tensor, the reason as text."""
     path, _, last = slot.name.rpartition(".")
     own = path.rpartition(".")[2]
     if "expert" in slot.name and len(slot.shape) > 2:
@@ -59,10 +59,10 @@ def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
 
 
 def tied_head(layers: Collection[Layer], config: Mapping[str, Any]) -> Layer | None:
-    """The embedding that is also the output head, if one is.
+    """The embedding that is also the output head; None where there is none.
 
     Raises:
-        PlanError: the configuration says tied and a head is stored, or it says untied and none is.
+        PlanError: the configuration says tied and the files have a head, or it says untied and they have none.
     """
     heads = [layer for layer in layers if layer.path == HEAD or layer.path.endswith(f".{HEAD}")]
     embedding = next(
@@ -87,10 +87,10 @@ def tied_head(layers: Collection[Layer], config: Mapping[str, Any]) -> Layer | N
 
 
 def check_whole(names: Collection[str], config: Mapping[str, Any]) -> None:
-    """Looks for hidden layers that the configuration counts and the files lack.
+    """Checks that the files have every hidden layer that the configuration counts.
 
     Raises:
-        PlanError: there is one.
+        PlanError: a hidden layer is missing.
     """
     count = config.get("num_hidden_layers")
     found = {int(match[1]) for name in names if (match := HIDDEN_LAYER.search(name))}

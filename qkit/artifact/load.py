@@ -1,0 +1,111 @@
+"""`load`: a Hugging Face directory in compressed-tensors layout to a model on any engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+from numpy.typing import NDArray
+
+from qkit.artifact.config import CONFIG, float_config, read_config
+from qkit.artifact.metadata import StoredRule, kind_of, read_rules
+from qkit.engines.abilities import require, want_honored
+from qkit.engines.layer import Layer
+from qkit.engines.protocol import Arrays, Builds, Modules
+from qkit.engines.registry import backend as choose
+from qkit.errors import ArtifactError, GridError
+from qkit.formats import compressed_tensors
+from qkit.formats.packed import join
+from qkit.pipeline import NOTE, Model, surgeon
+from qkit.qtensor import QTensor
+from qkit.reference.ranges import check_static, static_contents
+from qkit.rules import Rule
+from qkit.storage.read import read_folder
+from qkit.storage.seal import check_seal
+
+
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Model) -> Model: ...
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: None = None) -> Any: ...
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any = None) -> Any:
+    """The model in `folder`, float or converted, on an engine.
+
+    Args:
+        backend: the engine. The default is the engine of `into`, or the first that is ready.
+        into: a float model to fill; its layers are found by their paths. By default, the engine builds one from
+            `config.json`.
+
+    Raises:
+        ArtifactError: a file is missing or unsound, differs from its digest in `qkit.json`, or does not fit the model.
+        BackendError: the engine is missing, cannot build such a model, or does not honour a key of its rules.
+    """
+    folder = Path(folder)
+    engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
+    stored, metadata = read_folder(folder)
+    check_seal(folder, stored, digests=True)
+    arrays = {name: tensor.mapped() for name, tensor in stored.items()}
+    config = read_config(folder)
+    rules = read_rules(folder, metadata, config)
+    inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
+    want_honored(engine, inference, f"load {folder}")
+    model = _build(engine, folder, config) if into is None else into
+    layers = {layer.path: layer for layer in engine.layers(model)}
+    for layer in layers.values():
+        if layer.stage != "float":
+            raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
+    taken = {path: _take(folder, arrays, path, layers, one) for one in rules for path in one.paths}
+    try:
+        engine.fill(model, arrays, without={join(path, "weight") for path in taken})
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    packed: dict[str, Any] = {}
+    for path, layer in layers.items():
+        if layer.kind != "other":
+            setattr(layer.module, NOTE, "float in the artifact")
+        if layer.tied and layer.tied in taken:
+            rule = Rule(("*",), kind=kind_of(layer), weight=taken[layer.tied].rule.weight)
+            packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
+        elif path in taken:
+            packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
+    return engine.replace(model, packed)
+
+
+def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
+    if config is None:
+        raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
+    return require(engine, Builds).build(float_config(config))
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """The codes, the rule and the static scales that an artifact has for one layer."""
+
+    q: QTensor[Any]
+    rule: Rule
+    static: dict[str, NDArray[Any]]
+
+
+def _take(
+    folder: Path, arrays: dict[str, NDArray[Any]], path: str, layers: Mapping[str, Layer], stored: StoredRule
+) -> _Taken:
+    """The codes and static scales of the layer at `path`. Removes their tensors from `arrays`."""
+    layer, grid = layers.get(path), stored.rule.weight
+    if layer is None or grid is None:
+        raise ArtifactError(f"{folder}: the model has no layer {path!r} to hold its codes")
+    if layer.stage == "converted" or layer.obstacle or layer.tied:
+        raise ArtifactError(f"{folder}: {path} cannot take its codes: {_why_not(layer)}")
+    try:
+        names = compressed_tensors.contents(grid, dtype=stored.dtype, shape=layer.shape)
+        found = {name: arrays.pop(join(path, name)) for name in names if join(path, name) in arrays}
+        q = compressed_tensors.from_tensors(found, grid=grid, dtype=stored.dtype, shape=layer.shape)
+        static = {name: arrays.pop(join(path, name), None) for name in static_contents(stored.rule)}
+        return _Taken(q, stored.rule, check_static(static, stored.rule))
+    except (ArtifactError, GridError) as error:
+        raise ArtifactError(f"{folder}: {path}: {error}") from None
+
+
+def _why_not(layer: Layer) -> str:
+    if layer.stage == "converted":
+        return "it is converted already"
+    return layer.obstacle or f"its weight is that of {layer.tied}"

@@ -1,0 +1,101 @@
+"""`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qkit.artifact.companions import companions
+from qkit.artifact.config import quantized_config, read_config
+from qkit.artifact.metadata import KEY, describe, group_rules
+from qkit.engines.layer import want_merged, want_whole
+from qkit.engines.protocol import Arrays
+from qkit.errors import ArtifactError, StageError
+from qkit.formats import compressed_tensors
+from qkit.formats.packed import join
+from qkit.pipeline import surgeon
+from qkit.qtensor import DTYPES, DType
+from qkit.reference.ranges import static_contents
+from qkit.storage.arrays import array_stream
+from qkit.storage.destination import check_directory, destination
+from qkit.storage.layout import SHARD_BYTES
+from qkit.storage.write import write_directory
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    backend: str | Arrays | None = None,
+    dtype: DType | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes `model`, converted or float, as a directory that transformers, vLLM and qkit on any engine open.
+
+    The folder appears, or replaces an earlier one, in one step after every byte is written.
+
+    Args:
+        folder: the directory to write. An earlier artifact there is replaced.
+        source: the Hugging Face directory of the original model, whose config, tokenizer and generation files are copied.
+            By default, the model's own configuration is written; a model without one gives the weights alone.
+        dtype: type of the stored float tensors and of dequantized values. float32 master weights become a bfloat16 model this
+            way. Codes and scales do not depend on it. By default, every tensor keeps its type.
+        shard_bytes: most bytes of tensors in one file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StageError: a layer is prepared but not converted, or has an adapter, or is sharded.
+        ArtifactError: a grid has no portable layout, or `folder` holds other files; see `check_directory`.
+        PlanError: the disk is read-only.
+        LockedError: another process writes `folder`.
+    """
+    engine = surgeon(model, backend)
+    folder, origin = Path(folder), None if source is None else Path(source)
+    config = engine.config(model) if origin is None else read_config(origin)
+    if origin is not None and (config is None or origin.resolve() == destination(folder).path):
+        why = "has no config.json" if config is None else "is where the artifact would go"
+        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
+    check_directory(folder)
+    layers = list(engine.layers(model))
+    want_whole(layers, "save")
+    want_merged(layers, "save")
+    for layer in layers:
+        if layer.stage == "prepared":
+            raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
+    tensors = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items()}
+    static = {join(layer.path, name) for layer in layers if layer.rule for name in static_contents(layer.rule)}
+    if dtype is not None:
+        tensors = _cast(tensors, dtype, but=static)
+    converted = [
+        (layer, engine.unpack(layer.module).map(engine.to_numpy))
+        for layer in layers
+        if layer.stage == "converted" and not layer.tied  # a tied weight is stored once, under its first path
+    ]
+    if dtype is not None:
+        converted = [(layer, replace(q, dtype=dtype)) for layer, q in converted]
+    for layer, q in converted:
+        for name, array in compressed_tensors.to_tensors(q).items():
+            tensors[join(layer.path, name)] = array
+    rules = group_rules((layer, q.dtype) for layer, q in converted)
+    left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
+    write_directory(
+        folder,
+        [array_stream(name, array) for name, array in tensors.items()],
+        metadata={KEY: describe(rules)},
+        files=companions(origin, config=quantized_config(config, rules, left_alone=left_alone)),
+        shard_bytes=shard_bytes,
+    )
+    return folder
+
+
+def _cast(tensors: Mapping[str, NDArray[Any]], dtype: DType, *, but: Collection[str]) -> dict[str, NDArray[Any]]:
+    """`tensors` with every float as `dtype`, except those whose names are in `but`."""
+    return {
+        name: array.astype(dtype) if array.dtype.name in DTYPES and name not in but else array
+        for name, array in tensors.items()
+    }

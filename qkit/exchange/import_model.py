@@ -1,0 +1,148 @@
+"""Model directories of any layout that qkit reads, as snapshots, and a snapshot as an artifact. Codes are never changed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.artifact.config import quantized_config, read_config
+from qkit.artifact.families import EMBEDDINGS, HEAD, layer_of
+from qkit.artifact.metadata import KEY, describe
+from qkit.artifact.snapshot import Snapshot, locating, read_own, stored_weight, take_parts
+from qkit.engines.layer import Layer
+from qkit.errors import ArtifactError
+from qkit.exchange.write_model import check_weights_only, rules_of, write_model
+from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
+from qkit.formats.packed import Tensors
+from qkit.formats.settings import QUANTIZATION, check_alike, quantization_of
+from qkit.qtensor import DTYPES, DType
+from qkit.rules import Kind, Rule
+from qkit.storage import read
+from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
+from qkit.storage.seal import check_seal
+
+FOREIGN = "; qkit holds a model exactly or not at all: open it with what wrote it, or quantize the float model"
+
+
+def read_model(folder: str | Path) -> Snapshot:
+    """The content of `folder`: an artifact or export of qkit's, a float model, or one of compressed-tensors or mlx-lm.
+
+    Reads every byte of the weights once where `qkit.json` has digests to compare.
+
+    Raises:
+        ArtifactError: the model is unsound, is quantized in another way, or has a quantized weight that no grid of qkit's
+            describes; or qkit wrote the directory, and a file has changed since.
+    """
+    folder = Path(folder)
+    stored, metadata = read.read_folder(folder)
+    check_seal(folder, stored, digests=True)
+    if KEY in metadata:
+        return read_own(folder)
+    config = read_config(folder)
+    with locating(folder):
+        stated = quantization_of(config)
+        packed, mlx = (stated[name] for name in QUANTIZATION)
+        if mlx:
+            check_alike(stated)
+    tensors = {name: tensor.mapped() for name, tensor in stored.items()}
+    known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
+    if mlx:
+        return _mlx(folder, tensors, known, mlx)
+    if packed.get("quant_method") == "compressed-tensors":
+        return _compressed(folder, tensors, known, packed)
+    if packed:
+        method = packed.get("quant_method", "an unknown tool")
+        raise ArtifactError(f"{folder} is quantized by {method}: qkit reads compressed-tensors' layout and mlx-lm's")
+    return Snapshot(folder, "float", False, config, {}, tensors)
+
+
+def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `source` as an artifact, which `qkit.load` opens, with the same codes and scales.
+
+    Raises:
+        ArtifactError: see `Output`.
+    """
+    check_weights_only(source, [path for path, weight in source.weights.items() if weight.unknown])
+    for path, weight in source.weights.items():
+        assert weight.rule.weight is not None
+        try:
+            compressed_tensors.layout(weight.rule.weight)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from None
+    known = source.config or {}
+    layers = [layer_of(Slot(name, TYPE_NAMES[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
+    left_alone = [layer.path for layer in layers if isinstance(layer, Layer) and layer.kind == "linear"]
+    left_alone += [HEAD] if source.tied else []
+    config = quantized_config(source.config, rules_of(source), left_alone=left_alone)
+    about = json.loads(describe(rules_of(source)))
+    write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
+
+
+def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
+    """A model that another tool quantized in compressed-tensors' layout."""
+    weights = {}
+    with locating(folder):
+        found = compressed_config.grids(stated, tensors, kind_of=_kind_of)
+    for path, (grid, moving) in found.items():
+        parts = take_parts(tensors, path, "compressed-tensors")
+        with locating(folder, path):
+            shape = compressed_tensors.shape_of(parts, grid)
+            dtype = _dtype(parts["weight_scale"], config)
+            stored = {**parts, "weight_scale": _widened(parts["weight_scale"], dtype)}
+        rule = Rule(("*",), kind=_kind_of(path), weight=grid)
+        weight = stored_weight(
+            folder, path, "compressed-tensors", stored, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN
+        )
+        weights[path] = replace(weight, unknown="its inputs or outputs" if moving else "")
+    return Snapshot(folder, "compressed-tensors", True, config, weights, tensors)
+
+
+def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
+    """A model that mlx-lm quantized. Its tensor names are transformers' for most types of models."""
+    kind = config.get("model_type")
+    if kind not in mlx_config.SAME_NAMES:
+        known = ", ".join(sorted(mlx_config.SAME_NAMES))
+        raise ArtifactError(
+            f"{folder}: how mlx-lm renames the tensors of a {kind!r} is not known to this qkit: known are {known}"
+        )
+    shapes = {
+        name.removesuffix(".scales"): (tensors[name.removesuffix("scales") + "weight"].shape, tensors[name].shape)
+        for name in tensors
+        if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
+    }
+    weights = {}
+    with locating(folder):
+        found = mlx_config.containers(stated, shapes)
+    for path, (container, shape) in found.items():
+        parts = take_parts(tensors, path, "mlx")
+        with locating(folder, path):
+            grid = mlx_lm.grid_of(parts, container)
+            dtype = _dtype(parts["scales"], config)
+        rule = Rule(("*",), kind=_kind_of(path), weight=grid)
+        weights[path] = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
+    return Snapshot(folder, "mlx", True, config, weights, tensors)
+
+
+def _dtype(scale: NDArray[Any], config: Mapping[str, Any]) -> DType:
+    """The type of a weight before it was quantized: that of its scales or, where scales are codes, of the model."""
+    names = (scale.dtype.name, config.get("dtype"), config.get("torch_dtype"))
+    found = next((dtype for name in names for dtype in DTYPES if name == dtype), None)
+    if found is None:
+        raise ArtifactError(
+            "neither its scales nor config.json say of what type the weight was: add dtype to config.json"
+        )
+    return found
+
+
+def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    """`scale`, but float16 scales of a float16 model as float32, which is exact and which qkit stores."""
+    return scale.astype(np.float32) if scale.dtype.name == dtype == "float16" else scale
+
+
+def _kind_of(path: str) -> Kind:
+    """Kind of the quantized layer at `path`, by the names of layers in transformers' models."""
+    return "embedding" if EMBEDDINGS.search(path.rpartition(".")[2]) else "linear"

@@ -1,0 +1,119 @@
+"""A snapshot written as a directory in another layout, exactly or not at all: no weight is quantized again."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from qkit.artifact.companions import companions
+from qkit.artifact.metadata import KEY, StoredRule, group_paths
+from qkit.artifact.snapshot import Snapshot, StoredWeight
+from qkit.errors import ArtifactError
+from qkit.formats import dense
+from qkit.formats.packed import join
+from qkit.rules import Rule, rule_table
+from qkit.storage.arrays import array_stream
+from qkit.storage.destination import destination
+from qkit.storage.layout import TYPE_NAMES, Slot
+from qkit.storage.write import Stream, write_directory
+
+BLOCK: Final = 1 << 20  #: numbers that are dequantized together
+ACTIVATIONS: Final = {"activation": "its inputs", "output": "its outputs"}  #: rule keys that other layouts cannot state
+#: Names of the tensors that belong to those keys.
+STATIC: Final = tuple(
+    f"{slot}_{name}" for slot in ("input", "output") for name in ("scale", "zero_point", "global_scale")
+)
+
+
+def write_model(
+    source: Snapshot,
+    out: str | Path,
+    layout: Any,
+    *,
+    about: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | None,
+    shard_bytes: int,
+) -> None:
+    """Writes `source` as the directory `out`.
+
+    Args:
+        layout: module of `qkit.formats` that stores the weights.
+        about: content of qkit's metadata key; None for a directory that qkit will not recognize as its own.
+        config: content of the `config.json`; None writes none.
+        shard_bytes: most bytes of tensors in one file.
+
+    Raises:
+        ArtifactError: `out` is the source; a weight does not fit the layout; or see `Output`.
+    """
+    if destination(out).path == source.folder.resolve():
+        raise ArtifactError(f"{out} is the model to read: choose another folder")
+    streams = [array_stream(name, array) for name, array in source.tensors.items()]
+    for path, weight in source.weights.items():
+        streams.extend(_streams(path, weight, layout))
+    write_directory(
+        Path(out),
+        streams,
+        metadata={"format": "pt"} if about is None else {KEY: json.dumps(about, sort_keys=True)},
+        files=companions(source.folder, config=config),
+        shard_bytes=shard_bytes,
+    )
+
+
+def rules_of(source: Snapshot) -> list[StoredRule]:
+    """The rules of `source`, each once for each type of weight, with the paths of its layers."""
+    return group_paths((weight.rule, weight.dtype, path) for path, weight in source.weights.items())
+
+
+def weights_only(source: Snapshot) -> Snapshot:
+    """`source` without quantized inputs and outputs: a model with the same weights and other logits."""
+    paths = {path for path, weight in source.weights.items() if _activations(weight)}
+    static = {join(path, name) for path in paths for name in STATIC}
+    weights = {path: _without_activations(weight) for path, weight in source.weights.items()}
+    tensors = {name: array for name, array in source.tensors.items() if name not in static}
+    return replace(source, weights=weights, tensors=tensors)
+
+
+def check_weights_only(source: Snapshot, paths: Iterable[str]) -> None:
+    """Checks that the layers at `paths` quantize nothing but weights, for layouts that cannot state anything else.
+
+    Raises:
+        ArtifactError: one of the layers quantizes its inputs or outputs.
+    """
+    for path in paths:
+        if activations := _activations(source.weights[path]):
+            raise ArtifactError(
+                f"{source.folder}: {path} quantizes {activations} too, which would be lost: --weights-only does without, for a "
+                "model with the same weights and other logits"
+            )
+
+
+def _activations(weight: StoredWeight) -> str:
+    """Text for what the layer quantizes besides its weight; empty where that is nothing."""
+    return weight.unknown or " and ".join(ACTIVATIONS[key] for key in rule_table(weight.rule) if key in ACTIVATIONS)
+
+
+def _without_activations(weight: StoredWeight) -> StoredWeight:
+    return replace(weight, rule=Rule(("*",), kind=weight.rule.kind, weight=weight.rule.weight), unknown="")
+
+
+def _streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
+    """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
+    assert weight.rule.weight is not None
+    for name, (kind, shape) in layout.contents(weight.rule.weight, dtype=weight.dtype, shape=weight.shape).items():
+        yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), _blocks(path, weight, layout, name))
+
+
+def _blocks(path: str, weight: StoredWeight, layout: Any, name: str) -> Callable[[], Iterable[memoryview]]:
+    def blocks() -> Iterable[memoryview]:
+        packed = weight.read()
+        for part in packed.blocks(BLOCK) if layout is dense else [packed]:
+            try:
+                block = layout.store(part)[name]
+            except ArtifactError as error:
+                raise ArtifactError(f"{path}: {error}") from None
+            yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+
+    return blocks
