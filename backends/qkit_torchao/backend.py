@@ -19,8 +19,9 @@ from qkit.qtensor import QTensor
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, learned, sharded, straight_through
+from qkit_torchao.layers import adapted, converted, learned, straight_through
 from qkit_torchao.models import surgery
+from qkit_torchao.models.gather import gather
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
@@ -119,16 +120,16 @@ class TorchaoBackend:
 
     def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
-        made: nn.Module = learned.fake(module, rule)
+        made: nn.Module = learned.prepare_layer(module, rule)
         return made
 
     def switch(self, module: Any, mode: Mode) -> None:
         """See `Backend.switch`."""
-        module.switch(mode)
+        module.switch_mode(mode)
 
     def hold(self, module: Any, on: bool) -> None:
         """See `Backend.hold`."""
-        module.hold(on)
+        module.freeze_values(on)
 
     def regrid(self, module: Any, rule: Rule) -> None:
         """See `Backend.regrid`."""
@@ -136,7 +137,7 @@ class TorchaoBackend:
 
     def forget(self, module: Any) -> None:
         """See `Backend.forget`."""
-        module.forget()
+        module.clear_ranges()
 
     def pack(
         self,
@@ -187,16 +188,16 @@ class TorchaoBackend:
 
     def update(self, module: Any) -> Update:
         """See `Backend.update`."""
-        return adapted.update(module)
+        return adapted.adapter_update(module)
 
     def merged(self, module: Any) -> nn.Module:
         """See `Backend.merged`."""
-        made: nn.Module = adapted.merged(module)
+        made: nn.Module = adapted.merge_adapter(module)
         return made
 
     def freeze(self, model: nn.Module) -> None:
         """See `Backend.freeze`."""
-        adapted.freeze(model)
+        adapted.train_only_adapters(model)
 
     # whole models
 
@@ -229,7 +230,7 @@ class TorchaoBackend:
 
     def gather(self, model: nn.Module) -> nn.Module | None:
         """See `Backend.gather`."""
-        return sharded.gather(model)
+        return gather(model)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """The configuration of a transformers model."""
@@ -240,9 +241,9 @@ class TorchaoBackend:
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """See `Backend.build`; by transformers."""
-        from qkit_torchao.models import hub
+        from qkit_torchao.models import huggingface
 
-        return hub.build(config).to(self.device)
+        return huggingface.build(config).to(self.device)
 
     # training
 

@@ -1,8 +1,9 @@
-"""The reference in Triton, on tiles [groups, group] of float32: extremes, steps, units. Device code; `passes` calls it.
+"""The reference in Triton, on tiles [groups, group] of float32: extremes, steps, units. Device code; `triton_passes` calls it.
 
-Bit for bit `ops`. A division is a product with the reciprocal and one correction by the exact remainder, which rounds as IEEE
-division does (Markstein, 1990), since the reciprocal does. Triton's interpreter has no fused multiply-add and casts by cutting
-off: there it divides, and rounds before it casts. Rounding to an integer is adding and taking away 1.5 * 2^23. Maxima keep NaN.
+Bit for bit `arithmetic.rounding`. A division is a product with the reciprocal and one correction by the exact remainder. That
+rounds as IEEE division does (Markstein, 1990), since the reciprocal does. Triton's interpreter has no fused multiply-add, and its
+casts truncate: there it divides, and rounds before it casts. Adding and taking away 1.5 * 2^23 rounds to an integer. Maxima keep
+NaN.
 """
 
 import triton
@@ -161,7 +162,7 @@ def tensor_code(tensor_peak, GRID: tl.constexpr):
 
 @triton.jit
 def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Of groups with these extremes: the step, its reciprocal, the zero point, and what is stored. `GRID`: `launch.constants`.
+    """Of groups with these extremes: the step, its reciprocal, the zero point, and the stored scale. `GRID`: `cuda.constants`.
 
     Steps are NaN where the group is not finite. What is stored is the step itself, an E8M0 code, or the value of an e4m3.
     `tensor_peak`: the bits of the tensor's largest magnitude, for nvfp4.

@@ -1,4 +1,4 @@
-"""int4 as tinygemm multiplies it, in one pass over the weight. Device code; `launch` calls it.
+"""int4 as tinygemm multiplies it, in one pass over the weight. Device code; `cuda` calls it.
 
 The layout is that of `torch.ops.aten._convert_weight_to_int4pack` with 8 inner k-tiles, as PyTorch's `int4mm.cu` describes it: a
 word for each lane of a warp, 4 words a lane for 8 rows and 128 columns. Lane t has row t / 4; its word i has the columns
@@ -18,6 +18,8 @@ def wrapped(word: int) -> int:
 
 
 OUTER_LOW, INNER_LOW = tl.constexpr(0x00FF00FF), tl.constexpr(0x0F0F0F0F)
+#: Element and scale rule of what the kernel computes.
+TAKES = frozenset({("int4", "signed"), ("int4", "absmax"), ("int4", "midmax")})
 WIDTH = 256  #: columns of 8 rows that a program takes
 WARPS = 1
 

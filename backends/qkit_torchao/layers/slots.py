@@ -1,4 +1,4 @@
-"""The activation grids of converted layers, dynamic or on the static scales that the layer holds."""
+"""The activation grids of converted layers: dynamic, or on static scales, which are buffers of the layer."""
 
 from typing import Any
 

@@ -315,7 +315,7 @@ def test_converted_models_with_activations_compile_to_the_same_numbers(name):
 @pytest.mark.parametrize("ste", ["identity", "masked"])
 @pytest.mark.parametrize("rows", [1, 17])
 def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows):
-    from qkit_torchao.layers.products import linear
+    from qkit_torchao.layers.products import multiply_codes
 
     engine, grids = qkit.backend("torchao"), (Grid("int8", "row", "midmax"), on_x)
     x, layer = inputs(2 * rows).reshape(2, rows, 64), mlp()[0]
@@ -326,7 +326,7 @@ def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows
     for products in (True, False):
         leaves = [t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias)]
         if products:
-            y = linear(*leaves, (str(grids[0]), str(on_x)), ste, **given)
+            y = multiply_codes(*leaves, (str(grids[0]), str(on_x)), ste, **given)
         else:
             values = engine.fake_quantize(leaves[0], on_x, ste=ste, **given)
             y = nn.functional.linear(values, engine.fake_quantize(leaves[1], grids[0], ste=ste), leaves[2])
@@ -337,12 +337,12 @@ def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows
 
 
 def test_nan_in_a_product_of_codes_stays_in_its_row():
-    from qkit_torchao.layers.products import linear
+    from qkit_torchao.layers.products import multiply_codes
 
     x, layer, grids = inputs(), mlp()[0], ("int8-row-absmax", "int8-row-absmax")
-    want = linear(x, layer.weight, layer.bias, grids, "identity")
+    want = multiply_codes(x, layer.weight, layer.bias, grids, "identity")
     x[1, 3], x[2, 0] = torch.nan, torch.inf
-    made = linear(x, layer.weight, layer.bias, grids, "identity")
+    made = multiply_codes(x, layer.weight, layer.bias, grids, "identity")
     assert made[1:3].isnan().all()
     assert torch.equal(made[[0, 3, 4]], want[[0, 3, 4]])
 
