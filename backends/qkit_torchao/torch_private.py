@@ -48,6 +48,11 @@ def remove_parameters(module: nn.Module, *names: str) -> None:
         module._parameters.pop(name, None)
 
 
+def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+    """`Module._apply` as torch has it, whatever the class of `module` makes of it."""
+    nn.Module._apply(module, fn, recurse)
+
+
 def set_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
     """Puts `buffer` in the place of the buffer `name`."""
     module._buffers[name] = buffer

@@ -42,15 +42,16 @@ class Kept(ref[Any], Generic[T]):
     value: T | None
     stamp: Any
     frozen: bool
+    _number: int
+    _store: "Store[Any] | None"
 
     def __new__(cls, owner: object, *more: Any) -> "Kept[T]":
         """A reference to `owner`; `more` is for the constructors of subclasses."""
-        return ref.__new__(cls, owner, _forget)
-
-    def __init__(self, owner: object) -> None:
-        self.value, self.stamp, self.frozen = None, None, False
+        self = ref.__new__(cls, owner, _forget)
+        self.value = self.stamp = self._store = None
+        self.frozen = False
         self._number = id(owner)
-        self._store: Store[Any] | None = None
+        return self
 
     def current(self, stamp: Any, same: Callable[[Any, Any], Any] = eq) -> T | None:
         """The value, if it is frozen or `same(stamp, the stamp it was computed at)`; else None."""
@@ -83,6 +84,9 @@ class Kept(ref[Any], Generic[T]):
 class Store(Generic[K]):
     """The kept values of many owners, at most one for each. Owners that are gone leave nothing behind.
 
+    Attributes:
+        by_id: the kept values by the ids of their owners, for code where a call counts; `of` also compares the owner.
+
     >>> class Weight: ...
     >>> store, weight = Store[Kept[int]](), Weight()
     >>> store.add(Kept(weight)).put(7, stamp=0)
@@ -95,29 +99,29 @@ class Store(Generic[K]):
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, K] = {}
+        self.by_id: dict[int, K] = {}
 
     def of(self, owner: object) -> K | None:
         """What is kept for `owner`, or None."""
-        kept = self._kept.get(id(owner))
+        kept = self.by_id.get(id(owner))
         return kept if kept is not None and kept() is owner else None
 
     def add(self, kept: K) -> K:
         """Stores `kept` in place of the value that its owner had here, if any; returns it."""
         kept._store = self
-        self._kept[kept._number] = kept
+        self.by_id[kept._number] = kept
         return kept
 
     def remove(self, owner: object) -> K | None:
         """Removes what is kept for `owner`, and returns it; None if there is nothing."""
-        return self._kept.pop(id(owner), None)
+        return self.by_id.pop(id(owner), None)
 
     def __iter__(self) -> Iterator[K]:
-        return iter(list(self._kept.values()))
+        return iter(list(self.by_id.values()))
 
 
 def _forget(kept: Kept[Any]) -> None:
     kept.value = kept.stamp = None
     store = kept._store
-    if store is not None and store._kept.get(kept._number) is kept:
-        del store._kept[kept._number]
+    if store is not None and store.by_id.get(kept._number) is kept:
+        del store.by_id[kept._number]

@@ -1,8 +1,7 @@
 """The law of rounding (`qkit.reference.rounding`) in torch, function by function; arrays only.
 
 Exact in eager mode and under torch.compile, on CPU and CUDA. Eager mode divides, which IEEE makes exact. Compiled code may
-approximate `/`, so there exact products correct the quotient (`quotient`). Constants multiply, because CUDA turns a division by
-a constant into a product anyway.
+approximate `/`: there exact products correct it (`quotient`). CUDA turns divisions by constants into products: so do we.
 """
 
 import torch

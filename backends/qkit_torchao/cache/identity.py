@@ -29,7 +29,6 @@ class KeptOfTensor(Kept[T]):
     __slots__ = ("captured", "seen")
 
     def __init__(self, owner: Tensor) -> None:
-        super().__init__(owner)
         self.seen: Tensor | None = None
         self.captured = False
 
@@ -42,13 +41,14 @@ def state(weight: Tensor) -> tuple[Any, ...]:
     """The state of `weight`: version, address, type, device, count of all optimizers' steps (-1 if frozen), captured graph."""
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_count_step)
+    device = weight.device
     return (
         version(weight),
         weight.data_ptr(),
         weight.dtype,
-        weight.device,
+        device,
         _steps_taken if weight.requires_grad else -1,
-        graphs.number(weight.device),
+        graphs.number(device) if device.type == "cuda" else 0,
     )
 
 

@@ -47,8 +47,7 @@ class Values(KeptOfTensor[Tensor]):
 
     def now(self, weight: Tensor) -> tuple[Any, ...]:
         """The stamp of `weight`, the owner, and of the gate: two numbers of the gate's, then `identity.state`."""
-        gate = self.gate
-        assert gate is not None
+        gate: Any = self.gate
         return (version(gate), gate.data_ptr(), *identity.state(weight))
 
 
@@ -84,10 +83,10 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
 
 def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None) -> Tensor | None:
     """`buffer`, if `of` would return it without computing anything; else None. Faster than `of`."""
-    kept = _values.of(weight)
+    kept = _values.by_id.get(id(weight))
     if kept is None or kept.value is not buffer or kept.grid is not grid or kept.gate is not gate:
         return None
-    if kept.captured or kept.stamp != kept.now(weight):
+    if kept() is not weight or kept.captured or kept.stamp != kept.now(weight):
         return None
     kept.used = True
     return buffer

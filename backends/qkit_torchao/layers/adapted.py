@@ -11,9 +11,10 @@ from qkit.adapters.update import Update
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
 from qkit_torchao.layers import converted, products, sharded, straight_through
+from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear, PlainLinear
-from qkit_torchao.layers.prepared import FakeLinear, become
-from qkit_torchao.layers.slots import slot, static_scales
+from qkit_torchao.layers.prepared import FakeLinear
+from qkit_torchao.layers.slots import seen_scales, slot, static_scales
 from qkit_torchao.torch_private import remove_parameters
 
 NAMES = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude"}  #: of parameters, by the names of `Update`
@@ -60,7 +61,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
         return straight_through.fake_quantize(merged, self.weight_grid, ste=self.rule.ste)
 
     def _multiply_codes(self, x: Tensor) -> Tensor:
-        static = self._scales(x, "input", self.rule.activation)
+        static = seen_scales(self, x, "input", self.rule.activation)
         grids = self.grid_name, self.slot_names["input"]
         return products.multiply_codes(x, self.merged(), self.bias, grids, self.rule.ste, **static)
 

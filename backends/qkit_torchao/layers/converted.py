@@ -16,8 +16,8 @@ from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, lay, unpair
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers
+from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import Execution, choose_execution
-from qkit_torchao.layers.prepared import apply_but_keep, become
 from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters
 

@@ -14,11 +14,12 @@ from qkit.grid import Grid
 from qkit.qtensor import dtype_of
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
-from qkit_torchao.arithmetic import ranges, rounding
+from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import values
-from qkit_torchao.layers import operators, products, sharded, straight_through
+from qkit_torchao.layers import operators, products, sharded, slots, straight_through
+from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import why_no_kernel
-from qkit_torchao.torch_private import is_any_autocast_enabled, is_transformed, set_buffer
+from qkit_torchao.torch_private import is_any_autocast_enabled, is_transformed
 
 
 class Prepared(nn.Module):
@@ -124,23 +125,8 @@ class Prepared(nn.Module):
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
         if self.rule.range == "dynamic":
             return straight_through.shared(x, grid, ste=self.rule.ste)
-        static = self._scales(x, name, grid)
+        static = slots.seen_scales(self, x, name, grid)
         return x if self.calibrating else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **static)
-
-    def _scales(self, x: Tensor, name: str, grid: Grid | None) -> dict[str, Any]:
-        """`scales` and `zeros` for `fake_quantize`, where the slot is static, with `x` in its range; else empty."""
-        if self.rule.range == "dynamic" or grid is None:
-            return {}
-        seen = self.get_buffer(f"{name}_range")
-        if not x.numel():
-            pass  # an empty tensor has no extremes
-        elif self.calibrating:
-            seen.copy_(ranges.wider(seen, ranges.extremes(x)))
-        elif self.training and self.rule.range == "average":
-            seen.copy_(torch.where(self.gate, ranges.averaged(seen, ranges.extremes(x)), seen))
-        q = rounding.quantize(seen, grid)
-        scales = rounding.scale_values(q) + rounding.poison(rounding.amax(seen))  # NaN, as long as nothing was seen
-        return {"scales": scales, "zeros": q.zeros}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """As any module; a float model's checkpoint has no ranges, and leaves them as they are."""
@@ -173,17 +159,12 @@ class FakeLinear(Prepared, nn.Linear):
 
     `forward` chooses the first product that applies:
 
-    ==========================================================================  ==================================================
-    where                                                                       the product
-    ==========================================================================  ==================================================
-    eager; mode on; cached values current; nothing static, frozen, or autocast  `straight_through.multiply_values`, cached values
-    CUDA; mode on; a kernel will multiply codes of both sides once converted    `products.multiply_codes`
-    FSDP gathered the weight, for this call only                                `operators.multiply_values`, values not cached
-    compiled; in training, or values not frozen                                 `operators.multiply_values`, in `values_buffer`
-    mode off                                                                    `F.linear`, the weight
-    learned scales, adapters, weights that cannot be watched                    `F.linear`, values computed for this call
-    else                                                                        `F.linear`, cached values, computed if stale
-    ==========================================================================  ==================================================
+    - eager, mode on, cached values current, all dynamic, no autocast: `straight_through.multiply_values`, with those values
+    - CUDA, mode on, and a kernel multiplies codes of both sides once converted: `products.multiply_codes`
+    - FSDP gathered the weight for this call: `operators.multiply_values`, on values that are not cached
+    - compiled, and in training or not frozen: `operators.multiply_values`, on cached values in `values_buffer`
+    - else `F.linear`: on the weight where the mode is off; on values computed for this call where scales are learned, adapters
+      are merged, or the weight cannot be watched; otherwise on cached values
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,7 +228,7 @@ class FakeLinear(Prepared, nn.Linear):
         return not why_no_kernel(self.rule, device=x.device, dtype=dtype_of(x), shape=shape)
 
     def _multiply_codes(self, x: Tensor) -> Tensor:
-        static = self._scales(x, "input", self.rule.activation)
+        static = slots.seen_scales(self, x, "input", self.rule.activation)
         cached = not sharded.is_gathered(self)
         grids = self.grid_name, self.slot_names["input"]
         return products.multiply_codes(x, self.weight, self.bias, grids, self.rule.ste, cached=cached, **static)
@@ -292,24 +273,6 @@ def gate(device: torch.device, *, on: bool) -> Tensor:
 def _gate(device: torch.device, on: bool) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(on, device=device)
-
-
-def become(module: nn.Module, cls: type[nn.Module]) -> Any:
-    """A module of another class with the parameters, buffers, hooks and mode of `module`."""
-    other = cls.__new__(cls)
-    attributes = module.__dict__.items()
-    other.__dict__.update({key: one.copy() if isinstance(one, (dict, set)) else one for key, one in attributes})
-    return other
-
-
-def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool, names: list[str]) -> None:
-    """`Module._apply`, but for the type of the buffers `names`, which only follow to the device."""
-    before = {name: module.get_buffer(name) for name in names}
-    nn.Module._apply(module, fn, recurse)
-    for name, buffer in before.items():
-        device = module.get_buffer(name).device
-        if device.type != "meta" and buffer.device.type != "meta":
-            set_buffer(module, name, buffer.to(device))
 
 
 def _reserve(layer: Any) -> None:

@@ -9,9 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
+from qkit_torchao.cache import values  # noqa: E402
+from qkit_torchao.kernels import choose  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit.grid import Grid  # noqa: E402
@@ -438,3 +441,50 @@ def test_an_input_that_layers_share_is_not_kept_by_what_is_kept_on_it(ste, leaf)
     model[0](x)
     del x
     assert seen() is None
+
+
+SHARED = Rule(("*",), weight=Grid("int4", 32), activation=Grid("int8", "row"))
+
+
+class Attention(nn.Module):
+    """Three layers that get the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+def written(x):
+    """The bytes of `x` in a file."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_leaves_nothing_on_the_input(grad):
+    model, x = qkit.prepare(mlp(), recipe(SHARED)), inputs()
+    with torch.set_grad_enabled(grad):
+        model(x)
+        model(x)
+    assert x.__dict__ == {}
+    assert len(written(x)) == len(written(inputs()))
+    assert torch.equal(torch.load(io.BytesIO(written(x)), weights_only=True), x)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_layers_quantize_a_shared_input_once_and_forget_it_with_the_input(recomputed, monkeypatch):
+    model = qkit.prepare(Attention(), recipe(SHARED))
+    calls, known = [], list(values.inputs.by_id)
+    rounded = choose.rounded
+    monkeypatch.setattr(choose, "rounded", lambda x, grid: calls.append(grid) or rounded(x, grid))
+    x = inputs().requires_grad_() * 2
+    y = checkpoint(model, x, use_reentrant=False) if recomputed else model(x)
+    assert calls.count(SHARED.activation) == 1
+    y.square().sum().backward()
+    assert calls.count(SHARED.activation) == 1 + recomputed
+    del x, y
+    assert list(values.inputs.by_id) == known
