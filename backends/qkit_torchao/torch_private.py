@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 GRAPH_TREES = "torch._inductor.cudagraph_trees"  #: the module that replays compiled code as CUDA graphs
 MANAGED = "_is_fsdp_managed_module"  #: FSDP marks modules with it
+FSDP_ATTRIBUTES = (MANAGED, "_fsdp_use_orig_params")  #: all that FSDP puts on modules
 
 version: Callable[[Tensor], int] = attrgetter("_version")  #: the count of in-place changes, which views share
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled  #: asks once for all devices

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit_torchao.layers.sharded import is_shard
-from qkit_torchao.torch_private import MANAGED
+from qkit_torchao.torch_private import FSDP_ATTRIBUTES
 
 HERE = "torch.distributed"
 
@@ -52,7 +52,7 @@ def _copied(module: nn.Module, whole: dict[int, Tensor], copies: dict[int, nn.Mo
             value = {name: None if one is None else _here(one, whole) for name, one in value.items()}
         elif key == "_modules":
             value = {name: None if child is None else _copied(child, whole, copies) for name, child in value.items()}
-        elif key in ("forward", MANAGED, "_fsdp_use_orig_params"):
+        elif key in ("forward", *FSDP_ATTRIBUTES):
             continue  # accelerate's forward is bound to the sharded model
         copy.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
     return copy
