@@ -20,8 +20,7 @@ from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import adapted, converted, learned, straight_through
-from qkit_torchao.models import surgery
-from qkit_torchao.models.gather import gather
+from qkit_torchao.models import gather, surgery
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
@@ -230,7 +229,7 @@ class TorchaoBackend:
 
     def gather(self, model: nn.Module) -> nn.Module | None:
         """See `Backend.gather`."""
-        return gather(model)
+        return gather.gather(model)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """The configuration of a transformers model."""

@@ -33,7 +33,7 @@ class KeptOfTensor(Kept[T]):
         self.captured = False
 
     def current(self, stamp: Any, *_: Any) -> T | None:
-        """As `Kept.current`; None besides for what a graph computes, outside of graphs."""
+        """As `Kept.current`, but None outside of graphs where a graph computes the value."""
         return None if self.captured and not stamp[-1] and not self.frozen else super().current(stamp)
 
 

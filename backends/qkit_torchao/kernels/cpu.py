@@ -17,7 +17,7 @@ from qkit_torchao.torch_private import is_transformed
 
 PLAIN = (Tensor, torch.nn.Parameter)  #: other classes may have no memory of their own
 
-#: Element and scale rule of what the kernels compute: integers of up to a byte, and three small floats.
+#: Pairs of element and scale rule that the kernels compute: integers of up to a byte, and three small floats.
 TAKES = frozenset(
     {
         *product((f"int{bits}" for bits in range(2, 9)), ("signed", "absmax", "midmax", "minmax")),

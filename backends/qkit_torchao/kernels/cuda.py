@@ -19,7 +19,7 @@ from qkit_torchao.arithmetic.packing import TILE_COLUMNS, TILE_ROWS, Laid, Layou
 from qkit_torchao.kernels import triton_passes, triton_tinygemm
 from qkit_torchao.kernels.tables import offsets, programs
 
-#: Element and scale rule of what the kernels compute: integers of up to a byte, and three small floats.
+#: Pairs of element and scale rule that the kernels compute: integers of up to a byte, and three small floats.
 TAKES = frozenset(
     {
         *product((f"int{bits}" for bits in range(2, 9)), ("signed", "absmax", "midmax", "minmax")),
@@ -116,7 +116,7 @@ def decodes(q: QTensor[Tensor]) -> bool:
 
 
 def dequantize(q: QTensor[Tensor]) -> Tensor:
-    """`rounding.dequantize(q)`, for what it `decodes`."""
+    """`rounding.dequantize(q)`, of `q` that `decodes` accepts."""
     values = torch.empty(q.codes.shape, dtype=rounding.DTYPE[q.dtype], device=q.codes.device)
     geometry = tiles(q.codes, q.grid)
     with device_of(q.codes):

@@ -42,9 +42,9 @@ class Container:
     read: Callable[[Any, Grid, DType], QTensor[Tensor]]
 
 
-def container_of(held: Tensor) -> Container:
-    """The container that describes `held`, a tensor of torchao's."""
-    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS) if one.name == type(held).__name__)
+def container_of(stored: Tensor) -> Container:
+    """The container that describes `stored`, a tensor of torchao's."""
+    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS) if one.name == type(stored).__name__)
 
 
 def _store_integer(laid: Laid) -> Any:
@@ -57,11 +57,11 @@ def _store_integer(laid: Laid) -> Any:
     )
 
 
-def _read_integer(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+def _read_integer(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
     if grid.symmetric:
-        return QTensor(held.qdata, held.scale, grid, dtype)
-    zeros, codes = unshift(held.zero_point, grid.element), unshift(held.qdata, grid.element)
-    return QTensor(codes, held.scale, grid, dtype, zeros=zeros)
+        return QTensor(stored.qdata, stored.scale, grid, dtype)
+    zeros, codes = unshift(stored.zero_point, grid.element), unshift(stored.qdata, grid.element)
+    return QTensor(codes, stored.scale, grid, dtype, zeros=zeros)
 
 
 def fits_tiles(grid: Grid, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> bool:
@@ -77,16 +77,16 @@ def _store_tiles(laid: Laid) -> Any:
     return Int4TilePackedTo4dTensor(laid.codes, laid.scales, [1, int(laid.grid.group)], torch.Size(laid.shape))
 
 
-def _read_tiles(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+def _read_tiles(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
     """The codes are the kernel's product of the identity with scales of one, which is exact, whatever its permutation."""
-    rows, columns = held.shape
-    padded = held.scale_and_zero.shape[0] * int(grid.group)
+    rows, columns = stored.shape
+    padded = stored.scale_and_zero.shape[0] * int(grid.group)
     ones = torch.stack(
-        [torch.ones_like(held.scale_and_zero[..., 0]), torch.zeros_like(held.scale_and_zero[..., 0])], dim=-1
+        [torch.ones_like(stored.scale_and_zero[..., 0]), torch.zeros_like(stored.scale_and_zero[..., 0])], dim=-1
     )
-    identity = torch.eye(padded, dtype=torch.bfloat16, device=held.device)
-    codes = int4_product(identity, held.qdata, int(grid.group), ones.contiguous())
-    scales = held.scale_and_zero[..., 0].transpose(0, 1)[:rows, : columns // int(grid.group)]
+    identity = torch.eye(padded, dtype=torch.bfloat16, device=stored.device)
+    codes = int4_product(identity, stored.qdata, int(grid.group), ones.contiguous())
+    scales = stored.scale_and_zero[..., 0].transpose(0, 1)[:rows, : columns // int(grid.group)]
     return QTensor(codes.T[:rows, :columns].to(torch.int8).contiguous(), scales.float().contiguous(), grid, dtype)
 
 
@@ -95,9 +95,9 @@ def _store_nvfp4(laid: Laid) -> Any:
     return NVFP4Tensor(laid.codes, scales, 16, rounding.DTYPE[laid.dtype], laid.tensor_scale)
 
 
-def _read_nvfp4(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
-    scales = held.scale.view(torch.uint8)
-    return QTensor(unpair(held.qdata), scales, grid, dtype, tensor_scale=held.per_tensor_scale)
+def _read_nvfp4(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+    scales = stored.scale.view(torch.uint8)
+    return QTensor(unpair(stored.qdata), scales, grid, dtype, tensor_scale=stored.per_tensor_scale)
 
 
 def _store_float8(laid: Laid) -> Any:
@@ -107,8 +107,8 @@ def _store_float8(laid: Laid) -> Any:
     )
 
 
-def _read_float8(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
-    return QTensor(held.qdata.view(torch.uint8), (rounding.bits(held.scale) >> 23).to(torch.uint8), grid, dtype)
+def _read_float8(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+    return QTensor(stored.qdata.view(torch.uint8), (rounding.bits(stored.scale) >> 23).to(torch.uint8), grid, dtype)
 
 
 def _block(laid: Laid) -> tuple[int, ...]:

@@ -136,9 +136,9 @@ def deploy(layers: Sequence[tuple[Any, Rule, Mapping[str, Tensor]]]) -> list[Any
 def unpack(module: Any) -> QTensor[Tensor]:
     """The codes and scales of a converted layer."""
     grid = module.rule.weight
-    held = parameter(module, "weight")
-    if held is not None:
-        return containers.container_of(held).read(held, grid, module.dtype)
+    stored = parameter(module, "weight")
+    if stored is not None:
+        return containers.container_of(stored).read(stored, grid, module.dtype)
     codes = unpair(module.codes) if module.execution.layout == "pairs" else module.codes
     parts = {name: getattr(module, name, None) for name in ("scales", "zeros", "tensor_scale")}
     return QTensor(codes, grid=grid, dtype=module.dtype, **parts)

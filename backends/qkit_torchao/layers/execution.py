@@ -52,23 +52,27 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
     if rule.kind == "embedding":
         return _plain("rows are decoded as they are looked up", grid)
     if containers.fits_tiles(grid, device=device, dtype=dtype, shape=shape):
-        return _held("torchao Int4TilePackedTo4dTensor (tinygemm)", containers.TILES, native=True, takes_floats=True)
+        return _in_container(
+            "torchao Int4TilePackedTo4dTensor (tinygemm)", containers.TILES, native=True, takes_floats=True
+        )
     why_not = why_no_kernel(rule, device=device, dtype=dtype, shape=shape)
     if grid.element.name in containers.INTEGER.elements:
         if not why_not:
-            return _held("torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8)
-        return _held(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", containers.INTEGER, takes_floats=True)
+            return _in_container(
+                "torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8
+            )
+        return _in_container(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", containers.INTEGER, takes_floats=True)
     if grid.scale == "nvfp4":
-        return _held(f"in torchao NVFP4Tensor; {why_not}", containers.NVFP4, takes_floats=True)
+        return _in_container(f"in torchao NVFP4Tensor; {why_not}", containers.NVFP4, takes_floats=True)
     if grid.element.name in containers.FLOAT8_ROWS.elements and grid.group in ("row", "tensor"):
         if not why_not:
             kernel = "torch._scaled_mm on the codes of both sides"
-            return _held(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8)
-        return _held(f"from torchao Float8Tensor; {why_not}", containers.FLOAT8_ROWS)
+            return _in_container(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8)
+        return _in_container(f"from torchao Float8Tensor; {why_not}", containers.FLOAT8_ROWS)
     return _plain(f"from plain arrays; {why_not}", grid)
 
 
-def _held(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:
+def _in_container(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:
     return Execution(native, text, container.layout, container, **how)
 
 

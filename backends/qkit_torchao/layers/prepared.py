@@ -76,7 +76,7 @@ class Prepared(nn.Module):
         if on and (unseen or self.kind):
             why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
             raise BackendError(
-                f"values on {self.weight_grid} cannot be held, since these weights {why}: use interval 1"
+                f"values on {self.weight_grid} cannot be frozen, since these weights {why}: use interval 1"
             )
         self.frozen = on
         _settle(self)

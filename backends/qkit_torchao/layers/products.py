@@ -40,7 +40,7 @@ def kind(weight: Grid, activation: Grid | None) -> str:
 def quantized(
     x: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None, values: Tensor | None = None
 ) -> tuple[QTensor[Tensor], Tensor]:
-    """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on given ones; and their steps [rows, 1].
+    """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on `scales`; and their steps [rows, 1].
 
     Steps are float32, and NaN where the row is not finite, since codes hold no NaN. `values`, shaped like `x`, are
     filled with the values of the codes, where they are not None.
@@ -90,7 +90,7 @@ def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | None = None) -> QTensor[Tensor]:
-    """`quantize` on given fp32 steps, whose values are those of `fake_quantize` with the same ones; `w` is finite."""
+    """`quantize` on the fp32 steps `scales`, whose values are those of `fake_quantize` with the same ones; `w` is finite."""
     x = rounding.group(w, grid)
     if zeros is not None:
         q = rounding.asymmetric_codes(x, scales, zeros.to(torch.float32), grid.element).to(torch.uint8)

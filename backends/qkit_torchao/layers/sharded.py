@@ -43,13 +43,13 @@ def is_gathered(module: nn.Module) -> bool:
     master = _master_type(module)
     if master is None:
         raise StageError(
-            f"a weight {list(weight.shape)} was gathered by something other than FSDP2, whose masters qkit cannot see: shard "
-            "the prepared model with torch.distributed.fsdp.fully_shard"
+            f"a weight {list(weight.shape)} was gathered by something other than FSDP2, whose master weights qkit cannot see: "
+            "shard the prepared model with torch.distributed.fsdp.fully_shard"
         )
     if master != weight.dtype:
         raise StageError(
-            f"FSDP rounds masters from {_name(master)} to {_name(weight.dtype)} before they are quantized, so that what is "
-            "trained would not be what is deployed: leave param_dtype out of its MixedPrecisionPolicy, and run the model under "
+            f"FSDP rounds master weights from {_name(master)} to {_name(weight.dtype)} before they are quantized, so that "
+            "training would see other codes than deployment: leave param_dtype out of its MixedPrecisionPolicy, and run under "
             f'torch.autocast("{weight.device.type}", {weight.dtype}), which rounds the quantized values instead'
         )
     return True

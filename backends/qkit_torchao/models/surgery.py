@@ -19,16 +19,16 @@ CONVERTED = (PackedLinear, PackedEmbedding)
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Linear and Embedding modules, each once, under their first path; then every other weight that has a row and a column."""
     first: dict[int, str] = {}
-    held: dict[int, str] = {}
+    seen: dict[int, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, CONVERTED):
-            held.setdefault(id(module.weight), path)
+            seen.setdefault(id(module.weight), path)
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module, held)
+            yield from _others(path, module, seen)
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -44,13 +44,13 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, shared ones under each, but for the quantized weights of converted layers."""
-    held = {
+    seen = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, CONVERTED)
         for name in (*PLAIN, "weight")
     }
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in seen}
 
 
 def _call_children(model: nn.Module) -> None:
@@ -124,11 +124,11 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
-def _others(path: str, module: nn.Module, held: dict[int, str]) -> Iterator[Layer]:
-    """Weights of a module that no rule covers. A weight that another module has too is tied to it; `held` has the paths."""
+def _others(path: str, module: nn.Module, seen: dict[int, str]) -> Iterator[Layer]:
+    """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
     for name, parameter in module.named_parameters(path, recurse=False):
         if parameter.dim() > 1:
-            owner = held.setdefault(id(parameter), name)
+            owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
             yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module))
 

@@ -101,6 +101,6 @@ def _target(weight: Tensor, cached: values.Values | None) -> Any:
 
 
 def _needs_torch(weight: Tensor) -> bool:
-    """Whether the kernels cannot step `weight`. accelerate puts shards in the place of weights after the optimizer is made."""
+    """Whether the kernels cannot step `weight`. accelerate replaces weights by shards after it has built the optimizer."""
     assert weight.grad is not None
     return weight.grad.is_sparse or not weight.is_contiguous() or is_shard(weight)
