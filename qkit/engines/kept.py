@@ -4,7 +4,8 @@ Nothing tells Python that an array has changed. Each engine therefore stamps a v
 address, a snapshot. A value is current as long as the stamp of now is the stamp that it was computed at.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from operator import eq
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -37,20 +38,20 @@ class Kept(ref[Any], Generic[T]):
     True
     """
 
-    __slots__ = ("_number", "_store", "frozen", "stamp", "value")
+    __slots__ = ("frozen", "stamp", "value")
 
     value: T | None
     stamp: Any
     frozen: bool
-    _number: int
-    _store: "Store[Any] | None"
 
-    def __new__(cls, owner: object, *more: Any) -> "Kept[T]":
-        """A reference to `owner`; `more` is for the constructors of subclasses."""
-        self = ref.__new__(cls, owner, _forget)
-        self.value = self.stamp = self._store = None
+    def __new__(cls, owner: object, store: "Store[Any] | None" = None) -> "Kept[T]":
+        """Nothing yet, for `owner`; in `store`, if there is one, in place of the value that its owner had there."""
+        number = id(owner)
+        self = ref.__new__(cls, owner, _forget if store is None else partial(store.pop, number))
+        self.value = self.stamp = None
         self.frozen = False
-        self._number = id(owner)
+        if store is not None:
+            store[number] = self
         return self
 
     def current(self, stamp: Any, same: Callable[[Any, Any], Any] = eq) -> T | None:
@@ -81,47 +82,25 @@ class Kept(ref[Any], Generic[T]):
     __hash__ = object.__hash__
 
 
-class Store(Generic[K]):
-    """The kept values of many owners, at most one for each. Owners that are gone leave nothing behind.
-
-    Attributes:
-        by_id: the kept values by the ids of their owners, for code where a call counts; `of` also compares the owner.
+class Store(dict[int, K]):
+    """The kept values of many owners by the ids of owners, at most one for each. Owners that are gone leave nothing behind.
 
     >>> class Weight: ...
     >>> store, weight = Store[Kept[int]](), Weight()
-    >>> store.add(Kept(weight)).put(7, stamp=0)
+    >>> Kept(weight, store).put(7, stamp=0)
     7
     >>> store.of(weight).value
     7
     >>> del weight
-    >>> list(store)
-    []
+    >>> store
+    {}
     """
 
-    def __init__(self) -> None:
-        self.by_id: dict[int, K] = {}
-
     def of(self, owner: object) -> K | None:
-        """What is kept for `owner`, or None."""
-        kept = self.by_id.get(id(owner))
+        """The kept value of `owner`, or None."""
+        kept = self.get(id(owner))
         return kept if kept is not None and kept() is owner else None
-
-    def add(self, kept: K) -> K:
-        """Stores `kept` in place of the value that its owner had here, if any; returns it."""
-        kept._store = self
-        self.by_id[kept._number] = kept
-        return kept
-
-    def remove(self, owner: object) -> K | None:
-        """Removes what is kept for `owner`, and returns it; None if there is nothing."""
-        return self.by_id.pop(id(owner), None)
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(list(self.by_id.values()))
 
 
 def _forget(kept: Kept[Any]) -> None:
     kept.value = kept.stamp = None
-    store = kept._store
-    if store is not None and store.by_id.get(kept._number) is kept:
-        del store.by_id[kept._number]

@@ -28,7 +28,7 @@ class KeptOfTensor(Kept[T]):
 
     __slots__ = ("captured", "seen")
 
-    def __init__(self, owner: Tensor) -> None:
+    def __init__(self, owner: Tensor, store: Any) -> None:
         self.seen: Tensor | None = None
         self.captured = False
 

@@ -32,8 +32,8 @@ class Values(KeptOfTensor[Tensor]):
 
     __slots__ = ("__weakref__", "dropped_at", "dtype", "gate", "grid", "used")
 
-    def __init__(self, owner: Tensor) -> None:
-        super().__init__(owner)
+    def __init__(self, owner: Tensor, store: Any) -> None:
+        super().__init__(owner, store)
         self.grid: Grid | None = None
         self.gate: Tensor | None = None
         self.dtype: torch.dtype | None = None
@@ -83,7 +83,7 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
 
 def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None) -> Tensor | None:
     """`buffer`, if `of` would return it without computing anything; else None. Faster than `of`."""
-    kept = _values.by_id.get(id(weight))
+    kept = _values.get(id(weight))
     if kept is None or kept.value is not buffer or kept.grid is not grid or kept.gate is not gate:
         return None
     if kept() is not weight or kept.captured or kept.stamp != kept.now(weight):
@@ -133,7 +133,7 @@ def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tenso
 def freeze(weight: Tensor) -> None:
     """Fixes the values that `weight` has at its next use, until the next `freeze` or `thaw`, whatever becomes of the weight."""
     thaw(weight)
-    (_values.of(weight) or _values.add(Values(weight))).freeze()
+    (_values.of(weight) or Values(weight, _values)).freeze()
 
 
 def thaw(weight: Tensor) -> None:
@@ -168,7 +168,7 @@ def codes_of(weight: Tensor, grid: Grid) -> Codes:
     """
     kept = _codes.of(weight)
     if kept is None or kept.value is None or not _fits_codes(kept.value[0], weight, grid):
-        kept = _codes.add(KeptOfTensor(weight))
+        kept = KeptOfTensor(weight, _codes)
     stamp = identity.state(weight)
     if (value := kept.current(stamp)) is not None:
         return value
@@ -193,7 +193,7 @@ _users: "WeakValueDictionary[int, Values]" = WeakValueDictionary()  #: of buffer
 
 
 def _values_of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Values:
-    kept = _values.of(weight) or _values.add(Values(weight))
+    kept = _values.of(weight) or Values(weight, _values)
     if kept.dtype != dtype or not (kept.grid is grid or kept.grid == grid):
         kept.clear()
         kept.grid, kept.dtype = grid, dtype
@@ -215,7 +215,7 @@ def _move(kept: Values, into: Tensor) -> None:
 def _recompute(kept: Values, stamp: tuple[Any, ...]) -> None:
     """Computes the values of `kept`, and of the others that are stale and can share its launch."""
     stale = {id(kept): (kept, stamp)}
-    for other in _values:
+    for other in list(_values.values()):
         weight = other()
         if other is not kept and other.used and weight is not None and _alike(other, kept):
             now = other.now(weight)

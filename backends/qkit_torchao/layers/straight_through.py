@@ -68,7 +68,7 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste, rows: bool = False) -> Tensor:
     state = (grid, rows, version(x), x.data_ptr(), torch.is_grad_enabled())
     kept = values.inputs.of(x)
     if kept is None:
-        kept = values.inputs.add(Kept(x))
+        kept = Kept(x, values.inputs)
     elif (before := kept.current(state)) is not None:
         return before
     if not x.numel():

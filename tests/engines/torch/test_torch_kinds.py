@@ -478,7 +478,7 @@ def test_a_forward_leaves_nothing_on_the_input(grad):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_layers_quantize_a_shared_input_once_and_forget_it_with_the_input(recomputed, monkeypatch):
     model = qkit.prepare(Attention(), recipe(SHARED))
-    calls, known = [], list(values.inputs.by_id)
+    calls, known = [], list(values.inputs)
     rounded = choose.rounded
     monkeypatch.setattr(choose, "rounded", lambda x, grid: calls.append(grid) or rounded(x, grid))
     x = inputs().requires_grad_() * 2
@@ -487,4 +487,4 @@ def test_layers_quantize_a_shared_input_once_and_forget_it_with_the_input(recomp
     y.square().sum().backward()
     assert calls.count(SHARED.activation) == 1 + recomputed
     del x, y
-    assert list(values.inputs.by_id) == known
+    assert list(values.inputs) == known
