@@ -31,7 +31,7 @@ class Interpreted(TorchaoBackend):
         if scales is not None or not cuda.takes(w, grid):
             return rounding.rounded(w, grid, scales=scales, zeros=zeros)
         made = torch.empty_like(w)
-        cuda.make_values([w], [made], [torch.tensor(True)], grid)
+        cuda.compute_values([w], [made], [torch.tensor(True)], grid)
         assert torch.equal(torch.nan_to_num(made), torch.nan_to_num(cuda.values(w, grid)))
         return made
 

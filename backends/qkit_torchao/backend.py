@@ -19,8 +19,8 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, learned, sharded, straight_through
-from qkit_torchao.models import surgery
+from qkit_torchao.layers import adapted, converted, learned, straight_through
+from qkit_torchao.models import gather, surgery
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
@@ -118,16 +118,16 @@ class TorchaoBackend:
 
     def prepare_layer(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Modules.prepare_layer`."""
-        made: nn.Module = learned.fake(module, rule)
+        made: nn.Module = learned.prepare_layer(module, rule)
         return made
 
     def switch_mode(self, module: Any, mode: Mode) -> None:
         """See `Modules.switch_mode`."""
-        module.switch(mode)
+        module.switch_mode(mode)
 
     def clear_ranges(self, module: Any) -> None:
         """See `Modules.clear_ranges`."""
-        module.forget()
+        module.clear_ranges()
 
     def pack(
         self,
@@ -193,7 +193,7 @@ class TorchaoBackend:
 
     def gather(self, model: nn.Module) -> nn.Module | None:
         """See `Modules.gather`."""
-        return sharded.gather(model)
+        return gather.gather(model)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
         """The configuration of a transformers model."""
@@ -211,24 +211,24 @@ class TorchaoBackend:
 
     def adapter_update(self, module: Any) -> Update:
         """See `Adapts.adapter_update`."""
-        return adapted.update(module)
+        return adapted.adapter_update(module)
 
     def merge_adapter(self, module: Any) -> nn.Module:
         """See `Adapts.merge_adapter`."""
-        made: nn.Module = adapted.merged(module)
+        made: nn.Module = adapted.merge_adapter(module)
         return made
 
     def train_only_adapters(self, model: nn.Module) -> None:
         """See `Adapts.train_only_adapters`."""
-        adapted.freeze(model)
+        adapted.train_only_adapters(model)
 
     # Builds
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """See `Builds.build`; by transformers."""
-        from qkit_torchao.models import hub
+        from qkit_torchao.models import huggingface
 
-        return hub.build(config).to(self.device)
+        return huggingface.build(config).to(self.device)
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Builds.loss`."""
@@ -252,7 +252,7 @@ class TorchaoBackend:
 
     def freeze_values(self, module: Any, on: bool) -> None:
         """See `Trains.freeze_values`."""
-        module.hold(on)
+        module.freeze_values(on)
 
     def regrid(self, module: Any, rule: Rule) -> None:
         """See `Trains.regrid`."""

@@ -1,7 +1,8 @@
-"""How the codes of a converted layer lie in memory. By torch's operations; `launch.laid_out` writes the same in one pass.
+"""The layouts of a converted layer's codes in memory, by torch's operations. `kernels.cuda` writes the same in one pass.
 
 `bytes`: as a `QTensor` has them. `signed`: int8, those of unsigned integers and their zero points from -2^(bits-1) on. `pairs`:
-two of four bits to a byte, low nibble first. `tiles`: int32, as tinygemm's kernel wants int4, see `tinygemm`; scales with them.
+two of four bits to a byte, low nibble first. `tiles`: int32, as tinygemm's kernel wants int4, see
+`kernels.triton_tinygemm`; with their scales.
 """
 
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from torch.nn import functional as F
 from qkit.element import Element
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
+from qkit_torchao.torch_private import pack_int4
 
 Layout = Literal["bytes", "signed", "pairs", "tiles"]
-TILE_ROWS, TILE_COLUMNS, TILE_INNER = 8, 1024, 8  #: what tinygemm's kernel pads to, and its inner_k_tiles
+TILE_ROWS, TILE_COLUMNS, TILE_INNER = 8, 1024, 8  #: multiples that tinygemm's kernel pads to, and its inner_k_tiles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Laid:
-    """A quantized tensor of `shape`, laid out; but for the codes' layout, as a `QTensor`.
+    """A quantized tensor of `shape`: as a `QTensor`, but with its codes in a layout.
 
     In `tiles`, codes are [rows / 8, columns / 128, 32, 4] and scales bfloat16 [groups, rows, 2], each with a zero after it.
     """
@@ -54,7 +56,7 @@ def _tiles(q: QTensor[Tensor]) -> tuple[Tensor, Tensor]:
     codes = F.pad(unshift(q.codes, q.grid.element), more, value=-q.grid.element.lowest)
     scales = F.pad(q.scales, (0, more[1] // int(q.grid.group), 0, more[3])).to(torch.bfloat16)
     high_first = codes[:, 0::2] << 4 | codes[:, 1::2]
-    packed = torch.ops.aten._convert_weight_to_int4pack(high_first.contiguous(), TILE_INNER)
+    packed = pack_int4(high_first.contiguous(), TILE_INNER)
     return packed, torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()
 
 

@@ -1,7 +1,7 @@
-"""The reference in torch, function by function; arrays only. R0 to R13 are the laws of numerics.md.
+"""The law of rounding (`qkit.reference.rounding`) in torch, function by function; arrays only. R0 to R13 are in numerics.md.
 
-Exact in eager and under torch.compile, on CPU and CUDA. Eager mode divides, which IEEE makes exact; compiled code may
-approximate `/`, so there exact products correct the quotient (`quotient`). Constants multiply, as CUDA divides by them anyway.
+Exact in eager mode and under torch.compile, on CPU and CUDA. Eager mode divides, which IEEE makes exact. Compiled code may
+approximate `/`: there exact products correct it (`quotient`). CUDA turns divisions by constants into products: so do we.
 """
 
 from collections.abc import Callable
@@ -57,8 +57,8 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
 def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
     """`reference.fake_quantize`: the values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, in its type.
 
-    Its gradient means nothing: see `straight_through`, which torch 2.11 compiles to a gradient of zeros if the last operation
-    here gives back what it was given, as a cast can.
+    Its gradient has no meaning: see `straight_through`. torch 2.11 compiles that to a gradient of zeros if the last operation
+    here returns its argument, as a cast can.
     """
     x = group(w, grid)
     if scales is not None:
@@ -96,7 +96,7 @@ def unclipped(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Ten
 
 
 def scale_values(q: QTensor[Tensor]) -> Tensor:
-    """The fp32 step of every group [..., groups]: what a code is multiplied with."""
+    """The fp32 step of every group [..., groups]: the factor of its codes."""
     if q.tensor_scale is not None:
         return e4m3_values(q.scales) * q.tensor_scale
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
@@ -135,7 +135,7 @@ def group(w: Tensor, grid: Grid) -> Tensor:
 
 
 def each(per_group: Tensor) -> Tensor:
-    """[..., groups] -> [..., groups, 1]: one value for each group, ready to meet the group's elements."""
+    """[..., groups] -> [..., groups, 1]: one value for each group, to broadcast over the group's elements."""
     return per_group.unsqueeze(-1)
 
 
@@ -150,7 +150,7 @@ def amax(x: Tensor) -> Tensor:
 
 
 def poison(peak: Tensor) -> Tensor:
-    """0 where `peak` is finite, else NaN: added to the scale of a group that holds a NaN or an infinity, it spoils it all."""
+    """0 where `peak` is finite, else NaN. Added to the scale of a group with a NaN or an infinity, it makes all values NaN."""
     return peak * 0.0
 
 
@@ -270,7 +270,7 @@ def float_codes(x: Tensor, c: Tensor, element: Element) -> Tensor:
 
 
 def float_values(codes: Tensor, element: Element) -> Tensor:
-    """What the bits of small floats mean, as float32."""
+    """The values of small floats, given their bits, as float32."""
     if element.name == "e2m1":
         return e2m1_values(codes)
     return codes.view(FLOAT8[element.name]).to(torch.float32)
@@ -287,7 +287,7 @@ def e2m1_codes(x: Tensor, s: Tensor) -> Tensor:
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
-    """What the four-bit codes mean, as float32: exponent and mantissa shifted into place, 0.5 apart, the sign ORed in."""
+    """The values of four-bit codes, as float32: exponent and mantissa shifted into place, 0.5 apart, the sign ORed in."""
     c = codes.to(torch.int32)
     magnitude = c & 7
     normal = ((magnitude >> 1) + 126 << 23) | ((magnitude & 1) << 22)
@@ -312,5 +312,5 @@ def block_scale(x: Tensor, tensor_scale: Tensor) -> Tensor:
 
 
 def e4m3_values(codes: Tensor) -> Tensor:
-    """What the bits of e4m3 numbers mean, as float32."""
+    """The values of e4m3 numbers, given their bits, as float32."""
     return codes.view(FLOAT8["e4m3"]).to(torch.float32)

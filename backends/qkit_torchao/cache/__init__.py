@@ -1,1 +1,1 @@
-"""Quantized values of weights, kept until the weight changes."""
+"""Cached values and codes, and the states of tensors that they depend on."""

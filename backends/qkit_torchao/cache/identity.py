@@ -1,40 +1,59 @@
-"""What tells one state of a weight from another, for those who keep something that was made of it."""
+"""The state of a weight: a stamp that tells whether a value was computed from the weight as it is now."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from qkit.engines.kept import Kept
 from qkit_torchao.kernels import graphs
+from qkit_torchao.torch_private import version
 
-after_step: list[Callable[[Any], None]] = []  #: what is given an optimizer when its step has been counted
+T = TypeVar("T")
+
+after_step: list[Callable[[Any], None]] = []  #: called with the optimizer after each of its steps
 _steps_taken = 0
 _hook: Any = None
 
 
+class KeptOfTensor(Kept[T]):
+    """A `Kept` whose owner is a tensor, with stamps that end as those of `state`.
+
+    Attributes:
+        seen: shares the owner's storage, so that no other tensor gets its address.
+        captured: whether a CUDA graph computes the value, at replays that nobody sees. Outside of graphs it is never current.
+    """
+
+    __slots__ = ("captured", "seen")
+
+    def __init__(self, owner: Tensor, store: Any) -> None:
+        self.seen: Tensor | None = None
+        self.captured = False
+
+    def current(self, stamp: Any, *_: Any) -> T | None:
+        """As `Kept.current`, but None outside of graphs where a graph computes the value."""
+        return None if self.captured and not stamp[-1] and not self.frozen else super().current(stamp)
+
+
 def state(weight: Tensor) -> tuple[Any, ...]:
-    """The state of `weight`: version, address, type, device, all optimizers' steps unless frozen; last, the graph captured."""
+    """The state of `weight`: version, address, type, device, count of all optimizers' steps (-1 if frozen), captured graph."""
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_count_step)
+    device = weight.device
     return (
-        weight._version,
+        version(weight),
         weight.data_ptr(),
         weight.dtype,
-        weight.device,
+        device,
         _steps_taken if weight.requires_grad else -1,
-        graphs.number(weight.device),
+        graphs.number(device) if device.type == "cuda" else 0,
     )
 
 
-def old(stamp: tuple[Any, ...], now: tuple[Any, ...], captured: bool) -> bool:
-    """Whether what was made at `stamp` is out of date `now`; what a graph has made always is, outside of it."""
-    return stamp != now or (captured and not now[-1])
-
-
 def refuse_older(weights: list[Tensor]) -> None:
-    """Has torch refuse to go back through views of `weights`, which share their versions."""
+    """Has torch refuse to go back through earlier views of `weights`, which share their versions."""
     torch.autograd.graph.increment_version(weights)
 
 

@@ -1,253 +1,296 @@
-"""The quantized values of weights, made once for every change of them, all that changed in one go. Arithmetic is elsewhere."""
+"""Cached values and codes of weights, and cached values of inputs; recomputed when their tensors change. No arithmetic."""
 
-import weakref
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from qkit.engines.kept import Kept, Store
 from qkit.grid import Grid
-from qkit_torchao.cache import codes, identity
+from qkit.qtensor import QTensor, dtype_of
+from qkit_torchao.cache import identity
+from qkit_torchao.cache.identity import KeptOfTensor
 from qkit_torchao.kernels import choose, graphs
+from qkit_torchao.torch_private import mark_static_address, version
+
+Codes = tuple[QTensor[Tensor], Tensor]  #: codes, and the float32 steps of their groups
+
+inputs: Store[Kept[Tensor]] = Store()  #: quantized inputs, for all layers that get the same tensor
+
+
+class Values(KeptOfTensor[Tensor]):
+    """The cached values of one weight.
+
+    Attributes:
+        grid, gate, dtype: the values are on `grid` where `gate` is on, and of type `dtype`.
+        used: whether the values were used since they were computed. Unused ones are not recomputed with others.
+        dropped_at: the version of the weight when its values were dropped, until the next use.
+    """
+
+    __slots__ = ("__weakref__", "dropped_at", "dtype", "gate", "grid", "used")
+
+    def __init__(self, owner: Tensor, store: Any) -> None:
+        super().__init__(owner, store)
+        self.grid: Grid | None = None
+        self.gate: Tensor | None = None
+        self.dtype: torch.dtype | None = None
+        self.dropped_at: int | None = None
+        self.used = False
+
+    def clear(self) -> None:
+        """Forgets the values and their memory; a frozen weight stays frozen."""
+        self.value = self.stamp = self.seen = None
+        self.used = self.captured = False
+
+    def now(self, weight: Tensor) -> tuple[Any, ...]:
+        """The stamp of `weight`, the owner, and of the gate: two numbers of the gate's, then `identity.state`."""
+        gate: Any = self.gate
+        return (version(gate), gate.data_ptr(), *identity.state(weight))
 
 
 def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Tensor | None = None) -> Tensor:
-    """`weight` on `grid`, rounded to `dtype`, or, where `gate` is off, `weight` itself in `dtype`. No gradient passes.
+    """The cached values of `weight` on `grid`, in `dtype`; where `gate` is off, `weight` itself in `dtype`. No gradient passes.
 
-    What is given is kept, and given again until the weight changes; then it is overwritten, with those of all other weights
-    that have changed and were asked for since they were last made.
+    Recomputed in place when the weight changes, together with every other stale weight that was used since its last update.
 
-    A change is seen by torch's version counter, by another storage, type or device, by another gate, by any optimizer's step
-    (unless the weight is frozen), and by `drop`, as `train()` and `eval()` call it. A write through `.data` outside of an
-    optimizer is not; call `drop` after one. A captured CUDA graph begins with making them, at every replay; and what a graph
-    has made is made anew at every use outside, since nobody sees replays.
+    A change shows in torch's version counter, in another storage, type, device or gate. Besides, every step of an optimizer
+    counts as a change, unless the weight is frozen, and so does `drop`, which `train()` and `eval()` call. Call `drop` after a
+    write through `.data` outside of an optimizer: nothing else shows it. A captured CUDA graph recomputes the values at every
+    replay. After that they are recomputed at every use outside of the graph, since nobody sees replays.
 
     Args:
-        into: where they are to be kept, see `room`; if it has those of another weight, they are forgotten.
+        into: the buffer to compute them in, see `buffer`. Another weight whose values were there loses them.
     """
-    entry = _entry(weight, grid, gate, dtype)
-    if _dropped and _dropped.pop(id(weight), None) == weight._version:  # it may have changed all the same
-        identity.refuse_older([weight])
-    if into is not None and into is not entry.made:
-        _move(entry, into)
-    stamp = _stamp(entry, weight)
-    if identity.old(entry.stamp, stamp, entry.captured) and not _stands(entry, weight):
-        _make(entry, stamp)
-    entry.asked = True
-    assert entry.made is not None
-    return entry.made
-
-
-def standing(weight: Tensor, grid: Grid, gate: Tensor, room: Tensor | None) -> Tensor | None:
-    """`room`, if `of` would give it without making anything; else None. Costs less to ask than `of`."""
-    entry = _entries.get(id(weight))
-    if entry is None or entry.made is not room or entry.grid is not grid or entry.gate is not gate:
-        return None
-    if entry.owner() is not weight or entry.captured or entry.stamp != _stamp(entry, weight):
-        return None
-    entry.asked = True
-    return room
-
-
-def fill(room: Tensor, weight: Tensor, grid: Grid, gate: Tensor) -> None:
-    """Has `room` hold what `of` gives, which is kept there; or a copy, where a compiler has put other memory in its place."""
-    ours = room.data_ptr() in _rooms
-    made = of(weight, grid, gate, room.dtype, into=room if ours else None)
-    if made.data_ptr() != room.data_ptr():
-        room.copy_(made)
-
-
-def room(weight: Tensor, grid: Grid, gate: Tensor) -> Tensor:
-    """Memory for the values of `weight` in its own type, the same for all layers that share it; nothing is made yet.
-
-    Layers hold it, so that compiled code is given it, and finds it where it was: graphs need not copy it.
-    """
-    entry = _entry(weight, grid, gate, weight.dtype)
-    entry.stamp, entry.seen = (), None
-    if entry.made is None or (entry.made.shape, entry.made.device) != (weight.shape, weight.device):
-        with torch.inference_mode(False):
-            entry.made = torch.empty_like(weight.detach(), memory_format=torch.contiguous_format)
-        torch._dynamo.mark_static_address(entry.made, guard=False)
-    _owners[entry.made.data_ptr()] = entry
-    _rooms[entry.made.data_ptr()] = entry.made
-    return entry.made
-
-
-def owns(weight: Tensor, room: Tensor) -> bool:
-    """Whether `room` is free for the values of `weight`: not so where a layer computes with a weight that is not its own."""
-    owner = _owners.get(room.data_ptr())
-    return owner is None or owner.owner() is weight
-
-
-def _move(entry: "Entry", into: Tensor) -> None:
-    before = _owners.get(into.data_ptr())
-    if before is not entry and before is not None:
-        before.made, before.stamp = None, ()
-        if (weight := before.owner()) is not None:
+    kept = _values_of(weight, grid, gate, dtype)
+    if kept.dropped_at is not None:
+        if kept.dropped_at == version(weight):  # it may have changed all the same
             identity.refuse_older([weight])
-    if before is not entry or entry.made is None or entry.made.data_ptr() != into.data_ptr():
-        _owners[into.data_ptr()] = entry
-        entry.made, entry.stamp = into, ()
+        kept.dropped_at = None
+    if into is not None and into is not kept.value:
+        _move(kept, into)
+    stamp = kept.now(weight)
+    values = kept.current(stamp)
+    if values is None or (kept.frozen and not _fits(values, weight)):
+        _recompute(kept, stamp)
+        values = kept.value
+    kept.used = True
+    assert values is not None
+    return values
+
+
+def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None) -> Tensor | None:
+    """`buffer`, if `of` would return it without computing anything; else None. Faster than `of`."""
+    kept = _values.get(id(weight))
+    if kept is None or kept.value is not buffer or kept.grid is not grid or kept.gate is not gate:
+        return None
+    if kept() is not weight or kept.captured or kept.stamp != kept.now(weight):
+        return None
+    kept.used = True
+    return buffer
+
+
+def fill(buffer: Tensor, weight: Tensor, grid: Grid, gate: Tensor) -> None:
+    """Fills `buffer` with the values of `weight`, cached there; or with a copy, where a compiler replaced the buffer's memory."""
+    ours = buffer.data_ptr() in _buffers
+    values = of(weight, grid, gate, buffer.dtype, into=buffer if ours else None)
+    if values.data_ptr() != buffer.data_ptr():
+        buffer.copy_(values)
+
+
+def buffer(weight: Tensor, grid: Grid, gate: Tensor) -> Tensor:
+    """Memory for the values of `weight` in its own type, the same for all layers that share the weight; not computed yet.
+
+    Layers refer to it, so that compiled code takes it as an input at a fixed address, and CUDA graphs need not copy it.
+    """
+    kept = _values_of(weight, grid, gate, weight.dtype)
+    kept.stamp = kept.seen = None
+    if kept.value is None or not _fits(kept.value, weight):
+        with torch.inference_mode(False):
+            kept.value = torch.empty_like(weight.detach(), memory_format=torch.contiguous_format)
+        mark_static_address(kept.value)
+    _users[kept.value.data_ptr()] = kept
+    _buffers[kept.value.data_ptr()] = kept.value
+    return kept.value
+
+
+def may_use(weight: Tensor, buffer: Tensor) -> bool:
+    """Whether the values of `weight` may be in `buffer`: not where a layer computes with a weight that is not its own."""
+    user = _users.get(buffer.data_ptr())
+    return user is None or user() is weight
 
 
 def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `of`, but made anew and not kept: for weights that are gathered for a moment."""
-    made = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    """As `of`, but computed anew and not cached: for weights that are gathered for a moment."""
+    values = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        choose.make_values([weight.detach()], [made], [gate], grid)
-    return made
+        choose.compute_values([weight.detach()], [values], [gate], grid)
+    return values
 
 
-def hold(weight: Tensor) -> None:
-    """Has the values that `weight` has at its next use given until the next `hold` or `release`, whatever becomes of it."""
-    release(weight)
-    _held[id(weight)] = weakref.ref(weight, partial(_held_forget, id(weight)))
+def freeze(weight: Tensor) -> None:
+    """Fixes the values that `weight` has at its next use, until the next `freeze` or `thaw`, whatever becomes of the weight."""
+    thaw(weight)
+    (_values.of(weight) or Values(weight, _values)).freeze()
 
 
-def release(weight: Tensor) -> None:
-    """Undoes `hold`."""
-    _held.pop(id(weight), None)
+def thaw(weight: Tensor) -> None:
+    """Undoes `freeze`."""
+    if kept := _values.of(weight):
+        kept.thaw()
     drop(weight)
 
 
 def drop(weight: Tensor) -> None:
-    """Forgets the values of `weight`, unless they are held; the next use makes them anew."""
-    if id(weight) in _held:
-        return
-    if _entries.pop(id(weight), None):
-        _dropped[id(weight)] = weight._version
-    codes.drop(weight)
+    """Drops the cached values and codes of `weight`, unless its values are frozen; the next use recomputes them."""
+    kept = _values.of(weight)
+    if kept is not None:
+        if kept.frozen:
+            return
+        kept.clear()
+        kept.dropped_at = version(weight)
+    if codes := _codes.of(weight):
+        codes.drop()
 
 
-def kept(weights: Iterable[Tensor]) -> "dict[int, Entry]":
-    """What is kept of `weights`, by their ids: for optimizers that write values while they step."""
-    entries = {id(weight): _entries.get(id(weight)) for weight in weights}
-    return {
-        key: entry
-        for key, entry in entries.items()
-        if entry is not None and entry.made is not None and key not in _held
-    }
+def cached(weights: Iterable[Tensor]) -> dict[int, Values]:
+    """The cached values of `weights` by the ids of weights, but for frozen ones: optimizers may write them while they step."""
+    known = {id(weight): _values.of(weight) for weight in weights}
+    return {key: kept for key, kept in known.items() if kept is not None and kept.value is not None and not kept.frozen}
 
 
-class Entry:
-    """The values of one weight, the state of the weight that they were made in, and who asks for them.
+def codes_of(weight: Tensor, grid: Grid) -> Codes:
+    """The cached codes of finite `weight` on `grid`, and their steps in float32. Recomputed in place when the weight changes.
 
-    Attributes:
-        stamp: the state; empty where there are no values yet.
-        seen: shares the weight's storage, so that its address is not given to another.
-        asked: whether the values were used since they were made; what nobody uses is not made with the others.
-        captured: whether a CUDA graph has made them, at replays that nobody sees.
+    The memory of a captured graph is its own: layers call this once before one is captured.
     """
-
-    __slots__ = ("__weakref__", "asked", "captured", "dtype", "gate", "grid", "made", "owner", "seen", "stamp")
-
-    def __init__(self, weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> None:
-        self.owner = weakref.ref(weight, partial(_forget, id(weight)))
-        self.grid, self.gate, self.dtype = grid, gate, dtype
-        self.made: Tensor | None = None
-        self.seen: Tensor | None = None
-        self.stamp: tuple[Any, ...] = ()
-        self.asked, self.captured = False, False
-
-
-_entries: dict[int, Entry] = {}
-_rooms: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()  #: by their addresses
-_owners: "weakref.WeakValueDictionary[int, Entry]" = weakref.WeakValueDictionary()  #: of rooms, by their addresses
-_held: "dict[int, weakref.ref[Tensor]]" = {}
-_dropped: dict[int, int] = {}  #: in which version a weight was whose values were forgotten
+    kept = _codes.of(weight)
+    if kept is None or kept.value is None or not _fits_codes(kept.value[0], weight, grid):
+        kept = KeptOfTensor(weight, _codes)
+    stamp = identity.state(weight)
+    if (value := kept.current(stamp)) is not None:
+        return value
+    with torch.inference_mode(False), torch.no_grad():
+        value = fresh_codes(weight, grid)
+        if kept.value is not None:
+            value = _overwrite(kept.value, value)
+    kept.seen, kept.captured = weight.detach(), kept.captured or bool(stamp[-1])
+    return kept.put(value, stamp)
 
 
-def _entry(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Entry:
-    entry = _entries.get(id(weight))
-    if (
-        entry is None
-        or entry.owner() is not weight
-        or entry.dtype != dtype
-        or not (entry.grid is grid or entry.grid == grid)
-    ):
-        entry = _entries[id(weight)] = Entry(weight, grid, gate, dtype)
-    entry.gate = gate
-    return entry
+def fresh_codes(weight: Tensor, grid: Grid) -> Codes:
+    """As `codes_of`, but computed anew and not cached: for weights that are gathered for a moment."""
+    steps = torch.empty(grid.scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
+    return choose.quantize(weight.detach(), grid, steps=steps), steps
 
 
-def _stamp(entry: Entry, weight: Tensor) -> tuple[Any, ...]:
-    """What tells one state of a weight and its gate from another: two numbers of the gate's, then `watch.state`."""
-    return (entry.gate._version, entry.gate.data_ptr(), *identity.state(weight))
+_values: Store[Values] = Store()
+_codes: Store[KeptOfTensor[Codes]] = Store()
+_buffers: "WeakValueDictionary[int, Tensor]" = WeakValueDictionary()  #: by their addresses
+_users: "WeakValueDictionary[int, Values]" = WeakValueDictionary()  #: of buffers, by the buffers' addresses
 
 
-def _stands(entry: Entry, weight: Tensor) -> bool:
-    """Whether what was made is held, so that it may be out of date."""
-    made = entry.made
-    if id(weight) not in _held or not entry.stamp:  # not made yet
-        return False
-    return made is not None and (made.shape, made.device) == (weight.shape, weight.device)
+def _values_of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Values:
+    kept = _values.of(weight) or Values(weight, _values)
+    if kept.dtype != dtype or not (kept.grid is grid or kept.grid == grid):
+        kept.clear()
+        kept.grid, kept.dtype = grid, dtype
+    kept.gate = gate
+    return kept
 
 
-def _make(entry: Entry, stamp: tuple[Any, ...]) -> None:
-    """The values of `entry`, and of the others that are out of date and of one kind with it."""
-    stale = {id(entry): (entry, stamp)}
-    for other in list(_entries.values()):
-        weight = other.owner()
-        if other is not entry and other.asked and weight is not None and _alike(other, entry):
-            now = _stamp(other, weight)
-            if other.stamp != now and not _stands(other, weight):
-                stale[id(other)] = (other, now)
-    with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained with later
-        _fill([one for one, _ in stale.values()])
-    for one, now in stale.values():
-        weight = one.owner()
-        if weight is not None and one.stamp[2:3] == now[2:3] and one.stamp[:4] != now[:4]:  # one version, other memory
+def _move(kept: Values, into: Tensor) -> None:
+    before = _users.get(into.data_ptr())
+    if before is not kept and before is not None:
+        before.value = before.stamp = None
+        if (weight := before()) is not None:
             identity.refuse_older([weight])
-            now = _stamp(one, weight)
-        one.stamp, one.asked, one.captured = now, False, one.captured or bool(now[-1])
+    if before is not kept or kept.value is None or kept.value.data_ptr() != into.data_ptr():
+        _users[into.data_ptr()] = kept
+        kept.value, kept.stamp = into, None
 
 
-def _fill(entries: list[Entry]) -> None:
-    weights = []
-    for entry in entries:
-        weight = entry.owner()
+def _recompute(kept: Values, stamp: tuple[Any, ...]) -> None:
+    """Computes the values of `kept`, and of the others that are stale and can share its launch."""
+    stale = {id(kept): (kept, stamp)}
+    for other in list(_values.values()):
+        weight = other()
+        if other is not kept and other.used and weight is not None and _alike(other, kept):
+            now = other.now(weight)
+            if other.stamp != now and not (other.frozen and other.stamp and _fits(other.value, weight)):
+                stale[id(other)] = (other, now)
+    with torch.inference_mode(False), torch.no_grad():  # cached values may be trained with later
+        _compute([one for one, _ in stale.values()])
+    for one, now in stale.values():
+        weight, before = one(), one.stamp or ()
+        if weight is not None and before[2:3] == now[2:3] and before[:4] != now[:4]:  # one version, other memory
+            identity.refuse_older([weight])
+            now = one.now(weight)
+        one.stamp, one.used, one.captured = now, False, one.captured or bool(now[-1])
+
+
+def _compute(stale: list[Values]) -> None:
+    weights, targets, gates = [], [], []
+    for kept in stale:
+        weight = kept()
         assert weight is not None
-        weights.append(entry.seen if entry.seen is not None and _same(entry.seen, weight) else weight.detach())
-        if entry.made is None or (entry.made.shape, entry.made.device) != (weight.shape, weight.device):
-            make = partial(torch.empty_like, weight, dtype=entry.dtype, memory_format=torch.contiguous_format)
-            entry.made = make() if graphs.number(weight.device) else graphs.lasting(make)
-        entry.seen = weights[-1]
-    made = [entry.made for entry in entries if entry.made is not None]
-    choose.make_values(weights, made, [entry.gate for entry in entries], entries[0].grid)
+        assert kept.gate is not None
+        weights.append(kept.seen if kept.seen is not None and _same_memory(kept.seen, weight) else weight.detach())
+        if kept.value is None or not _fits(kept.value, weight):
+            allocate = partial(torch.empty_like, weight, dtype=kept.dtype, memory_format=torch.contiguous_format)
+            kept.value = allocate() if graphs.number(weight.device) else graphs.lasting(allocate)
+        kept.seen = weights[-1]
+        targets.append(kept.value)
+        gates.append(kept.gate)
+    grid = stale[0].grid
+    assert grid is not None
+    choose.compute_values(weights, targets, gates, grid)
 
 
-def _same(seen: Tensor, weight: Tensor) -> bool:
+def _fits(values: Tensor | None, weight: Tensor) -> bool:
+    return values is not None and (values.shape, values.device) == (weight.shape, weight.device)
+
+
+def _same_memory(seen: Tensor, weight: Tensor) -> bool:
     return (seen.data_ptr(), seen.dtype, seen.shape) == (weight.data_ptr(), weight.dtype, weight.shape)
 
 
-def _alike(one: Entry, other: Entry) -> bool:
-    """Whether the values of both can be made in one launch."""
-    a, b = one.seen, other.owner()
+def _alike(one: Values, other: Values) -> bool:
+    """Whether one launch can compute both."""
+    a, b, grid = one.seen, other(), one.grid
     return (
         a is not None
         and b is not None
-        and one.grid == other.grid
+        and grid is not None
+        and grid == other.grid
         and one.dtype == other.dtype
         and (a.dtype, a.device) == (b.dtype, b.device)
-        and (one.grid.group != "row" or a.shape[-1] == b.shape[-1])
+        and (grid.group != "row" or a.shape[-1] == b.shape[-1])
     )
 
 
-def _forget(key: int, _: Any) -> None:
-    _entries.pop(key, None)
+def _fits_codes(q: QTensor[Tensor], weight: Tensor, grid: Grid) -> bool:
+    return q.grid == grid and (q.codes.shape, q.codes.device, q.dtype) == (
+        weight.shape,
+        weight.device,
+        dtype_of(weight),
+    )
 
 
-def _held_forget(key: int, _: Any) -> None:
-    _held.pop(key, None)
+def _overwrite(old: Codes, new: Codes) -> Codes:
+    for mine, part in zip(old[0].parts().values(), new[0].parts().values(), strict=True):
+        mine.copy_(part)
+    old[1].copy_(new[1])
+    return old
 
 
 def _take_written(optimizer: Any) -> None:
-    """An optimizer's `written` are what it has brought up to date with the weights that it has stepped."""
-    for entry in getattr(optimizer, "written", ()):
-        if (weight := entry.owner()) is not None:
-            entry.stamp = _stamp(entry, weight)
+    """Stamps anew the values that an optimizer has written while it stepped, which are its `written`."""
+    for kept in getattr(optimizer, "written", ()):
+        if (weight := kept()) is not None:
+            kept.stamp = kept.now(weight)
 
 
 identity.after_step.append(_take_written)

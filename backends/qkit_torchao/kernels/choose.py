@@ -1,9 +1,13 @@
-"""Quantizing outside of autograd: by a kernel where there is one for the tensor, else by `ops`; the same bits."""
+"""The one dispatcher of kernels: a kernel where one takes the tensor and its grid, else `arithmetic`; the same bits. No autograd.
+
+Each module of kernels declares, as `TAKES`, the pairs of element and scale rule that its kernels compute.
+"""
 
 from functools import cache
 from importlib.util import find_spec
 from itertools import compress
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +17,11 @@ from qkit.qtensor import QTensor
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, Layout
 from qkit_torchao.kernels import cpu
+from qkit_torchao.kernels.tables import Target
 
 
 def rounded(w: Tensor, grid: Grid) -> Tensor:
-    """`ops.rounded(w, grid)`."""
+    """`rounding.rounded(w, grid)`."""
     kernels = _kernels(w)
     return kernels.values(w, grid) if kernels and kernels.takes(w, grid) else rounding.rounded(w, grid)
 
@@ -25,22 +30,22 @@ def gated(x: Tensor, grid: Grid, gate: Tensor) -> Tensor:
     """`rounded(x, grid)` where `gate` is on, else `x`; always in new memory."""
     kernels = _kernels(x)
     if kernels and kernels.takes(x, grid):
-        made: Tensor = kernels.values(x, grid, gate=gate)
-        return made
+        values: Tensor = kernels.values(x, grid, gate=gate)
+        return values
     return torch.where(gate, rounding.rounded(x, grid), x) if x.numel() else x.clone()
 
 
 def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
-    """`ops.quantize(w, grid)`. Filled besides, if wanted:
+    """`rounding.quantize(w, grid)`. Fills besides, where they are not None:
 
     Args:
-        values: shaped like `w`: what the codes mean.
-        steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
+        values: shaped like `w`: the values of the codes.
+        steps: float32, shaped like the scales: the factors of the codes; NaN where the group is not finite.
     """
     kernels = _kernels(w)
     if kernels and kernels.takes(w, grid):
-        made: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps)
-        return made
+        quantized: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps)
+        return quantized
     q = rounding.quantize(w, grid)
     if values is not None:
         values.copy_(rounding.rounded(w, grid))
@@ -50,55 +55,72 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
 
 
 def lays_out(w: Tensor, grid: Grid) -> bool:
-    """Whether kernels write the codes of `w` as a layer holds them: on a GPU."""
+    """Whether kernels write the codes of `w` in the layout of a converted layer: on a GPU."""
     kernels = _kernels(w)
     return w.is_cuda and kernels is not None and kernels.takes(w, grid)
 
 
 def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
-    """See `launch.laid_out`; for what `lays_out`."""
-    kernels = _launch()
+    """See `cuda.laid_out`; for tensors that `lays_out` accepts."""
+    kernels = _cuda()
     assert kernels is not None
-    made: Laid | None = kernels.laid_out(w, grid, layout, broken=broken, number=number)
-    return made
+    laid: Laid | None = kernels.laid_out(w, grid, layout, broken=broken, number=number)
+    return laid
 
 
 def dequantize(q: QTensor[Tensor]) -> Tensor:
-    """`ops.dequantize(q)`."""
+    """`rounding.dequantize(q)`."""
     kernels = _kernels(q.codes)
     if kernels and kernels.decodes(q):
-        made: Tensor = kernels.dequantize(q)
-        return made
+        values: Tensor = kernels.dequantize(q)
+        return values
     return rounding.dequantize(q)
 
 
-def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
-    """Fills each of `made` with the values of its weight, or with the weight itself where its gate is off.
+def compute_values(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+    """Fills each of `targets` with the values of its weight, or with the weight itself where its gate is off.
 
     Weights are of one type and on one device. One launch, where kernels take all of them.
     """
     kernels = _kernels(weights[0])
     together = [bool(kernels and kernels.takes(w, grid)) for w in weights]
-    for w, values, gate, taken in zip(weights, made, gates, together, strict=True):
+    for w, target, gate, taken in zip(weights, targets, gates, together, strict=True):
         if not taken:
-            values.copy_(torch.where(gate, rounding.rounded(w, grid), w))
+            target.copy_(torch.where(gate, rounding.rounded(w, grid), w))
     if kernels and any(together):
-        parts = [list(compress(tensors, together)) for tensors in (weights, made, gates)]
-        kernels.make_values(*parts, grid)
-        torch.autograd.graph.increment_version(parts[1])  # a backward that waits for what was there before is told
+        parts = [list(compress(tensors, together)) for tensors in (weights, targets, gates)]
+        kernels.compute_values(*parts, grid)
+        torch.autograd.graph.increment_version(parts[1])  # a backward that waits for the values before is told
+
+
+def step_adamw(
+    weights: list[Tensor], states: list[dict[str, Tensor]], targets: list[Target | None], **hyper: Any
+) -> None:
+    """See `cuda_adamw.step`; on CUDA with Triton."""
+    from qkit_torchao.kernels import cuda_adamw
+
+    cuda_adamw.step(weights, states, targets, **hyper)
+
+
+def adamw_target(weight: Tensor, values: Tensor, grid: Grid, gate: Tensor) -> Target | None:
+    """A target for `step_adamw`: `values` of `weight`, if a step can write them; on CUDA with Triton."""
+    from qkit_torchao.kernels import cuda_adamw
+
+    target = Target(values, grid, gate)
+    return target if cuda_adamw.writes(weight, target) else None
 
 
 def _kernels(w: Tensor) -> ModuleType | None:
-    """The module that launches kernels, for tensors on a GPU that Triton writes code for, and on CPUs where they were built."""
+    """The module of kernels for tensors on the device of `w`: Triton's on a GPU, C's on a CPU where they were built."""
     if torch.compiler.is_compiling():
         return None
     if w.is_cuda:
-        return _launch()
+        return _cuda()
     return cpu if w.device.type == "cpu" and cpu.available() else None
 
 
 @cache
-def _launch() -> ModuleType | None:
+def _cuda() -> ModuleType | None:
     if not find_spec("triton"):
         return None
     from qkit_torchao.kernels import cuda

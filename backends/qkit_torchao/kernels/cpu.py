@@ -1,6 +1,7 @@
-"""qkit's C kernels on torch's CPU tensors, in their own memory; the same functions as `launch`, for `fused`."""
+"""qkit's C kernels on torch's CPU tensors, in their own memory; the same functions as `cuda`, for `choose`."""
 
 import ctypes
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,18 @@ from qkit import native
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.arithmetic import rounding
+from qkit_torchao.torch_private import is_transformed
 
-PLAIN = (Tensor, torch.nn.Parameter)  #: others may have no memory of their own
+PLAIN = (Tensor, torch.nn.Parameter)  #: other classes may have no memory of their own
+
+#: Pairs of element and scale rule that the kernels compute: integers of up to a byte, and three small floats.
+TAKES = frozenset(
+    {
+        *product((f"int{bits}" for bits in range(2, 9)), ("signed", "absmax", "midmax", "minmax")),
+        *product(("e2m1", "e4m3", "e5m2"), ("rceil", "even", "floor")),
+        ("e2m1", "nvfp4"),
+    }
+)
 
 
 def available() -> bool:
@@ -22,23 +33,23 @@ def available() -> bool:
 
 
 def takes(w: Tensor, grid: Grid) -> bool:
-    """Whether the kernels take `w`: a contiguous one of memory that they may read, outside of torch.func's transforms."""
+    """Whether the kernels take `w` on `grid`: contiguous, of memory that they may read, outside of torch.func's transforms."""
     if type(w) not in PLAIN or w.dtype not in rounding.DTYPE.values() or not w.is_contiguous() or not w.numel():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return (grid.element.name, grid.scale) in TAKES and not is_transformed()
 
 
 def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
-    """`ops.rounded(w, grid)`, or a copy of `w` where there is a `gate` that is off."""
+    """`rounding.rounded(w, grid)`, or a copy of `w` where there is a `gate` that is off."""
     if gate is not None and not gate:
         return w.detach().clone()
-    made = torch.empty_like(w.detach())
-    native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(made))
-    return made
+    result = torch.empty_like(w.detach())
+    native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(result))
+    return result
 
 
 def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
-    """As `launch.quantize`."""
+    """As `cuda.quantize`."""
     q = native.quantize(_memory(w), grid, dtype=dtype_of(w)).map(torch.from_numpy)
     if values is not None:
         native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(values))
@@ -47,9 +58,9 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
     return q
 
 
-def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
-    """As `launch.make_values`."""
-    for w, target, gate in zip(weights, made, gates, strict=True):
+def compute_values(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+    """As `cuda.compute_values`."""
+    for w, target, gate in zip(weights, targets, gates, strict=True):
         if gate and w.dtype == target.dtype and target.is_contiguous():
             native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(target))
         else:
@@ -57,12 +68,12 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
 
 
 def decodes(q: QTensor[Tensor]) -> bool:
-    """`ops` decodes."""
+    """False: `rounding` decodes."""
     return False
 
 
 def _memory(x: Tensor) -> NDArray[Any]:
-    """`x` as NumPy; the patterns, as int16, of what NumPy has no type for. `Tensor.numpy` would bind memory that FSDP frees."""
+    """`x` as NumPy; as int16 patterns where NumPy lacks the type. `Tensor.numpy` would bind memory that FSDP frees."""
     kind: Any = ctypes.c_int16 if x.element_size() == 2 else ctypes.c_float
-    held: NDArray[Any] = np.ctypeslib.as_array((kind * x.numel()).from_address(x.data_ptr()))
-    return held.reshape(x.shape)
+    memory: NDArray[Any] = np.ctypeslib.as_array((kind * x.numel()).from_address(x.data_ptr()))
+    return memory.reshape(x.shape)

@@ -1,7 +1,9 @@
-"""Launching the Triton kernels: which tensors they take, in what tiles, many weights at once. Imported on CUDA machines only."""
+"""Launches of the Triton kernels: the tensors they take, their tiles, many weights at once. Imported on CUDA machines only."""
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,12 +16,20 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import TILE_COLUMNS, TILE_ROWS, Laid, Layout
-from qkit_torchao.kernels import direct, triton_passes, triton_tinygemm
+from qkit_torchao.kernels import triton_passes, triton_tinygemm
 from qkit_torchao.kernels.tables import offsets, programs
 
-TILE = 2048  #: elements that a program holds, where groups are shorter
-LONGEST = 8192  #: the longest group that it holds whole; in float32, twice that
-PEAK = 8192  #: elements of which a program looks for the largest
+#: Pairs of element and scale rule that the kernels compute: integers of up to a byte, and three small floats.
+TAKES = frozenset(
+    {
+        *product((f"int{bits}" for bits in range(2, 9)), ("signed", "absmax", "midmax", "minmax")),
+        *product(("e2m1", "e4m3", "e5m2"), ("rceil", "even", "floor")),
+        ("e2m1", "nvfp4"),
+    }
+)
+TILE = 2048  #: elements of a program's tile, where groups are shorter
+LONGEST = 8192  #: the longest group that fits one tile; in float32, twice that
+PEAK = 8192  #: elements of a tile of the program that finds the largest magnitude
 WARP = 1024  #: elements of a tile for each warp; see `tiles`
 ALIGNED = 16  #: bytes that are read at once
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,39 +37,42 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def takes(w: Tensor, grid: Grid) -> bool:
-    """Whether the kernels take `w` on `grid`; else `ops` does. Each program's part must begin where it can read at once."""
+    """Whether the kernels take `w` on `grid`. Each program's part must begin at an aligned address."""
     fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % ALIGNED == 0 and w.numel() > 0
-    if not fits or grid.group == "tensor":
+    if not fits or grid.group == "tensor" or (grid.element.name, grid.scale) not in TAKES:
         return False
     groups, group, _, _ = _tiles(w, grid)
     return groups * group * w.element_size() % ALIGNED == 0
 
 
 def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
-    """`ops.rounded(w, grid)`, for what `takes`; the bits of `w` itself where there is a `gate`, bool [], that is off."""
-    made = torch.empty_like(w)
-    _one(w, grid, values=made, gate=gate)
-    return made
+    """`rounding.rounded(w, grid)` of `w` that `takes` accepts; the bits of `w` itself where a `gate`, bool [], is off."""
+    result = torch.empty_like(w)
+    _one(w, grid, values=result, gate=gate)
+    return result
 
 
 def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
-    """`ops.quantize(w, grid)`, for what `takes`. Filled in the same pass, if wanted:
+    """`rounding.quantize(w, grid)`, for tensors that `takes` accepts. Filled in the same pass, where they are not None:
 
     Args:
-        values: shaped like `w`: what the codes mean.
-        steps: float32, shaped like the scales: what the codes are multiplied with; NaN where the group is not finite.
+        values: shaped like `w`: the values of the codes.
+        steps: float32, shaped like the scales: the factors of the codes; NaN where the group is not finite.
     """
     return QTensor(**_encoded(w, grid, "bytes", values=values, steps=steps), grid=grid, dtype=dtype_of(w))
 
 
 def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
-    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for what `takes`; None where `w` would have to be padded.
+    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for tensors that `takes` accepts; None where
+    `w` would have to be padded, or where tinygemm's kernel does not take the grid.
 
     Args:
-        broken: int32: its element of this `number` becomes 1 if a group has no codes, for it holds what is not below 2^127.
+        broken: int32: its element of this `number` becomes 1 if a group has no codes, since it has NaN, or a magnitude of
+            2^127 or more.
     """
     if layout == "tiles":
-        if w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS:
+        padded = w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS
+        if padded or (grid.element.name, grid.scale) not in triton_tinygemm.TAKES:
             return None
         parts = _tiled(w.detach(), grid, broken, number)
     else:
@@ -98,11 +111,12 @@ def _tiled(w: Tensor, grid: Grid, broken: Tensor, number: int) -> dict[str, Any]
 
 def decodes(q: QTensor[Tensor]) -> bool:
     """Whether `dequantize` takes `q`: a code a byte, and a scale for each row."""
-    return q.grid.symmetric and q.grid.group == "row" and q.codes.is_contiguous() and q.codes.data_ptr() % ALIGNED == 0
+    known = (q.grid.element.name, q.grid.scale) in TAKES and q.grid.symmetric
+    return known and q.grid.group == "row" and q.codes.is_contiguous() and q.codes.data_ptr() % ALIGNED == 0
 
 
 def dequantize(q: QTensor[Tensor]) -> Tensor:
-    """`ops.dequantize(q)`, for what it `decodes`."""
+    """`rounding.dequantize(q)`, of `q` that `decodes` accepts."""
     values = torch.empty(q.codes.shape, dtype=rounding.DTYPE[q.dtype], device=q.codes.device)
     geometry = tiles(q.codes, q.grid)
     with device_of(q.codes):
@@ -112,16 +126,16 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     return values
 
 
-def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
-    """Fills each of `made` with the values of its weight, in one launch (nvfp4: two, for it looks at whole tensors first).
+def compute_values(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+    """Fills each of `targets` with the values of its weight, in one launch (nvfp4: two, since it looks at whole tensors first).
 
     Args:
-        weights: what the kernels take on `grid`, of one type and one length of rows if groups are rows.
-        made: of the shapes of `weights`, in one type.
+        weights: tensors that `takes` accepts, of one type, and of one length of rows if groups are rows.
+        targets: of the shapes of `weights`, in one type.
         gates: bool []; where one is off, the weight itself is copied.
     """
     peaks = torch.zeros(len(weights), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
-    columns = offsets(weights), offsets(made), [gate.data_ptr() for gate in gates], range(len(weights))
+    columns = offsets(weights), offsets(targets), [gate.data_ptr() for gate in gates], range(len(weights))
     rows = tuple(zip(*columns, strict=True))
     geometry = tiles(weights[0], grid)
     counts = tuple(_count(w, grid) for w in weights)
@@ -130,7 +144,7 @@ def make_values(weights: list[Tensor], made: list[Tensor], gates: list[Tensor], 
         _find_peaks(weights[0], rows, counts, peaks)
     with device_of(weights[0]):
         triton_passes.values_of_many[(len(blocks),)](
-            weights[0], made[0], blocks, peaks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
+            weights[0], targets[0], blocks, peaks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
         )
 
 
@@ -143,7 +157,7 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 @cache
 def constants(grid: Grid) -> tuple[Any, ...]:
-    """What the kernels must know of `grid`, as they want it: see `kernels.quantized`."""
+    """The constants of `grid` for the kernels, as the tuple `GRID` of `triton_arithmetic`."""
     element = grid.element
     low, high = (0, element.levels) if not grid.symmetric else (element.lowest, element.highest)
     return (
@@ -164,12 +178,14 @@ def constants(grid: Grid) -> tuple[Any, ...]:
 
 
 def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
-    """The tile of a program: how many groups, their length, and the power of two that holds it, or a part of it; and warps."""
+    """The tile of a program: count of groups, their length, the power of two that holds all or a part of one, and warps."""
     return dict(zip(("GROUPS", "GROUP", "WIDTH", "num_warps"), _tiles(w, grid), strict=True))
 
 
 def _tiles(w: Tensor, grid: Grid) -> tuple[int, int, int, int]:
-    longest = LONGEST * 2 if w.dtype == torch.float32 else LONGEST  # what is not converted takes fewer registers
+    longest = (
+        LONGEST * 2 if w.dtype == torch.float32 else LONGEST
+    )  # float32 is not converted, which takes fewer registers
     return _tile(_group(w, grid), longest, extremes=2 if grid.scale in ("signed", "minmax") else 1)
 
 
@@ -178,7 +194,7 @@ def _tile(group: int, longest: int, *, extremes: int) -> tuple[int, int, int, in
     width = min(triton.next_power_of_2(group), longest)
     groups = max(1, (TILE if group > 16 else 2 * TILE) // width)
     warps = groups * width // WARP
-    if group > longest and extremes == 1:  # one to hold: more warps are faster
+    if group > longest and extremes == 1:  # one extreme to find: more warps are faster
         warps *= 2
     return groups, group, width, warps
 
@@ -214,9 +230,6 @@ def _one(
         )  # fmt: skip
 
 
-_one_kernel, _tiles_kernel = direct.Kernel(triton_passes.one), direct.Kernel(triton_tinygemm.quantize)
-
-
 def _peak(w: Tensor, grid: Grid) -> Tensor | None:
     """The bits of the largest magnitude of `w`, where `grid` looks at it first."""
     if not _looks_first(grid):
@@ -246,3 +259,31 @@ def _group(w: Tensor, grid: Grid) -> int:
 
 def _count(w: Tensor, grid: Grid) -> int:
     return w.numel() // _group(w, grid)
+
+
+class Kernel:
+    """A Triton kernel that remembers its compiled forms by the keys that its callers give.
+
+    At every launch Triton binds arguments, inspects types and alignments, and looks its compiled form up, in Python. For a small
+    tensor the host takes longer for that than the device for the work. A compiled form can be launched by itself.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._compiled: dict[Hashable, Any] = {}
+
+    def __call__(self, key: Hashable, programs: int, arguments: tuple[Any, ...], *, warps: int) -> None:
+        """Launches `programs` on the current device.
+
+        Args:
+            key: all that the compiled form depends on: device, types, constants, and alignments unless the kernel ignores them.
+            arguments: all of them, with constants, in the order of the kernel's signature.
+        """
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._function[(programs,)](*arguments, num_warps=warps)
+        else:
+            compiled[(programs, 1, 1)](*arguments)
+
+
+_one_kernel, _tiles_kernel = Kernel(triton_passes.one), Kernel(triton_tinygemm.quantize)

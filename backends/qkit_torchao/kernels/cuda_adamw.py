@@ -1,4 +1,4 @@
-"""Launching a step of AdamW over many weights at once, with the quantized values of what it steps. CUDA only."""
+"""Launches of one step of AdamW over many weights, which writes their quantized values too. CUDA only."""
 
 import math
 from collections import defaultdict
@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkit_torchao.cache.values import Entry
 from qkit_torchao.kernels import triton_adamw
 from qkit_torchao.kernels.cuda import INTERPRETED, TILE, constants, device_of, takes, tiles
-from qkit_torchao.kernels.tables import offsets, on_device, programs
+from qkit_torchao.kernels.tables import Target, offsets, on_device, programs
 
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
 
@@ -19,7 +18,7 @@ FLAT = 1024  #: elements of a weight that is not quantized that make a row of a 
 def step(
     weights: list[Tensor],
     states: list[dict[str, Tensor]],
-    entries: list[Entry | None],
+    targets: list[Target | None],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -28,7 +27,7 @@ def step(
 ) -> None:
     """Steps `weights`, which have gradients and one counter of steps, and their `states`, as torch's AdamW does.
 
-    Where there is an entry, its values are made of the stepped weight.
+    Where there is a target, it gets the values of the stepped weight.
     """
     scalars = torch.empty(6, dtype=torch.float32, device=weights[0].device)
     with device_of(scalars):
@@ -36,39 +35,45 @@ def step(
             states[0]["step"], lr, scalars, 1 - betas[0], 1 - betas[1], math.log2(betas[0]) if betas[0] else -1e4,
             math.log2(betas[1]) if betas[1] else -1e4, eps, weight_decay, FLOAT=not isinstance(lr, Tensor),
         )  # fmt: skip
-    kinds: dict[Any, list[tuple[Tensor, dict[str, Tensor], Entry | None]]] = defaultdict(list)
-    for weight, state, entry in zip(weights, states, entries, strict=True):
-        kinds[_kind(weight, state, entry)].append((weight, state, entry))
+    kinds: dict[Any, list[tuple[Tensor, dict[str, Tensor], Target | None]]] = defaultdict(list)
+    for weight, state, target in zip(weights, states, targets, strict=True):
+        kinds[_kind(weight, state, target)].append((weight, state, target))
     for members in kinds.values():
         _launch(members, scalars)
-    written = [entry.made for entry in entries if entry and entry.made is not None]
-    torch.autograd.graph.increment_version([*weights, *written])
+    torch.autograd.graph.increment_version([*weights, *(target.values for target in targets if target)])
 
 
-def _kind(weight: Tensor, state: dict[str, Tensor], entry: Entry | None) -> tuple[Any, ...]:
-    """What must be equal for two weights to be stepped by one launch."""
+def writes(weight: Tensor, target: Target) -> bool:
+    """Whether a step can write the values to `target`. Grids that look at more than a program sees are written later."""
+    group = weight.shape[-1] if target.grid.group == "row" else target.grid.group
+    fits = target.grid.by_rows and int(group) <= TILE and target.values.is_contiguous()
+    return fits and takes(weight.detach(), target.grid)
+
+
+def _kind(weight: Tensor, state: dict[str, Tensor], target: Target | None) -> tuple[Any, ...]:
+    """All that must be equal for one launch to step two weights."""
     assert weight.grad is not None
     types = (weight.dtype, weight.grad.dtype, state["exp_avg"].dtype)
-    return (*types, entry.grid, entry.dtype, weight.shape[-1]) if entry else (*types, _flat(weight))
+    return (*types, target.grid, target.values.dtype, weight.shape[-1]) if target else (*types, _flat(weight))
 
 
 def _flat(weight: Tensor) -> int:
     return math.gcd(weight.numel(), FLAT)
 
 
-def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scalars: Tensor) -> None:
-    weight, state, entry = members[0]
-    if entry:
-        geometry = tiles(weight, entry.grid)
+def _launch(members: list[tuple[Tensor, dict[str, Tensor], Target | None]], scalars: Tensor) -> None:
+    weight, state, target = members[0]
+    if target:
+        geometry = tiles(weight, target.grid)
     else:
         group = _flat(weight)
         geometry = {"GROUPS": 4 * FLAT // group, "GROUP": group, "WIDTH": group, "num_warps": 4}
-    weights, states, entries = zip(*members, strict=True)
+    weights, states, targets = zip(*members, strict=True)
     gradients = [_gradient(w) for w in weights]
     moments = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")]
-    made = [e.made for e in entries] if entry else []
+    values = [one.values for one in targets] if target else []
     columns = [offsets(tensors) for tensors in (weights, gradients, *moments)]
-    columns += [offsets(made), [e.gate.data_ptr() for e in entries]] if entry else [[0] * len(members)] * 2
+    columns += [offsets(values), [one.gate.data_ptr() for one in targets]] if target else [[0] * len(members)] * 2
     counts = tuple(w.numel() // geometry["GROUP"] for w in weights)
     numbers = tuple((number, 0) for number in range(len(members)))
     blocks, full = programs(numbers, counts, (0, 1), geometry, weight.device)  # the same at every step
@@ -76,18 +81,11 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Entry | None]], scala
     table = on_device(rows, lambda: np.array(rows, np.int64), weight.device)
     with device_of(weight):
         triton_adamw.adamw_of_many[(len(blocks),)](
-            weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], made[0] if made else None, table, blocks, scalars,
-            GRID=constants(entry.grid) if entry else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
+            weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], values[0] if values else None, table, blocks,
+            scalars, GRID=constants(target.grid) if target else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
         )  # fmt: skip
 
 
 def _gradient(weight: Tensor) -> Tensor:
     assert weight.grad is not None
     return weight.grad if weight.grad.is_contiguous() else weight.grad.contiguous()
-
-
-def writes(entry: Entry, weight: Tensor) -> bool:
-    """Whether a step can write the values of `entry`: those on grids that look at more than a program sees are made later."""
-    group = weight.shape[-1] if entry.grid.group == "row" else entry.grid.group
-    fits = entry.grid.by_rows and int(group) <= TILE and entry.made is not None and entry.made.is_contiguous()
-    return fits and takes(weight.detach(), entry.grid)

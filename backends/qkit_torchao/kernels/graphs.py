@@ -1,4 +1,4 @@
-"""Which CUDA graph is being captured, if one is: torch says whether, the driver says which. And memory that is no graph's."""
+"""Which CUDA graph is being captured, if any: torch says whether, the driver says which. And memory that belongs to no graph."""
 
 import ctypes
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TREES = "torch._inductor.cudagraph_trees"
+from qkit_torchao.torch_private import GRAPH_TREES
 
 
 def number(device: torch.device) -> int:
@@ -23,21 +23,21 @@ def number(device: torch.device) -> int:
     return found.value or 1
 
 
-def lasting(make: Callable[[], Tensor]) -> Tensor:
-    """What `make` allocates, for longer than one call of compiled code.
+def lasting(allocate: Callable[[], Tensor]) -> Tensor:
+    """The tensor that `allocate` returns, in memory that outlives a call of compiled code.
 
-    Inductor's graph trees count whatever their thread allocates, before they capture, as part of a graph, and refuse to go on
-    if it lives longer. Another thread's memory is its own.
+    Before Inductor's graph trees capture, they count all that their thread allocates as part of a graph. They refuse to go on
+    if such memory lives longer. Memory that another thread allocates is not counted.
     """
-    return _elsewhere().submit(make).result() if TREES in sys.modules else make()
+    return _other_thread().submit(allocate).result() if GRAPH_TREES in sys.modules else allocate()
 
 
 @cache
-def _elsewhere() -> ThreadPoolExecutor:
+def _other_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="qkit-memory")
 
 
 @cache
 def _driver() -> Any:
-    """The CUDA driver, which torch has loaded; `cuStreamGetCaptureInfo` is as in CUDA 10.1 there, whatever the version."""
+    """The CUDA driver, which torch has loaded. Its `cuStreamGetCaptureInfo` is that of CUDA 10.1 in every version."""
     return ctypes.CDLL("libcuda.so.1")

@@ -1,6 +1,7 @@
-"""Tables that tell the programs of one launch over many tensors what each is to do. On the device, where they are kept."""
+"""Tables on the device that tell each program of one launch over many tensors its part, and where AdamW writes values."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,15 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkit.grid import Grid
 from qkit_torchao.kernels import graphs
 
-KEPT = 64  #: how many tables are kept
+CACHED = 64  #: the most tables that are cached
 _tables: dict[Any, Tensor] = {}
-_captured: list[Tensor] = []  #: what captured graphs read at every replay, here and on the host
+_captured: list[Tensor] = []  #: tables that captured graphs read at every replay, on the device or on the host
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """A tensor for the values of a weight on `grid`, which are the weight itself where `gate`, bool [], is off."""
+
+    values: Tensor
+    grid: Grid
+    gate: Tensor
 
 
 def offsets(tensors: Sequence[Tensor]) -> list[int]:
-    """Where `tensors` of one type are, in elements from the first of them on."""
+    """The places of `tensors` of one type, in elements from the first of them on."""
     base, size = tensors[0].data_ptr(), tensors[0].element_size()
     return [(tensor.data_ptr() - base) // size for tensor in tensors]
 
@@ -24,16 +35,16 @@ def offsets(tensors: Sequence[Tensor]) -> list[int]:
 def programs(
     rows: tuple[tuple[int, ...], ...],
     counts: tuple[int, ...],
-    moves: tuple[int, ...],
+    advances: tuple[int, ...],
     geometry: dict[str, int],
     device: torch.device,
 ) -> tuple[Tensor, bool]:
     """One row for each program of a launch over many tensors, int64 on the device, and whether each has a full tile.
 
     Args:
-        rows: of each tensor: places and addresses.
-        counts: of each tensor: how many groups. Rows end with how many are left from the program's first on.
-        moves: of each column, whether it moves on with the elements.
+        rows: for each tensor, places and addresses.
+        counts: for each tensor, its groups. Rows end with the count of groups from the program's first to the last.
+        advances: for each column, 1 if it advances with the elements, else 0.
     """
     groups, group = geometry["GROUPS"], geometry["GROUP"]
     full = geometry["WIDTH"] == group and all(count % groups == 0 for count in counts)
@@ -41,23 +52,23 @@ def programs(
     def table() -> np.ndarray[Any, Any]:
         number = [-(-count // groups) for count in counts]
         first = np.concatenate([np.arange(n, dtype=np.int64) for n in number]) * groups
-        made = np.repeat(np.array(rows, np.int64), number, axis=0)
-        made += (first * group)[:, None] * np.array(moves)
+        places = np.repeat(np.array(rows, np.int64), number, axis=0)
+        places += (first * group)[:, None] * np.array(advances)
         left = np.repeat(np.array(counts, np.int64), number) - first
-        return np.concatenate([made, left[:, None]], axis=1)
+        return np.concatenate([places, left[:, None]], axis=1)
 
     return on_device((rows, counts, groups, group), table, device), full
 
 
 def on_device(key: Any, make: Callable[[], np.ndarray[Any, Any]], device: torch.device) -> Tensor:
-    """The table that `make` makes of what is in `key`, on `device`, without waiting.
+    """The table that `make` computes from the contents of `key`, on `device`. The host does not wait for the copy.
 
-    It is kept, since the same is likely to be asked for again; but not one made while a graph is captured, for its memory is the
-    graph's, which copies it anew at every replay.
+    Tables are cached, since the next step is likely to need the same. A table computed while a graph is captured is not cached:
+    its memory is the graph's, which copies the table again at every replay.
     """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    made = _tables.get((key, device))
-    if made is None:
+    cached = _tables.get((key, device))
+    if cached is None:
         table = torch.from_numpy(make())
         if device.type != "cuda":
             return table
@@ -65,10 +76,10 @@ def on_device(key: Any, make: Callable[[], np.ndarray[Any, Any]], device: torch.
         if capturing:
             _captured.append(pinned)
             return pinned.to(device, non_blocking=True)
-        made = graphs.lasting(partial(torch.empty_like, table, device=device)).copy_(pinned, non_blocking=True)
-        if len(_tables) >= KEPT:
+        cached = graphs.lasting(partial(torch.empty_like, table, device=device)).copy_(pinned, non_blocking=True)
+        if len(_tables) >= CACHED:
             _tables.pop(next(iter(_tables)))
-        _tables[key, device] = made
+        _tables[key, device] = cached
     elif capturing:
-        _captured.append(made)
-    return made
+        _captured.append(cached)
+    return cached

@@ -1,4 +1,4 @@
-"""Steps of AdamW (Loshchilov and Hutter, 2019) in Triton, and the quantized values of what they step. `stepping` calls them."""
+"""Steps of AdamW (Loshchilov and Hutter, 2019) in Triton, and the values of the stepped weights. `cuda_adamw` calls them."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ def adamw_of_many(
 ):  # fmt: skip
     """A step of AdamW for many weights in one launch, and the quantized values of the stepped weights, if there is a `GRID`.
 
-    Arithmetic is in float32 and rounded once to the type of the weight, which is what is then quantized. `table` int64
+    Arithmetic is in float32 and rounded once to the type of the weight, whose stored value is then quantized. `table` int64
     [tensors, 6]: where weight, gradient, both moments and target are, in elements from the first of each on; the address of
     the gate. `blocks` int64 [programs, 3]: a tensor, the first element of the program's part, how many groups are left.
     `scalars` float32 [6]: see `adamw_scalars`.
@@ -55,7 +55,7 @@ def adamw_of_many(
 def adamw_scalars(
     step, rate, scalars, complement1, complement2, log1, log2, eps, decay, FLOAT: tl.constexpr
 ):  # fmt: skip
-    """Counts a step, and writes what `adamw_of_many` multiplies with, float32 [6].
+    """Counts a step, and writes the factors of `adamw_of_many`, float32 [6].
 
     They are 1 - beta1, 1 - beta2, 1 - rate * decay, rate / (1 - beta1^step), 1 / sqrt(1 - beta2^step) and eps.
     `rate` is a number or the address of one; logarithms of the betas are to base 2.

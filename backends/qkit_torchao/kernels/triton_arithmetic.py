@@ -1,8 +1,9 @@
-"""The reference in Triton, on tiles [groups, group] of float32: extremes, steps, units. Device code; `passes` calls it.
+"""The reference in Triton, on tiles [groups, group] of float32: extremes, steps, units. Device code; `triton_passes` calls it.
 
-Bit for bit `ops`. A division is a product with the reciprocal and one correction by the exact remainder, which rounds as IEEE
-division does (Markstein, 1990), since the reciprocal does. Triton's interpreter has no fused multiply-add and casts by cutting
-off: there it divides, and rounds before it casts. Rounding to an integer is adding and taking away 1.5 * 2^23. Maxima keep NaN.
+Bit for bit `arithmetic.rounding`. A division is a product with the reciprocal and one correction by the exact remainder. That
+rounds as IEEE division does (Markstein, 1990), since the reciprocal does. Triton's interpreter has no fused multiply-add, and its
+casts truncate: there it divides, and rounds before it casts. Adding and taking away 1.5 * 2^23 rounds to an integer. Maxima keep
+NaN.
 """
 
 import triton
@@ -24,7 +25,7 @@ def floats(u):
 
 @triton.jit
 def quotient(x, s, reciprocal, INTERPRETED: tl.constexpr):
-    """x / s, rounded as IEEE division rounds where `s` has 8 bits: the exact remainder mends what the product leaves out."""
+    """x / s, rounded as IEEE division rounds where `s` has 8 bits: the exact remainder corrects the product."""
     if INTERPRETED:
         y = x / s
     else:
@@ -161,9 +162,9 @@ def tensor_code(tensor_peak, GRID: tl.constexpr):
 
 @triton.jit
 def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Of groups with these extremes: the step, its reciprocal, the zero point, and what is stored. `GRID`: `launch.constants`.
+    """Of groups with these extremes: the step, its reciprocal, the zero point, and the stored scale. `GRID`: `cuda.constants`.
 
-    Steps are NaN where the group is not finite. What is stored is the step itself, an E8M0 code, or the value of an e4m3.
+    Steps are NaN where the group is not finite. The stored scale is the step itself, an E8M0 code, or the value of an e4m3.
     `tensor_peak`: the bits of the tensor's largest magnitude, for nvfp4.
     """
     RULE: tl.constexpr = GRID[0]
@@ -208,7 +209,7 @@ def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr)
 def units(x, s, reciprocal, z, GRID: tl.constexpr, NARROW: tl.constexpr, INTERPRETED: tl.constexpr):
     """The tile `x` in units of its steps: codes of integers, zero points taken away, and values of small floats.
 
-    What the rule's steps leave nothing to clip is not clipped: a step is too short by at most its 2^-8th, so that a peak is at
+    Rules whose steps leave nothing to clip do not clip. A step is too short by at most its 2^-8th, so that a peak is at
     most 127 * (1 + 2^-8) steps from zero under `absmax`, and rounds to the lowest code or above under `signed` and `midmax`.
     """
     RULE: tl.constexpr = GRID[0]

@@ -1,7 +1,7 @@
-"""The Triton kernels themselves: one pass over the memory of one tensor, or of many in one launch. `launch` calls them.
+"""The Triton kernels themselves: one pass over the memory of one tensor, or of many in one launch. `cuda` calls them.
 
 Groups up to a tile's width are held in registers between reading and writing; longer ones are read twice, the second time
-from the cache. Constants of a grid come as a tuple, `launch.constants`.
+from the cache. Constants of a grid come as a tuple, `cuda.constants`.
 """
 
 import triton
@@ -26,7 +26,7 @@ from qkit_torchao.kernels.triton_arithmetic import (  # fmt: skip
     units,
 )
 
-#: arguments of `one` that are not read and written many at once
+#: arguments of `one` that a program reads or writes one at a time
 SMALL = ["scales", "zeros", "factors", "gate", "peak", "power", "broken"]
 
 
@@ -114,8 +114,8 @@ def peaks_of_many(
     else:
         most = bits(tl.reduce(tl.abs(x), 0, larger))
     peak = peaks + tl.load(block + 3)
-    known = tl.load(peak, cache_modifier=".cg")  # past what this processor's own cache has kept from before
-    if most > known:  # as few do, once some have: atomic operations on one address wait for each other
+    known = tl.load(peak, cache_modifier=".cg")  # not from this processor's own cache, which may be stale
+    if most > known:  # seldom true after the first programs: atomic operations on one address wait for each other
         tl.atomic_max(peak, most)
 
 
@@ -125,7 +125,7 @@ def one(
     GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, FULL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), as far as there is room for them.
+    """One tensor of `count` groups: its values, its codes and scales, its steps (`factors`), each where it has a tensor.
 
     `CODES`: a `layouts.Layout`, but for tiles. `gate`, a byte, if there is one: 0 has `source` itself for values. `peak`: the
     bits of the tensor's largest magnitude, for nvfp4, whose scale goes to `power`. `broken` is told of groups without codes,
@@ -220,7 +220,7 @@ def decode(
     codes, scales, values, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """What the codes of a row, a byte each, and its scale mean; a row for each program."""
+    """The values of the codes of a row, a byte each, with its scale; a row for each program."""
     group = tl.program_id(0)
     for begin in range(0, GROUP, WIDTH):
         offsets = begin + tl.arange(0, WIDTH)

@@ -1,4 +1,4 @@
-"""int4 as tinygemm multiplies it, in one pass over the weight. Device code; `launch` calls it.
+"""int4 as tinygemm multiplies it, in one pass over the weight. Device code; `cuda` calls it.
 
 The layout is that of `torch.ops.aten._convert_weight_to_int4pack` with 8 inner k-tiles, as PyTorch's `int4mm.cu` describes it: a
 word for each lane of a warp, 4 words a lane for 8 rows and 128 columns. Lane t has row t / 4; its word i has the columns
@@ -18,11 +18,13 @@ def wrapped(word: int) -> int:
 
 
 OUTER_LOW, INNER_LOW = tl.constexpr(0x00FF00FF), tl.constexpr(0x0F0F0F0F)
+#: Pairs of element and scale rule that the kernel computes.
+TAKES = frozenset({("int4", "signed"), ("int4", "absmax"), ("int4", "midmax")})
 WIDTH = 256  #: columns of 8 rows that a program takes
 WARPS = 1
 
-#: what makes a sum of eight codes, each as the last bits of `MAGIC` and at its place, a word of codes from 0 on: an 8 for each,
-#: less what `MAGIC` leaves of itself below bit 32
+#: turns a sum of eight codes, each in the last bits of `MAGIC` and at its place, into 32 bits of codes from 0 on: an 8 for each
+#: code, less the bits of `MAGIC` below bit 32
 EIGHTS = tl.constexpr(wrapped(0x88888888 - sum(0x4B400000 << place for place in (0, 4, 8, 12, 16, 20, 24, 28))))
 
 

@@ -1,4 +1,4 @@
-"""Codes in torchao's own tensors, and out again. The only module that imports torchao, whose chatter stops here.
+"""Codes in torchao's own tensors: stored and read. The only module that imports torchao, whose log messages stop here.
 
 Containers read off torchao 0.18: `IntxUnpackedToInt8Tensor`, `Float8Tensor` and `NVFP4Tensor`. Each decodes our
 codes exactly in fp32, bf16 and fp16; a test holds them to it. Scales stay in fp32, whatever the model's type. On CUDA,
@@ -18,6 +18,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, Layout, unpair, unshift
+from qkit_torchao.torch_private import int4_product
 
 _disabled = logging.root.manager.disable
 logging.disable(logging.ERROR)  # torchao reports CUDA libraries that a CPU machine cannot load
@@ -32,20 +33,21 @@ finally:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One of torchao's tensors: how it wants our codes laid out, how they go in, and how they come out."""
+    """One of torchao's tensors: its layout, the elements that it stores, and how codes are stored and read."""
 
     name: str
     layout: Layout
-    lower: Callable[[Laid], Any]
-    raised: Callable[[Any, Grid, DType], QTensor[Tensor]]
+    elements: frozenset[str]
+    store: Callable[[Laid], Any]
+    read: Callable[[Any, Grid, DType], QTensor[Tensor]]
 
 
-def container_of(held: Tensor) -> Container:
-    """The container that `held` is."""
-    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS) if one.name == type(held).__name__)
+def container_of(stored: Tensor) -> Container:
+    """The container that describes `stored`, a tensor of torchao's."""
+    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS) if one.name == type(stored).__name__)
 
 
-def _lower_integer(laid: Laid) -> Any:
+def _store_integer(laid: Laid) -> Any:
     zeros = laid.zeros
     if zeros is None:
         zeros = torch.zeros(laid.scales.shape, dtype=torch.int8, device=laid.codes.device)
@@ -55,64 +57,67 @@ def _lower_integer(laid: Laid) -> Any:
     )
 
 
-def _raise_integer(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+def _read_integer(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
     if grid.symmetric:
-        return QTensor(held.qdata, held.scale, grid, dtype)
-    zeros, codes = unshift(held.zero_point, grid.element), unshift(held.qdata, grid.element)
-    return QTensor(codes, held.scale, grid, dtype, zeros=zeros)
+        return QTensor(stored.qdata, stored.scale, grid, dtype)
+    zeros, codes = unshift(stored.zero_point, grid.element), unshift(stored.qdata, grid.element)
+    return QTensor(codes, stored.scale, grid, dtype, zeros=zeros)
 
 
 def fits_tiles(grid: Grid, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> bool:
-    """Whether tinygemm takes a weight: int4 in its groups, and no zero points, which it would hold as rounded bfloat16."""
+    """Whether tinygemm takes a weight: int4 in its groups, and no zero points, which it would round to bfloat16."""
     on_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    fits = grid.element.name == "int4" and grid.symmetric and grid.group in (32, 64, 128, 256) and len(shape) == 2
+    fits = (
+        grid.element.name in TILES.elements and grid.symmetric and grid.group in (32, 64, 128, 256) and len(shape) == 2
+    )
     return on_tensor_cores and fits and dtype == "bfloat16"
 
 
-def _lower_tiles(laid: Laid) -> Any:
+def _store_tiles(laid: Laid) -> Any:
     return Int4TilePackedTo4dTensor(laid.codes, laid.scales, [1, int(laid.grid.group)], torch.Size(laid.shape))
 
 
-def _raise_tiles(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+def _read_tiles(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
     """The codes are the kernel's product of the identity with scales of one, which is exact, whatever its permutation."""
-    rows, columns = held.shape
-    padded = held.scale_and_zero.shape[0] * int(grid.group)
+    rows, columns = stored.shape
+    padded = stored.scale_and_zero.shape[0] * int(grid.group)
     ones = torch.stack(
-        [torch.ones_like(held.scale_and_zero[..., 0]), torch.zeros_like(held.scale_and_zero[..., 0])], dim=-1
+        [torch.ones_like(stored.scale_and_zero[..., 0]), torch.zeros_like(stored.scale_and_zero[..., 0])], dim=-1
     )
-    identity = torch.eye(padded, dtype=torch.bfloat16, device=held.device)
-    codes = torch.ops.aten._weight_int4pack_mm(identity, held.qdata, int(grid.group), ones.contiguous())
-    scales = held.scale_and_zero[..., 0].transpose(0, 1)[:rows, : columns // int(grid.group)]
+    identity = torch.eye(padded, dtype=torch.bfloat16, device=stored.device)
+    codes = int4_product(identity, stored.qdata, int(grid.group), ones.contiguous())
+    scales = stored.scale_and_zero[..., 0].transpose(0, 1)[:rows, : columns // int(grid.group)]
     return QTensor(codes.T[:rows, :columns].to(torch.int8).contiguous(), scales.float().contiguous(), grid, dtype)
 
 
-def _lower_nvfp4(laid: Laid) -> Any:
+def _store_nvfp4(laid: Laid) -> Any:
     scales = laid.scales.view(torch.float8_e4m3fn)
     return NVFP4Tensor(laid.codes, scales, 16, rounding.DTYPE[laid.dtype], laid.tensor_scale)
 
 
-def _raise_nvfp4(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
-    scales = held.scale.view(torch.uint8)
-    return QTensor(unpair(held.qdata), scales, grid, dtype, tensor_scale=held.per_tensor_scale)
+def _read_nvfp4(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+    scales = stored.scale.view(torch.uint8)
+    return QTensor(unpair(stored.qdata), scales, grid, dtype, tensor_scale=stored.per_tensor_scale)
 
 
-def _lower_float8(laid: Laid) -> Any:
+def _store_float8(laid: Laid) -> Any:
     codes = laid.codes.view(rounding.FLOAT8[laid.grid.element.name])
     return Float8Tensor(
         codes, rounding.power(laid.scales), block_size=list(_block(laid)), dtype=rounding.DTYPE[laid.dtype]
     )
 
 
-def _raise_float8(held: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
-    return QTensor(held.qdata.view(torch.uint8), (rounding.bits(held.scale) >> 23).to(torch.uint8), grid, dtype)
+def _read_float8(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
+    return QTensor(stored.qdata.view(torch.uint8), (rounding.bits(stored.scale) >> 23).to(torch.uint8), grid, dtype)
 
 
 def _block(laid: Laid) -> tuple[int, ...]:
-    """The shape of what shares a scale."""
+    """The shape of a group, whose codes share a scale."""
     return tuple(n // groups for n, groups in zip(laid.shape, laid.scales.shape, strict=True))
 
 
-INTEGER = Container("IntxUnpackedToInt8Tensor", "signed", lower=_lower_integer, raised=_raise_integer)
-NVFP4 = Container("NVFP4Tensor", "pairs", lower=_lower_nvfp4, raised=_raise_nvfp4)
-FLOAT8_ROWS = Container("Float8Tensor", "bytes", lower=_lower_float8, raised=_raise_float8)
-TILES = Container("Int4TilePackedTo4dTensor", "tiles", lower=_lower_tiles, raised=_raise_tiles)
+INTEGERS = frozenset(f"int{bits}" for bits in range(1, 9))  #: torch's types of integers with up to 8 bits
+INTEGER = Container("IntxUnpackedToInt8Tensor", "signed", INTEGERS, store=_store_integer, read=_read_integer)
+NVFP4 = Container("NVFP4Tensor", "pairs", frozenset({"e2m1"}), store=_store_nvfp4, read=_read_nvfp4)
+FLOAT8_ROWS = Container("Float8Tensor", "bytes", frozenset(rounding.FLOAT8), store=_store_float8, read=_read_float8)
+TILES = Container("Int4TilePackedTo4dTensor", "tiles", frozenset({"int4"}), store=_store_tiles, read=_read_tiles)

@@ -1,4 +1,4 @@
-"""Converted layers: they hold codes, in a torchao tensor or in plain arrays, and are not trained."""
+"""Converted layers: their codes are in a torchao tensor or in plain arrays, and are not trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,15 +16,17 @@ from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, lay, unpair
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers
+from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import Execution, choose_execution
-from qkit_torchao.layers.prepared import apply_but_keep, become
 from qkit_torchao.layers.slots import slot
+from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters
 
-PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that holds no torchao tensor
+PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that has no torchao tensor
+PREPARED = ("mode", "calibrating", "frozen", "simple", "kind", "grid_name", "slot_names", "values_buffer")
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that holds codes. `execution` says what multiplies them.
+    """A linear layer of codes. `execution` says how they are multiplied.
 
     Attributes:
         owner: the embedding or linear layer, in a tuple, that this one shares its codes with; empty where there is none.
@@ -51,7 +53,7 @@ class PackedLinear(nn.Linear):
 
 
 class PlainLinear(PackedLinear):
-    """A `PackedLinear` whose codes are plain arrays. `weight` is what they mean, for whoever asks for its type or shape."""
+    """A `PackedLinear` whose codes are plain arrays. `weight` is their values, for code that reads its type or shape."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -60,7 +62,7 @@ class PlainLinear(PackedLinear):
 
 
 class PackedEmbedding(nn.Embedding):
-    """An embedding that holds codes; the rows of the tokens it sees are decoded, not the table."""
+    """An embedding of codes. It decodes the rows of the tokens that it sees, not the table."""
 
     rule: Rule
     execution: Execution
@@ -85,12 +87,12 @@ class PackedEmbedding(nn.Embedding):
 def pack(
     module: nn.Module, q: QTensor[Any], rule: Rule, *, static: Mapping[str, Tensor], owner: nn.Module | None
 ) -> Any:
-    """The deployed form of a Linear or Embedding, float or prepared, holding the codes of `q`; see `Backend.pack`."""
+    """The deployed form of a Linear or Embedding, float or prepared, with the codes of `q`; see `Backend.pack`."""
     execution = choose_execution(rule, device=q.codes.device, dtype=q.dtype, shape=q.shape)
-    return hold(module, lay(q, execution.layout), rule, execution, static=static, owner=owner)
+    return build(module, lay(q, execution.layout), rule, execution, static=static, owner=owner)
 
 
-def hold(
+def build(
     module: nn.Module,
     laid: Laid,
     rule: Rule,
@@ -99,26 +101,23 @@ def hold(
     static: Mapping[str, Tensor],
     owner: nn.Module | None = None,
 ) -> Any:
-    """`pack`, where the codes are laid out already as `execution` wants them."""
+    """As `pack`, with codes that are in the layout of `execution` already."""
     plain = PlainLinear if execution.container is None else PackedLinear  # on every device alike: the grid decides
-    made = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else plain)
-    for name in ("mode", "calibrating", "holding", "kind", "grid_name", "slot_names", "room"):
-        made.__dict__.pop(name, None)
-    for name in ("gate", "input_range", "output_range"):
-        made._buffers.pop(name, None)
-    made._non_persistent_buffers_set.discard("gate")
-    for name in ("weight", *learned.NAMES):
-        made._parameters.pop(name, None)
-    made.rule, made.owner = rule, () if owner is None else (owner,)
+    layer = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else plain)
+    for name in PREPARED:
+        layer.__dict__.pop(name, None)
+    remove_buffers(layer, "gate", "input_range", "output_range")
+    remove_parameters(layer, "weight", *learned.NAMES)
+    layer.rule, layer.owner = rule, () if owner is None else (owner,)
     for name, array in static.items():
-        made.register_buffer(name, array)
-    _put_in(made, laid, execution)
-    return made
+        layer.register_buffer(name, array)
+    _put_in(layer, laid, execution)
+    return layer
 
 
 def deploy(layers: Sequence[tuple[Any, Rule, Mapping[str, Tensor]]]) -> list[Any | None]:
-    """See `Deployer.deploy`; on a GPU. The device is waited for once, to hear which weights are not finite."""
-    made: list[Any | None] = [None] * len(layers)
+    """See `Deployer.deploy`; on a GPU. The host waits for the device once, to learn which weights are not finite."""
+    built: list[Any | None] = [None] * len(layers)
     broken: dict[torch.device, Tensor] = {}
     for number, (module, rule, static) in enumerate(layers):
         w, grid = module.weight.detach(), rule.weight
@@ -129,44 +128,42 @@ def deploy(layers: Sequence[tuple[Any, Rule, Mapping[str, Tensor]]]) -> list[Any
             execution = choose_execution(rule, device=w.device, dtype=dtype_of(w), shape=tuple(w.shape))
             laid = choose.laid_out(w, grid, execution.layout, broken=broken[w.device], number=number)
             if laid is not None:
-                made[number] = hold(module, laid, rule, execution, static=static)
+                built[number] = build(module, laid, rule, execution, static=static)
     wrong = {number for flags in broken.values() for number, flag in enumerate(flags.tolist()) if flag}
-    return [None if number in wrong else one for number, one in enumerate(made)]
+    return [None if number in wrong else one for number, one in enumerate(built)]
 
 
 def unpack(module: Any) -> QTensor[Tensor]:
     """The codes and scales of a converted layer."""
     grid = module.rule.weight
-    held = module._parameters.get("weight")
-    if held is not None:
-        return containers.container_of(held).raised(held, grid, module.dtype)
+    stored = parameter(module, "weight")
+    if stored is not None:
+        return containers.container_of(stored).read(stored, grid, module.dtype)
     codes = unpair(module.codes) if module.execution.layout == "pairs" else module.codes
     parts = {name: getattr(module, name, None) for name in ("scales", "zeros", "tensor_scale")}
     return QTensor(codes, grid=grid, dtype=module.dtype, **parts)
 
 
-def _put_in(made: Any, laid: Laid, execution: Execution) -> None:
-    """Puts codes into a layer that holds none yet."""
-    made.execution, made.dtype = execution, laid.dtype
+def _put_in(layer: Any, laid: Laid, execution: Execution) -> None:
+    """Puts codes into a layer that has none yet."""
+    layer.execution, layer.dtype = execution, laid.dtype
     if execution.container:
-        made.register_parameter("weight", nn.Parameter(execution.container.lower(laid), requires_grad=False))
+        layer.register_parameter("weight", nn.Parameter(execution.container.store(laid), requires_grad=False))
         return
     for name in PLAIN:
         if (array := getattr(laid, name)) is not None:
-            made.register_buffer(name, array)
+            layer.register_buffer(name, array)
 
 
 def _apply_to_packed(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
     q = unpack(module)
     probe = fn(torch.zeros((), dtype=rounding.DTYPE[q.dtype], device=q.codes.device))
     owners = [unpack(owner) for owner in module.owner]
-    shared = next(
-        (own for own in owners if own.codes.device == probe.device), q
-    )  # arrays of the owner, once it has moved
+    moved_owners = (own for own in owners if own.codes.device == probe.device)
+    shared = next(moved_owners, q)  # arrays of the owner, once it has moved
     moved = replace(shared.map(lambda array: array.to(probe.device)), dtype=dtype_of(probe))
-    for name in PLAIN:
-        module._buffers.pop(name, None)
-    module._parameters.pop("weight", None)
+    remove_buffers(module, *PLAIN)
+    remove_parameters(module, "weight")
     apply_but_keep(module, fn, recurse, list(static_contents(module.rule)))
     execution = choose_execution(module.rule, device=probe.device, dtype=moved.dtype, shape=moved.shape)
     _put_in(module, lay(moved, execution.layout), execution)

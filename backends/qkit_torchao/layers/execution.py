@@ -1,4 +1,4 @@
-"""What multiplies the codes of a converted layer on its device: a kernel of torch's where one fits, else decoding first.
+"""How a converted layer multiplies its codes on its device: by a kernel of torch's where one fits, else decoded.
 
 A kernel multiplies codes and applies scales afterwards. On the CPU all layers decode, so that a converted model computes
 the same bits as the prepared one.
@@ -20,7 +20,7 @@ from qkit_torchao.layers import containers, products
 from qkit_torchao.layers.containers import Container
 from qkit_torchao.layers.slots import static_scales
 
-KEPT = 256  #: how many choices are remembered
+CACHED = 256  #: the most choices that are cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Execution:
 
     Attributes:
         native: whether a kernel multiplies its codes; else they are decoded at every call.
-        text: the kernel; or what decodes, and why no kernel does.
+        text: the kernel; or how codes are decoded, and why no kernel multiplies them.
         layout: how the codes lie in memory.
-        container: the torchao tensor that holds them; None for plain arrays.
+        container: the torchao tensor of the codes; None for plain arrays.
         takes_floats: whether `F.linear` takes the container as a weight.
         multiply: the product of a layer and its input; None for `F.linear`.
     """
@@ -44,7 +44,7 @@ class Execution:
     multiply: Callable[[Any, Tensor], Tensor] | None = None
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=CACHED)
 def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> Execution:
     """How a converted layer under `rule`, with a weight of `shape`, runs on `device`."""
     grid = rule.weight
@@ -52,23 +52,27 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
     if rule.kind == "embedding":
         return _plain("rows are decoded as they are looked up", grid)
     if containers.fits_tiles(grid, device=device, dtype=dtype, shape=shape):
-        return _held("torchao Int4TilePackedTo4dTensor (tinygemm)", containers.TILES, native=True, takes_floats=True)
+        return _in_container(
+            "torchao Int4TilePackedTo4dTensor (tinygemm)", containers.TILES, native=True, takes_floats=True
+        )
     why_not = why_no_kernel(rule, device=device, dtype=dtype, shape=shape)
-    if grid.element.kind == "integer":
+    if grid.element.name in containers.INTEGER.elements:
         if not why_not:
-            return _held("torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8)
-        return _held(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", containers.INTEGER, takes_floats=True)
+            return _in_container(
+                "torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8
+            )
+        return _in_container(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", containers.INTEGER, takes_floats=True)
     if grid.scale == "nvfp4":
-        return _held(f"in torchao NVFP4Tensor; {why_not}", containers.NVFP4, takes_floats=True)
-    if grid.element.bits == 8 and grid.group in ("row", "tensor"):
+        return _in_container(f"in torchao NVFP4Tensor; {why_not}", containers.NVFP4, takes_floats=True)
+    if grid.element.name in containers.FLOAT8_ROWS.elements and grid.group in ("row", "tensor"):
         if not why_not:
             kernel = "torch._scaled_mm on the codes of both sides"
-            return _held(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8)
-        return _held(f"from torchao Float8Tensor; {why_not}", containers.FLOAT8_ROWS)
+            return _in_container(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8)
+        return _in_container(f"from torchao Float8Tensor; {why_not}", containers.FLOAT8_ROWS)
     return _plain(f"from plain arrays; {why_not}", grid)
 
 
-def _held(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:
+def _in_container(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:
     return Execution(native, text, container.layout, container, **how)
 
 

@@ -1,9 +1,8 @@
 """Operations that compiled code calls, a node each: products with the values of a weight, and quantizing an input.
 
-A compiler does not look inside. `values` is asked when they run, which knows whether the weight has changed; and an input that
-several layers quantize is one node for all of them. Where the values have a room of their own, the node fills it, and the product
-with it is the compiler's. Else backward needs the input and the weight only, so that a weight which is gathered for a moment
-leaves nothing of its size behind.
+A compiler does not look inside, so that the cache of values is asked whenever they run. An input that several layers quantize is
+one node for all of them. Where the values have a buffer, a node fills it, and the compiler makes the product with it. Else
+backward needs the input and the weight only, so that a weight gathered for a moment leaves nothing of its size behind.
 """
 
 from functools import cache
@@ -15,12 +14,12 @@ from torch.nn import functional as F
 
 from qkit.grid import Grid
 from qkit.rules import Ste
-from qkit_torchao.arithmetic import rounding
 from qkit_torchao.cache import values
 from qkit_torchao.kernels import choose
+from qkit_torchao.layers.straight_through import through
 
 
-def linear(
+def multiply_values(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -30,52 +29,52 @@ def linear(
     ste: Ste,
     dtype: torch.dtype,
     *,
-    kept: bool,
-    room: Tensor | None = None,
+    cached: bool,
+    buffer: Tensor | None = None,
 ) -> Tensor:
     """x [..., inputs] times the values of `weight` [outputs, inputs] in `dtype`, straight through, plus `bias`.
 
     Args:
-        name: `grid` as text: operations are given it, and a compiler cannot print.
-        kept: whether the values are kept until the weight changes, or made by every forward and backward.
-        room: where they are kept, see `values.room`, if that is of type `dtype`. The compiler then sees products with it, and
-            adds to them or adds them up in one kernel.
+        name: `grid` as text, since operations take text and a compiler cannot print.
+        cached: whether the values are cached until the weight changes, or computed by every forward and backward.
+        buffer: the memory of the cached values, see `values.buffer`, if that is of type `dtype`. The compiler then sees the
+            product, and fuses additions with it.
     """
     narrow = bias if bias is None else bias.to(dtype)
-    if room is None or room.dtype != dtype or not kept:
-        made: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, name, ste, dtype, kept)
-        return made
+    if buffer is None or buffer.dtype != dtype or not cached:
+        whole: Tensor = torch.ops.qkit.linear(x.to(dtype), weight, narrow, gate, name, ste, dtype, cached)
+        return whole
     with torch.no_grad():
-        torch.ops.qkit.fill(room, weight, gate, name)
-    y: Tensor = _Product.apply(x.to(dtype), weight, narrow, gate, room, grid, ste)  # type: ignore[no-untyped-call]
+        torch.ops.qkit.fill(buffer, weight, gate, name)
+    y: Tensor = _Product.apply(x.to(dtype), weight, narrow, gate, buffer, grid, ste)  # type: ignore[no-untyped-call]
     return y
 
 
-def _fill(room: Tensor, weight: Tensor, gate: Tensor, grid: str) -> None:
-    values.fill(room, weight, named(grid), gate)
+def _fill(buffer: Tensor, weight: Tensor, gate: Tensor, grid: str) -> None:
+    values.fill(buffer, weight, named(grid), gate)
 
 
 _library = torch.library.Library("qkit", "FRAGMENT")  # a `custom_op` takes 8 times as long to call, as every layer does
-_library.define("fill(Tensor(a!) room, Tensor weight, Tensor gate, str grid) -> ()")
+_library.define("fill(Tensor(a!) buffer, Tensor weight, Tensor gate, str grid) -> ()")
 _library.impl("fill", _fill, "CompositeExplicitAutograd")
 torch.library.register_fake("qkit::fill", lambda *_: None, lib=_library)
 
 
 class _Product(torch.autograd.Function):
-    """The product with what is in the room, which going back is the weight."""
+    """The product with the values in the buffer; going back, they stand for the weight."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, room: Tensor, grid: Grid, ste: str
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, buffer: Tensor, grid: Grid, ste: str
     ) -> Tensor:
         ctx.grid, ctx.ste, ctx.biased = grid, ste, bias is not None
-        ctx.save_for_backward(x, weight, gate, room)
-        return F.linear(x, room, bias)
+        ctx.save_for_backward(x, weight, gate, buffer)
+        return F.linear(x, buffer, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gate, room = ctx.saved_tensors
-        to_x = gradients[0] @ room if ctx.needs_input_grad[0] else None
+        x, weight, gate, buffer = ctx.saved_tensors
+        to_x = gradients[0] @ buffer if ctx.needs_input_grad[0] else None
         return to_x, *_to_parameters(ctx, gradients[0], x, weight, gate, ctx.grid), None, None, None, None
 
 
@@ -88,10 +87,10 @@ def _linear(
     grid: str,
     ste: str,
     dtype: torch.dtype,
-    kept: bool,
+    cached: bool,
 ) -> Tensor:
-    make = values.of if kept else values.fresh
-    return F.linear(x, make(weight, named(grid), gate, dtype), bias)
+    compute = values.of if cached else values.fresh
+    return F.linear(x, compute(weight, named(grid), gate, dtype), bias)
 
 
 @_linear.register_fake
@@ -100,9 +99,11 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("qkit::linear_input", mutates_args=())
-def _linear_input(gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype, kept: bool) -> Tensor:
-    make = values.of if kept else values.fresh
-    return gradient @ make(weight, named(grid), gate, dtype)
+def _linear_input(
+    gradient: Tensor, weight: Tensor, gate: Tensor, grid: str, dtype: torch.dtype, cached: bool
+) -> Tensor:
+    compute = values.of if cached else values.fresh
+    return gradient @ compute(weight, named(grid), gate, dtype)
 
 
 @_linear_input.register_fake
@@ -111,7 +112,7 @@ def _(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, gate, ctx.grid, ctx.ste, ctx.dtype, ctx.kept = inputs
+    x, weight, bias, gate, ctx.grid, ctx.ste, ctx.dtype, ctx.cached = inputs
     ctx.biased = bias is not None
     ctx.save_for_backward(x, weight, gate)
 
@@ -120,7 +121,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, gate = ctx.saved_tensors
     to_x = None
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.qkit.linear_input(gradient, weight, gate, ctx.grid, ctx.dtype, ctx.kept)
+        to_x = torch.ops.qkit.linear_input(gradient, weight, gate, ctx.grid, ctx.dtype, ctx.cached)
     return to_x, *_to_parameters(ctx, gradient, x, weight, gate, named(ctx.grid)), None, None, None, None, None
 
 
@@ -133,7 +134,7 @@ def _to_parameters(
     if ctx.needs_input_grad[1]:
         to_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if ctx.ste == "masked":
-            to_weight = torch.where(rounding.unclipped(weight, grid) | ~gate, to_weight, 0.0)
+            to_weight = through(to_weight, weight, grid, gate=gate)
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = rows.sum(dim=0)
     return to_weight, to_bias
@@ -142,36 +143,36 @@ def _to_parameters(
 _linear.register_autograd(_backward, setup_context=_setup)
 
 
-def held(weight: Tensor, gate: Tensor, grid: str, ste: Ste, dtype: torch.dtype) -> Tensor:
-    """The values of `weight` [entries, width] that are held, straight through; a copy, since those change in place."""
-    made: Tensor = torch.ops.qkit.held(weight, gate, grid, ste, dtype)
-    return made
+def frozen_values(weight: Tensor, gate: Tensor, grid: str, ste: Ste, dtype: torch.dtype) -> Tensor:
+    """A copy of the frozen values of `weight` [entries, width], straight through; the values themselves change in place."""
+    copy: Tensor = torch.ops.qkit.frozen_values(weight, gate, grid, ste, dtype)
+    return copy
 
 
-@torch.library.custom_op("qkit::held", mutates_args=())
-def _held(weight: Tensor, gate: Tensor, grid: str, ste: str, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("qkit::frozen_values", mutates_args=())
+def _frozen_values(weight: Tensor, gate: Tensor, grid: str, ste: str, dtype: torch.dtype) -> Tensor:
     return values.of(weight, named(grid), gate, dtype).clone()
 
 
-@_held.register_fake
+@_frozen_values.register_fake
 def _(weight: Tensor, gate: Tensor, grid: str, ste: str, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _setup_held(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, gate, ctx.grid, ctx.ste, _ = inputs
     ctx.save_for_backward(weight, gate)
 
 
-def _held_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _frozen_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, gate = ctx.saved_tensors
     to_weight = gradient.to(weight.dtype)
     if ctx.ste == "masked":
-        to_weight = torch.where(rounding.unclipped(weight, named(ctx.grid)) | ~gate, to_weight, 0.0)
+        to_weight = through(to_weight, weight, named(ctx.grid), gate=gate)
     return to_weight, None, None, None, None
 
 
-_held.register_autograd(_held_backward, setup_context=_setup_held)
+_frozen_values.register_autograd(_frozen_backward, setup_context=_setup_frozen)
 
 
 def on_grid(x: Tensor, gate: Tensor, grid: str, ste: Ste) -> Tensor:
@@ -198,7 +199,7 @@ def _on_grid_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _on_grid_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.ste == "masked":
         x, gate = ctx.saved_tensors
-        gradient = torch.where(rounding.unclipped(x, named(ctx.grid)) | ~gate, gradient, 0.0)
+        gradient = through(gradient, x, named(ctx.grid), gate=gate)
     return gradient, None, None, None
 
 

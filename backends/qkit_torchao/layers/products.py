@@ -16,13 +16,15 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit.rules import Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import shift
-from qkit_torchao.cache import codes
+from qkit_torchao.cache import values as cache
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers.operators import named
+from qkit_torchao.layers.straight_through import through
+from qkit_torchao.torch_private import float8_product, int_product
 
-INT8_ROWS = 32  #: `torch._int_mm` wants more than 16 rows
-FAST = False  #: whether e4m3 products add up in fewer bits
-ALIGNED = {"int8": 8, "float8": 16}  #: what inputs and outputs must be a multiple of
+INT8_ROWS = 32  #: `int_product` takes more than 16 rows only
+FAST = False  #: whether sums of e4m3 products have fewer bits
+ALIGNED = {"int8": 8, "float8": 16}  #: inputs and outputs are multiples of it
 
 
 def kind(weight: Grid, activation: Grid | None) -> str:
@@ -30,17 +32,18 @@ def kind(weight: Grid, activation: Grid | None) -> str:
     if activation is None or not all(grid.group in ("row", "tensor") for grid in (weight, activation)):
         return ""
     if weight.element.kind == activation.element.kind == "integer":
-        return "int8" if weight.symmetric else ""
+        in_bytes = weight.element.bits <= 8 and activation.element.bits <= 8
+        return "int8" if weight.symmetric and in_bytes else ""
     return "float8" if weight.element.name == activation.element.name == "e4m3" else ""
 
 
 def quantized(
     x: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None, values: Tensor | None = None
 ) -> tuple[QTensor[Tensor], Tensor]:
-    """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on given ones; and their steps [rows, 1].
+    """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on `scales`; and their steps [rows, 1].
 
-    Steps are float32, and NaN where the row is not finite, since codes hold no NaN. `values`, shaped like `x`, are filled with
-    what the codes mean, if they are wanted.
+    Steps are float32, and NaN where the row is not finite, since codes hold no NaN. `values`, shaped like `x`, are
+    filled with the values of the codes, where they are not None.
     """
     rows = x.reshape(-1, x.shape[-1])
     steps = torch.empty(len(rows), 1, dtype=torch.float32, device=x.device)
@@ -66,7 +69,7 @@ def int8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Te
     """
     codes = x.codes if x.zeros is None else shift(x.codes, x.grid.element)
     padded = F.pad(codes, (0, 0, 0, max(0, INT8_ROWS - len(codes))))
-    product = torch._int_mm(padded, weight.T)[: len(codes)]
+    product = int_product(padded, weight.T)[: len(codes)]
     if x.zeros is not None:
         zero = shift(x.zeros, x.grid.element).reshape(-1, 1).to(torch.int32)
         product = product - zero * weight.sum(dim=1, dtype=torch.int32)
@@ -77,7 +80,7 @@ def float8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> 
     """bfloat16 [rows, outputs], on the tensor cores; as `int8`, for e4m3 codes. `weight` is float8_e4m3fn."""
     codes = x.codes.view(torch.float8_e4m3fn)
     by_columns = scale.reshape(1, -1).expand(1, len(weight)).contiguous()
-    return torch._scaled_mm(codes, weight.T, steps, by_columns, out_dtype=torch.bfloat16, use_fast_accum=FAST)
+    return float8_product(codes, weight.T, steps, by_columns, fast=FAST)
 
 
 def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,7 +90,7 @@ def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | None = None) -> QTensor[Tensor]:
-    """`quantize` on given fp32 steps, whose values are those of `fake_quantize` with the same ones; `w` is finite."""
+    """`quantize` on the fp32 steps `scales`, whose values are those of `fake_quantize` with the same ones; `w` is finite."""
     x = rounding.group(w, grid)
     if zeros is not None:
         q = rounding.asymmetric_codes(x, scales, zeros.to(torch.float32), grid.element).to(torch.uint8)
@@ -100,28 +103,28 @@ def _quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | N
     return QTensor(q.reshape(w.shape), scales.reshape(shape), grid, dtype_of(w), zeros=zeros)
 
 
-def linear(
+def multiply_codes(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     grids: tuple[str, str],
     ste: Ste,
     *,
-    kept: bool = True,
+    cached: bool = True,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
 ) -> Tensor:
-    """What a converted layer computes from codes of both sides, for training: x [..., inputs] -> [..., outputs].
+    """The product of codes of both sides, as a converted layer computes it, for training: x [..., inputs] -> [..., outputs].
 
-    In 16 bits the values of codes are rounded, and their product is not that of the codes: a layer must be trained with the one
-    that it will be deployed with. The gradients are those of the values, straight through.
+    In 16 bits the values of codes are rounded, and their product is not that of the codes. A layer is therefore trained with the
+    product that it is deployed with. The gradients are those of the values, straight through.
 
     Args:
         grids: of the weight and of the input, as text, since a compiler passes no other objects on.
-        kept: whether the codes are kept until the weight changes, or made by every forward and backward.
+        cached: whether the codes are cached until the weight changes, or computed by every forward and backward.
         scales, zeros: of the input, where they are static.
     """
-    y: Tensor = torch.ops.qkit.product(x, weight, bias, *grids, ste, kept, scales, zeros)[0]
+    y: Tensor = torch.ops.qkit.product(x, weight, bias, *grids, ste, cached, scales, zeros)[0]
     return y
 
 
@@ -133,17 +136,17 @@ def _product(
     on_weight: str,
     on_x: str,
     ste: str,
-    kept: bool,
+    cached: bool,
     scales: Tensor | None,
     zeros: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the values of the input, which the gradient of the weight needs."""
-    held, factors = _codes(kept)(weight, named(on_weight))
-    made = torch.empty_like(x, memory_format=torch.contiguous_format)
-    q, steps = quantized(x, named(on_x), scales=scales, zeros=zeros, values=made)
-    if held.grid.element.kind == "integer":
-        return finish(int8(q, steps, held.codes, factors), x, bias), made
-    return finish(float8(q, steps, held.codes.view(torch.float8_e4m3fn), factors), x, bias), made
+    codes, factors = _codes(cached)(weight, named(on_weight))
+    values = torch.empty_like(x, memory_format=torch.contiguous_format)
+    q, steps = quantized(x, named(on_x), scales=scales, zeros=zeros, values=values)
+    if codes.grid.element.kind == "integer":
+        return finish(int8(q, steps, codes.codes, factors), x, bias), values
+    return finish(float8(q, steps, codes.codes.view(torch.float8_e4m3fn), factors), x, bias), values
 
 
 @_product.register_fake
@@ -152,9 +155,9 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("qkit::product_input", mutates_args=())
-def _product_input(gradient: Tensor, weight: Tensor, on_weight: str, kept: bool) -> Tensor:
-    held, _ = _codes(kept)(weight, named(on_weight))
-    return gradient @ choose.dequantize(replace(held, dtype=dtype_of(gradient)))
+def _product_input(gradient: Tensor, weight: Tensor, on_weight: str, cached: bool) -> Tensor:
+    codes, _ = _codes(cached)(weight, named(on_weight))
+    return gradient @ choose.dequantize(replace(codes, dtype=dtype_of(gradient)))
 
 
 @_product_input.register_fake
@@ -163,32 +166,31 @@ def _(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.on_weight, ctx.on_x, ctx.ste, ctx.kept, scales, zeros = inputs
+    x, weight, bias, ctx.on_weight, ctx.on_x, ctx.ste, ctx.cached, scales, zeros = inputs
     ctx.biased = bias is not None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x if ctx.ste == "masked" else None, output[1], weight, scales, zeros)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, made, weight, scales, zeros = ctx.saved_tensors
+    x, values, weight, scales, zeros = ctx.saved_tensors
     rows = gradient.reshape(-1, gradient.shape[-1])
     to_x = to_weight = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.qkit.product_input(gradient, weight, ctx.on_weight, ctx.kept).to(made.dtype)
+        to_x = torch.ops.qkit.product_input(gradient, weight, ctx.on_weight, ctx.cached).to(values.dtype)
         if ctx.ste == "masked":
-            inside = rounding.unclipped(x, named(ctx.on_x), scales=scales, zeros=zeros)
-            to_x = torch.where(inside, to_x, 0.0)
+            to_x = through(to_x, x, named(ctx.on_x), scales=scales, zeros=zeros)
     if ctx.needs_input_grad[1]:
-        to_weight = (rows.T @ made.reshape(-1, made.shape[-1]).to(rows.dtype)).to(weight.dtype)
+        to_weight = (rows.T @ values.reshape(-1, values.shape[-1]).to(rows.dtype)).to(weight.dtype)
         if ctx.ste == "masked":
-            to_weight = torch.where(rounding.unclipped(weight, named(ctx.on_weight)), to_weight, 0.0)
+            to_weight = through(to_weight, weight, named(ctx.on_weight))
     if ctx.biased and ctx.needs_input_grad[2]:
         to_bias = rows.sum(dim=0)
     return to_x, to_weight, to_bias, None, None, None, None, None, None
 
 
-def _codes(kept: bool) -> Callable[[Tensor, Grid], tuple[QTensor[Tensor], Tensor]]:
-    return codes.of if kept else codes.fresh
+def _codes(cached: bool) -> Callable[[Tensor, Grid], tuple[QTensor[Tensor], Tensor]]:
+    return cache.codes_of if cached else cache.fresh_codes
 
 
 _product.register_autograd(_backward, setup_context=_setup)

@@ -1,4 +1,4 @@
-"""Fake quantisation with a gradient: the straight-through estimator, as it is or masked."""
+"""The straight-through estimator (R12): values on a grid, with the gradient of unrounded ones, or masked where clipped."""
 
 from typing import Any
 
@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qkit.engines.kept import Kept
 from qkit.grid import Grid
 from qkit.rules import Ste
 from qkit_torchao.arithmetic import rounding
+from qkit_torchao.cache import values
 from qkit_torchao.kernels import choose
+from qkit_torchao.torch_private import is_transformed, unsafe_view, version
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -28,45 +31,64 @@ def fake_quantize(
     return result
 
 
+def through(
+    gradient: Tensor,
+    w: Tensor,
+    grid: Grid,
+    *,
+    gate: Tensor | None = None,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """The masked gradient of `w`, whose values have `gradient`: zero where `w` was clipped, unless `gate` is off."""
+    inside = rounding.unclipped(w, grid, scales=scales, zeros=zeros)
+    return masked(gradient, inside if gate is None else inside | ~gate)
+
+
+def masked(gradient: Tensor, inside: Tensor) -> Tensor:
+    """`gradient`, which may be a sparse one of some rows, where `inside`, else zero."""
+    if not gradient.is_sparse:
+        return torch.where(inside, gradient, 0.0)
+    some = gradient.coalesce()
+    rows = torch.where(inside[some.indices()[0]], some.values(), 0.0)
+    return torch.sparse_coo_tensor(some.indices(), rows, some.shape, check_invariants=False)
+
+
 def shared(x: Tensor, grid: Grid, *, ste: Ste, rows: bool = False) -> Tensor:
-    """`fake_quantize`, made once for all layers that are given the same `x`, as queries, keys and values are.
+    """`fake_quantize`, computed once for all layers that get the same `x`, as queries, keys and values do.
 
-    With `rows`, it may come as [rows, n], which saves each of these layers a view of it: where `x` lies in one piece.
+    With `rows`, a contiguous `x` may come as [rows, n], which saves each of these layers a view of it.
 
-    The result is kept on the tensor itself, and lives as long; so it must not keep `x`, as masked gradients do, views, and what
-    comes back to `x` if that is a leaf.
+    The cached result lives as long as `x`, so it must not refer to `x`. Masked gradients do, views do, and the gradient of a
+    leaf does: there nothing is cached.
     """
-    keeps_itself = ste == "masked" or (x.is_leaf and x.requires_grad) or type(x) not in PLAIN
-    if torch.compiler.is_compiling() or keeps_itself or x.is_inference() or transformed():
+    refers = ste == "masked" or (x.is_leaf and x.requires_grad) or type(x) not in PLAIN
+    if torch.compiler.is_compiling() or refers or x.is_inference() or is_transformed():
         return fake_quantize(x, grid, ste=ste)
-    state = (grid, rows, x._version, x.data_ptr(), torch.is_grad_enabled())
-    before, result = getattr(x, "_qkit_on_grid", (None, None))
-    if result is None or before != state:
-        if not x.numel():
-            return x
-        made = choose.rounded(x.detach(), grid)
-        result = _through(x, made.reshape(-1, made.shape[-1]) if rows and x.is_contiguous() else made)
-        x._qkit_on_grid = (state, result)  # type: ignore[attr-defined]
-    shared: Tensor = result
-    return shared
+    state = (grid, rows, version(x), x.data_ptr(), torch.is_grad_enabled())
+    kept = values.inputs.of(x)
+    if kept is None:
+        kept = Kept(x, values.inputs)
+    elif (before := kept.current(state)) is not None:
+        return before
+    if not x.numel():
+        return x
+    on_grid = choose.rounded(x.detach(), grid)
+    result = _with_gradient(x, on_grid.reshape(-1, on_grid.shape[-1]) if rows and x.is_contiguous() else on_grid)
+    return kept.put(result, state)
 
 
-def _through(x: Tensor, made: Tensor) -> Tensor:
-    """`made`, with the gradient of `x` in another shape: a result of `x`, not a view that would keep it, given other memory."""
+def _with_gradient(x: Tensor, on_grid: Tensor) -> Tensor:
+    """`on_grid`, with the gradient of `x` in another shape. A result of `x` in other memory, not a view that refers to `x`."""
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return made
-    result: Tensor = torch.ops.aten._unsafe_view.default(x, made.shape)
-    result.data = made
+        return on_grid
+    result: Tensor = unsafe_view(x, on_grid.shape)
+    result.data = on_grid
     return result
 
 
-def transformed() -> bool:
-    """Whether one of torch.func's transforms is at work, which wants Functions that it can look into."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the quantized value itself. Backward: the gradient as it comes, or where nothing was clipped."""
+    """Forward: the quantized value itself. Backward: the gradient as it comes, or masked."""
 
     generate_vmap_rule = True
 
@@ -85,57 +107,47 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.ste == "identity":
             return gradients[0], None, None, None, None
         w, scales, zeros = ctx.saved_tensors
-        inside = rounding.unclipped(w, ctx.grid, scales=scales, zeros=zeros)
-        return torch.where(inside, gradients[0], 0.0), None, None, None, None
+        return through(gradients[0], w, ctx.grid, scales=scales, zeros=zeros), None, None, None, None
 
 
-def stand_in(weight: Tensor, made: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
-    """`made`, the values of `weight`, with the gradient of `fake_quantize`; torch refuses to go back once `weight` has changed.
+def values_view(weight: Tensor, cached: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
+    """`cached`, the values of `weight`, with the gradient of `fake_quantize`. Read it only.
 
-    It is for reading only. Where the gradient is the identity, this is a view of `weight` that has been given other memory:
-    going back costs nothing then, where a Function would have Python called and the gradient copied.
+    torch refuses to go back once `weight` has changed. Where the gradient is the identity, this is a view of `weight` with other
+    memory: going back is free then, where a Function would call Python and copy the gradient.
     """
     if ste == "masked":
-        result: Tensor = _Masked.apply(weight, made, grid)  # type: ignore[no-untyped-call]
+        result: Tensor = _Masked.apply(weight, cached, grid)  # type: ignore[no-untyped-call]
         return result
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        return made
+        return cached
     view = weight.view_as(weight)
-    view.data = made
+    view.data = cached
     return view
 
 
-def linear(x: Tensor, weight: Tensor, made: Tensor, bias: Tensor | None, grid: Grid, *, ste: Ste) -> Tensor:
-    """x [..., inputs] times `made`, which stands in for `weight` [outputs, inputs], plus `bias`.
+def multiply_values(x: Tensor, weight: Tensor, cached: Tensor, bias: Tensor | None, grid: Grid, *, ste: Ste) -> Tensor:
+    """x [..., inputs] times `cached`, the values of `weight` [outputs, inputs], plus `bias`; the gradient is as `values_view`'s.
 
-    Without a bias the weight is transposed anyway, and what is transposed can stand in: at no cost over a float layer.
+    Without a bias `F.linear` transposes the weight. Here the transposed weight itself gets the values, at no extra cost.
     """
     if bias is None and ste == "identity" and weight.requires_grad and torch.is_grad_enabled():
         across = weight.t()
-        across.data = made.t()
+        across.data = cached.t()
         return torch.matmul(x, across)
-    return F.linear(x, stand_in(weight, made, grid, ste=ste), bias)
+    return F.linear(x, values_view(weight, cached, grid, ste=ste), bias)
 
 
 class _Masked(torch.autograd.Function):
-    """Stands for `made` going forward and for `weight`, where it was not clipped, going back."""
+    """Forward: the cached values. Backward: the masked gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, made: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, cached: Tensor, grid: Grid) -> Tensor:
         ctx.grid = grid
         ctx.save_for_backward(weight)
-        return made
+        return cached
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return masked(gradients[0].to(weight.dtype), rounding.unclipped(weight, ctx.grid)), None, None
-
-
-def masked(gradient: Tensor, inside: Tensor) -> Tensor:
-    """`gradient`, which may be a sparse one of some rows, where `inside`, else zero."""
-    if not gradient.is_sparse:
-        return torch.where(inside, gradient, 0.0)
-    some = gradient.coalesce()
-    rows = torch.where(inside[some.indices()[0]], some.values(), 0.0)
-    return torch.sparse_coo_tensor(some.indices(), rows, some.shape, check_invariants=False)
+        return through(gradients[0].to(weight.dtype), weight, ctx.grid), None, None

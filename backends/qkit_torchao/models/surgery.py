@@ -1,4 +1,4 @@
-"""Modules and tensors by dotted name: finding layers, replacing them, and what a model stores."""
+"""Modules and tensors by dotted name: finding layers, replacing them, and the tensors that a model stores."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,47 +9,48 @@ from qkit.engines.layer import Layer
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
 from qkit_torchao.layers.converted import PLAIN, PackedEmbedding, PackedLinear
-from qkit_torchao.layers.prepared import FakeEmbedding, FakeLinear
+from qkit_torchao.layers.prepared import Prepared
+from qkit_torchao.torch_private import children
+from qkit_torchao.torch_private import parameter as own_parameter
 
-FAKE = (FakeLinear, FakeEmbedding)
-PACKED = (PackedLinear, PackedEmbedding)
+CONVERTED = (PackedLinear, PackedEmbedding)
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Linear and Embedding modules, each once, under their first path; then every other weight that has a row and a column."""
     first: dict[int, str] = {}
-    held: dict[int, str] = {}
+    seen: dict[int, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, PACKED):
-            held.setdefault(id(module.weight), path)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, CONVERTED):
+            seen.setdefault(id(module.weight), path)
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module, held)
+            yield from _others(path, module, seen)
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     """See `Backend.replace`."""
     swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
+        for name, child in list(children(parent).items()):
             if id(child) in swaps:
-                parent._modules[name] = swaps[id(child)]
+                children(parent)[name] = swaps[id(child)]
     _call_children(model)
     return swaps.get(id(model), model)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, shared ones under each, but for the quantized weights of converted layers."""
-    held = {
+    seen = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PACKED)
+        if isinstance(module, CONVERTED)
         for name in (*PLAIN, "weight")
     }
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in seen}
 
 
 def _call_children(model: nn.Module) -> None:
@@ -66,12 +67,12 @@ def _call_children(model: nn.Module) -> None:
 
 
 def _has_ours(parent: nn.Module) -> bool:
-    return any(isinstance(child, (*FAKE, *PACKED)) for child in parent.children())
+    return any(isinstance(child, (Prepared, *CONVERTED)) for child in parent.children())
 
 
 def _owner(path: str, module: Any, first: dict[int, str]) -> str:
     """Path of an earlier layer with the same weight, or empty; `first` remembers."""
-    if isinstance(module, PACKED):
+    if isinstance(module, CONVERTED):
         first[id(module)] = path
         return "".join(first.get(id(owner), "") for owner in module.owner)
     owner = first.setdefault(id(module.weight), path)
@@ -85,7 +86,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         if kind == "embedding"
         else (module.out_features, module.in_features)
     )
-    if isinstance(module, FAKE):
+    if isinstance(module, Prepared):
         adapter = getattr(module, "adapter", "")
         return Layer(
             path,
@@ -99,7 +100,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
             adapter=adapter,
             sharded=sharded.is_sharded(module),
         )
-    if isinstance(module, PACKED):
+    if isinstance(module, CONVERTED):
         how = module.execution
         return Layer(
             path,
@@ -116,18 +117,18 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
     obstacle = ""
     if getattr(module, "max_norm", None) is not None:
         obstacle = "its rows are rescaled at every look-up (max_norm)"
-    elif "weight" not in module._parameters:
+    elif own_parameter(module, "weight") is None:
         obstacle = "its weight is computed from other parameters (weight_norm and the like)"
     elif type(module) not in (nn.Linear, nn.Embedding):
         obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
-def _others(path: str, module: nn.Module, held: dict[int, str]) -> Iterator[Layer]:
-    """Weights of a module that no rule speaks of; those that are also elsewhere are tied to what has them, as `held` knows."""
+def _others(path: str, module: nn.Module, seen: dict[int, str]) -> Iterator[Layer]:
+    """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
     for name, parameter in module.named_parameters(path, recurse=False):
         if parameter.dim() > 1:
-            owner = held.setdefault(id(parameter), name)
+            owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
             yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module))
 

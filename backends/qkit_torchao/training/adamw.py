@@ -1,4 +1,4 @@
-"""AdamW that writes the quantized values of what it steps, in the same kernel. On a CPU, and for shards, torch's own."""
+"""AdamW that steps weights and writes their quantized values in one kernel. On a CPU, and for shards, torch's own."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from qkit_torchao.cache import values
+from qkit_torchao.kernels import choose
 from qkit_torchao.layers.sharded import is_shard
 
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW (Loshchilov and Hutter, 2019), with its options, its state and its state's types.
 
-    On CUDA with Triton, all weights of a kind are stepped in one launch, on tensors only, so that a step can be captured in a
-    CUDA graph. The quantized values of prepared layers are written with them, but not while a graph is captured: there they
-    are made where they are first used, so that weights which somebody edits between two replays are seen.
+    On CUDA with Triton, one launch steps all weights of a kind. It reads tensors only, so that a CUDA graph can capture a step.
+    It also writes the quantized values of prepared layers, but not while a graph is captured. There the values are computed at
+    their first use, so that a weight edited between two replays is seen.
 
     Arithmetic is in float32 and rounded once to the type of the weight. Rates may be tensors: a captured graph reads them.
     """
@@ -29,12 +30,12 @@ class AdamW(torch.optim.AdamW):
         flat = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
         self.in_kernels = bool(find_spec("triton")) and all(p.is_cuda and not is_shard(p) for p in flat)
         options = {"capturable": True, "foreach": True} if self.in_kernels else {"fused": True}
-        self.written: list[values.Entry] = []
+        self.written: list[values.Values] = []
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` does. `written` are then the values that it has brought up to date."""
+        """One step; returns the result of `closure`. Afterwards `written` lists the cached values that it has written."""
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not self.in_kernels or any(map(_needs_torch, stepped)):
             return super().step(closure)
@@ -58,21 +59,18 @@ class AdamW(torch.optim.AdamW):
                     state["step"] = counters.setdefault(float(state["step"]), state["step"])
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        from qkit_torchao.kernels import cuda_adamw
-
         stepped = [weight for weight in group["params"] if weight.grad is not None]
         self._begin([weight for weight in stepped if not self.state[weight]])
         self._split_counters(group, stepped)
-        kept = {} if torch.cuda.is_current_stream_capturing() else values.kept(stepped)
+        cached = {} if torch.cuda.is_current_stream_capturing() else values.cached(stepped)
         together: dict[int, list[Tensor]] = defaultdict(list)
         for weight in stepped:
             together[id(self.state[weight]["step"])].append(weight)
         hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         for weights in together.values():
-            entries = [kept.get(id(weight)) for weight in weights]
-            writable = [e if e and cuda_adamw.writes(e, w) else None for e, w in zip(entries, weights, strict=True)]
-            cuda_adamw.step(weights, [self.state[weight] for weight in weights], writable, **hyper)
-            self.written += [entry for entry in writable if entry]
+            targets = [_target(weight, cached.get(id(weight))) for weight in weights]
+            choose.step_adamw(weights, [self.state[weight] for weight in weights], targets, **hyper)
+            self.written += [cached[id(weight)] for weight, one in zip(weights, targets, strict=True) if one]
 
     def _begin(self, weights: list[Tensor]) -> None:
         """The moments of weights that are stepped for the first time. They share a counter on the device."""
@@ -95,7 +93,14 @@ class AdamW(torch.optim.AdamW):
                 self.state[weight]["step"] = copies.setdefault(id(step), step.clone())
 
 
+def _target(weight: Tensor, cached: values.Values | None) -> Any:
+    """The target of a step for the values of `weight`; None where there are none, or a step cannot write them."""
+    if cached is None or cached.value is None or cached.grid is None or cached.gate is None:
+        return None
+    return choose.adamw_target(weight, cached.value, cached.grid, cached.gate)
+
+
 def _needs_torch(weight: Tensor) -> bool:
-    """Whether the kernels cannot step `weight`. accelerate puts shards in the place of weights after the optimizer is made."""
+    """Whether the kernels cannot step `weight`. accelerate replaces weights by shards after it has built the optimizer."""
     assert weight.grad is not None
     return weight.grad.is_sparse or not weight.is_contiguous() or is_shard(weight)

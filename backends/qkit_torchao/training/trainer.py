@@ -90,26 +90,24 @@ class TorchTrainer:
         self.engine.fill(self.model, weights)
         self.steps = int(state["steps"])
         for name, parameter in self._trained.items():
-            made = [self.engine.from_numpy(x).to(parameter) for x in moments[name]]
+            found = [self.engine.from_numpy(x).to(parameter) for x in moments[name]]
             step = torch.tensor(float(self.steps), device=parameter.device)
-            self.optimizer.state[parameter] = {"step": step, **dict(zip(MOMENTS.values(), made, strict=True))}
-        self.optimizer.load_state_dict(
-            self.optimizer.state_dict()
-        )  # weights may share one counter, as the optimizer likes
+            self.optimizer.state[parameter] = {"step": step, **dict(zip(MOMENTS.values(), found, strict=True))}
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # weights share one counter again
         _set_random_state(state, _device(self.model))
 
 
 def groups(model: nn.Module, *, weight_decay: float, offset_learning_rate: float) -> list[dict[str, Any]]:
-    """What is trained of `model`, for an optimizer; learned ranges must not decay, and offsets have their own rate."""
+    """The trained parameters of `model` in an optimizer's groups. Learned ranges do not decay; offsets have their own rate."""
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     offsets = [one for name, one in trained.items() if is_offset(name)]
     scales = [one for name, one in trained.items() if is_learned(name) and not is_offset(name)]
-    made: list[dict[str, Any]] = [
+    kinds: list[dict[str, Any]] = [
         {"params": [one for name, one in trained.items() if not is_learned(name)], "weight_decay": weight_decay},
         {"params": scales, "weight_decay": 0.0},
         {"params": offsets, "weight_decay": 0.0, "lr": offset_learning_rate},
     ]
-    return [group for group in made if group["params"]]
+    return [group for group in kinds if group["params"]]
 
 
 def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
@@ -147,8 +145,9 @@ def _objective(
 
 @contextmanager
 def _in_order() -> Iterator[None]:
-    """Has sums taken in one order, so that a run can be repeated: compiled for a CPU, threads add to an embedding's gradient as
-    they come.
+    """Makes sums have one order, so that a run can be repeated.
+
+    In code compiled for a CPU, threads would add to an embedding's gradient in any order.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -179,7 +178,7 @@ def _device(model: nn.Module) -> torch.device:
 def _optimizer(
     parameters: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float, offset_ratio: float
 ) -> AdamW:
-    """With groups that name, as `ratio`, what multiple of a step's learning rate they are stepped by."""
+    """AdamW with groups of which each has a `ratio`: its learning rate is that of the step times `ratio`."""
     kinds: dict[tuple[float, float], list[Tensor]] = {(weight_decay, 1.0): [], (0.0, 1.0): [], (0.0, offset_ratio): []}
     for name, one in parameters.items():
         decay = weight_decay if one.dim() > 1 and not is_learned(name) else 0.0
@@ -196,7 +195,7 @@ def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: Tensor) -> 
 
 
 def _recompute(model: nn.Module) -> None:
-    """Gradient checkpointing, by transformers' own switch; a cache for generation goes with it as little as in there."""
+    """Gradient checkpointing, by transformers' own switch, which excludes a cache for generation."""
     kind = next((kind for kind in ("activation", "gradient") if hasattr(model, f"{kind}_checkpointing_enable")), None)
     if kind is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise BackendError(f"gradient_checkpointing: {type(model).__name__} has no such switch: leave it out")
@@ -207,7 +206,7 @@ def _recompute(model: nn.Module) -> None:
 
 
 def _random_state(device: torch.device) -> dict[str, NDArray[Any]]:
-    """The states of the random numbers of the CPU and, if it is another, of `device`, whichever the process has for its own."""
+    """The states of the random numbers of the CPU and, if it is a GPU, of `device`, which need not be the current one."""
     states = {"rng.torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["rng.torch.cuda"] = torch.cuda.get_rng_state(device)

@@ -1,4 +1,4 @@
-"""One line for transformers' Trainer, and for trainers made of it, as TRL's are: a callback that prepares the model."""
+"""A callback for transformers' Trainer, and for trainers built on it, as TRL's are: it prepares the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,26 +20,26 @@ log = logging.get_logger(__name__)
 class QatCallback(TrainerCallback):
     """Prepares the trainer's model, if it is not yet, so that it trains on the grids of `recipe`.
 
-    Given as `Trainer(..., callbacks=[QatCallback("int4-g64")])`, it prepares before the trainer shards, wraps or compiles the
+    As `Trainer(..., callbacks=[QatCallback("int4-g64")])`, it prepares before the trainer shards, wraps or compiles the
     model; added later, when training begins. Checkpoints have the names of the float model. Where peft has put adapters, the base
     is prepared, under the paths it had without them, and adapters stay float. After training the model is still prepared:
-    `qkit.save(qkit.convert(trainer.model), "out")`, or, of a sharded one, convert and save what `qkit.gather` gives.
+    `qkit.save(qkit.convert(trainer.model), "out")`, or, if it is sharded, convert and save the result of `qkit.gather`.
 
     Attributes:
-        coverage: what was prepared, as `qkit.coverage` has it; None before.
+        coverage: the `qkit.coverage` of the prepared model; None before it is prepared.
     """
 
     def __init__(self, recipe: str | Path | Recipe, *, start: int = 0) -> None:
-        """`start`: steps of the optimizer, counted from the beginning of training, that the model still computes in float."""
+        """`start`: the number of steps of the optimizer, from the beginning of training, that compute in float."""
         self.recipe, self.start = recipe, start
         self.coverage: Coverage | None = None
 
     def on_init_end(self, *_: Any, model: Any = None, **more: Any) -> None:
-        """Before the optimizer is made."""
+        """Prepares before the trainer builds its optimizer."""
         self._prepare(model)
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, model: Any = None, **more: Any) -> None:
-        """Where the callback came late; and says whether the first steps are float."""
+        """Prepares where the callback was added late, and switches off if the first steps are float."""
         self._prepare(model)
         self._switch(model, state.global_step)
 
@@ -71,7 +71,7 @@ PREPARED = ("prepared", "calibrating")
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """The base of a model of peft's, with the layers that adapters wrap where they were; then the adapters again."""
+    """The base of a model of peft's, with the layers that adapters wrap in their old places; afterwards the adapters are back."""
     of_peft: Any = model
     base: nn.Module = of_peft.get_base_model() if hasattr(model, "get_base_model") else model
     wrapped = [

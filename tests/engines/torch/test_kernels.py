@@ -59,7 +59,7 @@ def _e2m1(y):
 
 
 def test_a_kernel_is_compiled_once_for_each_key_and_then_launched_by_itself():
-    from qkit_torchao.kernels.direct import Kernel
+    from qkit_torchao.kernels.cuda import Kernel
 
     calls = []
 

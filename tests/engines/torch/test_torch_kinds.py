@@ -9,9 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
+from qkit_torchao.cache import values  # noqa: E402
+from qkit_torchao.kernels import choose  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit.grid import Grid  # noqa: E402
@@ -315,7 +318,7 @@ def test_converted_models_with_activations_compile_to_the_same_numbers(name):
 @pytest.mark.parametrize("ste", ["identity", "masked"])
 @pytest.mark.parametrize("rows", [1, 17])
 def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows):
-    from qkit_torchao.layers.products import linear
+    from qkit_torchao.layers.products import multiply_codes
 
     engine, grids = qkit.backend("torchao"), (Grid("int8", "row", "midmax"), on_x)
     x, layer = inputs(2 * rows).reshape(2, rows, 64), mlp()[0]
@@ -326,7 +329,7 @@ def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows
     for products in (True, False):
         leaves = [t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias)]
         if products:
-            y = linear(*leaves, (str(grids[0]), str(on_x)), ste, **given)
+            y = multiply_codes(*leaves, (str(grids[0]), str(on_x)), ste, **given)
         else:
             values = engine.fake_quantize(leaves[0], on_x, ste=ste, **given)
             y = nn.functional.linear(values, engine.fake_quantize(leaves[1], grids[0], ste=ste), leaves[2])
@@ -337,12 +340,12 @@ def test_a_product_of_codes_is_that_of_values_with_its_gradients(on_x, ste, rows
 
 
 def test_nan_in_a_product_of_codes_stays_in_its_row():
-    from qkit_torchao.layers.products import linear
+    from qkit_torchao.layers.products import multiply_codes
 
     x, layer, grids = inputs(), mlp()[0], ("int8-row-absmax", "int8-row-absmax")
-    want = linear(x, layer.weight, layer.bias, grids, "identity")
+    want = multiply_codes(x, layer.weight, layer.bias, grids, "identity")
     x[1, 3], x[2, 0] = torch.nan, torch.inf
-    made = linear(x, layer.weight, layer.bias, grids, "identity")
+    made = multiply_codes(x, layer.weight, layer.bias, grids, "identity")
     assert made[1:3].isnan().all()
     assert torch.equal(made[[0, 3, 4]], want[[0, 3, 4]])
 
@@ -438,3 +441,50 @@ def test_an_input_that_layers_share_is_not_kept_by_what_is_kept_on_it(ste, leaf)
     model[0](x)
     del x
     assert seen() is None
+
+
+SHARED = Rule(("*",), weight=Grid("int4", 32), activation=Grid("int8", "row"))
+
+
+class Attention(nn.Module):
+    """Three layers that get the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+def written(x):
+    """The bytes of `x` in a file."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_leaves_nothing_on_the_input(grad):
+    model, x = qkit.prepare(mlp(), recipe(SHARED)), inputs()
+    with torch.set_grad_enabled(grad):
+        model(x)
+        model(x)
+    assert x.__dict__ == {}
+    assert len(written(x)) == len(written(inputs()))
+    assert torch.equal(torch.load(io.BytesIO(written(x)), weights_only=True), x)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_layers_quantize_a_shared_input_once_and_forget_it_with_the_input(recomputed, monkeypatch):
+    model = qkit.prepare(Attention(), recipe(SHARED))
+    calls, known = [], list(values.inputs)
+    rounded = choose.rounded
+    monkeypatch.setattr(choose, "rounded", lambda x, grid: calls.append(grid) or rounded(x, grid))
+    x = inputs().requires_grad_() * 2
+    y = checkpoint(model, x, use_reentrant=False) if recomputed else model(x)
+    assert calls.count(SHARED.activation) == 1
+    y.square().sum().backward()
+    assert calls.count(SHARED.activation) == 1 + recomputed
+    del x, y
+    assert list(values.inputs) == known

@@ -134,7 +134,7 @@ def test_a_copy_is_not_stale_either(edit):
 
 def times_made(weight):
     """How often the values that are kept of `weight` were made: each time is one more version of them."""
-    return values.kept([weight])[id(weight)].made._version
+    return values.cached([weight])[id(weight)].value._version
 
 
 def test_values_are_made_once_for_many_forwards():
@@ -346,11 +346,11 @@ def test_the_architecture_that_was_saved_is_built(architecture, tmp_path):
 @pytest.mark.parametrize("made", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_compiled_code_has_values_made_in_the_memory_that_is_theirs(made, monkeypatch):
     model = made(qkit.prepare(mlp(), "int4-g32"))
-    rooms = [layer.room.data_ptr() for layer in model if hasattr(layer, "room")]
+    buffers = [layer.values_buffer.data_ptr() for layer in model if hasattr(layer, "values_buffer")]
     filled, fill = [], values.fill
-    monkeypatch.setattr(values, "fill", lambda room, *rest: filled.append(room.data_ptr()) or fill(room, *rest))
+    monkeypatch.setattr(values, "fill", lambda buffer, *rest: filled.append(buffer.data_ptr()) or fill(buffer, *rest))
     compiled = torch.compile(model, fullgraph=True)
     for _ in range(2):
         compiled(inputs()).sum().backward()
-    assert len(rooms) == 2
-    assert filled == 2 * rooms
+    assert len(buffers) == 2
+    assert filled == 2 * buffers

@@ -124,7 +124,7 @@ def test_a_sharded_model_is_switched_off(seen):
         ("put", "cannot adapt: tokens is sharded over processes; adapt the model first and shard it then"),
         ("merge", "cannot merge: tokens is sharded over processes; call whole = qkit.gather"),
         ("keep", "cannot save: first.0 is sharded over processes; call whole = qkit.gather"),
-        ("rounded", "FSDP rounds masters from float32 to bfloat16 .* leave param_dtype out"),
+        ("rounded", "FSDP rounds master weights from float32 to bfloat16 .* leave param_dtype out"),
     ],
 )
 def test_what_would_go_wrong_is_refused_by_name(seen, verb, message):

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
 from qkit_torchao.cache import values  # noqa: E402
 from qkit_torchao.kernels import graphs  # noqa: E402
+from qkit_torchao.torch_private import GRAPH_TREES  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -283,8 +284,8 @@ def test_a_layer_that_is_used_twice_is_made_once():
     model, fresh = pair()
     twice, reference = (nn.Sequential(one, one) for one in (model, fresh))
     steps(twice, reference, OPTIMIZERS["AdamW"])
-    entry = values.kept([model[0].weight])[id(model[0].weight)]
-    assert entry.made._version == 4  # one for each state of the weight
+    entry = values.cached([model[0].weight])[id(model[0].weight)]
+    assert entry.value._version == 4  # one for each state of the weight
 
 
 def test_frozen_layers_are_not_made_again():
@@ -292,7 +293,7 @@ def test_frozen_layers_are_not_made_again():
     for one in (model, fresh):
         one[0].weight.requires_grad_(False)
     steps(model, fresh, OPTIMIZERS["AdamW"])
-    made = {k: values.kept([model[k].weight])[id(model[k].weight)].made._version for k in (0, 2)}
+    made = {k: values.cached([model[k].weight])[id(model[k].weight)].value._version for k in (0, 2)}
     assert made == {0: 1, 2: 4}
 
 
@@ -439,9 +440,9 @@ def test_another_models_step_leaves_a_backward_that_waits():
 
 @pytest.mark.parametrize("trees", [False, True])
 def test_what_outlives_a_graph_is_allocated_by_a_thread_of_its_own_where_inductor_has_graphs(trees, monkeypatch):
-    monkeypatch.delitem(sys.modules, graphs.TREES, raising=False)
+    monkeypatch.delitem(sys.modules, GRAPH_TREES, raising=False)
     if trees:
-        monkeypatch.setitem(sys.modules, graphs.TREES, object())
+        monkeypatch.setitem(sys.modules, GRAPH_TREES, object())
     threads = []
     graphs.lasting(lambda: threads.append(threading.get_ident()) or torch.empty(1))
     assert (threads == [threading.get_ident()]) is not trees

@@ -6,8 +6,9 @@ torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
+import qkit_torchao  # noqa: E402
 from llama import build  # noqa: E402
-from qkit_torchao.training.transformers import QatCallback  # noqa: E402
+from qkit_torchao import QatCallback  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 import qkit  # noqa: E402
@@ -190,3 +191,12 @@ def a_tokenizer():
 
     words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(256)}, unk_token="w0"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
+
+
+def test_the_callback_has_a_public_path_that_pluggy_does_not_load():
+    from qkit_torchao.training import transformers as room
+
+    assert qkit_torchao.QatCallback is room.QatCallback
+    assert "QatCallback" not in dir(qkit_torchao)
+    with pytest.raises(AttributeError, match="has no attribute 'Callback'"):
+        qkit_torchao.Callback

@@ -1,4 +1,4 @@
-"""Models by their Hugging Face configuration. Beside `trainer`, the only module that imports transformers."""
+"""Models by their Hugging Face configuration. Beside `training.transformers`, the only module that imports transformers."""
 
 from collections.abc import Mapping
 from typing import Any
