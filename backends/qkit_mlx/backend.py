@@ -18,10 +18,8 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
-from qkit_mlx.kernels import cpu
-from qkit_mlx.layers import adapted, learned
-from qkit_mlx.layers.converted import deploy_embedding, deploy_linear
-from qkit_mlx.layers.prepared import forget, hold, regrid, switch
+from qkit_mlx.kernels import choose
+from qkit_mlx.layers import adapted, converted, learned, prepared, straight_through
 from qkit_mlx.models import surgery
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
@@ -52,7 +50,7 @@ class MlxBackend:
 
     def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
         """See `Backend.quantize`."""
-        return rounding.quantize(w, grid)
+        return choose.quantize(w, grid)
 
     def dequantize(self, q: QTensor[mx.array]) -> mx.array:
         """See `Backend.dequantize`."""
@@ -68,7 +66,7 @@ class MlxBackend:
         zeros: mx.array | None = None,
     ) -> mx.array:
         """See `Backend.fake_quantize`."""
-        return rounding.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
+        return straight_through.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
 
     def unclipped(
         self, w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
@@ -100,9 +98,7 @@ class MlxBackend:
 
     def magnitude(self, x: mx.array) -> float:
         """See `Backend.magnitude`."""
-        if cpu.takes(x):
-            return cpu.magnitude(x)
-        return float(np.array(mx.abs(x.astype(mx.float32)).max())) if x.size else 0.0
+        return choose.magnitude(x)
 
     # surgery on modules
 
@@ -124,23 +120,23 @@ class MlxBackend:
 
     def fake(self, module: Any, rule: Rule) -> nn.Module:
         """See `Backend.fake`."""
-        return learned.fake(module, rule)
+        return learned.prepare_layer(module, rule)
 
     def switch(self, module: Any, mode: Mode) -> None:
         """See `Backend.switch`."""
-        switch(module, mode)
+        prepared.switch_mode(module, mode)
 
     def hold(self, module: Any, on: bool) -> None:
         """See `Backend.hold`."""
-        hold(module, on)
+        prepared.freeze_values(module, on)
 
     def regrid(self, module: Any, rule: Rule) -> None:
         """See `Backend.regrid`."""
-        regrid(module, rule)
+        prepared.regrid(module, rule)
 
     def forget(self, module: Any) -> None:
         """See `Backend.forget`."""
-        forget(module)
+        prepared.clear_ranges(module)
 
     def pack(
         self,
@@ -154,14 +150,13 @@ class MlxBackend:
         """See `Backend.pack`."""
         here = q.map(lambda array: array if isinstance(array, mx.array) else self.from_numpy(array))
         if isinstance(module, nn.Embedding):
-            return deploy_embedding(here, rule)
+            return converted.pack_embedding(here, rule)
         scales = {name: self.from_numpy(array) for name, array in static.items()}
-        return deploy_linear(here, rule, bias=module.get("bias"), static=scales)
+        return converted.pack_linear(here, rule, bias=module.get("bias"), static=scales)
 
     def unpack(self, module: Any) -> QTensor[mx.array]:
         """See `Backend.unpack`."""
-        q: QTensor[mx.array] = module.qtensor()
-        return q
+        return converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Backend.replace`."""
@@ -181,16 +176,16 @@ class MlxBackend:
 
     def update(self, module: Any) -> Update:
         """See `Backend.update`."""
-        return adapted.update(module)
+        return adapted.adapter_update(module)
 
     def merged(self, module: Any) -> nn.Module:
         """See `Backend.merged`."""
-        made: nn.Module = adapted.merged(module)
+        made: nn.Module = adapted.merge_adapter(module)
         return made
 
     def freeze(self, model: nn.Module) -> None:
         """See `Backend.freeze`."""
-        adapted.freeze(model)
+        adapted.train_only_adapters(model)
 
     # whole models
 
@@ -217,12 +212,12 @@ class MlxBackend:
             BackendError: mlx-lm is missing, or has no such architecture.
         """
         try:
-            from qkit_mlx.models import hub
+            from qkit_mlx.models import huggingface
         except ModuleNotFoundError as error:
             if error.name != "mlx_lm":
                 raise
             raise BackendError("building a Hugging Face model needs mlx-lm: pip install 'qkit[mlx-lm]'") from None
-        return hub.build(config)
+        return huggingface.build(config)
 
     # training
 

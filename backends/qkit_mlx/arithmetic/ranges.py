@@ -1,4 +1,4 @@
-"""Static activations: the range that a layer has seen, and the scales that follow from it. Arrays only."""
+"""`qkit/reference/ranges.py` in MLX: the range of the values that a layer has seen, and its static scales. Arrays only."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,31 +10,34 @@ from qkit.grid import Grid
 from qkit_mlx.arithmetic import packing, rounding
 
 
-def unseen() -> mx.array:
-    """The range [2] of nothing: lowest and highest value."""
+def empty() -> mx.array:
+    """The range [2], lowest and highest value, of no values."""
     return mx.array([float("inf"), float("-inf")])
 
 
 def widened(known: mx.array, x: mx.array) -> mx.array:
-    """The range of `known` and `x`; that of `known` where an extreme of `x` is not finite, or `x` is empty."""
+    """The range of `known` and `x` together; `known` itself if an extreme of `x` is not finite, or `x` is empty."""
     if not x.size:
         return known
-    seen = _seen(x)
+    seen = _extremes(x)
     wider = mx.stack([mx.minimum(known[0], seen[0]), mx.maximum(known[1], seen[1])])
     return mx.where(mx.isfinite(seen).all(), wider, known)
 
 
 def averaged(known: mx.array, x: mx.array) -> mx.array:
-    """`known` moved a little towards the range of `x`, the first time all the way; `known` where `widened` leaves it."""
+    """The running average of `known` and the range of `x`; the range of `x` if `known` is empty.
+
+    `known` itself where `widened` returns it.
+    """
     if not x.size:
         return known
-    seen = _seen(x)
+    seen = _extremes(x)
     moved = mx.where(known[0] > known[1], seen, known + AVERAGE * (seen - known))
     return mx.where(mx.isfinite(seen).all(), moved, known)
 
 
-def scales_of(known: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
-    """What `qkit.reference.ranges.static_scales` gives for the range `known` of `name`, lazily; NaN where nothing was seen."""
+def static_scales(known: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
+    """The law's `static_scales` of one range `known`, of the slot `name`; NaN where the range is empty."""
     q = rounding.quantize(known, grid)
     stored = {f"{name}_scale": rounding.scale_values(q) + rounding.poison(rounding.amax(known))}
     if q.zeros is not None:
@@ -42,8 +45,8 @@ def scales_of(known: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
     return stored
 
 
-def given(stored: Mapping[str, mx.array], grid: Grid, *, name: str) -> dict[str, Any]:
-    """The arguments of `ops.fake_quantize` that `stored` has for `name`: none where quantization is dynamic."""
+def stored_scales(stored: Mapping[str, mx.array], grid: Grid, *, name: str) -> dict[str, Any]:
+    """`scales` and `zeros` for `fake_quantize` of the slot `name`, from the tensors `stored`; empty if it is dynamic."""
     if f"{name}_scale" not in stored:
         return {}
     if grid.symmetric:
@@ -52,6 +55,6 @@ def given(stored: Mapping[str, mx.array], grid: Grid, *, name: str) -> dict[str,
     return {"scales": stored[f"{name}_scale"], "zeros": zeros}
 
 
-def _seen(x: mx.array) -> mx.array:
+def _extremes(x: mx.array) -> mx.array:
     x = mx.stop_gradient(x).astype(mx.float32)
     return mx.stack([x.min(), x.max()])
