@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHONHASHSEED = 0
 
-.PHONY: demo test test-all lint bench recipes clean
+.PHONY: demo test test-all test-install lint bench recipes clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkit demo
@@ -14,6 +14,10 @@ test: $(VENV)/ready lint
 
 test-all: test
 	$(BIN)/qkit parity --all
+
+# That every extra resolves on every Python and platform, against the package index alone.
+test-install: $(VENV)/ready
+	$(BIN)/python -m pytest -m network tests/test_install.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -95,7 +95,7 @@ def ours(kind: str) -> Callable[[Any], tuple[Any, Callable[[Any], Any]]]:
 def trained_codes(engine: Any, model: Any) -> dict[str, np.ndarray]:
     """The codes of the merged weights that qkit's adapted layers compute with, by the reference; none for other adapters."""
     adapted = [layer for layer in engine.layers(model) if layer.adapter]
-    updated = {layer.path: merged(base_weight(engine, layer), engine.update(layer.module)) for layer in adapted}
+    updated = {layer.path: merged(base_weight(engine, layer), engine.adapter_update(layer.module)) for layer in adapted}
     return {layer.path: qkit.quantize(updated[layer.path], layer.rule.weight).codes for layer in adapted}
 
 

@@ -23,6 +23,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 import qkit
+from qkit.engines.trainer import AdamWOptions
 
 GPU = mx.default_device().type == mx.gpu
 SIZES = (
@@ -114,7 +115,7 @@ def stepper(model: nn.Module, way: str, *, parts: int, compiled: bool) -> Step:
     engine = qkit.backend("mlx")
     optimizer: Any = optim.AdamW(1e-4, bias_correction=True)
     if ours:
-        optimizer = engine.adamw(model, learning_rate=1e-4)
+        optimizer = engine.adamw(model, AdamWOptions(learning_rate=1e-4))
     else:
         optimizer.init(model.trainable_parameters())
     mx.eval(optimizer.state)

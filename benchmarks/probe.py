@@ -14,6 +14,8 @@ from pathlib import Path
 from parity import machine
 
 import qkit
+from qkit.engines.abilities import offers
+from qkit.engines.protocol import Modules
 from qkit.qtensor import DTYPES
 from qkit.testing.probe import Probe, probe
 
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     ready = [status.name for status in qkit.backends() if status.ready]
-    names = [name for name in given.backend or ready if hasattr(qkit.backend(name), "layers")]
+    names = [name for name in given.backend or ready if offers(qkit.backend(name), Modules)]
     tasks = [(name, given.device, recipe) for name in names for recipe in qkit.recipes()]
     with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         probes = [one for some in pool.map(work, tasks) for one in some]

@@ -1,35 +1,39 @@
 """qkit: train on the grid you ship, prove it, run it anywhere."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qkit.arrays import dequantize, fake_quantize, quantize
-from qkit.coverage_table import coverage
-from qkit.element import Element
-from qkit.engines.protocol import BackendSpec
-from qkit.engines.registry import backend, backends, recipe, recipes
-from qkit.errors import (
-    ArtifactError,
-    BackendError,
-    DivergedError,
-    DTypeError,
-    GridError,
-    LockedError,
-    PlanError,
-    QkitError,
-    RangeError,
-    RecipeError,
-    RunError,
-    StageError,
-    VerificationError,
-)
-from qkit.gathering import gather
-from qkit.grid import Grid
-from qkit.pipeline import adamw, convert, prepare
-from qkit.qtensor import QTensor
-from qkit.rules import Recipe, Rule
-from qkit.switches import calibrating, disable, disabled, enable
+from qkit.startup import interruptible as _interruptible
+
+with _interruptible():
+    from qkit.arrays import dequantize, fake_quantize, quantize
+    from qkit.coverage_table import coverage
+    from qkit.element import Element
+    from qkit.engines.protocol import BackendSpec
+    from qkit.engines.registry import backend, backends, recipe, recipes
+    from qkit.errors import (
+        ArtifactError,
+        BackendError,
+        DivergedError,
+        DTypeError,
+        GridError,
+        LockedError,
+        PlanError,
+        QkitError,
+        RangeError,
+        RecipeError,
+        RunError,
+        StageError,
+        VerificationError,
+    )
+    from qkit.grid import Grid
+    from qkit.pipeline import adamw, convert, gather, prepare
+    from qkit.qtensor import QTensor
+    from qkit.rules import Recipe, Rule
+    from qkit.switches import calibrating, disable, disabled, enable
 
 if TYPE_CHECKING:
+    from qkit import reference
     from qkit.adapters import Adapter, adapt, merge
     from qkit.artifact import load, save
 
@@ -76,18 +80,22 @@ __all__ = [
     "quantize",
     "recipe",
     "recipes",
+    "reference",
     "save",
 ]
 
 
+#: Where the names are that are imported on first use: files and adapters are a third of the cost of `import qkit`.
+_LATER = {"load": "artifact", "save": "artifact", "Adapter": "adapters", "adapt": "adapters", "merge": "adapters"}
+
+
 def __getattr__(name: str) -> Any:
-    """`load`, `save` and adapters on first use: what reads and writes files is a third of what `import qkit` would cost."""
-    if name in ("load", "save"):
-        from qkit import artifact
-
-        return getattr(artifact, name)
-    if name in ("Adapter", "adapt", "merge"):
-        from qkit import adapters
-
-        return getattr(adapters, name)
+    if name == "reference":
+        return import_module("qkit.reference")
+    if name in _LATER:
+        return getattr(import_module(f"qkit.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qkit.element import LIMIT
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.errors import BackendError, RangeError
@@ -12,7 +12,7 @@ from qkit.qtensor import QTensor, dtype_of, shape_of
 from qkit.rules import Ste
 
 
-def quantize(w: Any, grid: Grid, *, backend: str | Backend | None = None) -> QTensor[Any]:
+def quantize(w: Any, grid: Grid, *, backend: str | Arrays | None = None) -> QTensor[Any]:
     """Codes and scales of `w`: Float [..., n] -> codes [..., n], scales [..., groups].
 
     Args:
@@ -30,12 +30,12 @@ def quantize(w: Any, grid: Grid, *, backend: str | Backend | None = None) -> QTe
     return engine.quantize(w, grid)
 
 
-def dequantize(q: QTensor[Any], *, backend: str | Backend | None = None) -> Any:
+def dequantize(q: QTensor[Any], *, backend: str | Arrays | None = None) -> Any:
     """The values of `q` [..., n], computed in fp32 and rounded once to `q.dtype`."""
     return _engine(q.codes, backend).dequantize(q)
 
 
-def fake_quantize(w: Any, grid: Grid, *, ste: Ste = "identity", backend: str | Backend | None = None) -> Any:
+def fake_quantize(w: Any, grid: Grid, *, ste: Ste = "identity", backend: str | Arrays | None = None) -> Any:
     """`dequantize(quantize(w, grid))`, bit for bit; the gradient with respect to `w` passes straight through.
 
     Does not look for NaN or infinity: a group that holds one comes back as NaN. Under torch.compile the engine must have been
@@ -52,7 +52,7 @@ def fake_quantize(w: Any, grid: Grid, *, ste: Ste = "identity", backend: str | B
     return _engine(w, backend).fake_quantize(w, grid, ste=ste)
 
 
-def check(engine: Backend, w: Any, grid: Grid, *, name: str) -> None:
+def check(engine: Arrays, w: Any, grid: Grid, *, name: str) -> None:
     """Refuses what has no codes on `grid`; `name` is what messages call `w`. Raises as `quantize` does."""
     try:
         dtype_of(w)
@@ -67,7 +67,7 @@ def check(engine: Backend, w: Any, grid: Grid, *, name: str) -> None:
         )
 
 
-def _engine(array: Any, backend: str | Backend | None) -> Backend:
+def _engine(array: Any, backend: str | Arrays | None) -> Arrays:
     own = backend_of(array)
     if backend is None:
         return own

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from qkit.engines.layer import Layer
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays, Modules
 from qkit.pipeline import NOTE, surgeon
 
 
@@ -63,14 +63,14 @@ class Coverage:
         return "\n".join([*lines, f"{self.bits_per_weight:.2f} bits per weight"])
 
 
-def coverage(model: Any, *, backend: str | Backend | None = None) -> Coverage:
+def coverage(model: Any, *, backend: str | Arrays | None = None) -> Coverage:
     """Every layer of `model`: its grid and how it runs, or that it is left alone and why."""
     engine = surgeon(model, backend)
     tensors = engine.tensors(model)
     return Coverage(tuple(_cover(layer, engine, tensors) for layer in engine.layers(model)))
 
 
-def _cover(layer: Layer, engine: Backend, tensors: Mapping[str, Any]) -> Covered:
+def _cover(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> Covered:
     rule = layer.rule
     if rule is None or rule.weight is None:
         weight = tensors.get(layer.path) if layer.kind == "other" else engine.weight(layer.module)

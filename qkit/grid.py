@@ -9,6 +9,8 @@ from qkit.element import Element
 from qkit.errors import GridError
 
 Group = int | Literal["row", "tensor"]
+LONGEST = 1 << 24  #: group; no row of a model is longer
+NEAREST = 1 << 16  #: sizes that are tried for a remedy, at most
 
 INTEGER_RULES = ("signed", "absmax", "midmax", "minmax")
 FLOAT_RULES = ("rceil", "even", "floor", "nvfp4")
@@ -48,8 +50,10 @@ class Grid:
         rules = INTEGER_RULES if self.element.kind == "integer" else FLOAT_RULES
         if self.scale not in rules:
             raise GridError(f"{self.element} has no scale rule {self.scale!r}: choose one of {', '.join(rules)}")
-        is_size = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group > 0
-        if not is_size and self.group not in ("row", "tensor"):
+        is_number = isinstance(self.group, int) and not isinstance(self.group, bool)
+        if is_number and int(self.group) > LONGEST:  # an int of thousands of digits is not even printed
+            raise GridError(f'group is more than {LONGEST:,}: give a smaller number, "row" or "tensor"')
+        if not (is_number and int(self.group) > 0) and self.group not in ("row", "tensor"):
             raise GridError(f'group is {self.group!r}: give a positive number, "row" or "tensor"')
         if self.scale == "nvfp4" and (self.element.name, self.group) != ("e2m1", 16):
             raise GridError(f"nvfp4 scales belong to e2m1 in groups of 16, not to {self.element} in {self.group}")
@@ -111,5 +115,6 @@ def _default_rule(element: Element) -> str:
 
 
 def _way_out(inputs: int, group: int) -> str:
-    divisors = [size for size in range(2, group) if inputs % size == 0]
-    return f'use group {divisors[-1]} or "row"' if divisors else 'use "row"'
+    largest = min(group - 1, inputs, NEAREST)
+    size = next((size for size in range(largest, 1, -1) if inputs % size == 0), None)
+    return f'use group {size} or "row"' if size else 'use "row"'

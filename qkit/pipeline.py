@@ -1,17 +1,18 @@
 """prepare and convert: one recipe over one model, on any engine. Plans first, then swaps: no half-done models."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit.arrays import check
+from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Backend, Deployer
+from qkit.engines.protocol import Arrays, Deploys, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
-from qkit.engines.trainer import OFFSET_RATE
-from qkit.errors import BackendError, GridError, RecipeError, StageError
+from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
+from qkit.errors import GridError, RecipeError, StageError
 from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+Model = TypeVar("Model")
 
 NOTE = "qkit_note"  #: attribute of a module that was left alone: why
 
@@ -40,7 +43,8 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
         GridError: a layer does not divide into groups and the rule does not say "skip".
     """
     planned = [_plan_layer(layer, recipe) for layer in layers]
-    planned = [_plan_tied(item, planned) for item in planned]
+    owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
+    planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
     spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned if item.layer.kind != "other"}
     for rule in recipe.rules:
         if rule.weight and id(rule) not in spoken:
@@ -77,10 +81,10 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
     return Planned(layer, rule)
 
 
-def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
+def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
     """`item`, whose weight belongs to a layer before it, if both can be quantized as one."""
     layer = item.layer
-    owner = next((other for other in planned if layer.tied and other.layer.path == layer.tied), None)
+    owner = owners.get(layer.tied)
     if owner is None:
         return item
     if item.rule and item.rule.scales == "learned":
@@ -108,7 +112,7 @@ def _plan_tied(item: Planned, planned: list[Planned]) -> Planned:
     )
 
 
-def prepare(model: Any, recipe: "str | Path | Recipe", *, backend: str | Backend | None = None) -> Any:
+def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Model:
     """`model` ready for quantisation-aware training: its layers compute with the values they will be deployed with.
 
     Works in place and returns the model (a new one only where the model is itself one layer). Master weights stay the
@@ -122,14 +126,13 @@ def prepare(model: Any, recipe: "str | Path | Recipe", *, backend: str | Backend
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     want_whole(layers, "prepare")
-    _want_float(layers, "prepare")
-    planned = plan(layers, find_recipe(recipe))
-    fakes = {item.layer.path: engine.fake(item.layer.module, item.rule) for item in planned if item.rule}
+    planned = _plan_on(engine, layers, recipe, "prepare")
+    prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
     _note(planned)
-    return engine.replace(model, fakes)
+    return cast(Model, engine.replace(model, prepared))
 
 
-def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend: str | Backend | None = None) -> Any:
+def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Model:
     """`model` with codes in place of weights. Prepared layers remember their rule; a recipe is for unprepared models.
 
     Works in place and returns the model, as `prepare` does.
@@ -152,15 +155,23 @@ def convert(model: Any, recipe: "str | Path | Recipe | None" = None, *, backend:
             )
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
-        _want_float(layers, "convert")
-        planned = plan(layers, find_recipe(recipe))
+        planned = _plan_on(engine, layers, recipe, "convert")
     packed = _pack(engine, model, [(item.layer, item.rule) for item in planned if item.rule])
     if recipe is not None:
         _note(planned)
-    return engine.replace(model, packed)
+    return cast(Model, engine.replace(model, packed))
 
 
-def _pack(engine: Backend, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
+def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:
+    """The plan for `layers` of a float model, by a recipe that `engine` honours."""
+    _want_float(layers, verb)
+    found = find_recipe(recipe)
+    planned = plan(layers, found)
+    want_honored(engine, found.rules, verb)
+    return planned
+
+
+def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
     """The deployed form of each layer, by its path."""
     static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
     packed = _deploy(engine, chosen, static)
@@ -177,16 +188,16 @@ def _pack(engine: Backend, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
     return packed
 
 
-def _deploy(engine: Backend, chosen: list[tuple[Layer, Rule]], static: dict[str, Any]) -> dict[str, Any]:
+def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str, Any]) -> dict[str, Any]:
     """The deployed form of those layers for which the engine makes it at once."""
-    if not isinstance(engine, Deployer):
+    if not offers(engine, Deploys):
         return {}
     own = [(layer, rule) for layer, rule in chosen if not layer.tied and not _learned(layer, rule)]
     made = engine.deploy([(layer.module, rule, static[layer.path]) for layer, rule in own])
     return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
 
 
-def _codes(engine: Backend, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
+def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
     from qkit.reference.learned import learned_codes  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
@@ -201,7 +212,7 @@ def _learned(layer: Layer, rule: Rule) -> bool:
     return layer.stage == "prepared" and rule.scales == "learned"
 
 
-def _static(engine: Backend, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":
+def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":
     from qkit.reference.ranges import static_names, static_scales  # here, so that `import qkit` stays cheap
 
     if not (names := static_names(rule)):
@@ -217,6 +228,18 @@ def _static(engine: Backend, model: Any, layer: Layer, rule: Rule) -> "dict[str,
     return static_scales(rule, ranges, path=layer.path)
 
 
+def gather(model: Model, *, backend: str | Arrays | None = None) -> Model | None:
+    """The whole of a model that FSDP2 has sharded, to convert and save: in process 0, on the CPU; None in the others.
+
+    Call it in every process. The sharded model does not change, and the whole one shares no tensor with it. Where the model
+    is whole already, every process gets the model itself.
+
+    Raises:
+        BackendError: no engine works on such a model.
+    """
+    return cast("Model | None", surgeon(model, backend).gather(model))
+
+
 def adamw(
     model: Any,
     *,
@@ -225,7 +248,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     offset_lr: float = OFFSET_RATE,
-    backend: str | Backend | None = None,
+    backend: str | Arrays | None = None,
 ) -> Any:
     """AdamW (Loshchilov and Hutter, 2019) over the trainable parameters of `model`: an optimizer of its framework.
 
@@ -238,24 +261,17 @@ def adamw(
     Raises:
         BackendError: no engine works on such a model, or the engine has no optimizer.
     """
-    engine = surgeon(model, backend)
-    if not hasattr(engine, "adamw"):
-        raise BackendError(f"backend {engine.name!r} has no optimizer of its own: use one of {engine.framework}'s")
-    return engine.adamw(
-        model, learning_rate=lr, betas=betas, eps=eps, weight_decay=weight_decay, offset_learning_rate=offset_lr
-    )
+    engine = require(surgeon(model, backend), Trains)
+    return engine.adamw(model, AdamWOptions(lr, betas, eps, weight_decay, offset_lr))
 
 
-def surgeon(model: Any, backend: str | Backend | None) -> Backend:
+def surgeon(model: Any, backend: str | Arrays | None) -> Modules:
     """The engine for `model`, which must be one that has modules.
 
     Raises:
         BackendError: no engine works on it, or only on arrays.
     """
-    engine = backend_of(model) if backend is None else choose(backend)
-    if not hasattr(engine, "layers"):
-        raise BackendError(f"backend {engine.name!r} works on arrays only: it has no modules to prepare or convert")
-    return engine
+    return require(backend_of(model) if backend is None else choose(backend), Modules)
 
 
 def _want_float(layers: list[Layer], verb: str) -> None:

@@ -1,13 +1,15 @@
 """What happens to a model: a named, versioned list of rules, read from flat TOML. First match wins."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qkit.errors import GridError, RecipeError
 from qkit.grid import Grid
+from qkit.intake import check_values, read_text
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -21,6 +23,14 @@ RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
 STES: tuple[Ste, ...] = ("identity", "masked")
 SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
+CORE_KEYS = (
+    "match",
+    "kind",
+    "weight",
+    "indivisible",
+)  #: keys of a rule that the core carries out; an engine honours the others
+PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
+PATTERN = 1000  #: most characters of a pattern
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
 #: The other keys that may be left out.
 DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisible": "error"}
@@ -96,6 +106,12 @@ class Rule:
         named = {"activation": self.activation, "output": self.output}
         return {name: grid for name, grid in named.items() if grid}
 
+    @property
+    def engine_keys(self) -> dict[str, str]:
+        """The keys that an engine has to honour for this rule, with their values: not `CORE_KEYS`, and not at their default."""
+        keys = {field.name: field.default for field in fields(self) if field.name not in CORE_KEYS}
+        return {key: str(getattr(self, key)) for key, default in keys.items() if getattr(self, key) != default}
+
     def matches(self, path: str, kind: Kind) -> bool:
         """Whether the rule speaks of the layer at `path`."""
         return kind == self.kind and any(fnmatchcase(path, pattern) for pattern in self.match)
@@ -127,17 +143,32 @@ def read_recipe(file: "Path | Traversable") -> Recipe:
     Raises:
         RecipeError: the file is missing or malformed; the message names the file and the key.
     """
+    try:
+        text = read_text(file) if isinstance(file, os.PathLike) else file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file}: {error}") from None
+    return parse_recipe(text, name=file.name.removesuffix(".toml"), source=str(file))
+
+
+def parse_recipe(text: str, *, name: str, source: str) -> Recipe:
+    """The recipe in the text of a TOML file; messages begin with `source`.
+
+    Raises:
+        RecipeError: it is malformed; the message names the key.
+    """
     import tomllib  # here, so that `import qkit` stays cheap
 
-    name = file.name.removesuffix(".toml")
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{file}: {error}") from None
+        table = tomllib.loads(text)
+        check_values(table)
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{source}: it is nested too deep") from None
     try:
         return recipe_from_table(table, name=name)
     except (RecipeError, GridError) as error:
-        raise RecipeError(f"{file}: {error}") from None
+        raise RecipeError(f"{source}: {error}") from None
 
 
 def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
@@ -160,6 +191,8 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
     for number, value in enumerate(_get(table, "rules", list, []), start=1):
         with _place(f"rules[{number}]"):
             rules.append(_rule(value, grids))
+    if len(rules) + sum(len(rule.match) for rule in rules) > PATTERNS:
+        raise RecipeError(f"rules: they have more than {PATTERNS:,} patterns: write fewer, with * in them")
     summary, version = _get(table, "summary", str, ""), _get(table, "version", int, 1)
     used = {grid for rule in rules for grid in (rule.weight, *rule.slots.values())}
     for key, grid in grids.items():
@@ -216,6 +249,8 @@ def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
     if not isinstance(match, (str, list, tuple)):
         raise RecipeError(f"match is {match!r}: give a pattern or a list of them")
     patterns = (match,) if isinstance(match, str) else tuple(match)
+    if any(isinstance(pattern, str) and len(pattern) > PATTERN for pattern in patterns):
+        raise RecipeError(f"match has a pattern of more than {PATTERN:,} characters: write a shorter one")
     return Rule(
         match=patterns,
         kind=cast(Kind, _get(table, "kind", str, "linear")),

@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import StageError
 from qkit.pipeline import surgeon
 
 
-def disable(model: Any, match: str = "*", *, backend: str | Backend | None = None) -> None:
+def disable(model: Any, match: str = "*", *, backend: str | Arrays | None = None) -> None:
     """Lets the prepared layers whose path matches the shell pattern compute in float, until `enable`.
 
     Compiled functions obey, mostly without compiling anew; on MLX, those that were compiled with the model's state among their
@@ -23,20 +23,20 @@ def disable(model: Any, match: str = "*", *, backend: str | Backend | None = Non
     _switch(model, match, "off", backend)
 
 
-def enable(model: Any, match: str = "*", *, backend: str | Backend | None = None) -> None:
+def enable(model: Any, match: str = "*", *, backend: str | Arrays | None = None) -> None:
     """The inverse of `disable`."""
     _switch(model, match, "on", backend)
 
 
 @contextmanager
-def disabled(model: Any, match: str = "*", *, backend: str | Backend | None = None) -> Iterator[None]:
+def disabled(model: Any, match: str = "*", *, backend: str | Arrays | None = None) -> Iterator[None]:
     """`disable` for as long as the block lasts: to evaluate the float model in mid-training."""
     with _switched(model, "off", lambda layer: fnmatchcase(layer.path, match), f"matches {match!r}", backend):
         yield
 
 
 @contextmanager
-def calibrating(model: Any, *, backend: str | Backend | None = None) -> Iterator[None]:
+def calibrating(model: Any, *, backend: str | Arrays | None = None) -> Iterator[None]:
     """Static activation ranges forget what they saw and, while the block lasts, record what runs through the prepared model.
 
     Run representative data through `model` inside: its weights are quantized, its activations not yet.
@@ -48,7 +48,7 @@ def calibrating(model: Any, *, backend: str | Backend | None = None) -> Iterator
     for layer in _prepared(engine, model, _static, "has a static range to calibrate"):
         if layer.mode == "calibrating":
             raise StageError(f"{layer.path} is being calibrated already: one block of qkit.calibrating at a time")
-        engine.forget(layer.module)
+        engine.clear_ranges(layer.module)
     with _switched(model, "calibrating", _static, "has a static range to calibrate", backend):
         yield
 
@@ -59,30 +59,30 @@ def _static(layer: Layer) -> bool:
 
 @contextmanager
 def _switched(
-    model: Any, mode: Mode, chosen: Callable[[Layer], bool], what: str, backend: str | Backend | None
+    model: Any, mode: Mode, chosen: Callable[[Layer], bool], what: str, backend: str | Arrays | None
 ) -> Iterator[None]:
     engine = surgeon(model, backend)
     layers = _prepared(engine, model, chosen, what)
     for layer in layers:
-        engine.switch(layer.module, mode)
+        engine.switch_mode(layer.module, mode)
     try:
         yield
     finally:
         for layer in layers:
-            engine.switch(layer.module, layer.mode)
+            engine.switch_mode(layer.module, layer.mode)
 
 
-def _switch(model: Any, match: str, mode: Mode, backend: str | Backend | None) -> None:
+def _switch(model: Any, match: str, mode: Mode, backend: str | Arrays | None) -> None:
     engine = surgeon(model, backend)
     layers = _prepared(engine, model, lambda layer: fnmatchcase(layer.path, match), f"matches {match!r}")
     for layer in layers:
         if layer.mode == "calibrating":
             raise StageError(f"{layer.path} is being calibrated: switch it before or after, or use qkit.disabled")
     for layer in layers:
-        engine.switch(layer.module, mode)
+        engine.switch_mode(layer.module, mode)
 
 
-def _prepared(engine: Backend, model: Any, chosen: Callable[[Layer], bool], what: str) -> list[Layer]:
+def _prepared(engine: Modules, model: Any, chosen: Callable[[Layer], bool], what: str) -> list[Layer]:
     layers = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
     if not layers:
         raise StageError("no layer of this model is prepared: call prepare(model, recipe) first")

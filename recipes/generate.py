@@ -127,8 +127,8 @@ def _floats() -> list[tuple[str, str]]:
     ):
         made.append((name, _recipe(f"{what} weights and activations; {HEAD}", grid, grid)))
         made.append((f"{name}-a16", _recipe(f"{what} weights, activations in 16 bits; {HEAD}", grid)))
-    for name, element in (("mxfp4", "e2m1"), ("mxfp8", "e4m3")):
-        summary = f"{name.upper()} weights with the even scale rule of compressed-tensors and vLLM; {HEAD}"
+    for name, element, whose in (("mxfp4", "e2m1", " of compressed-tensors and vLLM"), ("mxfp8", "e4m3", "")):
+        summary = f"{name.upper()} weights with the even scale rule{whose}; {HEAD}"
         made.append((f"{name}-a16-even", _recipe(summary, Grid(element, 32, "even"))))
     return made
 

@@ -3,6 +3,8 @@
 import numpy as np
 
 import qkit
+from qkit.engines.abilities import offers
+from qkit.engines.protocol import Builds
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,7 +24,7 @@ CONFIG = {
     "dtype": "float32",
 }
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
-ENGINES = [status.name for status in qkit.backends() if status.ready and hasattr(qkit.backend(status.name), "build")]
+ENGINES = [status.name for status in qkit.backends() if status.ready and offers(qkit.backend(status.name), Builds)]
 SEED = 7
 
 

@@ -5,8 +5,10 @@ from llama import ENGINES as BUILDERS
 from llama import build
 
 import qkit
+from qkit.engines.abilities import offers
+from qkit.engines.protocol import Trains
 
-ENGINES = [name for name in BUILDERS if hasattr(qkit.backend(name), "trainer")]
+ENGINES = [name for name in BUILDERS if offers(qkit.backend(name), Trains)]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 LENGTH = 16
 TEXT = "".join(f"{i} squared is {i * i}; " for i in range(400))

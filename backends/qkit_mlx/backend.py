@@ -1,7 +1,7 @@
 """Every verb of `qkit.engines.protocol.Backend`, on MLX. What is more than a line is in the modules around."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
 import mlx.core as mx
@@ -9,13 +9,14 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.adapters.update import Update
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING
-from qkit.engines.trainer import OFFSET_RATE, Distillation, Trainer
+from qkit.engines.protocol import NOTHING, Adapts, Trains
+from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import BackendError
 from qkit.grid import Grid
+from qkit.installation import how_to_install
 from qkit.qtensor import QTensor
+from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
@@ -30,9 +31,10 @@ class MlxBackend:
 
     name = "mlx"
     framework = "mlx"
+    recipe_keys = frozenset({"activation", "output", "range", "ste", "scales"})
 
-    def on(self, device: str) -> "MlxBackend":
-        """See `Backend.on`: MLX's default device, by the name of its kind. Only the user changes what it is.
+    def on(self, device: str) -> Self:
+        """See `Arrays.on`: MLX's default device, by the name of its kind. Only the user changes what it is.
 
         Raises:
             BackendError: it is another; the message says how to change it.
@@ -49,11 +51,11 @@ class MlxBackend:
     # operations on arrays
 
     def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
-        """See `Backend.quantize`."""
+        """See `Arrays.quantize`."""
         return choose.quantize(w, grid)
 
     def dequantize(self, q: QTensor[mx.array]) -> mx.array:
-        """See `Backend.dequantize`."""
+        """See `Arrays.dequantize`."""
         return rounding.dequantize(q)
 
     def fake_quantize(
@@ -65,13 +67,13 @@ class MlxBackend:
         scales: mx.array | None = None,
         zeros: mx.array | None = None,
     ) -> mx.array:
-        """See `Backend.fake_quantize`."""
+        """See `Arrays.fake_quantize`."""
         return straight_through.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
 
     def unclipped(
         self, w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
     ) -> mx.array:
-        """See `Backend.unclipped`."""
+        """See `Arrays.unclipped`."""
         return rounding.unclipped(w, grid, scales=scales, zeros=zeros)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +84,7 @@ class MlxBackend:
     # the bridge
 
     def from_numpy(self, x: NDArray[Any]) -> mx.array:
-        """See `Backend.from_numpy`."""
+        """See `Arrays.from_numpy`."""
         x = np.asarray(x)  # NumPy makes scalars of arrays without axes
         if x.dtype == ml_dtypes.bfloat16:
             return mx.array(x.view(np.uint16)).view(mx.bfloat16)
@@ -91,51 +93,51 @@ class MlxBackend:
         return mx.array(x)
 
     def to_numpy(self, x: mx.array) -> NDArray[Any]:
-        """See `Backend.to_numpy`."""
+        """See `Arrays.to_numpy`."""
         if x.dtype == mx.bfloat16:
             return np.array(x.view(mx.uint16)).view(ml_dtypes.bfloat16)
         return np.array(x)
 
     def magnitude(self, x: mx.array) -> float:
-        """See `Backend.magnitude`."""
+        """See `Arrays.magnitude`."""
         return choose.magnitude(x)
 
     # surgery on modules
 
     def layers(self, model: nn.Module) -> Iterable[Layer]:
-        """See `Backend.layers`."""
+        """See `Modules.layers`."""
         return surgery.layers(model)
 
     def weight(self, module: Any) -> mx.array:
-        """See `Backend.weight`."""
+        """See `Modules.weight`."""
         weight: mx.array = module["weight"]
         return weight
 
-    def make(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
-        """See `Backend.make`."""
+    def make_layer(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
+        """See `Modules.make_layer`."""
         outputs, inputs = weight.shape
         layer = nn.Embedding(outputs, inputs) if kind == "embedding" else nn.Linear(inputs, outputs, bias=False)
         layer.weight = self.from_numpy(weight)
         return layer
 
-    def fake(self, module: Any, rule: Rule) -> nn.Module:
-        """See `Backend.fake`."""
+    def prepare_layer(self, module: Any, rule: Rule) -> nn.Module:
+        """See `Modules.prepare_layer`."""
         return learned.prepare_layer(module, rule)
 
-    def switch(self, module: Any, mode: Mode) -> None:
-        """See `Backend.switch`."""
+    def switch_mode(self, module: Any, mode: Mode) -> None:
+        """See `Modules.switch_mode`."""
         prepared.switch_mode(module, mode)
 
-    def hold(self, module: Any, on: bool) -> None:
-        """See `Backend.hold`."""
+    def freeze_values(self, module: Any, on: bool) -> None:
+        """See `Trains.freeze_values`."""
         prepared.freeze_values(module, on)
 
     def regrid(self, module: Any, rule: Rule) -> None:
-        """See `Backend.regrid`."""
+        """See `Trains.regrid`."""
         prepared.regrid(module, rule)
 
-    def forget(self, module: Any) -> None:
-        """See `Backend.forget`."""
+    def clear_ranges(self, module: Any) -> None:
+        """See `Modules.clear_ranges`."""
         prepared.clear_ranges(module)
 
     def pack(
@@ -147,7 +149,7 @@ class MlxBackend:
         static: Mapping[str, NDArray[Any]] = NOTHING,
         owner: Any = None,  # never given: here a head that shares the embedding's weight is its method `as_linear`
     ) -> nn.Module:
-        """See `Backend.pack`."""
+        """See `Modules.pack`."""
         here = q.map(lambda array: array if isinstance(array, mx.array) else self.from_numpy(array))
         if isinstance(module, nn.Embedding):
             return converted.pack_embedding(here, rule)
@@ -155,58 +157,58 @@ class MlxBackend:
         return converted.pack_linear(here, rule, bias=module.get("bias"), static=scales)
 
     def unpack(self, module: Any) -> QTensor[mx.array]:
-        """See `Backend.unpack`."""
+        """See `Modules.unpack`."""
         return converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-        """See `Backend.replace`."""
+        """See `Modules.replace`."""
         return surgery.replace(model, modules)
 
-    def run(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
-        """See `Backend.run`."""
+    def run_layer(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
+        """See `Modules.run_layer`."""
         with trainer.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
 
     # adapters
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
-        """See `Backend.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
+        """See `Adapts.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
         made: nn.Module = adapted.adapt(module, update)
         return made
 
-    def update(self, module: Any) -> Update:
-        """See `Backend.update`."""
+    def adapter_update(self, module: Any) -> Update:
+        """See `Adapts.adapter_update`."""
         return adapted.adapter_update(module)
 
-    def merged(self, module: Any) -> nn.Module:
-        """See `Backend.merged`."""
+    def merge_adapter(self, module: Any) -> nn.Module:
+        """See `Adapts.merge_adapter`."""
         made: nn.Module = adapted.merge_adapter(module)
         return made
 
-    def freeze(self, model: nn.Module) -> None:
-        """See `Backend.freeze`."""
+    def train_only_adapters(self, model: nn.Module) -> None:
+        """See `Adapts.train_only_adapters`."""
         adapted.train_only_adapters(model)
 
     # whole models
 
     def tensors(self, model: nn.Module) -> dict[str, mx.array]:
-        """See `Backend.tensors`."""
+        """See `Modules.tensors`."""
         return surgery.tensors(model)
 
     def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
-        """See `Backend.fill`."""
+        """See `Modules.fill`."""
         surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()}, without=without)
 
     def gather(self, model: nn.Module) -> nn.Module:
-        """See `Backend.gather`: MLX's models are whole."""
+        """See `Modules.gather`: MLX's models are whole."""
         return model
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
-        """See `Backend.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
+        """See `Modules.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
         return getattr(model, "qkit_config", None)
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """See `Backend.build`; through mlx-lm, which needs no folder.
+        """See `Builds.build`; through mlx-lm, which needs no folder.
 
         Raises:
             BackendError: mlx-lm is missing, or has no such architecture.
@@ -216,67 +218,35 @@ class MlxBackend:
         except ModuleNotFoundError as error:
             if error.name != "mlx_lm":
                 raise
-            raise BackendError("building a Hugging Face model needs mlx-lm: pip install 'qkit[mlx-lm]'") from None
+            raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
         return huggingface.build(config)
 
     # training
 
-    def adamw(
-        self,
-        model: nn.Module,
-        *,
-        learning_rate: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        offset_learning_rate: float = OFFSET_RATE,
-    ) -> AdamW:
-        """See `Backend.adamw`; for `optimizer.update(model, gradients)`. A rate may also be one of MLX's schedules."""
+    def adamw(self, model: nn.Module, options: AdamWOptions) -> AdamW:
+        """See `Trains.adamw`; for `optimizer.update(model, gradients)`. A rate may also be one of MLX's schedules."""
         optimizer = AdamW(
-            learning_rate=learning_rate,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            offset_learning_rate=offset_learning_rate,
+            learning_rate=options.learning_rate,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            offset_learning_rate=options.offset_learning_rate,
         )
         optimizer.init(model.trainable_parameters())
         return optimizer
 
-    def trainer(
-        self,
-        model: nn.Module,
-        *,
-        weight_decay: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        clip: float = 1.0,
-        offset_ratio: float = 1.0,
-        seed: int | None = None,
-        autocast: bool = False,
-        compiled: bool | None = None,
-        recompute: bool = False,
-        distillation: Distillation | None = None,
-        teacher: nn.Module | None = None,
-    ) -> Trainer:
-        """See `Backend.trainer`."""
-        return trainer.MlxTrainer(
-            self,
-            model,
-            weight_decay=weight_decay,
-            betas=betas,
-            clip=clip,
-            offset_ratio=offset_ratio,
-            seed=seed,
-            autocast=autocast,
-            compiled=compiled,
-            recompute=recompute,
-            distillation=distillation,
-            teacher=teacher,
-        )
+    def trainer(self, model: nn.Module, options: TrainerOptions) -> Trainer:
+        """See `Trains.trainer`."""
+        return trainer.MlxTrainer(self, model, options)
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
-        """See `Backend.loss`."""
+        """See `Builds.loss`."""
         return trainer.loss(model, tokens)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See `Backend.logits`."""
+        """See `Builds.logits`."""
         return trainer.logits(model, tokens)
+
+
+if TYPE_CHECKING:
+    _offered: tuple[Adapts, Trains] = (MlxBackend(), MlxBackend())  # mypy compares every verb with the protocols

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from qkit.engines.hookspecs import hookimpl
 from qkit.engines.protocol import BackendSpec
+from qkit.installation import how_to_install
 
 
 @hookimpl
@@ -14,7 +15,7 @@ def qkit_backends() -> Iterable[BackendSpec]:
             "torchao",
             "qkit_torchao.backend:TorchaoBackend",
             framework="torch",
-            install="pip install 'qkit[torch]'",
+            install=how_to_install("torch"),
             requires=("torchao",),
         )
     ]

@@ -2,20 +2,20 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qkit.adapters.update import Update
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING
-from qkit.engines.trainer import OFFSET_RATE, Distillation, Trainer
+from qkit.engines.protocol import NOTHING, Adapts, Deploys, Trains
+from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
+from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
@@ -30,12 +30,13 @@ class TorchaoBackend:
 
     name = "torchao"
     framework = "torch"
+    recipe_keys = frozenset({"activation", "output", "range", "ste", "scales"})
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
 
-    def on(self, device: str) -> "TorchaoBackend":
-        """See `Backend.on`; `cpu`, `cuda`, `cuda:1` and whatever else torch names.
+    def on(self, device: str) -> Self:
+        """See `Arrays.on`; `cpu`, `cuda`, `cuda:1` and whatever else torch names.
 
         Raises:
             BackendError: there is no such device here.
@@ -44,26 +45,26 @@ class TorchaoBackend:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"torch has no device {device!r} here: {str(error).splitlines()[0]}") from None
-        return TorchaoBackend(device)
+        return type(self)(device)
 
     # operations on arrays
 
     def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
-        """See `Backend.quantize`."""
+        """See `Arrays.quantize`."""
         return choose.quantize(w, grid)
 
     def dequantize(self, q: QTensor[Tensor]) -> Tensor:
-        """See `Backend.dequantize`."""
+        """See `Arrays.dequantize`."""
         return rounding.dequantize(q)
 
     def fake_quantize(
         self, w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
     ) -> Tensor:
-        """See `Backend.fake_quantize`."""
+        """See `Arrays.fake_quantize`."""
         return straight_through.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
 
     def unclipped(self, w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
-        """See `Backend.unclipped`."""
+        """See `Arrays.unclipped`."""
         return rounding.unclipped(w, grid, scales=scales, zeros=zeros)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,41 +102,41 @@ class TorchaoBackend:
     # surgery on modules
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
-        """See `Backend.layers`."""
+        """See `Modules.layers`."""
         return surgery.layers(model)
 
     def weight(self, module: nn.Module) -> Tensor:
-        """See `Backend.weight`."""
+        """See `Modules.weight`."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight
 
-    def make(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
-        """See `Backend.make`."""
+    def make_layer(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
+        """See `Modules.make_layer`."""
         parameter = nn.Parameter(self.from_numpy(weight))
         outputs, inputs = weight.shape
         layer = nn.Embedding(outputs, inputs) if kind == "embedding" else nn.Linear(inputs, outputs, bias=False)
         layer.weight = parameter
         return layer
 
-    def fake(self, module: nn.Module, rule: Rule) -> nn.Module:
-        """See `Backend.fake`."""
+    def prepare_layer(self, module: nn.Module, rule: Rule) -> nn.Module:
+        """See `Modules.prepare_layer`."""
         made: nn.Module = learned.fake(module, rule)
         return made
 
-    def switch(self, module: Any, mode: Mode) -> None:
-        """See `Backend.switch`."""
+    def switch_mode(self, module: Any, mode: Mode) -> None:
+        """See `Modules.switch_mode`."""
         module.switch(mode)
 
-    def hold(self, module: Any, on: bool) -> None:
-        """See `Backend.hold`."""
+    def freeze_values(self, module: Any, on: bool) -> None:
+        """See `Trains.freeze_values`."""
         module.hold(on)
 
     def regrid(self, module: Any, rule: Rule) -> None:
-        """See `Backend.regrid`."""
+        """See `Trains.regrid`."""
         module.regrid(rule)
 
-    def forget(self, module: Any) -> None:
-        """See `Backend.forget`."""
+    def clear_ranges(self, module: Any) -> None:
+        """See `Modules.clear_ranges`."""
         module.forget()
 
     def pack(
@@ -147,7 +148,7 @@ class TorchaoBackend:
         static: Mapping[str, NDArray[Any]] = NOTHING,
         owner: nn.Module | None = None,
     ) -> nn.Module:
-        """See `Backend.pack`; the codes go to the layer's device."""
+        """See `Modules.pack`; the codes go to the layer's device."""
         device = self.weight(module).device
         scales = self._static(static, device)
         q = converted.unpack(owner) if owner else q.map(lambda array: self._tensor(array).to(device))
@@ -155,16 +156,16 @@ class TorchaoBackend:
         return made
 
     def deploy(self, layers: Sequence[tuple[nn.Module, Rule, Mapping[str, NDArray[Any]]]]) -> list[nn.Module | None]:
-        """See `Deployer.deploy`; for weights on a GPU."""
+        """See `Deploys.deploy`; for weights on a GPU."""
         placed = [(module, rule, self._static(static, self.weight(module).device)) for module, rule, static in layers]
         return converted.deploy(placed)
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
-        """See `Backend.unpack`."""
+        """See `Modules.unpack`."""
         return converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-        """See `Backend.replace`."""
+        """See `Modules.replace`."""
         return surgery.replace(model, modules)
 
     def _static(self, static: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -173,41 +174,41 @@ class TorchaoBackend:
     def _tensor(self, array: Any) -> Tensor:
         return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
 
-    def run(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
-        """See `Backend.run`."""
+    def run_layer(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
+        """See `Modules.run_layer`."""
         with trainer.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
 
     # adapters
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
-        """See `Backend.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
+        """See `Adapts.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
         made: nn.Module = adapted.adapt(module, update)
         return made
 
-    def update(self, module: Any) -> Update:
-        """See `Backend.update`."""
+    def adapter_update(self, module: Any) -> Update:
+        """See `Adapts.adapter_update`."""
         return adapted.update(module)
 
-    def merged(self, module: Any) -> nn.Module:
-        """See `Backend.merged`."""
+    def merge_adapter(self, module: Any) -> nn.Module:
+        """See `Adapts.merge_adapter`."""
         made: nn.Module = adapted.merged(module)
         return made
 
-    def freeze(self, model: nn.Module) -> None:
-        """See `Backend.freeze`."""
+    def train_only_adapters(self, model: nn.Module) -> None:
+        """See `Adapts.train_only_adapters`."""
         adapted.freeze(model)
 
     # whole models
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """See `Backend.tensors`."""
+        """See `Modules.tensors`."""
         first: dict[int, str] = {}
         state = surgery.state(model)
         return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
 
     def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
-        """See `Backend.fill`."""
+        """See `Modules.fill`."""
         whole = surgery.state(model)
         left_out = {id(whole[name]) for name in without if name in whole}  # under every name that shares them
         state = {name: tensor for name, tensor in whole.items() if id(tensor) not in left_out}
@@ -228,7 +229,7 @@ class TorchaoBackend:
                 state[name].copy_(self.from_numpy(array))
 
     def gather(self, model: nn.Module) -> nn.Module | None:
-        """See `Backend.gather`."""
+        """See `Modules.gather`."""
         return sharded.gather(model)
 
     def config(self, model: nn.Module) -> dict[str, Any] | None:
@@ -239,62 +240,36 @@ class TorchaoBackend:
         return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """See `Backend.build`; by transformers."""
+        """See `Builds.build`; by transformers."""
         from qkit_torchao.models import hub
 
         return hub.build(config).to(self.device)
 
     # training
 
-    def adamw(
-        self,
-        model: nn.Module,
-        *,
-        learning_rate: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        offset_learning_rate: float = OFFSET_RATE,
-    ) -> AdamW:
-        """See `Backend.adamw`."""
-        groups = trainer.groups(model, weight_decay=weight_decay, offset_learning_rate=offset_learning_rate)
-        return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+    def adamw(self, model: nn.Module, options: AdamWOptions) -> AdamW:
+        """See `Trains.adamw`."""
+        decay, rate = options.weight_decay, options.learning_rate
+        groups = trainer.groups(model, weight_decay=decay, offset_learning_rate=options.offset_learning_rate)
+        return AdamW(groups, lr=rate, betas=options.betas, eps=options.eps, weight_decay=decay)
 
-    def trainer(
-        self,
-        model: nn.Module,
-        *,
-        weight_decay: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        clip: float = 1.0,
-        offset_ratio: float = 1.0,
-        seed: int | None = None,
-        autocast: bool = False,
-        compiled: bool | None = None,
-        recompute: bool = False,
-        distillation: Distillation | None = None,
-        teacher: nn.Module | None = None,
-    ) -> Trainer:
-        """See `Backend.trainer`."""
-        return trainer.TorchTrainer(
-            self,
-            model,
-            weight_decay=weight_decay,
-            betas=betas,
-            clip=clip,
-            offset_ratio=offset_ratio,
-            seed=seed,
-            autocast=autocast,
-            compiled=compiled,
-            recompute=recompute,
-            distillation=distillation,
-            teacher=teacher,
-        )
+    def trainer(self, model: nn.Module, options: TrainerOptions) -> Trainer:
+        """See `Trains.trainer`."""
+        return trainer.TorchTrainer(self, model, options)
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
-        """See `Backend.loss`."""
+        """See `Builds.loss`."""
         return trainer.loss(model, tokens)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See `Backend.logits`."""
+        """See `Builds.logits`."""
         return trainer.logits(model, tokens)
+
+
+if TYPE_CHECKING:
+    _engine = TorchaoBackend()
+    _offered: tuple[Adapts, Trains, Deploys] = (
+        _engine,
+        _engine,
+        _engine,
+    )  # mypy compares every verb with the protocols

@@ -4,8 +4,9 @@ peft's and mlx-lm's own adapters work on prepared layers too, as float beside th
 FQ(W + B A), which is not what was trained; `benchmarks/merge_gap.py` measures it.
 """
 
+from qkit.adapters.adapter import Adapter, adapter_from_table
 from qkit.adapters.files import load, save
 from qkit.adapters.surgery import adapt, merge
-from qkit.adapters.update import Adapter, Update, adapter_from_table
+from qkit.reference.merged import Update
 
 __all__ = ["Adapter", "Update", "adapt", "adapter_from_table", "load", "merge", "save"]

@@ -8,11 +8,12 @@ import numpy as np
 
 from qkit.adapters import formats
 from qkit.adapters.surgery import able, adapted, base_weight, obstacle, put
-from qkit.adapters.update import Update
 from qkit.engines.layer import Layer, want_whole
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError
+from qkit.pipeline import Model
 from qkit.qtensor import dtype_of
+from qkit.reference.merged import Update
 from qkit.rules import grid_table
 
 
@@ -22,7 +23,7 @@ def save(
     *,
     layout: formats.Layout = "peft",
     base: str | None = None,
-    backend: str | Backend | None = None,
+    backend: str | Arrays | None = None,
 ) -> Path:
     """Writes the adapters of `model`, and notes which base weights and grids they were trained on.
 
@@ -40,13 +41,13 @@ def save(
     engine, folder = able(model, backend), Path(folder)
     layers = adapted(engine, model)
     want_whole(layers, "save")
-    updates = {layer.path: engine.update(layer.module) for layer in layers}
+    updates = {layer.path: engine.adapter_update(layer.module) for layer in layers}
     notes = {layer.path: _note(engine, layer) for layer in layers}
     formats.write(folder, updates, layout=layout, base=notes, name=base)
     return folder
 
 
-def load(model: Any, folder: str | Path, *, backend: str | Backend | None = None) -> Any:
+def load(model: Model, folder: str | Path, *, backend: str | Arrays | None = None) -> Model:
     """`model`, prepared or converted, with the adapter that qkit, peft or mlx-lm wrote to `folder`; all else is frozen.
 
     Works in place and returns the model, as `adapt` does.
@@ -74,7 +75,7 @@ def load(model: Any, folder: str | Path, *, backend: str | Backend | None = None
     return put(engine, model, found.updates)
 
 
-def _check_base(engine: Backend, layer: Layer, update: Update, noted: dict[str, Any] | None, folder: Path) -> None:
+def _check_base(engine: Modules, layer: Layer, update: Update, noted: dict[str, Any] | None, folder: Path) -> None:
     if update.shape != layer.shape:
         raise ArtifactError(
             f"{folder} is for another base: its {layer.path} is {list(update.shape)}, and the model's is {list(layer.shape)}"
@@ -90,7 +91,7 @@ def _check_base(engine: Backend, layer: Layer, update: Update, noted: dict[str, 
             )
 
 
-def _note(engine: Backend, layer: Layer) -> dict[str, Any]:
+def _note(engine: Modules, layer: Layer) -> dict[str, Any]:
     """What tells one base layer from another: its grid, its type, and a digest of its weights as float32."""
     assert layer.rule is not None
     assert layer.rule.weight is not None

@@ -15,9 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.adapters.update import Update
 from qkit.errors import ArtifactError, QkitError
+from qkit.intake import parse_json
+from qkit.reference.merged import Update
+from qkit.storage.destination import check_directory
 from qkit.storage.read import inside, read_file, read_json
+from qkit.storage.staging import write_files
 
 Layout = Literal["peft", "mlx-lm"]
 CONFIG = "adapter_config.json"
@@ -105,13 +108,15 @@ def write(
         name: of the base model, for readers that load it themselves.
 
     Raises:
-        ArtifactError: the layout cannot hold such an adapter, or the folder holds one of the other layout.
+        ArtifactError: the layout cannot hold such an adapter, or the folder holds anything that qkit did not write.
+        PlanError, LockedError: see `write_files`.
     """
     if layout not in WEIGHTS:
         raise ArtifactError(f"unknown layout {layout!r}: choose one of {', '.join(WEIGHTS)}")
     other = next(file for one, file in WEIGHTS.items() if one != layout)
-    if (folder / other).exists():
+    if os.path.exists(folder / other):
         raise ArtifactError(f"{folder} holds an adapter in {other}: choose another folder")
+    check_directory(folder)
     table = (_peft_config if layout == "peft" else _mlx_config)(updates, name)
     tensors = {}
     for path, update in updates.items():
@@ -122,15 +127,9 @@ def write(
                 tensors[f"{prefix}{path}.{ending}"] = np.ascontiguousarray(array.T if turned else array)
     from safetensors.numpy import save
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _put(folder / CONFIG, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
-    _put(folder / WEIGHTS[layout], save(tensors, metadata={KEY: json.dumps(base, sort_keys=True)}))
-
-
-def _put(file: Path, data: bytes) -> None:
-    aside = file.with_name(file.name + ".partial")
-    aside.write_bytes(data)
-    os.replace(aside, file)
+    config = (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
+    weights = save(tensors, metadata={KEY: json.dumps(base, sort_keys=True)})
+    write_files(folder, {CONFIG: config, WEIGHTS[layout]: weights})
 
 
 def _named(name: str, layout: Layout, file: Path) -> tuple[str, str, bool]:
@@ -144,8 +143,8 @@ def _named(name: str, layout: Layout, file: Path) -> tuple[str, str, bool]:
 
 def _noted(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     try:
-        noted = json.loads(metadata.get(KEY, "{}"))
-    except (ValueError, RecursionError) as error:
+        noted = parse_json(metadata.get(KEY, "{}"))
+    except ValueError as error:
         raise ArtifactError(f"{file}: the {KEY} metadata is not readable ({error})") from None
     if not isinstance(noted, dict) or not all(isinstance(one, dict) for one in noted.values()):
         raise ArtifactError(f"{file}: the {KEY} metadata is not readable: want a table for each layer")

@@ -3,20 +3,21 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import numpy as np
 
-from qkit.adapters.update import Adapter, Floats, Update
+from qkit.adapters.adapter import Adapter
+from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_whole
-from qkit.engines.protocol import Backend
-from qkit.errors import BackendError, QkitError, StageError
-from qkit.pipeline import surgeon
-from qkit.reference.merged import row_norms
+from qkit.engines.protocol import Adapts, Arrays, Modules
+from qkit.errors import QkitError, StageError
+from qkit.pipeline import Model, surgeon
+from qkit.reference.merged import Floats, Update, row_norms
 
 
-def adapt(model: Any, adapter: Adapter, *, backend: str | Backend | None = None) -> Any:
+def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None) -> Model:
     """`model` with an adapter on every prepared or converted linear layer that matches; nothing else in it trains any more.
 
     Works in place and returns the model, as `prepare` does. An adapted layer computes with the value that its grid gives the
@@ -42,7 +43,7 @@ def adapt(model: Any, adapter: Adapter, *, backend: str | Backend | None = None)
     return put(engine, model, {layer.path: _first(engine, layer, adapter) for layer in _chosen(layers, adapter)})
 
 
-def merge(model: Any, *, backend: str | Backend | None = None) -> Any:
+def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     """`model` without adapters: prepared and converted layers again, whose weights are the merged ones.
 
     Works in place and returns the model. Codes and loss are those of the adapted model, exactly (see `adapt`); `qkit.convert`
@@ -54,32 +55,28 @@ def merge(model: Any, *, backend: str | Backend | None = None) -> Any:
     """
     engine = able(model, backend)
     want_whole(engine.layers(model), "merge")
-    return engine.replace(model, {layer.path: engine.merged(layer.module) for layer in adapted(engine, model)})
+    merged = {layer.path: engine.merge_adapter(layer.module) for layer in adapted(engine, model)}
+    return cast(Model, engine.replace(model, merged))
 
 
-def put(engine: Backend, model: Any, updates: Mapping[str, Update]) -> Any:
+def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
     """`model` with the update of each path on its layer, and all else frozen."""
     layers = {layer.path: layer for layer in engine.layers(model)}
     made = {path: engine.adapt(layers[path].module, update) for path, update in updates.items()}
-    engine.freeze(model)
-    return engine.replace(model, made)
+    engine.train_only_adapters(model)
+    return cast(Model, engine.replace(model, made))
 
 
-def able(model: Any, backend: str | Backend | None) -> Backend:
+def able(model: Any, backend: str | Arrays | None) -> Adapts:
     """The engine for `model`, if it can adapt.
 
     Raises:
         BackendError: it cannot.
     """
-    engine = surgeon(model, backend)
-    if not hasattr(engine, "adapt"):
-        raise BackendError(
-            f"backend {engine.name!r} has no adapters: train the weights themselves, or on another engine"
-        )
-    return engine
+    return require(surgeon(model, backend), Adapts)
 
 
-def adapted(engine: Backend, model: Any) -> list[Layer]:
+def adapted(engine: Modules, model: Any) -> list[Layer]:
     """The layers with adapters.
 
     Raises:
@@ -90,7 +87,7 @@ def adapted(engine: Backend, model: Any) -> list[Layer]:
     raise StageError("no layer of this model has an adapter: call qkit.adapt(model, qkit.Adapter()) first")
 
 
-def base_weight(engine: Backend, layer: Layer) -> Floats:
+def base_weight(engine: Modules, layer: Layer) -> Floats:
     """The weight that the adapter of `layer` is added to, [outputs, inputs]: the master, or what the codes mean."""
     if layer.stage == "converted":
         return np.asarray(engine.to_numpy(engine.dequantize(replace(engine.unpack(layer.module), dtype="float32"))))
@@ -139,7 +136,7 @@ def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
     return chosen
 
 
-def _first(engine: Backend, layer: Layer, adapter: Adapter) -> Update:
+def _first(engine: Modules, layer: Layer, adapter: Adapter) -> Update:
     """A uniform by Kaiming with a slope of sqrt(5), as peft draws it: up to 1 / sqrt(inputs) in magnitude. B zero."""
     outputs, inputs = layer.shape
     if adapter.rank > min(layer.shape):

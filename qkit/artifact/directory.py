@@ -2,28 +2,34 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from numpy.typing import NDArray
 
+from qkit.artifact.config import check_config
 from qkit.artifact.metadata import KEY, Entry, describe, entries_of, group, kind_of
+from qkit.engines.abilities import require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
-from qkit.errors import ArtifactError, BackendError, GridError, StageError
+from qkit.errors import ArtifactError, GridError, StageError
 from qkit.formats import compressed_tensors
-from qkit.pipeline import NOTE, surgeon
+from qkit.formats.settings import WAY_OUT
+from qkit.pipeline import NOTE, Model, surgeon
 from qkit.qtensor import DType, QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
-from qkit.storage.arrays import array_stream, in_type, read_folder, with_type
+from qkit.storage.arrays import array_stream, in_type, with_type
+from qkit.storage.destination import check_directory, destination
 from qkit.storage.layout import SHARD_BYTES
-from qkit.storage.read import inside, is_pickle, read_json
+from qkit.storage.read import inside, is_pickle, read_folder, read_json
+from qkit.storage.seal import check_seal
 from qkit.storage.write import write_directory
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  #: where NVIDIA ModelOpt says what config.json may leave out
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -43,7 +49,7 @@ def save(
     folder: str | Path,
     *,
     source: str | Path | None = None,
-    backend: str | Backend | None = None,
+    backend: str | Arrays | None = None,
     dtype: DType | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -61,11 +67,17 @@ def save(
 
     Raises:
         StageError: a layer is prepared but not converted, or has an adapter, or is sharded.
-        ArtifactError: a grid has no portable layout, or `folder` holds something else.
+        ArtifactError: a grid has no portable layout, or `folder` holds something else; see `check_directory`.
+        PlanError: the disk is read-only.
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
     folder, origin = Path(folder), None if source is None else Path(source)
+    config = engine.config(model) if origin is None else read_config(origin)
+    if origin is not None and (config is None or origin.resolve() == destination(folder).path):
+        why = "has no config.json" if config is None else "is where the artifact would go"
+        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
+    check_directory(folder)
     layers = list(engine.layers(model))
     want_whole(layers, "save")
     want_merged(layers, "save")
@@ -84,10 +96,6 @@ def save(
         for name, array in compressed_tensors.to_tensors(q).items():
             tensors[_join(layer.path, name)] = array
     entries = group([(layer, q.dtype) for layer, q in saved])
-    config = engine.config(model) if origin is None else read_config(origin)
-    if origin is not None and (config is None or origin.resolve() == folder.resolve()):
-        why = "has no config.json" if config is None else "is where the artifact would go"
-        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
     write_directory(
         folder,
@@ -99,7 +107,11 @@ def save(
     return folder
 
 
-def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any = None) -> Any:
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Model) -> Model: ...
+@overload
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: None = None) -> Any: ...
+def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any = None) -> Any:
     """The model in `folder`, float or converted, on an engine.
 
     Args:
@@ -107,14 +119,18 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
         into: a model of yours to fill, by the paths of its layers; left out, one is built from `config.json`.
 
     Raises:
-        ArtifactError: a file is missing or unsound, or does not fit the model.
-        BackendError: the engine is missing, or cannot build such a model.
+        ArtifactError: a file is missing or unsound, is not what `qkit.json` says was written, or does not fit the model.
+        BackendError: the engine is missing, cannot build such a model, or does not honour a key of its rules.
     """
     folder = Path(folder)
-    engine = choose(backend) if into is None else surgeon(into, backend)
-    arrays, metadata = read_folder(folder)
+    engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
+    stored, metadata = read_folder(folder)
+    check_seal(folder, stored, digests=True)
+    arrays = {name: tensor.mapped() for name, tensor in stored.items()}
     config = read_config(folder)
     entries = entries_of(folder, metadata, config)
+    rules = [replace(entry.rule, ste="identity", scales="rule") for entry in entries]  # the two keys of training
+    want_honored(engine, rules, f"load {folder}")
     model = _build(engine, folder, config) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
     for layer in layers.values():
@@ -137,12 +153,10 @@ def load(folder: str | Path, *, backend: str | Backend | None = None, into: Any 
     return engine.replace(model, packed)
 
 
-def _build(engine: Backend, folder: Path, config: Mapping[str, Any] | None) -> Any:
+def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-    if not hasattr(engine, "build"):
-        raise BackendError(f"backend {engine.name!r} works on arrays only: it has no models to load into")
-    return engine.build(_without(config, "quantization_config"))
+    return require(engine, Builds).build(_without(config, "quantization_config"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +230,15 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is not a JSON object, or a link out of the folder.
+        ArtifactError: it is not a JSON object, or a link out of the folder; or another file says how the model is quantized; or
+            see `check_config`.
     """
-    return read_json(inside(folder, CONFIG))
+    config = read_json(inside(folder, CONFIG))
+    if config is not None:
+        check_config(config, folder / CONFIG)
+    if (folder / MODELOPT).exists() and not (config or {}).get("quantization_config"):
+        raise ArtifactError(f"{folder / MODELOPT} says how the model is quantized, which qkit does not read: {WAY_OUT}")
+    return config
 
 
 def _join(path: str, name: str) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 from qkit.artifact.directory import read_config
 from qkit.artifact.metadata import Entry, entries_of
 from qkit.engines.layer import Layer
-from qkit.errors import ArtifactError
+from qkit.errors import ArtifactError, GridError
 from qkit.formats import compressed_tensors
-from qkit.storage.read import Stored, read_folder
+from qkit.storage.layout import DTYPES
+from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
+from qkit.storage.seal import check_seal
 from qkit.streaming.families import layer_of, tied_head
 
 
@@ -64,18 +66,22 @@ def inspect_directory(folder: Path) -> Inspection:
         ArtifactError: it is unsound, or quantized by another tool.
     """
     tensors, metadata = read_folder(folder)
+    check_seal(folder, tensors, digests=False)
     config = read_config(folder)
-    groups, taken = [], set()
+    groups, taken, by_path = [], set(), parts(tensors)
     for entry in entries_of(folder, metadata, config):
         assert entry.rule.weight is not None
         numbers = nbytes = 0
         for path in entry.paths:
-            mine = parts(tensors, path)
-            shape = weight_shape(mine, path=f"{folder}: {path}")
+            mine = by_path.get(path, {})
+            try:
+                shape = check_parts(mine, entry, path=path)
+            except (ArtifactError, GridError) as error:
+                raise ArtifactError(f"{folder}: {path}: {error}") from None
             names = compressed_tensors.contents(entry.rule.weight, dtype=entry.dtype, shape=shape)
             numbers += prod(shape)
-            nbytes += sum(stored.slot.nbytes for name, stored in mine.items() if name in names)
-            taken |= {f"{path}.{name}" for name in names}
+            nbytes += sum(mine[name].slot.nbytes for name in names)
+            taken |= {mine[name].slot.name for name in names}
         groups.append(Group(entry, compressed_tensors.layout(entry.rule.weight), numbers, nbytes))
     rest = [stored.slot for name, stored in tensors.items() if name not in taken]
     found = [layer_of(slot, config or {}) for slot in rest]
@@ -94,24 +100,47 @@ def inspect_directory(folder: Path) -> Inspection:
     )
 
 
-def parts(tensors: Mapping[str, Stored], path: str) -> dict[str, Stored]:
-    """The tensors of the layer at `path`, by their names in it."""
-    prefix = f"{path}." if path else ""
-    found = {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
-    return {name: stored for name, stored in found.items() if "." not in name}
+def parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """The tensors of every layer, by its path and by their names in it. One pass, however many layers there are."""
+    found: dict[str, dict[str, Stored]] = {}
+    for name, stored in tensors.items():
+        path, _, last = name.rpartition(".")
+        found.setdefault(path, {})[last] = stored
+    return found
+
+
+def check_parts(found: Mapping[str, Stored], entry: Entry, *, path: str) -> tuple[int, ...]:
+    """Shape of the weight that the parts of the layer at `path` stand for; looks at headers, and at the shape that is stored.
+
+    Raises:
+        ArtifactError: a part is missing, or has another type or shape than the rule says.
+        GridError: the weight does not divide into groups.
+    """
+    grid, shape = entry.rule.weight, weight_shape(found, path=path)
+    assert grid is not None
+    for name, (kind, full) in compressed_tensors.contents(grid, dtype=entry.dtype, shape=shape).items():
+        if name not in found:
+            raise ArtifactError(f"{name} is missing")
+        slot = found[name].slot
+        if (DTYPES[slot.dtype][0], slot.shape) != (kind, full):
+            raise ArtifactError(f"{name} is {slot.dtype} {list(slot.shape)}, where {grid} has {kind} {list(full)}")
+    return shape
 
 
 def weight_shape(found: Mapping[str, Stored], *, path: str) -> tuple[int, ...]:
     """Shape of the weight that a layer's parts stand for.
 
     Raises:
-        ArtifactError: the part that tells is missing.
+        ArtifactError: the part that tells is missing, or tells of no matrix.
     """
     if "weight_shape" in found:
-        return tuple(int(n) for n in found["weight_shape"].mapped())
-    if "weight" in found:
+        shape = tuple(int(n) for n in found["weight_shape"].mapped().reshape(-1)[: AXES + 1])
+        if len(shape) != 2 or not all(0 < n < NUMBERS for n in shape):
+            raise ArtifactError(f"weight_shape says {list(shape)}: want two numbers above 0")
+        return shape
+    if "weight" in found and len(found["weight"].slot.shape) == 2:
         return found["weight"].slot.shape
-    if "weight_packed" in found:  # fp4: two codes in a byte
+    if "weight_packed" in found and len(found["weight_packed"].slot.shape) == 2:  # fp4: two codes in a byte
         *rows, n = found["weight_packed"].slot.shape
         return (*rows, 2 * n)
     raise ArtifactError(f"{path}: its codes are missing: quantize or save the model again")

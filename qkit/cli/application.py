@@ -1,15 +1,14 @@
-"""The `qkit` application: its commands, its version, and how it fails."""
+"""The `qkit` application: its commands and its version."""
 
 import os
-import sys
 from typing import Annotated
 
 import typer
 
 import qkit
 from qkit.cli.backends import backends
+from qkit.cli.boundary import DEBUG, MEANINGS, run
 from qkit.cli.compare import compare
-from qkit.cli.console import errors
 from qkit.cli.demo import demo
 from qkit.cli.diff import diff
 from qkit.cli.eval import eval_
@@ -25,19 +24,12 @@ from qkit.cli.teach import teach
 from qkit.cli.train import train
 from qkit.cli.verify import verify
 
-#: By the error's class, the nearest first. 0 is success, 1 mismatches that were asked for, 2 wrong usage.
-EXIT_CODES = {
-    qkit.LockedError: 4,
-    qkit.PlanError: 5,
-    qkit.VerificationError: 6,
-    qkit.QkitError: 3,
-    Exception: 70,  # a defect of qkit, or of the system
-}
-DEBUG = "QKIT_DEBUG"
+EPILOG = "Exit codes: " + ". ".join(f"{code}: {meaning}" for code, meaning in MEANINGS.items()) + "."
 
 application = typer.Typer(
     name="qkit",
     help="Train on the grid you ship, prove it, run it anywhere.",
+    epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,23 +46,8 @@ application.command()(compare)
 
 
 def main() -> None:
-    """Runs the command line; a failure is one line on standard error and a code of `EXIT_CODES`."""
-    try:
-        application(prog_name="qkit")
-    except qkit.QkitError as error:
-        _fail(str(error), error)
-    except OSError as error:  # a full disk, a folder that may not be written: the system's own words
-        _fail(str(error), error)
-    except Exception as error:
-        _fail(f"{type(error).__name__}: {error} ({DEBUG}=1 shows where)", error)
-
-
-def _fail(message: str, error: Exception) -> None:
-    if os.environ.get(DEBUG):
-        raise error
-    code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    errors.print(f"qkit: {' '.join(message.split())}", highlight=False, soft_wrap=True)
-    sys.exit(code)
+    """Runs the command line and ends the process; a failure is one line on standard error and an exit code."""
+    run(lambda: application(prog_name="qkit"))
 
 
 def _show_version(wanted: bool) -> None:

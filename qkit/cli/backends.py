@@ -1,5 +1,6 @@
 """`qkit backends`: which engines are ready, and what each does with every recipe."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -8,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 import qkit
-from qkit.cli.console import Json, Type, console, print_json
+from qkit.cli.console import Json, Type, console, errors, print_json
+from qkit.engines.protocol import Arrays
 
 
 def backends(
@@ -25,7 +27,7 @@ def backends(
     if probe:
         from qkit.cli.probing import probe_all, show_probes  # here, so that other commands start fast
 
-        ready = [qkit.backend(status.name) for status in found if status.ready]
+        ready = _load(status.name for status in found if status.ready)
         probes = probe_all(ready, map(qkit.recipe, qkit.recipes()), dtypes=[dtype.value], device=device)
         if as_json:
             print_json([asdict(one) | {"exact": one.exact} for one in probes])
@@ -40,3 +42,14 @@ def backends(
         ready_or_not = Text("yes", "green") if status.ready else Text("no", "red")
         table.add_row(status.name, status.framework, ready_or_not, status.reason)
     console.print(table)
+
+
+def _load(names: Iterable[str]) -> list[Arrays]:
+    """The engines that load; the others are named on standard error."""
+    engines = []
+    for name in names:
+        try:
+            engines.append(qkit.backend(name))
+        except qkit.BackendError as error:
+            errors.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
+    return engines

@@ -12,6 +12,9 @@ from rich.table import Table
 import qkit
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Data, Device, Engine, Length, Windows
+from qkit.engines.abilities import require
+from qkit.engines.protocol import Builds
+from qkit.installation import how_to_install
 
 if TYPE_CHECKING:
     from qkit.report import Comparison
@@ -56,9 +59,11 @@ def compare(
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
     from qkit.report import Sources, about, compare, write
     from qkit.report.masters import newest_checkpoint
+    from qkit.report.place import check_report
     from qkit.training.text import find
 
-    engine = qkit.backend(backend)
+    check_report(out)
+    engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
     named = qkit.recipe(recipe) if recipe else None
     others = tuple(map(qkit.recipe, deploy_recipe or []))
@@ -66,7 +71,6 @@ def compare(
     sources = Sources(floats, named, others, ptq, qat, masters, longer)
     text = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
     rows = consecutive(text.tokens, length=length, windows=windows)
-    out.mkdir(parents=True, exist_ok=True)
     found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
     source = about(
         shlex.join(["qkit", *sys.argv[1:]]),
@@ -85,7 +89,7 @@ def compare(
 
         draw(found, out / "report.png", title=heading)
     else:
-        console.print("no picture: pip install 'qkit[plot]'")
+        console.print(f"no picture: {how_to_install('plot')}", markup=False)
 
 
 def _table(found: "Comparison") -> Table:

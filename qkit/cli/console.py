@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -11,9 +13,34 @@ from rich.console import Console
 
 PAPER = 140  #: columns where the output is not a terminal
 
+
+@contextmanager
+def to_output() -> Iterator[None]:
+    """Names standard output where it cannot be written, as on a full disk; the system names files only."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, error.filename or "standard output") from None
+
+
+class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does."""
+        with to_output():
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leaves the error to `qkit.cli.boundary`; rich would end the process with 1, which means differences."""
+        raise  # rich calls this while it handles the error
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 #: No markup: what is printed is often the user's own text, and `*.[a-z]_proj` is a pattern. Color is given by `Text`.
-console = Console(width=None if sys.stdout.isatty() else PAPER, markup=False, emoji=False)
-errors = Console(stderr=True, markup=False, emoji=False)
+console = _Console(width=None if _is_terminal() else PAPER, markup=False, emoji=False)
+errors = _Console(stderr=True, markup=False, emoji=False)
 
 
 class Type(StrEnum):
@@ -29,7 +56,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 def print_json(value: Any) -> None:
     """`value` as JSON on standard output."""
-    typer.echo(json.dumps(value, indent=2))
+    with to_output():
+        typer.echo(json.dumps(value, indent=2))
 
 
 def size(nbytes: float) -> str:

@@ -8,6 +8,8 @@ from rich.table import Table
 
 import qkit
 from qkit.cli.console import Json, console, print_json
+from qkit.engines.abilities import require
+from qkit.engines.protocol import Builds
 
 if TYPE_CHECKING:
     from qkit.evaluation import Evaluation
@@ -34,7 +36,7 @@ def eval_(
     """Measure models on a text: loss, perplexity, and KL divergence from a teacher, on identical tokens."""
     from qkit.evaluation import consecutive, evaluate, open_model, read_alike  # here, so that other commands start fast
 
-    engine = qkit.backend(backend)
+    engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
     text = read_alike([*directories, *([teacher] if teacher else [])], data)
     rows = consecutive(text.tokens, length=length, windows=windows)

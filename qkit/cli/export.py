@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qkit.cli.console import console
+from qkit.storage.destination import check_directory, check_file
 
 WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Leave away what layers do to their inputs and outputs: other logits.")
@@ -36,6 +37,7 @@ def export(
     from qkit.exchange.snapshot import read
     from qkit.formats import gguf  # here, so that other commands start fast
 
+    (check_file if to is Target.gguf else check_directory)(out)
     source = read(folder)
     if weights_only:
         source = transfer.weights_only(source)

@@ -7,6 +7,7 @@ import typer
 
 from qkit.cli.console import console
 from qkit.cli.export import WeightsOnly
+from qkit.storage.destination import check_directory
 
 
 def import_(
@@ -18,6 +19,7 @@ def import_(
     from qkit.exchange import transfer  # here, so that other commands start fast
     from qkit.exchange.snapshot import read
 
+    check_directory(out)
     source = read(folder)
     if weights_only:
         source = transfer.weights_only(source)

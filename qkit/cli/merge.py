@@ -9,6 +9,7 @@ import qkit
 from qkit.cli.console import console
 from qkit.cli.eval import Engine
 from qkit.pipeline import surgeon
+from qkit.storage.destination import check_directory
 
 
 def merge(
@@ -30,6 +31,7 @@ def merge(
     """Merge an adapter into its base, on the grid it was trained on: the codes are those of the last step."""
     from qkit import adapters  # here, so that other commands start fast
 
+    check_directory(out)
     model = qkit.load(base, backend=backend)
     if recipe is not None:
         model = qkit.prepare(model, recipe)

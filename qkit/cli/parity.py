@@ -11,7 +11,7 @@ from rich.text import Text
 
 import qkit
 from qkit.cli.console import Json, Type, console, errors, print_json
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays
 from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Recipe
@@ -19,7 +19,7 @@ from qkit.rules import Recipe
 if TYPE_CHECKING:
     from qkit.testing.parity import Parity
 
-Work = tuple[Backend, DType, bool]  #: engine, type, compiled
+Work = tuple[Arrays, DType, bool]  #: engine, type, compiled
 Rows = Mapping[str, list[Grid]]  #: name of a row of the matrix -> its grids
 MISMATCH = 1
 
@@ -89,7 +89,7 @@ def _every_row() -> Rows:
     return rows
 
 
-def _work(engines: list[Backend], dtypes: list[DType], modes: list[bool]) -> list[Work]:
+def _work(engines: list[Arrays], dtypes: list[DType], modes: list[bool]) -> list[Work]:
     return [
         (engine, dtype, compiled)
         for engine in engines

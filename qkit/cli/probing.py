@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qkit.cli.console import console, errors
-from qkit.engines.protocol import Backend
+from qkit.engines.abilities import offers
+from qkit.engines.protocol import Arrays, Modules
 from qkit.qtensor import DType
 from qkit.rules import Recipe
 from qkit.testing.probe import Probe, probe, worst
@@ -16,13 +17,13 @@ COLORS = {"native": "green", "decoded": "yellow", "missing": "red"}
 
 
 def probe_all(
-    engines: Iterable[Backend], recipes: Iterable[Recipe], *, dtypes: Iterable[DType], device: str | None
+    engines: Iterable[Arrays], recipes: Iterable[Recipe], *, dtypes: Iterable[DType], device: str | None
 ) -> list[Probe]:
     """Every recipe on every engine that has modules, with progress on standard error."""
     recipes, dtypes = list(recipes), list(dtypes)
     found: list[Probe] = []
     description = TextColumn("{task.description}", markup=False)
-    placed = [engine.on(device) if device else engine for engine in engines if hasattr(engine, "layers")]
+    placed = [engine.on(device) if device else engine for engine in engines if offers(engine, Modules)]
     with Progress(SpinnerColumn(), description, console=errors, transient=True) as progress:
         task = progress.add_task("", total=None)
         for engine in placed:

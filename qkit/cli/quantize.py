@@ -12,7 +12,8 @@ from rich.text import Text
 
 import qkit
 from qkit.cli.console import console, errors, read_size, size
-from qkit.streaming.carry_out import WORKERS, quantize_directory
+from qkit.storage.destination import Destination, check_directory, nearest
+from qkit.streaming.carry_out import WORKERS, check_apart, quantize_directory
 from qkit.streaming.plan import Plan, make_plan
 
 Model = Annotated[
@@ -33,9 +34,11 @@ def quantize(
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Quantize a model's directory, tensor by tensor; interrupted, the same command goes on where it was."""
+    check_apart(out, model)
+    place = check_directory(out)
     engine = qkit.backend(backend).on(device)
     plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
-    _check_room(plan, out)
+    _check_room(plan, place)
     gc.freeze()  # what is there now lives to the end: collections in workers would copy its pages, a tenth of the time
     workers = WORKERS if engine.name == "numpy" else 1
     if sys.stderr.isatty():
@@ -53,11 +56,11 @@ def quantize(
     _report(plan, out)
 
 
-def _check_room(plan: Plan, out: Path) -> None:
+def _check_room(plan: Plan, place: Destination) -> None:
     """Refuses what the disk has no room for before it is begun, not after."""
-    aside = plan.output(out).aside
+    out, aside = place.given, place.aside
     held = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
-    home = next(folder for folder in out.absolute().parents if folder.exists())
+    home = place.path if place.mounted else nearest(place.path)
     free = shutil.disk_usage(home).free + held
     if plan.output_bytes > free:
         raise qkit.PlanError(

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 import qkit
-from qkit.cli.console import Json, console, print_json
-from qkit.engines.registry import ALIASES
+from qkit.cli.console import Json, console, errors, print_json
+from qkit.engines.registry import ALIASES, DIFFERENCES, left_out
 from qkit.grid import Grid
 from qkit.rules import Recipe, rule_table
 
@@ -32,6 +32,8 @@ def recipes(
             _show(recipe, asked_for=name)
         return
     found = [qkit.recipe(known) for known in qkit.recipes()]
+    for who, reason in left_out().items():
+        errors.print(f"left out: {who}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print_json([_as_table(recipe) for recipe in found])
         return
@@ -48,7 +50,7 @@ def recipes(
 
 def _show(recipe: Recipe, *, asked_for: str) -> None:
     if asked_for in ALIASES:
-        console.print(f"{asked_for} is an alias of {recipe.name}", highlight=False)
+        console.print(f"{asked_for} is an alias of {recipe.name}: {DIFFERENCES[asked_for]}", highlight=False)
     console.print(Text.assemble((recipe.name, "bold"), f", version {recipe.version}: {recipe.summary}"))
     table = Table("layers", "kind", "weight", "activation", "bits", title="the first rule that matches wins")
     for rule in recipe.rules:

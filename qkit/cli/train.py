@@ -15,6 +15,8 @@ from qkit.cli.eval import Device, Engine
 if TYPE_CHECKING:
     from qkit.training import Outcome
 
+PICTURE = "loss.png"  #: in the run folder
+
 
 def train(
     model: Annotated[
@@ -65,7 +67,7 @@ def train(
     """Train a model on the grid that it will be shipped on; interrupted, the same command goes on where it was."""
     from qkit.training import read_run, run_from_table, train_model  # here, so that other commands start fast
     from qkit.training.curve import draw_log
-    from qkit.training.folder import LOG
+    from qkit.training.folder import LOG, beside
 
     given = {
         "out": out,
@@ -99,14 +101,21 @@ def train(
     if as_json:
         train_model(run, tell=_print_json)
         return
+    folder = beside(run.out)
+
+    def tell(event: Mapping[str, Any]) -> None:
+        bar(event)
+        if event["event"] == "end" and find_spec(
+            "matplotlib"
+        ):  # before the run has ended, so that a kill loses no picture
+            draw_log(folder / LOG, folder / PICTURE)
+
     with _Bar() as bar:
-        outcome = train_model(run, tell=bar)
+        outcome = train_model(run, tell=tell)
     console.print(_table(outcome))
     console.print(f"{outcome.folder}: the artifact", highlight=False)
-    if find_spec("matplotlib"):
-        picture = Path(outcome.run_folder) / "loss.png"
-        draw_log(Path(outcome.run_folder) / LOG, picture)
-        console.print(f"{picture}: the loss curve", highlight=False)
+    if (folder / PICTURE).exists():
+        console.print(f"{folder / PICTURE}: the loss curve", highlight=False)
 
 
 def _put(table: dict[str, Any], text: str) -> None:
@@ -117,6 +126,8 @@ def _put(table: dict[str, Any], text: str) -> None:
     *outer, last = name.strip().split(".")
     for part in outer:
         table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise typer.BadParameter(f"{text!r}: {part} is no table")
     table[last] = _value(name, value)
 
 
@@ -126,7 +137,7 @@ def _value(name: str, text: str) -> Any:
 
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text.strip()
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qkit import report
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.report.masters import newest_checkpoint
 from qkit.rules import Recipe
 from qkit.training.data import Tokens
@@ -20,7 +20,7 @@ ELSEWHERE = {
 }
 
 
-def write_report(engine: Backend, folder: Path, recipe: Recipe, unseen: Tokens) -> report.Comparison:
+def write_report(engine: Builds, folder: Path, recipe: Recipe, unseen: Tokens) -> report.Comparison:
     """Compares what was trained as `qkit compare` does, and leaves its page in `folder`."""
     sources = report.Sources(
         folder / "float",

@@ -1,11 +1,11 @@
 """The main job from end to end on real text: train, quantize, train on the grid, deploy, open on another engine, compare."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,20 @@ from qkit.coverage_table import coverage
 from qkit.demo.other_programs import losses_outside
 from qkit.demo.preset import PRESET, PRESETS, Preset, standard_library
 from qkit.demo.report import write_report
-from qkit.engines.protocol import Backend
+from qkit.engines.abilities import offers, require, want_honored
+from qkit.engines.protocol import Arrays, Builds, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backends
 from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import BackendError
 from qkit.formats.compressed_tensors import layout
+from qkit.installation import how_to_install
 from qkit.qtensor import QTensor
+from qkit.report.place import PICTURE, REPORT, SOFTWARE, check_report
 from qkit.rules import Recipe
+from qkit.storage.destination import check_directory, destination
+from qkit.storage.marks import check_own, remove
+from qkit.storage.staging import replaced_file
 from qkit.training import Run, train_model
 from qkit.training.checkpoint import newest
 from qkit.training.curve import smooth
@@ -31,6 +37,7 @@ from qkit.training.run import FLOAT
 
 Progress = Callable[[str, int, int, float], None]  #: stage, step, steps, loss
 STAGES = ("float", "longer", "quantized")  #: folders that are trained
+FILES = {**REPORT, "result.json": b'"codes_equal"', "losses.png": PICTURE}  #: see `check_report`
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +101,10 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     Raises:
         BackendError: the engine, or what it needs to build a Llama, is missing.
         RecipeError, GridError: the recipe is unknown or does not fit.
-        ArtifactError: the artifact has no layout for a grid of the recipe.
+        ArtifactError: the artifact has no layout for a grid of the recipe, or `folder` holds what qkit did not write.
     """
-    engine = choose(backend)
-    if not hasattr(engine, "trainer"):
-        raise BackendError(
-            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
-        )
+    _check_folder(folder)
+    engine = require(choose(backend), Trains)
     grid_recipe, preset = find_recipe(recipe), preset or PRESETS.get(engine.name, PRESET)
     model = engine.build(preset.config)
     _check(engine, model, grid_recipe)
@@ -150,13 +154,14 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         curves=curves,
         folder=str(folder),
     )
-    for left in ("start", "longer", *(beside(folder / name).name for name in STAGES)):
-        rmtree(folder / left, ignore_errors=True)
-    (folder / "result.json").write_text(json.dumps({**asdict(result), "recovered": result.recovered}, indent=2) + "\n")
+    for left in (folder / "start", folder / "longer", *(beside(folder / name) for name in STAGES)):
+        _remove(left)
+    with replaced_file(folder / "result.json") as aside:
+        aside.write_text(json.dumps({**asdict(result), "recovered": result.recovered}, indent=2) + "\n")
     return result
 
 
-def compare(engines: list[Backend], masters: dict[str, Any], codes: dict[str, QTensor[Any]]) -> tuple[int, int]:
+def compare(engines: Sequence[Arrays], masters: dict[str, Any], codes: dict[str, QTensor[Any]]) -> tuple[int, int]:
     """How many codes, scales and zero points each of `engines` makes from `masters` as they are in `codes`, of how many."""
     equal = compared = 0
     for engine in engines:
@@ -191,19 +196,36 @@ def draw(result: Result, file: Path) -> None:
         xlabel="step", ylabel="loss, nats per byte", ylim=(min(result.float_loss, result.qat_loss) * 0.85, top * 1.25)
     )
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=120)
+    with replaced_file(file) as aside:
+        figure.savefig(aside, dpi=120, metadata=SOFTWARE)
 
 
-def _check(engine: Backend, model: Any, recipe: Recipe) -> None:
+def _check_folder(folder: Path) -> None:
+    """Refuses, before any work, to replace or remove anything in `folder` that qkit did not write."""
+    for name in (*STAGES, "start", "mlx"):
+        check_directory(folder / name)
+    for name in STAGES:
+        check_own(destination(beside(folder / name)).path, folders=True)
+    check_report(folder, FILES)
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a stage left that nobody needs afterwards; anything in it that is not qkit's stays."""
+    with suppress(OSError):
+        remove(destination(folder).path)
+
+
+def _check(engine: Builds, model: Any, recipe: Recipe) -> None:
     """Raises what `prepare` and `save` would raise after the training."""
     pipeline.plan(engine.layers(model), recipe)
+    want_honored(engine, recipe.rules, "prepare")
     for rule in recipe.rules:
         for grid in (rule.weight, rule.activation):
             if grid:
                 layout(grid)
 
 
-def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
+def _second(first: Builds, preset: Preset) -> tuple[Builds | None, str]:
     """The first engine besides `first` and NumPy that can build the model; or None, and what stands in the way."""
     obstacles = []
     for status in backends():
@@ -213,7 +235,7 @@ def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
             obstacles.append(f"{status.name} {status.reason}")
             continue
         engine = choose(status.name)
-        if not hasattr(engine, "trainer"):
+        if not offers(engine, Builds):
             obstacles.append(f"{status.name} cannot run a language model")
             continue
         try:
@@ -222,11 +244,11 @@ def _second(first: Backend, preset: Preset) -> tuple[Backend | None, str]:
             obstacles.append(f"{status.name}: {error}")
             continue
         return engine, ""
-    return None, "; ".join(obstacles) or "there is no second engine: pip install 'qkit[all]'"
+    return None, "; ".join(obstacles) or f"there is no second engine: {how_to_install('all')}"
 
 
 def _train(
-    engine: Backend,
+    engine: Builds,
     folder: Path,
     text: list[str],
     preset: Preset,
@@ -262,7 +284,7 @@ def _train(
             curve.append((event["step"], event["loss"]))
             progress(stage, event["step"], run.steps or 0, event["loss"])
 
-    rmtree(beside(run.out), ignore_errors=True)  # of a demo that was interrupted
+    _remove(beside(run.out))  # of a demo that was interrupted
     train_model(run, tell=tell)
     return curve
 

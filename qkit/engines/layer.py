@@ -22,7 +22,7 @@ class Layer:
         module: the framework's module itself.
         stage: `float`, `prepared` or `converted`.
         rule: what it was prepared or converted with.
-        mode: of a prepared layer, as `Backend.switch` left it.
+        mode: of a prepared layer, as `Modules.switch_mode` left it.
         native: whether a converted layer runs on the engine's own quantized tensor or layer, rather than decoded first.
         execution: on which one; or, decoded first, why.
         tied: path of the layer before it whose weight is also its own; empty where there is none.

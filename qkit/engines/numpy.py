@@ -4,14 +4,14 @@ Compiled where qkit was built with a compiler, else the reference itself; the bi
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkit import native, reference
 from qkit.engines.hookspecs import hookimpl
-from qkit.engines.protocol import BackendSpec
+from qkit.engines.protocol import Arrays, BackendSpec
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
@@ -34,7 +34,7 @@ class NumpyBackend:
     name = "numpy"
     framework = "numpy"
 
-    def on(self, device: str) -> "NumpyBackend":
+    def on(self, device: str) -> Self:
         """Itself, on the CPU.
 
         Raises:
@@ -45,23 +45,23 @@ class NumpyBackend:
         return self
 
     def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:
-        """See `Backend.quantize`."""
+        """See `Arrays.quantize`."""
         quantize = native.quantize if native.available() else reference.quantize
         return quantize(self.to_numpy(w), grid).map(self.from_numpy)
 
     def dequantize(self, q: QTensor[Any]) -> Any:
-        """See `Backend.dequantize`."""
+        """See `Arrays.dequantize`."""
         return self.from_numpy(reference.dequantize(q.map(self.to_numpy)))
 
     def fake_quantize(self, w: Any, grid: Grid, *, ste: Ste = "identity", scales: Any = None, zeros: Any = None) -> Any:
-        """See `Backend.fake_quantize`. NumPy has no gradients, so neither has this one, whatever `ste` is."""
+        """See `Arrays.fake_quantize`. NumPy has no gradients, so neither has this one, whatever `ste` is."""
         if scales is None and native.available():
             return self.from_numpy(native.fake_quantize(self.to_numpy(w), grid))
         given = {"scales": self._given(scales), "zeros": self._given(zeros)}
         return self.from_numpy(reference.fake_quantize(self.to_numpy(w), grid, **given))
 
     def unclipped(self, w: Any, grid: Grid, *, scales: Any = None, zeros: Any = None) -> Any:
-        """See `Backend.unclipped`."""
+        """See `Arrays.unclipped`."""
         given = {"scales": self._given(scales), "zeros": self._given(zeros)}
         return self.from_numpy(reference.unclipped(self.to_numpy(w), grid, **given))
 
@@ -83,3 +83,7 @@ class NumpyBackend:
     def magnitude(self, x: Any) -> float:
         """Largest magnitude in `x`; NaN if there is a NaN."""
         return float(np.abs(self.to_numpy(x).astype(np.float32)).max(initial=0.0))
+
+
+if TYPE_CHECKING:
+    _offered: Arrays = NumpyBackend()  # mypy compares every verb with the protocol

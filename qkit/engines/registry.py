@@ -3,23 +3,19 @@
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from qkit.engines.protocol import Backend, BackendSpec
-from qkit.errors import BackendError, RecipeError
-from qkit.rules import Recipe, read_recipe
+from qkit.engines.discovery import Brought, ask, ask_all, explain, foreign_plugins, own_plugins
+from qkit.engines.protocol import Arrays, BackendSpec
+from qkit.errors import BackendError, QkitError, RecipeError
+from qkit.rules import Recipe, parse_recipe, read_recipe
 
 if TYPE_CHECKING:  # `import qkit` stays cheap: discovery is paid for when something is looked up
-    from importlib.resources.abc import Traversable
     from pathlib import Path
-
-    from pluggy import PluginManager
-
-GROUP = "qkit"
 
 #: Other tools' names for grids that are ours too. They resolve, and say to what.
 ALIASES = {
@@ -27,18 +23,56 @@ ALIASES = {
     "W4A16_ASYM": "int4-g128-minmax",
     "W8A16": "int8-g128-midmax",
     "MXFP4A16": "mxfp4-a16-even",
-    "MXFP8A16": "mxfp8-a16-even",
+    "MXFP8A16": "mxfp8-a16",
     "NVFP4A16": "nvfp4-a16",
+}
+
+#: How the codes of an alias differ from those of compressed-tensors 0.20, measured by `benchmarks/peers.py`; see numerics.md.
+DIFFERENCES = {
+    "W4A16": "0.5 % of codes differ from compressed-tensors' for float32 weights and 0.6 % for bfloat16, by other rounding",
+    "W4A16_ASYM": "1.2 % of codes differ from compressed-tensors' for float32 weights and 3.1 % for bfloat16, by other rounding",
+    "W8A16": "4.7 % of codes differ from compressed-tensors' for float32 weights and 10.1 % for bfloat16, by other rounding",
+    "MXFP4A16": "equal to compressed-tensors' codes",
+    "MXFP8A16": "equal to compressed-tensors' codes for float32 weights; 0.6 % differ for bfloat16, by another scale",
+    "NVFP4A16": "7 % of codes differ from compressed-tensors', whose scale of the tensor is no power of two",
 }
 
 
 @dataclass(slots=True)
 class Plugins:
-    """What discovery found."""
+    """What discovery found.
+
+    Attributes:
+        recipes: the text of each recipe by its name.
+        broken: why a plugin is left out, by its label.
+        unreadable: why a recipe is left out, by its name.
+    """
 
     backends: dict[str, BackendSpec] = field(default_factory=dict)
-    recipes: "dict[str, Traversable]" = field(default_factory=dict)
+    recipes: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def add(self, label: str, brought: Brought | str) -> None:
+        """Takes in what a plugin brings; one that brings a name again is left out, not the one that had it."""
+        reason = brought if isinstance(brought, str) else self._clash(brought)
+        if isinstance(brought, str) or reason:
+            self.broken[label] = reason
+            return
+        self.backends |= {spec.name: spec for spec in brought.backends}
+        self.recipes |= brought.recipes
+        self.unreadable |= brought.unreadable
+
+    def _clash(self, brought: Brought) -> str:
+        for spec in brought.backends:
+            if spec.name in self.backends:
+                return f"it brings a backend {spec.name!r}, which is there already: uninstall one"
+        for name in (*brought.recipes, *brought.unreadable):
+            if name in ALIASES:
+                return f"it brings a recipe {name!r}, which is an alias of {ALIASES[name]}"
+            if name in self.recipes:
+                return f"it brings a recipe {name!r}, which is there already: uninstall one"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,83 +86,58 @@ class BackendStatus:
 
 
 @cache
-def manager() -> "PluginManager":
-    """The plugin manager, with every entry point that loads. Those that do not are in `plugins().broken`."""
-    from importlib.metadata import entry_points
-
-    from pluggy import PluginManager
-
-    from qkit.engines import hookspecs
-
-    found = PluginManager(GROUP)
-    found.add_hookspecs(hookspecs)
-    for entry in entry_points(group=GROUP):
-        try:
-            found.register(entry.load(), name=entry.name)
-        except Exception as error:  # a plugin may fail in any way; it disables only itself
-            _broken_entries[entry.name] = f"{type(error).__name__}: {error}"
+def own() -> Plugins:
+    """What qkit itself brings, and plugins that are registered by hand. No third party's code is touched."""
+    found = Plugins()
+    for entry in own_plugins():
+        found.add(entry.name, _ask(entry.load))
+    for name in _registered:
+        found.add(name, _ask(partial(_registered.__getitem__, name)))
     return found
-
-
-_broken_entries: dict[str, str] = {}
 
 
 @cache
 def plugins() -> Plugins:
-    """The backends and recipes of all plugins, asked once.
-
-    Raises:
-        BackendError, RecipeError: two plugins bring one name.
-    """
-    from importlib.resources.abc import Traversable
-
-    loaded = manager().list_name_plugin()  # first: it fills _broken_entries
-    found = Plugins(broken=dict(_broken_entries))
-    for name, plugin in loaded:
-        for spec in _ask(found, name, plugin, "qkit_backends", wanted=BackendSpec):
-            if spec.name in found.backends:
-                raise BackendError(f"two plugins bring a backend {spec.name!r}: uninstall one ({name} is the second)")
-            found.backends[spec.name] = spec
-        for file in _ask(found, name, plugin, "qkit_recipes", wanted=Traversable):
-            recipe_name = file.name.removesuffix(".toml")
-            if recipe_name in found.recipes:
-                raise RecipeError(f"two plugins bring a recipe {recipe_name!r}: uninstall one ({name} is the second)")
-            found.recipes[recipe_name] = file
+    """What all plugins bring. Third parties' are asked in processes of their own, once: for listings and unknown names."""
+    mine = own()
+    found = Plugins(dict(mine.backends), dict(mine.recipes), dict(mine.broken), dict(mine.unreadable))
+    entries, found_broken = foreign_plugins()
+    found.broken |= found_broken
+    for label, brought in ask_all(entries).items():
+        found.add(label, brought)
     return found
 
 
-def _ask(found: Plugins, name: str, plugin: Any, hook: str, *, wanted: type) -> list[Any]:
-    implementation = getattr(plugin, hook, None)
-    if implementation is None:
-        return []
+def _ask(load: Callable[[], object]) -> Brought | str:
     try:
-        answer = list(implementation())
-        for item in answer:
-            if not isinstance(item, wanted):
-                raise TypeError(f"gave {item!r}, not a {wanted.__name__}")
-        return answer
-    except Exception as error:  # as above: only the plugin that fails is left out
-        found.broken[name] = f"{hook}: {type(error).__name__}: {error}"
-        return []
+        return ask(load())
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way; it disables only itself
+        return explain(error)
 
+
+#: Plugins that are registered by hand.
+_registered: dict[str, object] = {}
 
 #: The backends of the packages that `backend_of` has met; a plain look-up, so that it passes torch's compiler.
-_by_package: dict[str, Backend] = {}
+_by_package: dict[str, Arrays] = {}
 
 
 def register(plugin: object, name: str) -> None:
     """Adds a plugin by hand, for tests and notebooks; installed ones are found by themselves."""
-    manager().register(plugin, name=name)
-    plugins.cache_clear()
-    _instance.cache_clear()
-    _by_package.clear()
+    _registered[name] = plugin
+    forget()
 
 
 def unregister(name: str) -> None:
     """Takes back `register`."""
-    manager().unregister(name=name)
-    plugins.cache_clear()
-    _instance.cache_clear()
+    del _registered[name]
+    forget()
+
+
+def forget() -> None:
+    """Forgets what was found: the next look-up asks plugins again."""
+    for cached in (own, plugins, _readable, _instance):
+        cached.cache_clear()
     _by_package.clear()
 
 
@@ -136,14 +145,17 @@ def unregister(name: str) -> None:
 
 
 def backends() -> list[BackendStatus]:
-    """Every backend and whether it can be used here. Looks for packages; imports none."""
+    """Every backend and whether it can be used here. Looks for packages; imports none.
+
+    A plugin that is left out is a row, too, under its own name, with the reason.
+    """
     return [_status(spec) for spec in plugins().backends.values()] + [
         BackendStatus(name, "", ready=False, reason=f"plugin disabled: {reason}")
         for name, reason in plugins().broken.items()
     ]
 
 
-def backend(choice: "str | Backend | None" = None) -> Backend:
+def backend(choice: "str | Arrays | None" = None) -> Arrays:
     """The backend called `choice`; a backend object is given back.
 
     None takes what is at hand: MLX on a Mac, torch anywhere else, then any other that is ready, NumPy last.
@@ -154,19 +166,25 @@ def backend(choice: "str | Backend | None" = None) -> Backend:
     if choice is not None and not isinstance(choice, str):
         return choice
     if choice is None:
-        ready = {status.name for status in backends() if status.ready}
-        liked = ("mlx", "torchao") if sys.platform == "darwin" else ("torchao", "mlx")
-        choice = next(name for name in (*liked, *sorted(ready - {"numpy"}), "numpy") if name in ready)
-    known = plugins().backends
-    if choice not in known:
+        choice = _at_hand()
+    if choice not in own().backends and choice not in plugins().backends:
         reason = plugins().broken.get(choice)
         if reason:
             raise BackendError(f"backend {choice!r} is disabled: {reason}")
-        raise BackendError(f"unknown backend {choice!r}: {_nearest(choice, known)}")
+        raise BackendError(f"unknown backend {choice!r}: {_nearest(choice, plugins().backends)}")
     return _instance(choice)
 
 
-def backend_of(thing: Any) -> Backend:
+def _at_hand() -> str:
+    liked = ("mlx", "torchao") if sys.platform == "darwin" else ("torchao", "mlx")
+    for name in liked:
+        if name in own().backends and _status(own().backends[name]).ready:
+            return name
+    ready = {status.name for status in backends() if status.ready}
+    return next((name for name in sorted(ready - {"numpy"})), "numpy")
+
+
+def backend_of(thing: Any) -> Arrays:
     """The backend for an array or a module, by the package its type comes from.
 
     Raises:
@@ -176,11 +194,12 @@ def backend_of(thing: Any) -> Backend:
     return known if known is not None else _search(thing)
 
 
-def _search(thing: Any) -> Backend:
+def _search(thing: Any) -> Arrays:
     packages = {cls.__module__.partition(".")[0] for cls in type(thing).__mro__}
-    for spec in plugins().backends.values():
-        if spec.framework in packages:
-            return _by_package.setdefault(spec.framework, _instance(spec.name))
+    for found in (own, plugins):  # third parties are asked only where qkit has no backend for it
+        for spec in found().backends.values():
+            if spec.framework in packages:
+                return _by_package.setdefault(spec.framework, _instance(spec.name))
     raise BackendError(
         f"no backend works on {type(thing).__module__}.{type(thing).__qualname__}: there is "
         + ", ".join(f"{spec.name} for {spec.framework}" for spec in plugins().backends.values())
@@ -188,13 +207,16 @@ def _search(thing: Any) -> Backend:
 
 
 @cache
-def _instance(name: str) -> Backend:
-    spec = plugins().backends[name]
+def _instance(name: str) -> Arrays:
+    spec = own().backends.get(name) or plugins().backends[name]
     status = _status(spec)
     if not status.ready:
         raise BackendError(f"backend {name!r} {status.reason}")
     module, _, attribute = spec.target.partition(":")
-    made: Backend = getattr(importlib.import_module(module), attribute)()
+    try:
+        made: Arrays = getattr(importlib.import_module(module), attribute)()
+    except (Exception, SystemExit) as error:
+        raise BackendError(f"backend {name!r} cannot be loaded from {spec.target}: {explain(error)}") from error
     return made
 
 
@@ -215,8 +237,25 @@ def _installed(package: str) -> bool:
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that plugins bring, sorted."""
-    return sorted(plugins().recipes)
+    """Names of the recipes that plugins bring, sorted. One that cannot be read is left out, see `left_out`."""
+    return sorted(_readable()[0])
+
+
+def left_out() -> dict[str, str]:
+    """Why a plugin or a recipe is left out, by its name."""
+    return {**plugins().broken, **_readable()[1]}
+
+
+@cache
+def _readable() -> tuple[dict[str, Recipe], dict[str, str]]:
+    found: dict[str, Recipe] = {}
+    broken = dict(plugins().unreadable)
+    for name, text in plugins().recipes.items():
+        try:
+            found[name] = parse_recipe(text, name=name, source=name)
+        except QkitError as error:
+            broken[name] = str(error)
+    return found, broken
 
 
 def recipe(choice: "str | Path | Recipe") -> Recipe:
@@ -234,10 +273,12 @@ def recipe(choice: "str | Path | Recipe") -> Recipe:
 
         return read_recipe(Path(choice))
     name = ALIASES.get(choice, choice)
-    known = plugins().recipes
-    if name not in known:
-        raise RecipeError(f"unknown recipe {choice!r}: {_nearest(choice, [*known, *ALIASES])}")
-    return read_recipe(known[name])
+    for found in (own, plugins):  # third parties are asked only for a recipe that qkit does not have
+        if name in found().recipes:
+            return parse_recipe(found().recipes[name], name=name, source=name)
+    if name in plugins().unreadable:
+        raise RecipeError(f"recipe {name!r} cannot be read: {plugins().unreadable[name]}")
+    raise RecipeError(f"unknown recipe {choice!r}: {_nearest(choice, [*plugins().recipes, *ALIASES])}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.errors import QkitError
 
 Numbers = NDArray[np.float64]
@@ -73,7 +73,7 @@ def consecutive(tokens: NDArray[np.int32], *, length: int, windows: int | None =
     return cut
 
 
-def evaluate(engine: Backend, model: Any, rows: NDArray[np.int32], *, teacher: Any = None) -> Evaluation:
+def evaluate(engine: Builds, model: Any, rows: NDArray[np.int32], *, teacher: Any = None) -> Evaluation:
     """What `model` makes of `rows` [windows, length + 1], beside `teacher`, another model on the same engine.
 
     Raises:
@@ -92,14 +92,14 @@ def evaluate(engine: Backend, model: Any, rows: NDArray[np.int32], *, teacher: A
     return Evaluation(losses, length) if teacher is None else Evaluation(losses, length, kl, agreement)
 
 
-def _blocks(engine: Backend, model: Any, rows: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
+def _blocks(engine: Builds, model: Any, rows: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
     """`rows` some at a time, so that their logits are not too many; how many one has is tried."""
     vocabulary = engine.logits(model, rows[:1, :1]).shape[-1]
     step = max(1, LOGITS // (vocabulary * (rows.shape[1] - 1)))
     return (rows[start : start + step] for start in range(0, len(rows), step))
 
 
-def _logits(engine: Backend, model: Any, rows: NDArray[np.int32]) -> NDArray[np.float32]:
+def _logits(engine: Builds, model: Any, rows: NDArray[np.int32]) -> NDArray[np.float32]:
     return engine.logits(model, rows[:, :-1])
 
 

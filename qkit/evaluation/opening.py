@@ -9,25 +9,26 @@ import numpy as np
 
 from qkit import artifact
 from qkit.artifact.directory import read_config
-from qkit.engines.protocol import Backend
-from qkit.errors import BackendError, QkitError
+from qkit.artifact.metadata import KEY
+from qkit.engines.protocol import Builds
+from qkit.errors import QkitError
 from qkit.exchange import snapshot, transfer
 from qkit.storage.arrays import read_folder
 from qkit.training.text import Text, read_text
 
 
-def open_model(engine: Backend, directory: Path) -> Any:
+def open_model(engine: Builds, directory: Path) -> Any:
     """The model in `directory` on `engine`: a float one, qkit's own, or another tool's in a layout that `qkit import` reads.
 
     Raises:
         ArtifactError: it is unsound, or quantized in a way that qkit holds no codes of.
         BackendError: the engine has no language models, or cannot build this one.
     """
-    if not hasattr(engine, "logits"):
-        raise BackendError(f"backend {engine.name!r} works on arrays only: choose one that runs language models")
-    found = snapshot.read(directory)
     _, metadata = read_folder(directory)
-    if not found.foreign and snapshot.layout_of(metadata) == "compressed-tensors":
+    if KEY in metadata and snapshot.layout_of(metadata) == "compressed-tensors":
+        return artifact.load(directory, backend=engine)
+    found = snapshot.read(directory)
+    if found.layout == "float":
         return artifact.load(directory, backend=engine)
     with TemporaryDirectory() as place:
         own = Path(place) / "artifact"

@@ -1,7 +1,6 @@
 """What a model directory holds, whatever its layout: quantized weights by path, every other tensor by name. All mapped."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,16 +13,19 @@ from numpy.typing import NDArray
 from qkit.artifact.directory import read_config
 from qkit.artifact.metadata import KEY, entries_of
 from qkit.errors import ArtifactError, GridError
-from qkit.formats import compressed_tensors, mlx_config, mlx_lm
+from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
 from qkit.formats.packed import Tensors
+from qkit.formats.settings import QUANTIZATION, check_alike, quantization_of
+from qkit.intake import parse_json
 from qkit.qtensor import DTYPES, DType
 from qkit.reference.packing import Packed
 from qkit.rules import Kind, Rule
+from qkit.storage import read as source
 from qkit.storage.arrays import read_folder
+from qkit.storage.seal import check_seal
 from qkit.streaming.families import EMBEDDINGS
 
 CHUNK = 1 << 24  #: bytes that are looked at together
-QUANTIZATION = ("quantization_config", "quantization")  #: what readers are told in config.json
 FOREIGN = "; qkit holds a model exactly or not at all: open it with what wrote it, or quantize the float model"
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
 
@@ -92,15 +94,27 @@ def read(folder: str | Path) -> Snapshot:
     """The content of `folder`: a model of qkit's, as saved or exported; of compressed-tensors; of mlx-lm; or a float one.
 
     Raises:
-        ArtifactError: it is unsound, quantized in another way, or holds a quantized weight that is on none of qkit's grids.
+        ArtifactError: it is unsound, quantized in another way, or holds a quantized weight that is on none of qkit's grids; or
+            qkit wrote it, and it is no longer what was written. Every byte is read once for that.
     """
     folder = Path(folder)
+    stored, _ = source.read_folder(folder)
+    check_seal(folder, stored, digests=True)
+    return read_unsealed(folder)
+
+
+def read_unsealed(folder: Path) -> Snapshot:
+    """As `read`, without a look at the digests of `qkit.json`: for callers that compare them by themselves."""
     tensors, metadata = read_folder(folder)
     config = read_config(folder)
     known = config and {name: value for name, value in config.items() if name not in QUANTIZATION}
-    packed, mlx = (_table(folder, config or {}, name) for name in QUANTIZATION)
     if KEY in metadata:
-        return _own(folder, tensors, metadata, known)
+        return _own(folder, tensors, metadata, config)
+    with _place(folder):
+        said = quantization_of(config)
+        packed, mlx = (said[name] for name in QUANTIZATION)
+        if mlx:
+            check_alike(said)
     if mlx:
         return _mlx(folder, tensors, known or {}, mlx)
     if packed.get("quant_method") == "compressed-tensors":
@@ -116,10 +130,15 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _own(folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: dict[str, Any] | None) -> Snapshot:
-    """What qkit wrote; its metadata says what it is."""
+def _own(folder: Path, tensors: Tensors, metadata: Mapping[str, str], said: dict[str, Any] | None) -> Snapshot:
+    """What qkit wrote; its metadata says what it is, and its config.json may not say another thing."""
     layout = layout_of(metadata)
-    entries = entries_of(folder, metadata, None, layout=layout)
+    entries = entries_of(folder, metadata, said, layout=layout)
+    config = said and {name: value for name, value in said.items() if name not in QUANTIZATION}
+    if layout == "mlx" and entries and said:
+        with _place(folder):
+            grids = {path: entry.rule.weight for entry in entries for path in entry.paths}
+            mlx_config.check_told(said, grids, tensors)
     if layout == "mlx":
         added = set(map(str, _about(metadata).get("added") or ()))
         config = config and {name: value for name, value in config.items() if name not in added}
@@ -139,7 +158,9 @@ def _own(folder: Path, tensors: Tensors, metadata: Mapping[str, str], config: di
 def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[str, Any]) -> Snapshot:
     """What another tool wrote in compressed-tensors' layout."""
     weights = {}
-    for path, (grid, moving) in compressed_tensors.grids(said, tensors).items():
+    with _place(folder):
+        found = compressed_config.grids(said, tensors, kind_of=kind_of)
+    for path, (grid, moving) in found.items():
         mine = _take(tensors, path, "compressed-tensors")
         with _place(folder, path):
             shape = compressed_tensors.shape_of(mine, grid)
@@ -165,7 +186,9 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
         if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
     }
     weights = {}
-    for path, (container, shape) in mlx_config.containers(said, shapes).items():
+    with _place(folder):
+        found = mlx_config.containers(said, shapes)
+    for path, (container, shape) in found.items():
         mine = _take(tensors, path, "mlx")
         with _place(folder, path):
             grid = mlx_lm.grid_of(mine, container)
@@ -175,18 +198,10 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], said: Mapping[s
     return Snapshot(folder, "mlx", True, config, weights, tensors)
 
 
-def _table(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What `config.json` says under `name`; empty where it says nothing."""
-    said = config.get(name) or {}
-    if not isinstance(said, dict):
-        raise ArtifactError(f"{folder / 'config.json'}: {name} is {said!r}: want an object")
-    return said
-
-
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What qkit's metadata say; empty where they are not readable, which `entries_of` then says."""
     try:
-        return dict(json.loads(metadata[KEY]))
+        return dict(parse_json(metadata[KEY]))
     except (ValueError, TypeError):
         return {}
 
@@ -248,14 +263,15 @@ def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 
 @contextmanager
-def _place(folder: Path, path: str, way_out: str = "") -> Iterator[None]:
-    """Puts the folder and the layer around the message of what goes wrong inside."""
+def _place(folder: Path, path: str = "", way_out: str = "") -> Iterator[None]:
+    """Puts the folder, and the layer if there is one, around the message of what goes wrong inside."""
+    where = f"{folder}: {path}" if path else str(folder)
     try:
         yield
     except KeyError as error:
-        raise ArtifactError(f"{folder}: {path}: {error.args[0]} is missing: fetch the directory again") from None
+        raise ArtifactError(f"{where}: {error.args[0]} is missing: fetch the directory again") from None
     except (ArtifactError, GridError) as error:
-        raise ArtifactError(f"{folder}: {path}: {error}{way_out}") from None
+        raise ArtifactError(f"{where}: {error}{way_out}") from None
 
 
 def _digest_packed(packed: Packed) -> str:

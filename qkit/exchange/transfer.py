@@ -8,21 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from qkit.artifact.directory import companions, quantized_config
+from qkit.artifact.config import describing
+from qkit.artifact.directory import CONFIG, companions, quantized_config
 from qkit.artifact.metadata import KEY, Entry, describe
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
-from qkit.exchange.snapshot import QUANTIZATION, Held, Snapshot, join
+from qkit.exchange.snapshot import Held, Snapshot, join
 from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
+from qkit.formats.settings import QUANTIZATION
 from qkit.rules import Rule, rule_table
 from qkit.storage.arrays import array_stream
+from qkit.storage.destination import destination
 from qkit.storage.layout import SHARD_BYTES, WORDS, Slot
 from qkit.storage.write import Stream, write_directory
 from qkit.streaming.families import HEAD, layer_of
 
 BLOCK = 1 << 20  #: numbers that are decoded together
 MOVING = {"activation": "its inputs", "output": "its outputs"}  #: keys of a rule that other layouts have no word for
-STATIC = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")  #: tensors that go with them
+#: Names of the tensors that go with them.
+STATIC = tuple(f"{slot}_{name}" for slot in ("input", "output") for name in ("scale", "zero_point", "global_scale"))
 
 
 def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -42,7 +46,8 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
             raise ArtifactError(f"{path}: {error}") from None
     config, added = source.config, []
     if config is not None:
-        config = mlx_config.model_config(config, tied=source.tied)
+        with describing(source.folder / CONFIG):
+            config = mlx_config.model_config(config, tied=source.tied)
         added = sorted(config.keys() - (source.config or {}).keys())
         if containers:  # under both names, as mlx_lm.convert writes it
             config = {**config, **dict.fromkeys(QUANTIZATION, mlx_config.quantization_config(containers))}
@@ -144,7 +149,7 @@ def _write(
     config: Mapping[str, Any] | None,
     shard_bytes: int,
 ) -> None:
-    if Path(out).resolve() == source.folder.resolve():
+    if destination(out).path == source.folder.resolve():
         raise ArtifactError(f"{out} is what is to be read: choose another folder")
     streams = [array_stream(name, array) for name, array in source.tensors.items()]
     for path, held in source.weights.items():

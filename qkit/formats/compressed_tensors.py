@@ -4,14 +4,15 @@ Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantize
 `nvfp4-pack-quantized`, `float-quantized`. Nothing is computed: codes and scales are renamed, shifted or viewed.
 """
 
-import re
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.errors import ArtifactError, GridError
+from qkit.element import LIMIT, MIN_SCALE_CODE, NVFP4_STEP
+from qkit.errors import ArtifactError
 from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_scales, mantissa, pack, unpack, want
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
@@ -21,6 +22,8 @@ from qkit.rules import Rule
 
 #: Names of the tensors of a weight, in any of the formats.
 NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight")
+#: The powers of two that R9 gives tensors: from the smallest E8M0 scale to that of the largest magnitude below 2^127.
+TENSOR_SCALES: Final = 2.0 ** (MIN_SCALE_CODE - 127), 2.0 ** math.ceil(math.log2(LIMIT * NVFP4_STEP))
 FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
@@ -108,8 +111,7 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
         zeros = None if grid.symmetric else _zeros(tensors["weight_zero_point"], grid, scale_shape)
         return Packed(codes.view(np.uint32), scales, grid, dtype, shape, zeros)
     if form == "nvfp4-pack-quantized":
-        tensor_scale = np.asarray(np.float32(1) / tensors["weight_global_scale"].reshape(()), np.float32)
-        check(np.isfinite(tensor_scale) & (mantissa(tensor_scale) == 0), "weight_global_scale", "a power of two")
+        tensor_scale = _tensor_scale(tensors["weight_global_scale"])
         scales = scales.view(np.uint8)
         check((scales > 0) & (scales < 0x7F), "weight_scale", "a positive e4m3")
     elif form == "float-quantized":
@@ -177,36 +179,6 @@ def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alo
     }
 
 
-def grids(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> dict[str, tuple[Grid, bool]]:
-    """The grid of every weight among `tensors` that another tool wrote, and whether inputs or outputs are quantized too.
-
-    Integer rules are named after compressed-tensors' own observers: `midmax` where symmetric, `minmax` where not, `even` for
-    MX; see "Scale rules" in the numerics. Decoding does not depend on them.
-
-    Args:
-        config: the `quantization_config`.
-
-    Raises:
-        ArtifactError: the configuration is not readable, or asks for what qkit has no grid for.
-    """
-    out = {}
-    for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
-        if f"{path}.weight_g_idx" in tensors:
-            raise ArtifactError(
-                f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
-            )
-        try:
-            group = _group_of(path, config["config_groups"])
-            weights = group["weights"]
-            grid = _grid(weights, str(group.get("format") or config.get("format")))
-        except (ArtifactError, GridError) as error:
-            raise ArtifactError(f"{path}: {error}") from None
-        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-            raise ArtifactError(f"{path}: the quantization_config is not readable ({error!r})") from None
-        out[path] = grid, bool(group.get("input_activations") or group.get("output_activations"))
-    return out
-
-
 def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
     """Shape of the weight on `grid` that `tensors` are; the words of `pack-quantized` do not tell, so it is stored.
 
@@ -219,35 +191,6 @@ def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]
         *rows, pairs = tensors["weight_packed"].shape
         return (*rows, 2 * pairs)
     return tuple(tensors["weight"].shape)
-
-
-def _group_of(path: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group of a configuration whose targets name the layer at `path`: its path or its end, a pattern, or its class."""
-    for fits in (
-        lambda t: path == t or path.endswith(f".{t}"),
-        lambda t: t[:3] == "re:" and re.match(t[3:], path),
-        bool,
-    ):
-        for group in groups.values():
-            if any(fits(target) for target in group["targets"]):
-                return dict(group)
-    raise ArtifactError("no group of the quantization_config speaks of it")
-
-
-def _grid(weights: Mapping[str, Any], form: str) -> Grid:
-    bits, kind, strategy, size = (weights[key] for key in ("num_bits", "type", "strategy", "group_size"))
-    sizes = {"channel": "row", "tensor": "tensor", "group": size, "tensor_group": size}
-    element = f"int{bits}" if kind == "int" else {4: "e2m1", 8: "e4m3"}.get(bits)
-    if strategy not in sizes or element is None or weights.get("actorder"):
-        raise ArtifactError(
-            f"qkit has no grid for {bits} bits of {kind} by {strategy}, actorder {weights.get('actorder')}"
-        )
-    if form not in FORMATS:
-        raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")
-    if kind == "int":
-        return Grid(element, sizes[strategy], "midmax" if weights["symmetric"] else "minmax")
-    rule = {"nvfp4-pack-quantized": "nvfp4", "float-quantized": "rceil"}.get(form, "even")
-    return Grid(element, sizes[strategy], rule)
 
 
 def _arguments(grid: Grid) -> dict[str, Any]:
@@ -281,6 +224,20 @@ def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:
 
     stored: NDArray[Any] = scale.astype(ml_dtypes.bfloat16) if q.dtype == "bfloat16" else scale
     return stored.reshape(-1) if q.grid.group == "tensor" else stored
+
+
+def _tensor_scale(stored: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The power of two of an NVFP4 tensor, shape (), whose reciprocal is stored (R9).
+
+    Raises:
+        ArtifactError: it is none that R9 gives, for a tensor whose magnitudes are below 2^127.
+    """
+    value = float(stored.reshape(()))
+    sound = math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5
+    if not sound or not TENSOR_SCALES[0] <= 1 / value <= TENSOR_SCALES[1]:
+        low, high = (int(math.log2(1 / bound)) for bound in reversed(TENSOR_SCALES))
+        raise ArtifactError(f"weight_global_scale is {value}: want a power of two from 2^{low} to 2^{high}")
+    return np.asarray(np.float32(1 / value))
 
 
 def _zeros(stored: NDArray[Any], grid: Grid, scale_shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -6,9 +6,13 @@ Read off mlx-lm 0.32.2 (`utils.load_model`, `models/*.py`).
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from numpy.typing import NDArray
+
 from qkit.errors import ArtifactError
-from qkit.formats.mlx_lm import MODES, Container
+from qkit.formats import settings
+from qkit.formats.mlx_lm import MODES, Container, layout
 from qkit.formats.rope import ropes, spell_rope
+from qkit.grid import Grid
 from qkit.reference import packing
 
 _LLAMA = frozenset({"rope_theta", "rope_scaling"})
@@ -84,11 +88,13 @@ def containers(quantization: Mapping[str, Any], shapes: Mapping[str, tuple[tuple
         shapes: by path, the shapes of `weight` and `scales`.
 
     Raises:
-        ArtifactError: it says nothing, or what the shapes contradict.
+        ArtifactError: it says nothing, what the shapes contradict, or anything that qkit does not carry out; see `settings`.
     """
+    settings.check_mlx(quantization, shapes)
     out: dict[str, tuple[Container, tuple[int, ...]]] = {}
     for path, (weight, scales) in shapes.items():
-        table = quantization.get(path, quantization)
+        table = quantization.get(path, True)
+        table = quantization if table is True else table
         try:
             mine = Container(str(table.get("mode", "affine")), int(table["bits"]), int(table["group_size"]))
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -102,3 +108,29 @@ def containers(quantization: Mapping[str, Any], shapes: Mapping[str, tuple[tuple
             raise ArtifactError(f"{path}: {list(weight)} words and {list(scales)} scales are not those of {mine.table}")
         out[path] = mine, (*weight[:-1], inputs)
     return out
+
+
+def check_told(
+    config: Mapping[str, Any], grids: Mapping[str, Grid | None], tensors: Mapping[str, NDArray[Any]]
+) -> None:
+    """Compares what mlx-lm is told of qkit's own export with the grids that the metadata name.
+
+    Args:
+        grids: by path, as qkit has it.
+        tensors: as the files name them.
+
+    Raises:
+        ArtifactError: a layer is another container to mlx-lm, or it is told of anything that qkit does not carry out.
+    """
+    said = settings.quantization_of(config)
+    settings.check_alike(said)
+    ours = {outward(f"{path}.", config)[:-1]: grid for path, grid in grids.items()}
+    shapes = {
+        path: (tensors[f"{path}.weight"].shape, tensors[f"{path}.scales"].shape)
+        for path in ours
+        if f"{path}.weight" in tensors and f"{path}.scales" in tensors
+    }
+    for path, (container, shape) in containers(said["quantization"], shapes).items():
+        grid = ours[path]
+        if grid is not None and container != layout(grid, shape[-1]):
+            raise ArtifactError(f"{path}: config.json has it as {container.table}, and the metadata on {grid}")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qkit.element import MAX_SCALE_CODE, MIN_SCALE, MIN_SCALE_CODE
 from qkit.engines.layer import Layer
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Modules
 from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
@@ -122,7 +122,7 @@ def gradients(
     return made
 
 
-def learned_codes(engine: Backend, model: Any, layer: Layer, grid: Grid) -> QTensor[NDArray[Any]]:
+def learned_codes(engine: Modules, model: Any, layer: Layer, grid: Grid) -> QTensor[NDArray[Any]]:
     """What a prepared layer of `model`, whose weight is finite, has learned, as codes.
 
     Raises:

@@ -5,15 +5,72 @@ shortened to 12 significant bits, which makes every product of two exact in floa
 compiled or not, each engine then makes the same merged weight. Exact but for products below 2^-126, which no grid can see.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.adapters.update import Floats, Update
 from qkit.element import MIN_SCALE
+from qkit.errors import QkitError
+
+Kind = Literal["lora", "dora"]
+KINDS: tuple[Kind, ...] = ("lora", "dora")
+Floats = NDArray[np.float32]
 
 DROPPED = 12  #: of float32's 24 significant bits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """The adapter of one layer, as NumPy arrays: the merged weight is W + scale * B A, see `merged`.
+
+    Attributes:
+        a: float32 [rank, inputs].
+        b: float32 [outputs, rank].
+        scale: what the product is multiplied by.
+        magnitude: `dora` only: float32 [outputs], the length of each row of the merged weight.
+
+    Raises:
+        QkitError: shapes do not fit each other, or a value is not finite.
+    """
+
+    a: Floats
+    b: Floats
+    scale: float
+    magnitude: Floats | None = None
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or len(self.a) != self.b.shape[1] or not len(self.a):
+            raise QkitError(
+                f"an adapter's A is {self.a.shape} and its B {self.b.shape}: want [rank, inputs], [outputs, rank]"
+            )
+        if self.magnitude is not None and self.magnitude.shape != (len(self.b),):
+            raise QkitError(
+                f"an adapter's magnitude is {self.magnitude.shape} and its B {self.b.shape}: want [outputs]"
+            )
+        if not np.isfinite(self.scale) or not all(np.isfinite(array).all() for array in self.parts().values()):
+            raise QkitError("an adapter holds a NaN or an infinity: find what made it before you use it")
+
+    @property
+    def kind(self) -> Kind:
+        """`lora` or `dora`."""
+        return "lora" if self.magnitude is None else "dora"
+
+    @property
+    def rank(self) -> int:
+        """Of the product."""
+        return len(self.a)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that it updates: (outputs, inputs)."""
+        return len(self.b), self.a.shape[1]
+
+    def parts(self) -> dict[str, Floats]:
+        """The arrays by name, without the absent one."""
+        named: dict[str, Any] = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        return {name: array for name, array in named.items() if array is not None}
 
 
 def merged(w: NDArray[Any], update: Update) -> Floats:

@@ -1,5 +1,7 @@
 """The law: the codes, scales and values of every grid, in NumPy. Every backend mirrors this file function by function.
 
+R0 to R13, here and elsewhere, are the laws of numerics.md, which says the same in words.
+
 Arithmetic is fp32, one rounding per operation, in the order written. Tensors are grouped first, [..., n] -> [..., groups,
 group]; whatever belongs to a group is an array [..., groups]. Whether a tensor is finite is asked before, by whoever wants
 codes: here a group that holds a NaN or an infinity just comes back as NaN from `fake_quantize`.

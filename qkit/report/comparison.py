@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qkit import pipeline
 from qkit.artifact.directory import read_config
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model
 from qkit.reference.packing import Packed
@@ -47,7 +47,7 @@ class Sources:
     longer: Path | None = None
 
 
-def compare(engine: Backend, sources: Sources, rows: NDArray[np.int32], *, progress: Progress) -> Comparison:
+def compare(engine: Builds, sources: Sources, rows: NDArray[np.int32], *, progress: Progress) -> Comparison:
     """The comparison of `sources` on `rows` [windows, length + 1]; the float model and one other are in memory at a time.
 
     Raises:
@@ -60,7 +60,7 @@ def compare(engine: Backend, sources: Sources, rows: NDArray[np.int32], *, progr
 class _Work:
     """The models one after another, and what is kept of each."""
 
-    def __init__(self, engine: Backend, sources: Sources, rows: NDArray[np.int32], progress: Progress) -> None:
+    def __init__(self, engine: Builds, sources: Sources, rows: NDArray[np.int32], progress: Progress) -> None:
         self.engine, self.sources, self.rows, self.progress = engine, sources, rows, progress
         self.found: dict[str, tuple[str, str, Evaluation]] = {}  # by the row's name: grid, source, what was measured
         self.weights: dict[str, dict[str, Packed]] = {}

@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.errors import ArtifactError, StageError
 from qkit.rules import Recipe, Rule
 from qkit.storage.arrays import read_file
-from qkit.training.checkpoint import KEY
+from qkit.training.checkpoint import KEY, PATTERN
+from qkit.training.folder import beside
 
 WEIGHTS = "weights."  #: before the names of the weights in a checkpoint
 
 
-def dequantized(engine: Backend, model: Any, *, into: Any) -> Any:
+def dequantized(engine: Builds, model: Any, *, into: Any) -> Any:
     """`into`, a float model of the same architecture, with the values of the converted `model`.
 
     Raises:
@@ -33,12 +34,11 @@ def dequantized(engine: Backend, model: Any, *, into: Any) -> Any:
 
 def newest_checkpoint(trained: Path) -> Path | None:
     """The last checkpoint that `qkit train` left beside the artifact `trained`, if there is one; none of a run with adapters."""
-    beside = trained.absolute().with_name(f"{trained.absolute().name}.run")
-    found = max(beside.glob("checkpoint-*.safetensors"), default=None)
+    found = max(beside(trained).glob(PATTERN), default=None)
     return None if found is None or _has_adapter(read_file(found)[1]) else found
 
 
-def of_checkpoint(engine: Backend, file: Path, config: Mapping[str, Any] | None) -> Any:
+def of_checkpoint(engine: Builds, file: Path, config: Mapping[str, Any] | None) -> Any:
     """The float model of `config` with the master weights in a checkpoint of `qkit train`, in their type.
 
     Raises:
@@ -64,7 +64,7 @@ def _has_adapter(metadata: Mapping[str, str]) -> bool:
         return False
 
 
-def recipe_of(engine: Backend, model: Any) -> Recipe:
+def recipe_of(engine: Builds, model: Any) -> Recipe:
     """The recipe that the layers of a converted `model` are on, path by path; called after the grid that most of them have.
 
     Raises:

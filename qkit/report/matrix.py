@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.evaluation import Evaluation, evaluate
 
 
 def matrix(
-    engine: Backend,
+    engine: Builds,
     trained: Mapping[str, Callable[[], Any]],
     deploy: Mapping[str, Callable[[Any], Any]],
     rows: NDArray[np.int32],

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Modules
 from qkit.formats.packed import pack, unpack
 from qkit.qtensor import QTensor
 from qkit.reference.packing import Packed
@@ -35,7 +35,7 @@ class Move:
     error: float
 
 
-def packed_weights(engine: Backend, model: Any) -> dict[str, Packed]:
+def packed_weights(engine: Modules, model: Any) -> dict[str, Packed]:
     """The quantized weights of a converted `model` by their layer's path, each once, as small as in files."""
     return {
         layer.path: pack(engine.unpack(layer.module).map(engine.to_numpy))

@@ -10,8 +10,10 @@ from qkit.report.charts import Bar, bars, columns
 from qkit.report.findings import Comparison
 from qkit.report.footer import footer
 from qkit.report.moves import Move
+from qkit.report.place import check_report
 from qkit.report.style import CSS
 from qkit.report.words import nats, nats_between, share, share_between, summary, tone
+from qkit.storage.staging import replaced_file
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -62,10 +64,15 @@ def page(found: Comparison, source: About, *, title: str) -> str:
 
 
 def write(folder: Path, found: Comparison, source: About, *, title: str) -> Path:
-    """Puts report.html and report.json into `folder`, made if need be; returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(to_json(found, source), encoding="utf-8")
-    (folder / "report.html").write_text(page(found, source, title=title), encoding="utf-8")
+    """Puts report.html and report.json into `folder`, made if need be; returns the page.
+
+    Raises:
+        ArtifactError, PlanError: see `check_report`.
+    """
+    check_report(folder)
+    for name, text in (("report.json", to_json(found, source)), ("report.html", page(found, source, title=title))):
+        with replaced_file(folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 

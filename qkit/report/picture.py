@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from qkit.report.findings import Comparison
+from qkit.report.place import SOFTWARE
 from qkit.report.words import nats, summary, tone
+from qkit.storage.staging import replaced_file
 
 COLORS = {"float": "#8b939d", "ptq": "#c77d1e", "longer": "#e3bd8a", "qat": "#12786f", "moved": "#7456b3"}
 
@@ -35,4 +37,5 @@ def draw(found: Comparison, file: Path, *, title: str) -> None:
     axes.set_xlabel(f"nats per token above {found.baseline}, 95 % intervals, paired window by window")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
     axes.set_title(summary(found), loc="left", fontsize="small", color="#5e6670", wrap=True, parse_math=False)
-    figure.savefig(file, dpi=140)
+    with replaced_file(file) as aside:
+        figure.savefig(aside, dpi=140, metadata=SOFTWARE)

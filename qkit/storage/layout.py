@@ -11,6 +11,7 @@ from math import prod
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000  #: a directory with more than this in tensors is sharded
+FILE_TENSORS = 150_000  #: most tensors of one file; a directory with more is sharded
 
 #: By the format's word for it, in the order in which safetensors writes them, the last first: NumPy's name, bytes of one.
 DTYPES = {
@@ -101,7 +102,7 @@ def _shards(slots: Sequence[Slot], most: int) -> list[list[Slot]]:
     shards: list[list[Slot]] = [[]]
     room = most
     for slot in slots:
-        if slot.nbytes > room and shards[-1]:
+        if (slot.nbytes > room or len(shards[-1]) == FILE_TENSORS) and shards[-1]:
             shards.append([])
             room = most
         shards[-1].append(slot)

@@ -27,7 +27,10 @@ class Pen:
         if running.end == offset:  # what comes in order is digested as it comes
             running.digest.update(data)
             running.end += len(data)
-        write_all(self._open(place.file), data, place.begin + offset)
+        try:
+            write_all(self._open(place.file), data, place.begin + offset)
+        except OSError as error:  # the system does not say of which file
+            raise OSError(error.errno, error.strerror, str(self._folder / place.file)) from None
         return len(data)
 
     def digest(self, name: str) -> str:
@@ -48,7 +51,7 @@ class Pen:
 
     def _open(self, file: str) -> int:
         if file not in self._opened:
-            self._opened[file] = os.open(self._folder / file, os.O_RDWR | os.O_CLOEXEC)
+            self._opened[file] = os.open(self._folder / file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         return self._opened[file]
 
 

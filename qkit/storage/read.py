@@ -1,17 +1,26 @@
 """A directory of safetensors files as it is found: hostile until checked. Headers are read, and no tensor."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError
-from qkit.storage.layout import DTYPES, INDEX, SINGLE, Slot
+from qkit.intake import TEXT_BYTES, check_regular, parse_json, parse_table, read_text
+from qkit.storage.layout import DTYPES, FILE_TENSORS, INDEX, SINGLE, Slot
 
+TENSORS: Final = 500_000  #: most of a directory; the largest models that are known have 211,000
+HEADER_BYTES: Final = 100_000_000  #: most bytes of a header, by the format itself
+METADATA_BYTES: Final = 1 << 24  #: most bytes of its metadata: 16.8 MB
+INDEX_BYTES: Final = 1 << 28  #: most bytes of an index of shards, or of a list of digests: 268 MB
+NAME: Final = 1000  #: most characters of a tensor's name
+AXES: Final = 16  #: most axes of a tensor
+NUMBERS: Final = 1 << 60  #: its numbers are fewer than this, axes of 0 counted as 1
+FEWER: Final = "stack them, or split the model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -28,13 +37,19 @@ class Stored:
     begin: int
 
     def mapped(self) -> NDArray[Any]:
-        """Its values, mapped read-only."""
+        """Its values, mapped read-only.
+
+        Raises:
+            ArtifactError: it holds booleans, and a byte is neither 0 nor 1.
+        """
         import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
 
         dtype = np.dtype(DTYPES[self.slot.dtype][0])
         if not self.slot.nbytes:
             return np.empty(self.slot.shape, dtype)
         data = np.memmap(self.file, np.uint8, mode="r", offset=self.begin, shape=(self.slot.nbytes,))
+        if self.slot.dtype == "BOOL":
+            check_bools(data, name=f"{self.file}: {self.slot.name}")
         return data.view(np.ndarray).view(dtype).reshape(self.slot.shape)
 
 
@@ -61,6 +76,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata: dict[str, str] = {}
     for shard in shards:
         found, extra = read_file(inside(folder, shard))
+        if len(tensors) + len(found) > TENSORS:
+            raise ArtifactError(f"{folder} has more than {TENSORS:,} tensors, and qkit opens no larger models: {FEWER}")
         metadata = metadata or extra
         for name, stored in found.items():
             if places is not None and places.get(name) != shard:
@@ -84,35 +101,71 @@ def read_file(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
     if not file.exists():
         raise MissingError(f"{file} is missing: fetch it again")
+    size = check_regular(file)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= min(size - 8, HEADER_BYTES) else b""
     try:
         with safe_open(file, framework="np") as opened:
             metadata = dict(opened.metadata() or {})
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
-    except (OSError, SafetensorError, ValueError) as error:
+        table = parse_table(header)
+    except (SafetensorError, ValueError) as error:
         raise ArtifactError(f"{file}: {error}: fetch it again") from None
-    header.pop("__metadata__", None)
+    if sum(len(key) + len(value) for key, value in metadata.items()) > METADATA_BYTES:
+        raise ArtifactError(
+            f"{file} has more than {METADATA_BYTES:,} bytes of metadata: remove them, or fetch it again"
+        )
+    table.pop("__metadata__", None)
+    if len(table) > FILE_TENSORS:
+        raise ArtifactError(
+            f"{file} has {len(table):,} tensors, and qkit opens at most {FILE_TENSORS:,} in a file: {FEWER}"
+        )
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which qkit does not read: cast or drop it")
+    for name, entry in table.items():
+        _check_entry(name, entry, file)
         slot = Slot(name, entry["dtype"], tuple(entry["shape"]))
         tensors[name] = Stored(slot, file, 8 + length + entry["data_offsets"][0])
     return tensors, metadata
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file.
+def _check_entry(name: str, entry: Mapping[str, Any], file: Path) -> None:
+    """Refuses what no model has, and what other programs that go by names and shapes would stumble over."""
+    if not name or len(name) > NAME or not name.isprintable():
+        raise ArtifactError(f"{file}: {name[:NAME]!r} is no name of a tensor: want 1 to {NAME:,} printable characters")
+    if name[0] in "/\\" or ".." in name.replace("\\", "/").split("/"):
+        raise ArtifactError(
+            f"{file}: the name {name!r} is a path out of the folder, where tensors are written to files"
+        )
+    if entry["dtype"] not in DTYPES:
+        raise ArtifactError(f"{file}: {name} is {entry['dtype']}, which qkit does not read: cast or drop it")
+    shape = entry["shape"]
+    if len(shape) > AXES or prod(max(n, 1) for n in shape) >= NUMBERS:
+        raise ArtifactError(f"{file}: {name} has the shape {shape!r:.200}: want at most {AXES} axes and 2^60 numbers")
+
+
+def check_bools(data: NDArray[np.uint8], *, name: str) -> None:
+    """Raises:
+    ArtifactError: a byte of the booleans `name` is neither 0 nor 1, so that programs disagree on what it is.
+    """
+    if data.size and data.max() > 1:
+        place = int(np.argmax(data > 1))
+        raise ArtifactError(f"{name} holds the byte {int(data[place])} at {place}, which is no boolean: fetch it again")
+
+
+def read_json(file: Path, *, most: int = TEXT_BYTES) -> dict[str, Any] | None:
+    """The object in a JSON file of at most `most` bytes; None where there is no file.
 
     Raises:
-        ArtifactError: it holds anything else, or a key twice.
+        ArtifactError: it holds anything else, or a key twice; or it is no regular file, or too long.
+        OSError: it cannot be read.
     """
     if not file.exists():
         return None
     try:
-        table = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError, OSError) as error:
+        table = parse_json(read_text(file, most=most))
+    except ArtifactError:
+        raise
+    except ValueError as error:
         raise ArtifactError(f"{file}: not a JSON object ({error}): fetch it again") from None
     if not isinstance(table, dict):
         raise ArtifactError(f"{file}: not a JSON object but a {type(table).__name__}: fetch it again")
@@ -123,11 +176,13 @@ def inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`, where it is one that lies there, or in the blobs of the hub's cache.
 
     Raises:
-        ArtifactError: it is a path, or a link to somewhere else.
+        ArtifactError: it is a path, or a link to somewhere else or to nothing.
     """
     file, home = folder / name, folder.resolve()
-    if Path(name).name != name:
+    if Path(name).name != name or not name.isprintable():
         raise ArtifactError(f"{folder / INDEX}: {name!r} is not a file of this folder: mend the index")
+    if file.is_symlink() and not file.exists():
+        raise ArtifactError(f"{file} is a link to nothing, or to itself: put the file itself there")
     homes = {home}
     if home.parent.name == "snapshots":  # read off huggingface_hub 2.4: snapshots/REVISION/FILE links to blobs/DIGEST
         homes.add(home.parent.parent / "blobs")
@@ -142,8 +197,10 @@ def is_pickle(name: str) -> bool:
 
 
 def _index(file: Path) -> dict[str, str]:
-    table = read_json(inside(file.parent, file.name)) or {}
+    table = read_json(inside(file.parent, file.name), most=INDEX_BYTES) or {}
     places = table.get("weight_map")
+    if isinstance(places, Mapping) and len(places) > TENSORS:
+        raise ArtifactError(f"{file} names {len(places):,} tensors, and qkit opens at most {TENSORS:,}: {FEWER}")
     if not isinstance(places, Mapping) or not all(isinstance(shard, str) for shard in places.values()) or not places:
         raise ArtifactError(f"{file}: not an index of shards: weight_map has to name a file for every tensor")
     for name, shard in places.items():
@@ -162,12 +219,3 @@ def _no_weights(folder: Path, strays: list[str]) -> str:
             "or a machine that you can lose write it as safetensors"
         )
     return f"{folder} has neither {SINGLE} nor {INDEX}: name the directory of a model"
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ValueError(f"{key!r} stands twice")
-        table[key] = value
-    return table

@@ -7,9 +7,9 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from shutil import rmtree
 
 from qkit.errors import LockedError
+from qkit.storage.marks import remove
 
 AT_FDCWD = -100
 PATIENCE = 1.0  #: seconds to wait for a lock
@@ -26,7 +26,7 @@ def lock(file: Path) -> int:
     """
     deadline = time.monotonic() + PATIENCE
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         with suppress(FileNotFoundError, BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
@@ -37,32 +37,34 @@ def lock(file: Path) -> int:
         time.sleep(PATIENCE / 20)
 
 
-def put_in_place(new: Path, folder: Path) -> None:
-    """`new` becomes `folder`; what was there is removed. Killed at any moment, `folder` is the old one or the new one.
+def put_in_place(new: Path, folder: Path, previous: Path) -> bool:
+    """`new` becomes `folder`. Killed at any moment, `folder` is the old one or the new one. The caller removes the old one.
 
-    Where the system cannot exchange two directories in one step there is a moment without either, which `recover` mends.
+    It is in the place of `new`; or, if this returns True, it is `previous`: where the system cannot exchange two directories in
+    one step there is a moment without either, which `recover` mends.
     """
-    if not folder.exists():
+    if not folder.exists() or not any(folder.iterdir()):
         os.rename(new, folder)
     elif not _exchange(new, folder):
-        os.rename(folder, _old(folder))
+        os.rename(folder, previous)
         try:
             os.rename(new, folder)
         except OSError:
-            os.rename(_old(folder), folder)
+            os.rename(previous, folder)
             raise
-        new = _old(folder)
+        sync_folder(folder.parent)
+        return True
     sync_folder(folder.parent)
-    rmtree(new, ignore_errors=True)
+    return False
 
 
-def recover(folder: Path) -> None:
-    """Puts back the old directory if a `put_in_place` was killed between its two steps."""
-    if _old(folder).exists():
+def recover(folder: Path, previous: Path) -> None:
+    """Puts back the old directory if a `put_in_place` was killed between its two steps; removes it if after both."""
+    if previous.exists():
         if folder.exists():
-            rmtree(_old(folder))
+            remove(previous)
         else:
-            os.rename(_old(folder), folder)
+            os.rename(previous, folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -72,10 +74,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 def _exchange(one: Path, other: Path) -> bool:

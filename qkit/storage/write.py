@@ -3,19 +3,20 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 from types import TracebackType
 
 from qkit.errors import ArtifactError, QkitError
 from qkit.storage import swap
+from qkit.storage.destination import check_place, destination
 from qkit.storage.layout import INDEX, SHARD_BYTES, Slot, lay_out
+from qkit.storage.marks import MARK, SEAL
 from qkit.storage.place_writer import CHUNK, Pen, write_all
+from qkit.storage.staging import Staging, write_synced
 
-SEAL = "qkit.json"  #: in the directory: what was written, with a digest for every tensor
 FLUSH = 64 << 20  #: bytes that are closed before they are sent to the disk
 
 
@@ -56,7 +57,7 @@ class Output:
     by the system's fault leaves nothing behind.
 
     Args:
-        folder: made, or replaced if it is one that this class wrote.
+        folder: made, or replaced if it is one that this class wrote; links are followed to the real place first.
         slots: every tensor.
         metadata: of every weights file: at most one key.
         files: the other files by name, as bytes or as a file to copy.
@@ -65,6 +66,7 @@ class Output:
 
     Raises:
         ArtifactError: `folder` is not one to replace, or an interrupted run with another fingerprint is in the way.
+        PlanError: its disk is read-only; see `check_directory`.
         LockedError: another process writes `folder`.
         OSError: the disk is full, and so on.
     """
@@ -79,14 +81,12 @@ class Output:
         shard_bytes: int = SHARD_BYTES,
         fingerprint: str = "",
     ) -> None:
-        self.folder = folder.absolute()
-        if not self.folder.name:
-            raise ArtifactError(f"{folder} is no name for a directory: choose one of its own")
+        self._place = destination(folder)
+        self._staging = Staging(self._place)
         self.layout = lay_out(slots, metadata=metadata, shard_bytes=shard_bytes)
         self.files = {**files, **({INDEX: self.layout.index.encode()} if self.layout.index else {})}
         self.fingerprint = fingerprint and self._fingerprint(fingerprint)
-        self.aside = self.folder.with_name(f".{self.folder.name}.writing")
-        self.journal = self.folder.with_name(f".{self.folder.name}.journal")
+        self.aside = self._place.aside
         self._digests: dict[str, str] = {}
         self._opened: dict[str, int] = {}
         self._pen = Pen(self.aside, self.layout.places)
@@ -106,11 +106,9 @@ class Output:
         return sum(self.layout.sizes.values()) + others + len(self._seal(dict.fromkeys(self.layout.places, _sha([]))))
 
     def __enter__(self) -> "Output":
-        check_replaceable(self.folder)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = swap.lock(self.journal)
+        check_place(self._place)
         try:
-            swap.recover(self.folder)
+            self._staging.take()
             self._begin(self._read_journal())
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -124,7 +122,7 @@ class Output:
     def close(self, name: str, *, digest: str | None = None) -> None:
         """Says that every byte of tensor `name` is written; `digest` is what a `Pen` of another process gave for it."""
         self._digests[name] = digest or self._pen.digest(name)
-        self._note([name, self._digests[name]])
+        self._staging.note([name, self._digests[name]])
         self._unflushed += self.layout.places[name].nbytes
         if self._unflushed > FLUSH:  # the disk works while the next tensors are made
             self._unflushed = 0
@@ -139,19 +137,16 @@ class Output:
             raise
         else:
             self._tidy(error)
-        finally:
-            self._flusher.shutdown()
-            self._pen.close()
-            for descriptor in (*self._opened.values(), self._lock):
-                os.close(descriptor)
-            self._opened.clear()
 
     def _tidy(self, error: BaseException | None) -> None:
-        """Removes what is aside, unless another run can use it."""
-        resumable = self.fingerprint and not isinstance(error, QkitError)
-        if error is None or not (resumable or isinstance(error, _Mismatch)):
-            rmtree(self.aside, ignore_errors=True)
-            self.journal.unlink(missing_ok=True)
+        """Lets go of everything; removes what is aside, unless another run can use it."""
+        self._flusher.shutdown()
+        self._pen.close()
+        for descriptor in self._opened.values():
+            os.close(descriptor)
+        self._opened.clear()
+        resumable = isinstance(error, _Kept) or (error and not isinstance(error, QkitError))
+        self._staging.release(keep=bool(self.fingerprint and resumable))
 
     # beginning, or going on
 
@@ -164,13 +159,14 @@ class Output:
 
     def _read_journal(self) -> dict[str, str]:
         """What an interrupted run with the same fingerprint had closed."""
-        lines = os.pread(self._lock, os.fstat(self._lock).st_size, 0).decode(errors="replace").splitlines()
-        entries = [entry for line in lines if (entry := _entry(line))]  # a kill may have cut the last line
+        entries = [
+            entry for line in self._staging.journal if (entry := _entry(line))
+        ]  # a kill may have cut the last line
         before = entries[0][1] if entries and entries[0][0] == "fingerprint" else ""
-        if not self.aside.exists() or not before or not self.fingerprint:
+        if not self._staging.is_reusable() or not before or not self.fingerprint:
             return {}
         if before != self.fingerprint:
-            raise _Mismatch(
+            raise _Kept(
                 f"{self.aside} is from an interrupted run with another source, recipe or version of qkit: "
                 "repeat that run to finish it, or remove it"
             )
@@ -178,22 +174,18 @@ class Output:
 
     def _begin(self, closed: Mapping[str, str]) -> None:
         if not closed:
-            rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(exist_ok=True)
+            self._staging.clear()
+        self._staging.begin()
         for file, header in self.layout.headers.items():
             path = self.aside / file
-            self._opened[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._opened[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             write_all(self._opened[file], header, 0)
             os.truncate(self._opened[file], self.layout.sizes[file])
-        os.truncate(self._lock, 0)
-        self._note(["fingerprint", self.fingerprint])
+        self._staging.start_journal(self.fingerprint)
         for name, digest in closed.items():  # what was closed is read again: the machine may have lost power since
             if name in self.layout.places and self._pen.digest(name) == digest:
                 self._digests[name] = digest
-                self._note([name, digest])
-
-    def _note(self, entry: list[str]) -> None:
-        write_all(self._lock, (json.dumps(entry) + "\n").encode(), os.fstat(self._lock).st_size)
+                self._staging.note([name, digest])
 
     # ending
 
@@ -201,15 +193,18 @@ class Output:
         if self.missing:
             raise RuntimeError(f"{self.missing[0]} was never closed")
         for stray in self.aside.iterdir():
-            if stray.name not in {*self.layout.headers, *self.files}:
+            if stray.name not in {*self.layout.headers, *self.files, MARK}:
                 stray.unlink()
         for name, content in {**self.files, SEAL: self._seal(self._digests)}.items():
-            _write_file(self.aside / name, _blocks(content))
+            write_synced(self.aside / name, _blocks(content))
         for flush in self._flushes:
             flush.result()  # the system tells a failed write once, and perhaps there
         self._sync()
         swap.sync_folder(self.aside)
-        swap.put_in_place(self.aside, self.folder)
+        try:
+            self._staging.put_in_place()
+        except ArtifactError as error:  # somebody has put something there meanwhile
+            raise _Kept(str(error)) from None
 
     def _sync(self) -> None:
         for descriptor in self._opened.values():
@@ -224,49 +219,8 @@ class Output:
         return (json.dumps(table, indent=1) + "\n").encode()
 
 
-class _Mismatch(ArtifactError):
-    """What is aside belongs to another run, and is not to be removed."""
-
-
-def check_replaceable(folder: Path) -> None:
-    """Refuses to replace what qkit did not write.
-
-    Raises:
-        ArtifactError: `folder` is a file, or holds anything that is not on the list that qkit wrote into it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file: choose another name")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    for entry in sorted(folder.iterdir()):
-        if not entry.is_file() or entry.name not in {*sealed(folder), SEAL}:
-            raise ArtifactError(f"{folder} holds {entry.name}, which save did not write: choose another folder")
-
-
-def sealed(folder: Path) -> Collection[str]:
-    """Names of the files that qkit wrote into `folder`.
-
-    Raises:
-        ArtifactError: qkit wrote none, or its list is not readable.
-    """
-    try:
-        return [str(name) for name in json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]]
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds a model that qkit did not write: choose another folder") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / SEAL}: not what qkit writes ({error!r}): choose another folder") from None
-
-
-def _write_file(file: Path, blocks: Iterable[bytes]) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        end = 0
-        for block in blocks:
-            write_all(descriptor, block, end)
-            end += len(block)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class _Kept(ArtifactError):
+    """The directory aside is not to be removed: it is another run's, or complete and its place is taken."""
 
 
 def _blocks(content: bytes | Path) -> Iterator[bytes]:

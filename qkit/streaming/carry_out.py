@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import native
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
 from qkit.formats.packed import pack
 from qkit.grid import Grid
 from qkit.reference.packing import Packed
+from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place
 from qkit.storage.place_writer import Pen
-from qkit.storage.read import Stored
+from qkit.storage.read import Stored, check_bools
 from qkit.streaming import fast_reference
 from qkit.streaming.blocks import (
     PATTERNS,
@@ -49,7 +50,7 @@ Digests = dict[str, str]
 Work = Callable[[Row, Mapping[str, Place]], Digests]
 
 
-def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: int, tick: Tick) -> Path:
+def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int, tick: Tick) -> Path:
     """Writes what `plan` says into `folder`, all or nothing; interrupted, it goes on where it was.
 
     Args:
@@ -59,10 +60,9 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
 
     Raises:
         RangeError: a weight holds what has no codes, or a copied tensor a NaN or an infinity.
-        ArtifactError, LockedError, OSError: see `Output`; or the source ended early.
+        ArtifactError, PlanError, LockedError, OSError: see `Output`; or the source ended early.
     """
-    if folder.resolve() == plan.folder.resolve():
-        raise ArtifactError(f"{folder} is the model itself: choose another folder")
+    check_apart(folder, plan.folder)
     with plan.output(folder, fingerprint=fingerprint(plan)) as output:
         missing = set(output.missing)
         rows = [row for row in plan.rows if any(slot.name in missing for slot in row.slots)]
@@ -78,6 +78,12 @@ def quantize_directory(plan: Plan, folder: Path, *, engine: Backend, workers: in
                 output.close(name, digest=digest)
             tick(row.stored.slot.name, row.stored.slot.nbytes)
     return folder
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raises ArtifactError where `out` is the place of `source`, the model to read."""
+    if destination(out).path == source.resolve():
+        raise ArtifactError(f"{out} is the model itself: choose another folder")
 
 
 def fingerprint(plan: Plan) -> str:
@@ -153,6 +159,8 @@ def _copy(row: Row, pen: Pen, reader: "_Reader") -> None:
     stored, size = row.stored, row.stored.slot.nbytes
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
+        if stored.slot.dtype == "BOOL":
+            check_bools(data, name=_name(stored))
         if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
             check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)
@@ -217,7 +225,7 @@ def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:
     return native.quantize_packed(w, grid) if native.available() else pack(fast_reference.quantize(w, grid))
 
 
-def _quantize_on(engine: Backend, w: NDArray[Any], grid: Grid) -> Packed:
+def _quantize_on(engine: Arrays, w: NDArray[Any], grid: Grid) -> Packed:
     return pack(engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy))
 
 

@@ -12,6 +12,7 @@ from qkit.artifact.metadata import KEY, Entry, describe, group
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.formats import compressed_tensors
+from qkit.formats.settings import quantization_of
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
 from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
@@ -112,8 +113,12 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     except MissingError as error:
         raise PlanError(str(error)) from None
     config = read_config(folder)
-    if config and (foreign := config.get("quantization_config")):
-        method = foreign.get("quant_method") if isinstance(foreign, Mapping) else "an unknown tool"
+    try:
+        foreign = next(filter(None, quantization_of(config).values()), None)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    if foreign:
+        method = foreign.get("quant_method", "an unknown tool")
         raise ArtifactError(
             f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
         )

@@ -93,7 +93,7 @@ class Activations(Surgery):
         grid, x = Grid("int8", "row", "minmax"), random((5, 256), 3)
         for make in (qkit.prepare, qkit.convert):
             plain, on_grid = (
-                self.engine.run(self._single(make, Rule(("*",), weight=WEIGHT, output=output)), x)
+                self.engine.run_layer(self._single(make, Rule(("*",), weight=WEIGHT, output=output)), x)
                 for output in (None, grid)
             )
             assert (on_grid == reference.fake_quantize(plain, grid)).all()
@@ -248,7 +248,7 @@ class Activations(Surgery):
     def _single(self, make: Any, rule: Rule) -> Any:
         """One layer, prepared or converted by `make`."""
         try:
-            return make(self.engine.make("linear", random((128, 256), 1)), recipe(rule), backend=self.engine)
+            return make(self.engine.make_layer("linear", random((128, 256), 1)), recipe(rule), backend=self.engine)
         except BackendError as error:
             pytest.skip(str(error))
 

@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.engines.protocol import Backend
+from qkit.engines.abilities import offers, require
+from qkit.engines.protocol import Arrays, Modules
 from qkit.engines.registry import backend as choose
 from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
@@ -41,12 +42,12 @@ class ArrayConformance:
     backend: ClassVar[str]
 
     @property
-    def engine(self) -> Backend:
+    def engine(self) -> Arrays:
         """The backend under test."""
         return choose(self.backend)
 
     def test_an_engine_with_modules_takes_the_whole_suite(self) -> None:
-        assert isinstance(self, Conformance) or not hasattr(self.engine, "layers")
+        assert isinstance(self, Conformance) or not offers(self.engine, Modules)
 
     @each_dtype
     @each_grid
@@ -135,7 +136,12 @@ class ArrayConformance:
 
 
 class Conformance(ArrayConformance, Activations, Kinds):
-    """All the laws. A subclass gives `backend`, what `Surgery` and `Kinds` ask for, and `gradient` if it has one."""
+    """All the laws. A subclass has `backend` and the models of `Surgery` and `Kinds`; and `gradient` if the engine has one."""
+
+    @property
+    def engine(self) -> Modules:
+        """The backend under test, which has modules."""
+        return require(choose(self.backend), Modules)
 
     def gradient(self, function: Callable[[Any], Any], x: Any) -> Any:
         """The gradient of the sum of `function(x)` with respect to `x`, an array of the engine."""
@@ -174,7 +180,7 @@ class Conformance(ArrayConformance, Activations, Kinds):
                 ).all()
 
 
-def _compiled(engine: Backend, grid: Grid, ste: Ste) -> Callable[[Any], Any]:
+def _compiled(engine: Arrays, grid: Grid, ste: Ste) -> Callable[[Any], Any]:
     compiled = engine.compile(lambda w: (engine.fake_quantize(w, grid, ste=ste),))
     return lambda w: compiled(w)[0]
 

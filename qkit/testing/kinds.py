@@ -27,13 +27,13 @@ class Kinds(Surgery):
         engine, w = self.engine, random((16, 256), 31)
         tokens, rule = np.array([[3, 0, 15], [3, 7, 1]], np.int32), Rule(("*",), kind="embedding", weight=grid)
         try:
-            prepared = engine.fake(engine.make("embedding", w), rule)
+            prepared = engine.prepare_layer(engine.make_layer("embedding", w), rule)
         except BackendError as error:
             pytest.skip(str(error))
         packed = engine.pack(prepared, engine.quantize(engine.weight(prepared), grid), rule)
         want = reference.fake_quantize(w, grid)[tokens]
-        assert (engine.run(prepared, tokens) == want).all()
-        assert (engine.run(packed, tokens) == want).all()
+        assert (engine.run_layer(prepared, tokens) == want).all()
+        assert (engine.run_layer(packed, tokens) == want).all()
 
     @common_grid
     def test_a_tied_head_stays_tied(self, grid: Grid, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ class Kinds(Surgery):
         first, head = engine.layers(model)
         assert (first.tied, head.tied) == ("", first.path)
         assert len(self._tensors(model)) == count
-        prepared = engine.run(model, tokens)
+        prepared = engine.run_layer(model, tokens)
         model = qkit.convert(model)
         assert [layer.tied for layer in engine.layers(model)] == ["", first.path]
         one, other = (self._parts(layer.module) for layer in engine.layers(model))
@@ -54,7 +54,7 @@ class Kinds(Surgery):
         qkit.save(model, tmp_path / "saved")
         loaded = qkit.load(tmp_path / "saved", into=self.tied_model())
         assert [layer.tied for layer in engine.layers(loaded)] == ["", first.path]
-        converted, again = engine.run(model, tokens), engine.run(loaded, tokens)
+        converted, again = engine.run_layer(model, tokens), engine.run_layer(loaded, tokens)
         assert np.abs(prepared - converted).max() <= self.tolerance * np.abs(prepared).max()
         assert (converted == again).all()
 

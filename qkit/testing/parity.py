@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Arrays
 from qkit.grid import Grid
 from qkit.qtensor import DType
 from qkit.testing.tensors import COUPLED_SHAPE, coupled, random, tensors
@@ -49,14 +49,12 @@ class Parity:
         return not (self.error or self.codes or self.scales or self.values)
 
 
-def compare(engine: Backend, grid: Grid, *, dtype: DType, compiled: bool, size: int) -> Parity:
+def compare(engine: Arrays, grid: Grid, *, dtype: DType, compiled: bool, size: int) -> Parity:
     """`engine` beside the reference on the tensors of `qkit.testing` and on `size` random numbers."""
     return next(compare_many(engine, [grid], dtype=dtype, compiled=compiled, size=size))
 
 
-def compare_many(
-    engine: Backend, grids: Iterable[Grid], *, dtype: DType, compiled: bool, size: int
-) -> Iterator[Parity]:
+def compare_many(engine: Arrays, grids: Iterable[Grid], *, dtype: DType, compiled: bool, size: int) -> Iterator[Parity]:
     """`compare` for each of `grids`; compiled ones several in one function, since compiling is slow."""
     grids = list(grids)
     if not compiled:
@@ -96,7 +94,7 @@ def static_parts(grid: Grid, w: NDArray[Any]) -> Outputs:
     return [part.reshape((1,) * w.ndim) for part in parts]
 
 
-def _outputs(engine: Backend, grid: Grid, w: Any, static: Sequence[Any]) -> list[Any]:
+def _outputs(engine: Arrays, grid: Grid, w: Any, static: Sequence[Any]) -> list[Any]:
     """Everything that is compared: codes and other parts, then values and masks."""
     q = engine.quantize(w, grid)
     made = [*q.parts().values(), engine.dequantize(q), engine.fake_quantize(w, grid), engine.unclipped(w, grid)]
@@ -106,7 +104,7 @@ def _outputs(engine: Backend, grid: Grid, w: Any, static: Sequence[Any]) -> list
     return [*made, engine.fake_quantize(w, grid, **given), engine.unclipped(w, grid, **given)]
 
 
-def _compare_compiled(engine: Backend, grids: Sequence[Grid], *, dtype: DType, size: int) -> list[Parity]:
+def _compare_compiled(engine: Arrays, grids: Sequence[Grid], *, dtype: DType, size: int) -> list[Parity]:
     """One function for all; where it fails, each alone, so that only those that fail are reported."""
     together = _compare(engine, grids, dtype=dtype, compiled=True, size=size)
     if len(grids) == 1 or not together[0].error:
@@ -114,7 +112,7 @@ def _compare_compiled(engine: Backend, grids: Sequence[Grid], *, dtype: DType, s
     return [_compare(engine, [grid], dtype=dtype, compiled=True, size=size)[0] for grid in grids]
 
 
-def _compare(engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: bool, size: int) -> list[Parity]:
+def _compare(engine: Arrays, grids: Sequence[Grid], *, dtype: DType, compiled: bool, size: int) -> list[Parity]:
     """Compares `grids` in one function of as many arrays."""
     results = [Parity(engine.name, grid, dtype, compiled) for grid in grids]
     function = _everything(engine, grids)
@@ -133,7 +131,7 @@ def _compare(engine: Backend, grids: Sequence[Grid], *, dtype: DType, compiled: 
     return results
 
 
-def _everything(engine: Backend, grids: Sequence[Grid]) -> Callable[..., tuple[Any, ...]]:
+def _everything(engine: Arrays, grids: Sequence[Grid]) -> Callable[..., tuple[Any, ...]]:
     static = [0 if grid.group != "tensor" else 1 if grid.symmetric else 2 for grid in grids]
 
     def everything(*given: Any) -> tuple[Any, ...]:

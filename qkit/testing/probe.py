@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.engines.protocol import Backend
+from qkit.engines.abilities import want_honored
+from qkit.engines.protocol import Modules
 from qkit.qtensor import DType
 from qkit.reference.ranges import static_scales
 from qkit.rules import Recipe, Rule
@@ -18,7 +19,7 @@ Outcome = Literal["native", "decoded", "missing"]
 
 INPUTS, OUTPUTS, ROWS = 512, 256, 48  #: of the layer that is probed, and how many rows run through it
 
-#: How far outputs may be apart, relative to abs(x) @ abs(w) (numerics, R13), and to themselves: each is rounded once.
+#: How far outputs may be apart, relative to abs(x) @ abs(w) (numerics.md, R13), and to themselves: each is rounded once.
 TOLERANCE = {"float32": (1e-6, 0.0), "bfloat16": (5e-4, 2**-7), "float16": (5e-4, 2**-10)}
 
 
@@ -33,7 +34,7 @@ class Probe:
         detail: on what it runs, or why it is decoded, or what went wrong.
         codes: how many codes and scales of the converted layer differ from the reference, out of `compared`.
         difference: largest difference of the prepared layer's outputs from the converted one's, relative to abs(x) @ abs(w).
-        within: whether all outputs are as near as the numerics demand (R13).
+        within: whether all outputs are as near as numerics.md demands (R13).
     """
 
     recipe: str
@@ -54,7 +55,7 @@ class Probe:
         return self.outcome != "missing" and not self.codes and self.within
 
 
-def probe(engine: Backend, recipe: Recipe, *, dtype: DType, device: str = "") -> Iterator[Probe]:
+def probe(engine: Modules, recipe: Recipe, *, dtype: DType, device: str = "") -> Iterator[Probe]:
     """Every rule with a weight of `recipe` on `engine`; `device` is what the answers call the place where it computes."""
     for rule in dict.fromkeys(replace(rule, match=("*",)) for rule in recipe.rules if rule.weight):
         tried = Probe(recipe.name, engine.name, device, dtype, rule.kind)
@@ -70,19 +71,20 @@ def worst(probes: Iterable[Probe]) -> Outcome:
     return next(outcome for outcome in ("missing", "decoded", "native") if outcome in outcomes)
 
 
-def _probe(engine: Backend, rule: Rule, tried: Probe) -> Probe:
+def _probe(engine: Modules, rule: Rule, tried: Probe) -> Probe:
     assert rule.weight is not None
     w = random((OUTPUTS, INPUTS), 11, tried.dtype)
     x: NDArray[Any] = random((ROWS, INPUTS), 12, tried.dtype)
     if rule.kind == "embedding":
         x = np.arange(OUTPUTS, dtype=np.int32)
-    prepared = engine.fake(engine.make(rule.kind, w), rule)
+    want_honored(engine, [rule], "prepare")
+    prepared = engine.prepare_layer(engine.make_layer(rule.kind, w), rule)
     if rule.range != "dynamic":
-        engine.forget(prepared)
-        engine.switch(prepared, "calibrating")
-        engine.run(prepared, x)
-        engine.switch(prepared, "on")
-    before = engine.run(prepared, x)
+        engine.clear_ranges(prepared)
+        engine.switch_mode(prepared, "calibrating")
+        engine.run_layer(prepared, x)
+        engine.switch_mode(prepared, "on")
+    before = engine.run_layer(prepared, x)
     ranges = {name.removesuffix("_range"): engine.to_numpy(a) for name, a in engine.tensors(prepared).items()}
     static = static_scales(rule, ranges, path=tried.recipe)
     packed = engine.pack(prepared, engine.quantize(engine.weight(prepared), rule.weight), rule, static=static)
@@ -91,7 +93,7 @@ def _probe(engine: Backend, rule: Rule, tried: Probe) -> Probe:
     made = engine.unpack(packed).map(engine.to_numpy).parts()
     values = reference.dequantize(wanted).astype(np.float64)
     scale = np.abs(x).astype(np.float64) @ np.abs(values).T if rule.kind == "linear" else np.abs(values)
-    after = engine.run(packed, x).astype(np.float64)
+    after = engine.run_layer(packed, x).astype(np.float64)
     apart = np.abs(before.astype(np.float64) - after)
     relative, rounding = TOLERANCE[tried.dtype]
     return replace(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import qkit
 from qkit import reference
 from qkit.engines.layer import Stage
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Modules
 from qkit.errors import ArtifactError, GridError, QkitError, RangeError, RecipeError, StageError
 from qkit.grid import Grid
 from qkit.rules import Recipe, Rule
@@ -48,7 +48,7 @@ class Surgery:
     tolerance: ClassVar[float] = 0.0
 
     @property
-    def engine(self) -> Backend:
+    def engine(self) -> Modules:
         """The backend under test."""
         raise NotImplementedError
 

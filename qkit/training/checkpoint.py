@@ -49,7 +49,7 @@ def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str
     aside = folder / ".checkpoint.writing"
     slots = [Slot(name, WORDS[array.dtype.name], array.shape) for name, array in state.items()]
     whole = lay_out(slots, metadata={KEY: json.dumps(about, sort_keys=True)}, shard_bytes=1 << 62)
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         write_all(descriptor, whole.headers[SINGLE], 0)
         for name, array in state.items():
@@ -72,19 +72,22 @@ def newest(folder: Path) -> Checkpoint | None:
     """The last checkpoint in `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is unsound, or not one of qkit's; the message names it.
+        ArtifactError: it is unsound, or not one of qkit's; the message names it, and the one before.
     """
     files = sorted(folder.glob(PATTERN))
     if not files:
         return None
-    state, metadata = read_file(files[-1])
+    before = f"go on from {files[-2].name}, the one before" if files[1:] else "begin anew: there is none before"
+    way_out = f"remove it to {before}"
+    try:
+        state, metadata = read_file(files[-1])
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {way_out}") from None
     try:
         about = dict(json.loads(metadata[KEY]))
         int(state["steps"])
     except (KeyError, ValueError, TypeError) as error:
-        raise ArtifactError(
-            f"{files[-1]} is no checkpoint of qkit's ({error!r}): remove it to go on from the one before"
-        ) from None
+        raise ArtifactError(f"{files[-1]} is no checkpoint of qkit's ({error!r}): {way_out}") from None
     return Checkpoint(files[-1], about, state)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.storage.staging import replaced_file
 from qkit.training.folder import read_log
 
 WIDTH = 20  #: steps that the line is the mean of
@@ -28,7 +29,8 @@ def draw_log(log: Path, picture: Path) -> None:
             axes.plot(*found.T, "o-", color="C1", label=name)
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend(fontsize="small")
-    figure.savefig(picture, dpi=120)
+    with replaced_file(picture) as aside:
+        figure.savefig(aside, dpi=120)
 
 
 def smooth(losses: NDArray[np.float64]) -> NDArray[np.float64]:

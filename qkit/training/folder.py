@@ -9,7 +9,9 @@ from typing import Any
 
 from qkit.errors import ArtifactError, RunError
 from qkit.storage import swap
-from qkit.storage.write import check_replaceable
+from qkit.storage.destination import check_directory, check_writable, destination
+from qkit.storage.marks import MARK, SEAL, check_own, mark
+from qkit.storage.staging import make_parents, remove_empty, replaced_file
 from qkit.training.checkpoint import Checkpoint
 
 LOCK, LOG = "lock", "log.jsonl"
@@ -22,41 +24,87 @@ FREE |= {"gradient_checkpointing", "compile"}
 
 
 def beside(out: Path) -> Path:
-    """The run folder of the artifact `out`."""
-    return out.absolute().with_name(f"{out.absolute().name}.run")
+    """The run folder of the artifact `out`: beside its real place, where `out` is a link."""
+    path = destination(out).path
+    return path.with_name(f"{path.name}.run")
 
 
 def check_out(out: Path, *, replace: bool) -> None:
-    """Refuses to overwrite anything that nobody asked to be overwritten.
+    """Refuses, before any work, what cannot be written, and to overwrite anything that nobody asked to be overwritten.
+
+    A model in `out` is let pass where the run in the folder beside it was killed after its last step: `check_saved` tells
+    whether it is that run's.
 
     Raises:
-        ArtifactError: `out` holds a model, and `replace` is false, or one that is not qkit's.
+        ArtifactError: `out` holds a model, and `replace` is false, or one that is not qkit's; or it is a mount point, which has
+            no room beside it; or see `check_directory`.
+        PlanError: the disk is read-only.
     """
-    if not out.absolute().name:
-        raise ArtifactError(f"{out} is no name for a directory: choose one of its own")
-    check_replaceable(out)
-    if out.exists() and any(out.iterdir()) and not replace:
+    place, folder = check_directory(out), beside(out)
+    if place.mounted:
         raise ArtifactError(
-            f"{out} holds a model already: choose another folder, or let it be replaced (replace = true)"
+            f"{out} is a mount point, and checkpoints go beside the model: choose a directory inside it, such as {out / 'model'}"
         )
+    run = destination(folder).path  # which may lie on another disk, by a link
+    _check_run_folder(run)
+    check_writable(run / LOCK)
+    if place.path.exists() and any(place.path.iterdir()) and not replace and not _was_ending(folder):
+        raise _holds_a_model(out)
+
+
+def _was_ending(folder: Path) -> bool:
+    """Whether the run in `folder` had taken its last step and not come to its end."""
+    events = read_log(folder / LOG)
+    steps = next((event["steps"] for event in reversed(events) if event["event"] in ("start", "resume")), None)
+    done = steps is not None and any(event["event"] == "checkpoint" and event["step"] == steps for event in events)
+    return done and events[-1]["event"] != "end"
+
+
+def _check_run_folder(folder: Path) -> None:
+    """`check_own`, but for a lock without content: nobody loses by it."""
+    if folder.is_dir() and os.listdir(folder) == [LOCK] and not (folder / LOCK).stat().st_size:
+        return
+    check_own(folder, folders=True)
+
+
+def check_saved(out: Path, again: Path) -> None:
+    """For a run that goes on from its last step: whether the model in `out` is the one that it makes, `again`.
+
+    Raises:
+        ArtifactError: it is another.
+    """
+    if (out / SEAL).read_bytes() != (again / SEAL).read_bytes():
+        raise _holds_a_model(out)
+
+
+def _holds_a_model(out: Path) -> ArtifactError:
+    return ArtifactError(f"{out} holds a model already: choose another folder, or let it be replaced (replace = true)")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """`folder`, made if need be, for one run at a time; if that leaves nothing in it, it is removed.
+    """`folder`, made and marked if need be, for one run at a time; if that leaves nothing in it, it is removed.
 
     Raises:
         LockedError: another process trains in it.
+        ArtifactError: it is somebody's own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = swap.lock(folder / LOCK)
+    real = destination(folder).path
+    _check_run_folder(real)
+    made, descriptor = make_parents(real), None
     try:
+        real.mkdir(exist_ok=True)
+        mark(real)
+        descriptor = swap.lock(real / LOCK)
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if descriptor is not None:
+            (real / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+            if real.is_dir() and {*os.listdir(real)} <= {MARK}:
+                (real / MARK).unlink(missing_ok=True)
+                os.rmdir(real)
+        remove_empty(made)
 
 
 def check_same(found: Checkpoint, about: Mapping[str, Any]) -> None:
@@ -96,7 +144,10 @@ class Log:
     def __init__(self, folder: Path, *, after: int) -> None:
         self.file = folder / LOG
         kept = [event for event in read_log(self.file) if event["step"] <= after]
-        self.file.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+        text = "".join(json.dumps(event) + "\n" for event in kept)
+        if not self.file.exists() or self.file.read_text(encoding="utf-8", errors="replace") != text:
+            with replaced_file(self.file) as aside:  # a full disk leaves the old one
+                aside.write_text(text, encoding="utf-8")
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Appends one event."""
@@ -107,9 +158,9 @@ class Log:
 def read_log(file: Path) -> list[dict[str, Any]]:
     """The events of a log; a last line that a kill cut off is left out."""
     events = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         try:
             events.append(dict(json.loads(line)))
-        except ValueError:
+        except (ValueError, TypeError):
             continue
     return events

@@ -5,13 +5,14 @@ from typing import Any
 
 from qkit import artifact
 from qkit.artifact.directory import read_config
-from qkit.engines.protocol import Backend
+from qkit.engines.abilities import require
+from qkit.engines.protocol import Builds, Trains
 from qkit.engines.registry import backend as choose
-from qkit.errors import BackendError, RunError
+from qkit.errors import RunError
 from qkit.exchange import snapshot
 from qkit.training.data import Sequences, sequences, split
 from qkit.training.run import Run
-from qkit.training.teacher import Tick, write_top
+from qkit.training.teacher import Tick, check_absent, write_top
 from qkit.training.text import find, read_text
 
 
@@ -25,17 +26,13 @@ def check_files(run: Run) -> None:
     find(run.held_out)
 
 
-def engine_of(run: Run) -> Backend:
+def engine_of(run: Run) -> Trains:
     """The engine that trains, on the run's device.
 
     Raises:
         BackendError: it cannot train, or has no such device.
     """
-    engine = choose(run.backend)
-    if not hasattr(engine, "trainer"):
-        raise BackendError(
-            f"backend {engine.name!r} cannot train: choose torchao or mlx, which come with pip install 'qkit[all]'"
-        )
+    engine = require(choose(run.backend), Trains)
     return engine.on(run.device) if run.device else engine
 
 
@@ -57,7 +54,7 @@ def text_of(run: Run, source: snapshot.Snapshot) -> tuple[Sequences, Sequences, 
     return data, sequences(other.tokens, length=run.length, name=other.name), text.kind
 
 
-def teacher_of(engine: Backend, folder: Path, source: snapshot.Snapshot) -> Any:
+def teacher_of(engine: Builds, folder: Path, source: snapshot.Snapshot) -> Any:
     """The teacher in `folder`, in its own type.
 
     Raises:
@@ -77,6 +74,7 @@ def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None)
     Raises:
         RunError: the run has no such teacher; or see `text_of` and `teacher_of`.
     """
+    check_absent(file)
     named = run.distillation.teacher if run.distillation else None
     if named is None or not named.is_dir():
         raise RunError(f"distillation.teacher is {named or 'not there'}: name the directory of a model")

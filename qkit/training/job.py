@@ -11,15 +11,16 @@ import numpy as np
 
 import qkit
 from qkit import adapters, artifact, pipeline
-from qkit.engines.protocol import Backend
-from qkit.engines.trainer import Trainer
+from qkit.engines.protocol import Trains
+from qkit.engines.trainer import Trainer, TrainerOptions
 from qkit.errors import DivergedError
 from qkit.exchange import snapshot
 from qkit.qtensor import DType
+from qkit.storage.marks import remove
 from qkit.switches import calibrating
 from qkit.training import checkpoint
 from qkit.training.data import Sequences
-from qkit.training.folder import Log, beside, check_out, check_same, locked, read_log
+from qkit.training.folder import Log, beside, check_out, check_same, check_saved, locked, read_log
 from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
 from qkit.training.model import describe, digest, dtype_of, opened
@@ -66,6 +67,8 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     Leaves the artifact in `run.out`, and in the folder beside it `log.jsonl` and the last two checkpoints. Adapters are merged
     into the artifact, and beside it in `adapter`, as peft's files.
 
+    `tell` has every event; the last, `end`, before the log has it: a run that is killed in it goes on.
+
     Raises:
         RunError: the run does not fit its model, its text, or the checkpoints that are there.
         DivergedError: the loss or a weight is no longer finite; the message names the last good checkpoint.
@@ -103,26 +106,29 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
             log.add({"event": event, "step": step, **more})
             tell({"event": event, "step": step, **more})
 
+        def end(step: int, **more: Any) -> None:
+            tell({"event": "end", "step": step, **more})
+            log.add(
+                {"event": "end", "step": step, **more}
+            )  # last: a run that is killed before has not ended, and goes on
+
         began = found.step if found else 0
         start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
         record("resume" if found else "start", began, **start, run=about["run"])
         seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began)
         outcome = _finish(run, engine, model, unseen, order, log, seconds, dtype=dtype_of(source))
-        record("end", steps, **asdict(outcome))
+        end(steps, **asdict(outcome))
         return outcome
 
 
-def _trainer(
-    run: Run, engine: Backend, model: Any, data: Sequences, source: snapshot.Snapshot
-) -> tuple[Trainer, Order]:
+def _trainer(run: Run, engine: Trains, model: Any, data: Sequences, source: snapshot.Snapshot) -> tuple[Trainer, Order]:
     teacher = top = None
     if run.distillation and run.distillation.teacher.is_file():
         vocabulary = vocabulary_of(run.model, source.config or {})
         top = read_top(run.distillation.teacher, data, vocabulary=vocabulary)
     elif run.distillation:
         teacher = teacher_of(engine, run.distillation.teacher, source)
-    trainer = engine.trainer(
-        model,
+    options = TrainerOptions(
         weight_decay=run.weight_decay,
         betas=run.betas,
         clip=run.clip,
@@ -134,10 +140,10 @@ def _trainer(
         distillation=run.distillation.loss if run.distillation else None,
         teacher=teacher,
     )
-    return trainer, Order(data, run.batch, run.accumulation, run.seed, top)
+    return engine.trainer(model, options), Order(data, run.batch, run.accumulation, run.seed, top)
 
 
-def _calibrate(engine: Backend, model: Any, order: Order) -> None:
+def _calibrate(engine: Trains, model: Any, order: Order) -> None:
     """Finds the static ranges that are not found by training itself."""
     if any(layer.rule and layer.rule.range == "calibrated" for layer in engine.layers(model)):
         with calibrating(model, backend=engine):
@@ -148,7 +154,7 @@ def _calibrate(engine: Backend, model: Any, order: Order) -> None:
 
 def _train(
     run: Run,
-    engine: Backend,
+    engine: Trains,
     model: Any,
     trainer: Trainer,
     order: Order,
@@ -195,7 +201,7 @@ def _train(
 
 
 def _finish(
-    run: Run, engine: Backend, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: DType
+    run: Run, engine: Trains, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: DType
 ) -> Outcome:
     shown = unseen if len(unseen) else order.data
     few = shown.rows(shown.chosen[:1])[:, :-1]
@@ -209,7 +215,7 @@ def _finish(
         if any(layer.stage == "prepared" for layer in engine.layers(model)):
             model = pipeline.convert(model, backend=engine)
         difference = float(np.abs(engine.logits(model, few) - before).max())
-    artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
+    _save(run, engine, model, log.file.with_name("again"), dtype=dtype)
     saved = engine.loss(artifact.load(run.out, backend=engine), unseen.all) if len(unseen) else None
     events = read_log(log.file)
     losses = [event["loss"] for event in events if event["event"] == "step"]
@@ -230,19 +236,31 @@ def _finish(
     )
 
 
-def _held_out(engine: Backend, model: Any, unseen: Sequences) -> float:
+def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) -> None:
+    """Writes the artifact; where the same run had written it before it was killed, only proves that it is this one."""
+    if run.replace or not run.out.exists() or not any(run.out.iterdir()):
+        artifact.save(model, run.out, source=run.model, backend=engine, dtype=dtype)
+        return
+    artifact.save(model, again, source=run.model, backend=engine, dtype=dtype)
+    try:
+        check_saved(run.out, again)
+    finally:
+        remove(again)
+
+
+def _held_out(engine: Trains, model: Any, unseen: Sequences) -> float:
     with _on(engine, model):
         return engine.loss(model, unseen.all)
 
 
 @contextmanager
-def _on(engine: Backend, model: Any) -> Iterator[None]:
+def _on(engine: Trains, model: Any) -> Iterator[None]:
     """Every prepared layer quantizes, as it will once it is converted, whatever the schedule says."""
     off = [layer for layer in engine.layers(model) if layer.stage == "prepared" and layer.mode == "off"]
     for layer in off:
-        engine.switch(layer.module, "on")
+        engine.switch_mode(layer.module, "on")
     try:
         yield
     finally:
         for layer in off:
-            engine.switch(layer.module, "off")
+            engine.switch_mode(layer.module, "off")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qkit import artifact, reference
 from qkit.adapters import Adapter, adapt
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import RunError
 from qkit.exchange.snapshot import Snapshot, join
@@ -26,7 +26,7 @@ TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat1
 
 
 def opened(
-    engine: Backend, source: Snapshot, *, recipe: str | None, dtype: str, adapter: Adapter | None
+    engine: Builds, source: Snapshot, *, recipe: str | None, dtype: str, adapter: Adapter | None
 ) -> tuple[Any, Recipe | None]:
     """The model in `source`, ready to train, and the recipe that it is on, None where there is none.
 
@@ -45,12 +45,12 @@ def opened(
     return (adapt(model, adapter, backend=engine) if adapter else model), chosen
 
 
-def masters(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
+def masters(engine: Builds, source: Snapshot, *, dtype: str) -> Any:
     """The float model in `source` on `engine`, its numbers in `dtype`; codes become the values that they stand for.
 
     Raises:
         RunError: there is no config.json.
-        ArtifactError, BackendError: see `Backend.fill` and `Backend.build`.
+        ArtifactError, BackendError: see `Modules.fill` and `Builds.build`.
     """
     if source.config is None:
         raise RunError(f"{source.folder} has no config.json: qkit train builds the model by it")
@@ -63,7 +63,7 @@ def masters(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
     return model
 
 
-def prepared(engine: Backend, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
+def prepared(engine: Builds, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
     """`model` on the grids of `recipe`, or of `source` if that is None; and the recipe, None where there is none.
 
     Raises:
@@ -100,7 +100,7 @@ def dtype_of(source: Snapshot) -> DType:
     raise RunError(f"{source.folder / 'config.json'}: dtype is {said!r}: want one of {', '.join(DTYPES)}")
 
 
-def _own(engine: Backend, model: Any, source: Snapshot) -> Recipe:
+def _own(engine: Builds, model: Any, source: Snapshot) -> Recipe:
     """The rules that `source` was quantized by, path by path; a tied head is on the grid of the embedding."""
     if not source.weights:
         raise RunError(f"{source.folder} is a float model: name a recipe, or {FLOAT!r} to train without one")

@@ -7,9 +7,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from qkit.adapters.update import Adapter, adapter_from_table
+from qkit.adapters.adapter import Adapter, adapter_from_table
 from qkit.engines.trainer import OFFSET_RATE, Distillation
 from qkit.errors import QkitError, RunError
+from qkit.intake import check_values, read_text
 from qkit.training.rates import SHAPES, Shape
 from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
 
@@ -188,9 +189,13 @@ def read_run(file: Path) -> dict[str, Any]:
     import tomllib  # here, so that commands start fast
 
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(read_text(file))
+        check_values(table)
+    except (OSError, ValueError) as error:
         raise RunError(f"{file}: {error}") from None
+    except RecursionError:
+        raise RunError(f"{file}: it is nested too deep") from None
+    return table
 
 
 def _adapter(table: Mapping[str, Any]) -> Adapter:

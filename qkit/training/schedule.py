@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from qkit.engines.abilities import want_honored
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Trains
 from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import RunError
 from qkit.pipeline import plan
@@ -108,7 +109,7 @@ def schedule_table(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def switching(engine: Backend, model: Any, schedule: Schedule) -> Callable[[int], None]:
+def switching(engine: Trains, model: Any, schedule: Schedule) -> Callable[[int], None]:
     """A function to call before each step; after it the layers of `model` are as `schedule` says.
 
     Raises:
@@ -119,7 +120,7 @@ def switching(engine: Backend, model: Any, schedule: Schedule) -> Callable[[int]
     layers = [layer for layer in layers if fnmatchcase(layer.path, schedule.match)]
     if not layers and schedule != Schedule():
         raise RunError(f"quantization: no prepared layer matches {schedule.match!r}")
-    _check_able(engine, layers, schedule)
+    _check_able(layers, schedule)
     known: dict[str, Mode] = {layer.path: layer.mode for layer in layers}
     rules = {layer.path: layer.rule for layer in layers}
     ramp = {name: _rules(engine, model, layers, name) for _, name in schedule.ramp}
@@ -133,18 +134,16 @@ def switching(engine: Backend, model: Any, schedule: Schedule) -> Callable[[int]
                 engine.regrid(layer.module, rule)
                 now[layer.path] = rule
             if known[layer.path] != mode:
-                engine.switch(layer.module, mode)
+                engine.switch_mode(layer.module, mode)
                 known[layer.path] = mode
             if schedule.interval > 1 and mode == "on" and (step - 1) % schedule.interval == 0:
-                engine.hold(layer.module, on=True)
+                engine.freeze_values(layer.module, on=True)
 
     return before
 
 
-def _check_able(engine: Backend, layers: list[Layer], schedule: Schedule) -> None:
+def _check_able(layers: list[Layer], schedule: Schedule) -> None:
     key = "interval" if schedule.interval > 1 else "ramp" if schedule.ramp else None
-    if key and not hasattr(engine, "hold"):
-        raise RunError(f"quantization.{key}: backend {engine.name!r} cannot do it: leave it out")
     for layer in layers:
         learns = layer.rule is not None and layer.rule.scales == "learned"
         if key and (layer.adapter or learns):
@@ -152,9 +151,11 @@ def _check_able(engine: Backend, layers: list[Layer], schedule: Schedule) -> Non
             raise RunError(f"quantization.{key}: {layer.path} {what}, and cannot follow it: leave one of them out")
 
 
-def _rules(engine: Backend, model: Any, layers: list[Layer], name: str) -> dict[str, Rule]:
+def _rules(engine: Trains, model: Any, layers: list[Layer], name: str) -> dict[str, Rule]:
     """What the recipe `name` does to each of `layers`, by path."""
-    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), find_recipe(name))}
+    recipe = find_recipe(name)
+    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), recipe)}
+    want_honored(engine, recipe.rules, "follow quantization.ramp")
     made = {}
     for layer in layers:
         rule = planned[layer.path]

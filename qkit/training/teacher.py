@@ -1,15 +1,18 @@
 """A teacher's largest logits in a file, so that students need not run it: made once, read by every run on the same text."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qkit.engines.protocol import Backend
+from qkit.engines.protocol import Builds
 from qkit.engines.trainer import TopLogits
 from qkit.errors import ArtifactError, RunError
 from qkit.storage.arrays import read_file
+from qkit.storage.destination import check_file
+from qkit.storage.staging import whole_file
 from qkit.training.data import Sequences
 
 KEY = "qkit_teacher"  #: the one metadata key: the digest of the sequences
@@ -19,7 +22,7 @@ Tick = Callable[[int, int], None]  #: takes how many sequences were read, and of
 
 
 def write_top(
-    engine: Backend, teacher: Any, data: Sequences, file: Path, *, k: int, tick: Tick = lambda done, of: None
+    engine: Builds, teacher: Any, data: Sequences, file: Path, *, k: int, tick: Tick = lambda done, of: None
 ) -> None:
     """The `k` largest logits of `teacher` at every position of `data`, as safetensors; `file` is complete or absent.
 
@@ -27,11 +30,11 @@ def write_top(
 
     Raises:
         RunError: `k` is more than the vocabulary, or less than 1; or there is such a file.
+        ArtifactError, PlanError: no file can be written there; see `check_file`.
     """
     from safetensors.numpy import save_file  # here, so that commands start fast
 
-    if file.exists():
-        raise RunError(f"{file} is there already: remove it, or choose another name")
+    check_absent(file)
     vocabulary = engine.logits(teacher, data.rows(data.chosen[:1])[:, :1]).shape[-1]
     if not 1 <= k <= vocabulary:
         raise RunError(f"top is {k}: the teacher has {vocabulary} logits")
@@ -44,12 +47,20 @@ def write_top(
         tokens[begin : begin + many] = best
         logits[begin : begin + many] = np.take_along_axis(found, best, axis=-1)
         tick(min(begin + many, len(data)), len(data))
-    aside = file.with_name(f".{file.name}.writing")
-    try:
+    with whole_file(file) as aside:
         save_file({"logits": logits, "tokens": tokens}, aside, metadata={KEY: data.digest()})
-        aside.rename(file)
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+def check_absent(file: Path) -> None:
+    """Refuses a place for a file of logits, before any work.
+
+    Raises:
+        RunError: there is such a file.
+        ArtifactError, PlanError: no file can be written there; see `check_file`.
+    """
+    if os.path.exists(file):  # which bears names that are too long
+        raise RunError(f"{file} is there already: remove it, or choose another name")
+    check_file(file)
 
 
 def read_top(file: Path, data: Sequences, *, vocabulary: int) -> Callable[[Sequence[int]], TopLogits]:

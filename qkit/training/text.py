@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import RunError
+from qkit.storage.read import inside
 from qkit.training.tokenizer import encode
 
 BYTES = range(256, 261)  #: vocabularies that are bytes, and up to four special tokens
@@ -83,8 +84,8 @@ def vocabulary_of(folder: Path, config: Mapping[str, Any]) -> int:
 
 def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary: int) -> tuple[NDArray[np.int32], str]:
     """The tokens of all files, and what they are by."""
-    tokenizer = folder / "tokenizer.json"
-    if tokenizer.is_file():
+    tokenizer = inside(folder, "tokenizer.json")
+    if tokenizer.exists():
         texts = [_decoded(file, data) for file, data in zip(files, content, strict=True)]
         return np.concatenate(encode(texts, tokenizer)), tokenizer.name
     strange = sorted(file.name for pattern in FOREIGN for file in folder.glob(pattern))

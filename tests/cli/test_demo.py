@@ -13,11 +13,13 @@ from qkit.demo import run
 from qkit.demo.other_programs import READERS, loss_outside
 from qkit.demo.report import another
 from qkit.engines import registry
+from qkit.engines.abilities import offers
 from qkit.engines.hookspecs import hookimpl
 from qkit.engines.numpy import NumpyBackend
+from qkit.engines.protocol import Trains
 
 READY = {status.name: status for status in qkit.backends() if status.ready}
-ENGINES = [name for name in READY if hasattr(qkit.backend(name), "trainer")]
+ENGINES = [name for name in READY if offers(qkit.backend(name), Trains)]
 TINY = replace(run.PRESET, hidden=64, layers=1, intermediate=128, batch=2, length=32, float_steps=12, more_steps=6)
 
 RECIPE = """
@@ -52,7 +54,7 @@ def result(**losses: float) -> run.Result:
         forward_difference=0.0,
         other=None,
         other_loss=None,
-        other_obstacle="mlx needs mlx: pip install 'qkit[mlx]'",
+        other_obstacle="mlx needs mlx: pip install 'qkit-quant[mlx]'",
         outside={"transformers": 1.25, "mlx-lm": "mlx-lm: No module named 'mlx_lm'"},
         bits_per_weight=2.0,
         curves={},
@@ -173,7 +175,7 @@ def test_a_second_engine_that_cannot_build_the_model_is_not_available_and_says_w
 
 
 def test_the_table_says_why_there_is_no_second_engine():
-    assert "not available: mlx needs mlx: pip install 'qkit[mlx]'" in _table(result()).columns[1]._cells
+    assert "not available: mlx needs mlx: pip install 'qkit-quant[mlx]'" in _table(result()).columns[1]._cells
 
 
 def test_the_table_says_what_other_programs_found_or_why_they_could_not():
@@ -196,12 +198,12 @@ def test_nothing_is_recovered_where_quantizing_cost_nothing():
 
 
 def test_numpy_cannot_train_and_says_what_can(tmp_path):
-    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit\[all\]'"):
+    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[all\]'"):
         run.run(backend="numpy", recipe="int2-g64", folder=tmp_path, progress=lambda *_: None)
 
 
 def test_with_no_engine_the_demo_says_what_to_install(tmp_path, monkeypatch):
     for name in ENGINES:
         monkeypatch.setitem(sys.modules, READY[name].framework, None)  # as if it were not installed
-    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit\[all\]'"):
+    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[all\]'"):
         run.run(backend=None, recipe="int2-g64", folder=tmp_path, progress=lambda *_: None)

@@ -14,6 +14,7 @@ from qkit import adapters
 from qkit.adapters import Adapter, Update
 from qkit.adapters.surgery import put
 from qkit.cli.application import application
+from qkit.engines.trainer import TrainerOptions
 
 KINDS = ["lora", "dora"]
 TARGETS = ("*.q_proj", "*.down_proj")
@@ -30,7 +31,7 @@ def adapted(name, *, kind="lora", base="prepared", match=TARGETS, rank=4):
     model = qkit.prepare(build(name), RECIPE) if base == "prepared" else qkit.convert(build(name), RECIPE)
     engine = qkit.backend(name)
     model = qkit.adapt(model, Adapter(rank=rank, alpha=10.0, kind=kind, match=match))
-    updates = {layer.path: engine.update(layer.module) for layer in engine.layers(model) if layer.adapter}
+    updates = {layer.path: engine.adapter_update(layer.module) for layer in engine.layers(model) if layer.adapter}
     return put(engine, qkit.merge(model), {path: moved(one) for path, one in updates.items()})
 
 
@@ -56,7 +57,7 @@ def assert_near(got, want, base):
 
 def updates(name, model):
     engine = qkit.backend(name)
-    return {layer.path: engine.update(layer.module) for layer in engine.layers(model) if layer.adapter}
+    return {layer.path: engine.adapter_update(layer.module) for layer in engine.layers(model) if layer.adapter}
 
 
 def assert_same_updates(some, others):
@@ -124,7 +125,7 @@ def test_an_adapter_of_pefts_gives_pefts_logits_in_float(wishes, tmp_path):
     )
     torch.manual_seed(0)
     engine = qkit.backend("torchao")
-    trainer = engine.trainer(theirs, weight_decay=0.0)
+    trainer = engine.trainer(theirs, TrainerOptions(weight_decay=0.0))
     tokens = np.random.default_rng(1).integers(0, 256, (4, 17)).astype(np.int32)
     for _ in range(5):
         trainer.step([tokens], learning_rate=3e-2)

@@ -137,7 +137,10 @@ DAMAGES = {
     "missing index": (lambda f: (f / INDEX).unlink(), "index.json: is missing"),
     "NaN scale": (nan_scale, r"layers.0.mlp.up_proj: weight_scale holds 1 numbers"),
     "renamed tensor": (rename, "its header is not the one that was written"),
-    "another grid in config": (edit_config, "config.json: its quantization_config is not that of the qkit metadata"),
+    "another grid in config": (
+        edit_config,
+        "config.json: config_groups of its quantization_config is not that",
+    ),
     "stray shard": (
         stray("model-00009-of-00009.safetensors"),
         "model-00009-of-00009.safetensors: is a weights file that qkit",

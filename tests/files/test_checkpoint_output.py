@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qkit
+from qkit.storage import swap
 from qkit.storage.arrays import read_file
 from qkit.storage.layout import WORDS, Slot, lay_out
 from qkit.storage.write import Output, Stream, write_directory
@@ -164,16 +166,44 @@ def test_a_second_writer_is_refused(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)  # the lock goes with its owner
 
 
-def test_a_file_system_that_cannot_exchange_recovers(tmp_path, monkeypatch):
-    from qkit.storage import swap
+def killed_at(call, k, work, *arguments, **options):
+    """Runs `work` in a child that ends, as if killed, before the k-th call of `os.<call>`; whether it came so far."""
+    child = os.fork()
+    if not child:
+        left, real = k, getattr(os, call)
 
-    monkeypatch.setattr(swap, "EXCHANGE", 1 << 30)  # a flag that no system knows
-    old = contents(write(tmp_path / "out", {"old": np.ones(3)}))
-    new = contents(write(tmp_path / "out"))
-    assert new == contents(tmp_path / "out") != old
-    (tmp_path / "out").rename(tmp_path / ".out.old")  # as if killed between the two steps
-    write(tmp_path / "out", {"other": np.ones(2)})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+        def counted(*given, **named):
+            nonlocal left
+            left -= 1
+            return real(*given, **named) if left else os._exit(9)
+
+        setattr(os, call, counted)
+        try:
+            work(*arguments, **options)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("call", ["rename", "unlink", "mkdir", "rmdir", "fsync", "pwrite"])
+@pytest.mark.parametrize("fingerprint", ["", "x"])
+def test_a_kill_between_any_two_steps_is_made_good(tmp_path, monkeypatch, call, exchange, fingerprint):
+    if not exchange:
+        monkeypatch.setattr(swap, "EXCHANGE", 1 << 30)  # a flag that no system knows
+    out = tmp_path / "out"
+    old, kills = contents(write(tmp_path / "old", {"old": np.ones(3)})), 0
+    new = contents(write(tmp_path / "new"))
+    for k in range(1, 100):
+        shutil.rmtree(out, ignore_errors=True)
+        write(out, {"old": np.ones(3)})
+        if not killed_at(call, k, write, out, fingerprint=fingerprint):
+            break
+        kills += 1
+        assert (not out.exists() and not exchange) or contents(out) in (old, new)
+        assert contents(write(out, fingerprint=fingerprint)) == new
+        assert {entry.name for entry in tmp_path.iterdir()} == {"out", "old", "new"}
+    assert kills >= {"rename": 2 - 2 * exchange, "mkdir": 1, "rmdir": 1}.get(call, 3)
 
 
 @pytest.mark.parametrize("stranger", ["thesis.tex", "checkpoints/"])

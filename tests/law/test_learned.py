@@ -7,6 +7,7 @@ from runs import TOKENS, small
 import qkit
 from qkit import Grid, Recipe, Rule, reference
 from qkit.element import MIN_SCALE
+from qkit.engines.trainer import TrainerOptions
 from qkit.errors import RangeError, RecipeError, StageError
 from qkit.qtensor import dtype_of
 from qkit.reference import learned, rounding
@@ -266,19 +267,19 @@ def test_a_trained_layer_converts_to_what_it_computed(make, grid, tmp_path):
     path = next(name for name in before if name.endswith(learned.names(grid)[0])).rpartition(".")[0]
     p = {name: before[f"{path}.{name}"] for name in learned.names(grid)}
     trained = before[f"{path}.weight"]
-    output = one.be.run(one.model, x)
+    output = one.be.run_layer(one.model, x)
     training = one.be.to_numpy(one.model(one.be.from_numpy(x)))
     one.model = qkit.convert(one.model)
     q = one.be.unpack(layer(one, 0)).map(one.be.to_numpy)
     law = learned.quantize(trained, grid, p)
     assert all((a == b).all() for a, b in zip(q.parts().values(), law.parts().values(), strict=True))
-    assert (one.be.run(one.model, x) == output).all()
+    assert (one.be.run_layer(one.model, x) == output).all()
     assert np.allclose(training, output, rtol=0, atol=1e-5)  # MLX's deployed product adds up in another order
     assert (reference.dequantize(q) != rule).any()
     assert not any(map(learned.is_learned, one.be.tensors(one.model)))
     qkit.save(one.model, tmp_path / "out")
     other = qkit.load(tmp_path / "out", into=make().model)
-    assert (one.be.run(other, x) == output).all()
+    assert (one.be.run_layer(other, x) == output).all()
 
 
 def layer(one, number):
@@ -391,7 +392,7 @@ def trained(name, *, steps, weight_decay=0.0, state=None, rule="int3-g32"):
     pytest.importorskip({"torchao": "torch", "mlx": "mlx.core"}[name])
     engine, grid = qkit.backend(name), qkit.recipe(rule).rules[-1].weight
     model = qkit.prepare(small(name, num_hidden_layers=1), recipe(grid))
-    trainer = engine.trainer(model, weight_decay=weight_decay, seed=0)
+    trainer = engine.trainer(model, TrainerOptions(weight_decay=weight_decay, seed=0))
     if state is not None:
         trainer.restore(state)
     for _ in range(steps):
@@ -440,25 +441,25 @@ def test_ranges_stay_in_float32_when_the_model_is_cast(make):
 def test_an_embedding_learns_too(make):
     tokens = np.arange(12).reshape(3, 4)
     be = make().be
-    table = be.make("embedding", RNG(0).standard_normal((16, 64)).astype(np.float32))
+    table = be.make_layer("embedding", RNG(0).standard_normal((16, 64)).astype(np.float32))
     table = qkit.prepare(table, recipe(Grid("int3", 32), kind="embedding"))
     rows = np.array(be.to_numpy(table.weight))
     p = {"weight_scale": be.to_numpy(table.weight_scale) * np.float32(1.3)}
     be.fill(table, {"weight": rows, **p})
     want = learned.fake_quantize(rows, Grid("int3", 32), p)[tokens]
     assert (be.to_numpy(table(be.from_numpy(tokens))) == want).all()
-    assert (be.run(table, tokens) == want).all()
-    assert (be.run(qkit.convert(table), tokens) == want).all()
+    assert (be.run_layer(table, tokens) == want).all()
+    assert (be.run_layer(qkit.convert(table), tokens) == want).all()
 
 
 def test_a_layer_that_is_switched_off_is_the_float_layer(make):
     x, _ = data()
     one = make()
-    want = one.be.run(one.model, x)
+    want = one.be.run_layer(one.model, x)
     one.model = qkit.prepare(one.model, recipe(Grid("int2", 32)))
     with qkit.disabled(one.model):
-        assert (one.be.run(one.model, x) == want).all()
-    assert (one.be.run(one.model, x) != want).any()
+        assert (one.be.run_layer(one.model, x) == want).all()
+    assert (one.be.run_layer(one.model, x) != want).any()
 
 
 def test_names_are_the_same_on_both_engines():

@@ -118,7 +118,7 @@ def test_what_another_tool_quantized_in_its_own_way_is_refused(directories, tmp_
     shutil.copytree(directories / "float", tmp_path / "foreign")
     file = tmp_path / "foreign" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(qkit.ArtifactError, match="foreign is quantized by gptq"):
+    with pytest.raises(qkit.ArtifactError, match="foreign: quantized by gptq"):
         open_model(qkit.backend(llama.ENGINES[0]), tmp_path / "foreign")
 
 

@@ -10,7 +10,7 @@ from test_training_resume import codes_of, files, last, losses, same_run, stoppi
 
 import qkit
 from qkit import adapters, reference
-from qkit.adapters import formats as interop
+from qkit.adapters import formats
 from qkit.reference import merged as arithmetic
 from qkit.report.masters import newest_checkpoint, of_checkpoint
 from qkit.training import run_from_table, train_model
@@ -34,7 +34,7 @@ def quantized(path, name, recipe="int4-g32"):
 
 def merged_codes(weights, out):
     """The codes that the reference gives base weights with the adapter beside `out`, by path."""
-    found = interop.read(beside(out) / "adapter")
+    found = formats.read(beside(out) / "adapter")
     merged = {path: arithmetic.merged(weights(path), update) for path, update in found.updates.items()}
     return {path: reference.quantize(w, qkit.Grid("int4", 32)).codes for path, w in merged.items()}
 

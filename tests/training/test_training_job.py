@@ -249,6 +249,7 @@ def test_nothing_is_overwritten_unless_it_is_asked_for(tmp_path):
 def test_a_model_with_no_configuration_is_refused_by_name(tmp_path):
     path = folder(tmp_path)
     (path / "model" / "config.json").unlink()
+    (path / "model" / "qkit.json").unlink()  # or it would say that the file is missing
     with pytest.raises(qkit.RunError, match=r"has no config\.json"):
         train(path)
 

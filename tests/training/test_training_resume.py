@@ -12,15 +12,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from runs import ENGINES, folder, table
+from runs import ENGINES, folder, small, table
 from safetensors.numpy import load_file
 
 import qkit
+from qkit.cli.application import application
 from qkit.exchange import snapshot
 from qkit.formats.packed import unpack
 from qkit.reference import learned
 from qkit.storage import swap
-from qkit.training import checkpoint, run_from_table, train_model
+from qkit.training import checkpoint, curve, job, run_from_table, train_model
+from qkit.training import folder as run_folder
 from qkit.training.folder import LOG, beside, read_log
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
@@ -323,11 +325,94 @@ def test_a_run_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_there_is
     assert same_run(out, path / "whole")
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path):
-    file = checkpoint.write(tmp_path, state(1), about={})
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(qkit.ArtifactError, match=file.name):
+DAMAGES = {
+    "cut": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "another header": lambda data: data[:8] + b"?" + data[9:],
+    "another program's": lambda data: data.replace(b"qkit_run", b"some_run"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_name_with_the_one_before(tmp_path, damage):
+    before, file = (checkpoint.write(tmp_path, state(step), about={}) for step in (1, 2))
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    with pytest.raises(
+        qkit.ArtifactError, match=rf"{file.name}.*[;:] remove it to go on from {before.name}, the one before"
+    ):
         checkpoint.newest(tmp_path)
+    file.unlink()  # the way out
+    assert checkpoint.newest(tmp_path).step == 1
+    before.write_bytes(DAMAGES[damage](before.read_bytes()))
+    with pytest.raises(qkit.ArtifactError, match=rf"{before.name}.*remove it to begin anew: there is none before"):
+        checkpoint.newest(tmp_path)
+
+
+#: What comes after the last step, in order: an object, and the name of a function of it.
+ENDING = {
+    "the conversion": (job.pipeline, "convert"),
+    "saving": (job.artifact, "save"),
+    "opening the artifact again": (job.artifact, "load"),
+    "the picture": (curve, "draw_log"),
+    "the end of the log": (run_folder.Log, "add"),
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", ENDING)
+def test_a_run_that_is_killed_after_its_last_step_goes_on_by_the_same_command(tmp_path, monkeypatch, step, after):
+    """Stopped before or after each thing that is left to do; the picture is the last but one."""
+    pytest.importorskip("matplotlib")
+    path = folder(tmp_path)
+    owner, name = ENDING[step]
+    real = getattr(owner, name)
+
+    def killed(*arguments, **options):
+        if name == "add" and arguments[1]["event"] != "end":
+            return real(*arguments, **options)
+        if after:
+            real(*arguments, **options)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Stopped):
+            by_command(path, "out")
+    ended = step == "the end of the log" and after
+    if not ended:
+        by_command(path, "out")
+    by_command(path, "whole")
+    assert same_run(path / "out", path / "whole")
+    left = [{entry.name for entry in beside(path / out).iterdir()} for out in ("out", "whole")]
+    assert left[0] == left[1] > {"loss.png", LOG}
+    assert read_log(beside(path / "out") / LOG)[-1]["event"] == "end"
+    with pytest.raises(qkit.ArtifactError, match="holds a model already"):
+        by_command(path, "out")
+
+
+def by_command(path, out):
+    what = ("--data", str(path / "text.txt"), "-r", "int4-g32", "--backend", ENGINES[0])
+    small = ("--steps", "2", "--batch", "2", "--length", "16")
+    application(["train", str(path / "model"), str(path / out), *what, *small], standalone_mode=False)
+
+
+def test_a_run_that_was_killed_at_its_end_replaces_no_other_model(tmp_path, monkeypatch):
+    path = folder(tmp_path)
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.artifact, "load", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(path)
+    shutil.rmtree(path / "out")
+    qkit.save(small(ENGINES[0]), path / "out")
+    before = files(path / "out")
+    with pytest.raises(qkit.ArtifactError, match="out holds a model already"):
+        train(path)
+    assert files(path / "out") == before
+    assert not (beside(path / "out") / "again").exists()
 
 
 @pytest.mark.parametrize("name", ENGINES)

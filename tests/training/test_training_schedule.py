@@ -6,6 +6,7 @@ from runs import ENGINES, TOKENS, arrays, same, small
 
 import qkit
 from qkit import Grid, Recipe, Rule
+from qkit.engines.trainer import TrainerOptions
 from qkit.training.data import sequences
 from qkit.training.loop import Order, train
 from qkit.training.schedule import Schedule, switching
@@ -33,13 +34,13 @@ class Runs:
         if (name, compiled, recipe) not in self.trainers:
             model = small(name, num_hidden_layers=1)
             model = qkit.prepare(model, recipe) if recipe else model
-            trainer = engine.trainer(model, weight_decay=0.0, seed=0, compiled=compiled)
+            trainer = engine.trainer(model, TrainerOptions(weight_decay=0.0, seed=0, compiled=compiled))
             start = {key: np.array(array) for key, array in trainer.state().items()}
             self.trainers[name, compiled, recipe] = model, trainer, start
         model, trainer, start = self.trainers[name, compiled, recipe]
         for layer in engine.layers(model):
             if layer.stage == "prepared":
-                engine.hold(layer.module, on=False)
+                engine.freeze_values(layer.module, on=False)
                 engine.regrid(layer.module, self.rules.setdefault((name, compiled, recipe, layer.path), layer.rule))
         trainer.restore(start)
         before = switching(engine, model, schedule) if recipe else lambda step: None
@@ -118,7 +119,7 @@ def test_compiled_steps_are_compiled_once_for_each_recipe_and_not_for_each_step(
         kind = type(model)
         call = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda *a, **k: (counted.append(1), call(*a, **k))[1])
-    trainer = engine.trainer(model, weight_decay=0.0, seed=0, compiled=True)
+    trainer = engine.trainer(model, TrainerOptions(weight_decay=0.0, seed=0, compiled=True))
     before = switching(engine, model, Schedule(interval=2, ramp=((4, "int8-g32"),)))
     made = []
     for step in range(1, 9):
@@ -145,7 +146,7 @@ def test_what_a_ramp_ends_on_is_the_recipe_of_the_run(name):
 def test_held_values_are_not_evaluated(name):
     """They are for training: evaluation, and what is converted, have the values of the weights as they are."""
     engine, model = qkit.backend(name), qkit.prepare(small(name, num_hidden_layers=1), "int4-g32")
-    trainer = engine.trainer(model, weight_decay=0.0, seed=0)
+    trainer = engine.trainer(model, TrainerOptions(weight_decay=0.0, seed=0))
     switching(engine, model, Schedule(interval=9))(1)
     first = engine.loss(model, TOKENS)
     for _ in range(2):
@@ -161,7 +162,7 @@ def test_held_values_are_not_evaluated(name):
 def test_evaluation_in_between_does_not_refresh(name):
     """The loss of a step is that of held values, before and after somebody has looked."""
     engine, model = qkit.backend(name), qkit.prepare(small(name, num_hidden_layers=1), "int4-g32")
-    trainer = engine.trainer(model, weight_decay=0.0, seed=0)
+    trainer = engine.trainer(model, TrainerOptions(weight_decay=0.0, seed=0))
     switching(engine, model, Schedule(interval=9))(1)
     losses = [trainer.step([TOKENS[:2]], learning_rate=rate) for rate in (1e-2, 0.0)]
     engine.loss(model, TOKENS)

@@ -5,13 +5,15 @@ import pytest
 from runs import ENGINES, TOKENS, arrays, same, small
 
 import qkit
-from qkit.engines.trainer import Distillation, TopLogits
+from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions
 
 RATE = {"learning_rate": 1e-2}
 
 
 def trainer(name, model, **options):
-    return qkit.backend(name).trainer(model, **{"weight_decay": 0.01, "seed": 0, "compiled": False, **options})
+    return qkit.backend(name).trainer(
+        model, TrainerOptions(**{"weight_decay": 0.01, "seed": 0, "compiled": False, **options})
+    )
 
 
 def trained(name, steps=(([TOKENS],),), *, model=None, **options):
@@ -110,7 +112,7 @@ def test_torch_recomputes_what_transformers_can():
 def test_a_model_that_cannot_recompute_is_refused_by_name(name):
     engine = qkit.backend(name)
     with pytest.raises(qkit.BackendError, match=r"gradient_checkpointing: .*Linear"):
-        trainer(name, engine.make("linear", np.ones((4, 4), np.float32)), recompute=True)
+        trainer(name, engine.make_layer("linear", np.ones((4, 4), np.float32)), recompute=True)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -1,4 +1,4 @@
-"""`qkit/reference/rounding.py` in MLX, function by function: the same codes, scales and values, bit for bit. Arrays only.
+"""`qkit/reference/rounding.py` in MLX, function by function, bit for bit; arrays only. R0 to R13 are the laws of numerics.md.
 
 Integer operations and powers of two encode small floats: MLX has no e5m2, and its own quantizers differ between devices.
 """

@@ -32,7 +32,7 @@ CUDA = """
 #define QKIT_MOST fmaxf
 """
 
-#: One group: `see` every element, then compute its `step_of`, then the `value` of every element. R2 to R9 of the numerics.
+#: One group: `see` every element, then compute its `step_of`, then the `value` of every element. R2 to R9 of numerics.md.
 ARITHMETIC = """
 struct Step { float s, inverse, zero; };
 

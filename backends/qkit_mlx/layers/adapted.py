@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qkit.adapters.update import Update
 from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
+from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.arithmetic.ranges import stored_scales

@@ -19,7 +19,7 @@ from qkit_mlx.kernels import choose
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The arrays of a container, by MLX's names; see "Bytes" in the numerics.
+    """The arrays of a container, by MLX's names; see "Bytes" in numerics.md.
 
     Attributes:
         weight: packed words, uint32 [outputs, words].

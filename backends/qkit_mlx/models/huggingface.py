@@ -30,7 +30,9 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         model_class, arguments = _get_classes(present)
         known = spell_rope(present, set(inspect.signature(arguments).parameters))
         model: nn.Module = model_class(arguments.from_dict(known))
-    except (ValueError, TypeError, KeyError) as error:
+    except (BackendError, OSError, MemoryError):
+        raise
+    except Exception as error:  # mlx-lm raises any error for a configuration that it does not expect
         rope = f" with {present['rope_parameters']}" if "rope_parameters" in present else ""
         raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
     check_rope(model, present)

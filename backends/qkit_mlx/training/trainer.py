@@ -11,8 +11,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from numpy.typing import NDArray
 
-from qkit.engines.protocol import Backend
-from qkit.engines.trainer import Distillation, TopLogits
+from qkit.engines.protocol import Modules
+from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions
 from qkit.errors import ArtifactError, BackendError
 from qkit_mlx.training.adamw import AdamW
 
@@ -21,34 +21,19 @@ MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: neutral names, and Ada
 
 
 class MlxTrainer:
-    """See `qkit.engines.protocol.Backend.trainer`. Compiled, unless told otherwise."""
+    """See `Trains.trainer`. Compiled, unless told otherwise."""
 
-    def __init__(
-        self,
-        engine: Backend,
-        model: nn.Module,
-        *,
-        weight_decay: float,
-        betas: tuple[float, float],
-        clip: float,
-        offset_ratio: float,
-        seed: int | None,
-        autocast: bool,
-        compiled: bool | None,
-        recompute: bool,
-        distillation: Distillation | None,
-        teacher: nn.Module | None,
-    ) -> None:
-        if autocast:
+    def __init__(self, engine: Modules, model: nn.Module, options: TrainerOptions) -> None:
+        if options.autocast:
             raise BackendError("autocast: MLX has none: leave it out, and choose dtype = 'float32' or 'bfloat16'")
-        if recompute:
+        if options.recompute:
             _recompute(model)
-        if seed is not None:
-            mx.random.seed(seed)
-        self.engine, self.model, self.clip, self.steps = engine, model, clip, 0
-        self.offset_ratio = offset_ratio
-        self.distillation, self.teacher, self.compiled = distillation, teacher, compiled is not False
-        self.optimizer = _optimizer(model, betas=betas, weight_decay=weight_decay)
+        if options.seed is not None:
+            mx.random.seed(options.seed)
+        self.engine, self.model, self.clip, self.steps = engine, model, options.clip, 0
+        self.offset_ratio, self.compiled = options.offset_ratio, options.compiled is not False
+        self.distillation, self.teacher = options.distillation, options.teacher
+        self.optimizer = _optimizer(model, betas=options.betas, weight_decay=options.weight_decay)
         self._compile()
 
     def step(

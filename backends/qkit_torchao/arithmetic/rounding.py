@@ -1,7 +1,7 @@
-"""The reference in torch, function by function; arrays only. Exact in eager and under torch.compile, on CPU and CUDA.
+"""The reference in torch, function by function; arrays only. R0 to R13 are the laws of numerics.md.
 
-Eager mode divides, which IEEE makes exact; compiled code may approximate `/`, so there the quotient is corrected by exact
-products (`quotient`). Constants multiply, because CUDA turns a division by a constant into a product anyway.
+Exact in eager and under torch.compile, on CPU and CUDA. Eager mode divides, which IEEE makes exact; compiled code may
+approximate `/`, so there exact products correct the quotient (`quotient`). Constants multiply, as CUDA divides by them anyway.
 """
 
 import torch

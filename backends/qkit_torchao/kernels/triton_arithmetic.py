@@ -231,7 +231,8 @@ def lifted(x, s, reciprocal, z, GRID: tl.constexpr, NARROW: tl.constexpr, INTERP
     """`units` of integers, and `MAGIC` more: the last bits of such a float are the integer, which need not be converted."""
     y = raised(x, s[:, None], reciprocal[:, None], MAGIC, NARROW, INTERPRETED)
     if GRID[0] == "minmax":
-        y = clamp(y, MAGIC + GRID[2] - z[:, None], MAGIC + GRID[3] - z[:, None])
+        # `tl.sub`, since in the interpreter of Triton 3.7 a constant minus a tensor is a constant
+        y = clamp(y, tl.sub(MAGIC + GRID[2], z[:, None]), tl.sub(MAGIC + GRID[3], z[:, None]))
     elif GRID[0] != "absmax":
         y = tl.minimum(y, MAGIC + GRID[3])
     return y

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkit.adapters.update import Update
 from qkit.element import MIN_SCALE
-from qkit.reference.merged import DROPPED
+from qkit.reference.merged import DROPPED, Update
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.layers import converted, products, sharded, straight_through
 from qkit_torchao.layers.converted import PackedLinear, PlainLinear

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qkit.errors import BackendError
+from qkit.installation import how_to_install
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -21,7 +22,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         import transformers
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
     except ImportError:
-        raise BackendError("building a torch model needs transformers: pip install 'qkit[hf]'") from None
+        raise BackendError(f"building a torch model needs transformers: {how_to_install('hf')}") from None
     try:
         known = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "transformers_version"})
         architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
@@ -30,6 +31,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
             model: nn.Module = architecture._from_config(known, dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_config(known, dtype=dtype)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # with a stranger's numbers, transformers fails in any way
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None
     return model.eval()

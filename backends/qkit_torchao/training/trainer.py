@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkit.engines.protocol import Backend
-from qkit.engines.trainer import Distillation, TopLogits
+from qkit.engines.protocol import Modules
+from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions
 from qkit.errors import ArtifactError, BackendError
 from qkit.reference.learned import is_learned, is_offset
 from qkit_torchao.training.adamw import AdamW
@@ -21,34 +21,21 @@ MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral
 
 
 class TorchTrainer:
-    """See `Backend.trainer`. A parameter that a step does not reach has a gradient of zero, as on other engines."""
+    """See `Trains.trainer`. A parameter that a step does not reach has a gradient of zero, as on other engines."""
 
-    def __init__(
-        self,
-        engine: Backend,
-        model: nn.Module,
-        *,
-        weight_decay: float,
-        betas: tuple[float, float],
-        clip: float,
-        offset_ratio: float,
-        seed: int | None,
-        autocast: bool,
-        compiled: bool | None,
-        recompute: bool,
-        distillation: Distillation | None,
-        teacher: nn.Module | None,
-    ) -> None:
-        if recompute:
+    def __init__(self, engine: Modules, model: nn.Module, options: TrainerOptions) -> None:
+        if options.recompute:
             _recompute(model)
-        if seed is not None:
-            torch.manual_seed(seed)
-        self.engine, self.model, self.clip, self.autocast = engine, model, clip, autocast
-        self.distillation, self.teacher, self.steps = distillation, teacher, 0
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        self.engine, self.model, self.clip, self.autocast = engine, model, options.clip, options.autocast
+        self.distillation, self.teacher, self.steps = options.distillation, options.teacher, 0
         self._trained = {name: x for name, x in engine.tensors(model).items() if x.requires_grad}
-        self.optimizer = _optimizer(self._trained, betas=betas, weight_decay=weight_decay, offset_ratio=offset_ratio)
-        self._objective: Any = torch.compile(_objective, dynamic=False) if compiled else _objective
-        self._in_order = bool(compiled) and next(model.parameters()).device.type == "cpu"
+        self.optimizer = _optimizer(
+            self._trained, betas=options.betas, weight_decay=options.weight_decay, offset_ratio=options.offset_ratio
+        )
+        self._objective: Any = torch.compile(_objective, dynamic=False) if options.compiled else _objective
+        self._in_order = bool(options.compiled) and next(model.parameters()).device.type == "cpu"
 
     def step(
         self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()

@@ -10,6 +10,7 @@ import qkit
 from qkit import adapters
 from qkit.adapters import Adapter, Update
 from qkit.adapters.surgery import base_weight, put
+from qkit.engines.trainer import TrainerOptions
 from qkit.qtensor import DTYPES
 from qkit.reference import merged as arithmetic
 
@@ -42,7 +43,7 @@ def adapted(name, recipe, kind, *, base, **changes):
     model = qkit.prepare(model, recipe) if base == "prepared" else qkit.convert(model, recipe)
     model = qkit.adapt(model, Adapter(rank=4, alpha=10.0, kind=kind))
     random = np.random.default_rng(2)
-    updates = {layer.path: engine.update(layer.module) for layer in engine.layers(model) if layer.adapter}
+    updates = {layer.path: engine.adapter_update(layer.module) for layer in engine.layers(model) if layer.adapter}
     for path, one in updates.items():
         b = (random.standard_normal(one.b.shape) * 0.05).astype(np.float32)
         updates[path] = Update(one.a, b, one.scale, one.magnitude)
@@ -52,7 +53,7 @@ def adapted(name, recipe, kind, *, base, **changes):
 def trained(name, recipe, kind, *, base):
     """The same, trained a little."""
     engine, model = adapted(name, recipe, kind, base=base)
-    trainer = engine.trainer(model, weight_decay=0.0)
+    trainer = engine.trainer(model, TrainerOptions(weight_decay=0.0))
     for _ in range(2):
         trainer.step([TOKENS], learning_rate=2e-2)
     return engine, model
@@ -106,12 +107,12 @@ def test_the_law_is_near_to_the_formula(kind):
 def test_every_engine_merges_the_same_bits(name, kind, dtype, columns):
     engine = qkit.backend(name)
     one, w = update((16, columns), kind=kind), weight((16, columns), dtype)
-    layer = engine.make("linear", w)
-    prepared = engine.fake(layer, qkit.recipe("int4-g32").rules[-1])
+    layer = engine.make_layer("linear", w)
+    prepared = engine.prepare_layer(layer, qkit.recipe("int4-g32").rules[-1])
     module = engine.adapt(prepared, one)
     want = arithmetic.merged(w, one).astype(w.dtype)
     np.testing.assert_array_equal(engine.to_numpy(module.merged()), want)
-    np.testing.assert_array_equal(engine.to_numpy(engine.weight(engine.merged(module))), want)
+    np.testing.assert_array_equal(engine.to_numpy(engine.weight(engine.merge_adapter(module))), want)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("dora", "float32"), ("lora", "float16"), ("dora", "bfloat16")])
@@ -119,7 +120,7 @@ def test_every_engine_merges_the_same_bits(name, kind, dtype, columns):
 def test_compiling_changes_no_bit_of_a_merge(name, kind, dtype):
     engine = qkit.backend(name)
     one, w = update((16, 96), kind=kind), weight((16, 96), dtype)
-    module = engine.adapt(engine.fake(engine.make("linear", w), qkit.recipe("int4-g32").rules[-1]), one)
+    module = engine.adapt(engine.prepare_layer(engine.make_layer("linear", w), qkit.recipe("int4-g32").rules[-1]), one)
     rounded = engine.compile(lambda: (engine.fake_quantize(module.merged(), qkit.Grid("int4", 32)),))
     want = qkit.fake_quantize(arithmetic.merged(w, one).astype(w.dtype), qkit.Grid("int4", 32))
     np.testing.assert_array_equal(engine.to_numpy(rounded()[0]), want)
@@ -134,7 +135,7 @@ def check_merge(engine, model, *, start):
     want = {}
     for layer in engine.layers(model):
         if layer.adapter:
-            merged = arithmetic.merged(base_weight(engine, layer), engine.update(layer.module))
+            merged = arithmetic.merged(base_weight(engine, layer), engine.adapter_update(layer.module))
             if layer.stage == "prepared":  # its master is stored in the model's type
                 merged = merged.astype(engine.to_numpy(engine.weight(layer.module)).dtype)
             want |= {
@@ -179,7 +180,7 @@ def test_nor_after_training(name, kind, base):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_on_another_engine_has_the_same_codes(kind):
     engine, model = trained(ENGINES[0], "int4-g64", kind, base="prepared")
-    updates = {layer.path: engine.update(layer.module) for layer in engine.layers(model) if layer.adapter}
+    updates = {layer.path: engine.adapter_update(layer.module) for layer in engine.layers(model) if layer.adapter}
     here = codes(engine, qkit.convert(qkit.merge(model)))
     other = qkit.backend(ENGINES[1])
     there = put(other, qkit.prepare(build(ENGINES[1]), "int4-g64"), updates)
@@ -203,7 +204,7 @@ def test_only_the_adapter_trains(name, base):
     model = qkit.prepare(model, "int4-g64") if base == "prepared" else qkit.convert(model, "int4-g64")
     model = qkit.adapt(model, Adapter(kind="dora"))
     before = {key: engine.to_numpy(array).copy() for key, array in engine.tensors(model).items()}
-    engine.trainer(model, weight_decay=0.0).step([TOKENS], learning_rate=1e-2)
+    engine.trainer(model, TrainerOptions(weight_decay=0.0)).step([TOKENS], learning_rate=1e-2)
     after = {key: engine.to_numpy(array) for key, array in engine.tensors(model).items()}
     changed = {key.rpartition(".")[2] for key in before if (before[key] != after[key]).any()}
     assert changed == (
@@ -215,7 +216,7 @@ def test_the_first_values_are_the_same_on_every_engine_and_follow_the_seed():
     def first(name, seed):
         engine = qkit.backend(name)
         model = qkit.adapt(qkit.prepare(build(name), "int4-g64"), Adapter(seed=seed))
-        return {layer.path: engine.update(layer.module).a for layer in engine.layers(model) if layer.adapter}
+        return {layer.path: engine.adapter_update(layer.module).a for layer in engine.layers(model) if layer.adapter}
 
     one = first(ENGINES[0], 0)
     assert_same(one, first(ENGINES[-1], 0))
@@ -312,9 +313,9 @@ def test_a_converted_base_whose_values_would_move_is_refused(name):
 
 
 def test_an_engine_without_adapters_says_so():
-    class Few:
+    class Few(type(qkit.backend(ENGINES[0]))):
         name = "few"
-        layers = staticmethod(lambda model: [])
+        adapt = merge_adapter = property()  # an attribute that a class says it lacks
 
     with pytest.raises(qkit.BackendError, match="backend 'few' has no adapters"):
         qkit.adapt(None, Adapter(), backend=Few())

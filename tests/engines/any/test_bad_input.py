@@ -8,9 +8,11 @@ import pytest
 
 import qkit
 from qkit import Grid, Recipe, Rule
+from qkit.engines.abilities import offers
+from qkit.engines.protocol import Modules
 
 ENGINES = [status.name for status in qkit.backends() if status.ready]
-MODULE_ENGINES = [name for name in ENGINES if hasattr(qkit.backend(name), "layers")]
+MODULE_ENGINES = [name for name in ENGINES if offers(qkit.backend(name), Modules)]
 GRID = Grid("int4", 32)
 RECIPE = Recipe("test", (Rule(("*",), weight=GRID),))
 EVERY_RULE = [

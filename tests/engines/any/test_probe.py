@@ -7,9 +7,11 @@ from typer.testing import CliRunner
 
 import qkit
 from qkit.cli.application import application
+from qkit.engines.abilities import offers
+from qkit.engines.protocol import Modules
 from qkit.testing.probe import probe, worst
 
-ENGINES = [status.name for status in qkit.backends() if status.ready and hasattr(qkit.backend(status.name), "layers")]
+ENGINES = [status.name for status in qkit.backends() if status.ready and offers(qkit.backend(status.name), Modules)]
 RECIPES = ["int4-g64", "int4-g64-all", "int8-static-act-int8-weight", "nvfp4"]
 runner = CliRunner()
 
@@ -54,7 +56,7 @@ def test_wrong_codes_are_counted():
 
 def test_outputs_that_differ_are_found():
     def run(self, module, x):
-        y = qkit.backend("torchao").run(module, x)
+        y = qkit.backend("torchao").run_layer(module, x)
         return y * 1.001 if type(module).__name__ == "PackedLinear" else y
 
     (one,) = probe(engine(run=run), qkit.recipe("int4-g64"), dtype="float32")

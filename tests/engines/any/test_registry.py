@@ -1,5 +1,7 @@
 """Discovery: names, reasons, duplicates. Real plugins are registered and taken back; nothing is mocked."""
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,22 +81,83 @@ def test_a_missing_framework_gives_the_pip_line() -> None:
             qkit.backend("absent")
 
 
-def test_two_backends_of_one_name_are_an_error() -> None:
-    with (
-        plugged(qkit_backends=lambda: [spec("numpy")]),
-        pytest.raises(BackendError, match="two plugins bring a backend 'numpy': uninstall one"),
-    ):
-        qkit.backends()
+def test_a_backend_of_a_name_that_is_taken_disables_the_newcomer() -> None:
+    with plugged(qkit_backends=lambda: [spec("numpy"), spec("another")]):
+        status = {status.name: status for status in qkit.backends()}
+        assert status["plugged"].reason == (
+            "plugin disabled: it brings a backend 'numpy', which is there already: uninstall one"
+        )
+        assert status["numpy"].ready
+        assert "another" not in status
 
 
-def test_two_recipes_of_one_name_are_an_error(tmp_path: Path) -> None:
-    file = tmp_path / "int4-g64.toml"
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("int4-g64", "which is there already: uninstall one"), ("W4A16", "which is an alias of int4-g128-midmax")],
+)
+def test_a_recipe_of_a_name_that_is_taken_disables_the_newcomer(tmp_path: Path, name: str, reason: str) -> None:
+    file = tmp_path / f"{name}.toml"
     file.touch()
+    before = qkit.recipes()
+    with plugged(qkit_recipes=lambda: [file]):
+        assert qkit.recipes() == before
+        assert registry.left_out() == {"plugged": f"it brings a recipe {name!r}, {reason}"}
+        assert qkit.recipe("int4-g64").rules
+
+
+def test_a_recipe_that_cannot_be_read_disables_only_itself(tmp_path: Path) -> None:
+    good, bad, absent = (tmp_path / f"{name}.toml" for name in ("good", "bad", "absent"))
+    good.write_text(
+        'schema = 1\n[grids.w]\nelement = "int4"\ngroup = 8\n[[rules]]\nmatch = "*"\nweight = "w"\n', "utf-8"
+    )
+    bad.write_text("schema = ", encoding="utf-8")
+    with plugged(qkit_recipes=lambda: [good, bad, absent]):
+        assert {"good", "int4-g64"} <= set(qkit.recipes())
+        assert not {"bad", "absent"} & set(qkit.recipes())
+        assert registry.left_out().keys() == {"bad", "absent"}
+        for name in ("bad", "absent"):
+            with pytest.raises(RecipeError, match=name):
+                qkit.recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "reason"),
+    [
+        ({"qkit_backend": lambda: [7]}, "PluginValidationError: unknown hook 'qkit_backend' in plugin"),
+        ({"qkit_backends": lambda device: [device]}, "PluginValidationError: .*qkit_backends"),
+        ({}, "it has no hook: mark qkit_backends or qkit_recipes"),
+        ({"qkit_backends": lambda: None}, "qkit_backends: TypeError"),
+        ({"qkit_recipes": lambda: sys.exit(0)}, "SystemExit: 0"),
+    ],
+)
+def test_a_hook_that_is_none_of_ours_is_reported(hooks: dict[str, Any], reason: str) -> None:
+    with plugged(**hooks):
+        status = {status.name: status for status in qkit.backends()}
+        assert re.match(f"plugin disabled: {reason}", status["plugged"].reason), status["plugged"].reason
+        assert status["numpy"].ready
+
+
+@pytest.mark.parametrize("target", ["qkit.engines.numpy:NoSuchClass", "no_such_module:Engine"])
+def test_a_backend_that_does_not_load_is_refused_by_name(target: str) -> None:
     with (
-        plugged(qkit_recipes=lambda: [file]),
-        pytest.raises(RecipeError, match="two plugins bring a recipe 'int4-g64': uninstall one"),
+        plugged(qkit_backends=lambda: [BackendSpec("absent", target, "numpy", "pip install it")]),
+        pytest.raises(BackendError, match=f"backend 'absent' cannot be loaded from {target}"),
     ):
-        qkit.recipes()
+        qkit.backend("absent")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (None, "a:B", "numpy", "install"),
+        ("a", "a.B", "numpy", "install"),
+        ("a", "a:B", "", "install"),
+        ("a", "a:B", "numpy", 7),
+    ],
+)
+def test_a_description_of_a_backend_is_checked_when_it_is_made(fields: tuple[Any, ...]) -> None:
+    with pytest.raises(BackendError):
+        BackendSpec(*fields)
 
 
 def test_a_hook_that_fails_disables_only_its_plugin() -> None:

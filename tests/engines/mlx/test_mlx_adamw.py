@@ -10,6 +10,7 @@ optim = pytest.importorskip("mlx.optimizers")
 from mlx.utils import tree_map  # noqa: E402
 
 import qkit  # noqa: E402
+from qkit.engines.trainer import AdamWOptions  # noqa: E402
 
 BE = qkit.backend("mlx")
 GIVEN = {"learning_rate": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
@@ -41,7 +42,7 @@ def run(model, optimizer, *, steps=5, compiled=False):
 def test_steps_are_those_of_the_paper():
     """In double precision, from the same gradients: two steps on one parameter, bias correction and decay included."""
     w = nn.Linear(64, 32, bias=False)
-    optimizer = BE.adamw(w, **GIVEN)
+    optimizer = BE.adamw(w, AdamWOptions(**GIVEN))
     p, m, v = BE.to_numpy(w.weight).astype(np.float64), 0.0, 0.0
     for t in (1, 2, 3):
         g = np.random.default_rng(t).standard_normal(p.shape).astype(np.float32)
@@ -55,7 +56,7 @@ def test_steps_are_those_of_the_paper():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_it_takes_the_steps_of_mlx(compiled):
     ours, theirs = model(), model()
-    got = run(ours, BE.adamw(ours, **GIVEN), compiled=compiled)
+    got = run(ours, BE.adamw(ours, AdamWOptions(**GIVEN)), compiled=compiled)
     plain = optim.AdamW(*GIVEN.values(), bias_correction=True)
     plain.init(theirs.trainable_parameters())
     for name, want in run(theirs, plain, compiled=compiled).items():
@@ -64,8 +65,8 @@ def test_it_takes_the_steps_of_mlx(compiled):
 
 def test_compiled_steps_are_those_of_eager():
     eager, compiled = model(), model()
-    one = run(eager, BE.adamw(eager, **GIVEN))
-    two = run(compiled, BE.adamw(compiled, **GIVEN), compiled=True)
+    one = run(eager, BE.adamw(eager, AdamWOptions(**GIVEN)))
+    two = run(compiled, BE.adamw(compiled, AdamWOptions(**GIVEN)), compiled=True)
     for name, want in one.items():
         assert np.allclose(two[name], want, rtol=1e-5, atol=1e-6), name  # gradients, too, are summed in another order
 
@@ -77,9 +78,9 @@ def test_half_precision_steps_are_float32s_rounded():
     wide = nn.Linear(64, 32, bias=False)
     wide.weight = half.weight.astype(mx.float32)
     g = mx.random.normal((32, 64), key=mx.random.key(1)).astype(mx.bfloat16)
-    optimizer = BE.adamw(half, **GIVEN)
+    optimizer = BE.adamw(half, AdamWOptions(**GIVEN))
     optimizer.update(half, {"weight": g})
-    BE.adamw(wide, **GIVEN).update(wide, {"weight": g.astype(mx.float32)})
+    BE.adamw(wide, AdamWOptions(**GIVEN)).update(wide, {"weight": g.astype(mx.float32)})
     assert half.weight.dtype == mx.bfloat16
     assert {array.dtype for array in (optimizer.state["weight"]["m"], optimizer.state["weight"]["v"])} == {mx.bfloat16}
     assert mx.array_equal(half.weight, wide.weight.astype(mx.bfloat16))
@@ -89,7 +90,7 @@ def test_a_schedule_and_a_new_rate_are_obeyed():
     def moved(rate, *, then=None):
         w = nn.Linear(64, 32, bias=False)
         w.weight = mx.zeros((32, 64))
-        optimizer = BE.adamw(w, learning_rate=rate, weight_decay=0.0)
+        optimizer = BE.adamw(w, AdamWOptions(learning_rate=rate, weight_decay=0.0))
         for _ in range(2):
             optimizer.update(w, {"weight": mx.ones((32, 64))})
             if then is not None:
@@ -106,17 +107,19 @@ def test_two_optimizers_with_other_settings_do_not_meet():
     ends = []
     for decay in (0.0, 0.5):
         w = model()
-        ends.append(run(w, BE.adamw(w, learning_rate=1e-2, weight_decay=decay), steps=1)["layers.0.weight"])
+        ends.append(
+            run(w, BE.adamw(w, AdamWOptions(learning_rate=1e-2, weight_decay=decay)), steps=1)["layers.0.weight"]
+        )
     start = BE.to_numpy(model().layers[0].weight)
     assert np.allclose(ends[0] - ends[1], start * 1e-2 * 0.5, atol=1e-7)  # float32
 
 
 def test_its_state_is_there_before_the_first_step_and_comes_back():
     one = model()
-    optimizer = BE.adamw(one, **GIVEN)
+    optimizer = BE.adamw(one, AdamWOptions(**GIVEN))
     assert set(optimizer.state["layers"][0]) == {"weight", "bias"}
     run(one, optimizer)
-    other = BE.adamw(one, **GIVEN)
+    other = BE.adamw(one, AdamWOptions(**GIVEN))
     other.state = tree_map(lambda array: array, optimizer.state)
     twin = model()
     twin.update(one.parameters())
@@ -145,7 +148,7 @@ def test_the_trainer_of_mlx_lm_takes_it(tmp_path, capsys):
     for ours in (True, False):
         llama = qkit.prepare(build("mlx"), "int4-g64")
         plain = optim.AdamW(1e-3, weight_decay=0.01, bias_correction=True)
-        optimizer = BE.adamw(llama, learning_rate=1e-3) if ours else plain
+        optimizer = BE.adamw(llama, AdamWOptions(learning_rate=1e-3)) if ours else plain
         optimizer.init(llama.trainable_parameters())
         reports = Reports()
         given = {

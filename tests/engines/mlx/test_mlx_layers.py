@@ -8,6 +8,7 @@ nn = pytest.importorskip("mlx.nn")
 
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
+from qkit.engines.trainer import TrainerOptions  # noqa: E402
 
 BE = qkit.backend("mlx")
 GRIDS = [
@@ -227,7 +228,7 @@ def test_both_trainers_take_the_same_steps():
         engine = qkit.backend(name)
         model = build(name)
         start = {key: engine.to_numpy(array).copy() for key, array in engine.tensors(model).items()}
-        trainer = engine.trainer(model, weight_decay=0.5)
+        trainer = engine.trainer(model, TrainerOptions(weight_decay=0.5))
         for i in range(4):
             trainer.step([tokens * (i + 1) % 256], learning_rate=1e-2)
         ends.append({key: engine.to_numpy(array) - start[key] for key, array in engine.tensors(model).items()})

@@ -8,6 +8,7 @@ nn = pytest.importorskip("mlx.nn")
 
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
+from qkit.engines.trainer import TrainerOptions  # noqa: E402
 
 BE = qkit.backend("mlx")
 INT4 = Grid("int4", 32)
@@ -119,7 +120,7 @@ def test_a_tied_head_stays_tied_through_training_conversion_saving_and_loading(t
     assert "model.embed_tokens" in paths
     assert "lm_head" not in paths
     before = BE.to_numpy(model.model.embed_tokens.weight)
-    trainer = BE.trainer(model, weight_decay=0.0)
+    trainer = BE.trainer(model, TrainerOptions(weight_decay=0.0))
     for _ in range(2):
         trainer.step([TOKENS], learning_rate=1e-3)
     assert not np.array_equal(BE.to_numpy(model.model.embed_tokens.weight), before)

@@ -20,6 +20,7 @@ from qkit_mlx.kernels import cpu  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
+from qkit.engines.trainer import AdamWOptions  # noqa: E402
 
 BE = qkit.backend("mlx")
 INT4, INT8 = Grid("int4", 32), Grid("int8", "row")
@@ -341,7 +342,7 @@ def stepped(model):
 
 
 def stepped_by_ours(model):
-    BE.adamw(model, learning_rate=0.1).update(model, stepping(model)(inputs())[1])
+    BE.adamw(model, AdamWOptions(learning_rate=0.1)).update(model, stepping(model)(inputs())[1])
 
 
 CHANGES = [replaced, edited, edited_by_name, updated, loaded, averaged, applied, cast, stepped, stepped_by_ours]
@@ -513,7 +514,7 @@ def test_fifty_losses_are_those_of_rounding_at_every_call(compiled, parts, activ
     ends = []
     for model in (prepared(activation), slow(activation)):
         plain = optim.AdamW(1e-2, bias_correction=True)
-        optimizer = BE.adamw(model, learning_rate=1e-2) if ours else plain
+        optimizer = BE.adamw(model, AdamWOptions(learning_rate=1e-2)) if ours else plain
         ends.append(losses(model, optimizer, parts=parts, compiled=compiled))
     assert np.array_equal(*ends)
     assert ends[0][-1].mean() < 0.5 * ends[0][0].mean()

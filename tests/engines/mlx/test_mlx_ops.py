@@ -122,7 +122,7 @@ def test_scales_get_no_gradient():
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_a_layer_is_made_around_a_weight(kind, dtype):
     weight = random((96, 64), 2, dtype)
-    layer = BE.make(kind, weight)
+    layer = BE.make_layer(kind, weight)
     assert type(layer).__name__.lower() == kind
     assert list(BE.tensors(layer)) == ["weight"]
     held = BE.to_numpy(BE.weight(layer))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit.adapters import Adapter  # noqa: E402
+from qkit.engines.trainer import TrainerOptions  # noqa: E402
 
 BASES = ["prepared", "converted"]
 TOKENS = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (4, 17)))
@@ -154,7 +155,7 @@ def test_peft_works_on_a_prepared_model_whose_layers_stay_on_the_grid():
     assert rows["base_model.model.model.layers.0.self_attn.q_proj.base_layer"].state == "prepared"
     with peft_model.disable_adapter():
         assert (engine.logits(peft_model, TOKENS.numpy()) == before).all()
-    trainer = engine.trainer(peft_model, weight_decay=0.0)
+    trainer = engine.trainer(peft_model, TrainerOptions(weight_decay=0.0))
     first, *_, last = (trainer.step([TOKENS.numpy().astype(np.int32)], learning_rate=1e-2) for _ in range(5))
     assert last < first
 
@@ -167,7 +168,7 @@ def test_pefts_merge_moves_the_loss_and_ours_does_not():
     ours = qkit.adapt(qkit.prepare(build("torchao"), "int2-g64"), Adapter(match=where))
     gaps = []
     for model, merge in ((theirs, lambda model: model.merge_and_unload()), (ours, qkit.merge)):
-        trainer = engine.trainer(model, weight_decay=0.0)
+        trainer = engine.trainer(model, TrainerOptions(weight_decay=0.0))
         for _ in range(40):
             trainer.step([tokens], learning_rate=1e-2)
         before = engine.loss(model, tokens)

@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
 import qkit  # noqa: E402
+from qkit.engines.trainer import TrainerOptions  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -209,7 +210,7 @@ def test_a_resumed_trainer_draws_on_the_random_numbers_of_its_own_device():
     def trainer():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Embedding(32, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 32))
-        return engine.trainer(qkit.prepare(model.to("cuda:1"), "int4-g32"), weight_decay=0.0, seed=3)
+        return engine.trainer(qkit.prepare(model.to("cuda:1"), "int4-g32"), TrainerOptions(weight_decay=0.0, seed=3))
 
     tokens = [torch.arange(18).reshape(2, 9).numpy().astype("int32") % 32]
     whole = trainer()

@@ -11,6 +11,7 @@ from torch.nn.utils import prune  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit import reference  # noqa: E402
+from qkit.engines.trainer import AdamWOptions  # noqa: E402
 
 BE = qkit.backend("torchao")
 DYNAMIC = [
@@ -88,7 +89,7 @@ def test_fifty_losses_are_those_of_rounding_at_every_call(recipe, parts, optimiz
 def losses(model, parts, name):
     """Of every part of every step."""
     if name == "qkit.adamw" and isinstance(model[0], Slow):
-        optimizer = BE.adamw(model, learning_rate=1e-2)
+        optimizer = BE.adamw(model, AdamWOptions(learning_rate=1e-2))
     else:
         optimizer = (
             qkit.adamw(model, lr=1e-2) if name == "qkit.adamw" else torch.optim.AdamW(model.parameters(), lr=1e-2)

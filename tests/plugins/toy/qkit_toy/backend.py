@@ -15,7 +15,7 @@ from qkit.qtensor import QTensor
 from qkit.rules import Kind, Rule
 
 
-class FakeLinear(Linear):
+class PreparedLinear(Linear):
     """A linear layer that computes with the quantized values of its weight; the master stays where it was."""
 
     rule: Rule
@@ -38,7 +38,7 @@ class PackedLinear(Module):
 
 
 class ToyBackend(NumpyBackend):
-    """Everything that qkit needs of `toyframe`."""
+    """`Arrays` by the reference, and `Modules`. Declares no recipe keys: qkit refuses recipes with activations and the like."""
 
     name = "toy"
     framework = "toyframe"
@@ -54,29 +54,30 @@ class ToyBackend(NumpyBackend):
             if isinstance(module, PackedLinear):
                 yield Layer(path, "linear", module.q.shape, module, "converted", module.rule, execution="one product")
             elif isinstance(module, Linear):
-                stage = "prepared" if isinstance(module, FakeLinear) else "float"
+                stage = "prepared" if isinstance(module, PreparedLinear) else "float"
                 rule, mode = getattr(module, "rule", None), getattr(module, "mode", "on")
                 yield Layer(path, "linear", module.weight.shape, module, stage, rule, mode)
 
     def weight(self, module: Linear) -> Tensor:
         return module.weight
 
-    def make(self, kind: Kind, weight: NDArray[Any]) -> Linear:
+    def make_layer(self, kind: Kind, weight: NDArray[Any]) -> Linear:
         if kind != "linear":
             raise BackendError(f"toyframe has no {kind} layers")
         return Linear(Tensor(weight), Tensor(np.zeros(len(weight), weight.dtype)))
 
-    def fake(self, module: Linear, rule: Rule) -> FakeLinear:
-        if rule.slots or rule.ste != "identity":
-            raise BackendError("toyframe quantizes weights only, and passes gradients as they are")
-        layer = FakeLinear(module.weight, module.bias)
+    def prepare_layer(self, module: Linear, rule: Rule) -> PreparedLinear:
+        layer = PreparedLinear(module.weight, module.bias)
         layer.rule = rule
         return layer
 
-    def switch(self, module: FakeLinear, mode: Mode) -> None:
+    def switch_mode(self, module: PreparedLinear, mode: Mode) -> None:
         module.mode = mode
 
-    def run(self, module: Module, x: NDArray[Any]) -> NDArray[Any]:
+    def clear_ranges(self, module: PreparedLinear) -> None:
+        """Nothing: without the recipe key `range` no layer has a static range."""
+
+    def run_layer(self, module: Module, x: NDArray[Any]) -> NDArray[Any]:
         return self.to_numpy(module(Tensor(x)))
 
     def pack(self, module: Linear, q: QTensor[Any], rule: Rule, **_: Any) -> PackedLinear:
@@ -103,6 +104,9 @@ class ToyBackend(NumpyBackend):
             raise ArtifactError(f"the model has {have}, and was given {given}")
         for name, tensor in mine.items():
             tensor.array = tensors[name]
+
+    def gather(self, model: Module) -> Module:
+        return model  # models of toyframe are never sharded
 
     def config(self, model: Module) -> None:
         return None

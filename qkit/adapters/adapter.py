@@ -1,0 +1,58 @@
+"""`Adapter`: the low-rank adapters that a user asks for. `qkit.reference.merged.Update` has the arrays of one layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from qkit.errors import QkitError
+from qkit.reference.merged import KINDS, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Adapters for the linear layers whose path matches.
+
+    Attributes:
+        rank: of the product that is added to each weight.
+        alpha: the product is scaled by `alpha / rank`.
+        kind: `lora` (Hu et al., 2021), or `dora` (Liu et al., 2024), which also trains the length of every row.
+        match: shell patterns for the dotted path of a layer; one that matches is enough.
+        seed: the seed of A's first values. B starts at zero, so that training starts from the base weights.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    kind: Kind = "lora"
+    match: tuple[str, ...] = ("*",)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise QkitError(f"adapter kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if type(self.rank) is not int or self.rank < 1:
+            raise QkitError(f"adapter rank is {self.rank!r}: give a whole number from 1 on, such as 8")
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < float("inf"):
+            raise QkitError(f"adapter alpha is {self.alpha!r}: give a positive number, such as twice the rank")
+        if type(self.seed) is not int or self.seed < 0:
+            raise QkitError(f"adapter seed is {self.seed!r}: give a whole number from 0 on")
+        if (
+            type(self.match) is not tuple
+            or not self.match
+            or not all(isinstance(one, str) and one for one in self.match)
+        ):
+            raise QkitError(f"adapter match is {self.match!r}: give a tuple of patterns, such as ('*',)")
+
+
+def adapter_from_table(table: Mapping[str, Any]) -> Adapter:
+    """The adapter that a table of a TOML or JSON file describes; `match` is a pattern or a list of them.
+
+    Raises:
+        QkitError: a key is unknown, or a value is out of range.
+    """
+    known = [field.name for field in fields(Adapter)]
+    for key in table:
+        if key not in known:
+            raise QkitError(f"unknown key {key!r} in an adapter: there is {', '.join(known)}")
+    match = table.get("match", "*")
+    given = (match,) if isinstance(match, str) else tuple(match) if isinstance(match, list) else match
+    return Adapter(**{**table, "match": given})

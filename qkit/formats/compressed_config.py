@@ -1,0 +1,83 @@
+"""The `quantization_config` that another tool wrote in compressed-tensors' words: which grid each weight is on."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from qkit.errors import ArtifactError, GridError
+from qkit.formats import settings
+from qkit.formats.compressed_tensors import FORMATS, layout
+from qkit.formats.targets import Targets, patterns_limit, readable
+from qkit.grid import Grid
+from qkit.rules import Kind
+
+CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding"}  #: as groups name them
+
+
+def grids(
+    config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], *, kind_of: Callable[[str], Kind]
+) -> dict[str, tuple[Grid, bool]]:
+    """The grid of every weight among `tensors` that another tool wrote, and whether inputs or outputs are quantized too.
+
+    Rules are named after compressed-tensors' own: `midmax` where symmetric, `minmax` where not, `even` for MXFP4, `rceil` for
+    MXFP8; see "Scale rules" in numerics.md. Decoding does not depend on them.
+
+    Args:
+        config: the `quantization_config`.
+        kind_of: gives the kind of the layer at a path, for groups that name a class.
+
+    Raises:
+        ArtifactError: the configuration is not readable, asks for what qkit has no grid for, or says anything that qkit does not
+            carry out; see `settings`.
+    """
+    settings.check_compressed_tensors(config)
+    out, used, targets = {}, set(), Targets.of(config)
+    for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
+        if f"{path}.weight_g_idx" in tensors:
+            raise ArtifactError(
+                f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
+            )
+        try:
+            with readable(), patterns_limit():
+                settings.check_ignored(path, config.get("ignore"))
+            name = targets.group_of(path, kind=CLASSES[kind_of(path)])
+            used.add(name)
+            with readable():
+                group = config["config_groups"][name]
+                grid = _grid(group["weights"], _form(config.get("format"), group.get("format")))
+        except (ArtifactError, GridError) as error:
+            raise ArtifactError(f"{path}: {error}") from None
+        out[path] = grid, any(group.get(part) is not None for part in ("input_activations", "output_activations"))
+    if not out:
+        raise ArtifactError("the quantization_config speaks of quantized layers, and no layer has a weight_scale")
+    settings.check_unused(config["config_groups"], used)
+    return out
+
+
+def _form(whole: Any, group: Any) -> str:
+    """The format of a group: its own, or that of the whole configuration."""
+    form = str(group or whole)
+    if form not in FORMATS:
+        raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")
+    if whole not in (None, form, "mixed-precision"):
+        raise ArtifactError(f"its format is {form!r} in its group, and {whole!r} in the quantization_config")
+    return form
+
+
+def _grid(weights: Mapping[str, Any], form: str) -> Grid:
+    bits, kind, strategy, size, symmetric = (
+        weights[key] for key in ("num_bits", "type", "strategy", "group_size", "symmetric")
+    )
+    sizes = {"channel": "row", "tensor": "tensor", "group": size, "tensor_group": size}
+    element = {"int": f"int{bits}", "float": {4: "e2m1", 8: "e4m3"}.get(bits)}.get(kind)
+    if strategy not in sizes or element is None or type(symmetric) is not bool or not (symmetric or kind == "int"):
+        raise ArtifactError(f"qkit has no grid for {bits} bits of {kind} by {strategy}, symmetric {symmetric}")
+    if size not in (None, -1, sizes[strategy]):
+        raise ArtifactError(f"its group_size is {size}, and its strategy is {strategy!r}, which has none")
+    rules = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "even"}
+    integers = "midmax" if symmetric else "minmax"
+    grid = Grid(element, sizes[strategy], integers if kind == "int" else rules.get(form, "rceil"))
+    if layout(grid) != form:
+        raise ArtifactError(f"its format is {form!r}, and {grid} is stored as {layout(grid)!r}")
+    return grid
