@@ -10,6 +10,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference.learned import FARTHEST, factor
 from qkit_mlx.arithmetic import rounding
+from qkit_mlx.arithmetic.scale_rules import amax, poison, round_to_bfloat16
 
 
 def initial(w: mx.array, grid: Grid) -> tuple[mx.array, ...]:
@@ -31,15 +32,15 @@ def steps(w: mx.array, grid: Grid, p: mx.array, zero: mx.array | None = None) ->
     """
     if grid.element.kind == "float":
         return _offset_steps(rounding.group(w, grid), grid, p), None
-    s = rounding.round_to_bfloat16(p)
+    s = round_to_bfloat16(p)
     if grid.scale == "signed":
         s = mx.where(mx.abs(s) < MIN_SCALE, mx.where(p < 0, -MIN_SCALE, MIN_SCALE), s)
     else:
         s = mx.maximum(s, MIN_SCALE)
-    s = s + rounding.poison(p)
+    s = s + poison(p)
     if zero is None:
         return s, None
-    return s, mx.clip(mx.round(zero), 0, grid.element.levels) + rounding.poison(zero)
+    return s, mx.clip(mx.round(zero), 0, grid.element.levels) + poison(zero)
 
 
 def quantize(w: mx.array, grid: Grid, *parameters: mx.array) -> QTensor[mx.array]:
@@ -98,7 +99,7 @@ def _to_parameters(
 
 
 def _offset_steps(x: mx.array, grid: Grid, offset: mx.array) -> mx.array:
-    peak = rounding.amax(x)
+    peak = amax(x)
     whole = mx.clip(mx.round(offset), -FARTHEST, FARTHEST).astype(mx.int32)
     c = mx.clip(rounding.scale_code(peak, grid) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
-    return rounding.power(c) + rounding.poison(peak) + rounding.poison(offset)
+    return rounding.power(c) + poison(peak) + poison(offset)

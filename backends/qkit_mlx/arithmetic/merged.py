@@ -8,6 +8,7 @@ from qkit.element import MIN_SCALE
 from qkit.qtensor import DType
 from qkit.reference.merged import DROPPED
 from qkit_mlx.arithmetic import rounding
+from qkit_mlx.arithmetic.scale_rules import bits
 
 
 def merged(w: mx.array, a: mx.array, b: mx.array, m: mx.array | None = None, *, scale: float, dtype: DType) -> mx.array:
@@ -81,5 +82,5 @@ def stored(x: mx.array, dtype: DType) -> mx.array:
 
 
 def _significant(x: mx.array, dropped: int) -> mx.array:
-    u = rounding.bits(x)
+    u = bits(x)
     return ((u + ((1 << dropped - 1) - 1) + ((u >> dropped) & 1)) & ~((1 << dropped) - 1)).view(mx.float32)

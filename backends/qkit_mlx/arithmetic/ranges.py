@@ -8,6 +8,7 @@ import mlx.core as mx
 from qkit.element import AVERAGE
 from qkit.grid import Grid
 from qkit_mlx.arithmetic import packing, rounding
+from qkit_mlx.arithmetic.scale_rules import amax, poison
 
 
 def empty() -> mx.array:
@@ -39,7 +40,7 @@ def averaged(known: mx.array, x: mx.array) -> mx.array:
 def static_scales(known: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
     """The law's `static_scales` of one range `known`, of the slot `name`; NaN where the range is empty."""
     q = rounding.quantize(known, grid)
-    stored = {f"{name}_scale": rounding.scale_values(q) + rounding.poison(rounding.amax(known))}
+    stored = {f"{name}_scale": rounding.scale_values(q) + poison(amax(known))}
     if q.zeros is not None:
         stored[f"{name}_zero_point"] = packing.signed(q.zeros, grid.element)
     return stored

@@ -9,6 +9,17 @@ from qkit import element as constants
 from qkit.element import ELEMENTS, STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
+from qkit.reference import rounding as law
+from qkit_mlx.arithmetic.scale_rules import (
+    POWER_RULES,
+    SYMMETRIC_RULES,
+    amax,
+    bits,
+    ceil_exponent,
+    computed_by_law,
+    poison,
+    round_to_bfloat16,
+)
 from qkit_mlx.arithmetic.small_floats import ceil_scale, round_to_element
 
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -146,41 +157,13 @@ def to_dtype(x: mx.array, dtype: str) -> mx.array:
     return x.astype(DTYPE[dtype])
 
 
-def bits(x: mx.array) -> mx.array:
-    """The fp32 patterns of `x`, as int32."""
-    return x.view(mx.int32)
-
-
-def amax(x: mx.array) -> mx.array:
-    """Largest magnitude of each group; NaN for a group with a NaN."""
-    return mx.abs(x).max(axis=-1)
-
-
-def poison(peak: mx.array) -> mx.array:
-    """0 where `peak` is finite, else NaN. Added to the scale of a group with a NaN or an infinity, it makes the group NaN."""
-    return peak * 0.0
-
-
 # Integer scales (R3, R5)
 
 
-def round_to_bfloat16(x: mx.array) -> mx.array:
-    """`x` with 8 significant bits, ties to even (RNE8). In integers, since compilers delete a pair of casts."""
-    u = bits(x)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(mx.float32)
-
-
 def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
-    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 large."""
-    element = grid.element
-    if grid.scale == "signed":
-        high, low = x.max(axis=-1), x.min(axis=-1)
-        peak = mx.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * STEP[element.name, "signed"])
-        least = mx.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
-        return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
-    s = round_to_bfloat16((peak := amax(x)) * STEP[element.name, grid.scale])
-    return mx.maximum(s, constants.MIN_SCALE) + poison(peak)
+    """The scale of each group under a symmetric rule, on the bfloat16 grid, at least 2^-96 in magnitude."""
+    rule = SYMMETRIC_RULES.get(grid.scale)
+    return rule(x, grid.element) if rule else computed_by_law(law.symmetric_scale, x, grid)
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
@@ -205,20 +188,11 @@ def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) ->
 
 
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
-    """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127). Reads exponent bits only."""
-    element = grid.element
-    if grid.scale == "floor":
-        c = (bits(peak) >> 23) - element.max_exponent
-    elif grid.scale == "even":
-        c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
-    else:
-        c = ceil_exponent(peak * STEP[element.name, "rceil"])
-    return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
-
-
-def ceil_exponent(x: mx.array) -> mx.array:
-    """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
-    return (bits(x) + 0x7FFFFF) >> 23
+    """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
+    rule = POWER_RULES.get(grid.scale)
+    if rule is None:
+        return computed_by_law(law.scale_code, peak, grid).astype(mx.int32)
+    return mx.clip(rule(peak, grid.element), constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
 
 
 def exponent(s: mx.array) -> mx.array:

@@ -1,4 +1,7 @@
-"""qkit's C kernels on MLX's CPU arrays, in the arrays' own memory. They need evaluated arrays, unlike MLX's operations."""
+"""qkit's C kernels on MLX's CPU arrays, in the arrays' own memory. They need evaluated arrays, unlike MLX's operations.
+
+`qkit.native` declares the elements and scale rules of the kernels. `choose` sends every other grid to `arithmetic`.
+"""
 
 from typing import Any
 
@@ -16,19 +19,15 @@ FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 PATTERN = {1: np.uint8, 2: np.uint16, 4: np.float32}  #: NumPy types by bytes; NumPy has no bfloat16
 FEWEST = 1 << 12  #: evaluating fewer numbers takes as long as a dozen MLX operations on them
 
-#: The elements and scale rules of `qkit/native/kernels.c`. `choose` sends every other grid to `arithmetic`.
-ELEMENTS = frozenset({"int2", "int3", "int4", "int5", "int6", "int8", "e2m1", "e4m3", "e5m2"})
-RULES = frozenset({"signed", "absmax", "midmax", "minmax", "rceil", "even", "floor", "nvfp4"})
-
 
 def takes(x: mx.array, grid: Grid) -> bool:
     """Whether the kernels quantize `x` on `grid`."""
-    return grid.element.name in ELEMENTS and grid.scale in RULES and reads(x)
+    return native.takes(grid) and reads(x)
 
 
 def packs(codes: mx.array, element: Element) -> bool:
     """Whether the kernels pack `codes` of `element`."""
-    return element.name in ELEMENTS and evaluate(codes)
+    return native.packs(element) and evaluate(codes)
 
 
 def reads(x: mx.array) -> bool:
