@@ -10,37 +10,34 @@ from qkit.grid import Grid
 from qkit_mlx.arithmetic import packing, rounding
 from qkit_mlx.arithmetic.scale_rules import amax, poison
 
-
-def empty() -> mx.array:
-    """The range [2], lowest and highest value, of no values."""
-    return mx.array([float("inf"), float("-inf")])
+EMPTY = (float("inf"), float("-inf"))  #: the range before any value was seen
 
 
-def widened(known: mx.array, x: mx.array) -> mx.array:
-    """The range of `known` and `x` together; `known` itself if an extreme of `x` is not finite, or `x` is empty."""
-    if not x.size:
-        return known
-    seen = _extremes(x)
-    wider = mx.stack([mx.minimum(known[0], seen[0]), mx.maximum(known[1], seen[1])])
-    return mx.where(mx.isfinite(seen).all(), wider, known)
+def extremes(x: mx.array) -> mx.array:
+    """The lowest and the highest of the numbers in `x`, float32 [2]; without gradients."""
+    x = mx.stop_gradient(x).astype(mx.float32)
+    return mx.stack([x.min(), x.max()])
 
 
-def averaged(known: mx.array, x: mx.array) -> mx.array:
-    """The running average of `known` and the range of `x`; the range of `x` if `known` is empty.
+def wider(seen: mx.array, extremes: mx.array) -> mx.array:
+    """The range `seen`, widened to `extremes`; `seen` itself if one of these is not finite."""
+    widened = mx.stack([mx.minimum(seen[0], extremes[0]), mx.maximum(seen[1], extremes[1])])
+    return mx.where(mx.isfinite(extremes).all(), widened, seen)
 
-    `known` itself where `widened` returns it.
+
+def averaged(seen: mx.array, extremes: mx.array) -> mx.array:
+    """The running average of the range `seen` and `extremes`; `extremes` if `seen` is empty.
+
+    `seen` itself if one of `extremes` is not finite.
     """
-    if not x.size:
-        return known
-    seen = _extremes(x)
-    moved = mx.where(known[0] > known[1], seen, known + AVERAGE * (seen - known))
-    return mx.where(mx.isfinite(seen).all(), moved, known)
+    average = mx.where(seen[0] > seen[1], extremes, seen + AVERAGE * (extremes - seen))
+    return mx.where(mx.isfinite(extremes).all(), average, seen)
 
 
-def static_scales(known: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
-    """The law's `static_scales` of one range `known`, of the slot `name`; NaN where the range is empty."""
-    q = rounding.quantize(known, grid)
-    stored = {f"{name}_scale": rounding.scale_values(q) + poison(amax(known))}
+def static_scales(seen: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
+    """The law's `static_scales` of one range `seen`, of the slot `name`; NaN if the range is empty."""
+    q = rounding.quantize(seen, grid)
+    stored = {f"{name}_scale": rounding.scale_values(q) + poison(amax(seen))}
     if q.zeros is not None:
         stored[f"{name}_zero_point"] = packing.signed(q.zeros, grid.element)
     return stored
@@ -54,8 +51,3 @@ def stored_scales(stored: Mapping[str, mx.array], grid: Grid, *, name: str) -> d
         return {"scales": stored[f"{name}_scale"]}
     zeros = packing.unsigned(stored[f"{name}_zero_point"], grid.element)
     return {"scales": stored[f"{name}_scale"], "zeros": zeros}
-
-
-def _extremes(x: mx.array) -> mx.array:
-    x = mx.stop_gradient(x).astype(mx.float32)
-    return mx.stack([x.min(), x.max()])

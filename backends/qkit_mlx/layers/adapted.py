@@ -17,9 +17,10 @@ from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers.converted import PACKED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
+from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed
 from qkit_mlx.layers.straight_through import fake_quantize
+from qkit_mlx.mlx_private import frozen_names
 
 NAMES = ("lora_a", "lora_b", "m")  #: of the parameters of an adapter
 
@@ -42,6 +43,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
     """A prepared layer with an adapter; `weight` is the base."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         base = self["weight"]
         self["weight"] = self.merged()  # only while the prepared layer computes with it
         try:
@@ -61,6 +63,7 @@ class _AdaptedConverted(_Adapted):
     """
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         parameters = [self.merged(), *([self["bias"]] if "bias" in self else [])]
         if self.training:
             return self._run_prepared(x, *parameters)
@@ -102,16 +105,16 @@ class AdaptedPlain(_AdaptedConverted, PlainLinear):
 
 def adapt(module: Any, update: Update) -> Any:
     """See the protocol's `adapt`."""
-    if isinstance(module, PACKED):
-        made = _become(module, AdaptedPacked if isinstance(module, PackedLinear) else AdaptedPlain)
+    if isinstance(module, CONVERTED):
+        layer = _become(module, AdaptedPacked if isinstance(module, PackedLinear) else AdaptedPlain)
     else:
-        made = _become(module, AdaptedLinear)
-    made.freeze(recurse=False)
-    made.lora_a, made.lora_b = mx.array(update.a.T), mx.array(update.b.T)
+        layer = _become(module, AdaptedLinear)
+    layer.freeze(recurse=False)
+    layer.lora_a, layer.lora_b = mx.array(update.a.T), mx.array(update.b.T)
     if update.magnitude is not None:
-        made.m = mx.array(update.magnitude)
-    made.lora_scale = update.scale
-    return made
+        layer.m = mx.array(update.magnitude)
+    layer.lora_scale = update.scale
+    return layer
 
 
 def adapter_update(module: Any) -> Update:
@@ -124,17 +127,17 @@ def adapter_update(module: Any) -> Update:
 
 def merge_adapter(module: Any) -> Any:
     """See the protocol's `merge_adapter`."""
-    if isinstance(module, PACKED):
-        made = module.pack(module.merged(), module.get("bias"))
-        made.train(module.training)
-        return made
-    made = _become(module, FakeLinear)
+    if isinstance(module, CONVERTED):
+        layer = module.pack(module.merged(), module.get("bias"))
+        layer.train(module.training)
+        return layer
+    layer = _become(module, FakeLinear)
     for name in (*NAMES, "lora_scale"):
-        made.pop(name, None)
-        made.__dict__.pop(name, None)
-    made.weight = module.merged()
-    made.train(module.training)
-    return made
+        layer.pop(name, None)
+        layer.__dict__.pop(name, None)
+    layer.weight = module.merged()
+    layer.train(module.training)
+    return layer
 
 
 def train_only_adapters(model: nn.Module) -> None:
@@ -142,15 +145,15 @@ def train_only_adapters(model: nn.Module) -> None:
     model.freeze()
     for module in model.modules():
         if isinstance(module, _Adapted):
-            module._no_grad.difference_update(NAMES)
+            frozen_names(module).difference_update(NAMES)
 
 
 def _become(module: Any, cls: type[nn.Module]) -> Any:
     """A module of another class with the arrays, attributes and mode of `module`."""
-    made = cls.__new__(cls)
-    nn.Module.__init__(made)
-    dict.update(made, module)
-    made.__dict__.update(
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    dict.update(layer, module)
+    layer.__dict__.update(
         {key: set(value) if isinstance(value, set) else value for key, value in module.__dict__.items()}
     )
-    return made
+    return layer

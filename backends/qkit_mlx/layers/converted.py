@@ -77,6 +77,7 @@ class PackedLinear(Float32Scales, nn.QuantizedLinear):
         _put_in_container(self, q, rule, execution)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         fits = self.mode == "affine" or x.dtype == mx.bfloat16
         if self.mlx_only and x.size and fits and mx.default_device() == GPU:
             return cast(mx.array, nn.QuantizedLinear.__call__(self, x))
@@ -100,6 +101,7 @@ class PackedEmbedding(Float32Scales, nn.QuantizedEmbedding):
         self.num_embeddings, self.dims = q.shape
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Row numbers x [...] -> [..., width]."""
         biases = self.get("biases")
         values = mx.dequantize(
             self["weight"][x],
@@ -177,6 +179,7 @@ class PlainLinear(Float32Scales):
         _put_in_arrays(self, q, rule, execution)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         rule = self.rule
         on_grid = _on_grid(x, self, rule.activation, "input") if rule.activation else x
         y = _finish(on_grid.astype(mx.float32) @ _values(self).T, x, self.get("bias"))
@@ -191,6 +194,7 @@ class PlainEmbedding(Float32Scales):
         _put_in_arrays(self, q, rule, execution)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Row numbers x [...] -> [..., width]."""
         rows = x.flatten()
         scales, zeros = self["scales"], self.get("zeros")
         if self.grid.group != "tensor":
@@ -238,4 +242,4 @@ def _finish(y: mx.array, x: mx.array, bias: mx.array | None) -> mx.array:
 
 
 #: The classes of converted layers. Besides its arrays, each has `rule`, `grid`, `inputs`, `dtype` and `execution`.
-PACKED = (PackedLinear, PackedEmbedding, PlainLinear, PlainEmbedding)
+CONVERTED = (PackedLinear, PackedEmbedding, PlainLinear, PlainEmbedding)

@@ -65,6 +65,7 @@ def why_no_kernel(container: Container, dtype: mx.Dtype, *, device: mx.Device, s
 
 @lru_cache(maxsize=1024)
 def try_kernel(container: Container, dtype: mx.Dtype, shape: tuple[int, int], device: str) -> str:
+    """MLX's error for such a product on the default device, which is called `device` here; empty without one."""
     outputs, inputs = shape
     affine = container.mode == "affine"
     weight = mx.zeros((outputs, inputs * container.bits // WORD_BITS), mx.uint32)

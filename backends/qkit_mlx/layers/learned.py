@@ -18,6 +18,7 @@ from qkit_mlx.layers.converted import (
 )
 from qkit_mlx.layers.float32_scales import Float32Scales
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, evaluate_packed, quantizes
+from qkit_mlx.mlx_private import frozen_names
 
 
 class _Learned(Float32Scales):
@@ -36,6 +37,7 @@ class LearnedLinear(_Learned, FakeLinear):
     """A linear layer that learns its scales; see `FakeLinear`."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         parameters = [self["weight"], *self.ranges, *([self["bias"]] if "bias" in self else [])]
         if self.training or self.calibrating or not quantizes(self):
             return self._run_prepared(x, *parameters)
@@ -61,6 +63,8 @@ class LearnedEmbedding(_Learned, FakeEmbedding):
     """An embedding that learns its scales; see `FakeEmbedding`."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Row numbers x [...] -> [..., width]."""
+
         def run_prepared(*parameters: mx.array) -> mx.array:
             return self._learned_values(*parameters)[x]
 
@@ -94,9 +98,9 @@ def prepare_layer(module: Any, rule: Rule) -> nn.Module:
     if rule.scales == "rule":
         return FakeEmbedding(module, rule) if embedding else FakeLinear(module, rule)
     assert rule.weight is not None
-    made: Any = LearnedEmbedding(module, rule) if embedding else LearnedLinear(module, rule)
-    for name, value in zip(names(rule.weight), learned.initial(made["weight"], rule.weight), strict=True):
-        made[name] = value
-    if "weight" in made._no_grad:
-        made.freeze(keys=list(names(rule.weight)))
-    return made  # type: ignore[no-any-return]
+    layer: Any = LearnedEmbedding(module, rule) if embedding else LearnedLinear(module, rule)
+    for name, value in zip(names(rule.weight), learned.initial(layer["weight"], rule.weight), strict=True):
+        layer[name] = value
+    if "weight" in frozen_names(layer):
+        layer.freeze(keys=list(names(rule.weight)))
+    return layer  # type: ignore[no-any-return]

@@ -25,6 +25,7 @@ from qkit_mlx.layers.converted import (
 )
 from qkit_mlx.layers.float32_scales import RANGES, Float32Scales
 from qkit_mlx.layers.straight_through import fake_quantize, values_view
+from qkit_mlx.mlx_private import frozen_names
 
 #: The type of a layer's `_gate`, by whether the layer quantizes. Compiled functions take the model's state as an input, and
 #: compile once more for another type. A choice by the value of an array would cost time for each weight and step.
@@ -38,7 +39,7 @@ LAST_INPUT: LastValue[mx.array] = LastValue()
 
 def switch_mode(layer: Any, mode: Mode) -> None:
     """See the protocol's `switch_mode`."""
-    layer._gate = mx.zeros(layer["_gate"].shape, GATES[mode != "off"])
+    layer["_gate"] = mx.zeros(layer["_gate"].shape, GATES[mode != "off"])
     layer.calibrating = mode == "calibrating"
 
 
@@ -46,14 +47,14 @@ def freeze_values(layer: Any, on: bool) -> None:
     """See the protocol's `freeze_values`. Frozen values are in the model's state, for compiled functions, but no parameter."""
     layer.pop("_frozen_values", None)
     if on:
-        layer._frozen_values = choose.fake_quantize_weight(layer["weight"], layer.rule.weight)
-        mx.eval(layer._frozen_values)
+        layer["_frozen_values"] = choose.fake_quantize_weight(layer["weight"], layer.rule.weight)
+        mx.eval(layer["_frozen_values"])
 
 
 def regrid(layer: Any, rule: Rule) -> None:
     """See the protocol's `regrid`. The gate gets another shape for each rule, which compiled functions see."""
     layer.rule = rule
-    layer._gate = mx.zeros((RULE_NUMBERS.setdefault(rule, len(RULE_NUMBERS) + 1),), layer["_gate"].dtype)
+    layer["_gate"] = mx.zeros((RULE_NUMBERS.setdefault(rule, len(RULE_NUMBERS) + 1),), layer["_gate"].dtype)
     if "_frozen_values" in layer:
         freeze_values(layer, on=True)
 
@@ -62,7 +63,7 @@ def clear_ranges(layer: Any) -> None:
     """See the protocol's `clear_ranges`."""
     for name in RANGES:
         if name in layer:
-            layer[name] = ranges.empty()
+            layer[name] = mx.array(ranges.EMPTY)
 
 
 def mode_of(layer: Any) -> Mode:
@@ -104,9 +105,10 @@ class FakeLinear(Float32Scales, nn.Linear):
         nn.Module.__init__(self)  # not Linear's, which draws a random weight
         _adopt(self, layer, rule)
         for name in static_names(rule):
-            self[f"{name}_range"] = ranges.empty()
+            self[f"{name}_range"] = mx.array(ranges.EMPTY)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         parameters = [self[name] for name in ("weight", "bias") if name in self]
         if self.training or self.calibrating or not quantizes(self):
             return self._run_prepared(x, *parameters)
@@ -133,22 +135,22 @@ class FakeLinear(Float32Scales, nn.Linear):
         if self.rule.range == "dynamic":
             rounded = partial(fake_quantize, grid=grid, ste=self.rule.ste)
             return LAST_INPUT.of(x, rounded, grid, self.rule.ste) if name == "input" and x.size else rounded(x)
-        if self.rule.range == "average" and self.training:
-            self[f"{name}_range"] = ranges.averaged(self[f"{name}_range"], x)
+        if self.rule.range == "average" and self.training and x.size:
+            self[f"{name}_range"] = ranges.averaged(self[f"{name}_range"], ranges.extremes(x))
         stored = ranges.static_scales(self[f"{name}_range"], grid, name=name)
         return fake_quantize(x, grid, ste=self.rule.ste, **ranges.stored_scales(stored, grid, name=name))
 
     def _record(self, name: str, x: mx.array) -> None:
-        if self.rule.range == "dynamic":
+        if self.rule.range == "dynamic" or not x.size:
             return
-        known = ranges.widened(self[f"{name}_range"], x)
+        seen = ranges.wider(self[f"{name}_range"], ranges.extremes(x))
         try:
-            mx.eval(known)  # also releases the graph that computes it
+            mx.eval(seen)  # also releases the graph that computes it
         except ValueError:
             raise StageError(
                 "ranges cannot be recorded while a function is compiled: calibrate the model itself"
             ) from None
-        self[f"{name}_range"] = known
+        self[f"{name}_range"] = seen
 
     def _static(self) -> dict[str, mx.array]:
         static: dict[str, mx.array] = {}
@@ -185,6 +187,8 @@ class FakeEmbedding(nn.Embedding):
         _adopt(self, layer, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Row numbers x [...] -> [..., width]."""
+
         def run_prepared(weight: mx.array) -> mx.array:
             return _values(self, weight)[x]
 
@@ -237,14 +241,16 @@ def evaluate_packed(
     return answer
 
 
-def _adopt(made: Any, layer: nn.Module, rule: Rule) -> None:
+def _adopt(prepared: Any, layer: nn.Module, rule: Rule) -> None:
     for name in ("weight", "bias"):
         if name in layer:
-            made[name] = layer[name]
-    made.rule = rule
-    made._gate = mx.zeros((), GATES[True])  # no parameter, because of its name, but in the state of compiled functions
-    made.freeze(keys=list(layer._no_grad))
-    made.train(layer.training)  # which also creates `cached_values`
+            prepared[name] = layer[name]
+    prepared.rule = rule
+    prepared["_gate"] = mx.zeros(
+        (), GATES[True]
+    )  # no parameter, because of its name, but in the state of compiled functions
+    prepared.freeze(keys=list(frozen_names(layer)))
+    prepared.train(layer.training)  # which also creates `cached_values`
 
 
 def _values(layer: Any, weight: mx.array) -> mx.array:

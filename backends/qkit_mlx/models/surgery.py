@@ -10,7 +10,7 @@ from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, BackendError
 from qkit.reference.packing import WORD_BITS
 from qkit.rules import Kind
-from qkit_mlx.layers.converted import PACKED, STORED, PlainEmbedding
+from qkit_mlx.layers.converted import CONVERTED, STORED, PlainEmbedding
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PlainEmbedding)
@@ -111,7 +111,7 @@ def _replace_in(container: Any, instead: Mapping[int, nn.Module]) -> None:
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, module in _modules(model):
-        if not isinstance(module, PACKED):
+        if not isinstance(module, CONVERTED):
             yield from _arrays(module, path)
         else:
             yield from ((_join(path, key), module, key) for key in STORED if key in module)
@@ -137,7 +137,7 @@ def _listed(path: str, module: Any) -> Iterator[Layer]:
     layer = _layer(path, module)
     if layer:
         yield layer
-    if isinstance(module, (*PACKED, FakeLinear, FakeEmbedding)):
+    if isinstance(module, (*CONVERTED, FakeLinear, FakeEmbedding)):
         return
     known = ("weight", "bias", "scales", "biases") if layer else ("bias", "scales", "biases")
     for name, container, key in _arrays(module, path):
@@ -149,7 +149,7 @@ def _listed(path: str, module: Any) -> Iterator[Layer]:
 
 def _layer(path: str, module: Any) -> Layer | None:
     kind: Kind = "embedding" if isinstance(module, EMBEDDINGS) else "linear"
-    if isinstance(module, PACKED):
+    if isinstance(module, CONVERTED):
         shape = (module["weight"].shape[0], module.inputs)
         execution, adapter = module.execution, getattr(module, "adapter", "")
         how = {"native": execution.native, "execution": execution.text, "adapter": adapter}
