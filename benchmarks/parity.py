@@ -22,8 +22,8 @@ from pathlib import Path
 import qkit
 from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
+from qkit.testing.hard_tensors import all_grids
 from qkit.testing.parity import BATCH, Parity, compare_many
-from qkit.testing.tensors import all_grids
 
 Task = tuple[str, str, bool, DType, list[Grid], int]
 

@@ -1,30 +1,36 @@
-"""Quantizing one array of any framework: the engine follows from the array, unless it is named."""
+"""quantize, dequantize, fake_quantize: one array of any framework, whose type chooses the engine unless `backend` does."""
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 from qkit.element import LIMIT
 from qkit.engines.protocol import Arrays
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
-from qkit.errors import BackendError, RangeError
-from qkit.grid import Grid
+from qkit.engines.registry import recipe as find_recipe
+from qkit.errors import BackendError, GridError, RangeError, RecipeError
+from qkit.grid import Grid, want_grid
 from qkit.qtensor import QTensor, dtype_of, shape_of
-from qkit.rules import Ste
+from qkit.rules import Recipe, Ste
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
-def quantize(w: Any, grid: Grid, *, backend: str | Arrays | None = None) -> QTensor[Any]:
+def quantize(w: Any, grid: "Grid | str | Path | Recipe", *, backend: str | Arrays | None = None) -> QTensor[Any]:
     """Codes and scales of `w`: Float [..., n] -> codes [..., n], scales [..., groups].
 
     Args:
         w: a NumPy, torch or MLX array of float32, bfloat16 or float16; groups lie along its last axis.
-        grid: the numbers to round to.
+        grid: the numbers to round to. Or a recipe with one weight grid, by its name, its file or itself.
         backend: an engine by name, or itself; left out, the one of `w`.
 
     Raises:
         DTypeError: `w` is not of these three types.
-        GridError: `w` is empty, or its last axis does not divide into groups.
+        GridError: `w` is empty, its last axis does not divide into groups, or `grid` stands for no grid.
         RangeError: a NaN, an infinity, or a magnitude of 2^127 and more.
     """
+    grid = _grid(grid)
     engine = _engine(w, backend)
     check(engine, w, grid, name="the array")
     return engine.quantize(w, grid)
@@ -35,25 +41,29 @@ def dequantize(q: QTensor[Any], *, backend: str | Arrays | None = None) -> Any:
     return _engine(q.codes, backend).dequantize(q)
 
 
-def fake_quantize(w: Any, grid: Grid, *, ste: Ste = "identity", backend: str | Arrays | None = None) -> Any:
+def fake_quantize(
+    w: Any, grid: "Grid | str | Path | Recipe", *, ste: Ste = "identity", backend: str | Arrays | None = None
+) -> Any:
     """`dequantize(quantize(w, grid))`, bit for bit; the gradient with respect to `w` passes straight through.
 
-    Does not look for NaN or infinity: a group that holds one comes back as NaN. Under torch.compile the engine must have been
-    met before: call it once outside, or use `qkit.backend("torchao").fake_quantize`.
+    NaN and infinity are no errors: a group with one comes back as NaN. For torch.compile, call this function once outside
+    compiled code first, or use `qkit.backend("torchao").fake_quantize`.
 
     Args:
+        grid: as for `quantize`.
         ste: the straight-through estimator: `identity` passes the gradient as it is, `masked` only where no value was clipped.
 
     Raises:
         DTypeError, GridError: as for `quantize`.
     """
+    grid = _grid(grid)
     dtype_of(w)
     grid.scale_shape(shape_of(w))
     return _engine(w, backend).fake_quantize(w, grid, ste=ste)
 
 
 def check(engine: Arrays, w: Any, grid: Grid, *, name: str) -> None:
-    """Refuses what has no codes on `grid`; `name` is what messages call `w`. Raises as `quantize` does."""
+    """Refuses an array without codes on `grid`; messages call it `name`. Raises as `quantize` does."""
     try:
         dtype_of(w)
         grid.scale_shape(shape_of(w))
@@ -65,6 +75,28 @@ def check(engine: Arrays, w: Any, grid: Grid, *, name: str) -> None:
         raise RangeError(
             f"{name} {what}: only finite values below 2^127 have codes; find what made it before you quantize"
         )
+
+
+def _grid(choice: "Grid | str | Path | Recipe") -> Grid:
+    """`choice`, or the only weight grid of the recipe that it names."""
+    if isinstance(choice, Grid):
+        return choice
+    if not isinstance(choice, (str, os.PathLike, Recipe)):
+        want_grid(choice)
+    try:
+        found = find_recipe(choice)
+    except RecipeError as error:
+        raise GridError(
+            f"{choice!r} is neither a grid, such as qkit.Grid('int4', 64) or qkit.Grid.parse('int4-g64-signed'), nor a recipe: "
+            f"{error}"
+        ) from None
+    grids = dict.fromkeys(rule.weight for rule in found.rules if rule.weight)
+    if len(grids) != 1:
+        raise GridError(
+            f"recipe {found.name!r} has {len(grids)} weight grids, {', '.join(map(str, grids))}: choose one, such as "
+            f"qkit.Grid.parse({str(next(iter(grids)))!r})"
+        )
+    return next(iter(grids))
 
 
 def _engine(array: Any, backend: str | Arrays | None) -> Arrays:

@@ -1,4 +1,4 @@
-"""coverage: every layer of a model, its grid and how it runs, or that it was left alone and why."""
+"""coverage: for every layer of a model its grid and how it runs, or the reason why the recipe left it alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Covered:
     """One row of `coverage`.
 
     Attributes:
-        path, kind, shape: of the layer.
-        weight, activation, output: the grids, as text; empty where there is none. Static ones say so.
-        state: `prepared`; `native` or `decoded first`, and on what or why; or `left alone: why`.
+        path, kind, shape: as in `qkit.engines.layer.Layer`.
+        weight, activation, output: the grids as text, with the range if it is static; empty where there is none.
+        state: `prepared`; `native: ` and the kernel; `decoded first: ` and the reason; or `left alone: ` and the reason.
         bits: stored bits per weight.
-        tied: path of the layer before it whose weight is also its own, so that it stores none.
+        tied: path of the layer before it that has the same weight and stores it.
     """
 
     path: str
@@ -35,13 +35,13 @@ class Covered:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What happened to every layer. Prints as a table."""
+    """One row for every layer of a model. Prints as a table."""
 
     rows: tuple[Covered, ...]
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight over all the layers listed, tied ones once."""
+        """Stored bits per weight over all rows; a tied weight counts once."""
         rows = [row for row in self.rows if not row.tied]
         weights = sum(prod(row.shape) for row in rows)
         return sum(row.bits * prod(row.shape) for row in rows) / weights if weights else 0.0
@@ -64,7 +64,7 @@ class Coverage:
 
 
 def coverage(model: Any, *, backend: str | Arrays | None = None) -> Coverage:
-    """Every layer of `model`: its grid and how it runs, or that it is left alone and why."""
+    """For every layer of `model` its grid and how it runs, or the reason why the recipe left it alone."""
     engine = surgeon(model, backend)
     tensors = engine.tensors(model)
     return Coverage(tuple(_cover(layer, engine, tensors) for layer in engine.layers(model)))

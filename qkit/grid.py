@@ -103,9 +103,40 @@ class Grid:
         extra = 32 if self.scale == "nvfp4" else 0
         return self.element.bits + (prod(self.scale_shape(shape)) * self.bits_per_scale + extra) / prod(shape)
 
+    @classmethod
+    def parse(cls, text: str) -> "Grid":
+        """The grid that prints as `text`: the inverse of `str`.
+
+        Raises:
+            GridError: no grid prints as `text`.
+
+        >>> Grid.parse("int4-g64-signed") == Grid("int4", 64)
+        True
+        """
+        element, _, rest = text.partition("-")
+        group, _, scale = rest.partition("-")
+        size = group.removeprefix("g")
+        grid = cls(element, int(size) if size.isdecimal() else group, scale)  # type: ignore[arg-type]  # checked there
+        if str(grid) != text:
+            raise GridError(f"no grid prints as {text!r}: write {str(grid)!r}")
+        return grid
+
     def __str__(self) -> str:
         group = f"g{self.group}" if isinstance(self.group, int) else self.group
         return f"{self.element}-{group}-{self.scale}"
+
+
+def want_grid(value: object) -> None:
+    """Refuses a value that is no grid.
+
+    Raises:
+        GridError: the message says what a grid is, and how to get one.
+    """
+    if not isinstance(value, Grid):
+        raise GridError(
+            f"{value!r} is no grid, which is an element, a group and a scale rule: write qkit.Grid('int4', 64), or take "
+            "the one of a rule, such as qkit.recipe('int4-g64').rules[-1].weight"
+        )
 
 
 def _default_rule(element: Element) -> str:

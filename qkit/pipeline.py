@@ -1,7 +1,5 @@
-"""prepare and convert: one recipe over one model, on any engine. Plans first, then swaps: no half-done models."""
+"""prepare, convert, gather and adamw, on any engine. A recipe that does not fit is refused before the model changes."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit.arrays import check
@@ -12,7 +10,8 @@ from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
-from qkit.errors import GridError, RecipeError, StageError
+from qkit.errors import StageError
+from qkit.planning import Planned, plan
 from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
@@ -23,105 +22,19 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model")
 
-NOTE = "qkit_note"  #: attribute of a module that was left alone: why
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What a recipe will do to one layer: a rule, or None and the reason."""
-
-    layer: Layer
-    rule: Rule | None
-    reason: str = ""
-
-
-def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
-    """What `recipe` does to each of `layers`; touches nothing.
-
-    Raises:
-        RecipeError: a rule that quantizes matches no layer, or matches one that cannot be quantized.
-        GridError: a layer does not divide into groups and the rule does not say "skip".
-    """
-    planned = [_plan_layer(layer, recipe) for layer in layers]
-    owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
-    planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
-    spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned if item.layer.kind != "other"}
-    for rule in recipe.rules:
-        if rule.weight and id(rule) not in spoken:
-            raise RecipeError(
-                f"recipe {recipe.name!r}: the rule for {rule.kind} {', '.join(rule.match)} is first for no layer of this "
-                f"model, which has {_paths(planned)}"
-            )
-    return planned
-
-
-def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
-    if layer.kind == "other":
-        return Planned(layer, None, layer.obstacle)
-    rule = recipe.rule_for(layer.path, layer.kind)
-    if rule is None:
-        return Planned(layer, None, "no rule matches")
-    if rule.weight is None:
-        return Planned(layer, None, f"left alone by the rule for {', '.join(rule.match)}")
-    if layer.obstacle:
-        if rule.indivisible == "skip":
-            return Planned(layer, None, layer.obstacle)
-        raise RecipeError(
-            f"{layer.path}: {layer.obstacle}; put a rule without weight before, that matches it, to leave it alone"
-        )
-    backwards = layer.shape[::-1]  # outputs last
-    for grid, shape in ((rule.weight, layer.shape), (rule.activation, layer.shape), (rule.output, backwards)):
-        try:
-            if grid:
-                grid.scale_shape(shape)
-        except GridError as error:
-            if rule.indivisible == "skip":
-                return Planned(layer, None, f"skipped: {error}")
-            raise GridError(f'{layer.path}: {error}, or indivisible = "skip"') from None
-    return Planned(layer, rule)
-
-
-def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
-    """`item`, whose weight belongs to a layer before it, if both can be quantized as one."""
-    layer = item.layer
-    owner = owners.get(layer.tied)
-    if owner is None:
-        return item
-    if item.rule and item.rule.scales == "learned":
-        raise RecipeError(
-            f"{layer.path}: its weight is tied to that of {layer.tied}, and two layers cannot learn one weight's scales: use "
-            'scales = "rule", or untie them'
-        )
-    mine, theirs = (one.rule.weight if one.rule else None for one in (item, owner))
-    if mine == theirs and not (item.rule and item.rule.slots):
-        return item
-    obstacle = f"its weight is tied to that of {layer.tied}"
-    if item.rule and item.rule.slots and mine == theirs:
-        raise RecipeError(f"{layer.path}: {obstacle}, so that it takes no activation or output grid: drop it")
-    if layer.kind == "other":
-        raise RecipeError(
-            f"{layer.path}: {obstacle}, which the recipe puts on {theirs}, and {layer.obstacle}; leave {layer.tied} alone with a "
-            "rule without weight"
-        )
-    if theirs is None and item.rule and item.rule.indivisible == "skip":
-        return Planned(layer, None, f"skipped: {obstacle}, which is left alone")
-    raise RecipeError(
-        f"{layer.path}: {obstacle}, and one weight is on one grid: the recipe puts {layer.tied} on {theirs or 'none'} and "
-        f"{layer.path} on {mine or 'none'}; give both the same weight grid (one rule of kind embedding, one of kind linear), "
-        "or leave both alone"
-    )
+NOTE = "qkit_note"  #: attribute of a module that the recipe left alone: the reason
 
 
 def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Model:
-    """`model` ready for quantisation-aware training: its layers compute with the values they will be deployed with.
+    """`model` ready for quantization-aware training: its layers compute with the values of the converted model.
 
-    Works in place and returns the model (a new one only where the model is itself one layer). Master weights stay the
-    same parameters under the same names; gradients pass straight through the rounding.
+    Works in place and returns the model; a model that is itself one layer gives a new one, of the engine's own class. Master
+    weights stay the same parameters under the same names. Gradients pass straight through the rounding.
 
     Raises:
-        RecipeError, GridError: the recipe does not fit; the model is as it was.
+        RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
         StageError: the model is prepared, converted or sharded already.
-        BackendError: no engine works on such a model.
+        BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
@@ -138,9 +51,11 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
     Works in place and returns the model, as `prepare` does.
 
     Raises:
-        StageError: nothing is prepared and no recipe is given, or the other way round, or the model is converted, adapted
+        StageError: an unprepared model needs a recipe, and a prepared one takes none. Or the model is converted, adapted
             or sharded.
-        RecipeError, GridError, RangeError: the recipe does not fit, or a weight is not finite; the model is as it was.
+        RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
+        RangeError: a weight is not finite.
+        BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
@@ -172,7 +87,7 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
 
 
 def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
-    """The deployed form of each layer, by its path."""
+    """The converted form of each layer, by its path."""
     static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
     packed = _deploy(engine, chosen, static)
     codes: dict[str, QTensor[Any]] = {}
@@ -189,7 +104,7 @@ def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
 
 
 def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str, Any]) -> dict[str, Any]:
-    """The deployed form of those layers for which the engine makes it at once."""
+    """The converted layers, by path, that the engine deploys in one pass; none where it cannot."""
     if not offers(engine, Deploys):
         return {}
     own = [(layer, rule) for layer, rule in chosen if not layer.tied and not _learned(layer, rule)]
@@ -252,24 +167,24 @@ def adamw(
 ) -> Any:
     """AdamW (Loshchilov and Hutter, 2019) over the trainable parameters of `model`: an optimizer of its framework.
 
-    On a GPU it updates the master weights of prepared layers and writes their quantized values in one kernel; elsewhere, and with
-    any other optimizer, the values are made at the first use after a step.
+    On a GPU one kernel updates the master weights of prepared layers and writes their quantized values. Elsewhere, and with
+    any other optimizer, the first use after a step computes the values.
 
-    `offset_lr` is the learning rate of learned zero points and exponent offsets, which count whole codes and powers of two: a
-    rate for weights would hardly move them. torch's schedulers scale it as they do `lr`; on MLX, give both a schedule.
+    `offset_lr` is the learning rate of learned zero points and exponent offsets. They count whole codes and powers of two, and
+    a rate for weights would hardly move them. torch's schedulers scale it as they do `lr`; on MLX, give both a schedule.
 
     Raises:
-        BackendError: no engine works on such a model, or the engine has no optimizer.
+        BackendError: no engine works on such a model, or the engine does not train.
     """
     engine = require(surgeon(model, backend), Trains)
     return engine.adamw(model, AdamWOptions(lr, betas, eps, weight_decay, offset_lr))
 
 
 def surgeon(model: Any, backend: str | Arrays | None) -> Modules:
-    """The engine for `model`, which must be one that has modules.
+    """The engine for `model`, which offers modules.
 
     Raises:
-        BackendError: no engine works on it, or only on arrays.
+        BackendError: no engine works on `model`, or the engine works on arrays only.
     """
     return require(backend_of(model) if backend is None else choose(backend), Modules)
 
@@ -287,9 +202,3 @@ def _note(planned: list[Planned]) -> None:
     for item in planned:
         if item.rule is None and item.layer.kind != "other":
             setattr(item.layer.module, NOTE, item.reason)
-
-
-def _paths(planned: list[Planned]) -> str:
-    known = [item.layer for item in planned if item.layer.kind != "other"]
-    paths = [f"{layer.kind} {layer.path or '(the model itself)'}" for layer in known]
-    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "") if paths else "no linear or embedding layers"

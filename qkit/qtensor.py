@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from qkit.errors import DTypeError, GridError
-from qkit.grid import Grid
+from qkit.grid import Grid, want_grid
 
 Array = TypeVar("Array")
 Other = TypeVar("Other")
@@ -39,6 +39,7 @@ class QTensor(Generic[Array]):
     tensor_scale: Array | None = None
 
     def __post_init__(self) -> None:
+        want_grid(self.grid)
         want = self.grid.scale_shape(self.shape)
         if shape_of(self.scales) != want:
             raise GridError(

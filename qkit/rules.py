@@ -1,4 +1,4 @@
-"""What happens to a model: a named, versioned list of rules, read from flat TOML. First match wins."""
+"""Recipes: named, versioned lists of rules for the layers of a model, read from flat TOML. The first rule that matches wins."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qkit.errors import GridError, RecipeError
-from qkit.grid import Grid
+from qkit.grid import Grid, want_grid
 from qkit.intake import check_values, read_text
 
 if TYPE_CHECKING:
@@ -38,22 +38,22 @@ DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisibl
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What happens to layers whose path matches.
+    """The quantization of layers whose path matches.
 
     Attributes:
         match: shell patterns (`*`, `?`, `[...]`) for the dotted path of a layer; one that matches is enough.
         kind: `linear` or `embedding`.
         weight: the weight's grid, or None to leave the layer alone.
         activation: the input's grid, quantized at every call in training and after conversion; or None.
-        output: the output's grid, likewise; or None, as nearly always.
+        output: the output's grid, quantized like the input; or None.
         range: where the scales of `activation` and `output` come from. `dynamic`: from each tensor itself. Static ones need
             a `"tensor"` grid: `calibrated`, from the lowest and highest value seen under `qkit.calibrating`; `average`,
             from a running average of these over the training steps (what gradient checkpointing computes again counts again).
-        ste: the straight-through estimator of all three grids: the gradient passes as it is (`identity`), or not where a
+        ste: the straight-through estimator of all three grids: the gradient passes everywhere (`identity`), or only where no
             value was clipped (`masked`).
-        scales: where the scales of `weight` come from in training: the grid's own rule, or they are `learned` beside the weight,
-            see `qkit.reference.learned`; its gradient is then masked.
-        indivisible: what to do where the weight does not divide into groups: `error`, or `skip` the layer.
+        scales: where the scales of `weight` come from in training: the grid's own rule (`rule`), or they train beside the weight
+            (`learned`, see `qkit.reference.learned`), whose gradient is then masked.
+        indivisible: for a weight that does not divide into groups: `error`, or `skip` the layer.
     """
 
     match: tuple[str, ...]
@@ -79,6 +79,9 @@ class Rule:
             raise RecipeError(f"ste is {self.ste!r}: choose one of {', '.join(STES)}")
         if self.scales not in SCALES:
             raise RecipeError(f"scales is {self.scales!r}: choose one of {', '.join(SCALES)}")
+        for slot in GRIDS:
+            if (grid := getattr(self, slot)) is not None:
+                want_grid(grid)
         if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
             what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
             raise RecipeError(f'scales = "learned" {what}')
@@ -102,7 +105,7 @@ class Rule:
 
     @property
     def slots(self) -> "dict[str, Grid]":
-        """The grids of what goes in and out, by name: `activation` and `output`, where there is one."""
+        """The grids of input and output by name, `activation` and `output`; absent where there is none."""
         named = {"activation": self.activation, "output": self.output}
         return {name: grid for name, grid in named.items() if grid}
 
@@ -113,7 +116,7 @@ class Rule:
         return {key: str(getattr(self, key)) for key, default in keys.items() if getattr(self, key) != default}
 
     def matches(self, path: str, kind: Kind) -> bool:
-        """Whether the rule speaks of the layer at `path`."""
+        """Whether the rule applies to the layer at `path`."""
         return kind == self.kind and any(fnmatchcase(path, pattern) for pattern in self.match)
 
 
@@ -270,7 +273,7 @@ def _grid(table: Mapping[str, Any], slot: str, grids: Mapping[str, Grid]) -> Gri
 
 @contextmanager
 def _place(name: str) -> Iterator[None]:
-    """Puts `name` before the message of what goes wrong inside."""
+    """Puts `name` before the message of an error inside the block."""
     try:
         yield
     except (RecipeError, GridError) as error:

@@ -1,4 +1,4 @@
-"""Turning the quantisation of a prepared model off and on, and calibrating it."""
+"""disable, enable and calibrating: the modes of a prepared model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from qkit.pipeline import surgeon
 
 
 def disable(model: Any, match: str = "*", *, backend: str | Arrays | None = None) -> None:
-    """Lets the prepared layers whose path matches the shell pattern compute in float, until `enable`.
+    """Switches the prepared layers whose path matches the shell pattern to float, until `enable`.
 
-    Compiled functions obey, mostly without compiling anew; on MLX, those that were compiled with the model's state among their
-    inputs, as training steps are. Training goes on with the float weights; `convert` quantizes all the same.
+    Compiled functions obey, mostly without another compilation. On MLX the model's state must be among their inputs, as it
+    is in training steps. Training then trains the float weights; `convert` quantizes these layers all the same.
 
     Raises:
         StageError: no prepared layer matches, or one is being calibrated.
@@ -30,16 +30,16 @@ def enable(model: Any, match: str = "*", *, backend: str | Arrays | None = None)
 
 @contextmanager
 def disabled(model: Any, match: str = "*", *, backend: str | Arrays | None = None) -> Iterator[None]:
-    """`disable` for as long as the block lasts: to evaluate the float model in mid-training."""
+    """`disable` inside the block, for example to evaluate the float model in mid-training."""
     with _switched(model, "off", lambda layer: fnmatchcase(layer.path, match), f"matches {match!r}", backend):
         yield
 
 
 @contextmanager
 def calibrating(model: Any, *, backend: str | Arrays | None = None) -> Iterator[None]:
-    """Static activation ranges forget what they saw and, while the block lasts, record what runs through the prepared model.
+    """Clears the static activation ranges of the prepared model, and records new ones inside the block.
 
-    Run representative data through `model` inside: its weights are quantized, its activations not yet.
+    Run representative data through `model` there. Its weights are quantized, its activations not yet.
 
     Raises:
         StageError: no prepared layer has a static range, or the model is being calibrated already.

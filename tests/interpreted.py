@@ -14,8 +14,8 @@ from qkit_torchao.kernels import cuda
 
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
+from qkit.testing.hard_tensors import all_grids
 from qkit.testing.parity import compare
-from qkit.testing.tensors import all_grids
 
 
 class Interpreted(TorchaoBackend):

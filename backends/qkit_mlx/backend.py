@@ -1,4 +1,4 @@
-"""Every verb of `qkit.engines.protocol.Backend`, on MLX. What is more than a line is in the modules around."""
+"""The MLX engine: every verb of `qkit.engines.protocol`, in the order of the protocols."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -27,11 +27,13 @@ from qkit_mlx.training.adamw import AdamW
 
 
 class MlxBackend:
-    """MLX: Apple silicon, and CPUs anywhere. Each method is described in `qkit.engines.protocol.Backend`."""
+    """MLX: Apple silicon, and CPUs anywhere."""
 
     name = "mlx"
     framework = "mlx"
     recipe_keys = frozenset({"activation", "output", "range", "ste", "scales"})
+
+    # Arrays
 
     def on(self, device: str) -> Self:
         """See `Arrays.on`: MLX's default device, by the name of its kind. Only the user changes what it is.
@@ -47,8 +49,6 @@ class MlxBackend:
                 "mx.set_default_device(mx.gpu) first"
             )
         return self
-
-    # operations on arrays
 
     def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
         """See `Arrays.quantize`."""
@@ -81,8 +81,6 @@ class MlxBackend:
         compiled: Callable[..., Any] = mx.compile(function)
         return compiled
 
-    # the bridge
-
     def from_numpy(self, x: NDArray[Any]) -> mx.array:
         """See `Arrays.from_numpy`."""
         x = np.asarray(x)  # NumPy makes scalars of arrays without axes
@@ -102,7 +100,7 @@ class MlxBackend:
         """See `Arrays.magnitude`."""
         return choose.magnitude(x)
 
-    # surgery on modules
+    # Modules
 
     def layers(self, model: nn.Module) -> Iterable[Layer]:
         """See `Modules.layers`."""
@@ -127,14 +125,6 @@ class MlxBackend:
     def switch_mode(self, module: Any, mode: Mode) -> None:
         """See `Modules.switch_mode`."""
         prepared.switch_mode(module, mode)
-
-    def freeze_values(self, module: Any, on: bool) -> None:
-        """See `Trains.freeze_values`."""
-        prepared.freeze_values(module, on)
-
-    def regrid(self, module: Any, rule: Rule) -> None:
-        """See `Trains.regrid`."""
-        prepared.regrid(module, rule)
 
     def clear_ranges(self, module: Any) -> None:
         """See `Modules.clear_ranges`."""
@@ -169,7 +159,23 @@ class MlxBackend:
         with trainer.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
 
-    # adapters
+    def tensors(self, model: nn.Module) -> dict[str, mx.array]:
+        """See `Modules.tensors`."""
+        return surgery.tensors(model)
+
+    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
+        """See `Modules.fill`."""
+        surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()}, without=without)
+
+    def gather(self, model: nn.Module) -> nn.Module:
+        """See `Modules.gather`: MLX's models are whole."""
+        return model
+
+    def config(self, model: nn.Module) -> dict[str, Any] | None:
+        """See `Modules.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
+        return getattr(model, "qkit_config", None)
+
+    # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
         """See `Adapts.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
@@ -189,23 +195,7 @@ class MlxBackend:
         """See `Adapts.train_only_adapters`."""
         adapted.train_only_adapters(model)
 
-    # whole models
-
-    def tensors(self, model: nn.Module) -> dict[str, mx.array]:
-        """See `Modules.tensors`."""
-        return surgery.tensors(model)
-
-    def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
-        """See `Modules.fill`."""
-        surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()}, without=without)
-
-    def gather(self, model: nn.Module) -> nn.Module:
-        """See `Modules.gather`: MLX's models are whole."""
-        return model
-
-    def config(self, model: nn.Module) -> dict[str, Any] | None:
-        """See `Modules.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
-        return getattr(model, "qkit_config", None)
+    # Builds
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """See `Builds.build`; through mlx-lm, which needs no folder.
@@ -221,7 +211,15 @@ class MlxBackend:
             raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
         return huggingface.build(config)
 
-    # training
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+        """See `Builds.loss`."""
+        return trainer.loss(model, tokens)
+
+    def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Builds.logits`."""
+        return trainer.logits(model, tokens)
+
+    # Trains
 
     def adamw(self, model: nn.Module, options: AdamWOptions) -> AdamW:
         """See `Trains.adamw`; for `optimizer.update(model, gradients)`. A rate may also be one of MLX's schedules."""
@@ -239,13 +237,13 @@ class MlxBackend:
         """See `Trains.trainer`."""
         return trainer.MlxTrainer(self, model, options)
 
-    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
-        """See `Builds.loss`."""
-        return trainer.loss(model, tokens)
+    def freeze_values(self, module: Any, on: bool) -> None:
+        """See `Trains.freeze_values`."""
+        prepared.freeze_values(module, on)
 
-    def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See `Builds.logits`."""
-        return trainer.logits(model, tokens)
+    def regrid(self, module: Any, rule: Rule) -> None:
+        """See `Trains.regrid`."""
+        prepared.regrid(module, rule)
 
 
 if TYPE_CHECKING:

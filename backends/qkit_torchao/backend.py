@@ -1,4 +1,4 @@
-"""The torch engine: every verb of `qkit.engines.protocol.Backend`, in the order they stand there."""
+"""The torch engine: every verb of `qkit.engines.protocol`, in the order of the protocols."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,6 +35,8 @@ class TorchaoBackend:
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
 
+    # Arrays
+
     def on(self, device: str) -> Self:
         """See `Arrays.on`; `cpu`, `cuda`, `cuda:1` and whatever else torch names.
 
@@ -46,8 +48,6 @@ class TorchaoBackend:
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"torch has no device {device!r} here: {str(error).splitlines()[0]}") from None
         return type(self)(device)
-
-    # operations on arrays
 
     def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
         """See `Arrays.quantize`."""
@@ -71,8 +71,6 @@ class TorchaoBackend:
         """`torch.compile`, one graph or an error."""
         compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
         return compiled
-
-    # the bridge
 
     def from_numpy(self, x: NDArray[Any]) -> Tensor:
         """A tensor with the bits of `x`, on this backend's device."""
@@ -99,7 +97,7 @@ class TorchaoBackend:
         low, high = torch.aminmax(x.detach())  # which makes no copy
         return float(torch.maximum(-low, high))
 
-    # surgery on modules
+    # Modules
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
         """See `Modules.layers`."""
@@ -127,14 +125,6 @@ class TorchaoBackend:
         """See `Modules.switch_mode`."""
         module.switch(mode)
 
-    def freeze_values(self, module: Any, on: bool) -> None:
-        """See `Trains.freeze_values`."""
-        module.hold(on)
-
-    def regrid(self, module: Any, rule: Rule) -> None:
-        """See `Trains.regrid`."""
-        module.regrid(rule)
-
     def clear_ranges(self, module: Any) -> None:
         """See `Modules.clear_ranges`."""
         module.forget()
@@ -155,10 +145,11 @@ class TorchaoBackend:
         made: nn.Module = converted.pack(module, q, rule, static=scales, owner=owner)
         return made
 
-    def deploy(self, layers: Sequence[tuple[nn.Module, Rule, Mapping[str, NDArray[Any]]]]) -> list[nn.Module | None]:
-        """See `Deploys.deploy`; for weights on a GPU."""
-        placed = [(module, rule, self._static(static, self.weight(module).device)) for module, rule, static in layers]
-        return converted.deploy(placed)
+    def _static(self, static: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+        return {name: self._tensor(array).to(device) for name, array in static.items()}
+
+    def _tensor(self, array: Any) -> Tensor:
+        return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
         """See `Modules.unpack`."""
@@ -168,38 +159,10 @@ class TorchaoBackend:
         """See `Modules.replace`."""
         return surgery.replace(model, modules)
 
-    def _static(self, static: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        return {name: self._tensor(array).to(device) for name, array in static.items()}
-
-    def _tensor(self, array: Any) -> Tensor:
-        return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
-
     def run_layer(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
         """See `Modules.run_layer`."""
         with trainer.evaluating(module):
             return self.to_numpy(module(self.from_numpy(x)))
-
-    # adapters
-
-    def adapt(self, module: Any, update: Update) -> nn.Module:
-        """See `Adapts.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
-        made: nn.Module = adapted.adapt(module, update)
-        return made
-
-    def adapter_update(self, module: Any) -> Update:
-        """See `Adapts.adapter_update`."""
-        return adapted.update(module)
-
-    def merge_adapter(self, module: Any) -> nn.Module:
-        """See `Adapts.merge_adapter`."""
-        made: nn.Module = adapted.merged(module)
-        return made
-
-    def train_only_adapters(self, model: nn.Module) -> None:
-        """See `Adapts.train_only_adapters`."""
-        adapted.freeze(model)
-
-    # whole models
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """See `Modules.tensors`."""
@@ -239,13 +202,43 @@ class TorchaoBackend:
             return None
         return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
 
+    # Adapts
+
+    def adapt(self, module: Any, update: Update) -> nn.Module:
+        """See `Adapts.adapt`; the parameters are named as in peft, `lora_A` [rank, inputs] and so on."""
+        made: nn.Module = adapted.adapt(module, update)
+        return made
+
+    def adapter_update(self, module: Any) -> Update:
+        """See `Adapts.adapter_update`."""
+        return adapted.update(module)
+
+    def merge_adapter(self, module: Any) -> nn.Module:
+        """See `Adapts.merge_adapter`."""
+        made: nn.Module = adapted.merged(module)
+        return made
+
+    def train_only_adapters(self, model: nn.Module) -> None:
+        """See `Adapts.train_only_adapters`."""
+        adapted.freeze(model)
+
+    # Builds
+
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """See `Builds.build`; by transformers."""
         from qkit_torchao.models import hub
 
         return hub.build(config).to(self.device)
 
-    # training
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+        """See `Builds.loss`."""
+        return trainer.loss(model, tokens)
+
+    def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Builds.logits`."""
+        return trainer.logits(model, tokens)
+
+    # Trains
 
     def adamw(self, model: nn.Module, options: AdamWOptions) -> AdamW:
         """See `Trains.adamw`."""
@@ -257,13 +250,20 @@ class TorchaoBackend:
         """See `Trains.trainer`."""
         return trainer.TorchTrainer(self, model, options)
 
-    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
-        """See `Builds.loss`."""
-        return trainer.loss(model, tokens)
+    def freeze_values(self, module: Any, on: bool) -> None:
+        """See `Trains.freeze_values`."""
+        module.hold(on)
 
-    def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See `Builds.logits`."""
-        return trainer.logits(model, tokens)
+    def regrid(self, module: Any, rule: Rule) -> None:
+        """See `Trains.regrid`."""
+        module.regrid(rule)
+
+    # Deploys
+
+    def deploy(self, layers: Sequence[tuple[nn.Module, Rule, Mapping[str, NDArray[Any]]]]) -> list[nn.Module | None]:
+        """See `Deploys.deploy`; for weights on a GPU."""
+        placed = [(module, rule, self._static(static, self.weight(module).device)) for module, rule, static in layers]
+        return converted.deploy(placed)
 
 
 if TYPE_CHECKING:

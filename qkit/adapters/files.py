@@ -1,4 +1,4 @@
-"""save and load: a model's adapters to a folder that peft or mlx-lm opens, and from one of theirs. Bases are told apart."""
+"""save and load: a model's adapters, in the files of peft and mlx-lm. The base model of an adapter is checked on loading."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -25,10 +25,10 @@ def save(
     base: str | None = None,
     backend: str | Arrays | None = None,
 ) -> Path:
-    """Writes the adapters of `model`, and notes which base weights and grids they were trained on.
+    """Writes the adapters of `model`, with a note of the base weights and grids that they were trained on.
 
-    peft and mlx-lm add an adapter to the float weights, or to those of a base as they stand, and round nothing afterwards: what
-    they compute is near to what was trained, and not the same.
+    peft and mlx-lm add an adapter to the base's weights and do not round the sum. Their outputs are near to those of the
+    trained model, and not the same.
 
     Args:
         layout: `peft` or `mlx-lm`, whose names and files are used.
@@ -48,13 +48,13 @@ def save(
 
 
 def load(model: Model, folder: str | Path, *, backend: str | Arrays | None = None) -> Model:
-    """`model`, prepared or converted, with the adapter that qkit, peft or mlx-lm wrote to `folder`; all else is frozen.
+    """`model`, prepared or converted, with the adapter that qkit, peft or mlx-lm wrote to `folder`. Nothing else trains.
 
     Works in place and returns the model, as `adapt` does.
 
     Raises:
-        ArtifactError: the files are unsound, or for another base: a layer is missing, or has another shape, or, where qkit wrote
-            them, another grid, type or other weights than the adapter was trained on.
+        ArtifactError: the files are unsound or for another base model: a layer is missing or has another shape. In files that
+            qkit wrote, also another grid or type, or other weights.
         StageError: the model is sharded.
         BackendError: the engine has no adapters.
     """
@@ -92,7 +92,7 @@ def _check_base(engine: Modules, layer: Layer, update: Update, noted: dict[str, 
 
 
 def _note(engine: Modules, layer: Layer) -> dict[str, Any]:
-    """What tells one base layer from another: its grid, its type, and a digest of its weights as float32."""
+    """The marks of a base layer: its grid, its type, and a digest of its weights as float32."""
     assert layer.rule is not None
     assert layer.rule.weight is not None
     held = engine.unpack(layer.module).dtype if layer.stage == "converted" else dtype_of(engine.weight(layer.module))

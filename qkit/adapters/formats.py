@@ -1,6 +1,6 @@
-"""Adapters in the files of peft and of mlx-lm, read and written: safetensors and JSON, and untrusted. No model is seen here.
+"""Adapters in the files of peft and of mlx-lm, read and written: safetensors and JSON, untrusted. Nothing here needs a model.
 
-Read off peft 0.21 and mlx-lm 0.32, which both are tested.
+The formats are those of peft 0.21 and mlx-lm 0.32; the tests run both.
 """
 
 import json
@@ -38,7 +38,7 @@ ENDINGS: dict[Layout, dict[str, tuple[str, bool]]] = {
     "mlx-lm": {"lora_a": ("a", True), "lora_b": ("b", True), "m": ("magnitude", False)},
 }
 
-#: Keys of peft's configuration that change what an adapter computes: what qkit can do is that they are not set.
+#: Keys of peft's configuration that change the computation of an adapter. qkit reads adapters without them.
 PLAIN = (
     *("alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias"),
     *(
@@ -51,12 +51,12 @@ PLAIN = (
     ),
     "velora_config",
 )
-KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  #: ways to begin that leave the base's weights as they are
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  #: initializations that leave the base's weights unchanged
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An adapter as it lies in a folder: updates by the path of their layer, and what qkit noted of the base, if it wrote it."""
+    """An adapter in a folder: updates by the path of their layer, and the note on the base model if qkit wrote the adapter."""
 
     updates: dict[str, Update]
     base: dict[str, Any]
@@ -66,7 +66,7 @@ def read(folder: Path) -> Found:
     """The adapter in `folder`, of either layout.
 
     Raises:
-        ArtifactError: it is neither, or a file is unsound, or has what qkit cannot compute: which, and where.
+        ArtifactError: the layout is neither, a file is unsound, or qkit cannot compute such an adapter.
     """
     here = [layout for layout, name in WEIGHTS.items() if (folder / name).exists()]
     if len(here) != 1:
@@ -104,8 +104,8 @@ def write(
     """Writes an adapter that peft or mlx-lm opens.
 
     Args:
-        base: what to note of the weights that it was trained on.
-        name: of the base model, for readers that load it themselves.
+        base: the note on the weights that it was trained on.
+        name: the name of the base model, for readers that load it themselves.
 
     Raises:
         ArtifactError: the layout cannot hold such an adapter, or the folder holds anything that qkit did not write.
@@ -153,7 +153,7 @@ def _noted(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Scales:
-    """What the product of each layer is multiplied by: alpha over the rank, or over its root; or a number for all."""
+    """The factor of each layer's product: alpha over the rank or over its root, or one number for all layers."""
 
     dora: bool
     fixed: float | None = None
@@ -244,7 +244,7 @@ def _peft_config(updates: Mapping[str, Update], name: str | None) -> dict[str, A
 
 
 def _mlx_config(updates: Mapping[str, Update], name: str | None) -> dict[str, Any]:
-    """Layers are named by their whole path, which mlx-lm takes besides names within each block."""
+    """Names layers by their whole path, which mlx-lm accepts as it does names within a block."""
     first = next(iter(updates.values()))
     for what in ("kind", "rank", "scale"):
         _same(what, (getattr(update, what) for update in updates.values()), "mlx-lm")

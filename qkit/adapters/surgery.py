@@ -1,4 +1,4 @@
-"""adapt and merge: adapters onto the quantized layers of a model and, without loss, into them. Plans first, then swaps."""
+"""adapt and merge: adds adapters to the quantized layers of a model, and merges them without loss. Plans before it changes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,23 +18,23 @@ from qkit.reference.merged import Floats, Update, row_norms
 
 
 def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None) -> Model:
-    """`model` with an adapter on every prepared or converted linear layer that matches; nothing else in it trains any more.
+    """`model` with an adapter on every prepared or converted linear layer that matches. Nothing else in it trains from then on.
 
-    Works in place and returns the model, as `prepare` does. An adapted layer computes with the value that its grid gives the
-    *merged* weight, and gradients pass straight through the grid to the adapter. So what `merge` gives has the codes and the loss
-    of the last step, all of them. The merged weight is made in float32, whatever autocast says, and in the same bits by every
-    engine (`qkit.reference.merged`); where the base is in 16 bits, it is rounded to them first, as it will be stored.
+    Works in place and returns the model, as `prepare` does. An adapted layer computes with its grid's value of the *merged*
+    weight, and gradients pass straight through the grid to the adapter. The merged model therefore has the codes and the loss
+    of the last step. Every engine computes the merged weight in float32, in the same bits (`qkit.reference.merged`). Where the
+    base is in 16 bits, the merged weight is rounded to them first, as in files.
 
-    A converted layer's codes stay as they are, packed; they are decoded in each forward. Its merged weight is put on its grid
-    again, by the forward that is trained: nothing is ever stored on another grid than it was trained on.
+    A converted layer keeps its packed codes, and each forward decodes them. Each forward also puts the merged weight on the
+    grid, so that the trained and the stored weights are on the same grid.
 
-    Adapters may be put on several times, by different patterns. The merged weight is made at every call, also in evaluation:
-    merge before generating text. On CUDA a converted layer may multiply by a kernel that rounds its products otherwise than the
-    adapted one does; codes are the same there, too.
+    Call it several times for several patterns. Each call of the model computes the merged weight, also in evaluation: merge
+    before generating text. On CUDA a converted layer may use a kernel that rounds products differently from the adapted one;
+    the codes are the same.
 
     Raises:
-        StageError: no layer matches, or one that does cannot take an adapter: the message says why, and the way out. Or the
-            model is sharded: its factors would be whole beside parts of weights.
+        StageError: no layer matches, or one that does cannot take an adapter. Or the model is sharded: the factors would be
+            whole beside parts of weights.
         BackendError: the engine has no adapters.
     """
     engine = able(model, backend)
@@ -44,10 +44,10 @@ def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None
 
 
 def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
-    """`model` without adapters: prepared and converted layers again, whose weights are the merged ones.
+    """`model` without adapters: its layers are prepared or converted ones again, with the merged weights.
 
-    Works in place and returns the model. Codes and loss are those of the adapted model, exactly (see `adapt`); `qkit.convert`
-    comes after, for layers that are prepared. What `adapt` froze stays frozen.
+    Works in place and returns the model. Its codes and loss are exactly those of the adapted model, see `adapt`. Call
+    `qkit.convert` afterwards if the layers are prepared. Parameters that `adapt` froze stay frozen.
 
     Raises:
         StageError: there is no adapter, or the model is sharded.
@@ -60,7 +60,7 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
 
 
 def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
-    """`model` with the update of each path on its layer, and all else frozen."""
+    """`model` with the update of each path on its layer, and every other parameter frozen."""
     layers = {layer.path: layer for layer in engine.layers(model)}
     made = {path: engine.adapt(layers[path].module, update) for path, update in updates.items()}
     engine.train_only_adapters(model)
@@ -68,10 +68,10 @@ def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
 
 
 def able(model: Any, backend: str | Arrays | None) -> Adapts:
-    """The engine for `model`, if it can adapt.
+    """The engine for `model`, which offers adapters.
 
     Raises:
-        BackendError: it cannot.
+        BackendError: it does not.
     """
     return require(surgeon(model, backend), Adapts)
 
@@ -88,7 +88,7 @@ def adapted(engine: Modules, model: Any) -> list[Layer]:
 
 
 def base_weight(engine: Modules, layer: Layer) -> Floats:
-    """The weight that the adapter of `layer` is added to, [outputs, inputs]: the master, or what the codes mean."""
+    """The base weight [outputs, inputs] of an adapter on `layer`: the master weight, or the values of the codes."""
     if layer.stage == "converted":
         return np.asarray(engine.to_numpy(engine.dequantize(replace(engine.unpack(layer.module), dtype="float32"))))
     return engine.to_numpy(engine.weight(layer.module)).astype(np.float32)

@@ -81,7 +81,7 @@ def _grids(recipe: Recipe) -> list[Grid]:
 
 
 def _every_row() -> Rows:
-    from qkit.testing.tensors import all_grids  # here, so that other commands start fast
+    from qkit.testing.hard_tensors import all_grids  # here, so that other commands start fast
 
     rows: dict[str, list[Grid]] = {}
     for grid in all_grids():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qkit import artifact, pipeline
+from qkit import artifact
 from qkit.coverage_table import coverage
 from qkit.demo.other_programs import losses_outside
 from qkit.demo.preset import PRESET, PRESETS, Preset, standard_library
@@ -23,6 +23,7 @@ from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import BackendError
 from qkit.formats.compressed_tensors import layout
 from qkit.installation import how_to_install
+from qkit.planning import plan
 from qkit.qtensor import QTensor
 from qkit.report.place import PICTURE, REPORT, SOFTWARE, check_report
 from qkit.rules import Recipe
@@ -217,7 +218,7 @@ def _remove(folder: Path) -> None:
 
 def _check(engine: Builds, model: Any, recipe: Recipe) -> None:
     """Raises what `prepare` and `save` would raise after the training."""
-    pipeline.plan(engine.layers(model), recipe)
+    plan(engine.layers(model), recipe)
     want_honored(engine, recipe.rules, "prepare")
     for rule in recipe.rules:
         for grid in (rule.weight, rule.activation):

@@ -44,7 +44,7 @@ def want_honored(engine: Modules, rules: Iterable[Rule], verb: str) -> None:
     Raises:
         BackendError: there is one; the message names the engine, the key and its value.
     """
-    honored = getattr(engine, "recipe_keys", frozenset())
+    honored: frozenset[str] = getattr(engine, "recipe_keys", frozenset())
     for rule in rules:
         for key, value in rule.engine_keys.items():
             if key not in honored:

@@ -1,4 +1,4 @@
-"""The two hooks of a qkit plugin. Both only describe: nothing is computed and nothing heavy is imported in them."""
+"""The two hooks of a qkit plugin. Both only describe: they compute nothing and import nothing heavy."""
 
 from collections.abc import Iterable
 from importlib.resources.abc import Traversable
@@ -13,11 +13,11 @@ hookimpl = pluggy.HookimplMarker("qkit")
 
 @hookspec
 def qkit_backends() -> Iterable[BackendSpec]:
-    """The backends this plugin brings."""
+    """The backends of this plugin."""
     raise AssertionError("a specification is not called")
 
 
 @hookspec
 def qkit_recipes() -> Iterable[Traversable]:
-    """The recipe files (`NAME.toml`) this plugin brings."""
+    """The recipe files (`NAME.toml`) of this plugin."""
     raise AssertionError("a specification is not called")

@@ -1,4 +1,4 @@
-"""A layer of somebody's model, as a backend shows it to the core."""
+"""`Layer`: the description of one layer of a model, by which engines and the core talk about it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ Mode = Literal["on", "off", "calibrating"]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of somebody's model, as a backend sees it.
+    """One layer of a model.
 
     Attributes:
-        path: dotted path of the module; the first, where it is registered more than once. Of an `other`, the name of a tensor.
-        kind: `linear` or `embedding`; `other` is a weight that no rule speaks of, listed so that coverage is complete.
-        shape: of the weight, (outputs, inputs).
+        path: dotted path of the module; its first path, where it is registered more than once. For `other`, a tensor's name.
+        kind: `linear` or `embedding`. `other` is a weight that no rule can match; it is listed so that coverage is complete.
+        shape: the shape of the weight, (outputs, inputs).
         module: the framework's module itself.
         stage: `float`, `prepared` or `converted`.
-        rule: what it was prepared or converted with.
-        mode: of a prepared layer, as `Modules.switch_mode` left it.
-        native: whether a converted layer runs on the engine's own quantized tensor or layer, rather than decoded first.
-        execution: on which one; or, decoded first, why.
-        tied: path of the layer before it whose weight is also its own; empty where there is none.
-        obstacle: why it cannot be quantized although it looks like a layer, or, of an `other`, why no rule speaks of it.
-        adapter: its kind and rank, where it has one; see `qkit.adapters`.
-        sharded: whether this process has only a part of the weight, or is lent the whole for as long as the layer computes.
+        rule: the rule by which it was prepared or converted; None in a float layer.
+        mode: the mode that `Modules.switch_mode` set last, in a prepared layer.
+        native: whether a converted layer runs on the engine's own quantized tensor or layer, without decoding the weight first.
+        execution: the name of that tensor or layer; or the reason why the weight is decoded first.
+        tied: path of the layer before it that has the same weight; empty where there is none.
+        obstacle: why a layer cannot be quantized although it has a weight; for `other`, why no rule can match it.
+        adapter: kind and rank of its adapter, if any; see `qkit.adapters`.
+        sharded: whether this process stores only a part of the weight, even if a forward gathers the whole.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Layer:
 
 
 def want_merged(layers: Iterable[Layer], verb: str) -> None:
-    """Refuses layers with adapters, which are not in the weights that they hold."""
+    """Refuses layers with adapters: their own weights do not contain the adapter."""
     for layer in layers:
         if layer.adapter:
             raise StageError(

@@ -1,6 +1,6 @@
-"""NumPy as a backend, and the base that any other one can start from: operations only, no modules.
+"""The NumPy engine, from which any other one can start: arrays only, no modules.
 
-Compiled where qkit was built with a compiler, else the reference itself; the bits are the same.
+It runs the C kernels where qkit was built with a compiler, else the reference itself; the bits are the same.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,15 +20,15 @@ from qkit.rules import Ste
 
 @hookimpl
 def qkit_backends() -> Iterable[BackendSpec]:
-    """NumPy itself, through the hook that everybody uses."""
+    """The NumPy backend, through the same hook as any other."""
     return [BackendSpec("numpy", "qkit.engines.numpy:NumpyBackend", framework="numpy", install="pip install numpy")]
 
 
 class NumpyBackend:
-    """Arrays in, arrays out, by the reference.
+    """`Arrays`, by the reference.
 
-    A new engine begins as a subclass that overrides `from_numpy` and `to_numpy`: every operation then works by way of the
-    reference. It adds surgery on its modules, and replaces one operation after another with its own.
+    A new engine begins as a subclass that overrides `from_numpy` and `to_numpy`. The reference then carries out every
+    operation. The engine adds `Modules`, and replaces one operation after another with its own.
     """
 
     name = "numpy"
@@ -54,7 +54,7 @@ class NumpyBackend:
         return self.from_numpy(reference.dequantize(q.map(self.to_numpy)))
 
     def fake_quantize(self, w: Any, grid: Grid, *, ste: Ste = "identity", scales: Any = None, zeros: Any = None) -> Any:
-        """See `Arrays.fake_quantize`. NumPy has no gradients, so neither has this one, whatever `ste` is."""
+        """See `Arrays.fake_quantize`. NumPy has no gradients, so that `ste` changes nothing."""
         if scales is None and native.available():
             return self.from_numpy(native.fake_quantize(self.to_numpy(w), grid))
         given = {"scales": self._given(scales), "zeros": self._given(zeros)}

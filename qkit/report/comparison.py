@@ -14,10 +14,10 @@ from qkit.engines.protocol import Builds
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model
 from qkit.reference.packing import Packed
+from qkit.report.code_changes import Move, moves, packed_weights
 from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import mean, recovered
 from qkit.report.masters import dequantized, of_checkpoint, recipe_of
-from qkit.report.moves import Move, moves, packed_weights
 from qkit.rules import Recipe, rule_table
 
 Progress = Callable[[str], None]

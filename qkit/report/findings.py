@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qkit.report.code_changes import Move
 from qkit.report.intervals import Estimate
-from qkit.report.moves import Move
 
 
 @dataclass(frozen=True, slots=True)

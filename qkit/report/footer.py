@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from qkit.report.about import About
 from qkit.report.findings import Comparison
+from qkit.report.origin import About
 from qkit.rules import GRIDS
 
 

@@ -6,13 +6,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from qkit import native, pipeline
+from qkit import native
 from qkit.artifact.directory import CONFIG, companions, quantized_config, read_config
 from qkit.artifact.metadata import KEY, Entry, describe, group
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.formats import compressed_tensors
 from qkit.formats.settings import quantization_of
+from qkit.planning import Planned, plan
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
 from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, WORDS, Layout, Slot
@@ -160,9 +161,9 @@ def _with_head(layers: list[Layer], owner: Layer | None) -> list[Layer]:
     return [*layers, head]
 
 
-def _plan(layers: list[Layer], recipe: Recipe) -> list[pipeline.Planned]:
+def _plan(layers: list[Layer], recipe: Recipe) -> list[Planned]:
     try:
-        planned = pipeline.plan(layers, recipe)
+        planned = plan(layers, recipe)
     except (RecipeError, GridError) as error:
         raise PlanError(str(error)) from None
     for item in planned:
@@ -174,7 +175,7 @@ def _plan(layers: list[Layer], recipe: Recipe) -> list[pipeline.Planned]:
     return planned
 
 
-def _keeps_weight(item: pipeline.Planned) -> bool:
+def _keeps_weight(item: Planned) -> bool:
     """Whether readers find no codes under the path of this linear layer."""
     return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
 
@@ -199,7 +200,7 @@ def _check_names(rows: Iterable[Row], folder: Path) -> None:
             seen.add(slot.name)
 
 
-def _entries(rows: Iterable[Row], planned: Mapping[str, pipeline.Planned]) -> list[Entry]:
+def _entries(rows: Iterable[Row], planned: Mapping[str, Planned]) -> list[Entry]:
     return group([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
 
 

@@ -13,8 +13,8 @@ from qkit.errors import BackendError, GridError, StageError
 from qkit.grid import Grid
 from qkit.reference.ranges import static_scales
 from qkit.rules import Recipe, Rule
+from qkit.testing.hard_tensors import random
 from qkit.testing.surgery import Surgery, same
-from qkit.testing.tensors import random
 
 WEIGHT = Grid("int4", 64)
 DYNAMIC = [
@@ -44,7 +44,7 @@ static_rule = pytest.mark.parametrize("rule", STATIC, ids=_name)
 
 
 class Activations(Surgery):
-    """Laws on what goes in and out of layers. An engine that refuses a rule by `BackendError` is not held to it."""
+    """Laws on the inputs and outputs of layers. A rule that the engine refuses by `BackendError` is skipped."""
 
     @each_rule
     def test_prepared_and_converted_agree_with_activations(self, rule: Rule) -> None:
@@ -128,12 +128,12 @@ class Activations(Surgery):
         qkit.enable(model)
         assert (self._run(model, x) == on).all()
 
-    def test_what_is_switched_off_is_converted_all_the_same(self) -> None:
+    def test_a_layer_that_is_switched_off_is_converted_all_the_same(self) -> None:
         model, _ = self._prepared(DYNAMIC[0])
         qkit.disable(model)
         assert self._stages(qkit.convert(model)) == {"converted"}
 
-    def test_switching_what_is_not_there_is_refused(self) -> None:
+    def test_switching_layers_that_do_not_exist_is_refused(self) -> None:
         with pytest.raises(StageError, match="no layer of this model is prepared"):
             qkit.disable(self.model())
         model, _ = self._prepared(DYNAMIC[0])
@@ -145,14 +145,14 @@ class Activations(Surgery):
     # static ranges
 
     @static_rule
-    def test_a_range_is_what_calibration_saw(self, rule: Rule) -> None:
+    def test_a_range_is_the_lowest_and_highest_value_of_calibration(self, rule: Rule) -> None:
         model, x = self._prepared(rule)
         if rule.activation is None:
             return
         path, tensors = next(iter(self.engine.layers(model))).path, self._tensors(model)
         seen = self.engine.to_numpy(x)
         assert tensors[f"{path}.input_range"].tolist() == [seen.min(), seen.max()]
-        with qkit.calibrating(model):  # forgets what was seen before
+        with qkit.calibrating(model):  # clears the ranges of before
             self._run(model, self.engine.from_numpy(np.array(seen / 2)))
             self._run(model, self.engine.from_numpy(np.array(seen / 4)))
         assert self._tensors(model)[f"{path}.input_range"].tolist() == [seen.min() / 2, seen.max() / 2]
@@ -237,7 +237,7 @@ class Activations(Surgery):
         return model
 
     def _prepared(self, rule: Rule) -> tuple[Any, Any]:
-        """A new prepared model in evaluation mode, calibrated if that is what it needs, and inputs for it."""
+        """A new prepared model in evaluation mode, calibrated if its ranges are static, and inputs for it."""
         model = self._allowed(rule)
         x = self._inputs(model)
         if rule.range != "dynamic":

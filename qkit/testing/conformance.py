@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qkit import reference
+from qkit.element import ELEMENTS
 from qkit.engines.abilities import offers, require
 from qkit.engines.protocol import Arrays, Modules
 from qkit.engines.registry import backend as choose
@@ -17,18 +18,15 @@ from qkit.qtensor import DTYPES, DType
 from qkit.reference import rounding
 from qkit.rules import STES, Ste
 from qkit.testing.activations import Activations
+from qkit.testing.hard_tensors import all_grids, coupled, random, tensors
 from qkit.testing.kinds import Kinds
 from qkit.testing.parity import compare, compare_many, static_parts
-from qkit.testing.tensors import all_grids, coupled, random, tensors
 
 GRIDS = all_grids()
+SIZES = {"integer": (64,), "float": (16, 32)}  #: groups of the grids that are compiled
 FAMILIES = {
-    name: [grid for grid in GRIDS if grid.element.name == name and grid.group in (16, group)]
-    for group, names in (
-        (64, ("int2", "int3", "int4", "int5", "int6", "int8")),
-        (32, ("e2m1", "e4m3", "e5m2")),
-    )
-    for name in names
+    name: [grid for grid in GRIDS if grid.element == element and grid.group in SIZES[element.kind]]
+    for name, element in ELEMENTS.items()
 }
 BITS = {2: np.uint16, 4: np.uint32}
 
@@ -37,7 +35,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 class ArrayConformance:
-    """The laws of an engine that works on arrays only, each on every grid. A subclass gives `backend`."""
+    """The laws of an engine that works on arrays only, each on every grid. A subclass names the engine in `backend`."""
 
     backend: ClassVar[str]
 

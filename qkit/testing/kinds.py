@@ -1,4 +1,4 @@
-"""The laws of embeddings and of layers that share one weight. Part of `Conformance`."""
+"""The laws of embeddings, and of layers that share one weight. Part of `Conformance`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from qkit import reference
 from qkit.errors import BackendError, RecipeError
 from qkit.grid import Grid
 from qkit.rules import Recipe, Rule
+from qkit.testing.hard_tensors import random
 from qkit.testing.surgery import Surgery, common_grid, same
-from qkit.testing.tensors import random
 
 
 class Kinds(Surgery):

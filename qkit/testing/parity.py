@@ -13,7 +13,7 @@ from qkit import reference
 from qkit.engines.protocol import Arrays
 from qkit.grid import Grid
 from qkit.qtensor import DType
-from qkit.testing.tensors import COUPLED_SHAPE, coupled, random, tensors
+from qkit.testing.hard_tensors import COUPLED_SHAPE, coupled, random, tensors
 
 BATCH = 12  #: grids per compiled function: enough of them to share what a compilation costs whatever its size
 
@@ -22,15 +22,15 @@ Outputs = list[NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How far a backend is from the reference on one grid.
+    """How many numbers of a backend differ from the reference on one grid.
 
     Attributes:
-        backend, grid, dtype, compiled: what was compared.
+        backend, grid, dtype, compiled: the subject of the comparison.
         codes, scales, values: how many differ; zero points and tensor scales count as scales, and values are
             those of `dequantize(quantize(w))` and of `fake_quantize(w)`, the mask `unclipped(w)`, and, on grids of a whole
             tensor, values and mask on given scales that clip.
-        compared: how many numbers were looked at.
-        error: why nothing could be compared; else empty.
+        compared: how many numbers were compared.
+        error: the reason why nothing could be compared; else empty.
     """
 
     backend: str
@@ -69,7 +69,7 @@ def compare_many(engine: Arrays, grids: Iterable[Grid], *, dtype: DType, compile
 
 @lru_cache(maxsize=16)
 def inputs(grid: Grid, dtype: DType, size: int) -> tuple[NDArray[Any], ...]:
-    """What is compared: one array of everything stacked; where the grid is coupled, arrays of one shape."""
+    """The arrays to quantize: one with all tensors stacked, or for a coupled grid several of one shape."""
     hard = list(tensors(grid, dtype).values())
     if coupled(grid):
         count = -(-size // (COUPLED_SHAPE[0] * COUPLED_SHAPE[1]))
@@ -80,13 +80,13 @@ def inputs(grid: Grid, dtype: DType, size: int) -> tuple[NDArray[Any], ...]:
 
 @lru_cache(maxsize=16)
 def expected(grid: Grid, dtype: DType, size: int) -> tuple[Outputs, ...]:
-    """What the reference makes of each of `inputs`."""
+    """The reference's outputs for each of `inputs`."""
     law: Any = reference
     return tuple(_outputs(law, grid, w, static_parts(grid, w)) for w in inputs(grid, dtype, size))
 
 
 def static_parts(grid: Grid, w: NDArray[Any]) -> Outputs:
-    """Scale, and zero point if there is one, for half the range of `w`, so that it clips; none where `grid` cannot be static."""
+    """Scale, and zero point if any, for half the range of `w`, so that it clips; empty if `grid` cannot be static."""
     if grid.group != "tensor":
         return []
     q = reference.quantize(np.array([w.min(), w.max()], np.float32) / 2, grid)
@@ -95,7 +95,7 @@ def static_parts(grid: Grid, w: NDArray[Any]) -> Outputs:
 
 
 def _outputs(engine: Arrays, grid: Grid, w: Any, static: Sequence[Any]) -> list[Any]:
-    """Everything that is compared: codes and other parts, then values and masks."""
+    """The outputs to compare: codes and other parts, then values and masks."""
     q = engine.quantize(w, grid)
     made = [*q.parts().values(), engine.dequantize(q), engine.fake_quantize(w, grid), engine.unclipped(w, grid)]
     if not static:
@@ -105,7 +105,7 @@ def _outputs(engine: Arrays, grid: Grid, w: Any, static: Sequence[Any]) -> list[
 
 
 def _compare_compiled(engine: Arrays, grids: Sequence[Grid], *, dtype: DType, size: int) -> list[Parity]:
-    """One function for all; where it fails, each alone, so that only those that fail are reported."""
+    """Compiles one function for all grids. If it fails, compiles each alone, so that the report names those that fail."""
     together = _compare(engine, grids, dtype=dtype, compiled=True, size=size)
     if len(grids) == 1 or not together[0].error:
         return together

@@ -1,4 +1,4 @@
-"""What happens to a recipe on an engine, found by doing it: one layer prepared, converted and run, codes and outputs compared."""
+"""probe: one layer of a recipe prepared, converted and run on an engine, and its codes and outputs compared."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,11 +13,11 @@ from qkit.engines.protocol import Modules
 from qkit.qtensor import DType
 from qkit.reference.ranges import static_scales
 from qkit.rules import Recipe, Rule
-from qkit.testing.tensors import random
+from qkit.testing.hard_tensors import random
 
 Outcome = Literal["native", "decoded", "missing"]
 
-INPUTS, OUTPUTS, ROWS = 512, 256, 48  #: of the layer that is probed, and how many rows run through it
+INPUTS, OUTPUTS, ROWS = 512, 256, 48  #: sizes of the probed layer, and the rows of its input
 
 #: How far outputs may be apart, relative to abs(x) @ abs(w) (numerics.md, R13), and to themselves: each is rounded once.
 TOLERANCE = {"float32": (1e-6, 0.0), "bfloat16": (5e-4, 2**-7), "float16": (5e-4, 2**-10)}
@@ -28,10 +28,10 @@ class Probe:
     """One rule of a recipe on one engine.
 
     Attributes:
-        recipe, backend, device, dtype, kind: what was tried; `device` is empty where the engine chose it.
-        outcome: `native`, if the converted layer runs on the engine's own quantized tensor or layer; `decoded`, if its weight
-            is decoded at every call; `missing`, if it does not run.
-        detail: on what it runs, or why it is decoded, or what went wrong.
+        recipe, backend, device, dtype, kind: the subject of the probe; `device` is empty where the engine chose it.
+        outcome: `native`, if the converted layer runs on the engine's own quantized tensor or layer; `decoded`, if each call
+            decodes its weight; `missing`, if it does not run.
+        detail: the name of that tensor or layer, the reason for decoding, or the error.
         codes: how many codes and scales of the converted layer differ from the reference, out of `compared`.
         difference: largest difference of the prepared layer's outputs from the converted one's, relative to abs(x) @ abs(w).
         within: whether all outputs are as near as numerics.md demands (R13).
@@ -51,12 +51,12 @@ class Probe:
 
     @property
     def exact(self) -> bool:
-        """Whether it ran, with the reference's codes, and trained and shipped layer agree."""
+        """Whether the layer ran, with the reference's codes, and the prepared and the converted layer agree."""
         return self.outcome != "missing" and not self.codes and self.within
 
 
 def probe(engine: Modules, recipe: Recipe, *, dtype: DType, device: str = "") -> Iterator[Probe]:
-    """Every rule with a weight of `recipe` on `engine`; `device` is what the answers call the place where it computes."""
+    """Every rule of `recipe` with a weight, on `engine`; `device` is the name of the device in the results."""
     for rule in dict.fromkeys(replace(rule, match=("*",)) for rule in recipe.rules if rule.weight):
         tried = Probe(recipe.name, engine.name, device, dtype, rule.kind)
         try:
@@ -66,7 +66,7 @@ def probe(engine: Modules, recipe: Recipe, *, dtype: DType, device: str = "") ->
 
 
 def worst(probes: Iterable[Probe]) -> Outcome:
-    """The least that the rules of one recipe come to."""
+    """The worst outcome among the rules of one recipe."""
     outcomes = {probe.outcome for probe in probes}
     return next(outcome for outcome in ("missing", "decoded", "native") if outcome in outcomes)
 

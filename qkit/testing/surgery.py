@@ -14,10 +14,10 @@ import qkit
 from qkit import reference
 from qkit.engines.layer import Stage
 from qkit.engines.protocol import Modules
-from qkit.errors import ArtifactError, GridError, QkitError, RangeError, RecipeError, StageError
+from qkit.errors import ArtifactError, BackendError, GridError, QkitError, RangeError, RecipeError, StageError
 from qkit.grid import Grid
 from qkit.rules import Recipe, Rule
-from qkit.testing.tensors import all_grids, random
+from qkit.testing.hard_tensors import all_grids, random
 
 COMMON = [
     Grid("int4", 64),
@@ -29,6 +29,15 @@ COMMON = [
 
 #: Grids that compressed-tensors has a layout for.
 PORTABLE = [grid for grid in all_grids() if str(grid).rpartition("-")[0] not in ("e5m2-g32", "e5m2-row", "e2m1-row")]
+
+#: A rule for every key that an engine may honour.
+KEYED = {
+    "activation": Rule(("*",), weight=Grid("int4", 64), activation=Grid("int8", "row")),
+    "output": Rule(("*",), weight=Grid("int4", 64), output=Grid("int8", "row")),
+    "range": Rule(("*",), weight=Grid("int4", 64), activation=Grid("int8", "tensor"), range="average"),
+    "ste": Rule(("*",), weight=Grid("int4", 64), ste="masked"),
+    "scales": Rule(("*",), weight=Grid("int4", 64), scales="learned"),
+}
 
 each_grid = pytest.mark.parametrize("grid", all_grids(), ids=str)
 common_grid = pytest.mark.parametrize("grid", COMMON, ids=str)
@@ -126,6 +135,17 @@ class Surgery:
             assert len(list(engine.layers(model))) == count  # each module once: a second copy would be counted
             assert {layer.stage for layer in engine.layers(model)} != {"float"}
             assert np.isfinite(self._run(model, x)).all()
+
+    @pytest.mark.parametrize("key", KEYED)
+    def test_a_recipe_key_is_honoured_or_refused_by_name(self, key: str) -> None:
+        """A key that the engine does not declare is never ignored: that would deploy another model than was asked for."""
+        model, rule, wanted = self.model(), KEYED[key], Recipe(f"conformance {key}", (KEYED[key],))
+        if rule.engine_keys.keys() <= getattr(self.engine, "recipe_keys", frozenset()):
+            assert {layer.rule for layer in self.engine.layers(qkit.prepare(model, wanted))} == {rule}
+            return
+        for verb in (qkit.prepare, qkit.convert):
+            with self._unchanged(model, "float"), pytest.raises(BackendError, match="does not honour"):
+                verb(model, wanted)
 
     @common_grid
     def test_coverage_names_every_layer_and_its_grid(self, grid: Grid) -> None:

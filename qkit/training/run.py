@@ -46,7 +46,7 @@ class Run:
         dtype: of the masters; in bfloat16, a step of 1e-5 is mostly rounded away. `autocast` has float32 masters and bfloat16
             products, where the engine can. What is saved has the type of `model`.
         checkpoint_every, evaluate_every: steps; None evaluates before and after.
-        gradient_checkpointing, compile: see `Backend.trainer`.
+        gradient_checkpointing, compile: see `qkit.engines.trainer.TrainerOptions`.
         replace: whether an artifact of qkit's in `out` may be replaced.
         adapter: trained in place of the weights, and merged in the end; without `recipe`, a quantized `model` stays packed.
         quantization: when to quantize.

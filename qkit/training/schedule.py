@@ -10,7 +10,7 @@ from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import Trains
 from qkit.engines.registry import recipe as find_recipe
 from qkit.errors import RunError
-from qkit.pipeline import plan
+from qkit.planning import plan
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 

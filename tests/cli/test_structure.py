@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
+import qkit
 from qkit.native.build import compiler
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +65,46 @@ def test_a_plugin_package_is_a_hook_and_loads_no_framework(package):
 def test_import_qkit_loads_no_framework():
     code = f"import sys, qkit; qkit.backends(); qkit.recipes(); print(sorted({FRAMEWORKS!r} & set(sys.modules)))"
     assert run(code) == "[]\n"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_an_attribute_with_the_name_of_a_submodule_is_that_submodule(name):
+    """Before the submodule is imported by somebody, and after."""
+    if name != "qkit":
+        pytest.importorskip({"qkit_mlx": "mlx.core", "qkit_torchao": "torch"}[name])
+    hidden = []
+    for package in _packages(import_module(name)):
+        for _, below, _ in iter_modules(package.__path__):
+            full = f"{package.__name__}.{below}"
+            before = getattr(package, below, None)
+            if below != "__main__":
+                with suppress(ModuleNotFoundError):  # of a library that is not installed
+                    import_module(full)
+            after = getattr(package, below, None)
+            hidden += [full] * (not {before, after} <= {None, sys.modules.get(full)})
+    assert not hidden
+
+
+def _packages(package):
+    yield package
+    for _, below, is_package in iter_modules(package.__path__):
+        if is_package:
+            yield from _packages(import_module(f"{package.__name__}.{below}"))
+
+
+def test_dir_lists_what_users_call_and_nothing_else():
+    code = "import qkit; print(*dir(qkit))"
+    names = run(code).split()
+    assert {"save", "load", "adapt", "merge", "Adapter", "prepare", "reference"} <= set(names)
+    assert not {"Any", "TYPE_CHECKING", "import_module"} & set(names)
+    assert names == sorted(qkit.__all__)
+    assert all(hasattr(qkit, name) for name in names)
+
+
+def test_the_law_is_within_reach_of_import_qkit():
+    """Before any engine has been loaded, as somebody's own optimizer asks."""
+    code = "import qkit; print(qkit.reference.learned.is_learned('layer.weight_scale'), qkit.reference.merged.Update.__name__)"
+    assert run(code) == "True Update\n"
 
 
 def test_import_qkit_costs_at_most_half_of_numpy_more():

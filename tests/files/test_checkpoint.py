@@ -15,7 +15,7 @@ from qkit.storage.arrays import read_folder
 from qkit.streaming import blocks, fast_reference
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
-from qkit.testing.tensors import all_grids, tensors
+from qkit.testing.hard_tensors import all_grids, tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 GRIDS = [

@@ -1,11 +1,17 @@
 """Grids: what exists, what is refused, and the shapes that follow."""
 
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 
+import qkit
 from qkit.element import ELEMENTS, element, reciprocal
 from qkit.errors import GridError
 from qkit.grid import Grid
-from qkit.testing import all_grids
+from qkit.rules import Recipe, Rule
+from qkit.testing import all_grids, random
 
 
 @pytest.mark.parametrize(
@@ -21,8 +27,6 @@ from qkit.testing import all_grids
     ],
 )
 def test_reciprocals_are_the_multipliers_of_numerics_r2(x: float, pattern: int) -> None:
-    import numpy as np
-
     assert np.float32(reciprocal(x)).view(np.uint32) == pattern
 
 
@@ -109,3 +113,68 @@ def test_grids_are_values() -> None:
     grids = all_grids()
     assert len(set(grids)) == len(grids) == len({str(grid) for grid in grids})
     assert Grid(element("int4"), 64) == Grid("int4", 64)
+
+
+@pytest.mark.parametrize("grid", all_grids(), ids=str)
+def test_parse_is_the_inverse_of_str(grid: Grid) -> None:
+    assert Grid.parse(str(grid)) == grid
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "unknown element ''"),
+        ("int4", "has no scale rule ''"),
+        ("int4-g64", "has no scale rule ''"),
+        ("int9-g64-signed", "unknown element 'int9'"),
+        ("int4-64-signed", "write 'int4-g64-signed'"),
+        ("int4-g064-signed", "write 'int4-g64-signed'"),
+        ("int4-g-signed", "group is 'g'|group is ''"),
+        ("int4-g0-signed", "group is 0"),
+        ("int4-column-signed", "group is 'column'"),
+        ("int4-g64-rceil", "has no scale rule 'rceil'"),
+        ("int4-g64-signed-", "has no scale rule 'signed-'"),
+        ("e2m1-g32-nvfp4", "nvfp4 scales belong to e2m1 in groups of 16"),
+    ],
+)
+def test_text_that_no_grid_prints_is_refused(text: str, says: str) -> None:
+    with pytest.raises(GridError, match=says):
+        Grid.parse(text)
+
+
+@pytest.mark.parametrize("call", [qkit.quantize, qkit.fake_quantize])
+def test_a_recipe_with_one_weight_grid_stands_for_it(call: Any) -> None:
+    w = random((4, 128), 1)
+    for recipe in ("int4-g64", "W4A16", qkit.recipe("int8-dynamic-act-int4-weight")):
+        (grid,) = {rule.weight for rule in qkit.recipe(recipe).rules if rule.weight}
+        got, want = call(w, recipe), call(w, grid)
+        if call is qkit.quantize:
+            assert got.grid == grid
+            got, want = qkit.dequantize(got), qkit.dequantize(want)
+        assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("call", [qkit.quantize, qkit.fake_quantize])
+def test_what_is_no_grid_is_refused_with_the_way_to_one(call: Any) -> None:
+    w = random((4, 128), 1)
+    two = Recipe("two", (Rule(("head",), weight=Grid("int8", 64)), Rule(("*",), weight=Grid("int4", 64))))
+    for choice, says in (
+        (64, r"64 is no grid, which is an element, a group and a scale rule: write qkit\.Grid\('int4', 64\)"),
+        (None, "None is no grid"),
+        ("int4-g46", r"'int4-g46' is neither a grid, such as qkit\.Grid.*nor a recipe: .*did you mean 'int4-g"),
+        (
+            two,
+            r"recipe 'two' has 2 weight grids, int8-g64-absmax, int4-g64-signed: choose one, such as qkit\.Grid\.parse",
+        ),
+    ):
+        with pytest.raises(GridError, match=says):
+            call(w, choice)
+
+
+@pytest.mark.parametrize("slot", ["weight", "activation", "output"])
+def test_a_rule_and_a_quantized_tensor_refuse_text_for_a_grid(slot: str) -> None:
+    grids: dict[str, Any] = {"weight": Grid("int4", 64), slot: "int4-g64"}
+    with pytest.raises(GridError, match="'int4-g64' is no grid, which is"):
+        Rule(("*",), **grids)
+    with pytest.raises(GridError, match="'int4-g64' is no grid, which is"):
+        replace(qkit.quantize(random((4, 128), 1), Grid("int4", 64)), grid="int4-g64")

@@ -18,7 +18,7 @@ from qkit.errors import BackendError, DTypeError, GridError
 from qkit.formats.packed import pack
 from qkit.native import arrays, build, library
 from qkit.reference import packing
-from qkit.testing.tensors import all_grids, tensors
+from qkit.testing.hard_tensors import all_grids, tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 PATTERNS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}

@@ -208,5 +208,4 @@ _on_grid.register_autograd(_on_grid_backward, setup_context=_on_grid_setup)
 @cache
 def named(text: str) -> Grid:
     """The grid that prints as `text`."""
-    element, group, scale = text.split("-")
-    return Grid(element, int(group[1:]) if group[1:].isdigit() else group, scale)  # type: ignore[arg-type]
+    return Grid.parse(text)

@@ -18,7 +18,7 @@ from qkit.native import library  # noqa: E402
 from qkit.qtensor import DTYPES  # noqa: E402
 from qkit.reference import packing as law  # noqa: E402
 from qkit.reference import rounding as law_rounding  # noqa: E402
-from qkit.testing.tensors import all_grids, random, tensors  # noqa: E402
+from qkit.testing.hard_tensors import all_grids, random, tensors  # noqa: E402
 
 BE = qkit.backend("mlx")
 GRIDS = all_grids()

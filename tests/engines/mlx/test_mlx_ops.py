@@ -10,7 +10,7 @@ mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 import qkit  # noqa: E402
 from qkit import Grid, reference  # noqa: E402
 from qkit.qtensor import DTYPES  # noqa: E402
-from qkit.testing.tensors import all_grids, random, tensors  # noqa: E402
+from qkit.testing.hard_tensors import all_grids, random, tensors  # noqa: E402
 
 BE = qkit.backend("mlx")
 GRIDS = all_grids()

@@ -12,7 +12,7 @@ optim = pytest.importorskip("mlx.optimizers")
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
 from qkit.element import AVERAGE  # noqa: E402
-from qkit.testing.tensors import random  # noqa: E402
+from qkit.testing.hard_tensors import random  # noqa: E402
 
 BE = qkit.backend("mlx")
 INT4 = Grid("int4", 32)

@@ -38,7 +38,10 @@ class PackedLinear(Module):
 
 
 class ToyBackend(NumpyBackend):
-    """`Arrays` by the reference, and `Modules`. Declares no recipe keys: qkit refuses recipes with activations and the like."""
+    """`Arrays` by the reference, with the two verbs of the bridge; and `Modules`.
+
+    It declares no recipe keys, so that qkit refuses recipes with activations, learned scales and so on.
+    """
 
     name = "toy"
     framework = "toyframe"

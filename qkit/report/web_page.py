@@ -5,11 +5,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from qkit.report.about import About, to_json
 from qkit.report.charts import Bar, bars, columns
+from qkit.report.code_changes import Move
 from qkit.report.findings import Comparison
 from qkit.report.footer import footer
-from qkit.report.moves import Move
+from qkit.report.origin import About, to_json
 from qkit.report.place import check_report
 from qkit.report.style import CSS
 from qkit.report.words import nats, nats_between, share, share_between, summary, tone

@@ -1,4 +1,4 @@
-"""Every grid, and the tensors that find mistakes: ties, powers of two, and what lies beside them."""
+"""Every grid, and the tensors that find mistakes: ties, powers of two, and their neighbours."""
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -14,42 +14,38 @@ from qkit.reference.rounding import DTYPE, FLOAT8
 
 Wide = NDArray[np.float64]
 
-ROW = 128  #: inputs of a row where the grid does not say
-COUPLED_SHAPE = (8, 64)  #: of every tensor for grids whose scale looks at a whole tensor
-STEPS = (
-    0.01171875,
-    1.1953125,
-    2.0**-90,
-)  #: scales of the ties: on the bfloat16 grid, the last close to the smallest
+ROW = 128  #: inputs of a row where the grid has no group size
+COUPLED_SHAPE = (8, 64)  #: shape of every tensor for a `coupled` grid
+STEPS = (0.01171875, 1.1953125, 2.0**-90)  #: scales of the ties: bfloat16 numbers, the last close to the smallest scale
 
 
 def all_grids() -> list[Grid]:
     """Every element with every scale rule, in groups of 32, 64 and 128, per row and per tensor."""
-    integers = [f"int{bits}" for bits in (2, 3, 4, 5, 6, 8)]
+    integers = [name for name, element in ELEMENTS.items() if element.kind == "integer"]
+    floats = [name for name, element in ELEMENTS.items() if element.kind == "float"]
     grids = [Grid(name, group, rule) for name in integers for rule in INTEGER_RULES for group in (32, 64, 128)]
     for name in integers:
         for group in ("row", "tensor"):
             grids += [Grid(name, group), Grid(name, group, "minmax")]
-    for name in ("e2m1", "e4m3", "e5m2"):
+    for name in floats:
         grids += [Grid(name, group, rule) for rule in ("rceil", "even", "floor") for group in (32, "row")]
     return [*grids, Grid("e4m3", "tensor"), Grid("e2m1", 16, "nvfp4")]
 
 
 def coupled(grid: Grid) -> bool:
-    """Whether one number can change every other: the scale, or a part of it, belongs to the whole tensor."""
+    """Whether the scale, or a part of it, belongs to the whole tensor, so that one number can change every other."""
     return grid.group == "tensor" or grid.scale == "nvfp4"
 
 
 def random(shape: tuple[int, ...], seed: int, dtype: DType = "float32") -> NDArray[Any]:
-    """Standard normal numbers of `shape`, the same ones on every machine."""
+    """Standard normal numbers of `shape`; one seed gives the same numbers on every machine."""
     return np.random.default_rng(seed).standard_normal(shape).astype(DTYPE[dtype])
 
 
 def tensors(grid: Grid, dtype: DType = "float32") -> dict[str, NDArray[Any]]:
     """Named tensors [rows, n] of finite numbers below 2^127, n a multiple of the group; the same each time.
 
-    They all have the same n, so that they can be stacked; for a `coupled` grid, which must not be given them
-    stacked, they all have the same shape.
+    All have the same n, so that they can be stacked. For a `coupled` grid all have the same shape, and must not be stacked.
     """
     size = _group_size(grid)
     named = {name: _fit(groups, dtype) for name, groups in _groups(grid, size, dtype).items()}

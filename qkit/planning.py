@@ -1,0 +1,100 @@
+"""plan: a recipe over the layers of a model, as a rule or a reason for each; nothing is touched."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from qkit.engines.layer import Layer
+from qkit.errors import GridError, RecipeError
+from qkit.rules import Recipe, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan for one layer: its rule, or None and the reason."""
+
+    layer: Layer
+    rule: Rule | None
+    reason: str = ""
+
+
+def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
+    """The plan of `recipe` for each of `layers`.
+
+    Raises:
+        RecipeError: a rule that quantizes matches no layer, or matches one that cannot be quantized.
+        GridError: a layer does not divide into groups and the rule does not say "skip".
+    """
+    planned = [_plan_layer(layer, recipe) for layer in layers]
+    owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
+    planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
+    spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned if item.layer.kind != "other"}
+    for rule in recipe.rules:
+        if rule.weight and id(rule) not in spoken:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: the rule for {rule.kind} {', '.join(rule.match)} is first for no layer of this "
+                f"model, which has {_paths(planned)}"
+            )
+    return planned
+
+
+def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
+    if layer.kind == "other":
+        return Planned(layer, None, layer.obstacle)
+    rule = recipe.rule_for(layer.path, layer.kind)
+    if rule is None:
+        return Planned(layer, None, "no rule matches")
+    if rule.weight is None:
+        return Planned(layer, None, f"left alone by the rule for {', '.join(rule.match)}")
+    if layer.obstacle:
+        if rule.indivisible == "skip":
+            return Planned(layer, None, layer.obstacle)
+        raise RecipeError(
+            f"{layer.path}: {layer.obstacle}; put a rule without weight before, that matches it, to leave it alone"
+        )
+    backwards = layer.shape[::-1]  # outputs last
+    for grid, shape in ((rule.weight, layer.shape), (rule.activation, layer.shape), (rule.output, backwards)):
+        try:
+            if grid:
+                grid.scale_shape(shape)
+        except GridError as error:
+            if rule.indivisible == "skip":
+                return Planned(layer, None, f"skipped: {error}")
+            raise GridError(f'{layer.path}: {error}, or indivisible = "skip"') from None
+    return Planned(layer, rule)
+
+
+def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
+    """The plan for a layer whose weight belongs to a layer before it: both are quantized as one, or it is refused."""
+    layer = item.layer
+    owner = owners.get(layer.tied)
+    if owner is None:
+        return item
+    if item.rule and item.rule.scales == "learned":
+        raise RecipeError(
+            f"{layer.path}: its weight is tied to that of {layer.tied}, and two layers cannot learn one weight's scales: use "
+            'scales = "rule", or untie them'
+        )
+    mine, theirs = (one.rule.weight if one.rule else None for one in (item, owner))
+    if mine == theirs and not (item.rule and item.rule.slots):
+        return item
+    obstacle = f"its weight is tied to that of {layer.tied}"
+    if item.rule and item.rule.slots and mine == theirs:
+        raise RecipeError(f"{layer.path}: {obstacle}, so that it takes no activation or output grid: drop it")
+    if layer.kind == "other":
+        raise RecipeError(
+            f"{layer.path}: {obstacle}, which the recipe puts on {theirs}, and {layer.obstacle}; leave {layer.tied} alone with a "
+            "rule without weight"
+        )
+    if theirs is None and item.rule and item.rule.indivisible == "skip":
+        return Planned(layer, None, f"skipped: {obstacle}, which is left alone")
+    raise RecipeError(
+        f"{layer.path}: {obstacle}, and one weight is on one grid: the recipe puts {layer.tied} on {theirs or 'none'} and "
+        f"{layer.path} on {mine or 'none'}; give both the same weight grid (one rule of kind embedding, one of kind linear), "
+        "or leave both alone"
+    )
+
+
+def _paths(planned: list[Planned]) -> str:
+    known = [item.layer for item in planned if item.layer.kind != "other"]
+    paths = [f"{layer.kind} {layer.path or '(the model itself)'}" for layer in known]
+    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "") if paths else "no linear or embedding layers"
