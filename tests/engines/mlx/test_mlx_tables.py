@@ -19,7 +19,7 @@ from qkit.element import STEP, Element, reciprocal  # noqa: E402
 from qkit.formats.mlx_lm import containers_for  # noqa: E402
 from qkit.reference import packing as law_packing  # noqa: E402
 from qkit.reference import rounding as law  # noqa: E402
-from qkit.testing.tensors import random  # noqa: E402
+from qkit.testing import random  # noqa: E402
 
 BE = qkit.backend("mlx")
 INT7 = Element("int7", "integer", 7, 63)
