@@ -19,10 +19,8 @@ from qkit.qtensor import QTensor
 from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
-from qkit_mlx.kernels import cpu
-from qkit_mlx.layers import adapted, learned
-from qkit_mlx.layers.converted import deploy_embedding, deploy_linear
-from qkit_mlx.layers.prepared import forget, hold, regrid, switch
+from qkit_mlx.kernels import choose
+from qkit_mlx.layers import adapted, converted, learned, prepared, straight_through
 from qkit_mlx.models import surgery
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
@@ -54,7 +52,7 @@ class MlxBackend:
 
     def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
         """See `Arrays.quantize`."""
-        return rounding.quantize(w, grid)
+        return choose.quantize(w, grid)
 
     def dequantize(self, q: QTensor[mx.array]) -> mx.array:
         """See `Arrays.dequantize`."""
@@ -70,7 +68,7 @@ class MlxBackend:
         zeros: mx.array | None = None,
     ) -> mx.array:
         """See `Arrays.fake_quantize`."""
-        return rounding.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
+        return straight_through.fake_quantize(w, grid, ste=ste, scales=scales, zeros=zeros)
 
     def unclipped(
         self, w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
@@ -100,9 +98,7 @@ class MlxBackend:
 
     def magnitude(self, x: mx.array) -> float:
         """See `Arrays.magnitude`."""
-        if cpu.takes(x):
-            return cpu.magnitude(x)
-        return float(np.array(mx.abs(x.astype(mx.float32)).max())) if x.size else 0.0
+        return choose.magnitude(x)
 
     # Modules
 
@@ -124,15 +120,15 @@ class MlxBackend:
 
     def prepare_layer(self, module: Any, rule: Rule) -> nn.Module:
         """See `Modules.prepare_layer`."""
-        return learned.fake(module, rule)
+        return learned.prepare_layer(module, rule)
 
     def switch_mode(self, module: Any, mode: Mode) -> None:
         """See `Modules.switch_mode`."""
-        switch(module, mode)
+        prepared.switch_mode(module, mode)
 
     def clear_ranges(self, module: Any) -> None:
         """See `Modules.clear_ranges`."""
-        forget(module)
+        prepared.clear_ranges(module)
 
     def pack(
         self,
@@ -146,14 +142,13 @@ class MlxBackend:
         """See `Modules.pack`."""
         here = q.map(lambda array: array if isinstance(array, mx.array) else self.from_numpy(array))
         if isinstance(module, nn.Embedding):
-            return deploy_embedding(here, rule)
+            return converted.pack_embedding(here, rule)
         scales = {name: self.from_numpy(array) for name, array in static.items()}
-        return deploy_linear(here, rule, bias=module.get("bias"), static=scales)
+        return converted.pack_linear(here, rule, bias=module.get("bias"), static=scales)
 
     def unpack(self, module: Any) -> QTensor[mx.array]:
         """See `Modules.unpack`."""
-        q: QTensor[mx.array] = module.qtensor()
-        return q
+        return converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Modules.replace`."""
@@ -189,16 +184,16 @@ class MlxBackend:
 
     def adapter_update(self, module: Any) -> Update:
         """See `Adapts.adapter_update`."""
-        return adapted.update(module)
+        return adapted.adapter_update(module)
 
     def merge_adapter(self, module: Any) -> nn.Module:
         """See `Adapts.merge_adapter`."""
-        made: nn.Module = adapted.merged(module)
+        made: nn.Module = adapted.merge_adapter(module)
         return made
 
     def train_only_adapters(self, model: nn.Module) -> None:
         """See `Adapts.train_only_adapters`."""
-        adapted.freeze(model)
+        adapted.train_only_adapters(model)
 
     # Builds
 
@@ -209,12 +204,12 @@ class MlxBackend:
             BackendError: mlx-lm is missing, or has no such architecture.
         """
         try:
-            from qkit_mlx.models import hub
+            from qkit_mlx.models import huggingface
         except ModuleNotFoundError as error:
             if error.name != "mlx_lm":
                 raise
             raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
-        return hub.build(config)
+        return huggingface.build(config)
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Builds.loss`."""
@@ -244,11 +239,11 @@ class MlxBackend:
 
     def freeze_values(self, module: Any, on: bool) -> None:
         """See `Trains.freeze_values`."""
-        hold(module, on)
+        prepared.freeze_values(module, on)
 
     def regrid(self, module: Any, rule: Rule) -> None:
         """See `Trains.regrid`."""
-        regrid(module, rule)
+        prepared.regrid(module, rule)
 
 
 if TYPE_CHECKING:

@@ -133,7 +133,7 @@ def on_engine(engine, w, grid, p, g, *, compiled=False):
         made = [x.grad for x in arrays]
     else:
         import mlx.core as mx
-        from qkit_mlx.layers.learned import fake_quantize
+        from qkit_mlx.arithmetic.learned import fake_quantize
 
         def both(cotangent, *xs):
             out, made = mx.vjp(lambda w, *p: fake_quantize(w, grid, *p), list(xs), [cotangent])

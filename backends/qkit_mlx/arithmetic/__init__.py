@@ -1,1 +1,1 @@
-"""The law in MLX, function by function: arrays only."""
+"""The law (`qkit.reference`) in MLX: the same files, functions and order. Arrays only, no kernels."""

@@ -1,18 +1,17 @@
-"""`qkit/reference/packing.py` in MLX: canonical words, which are MLX's own. Lazy, so that it also works while a graph is traced.
+"""`qkit/reference/packing.py` in MLX: canonical packed words, which are also MLX's own. Arrays only; works under `mx.compile`.
 
-Shifts are arrays, not numbers: `mx.compile` (0.32.4) names its kernels after the constants in them, written without
-anything between, so that `(x >> 26) & 3` and `(x >> 2) & 63` get one kernel.
+Shifts are arrays, not numbers. `mx.compile` (0.32.4) names its kernels after the constants in them, without a separator:
+`(x >> 26) & 3` and `(x >> 2) & 63` would get one kernel.
 """
 
 import mlx.core as mx
 
 from qkit.element import Element
 from qkit.reference.packing import WORD_BITS, words
-from qkit_mlx.kernels import cpu
 
 
 def unsigned(codes: mx.array, element: Element) -> mx.array:
-    """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; codes that are unsigned stay."""
+    """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; unsigned codes stay as they are."""
     if codes.dtype != mx.int8:
         return codes
     return (codes.astype(mx.int32) - element.lowest).astype(mx.uint8)
@@ -24,21 +23,21 @@ def signed(codes: mx.array, element: Element) -> mx.array:
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """uint8 codes [..., n], each below 2^bits -> uint32 words [..., words(n, bits)]; the tail is zeros."""
+    """uint8 codes [..., n], each below 2^bits -> packed words, uint32 [..., words(n, bits)]; the tail is zeros."""
     *rows, n = codes.shape
     blocks = _padded(codes, WORD_BITS).reshape(*rows, -1, WORD_BITS).astype(mx.uint32)  # 32 codes fill `bits` words
     _, shift = _places(bits)
-    low, high = blocks << shift, (blocks >> 1) >> (WORD_BITS - 1 - shift)  # `high` is what goes over into the next word
+    low, high = blocks << shift, (blocks >> 1) >> (WORD_BITS - 1 - shift)  # `high`: bits of the next word
     stream: list[mx.array] = []
     for word in range(bits):
         first, after = -(-word * WORD_BITS // bits), -(-(word + 1) * WORD_BITS // bits)  # codes that begin in this word
-        begun = low[..., first:after].sum(axis=-1)  # they share no bit, so adding is joining
+        begun = low[..., first:after].sum(axis=-1)  # they share no bit, so a sum joins them
         stream.append(begun + high[..., first - 1] if word else begun)
     return mx.stack(stream, axis=-1).reshape(*rows, -1)[..., : words(n, bits)]
 
 
 def unpack(packed: mx.array, bits: int, n: int) -> mx.array:
-    """uint32 words [..., words(n, bits)] -> uint8 codes [..., n]."""
+    """Packed words, uint32 [..., words(n, bits)] -> uint8 codes [..., n]."""
     rows = packed.shape[:-1]
     blocks = _padded(packed, bits).reshape(*rows, -1, bits)
     word, shift = _places(bits)
@@ -49,9 +48,7 @@ def unpack(packed: mx.array, bits: int, n: int) -> mx.array:
 
 
 def packed_codes(codes: mx.array, element: Element) -> mx.array:
-    """Codes [..., n] as canonical words [..., words(n, bits)]."""
-    if cpu.takes(codes):
-        return cpu.packed_codes(codes, element)
+    """Codes [..., n] as canonical packed words, uint32 [..., words(n, bits)]."""
     return pack(unsigned(codes, element), element.bits)
 
 
@@ -62,7 +59,7 @@ def unpacked_codes(packed: mx.array, *, element: Element, n: int, symmetric: boo
 
 
 def _places(bits: int) -> tuple[mx.array, mx.array]:
-    """In which word each of 32 codes begins, and at which bit of it; both uint32 [32]."""
+    """The word in which each of 32 codes begins, and the bit of it; both uint32 [32]."""
     places = [divmod(i * bits, WORD_BITS) for i in range(WORD_BITS)]
     return mx.array([word for word, _ in places], mx.uint32), mx.array([shift for _, shift in places], mx.uint32)
 

@@ -1,4 +1,4 @@
-"""Static activations: the range that a layer has seen, and the scales that follow from it. Arrays only."""
+"""`qkit/reference/ranges.py` in MLX: the range of the values that a layer has seen, and its static scales. Arrays only."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,50 +8,46 @@ import mlx.core as mx
 from qkit.element import AVERAGE
 from qkit.grid import Grid
 from qkit_mlx.arithmetic import packing, rounding
+from qkit_mlx.arithmetic.scale_rules import amax, poison
+
+EMPTY = (float("inf"), float("-inf"))  #: the range before any value was seen
 
 
-def unseen() -> mx.array:
-    """The range [2] of nothing: lowest and highest value."""
-    return mx.array([float("inf"), float("-inf")])
+def extremes(x: mx.array) -> mx.array:
+    """The lowest and the highest of the numbers in `x`, float32 [2]; without gradients."""
+    x = mx.stop_gradient(x).astype(mx.float32)
+    return mx.stack([x.min(), x.max()])
 
 
-def widened(known: mx.array, x: mx.array) -> mx.array:
-    """The range of `known` and `x`; that of `known` where an extreme of `x` is not finite, or `x` is empty."""
-    if not x.size:
-        return known
-    seen = _seen(x)
-    wider = mx.stack([mx.minimum(known[0], seen[0]), mx.maximum(known[1], seen[1])])
-    return mx.where(mx.isfinite(seen).all(), wider, known)
+def wider(seen: mx.array, extremes: mx.array) -> mx.array:
+    """The range `seen`, widened to `extremes`; `seen` itself if one of these is not finite."""
+    widened = mx.stack([mx.minimum(seen[0], extremes[0]), mx.maximum(seen[1], extremes[1])])
+    return mx.where(mx.isfinite(extremes).all(), widened, seen)
 
 
-def averaged(known: mx.array, x: mx.array) -> mx.array:
-    """`known` moved a little towards the range of `x`, the first time all the way; `known` where `widened` leaves it."""
-    if not x.size:
-        return known
-    seen = _seen(x)
-    moved = mx.where(known[0] > known[1], seen, known + AVERAGE * (seen - known))
-    return mx.where(mx.isfinite(seen).all(), moved, known)
+def averaged(seen: mx.array, extremes: mx.array) -> mx.array:
+    """The running average of the range `seen` and `extremes`; `extremes` if `seen` is empty.
+
+    `seen` itself if one of `extremes` is not finite.
+    """
+    average = mx.where(seen[0] > seen[1], extremes, seen + AVERAGE * (extremes - seen))
+    return mx.where(mx.isfinite(extremes).all(), average, seen)
 
 
-def scales_of(known: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
-    """What `qkit.reference.ranges.static_scales` gives for the range `known` of `name`, lazily; NaN where nothing was seen."""
-    q = rounding.quantize(known, grid)
-    stored = {f"{name}_scale": rounding.scale_values(q) + rounding.poison(rounding.amax(known))}
+def static_scales(seen: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
+    """The law's `static_scales` of one range `seen`, of the slot `name`; NaN if the range is empty."""
+    q = rounding.quantize(seen, grid)
+    stored = {f"{name}_scale": rounding.scale_values(q) + poison(amax(seen))}
     if q.zeros is not None:
         stored[f"{name}_zero_point"] = packing.signed(q.zeros, grid.element)
     return stored
 
 
-def given(stored: Mapping[str, mx.array], grid: Grid, *, name: str) -> dict[str, Any]:
-    """The arguments of `ops.fake_quantize` that `stored` has for `name`: none where quantization is dynamic."""
+def stored_scales(stored: Mapping[str, mx.array], grid: Grid, *, name: str) -> dict[str, Any]:
+    """`scales` and `zeros` for `fake_quantize` of the slot `name`, from the tensors `stored`; empty if it is dynamic."""
     if f"{name}_scale" not in stored:
         return {}
     if grid.symmetric:
         return {"scales": stored[f"{name}_scale"]}
     zeros = packing.unsigned(stored[f"{name}_zero_point"], grid.element)
     return {"scales": stored[f"{name}_scale"], "zeros": zeros}
-
-
-def _seen(x: mx.array) -> mx.array:
-    x = mx.stop_gradient(x).astype(mx.float32)
-    return mx.stack([x.min(), x.max()])

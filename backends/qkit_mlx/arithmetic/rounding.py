@@ -1,36 +1,33 @@
 """`qkit/reference/rounding.py` in MLX, function by function, bit for bit; arrays only. R0 to R13 are the laws of numerics.md.
 
-Small floats are coded with integers and powers of two: MLX has no e5m2, and its own quantisers differ between devices.
+Integer operations and powers of two encode small floats: MLX has no e5m2, and its own quantizers differ between devices.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import mlx.core as mx
-import numpy as np
 
 from qkit import element as constants
 from qkit.element import ELEMENTS, STEP, Element
-from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding as law
-from qkit.rules import Ste
-from qkit_mlx.arithmetic.small_floats import ceil_scale, nearest_values
-from qkit_mlx.kernels import cpu, cuda
-from qkit_mlx.layers.straight_through import straight_through
+from qkit_mlx.arithmetic.scale_rules import (
+    POWER_RULES,
+    SYMMETRIC_RULES,
+    amax,
+    bits,
+    ceil_exponent,
+    computed_by_law,
+    poison,
+    round_to_bfloat16,
+)
+from qkit_mlx.arithmetic.small_floats import ceil_scale, round_to_element
 
-#: The scale rules that are computed here; the law computes every other one, see `_by_law`.
-RULES = frozenset({"signed", "absmax", "midmax", "minmax", "rceil", "even", "floor", "nvfp4"})
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
     dtype = dtype_of(w)
-    if cpu.takes(w):
-        return cpu.quantize(w, grid)
     x = group(w, grid)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
@@ -61,23 +58,17 @@ def dequantize(q: QTensor[mx.array]) -> mx.array:
 
 
 def fake_quantize(
-    w: mx.array, grid: Grid, *, ste: Ste = "identity", scales: mx.array | None = None, zeros: mx.array | None = None
+    w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
 ) -> mx.array:
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
-    The gradient with respect to `w` is the identity, or zero where `w` is not `unclipped` if `ste` is "masked". `scales`
-    (fp32 steps) and `zeros` are given where quantization is static; a NaN then spoils itself only.
+    Has no gradient of its own: see `layers.straight_through`.
+
+    Args:
+        scales: fp32 steps, shaped like the grid's scales, instead of those that the grid's rule chooses (static
+            quantization). A NaN or an infinity then spoils only itself.
+        zeros: the zero points that belong to `scales` under `minmax`.
     """
-    if not w.size:  # a layer that no token reaches
-        return w
-    passes = None if ste == "identity" else partial(unclipped, grid=grid, scales=scales, zeros=zeros)
-    return straight_through(w, partial(round_to_grid, grid=grid, scales=scales, zeros=zeros), where=passes)
-
-
-def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros: mx.array | None = None) -> mx.array:
-    """`fake_quantize` without gradients; in one pass where there is a kernel for it."""
-    if scales is None and cuda.fits(w, grid):
-        return cuda.round_to_grid(w, grid)
     x = group(w, grid)
     if scales is not None:
         return to_dtype(_static_values(x, grid, scales, zeros).reshape(w.shape), dtype_of(w))
@@ -90,17 +81,18 @@ def round_to_grid(w: mx.array, grid: Grid, scales: mx.array | None = None, zeros
     elif grid.scale == "nvfp4":
         tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
         s = each(e4m3_values(block_scale(x, tensor_scale)) * tensor_scale)
-        values = nearest_values(mx.clip(x / s, -grid.element.largest, grid.element.largest), grid.element, step=1.0) * s
+        y = mx.clip(x / s, -grid.element.largest, grid.element.largest)
+        values = round_to_element(y, grid.element, step=1.0) * s
     elif grid.scale == "rceil":  # clips nothing
-        values = nearest_values(x, grid.element, step=ceil_scale(mx.abs(x).max(axis=-1, keepdims=True), grid.element))
+        values = round_to_element(x, grid.element, step=ceil_scale(mx.abs(x).max(axis=-1, keepdims=True), grid.element))
     else:
         s = each(power(scale_code(peak := amax(x), grid)) + poison(peak))
-        values = nearest_values(mx.clip(x, -grid.element.largest * s, grid.element.largest * s), grid.element, step=s)
+        values = round_to_element(mx.clip(x, -grid.element.largest * s, grid.element.largest * s), grid.element, step=s)
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
 def unclipped(w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None) -> mx.array:
-    """Where `w` [..., n] rounds to a code without being clipped. `scales` and `zeros` as for `fake_quantize`."""
+    """Where `w` [..., n] rounds to a code without being clipped. `scales` and `zeros`: see `fake_quantize`."""
     x = group(w, grid)
     step, z = _steps(x, grid) if scales is None else (scales, zeros)
     if grid.element.kind == "float":
@@ -111,8 +103,13 @@ def unclipped(w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros:
     return ((q >= lowest) & (q <= lowest + grid.element.levels)).reshape(w.shape)
 
 
+def masked(gradient: mx.array, inside: mx.array) -> mx.array:
+    """`gradient` where `inside`, else zero: the gradient under `ste = "masked"`, where `inside` is what `unclipped` returns."""
+    return mx.where(inside, gradient, 0)
+
+
 def scale_values(q: QTensor[mx.array]) -> mx.array:
-    """The fp32 step of every group [..., groups]: what a code is multiplied with."""
+    """The fp32 step of every group [..., groups]: the factor of its codes."""
     if q.tensor_scale is not None:
         return e4m3_values(q.scales) * q.tensor_scale
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
@@ -151,7 +148,7 @@ def group(w: mx.array, grid: Grid) -> mx.array:
 
 
 def each(per_group: mx.array) -> mx.array:
-    """[..., groups] -> [..., groups, 1]: one value for each group, ready to meet the group's elements."""
+    """[..., groups] -> [..., groups, 1]: one value for each group, which broadcasts over the group's elements."""
     return per_group[..., None]
 
 
@@ -160,64 +157,22 @@ def to_dtype(x: mx.array, dtype: str) -> mx.array:
     return x.astype(DTYPE[dtype])
 
 
-def bits(x: mx.array) -> mx.array:
-    """The fp32 patterns of `x`, as int32."""
-    return x.view(mx.int32)
-
-
-def amax(x: mx.array) -> mx.array:
-    """Largest magnitude of each group; NaN where it holds one."""
-    return mx.abs(x).max(axis=-1)
-
-
-def poison(peak: mx.array) -> mx.array:
-    """0 where `peak` is finite, else NaN: added to the scale of a group that holds a NaN or an infinity, it spoils it all."""
-    return peak * 0.0
-
-
 # Integer scales (R3, R5)
 
 
-def round_to_bfloat16(x: mx.array) -> mx.array:
-    """`x` with 8 significant bits, ties to even (RNE8). In integers, since compilers delete the pair of casts."""
-    u = bits(x)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(mx.float32)
-
-
 def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
-    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 large."""
-    element = grid.element
-    if grid.scale not in RULES:
-        return _by_law(law.symmetric_scale, x, grid)
-    if grid.scale == "signed":
-        high, low = x.max(axis=-1), x.min(axis=-1)
-        peak = mx.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * STEP[element.name, "signed"])
-        least = mx.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
-        return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
-    s = round_to_bfloat16((peak := amax(x)) * STEP[element.name, grid.scale])
-    return mx.maximum(s, constants.MIN_SCALE) + poison(peak)
-
-
-def _by_law(scale: Callable[[Any, Grid], Any], x: mx.array, grid: Grid) -> mx.array:
-    """The scales that `scale`, a function of the reference, gives to `x`: for rules that are not among `RULES`.
-
-    Raises:
-        BackendError: a function is being compiled or vectorized, and `x` has no numbers yet.
-    """
-    try:
-        return mx.array(scale(np.array(x), grid))
-    except ValueError:  # MLX has no other way to ask whether an array is a placeholder
-        raise BackendError(f"mlx does not compile the scale rule {grid.scale!r}: call the function eagerly") from None
+    """The scale of each group under a symmetric rule, on the bfloat16 grid, at least 2^-96 in magnitude."""
+    rule = SYMMETRIC_RULES.get(grid.scale)
+    return rule(x, grid.element) if rule else computed_by_law(law.symmetric_scale, x, grid)
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
-    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even, for `each` s. Exact enough since s has 8 bits."""
+    """Codes -2^(bits-1) .. 2^(bits-1)-1 as floats: x/s to nearest even; `s` as `each` returns it. Exact since s has 8 bits."""
     return mx.clip(mx.round(x / s), element.lowest, element.highest)
 
 
 def asymmetric_scale(low: mx.array, high: mx.array, element: Element) -> tuple[mx.array, mx.array]:
-    """Scale and zero point 0 .. 2^bits-1 (a float), under `minmax`, of groups from `low` to `high`; zero has a code."""
+    """Scale and zero point 0 .. 2^bits-1 (a float) under `minmax` of groups from `low` to `high`. The number 0 has a code."""
     low, high = mx.minimum(low, 0.0), mx.maximum(high, 0.0)
     s = round_to_bfloat16((span := high - low) * STEP[element.name, "minmax"])
     s = mx.maximum(s, constants.MIN_SCALE) + poison(span)
@@ -225,7 +180,7 @@ def asymmetric_scale(low: mx.array, high: mx.array, element: Element) -> tuple[m
 
 
 def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) -> mx.array:
-    """Codes 0 .. 2^bits-1 as floats, for scales and zero points that are `each`."""
+    """Codes 0 .. 2^bits-1 as floats; scales and zero points as `each` returns them."""
     return mx.clip(mx.round(x / s) + z, 0, element.levels)
 
 
@@ -233,22 +188,11 @@ def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) ->
 
 
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
-    """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
-    element = grid.element
-    if grid.scale not in RULES:
-        return _by_law(law.scale_code, peak, grid)
-    if grid.scale == "floor":
-        c = (bits(peak) >> 23) - element.max_exponent
-    elif grid.scale == "even":
-        c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
-    else:
-        c = ceil_exponent(peak * STEP[element.name, "rceil"])
-    return mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
-
-
-def ceil_exponent(x: mx.array) -> mx.array:
-    """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
-    return (bits(x) + 0x7FFFFF) >> 23
+    """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
+    rule = POWER_RULES.get(grid.scale)
+    if rule is None:
+        return computed_by_law(law.scale_code, peak, grid).astype(mx.int32)
+    return mx.clip(rule(peak, grid.element), constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)
 
 
 def exponent(s: mx.array) -> mx.array:
@@ -270,11 +214,11 @@ def float_codes(x: mx.array, c: mx.array, element: Element) -> mx.array:
         return e2m1_codes(x, power(c))
     down = power(2 * 127 - c.astype(mx.int32))
     y = mx.clip(x * each(down), -element.largest, element.largest)
-    return nearest_codes(y, element)
+    return encode_float8(y, element)
 
 
 def float_values(codes: mx.array, element: Element) -> mx.array:
-    """What the bits of small floats mean, as float32: sign, exponent and mantissa, put together exactly."""
+    """The values of the bits of small floats, as float32: exact products of significands and powers of two."""
     u = codes.astype(mx.int32)
     exponent = (u >> element.mantissa) & ((1 << (element.bits - 1 - element.mantissa)) - 1)
     implicit = (exponent > 0).astype(mx.int32)  # 0 for subnormals, whose exponent is that of the smallest normal
@@ -294,9 +238,9 @@ def e2m1_codes(x: mx.array, s: mx.array) -> mx.array:
     return codes.astype(mx.uint8)
 
 
-def nearest_codes(y: mx.array, element: Element) -> mx.array:
-    """The bits of `y`, clipped already, as an 8-bit `element`, ties to even; stands in for the cast of `ml_dtypes`."""
-    u = bits(y)  # neighbours are a power of two apart; rounding up carries into the exponent by itself
+def encode_float8(y: mx.array, element: Element) -> mx.array:
+    """The bits of clipped `y` as an 8-bit `element`, ties to even: the cast of `ml_dtypes`, which MLX lacks."""
+    u = bits(y)  # neighbours are a power of two apart; rounding up also carries into the exponent
     exponent = mx.maximum(((u >> 23) & 0xFF) - 127, element.min_exponent)
     significand = mx.round(mx.abs(y) * power(127 + element.mantissa - exponent)).astype(mx.int32)
     sign = ((u >> 31) & 1) << 7
@@ -313,11 +257,11 @@ def tensor_power(x: mx.array) -> mx.array:
 
 
 def block_scale(x: mx.array, tensor_scale: mx.array) -> mx.array:
-    """The e4m3 bits of each block's scale; never zero, so that no block loses its values to its scale."""
+    """The e4m3 bits of each block's scale; never zero, since a scale of zero would lose the values of its block."""
     s = amax(x) * (1.0 / tensor_scale) * STEP["e2m1", "nvfp4"]
-    return nearest_codes(mx.clip(s, constants.MIN_BLOCK_SCALE, 448.0), ELEMENTS["e4m3"])
+    return encode_float8(mx.clip(s, constants.MIN_BLOCK_SCALE, 448.0), ELEMENTS["e4m3"])
 
 
 def e4m3_values(codes: mx.array) -> mx.array:
-    """What the bits of e4m3 numbers mean, as float32."""
+    """The values of the bits of e4m3 numbers, as float32."""
     return float_values(codes, ELEMENTS["e4m3"])

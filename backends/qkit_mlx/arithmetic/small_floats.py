@@ -1,4 +1,4 @@
-"""Small floats without their codes, for training, where only values are wanted: half of the passes over memory, or fewer."""
+"""Values of small floats without their codes, for training: half of the passes over memory, or fewer. Not in the law."""
 
 import mlx.core as mx
 
@@ -7,23 +7,25 @@ from qkit.element import MIN_SCALE_CODE, STEP, Element
 LAST_BEFORE_TWO = 2.0 - 2.0**-23
 
 
-def nearest_values(x: mx.array, element: Element, *, step: mx.array | float) -> mx.array:
+def round_to_element(x: mx.array, element: Element, *, step: mx.array | float) -> mx.array:
     """The number of `element`, times `step`, that is nearest to `x`, ties to even; NaN where the step is not finite.
 
-    A step is a power of two. No `x` is larger than the largest, or not by so much that it rounds to the next. It may be a rounded
-    quotient, if the divisor has at most 8 significant bits: whatever lies between two boundaries of an element, which have at
-    most 5 bits, stays there.
+    `x` may be a rounded quotient, if the divisor has at most 8 significant bits. The boundaries between numbers of an element
+    have at most 5 bits, so that no such quotient rounds across one.
+
+    Args:
+        x: clipped; it may exceed the largest number by less than half of the distance to the next.
+        step: a power of two.
     """
     smallest = step * 2.0**element.min_exponent if element.min_exponent else step  # of the normal numbers
-    quantum = mx.maximum(leading_bit(x), smallest) * 2.0**-element.mantissa  # neighbours are so far apart
+    quantum = mx.maximum(leading_bit(x), smallest) * 2.0**-element.mantissa  # the distance between neighbours
     return mx.round(x / quantum) * quantum
 
 
 def ceil_scale(peak: mx.array, element: Element) -> mx.array:
-    """The step that `rceil` gives to groups whose largest magnitude is `peak`, in few operations; infinite where that is not
-    finite.
+    """The step under `rceil` of groups whose largest magnitude is `peak`, in few operations; infinite where `peak` is not finite.
 
-    A number that is no power of two is over the next one when it is multiplied with the last number before 2; others are not.
+    The product with the last number before 2 exceeds the next power of two, unless the number is a power of two itself.
     """
     ceiling = leading_bit(peak * STEP[element.name, "rceil"] * LAST_BEFORE_TWO)
     return mx.maximum(ceiling, 2.0 ** (MIN_SCALE_CODE - 127))

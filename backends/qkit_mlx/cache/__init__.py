@@ -1,1 +1,1 @@
-"""Quantized values of weights, kept until the weight changes."""
+"""Values that were computed from arrays, cached until the arrays change."""

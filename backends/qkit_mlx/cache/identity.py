@@ -1,7 +1,7 @@
-"""Whether two arrays of MLX hold the same contents, without looking at them, where arrays are edited in place.
+"""Whether two MLX arrays have the same contents, without reading them, although arrays may be edited in place.
 
-In Python, an array that was edited in place is the object that it was, and the tracer of a weight, under `value_and_grad`, is
-another. Both answers here are proofs: nothing is compared that could be equal by chance, and "no" only costs time.
+Python's identity does not tell. An array that was edited in place is still the same object, and under `value_and_grad` the tracer
+of a weight is another object. A "yes" here is a proof: nothing is equal by chance. A wrong "no" costs only time.
 """
 
 import ctypes
@@ -10,29 +10,29 @@ from copy import copy
 
 import mlx.core as mx
 
-COPIES = ("Copy", "StopGradient")  #: operations that change nothing; the first makes tracers
-LONG = 4000  #: characters of a graph; longer ones are no chains of copies
+COPIES = ("Copy", "StopGradient")  #: operations that keep contents; `value_and_grad` makes tracers by the first
+LONG = 4000  #: characters of a printed graph; a longer one is no chain of copies
 
 
 def snapshot(x: mx.array) -> mx.array:
-    """The contents that `x` has now, whatever is done to `x` later; copies nothing."""
+    """The contents of `x` at this time, whatever edits `x` later. Copies no memory."""
     return copy(x)
 
 
-def is_snapshot(x: mx.array, held: mx.array) -> bool:
-    """Whether `x` still has the contents that were `held` by `snapshot`."""
-    return OFFSET is not None and _contents(x) == _contents(held)
+def is_snapshot(x: mx.array, then: mx.array) -> bool:
+    """Whether `x` still has the contents of the snapshot `then`."""
+    return OFFSET is not None and _contents(x) == _contents(then)
 
 
-def is_copy(x: mx.array, held: mx.array) -> bool | None:
-    """Whether `x` and what is `held` were made of one array by nothing but copies; None where a graph is too long to look.
+def is_copy(x: mx.array, then: mx.array) -> bool | None:
+    """Whether `x` and the snapshot `then` come from one array through copies only; None if a graph is too long to search.
 
-    MLX prints the graph that leads to an array, up to what is evaluated. That takes two microseconds an operation.
+    MLX prints the graph that leads to an array, back to evaluated arrays. That takes two microseconds for each operation.
     """
-    if is_snapshot(x, held):
+    if is_snapshot(x, then):
         return True
     printed = io.StringIO()
-    mx.export_to_dot(printed, held=held, x=x)
+    mx.export_to_dot(printed, then=then, x=x)
     if len(text := printed.getvalue()) > LONG:
         return None
     labels, before = {}, {}
@@ -48,26 +48,26 @@ def is_copy(x: mx.array, held: mx.array) -> bool | None:
             name = before[maker]
         return name
 
-    return origin("x") == origin("held")
+    return origin("x") == origin("then")
 
 
 def _contents(x: mx.array) -> int:
-    """Where MLX keeps what `x` is: a pointer inside of the Python object; while a snapshot is held, no other array's."""
+    """The pointer to the contents of `x`, from inside of the Python object. Unique as long as a snapshot is alive."""
     return ctypes.c_size_t.from_address(id(x) + (OFFSET or 0)).value
 
 
 def _offset() -> int | None:
-    """Where in an array object its pointer is: what copies share, and edits change. None where no place behaves so."""
+    """The place of the pointer in an array object: copies share it, and edits change it. None if no place behaves so."""
     size = ctypes.sizeof(ctypes.c_size_t)
 
-    def words(x: mx.array) -> list[int]:
+    def pointers(x: mx.array) -> list[int]:
         return [ctypes.c_size_t.from_address(id(x) + at).value for at in range(0, mx.array.__basicsize__, size)]
 
     x, other = mx.zeros(2), mx.zeros(2)
-    held = snapshot(x)
-    before, shared, others = words(x), words(held), words(other)
+    then = snapshot(x)
+    before, shared, others = pointers(x), pointers(then), pointers(other)
     x[0] = 1
-    for place, after in enumerate(words(x)):
+    for place, after in enumerate(pointers(x)):
         if before[place] == shared[place] != others[place] and before[place] != after:
             return place * size
     return None

@@ -1,61 +1,62 @@
-"""What was made of an array, kept until the array is another or is gone."""
+"""The value that was computed last from an array, and the array's contents at that time."""
 
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
-from weakref import ref
 
 import mlx.core as mx
 
+from qkit.engines.kept import Kept
 from qkit_mlx.cache.identity import is_copy, is_snapshot, snapshot
 
 T = TypeVar("T")
 
 
-class _Kept(NamedTuple):
-    owner: ref[mx.array]  #: the array object; with it goes all of this
-    held: mx.array
+class _Stamp(NamedTuple):
+    """The state that a value was computed at."""
+
+    contents: mx.array  #: a snapshot of the array
     key: tuple[Any, ...]
-    values: Any
 
 
-class Once(Generic[T]):
-    """Remembers the last values that were made, and gives them again for the same contents and only for them.
+class LastValue(Generic[T]):
+    """Caches the value that was computed last. Returns it again for the same contents of an array, and for no others.
 
-    Right in traced functions too: what is traced is found again only in the same trace. Copies of it, and pickles, are empty.
+    Works in traced functions: a value from a trace is found only in the same trace. Copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
-        self._kept: _Kept | None = None
-        self._patient = True
+        self._kept: Kept[T] | None = None
+        self._search = True  #: whether to search graphs for copies; False after a graph that was too long
 
-    def of(self, x: mx.array, make: Callable[[mx.array], T], *key: object, traced: bool = False) -> T:
-        """`make(x)`, or what it gave for the contents of `x` before, with objects that were identical to those of `key`.
+    def of(self, x: mx.array, compute: Callable[[mx.array], T], *key: object, traced: bool = False) -> T:
+        """`compute(x)`: the cached value, if the contents of `x` and the objects of `key` are those of the last call.
 
-        With `traced`, the array may be another with these contents: the tracer that `mx.value_and_grad` makes of a weight.
+        With `traced`, the array may be another with the same contents: the tracer that `mx.value_and_grad` makes of a weight.
         """
         kept = self._kept
-        if kept is None or not _identical(kept.key, key) or not self._same(x, kept.held, traced=traced):
-            return self._keep(x, key, make(x))
-        values: T = kept.values
-        return self._keep(x, key, values) if kept.owner() is not x else values
+        now = _Stamp(x, key)
+        value = None if kept is None else kept.current(now, self._same_traced if traced and self._search else _same)
+        if kept is None or value is None:
+            return self._keep(x, key, compute(x))
+        return value if kept() is x else self._keep(x, key, value)
 
-    def _keep(self, x: mx.array, key: tuple[Any, ...], values: T) -> T:
-        def forget(owner: ref[mx.array]) -> None:
-            if self._kept is not None and self._kept.owner is owner:
-                self._kept = None
+    def _keep(self, x: mx.array, key: tuple[Any, ...], value: T) -> T:
+        self._kept = Kept(x)
+        return self._kept.put(value, _Stamp(snapshot(x), key))
 
-        self._kept = _Kept(ref(x, forget), snapshot(x), key, values)
-        return values
-
-    def _same(self, x: mx.array, held: mx.array, *, traced: bool) -> bool:
-        if not (traced and self._patient):
-            return is_snapshot(x, held)
-        found = is_copy(x, held)
-        self._patient = found is not None
+    def _same_traced(self, now: _Stamp, then: _Stamp) -> bool:
+        if not _identical(now.key, then.key):
+            return False
+        found = is_copy(now.contents, then.contents)
+        self._search = found is not None
         return bool(found)
 
-    def __reduce__(self) -> tuple[type["Once[T]"], tuple[()]]:
-        return Once, ()
+    def __reduce__(self) -> tuple[type["LastValue[T]"], tuple[()]]:
+        return LastValue, ()
+
+
+def _same(now: _Stamp, then: _Stamp) -> bool:
+    return _identical(now.key, then.key) and is_snapshot(now.contents, then.contents)
 
 
 def _identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

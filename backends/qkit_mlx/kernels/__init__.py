@@ -1,1 +1,1 @@
-"""Compiled code for MLX, and the choice between it and the plain arithmetic."""
+"""Kernels that compute the same bits as `arithmetic` in fewer passes. `choose` picks one; nothing else imports them."""

@@ -1,4 +1,4 @@
-"""Fake-quantizing in one pass over memory, on MLX's CUDA build: which kernel runs how. The source is in `fused_source`."""
+"""Launches the kernels of `cuda_source` on MLX's CUDA build: fake quantization in one pass over memory."""
 
 from functools import lru_cache
 from math import prod
@@ -12,19 +12,20 @@ from qkit_mlx.kernels import cuda_source
 BLOCK = 256  #: threads of a block
 VECTOR = 16  #: bytes that a thread loads at once
 WARP = 32
-VECTORS = 8  #: of a thread at most, where it keeps its part of a group in registers
+VECTORS = 8  #: most vectors of a thread that holds its part of a group in registers
 
 GPU = mx.Device(mx.gpu, 0)
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 
-def fits(x: mx.array, grid: Grid) -> bool:
-    """Whether there is a kernel for `x` [..., n] on `grid` here: not on the CPU, on Metal, or where the tensor is the group."""
-    return mx.cuda.is_available() and mx.default_device() == GPU and grid.group != "tensor" and x.dtype in FLOATS
+def takes(x: mx.array, grid: Grid) -> bool:
+    """Whether a kernel fake-quantizes `x` [..., n] on `grid` on this device: not on the CPU, and not on Metal."""
+    here = mx.cuda.is_available() and mx.default_device() == GPU
+    return here and x.dtype in FLOATS and cuda_source.declares(grid)
 
 
-def round_to_grid(x: mx.array, grid: Grid) -> mx.array:
-    """`ops.round_to_grid` for `x` [..., n] that `fits`."""
+def fake_quantize(x: mx.array, grid: Grid) -> mx.array:
+    """`rounding.fake_quantize(x, grid)` for `x` [..., n]."""
     groups = prod(grid.scale_shape(tuple(x.shape)))
     group = x.size // groups
     names, inputs = ["w"], [x.reshape(-1)]
@@ -45,7 +46,7 @@ def round_to_grid(x: mx.array, grid: Grid) -> mx.array:
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: its template and constants, how many threads there are, and how many in a block."""
+    """The launch of a kernel: its template and constants, the number of threads, and the threads of a block."""
 
     template: str
     constants: dict[str, int]
@@ -54,7 +55,7 @@ class Launch(NamedTuple):
 
 
 def launch(group: int, size: int, itemsize: int) -> Launch:
-    """For `size` elements of `itemsize` bytes, in groups of `group`.
+    """The launch for `size` elements of `itemsize` bytes, in groups of `group`.
 
     >>> launch(64, 640, 2)[1:]
     ({'G': 64, 'V': 8, 'L': 8, 'K': 1}, 256, 256)
@@ -73,7 +74,7 @@ def launch(group: int, size: int, itemsize: int) -> Launch:
 
 @lru_cache(maxsize=1024)
 def _kernel(grid: Grid, template: str, names: tuple[str, ...], dtype: mx.Dtype) -> Any:
-    """The name says all that the source depends on, since MLX keeps kernels by name."""
+    """The kernel for `grid`. Its name holds everything that the source depends on, since MLX caches kernels by name."""
     kind = "short" if template is cuda_source.SHORT else "long"
     kernel = "_".join([cuda_source.name(grid), kind, *names[1:], str(dtype).rpartition(".")[2]])
     return mx.fast.cuda_kernel(

@@ -1,22 +1,24 @@
-"""The source of the kernels that fake-quantize in one pass: C++ for MLX's CUDA build. Strings only; `fused` runs them.
+"""The C++ source of the kernels that fake-quantize in one pass on MLX's CUDA build. Strings only; `cuda` launches them.
 
-The arithmetic of a group is written over a few macros, so that an ordinary C++ compiler takes it too: there the tests hold it to
-`qkit/reference/` on every grid. How threads share the work is checked on a GPU only (`test_mlx_gpu.py`). There is no
-Metal version: nobody here could run it.
+A few macros stand for CUDA's operations, so that an ordinary C++ compiler takes the source too. The tests compile it so, and
+compare it with `qkit.reference` on every grid. There is no Metal version, since no Metal machine was available for tests.
 """
 
 from qkit import element as constants
 from qkit.element import STEP
 from qkit.grid import Grid
 
+#: The elements and scale rules of the kernels, see `declares`; rules by their number in `ARITHMETIC`.
+INTEGER_BITS = range(2, 9)
+FLOATS = ("e2m1", "e4m3", "e5m2")
 RULES = {"signed": 0, "absmax": 1, "midmax": 1, "minmax": 2, "rceil": 3, "even": 4, "floor": 5, "nvfp4": 6}
+BIT_RULES = ("even", "floor")  #: rules without a step: they read the exponent's bits
 
-SHIFT = (
-    1.5 * 2.0**23
-)  #: added to a number below 2^22 and taken off again, it leaves the nearest whole number, ties to even
-FINE = 1.5 * 2.0**9  #: likewise for one below 2^8: the nearest multiple of 2^-14
+#: Added to a number below 2^22 and subtracted again, it leaves the nearest whole number, ties to even.
+SHIFT = 1.5 * 2.0**23
+FINE = 1.5 * 2.0**9  #: the same for a number below 2^8 and multiples of 2^-14
 
-#: What the arithmetic is written over, on CUDA: roundings that no compiler may contract into others.
+#: CUDA's operations for the macros. No compiler may contract their roundings.
 CUDA = """
 #define QKIT_INLINE __device__ __forceinline__
 #define QKIT_BITS __float_as_uint
@@ -30,7 +32,7 @@ CUDA = """
 #define QKIT_MOST fmaxf
 """
 
-#: One group: `see` every element, then `step_of` what was seen, then `value` of every element. R2 to R9 of numerics.md.
+#: One group: `see` every element, then compute its `step_of`, then the `value` of every element. R2 to R9 of numerics.md.
 ARITHMETIC = """
 struct Step { float s, inverse, zero; };
 
@@ -50,7 +52,7 @@ QKIT_INLINE float round_to_bfloat16(float x) {
   return QKIT_FLOAT((u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u);
 }
 
-// x to a small float: adding and taking away 1.5 * 2^k leaves multiples of what its neighbours are apart
+// x to a small float: adding and subtracting 1.5 * 2^k leaves multiples of the distance between neighbours
 QKIT_INLINE float small_float(float x, int mantissa, int min_exponent) {
   const unsigned smallest = (unsigned)(127 + min_exponent) << 23;
   unsigned binade = QKIT_BITS(x) & 0x7F800000u;
@@ -59,16 +61,17 @@ QKIT_INLINE float small_float(float x, int mantissa, int min_exponent) {
   return QKIT_ADD(QKIT_ADD(x, coarse), -coarse);
 }
 
-// lift, and a number that rounds as x / s does to integers and to floats of few bits. Where x has 16 bits, see `raised` in
-// `qkit_torchao.kernels.triton_arithmetic`; else the exact remainder mends the product with the reciprocal (Markstein, 1990).
-QKIT_INLINE float raised(float x, Step step, float lift, bool narrow) {
+// lift, plus a number that rounds as x / s does to integers and to floats of few bits, below 256. The quotient of a narrow x
+// (16 bits) and s (8 bits) is a tie of such a rounding, or over 2^-15 away from all ties. A first rounding to multiples of 2^-14
+// therefore undoes the error of the reciprocal. For a wide x the exact remainder corrects the product (Markstein, 1990).
+QKIT_INLINE float lifted_quotient(float x, Step step, float lift, bool narrow) {
   if (narrow) return QKIT_ADD(QKIT_FMA(x, step.inverse, FINE), lift - FINE);
   float y = QKIT_MULTIPLY(x, step.inverse);
   y = QKIT_FMA(QKIT_FMA(-y, step.s, x), step.inverse, y);
   return QKIT_ADD(y, lift);
 }
 
-// Patterns order magnitudes, and a NaN above them all. `signed` prefers the positive of two equal ones by the last bit.
+// Bit patterns order magnitudes, and a NaN above all. Under `signed` the last bit prefers the positive of two equal magnitudes.
 QKIT_INLINE void see(unsigned& high, unsigned& low, float x) {
   unsigned u = QKIT_BITS(x), m = u & 0x7FFFFFFFu;
   if (RULE == 0) m = (u << 1) | (~u >> 31);
@@ -114,20 +117,20 @@ QKIT_INLINE Step step_of(unsigned high, unsigned low, float tensor_peak) {
   return step;
 }
 
-// Clipped where a rule's steps leave something to clip, as in `qkit_torchao.kernels.triton_arithmetic`.
+// Clips only where a rule's steps leave something to clip.
 QKIT_INLINE float value(float x, Step step, bool narrow) {
   if (RULE < 3) {
-    float q = least(raised(x, step, SHIFT, narrow), SHIFT + HIGHEST - step.zero);
+    float q = least(lifted_quotient(x, step, SHIFT, narrow), SHIFT + HIGHEST - step.zero);
     if (RULE == 2) q = most(q, SHIFT - step.zero);
     return QKIT_MULTIPLY(QKIT_ADD(q, -SHIFT), step.s);
   }
-  float y = RULE == 6 ? raised(x, step, 0.0f, narrow) : QKIT_MULTIPLY(x, step.inverse);
+  float y = RULE == 6 ? lifted_quotient(x, step, 0.0f, narrow) : QKIT_MULTIPLY(x, step.inverse);
   if (RULE != 3) y = most(least(y, HIGHEST), LOWEST);
   return QKIT_MULTIPLY(small_float(y, MANTISSA, MIN_EXPONENT), step.s);
 }
 """
 
-#: Vectors of 16 bytes, where the array begins at a multiple of that.
+#: Loads of 16 bytes, if the address is a multiple of 16.
 VECTORS = """
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector { T at[V]; };
@@ -151,7 +154,7 @@ QKIT_INLINE void reduce(unsigned& high, unsigned& low, int lanes) {
 }
 """
 
-#: A group to L neighbouring threads of a warp, K vectors of V elements each; the array is read once.
+#: L neighbouring threads of a warp share a group: K vectors of V elements each. Reads the array once.
 SHORT = """
   const size_t thread = size_t(blockIdx.x) * blockDim.x + threadIdx.x, groups = w_shape[0] / G;
   const bool inside = thread / L < groups;
@@ -177,7 +180,7 @@ SHORT = """
   }
 """
 
-#: A group to a block of L threads, which reads it twice, the second time from the cache.
+#: A block of L threads shares a group, and reads it twice, the second time from the cache.
 LONG = """
   __shared__ unsigned highs[32], lows[32];
   const T* from = w + size_t(blockIdx.x) * G;
@@ -202,23 +205,30 @@ LONG = """
 """
 
 
+def declares(grid: Grid) -> bool:
+    """Whether the kernels compute `grid`: one of their elements and rules, and groups that do not span the tensor."""
+    element = grid.element
+    known = element.bits in INTEGER_BITS if element.kind == "integer" else element.name in FLOATS
+    return known and grid.scale in RULES and grid.group != "tensor"
+
+
 def name(grid: Grid) -> str:
-    """An identifier for `grid`, and its namespace in the source."""
+    """The identifier of `grid`: its namespace in the source."""
     return f"qkit_{grid}".replace("-", "_")
 
 
 def arithmetic(grid: Grid) -> str:
-    """`see`, `step_of` and `value` of `grid`, in the namespace `name(grid)`; the macros of `CUDA` come before it."""
+    """`see`, `step_of` and `value` of `grid`, in the namespace `name(grid)`; needs the macros of `CUDA` before it."""
     return f"namespace {name(grid)} {{\n{_constants(grid)}{ARITHMETIC}}}\n"
 
 
 def header(grid: Grid) -> str:
-    """What comes before a kernel for `grid`."""
+    """The source that precedes the body of a kernel for `grid`."""
     return f"{CUDA}{arithmetic(grid)}namespace {name(grid)} {{{VECTORS}}}\n"
 
 
 def body(grid: Grid, template: str) -> str:
-    """`SHORT` or `LONG` for `grid`; of the inputs `w` and, for nvfp4, `peak` (of the tensor), and the output `out`."""
+    """The body, `SHORT` or `LONG`, for `grid`: inputs `w` and, for nvfp4, the tensor's `peak`; output `out`."""
     return template.replace("NAME", name(grid)).replace("PEAK", "peak[0]" if grid.scale == "nvfp4" else "0.0f")
 
 
@@ -228,7 +238,7 @@ def _constants(grid: Grid) -> str:
     if grid.scale == "minmax":
         low, high = 0, element.levels
     floats = {
-        "STEP": STEP.get((element.name, grid.scale), 1.0),
+        "STEP": 1.0 if grid.scale in BIT_RULES else STEP[element.name, grid.scale],
         "TENSOR_STEP": constants.NVFP4_STEP,
         "LOWEST": low,
         "HIGHEST": high,

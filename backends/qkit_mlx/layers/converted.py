@@ -1,7 +1,7 @@
-"""Converted layers: MLX's own quantised layers where they hold the grid exactly; where not, layers that decode first.
+"""Converted layers: they hold codes, in one of MLX's containers or in plain arrays, and are not trained.
 
-They compute in fp32 from scales held in fp32, whatever the model is cast to, but for bfloat16 on a GPU (see `_direct`).
-Linear layers give back the type of their input, embeddings that of the weight they were made from, or of the last cast.
+They compute in fp32 from fp32 scales, whatever the model is cast to, except in bfloat16 on a GPU (see `Execution.in_bfloat16`).
+Linear layers return the type of their input. Embeddings return the type of their weight, or of the last cast.
 """
 
 from collections.abc import Mapping
@@ -12,33 +12,31 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qkit.engines.protocol import NOTHING
-from qkit.formats.mlx_lm import Container, containers_for
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
 from qkit.rules import Rule
 from qkit_mlx.arithmetic import rounding
-from qkit_mlx.arithmetic.packing import packed_codes, unpacked_codes
-from qkit_mlx.arithmetic.ranges import given
+from qkit_mlx.arithmetic.packing import unpacked_codes
+from qkit_mlx.arithmetic.ranges import stored_scales
+from qkit_mlx.kernels import choose
 from qkit_mlx.layers.containers import Contents, contain, contained
-from qkit_mlx.layers.exact import Exact
-from qkit_mlx.layers.execution import why_no_kernel
-
-GPU = mx.Device(mx.gpu, 0)
-DIRECT_BITS = 4  #: integers up to here may be decoded in bfloat16; see `_direct`
+from qkit_mlx.layers.execution import GPU, Execution, choose_execution
+from qkit_mlx.layers.float32_scales import Float32Scales
+from qkit_mlx.layers.straight_through import fake_quantize
 
 #: Arrays of a converted layer, besides those of its weight.
 STORED = (
     *("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point"),
-    *("lora_a", "lora_b", "m"),  # of an adapter on it
+    *("lora_a", "lora_b", "m"),  # of an adapter
 )
 
 
-def deploy_linear(
+def pack_linear(
     q: QTensor[mx.array], rule: Rule, *, bias: mx.array | None = None, static: Mapping[str, mx.array] = NOTHING
-) -> "DeployedLinear | PackedLinear":
-    """The linear layer that holds the codes of `q` [outputs, inputs]; all of it is frozen."""
-    container, why_not = _container(q)
-    layer = DeployedLinear(q, container, rule) if container else PackedLinear(q, rule, why_not)
+) -> "PackedLinear | PlainLinear":
+    """The frozen linear layer that holds the codes of `q` [outputs, inputs]."""
+    execution = choose_execution(rule, device=mx.default_device(), dtype=q.dtype, shape=q.shape)
+    layer = PlainLinear(q, rule, execution) if execution.container is None else PackedLinear(q, rule, execution)
     if bias is not None:
         layer.bias = bias
     for name, array in static.items():
@@ -47,71 +45,68 @@ def deploy_linear(
     return layer
 
 
-def deploy_embedding(q: QTensor[mx.array], rule: Rule) -> "DeployedEmbedding | PackedEmbedding":
-    """The embedding that holds the codes of `q` [entries, width]; all of it is frozen."""
-    container, why_not = _container(q)
-    layer = DeployedEmbedding(q, container, rule) if container else PackedEmbedding(q, rule, why_not)
+def pack_embedding(q: QTensor[mx.array], rule: Rule) -> "PackedEmbedding | PlainEmbedding":
+    """The frozen embedding that holds the codes of `q` [entries, width]."""
+    execution = choose_execution(rule, device=mx.default_device(), dtype=q.dtype, shape=q.shape)
+    layer = PlainEmbedding(q, rule, execution) if execution.container is None else PackedEmbedding(q, rule, execution)
     layer.freeze()
     return layer
 
 
-def _container(q: QTensor[mx.array]) -> tuple[Container | None, str]:
-    """The first of MLX's containers for `q` [outputs, inputs] for which there is a kernel here; or None, and why."""
-    why_not = f"MLX has no container for {q.grid}"
-    for container in containers_for(q.grid, q.shape[-1]):
-        dtype = mx.bfloat16 if _direct(q, container) else mx.float32
-        why_not = why_no_kernel(container, dtype, shape=(q.shape[0], q.shape[1]))
-        if not why_not:
-            return container, ""
-    return None, why_not
+def unpack(layer: Any) -> QTensor[mx.array]:
+    """The codes and scales of a converted layer."""
+    if isinstance(layer, (PackedLinear, PackedEmbedding)):
+        scales, biases = cast(mx.array, _widened(layer["scales"])), _widened(layer.get("biases"))
+        contents = Contents(layer["weight"], scales, biases, layer.get("tensor_scale"))
+        return contained(contents, layer.grid, inputs=layer.inputs, dtype=layer.dtype)
+    return _plain_qtensor(layer, layer["weight"], layer["scales"], layer.get("zeros"))
 
 
-# Held by MLX
+# In MLX's containers
 
 
-class DeployedLinear(Exact, nn.QuantizedLinear):
-    """MLX's quantised linear layer, filled with given codes; on a GPU, where it is `plain`, no more than that.
+class PackedLinear(Float32Scales, nn.QuantizedLinear):
+    """MLX's quantized linear layer with the codes of `q`. On a GPU, if it is `mlx_only`, MLX's own code computes all of it.
 
-    Adds what MLX's lacks: the grids of input and output, the power of two of `nvfp4`, and an output of the type that came
-    in (MLX's would be float32, the type of the scales).
+    Adds the parts that MLX's layer lacks: the grids of input and output, the power of two of `nvfp4`, and an output of the type
+    of the input. MLX's output would be float32, the type of the scales.
     """
 
-    def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
-        nn.Module.__init__(self)  # not QuantizedLinear's: it would draw a random weight and quantise it
-        _hold(self, q, container, rule)
+    def __init__(self, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:
+        nn.Module.__init__(self)  # not QuantizedLinear's, which draws and quantizes a random weight
+        _put_in_container(self, q, rule, execution)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.plain and x.size and (self.mode == "affine" or x.dtype == mx.bfloat16) and mx.default_device() == GPU:
+        """x [..., inputs] -> [..., outputs]."""
+        fits = self.mode == "affine" or x.dtype == mx.bfloat16
+        if self.mlx_only and x.size and fits and mx.default_device() == GPU:
             return cast(mx.array, nn.QuantizedLinear.__call__(self, x))
         rule = self.rule
-        y = _matmul(self, _on_grid(x, self, rule.activation, "input") if rule.activation else x)
+        y = _multiply(self, _on_grid(x, self, rule.activation, "input") if rule.activation else x)
         y = _finish(y, x, self.get("bias"))
         return _on_grid(y, self, rule.output, "output") if rule.output else y
 
-    def retype(self, dtype: DType) -> None:
-        """The model was cast: another type than bfloat16 is not MLX's own layer's business."""
-        super().retype(dtype)
-        self.plain: bool = self.plain and dtype == "bfloat16"
-
-    def qtensor(self) -> QTensor[mx.array]:
-        """The codes and scales that went in."""
-        return _held(self)
+    def change_dtype(self, dtype: DType) -> None:
+        """See `Float32Scales`. MLX's own layer is right for bfloat16 only."""
+        super().change_dtype(dtype)
+        self.mlx_only: bool = self.mlx_only and dtype == "bfloat16"
 
 
-class DeployedEmbedding(Exact, nn.QuantizedEmbedding):
-    """MLX's quantised embedding, filled with given codes; values are computed in fp32 and rounded once."""
+class PackedEmbedding(Float32Scales, nn.QuantizedEmbedding):
+    """MLX's quantized embedding with the codes of `q`; computes values in fp32 and rounds them once."""
 
-    def __init__(self, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
-        nn.Module.__init__(self)  # not QuantizedEmbedding's: it would draw a random weight and quantise it
-        _hold(self, q, container, rule)
+    def __init__(self, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:
+        nn.Module.__init__(self)  # not QuantizedEmbedding's, which draws and quantizes a random weight
+        _put_in_container(self, q, rule, execution)
         self.num_embeddings, self.dims = q.shape
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Row numbers x [...] -> [..., width]."""
         biases = self.get("biases")
         values = mx.dequantize(
             self["weight"][x],
-            scales=cast(mx.array, _wide(self["scales"][x])),
-            biases=None if biases is None else _wide(biases[x]),
+            scales=cast(mx.array, _widened(self["scales"][x])),
+            biases=None if biases is None else _widened(biases[x]),
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
@@ -120,18 +115,15 @@ class DeployedEmbedding(Exact, nn.QuantizedEmbedding):
         return rounding.to_dtype(_rescaled(values, self), self.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """The output head of a tied model."""
-        return _finish(_matmul(self, x), x, None)
-
-    def qtensor(self) -> QTensor[mx.array]:
-        """The codes and scales that went in."""
-        return _held(self)
+        """The output head of a tied model: x [..., width] -> [..., entries]."""
+        return _finish(_multiply(self, x), x, None)
 
 
-def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) -> None:
+def _put_in_container(layer: Any, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:
+    container = execution.container
+    assert container is not None
     contents = contain(q, container)
-    layer.direct = _direct(q, container)
-    if layer.direct and contents.biases is not None:
+    if execution.in_bfloat16 and contents.biases is not None:
         narrow = [array.astype(mx.bfloat16) for array in (contents.scales, contents.biases)]
         contents = replace(contents, scales=narrow[0], biases=narrow[1])
     layer.weight, layer.scales, layer.biases = contents.weight, contents.scales, contents.biases
@@ -139,45 +131,25 @@ def _hold(layer: Any, q: QTensor[mx.array], container: Container, rule: Rule) ->
     if contents.tensor_scale is not None:
         layer.tensor_scale = contents.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.plain = layer.direct and not rule.slots and contents.tensor_scale is None
-    layer.native = True
-    layer.execution = f"{type(layer).__mro__[2].__name__}, {_words(q.grid, container)}"
+    layer.execution = execution
+    layer.mlx_only = execution.in_bfloat16 and not rule.slots and contents.tensor_scale is None
 
 
-def _direct(q: QTensor[mx.array], container: Container) -> bool:
-    """Whether MLX's GPU kernels may compute with bfloat16 inputs as they are, as they do for MLX's own layers.
-
-    They decode in bfloat16 then. Small floats stay exact. Symmetric integers have exact scales and biases, but code * scale
-    rounds before the bias is added: values are off by up to 0.054 of a step at 4 bits (0.027 if rounded once), by 0.98 at 8.
-    """
-    exact = container.mode != "affine" or (q.grid.symmetric and container.bits <= DIRECT_BITS)
-    return exact and q.dtype == "bfloat16" and _on_gpu()
-
-
-def _on_gpu() -> bool:
-    return bool(mx.default_device() == GPU)
-
-
-def _wide(array: mx.array | None) -> mx.array | None:
-    """Scales and biases that were narrowed, in float32 again; exactly."""
+def _widened(array: mx.array | None) -> mx.array | None:
+    """Scales and biases that were narrowed to bfloat16, in float32 again; exactly."""
     return array.astype(mx.float32) if array is not None and array.dtype == mx.bfloat16 else array
 
 
-def _held(layer: Any) -> QTensor[mx.array]:
-    scales, biases = cast(mx.array, _wide(layer["scales"])), _wide(layer.get("biases"))
-    contents = Contents(layer["weight"], scales, biases, layer.get("tensor_scale"))
-    return contained(contents, layer.grid, inputs=layer.inputs, dtype=layer.dtype)
-
-
-def _matmul(layer: Any, x: mx.array) -> mx.array:
-    """`x` times the transposed weight, in fp32; in bfloat16 where the layer is `direct`."""
-    if not x.size:  # on which MLX's CPU kernels divide by zero and take the process with them (0.32.4)
+def _multiply(layer: Any, x: mx.array) -> mx.array:
+    """`x` times the transposed weight: in bfloat16 where the execution says so, else in fp32."""
+    if not x.size:  # MLX's CPU kernels divide by zero there, which ends the process (0.32.4)
         return mx.zeros((*x.shape[:-1], len(layer["weight"])))
     scales, biases = layer["scales"], layer.get("biases")
-    if not (layer.direct and x.dtype == mx.bfloat16 and _on_gpu()):
+    in_bfloat16 = layer.execution.in_bfloat16
+    if not (in_bfloat16 and x.dtype == mx.bfloat16 and mx.default_device() == GPU):
         x = x.astype(mx.float32)
-        if layer.direct:
-            scales, biases = _wide(scales), _wide(biases)
+        if in_bfloat16:
+            scales, biases = _widened(scales), _widened(biases)
     y = mx.quantized_matmul(
         x,
         layer["weight"],
@@ -196,90 +168,78 @@ def _rescaled(y: mx.array, layer: Any) -> mx.array:
     return y if tensor_scale is None else y * tensor_scale
 
 
-def _words(grid: Grid, container: Container) -> str:
-    name = f"affine {container.bits}-bit" if container.mode == "affine" else container.mode
-    if grid.group == container.group:
-        return f"{name} g{container.group}"
-    scale = f"{grid.group} scale" if isinstance(grid.group, str) else f"scale of g{grid.group}"
-    return f"{name}, {scale} repeated at g{container.group}"
+# In plain arrays
 
 
-# Decoded first
+class PlainLinear(Float32Scales):
+    """A linear layer that MLX has no container or no kernel for: every call decodes its packed words."""
 
-
-class PackedLinear(Exact):
-    """A linear layer that MLX has no container or no kernel for: holds canonical words, and decodes them at every call."""
-
-    def __init__(self, q: QTensor[mx.array], rule: Rule, why: str) -> None:
+    def __init__(self, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _keep(self, q, rule, why)
+        _put_in_arrays(self, q, rule, execution)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         rule = self.rule
         on_grid = _on_grid(x, self, rule.activation, "input") if rule.activation else x
         y = _finish(on_grid.astype(mx.float32) @ _values(self).T, x, self.get("bias"))
         return _on_grid(y, self, rule.output, "output") if rule.output else y
 
-    def qtensor(self) -> QTensor[mx.array]:
-        """The codes and scales that went in."""
-        return _kept(self, self["weight"], self["scales"], self.get("zeros"))
 
+class PlainEmbedding(Float32Scales):
+    """An embedding that MLX has no container or no kernel for: a call decodes only the rows that it looks up."""
 
-class PackedEmbedding(Exact):
-    """An embedding that MLX has no container or no kernel for: decodes only the rows that are looked up."""
-
-    def __init__(self, q: QTensor[mx.array], rule: Rule, why: str) -> None:
+    def __init__(self, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _keep(self, q, rule, why)
+        _put_in_arrays(self, q, rule, execution)
 
     def __call__(self, x: mx.array) -> mx.array:
-        entries = x.flatten()
+        """Row numbers x [...] -> [..., width]."""
+        rows = x.flatten()
         scales, zeros = self["scales"], self.get("zeros")
         if self.grid.group != "tensor":
-            scales, zeros = scales[entries], None if zeros is None else zeros[entries]
-        return rounding.dequantize(_kept(self, self["weight"][entries], scales, zeros)).reshape(*x.shape, self.inputs)
+            scales, zeros = scales[rows], None if zeros is None else zeros[rows]
+        q = _plain_qtensor(self, self["weight"][rows], scales, zeros)
+        return rounding.dequantize(q).reshape(*x.shape, self.inputs)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """The output head of a tied model."""
+        """The output head of a tied model: x [..., width] -> [..., entries]."""
         return _finish(x.astype(mx.float32) @ _values(self).T, x, None)
 
-    def qtensor(self) -> QTensor[mx.array]:
-        """The codes and scales that went in."""
-        return _kept(self, self["weight"], self["scales"], self.get("zeros"))
 
-
-def _keep(layer: Any, q: QTensor[mx.array], rule: Rule, why: str) -> None:
-    layer.weight, layer.scales = packed_codes(q.codes, q.grid.element), q.scales
+def _put_in_arrays(layer: Any, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:
+    layer.weight, layer.scales = choose.packed_codes(q.codes, q.grid.element), q.scales
     if q.zeros is not None:
         layer.zeros = q.zeros
+    if q.tensor_scale is not None:
+        layer.tensor_scale = q.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
-    layer.native = False
-    layer.execution = why
+    layer.execution = execution
 
 
-def _kept(layer: Any, words: mx.array, scales: mx.array, zeros: mx.array | None) -> QTensor[mx.array]:
+def _plain_qtensor(layer: Any, weight: mx.array, scales: mx.array, zeros: mx.array | None) -> QTensor[mx.array]:
     grid = layer.grid
-    codes = unpacked_codes(words, element=grid.element, n=layer.inputs, symmetric=grid.symmetric)
-    return QTensor(codes, scales, grid, layer.dtype, zeros=zeros)
+    codes = unpacked_codes(weight, element=grid.element, n=layer.inputs, symmetric=grid.symmetric)
+    return QTensor(codes, scales, grid, layer.dtype, zeros=zeros, tensor_scale=layer.get("tensor_scale"))
 
 
 def _values(layer: Any) -> mx.array:
-    return rounding.dequantize(replace(layer.qtensor(), dtype="float32"))
+    return rounding.dequantize(replace(unpack(layer), dtype="float32"))
 
 
 # Both
 
 
 def _on_grid(x: mx.array, layer: Any, grid: Grid, name: str) -> mx.array:
-    """What goes in or comes out, on its grid."""
-    return rounding.fake_quantize(x, grid, **given(layer, grid, name=name))
+    """The input or output `x` on its grid."""
+    return fake_quantize(x, grid, **stored_scales(layer, grid, name=name))
 
 
 def _finish(y: mx.array, x: mx.array, bias: mx.array | None) -> mx.array:
-    """fp32 `y` with the bias, in the type of `x`."""
+    """fp32 `y` plus the bias, in the type of `x`."""
     y = y if bias is None else y + bias
     return y.astype(x.dtype)
 
 
-#: What a converted layer can be. Besides its arrays each has `rule`, `grid`, `inputs`, `dtype`, `native`, `execution`.
-DEPLOYED = (DeployedLinear, DeployedEmbedding, PackedLinear, PackedEmbedding)
+#: The classes of converted layers. Besides its arrays, each has `rule`, `grid`, `inputs`, `dtype` and `execution`.
+CONVERTED = (PackedLinear, PackedEmbedding, PlainLinear, PlainEmbedding)

@@ -1,4 +1,4 @@
-"""Prepared layers: train with the values to be deployed, evaluate with the deployed layer itself. Modules only."""
+"""Prepared layers: they train with the values of their grid, and evaluate with the converted layer itself. Modules only."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,149 +12,155 @@ from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
-from qkit_mlx.arithmetic import rounding
-from qkit_mlx.arithmetic.ranges import averaged, given, scales_of, unseen, widened
-from qkit_mlx.cache.values import Once
-from qkit_mlx.kernels import cpu
+from qkit_mlx.arithmetic import ranges
+from qkit_mlx.cache.values import LastValue
+from qkit_mlx.kernels import choose
 from qkit_mlx.layers.converted import (
-    DeployedEmbedding,
-    DeployedLinear,
     PackedEmbedding,
     PackedLinear,
-    deploy_embedding,
-    deploy_linear,
+    PlainEmbedding,
+    PlainLinear,
+    pack_embedding,
+    pack_linear,
 )
-from qkit_mlx.layers.exact import RANGES, Exact
-from qkit_mlx.layers.straight_through import straight_through
+from qkit_mlx.layers.float32_scales import RANGES, Float32Scales
+from qkit_mlx.layers.straight_through import fake_quantize, values_view
+from qkit_mlx.mlx_private import frozen_names
 
-#: Whether quantization is on, by the type of a layer's `_gate`: functions that are compiled with the model's state see another
-#: type as another input, and compile each once; an array that only held another value would cost a choice per weight and step.
+#: The type of a layer's `_gate`, by whether the layer quantizes. Compiled functions take the model's state as an input, and
+#: compile once more for another type. A choice by the value of an array would cost time for each weight and step.
 GATES = {True: mx.bool_, False: mx.uint8}
 
-RULES: dict[Rule, int] = {}  #: numbers of the rules that layers were given in place
+RULE_NUMBERS: dict[Rule, int] = {}  #: of the rules that `regrid` has given to layers
 
-#: The last layer's input on its grid, with its gradient, for others that read the same: queries, keys and values; gate and up.
-INPUT: Once[mx.array] = Once()
+#: The last quantized input, for other layers that read the same array: queries, keys and values; gate and up.
+LAST_INPUT: LastValue[mx.array] = LastValue()
 
 
-def switch(layer: Any, mode: Mode) -> None:
-    """See `Backend.switch`."""
-    layer._gate = mx.zeros(layer["_gate"].shape, GATES[mode != "off"])
+def switch_mode(layer: Any, mode: Mode) -> None:
+    """See the protocol's `switch_mode`."""
+    layer["_gate"] = mx.zeros(layer["_gate"].shape, GATES[mode != "off"])
     layer.calibrating = mode == "calibrating"
 
 
-def hold(layer: Any, on: bool) -> None:
-    """See `Backend.hold`. What is held is part of the model's state, which compiled functions see; by its name, no parameter."""
-    layer.pop("_held", None)
+def freeze_values(layer: Any, on: bool) -> None:
+    """See the protocol's `freeze_values`. Frozen values are in the model's state, for compiled functions, but no parameter."""
+    layer.pop("_frozen_values", None)
     if on:
-        layer._held = weight_on_grid(layer["weight"], layer.rule.weight)
-        mx.eval(layer._held)
+        layer["_frozen_values"] = choose.fake_quantize_weight(layer["weight"], layer.rule.weight)
+        mx.eval(layer["_frozen_values"])
 
 
 def regrid(layer: Any, rule: Rule) -> None:
-    """See `Backend.regrid`. Compiled functions see the shape of the gate, which is another for each rule."""
+    """See the protocol's `regrid`. The gate gets another shape for each rule, which compiled functions see."""
     layer.rule = rule
-    layer._gate = mx.zeros((RULES.setdefault(rule, len(RULES) + 1),), layer["_gate"].dtype)
-    if "_held" in layer:
-        hold(layer, on=True)
+    layer["_gate"] = mx.zeros((RULE_NUMBERS.setdefault(rule, len(RULE_NUMBERS) + 1),), layer["_gate"].dtype)
+    if "_frozen_values" in layer:
+        freeze_values(layer, on=True)
 
 
-def forget(layer: Any) -> None:
-    """See `Backend.forget`."""
+def clear_ranges(layer: Any) -> None:
+    """See the protocol's `clear_ranges`."""
     for name in RANGES:
         if name in layer:
-            layer[name] = unseen()
+            layer[name] = mx.array(ranges.EMPTY)
 
 
 def mode_of(layer: Any) -> Mode:
-    """How `switch` left a layer."""
+    """The mode that `switch_mode` set last."""
     if layer.calibrating:
         return "calibrating"
-    return "on" if switched_on(layer) else "off"
+    return "on" if quantizes(layer) else "off"
 
 
-def switched_on(layer: Any) -> bool:
-    """Whether a layer quantizes."""
+def quantizes(layer: Any) -> bool:
+    """Whether the mode of a layer is another than "off"."""
     return bool(layer["_gate"].dtype == GATES[True])
 
 
-def weight_on_grid(weight: mx.array, grid: Grid) -> mx.array:
-    """`ops.round_to_grid` of a weight, which may be waited for. To wait for an activation would keep all that it was made of."""
-    weight = mx.stop_gradient(weight)
-    return cpu.round_to_grid(weight, grid) if cpu.takes(weight) else rounding.round_to_grid(weight, grid)
+class FakeLinear(Float32Scales, nn.Linear):
+    """A linear layer with a fake-quantized weight, and input and output if the rule has grids. `weight` is the master weight.
 
+    The weight that it multiplies with:
 
-class FakeLinear(Exact, nn.Linear):
-    """A linear layer whose weight, and input and output if the rule says so, are fake-quantized. The master stays `weight`.
+    ==============  ==============  ========================================================
+    mode            layer is        multiplies with
+    ==============  ==============  ========================================================
+    off             in either       the master weight
+    on              training        quantized values, cached until the weight changes, or frozen
+    calibrating     in either       the same; inputs and outputs are recorded, not quantized
+    on              in evaluation   the codes of the converted layer, packed anew at each call
+    ==============  ==============  ========================================================
 
-    In evaluation mode the layer that `convert` would make answers, so that the two agree to the bit. It is made anew at
-    every call: an array edited in place looks like the one it was. Gradients are those of training mode, in either.
+    Prepared and converted layers therefore agree to the bit in evaluation. Evaluation does not cache the converted layer, since
+    an edit in place leaves no trace on an array. Gradients are those of training in either.
 
-    Stores `input_range` and `output_range` where they are static. `calibrating` is a plain attribute: functions that were
-    compiled before do not record, and find an empty range, which gives NaN.
+    Stores `input_range` and `output_range` if they are static. `calibrating` is a plain attribute: functions that were compiled
+    before do not record. The range stays empty then, which gives NaN.
     """
 
     calibrating = False
 
     def __init__(self, layer: nn.Linear, rule: Rule) -> None:
-        nn.Module.__init__(self)  # not Linear's: it would draw a random weight
+        nn.Module.__init__(self)  # not Linear's, which draws a random weight
         _adopt(self, layer, rule)
         for name in static_names(rule):
-            self[f"{name}_range"] = unseen()
+            self[f"{name}_range"] = mx.array(ranges.EMPTY)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> [..., outputs]."""
         parameters = [self[name] for name in ("weight", "bias") if name in self]
-        if self.training or self.calibrating or not switched_on(self):
-            return self._forward(x, *parameters)
-        return _answer(self._deployed, self._forward, x, *parameters)
+        if self.training or self.calibrating or not quantizes(self):
+            return self._run_prepared(x, *parameters)
+        return evaluate_packed(self._run_packed, self._run_prepared, x, *parameters)
 
-    def _forward(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         x = self._on_grid(x, self.rule.activation, "input")
         w = _values(self, weight)
         y = x @ w.T if bias is None else mx.addmm(bias, x, w.T)
         return self._on_grid(y, self.rule.output, "output")
 
+    def _run_packed(self, x: mx.array, *parameters: mx.array) -> mx.array:
+        return self._pack(*parameters)(x)
+
+    def _pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
+        return pack_linear(choose.quantize(weight, self.rule.weight), self.rule, bias=bias, static=self._static())
+
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
-        if grid is None or not switched_on(self):
+        if grid is None or not quantizes(self):
             return x
         if self.calibrating:
             self._record(name, x)
             return x
         if self.rule.range == "dynamic":
-            quantize = partial(rounding.fake_quantize, grid=grid, ste=self.rule.ste)
-            return INPUT.of(x, quantize, grid, self.rule.ste) if name == "input" and x.size else quantize(x)
-        if self.rule.range == "average" and self.training:
-            self[f"{name}_range"] = averaged(self[f"{name}_range"], x)
-        stored = scales_of(self[f"{name}_range"], grid, name=name)
-        return rounding.fake_quantize(x, grid, ste=self.rule.ste, **given(stored, grid, name=name))
+            rounded = partial(fake_quantize, grid=grid, ste=self.rule.ste)
+            return LAST_INPUT.of(x, rounded, grid, self.rule.ste) if name == "input" and x.size else rounded(x)
+        if self.rule.range == "average" and self.training and x.size:
+            self[f"{name}_range"] = ranges.averaged(self[f"{name}_range"], ranges.extremes(x))
+        stored = ranges.static_scales(self[f"{name}_range"], grid, name=name)
+        return fake_quantize(x, grid, ste=self.rule.ste, **ranges.stored_scales(stored, grid, name=name))
 
     def _record(self, name: str, x: mx.array) -> None:
-        if self.rule.range == "dynamic":
+        if self.rule.range == "dynamic" or not x.size:
             return
-        known = widened(self[f"{name}_range"], x)
+        seen = ranges.wider(self[f"{name}_range"], ranges.extremes(x))
         try:
-            mx.eval(known)  # also lets go of all that it was computed from
+            mx.eval(seen)  # also releases the graph that computes it
         except ValueError:
             raise StageError(
                 "ranges cannot be recorded while a function is compiled: calibrate the model itself"
             ) from None
-        self[f"{name}_range"] = known
-
-    def _deployed(self, x: mx.array, *parameters: mx.array) -> mx.array:
-        return self._deploy(*parameters)(x)
-
-    def _deploy(self, weight: mx.array, bias: mx.array | None = None) -> DeployedLinear | PackedLinear:
-        return deploy_linear(rounding.quantize(weight, self.rule.weight), self.rule, bias=bias, static=self._static())
+        self[f"{name}_range"] = seen
 
     def _static(self) -> dict[str, mx.array]:
         static: dict[str, mx.array] = {}
         for name, grid in static_names(self.rule).items():
-            static |= scales_of(self[f"{name}_range"], grid, name=name)
+            static |= ranges.static_scales(self[f"{name}_range"], grid, name=name)
         return static
 
     @property
     def _no_grad(self) -> set[str]:
-        """Names of what is frozen. Ranges always are: MLX unfreezes a model without asking the modules in it."""
+        """Names of frozen arrays. Ranges always are frozen: MLX unfreezes a model without a call to its modules."""
         self._frozen.update(name for name in RANGES if name in self)
         return self._frozen
 
@@ -164,94 +170,98 @@ class FakeLinear(Exact, nn.Linear):
 
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
-        self.rounded: Once[mx.array] = Once()
+        self.cached_values: LastValue[mx.array] = LastValue()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
+        """Refuses: `nn.quantize` would move the weight off the grid that it was trained on."""
         _refuse(self.rule)
 
 
 class FakeEmbedding(nn.Embedding):
-    """An embedding whose weight is fake-quantized, also where it is the output head. Otherwise as `FakeLinear`."""
+    """An embedding with a fake-quantized weight, also as the output head of a tied model. Otherwise as `FakeLinear`."""
 
     calibrating = False
 
     def __init__(self, layer: nn.Embedding, rule: Rule) -> None:
-        nn.Module.__init__(self)  # not Embedding's: it would draw a random weight
+        nn.Module.__init__(self)  # not Embedding's, which draws a random weight
         _adopt(self, layer, rule)
 
     def __call__(self, x: mx.array) -> mx.array:
-        def forward(weight: mx.array) -> mx.array:
+        """Row numbers x [...] -> [..., width]."""
+
+        def run_prepared(weight: mx.array) -> mx.array:
             return _values(self, weight)[x]
 
-        def deployed(weight: mx.array) -> mx.array:
-            return self._deploy(weight)(x)
+        def run_packed(weight: mx.array) -> mx.array:
+            return self._pack(weight)(x)
 
-        if self.training or not switched_on(self):
-            return forward(self["weight"])
-        return _answer(deployed, forward, self["weight"])
+        if self.training or not quantizes(self):
+            return run_prepared(self["weight"])
+        return evaluate_packed(run_packed, run_prepared, self["weight"])
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model: x [..., width] -> [..., entries]."""
 
-        def forward(x: mx.array, weight: mx.array) -> mx.array:
+        def run_prepared(x: mx.array, weight: mx.array) -> mx.array:
             return x @ _values(self, weight).T
 
-        def deployed(x: mx.array, weight: mx.array) -> mx.array:
-            return self._deploy(weight).as_linear(x)
+        def run_packed(x: mx.array, weight: mx.array) -> mx.array:
+            return self._pack(weight).as_linear(x)
 
-        if self.training or not switched_on(self):
-            return forward(x, self["weight"])
-        return _answer(deployed, forward, x, self["weight"])
+        if self.training or not quantizes(self):
+            return run_prepared(x, self["weight"])
+        return evaluate_packed(run_packed, run_prepared, x, self["weight"])
 
-    def _deploy(self, weight: mx.array) -> DeployedEmbedding | PackedEmbedding:
-        return deploy_embedding(rounding.quantize(weight, self.rule.weight), self.rule)
+    def _pack(self, weight: mx.array) -> PackedEmbedding | PlainEmbedding:
+        return pack_embedding(choose.quantize(weight, self.rule.weight), self.rule)
 
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
-        self.rounded: Once[mx.array] = Once()
+        self.cached_values: LastValue[mx.array] = LastValue()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuses: `nn.quantize` would move the weight off the grid it was trained on."""
+        """Refuses: `nn.quantize` would move the weight off the grid that it was trained on."""
         _refuse(self.rule)
 
 
-def _adopt(fake: Any, layer: nn.Module, rule: Rule) -> None:
-    for name in ("weight", "bias"):
-        if name in layer:
-            fake[name] = layer[name]
-    fake.rule = rule
-    fake._gate = mx.zeros((), GATES[True])  # no parameter, because of its name, but compiled functions see it
-    fake.freeze(keys=list(layer._no_grad))
-    fake.train(layer.training)  # which gives it a new `rounded`
-
-
-def _values(layer: Any, weight: mx.array) -> mx.array:
-    """What a layer multiplies with: made anew when its weight is another, and not for every part of a batch."""
-    if not switched_on(layer):
-        return weight
-    if layer.training and "_held" in layer:
-        passes = None if layer.rule.ste == "identity" else partial(rounding.unclipped, grid=layer.rule.weight)
-        return straight_through(weight, lambda _: layer["_held"].astype(weight.dtype), where=passes)
-    grid = cast(Grid, layer.rule.weight)
-    values = layer.rounded.of(weight, partial(weight_on_grid, grid=grid), grid, traced=True)
-    passes = None if layer.rule.ste == "identity" else partial(rounding.unclipped, grid=grid)
-    return straight_through(weight, lambda _: values, where=passes)
-
-
-def _answer(deployed: Callable[..., mx.array], forward: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
-    """`deployed(*inputs)`, with the gradients of `forward(*inputs)`: a loop that forgot `model.train()` trains too."""
-    function: Any = mx.custom_function(deployed)
+def evaluate_packed(
+    run_packed: Callable[..., mx.array], run_prepared: Callable[..., mx.array], *inputs: mx.array
+) -> mx.array:
+    """`run_packed(*inputs)`, with the gradients of `run_prepared(*inputs)`: a loop without `model.train()` trains too."""
+    function: Any = mx.custom_function(run_packed)
 
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         several = isinstance(primals, (tuple, list))
         primals = list(primals) if several else [primals]
-        gradients = mx.vjp(lambda *inputs: forward(*inputs).astype(cotangent.dtype), primals, [cotangent])[1]
+        gradients = mx.vjp(lambda *inputs: run_prepared(*inputs).astype(cotangent.dtype), primals, [cotangent])[1]
         return tuple(gradients) if several else gradients[0]
 
     answer: mx.array = function(*inputs)
     return answer
+
+
+def _adopt(prepared: Any, layer: nn.Module, rule: Rule) -> None:
+    for name in ("weight", "bias"):
+        if name in layer:
+            prepared[name] = layer[name]
+    prepared.rule = rule
+    prepared["_gate"] = mx.zeros(
+        (), GATES[True]
+    )  # no parameter, because of its name, but in the state of compiled functions
+    prepared.freeze(keys=list(frozen_names(layer)))
+    prepared.train(layer.training)  # which also creates `cached_values`
+
+
+def _values(layer: Any, weight: mx.array) -> mx.array:
+    """The values that a layer multiplies with: computed once for each state of the weight, not for each part of a batch."""
+    if not quantizes(layer):
+        return weight
+    grid, ste = cast(Grid, layer.rule.weight), layer.rule.ste
+    if layer.training and "_frozen_values" in layer:
+        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste)
+    values = layer.cached_values.of(weight, partial(choose.fake_quantize_weight, grid=grid), grid, traced=True)
+    return values_view(weight, values, grid, ste=ste)
 
 
 def _refuse(rule: Rule) -> NoReturn:

@@ -1,30 +1,57 @@
-"""The straight-through estimator (R12): values on a grid, with gradients as if they had not been rounded."""
+"""The straight-through estimator (R12): values on a grid, with the gradient of the array that was rounded."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from qkit.grid import Grid
+from qkit.rules import Ste
+from qkit_mlx.arithmetic import rounding
+from qkit_mlx.kernels import choose
 
-def straight_through(
-    x: mx.array, values: Callable[[mx.array], mx.array], *, where: Callable[[mx.array], mx.array] | None = None
+
+def fake_quantize(
+    w: mx.array, grid: Grid, *, ste: Ste = "identity", scales: mx.array | None = None, zeros: mx.array | None = None
 ) -> mx.array:
-    """`values(x)`, whose gradient with respect to `x` is the identity, or zero where `where(x)` is false."""
-    if where is None:
-        return _second(x, values(mx.stop_gradient(x)))  # type: ignore[no-any-return]
+    """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
+
+    The gradient of `w` is the identity, or, if `ste` is "masked", zero where a value was clipped. `scales` and `zeros`: see
+    `rounding.fake_quantize`.
+    """
+    if not w.size:  # a layer that no token reaches
+        return w
+    if scales is None:
+        return _pass_through(w, partial(choose.fake_quantize, grid=grid), grid, ste)
+    rounded = partial(rounding.fake_quantize, grid=grid, scales=scales, zeros=zeros)
+    return _pass_through(w, rounded, grid, ste, scales=scales, zeros=zeros)
+
+
+def values_view(weight: mx.array, values: mx.array, grid: Grid, *, ste: Ste) -> mx.array:
+    """`values`, the quantized values of `weight`, with the gradient of `fake_quantize`."""
+    return _pass_through(weight, lambda _: values, grid, ste)
+
+
+def _pass_through(
+    x: mx.array, rounded: Callable[[mx.array], mx.array], grid: Grid, ste: Ste, **static: mx.array | None
+) -> mx.array:
+    """`rounded(x)`, with the straight-through gradient of `x`."""
+    if ste == "identity":
+        return _second(x, rounded(mx.stop_gradient(x)))  # type: ignore[no-any-return]
 
     def slope(x: mx.array, cotangent: mx.array, *_: mx.array) -> mx.array:
-        return mx.where(where(x), cotangent, 0)
+        return rounding.masked(cotangent, rounding.unclipped(x, grid, **static))
 
-    # MLX asks for the jvp of what is inside too, and bit patterns and kernels have none
-    function: Any = mx.custom_function(lambda x: values(mx.stop_gradient(x)))
+    # MLX also asks for the jvp of the operations inside; bit patterns and kernels have none.
+    function: Any = mx.custom_function(lambda x: rounded(mx.stop_gradient(x)))
     function.vjp(slope)
     function.jvp(slope)
     return function(x)  # type: ignore[no-any-return]
 
 
 def _make_second() -> Any:
-    """A function of two arrays that gives the second, with the gradient of the first. One for all: to make one takes a while."""
+    """A function of two arrays that returns the second, with the gradient of the first."""
     function: Any = mx.custom_function(lambda _, values: values)
 
     @function.vjp  # type: ignore[untyped-decorator]
@@ -38,4 +65,4 @@ def _make_second() -> Any:
     return function
 
 
-_second = _make_second()
+_second = _make_second()  # one for all calls, since making a custom function takes time

@@ -1,1 +1,1 @@
-"""Whole MLX models: their layers, and how to build one from a configuration."""
+"""Whole MLX models: finds, replaces, reads and fills their layers, and builds models from configurations."""

@@ -1,4 +1,4 @@
-"""Whether the rotary embeddings of a model that mlx-lm built are those of the checkpoint; see `qkit.formats.rope`."""
+"""Checks that the rotary embeddings of a model that mlx-lm built are those of its configuration; see `qkit.formats.rope`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ from qkit.formats.rope import rope_type, ropes
 
 
 def check_rope(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Looks at what mlx-lm built: it may read a name, and compute without it.
+    """Checks the rotary embeddings of `model`: mlx-lm may read the name of a kind and ignore it.
 
     Raises:
-        BackendError: a rotary embedding of `model` is none of those that `config` asks for.
+        BackendError: a rotary embedding of `model` is not in `config`.
     """
     text = config.get("text_config")
     found = ropes({**config, **(text if isinstance(text, dict) else {})})

@@ -1,4 +1,4 @@
-"""Modules and arrays by dotted name: finding layers, replacing them, reading and filling what a model stores."""
+"""Modules and arrays of a model by dotted name: finds and replaces layers, reads and fills stored arrays."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -8,20 +8,21 @@ import mlx.nn as nn
 
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, BackendError
+from qkit.reference.packing import WORD_BITS
 from qkit.rules import Kind
-from qkit_mlx.layers.converted import DEPLOYED, STORED, PackedEmbedding
+from qkit_mlx.layers.converted import CONVERTED, STORED, PlainEmbedding
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
 
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PlainEmbedding)
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """Every module that a rule could speak of, and every other array of two or more dimensions, in the order of the model."""
+    """Every linear layer and embedding, and every other weight of two or more dimensions, in the order of the model."""
     return [layer for path, module in _modules(model) for layer in _listed(path, module)]
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """`model` with the module at each path replaced, wherever it is registered; in place, unless it is the root.
+    """`model` with the module at each path replaced, at every place of that module; in place, unless it is the root.
 
     Raises:
         BackendError: there is no module at a path.
@@ -37,17 +38,17 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def tensors(model: nn.Module) -> dict[str, mx.array]:
-    """Every stored array by name, each once, but for the quantized weights of converted layers."""
+    """Every stored array by name, each once, except the quantized weights of converted layers."""
     return {name: container[key] for name, container, key in _slots(model)}
 
 
 def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = ()) -> None:
-    """Puts `arrays` where `tensors(model)` has them, but for the names in `without`; casts half precision up to float32.
+    """Writes `arrays` to the places of `tensors(model)`, except the names in `without`; casts half precision up to float32.
 
-    Names that do not fit go through the model's own `sanitize` first.
+    If the names differ, the model's own `sanitize` translates them first.
 
     Raises:
-        ArtifactError: a name, a shape or a type does not fit, or one is missing; nothing was written.
+        ArtifactError: a name, a shape or a type does not fit, or a name is missing. Nothing was written then.
     """
     slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
     if arrays.keys() != slots.keys() and hasattr(model, "sanitize"):
@@ -61,9 +62,9 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
                 f"{name} is in the artifact, and the model has no such tensor: is it another architecture?"
             )
     for name, (container, key) in slots.items():
-        want, given = tuple(container[key].shape), tuple(arrays[name].shape)
-        if want != given:
-            raise ArtifactError(f"{name} has shape {given}, and the model wants {want}: is it another architecture?")
+        want, shape = tuple(container[key].shape), tuple(arrays[name].shape)
+        if want != shape:
+            raise ArtifactError(f"{name} has shape {shape}, and the model wants {want}: is it another architecture?")
         if not _fits(arrays[name].dtype, container[key].dtype):
             raise ArtifactError(
                 f"{name} is {arrays[name].dtype} in the file and {container[key].dtype} in the model: cast the model"
@@ -72,8 +73,8 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
         container[key] = arrays[name].astype(container[key].dtype)
 
 
-def _fits(given: mx.Dtype, want: mx.Dtype) -> bool:
-    return given == want or (want == mx.float32 and given in (mx.bfloat16, mx.float16))
+def _fits(dtype: mx.Dtype, want: mx.Dtype) -> bool:
+    return dtype == want or (want == mx.float32 and dtype in (mx.bfloat16, mx.float16))
 
 
 # Walking. An MLX module is a dict of arrays, modules, lists and dicts; the same module may be registered twice.
@@ -110,18 +111,17 @@ def _replace_in(container: Any, instead: Mapping[int, nn.Module]) -> None:
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, module in _modules(model):
-        if not isinstance(module, DEPLOYED):
+        if not isinstance(module, CONVERTED):
             yield from _arrays(module, path)
         else:
             yield from ((_join(path, key), module, key) for key in STORED if key in module)
 
 
 def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Name, container and key of each array in a module, in its lists and dicts, but not in the modules within."""
+    """Name, container and key of each array in a module, also in its lists and dicts, but not in its submodules."""
     for key, value in _items(container):
-        if isinstance(container, nn.Module) and key.startswith(
-            "_"
-        ):  # private to the module: MLX does not store it either
+        private = isinstance(container, nn.Module) and key.startswith("_")  # MLX does not store private arrays either
+        if private:
             continue
         if isinstance(value, mx.array):
             yield _join(path, key), container, key
@@ -133,29 +133,27 @@ def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _listed(path: str, module: Any) -> Iterator[Layer]:
-    """The layer that `module` is, if it is one, and every other weight that it holds itself."""
+    """`module` as a layer, if it is one, and every other weight of its own."""
     layer = _layer(path, module)
     if layer:
         yield layer
-    if isinstance(module, (*DEPLOYED, FakeLinear, FakeEmbedding)):
+    if isinstance(module, (*CONVERTED, FakeLinear, FakeEmbedding)):
         return
     known = ("weight", "bias", "scales", "biases") if layer else ("bias", "scales", "biases")
     for name, container, key in _arrays(module, path):
         array = container[key]
-        held = mx.issubdtype(array.dtype, mx.floating) or _words(array, module)
-        if held and array.ndim > 1 and not (container is module and key in known):
+        is_weight = mx.issubdtype(array.dtype, mx.floating) or _is_packed(array, module)
+        if is_weight and array.ndim > 1 and not (container is module and key in known):
             yield _other(name, module, array)
 
 
 def _layer(path: str, module: Any) -> Layer | None:
     kind: Kind = "embedding" if isinstance(module, EMBEDDINGS) else "linear"
-    if isinstance(module, DEPLOYED):
+    if isinstance(module, CONVERTED):
         shape = (module["weight"].shape[0], module.inputs)
-        native, execution = module.native, module.execution
-        adapter = getattr(module, "adapter", "")
-        return Layer(
-            path, kind, shape, module, "converted", module.rule, native=native, execution=execution, adapter=adapter
-        )
+        execution, adapter = module.execution, getattr(module, "adapter", "")
+        how = {"native": execution.native, "execution": execution.text, "adapter": adapter}
+        return Layer(path, kind, shape, module, "converted", module.rule, **how)
     if isinstance(module, (FakeLinear, FakeEmbedding)):
         adapter, mode = getattr(module, "adapter", ""), mode_of(module)
         return Layer(path, kind, tuple(module.weight.shape), module, "prepared", module.rule, mode, adapter=adapter)
@@ -174,19 +172,19 @@ def _layer(path: str, module: Any) -> Layer | None:
 
 
 def _other(path: str, module: Any, array: mx.array) -> Layer:
-    """A row of coverage for a weight that no rule speaks of: of a convolution, of stacked experts, of anyone's module."""
+    """A weight that no rule can match: of a convolution, of stacked experts, of a module of the user's."""
     name = type(module).__name__
-    if _words(array, module):
+    if _is_packed(array, module):
         return Layer(path, "other", _unpacked(array, module), module, obstacle=f"quantized by MLX already ({name})")
     obstacle = f"of a {name}, which is neither a linear layer nor an embedding"
     return Layer(path, "other", tuple(array.shape), module, obstacle=obstacle)
 
 
-def _words(array: mx.array, module: Any) -> bool:
-    """Whether MLX packed a weight into `array`."""
+def _is_packed(array: mx.array, module: Any) -> bool:
+    """Whether `array` is a weight in MLX's packed words."""
     return array.dtype == mx.uint32 and "scales" in module
 
 
-def _unpacked(words: mx.array, module: Any) -> tuple[int, ...]:
-    """Shape of the weight that MLX packed into 32-bit words."""
-    return (*words.shape[:-1], words.shape[-1] * 32 // module.bits)
+def _unpacked(array: mx.array, module: Any) -> tuple[int, ...]:
+    """Shape of the weight whose packed words are `array`."""
+    return (*array.shape[:-1], array.shape[-1] * WORD_BITS // module.bits)

@@ -1,1 +1,1 @@
-"""Training on MLX."""
+"""Training on MLX: the trainer, and AdamW."""

@@ -1,4 +1,4 @@
-"""AdamW whose step on a parameter is one compiled kernel, also where nothing around it is compiled."""
+"""AdamW that steps a parameter in one compiled kernel, also in an eager loop."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,18 +9,18 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from qkit.reference.learned import is_learned, is_offset
-from qkit_mlx.cache.values import Once
+from qkit_mlx.cache.values import LastValue
 
 Arrays = tuple[mx.array, ...]
 
 
 class AdamW(optim.AdamW):
-    """`mlx.optimizers.AdamW` with bias correction, which is torch's: decoupled weight decay, on all but learned ranges.
+    """`mlx.optimizers.AdamW` with bias correction, as torch's AdamW: decoupled weight decay, except on learned ranges.
 
-    Offsets among these (`reference.learned.is_offset`) have a learning rate of their own, a number or a schedule like the other.
+    Learned offsets (`reference.learned.is_offset`) have their own learning rate, also a number or a schedule.
 
-    Computes in float32, and keeps `m` and `v` in the type of the parameter. Prepared layers let go of what they made of a weight
-    when it is replaced, and round the new one when they are next called.
+    Computes in float32, and stores `m` and `v` in the type of the parameter. Steps replace weights. Prepared layers then drop the
+    cached values of the old weight, and quantize the new one at their next call.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class AdamW(optim.AdamW):
     ) -> None:
         super().__init__(learning_rate, list(betas), eps, weight_decay, bias_correction=True)
         self._maybe_schedule("offset_learning_rate", offset_learning_rate)
-        self._made: tuple[Once[Arrays], Once[Arrays]] = (Once(), Once())  #: factors of all else, and of offsets
+        self._cached: tuple[LastValue[Arrays], LastValue[Arrays]] = (LastValue(), LastValue())  #: factors, by `offset`
         self._ranges: set[int] = set()
         self._offsets: set[int] = set()
 
@@ -49,38 +49,38 @@ class AdamW(optim.AdamW):
         self.state["offset_learning_rate"] = mx.array(rate)
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """As any optimizer."""
-        self._ranges, self._offsets = named(gradients, is_learned), named(gradients, is_offset)
+        """The parameters after a step; see `mlx.optimizers.Optimizer`."""
+        self._ranges, self._offsets = _ids(gradients, is_learned), _ids(gradients, is_offset)
         return super().apply_gradients(gradients, parameters)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        """The parameter after a step; `m` and `v` in `state` move with it."""
+        """The parameter after a step; also updates `m` and `v` in `state`."""
         offset = id(gradient) in self._offsets
-        rate, made = (self.offset_learning_rate if offset else self.learning_rate), self._made[offset]
-        keep, *factors = made.of(self.step, lambda step: self._of(step, rate), rate)
+        rate, cached = (self.offset_learning_rate if offset else self.learning_rate), self._cached[offset]
+        keep, *factors = cached.of(self.step, lambda step: self._factors(step, rate), rate)
         keep = keep if self.decays(parameter) and id(gradient) not in self._ranges else mx.ones_like(keep)
-        moved = _compiled(*self.betas, self.eps)(gradient, parameter, state["m"], state["v"], keep, *factors)
-        parameter, state["m"], state["v"] = moved
+        step = _compiled_step(*self.betas, self.eps)
+        parameter, state["m"], state["v"] = step(gradient, parameter, state["m"], state["v"], keep, *factors)
         return parameter
 
     def decays(self, parameter: mx.array) -> bool:
-        """Whether weight decay is for `parameter`."""
+        """Whether weight decay shrinks `parameter`."""
         return True
 
-    def _of(self, step: mx.array, learning_rate: mx.array) -> Arrays:
-        """What a step multiplies all parameters, all `m` and all roots of `v` with."""
+    def _factors(self, step: mx.array, learning_rate: mx.array) -> Arrays:
+        """The factors of a step: of all parameters, of all `m` and of all roots of `v`."""
         (b1, b2), t, rate = self.betas, step.astype(mx.float32), learning_rate.astype(mx.float32)
         return 1 - rate * self.weight_decay, rate / (1 - b1**t), mx.rsqrt(1 - b2**t)
 
 
-def named(gradients: Any, wanted: Callable[[str], bool]) -> set[int]:
-    """The ids of the gradients of parameters whose name is `wanted`: an optimizer is told no names, but these objects."""
+def _ids(gradients: Any, wanted: Callable[[str], bool]) -> set[int]:
+    """The ids of the gradients of parameters with a `wanted` name. `apply_single` gets these objects, but no names."""
     flat: Any = tree_flatten(gradients)
     return {id(gradient) for name, gradient in flat if wanted(name)}
 
 
 @lru_cache(maxsize=64)
-def _compiled(b1: float, b2: float, eps: float) -> Callable[..., Arrays]:
+def _compiled_step(b1: float, b2: float, eps: float) -> Callable[..., Arrays]:
     """Algorithm 2 of Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, with the schedule in the learning rate."""
 
     def step(

@@ -1,4 +1,4 @@
-"""Training and measuring language models: token numbers in, logits out. Loops are the core's."""
+"""Trains and evaluates language models: token numbers in, logits out. The core has the loops."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from qkit.engines.protocol import Modules
 from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions
 from qkit.errors import ArtifactError, BackendError
+from qkit_mlx.mlx_private import set_training_mode
 from qkit_mlx.training.adamw import AdamW
 
-TOKENS = 4096  #: how many tokens are evaluated at once, so that their logits fit into memory
-MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: neutral names, and AdamW's
+TOKENS = 4096  #: the most tokens that are evaluated at once, so that their logits fit into memory
+MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: moments by their names in checkpoints, and in AdamW
 
 
 class MlxTrainer:
-    """See `Trains.trainer`. Compiled, unless told otherwise."""
+    """See `Trains.trainer`. Compiled, unless the options say otherwise."""
 
     def __init__(self, engine: Modules, model: nn.Module, options: TrainerOptions) -> None:
         if options.autocast:
@@ -47,7 +48,7 @@ class MlxTrainer:
         total, gradients = mx.array(0.0), None
         for i, tokens in enumerate(batches):
             if gradients is not None:
-                mx.eval(total, gradients, self.model.state)  # or all micro-batches would be in memory at once
+                mx.eval(total, gradients, self.model.state)  # otherwise all micro-batches would be in memory at once
             total, gradients = self._add(mx.array(tokens), count, self._target(tokens, targets, i), total, gradients)
         self._update(gradients)
         mx.eval(total, self.model.state, self.optimizer.state)
@@ -79,24 +80,23 @@ class MlxTrainer:
         others["step"] = mx.array(self.steps, others["step"].dtype)
         self.optimizer.state = tree_unflatten([*others.items(), *moments.items()])
         if "rng.mlx" in state:
-            high, low = (int(word) for word in state["rng.mlx"])
-            mx.random.seed(high << 32 | low)  # a seed is the state's two words, and there is no other way to set it
+            high, low = (int(half) for half in state["rng.mlx"])
+            mx.random.seed(high << 32 | low)  # the state is the two halves of a seed, and MLX cannot set it otherwise
         self._compile()
 
     def _trained(self) -> dict[str, mx.array]:
         return dict(_flat(self.model.trainable_parameters()))
 
     def _compile(self) -> None:
-        """Compiled functions hold on to the state that they were made for: once more when that is another."""
+        """Compiles the steps for the current state. Compiled functions refer to one state, so that another needs new ones."""
         self._add = self._compiled(self._accumulate, [self.model.state, _random()])
         self._update = self._compiled(self._apply, [self.model.state, self.optimizer.state])
 
     def _compiled(self, function: Any, state: Any) -> Callable[..., Any]:
-        made: Callable[..., Any] = mx.compile(function, inputs=state, outputs=state) if self.compiled else function
-        return made
+        return mx.compile(function, inputs=state, outputs=state) if self.compiled else function
 
     def _accumulate(self, tokens: mx.array, count: mx.array, target: Any, total: mx.array, before: Any) -> Any:
-        """Loss and gradients so far, and those of one batch's share in the mean over `count` tokens."""
+        """Loss and gradients so far, plus those of one batch: its share in the mean over `count` tokens."""
 
         def objective(tokens: mx.array) -> mx.array:
             return _objective(self.model, tokens, self.distillation, target) / count
@@ -110,7 +110,7 @@ class MlxTrainer:
         self.optimizer.update(self.model, _clipped(gradients, self.clip))
 
     def _target(self, tokens: NDArray[np.int32], targets: Sequence[TopLogits], i: int) -> Any:
-        """The teacher's logits [batch, length, k] and their tokens; none where they are all of the vocabulary."""
+        """The teacher's logits [batch, length, k], and their tokens unless they span the vocabulary; empty without a teacher."""
         if targets:
             return [mx.array(targets[i].logits), mx.array(targets[i].tokens)]
         return [] if self.teacher is None else [self.teacher(mx.array(tokens[:, :-1])).astype(mx.float32)]
@@ -124,13 +124,15 @@ class _Optimizer(AdamW):
 
 
 def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> AdamW:
-    made = _Optimizer(learning_rate=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, offset_learning_rate=0.0)
-    made.init(model.trainable_parameters())
-    return made
+    optimizer = _Optimizer(
+        learning_rate=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, offset_learning_rate=0.0
+    )
+    optimizer.init(model.trainable_parameters())
+    return optimizer
 
 
 def _clipped(gradients: Any, largest: float) -> Any:
-    """`gradients` with a norm, over all of them, of at most `largest`; `optim.clip_grad_norm` would sum in bfloat16."""
+    """`gradients`, scaled to a common norm of at most `largest`. `optim.clip_grad_norm` would sum in bfloat16."""
     squares = [g.astype(mx.float32).square().sum() for _, g in _flat(gradients)]
     factor = mx.minimum(largest / (mx.sqrt(mx.stack(squares).sum()) + 1e-6), 1.0)
     return tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
@@ -193,7 +195,7 @@ def _flat(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def _recompute(model: nn.Module) -> None:
-    """Gradient checkpointing of each of the model's layers: these instances only, and no class of anybody's."""
+    """Switches on gradient checkpointing of each layer of `model`, without a change to the layers' class."""
     blocks = getattr(model, "layers", None)
     if not isinstance(blocks, list) or not blocks:
         raise BackendError(f"gradient_checkpointing: {type(model).__name__} has no list of layers: leave it out")
@@ -204,7 +206,7 @@ def _recompute(model: nn.Module) -> None:
 
 @cache
 def _recomputing(kind: Any) -> type[nn.Module]:
-    """`kind`, with what it computes forgotten and computed again going back."""
+    """A subclass of `kind` whose backward pass computes its values again instead of storing them."""
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
         before = self.trainable_parameters()
@@ -228,11 +230,11 @@ def _parts(tokens: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has the mode it had."""
+    """Evaluation mode inside of the block; afterwards every module has its former mode."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
         for module, training in before:
-            module._set_training_mode(training)
+            set_training_mode(module, training)

@@ -145,11 +145,11 @@ def test_a_bias_is_trained_and_kept(name, training):
 
 
 def test_a_container_without_a_kernel_is_named():
-    from qkit_mlx.layers.execution import _tried, why_no_kernel
+    from qkit_mlx.layers.execution import try_kernel, why_no_kernel
 
     from qkit.formats.mlx_lm import Container
 
-    assert why_no_kernel(Container("affine", 4, 64), mx.float32, shape=(32, 128)) == ""
-    assert _tried(Container("affine", 4, 64), mx.float32, (32, 128), "here") == ""
-    said = _tried(Container("affine", 4, 48), mx.float32, (32, 96), "here")
+    assert why_no_kernel(Container("affine", 4, 64), mx.float32, device=mx.Device(mx.cpu, 0), shape=(32, 128)) == ""
+    assert try_kernel(Container("affine", 4, 64), mx.float32, (32, 128), "here") == ""
+    said = try_kernel(Container("affine", 4, 48), mx.float32, (32, 96), "here")
     assert said.startswith("MLX has no kernel for it on here: ")

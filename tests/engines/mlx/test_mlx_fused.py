@@ -15,6 +15,7 @@ pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 from qkit_mlx.kernels import cuda, cuda_source
 
 from qkit import Grid, reference
+from qkit.element import STEP, Element, reciprocal
 from qkit.qtensor import DTYPES
 from qkit.testing import all_grids, random, tensors
 
@@ -96,6 +97,23 @@ def test_a_group_that_holds_no_number_gives_none(library, grid, bad):
         want = reference.fake_quantize(x, grid)
     assert np.isnan(want).any()
     assert np.array_equal(rounded(library, x, grid), want, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", ["signed", "minmax"])
+def test_an_element_that_the_tables_gain_has_the_values_of_the_reference(rule, tmp_path, monkeypatch):
+    """The source declares every integer of up to 8 bits, and so computes a width that qkit does not have yet."""
+    element = Element("int7", "integer", 7, 63)
+    monkeypatch.setitem(STEP, ("int7", rule), 1 / element.lowest if rule == "signed" else reciprocal(element.levels))
+    grid = Grid(element, 64, rule)
+    assert cuda_source.declares(grid)
+    text = MACROS + cuda_source.arithmetic(grid) + ROUND_GROUPS.replace("NAME", cuda_source.name(grid))
+    (tmp_path / "one.cpp").write_text(text)
+    command = [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-fast-math", "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", tmp_path / "one.so", tmp_path / "one.cpp"], check=True)
+    made = ctypes.CDLL(str(tmp_path / "one.so"))
+    for dtype in DTYPES:
+        x = random((64, 384), 1, dtype)
+        assert np.array_equal(rounded(made, x, grid), reference.fake_quantize(x, grid))
 
 
 def test_every_kernel_has_its_own_name():

@@ -52,7 +52,7 @@ def test_codes_and_scales_are_those_that_went_in(grid):
 @each_grid
 def test_bfloat16_goes_in_and_comes_out(grid):
     q, packed = converted(grid)
-    assert packed.direct is (grid in DIRECT)
+    assert packed.execution.in_bfloat16 is (grid in DIRECT)
     w = BE.dequantize(q).astype(mx.float32)
     x = inputs()
     magnitude = mx.abs(x.astype(mx.float32)) @ mx.abs(w).T
@@ -78,7 +78,7 @@ def test_a_layer_that_goes_to_the_cpu_computes_in_float32(grid):
     mx.set_default_device(mx.cpu)
     try:
         there = BE.pack(layer(), q.map(BE.to_numpy), Rule(("*",), weight=grid))
-        assert not there.direct
+        assert not there.execution.in_bfloat16
         assert np.array_equal(BE.to_numpy(packed(inputs())), BE.to_numpy(there(inputs())))
     finally:
         mx.set_default_device(before)
@@ -124,8 +124,8 @@ def runs(grid):
     """The kernel, alone and in a compiled function with something to fuse around it."""
 
     def kernel(x):
-        assert cuda.fits(x, grid)
-        return cuda.round_to_grid(x, grid)
+        assert cuda.takes(x, grid)
+        return cuda.fake_quantize(x, grid)
 
     return {"eager": kernel, "compiled": mx.compile(lambda x: kernel(x * 1.0) * 1.0)}
 

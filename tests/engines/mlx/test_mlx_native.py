@@ -8,8 +8,7 @@ nn = pytest.importorskip("mlx.nn")
 
 from qkit_mlx.arithmetic import packing, rounding  # noqa: E402
 from qkit_mlx.arithmetic.small_floats import ceil_scale  # noqa: E402
-from qkit_mlx.kernels import cpu  # noqa: E402
-from qkit_mlx.layers import prepared as layers  # noqa: E402
+from qkit_mlx.kernels import choose, cpu  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule, reference  # noqa: E402
@@ -48,14 +47,14 @@ def way(request, monkeypatch):
 @pytest.fixture
 def taken(monkeypatch):
     """Whether each array was taken, in order; none is too small."""
-    answers, takes = [], cpu.takes
+    answers, evaluate = [], cpu.evaluate
 
     def spy(x):
-        answers.append(takes(x))
+        answers.append(evaluate(x))
         return answers[-1]
 
     monkeypatch.setattr(cpu, "FEWEST", 1)
-    monkeypatch.setattr(cpu, "takes", spy)
+    monkeypatch.setattr(cpu, "evaluate", spy)
     return answers
 
 
@@ -74,7 +73,7 @@ def test_both_ways_are_the_reference(grid, dtype, way):
     for w in list(tensors(grid, dtype).values())[:: 1 if way == "kernels" else 5]:
         x, q = BE.from_numpy(w), reference.quantize(w, grid)
         assert_same(BE.quantize(x, grid), q)
-        words = packing.packed_codes(BE.from_numpy(q.codes), grid.element)
+        words = choose.packed_codes(BE.from_numpy(q.codes), grid.element)
         assert BE.to_numpy(words).tobytes() == law.packed_codes(q).tobytes()
 
 
@@ -105,8 +104,8 @@ def test_codes_are_packed_alike(element, way):
         codes = np.random.default_rng(n).integers(element.lowest, element.highest + 1, (2, n, 3), dtype=np.int8)
         x = BE.from_numpy(codes).transpose(0, 2, 1)
         want = law.pack(law.unsigned(codes.transpose(0, 2, 1), element), bits)
-        assert BE.to_numpy(packing.packed_codes(x, element)).tobytes() == want.tobytes()
-        assert BE.to_numpy(packing.packed_codes(packing.unsigned(x, element), element)).tobytes() == want.tobytes()
+        assert BE.to_numpy(choose.packed_codes(x, element)).tobytes() == want.tobytes()
+        assert BE.to_numpy(choose.packed_codes(packing.unsigned(x, element), element)).tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +115,7 @@ def test_what_is_not_finite_is_seen(bad, dtype, way):
     w[2, 5] = bad
     with pytest.raises(RangeError, match=r"NaN|inf"):
         qkit.quantize(BE.from_numpy(w), INT4)
-    rounded, want = BE.to_numpy(layers.weight_on_grid(BE.from_numpy(w), INT4)), reference.fake_quantize(w, INT4)
+    rounded, want = BE.to_numpy(choose.fake_quantize_weight(BE.from_numpy(w), INT4)), reference.fake_quantize(w, INT4)
     assert np.array_equal(rounded.astype(np.float32), want.astype(np.float32), equal_nan=True)
 
 
@@ -131,8 +130,8 @@ def test_what_has_no_codes_is_refused_either_way(way):
 
 
 def test_few_numbers_are_left_to_operations_and_many_are_not():
-    assert not cpu.takes(mx.zeros(cpu.FEWEST - 1))
-    assert cpu.takes(mx.zeros(cpu.FEWEST))
+    assert not cpu.reads(mx.zeros(cpu.FEWEST - 1))
+    assert cpu.reads(mx.zeros(cpu.FEWEST))
 
 
 def test_an_array_that_waits_is_evaluated(taken):
@@ -146,7 +145,7 @@ def test_what_is_traced_is_left_to_operations(transform, taken):
     w = random((3, 4, 64), 0)
 
     def codes(x):
-        return packing.packed_codes(BE.quantize(x, INT4).codes, INT4.element)
+        return choose.packed_codes(BE.quantize(x, INT4).codes, INT4.element)
 
     assert (
         BE.to_numpy(transform(codes)(BE.from_numpy(w))).tobytes()
@@ -158,7 +157,7 @@ def test_what_is_traced_is_left_to_operations(transform, taken):
 
 def test_another_device_is_left_to_operations(monkeypatch):
     monkeypatch.setattr(cpu, "CPU", mx.Device(mx.gpu, 0))  # as if the CPU were the other one
-    assert not cpu.takes(mx.zeros(cpu.FEWEST))
+    assert not cpu.reads(mx.zeros(cpu.FEWEST))
 
 
 def test_weights_have_gradients_and_the_kernels_take_them(taken):
@@ -177,7 +176,7 @@ def test_weights_have_gradients_and_the_kernels_take_them(taken):
 def test_a_weight_is_not_written(taken):
     w = random((4, 64), 0)
     x = BE.from_numpy(w)
-    made = cpu.round_to_grid(x, INT4)
+    made = cpu.fake_quantize(x, INT4)
     made[0] = 7
     assert (BE.to_numpy(x) == w).all()
 

@@ -15,7 +15,7 @@ optim = pytest.importorskip("mlx.optimizers")
 from mlx.utils import tree_map  # noqa: E402
 from qkit_mlx.arithmetic import rounding  # noqa: E402
 from qkit_mlx.cache import identity  # noqa: E402
-from qkit_mlx.cache.values import Once  # noqa: E402
+from qkit_mlx.cache.values import LastValue  # noqa: E402
 from qkit_mlx.kernels import cpu  # noqa: E402
 
 import qkit  # noqa: E402
@@ -32,11 +32,11 @@ def roundings(monkeypatch):
     seen = []
     for module in (rounding, cpu):
 
-        def spy(w, *args, round_to_grid=module.round_to_grid, **kwargs):
+        def spy(w, *args, fake_quantize=module.fake_quantize, **kwargs):
             seen.append(tuple(w.shape))
-            return round_to_grid(w, *args, **kwargs)
+            return fake_quantize(w, *args, **kwargs)
 
-        monkeypatch.setattr(module, "round_to_grid", spy)
+        monkeypatch.setattr(module, "fake_quantize", spy)
     return seen
 
 
@@ -130,16 +130,16 @@ def test_a_long_graph_is_asked_once():
     for _ in range(100):
         y = y + 1
     assert identity.is_copy(y, identity.snapshot(x)) is None
-    once = Once()
+    once = LastValue()
     values = once.of(x, mx.abs, traced=True)
     assert once.of(y, mx.abs, traced=True) is not values
-    assert not once._patient
+    assert not once._search
 
 
 def test_values_go_with_the_array():
-    once, x = Once(), mx.arange(4.0)
+    once, x = LastValue(), mx.arange(4.0)
     values = weakref.ref(once.of(x, mx.abs))
-    held = weakref.ref(once._kept.held)
+    held = weakref.ref(once._kept.stamp.contents)
     assert values() is not None
     del x
     gc.collect()
@@ -152,7 +152,7 @@ def test_a_copy_of_a_model_has_values_of_its_own(twin):
     model, x = prepared(), inputs()
     model(x)
     other = twin(model)
-    assert other.layers[0].rounded._kept is None
+    assert other.layers[0].cached_values._kept is None
     other.layers[0].weight[0:96] = 0.5 * other.layers[0].weight
     assert equal(other(x), expected(other, x))
     assert not equal(other(x), model(x))

@@ -1,0 +1,38 @@
+"""Modules whose scales stay float32 when the model around them is cast."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qkit.errors import StageError
+from qkit.qtensor import DTYPES, DType
+from qkit.reference import learned
+from qkit_mlx.arithmetic import rounding
+
+RANGES = ("input_range", "output_range")
+#: The arrays that no cast may round (R11).
+UNCAST = ("scales", "biases", "tensor_scale", "input_scale", "output_scale", *RANGES, *learned.NAMES)
+TYPES: dict[Any, DType] = {rounding.DTYPE[name]: name for name in DTYPES}
+
+
+class Float32Scales(nn.Module):
+    """A module that keeps its scales in float32. A cast of the model changes its `dtype` instead.
+
+    `set_dtype`, `apply` and `update` of a model write into its modules as into dicts. `__setitem__` therefore sees all casts.
+    """
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        current = self.get(name)
+        if name not in UNCAST or current is None or value.dtype in (current.dtype, mx.float32):
+            super().__setitem__(name, value)
+        elif value.dtype in TYPES and mx.array_equal(current.astype(value.dtype), value):
+            self.change_dtype(TYPES[value.dtype])
+        else:
+            raise StageError(
+                f"{name} of a {type(self).__name__} are {current.dtype}, and {value.dtype} ones were put in their place"
+            )
+
+    def change_dtype(self, dtype: DType) -> None:
+        """Has the module round its values to `dtype`, the type that the model was cast to."""
+        self.dtype = dtype

@@ -1,0 +1,41 @@
+"""Builds models of Hugging Face architectures, through mlx-lm. No other module imports mlx-lm."""
+
+import inspect
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes
+
+from qkit.errors import BackendError
+from qkit.formats.rope import spell_rope
+from qkit_mlx.models.rope import check_rope
+
+CONFIG = "qkit_config"  #: the attribute of a model that holds its configuration
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """A freshly initialised model of the architecture that `config` names; stores `config` on the model.
+
+    Raises:
+        BackendError: mlx-lm has no such architecture, the configuration lacks a key, or mlx-lm computes its rotary embeddings
+            otherwise.
+    """
+    if "model_type" not in config:
+        raise BackendError("the configuration has no model_type: mlx-lm finds the architecture by it")
+    present = {name: deepcopy(value) for name, value in config.items() if value is not None}
+    try:
+        model_class, arguments = _get_classes(present)
+        known = spell_rope(present, set(inspect.signature(arguments).parameters))
+        model: nn.Module = model_class(arguments.from_dict(known))
+    except (BackendError, OSError, MemoryError):
+        raise
+    except Exception as error:  # mlx-lm raises any error for a configuration that it does not expect
+        rope = f" with {present['rope_parameters']}" if "rope_parameters" in present else ""
+        raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
+    check_rope(model, present)
+    model.set_dtype(getattr(mx, str(config.get("dtype") or config.get("torch_dtype") or "float32")))
+    object.__setattr__(model, CONFIG, dict(config))  # Module's own would store a dict among the parameters
+    return model
