@@ -188,7 +188,7 @@ def _deploy(engine: Backend, chosen: list[tuple[Layer, Rule]], static: dict[str,
 
 
 def _codes(engine: Backend, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
-    from qkit.reference.learned import learned_codes  # here, so that `import qkit` stays cheap
+    from qkit.engines.learned_codes import learned_codes  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)

@@ -12,9 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.element import MAX_SCALE_CODE, MIN_SCALE, MIN_SCALE_CODE
-from qkit.engines.layer import Layer
-from qkit.engines.protocol import Backend
-from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
@@ -121,21 +118,6 @@ def gradients(
         clipped = np.where(inside, np.float32(0), g).sum(axis=-1)
         made["weight_zero"] = clipped * -s * np.float32(factor(grid, w.shape))
     return made
-
-
-def learned_codes(engine: Backend, model: Any, layer: Layer, grid: Grid) -> QTensor[NDArray[Any]]:
-    """What a prepared layer of `model`, whose weight is finite, has learned, as codes.
-
-    Raises:
-        RangeError: a parameter is not finite.
-    """
-    tensors, parameters = engine.tensors(model), {}
-    for name in names(grid):
-        full = f"{layer.path}.{name}" if layer.path else name
-        parameters[name] = engine.to_numpy(tensors[full])
-        if not np.isfinite(parameters[name]).all():
-            raise RangeError(f"{full} is not finite: go back to an earlier checkpoint, and lower the learning rate")
-    return quantize(engine.to_numpy(engine.weight(layer.module)), grid, parameters)
 
 
 def _integer_steps(p: Floats, zero: Floats | None, grid: Grid) -> tuple[Floats, Floats | None]:

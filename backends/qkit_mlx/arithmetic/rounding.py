@@ -3,35 +3,28 @@
 Small floats are coded with integers and powers of two: MLX has no e5m2, and its own quantisers differ between devices.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from qkit import element as constants
 from qkit.element import ELEMENTS, STEP, Element
-from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit.reference import rounding as law
 from qkit.rules import Ste
+from qkit_mlx.arithmetic.by_law import by_law
 from qkit_mlx.arithmetic.small_floats import ceil_scale, nearest_values
 from qkit_mlx.kernels import cpu, cuda
 from qkit_mlx.layers.straight_through import straight_through
 
-#: The scale rules that are computed here; the law computes every other one, see `_by_law`.
-RULES = frozenset({"signed", "absmax", "midmax", "minmax", "rceil", "even", "floor", "nvfp4"})
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
-    dtype = dtype_of(w)
     if cpu.takes(w):
         return cpu.quantize(w, grid)
-    x = group(w, grid)
+    x, dtype = group(w, grid), dtype_of(w)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
         q = asymmetric_codes(x, each(s), each(z), grid.element)
@@ -184,31 +177,17 @@ def round_to_bfloat16(x: mx.array) -> mx.array:
     return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(mx.float32)
 
 
+@by_law
 def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
     """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 large."""
-    element = grid.element
-    if grid.scale not in RULES:
-        return _by_law(law.symmetric_scale, x, grid)
     if grid.scale == "signed":
         high, low = x.max(axis=-1), x.min(axis=-1)
         peak = mx.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * STEP[element.name, "signed"])
+        s = round_to_bfloat16(peak * STEP[grid.element.name, "signed"])
         least = mx.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
         return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
-    s = round_to_bfloat16((peak := amax(x)) * STEP[element.name, grid.scale])
+    s = round_to_bfloat16((peak := amax(x)) * STEP[grid.element.name, grid.scale])
     return mx.maximum(s, constants.MIN_SCALE) + poison(peak)
-
-
-def _by_law(scale: Callable[[Any, Grid], Any], x: mx.array, grid: Grid) -> mx.array:
-    """The scales that `scale`, a function of the reference, gives to `x`: for rules that are not among `RULES`.
-
-    Raises:
-        BackendError: a function is being compiled or vectorized, and `x` has no numbers yet.
-    """
-    try:
-        return mx.array(scale(np.array(x), grid))
-    except ValueError:  # MLX has no other way to ask whether an array is a placeholder
-        raise BackendError(f"mlx does not compile the scale rule {grid.scale!r}: call the function eagerly") from None
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
@@ -232,11 +211,10 @@ def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) ->
 # Power-of-two scales (R6)
 
 
+@by_law
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
     """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
     element = grid.element
-    if grid.scale not in RULES:
-        return _by_law(law.scale_code, peak, grid)
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
     elif grid.scale == "even":
@@ -275,8 +253,7 @@ def float_codes(x: mx.array, c: mx.array, element: Element) -> mx.array:
 
 def float_values(codes: mx.array, element: Element) -> mx.array:
     """What the bits of small floats mean, as float32: sign, exponent and mantissa, put together exactly."""
-    u = codes.astype(mx.int32)
-    exponent = (u >> element.mantissa) & ((1 << (element.bits - 1 - element.mantissa)) - 1)
+    exponent = ((u := codes.astype(mx.int32)) >> element.mantissa) & ((1 << (element.bits - 1 - element.mantissa)) - 1)
     implicit = (exponent > 0).astype(mx.int32)  # 0 for subnormals, whose exponent is that of the smallest normal
     significand = (u & ((1 << element.mantissa) - 1)) + (implicit << element.mantissa)
     quantum = power(exponent - implicit + (127 + element.min_exponent - element.mantissa))
