@@ -1,7 +1,7 @@
 """MLX's layout, which mlx-lm opens: tensor names, bytes and the `quantization` of a config.json.
 
-Read off mlx 0.32.4 (`mlx.nn.quantize`, `mlx.core.quantize`) and mlx-lm 0.32.2 (`utils.load_model`). The words are the ones
-that compressed-tensors has; nothing is computed but repeated scales, and biases, which are exact.
+Read off mlx 0.32.4 (`mlx.nn.quantize`, `mlx.core.quantize`) and mlx-lm 0.32.2 (`utils.load_model`). The packed words equal those
+of compressed-tensors. Scales are repeated where MLX's groups are shorter, and biases are computed exactly.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError
-from qkit.formats.packed import Tensors, check, check_scales, want
+from qkit.formats.packed import Tensors, check, check_parts, check_scales
 from qkit.grid import Grid
 from qkit.qtensor import DType
 from qkit.reference import packing
@@ -22,15 +22,15 @@ AFFINE_BITS: Final = (2, 3, 4, 5, 6, 8)  #: the widths of integers that MLX's ke
 AFFINE_GROUPS: Final = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it
 MX_GROUP: Final = 32
 MX_MODES: Final = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
-NARROW_BITS: Final = 4  #: most bits of an integer that MLX may decode in bfloat16; see `_kind`
-MODES: Final = {"mxfp4": ("e2m1", 32), "mxfp8": ("e4m3", 32), "nvfp4": ("e2m1", 16)}  #: element and group of each
+NARROW_BITS: Final = 4  #: most bits of an integer that MLX may decode in bfloat16; see `_scale_type`
+MODES: Final = {"mxfp4": ("e2m1", 32), "mxfp8": ("e4m3", 32), "nvfp4": ("e2m1", 16)}  #: element and group of each mode
 
 NAMES: Final = ("weight", "scales", "biases")  #: of the tensors of a weight
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One of MLX's quantisation modes, at a group size."""
+    """One of MLX's quantization modes, with its bits and group size."""
 
     mode: str
     bits: int
@@ -38,14 +38,14 @@ class Container:
 
     @property
     def table(self) -> dict[str, Any]:
-        """In the words of a config.json, and of `to_quantized`."""
+        """The container as a config.json and `to_quantized` name it."""
         return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
 
 
 def containers_for(grid: Grid, inputs: int) -> list[Container]:
-    """The containers that hold rows of `inputs` numbers on `grid` exactly, the smallest first; scales are repeated in the others.
+    """The containers that store rows of `inputs` numbers on `grid` exactly, the one with fewest scales first.
 
-    The power of two of `nvfp4` is left over.
+    The others repeat scales. A container of `nvfp4` has no place for the power of two of the tensor.
     """
     group = grid.group if isinstance(grid.group, int) else inputs
     bits = grid.element.bits
@@ -59,15 +59,15 @@ def containers_for(grid: Grid, inputs: int) -> list[Container]:
 
 
 def container_for(grid: Grid, inputs: int) -> Container | None:
-    """The first of `containers_for`, if there is one: what files hold."""
+    """The first of `containers_for`, which is the one in files; None where there is none."""
     return next(iter(containers_for(grid, inputs)), None)
 
 
 def layout(grid: Grid, inputs: int) -> Container:
-    """`container_for`, where there must be one.
+    """`container_for`, for a grid that has to have one.
 
     Raises:
-        ArtifactError: MLX holds no such grid.
+        ArtifactError: MLX has no container for the grid.
     """
     container = container_for(grid, inputs)
     if container is None:
@@ -82,10 +82,10 @@ def layout(grid: Grid, inputs: int) -> Container:
 
 
 def store(packed: Packed) -> Tensors:
-    """`packed` in this layout: `weight`, `scales` and, for integers, `biases`. The codes are viewed, not copied.
+    """The arrays `weight`, `scales` and, for integers, `biases` of one packed weight. Codes are views, not copies.
 
     Raises:
-        ArtifactError: MLX holds no such grid, or the power of two of `nvfp4` does not go into its block scales.
+        ArtifactError: MLX has no container for the grid, or block scales times the power of two of `nvfp4` are not exact.
     """
     rows, inputs = packed.shape
     container, grid = layout(packed.grid, inputs), packed.grid
@@ -95,26 +95,26 @@ def store(packed: Packed) -> Tensors:
     if container.mode != "affine":
         return out
     zeros = np.float32(-grid.element.lowest) if packed.zeros is None else packed.zeros.astype(np.float32)
-    kind = _kind(grid, packed.dtype)
+    kind = _scale_type(grid, packed.dtype)
     biases = spread(-zeros * packed.scales, rows, columns)
     return {**out, "scales": out["scales"].astype(kind), "biases": biases.astype(kind)}
 
 
 def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> Packed:
-    """The inverse of `store`, for a weight of `shape`; `nvfp4` comes back with a power of 2^0. Scales of any type are taken.
+    """The inverse of `store`, for a weight of `shape`. Scales may have any float type. `nvfp4` gets a power of 2^0.
 
     Raises:
-        ArtifactError: a tensor is missing or has another shape, or the scales and biases are not those of such a grid.
+        ArtifactError: a tensor is missing or has another shape, or scales and biases do not belong to the grid.
     """
     container = layout(grid, shape[-1])
     kind = tensors["scales"].dtype.name if "scales" in tensors and container.mode == "affine" else None
-    want(dict(tensors), contents(grid, dtype=dtype, shape=shape, kind=kind), f"MLX {container.mode}", grid)
+    check_parts(dict(tensors), contents(grid, dtype=dtype, shape=shape, kind=kind), f"MLX {container.mode}", grid)
     words, scale_shape = tensors["weight"], grid.scale_shape(shape)
-    scales = _gather(tensors["scales"], scale_shape, "scales")
+    scales = _unspread(tensors["scales"], scale_shape, "scales")
     if container.mode == "affine":
         scales = scales.astype(np.float32)
         check_scales(scales, "scales")
-        zeros = _zeros(scales, _gather(tensors["biases"], scale_shape, "biases").astype(np.float32), grid)
+        zeros = _zeros(scales, _unspread(tensors["biases"], scale_shape, "biases").astype(np.float32), grid)
         return Packed(words, scales, grid, dtype, shape, zeros)
     if container.mode == "nvfp4":
         check((scales > 0) & (scales < 0x7F), "scales", "a positive e4m3")
@@ -128,18 +128,18 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
 def contents(
     grid: Grid, *, dtype: DType, shape: tuple[int, ...], kind: str | None = None
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, NumPy type and shape of every tensor that `store` gives; `kind` is the type of affine scales, if it is another."""
+    """Name, NumPy type and shape of every tensor that `store` returns. `kind` overrides the type of affine scales."""
     container = layout(grid, shape[-1])
     scales = (*shape[:-1], shape[-1] // container.group)
     weight = ("uint32", (*shape[:-1], packing.words(shape[-1], container.bits)))
     if container.mode != "affine":
         return {"weight": weight, "scales": ("uint8", scales)}
-    kind = kind or _kind(grid, dtype)
+    kind = kind or _scale_type(grid, dtype)
     return {"weight": weight, "scales": (kind, scales), "biases": (kind, scales)}
 
 
 def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
-    """Shape of the weight on `grid` that `tensors` are: MLX's rows are whole words.
+    """Shape of the weight on `grid` that `tensors` store. MLX's rows fill whole packed words.
 
     Raises:
         KeyError: a tensor is missing.
@@ -149,10 +149,10 @@ def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]
 
 
 def grid_of(tensors: Mapping[str, NDArray[Any]], container: Container) -> Grid:
-    """The grid that tensors of MLX's own making are on, as far as decoding goes: which rule chose the scales is not written.
+    """The grid of tensors that MLX quantized, as far as decoding tells. The rule that chose the scales is not stored.
 
     Raises:
-        ArtifactError: qkit has none like it.
+        ArtifactError: qkit has no such grid.
     """
     if container.mode != "affine":
         element, group = MODES[container.mode]
@@ -170,17 +170,17 @@ def spread(per_group: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
     return every if per_group.shape[1] == columns else np.repeat(every, columns // per_group.shape[1], axis=1)
 
 
-def _kind(grid: Grid, dtype: DType) -> str:
-    """The type of affine scales and biases, which MLX decodes in and whose type its layers give back.
+def _scale_type(grid: Grid, dtype: DType) -> str:
+    """The type of affine scales and biases. MLX decodes in this type, and its layers return it.
 
-    bfloat16 holds a scale (R3) and a bias of -2^(bits-1) times that; of -z times that only half of the time. But MLX rounds
-    code * scale before it adds the bias: above 4 bits values would be off by up to a step (R11).
+    bfloat16 is exact for a scale (R3) and for a bias of -2^(bits-1) scales, but only for half of all biases of -z scales. MLX
+    rounds code * scale before it adds the bias, so above 4 bits values would be off by up to a step (R11).
     """
     return "bfloat16" if dtype == "bfloat16" and grid.symmetric and grid.element.bits <= NARROW_BITS else "float32"
 
 
 def _folded(packed: Packed) -> NDArray[np.uint8]:
-    """The block scales times the power of two of the tensor."""
+    """The block scales times the power of two of the tensor, as e4m3 codes."""
     import ml_dtypes  # here, so that `import qkit` stays cheap
 
     assert packed.tensor_scale is not None
@@ -209,7 +209,7 @@ def _zeros(scales: NDArray[np.float32], biases: NDArray[np.float32], grid: Grid)
     return out
 
 
-def _gather(every: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
+def _unspread(every: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any]:
     """The inverse of `spread`: the first of each run of equal scales."""
     if every.shape == shape:
         return every

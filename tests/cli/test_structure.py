@@ -28,7 +28,11 @@ MAY = {
     "qkit_mlx": {"mlx", "mlx_lm", "qkit", "qkit_mlx"},
     "qkit_torchao": {"torch", "torchao", "transformers", "qkit", "qkit_torchao"},
 }
-ONLY_IN = {"mlx_lm": {"huggingface.py"}, "transformers": {"huggingface.py", "transformers.py"}, "torchao": {"containers.py"}}
+ONLY_IN = {
+    "mlx_lm": {"huggingface.py"},
+    "transformers": {"huggingface.py", "transformers.py"},
+    "torchao": {"containers.py"},
+}
 
 
 def imports(file):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import qkit
 from qkit import Grid, native, reference
-from qkit.element import INTEGERS, LIMIT
+from qkit.element import ELEMENTS, INTEGERS, LIMIT, SCALE_RULES
 from qkit.engines.numpy import NumpyBackend
 from qkit.errors import BackendError, DTypeError, GridError
 from qkit.formats.packed import pack
@@ -173,6 +173,60 @@ def test_without_kernels_numpy_gives_the_same(grid, monkeypatch):
     assert pack(codes).words.tobytes() == words.tobytes()
     with pytest.raises(BackendError, match="was not built"):
         native.quantize(w, grid)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [0, 1, 7, 9, 64])
+def test_a_width_that_c_does_not_know_is_refused_and_nothing_is_written(width):
+    codes, out = np.zeros((2, 64), np.uint8), np.full(1024, 0xAB, np.uint8)
+    with pytest.raises(BackendError, match=r"qkit_pack .* does not know its arguments"):
+        library.function("qkit_pack")(codes.ctypes.data, 2, 64, width, 0, out.ctypes.data, 64)
+    assert (out == 0xAB).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", [{"rule": 7}, {"rule": -1}, {"bits": 7}, {"bits": 9}, {"rule": 3, "mantissa": 5}])
+def test_a_grid_that_c_does_not_know_is_refused_and_nothing_is_written(change):
+    w, out = np.ones((1, 32), np.float32), np.full(32, 3.0, np.float32)
+    made = library.Struct.from_buffer_copy(library.struct(Grid("int4", 32)))
+    for name, value in change.items():
+        setattr(made, name, value)
+    with pytest.raises(BackendError, match=r"qkit_fake_quantize .* does not know its arguments"):
+        library.function("qkit_fake_quantize")(made, w.ctypes.data, 1, 32, 0, None, 0.0, out.ctypes.data)
+    codes, scales = np.full(32, 0xAB, np.uint8), np.full(1, 3.0, np.float32)
+    addresses = codes.ctypes.data, scales.ctypes.data, None, None, 0
+    with pytest.raises(BackendError, match=r"qkit_quantize .* does not know its arguments"):
+        library.function("qkit_quantize")(made, w.ctypes.data, 1, 1, 32, 0, None, 0.0, *addresses)
+    with pytest.raises(BackendError, match=r"qkit_extremes .* does not know its arguments"):
+        library.function("qkit_extremes")(w.ctypes.data, 32, 3, out.ctypes.data)
+    assert (out == 3).all()
+    assert (codes == 0xAB).all()
+    assert scales[0] == 3
+
+
+@needs_kernels
+@pytest.mark.parametrize("grid", [Grid("int4", 32), Grid("int8", "row", "minmax"), Grid("e2m1", 16, "nvfp4")], ids=str)
+@pytest.mark.parametrize("undeclared", ["TAKES", "RULES"])
+def test_the_law_computes_what_the_kernels_do_not_declare(grid, undeclared, monkeypatch):
+    monkeypatch.setattr(library, undeclared, {})
+    library.struct.cache_clear()
+    with pytest.raises(BackendError, match=f"the compiled kernels do not compute {grid}"):
+        library.struct(grid)
+    for dtype in DTYPES:
+        w = np.random.default_rng(0).standard_normal((4, 64)).astype(DTYPES[dtype])
+        law = reference.quantize(w, grid)
+        patterns = w.view(PATTERNS[dtype])
+        out = np.empty_like(patterns)
+        assert_same(native.quantize(patterns, grid, dtype=dtype), law)
+        assert native.fake_quantize(patterns, grid, dtype=dtype, out=out) is out
+        assert (out.view(DTYPES[dtype]) == reference.fake_quantize(w, grid)).all()
+        assert native.pack(law.codes, grid.element).tobytes() == packing.packed_codes(law).tobytes()
+        assert native.quantize_packed(w, grid).words.tobytes() == packing.packed_codes(law).tobytes()
+
+
+def test_the_kernels_declare_elements_and_rules_that_exist():
+    assert set(ELEMENTS) >= library.TAKES
+    assert SCALE_RULES.keys() >= library.RULES.keys()
 
 
 @needs_kernels

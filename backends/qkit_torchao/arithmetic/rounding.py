@@ -4,9 +4,6 @@ Exact in eager mode and under torch.compile, on CPU and CUDA. Eager mode divides
 approximate `/`: there exact products correct it (`quotient`). CUDA turns divisions by constants into products: so do we.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,18 +11,15 @@ from qkit import element as constants
 from qkit.element import STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit.reference import rounding as law
+from qkit_torchao.arithmetic.by_law import by_law
 
-#: The scale rules that are computed here; the law computes every other one, see `_by_law`.
-RULES = frozenset({"signed", "absmax", "midmax", "minmax", "rceil", "even", "floor", "nvfp4"})
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
-    x = group(w.detach(), grid)
-    dtype = dtype_of(w)
+    x, dtype = group(w.detach(), grid), dtype_of(w)
     if grid.scale == "minmax":
         s, z = asymmetric_scale(x, grid.element)
         q = asymmetric_codes(x, s, z, grid.element)
@@ -163,19 +157,17 @@ def round_to_bfloat16(x: Tensor) -> Tensor:
     return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(torch.float32)
 
 
+@by_law
 def symmetric_scale(x: Tensor, grid: Grid) -> Tensor:
     """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 in magnitude."""
-    element = grid.element
-    if grid.scale not in RULES:
-        return _by_law(law.symmetric_scale, x, grid)
     if grid.scale == "signed":
         high, low = x.amax(dim=-1), x.amin(dim=-1)
         peak = torch.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * STEP[element.name, "signed"])
+        s = round_to_bfloat16(peak * STEP[grid.element.name, "signed"])
         least = torch.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
         return torch.where(s.abs() < constants.MIN_SCALE, least, s) + poison(peak)
     peak = amax(x)
-    return round_to_bfloat16(peak * STEP[element.name, grid.scale]).clamp_min(constants.MIN_SCALE) + poison(peak)
+    return round_to_bfloat16(peak * STEP[grid.element.name, grid.scale]).clamp_min(constants.MIN_SCALE) + poison(peak)
 
 
 def symmetric_codes(x: Tensor, s: Tensor, element: Element) -> Tensor:
@@ -185,8 +177,7 @@ def symmetric_codes(x: Tensor, s: Tensor, element: Element) -> Tensor:
 
 def asymmetric_scale(x: Tensor, element: Element) -> tuple[Tensor, Tensor]:
     """Scale and zero point 0 .. 2^bits-1 (a float) of each group under `minmax`; zero is always representable."""
-    low = x.amin(dim=-1).clamp_max(0.0)
-    high = x.amax(dim=-1).clamp_min(0.0)
+    low, high = x.amin(dim=-1).clamp_max(0.0), x.amax(dim=-1).clamp_min(0.0)
     s = round_to_bfloat16((high - low) * STEP[element.name, "minmax"]).clamp_min(constants.MIN_SCALE) + poison(
         high - low
     )
@@ -196,12 +187,6 @@ def asymmetric_scale(x: Tensor, element: Element) -> tuple[Tensor, Tensor]:
 def asymmetric_codes(x: Tensor, s: Tensor, z: Tensor, element: Element) -> Tensor:
     """Codes 0 .. 2^bits-1 as floats."""
     return (quotient(x, each(s)) + each(z)).clamp(0, element.levels)
-
-
-@torch.compiler.disable
-def _by_law(scale: Callable[[Any, Grid], Any], x: Tensor, grid: Grid) -> Tensor:
-    """The scales that `scale`, a function of the reference, gives to `x`: for rules that are not among `RULES`."""
-    return torch.from_numpy(scale(x.detach().cpu().numpy(), grid)).to(x.device)
 
 
 def quotient(x: Tensor, s: Tensor) -> Tensor:
@@ -227,11 +212,10 @@ def quotient(x: Tensor, s: Tensor) -> Tensor:
 # Power-of-two scales (R6)
 
 
+@by_law
 def scale_code(peak: Tensor, grid: Grid) -> Tensor:
     """E8M0 codes (uint8) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
     element = grid.element
-    if grid.scale not in RULES:
-        return _by_law(law.scale_code, peak, grid)
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
     elif grid.scale == "even":
