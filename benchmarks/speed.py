@@ -25,11 +25,12 @@ import numpy as np
 
 import qkit
 from qkit import Grid, native
+from qkit.element import INTEGERS
 from qkit.formats.mlx_lm import containers_for
 from qkit.formats.packed import pack
 from qkit.streaming import fast_reference
 
-INTEGERS = {f"int{bits}": Grid(f"int{bits}", 64) for bits in (2, 3, 4, 5, 6, 8)}
+INTEGERS = {element.name: Grid(element, 64) for element in INTEGERS}
 GRIDS = {
     **{f"{name}-g64": grid for name, grid in INTEGERS.items()},
     "int4-g64-minmax": Grid("int4", 64, "minmax"),

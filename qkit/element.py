@@ -1,23 +1,25 @@
-"""How one number is stored. The only module with numeric constants; every backend takes them from here."""
+"""How one number is stored, and which scale rules there are. All numeric constants are here; engines read them from here."""
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from qkit.errors import GridError
 
 MIN_SCALE: Final = 2.0**-96  #: the smallest magnitude of an integer scale; a group of zeros gets it
-MIN_SCALE_CODE: Final = (
-    32  #: E8M0 codes are clipped to 32..253, so that 0 and 255, traps in three libraries, never appear
-)
+MIN_SCALE_CODE: Final = 32  #: E8M0 codes are clipped to 32..253: three libraries mishandle the codes 0 and 255
 MAX_SCALE_CODE: Final = 253
 MIN_BLOCK_SCALE: Final = 2.0**-9  #: the smallest NVFP4 block scale: the smallest positive e4m3
-AVERAGE: Final = 0.01  #: how much of each training step goes into a running average of activation ranges
+AVERAGE: Final = 0.01  #: the weight of each training step in a running average of activation ranges
 LIMIT: Final = 2.0**127  #: magnitudes from here on are refused: their rounded value may be infinite
 
 
+Kind = Literal["integer", "float"]
+
+
 def reciprocal(x: float) -> float:
-    """1/x as the nearest float32, held in a Python float. Scales are products with it, never divisions.
+    """1/x, rounded to the nearest float32. A scale is a product with it, never a quotient.
 
     >>> reciprocal(7.0).hex()
     '0x1.24924a0000000p-3'
@@ -32,14 +34,14 @@ class Element:
     Attributes:
         name: `int4`, `e2m1`, ...
         kind: `integer` (two's complement range) or `float` (sign, exponent, mantissa; finite values only).
-        bits: its width.
+        bits: width of one code.
         largest: the largest representable value; for a float 6, 448 or 57344.
         mantissa: explicit mantissa bits of a float, 0 for an integer.
         min_exponent: exponent of a float's smallest normal number, 0 for an integer.
     """
 
     name: str
-    kind: Literal["integer", "float"]
+    kind: Kind
     bits: int
     largest: float
     mantissa: int = 0
@@ -73,6 +75,7 @@ def _integer(bits: int) -> Element:
     return Element(f"int{bits}", "integer", bits, (1 << (bits - 1)) - 1)
 
 
+#: Every element that qkit stores, and the only list of widths. Any other list is what one kernel or one other program takes.
 ELEMENTS: Final = {
     element.name: element
     for element in (
@@ -82,15 +85,44 @@ ELEMENTS: Final = {
         Element("e5m2", "float", 8, 57344.0, mantissa=2, min_exponent=-14),
     )
 }
+INTEGERS: Final = tuple(element for element in ELEMENTS.values() if element.kind == "integer")
+FLOATS: Final = tuple(element for element in ELEMENTS.values() if element.kind == "float")
 
-#: By element and scale rule: what a group's peak (its span, under `minmax`) is multiplied with to give its scale.
+
+@dataclass(frozen=True, slots=True)
+class ScaleRule:
+    """How the scale of a group follows from the group's values. `reference/rounding.py` has the function of each rule.
+
+    Attributes:
+        kind: of the elements that the rule belongs to.
+        multiplier: the law R2: the rule multiplies a group's peak (its span, under `minmax`) by this number of an element.
+            None: the rule looks at exponents only.
+        only: the one element and the one group size that the rule belongs to. None: every one.
+    """
+
+    kind: Kind
+    multiplier: Callable[[Element], float] | None = None
+    only: tuple[str, int] | None = None
+
+
+#: Every scale rule of integers and of small floats, by name. Grids accept these rules and no others.
+SCALE_RULES: Final = {
+    "signed": ScaleRule("integer", lambda e: 1 / e.lowest),
+    "absmax": ScaleRule("integer", lambda e: reciprocal(e.highest)),
+    "midmax": ScaleRule("integer", lambda e: reciprocal(e.highest + 0.5)),
+    "minmax": ScaleRule("integer", lambda e: reciprocal(e.levels)),
+    "rceil": ScaleRule("float", lambda e: reciprocal(e.largest)),
+    "even": ScaleRule("float"),
+    "floor": ScaleRule("float"),
+    "nvfp4": ScaleRule("float", lambda e: reciprocal(e.largest), only=("e2m1", 16)),
+}
+
+#: The multipliers of `SCALE_RULES` as float32 numbers, by element and rule.
 STEP: Final = {
-    **{(name, "signed"): 1 / e.lowest for name, e in ELEMENTS.items() if e.kind == "integer"},
-    **{(name, "absmax"): reciprocal(e.highest) for name, e in ELEMENTS.items() if e.kind == "integer"},
-    **{(name, "midmax"): reciprocal(e.highest + 0.5) for name, e in ELEMENTS.items() if e.kind == "integer"},
-    **{(name, "minmax"): reciprocal(e.levels) for name, e in ELEMENTS.items() if e.kind == "integer"},
-    **{(name, "rceil"): reciprocal(e.largest) for name, e in ELEMENTS.items() if e.kind == "float"},
-    ("e2m1", "nvfp4"): reciprocal(6.0),
+    (e.name, name): rule.multiplier(e)
+    for name, rule in SCALE_RULES.items()
+    for e in ELEMENTS.values()
+    if rule.multiplier and rule.kind == e.kind and (rule.only is None or rule.only[0] == e.name)
 }
 
 #: The peak of a whole tensor maps to 6 * 448 in NVFP4: the largest e2m1 under the largest e4m3 block scale.
@@ -99,7 +131,8 @@ NVFP4_STEP: Final = reciprocal(6.0 * 448.0)
 #: Values of the sixteen e2m1 codes; the sign is the high bit.
 E2M1_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-#: Where one e2m1 magnitude rounds to the next, in units of the scale, and whether the boundary itself goes up (ties to even).
+#: The boundaries at which an e2m1 magnitude rounds to the next, in units of the scale; True: the boundary itself rounds up
+#: (ties to even).
 E2M1_BOUNDARIES: Final = (
     (0.25, False),
     (0.75, True),

@@ -5,15 +5,14 @@ from math import prod
 from typing import Literal
 
 from qkit import element as elements
-from qkit.element import Element
+from qkit.element import SCALE_RULES, Element
 from qkit.errors import GridError
 
 Group = int | Literal["row", "tensor"]
-LONGEST = 1 << 24  #: group; no row of a model is longer
-NEAREST = 1 << 16  #: sizes that are tried for a remedy, at most
+LONGEST = 1 << 24  #: the longest group; no row of a model is longer
+NEAREST = 1 << 16  #: the most group sizes that an error message tries, to name one that divides
 
-INTEGER_RULES = ("signed", "absmax", "midmax", "minmax")
-FLOAT_RULES = ("rceil", "even", "floor", "nvfp4")
+INTEGER_RULES = tuple(name for name, rule in SCALE_RULES.items() if rule.kind == "integer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Grid:
         self._check()
 
     def _check(self) -> None:
-        rules = INTEGER_RULES if self.element.kind == "integer" else FLOAT_RULES
+        rules = [name for name, rule in SCALE_RULES.items() if rule.kind == self.element.kind]
         if self.scale not in rules:
             raise GridError(f"{self.element} has no scale rule {self.scale!r}: choose one of {', '.join(rules)}")
         is_number = isinstance(self.group, int) and not isinstance(self.group, bool)
@@ -55,17 +54,21 @@ class Grid:
             raise GridError(f'group is more than {LONGEST:,}: give a smaller number, "row" or "tensor"')
         if not (is_number and int(self.group) > 0) and self.group not in ("row", "tensor"):
             raise GridError(f'group is {self.group!r}: give a positive number, "row" or "tensor"')
-        if self.scale == "nvfp4" and (self.element.name, self.group) != ("e2m1", 16):
-            raise GridError(f"nvfp4 scales belong to e2m1 in groups of 16, not to {self.element} in {self.group}")
+        only = SCALE_RULES[self.scale].only
+        if only is not None and (self.element.name, self.group) != only:
+            name, group = only
+            raise GridError(
+                f"{self.scale} scales belong to {name} in groups of {group}, not to {self.element} in {self.group}"
+            )
 
     @property
     def symmetric(self) -> bool:
-        """True where zero is code 0; False for `minmax`, which keeps a zero point."""
+        """True where the number 0 has code 0; False for `minmax`, which stores a zero point."""
         return self.scale != "minmax"
 
     @property
     def by_rows(self) -> bool:
-        """Whether each row of a tensor is quantized by itself, whatever the others hold."""
+        """Whether the codes of a row depend on that row only."""
         return self.group != "tensor" and self.scale != "nvfp4"
 
     @property

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from qkit.element import INTEGERS
 from qkit.grid import Grid
 
 FOLDER = Path(__file__).parent / "qkit_recipes"
@@ -29,9 +30,9 @@ def write() -> None:
 
 def _integers() -> list[tuple[str, str]]:
     made = []
-    for bits in (2, 3, 4, 5, 6, 8):
+    for element in INTEGERS:
         for group in (32, 64, 128):
-            made.append(_integer(f"int{bits}-g{group}", Grid(f"int{bits}", group)))
+            made.append(_integer(f"{element}-g{group}", Grid(element, group)))
     for rule in ("absmax", "midmax", "minmax"):
         for group in (32, 64, 128):
             made.append(_integer(f"int4-g{group}-{rule}", Grid("int4", group, rule)))

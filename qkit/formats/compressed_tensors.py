@@ -24,6 +24,7 @@ from qkit.rules import Rule
 NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight")
 #: Range of the power of two of a tensor (R9): from the smallest E8M0 scale to that of the largest magnitude below 2^127.
 TENSOR_SCALES: Final = 2.0 ** (MIN_SCALE_CODE - 127), 2.0 ** math.ceil(math.log2(LIMIT * NVFP4_STEP))
+PACKED_BITS: Final = range(1, 9)  #: the widths of integers that compressed-tensors packs (`pack_to_int32`)
 FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
@@ -34,7 +35,7 @@ def layout(grid: Grid) -> str:
         ArtifactError: no format has this grid.
     """
     element, group = grid.element.name, grid.group
-    if grid.element.kind == "integer":
+    if grid.element.kind == "integer" and grid.element.bits in PACKED_BITS:
         return "pack-quantized"
     if grid.scale == "nvfp4":
         return "nvfp4-pack-quantized"

@@ -16,7 +16,7 @@ from qkit.reference import packing
 from qkit.reference.packing import Packed
 
 BLOCK: Final = 32
-TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: GGUF's types, by element
+TYPES: Final = {"int4": "Q4_0", "int8": "Q8_0", "e2m1": "MXFP4"}  #: the types of GGUF that qkit writes, by element
 
 
 def layout(grid: Grid, inputs: int) -> str:

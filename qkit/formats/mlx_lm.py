@@ -18,6 +18,7 @@ from qkit.qtensor import DType
 from qkit.reference import packing
 from qkit.reference.packing import Packed
 
+AFFINE_BITS: Final = (2, 3, 4, 5, 6, 8)  #: the widths of integers that MLX's kernels take (`mx.quantized_matmul`)
 AFFINE_GROUPS: Final = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it
 MX_GROUP: Final = 32
 MX_MODES: Final = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
@@ -49,7 +50,7 @@ def containers_for(grid: Grid, inputs: int) -> list[Container]:
     group = grid.group if isinstance(grid.group, int) else inputs
     bits = grid.element.bits
     if grid.element.kind == "integer":
-        return [Container("affine", bits, size) for size in AFFINE_GROUPS if group % size == 0]
+        return [Container("affine", bits, size) for size in AFFINE_GROUPS if group % size == 0 and bits in AFFINE_BITS]
     if grid.scale == "nvfp4":
         return [Container("nvfp4", bits, group)]
     if grid.element.name in MX_MODES and group % MX_GROUP == 0:
@@ -71,7 +72,8 @@ def layout(grid: Grid, inputs: int) -> Container:
     container = container_for(grid, inputs)
     if container is None:
         size = (
-            f"integers want groups that {AFFINE_GROUPS[-1]} divides, small floats e2m1 or e4m3 in groups of {MX_GROUP}"
+            f"integers want {', '.join(map(str, AFFINE_BITS))} bits and groups that {AFFINE_GROUPS[-1]} divides, small floats "
+            f"e2m1 or e4m3 in groups of {MX_GROUP}"
         )
         raise ArtifactError(
             f"MLX holds no rows of {inputs} on {grid}: {size}; export --to dense, or leave the layer float"

@@ -1,9 +1,20 @@
-"""The same bits as `qkit.reference`, compiled: quantizing, fake-quantizing and packing on the CPU, in NumPy's memory.
+"""Compiled kernels with the bits of `qkit.reference`: they quantize, fake-quantize and pack NumPy arrays on the CPU.
 
-Built where there is a C compiler, see `build.py`; where it is not, `available()` is False and NumPy does the same work.
+`build.py` compiles them where there is a C compiler. Without one, `available()` is False and callers use `qkit.reference`.
+The kernels declare their elements and scale rules, see `takes` and `packs`; the law computes every other one here too.
 """
 
 from qkit.native.arrays import extremes, fake_quantize, pack, quantize, quantize_packed, use_threads
-from qkit.native.library import available
+from qkit.native.library import available, packs, takes
 
-__all__ = ["available", "extremes", "fake_quantize", "pack", "quantize", "quantize_packed", "use_threads"]
+__all__ = [
+    "available",
+    "extremes",
+    "fake_quantize",
+    "pack",
+    "packs",
+    "quantize",
+    "quantize_packed",
+    "takes",
+    "use_threads",
+]

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from qkit.element import Element
 from qkit.grid import Grid
-from qkit.native.library import TYPES, function, struct
+from qkit.native.library import TYPES, function, packs, struct, takes
 from qkit.qtensor import DType, QTensor, dtype_of
-from qkit.reference import rounding
-from qkit.reference.packing import WORD_BITS, Packed, words
+from qkit.reference import packing, rounding
+from qkit.reference.packing import WORD_BITS, Packed, packed_codes, words
+from qkit.reference.scale_rules import poison
 
 SHARE = 1 << 17  #: fewest numbers that are worth a thread: about as long as it takes to wake one
 
@@ -32,6 +33,8 @@ def quantize(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> QTen
         DTypeError, GridError: as `reference.quantize`.
         BackendError: the library was not built.
     """
+    if not takes(grid):
+        return rounding.quantize(_floats(w, dtype), grid)
     x, kind = _patterns(w, dtype)
     count, n = _groups(x, grid)
     of = _Of(x, kind, grid)
@@ -49,6 +52,9 @@ def quantize_packed(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) 
 
     Arguments and errors: see `quantize`.
     """
+    if not takes(grid):
+        q = rounding.quantize(_floats(w, dtype), grid)
+        return Packed(packed_codes(q), q.scales, grid, q.dtype, q.shape, q.zeros, q.tensor_scale)
     x, kind = _patterns(w, dtype)
     rows, n = x.shape
     groups = _groups(x, grid)[0] // rows
@@ -87,6 +93,9 @@ def fake_quantize(
         out = np.empty(x.shape, x.dtype)
     elif out.shape != x.shape or out.dtype != x.dtype or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} {out.shape}: it has to be contiguous {x.dtype} {x.shape}")
+    if not takes(grid):
+        out[...] = rounding.fake_quantize(_floats(w, dtype), grid).view(out.dtype)
+        return out
     ends, tensor_scale = _of_the_tensor(x, kind, grid)
     call, of_grid, type_, made = function("qkit_fake_quantize"), byref(struct(grid)), TYPES.index(kind), out
 
@@ -99,7 +108,13 @@ def fake_quantize(
 
 
 def pack(codes: NDArray[Any], element: Element) -> NDArray[np.uint32]:
-    """int8 or uint8 codes [..., n] as `packing.packed_codes` packs them: little-endian words [..., words(n, bits)]."""
+    """int8 or uint8 codes [..., n] as `packing.packed_codes` packs them: little-endian words [..., words(n, bits)].
+
+    Raises:
+        BackendError: the library was not built.
+    """
+    if not packs(element):
+        return packing.pack(packing.unsigned(codes, element), element.bits)
     codes = np.ascontiguousarray(codes)
     n, bits = codes.shape[-1], element.bits
     out = np.empty((*codes.shape[:-1], words(n, bits)), "<u4")
@@ -131,6 +146,11 @@ def _patterns(w: NDArray[Any], dtype: DType | None) -> tuple[NDArray[Any], DType
     return np.require(w, requirements=("C", "A")), dtype_of(w) if dtype is None else dtype
 
 
+def _floats(w: NDArray[Any], dtype: DType | None) -> NDArray[Any]:
+    """`w` in the type of its numbers, for the law."""
+    return w if dtype is None else w.view(rounding.DTYPE[dtype])
+
+
 def _groups(x: NDArray[Any], grid: Grid) -> tuple[int, int]:
     """How many groups, and how long: where the scale is the tensor's, every row is one that has been told the extremes."""
     group = grid.group_shape(x.shape)[-1]
@@ -146,7 +166,7 @@ def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float
     if grid.group == "tensor":
         return ends, 0.0
     with np.errstate(invalid="ignore"):
-        return None, float(rounding.tensor_power(ends) + rounding.poison(np.abs(ends).max()))
+        return None, float(rounding.tensor_power(ends) + poison(np.abs(ends).max()))
 
 
 def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@
 
 #define BATCH 64 /* groups whose scales are made together, so that they are vectors too */
 
+enum { DONE, UNKNOWN }; /* returned to Python: UNKNOWN says that nothing was written */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { SIGNED, SYMMETRIC, MINMAX, RCEIL, EVEN, FLOOR, NVFP4 }; /* absmax and midmax are SYMMETRIC: their step differs */
 
@@ -317,8 +318,8 @@ INLINE uint64_t joined(const uint8_t *codes, int width, uint8_t flip)
 }
 
 /* `n` codes to a stream of `width` bits each, lowest first, in `bytes` bytes, what is left of them zero. `flip` is XORed in: the
-   sign bit of `width` bits makes signed codes unsigned. */
-INLINE void pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
+   sign bit of `width` bits makes signed codes unsigned. Returns UNKNOWN, and writes nothing, where `width` is none of these. */
+INLINE int32_t pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
 {
     int64_t whole = n / 8; /* eight codes fill `width` bytes */
     switch (width) {
@@ -335,6 +336,8 @@ INLINE void pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, u
         WIDTH(5, uint64_t)
         WIDTH(6, uint64_t)
         WIDTH(8, uint64_t)
+    default:
+        return UNKNOWN;
     }
     uint8_t last[8];
     memset(last, flip, 8);
@@ -343,29 +346,50 @@ INLINE void pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, u
     int64_t left = bytes - whole * width, used = left < 8 ? left : 8;
     memcpy(out + whole * width, &stream, used);
     memset(out + whole * width + used, 0, left - used);
+    return DONE;
 }
 
-/* What Python calls. */
+/* Whether these kernels compute `grid`: a new element or scale rule is the law's alone until it is here. */
+INLINE int known(const struct grid *grid)
+{
+    int32_t bits = grid->bits, mantissa = grid->mantissa;
+    if (grid->rule == NVFP4)
+        return bits == 4 && mantissa == 1;
+    if (grid->rule == RCEIL || grid->rule == EVEN || grid->rule == FLOOR)
+        return (bits == 4 && mantissa == 1) || (bits == 8 && (mantissa == 2 || mantissa == 3));
+    if (grid->rule == SIGNED || grid->rule == SYMMETRIC || grid->rule == MINMAX)
+        return bits >= 2 && bits <= 8 && bits != 7;
+    return 0;
+}
+
+INLINE int is_type(int32_t type) { return type == FLOAT32 || type == BFLOAT16 || type == FLOAT16; }
+
+/* What Python calls. Each function that writes returns DONE or UNKNOWN. */
 
 const char *const qkit_digest = DIGEST; /* of this file, see build.py */
 
 /* The highest and the lowest of `n` numbers, zero among them, into `ends`. */
-EXPORT void qkit_extremes(const void *x, int64_t n, int32_t type, float *ends)
+EXPORT int32_t qkit_extremes(const void *x, int64_t n, int32_t type, float *ends)
 {
+    if (!is_type(type))
+        return UNKNOWN;
     if (type == FLOAT32)
         extremes(x, n, FLOAT32, &ends[0], &ends[1]);
     else if (type == BFLOAT16)
         extremes(x, n, BFLOAT16, &ends[0], &ends[1]);
     else
         extremes(x, n, FLOAT16, &ends[0], &ends[1]);
+    return DONE;
 }
 
 /* Rows of `groups` groups of `n`. `ends`: of the whole tensor, or NULL where every group has its own. `zeros`: NULL where there are
    none. `words`: NULL, or where every row is packed into `bytes` bytes; then `codes` has room for one row only. */
-EXPORT void qkit_quantize(const struct grid *grid, const void *x, int64_t rows, int64_t groups, int64_t n, int32_t type,
-                          const float *ends, float tensor_scale, uint8_t *codes, void *scales, uint8_t *zeros, uint8_t *words,
-                          int64_t bytes)
+EXPORT int32_t qkit_quantize(const struct grid *grid, const void *x, int64_t rows, int64_t groups, int64_t n, int32_t type,
+                             const float *ends, float tensor_scale, uint8_t *codes, void *scales, uint8_t *zeros,
+                             uint8_t *words, int64_t bytes)
 {
+    if (!known(grid) || !is_type(type))
+        return UNKNOWN;
     int64_t width = groups * n, scale_bytes = grid->rule < RCEIL ? groups * (int64_t)sizeof(float) : groups;
     uint8_t flip = grid->lowest < 0 && grid->rule < RCEIL ? (uint8_t)(1 << (grid->bits - 1)) : 0;
     for (int64_t row = 0; row < rows; row++) {
@@ -378,26 +402,33 @@ EXPORT void qkit_quantize(const struct grid *grid, const void *x, int64_t rows, 
             quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, BFLOAT16);
         else
             quantize(grid, from, groups, n, ends, tensor_scale, to, scale, zero, FLOAT16);
-        if (words)
-            pack(to, width, grid->bits, flip, words + row * bytes, bytes);
+        if (words && pack(to, width, grid->bits, flip, words + row * bytes, bytes) != DONE)
+            return UNKNOWN;
     }
+    return DONE;
 }
 
 /* `groups` groups of `n`. */
-EXPORT void qkit_fake_quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, int32_t type,
-                               const float *ends, float tensor_scale, void *out)
+EXPORT int32_t qkit_fake_quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, int32_t type,
+                                  const float *ends, float tensor_scale, void *out)
 {
+    if (!known(grid) || !is_type(type))
+        return UNKNOWN;
     if (type == FLOAT32)
         fake_quantize(grid, x, groups, n, ends, tensor_scale, out, FLOAT32);
     else if (type == BFLOAT16)
         fake_quantize(grid, x, groups, n, ends, tensor_scale, out, BFLOAT16);
     else
         fake_quantize(grid, x, groups, n, ends, tensor_scale, out, FLOAT16);
+    return DONE;
 }
 
 /* Codes [rows, n], each row into `bytes` bytes. */
-EXPORT void qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
+EXPORT int32_t qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t width, uint8_t flip, uint8_t *out,
+                         int64_t bytes)
 {
     for (int64_t row = 0; row < rows; row++)
-        pack(codes + row * n, n, width, flip, out + row * bytes, bytes);
+        if (pack(codes + row * n, n, width, flip, out + row * bytes, bytes) != DONE)
+            return UNKNOWN;
+    return DONE;
 }

@@ -16,7 +16,8 @@ from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
-from qkit.reference.rounding import Codes, Floats
+from qkit.reference.rounding import Codes
+from qkit.reference.scale_rules import Floats, amax, poison, round_to_bfloat16
 
 NAMES = ("weight_scale", "weight_zero", "weight_offset")  #: of parameters; float32, shaped like the grid's scales
 OFFSETS = NAMES[1:]  #: those of them that are rounded to whole numbers
@@ -134,21 +135,21 @@ def learned_codes(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats],
 
 
 def _integer_steps(p: Floats, zero: Floats | None, grid: Grid) -> tuple[Floats, Floats | None]:
-    s = rounding.round_to_bfloat16(p)
+    s = round_to_bfloat16(p)
     if grid.scale == "signed":
         least = np.where(p < 0, np.float32(-MIN_SCALE), np.float32(MIN_SCALE))
         s = np.where(np.abs(s) < np.float32(MIN_SCALE), least, s)
     else:
         s = np.maximum(s, np.float32(MIN_SCALE))
-    s = s + rounding.poison(p)
+    s = s + poison(p)
     if zero is None:
         return s, None
-    return s, np.clip(np.rint(zero), 0, grid.element.levels).astype(np.float32) + rounding.poison(zero)
+    return s, np.clip(np.rint(zero), 0, grid.element.levels).astype(np.float32) + poison(zero)
 
 
 def _offset_steps(x: Floats, grid: Grid, offset: Floats) -> Floats:
-    peak = rounding.amax(x)
+    peak = amax(x)
     with np.errstate(invalid="ignore"):
         whole = np.clip(np.rint(offset), -FARTHEST, FARTHEST).astype(np.int32)
         c = np.clip(rounding.scale_code(peak, grid).astype(np.int32) + whole, MIN_SCALE_CODE, MAX_SCALE_CODE)
-        return rounding.power(c) + rounding.poison(peak) + rounding.poison(offset)
+        return rounding.power(c) + poison(peak) + poison(offset)

@@ -17,8 +17,17 @@ from qkit import element as constants
 from qkit.element import STEP, Element
 from qkit.grid import Grid, want_grid
 from qkit.qtensor import QTensor, dtype_of
+from qkit.reference.scale_rules import (
+    POWER_RULES,
+    SYMMETRIC_RULES,
+    Floats,
+    amax,
+    bits,
+    ceil_exponent,
+    poison,
+    round_to_bfloat16,
+)
 
-Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 DTYPE = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 FLOAT8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
@@ -162,42 +171,12 @@ def to_dtype(x: Floats, dtype: str) -> NDArray[Any]:
         return x.astype(DTYPE[dtype])
 
 
-def bits(x: Floats) -> NDArray[np.int32]:
-    """The fp32 patterns of `x`."""
-    return x.view(np.int32)
-
-
-def amax(x: Floats) -> Floats:
-    """Largest magnitude of each group; NaN where it holds one."""
-    return cast(Floats, np.abs(x).max(axis=-1))
-
-
-def poison(peak: Floats) -> Floats:
-    """0 where `peak` is finite, else NaN: added to the scale of a group that holds a NaN or an infinity, it spoils it all."""
-    return cast(Floats, peak * np.float32(0))
-
-
 # Integer scales (R3, R5)
 
 
-def round_to_bfloat16(x: Floats) -> Floats:
-    """`x` with 8 significant bits, ties to even (RNE8). Written with integers, since compilers delete the pair of casts."""
-    u = bits(x)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(np.float32)
-
-
 def symmetric_scale(x: Floats, grid: Grid) -> Floats:
-    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 in magnitude."""
-    element = grid.element
-    if grid.scale == "signed":
-        high, low = x.max(axis=-1), x.min(axis=-1)
-        peak = np.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * np.float32(STEP[element.name, "signed"]))
-        least = np.where(bits(peak) > 0, np.float32(-constants.MIN_SCALE), np.float32(constants.MIN_SCALE))
-        return np.where(np.abs(s) < np.float32(constants.MIN_SCALE), least, s) + poison(peak)
-    peak = amax(x)
-    s = round_to_bfloat16(peak * np.float32(STEP[element.name, grid.scale]))
-    return np.maximum(s, np.float32(constants.MIN_SCALE)) + poison(peak)
+    """The scale of each group under a symmetric rule, on the bfloat16 grid, at least 2^-96 in magnitude."""
+    return SYMMETRIC_RULES[grid.scale](x, grid.element)
 
 
 def symmetric_codes(x: Floats, s: Floats, element: Element) -> Floats:
@@ -223,21 +202,9 @@ def asymmetric_codes(x: Floats, s: Floats, z: Floats, element: Element) -> Float
 
 
 def scale_code(peak: Floats, grid: Grid) -> Codes:
-    """E8M0 codes of groups whose largest magnitude is `peak`; code c means 2^(c-127). Only exponent bits are looked at."""
-    element = grid.element
-    if grid.scale == "floor":
-        c = (bits(peak) >> 23) - element.max_exponent
-    elif grid.scale == "even":
-        c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
-    else:
-        c = ceil_exponent(peak * np.float32(STEP[element.name, "rceil"]))
+    """E8M0 codes of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
+    c = POWER_RULES[grid.scale](peak, grid.element)
     return cast(Codes, np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).astype(np.uint8))
-
-
-def ceil_exponent(x: Floats) -> NDArray[np.int32]:
-    """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
-    u = bits(x)
-    return cast(NDArray[np.int32], (u >> 23) + ((u & 0x7FFFFF) != 0))
 
 
 def exponent(s: Floats) -> Codes:

@@ -1,8 +1,8 @@
-"""`reference.quantize` bit for bit, faster on large blocks: NumPy's calls in an order that suits its loops.
+"""A faster `reference.quantize` for big blocks, bit for bit, in NumPy.
 
-Two things differ from the reference. Extremes of groups are found on integers, since bit patterns of floats of one sign have the
-order of their values, and across groups, since NumPy is slow along short axes. Codes are computed in place. Scales are the
-reference's own functions of the extremes.
+It differs from the reference in two ways. It finds the extremes of groups on integers, since the patterns of floats of one sign
+are in the order of their values, and across groups, since NumPy is slow along short axes. It computes codes in place. The
+reference's own functions compute scales from the extremes: for the rules of `RULES`, which look at nothing else.
 """
 
 from typing import Any
@@ -13,21 +13,26 @@ from numpy.typing import NDArray
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
+from qkit.reference.scale_rules import Floats, amax
 
-LONG = 512  #: smallest group along which NumPy reduces fast
-UNIT = 16  #: bytes that one step moves: a complex128
+RULES = frozenset({"signed", "absmax", "midmax", "minmax", "rceil", "even", "floor", "nvfp4"})
+LONG = 512  #: the shortest group along which NumPy reduces fast
+UNIT = 16  #: bytes that are moved at once: a complex128
 
 
 def keep_memory() -> None:
-    """Makes glibc reuse freed blocks instead of returning them page by page, which took a third of the time. Call it once.
+    """Makes glibc reuse the memory of freed blocks instead of returning it page by page. Call it once in a process.
 
-    glibc's threshold follows the largest block ever freed (mallopt(3), M_MMAP_THRESHOLD). Other systems do not change.
+    This saves a third of the time, measured. glibc's threshold follows the largest block that was ever freed (mallopt(3),
+    M_MMAP_THRESHOLD). With another C library the call does nothing.
     """
     np.empty(1 << 24, np.uint8)
 
 
 def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
     """`reference.quantize(w, grid)` for finite `w` [rows, n]."""
+    if grid.scale not in RULES:
+        return rounding.quantize(w, grid)
     e, x = extremes(w, grid), rounding.group(w, grid)
     if grid.element.kind == "float":
         return _quantize_to_floats(w, x, e, grid)
@@ -47,21 +52,21 @@ def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
     return QTensor(narrow, s, grid, dtype_of(w), zeros=None if z is None else z.astype(np.uint8))
 
 
-def _quantize_to_floats(w: NDArray[Any], x: rounding.Floats, e: rounding.Floats, grid: Grid) -> QTensor[NDArray[Any]]:
-    """The reference's own functions, with the extremes in place of its pass through whole groups."""
+def _quantize_to_floats(w: NDArray[Any], x: Floats, e: Floats, grid: Grid) -> QTensor[NDArray[Any]]:
+    """Codes on small floats by the reference's own functions, with the extremes in place of whole groups."""
     if grid.scale == "nvfp4":
         tensor_scale = rounding.tensor_power(e)
         s = rounding.block_scale(e, tensor_scale)
         codes = rounding.e2m1_codes(x, rounding.e4m3_values(s) * tensor_scale)
         return QTensor(codes.reshape(w.shape), s, grid, dtype_of(w), tensor_scale=tensor_scale)
-    c = rounding.scale_code(rounding.amax(e), grid)
+    c = rounding.scale_code(amax(e), grid)
     return QTensor(rounding.float_codes(x, c, grid.element).reshape(w.shape), c, grid, dtype_of(w))
 
 
-def extremes(w: NDArray[Any], grid: Grid) -> rounding.Floats:
-    """[rows, n] -> highest and lowest value of each group and zero, float32 [..., groups, 2].
+def extremes(w: NDArray[Any], grid: Grid) -> Floats:
+    """[rows, n] -> the highest and the lowest value of each group, zero among them, float32 [..., groups, 2].
 
-    The highest values are contiguous in memory, and so are the lowest, so that later loops run along the groups.
+    Highest and lowest values lie in separate blocks of memory, so that later operations run along the groups.
     """
     shape = grid.scale_shape(w.shape)
     signed, unsigned = (np.int16, np.uint16) if w.itemsize == 2 else (np.int32, np.uint32)

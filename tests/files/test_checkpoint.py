@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 import qkit
 from qkit import Grid, Recipe, Rule, reference
+from qkit.element import INTEGERS
 from qkit.formats import compressed_tensors
 from qkit.native import library
 from qkit.storage.arrays import read_folder
@@ -19,7 +20,7 @@ from qkit.testing.hard_tensors import all_grids, tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 GRIDS = [
-    *(Grid(f"int{bits}", 32, scale) for bits in (2, 3, 4, 5, 6, 8) for scale in ("signed", "minmax")),
+    *(Grid(element, 32, scale) for element in INTEGERS for scale in ("signed", "minmax")),
     *(Grid("int4", group, scale) for group in (96, "row", "tensor") for scale in ("absmax", "midmax", "minmax")),
     Grid("e2m1", 32, "even"),
     Grid("e4m3", 32, "floor"),

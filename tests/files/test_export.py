@@ -9,6 +9,7 @@ import pytest
 from families import make
 
 import qkit
+from qkit.element import INTEGERS
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model
 from qkit.exchange.write_model import weights_only
@@ -20,7 +21,7 @@ from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
 GRIDS = [
-    *(Grid(f"int{bits}", 64, rule) for bits in (2, 3, 4, 5, 6, 8) for rule in ("signed", "minmax")),
+    *(Grid(element, 64, rule) for element in INTEGERS for rule in ("signed", "minmax")),
     Grid("int4", 32, "absmax"),
     Grid("int4", 128, "midmax"),
     Grid("int8", "row"),

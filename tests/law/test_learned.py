@@ -10,7 +10,7 @@ from qkit.element import MIN_SCALE
 from qkit.engines.trainer import TrainerOptions
 from qkit.errors import RangeError, RecipeError, StageError
 from qkit.qtensor import dtype_of
-from qkit.reference import learned, rounding
+from qkit.reference import learned, rounding, scale_rules
 from qkit.rules import rule_from_table, rule_table
 
 GRIDS = [
@@ -65,7 +65,7 @@ def test_values_are_what_the_codes_mean(grid, dtype):
     q = learned.quantize(w, grid, p)
     assert (learned.fake_quantize(w, grid, p) == reference.dequantize(q)).all()
     s = reference.scale_values(q)
-    assert (rounding.round_to_bfloat16(s) == s).all()
+    assert (scale_rules.round_to_bfloat16(s) == s).all()
     assert (np.abs(s) >= MIN_SCALE).all()
     assert grid.scale == "signed" or (s > 0).all()
 

@@ -3,19 +3,26 @@
 Small floats are coded with integers and powers of two: MLX has no e5m2, and its own quantisers differ between devices.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from qkit import element as constants
 from qkit.element import ELEMENTS, STEP, Element
+from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
+from qkit.reference import rounding as law
 from qkit.rules import Ste
 from qkit_mlx.arithmetic.small_floats import ceil_scale, nearest_values
 from qkit_mlx.kernels import cpu, cuda
 from qkit_mlx.layers.straight_through import straight_through
 
+#: The scale rules that are computed here; the law computes every other one, see `_by_law`.
+RULES = frozenset({"signed", "absmax", "midmax", "minmax", "rceil", "even", "floor", "nvfp4"})
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -180,6 +187,8 @@ def round_to_bfloat16(x: mx.array) -> mx.array:
 def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
     """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 large."""
     element = grid.element
+    if grid.scale not in RULES:
+        return _by_law(law.symmetric_scale, x, grid)
     if grid.scale == "signed":
         high, low = x.max(axis=-1), x.min(axis=-1)
         peak = mx.where(high >= -low, high, low)
@@ -188,6 +197,18 @@ def symmetric_scale(x: mx.array, grid: Grid) -> mx.array:
         return mx.where(mx.abs(s) < constants.MIN_SCALE, least, s) + poison(peak)
     s = round_to_bfloat16((peak := amax(x)) * STEP[element.name, grid.scale])
     return mx.maximum(s, constants.MIN_SCALE) + poison(peak)
+
+
+def _by_law(scale: Callable[[Any, Grid], Any], x: mx.array, grid: Grid) -> mx.array:
+    """The scales that `scale`, a function of the reference, gives to `x`: for rules that are not among `RULES`.
+
+    Raises:
+        BackendError: a function is being compiled or vectorized, and `x` has no numbers yet.
+    """
+    try:
+        return mx.array(scale(np.array(x), grid))
+    except ValueError:  # MLX has no other way to ask whether an array is a placeholder
+        raise BackendError(f"mlx does not compile the scale rule {grid.scale!r}: call the function eagerly") from None
 
 
 def symmetric_codes(x: mx.array, s: mx.array, element: Element) -> mx.array:
@@ -214,6 +235,8 @@ def asymmetric_codes(x: mx.array, s: mx.array, z: mx.array, element: Element) ->
 def scale_code(peak: mx.array, grid: Grid) -> mx.array:
     """E8M0 codes (int32) of groups whose largest magnitude is `peak`; code c means 2^(c-127). Looks at exponent bits only."""
     element = grid.element
+    if grid.scale not in RULES:
+        return _by_law(law.scale_code, peak, grid)
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
     elif grid.scale == "even":

@@ -4,6 +4,9 @@ Exact in eager and under torch.compile, on CPU and CUDA. Eager mode divides, whi
 approximate `/`, so there exact products correct the quotient (`quotient`). Constants multiply, as CUDA divides by them anyway.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,10 @@ from qkit import element as constants
 from qkit.element import STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
+from qkit.reference import rounding as law
 
+#: The scale rules that are computed here; the law computes every other one, see `_by_law`.
+RULES = frozenset({"signed", "absmax", "midmax", "minmax", "rceil", "even", "floor", "nvfp4"})
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -160,6 +166,8 @@ def round_to_bfloat16(x: Tensor) -> Tensor:
 def symmetric_scale(x: Tensor, grid: Grid) -> Tensor:
     """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 in magnitude."""
     element = grid.element
+    if grid.scale not in RULES:
+        return _by_law(law.symmetric_scale, x, grid)
     if grid.scale == "signed":
         high, low = x.amax(dim=-1), x.amin(dim=-1)
         peak = torch.where(high >= -low, high, low)
@@ -190,6 +198,12 @@ def asymmetric_codes(x: Tensor, s: Tensor, z: Tensor, element: Element) -> Tenso
     return (quotient(x, each(s)) + each(z)).clamp(0, element.levels)
 
 
+@torch.compiler.disable
+def _by_law(scale: Callable[[Any, Grid], Any], x: Tensor, grid: Grid) -> Tensor:
+    """The scales that `scale`, a function of the reference, gives to `x`: for rules that are not among `RULES`."""
+    return torch.from_numpy(scale(x.detach().cpu().numpy(), grid)).to(x.device)
+
+
 def quotient(x: Tensor, s: Tensor) -> Tensor:
     """x/s to the nearest integer, ties to even, exactly; `s` has 8 significant bits.
 
@@ -216,6 +230,8 @@ def quotient(x: Tensor, s: Tensor) -> Tensor:
 def scale_code(peak: Tensor, grid: Grid) -> Tensor:
     """E8M0 codes (uint8) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
     element = grid.element
+    if grid.scale not in RULES:
+        return _by_law(law.scale_code, peak, grid)
     if grid.scale == "floor":
         c = (bits(peak) >> 23) - element.max_exponent
     elif grid.scale == "even":

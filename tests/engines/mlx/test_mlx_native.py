@@ -13,7 +13,7 @@ from qkit_mlx.layers import prepared as layers  # noqa: E402
 
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule, reference  # noqa: E402
-from qkit.element import ELEMENTS  # noqa: E402
+from qkit.element import INTEGERS  # noqa: E402
 from qkit.errors import DTypeError, GridError, RangeError  # noqa: E402
 from qkit.native import library  # noqa: E402
 from qkit.qtensor import DTYPES  # noqa: E402
@@ -98,9 +98,9 @@ def test_any_rank_and_any_strides(shape, way):
             assert BE.magnitude(x) == np.abs(w).max()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_codes_are_packed_alike(bits, way):
-    element = ELEMENTS[f"int{bits}"]
+@pytest.mark.parametrize("element", INTEGERS, ids=str)
+def test_codes_are_packed_alike(element, way):
+    bits = element.bits
     for n in (1, 31, 67):
         codes = np.random.default_rng(n).integers(element.lowest, element.highest + 1, (2, n, 3), dtype=np.int8)
         x = BE.from_numpy(codes).transpose(0, 2, 1)
