@@ -54,7 +54,7 @@ def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
     if not EMBEDDINGS.search(own):
         return Layer(path, "linear", slot.shape, None, obstacle=obstacle)
     if _type(config).startswith("gemma") and not obstacle:
-        obstacle = "it scales what it looks up, and is a subclass of embedding that qkit does not know"
+        obstacle = "it scales its outputs, and is a subclass of embedding that qkit does not know"
     return Layer(path, "embedding", slot.shape, None, obstacle=obstacle)
 
 

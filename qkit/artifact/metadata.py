@@ -119,7 +119,7 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
                 f"{key} of its quantization_config is not that of the {KEY} metadata: quantize or save it again"
             )
     if stated["quantization"]:
-        raise ArtifactError("config.json speaks of MLX's quantization, and the files are in compressed-tensors' layout")
+        raise ArtifactError("config.json has MLX's quantization, and the files are in compressed-tensors' layout")
 
 
 def kind_of(layer: Layer) -> Kind:

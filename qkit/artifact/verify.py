@@ -23,7 +23,9 @@ def verify(folder: Path) -> Iterator[Problem]:
     """
     seal = read_seal(folder)
     if seal is None:
-        raise ArtifactError(f"{folder} has no {SEAL}: verify reads what `qkit quantize` or `qkit.save` wrote")
+        raise ArtifactError(
+            f"{folder} has no {SEAL}: verify reads the directories that `qkit quantize` and `qkit.save` write"
+        )
     yield from file_problems(folder, seal)
     try:
         tensors, metadata = read_folder(folder)

@@ -160,5 +160,5 @@ def _order(name: str, config: Mapping[str, Any], rows: tuple[int, ...]) -> NDArr
     if count is None:
         return None
     if rows != (count * head,) or head % 2:
-        raise ArtifactError(f"{name} has {list(rows)} rows, and config.json speaks of {count} heads of {head}: mend it")
+        raise ArtifactError(f"{name} has {list(rows)} rows, and config.json has {count} heads of {head}: mend it")
     return np.arange(count * head).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)

@@ -39,10 +39,10 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
     for name, array in source.tensors.items():
         if array.ndim > 2 and ".experts." in name:
             raise ArtifactError(
-                f"{name}: mlx-lm reads experts one by one, not stacked: export what `qkit quantize` made"
+                f"{name}: mlx-lm reads experts one by one, not stacked: export an artifact of `qkit quantize`"
             )
     about = {**json.loads(describe(rules_of(source))), "layout": "mlx", "added": added}
-    write_model(_outward(source), out, mlx_lm, about=about, config=config, shard_bytes=shard_bytes)
+    write_model(_under_mlx_names(source), out, mlx_lm, about=about, config=config, shard_bytes=shard_bytes)
 
 
 def export_dense(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -55,7 +55,7 @@ def export_dense(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_
     write_model(source, out, dense, about=None, config=source.config, shard_bytes=shard_bytes)
 
 
-def _outward(source: Snapshot) -> Snapshot:
+def _under_mlx_names(source: Snapshot) -> Snapshot:
     """`source` under mlx-lm's tensor names."""
     config = source.config or {}
     weights = {mlx_config.to_mlx_name(f"{path}.", config)[:-1]: weight for path, weight in source.weights.items()}

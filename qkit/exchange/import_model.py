@@ -25,7 +25,9 @@ from qkit.storage import read
 from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
 from qkit.storage.seal import check_seal
 
-FOREIGN = "; qkit holds a model exactly or not at all: open it with what wrote it, or quantize the float model"
+FOREIGN = (
+    "; qkit holds a model exactly or not at all: open it with the program that wrote it, or quantize the float model"
+)
 
 
 def read_model(folder: str | Path) -> Snapshot:

@@ -51,7 +51,7 @@ def grids(
             raise ArtifactError(f"{path}: {error}") from None
         out[path] = grid, any(group.get(part) is not None for part in ("input_activations", "output_activations"))
     if not out:
-        raise ArtifactError("the quantization_config speaks of quantized layers, and no layer has a weight_scale")
+        raise ArtifactError("the quantization_config has groups of quantized layers, and no layer has a weight_scale")
     settings.check_unused(config["config_groups"], used)
     return out
 

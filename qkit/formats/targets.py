@@ -60,7 +60,7 @@ class Targets:
                 if pattern.match(path):
                     return name
         if kind not in self.named:
-            raise ArtifactError("no group of the quantization_config speaks of it")
+            raise ArtifactError("no group of the quantization_config applies to it")
         return self.named[kind]
 
 

@@ -213,7 +213,7 @@ def _index(file: Path) -> dict[str, str]:
 
 def _no_weights(folder: Path, strays: list[str]) -> str:
     if strays:
-        return f"{folder} has {strays[0]} but no {INDEX}, which says what belongs together: fetch it"
+        return f"{folder} has {strays[0]} but no {INDEX}, which lists the files of the model: fetch it"
     pickles = sorted(entry.name for entry in folder.iterdir() if is_pickle(entry.name))
     if pickles:
         return (

@@ -72,5 +72,5 @@ def _check(w: NDArray[Any], least: int, wanted: str, name: str, first: int, shap
         at = int(np.argmax((bits & bits.dtype.type(sign - 1)) >= least))
         place = [int(i) for i in np.unravel_index(first + at, shape)]
         raise RangeError(
-            f"{name} holds {float(w.reshape(-1)[at]):g} at {place}: only finite values {wanted}; find what made it"
+            f"{name} holds {float(w.reshape(-1)[at]):g} at {place}: only finite values {wanted}; find its origin"
         )

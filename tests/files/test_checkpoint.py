@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 import qkit
 from qkit import Grid, Recipe, Rule, reference
 from qkit.element import INTEGERS
-from qkit.formats import compressed_tensors
+from qkit.formats import compressed_tensors, row_blocks
 from qkit.native import library
 from qkit.storage.arrays import read_folder
-from qkit.streaming import blocks, fast_reference
+from qkit.streaming import fast_reference
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 from qkit.testing.hard_tensors import all_grids, tensors
@@ -51,7 +51,7 @@ def contents(folder):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_blocks_of_rows_have_the_codes_of_the_whole(grid, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "ELEMENTS", 96 * 40)
+    monkeypatch.setattr(row_blocks, "ELEMENTS", 96 * 40)
     random = np.random.default_rng(1)
     tall = (random.standard_normal((131, 96)) * random.uniform(0.001, 9, (131, 1))).astype(DTYPES[dtype])
     short = random.standard_normal((3, 96)).astype(DTYPES[dtype])

@@ -17,9 +17,9 @@ pytest.importorskip("gguf")
     [
         ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000: want a whole number from 0 to 10,000"),
         ("num_attention_heads", 0, "config.json describes no model"),
-        ("num_attention_heads", 2**31 - 1, "and config.json speaks of 2147483647 heads of 32"),
-        ("num_key_value_heads", 3, "has .64. rows, and config.json speaks of 3 heads of 32"),
-        ("head_dim", 64, "and config.json speaks of 2 heads of 64"),
+        ("num_attention_heads", 2**31 - 1, "and config.json has 2147483647 heads of 32"),
+        ("num_key_value_heads", 3, "has .64. rows, and config.json has 3 heads of 32"),
+        ("head_dim", 64, "and config.json has 2 heads of 64"),
         ("intermediate_size", [1], "is no feed_forward_length of GGUF"),
         ("vocab_size", None, "is no vocab_size of GGUF"),
         ("rope_parameters", {"rope_theta": "x"}, "config.json describes no model"),

@@ -185,7 +185,7 @@ def edited(tmp_path, edit):
         (lambda c: c.pop("config_groups"), "the quantization_config is not readable"),
         (
             lambda c: c["config_groups"]["group_0"].update(targets=[]),
-            "no group of the quantization_config speaks of it",
+            "no group of the quantization_config applies to it",
         ),
         (lambda c: c["config_groups"]["group_0"].update(targets=["re:("]), "is not readable"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"), 'actorder is "group"'),

@@ -132,7 +132,7 @@ ATTENTION = {"targets": ["re:.*self_attn$"], "input_activations": CACHE}
             lambda c: c["quantization_config"]["config_groups"].update(attention=ATTENTION),
             r"attention.input_activations",
         ),
-        (lambda c: group(c).update(targets=["LlamaAttention"]), r"no group of the quantization_config speaks of it"),
+        (lambda c: group(c).update(targets=["LlamaAttention"]), r"no group of the quantization_config applies to it"),
         (lambda c: c.update(quantize_activations=True), r"config.json: quantize_activations is true"),
         (lambda c: c.update(transform_config=HADAMARD), r"config.json: transform_config is"),
         (lambda c: c.update(compression_config={"format": "marlin-24"}), r"config.json: compression_config is"),

@@ -1,6 +1,6 @@
 """Makes the directories in `artifacts/`: three tiny artifacts and one export, which later versions write byte for byte.
 
-The stored files were made by qkit 0.1.0 as it was before its modules moved to their present packages, with NumPy 2.5 and torch
+The stored files were made by qkit 0.1.0 as it was before its modules moved to their present packages, with NumPy 2.4 and torch
 2.13 on a CPU: python tests/golden/make_artifacts.py. Inputs are integers, scaled by powers of two, so that no library and no
 machine changes them.
 """
