@@ -22,8 +22,8 @@ class QTensor(Generic[Array]):
             0 .. 2^bits-1. Floats: uint8, the bits of one element each.
         scales: [..., groups], see `Grid.scale_shape`. Integers: float32 on the bfloat16 grid, possibly negative under
             `signed`. Floats: uint8, an E8M0 code c that means 2^(c-127), or the bits of an e4m3 under `nvfp4`.
-        grid: what codes and scales mean.
-        dtype: what was quantized and is given back: `float32`, `bfloat16` or `float16`.
+        grid: the element, group and scale rule of codes and scales.
+        dtype: of the tensor that was quantized, and of its values: `float32`, `bfloat16` or `float16`.
         zeros: `minmax` only: uint8 zero points, shaped like `scales`. A value is (code - zero) * scale.
         tensor_scale: `nvfp4` only: a float32 power of two, shape (). A value is code * scale * tensor_scale.
 
@@ -56,7 +56,7 @@ class QTensor(Generic[Array]):
         return shape_of(self.codes)
 
     def parts(self) -> dict[str, Array]:
-        """The arrays by name, without the absent ones."""
+        """The arrays by name; those that are None are left out."""
         named = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "tensor_scale": self.tensor_scale}
         return {name: array for name, array in named.items() if array is not None}
 

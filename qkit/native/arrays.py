@@ -1,4 +1,4 @@
-"""The kernels on NumPy arrays: whole tensors, their rows shared out among threads where there are enough of them."""
+"""The kernels on whole NumPy arrays. Threads share the rows of large ones."""
 
 import os
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from qkit.reference import packing, rounding
 from qkit.reference.packing import WORD_BITS, Packed, packed_codes, words
 from qkit.reference.scale_rules import poison
 
-SHARE = 1 << 17  #: fewest numbers that are worth a thread: about as long as it takes to wake one
+SHARE = 1 << 17  #: fewest numbers that are worth a thread: waking one takes about as long as they do
 
 
 def quantize(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> QTensor[NDArray[Any]]:
     """`reference.quantize(w, grid)` of finite `w` [..., n].
 
     Args:
-        dtype: what the patterns of `w` mean, where they come as 16-bit integers: `bfloat16` or `float16`.
+        dtype: `bfloat16` or `float16`, the type of the numbers of `w` if `w` is an array of 16-bit integers.
 
     Raises:
         DTypeError, GridError: as `reference.quantize`.
@@ -48,7 +48,7 @@ def quantize(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> QTen
 
 
 def quantize_packed(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> Packed:
-    """`pack(quantize(w, grid))` of finite `w` [rows, n], a row at a time, so that no codes are moved but packed ones.
+    """`pack(quantize(w, grid))` of finite `w` [rows, n], a row at a time, so that only packed codes go through memory.
 
     Arguments and errors: see `quantize`.
     """
@@ -77,11 +77,11 @@ def fake_quantize(
     dtype: DType | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """`reference.fake_quantize(w, grid)` of `w` [..., n], without given scales: a group that holds a NaN comes back as NaN.
+    """`reference.fake_quantize(w, grid)` of `w` [..., n] on the scales of its rule: a group with a NaN becomes NaN.
 
     Args:
         dtype: as for `quantize`.
-        out: where to, contiguous, of the shape and type of `w`; it may be `w` itself, which is slower.
+        out: a contiguous array of the shape and type of `w` for the values; it may be `w` itself, which is slower.
 
     Raises:
         ValueError: `out` does not fit.
@@ -129,7 +129,7 @@ def pack(codes: NDArray[Any], element: Element) -> NDArray[np.uint32]:
 
 
 def extremes(w: NDArray[Any], *, dtype: DType | None = None) -> tuple[float, float]:
-    """The highest and the lowest of `w`, zero among them; one of the two is NaN where there is a NaN.
+    """The highest and the lowest of `w`; zero counts as a number. One of the two is NaN if `w` has a NaN.
 
     Args:
         dtype: as for `quantize`.
@@ -142,7 +142,7 @@ def extremes(w: NDArray[Any], *, dtype: DType | None = None) -> tuple[float, flo
 
 
 def _patterns(w: NDArray[Any], dtype: DType | None) -> tuple[NDArray[Any], DType]:
-    """`w`, contiguous and aligned, and what its numbers are."""
+    """`w`, contiguous and aligned, and the type of its numbers."""
     return np.require(w, requirements=("C", "A")), dtype_of(w) if dtype is None else dtype
 
 
@@ -152,14 +152,14 @@ def _floats(w: NDArray[Any], dtype: DType | None) -> NDArray[Any]:
 
 
 def _groups(x: NDArray[Any], grid: Grid) -> tuple[int, int]:
-    """How many groups, and how long: where the scale is the tensor's, every row is one that has been told the extremes."""
+    """How many groups, and their length. With one scale for the tensor, each row is a group on the tensor's extremes."""
     group = grid.group_shape(x.shape)[-1]
     n = x.shape[-1] if grid.group == "tensor" else group
     return x.size // n, n
 
 
 def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float]:
-    """The extremes, if every group shall use the tensor's, and the tensor's scale; NaN in them where the tensor is not finite."""
+    """The tensor's extremes, if every group uses them, and the tensor's scale. NaN if the tensor is not finite."""
     if grid.group != "tensor" and grid.scale != "nvfp4":
         return None, 0.0
     ends = _extremes(x, kind)
@@ -170,7 +170,7 @@ def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float
 
 
 def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:
-    """Highest and lowest, of which each share of the rows finds its own."""
+    """The highest and the lowest number; each share of the rows finds its own first."""
     n, call = x.shape[-1], function("qkit_extremes")
     found = np.zeros((x.size // n, 2), np.float32)
 
@@ -182,12 +182,12 @@ def _extremes(x: NDArray[Any], kind: DType) -> NDArray[np.float32]:
 
 
 def _address(x: NDArray[Any], offset: int) -> int:
-    """Of the element that is `offset` elements from the first."""
+    """The address of the element that is `offset` elements after the first."""
     return int(x.__array_interface__["data"][0]) + offset * x.itemsize
 
 
 class _Of:
-    """What is made of `x` beside codes, and the kernel that makes it."""
+    """The scales of `x`, and the call of the kernel that computes them with the codes."""
 
     def __init__(self, x: NDArray[Any], kind: DType, grid: Grid) -> None:
         self._x, self._type, self._grid = x, TYPES.index(kind), grid
@@ -198,7 +198,7 @@ class _Of:
         self._call, self._struct = function("qkit_quantize"), byref(struct(grid))
 
     def quantize(self, first: int, *, codes: int, rows: int, groups: int, words: int | None, width: int) -> None:
-        """Groups from the `first` on; addresses and the rest as in kernels.c."""
+        """Quantizes groups from the `first` on; see kernels.c for the arguments."""
         zeros = None if self._zeros is None else _address(self._zeros, first)
         self._call(
             self._struct, _address(self._x, first * self._n), rows, groups, self._n, self._type, _end_address(self._ends),
@@ -206,7 +206,7 @@ class _Of:
         )  # fmt: skip
 
     def parts(self) -> dict[str, Any]:
-        """Of the `QTensor`. Where one scale is the tensor's, every row has found it."""
+        """The fields of the `QTensor` beside its codes. With one scale for the tensor, every row has found the same one."""
         shape, of_tensor = self._grid.scale_shape(self._x.shape), self._grid.scale == "nvfp4"
         return {
             "scales": self._scales[: prod(shape)].reshape(shape),
@@ -225,12 +225,12 @@ _most: list[int] = []
 
 
 def use_threads(count: int) -> None:
-    """At most so many for one array, in this process; without it, as many as it may use cores."""
+    """Limits the threads of one array to `count` in this process. The default is the number of usable cores."""
     _most[:] = [count]
 
 
 def _run(share: Callable[[int, int], None], count: int, n: int) -> None:
-    """`share(begin, end)` over all of `count` things of `n` numbers each."""
+    """Calls `share(begin, end)` for parts of `count` rows or groups of `n` numbers each."""
     parts = min(count * n // SHARE, count)
     if parts < 2 or (parts := min(parts, _most[0] if _most else _cores())) < 2:
         share(0, count)
@@ -251,4 +251,4 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(_cores() - 1, 1), thread_name_prefix="qkit")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not live on in a child
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has no threads of its parent

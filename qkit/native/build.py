@@ -1,4 +1,4 @@
-"""Compiling `kernels.c` beside itself. Stands alone, so that a build can run it before qkit can be imported.
+"""Compiles `kernels.c` into its own folder. Imports nothing of qkit, so that a build can run it first.
 
 Usage: python qkit/native/build.py
 """
@@ -11,27 +11,27 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-#: Under no name that Python would take for a module; `library.py` alone looks for it.
+#: The name is not one that Python takes for a module; only `library.py` opens the file.
 LIBRARY = Path(__file__).with_name("kernels.compiled")
 
-#: No -ffast-math: one rounding for every operation is what makes the bits. The other two change no value.
+#: Without -ffast-math, since the law rounds every operation once. The last two flags change no value.
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
 
 def compiler() -> str | None:
-    """Path of the C compiler: `$CC`, or cc; None where there is none."""
+    """Path of the C compiler, `$CC` or cc; None if it is missing."""
     return shutil.which(os.environ.get("CC", "cc"))
 
 
 def digest() -> str:
-    """Of the source and of how it is compiled; a library says it, so that one of another version is not used."""
+    """SHA-256 of the source and of the flags. A library holds its own, and one of another version is not used."""
     return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()
 
 
 def build() -> str:
-    """Compiles the library; returns why it did not, or nothing.
+    """Compiles the library. Returns the reason why it did not, or an empty string.
 
-    It is put in place in one step, so that a process that has the old one loaded keeps it.
+    The new library replaces the old one in one step, so that a process that loaded the old one keeps it.
     """
     cc = compiler()
     if cc is None:

@@ -1,22 +1,23 @@
-/* The loops that a CPU spends its time in, for every grid: quantizing, fake-quantizing, packing. `qkit/reference/` is the law:
-   what is here is its arithmetic in its order, one group at a time, so that the bits are its bits.
+/* The loops that a CPU spends its time in: quantizing, fake-quantizing and packing. `qkit/reference/` is the law: these loops do
+   its arithmetic in its order, one group at a time, and so compute its bits.
 
-   No intrinsics and no threads: compilers make vectors of these loops, and callers split rows. To be built with -O3
-   -ffp-contract=off -fno-math-errno -fno-trapping-math, and never with -ffast-math. Numbers come from `qkit/element.py`, in
-   `struct grid`. Codes, scales and bytes are little-endian. */
+   There are no intrinsics and no threads: compilers vectorize these loops, and callers split rows. Build with -O3
+   -ffp-contract=off -fno-math-errno -fno-trapping-math, and never with -ffast-math. Constants come from `qkit/element.py`, in
+   `struct grid`. Codes, scales and bytes are little-endian. `native/library.py` declares the elements and scale rules that
+   `known` and `pack` accept. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) /* which choose a version when they load it */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) /* the loader of these systems chooses the version */
 #define EXPORT __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EXPORT
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-#define BATCH 64 /* groups whose scales are made together, so that they are vectors too */
+#define BATCH 64 /* groups whose scales one loop computes, so that compilers vectorize it */
 
 enum { DONE, UNKNOWN }; /* returned to Python: UNKNOWN says that nothing was written */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
@@ -27,13 +28,13 @@ struct grid {
     int32_t mantissa, min_exponent, max_exponent; /* of a small float */
     int32_t min_code, max_code;                   /* of E8M0 */
     float lowest, highest;                        /* codes of an integer; -largest and largest of a float */
-    float step;                                   /* what a peak is multiplied with */
+    float step;                                   /* the multiplier of a peak */
     float min_scale;
     float min_block, max_block; /* of e4m3 scales */
 };
 
 struct scales {                      /* of a batch of groups */
-    float high[BATCH], low[BATCH];   /* extremes, zero among them */
+    float high[BATCH], low[BATCH];   /* extremes; zero counts as a value */
     float step[BATCH], zero[BATCH];  /* a value is (code - zero) * step; step is NaN where a group is not finite */
     uint8_t code[BATCH];             /* E8M0, or the bits of an e4m3 */
 };
@@ -85,7 +86,7 @@ INLINE float load(const void *x, int64_t i, int type)
     return type == BFLOAT16 ? from_bits((uint32_t)pattern << 16) : half_value(pattern);
 }
 
-/* Rounds to nearest even; not for NaN. */
+/* Rounds to nearest even. `x` must not be NaN. */
 INLINE void store(void *out, int64_t i, float x, int type)
 {
     if (type == FLOAT32)
@@ -134,7 +135,7 @@ INLINE float small_value(float y, struct small e)
 
 static const struct small E4M3 = {3, -6, 8, 448.0f};
 
-/* Extremes, zero among them: as integers, patterns are in the order of the values of one sign. */
+/* Extremes; zero counts as a value. As integers, the patterns of one sign are in the order of their values. */
 
 #define EXTREMES(NAME, UNSIGNED, SIGNED_)                                               \
     INLINE void NAME(const UNSIGNED *x, int64_t n, UNSIGNED *highest, UNSIGNED *lowest) \
@@ -306,7 +307,7 @@ INLINE void fake_quantize(const struct grid *grid, const void *x, int64_t groups
     }
 }
 
-/* Eight codes, each in a byte, as one stream of bits: moved together by twos, by fours, all. */
+/* Eight codes, one in a byte, as one stream of bits: pairs are joined first, then fours, then all eight. */
 INLINE uint64_t joined(const uint8_t *codes, int width, uint8_t flip)
 {
     uint64_t one = (1ull << width) - 1, two = (1ull << 2 * width) - 1, four = (1ull << 4 * width) - 1, x;
@@ -317,13 +318,14 @@ INLINE uint64_t joined(const uint8_t *codes, int width, uint8_t flip)
     return (x & four) | (x >> (32 - 4 * width) & four << 4 * width);
 }
 
-/* `n` codes to a stream of `width` bits each, lowest first, in `bytes` bytes, what is left of them zero. `flip` is XORed in: the
-   sign bit of `width` bits makes signed codes unsigned. Returns UNKNOWN, and writes nothing, where `width` is none of these. */
+/* `n` codes to a stream of `width` bits each, lowest first, in `bytes` bytes; the rest of them is zero. Codes are XORed with
+   `flip`: the sign bit of `width` bits makes signed codes unsigned. Returns UNKNOWN, and writes nothing, for
+   any other width. */
 INLINE int32_t pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip, uint8_t *out, int64_t bytes)
 {
     int64_t whole = n / 8; /* eight codes fill `width` bytes */
     switch (width) {
-#define WIDTH(W, TYPE) /* the type that is as wide makes vectors, where there is one */ \
+#define WIDTH(W, TYPE) /* a type of exactly `W` bytes, if there is one, vectorizes */ \
     case W:                                                                    \
         for (int64_t i = 0; i < whole; i++) {                                  \
             TYPE stream = (TYPE)joined(codes + 8 * i, W, flip);                \
@@ -366,9 +368,9 @@ INLINE int is_type(int32_t type) { return type == FLOAT32 || type == BFLOAT16 ||
 
 /* What Python calls. Each function that writes returns DONE or UNKNOWN. */
 
-const char *const qkit_digest = DIGEST; /* of this file, see build.py */
+const char *const qkit_digest = DIGEST; /* of this file and of its flags, see build.py */
 
-/* The highest and the lowest of `n` numbers, zero among them, into `ends`. */
+/* Writes the highest and the lowest of `n` numbers into `ends`; zero counts as a number. */
 EXPORT int32_t qkit_extremes(const void *x, int64_t n, int32_t type, float *ends)
 {
     if (!is_type(type))
@@ -382,8 +384,8 @@ EXPORT int32_t qkit_extremes(const void *x, int64_t n, int32_t type, float *ends
     return DONE;
 }
 
-/* Rows of `groups` groups of `n`. `ends`: of the whole tensor, or NULL where every group has its own. `zeros`: NULL where there are
-   none. `words`: NULL, or where every row is packed into `bytes` bytes; then `codes` has room for one row only. */
+/* Quantizes rows of `groups` groups of `n`. `ends`: the extremes of the whole tensor, or NULL if every group has its own.
+   `zeros`: NULL for a symmetric rule. `words`: NULL, or the place of packed rows of `bytes` bytes; then `codes` holds one row only. */
 EXPORT int32_t qkit_quantize(const struct grid *grid, const void *x, int64_t rows, int64_t groups, int64_t n, int32_t type,
                              const float *ends, float tensor_scale, uint8_t *codes, void *scales, uint8_t *zeros,
                              uint8_t *words, int64_t bytes)
@@ -408,7 +410,7 @@ EXPORT int32_t qkit_quantize(const struct grid *grid, const void *x, int64_t row
     return DONE;
 }
 
-/* `groups` groups of `n`. */
+/* Writes the values of `groups` groups of `n`. */
 EXPORT int32_t qkit_fake_quantize(const struct grid *grid, const void *x, int64_t groups, int64_t n, int32_t type,
                                   const float *ends, float tensor_scale, void *out)
 {
@@ -423,7 +425,7 @@ EXPORT int32_t qkit_fake_quantize(const struct grid *grid, const void *x, int64_
     return DONE;
 }
 
-/* Codes [rows, n], each row into `bytes` bytes. */
+/* Packs codes [rows, n], each row into `bytes` bytes. */
 EXPORT int32_t qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t width, uint8_t flip, uint8_t *out,
                          int64_t bytes)
 {

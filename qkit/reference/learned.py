@@ -19,20 +19,24 @@ from qkit.reference import rounding
 from qkit.reference.rounding import Codes
 from qkit.reference.scale_rules import Floats, amax, poison, round_to_bfloat16
 
-NAMES = ("weight_scale", "weight_zero", "weight_offset")  #: of parameters; float32, shaped like the grid's scales
-OFFSETS = NAMES[1:]  #: those of them that are rounded to whole numbers
+NAMES = (
+    "weight_scale",
+    "weight_zero",
+    "weight_offset",
+)  #: names of the parameters; float32, shaped like the grid's scales
+OFFSETS = NAMES[1:]  #: the parameters that are rounded to whole numbers
 FARTHEST = 255.0  #: an offset larger than this changes no code any more
 
 
 def is_learned(name: str) -> bool:
-    """Whether the parameter called `name`, with or without its layer's path, is a range: no weight decay should pull at it."""
+    """Whether the parameter called `name`, with or without its layer's path, is a learned range. Ranges take no weight decay."""
     return name.rpartition(".")[2] in NAMES
 
 
 def is_offset(name: str) -> bool:
     """Whether the parameter called `name` counts whole codes or powers of two: a zero point, or an offset of exponents.
 
-    It changes no value before it has moved by a half, whatever the size of the weights: at their learning rate it never would.
+    An offset changes no value before it has moved by a half. At the weights' learning rate that would take for ever.
     """
     return name.rpartition(".")[2] in OFFSETS
 
@@ -45,13 +49,13 @@ def names(grid: Grid) -> tuple[str, ...]:
 
 
 def factor(grid: Grid, shape: tuple[int, ...]) -> float:
-    """What gradients of ranges are multiplied with: 1/sqrt(elements of a group * largest code), LSQ's equation 4."""
+    """The factor of the gradients of ranges: 1/sqrt(elements of a group * largest code), LSQ's equation 4."""
     largest = grid.element.largest if grid.symmetric else grid.element.levels
     return 1.0 / math.sqrt(grid.group_shape(shape)[-1] * largest)
 
 
 def initial(w: NDArray[Any], grid: Grid) -> dict[str, Floats]:
-    """The parameters that give `w` [..., n] the values that the grid's own rule gives it."""
+    """The first parameters of `w` [..., n]: the scales and zero points of the grid's rule, or offsets of zero."""
     x = rounding.group(w, grid)
     if grid.element.kind == "float":
         return {"weight_offset": np.zeros(x.shape[:-1], np.float32)}
@@ -62,7 +66,7 @@ def initial(w: NDArray[Any], grid: Grid) -> dict[str, Floats]:
 
 
 def steps(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats]) -> tuple[Floats, Floats | None]:
-    """The fp32 step of each group of `w`, and its zero point under `minmax`: the parameters as they are used.
+    """The fp32 step of each group of `w`, and its zero point under `minmax`: the parameters after rounding and limits.
 
     Scales are on the bfloat16 grid, at least 2^-96 in magnitude, and negative under `signed` only. NaN where a parameter is not
     finite.

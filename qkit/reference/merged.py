@@ -1,8 +1,8 @@
 """The merged weight in NumPy: the law of adapters, which every engine follows bit for bit.
 
 Matrix products differ in their last bits between engines, devices and shapes, and a last bit may flip a code. So factors are
-shortened to 12 significant bits, which makes every product of two exact in float32, and sums have one order: fused or not,
-compiled or not, each engine then makes the same merged weight. Exact but for products below 2^-126, which no grid can see.
+shortened to 12 significant bits, so that every product of two is exact in float32, and sums have one order. Each engine then
+computes the same merged weight, fused or not, compiled or not. Exact but for products below 2^-126, which no grid can see.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def row_norms(v: Floats) -> Floats:
 
 
 def shorten(x: Floats) -> Floats:
-    """`x` with 12 significant bits, ties to even. In integers, as R3's rounding to bfloat16 is, since compilers leave them be."""
+    """`x` with 12 significant bits, ties to even. In integers, which compilers do not rewrite."""
     u = np.ascontiguousarray(x).view(np.uint32)
     return ((u + np.uint32((1 << DROPPED - 1) - 1) + (u >> DROPPED & 1)) & np.uint32(-1 << DROPPED & 0xFFFFFFFF)).view(
         np.float32

@@ -1,9 +1,9 @@
 """Canonical bytes: codes of 2 to 8 bits as one little-endian bit stream per row, lowest bit first.
 
-For every width the stream is, byte for byte, what MLX holds in its uint32 words and what compressed-tensors calls
-`pack-quantized` and holds in int32 words; at 4 bits it is also the low-nibble-first order of mxfp4 and nvfp4.
+For every width the stream is, byte for byte, that of MLX's uint32 words and of the int32 words that compressed-tensors calls
+`pack-quantized`; at 4 bits it is also the low-nibble-first order of mxfp4 and nvfp4.
 
-`Packed` is a quantized weight as files hold it: a `QTensor` whose codes are such words. Every layout renames what is in it.
+`Packed` is a quantized weight as files hold it: a `QTensor` whose codes are such words. Layouts rename its arrays.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def words(n: int, bits: int) -> int:
 
 
 def unsigned(codes: NDArray[Any], element: Element) -> NDArray[np.uint8]:
-    """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; codes that are unsigned stay."""
+    """Signed integer codes -2^(bits-1) .. 2^(bits-1)-1 shifted to 0 .. 2^bits-1; unsigned codes do not change."""
     if codes.dtype != np.int8:
         return codes
     return codes.view(np.uint8) + np.uint8(-element.lowest)
@@ -101,10 +101,10 @@ def unpacked_codes(packed: NDArray[Any], *, element: Element, n: int, symmetric:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A quantized weight [outputs, inputs], cheap to pass on: the words are usually a view into a mapped file.
+    """A quantized weight [outputs, inputs], whose words are usually a view into a mapped file.
 
     Attributes:
-        words: uint32 [outputs, words(inputs, bits)], see above.
+        words: uint32 [outputs, words(inputs, bits)], the stream of bits of each row.
         scales, grid, dtype, zeros, tensor_scale: as in `QTensor`.
         shape: of the weight.
     """

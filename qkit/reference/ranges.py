@@ -1,4 +1,4 @@
-"""Static activations: scales that were chosen before, from the lowest and the highest value a layer has seen."""
+"""Static activations: scales that follow from the lowest and the highest value that a layer has seen."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,27 +11,27 @@ from qkit.grid import Grid
 from qkit.reference import packing, rounding
 from qkit.rules import Rule
 
-PREFIX = {"activation": "input", "output": "output"}  #: what tensors of a slot's grid are called by
+PREFIX = {"activation": "input", "output": "output"}  #: the first word of the names of a slot's tensors
 
 
 def static_names(rule: Rule) -> dict[str, Grid]:
-    """`input` and `output`, as far as `rule` makes them static, and their grids."""
+    """`input` and `output`, if `rule` makes them static, with their grids."""
     return {} if rule.range == "dynamic" else {PREFIX[slot]: grid for slot, grid in rule.slots.items()}
 
 
 def static_scales(rule: Rule, ranges: Mapping[str, NDArray[np.float32]], *, path: str) -> dict[str, NDArray[Any]]:
-    """The tensors that a converted layer keeps, by compressed-tensors' names.
+    """The static scales and zero points of a converted layer, by compressed-tensors' names.
 
     Args:
         ranges: for `input` and `output`, the lowest and the highest value seen [2].
-        path: what messages call the layer.
+        path: of the layer, for messages.
 
     Returns:
         `input_scale` and `output_scale`: float32 [1], the step; under `minmax` also `input_zero_point` and
         `output_zero_point`: int8 [1], the zero point less 2^(bits-1).
 
     Raises:
-        StageError: a range is empty: nothing was seen.
+        StageError: a range is empty: the layer has seen no value.
     """
     stored: dict[str, NDArray[Any]] = {}
     for name, grid in static_names(rule).items():
@@ -47,10 +47,10 @@ def static_scales(rule: Rule, ranges: Mapping[str, NDArray[np.float32]], *, path
 
 
 def check_static(stored: Mapping[str, NDArray[Any] | None], rule: Rule) -> dict[str, NDArray[Any]]:
-    """`stored`, if it is what `static_scales` could have given for `rule`.
+    """`stored`, if `static_scales` could have returned it for `rule`.
 
     Raises:
-        ArtifactError: a tensor is missing, of another type or shape, or holds what no scale is.
+        ArtifactError: a tensor is missing, has another type or shape, or holds a number that is no scale.
     """
     checked = {}
     for name, kind in static_contents(rule).items():
@@ -68,7 +68,7 @@ def check_static(stored: Mapping[str, NDArray[Any] | None], rule: Rule) -> dict[
 
 
 def static_contents(rule: Rule) -> dict[str, str]:
-    """Name and NumPy type of each tensor, all of shape [1], that `static_scales` gives for `rule`."""
+    """Name and NumPy type of each tensor that `static_scales` returns for `rule`. Every shape is [1]."""
     stored = {}
     for name, grid in static_names(rule).items():
         stored[f"{name}_scale"] = "float32"

@@ -3,8 +3,8 @@
 R0 to R13, here and elsewhere, are the laws of numerics.md, which says the same in words.
 
 Arithmetic is fp32, one rounding per operation, in the order written. Tensors are grouped first, [..., n] -> [..., groups,
-group]; whatever belongs to a group is an array [..., groups]. Whether a tensor is finite is asked before, by whoever wants
-codes: here a group that holds a NaN or an infinity just comes back as NaN from `fake_quantize`.
+group]; scales and zero points are arrays [..., groups]. Callers of `quantize` check first that a tensor is finite.
+`fake_quantize` does not: a group with a NaN or an infinity becomes NaN.
 """
 
 from typing import Any, cast
@@ -72,9 +72,9 @@ def fake_quantize(
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
     Args:
-        scales: fp32 steps, shaped like the grid's scales, to use instead of those that the grid's rule chooses (static
-            quantization). Powers of two for floats; not for `nvfp4`. Then a NaN or an infinity spoils itself only.
-        zeros: the zero points that go with them under `minmax`.
+        scales: fp32 steps, shaped like the grid's scales, instead of those that the grid's rule chooses (static
+            quantization). Powers of two for floats; not for `nvfp4`. A NaN or an infinity then spoils only itself.
+        zeros: the zero points that belong to `scales` under `minmax`.
     """
     x = group(w, grid)
     if scales is not None:
@@ -120,7 +120,7 @@ def unclipped(
 
 
 def scale_values(q: QTensor[NDArray[Any]]) -> Floats:
-    """The fp32 step of every group [..., groups]: what a code is multiplied with."""
+    """The fp32 step of every group [..., groups]: the factor of its codes."""
     if q.tensor_scale is not None:
         return cast(Floats, e4m3_values(q.scales) * q.tensor_scale)
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
@@ -161,7 +161,7 @@ def group(w: NDArray[Any], grid: Grid) -> Floats:
 
 
 def each(per_group: Floats) -> Floats:
-    """[..., groups] -> [..., groups, 1]: one value for each group, ready to meet the group's elements."""
+    """[..., groups] -> [..., groups, 1]: one value for each group, which broadcasts over the group's elements."""
     return per_group[..., None]
 
 
@@ -230,7 +230,7 @@ def float_codes(x: Floats, c: Codes, element: Element) -> Codes:
 
 
 def float_values(codes: Codes, element: Element) -> Floats:
-    """What the bits of small floats mean, as float32."""
+    """The values of the bits of small floats, as float32."""
     if element.name == "e2m1":
         return np.array(constants.E2M1_VALUES, np.float32)[codes]
     return cast(Floats, codes.view(FLOAT8[element.name]).astype(np.float32))
@@ -256,11 +256,11 @@ def tensor_power(x: Floats) -> Floats:
 
 
 def block_scale(x: Floats, tensor_scale: Floats) -> Codes:
-    """The e4m3 bits of each block's scale; never zero, so that no block loses its values to its scale."""
+    """The e4m3 bits of each block's scale; never zero, since a scale of zero would lose the values of its block."""
     s = amax(x) * (np.float32(1) / tensor_scale) * np.float32(STEP["e2m1", "nvfp4"])
     return cast(Codes, np.clip(s, constants.MIN_BLOCK_SCALE, 448.0).astype(FLOAT8["e4m3"]).view(np.uint8))
 
 
 def e4m3_values(codes: Codes) -> Floats:
-    """What the bits of e4m3 numbers mean, as float32."""
+    """The values of the bits of e4m3 numbers, as float32."""
     return cast(Floats, codes.view(FLOAT8["e4m3"]).astype(np.float32))

@@ -88,17 +88,17 @@ def bits(x: Floats) -> Exponents:
 
 
 def amax(x: Floats) -> Floats:
-    """Largest magnitude of each group; NaN where it holds one."""
+    """Largest magnitude of each group; NaN for a group with a NaN."""
     return cast(Floats, np.abs(x).max(axis=-1))
 
 
 def poison(peak: Floats) -> Floats:
-    """0 where `peak` is finite, else NaN: added to the scale of a group that holds a NaN or an infinity, it spoils it all."""
+    """0 where `peak` is finite, else NaN. Added to the scale of a group with a NaN or an infinity, it makes the group NaN."""
     return cast(Floats, peak * np.float32(0))
 
 
 def round_to_bfloat16(x: Floats) -> Floats:
-    """`x` with 8 significant bits, ties to even (RNE8). Written with integers, since compilers delete the pair of casts."""
+    """`x` with 8 significant bits, ties to even (RNE8). In integers, since compilers delete a pair of casts."""
     u = bits(x)
     return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(np.float32)
 
