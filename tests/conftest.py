@@ -1,8 +1,3 @@
-"""Makes the modules beside the tests importable."""
-
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), *map(str, Path(__file__).parent.glob("**/"))]
+"""What every test directory shares. The helpers beside this file are importable: `pythonpath` in pyproject.toml."""
 
 collect_ignore = ["plugins"]  # distributions of their own: test_plugins.py installs and runs them

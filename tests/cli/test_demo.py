@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit.cli.demo import _table
@@ -17,7 +18,6 @@ from qkit.engines.hookspecs import hookimpl
 from qkit.engines.numpy import NumpyBackend
 
 READY = {status.name: status for status in qkit.backends() if status.ready}
-ENGINES = [name for name in READY if hasattr(qkit.backend(name), "trainer")]
 TINY = replace(run.PRESET, hidden=64, layers=1, intermediate=128, batch=2, length=32, float_steps=12, more_steps=6)
 
 RECIPE = """

@@ -5,8 +5,9 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from llama import ENGINES, build, logits
+from models import build, logits
 from safetensors.numpy import save_file
+from tables import BUILDERS as ENGINES
 
 import qkit
 from qkit.storage.arrays import read_file

@@ -6,7 +6,10 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from families import make
+from checkpoints import quantized
+from models import weight
+from tables import DTYPES
+from tables import FILE_GRIDS as GRIDS
 
 import qkit
 from qkit.exchange import snapshot, transfer
@@ -14,26 +17,6 @@ from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
 from qkit.storage.arrays import read_file
-from qkit.streaming.carry_out import quantize_directory
-from qkit.streaming.plan import make_plan
-
-GRIDS = [
-    *(Grid(f"int{bits}", 64, rule) for bits in (2, 3, 4, 5, 6, 8) for rule in ("signed", "minmax")),
-    Grid("int4", 32, "absmax"),
-    Grid("int4", 128, "midmax"),
-    Grid("int8", "row"),
-    Grid("int8", "tensor", "minmax"),
-    Grid("int4", 256),
-    Grid("e2m1", 32),
-    Grid("e4m3", 32, "even"),
-    Grid("e4m3", "row"),
-    Grid("e4m3", "tensor"),
-]
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
-
-def weight(dtype="float32", shape=(24, 256), scale=1.0):
-    return (np.random.default_rng(1).standard_normal(shape) * scale).astype(DTYPES[dtype])
 
 
 def same(a, b):
@@ -42,14 +25,6 @@ def same(a, b):
     return mine.keys() == theirs.keys() and all(
         mine[name].dtype == theirs[name].dtype and np.array_equal(mine[name], theirs[name]) for name in mine
     )
-
-
-def quantized(folder, recipe, *, family="llama", **changes):
-    """A checkpoint quantized with `recipe`, a name or an object, and what it was made of."""
-    source = make(folder / "float", family, **changes)
-    plan = make_plan(source, recipe if isinstance(recipe, qkit.Recipe) else qkit.recipe(recipe))
-    quantize_directory(plan, folder / "qkit", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
-    return folder / "qkit"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,9 +7,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from families import make
+from checkpoints import quantized
+from models import make, weight
 from safetensors.numpy import save_file
-from test_export import GRIDS, quantized, weight
+from tables import FILE_GRIDS as GRIDS
 
 import qkit
 from qkit.exchange import diff, snapshot, transfer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import make
+from models import make
 
 import qkit
 from qkit import reference

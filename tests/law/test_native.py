@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import DTYPES
 
 import qkit
 from qkit import Grid, native, reference
@@ -20,7 +21,6 @@ from qkit.native import arrays, build, library
 from qkit.reference import packing
 from qkit.testing.tensors import all_grids, tensors
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 PATTERNS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
 ODD = [Grid("int4", 3), Grid("int3", 10, "minmax"), Grid("int8", 1), Grid("e4m3", 5), Grid("e2m1", 31, "even")]
 needs_kernels = pytest.mark.skipif(not native.available(), reason="qkit was built without a C compiler")

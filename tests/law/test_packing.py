@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from qkit import reference
-from qkit.element import element
+from qkit.element import ELEMENTS, element
 from qkit.grid import Grid
 from qkit.reference import packing
 from qkit.testing import all_grids, random
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
+WIDTHS = sorted({element.bits for element in ELEMENTS.values()})
 
 
 def test_four_bits_are_low_nibble_first() -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from tables import INTEGERS
 
 from qkit import reference
 from qkit.element import MIN_SCALE
@@ -16,7 +17,7 @@ from qkit.qtensor import DTYPES, DType
 from qkit.reference import rounding
 from qkit.testing import all_grids, random
 
-SYMMETRIC = [Grid(f"int{bits}", 8, rule) for bits in (2, 3, 4, 5, 6, 8) for rule in ("signed", "absmax", "midmax")]
+SYMMETRIC = [Grid(name, 8, rule) for name in INTEGERS for rule in ("signed", "absmax", "midmax")]
 ORDINARY = st.floats(-(2.0**66), 2.0**66, width=32).filter(lambda x: x == 0 or abs(x) > 2.0**-50)
 GROUPS = arrays.arrays(np.float32, (3, 8), elements=ORDINARY)
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import ENGINES, folder, small, table
+from models import small
+from runs import folder, table
 from safetensors.numpy import load_file, save_file
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit import reference

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from runs import TOKENS, arrays, same, small
+from alike import same
+from models import small
+from runs import TOKENS, arrays
 
 import qkit
 

@@ -5,12 +5,12 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+from tables import MODULES as MODULE_ENGINES
+from tables import READY as ENGINES
 
 import qkit
 from qkit import Grid, Recipe, Rule
 
-ENGINES = [status.name for status in qkit.backends() if status.ready]
-MODULE_ENGINES = [name for name in ENGINES if hasattr(qkit.backend(name), "layers")]
 GRID = Grid("int4", 32)
 RECIPE = Recipe("test", (Rule(("*",), weight=GRID),))
 EVERY_RULE = [

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from tables import MODULES as ENGINES
 from typer.testing import CliRunner
 
 import qkit
 from qkit.cli.application import application
 from qkit.testing.probe import probe, worst
 
-ENGINES = [status.name for status in qkit.backends() if status.ready and hasattr(qkit.backend(status.name), "layers")]
 RECIPES = ["int4-g64", "int4-g64-all", "int8-static-act-int8-weight", "nvfp4"]
 runner = CliRunner()
 

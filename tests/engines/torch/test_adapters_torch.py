@@ -4,11 +4,11 @@ import copy
 
 import numpy as np
 import pytest
+from models import build
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchao")
 
-from llama import build  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 

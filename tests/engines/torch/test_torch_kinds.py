@@ -3,7 +3,9 @@
 import copy
 import io
 import weakref
+from functools import partial
 
+import models
 import numpy as np
 import pytest
 
@@ -17,6 +19,8 @@ import qkit  # noqa: E402
 from qkit.grid import Grid  # noqa: E402
 from qkit.rules import Recipe, Rule  # noqa: E402
 
+inputs = partial(models.inputs, "torchao")
+mlp = partial(models.mlp, "torchao", out=32)
 INT4 = Grid("int4", 32)
 STATIC = Rule(("*",), weight=INT4, activation=Grid("int8", "tensor"), range="calibrated")
 AVERAGE = Rule(("*",), weight=INT4, activation=Grid("int8", "tensor", "minmax"), range="average", ste="masked")
@@ -24,21 +28,6 @@ AVERAGE = Rule(("*",), weight=INT4, activation=Grid("int8", "tensor", "minmax"),
 
 def recipe(*rules):
     return Recipe("test", rules or (Rule(("*",), weight=INT4),))
-
-
-@pytest.fixture(autouse=True)
-def _no_compiled_code():
-    """torch gives up after eight compilations of one code object, here `Sequential.forward`."""
-    torch.compiler.reset()
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
-
-
-def inputs(rows=5, width=64):
-    return torch.from_numpy(np.random.default_rng(1).standard_normal((rows, width)).astype(np.float32))
 
 
 # modules that read weights themselves

@@ -4,7 +4,9 @@ import copy
 import pickle
 import sys
 import threading
+from functools import partial
 
+import models
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
@@ -18,15 +20,12 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
 
+inputs = partial(models.inputs, "torchao")
+mlp = partial(models.mlp, "torchao", bias=False)
 GRID = Grid("int4", 32)
 RECIPE = Recipe("test", (Rule(("*",), weight=GRID),))
 CHANGED = "modified (by an inplace operation|inplace)"  # torch's words for what is saved, and for what views it
 MASKED = Recipe("test", (Rule(("*",), weight=GRID, ste="masked"),))
-
-
-@pytest.fixture(autouse=True)
-def _no_compiled_code():
-    torch.compiler.reset()
 
 
 class Fresh(nn.Linear):
@@ -36,18 +35,9 @@ class Fresh(nn.Linear):
         return F.linear(x, qkit.fake_quantize(self.weight, GRID), self.bias)
 
 
-def mlp(linear=nn.Linear):
-    torch.manual_seed(0)
-    return nn.Sequential(linear(64, 96), nn.ReLU(), linear(96, 64, bias=False))
-
-
 def pair():
     """A prepared model and its reference, with equal weights of their own."""
-    return qkit.prepare(mlp(), RECIPE), mlp(Fresh)
-
-
-def inputs():
-    return torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    return qkit.prepare(mlp(), RECIPE), mlp(linear=Fresh)
 
 
 def assert_same(model, fresh, x=None):
@@ -167,7 +157,7 @@ def test_an_edit_is_seen(edit):
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("edit", [under_no_grad, load, swap_data, clip], ids=lambda edit: edit.__name__)
 def test_an_edit_is_seen_by_compiled_code(edit, how):
-    model, fresh = mlp(), mlp(Fresh)
+    model, fresh = mlp(), mlp(linear=Fresh)
     compiled = torch.compile(model, backend="aot_eager") if how == "before" else None
     qkit.prepare(model, RECIPE)
     compiled = compiled or torch.compile(model, backend="aot_eager")

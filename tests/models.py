@@ -1,6 +1,83 @@
-"""Small models of the families that checkpoints come in, made by transformers' own classes, and a tokenizer for them."""
+"""Small models that all tests share: two layers, a Llama that is the same on every engine, and the families of checkpoints."""
+
+from importlib import import_module
 
 import numpy as np
+from tables import DTYPES
+
+import qkit
+from qkit.testing.tensors import random
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 30000.0},  # nobody's default
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "dtype": "float32",
+}
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
+SEED = 7
+#: The module and function that seed an engine, and the module of its layers.
+NETWORKS = {"torchao": ("torch", "manual_seed", "torch.nn"), "mlx": ("mlx.core.random", "seed", "mlx.nn")}
+
+
+def build(name, **changes):
+    """The Llama on engine `name`, with weights drawn by NumPy, so that they are the same on every engine."""
+    engine = qkit.backend(name)
+    model = engine.build({**CONFIG, **changes})
+    drawing = np.random.default_rng(SEED)
+    drawn = {}
+    for key, tensor in sorted(engine.tensors(model).items()):
+        old = engine.to_numpy(tensor)
+        drawn[key] = (drawing.standard_normal(old.shape) * (old.shape[-1] ** -0.5)).astype(old.dtype)
+    engine.fill(model, drawn)
+    return model
+
+
+def logits(name, model):
+    """Float32 logits of `model` on the test tokens."""
+    return qkit.backend(name).logits(model, TOKENS)
+
+
+#: A Llama for tests that train it.
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def small(name, **changes):
+    """The test Llama on engine `name`, smaller."""
+    return build(name, **{**SMALL, **changes})
+
+
+def inputs(name, rows=5, width=64, *, seed=1, dtype="float32"):
+    """Standard-normal numbers [rows, width] as an array of engine `name`; the same numbers on every engine."""
+    return qkit.backend(name).from_numpy(random((rows, width), seed, dtype))
+
+
+def mlp(name, *, out=64, bias=True, linear=None):
+    """Two layers, 64 -> 96 -> `out`, and a ReLU between, of engine `name`'s own modules; `bias` is that of the second."""
+    module, seed, networks = NETWORKS[name]
+    getattr(import_module(module), seed)(0)
+    nn = import_module(networks)
+    linear = linear or nn.Linear
+    return nn.Sequential(linear(64, 96), nn.ReLU(), linear(96, out, bias=bias))
+
+
+def weight(dtype="float32", shape=(24, 256), scale=1.0):
+    """A standard-normal weight, times `scale`, in NumPy."""
+    return (np.random.default_rng(1).standard_normal(shape) * scale).astype(DTYPES[dtype])
+
+
+# Checkpoints
 
 COMMON = {
     "vocab_size": 256,
@@ -55,10 +132,10 @@ def make(folder, family, *, dtype="float32", **changes):
     if family == "gpt_neox":
         del given["num_key_value_heads"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given), dtype=getattr(torch, dtype))
-    random = np.random.default_rng(7)
+    drawing = np.random.default_rng(7)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
-            drawn = random.standard_normal(tuple(parameter.shape)).astype(np.float32)
+            drawn = drawing.standard_normal(tuple(parameter.shape)).astype(np.float32)
             if parameter.ndim == 1:  # whole 256ths, so that 1 + w is exact for Gemma's norms in GGUF
                 parameter.copy_(torch.from_numpy(drawn * 51).round() / 256)
             else:
