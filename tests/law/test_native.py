@@ -178,12 +178,12 @@ def test_without_kernels_numpy_gives_the_same(grid, monkeypatch):
 @needs_kernels
 def test_a_library_of_another_version_is_not_used(monkeypatch):
     monkeypatch.setattr(library, "digest", lambda: "of another source")
-    library._library.cache_clear()
+    library._library.cache_clear()  # noqa: SLF001  what it holds is under test
     try:
         assert not native.available()
     finally:
         monkeypatch.undo()
-        library._library.cache_clear()
+        library._library.cache_clear()  # noqa: SLF001  what it holds is under test
     assert native.available()
 
 

@@ -114,9 +114,10 @@ def test_compiled_steps_are_compiled_once_for_each_recipe_and_not_for_each_step(
     counted = []
     if name == "torchao":
         import torch
+        from torch._dynamo.utils import counters
 
         torch.compiler.reset()
-        start = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        start = counters["stats"]["unique_graphs"]
     else:
         kind = type(model)
         call = kind.__call__
@@ -127,9 +128,7 @@ def test_compiled_steps_are_compiled_once_for_each_recipe_and_not_for_each_step(
     for step in range(1, 9):
         before(step)
         trainer.step([TOKENS[:2]], learning_rate=1e-3)
-        made.append(
-            torch._dynamo.utils.counters["stats"]["unique_graphs"] - start if name == "torchao" else len(counted)
-        )
+        made.append(counters["stats"]["unique_graphs"] - start if name == "torchao" else len(counted))
     assert made[0] == made[1] == made[2] == made[3] < made[4] == made[5] == made[6] == made[7]
 
 

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
 from torch import nn  # noqa: E402
+from torch._dynamo import config  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 
@@ -190,7 +191,7 @@ def test_a_switch_does_not_compile_anew(rule):
     compiled = torch.compile(model, fullgraph=True)
     on, off = model(x), float_model(x)
     torch.testing.assert_close(compiled(x), on, rtol=0, atol=1e-5)  # matmul order
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with config.patch(error_on_recompile=True):
         with qkit.disabled(model):
             torch.testing.assert_close(compiled(x), off, rtol=0, atol=1e-5)  # matmul order
         torch.testing.assert_close(compiled(x), on, rtol=0, atol=1e-5)  # matmul order
@@ -404,7 +405,7 @@ def test_sparse_gradients_are_masked():
 
 def test_a_weight_that_is_computed_is_an_obstacle():
     model = nn.Sequential(nn.Linear(64, 64))
-    weight = model[0]._parameters.pop("weight")  # as torch.nn.utils.weight_norm does
+    weight = model[0]._parameters.pop("weight")  # noqa: SLF001  as torch.nn.utils.weight_norm does
     model[0].weight = weight.detach()
     with pytest.raises(qkit.RecipeError, match="0: its weight is computed from other parameters"):
         qkit.prepare(model, recipe())

@@ -124,7 +124,7 @@ def test_a_copy_is_not_stale_either(edit):
 
 def times_made(weight):
     """How often the values that are kept of `weight` were made: each time is one more version of them."""
-    return values.kept([weight])[id(weight)].made._version
+    return values.kept([weight])[id(weight)].made._version  # noqa: SLF001  torch's count of writes has no public name
 
 
 def test_values_are_made_once_for_many_forwards():
