@@ -15,12 +15,11 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parity import machine
+from measure import Report
 
 import qkit
 from qkit.adapters import Adapter
@@ -99,7 +98,7 @@ def trained_codes(engine: Any, model: Any) -> dict[str, np.ndarray]:
     return {layer.path: qkit.quantize(updated[layer.path], layer.rule.weight).codes for layer in adapted}
 
 
-def measure(name: str, folder: Path, recipe: str, kind: str, start: Callable[[Any], Any], steps: int) -> dict[str, Any]:
+def gap(name: str, folder: Path, recipe: str, kind: str, start: Callable[[Any], Any], steps: int) -> dict[str, Any]:
     """Trains, merges, converts; losses in nats per byte of held-out text."""
     engine, (text, unseen) = qkit.backend(name), other_text()
     model, merge = start(qkit.prepare(qkit.load(folder, backend=name), recipe))
@@ -129,18 +128,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     theirs = {"torchao": ("float adapter (peft)", with_peft), "mlx": ("float adapter (mlx-lm)", with_mlx_lm)}
-    rows = []
+    report = Report(given.out, packages=("peft", "mlx-lm", "transformers"))
     with tempfile.TemporaryDirectory() as home:
         base(Path(home) / "float", given.float_steps)
         for recipe in given.recipe or ["int4-g64", "int2-g64", "mxfp4-a16"]:
             for name in given.backend or list(theirs):
                 for kind, start in (("qkit lora", ours("lora")), ("qkit dora", ours("dora")), theirs[name]):
-                    rows.append(measure(name, Path(home) / "float", recipe, kind, start, given.steps))
-                    print(rows[-1], file=sys.stderr, flush=True)
-    command = f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}"
-    about = machine("cpu") | {name: version(name) for name in ("peft", "mlx-lm", "transformers")}
-    text = json.dumps({"command": command, "machine": about, "merges": rows}, indent=2)
-    given.out.write_text(text + "\n") if given.out else print(text)
+                    report.add(gap(name, Path(home) / "float", recipe, kind, start, given.steps))
+    report.finish()
 
 
 if __name__ == "__main__":
