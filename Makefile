@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 	$(BIN)/qkit demo
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: test
 	$(BIN)/qkit parity --all

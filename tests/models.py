@@ -1,12 +1,36 @@
 """Small models that all tests share: two layers, a Llama that is the same on every engine, and the families of checkpoints."""
 
+import atexit
+import json
+import shutil
+from functools import wraps
 from importlib import import_module
+from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 from tables import DTYPES
 
 import qkit
 from qkit.testing.tensors import random
+
+
+def made_once(make):
+    """`make(folder, ...)` that fills the folder itself the first time, and copies that folder for equal arguments later."""
+    made = {}
+
+    @wraps(make)
+    def copied(folder, *arguments, **options):
+        key = json.dumps([arguments, options], sort_keys=True)
+        if key not in made:
+            home = mkdtemp()
+            atexit.register(shutil.rmtree, home, ignore_errors=True)
+            made[key] = make(Path(home) / "made", *arguments, **options)
+        shutil.copytree(made[key], folder, dirs_exist_ok=True)
+        return folder
+
+    return copied
+
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -123,6 +147,7 @@ FAMILIES = {
 }
 
 
+@made_once
 def make(folder, family, *, dtype="float32", **changes):
     """A checkpoint of transformers' own making in `folder`, with weights drawn by NumPy and a tokenizer of bytes."""
     import torch

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from alike import contents
-from models import small
+from models import made_once, small
 from safetensors.numpy import load_file
 from tables import TRAINERS as ENGINES
 
@@ -20,9 +20,14 @@ TEXT = "".join(f"{i} squared is {i * i}; " for i in range(400))
 TOKENS = np.random.default_rng(3).integers(0, 256, (6, LENGTH + 1)).astype(np.int32)
 
 
+@made_once
+def _model(folder, name, **changes):
+    return qkit.save(small(name, **changes), folder, backend=name)
+
+
 def folder(path, name=ENGINES[0] if ENGINES else "", **changes):
     """A directory with the small Llama, and a text beside it."""
-    qkit.save(small(name, **changes), path / "model", backend=name)
+    _model(path / "model", name, **changes)
     (path / "text.txt").write_text(TEXT)
     return path
 
