@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,54 @@ from measure import Report
 import qkit
 from qkit.adapters import Adapter
 from qkit.adapters.surgery import base_weight
-from qkit.demo.run import PRESET, standard_library
+from qkit.demo.preset import PRESET, standard_library
 from qkit.reference.merged import merged
-from qkit.training import held_out, read_bytes, train, windows
+from qkit.training import Order, Sequences, Step, read_bytes, sequences, train
+from qkit.training.data import Tokens
+from qkit.training.rates import rate
 
 SMALL = replace(PRESET, layers=2, batch=8, length=64)
 MATCH = ("*_proj",)
 RANK, ALPHA = 8, 16.0
 
 
-def other_text() -> tuple[np.ndarray, np.ndarray]:
-    """Text of another kind [n], and windows of it held out."""
+def cut(files: Iterable[Path]) -> Sequences:
+    """The bytes of `files` in sequences of the length that is trained on."""
+    return sequences(read_bytes(files, limit=1 << 24), length=SMALL.length, name="the standard library")
+
+
+def other_text() -> tuple[Sequences, Tokens]:
+    """Text of another kind to train on, and 64 sequences of it held out."""
     files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "test").glob("*.py"))
     if not files:
         raise SystemExit("this Python has no tests beside its library: there is no text to adapt to")
-    unseen = read_bytes(files[::10], limit=1 << 24)
-    return read_bytes((f for i, f in enumerate(files) if i % 10), limit=1 << 24), held_out(unseen, rows=64, length=64)
+    unseen = cut(files[::10])
+    picked = np.linspace(0, len(unseen) - 1, 64).astype(np.int64)
+    return cut(f for i, f in enumerate(files) if i % 10), unseen.rows(picked)
+
+
+def steps_of(
+    engine: Any, model: Any, data: Sequences, *, seed: int, steps: int, peak: float, warmup: int, weight_decay: float
+) -> Iterator[Step]:
+    """Trains `model` for `steps` steps, one each time the iterator is advanced."""
+    order = Order(data, SMALL.batch, accumulation=1, seed=seed)
+    return train(
+        engine.trainer(model, weight_decay=weight_decay),
+        order,
+        first=1,
+        last=steps,
+        rate=lambda step: rate(step, peak=peak, steps=steps, warmup=warmup, shape="cosine"),
+        before=lambda step: None,
+    )
 
 
 def base(folder: Path, steps: int) -> None:
     """A float Llama, trained on torch, for both engines."""
     engine = qkit.backend("torchao")
     model = engine.build(SMALL.config)
-    text, _ = standard_library(SMALL)
-    batches = windows(text, batch=SMALL.batch, length=SMALL.length, seed=0)
-    for step in train(engine, model, batches, steps=steps, learning_rate=1.5e-3, warmup=20, weight_decay=0.1):
+    files, _ = standard_library(SMALL)
+    text = cut(map(Path, files))
+    for step in steps_of(engine, model, text, seed=0, steps=steps, peak=1.5e-3, warmup=20, weight_decay=0.1):
         if step.number % 100 == 0:
             print(f"float, step {step.number}: {step.loss:.3f}", file=sys.stderr, flush=True)
     qkit.save(model, folder)
@@ -103,8 +126,7 @@ def gap(name: str, folder: Path, recipe: str, kind: str, start: Callable[[Any], 
     engine, (text, unseen) = qkit.backend(name), other_text()
     model, merge = start(qkit.prepare(qkit.load(folder, backend=name), recipe))
     first = engine.loss(model, unseen)
-    batches = windows(text, batch=SMALL.batch, length=SMALL.length, seed=1)
-    for _ in train(engine, model, batches, steps=steps, learning_rate=2e-3, warmup=5, weight_decay=0.0):
+    for _ in steps_of(engine, model, text, seed=1, steps=steps, peak=2e-3, warmup=5, weight_decay=0.0):
         pass
     before, codes = engine.loss(model, unseen), trained_codes(engine, model)
     model = qkit.convert(merge(model))
