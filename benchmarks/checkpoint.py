@@ -107,7 +107,7 @@ class Run:
 
 
 def commands(source: Path, out: Path, compressor: str | None, recipes: list[str]) -> dict[str, list[str]]:
-    """What is timed, by name; each writes `out`."""
+    """The timed commands by name; each writes `out`."""
     here = sys.executable
     jobs = {"cp": ["cp", "-r", str(source), str(out)]}
     for name, (recipe, bits, group, scheme) in ((name, JOBS[name]) for name in recipes):

@@ -1,4 +1,4 @@
-"""What merging an adapter costs: loss before and after, for qkit's adapters and for those of peft and mlx-lm on the same layers.
+"""The loss before and after an adapter is merged: for qkit's adapters and for those of peft and mlx-lm on the same layers.
 
 A small Llama is trained in float on Python's own source, prepared for a recipe, and trained on with adapters on other text (the
 standard library's tests). `qkit` trains FQ(W + BA), which is what a merge leaves. `float adapter`, as peft (torch) and mlx-lm

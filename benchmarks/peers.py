@@ -1,4 +1,4 @@
-"""How far qkit's rules are from other people's, and 8-bit `minmax` from an unrounded scale: the numbers of numerics.md.
+"""The distance of qkit's rules from other tools', and of 8-bit `minmax` from an unrounded scale: the numbers of numerics.md.
 
 Usage: python benchmarks/peers.py [--out FILE.json]
 """
@@ -77,7 +77,7 @@ def spread_weights(dtype):
 
 
 def minmax(bits, group, dtype):
-    """What rounding the scale of `minmax` to 8 significant bits costs."""
+    """The cost of rounding the scale of `minmax` to 8 significant bits."""
     grid, found = Grid(f"int{bits}", group, "minmax"), []
     for w in spread_weights(dtype):
         x = rounding.group(w, grid).astype(np.float64)

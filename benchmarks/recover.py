@@ -1,4 +1,4 @@
-"""How much of what quantizing costs training wins back, and what deploying on another grid takes away again.
+"""The share of the quantization loss that training wins back, and the share that deploying on another grid loses again.
 
 For each seed a small Llama (small_llama.py) is trained on Python's own source files, byte by byte; every tenth file is held out.
 From there, as many steps more: in float, and on the grid of each recipe. Shares are counted against the float model that was
@@ -138,7 +138,7 @@ def numbers(one: Evaluation) -> dict[str, Any]:
 
 
 def recovery_table(floats: Losses, rows: dict[str, Losses]) -> dict[str, Any]:
-    """What training won back, from losses [windows]: the share with its interval, and both sides of it."""
+    """The loss that training won back, from losses [windows]: the share with its interval, and both sides of it."""
     ptq, qat = rows["longer_ptq"], rows["qat"]
     return {
         "cost": estimate(mean(ptq - floats)),
@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass
 class Found:
-    """What one seed comes to: losses by window, and what is written of it."""
+    """The results of one seed: losses by window, and the row that is written."""
 
     longer: Losses
     rungs: dict[str, dict[str, Losses]]

@@ -33,7 +33,7 @@ SIZES = {  # hidden, intermediate, layers, vocabulary, batch, length
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is made: a recipe (or a peer's config), an optimizer, and whether layers are compiled."""
+    """One kind of step: a recipe (or a peer's config), an optimizer, and whether layers are compiled."""
 
     name: str
     recipe: str = ""
@@ -56,7 +56,7 @@ class Case:
 
 
 def cases(part: str) -> Iterator[Case]:
-    """What is measured."""
+    """The cases of one part."""
     if part[:4] in ("220M", "440M"):
         for compiled in (False, True) if part.isalnum() else (part.endswith(" compiled"),):
             how = " compiled" if compiled else ""

@@ -1,4 +1,4 @@
-"""What is saved is what was trained: on the engine that saved it, on the other, and in readers that do not know qkit."""
+"""An artifact holds the trained model: on the engine that saved it, on the other, and in readers that do not know qkit."""
 
 import json
 from itertools import permutations

@@ -26,7 +26,7 @@ RECIPES = ["int4-g64", "int4-g64-minmax", "int8-row", "int3-g32", "mxfp4-a16", "
 
 
 def written_by_qkit(folder, recipe):
-    """What `qkit quantize` makes of the golden float model."""
+    """The golden float model, quantized by `qkit quantize`."""
     plan = make_plan(GOLDEN / "float", qkit.recipe(recipe))
     quantize_directory(plan, folder, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
     return snapshot.read(folder)

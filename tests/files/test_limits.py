@@ -1,4 +1,4 @@
-"""What qkit refuses by size, name or kind before it works on it; and that the largest real models are within the limits."""
+"""qkit refuses inputs by size, name or kind before any work; the largest real models are within the limits."""
 
 import json
 import os

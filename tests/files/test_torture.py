@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_old_and_room_makes_it_good(tmp_path):
 
 
 def _on_a_small_disk(disk: Path, source: Path, whole: Path) -> None:
-    """What the test above runs on its disk."""
+    """The test above runs this on its small disk."""
     shutil.copytree(whole, disk / "out")
     before = contents(disk / "out")
     (disk / "ballast").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize // 2))

@@ -26,7 +26,7 @@ def benchmarks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """What the script writes."""
+    """The result file of one small run: the row of all seeds, and a row for each."""
     file = tmp_path_factory.mktemp("recover") / "recover.json"
     command = [sys.executable, str(BENCHMARKS / "recover.py"), *SETTINGS.split(), "--out", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A run from directory to artifact: what it starts from, what it leaves, and how it says no."""
+"""A run from directory to artifact: its inputs, its files, and its refusals."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What must be refused, and that a refusal leaves the user's model as it was. On every engine that is installed."""
+"""Bad input is refused, and a refusal leaves the user's model as it was. On every engine that is installed."""
 
 from itertools import pairwise
 

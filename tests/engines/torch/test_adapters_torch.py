@@ -38,7 +38,7 @@ def gradients(model, loss):
 
 
 def plain(layer, x):
-    """What the layer computes, with the rounding of its values as a constant: to be differentiated by torch itself."""
+    """The layer's output with the rounding of its values as a constant; torch itself differentiates it."""
     w = qkit.adapters.surgery.base_weight(qkit.backend("torchao"), next(iter(qkit.backend("torchao").layers(layer))))
     v = torch.from_numpy(w) + layer.lora_scale * layer.lora_B @ layer.lora_A
     if layer.lora_magnitude is not None:

@@ -1,4 +1,4 @@
-"""What a plugin's author writes: the whole suite, on a model of the framework."""
+"""The tests that a plugin's author writes: the whole suite, on a model of the framework."""
 
 from toyframe import Linear, Sequential, Tensor
 
