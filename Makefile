@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 export PYTHONHASHSEED = 0
 
 .PHONY: demo test test-all test-install lint bench recipes clean
@@ -10,7 +11,7 @@ demo: $(VENV)/ready
 	$(BIN)/qkit demo
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: test
 	$(BIN)/qkit parity --all

@@ -28,7 +28,7 @@ def affine(w: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def affine_values(w: Tensor, *, bits: int, group: int) -> Tensor:
-    """What MLX would give back for `w`, after quantizing it."""
+    """The values that MLX decodes after it quantized `w`."""
     codes, scales, biases = affine(w, bits=bits, group=group)
     x = codes.unflatten(-1, (-1, group)) * scales[..., None] + biases[..., None]
     return x.flatten(-2)

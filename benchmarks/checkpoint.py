@@ -24,12 +24,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from measure import Report, relative
 
 from qkit import native
 from qkit.storage.arrays import array_stream
@@ -107,7 +107,7 @@ class Run:
 
 
 def commands(source: Path, out: Path, compressor: str | None, recipes: list[str]) -> dict[str, list[str]]:
-    """What is timed, by name; each writes `out`."""
+    """The timed commands by name; each writes `out`."""
     here = sys.executable
     jobs = {"cp": ["cp", "-r", str(source), str(out)]}
     for name, (recipe, bits, group, scheme) in ((name, JOBS[name]) for name in recipes):
@@ -180,13 +180,15 @@ def main() -> None:
                     os.sync()  # so that nobody writes back what another has written
                     if repeat:  # the first round warms the caches up
                         results[name].append(result)
-    rows = list(_rows(results))
-    _show(rows, size, given.repeats)
-    machine = {"cpu": _processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[1], 2)}
-    machine |= {name: version(name) for name in ("numpy", "mlx", "mlx-lm")} | _versions(given.compressor)
-    table = {"command": _command(given), "machine": machine, "kernels": native.available(), "bytes": size, "rows": rows}
-    if given.out:
-        given.out.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"{size / 1e9:.2f} GB of bfloat16, {given.repeats} repeats, {os.cpu_count()} cores, cached files")
+    report = Report(given.out, packages=("mlx-lm",), about={"kernels": native.available(), "bytes": size})
+    report.machine["load"] = round(os.getloadavg()[1], 2)
+    report.versions |= _versions(given.compressor)
+    for path, name in ((given.folder, "DIR"), (given.compressor, "PYTHON")):
+        report.command = report.command.replace(f" {path} ", f" {name} ")  # without the paths of this machine
+    for row in _rows(results):
+        report.add(row)
+    report.finish()
 
 
 def _rows(results: dict[str, list[Run]]) -> Iterator[dict[str, Any]]:
@@ -196,28 +198,13 @@ def _rows(results: dict[str, list[Run]]) -> Iterator[dict[str, Any]]:
         median, best = (pick(run.wall for run in runs) for pick in (statistics.median, min))
         yield {
             "program": name,
-            "seconds": round(median, 3),
-            "best": round(best, 3),
-            "spread": [round(best / median, 2), round(max(run.wall for run in runs) / median, 2)],
+            "seconds": {**relative([run.wall for run in runs], 3), "best": round(best, 3)},
             "processor seconds": round(statistics.median(run.processor for run in runs), 3),
             "anonymous MB": round(max(run.anonymous for run in runs) / 1e6),
             "/ cp": round(median / statistics.median(run.wall for run in base), 2),
             "best / cp": round(best / min(run.wall for run in base), 2),
             "/ qkit": round(median / statistics.median(run.wall for run in ours), 2) if ours else None,
         }
-
-
-def _show(rows: list[dict[str, Any]], size: int, repeats: int) -> None:
-    print(f"{size / 1e9:.2f} GB of bfloat16, {repeats} repeats, {os.cpu_count()} cores, cached files")
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-
-
-def _command(given: argparse.Namespace) -> str:
-    """What was run, without the paths of this machine."""
-    words = sys.argv[: sys.argv.index("--out")] if given.out else sys.argv
-    hidden = {str(given.folder): "DIR", str(given.compressor): "PYTHON"}
-    return f"python {' '.join(hidden.get(word, word) for word in words)}"
 
 
 def _versions(python: str | None) -> dict[str, str]:
@@ -227,11 +214,6 @@ def _versions(python: str | None) -> dict[str, str]:
     return {
         "llmcompressor": subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ On a CUDA machine `TestTorchaoOnCuda` and, where MLX's CUDA build is installed, 
 """
 
 import argparse
-import json
 import multiprocessing
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from parity import machine
+from measure import Report
 
-SUITES = Path(__file__).parent.parent / "tests" / "test_conformance.py"
+SUITES = Path(__file__).parent.parent / "tests" / "engines" / "any" / "test_conformance.py"
 OPTIONS = [
     "-q",
     "-p",
@@ -71,15 +69,11 @@ def main() -> None:
             outcomes += some
             failed += names
     suites = sorted({suite for suite, _ in outcomes if suite.startswith("Test")})
-    report = {
-        "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-        "machine": machine(given.device),
-        "suites": {name: {kind: n for (suite, kind), n in outcomes.items() if suite == name} for name in suites},
-        "failed": failed,
-        "seconds": round(time.perf_counter() - start),
-    }
-    text = json.dumps(report, indent=2)
-    given.out.write_text(text + "\n") if given.out else print(text)
+    report = Report(given.out, device=given.device, about={"seconds": round(time.perf_counter() - start)})
+    for name in suites:
+        counts = {kind: n for (suite, kind), n in outcomes.items() if suite == name}
+        report.add({"suite": name, **counts, "failures": [one for one in failed if one.startswith(f"{name}::")]})
+    report.finish()
 
 
 if __name__ == "__main__":

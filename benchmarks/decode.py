@@ -8,13 +8,14 @@ Usage: python benchmarks/decode.py [--layers N] [--out FILE.json]
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
+from measure import Report, in_turn, relative
 
 import qkit
 
@@ -87,35 +88,14 @@ def main() -> None:
     print(qkit.coverage(models["qkit int4-g128"]).rows[1], file=sys.stderr)
 
     graphs = {name: captured(model) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(9):
-        for name, graph in graphs.items():
-            times[name].append(milliseconds(graph))
+    times = in_turn({name: partial(milliseconds, graph) for name, graph in graphs.items()}, 9)
     base, base_bytes = statistics.median(times["bfloat16"]), linear_bytes(plain)
-    rows = []
+    report = Report(given.out, device="cuda", about={"layers": given.layers})
     for name, model in models.items():
-        median = statistics.median(times[name])
-        rows.append(
-            {
-                "model": name,
-                "ms": round(median, 4),
-                "spread": [round(min(times[name]) / median, 3), round(max(times[name]) / median, 3)],
-                "time / bfloat16": round(median / base, 3),
-                "bytes / bfloat16": round(linear_bytes(model) / base_bytes, 4),
-            }
-        )
-        print(rows[-1], file=sys.stderr)
-    device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    text = json.dumps(
-        {
-            "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-            "machine": device,
-            "layers": given.layers,
-            "rows": rows,
-        },
-        indent=2,
-    )
-    given.out.write_text(text + "\n") if given.out else print(text)
+        row = {"model": name, "ms": relative(times[name])}
+        row["time / bfloat16"] = round(statistics.median(times[name]) / base, 3)
+        report.add(row | {"bytes / bfloat16": round(linear_bytes(model) / base_bytes, 4)})
+    report.finish()
 
 
 if __name__ == "__main__":

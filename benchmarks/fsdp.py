@@ -4,13 +4,13 @@ torchrun --nproc-per-node 2 benchmarks/fsdp.py --out fsdp.json
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+from measure import Report
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -88,19 +88,14 @@ def main():
         )
         pairs = list(zip(mine, theirs, strict=True))
         found["one process"] = {"losses": losses}
-        found["codes that differ"] = sum(int((a != b).sum()) for a, b in pairs)
-        found["codes"] = sum(a.numel() for a, _ in pairs)
-        found["time, prepared to plain"] = found["prepared"]["seconds"] / found["plain"]["seconds"]
-        about = {
-            "device": torch.cuda.get_device_name() if on_gpus else "CPU",
-            "ranks": ranks,
-            "torch": torch.__version__,
-            "recipe": wishes.recipe,
-            "depth": wishes.depth,
-            **shape,
-        }
-        wishes.out.write_text(json.dumps({**about, **found}, indent=2) + "\n")
-        print({name: value for name, value in found.items() if not isinstance(value, dict)})
+        found["prepared"]["codes that differ"] = sum(int((a != b).sum()) for a, b in pairs)
+        found["prepared"]["codes"] = sum(a.numel() for a, _ in pairs)
+        found["prepared"]["time, prepared to plain"] = found["prepared"]["seconds"] / found["plain"]["seconds"]
+        about = {"ranks": ranks, "recipe": wishes.recipe, "depth": wishes.depth, **shape}
+        report = Report(wishes.out, device=device.type, about=about)
+        report.command = report.command.replace("python", f"torchrun --nproc-per-node {ranks}", 1)
+        for name, figures in found.items():
+            report.add({"model": name, **figures})
     distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads now and then abort a process that takes them down, torch 2.13

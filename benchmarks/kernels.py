@@ -6,17 +6,15 @@ Usage: python benchmarks/kernels.py [--part NAME ...] [--out FILE.json]
 """
 
 import argparse
-import json
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Report
 from qkit_torchao.arithmetic.packing import Layout
 from qkit_torchao.kernels import choose, cuda
 from qkit_torchao.layers import products
@@ -58,6 +56,12 @@ def milliseconds(run: Callable[[], Any], repeats: int = 15) -> tuple[float, floa
     return statistics.median(times), min(times), max(times)
 
 
+def summed(ends: Sequence[float], digits: int | None = None) -> dict[str, Any]:
+    """A figure of its median and two ends."""
+    median, *bounds = (round(end, digits) for end in ends)
+    return {"median": median, "spread": bounds}
+
+
 def kernels(report: Callable[[dict[str, Any]], None]) -> None:
     """Fake-quantizing and quantizing every grid."""
     for shape in SHAPES:
@@ -81,7 +85,7 @@ def kernels(report: Callable[[dict[str, Any]], None]) -> None:
                         cuda.compute_values([w], [out], gates, grid)
 
                 times = milliseconds(fake)
-                ratios = [round(t / base[0], 3) for t in times]
+                ratios = summed([t / base[0] for t in times], 3)
                 report({"shape": shape, "type": str(dtype)[6:], "job": f"fake-quantize {grid}", "time / copy": ratios})
 
 
@@ -107,7 +111,7 @@ def packing(report: Callable[[dict[str, Any]], None]) -> None:
             scratch = (torch.cuda.max_memory_allocated() - before - held) / size
             times = milliseconds(pack)
             report({"shape": shape, "job": f"pack {grid} in {layout}", "scratch / weight": round(scratch, 3),
-                    "GB/s of input": [round(size * ROTATE / t / 1e6) for t in times]})  # fmt: skip
+                    "GB/s of input": summed([size * ROTATE / t / 1e6 for t in times])})  # fmt: skip
 
 
 def converting(report: Callable[[dict[str, Any]], None]) -> None:
@@ -141,7 +145,7 @@ def converting(report: Callable[[dict[str, Any]], None]) -> None:
                 held = torch.cuda.memory_allocated() - (before - size)
                 scratch = (torch.cuda.max_memory_allocated() - before - held) / size
             speeds = {
-                name: [round(size / t / 1e9) for t in (statistics.median(times), max(times), min(times))]
+                name: summed([size / t / 1e9 for t in (statistics.median(times), max(times), min(times))])
                 for name, times in (("clock", clock), ("device", busy))
             }
             report({"shape": shape, "layers": count, "job": f"convert to {recipe}", "scratch / weight": round(scratch, 3),
@@ -182,7 +186,7 @@ def float8(report: Callable[[dict[str, Any]], None]) -> None:
         del grads
         times = milliseconds(step)
         base = base or times[0]
-        report({**row, "ms": times[0], "time / bfloat16": [round(t / base, 4) for t in times]})
+        report({**row, "ms": times[0], "time / bfloat16": summed([t / base for t in times], 4)})
 
 
 JOBS = {"kernels": kernels, "packing": packing, "converting": converting, "float8": float8}
@@ -193,23 +197,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--part", nargs="+", choices=JOBS, default=list(JOBS))
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    asked = sys.argv[: sys.argv.index("--out")] if given.out else sys.argv
-    table = {
-        "command": f"python {shlex.join(asked)}",
-        "machine": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-
-    def report(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(row, flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(table, indent=1) + "\n")
-
+    report = Report(given.out, device="cuda")
     for part in given.part:
-        JOBS[part](report)
+        JOBS[part](report.add)
+    report.finish()
 
 
 if __name__ == "__main__":

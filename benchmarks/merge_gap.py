@@ -1,4 +1,4 @@
-"""What merging an adapter costs: loss before and after, for qkit's adapters and for those of peft and mlx-lm on the same layers.
+"""The loss before and after an adapter is merged: for qkit's adapters and for those of peft and mlx-lm on the same layers.
 
 A small Llama is trained in float on Python's own source, prepared for a recipe, and trained on with adapters on other text (the
 standard library's tests). `qkit` trains FQ(W + BA), which is what a merge leaves. `float adapter`, as peft (torch) and mlx-lm
@@ -13,43 +13,65 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parity import machine
+from measure import Report
 
 import qkit
 from qkit.adapters import Adapter
 from qkit.adapters.surgery import base_weight
-from qkit.demo.run import PRESET, standard_library
+from qkit.demo.preset import PRESET, standard_library
 from qkit.reference.merged import merged
-from qkit.training import held_out, read_bytes, train, windows
+from qkit.training import Order, Sequences, Step, read_bytes, sequences, train
+from qkit.training.data import Tokens
+from qkit.training.rates import rate
 
 SMALL = replace(PRESET, layers=2, batch=8, length=64)
 MATCH = ("*_proj",)
 RANK, ALPHA = 8, 16.0
 
 
-def other_text() -> tuple[np.ndarray, np.ndarray]:
-    """Text of another kind [n], and windows of it held out."""
+def cut(files: Iterable[Path]) -> Sequences:
+    """The bytes of `files` in sequences of the length that is trained on."""
+    return sequences(read_bytes(files, limit=1 << 24), length=SMALL.length, name="the standard library")
+
+
+def other_text() -> tuple[Sequences, Tokens]:
+    """Text of another kind to train on, and 64 sequences of it held out."""
     files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "test").glob("*.py"))
     if not files:
         raise SystemExit("this Python has no tests beside its library: there is no text to adapt to")
-    unseen = read_bytes(files[::10], limit=1 << 24)
-    return read_bytes((f for i, f in enumerate(files) if i % 10), limit=1 << 24), held_out(unseen, rows=64, length=64)
+    unseen = cut(files[::10])
+    picked = np.linspace(0, len(unseen) - 1, 64).astype(np.int64)
+    return cut(f for i, f in enumerate(files) if i % 10), unseen.rows(picked)
+
+
+def steps_of(
+    engine: Any, model: Any, data: Sequences, *, seed: int, steps: int, peak: float, warmup: int, weight_decay: float
+) -> Iterator[Step]:
+    """Trains `model` for `steps` steps, one each time the iterator is advanced."""
+    order = Order(data, SMALL.batch, accumulation=1, seed=seed)
+    return train(
+        engine.trainer(model, weight_decay=weight_decay),
+        order,
+        first=1,
+        last=steps,
+        rate=lambda step: rate(step, peak=peak, steps=steps, warmup=warmup, shape="cosine"),
+        before=lambda step: None,
+    )
 
 
 def base(folder: Path, steps: int) -> None:
     """A float Llama, trained on torch, for both engines."""
     engine = qkit.backend("torchao")
     model = engine.build(SMALL.config)
-    text, _ = standard_library(SMALL)
-    batches = windows(text, batch=SMALL.batch, length=SMALL.length, seed=0)
-    for step in train(engine, model, batches, steps=steps, learning_rate=1.5e-3, warmup=20, weight_decay=0.1):
+    files, _ = standard_library(SMALL)
+    text = cut(map(Path, files))
+    for step in steps_of(engine, model, text, seed=0, steps=steps, peak=1.5e-3, warmup=20, weight_decay=0.1):
         if step.number % 100 == 0:
             print(f"float, step {step.number}: {step.loss:.3f}", file=sys.stderr, flush=True)
     qkit.save(model, folder)
@@ -99,13 +121,12 @@ def trained_codes(engine: Any, model: Any) -> dict[str, np.ndarray]:
     return {layer.path: qkit.quantize(updated[layer.path], layer.rule.weight).codes for layer in adapted}
 
 
-def measure(name: str, folder: Path, recipe: str, kind: str, start: Callable[[Any], Any], steps: int) -> dict[str, Any]:
+def gap(name: str, folder: Path, recipe: str, kind: str, start: Callable[[Any], Any], steps: int) -> dict[str, Any]:
     """Trains, merges, converts; losses in nats per byte of held-out text."""
     engine, (text, unseen) = qkit.backend(name), other_text()
     model, merge = start(qkit.prepare(qkit.load(folder, backend=name), recipe))
     first = engine.loss(model, unseen)
-    batches = windows(text, batch=SMALL.batch, length=SMALL.length, seed=1)
-    for _ in train(engine, model, batches, steps=steps, learning_rate=2e-3, warmup=5, weight_decay=0.0):
+    for _ in steps_of(engine, model, text, seed=1, steps=steps, peak=2e-3, warmup=5, weight_decay=0.0):
         pass
     before, codes = engine.loss(model, unseen), trained_codes(engine, model)
     model = qkit.convert(merge(model))
@@ -129,18 +150,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     theirs = {"torchao": ("float adapter (peft)", with_peft), "mlx": ("float adapter (mlx-lm)", with_mlx_lm)}
-    rows = []
+    report = Report(given.out, packages=("peft", "mlx-lm", "transformers"))
     with tempfile.TemporaryDirectory() as home:
         base(Path(home) / "float", given.float_steps)
         for recipe in given.recipe or ["int4-g64", "int2-g64", "mxfp4-a16"]:
             for name in given.backend or list(theirs):
                 for kind, start in (("qkit lora", ours("lora")), ("qkit dora", ours("dora")), theirs[name]):
-                    rows.append(measure(name, Path(home) / "float", recipe, kind, start, given.steps))
-                    print(rows[-1], file=sys.stderr, flush=True)
-    command = f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}"
-    about = machine("cpu") | {name: version(name) for name in ("peft", "mlx-lm", "transformers")}
-    text = json.dumps({"command": command, "machine": about, "merges": rows}, indent=2)
-    given.out.write_text(text + "\n") if given.out else print(text)
+                    report.add(gap(name, Path(home) / "float", recipe, kind, start, given.steps))
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ Usage: python benchmarks/mlx_decode.py [--layers N] [--hidden N] ... [--compile]
 """
 
 import argparse
-import json
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from measure import Report, in_turn, quartiles, relative
 
 import qkit
 from qkit import Grid, Recipe, Rule
@@ -89,56 +87,36 @@ def timed(step: Step, tokens: mx.array, steps: int, *, clock: Callable[[], float
     return (clock() - start) / steps * 1e3
 
 
-def compare(given: argparse.Namespace, dtype: str, scheme: str) -> list[dict[str, Any]]:
-    """A row for each number of tokens."""
+def compare(given: argparse.Namespace, dtype: str, scheme: str, report: Report) -> None:
+    """Adds a row for each number of tokens."""
     models = pair(given, dtype, scheme)
     compiled: dict[str, Step] = {name: mx.compile(model) if given.compile else model for name, model in models.items()}
-    clock, rows = time.process_time if given.processor_time else time.perf_counter, []
+    clock = time.process_time if given.processor_time else time.perf_counter
     for count in TOKENS:
         tokens = mx.ones((1, count), mx.int32)
         for step in compiled.values():
             timed(step, tokens, 3, clock=clock)
         steps = max(1, round(given.seconds * 1e3 / timed(compiled["qkit"], tokens, 3, clock=clock)))
-        times: dict[str, list[float]] = {name: [] for name in compiled}
-        for repeat in range(given.repeats):
-            for name in list(compiled)[:: 1 if repeat % 2 else -1]:
-                times[name].append(timed(compiled[name], tokens, steps, clock=clock))
-        ratios = sorted(a / b for a, b in zip(*times.values(), strict=True))
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        rows.append(
-            {
-                "scheme": scheme,
-                "dtype": dtype,
-                "tokens": count,
-                "ms": {name: round(median, 4) for name, median in medians.items()},
-                "spread": {
-                    name: [round(bound / medians[name], 3) for bound in (min(found), max(found))]
-                    for name, found in times.items()
-                },
-                "qkit / mlx.nn.quantize": round(statistics.median(ratios), 3),
-                "quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-1 - len(ratios) // 4], 3)],
-            }
-        )
-        print(rows[-1], file=sys.stderr)
-    return rows
+        jobs = {name: partial(timed, step, tokens, steps, clock=clock) for name, step in compiled.items()}
+        times = in_turn(jobs, given.repeats)
+        ratios = [a / b for a, b in zip(*times.values(), strict=True)]
+        row: dict[str, Any] = {"scheme": scheme, "dtype": dtype, "tokens": count}
+        row["ms"] = {name: relative(found) for name, found in times.items()}
+        report.add(row | {"qkit / mlx.nn.quantize": quartiles(ratios)})
 
 
 def main() -> None:
     given = arguments()
-    rows = [row for dtype in given.dtypes for scheme in given.schemes for row in compare(given, dtype, scheme)]
-    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
-    text = json.dumps(
-        {
-            "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-            "machine": {"device": f"{mx.default_device().type.name}, {device}", "mlx": mx.__version__},
-            "model": config(given, ", ".join(given.dtypes)),
-            "compiled": given.compile,
-            "clock": "processor" if given.processor_time else "wall",
-            "rows": rows,
-        },
-        indent=2,
-    )
-    given.out.write_text(text + "\n") if given.out else print(text)
+    about = {
+        "model": config(given, ", ".join(given.dtypes)),
+        "compiled": given.compile,
+        "clock": "processor" if given.processor_time else "wall",
+    }
+    report = Report(given.out, device=mx.default_device().type.name, about=about)
+    for dtype in given.dtypes:
+        for scheme in given.schemes:
+            compare(given, dtype, scheme, report)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -8,18 +8,16 @@ Usage: python benchmarks/mlx_train.py [--layers N] [--hidden N] ... [--repeats N
 """
 
 import argparse
-import json
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from measure import Report, in_turn, quartiles
 from mlx.utils import tree_map
 
 import qkit
@@ -156,15 +154,8 @@ def timed(step: Step, tokens: mx.array, steps: int, clock: Callable[[], float]) 
     return (clock() - start) / steps * 1e3
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    values = sorted(values)
-    quarter = len(values) // 4
-    quartiles = [round(values[quarter], 3), round(values[-1 - quarter], 3)]
-    return {"median": round(statistics.median(values), 3), "quartiles": quartiles}
-
-
-def compare(given: argparse.Namespace, mode: str, parts: int, recipe: str) -> list[dict[str, Any]]:
-    """A row for each variant of `recipe`, each beside the float model in the same turns."""
+def compare(given: argparse.Namespace, mode: str, parts: int, recipe: str, report: Report) -> None:
+    """Adds a row for each variant of `recipe`, each beside the float model in the same turns."""
     clock = time.process_time if given.processor_time else time.perf_counter
     tokens = mx.random.randint(0, given.vocab, (given.rows, given.length + 1), key=mx.random.key(1))
     chosen = [variant for variant in variants(given) if variant[1] in ("plain", recipe)]
@@ -174,43 +165,30 @@ def compare(given: argparse.Namespace, mode: str, parts: int, recipe: str) -> li
     }
     for step in steps.values():
         timed(step, tokens, 2, clock)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(given.repeats):
-        for name in list(steps)[:: 1 if repeat % 2 else -1]:
-            times[name].append(timed(steps[name], tokens, given.steps, clock))
-    rows = []
+    times = in_turn(
+        {name: partial(timed, step, tokens, given.steps, clock) for name, step in steps.items()}, given.repeats
+    )
     for name, found in times.items():
         beside = {
-            f"/ {base}": spread([a / b for a, b in zip(found, times[base], strict=True)])
+            f"/ {base}": quartiles([a / b for a, b in zip(found, times[base], strict=True)])
             for base in (PLAIN, "plain, qkit.adamw")
         }
-        rows.append({"mode": mode, "parts": parts, "variant": name, "ms": spread(found), **beside})
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+        report.add({"mode": mode, "parts": parts, "variant": name, "ms": quartiles(found), **beside})
 
 
 def main() -> None:
     given = arguments()
-    rows = [
-        row
-        for mode in given.modes
-        for parts in given.parts
-        for recipe in given.recipes
-        for row in compare(given, mode, parts, recipe)
-    ]
-    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
-    text = json.dumps(
-        {
-            "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-            "machine": {"device": f"{mx.default_device().type.name}, {device}", "mlx": mx.__version__},
-            "model": config(given),
-            "tokens": [given.rows, given.length],
-            "clock": "processor" if given.processor_time else "wall",
-            "rows": rows,
-        },
-        indent=2,
-    )
-    given.out.write_text(text + "\n") if given.out else print(text)
+    about = {
+        "model": config(given),
+        "tokens": [given.rows, given.length],
+        "clock": "processor" if given.processor_time else "wall",
+    }
+    report = Report(given.out, device=mx.default_device().type.name, about=about)
+    for mode in given.modes:
+        for parts in given.parts:
+            for recipe in given.recipes:
+                compare(given, mode, parts, recipe, report)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ many processes, which is what compiling on a GPU machine needs.
 """
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from measure import Report
 
 import qkit
 from qkit.grid import Grid
@@ -26,25 +24,6 @@ from qkit.testing.hard_tensors import all_grids
 from qkit.testing.parity import BATCH, Parity, compare_many
 
 Task = tuple[str, str, bool, DType, list[Grid], int]
-
-
-def machine(device: str) -> dict[str, object]:
-    """What this ran on."""
-    about: dict[str, object] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    for name in ("numpy", "torch", "torchao", "mlx", "mlx-cuda-13", "ml_dtypes"):
-        try:
-            about[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if device == "cuda":
-        import torch
-
-        about["gpu"] = torch.cuda.get_device_name()
-    elif device == "gpu":
-        import mlx.core as mx
-
-        about["gpu"] = mx.device_info()["device_name"]
-    return about
 
 
 def one_group(grids: list[Grid]) -> list[Grid]:
@@ -71,7 +50,7 @@ def main() -> None:
     given = parser.parse_args()
     grids = one_group(all_grids()) if given.one_group else all_grids()
     dtypes = given.dtype or list(DTYPES)
-    rows = []
+    report = Report(given.out, device=given.device)
     for name in given.backend or [status.name for status in qkit.backends() if status.ready]:
         for mode in given.mode or ["eager", "compiled"]:
             if (name, mode) == ("numpy", "compiled"):
@@ -93,15 +72,8 @@ def main() -> None:
                             print(one, file=sys.stderr, flush=True)
             row = {"backend": name, "device": given.device, "mode": mode, "dtypes": dtypes, "grids": len(grids)}
             row |= {key: total[key] for key in ("codes", "scales", "values", "not run", "compared")}
-            rows.append(row | {"seconds": round(time.perf_counter() - start)})
-            print(rows[-1], file=sys.stderr, flush=True)
-    report = {
-        "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-        "machine": machine(given.device),
-        "mismatches": rows,
-    }
-    text = json.dumps(report, indent=2)
-    given.out.write_text(text + "\n") if given.out else print(text)
+            report.add(row | {"seconds": round(time.perf_counter() - start)})
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How far qkit's rules are from other people's, and 8-bit `minmax` from an unrounded scale: the numbers of numerics.md.
+"""The distance of qkit's rules from other tools', and of 8-bit `minmax` from an unrounded scale: the numbers of numerics.md.
 
-python benchmarks/peers.py        writes results/peers-cpu.json
+Usage: python benchmarks/peers.py [--out FILE.json]
 """
 
-import json
+import argparse
 from pathlib import Path
 
 import ml_dtypes
@@ -12,13 +12,13 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from measure import Report
 
 import qkit
 from qkit import reference
 from qkit.grid import Grid
 from qkit.reference import packing, rounding
 
-OUT = Path(__file__).parent / "results" / "peers-cpu.json"
 SHAPE = (1024, 4096)
 SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "MXFP4A16", "MXFP8A16", "NVFP4A16")
 GROUPS = (32, 64, 128)
@@ -77,7 +77,7 @@ def spread_weights(dtype):
 
 
 def minmax(bits, group, dtype):
-    """What rounding the scale of `minmax` to 8 significant bits costs."""
+    """The cost of rounding the scale of `minmax` to 8 significant bits."""
     grid, found = Grid(f"int{bits}", group, "minmax"), []
     for w in spread_weights(dtype):
         x = rounding.group(w, grid).astype(np.float64)
@@ -125,11 +125,13 @@ def symmetric(bits, group, rule):
 
 
 def main():
-    """Measures all, prints, and writes the file."""
-    rows = {
-        "command": "python benchmarks/peers.py",
-        "versions": {"compressed-tensors": __import__("compressed_tensors").__version__, "torch": torch.__version__},
-        "weights": f"normal; schemes: deviation 0.02, {list(SHAPE)}; the others: eight from 0.02 to 0.037, [256, 4096]",
+    """Measures all."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    weights = f"normal; schemes: deviation 0.02, {list(SHAPE)}; the others: eight from 0.02 to 0.037, [256, 4096]"
+    report = Report(given.out, packages=("compressed-tensors",), about={"weights": weights})
+    tables = {
         "compressed_tensors": [
             *(
                 compare(name, dtype, next(r.weight for r in qkit.recipe(name).rules if r.weight))
@@ -148,10 +150,10 @@ def main():
             for rule in ("signed", "absmax", "midmax")
         ],
     }
-    for key in ("compressed_tensors", "minmax", "symmetric"):
-        for row in rows[key]:
-            print(json.dumps(row))
-    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    for table, rows in tables.items():
+        for row in rows:
+            report.add({"table": table, **row})
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ Usage: python benchmarks/probe.py [--backend NAME ...] [--device cpu|cuda|gpu] [
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from parity import machine
+from measure import Report
 
 import qkit
 from qkit.engines.abilities import offers
@@ -42,13 +41,9 @@ def main() -> None:
     for one in probes:
         if not one.exact:
             print(one, file=sys.stderr)
-    report = {
-        "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-        "machine": machine(given.device),
-    }
-    rows = ",\n".join(f"    {json.dumps(asdict(one) | {'exact': one.exact})}" for one in probes)
-    text = json.dumps(report | {"probes": []}, indent=2).replace('"probes": []', f'"probes": [\n{rows}\n  ]')
-    given.out.write_text(text + "\n") if given.out else print(text)
+    report = Report(given.out, device=given.device)
+    report.rows = [asdict(one) | {"exact": one.exact} for one in probes]
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much of what quantizing costs training wins back, and what deploying on another grid takes away again.
+"""The share of the quantization loss that training wins back, and the share that deploying on another grid loses again.
 
 For each seed a small Llama (small_llama.py) is trained on Python's own source files, byte by byte; every tenth file is held out.
 From there, as many steps more: in float, and on the grid of each recipe. Shares are counted against the float model that was
@@ -11,7 +11,6 @@ Usage: python benchmarks/recover.py [--device cuda] [--size 4m|30m|tiny] [--seed
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import sysconfig
@@ -25,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from affine import convert_affine, prepare_affine
+from measure import Report
 from numpy.typing import NDArray
-from parity import machine
 from small_llama import SIZES, Llama, Run, train
 from torch import nn
 
@@ -139,7 +138,7 @@ def numbers(one: Evaluation) -> dict[str, Any]:
 
 
 def recovery_table(floats: Losses, rows: dict[str, Losses]) -> dict[str, Any]:
-    """What training won back, from losses [windows]: the share with its interval, and both sides of it."""
+    """The loss that training won back, from losses [windows]: the share with its interval, and both sides of it."""
     ptq, qat = rows["longer_ptq"], rows["qat"]
     return {
         "cost": estimate(mean(ptq - floats)),
@@ -189,7 +188,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass
 class Found:
-    """What one seed comes to: losses by window, and what is written of it."""
+    """The results of one seed: losses by window, and the row that is written."""
 
     longer: Losses
     rungs: dict[str, dict[str, Losses]]
@@ -229,40 +228,41 @@ def all_seeds(given: argparse.Namespace) -> Iterator[Found]:
         yield from pool.map(of_seed, range(given.seeds), [given] * given.seeds)
 
 
-def report_of(seeds: list[Found], given: argparse.Namespace) -> dict[str, Any]:
-    """What is written of the seeds so far."""
-    text, unseen = texts()
+def rows_of(seeds: list[Found]) -> list[dict[str, Any]]:
+    """A row of all seeds so far, and one of each."""
     every = {
         name: {row: pooled([one.rungs[name][row] for one in seeds]) for row in found}
         for name, found in seeds[0].rungs.items()
     }
     square = {t: {d: pooled([one.square[t][d] for one in seeds]) for d in row} for t, row in seeds[0].square.items()}
     longer = pooled([one.longer for one in seeds])
+    recipes = {name: recovery_table(longer, found) for name, found in every.items()}
+    whole = {"seed": "all", "recipes": recipes, "matrix": matrix_table(square, "float, longer")}
+    return [whole, *(one.written for one in seeds)]
+
+
+def about(given: argparse.Namespace) -> dict[str, Any]:
+    """The model, the settings and the text of a run."""
+    text, unseen = texts()
+    windows = len(consecutive(unseen, length=given.length, windows=given.windows))
     return {
-        "command": f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}",
-        "machine": machine(given.device) | {"python": sys.version.split()[0], "qkit": qkit.__version__},
         "parameters": sum(p.numel() for p in Llama(SIZES[given.size], seed=0, longest=1).parameters()),
         "settings": {name: value for name, value in vars(given).items() if name not in ("out", "recipe", "jobs")},
-        "text": {"training bytes": len(text), "held-out bytes": len(unseen), "windows": len(longer)},
-        "over all seeds": {
-            "recipes": {name: recovery_table(longer, found) for name, found in every.items()},
-            "matrix": matrix_table(square, "float, longer"),
-        },
-        "seeds": [one.written for one in seeds],
+        "text": {"training bytes": len(text), "held-out bytes": len(unseen), "windows": windows},
     }
 
 
 def main() -> None:
     given, began, seeds = arguments(), time.perf_counter(), []
+    report = Report(given.out, device=given.device, packages=("qkit-quant",), about=about(given))
     for found in all_seeds(given):
         seeds.append(found)
-        report = report_of(seeds, given) | {"seconds": round(time.perf_counter() - began, 1)}
-        for name, one in report["over all seeds"]["recipes"].items():
-            print(f"{report['seconds']} s, {len(seeds)} seeds", name, one, file=sys.stderr, flush=True)
-        if given.out:  # as far as it has come
-            given.out.write_text(json.dumps(report, indent=2) + "\n")
-    if not given.out:
-        print(json.dumps(report, indent=2))
+        report.rows = rows_of(seeds)
+        report.about["seconds"] = round(time.perf_counter() - began, 1)
+        for name, one in report.rows[0]["recipes"].items():
+            print(f"{report.about['seconds']} s, {len(seeds)} seeds", name, one, file=sys.stderr, flush=True)
+        report.write()  # as far as it has come
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -8,20 +8,17 @@ Usage: python benchmarks/speed.py [--rows N] [--columns N] [--repeats N] [--dtyp
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from measure import Report, in_turn, relative
 
 import qkit
 from qkit import Grid, native
@@ -149,17 +146,11 @@ def mlx_jobs(w: np.ndarray) -> Jobs:
 ENGINES = {"numpy": numpy_jobs, "torchao": torch_jobs, "mlx": mlx_jobs}
 
 
-def measure(jobs: dict[str, Job], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat of each job; the jobs take turns."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for job in jobs.values():
-        job()
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - start)
-    return times
+def seconds(job: Job) -> float:
+    """How long `job` takes once."""
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
 
 
 def rows(w: np.ndarray, repeats: int) -> Iterator[dict[str, Any]]:
@@ -170,18 +161,18 @@ def rows(w: np.ndarray, repeats: int) -> Iterator[dict[str, Any]]:
         for row, column, job in jobs(w) if engine in ready else ():
             table.setdefault(row, {"copy": w.copy})[column] = job
     for (name, what), jobs in table.items():
-        times = measure(jobs, repeats)
-        each = {column: statistics.median(seconds) / w.size * 1e9 for column, seconds in times.items()}
-        ours = times.get("qkit", times.get("qkit, NumPy", times["copy"]))
+        for job in jobs.values():
+            job()
+        times = in_turn({column: partial(seconds, job) for column, job in jobs.items()}, repeats)
+        ns = {column: [one / w.size * 1e9 for one in found] for column, found in times.items()}
+        each = {column: statistics.median(found) for column, found in ns.items()}
         peers = [each[peer] for peer in PEERS if peer in each]
-        median = statistics.median(ours)
         on_mlx = "qkit on mlx, packed" if what == "quantize" else "qkit on mlx"
         yield {
             "grid": name,
             "what": what,
             "dtype": w.dtype.name,
-            "ns": {column: round(ns, 3) for column, ns in each.items()},
-            "spread": [round(min(ours) / median, 2), round(max(ours) / median, 2)],
+            "ns": {column: relative(found, 3) for column, found in ns.items()},
             "qkit / faster peer": round(each["qkit"] / min(peers), 3) if peers and "qkit" in each else None,
             "qkit on mlx / mlx": round(each[on_mlx] / each["mlx"], 3) if "mlx" in each else None,
         }
@@ -194,7 +185,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    made = []
+    report = Report(given.out, about={"kernels": native.available()})
     for dtype in given.dtypes:
         w = (
             np.random.default_rng(0)
@@ -203,27 +194,8 @@ def main() -> None:
             .astype(DTYPES[dtype])
         )
         for row in rows(w, given.repeats):
-            made.append(row)
-            columns = "  ".join(f"{column} {ns:.2f}" for column, ns in row["ns"].items())
-            print(
-                f"{dtype:9}{row['grid']:17}{row['what']:9}{row['qkit / faster peer']!s:>7}  {columns}", file=sys.stderr
-            )
-    machine = {"cpu": processor(), "cores": os.cpu_count()}
-    machine |= {name: version(name) for name in ("numpy", "torch", "torchao", "mlx")}
-    command = f"python {' '.join(sys.argv[: sys.argv.index('--out')] if given.out else sys.argv)}"
-    text = json.dumps({"command": command, "machine": machine, "kernels": native.available(), "rows": made}, indent=1)
-    given.out.write_text(text + "\n") if given.out else print(text)
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+            report.add(row)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ Usage: python benchmarks/train_step.py [--part NAME ...] [--repeats N] [--out FI
 
 import argparse
 import gc
-import json
-import shlex
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Report, spread
 from small_llama import Llama, Size
 from torch.nn import functional as F
 
@@ -35,7 +33,7 @@ SIZES = {  # hidden, intermediate, layers, vocabulary, batch, length
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is made: a recipe (or a peer's config), an optimizer, and whether layers are compiled."""
+    """One kind of step: a recipe (or a peer's config), an optimizer, and whether layers are compiled."""
 
     name: str
     recipe: str = ""
@@ -58,7 +56,7 @@ class Case:
 
 
 def cases(part: str) -> Iterator[Case]:
-    """What is measured."""
+    """The cases of one part."""
     if part[:4] in ("220M", "440M"):
         for compiled in (False, True) if part.isalnum() else (part.endswith(" compiled"),):
             how = " compiled" if compiled else ""
@@ -188,7 +186,7 @@ def compared(plain: Callable[[], Any], run: Callable[[], Any], times: int, devic
     return statistics.median(found[0]), statistics.median(found[1])
 
 
-def measure(case: Case, device: str, repeats: int, report: Callable[[dict[str, Any]], None]) -> None:
+def time_case(case: Case, device: str, repeats: int, report: Callable[[dict[str, Any]], None]) -> None:
     """Times each variant of `case` against its plain one."""
     runs = {}
 
@@ -216,14 +214,13 @@ def measure(case: Case, device: str, repeats: int, report: Callable[[dict[str, A
             report({"size": case.size, "variant": variant.name, "error": str(error).splitlines()[0][:200]})
             continue
         chunks = [compared(plain, run, times, device) for _ in range(repeats + 1)][1:]  # the first warms up
-        ratios = sorted(b / a for a, b in chunks)
+        ratios = [b / a for a, b in chunks]
         row = {
             "size": case.size,
             "variant": variant.name,
             "plain": case.plain.name,
             "plain ms": round(1e3 * statistics.median(a for a, _ in chunks), 3),
-            "ratio": round(statistics.median(ratios), 4),
-            "spread": [round(ratios[0], 4), round(ratios[-1], 4)],
+            "ratio": spread(ratios),
         }
         if device == "cuda":
             row["peak MB over plain"] = round((runs[variant.name] - runs[case.plain.name]) / 1e6, 1)
@@ -243,25 +240,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
-    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU, 2 cores"
-    asked = sys.argv[: sys.argv.index("--out")] if given.out else sys.argv
-    table = {
-        "command": f"python {shlex.join(asked)}",
-        "machine": machine,
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-
-    def report(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(row, flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(table, indent=1) + "\n")
-
+    report = Report(given.out, device=device)
     for part in given.part:
         for case in cases(part):
-            measure(case, device, given.repeats, report)
+            time_case(case, device, given.repeats, report.add)
+    report.finish()
 
 
 if __name__ == "__main__":

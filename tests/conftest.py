@@ -1,8 +1,11 @@
-"""Makes the modules beside the tests importable."""
+"""For every test: one thread for each library in each worker.
 
-import sys
-from pathlib import Path
+The helpers beside this file are importable: `pythonpath` in pyproject.toml.
+"""
 
-sys.path[:0] = [str(Path(__file__).parent), *map(str, Path(__file__).parent.glob("**/"))]
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # before NumPy, torch or MLX; their processes inherit it
 
 collect_ignore = ["plugins"]  # distributions of their own: test_plugins.py installs and runs them

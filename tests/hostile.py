@@ -232,7 +232,7 @@ def damage(rng, folder):
 
 
 def command_for(rng, folder, out):
-    """What is done with the directory; the artifact's damaged twin is compared with the sound one now and then."""
+    """A random command on the directory; `diff` compares it with the sound one."""
     known = [
         ("plan", folder, "-r", "int4-g32"),
         ("quantize", folder, out, "-r", "int4-g32"),

@@ -1,4 +1,4 @@
-"""What test_torch_sharded.py has two processes do; each leaves what it saw in a file."""
+"""The work of the two processes of test_torch_sharded.py; each writes its observations to a file."""
 
 import os
 from importlib.util import find_spec
@@ -94,7 +94,7 @@ def ours(model):
 
 
 def ends(model, losses):
-    """What a run left: in process 0, its masters and their codes."""
+    """The results of a run: its losses, and in process 0 its master weights and their codes."""
     whole = qkit.gather(model)
     if whole is None:
         return {"losses": losses}

@@ -1,4 +1,4 @@
-"""What test_mlx_distributed.py has two processes do: train on halves of a batch, with averaged gradients."""
+"""The work of the two processes of test_mlx_distributed.py: train on halves of a batch, with averaged gradients."""
 
 import sys
 

@@ -1,28 +1,33 @@
-"""What tests of training share: a very small Llama and its text, as directories and files."""
+"""Runs of training: the folder of a small Llama and a text, a run's settings, and the files that a run leaves."""
+
+from contextlib import contextmanager
 
 import numpy as np
-from llama import ENGINES as BUILDERS
-from llama import build
+import pytest
+from alike import contents
+from models import made_once, small
+from safetensors.numpy import load_file
+from tables import TRAINERS as ENGINES
 
 import qkit
-from qkit.engines.abilities import offers
-from qkit.engines.protocol import Trains
+from qkit.exchange.import_model import read_model
+from qkit.formats.packed import unpack
+from qkit.training import checkpoint
+from qkit.training.folder import LOG, beside, read_log
 
-ENGINES = [name for name in BUILDERS if offers(qkit.backend(name), Trains)]
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 LENGTH = 16
 TEXT = "".join(f"{i} squared is {i * i}; " for i in range(400))
 TOKENS = np.random.default_rng(3).integers(0, 256, (6, LENGTH + 1)).astype(np.int32)
 
 
-def small(name, **changes):
-    """The test Llama on engine `name`, smaller."""
-    return build(name, **{**SMALL, **changes})
+@made_once
+def _model(folder, name, **changes):
+    return qkit.save(small(name, **changes), folder, backend=name)
 
 
 def folder(path, name=ENGINES[0] if ENGINES else "", **changes):
     """A directory with the small Llama, and a text beside it."""
-    qkit.save(small(name, **changes), path / "model", backend=name)
+    _model(path / "model", name, **changes)
     (path / "text.txt").write_text(TEXT)
     return path
 
@@ -50,6 +55,45 @@ def arrays(name, model):
     return {key: engine.to_numpy(x).copy() for key, x in engine.tensors(model).items()}
 
 
-def same(one, other):
-    """Whether two maps hold equal arrays under equal names."""
-    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+def last(out):
+    return sorted(beside(out).glob(checkpoint.PATTERN))[-1]
+
+
+class Stopped(Exception):
+    """Ends a run from inside, as an interruption would."""
+
+
+@contextmanager
+def stopping(step):
+    """A function to tell events to, that ends the run once the checkpoint of `step` is written."""
+
+    def tell(event):
+        if (event["event"], event["step"]) == ("checkpoint", step):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        yield tell
+
+
+def losses(out):
+    return [event["loss"] for event in read_log(beside(out) / LOG) if event["event"] == "step"]
+
+
+def same_run(one, other):
+    """Whether two artifacts, and all that training left behind them, are equal: masters, moments, ranges, random numbers."""
+    states = [load_file(last(out)) for out in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    equal = all(np.array_equal(states[0][key], states[1][key]) for key in states[0])
+    return equal and contents(one) == contents(other) and losses(one) == losses(other)
+
+
+def learning(path, element, scale):
+    """A file with a recipe that learns its ranges."""
+    grid = f'schema = 1\n[grids.w]\nelement = "{element}"\ngroup = 32\nscale = "{scale}"\n'
+    rules = '[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\nweight = "w"\nscales = "learned"\n'
+    (path / "mine.toml").write_text(grid + rules)
+    return str(path / "mine.toml")
+
+
+def codes_of(out):
+    return {path: unpack(held.read()).codes for path, held in read_model(out).weights.items()}

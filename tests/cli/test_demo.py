@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit.cli.demo import _table
@@ -13,13 +14,10 @@ from qkit.demo import run
 from qkit.demo.other_programs import READERS, loss_outside
 from qkit.demo.report import another
 from qkit.engines import registry
-from qkit.engines.abilities import offers
 from qkit.engines.hookspecs import hookimpl
 from qkit.engines.numpy import NumpyBackend
-from qkit.engines.protocol import Trains
 
 READY = {status.name: status for status in qkit.backends() if status.ready}
-ENGINES = [name for name in READY if offers(qkit.backend(name), Trains)]
 TINY = replace(run.PRESET, hidden=64, layers=1, intermediate=128, batch=2, length=32, float_steps=12, more_steps=6)
 
 RECIPE = """
@@ -176,11 +174,11 @@ def test_a_second_engine_that_cannot_build_the_model_is_not_available_and_says_w
 
 
 def test_the_table_says_why_there_is_no_second_engine():
-    assert "not available: mlx needs mlx: pip install 'qkit-quant[mlx]'" in _table(result()).columns[1]._cells
+    assert "not available: mlx needs mlx: pip install 'qkit-quant[mlx]'" in _table(result()).columns[1].cells
 
 
 def test_the_table_says_what_other_programs_found_or_why_they_could_not():
-    cells = dict(zip(*(column._cells for column in _table(result()).columns), strict=True))
+    cells = dict(zip(*(column.cells for column in _table(result()).columns), strict=True))
     assert cells["  in transformers, without qkit"] == "1.2500 (differs by 0.0e+00)"
     assert cells["  in mlx-lm, without qkit"] == "not available: mlx-lm: No module named 'mlx_lm'"
 
@@ -195,7 +193,7 @@ def test_nothing_is_recovered_where_quantizing_cost_nothing():
     assert result().recovered == 0.75
     free = result(longer_ptq_loss=1.0)
     assert free.recovered is None
-    assert "nothing to recover" in _table(free).columns[1]._cells
+    assert "nothing to recover" in _table(free).columns[1].cells
 
 
 def test_numpy_cannot_train_and_says_what_can(tmp_path):

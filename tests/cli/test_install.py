@@ -1,4 +1,4 @@
-"""What `pip install -c constraints.txt` comes to, and what qkit says of how to install it."""
+"""The result of `pip install -c constraints.txt`, and qkit's own words on how to install it."""
 
 import os
 import re

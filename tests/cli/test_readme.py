@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from runs import folder
 from safetensors.numpy import load_file
+from tables import READY
 from typer.testing import CliRunner
 
 import qkit
@@ -17,7 +18,8 @@ from qkit.cli.application import application
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-ENGINES = {status.name for status in qkit.backends() if status.ready}
+RESULTS = README.parent / "benchmarks" / "results"
+ENGINES = set(READY)
 
 
 @pytest.mark.skipif(not {"torchao", "mlx"} <= ENGINES, reason="the tour visits both engines")
@@ -62,10 +64,10 @@ def test_the_commands_that_train_and_measure_run_in_their_order(tmp_path, monkey
 def parity_table():
     """The README's table, made from the result files."""
     rows = []
-    for file in sorted((README.parent / "benchmarks" / "results").glob("parity-*.json")):
+    for file in sorted(RESULTS.glob("*/parity*.json")):
         report = json.loads(file.read_text(encoding="utf-8"))
         where = report["machine"]["gpu"].split()[1] if "gpu" in report["machine"] else "CPU"  # as in NVIDIA H200
-        for row in report["mismatches"]:
+        for row in report["rows"]:
             wrong = sum(row[key] for key in ("codes", "scales", "values", "not run"))
             rows.append(f"| {row['backend']} | {where} | {row['mode']} | {row['compared']:,} | {wrong} |")
     return rows
@@ -81,11 +83,10 @@ def test_the_table_of_comparisons_is_that_of_the_result_files():
 def probe_table():
     """The README's table of recipes and engines, made from the result files: recipes with the same cells share a row."""
     cells = {}
-    files = ("probe-cpu", "probe-h200-torch", "probe-h200-mlx")
-    for file in files:
-        report = json.loads((README.parent / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    for file in ("cpu/probe", "h200/probe-torch", "h200/probe-mlx"):
+        report = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         where = "H200" if "gpu" in report["machine"] else "CPU"
-        for one in report["probes"]:
+        for one in report["rows"]:
             assert one["exact"], one
             column = cells.setdefault((one["backend"], where), {})
             column.setdefault(one["recipe"], {}).setdefault(one["dtype"], []).append(one["outcome"])
@@ -115,29 +116,31 @@ def test_the_table_of_recipes_and_engines_is_that_of_the_probes():
 
 
 def test_the_conformance_figures_are_those_of_the_result_files():
-    for name, suite in (("h100-torch", "TestTorchaoOnCuda"), ("h200-mlx", "TestMlx")):
-        file = README.parent / f"benchmarks/results/conformance-{name}.json"
-        report = json.loads(file.read_text(encoding="utf-8"))
-        assert not report["failed"]
-        assert f"{report['suites'][suite]['passed']:,} laws" in TEXT
+    for machine, suite in (("h100", "TestTorchaoOnCuda"), ("h200", "TestMlx")):
+        report = json.loads((RESULTS / machine / "conformance.json").read_text(encoding="utf-8"))
+        (row,) = report["rows"]
+        assert (row["suite"], row["failures"]) == (suite, [])
+        assert f"{row['passed']:,} laws" in TEXT
 
 
 def test_the_decode_figures_are_those_of_the_result_file():
-    report = json.loads((README.parent / "benchmarks/results/decode-h200.json").read_text(encoding="utf-8"))
+    report = json.loads((RESULTS / "h200" / "decode.json").read_text(encoding="utf-8"))
     _, ours, theirs = report["rows"]
     assert (
         f"{ours['time / bfloat16']:.3f}x the time of bfloat16, {ours['bytes / bfloat16']:.4f}x its weight bytes" in TEXT
     )
-    assert f"{ours['ms'] / theirs['ms']:.3f}x the time of torchao's own Int4WeightOnlyConfig" in TEXT
+    assert (
+        f"{ours['ms']['median'] / theirs['ms']['median']:.3f}x the time of torchao's own Int4WeightOnlyConfig" in TEXT
+    )
 
 
 def test_the_figures_of_mlx_steps_are_those_of_the_result_file():
-    report = json.loads((README.parent / "benchmarks/results/mlx-decode-cpu.json").read_text(encoding="utf-8"))
-    ratios = [row["qkit / mlx.nn.quantize"] for row in report["rows"]]
+    report = json.loads((RESULTS / "cpu" / "mlx_decode.json").read_text(encoding="utf-8"))
+    ratios = [row["qkit / mlx.nn.quantize"]["median"] for row in report["rows"]]
     assert f"from {min(ratios):.3f}x to {max(ratios):.3f}x" in TEXT
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)`?", TEXT))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, re.MULTILINE))))
 def test_the_make_targets_exist(target):
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

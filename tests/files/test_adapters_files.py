@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from llama import CONFIG, ENGINES, build, logits
+from models import CONFIG, build, logits
 from safetensors.numpy import load_file, save_file
+from tables import BUILDERS as ENGINES
 from typer.testing import CliRunner
 
 import qkit

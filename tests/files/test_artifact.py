@@ -1,12 +1,13 @@
-"""What is saved is what was trained: on the engine that saved it, on the other, and in readers that do not know qkit."""
+"""An artifact holds the trained model: on the engine that saved it, on the other, and in readers that do not know qkit."""
 
 import json
 from itertools import permutations
 
 import numpy as np
 import pytest
-from llama import ENGINES, build, logits
+from models import build, logits
 from safetensors.numpy import save_file
+from tables import BUILDERS as ENGINES
 
 import qkit
 from qkit.storage.arrays import read_file

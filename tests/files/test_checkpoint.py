@@ -2,14 +2,14 @@
 
 import json
 
-import ml_dtypes
 import numpy as np
 import pytest
+from alike import contents
 from safetensors.numpy import save_file
+from tables import DTYPES, INTEGERS
 
 import qkit
 from qkit import Grid, Recipe, Rule, reference
-from qkit.element import INTEGERS
 from qkit.formats import compressed_tensors, row_blocks
 from qkit.native import library
 from qkit.storage.arrays import read_folder
@@ -18,9 +18,8 @@ from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 from qkit.testing.hard_tensors import all_grids, tensors
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 GRIDS = [
-    *(Grid(element, 32, scale) for element in INTEGERS for scale in ("signed", "minmax")),
+    *(Grid(name, 32, scale) for name in INTEGERS for scale in ("signed", "minmax")),
     *(Grid("int4", group, scale) for group in (96, "row", "tensor") for scale in ("absmax", "midmax", "minmax")),
     Grid("e2m1", 32, "even"),
     Grid("e4m3", 32, "floor"),
@@ -42,10 +41,6 @@ def directory(folder, tensors, config=None):
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def contents(folder):
-    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

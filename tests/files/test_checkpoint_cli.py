@@ -10,8 +10,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import INDEX, tensors
 from safetensors.numpy import load_file, save_file
-from test_checkpoint_hostile import CONFIG, INDEX, tensors
 
 from qkit import PlanError
 from qkit.cli.quantize import quantize
@@ -21,15 +21,6 @@ from qkit.storage.write import Output
 def qkit(*arguments, **options):
     command = [sys.executable, "-c", "from qkit.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, **options)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file(tensors(), folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from alike import contents
 
 import qkit
 from qkit.artifact.inspect import inspect_directory
@@ -62,10 +63,6 @@ def stream(source, out, recipe, **options):
     plan = make_plan(source, qkit.recipe(recipe), **options)
     quantize_directory(plan, out, engine=qkit.backend("numpy"), workers=2, tick=lambda name, done: None)
     return plan
-
-
-def contents(folder):
-    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
 def assert_same(source, model, recipe, tmp_path, **options):

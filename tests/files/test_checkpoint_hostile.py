@@ -8,26 +8,12 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import CONFIG, INDEX, entry, raw, tensors
 from safetensors.numpy import save_file
 
 import qkit
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
-
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 2,
-    "tie_word_embeddings": False,
-}
-INDEX = "model.safetensors.index.json"
-
-
-def tensors(dtype=np.float32):
-    random = np.random.default_rng(0)
-    named = {f"model.layers.{i}.mlp.{name}.weight": (96, 64) for i in range(2) for name in ("up_proj", "gate_proj")}
-    named |= {"model.embed_tokens.weight": (32, 64), "lm_head.weight": (32, 64), "model.norm.weight": (64,)}
-    return {name: random.standard_normal(shape).astype(dtype) for name, shape in named.items()}
 
 
 @pytest.fixture
@@ -60,24 +46,12 @@ def edit_index(folder, edit):
 
 
 def one_file(folder, edit=None, dtype=np.float32):
-    for entry in folder.glob("model*"):
-        entry.unlink()
+    for file in folder.glob("model*"):
+        file.unlink()
     named = tensors(dtype)
     if edit:
         edit(named)
     save_file(named, folder / "model.safetensors")
-
-
-def raw(folder, header, data=b"", length=None):
-    """A file with any header."""
-    for entry in folder.glob("model*"):
-        entry.unlink()
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes((length or len(text)).to_bytes(8, "little") + text + data)
-
-
-def entry(shape=(2,), offsets=(0, 2), dtype="U8"):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
 def link(file, target):

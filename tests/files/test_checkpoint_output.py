@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
+from alike import contents
+from checkpoints import TENSORS, killed_at, stream, write
 from safetensors.numpy import load_file, save_file
 
 import qkit
@@ -16,34 +18,6 @@ from qkit.storage import swap
 from qkit.storage.arrays import read_file
 from qkit.storage.layout import TYPE_NAMES, Slot, lay_out
 from qkit.storage.write import Output, Stream, write_directory
-
-RANDOM = np.random.default_rng(0)
-TENSORS = {
-    "b.weight": RANDOM.standard_normal((5, 7)).astype(np.float32),
-    "a.weight": RANDOM.standard_normal((3, 9)).astype(ml_dtypes.bfloat16),
-    "c.odd": np.arange(5, dtype=np.uint8),
-    "c.e4m3": np.arange(7).astype(ml_dtypes.float8_e4m3fn),
-    "a.shape": np.array([3, 9]),
-    "ünï.weight": RANDOM.standard_normal((2, 3)).astype(np.float16),
-    "empty": np.zeros((0, 4), np.int32),
-    "flag": np.array([True]),
-}
-
-
-def stream(name, array, block=11):
-    data = array.tobytes()
-    blocks = [data[i : i + block] for i in range(0, len(data), block)]
-    return Stream(Slot(name, TYPE_NAMES[array.dtype.name], array.shape), lambda: blocks)
-
-
-def write(folder, tensors=TENSORS, **options):
-    options = {"metadata": {"qkit": "é"}, "files": {"config.json": b"{}"}, **options}
-    write_directory(folder, [stream(name, array) for name, array in tensors.items()], **options)
-    return folder
-
-
-def contents(folder):
-    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
 def test_one_file_is_what_safetensors_writes(tmp_path):
@@ -157,32 +131,13 @@ def test_a_run_with_another_fingerprint_is_refused_and_removes_nothing(tmp_path,
 
 
 def test_a_second_writer_is_refused(tmp_path):
-    code = f"import sys; sys.path[:0] = {[os.path.dirname(__file__)]!r}; from pathlib import Path\n"
-    code += f"from test_checkpoint_output import write; write(Path({str(tmp_path / 'out')!r}))"
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1])]!r}; from pathlib import Path\n"
+    code += f"from checkpoints import write; write(Path({str(tmp_path / 'out')!r}))"
     with Output(tmp_path / "out", [], metadata={}, files={}):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "LockedError" in done.stderr
     assert done.returncode
     subprocess.run([sys.executable, "-c", code], check=True)  # the lock goes with its owner
-
-
-def killed_at(call, k, work, *arguments, **options):
-    """Runs `work` in a child that ends, as if killed, before the k-th call of `os.<call>`; whether it came so far."""
-    child = os.fork()
-    if not child:
-        left, real = k, getattr(os, call)
-
-        def counted(*given, **named):
-            nonlocal left
-            left -= 1
-            return real(*given, **named) if left else os._exit(9)
-
-        setattr(os, call, counted)
-        try:
-            work(*arguments, **options)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 @pytest.mark.parametrize("exchange", [True, False])

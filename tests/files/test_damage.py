@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from damage import damages
-from families import make
+from models import make
 from typer.testing import CliRunner
 
 import qkit

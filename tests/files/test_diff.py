@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from families import make
+from checkpoints import quantized
+from models import make
 from safetensors.numpy import save_file
-from test_export import quantized
 from typer.testing import CliRunner
 
 from qkit.artifact.verify import verify

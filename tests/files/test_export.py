@@ -6,10 +6,12 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from families import make
+from checkpoints import quantized
+from models import weight
+from tables import DTYPES
+from tables import FILE_GRIDS as GRIDS
 
 import qkit
-from qkit.element import INTEGERS
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model
 from qkit.exchange.write_model import weights_only
@@ -17,26 +19,6 @@ from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
 from qkit.storage.arrays import read_file
-from qkit.streaming.carry_out import quantize_directory
-from qkit.streaming.plan import make_plan
-
-GRIDS = [
-    *(Grid(element, 64, rule) for element in INTEGERS for rule in ("signed", "minmax")),
-    Grid("int4", 32, "absmax"),
-    Grid("int4", 128, "midmax"),
-    Grid("int8", "row"),
-    Grid("int8", "tensor", "minmax"),
-    Grid("int4", 256),
-    Grid("e2m1", 32),
-    Grid("e4m3", 32, "even"),
-    Grid("e4m3", "row"),
-    Grid("e4m3", "tensor"),
-]
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
-
-def weight(dtype="float32", shape=(24, 256), scale=1.0):
-    return (np.random.default_rng(1).standard_normal(shape) * scale).astype(DTYPES[dtype])
 
 
 def same(a, b):
@@ -45,14 +27,6 @@ def same(a, b):
     return mine.keys() == theirs.keys() and all(
         mine[name].dtype == theirs[name].dtype and np.array_equal(mine[name], theirs[name]) for name in mine
     )
-
-
-def quantized(folder, recipe, *, family="llama", **changes):
-    """A checkpoint quantized with `recipe`, a name or an object, and what it was made of."""
-    source = make(folder / "float", family, **changes)
-    plan = make_plan(source, recipe if isinstance(recipe, qkit.Recipe) else qkit.recipe(recipe))
-    quantize_directory(plan, folder / "qkit", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
-    return folder / "qkit"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,7 +177,7 @@ def test_the_table_of_rotary_names_is_mlx_lm_s(kind):
     import inspect
 
     utils = pytest.importorskip("mlx_lm.utils")
-    _, arguments = utils._get_classes({"model_type": kind})
+    _, arguments = utils._get_classes({"model_type": kind})  # noqa: SLF001  mlx-lm has no public way
     known = {name for names in mlx_config.ROPE.values() for name in names}
     assert known & set(inspect.signature(arguments).parameters) == set(mlx_config.ROPE[kind])
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_export import DTYPES, quantized, weight
+from checkpoints import quantized
+from models import weight
+from tables import DTYPES
 
 import qkit
 from qkit.exchange.export_gguf import export_gguf

@@ -1,4 +1,4 @@
-"""Hundreds of directories with one thing wrong each: a line and a documented exit code, in time, and never 0 for a fault."""
+"""Hundreds of directories with one fault each: every command ends in time, with one line and a documented exit code, not 0."""
 
 import pytest
 from hostile import CODES, SECONDS, count

@@ -7,9 +7,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from families import make
+from checkpoints import quantized
+from models import make, weight
 from safetensors.numpy import save_file
-from test_export import GRIDS, quantized, weight
+from tables import FILE_GRIDS as GRIDS
 
 import qkit
 from qkit.exchange import diff
@@ -28,7 +29,7 @@ RECIPES = ["int4-g64", "int4-g64-minmax", "int8-row", "int3-g32", "mxfp4-a16", "
 
 
 def written_by_qkit(folder, recipe):
-    """What `qkit quantize` makes of the golden float model."""
+    """The golden float model, quantized by `qkit quantize`."""
     plan = make_plan(GOLDEN / "float", qkit.recipe(recipe))
     quantize_directory(plan, folder, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
     return read_model(folder)

@@ -1,4 +1,4 @@
-"""What qkit refuses by size, name or kind before it works on it; and that the largest real models are within the limits."""
+"""qkit refuses inputs by size, name or kind before any work; the largest real models are within the limits."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 import pytest
+from checkpoints import CONFIG, entry, raw, tensors
 from safetensors.numpy import save_file
-from test_checkpoint_hostile import CONFIG, entry, raw, tensors
 
 import qkit
 from qkit import Grid
@@ -24,15 +24,6 @@ from qkit.storage.layout import Slot, lay_out
 from qkit.streaming.plan import make_plan
 
 RECIPE = 'schema = 1\n[grids.w]\nelement = "int4"\ngroup = 64\n[[rules]]\nmatch = "*"\nweight = "w"\n'
-
-
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file(tensors(), folder / "model.safetensors")
-    return folder
 
 
 def plan(folder):

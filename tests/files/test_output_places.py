@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama import ENGINES, build
-from test_checkpoint_output import contents, killed_at, write
+from alike import contents
+from checkpoints import TENSORS, killed_at, stream, write
+from models import build
+from tables import BUILDERS as ENGINES
 
 import qkit
 from qkit.adapters import Update
@@ -375,8 +377,6 @@ def test_what_comes_to_the_output_during_the_work_is_not_removed_with_the_old_on
 
 
 def write_with_a_visitor(out, **options):
-    from test_checkpoint_output import TENSORS, stream
-
     from qkit.storage.write import write_directory
 
     streams = [stream(name, array) for name, array in TENSORS.items()]

@@ -1,4 +1,4 @@
-"""What qkit wrote, opened by the programs that it is for, each in a process that cannot import qkit."""
+"""The programs that qkit writes for open its directories, each in a process that cannot import qkit."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import make
+from models import make
 
 import qkit
 from qkit import reference

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import make
-from test_export import quantized
+from checkpoints import quantized
+from models import make
 from typer.testing import CliRunner
 
 import qkit

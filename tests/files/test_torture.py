@@ -13,6 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from alike import contents
 from safetensors.numpy import save_file
 
 import qkit
@@ -39,10 +40,6 @@ def model(folder, *, layers, width):
 def run(source, out, recipe="int4-g64", workers=1):
     plan = make_plan(Path(source), qkit.recipe(recipe), shard_bytes=1 << 20)
     quantize_directory(plan, Path(out), engine=qkit.backend("numpy"), workers=workers, tick=lambda name, done: None)
-
-
-def contents(folder):
-    return {entry.name: entry.read_bytes() for entry in sorted(folder.iterdir())} if folder.exists() else None
 
 
 class Failing:
@@ -155,13 +152,15 @@ def test_a_full_disk_leaves_the_old_and_room_makes_it_good(tmp_path):
     ]
     if not shutil.which("unshare") or subprocess.run([*command, "-c", "pass"], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount a tmpfs; the failing calls stand for it")
-    done = subprocess.run([*command, __file__, source, tmp_path / "whole"], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command += [__file__, source, tmp_path / "whole"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "old, full, old, room, new\n"
 
 
 def _on_a_small_disk(disk: Path, source: Path, whole: Path) -> None:
-    """What the test above runs on its disk."""
+    """The test above runs this on its small disk."""
     shutil.copytree(whole, disk / "out")
     before = contents(disk / "out")
     (disk / "ballast").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize // 2))

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from runs import TOKENS, small
+from models import small
+from runs import TOKENS
+from tables import MODULES as ENGINES
 
 import qkit
 from qkit import Grid, Recipe, Rule, reference
@@ -19,7 +21,6 @@ GRIDS = [
     Grid("int4", "tensor"),
     *(Grid(element, 32, rule) for element in ("e2m1", "e4m3", "e5m2") for rule in ("rceil", "even", "floor")),
 ]
-ENGINES = ["torchao", "mlx"]
 RNG = np.random.default_rng
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import DTYPES
 
 import qkit
 from qkit import Grid, native, reference
@@ -20,7 +21,6 @@ from qkit.native import arrays, build, library
 from qkit.reference import packing
 from qkit.testing.hard_tensors import all_grids, tensors
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 PATTERNS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
 ODD = [Grid("int4", 3), Grid("int3", 10, "minmax"), Grid("int8", 1), Grid("e4m3", 5), Grid("e2m1", 31, "even")]
 needs_kernels = pytest.mark.skipif(not native.available(), reason="qkit was built without a C compiler")
@@ -232,12 +232,12 @@ def test_the_kernels_declare_elements_and_rules_that_exist():
 @needs_kernels
 def test_a_library_of_another_version_is_not_used(monkeypatch):
     monkeypatch.setattr(library, "digest", lambda: "of another source")
-    library._library.cache_clear()
+    library._library.cache_clear()  # noqa: SLF001  what it holds is under test
     try:
         assert not native.available()
     finally:
         monkeypatch.undo()
-        library._library.cache_clear()
+        library._library.cache_clear()  # noqa: SLF001  what it holds is under test
     assert native.available()
 
 

@@ -20,9 +20,14 @@ from qkit.reference import rounding
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "numerics.md").read_text(encoding="utf-8")
-PEERS = ROOT / "benchmarks" / "results" / "peers-cpu.json"
+PEERS = ROOT / "benchmarks" / "results" / "cpu" / "peers.json"
 GROUPS = (32, 64, 128)
 INTEGERS = [name for name, e in element.ELEMENTS.items() if e.kind == "integer"]
+
+
+def peers(table):
+    """The rows of one table that `benchmarks/peers.py` measured."""
+    return [row for row in json.loads(PEERS.read_text())["rows"] if row["table"] == table]
 
 
 def table(*heading):
@@ -158,7 +163,7 @@ def test_and_the_bound_is_no_larger_than_it_has_to_be(name, rule):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_minmax_at_8_bits_costs_what_the_page_says(group):
-    rows = [row for row in json.loads(PEERS.read_text())["minmax"] if (row["bits"], row["group"]) == (8, group)]
+    rows = [row for row in peers("minmax") if (row["bits"], row["group"]) == (8, group)]
     (kept,) = (row for row in rows if row["dtype"] == "float32")
     low, high = kept["groups_over_one_step"]["range"]
     for deviation in (0.02, 0.03, 1):
@@ -244,7 +249,7 @@ def test_mxfp8_even_is_another_rule_than_compressed_tensors():
 def test_the_page_and_the_command_say_by_how_much_aliases_differ():
     said = {row[0]: row[2:4] for row in table("scheme", "recipe of qkit")}
     assert said.keys() == ALIASES.keys() == DIFFERENCES.keys()
-    for row in json.loads(PEERS.read_text())["compressed_tensors"]:
+    for row in peers("compressed_tensors"):
         if row["recipe"] == "e4m3-g32-even":
             continue
         share = said[row["scheme"]][row["dtype"] == "bfloat16"]

@@ -5,10 +5,11 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import llama
+import models
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tables import BUILDERS
 from typer.testing import CliRunner
 
 import qkit
@@ -38,14 +39,14 @@ def nudged(engine, folder, model, size):
     return qkit.load(folder, backend=engine)
 
 
-@pytest.fixture(scope="module", params=llama.ENGINES)
+@pytest.fixture(scope="module", params=BUILDERS)
 def made(request, tmp_path_factory):
     """An engine and a folder with `float`, `longer`, `masters` and what they are on the grid: `qat`."""
     place, engine = tmp_path_factory.mktemp(request.param), qkit.backend(request.param)
-    qkit.save(llama.build(request.param), place / "float")
-    nudged(engine, place / "longer", llama.build(request.param), 0.001)
+    qkit.save(models.build(request.param), place / "float")
+    nudged(engine, place / "longer", models.build(request.param), 0.001)
     qkit.save(
-        qkit.convert(nudged(engine, place / "masters", llama.build(request.param), 0.003), TRAINED), place / "qat"
+        qkit.convert(nudged(engine, place / "masters", models.build(request.param), 0.003), TRAINED), place / "qat"
     )
     (place / "text").write_bytes(TEXT)
     return engine, place
@@ -136,7 +137,7 @@ def test_masters_are_read_from_a_checkpoint_beside_the_trained_model(made, found
     assert again.masters_equal == found.masters_equal
     assert newest_checkpoint(place / "qat") is None
     with pytest.raises(qkit.ArtifactError, match=r"checkpoint-00000001.safetensors holds no weights"):
-        of_checkpoint(engine, newest.with_name("checkpoint-00000001.safetensors"), llama.CONFIG)
+        of_checkpoint(engine, newest.with_name("checkpoint-00000001.safetensors"), models.CONFIG)
 
 
 def test_the_recipe_follows_from_the_trained_model(made):

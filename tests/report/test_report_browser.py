@@ -69,7 +69,7 @@ def comparison(layers):
 
 
 def browse(folder, *options):
-    """What the harness found, and what the browser said."""
+    """The findings of the harness, and the output of the browser."""
     source = About("qkit compare", "torchao", "cpu", {"qkit": "0"}, {"system": "Linux"}, ("text",), 1.0)
     (folder / "report.html").write_text(page(comparison(30), source, title="A <report>"), encoding="utf-8")
     (folder / "harness.html").write_text(HARNESS.replace("PAGE", "report.html"), encoding="utf-8")

@@ -5,9 +5,10 @@ import math
 import shutil
 import sys
 
-import llama
+import models
 import numpy as np
 import pytest
+from tables import BUILDERS
 from typer.testing import CliRunner
 
 import qkit
@@ -33,9 +34,9 @@ class Table(NumpyBackend):
 def directories(tmp_path_factory):
     """A small Llama as a float directory, an artifact and a directory for mlx-lm; and a text."""
     place = tmp_path_factory.mktemp("models")
-    name = llama.ENGINES[0]
-    qkit.save(llama.build(name), place / "float")
-    qkit.save(qkit.convert(llama.build(name), "int4-g64"), place / "int4")
+    name = BUILDERS[0]
+    qkit.save(models.build(name), place / "float")
+    qkit.save(qkit.convert(models.build(name), "int4-g64"), place / "int4")
     export_mlx(read_model(place / "int4"), place / "mlx")
     (place / "text").write_bytes(TEXT)
     return place
@@ -49,9 +50,9 @@ def fails(monkeypatch, capsys, *arguments):
     return stopped.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", llama.ENGINES)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_the_loss_is_that_of_the_engine(name):
-    engine, model = qkit.backend(name), llama.build(name)
+    engine, model = qkit.backend(name), models.build(name)
     found = evaluate(engine, model, ROWS)
     assert found.tokens == ROWS[:, 1:].size
     assert found.loss == pytest.approx(engine.loss(model, ROWS), abs=1e-6)  # the engine sums in float32
@@ -59,7 +60,7 @@ def test_the_loss_is_that_of_the_engine(name):
 
 
 def test_engines_agree_window_by_window():
-    found = [evaluate(qkit.backend(name), llama.build(name), ROWS).losses for name in llama.ENGINES]
+    found = [evaluate(qkit.backend(name), models.build(name), ROWS).losses for name in BUILDERS]
     for other in found[1:]:
         assert np.abs(other - found[0]).max() < 1e-5  # two libraries, two orders of summation
 
@@ -105,13 +106,13 @@ def test_fewer_windows_are_taken_over_the_whole_text():
     assert len(consecutive(np.arange(1001, dtype=np.int32), length=10, windows=400)) == 100
 
 
-@pytest.mark.parametrize("name", llama.ENGINES)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_every_layout_that_holds_the_model_has_its_loss(name, directories):
     engine = qkit.backend(name)
     found = {kind: evaluate(engine, open_model(engine, directories / kind), ROWS).loss for kind in ("int4", "mlx")}
     assert found["int4"] == found["mlx"]
     floats = evaluate(engine, open_model(engine, directories / "float"), ROWS)
-    assert floats.loss == pytest.approx(evaluate(engine, llama.build(name), ROWS).loss, abs=1e-12)  # sums, reordered
+    assert floats.loss == pytest.approx(evaluate(engine, models.build(name), ROWS).loss, abs=1e-12)  # sums, reordered
     assert floats.loss != found["int4"]
 
 
@@ -120,7 +121,7 @@ def test_what_another_tool_quantized_in_its_own_way_is_refused(directories, tmp_
     file = tmp_path / "foreign" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(qkit.ArtifactError, match="foreign: quantized by gptq"):
-        open_model(qkit.backend(llama.ENGINES[0]), tmp_path / "foreign")
+        open_model(qkit.backend(BUILDERS[0]), tmp_path / "foreign")
 
 
 def test_the_command_prints_the_numbers(directories):

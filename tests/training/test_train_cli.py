@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from runs import ENGINES, folder, small
+from models import small
+from runs import folder
 from safetensors.numpy import load_file
+from tables import TRAINERS as ENGINES
 
 import qkit as api
 from qkit.storage import swap

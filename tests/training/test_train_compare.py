@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from runs import ENGINES, folder
+from runs import folder
+from tables import TRAINERS as ENGINES
 
 from qkit.cli.application import main
 

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from runs import ENGINES, folder, table
+from alike import contents as files
+from runs import codes_of, folder, last, losses, same_run, stopping, table
 from safetensors.numpy import load_file
-from test_training_resume import codes_of, files, last, losses, same_run, stopping
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit import adapters, reference

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from runs import ENGINES, folder, table
-from test_training_resume import codes_of, learning, losses, same_run, stopping
+from runs import codes_of, folder, learning, losses, same_run, stopping, table
+from tables import TRAINERS as ENGINES
 
 from qkit.training import run_from_table, train_model
 

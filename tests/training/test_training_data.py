@@ -1,4 +1,4 @@
-"""What a step trains on: text, tokens, sequences and their order; rates."""
+"""The data of a step: text, tokens, sequences and their order; and learning rates."""
 
 import json
 

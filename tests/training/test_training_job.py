@@ -1,12 +1,14 @@
-"""A run from directory to artifact: what it starts from, what it leaves, and how it says no."""
+"""A run from directory to artifact: its inputs, its files, and its refusals."""
 
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import ENGINES, folder, small, table
+from models import small
+from runs import folder, table
 from safetensors.numpy import load_file, save_file
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit import reference

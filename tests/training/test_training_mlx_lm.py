@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from runs import TOKENS, arrays, same, small
+from alike import same
+from models import small
+from runs import TOKENS, arrays
 
 import qkit
 
@@ -21,7 +23,7 @@ def tuned(model, tmp_path, **options):
 
 
 class Rows(list):
-    """What mlx-lm's own data sets are: rows, and what to make of one."""
+    """A data set as mlx-lm has them: rows, and a function that turns a row into tokens."""
 
     def process(self, row):
         return row

@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from runs import ENGINES, folder, small, table
+from alike import contents as files
+from models import small
+from runs import Stopped, codes_of, folder, last, learning, losses, same_run, stopping, table
 from safetensors.numpy import load_file
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit.cli.application import application
-from qkit.exchange.import_model import read_model
-from qkit.formats.packed import unpack
 from qkit.reference import learned
 from qkit.storage import swap
 from qkit.training import checkpoint, curve, job, run_from_table, train_model
@@ -32,42 +32,6 @@ BOUND = 1e-5  #: nats that losses of two engines may differ by within 24 steps; 
 
 def train(path, **changes):
     return train_model(run_from_table(table(path, **changes)))
-
-
-def files(path):
-    return {entry.name: entry.read_bytes() for entry in sorted(path.iterdir())}
-
-
-def last(out):
-    return sorted(beside(out).glob(checkpoint.PATTERN))[-1]
-
-
-class Stopped(Exception):
-    """Ends a run from inside, as an interruption would."""
-
-
-@contextmanager
-def stopping(step):
-    """A function to tell events to, that ends the run once the checkpoint of `step` is written."""
-
-    def tell(event):
-        if (event["event"], event["step"]) == ("checkpoint", step):
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        yield tell
-
-
-def losses(out):
-    return [event["loss"] for event in read_log(beside(out) / LOG) if event["event"] == "step"]
-
-
-def same_run(one, other):
-    """Whether two artifacts, and all that training left behind them, are equal: masters, moments, ranges, random numbers."""
-    states = [load_file(last(out)) for out in (one, other)]
-    assert states[0].keys() == states[1].keys()
-    equal = all(np.array_equal(states[0][key], states[1][key]) for key in states[0])
-    return equal and files(one) == files(other) and losses(one) == losses(other)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -113,14 +77,6 @@ SCHEDULED = {"recipe": "int4-g32", "quantization": {"interval": 3, "ramp": [[5, 
 LEARNED = [("int3", "signed"), ("int2", "minmax"), ("e2m1", "rceil")]
 
 
-def learning(path, element, scale):
-    """A file with a recipe that learns its ranges."""
-    grid = f'schema = 1\n[grids.w]\nelement = "{element}"\ngroup = 32\nscale = "{scale}"\n'
-    rules = '[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\nweight = "w"\nscales = "learned"\n'
-    (path / "mine.toml").write_text(grid + rules)
-    return str(path / "mine.toml")
-
-
 @pytest.mark.parametrize("changes", [SCHEDULED, *LEARNED], ids=["scheduled", "scales", "zero points", "exponents"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_schedules_and_learned_ranges_are_resumed(tmp_path, name, changes):
@@ -160,10 +116,6 @@ def test_zero_points_and_exponents_change_codes_in_a_short_run(tmp_path, name, g
         assert (codes == packed[layer.removeprefix("weights.")]).all()
         changed += int((codes != others).sum())
     assert changed > 0
-
-
-def codes_of(out):
-    return {path: unpack(held.read()).codes for path, held in read_model(out).weights.items()}
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="needs two engines")
@@ -351,8 +303,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_the_one_before(tmp_path, d
 #: What comes after the last step, in order: an object, and the name of a function of it.
 ENDING = {
     "the conversion": (job.pipeline, "convert"),
-    "saving": (job.artifact, "save"),
-    "opening the artifact again": (job.artifact, "load"),
+    "saving": (job, "save"),
+    "opening the artifact again": (job, "load"),
     "the picture": (curve, "draw_log"),
     "the end of the log": (run_folder.Log, "add"),
 }

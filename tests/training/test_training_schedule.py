@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
-from runs import ENGINES, TOKENS, arrays, same, small
+from alike import same
+from models import small
+from runs import TOKENS, arrays
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit import Grid, Recipe, Rule
@@ -112,9 +115,10 @@ def test_compiled_steps_are_compiled_once_for_each_recipe_and_not_for_each_step(
     counted = []
     if name == "torchao":
         import torch
+        from torch._dynamo.utils import counters
 
         torch.compiler.reset()
-        start = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        start = counters["stats"]["unique_graphs"]
     else:
         kind = type(model)
         call = kind.__call__
@@ -125,9 +129,7 @@ def test_compiled_steps_are_compiled_once_for_each_recipe_and_not_for_each_step(
     for step in range(1, 9):
         before(step)
         trainer.step([TOKENS[:2]], learning_rate=1e-3)
-        made.append(
-            torch._dynamo.utils.counters["stats"]["unique_graphs"] - start if name == "torchao" else len(counted)
-        )
+        made.append(counters["stats"]["unique_graphs"] - start if name == "torchao" else len(counted))
     assert made[0] == made[1] == made[2] == made[3] < made[4] == made[5] == made[6] == made[7]
 
 

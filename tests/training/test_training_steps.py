@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
-from runs import ENGINES, TOKENS, arrays, same, small
+from alike import same
+from models import small
+from runs import TOKENS, arrays
+from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions

@@ -28,7 +28,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         if isinstance(architecture, type) and issubclass(architecture, PreTrainedModel):
-            model: nn.Module = architecture._from_config(known, dtype=dtype)
+            model: nn.Module = architecture._from_config(known, dtype=dtype)  # noqa: SLF001  transformers offers no public name for it
         else:
             model = AutoModelForCausalLM.from_config(known, dtype=dtype)
     except (OSError, MemoryError):

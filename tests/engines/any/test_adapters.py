@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from llama import ENGINES, build
+from models import build
+from tables import BUILDERS as ENGINES
 
 import qkit
 from qkit import adapters

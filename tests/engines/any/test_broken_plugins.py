@@ -204,7 +204,7 @@ def test_a_probe_goes_on_where_a_backend_does_not_load(tmp_path: Path) -> None:
     code = """
 from typer.testing import CliRunner
 import qkit
-from qkit import registry
+from qkit.engines import registry
 from qkit.cli.application import application
 registry._installed = lambda package: package == "numpy"
 done = CliRunner().invoke(application, ["backends", "--probe"])

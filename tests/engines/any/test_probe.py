@@ -3,15 +3,13 @@
 import json
 
 import pytest
+from tables import MODULES as ENGINES
 from typer.testing import CliRunner
 
 import qkit
 from qkit.cli.application import application
-from qkit.engines.abilities import offers
-from qkit.engines.protocol import Modules
 from qkit.testing.probe import probe, worst
 
-ENGINES = [status.name for status in qkit.backends() if status.ready and offers(qkit.backend(status.name), Modules)]
 RECIPES = ["int4-g64", "int4-g64-all", "int8-static-act-int8-weight", "nvfp4"]
 runner = CliRunner()
 

@@ -13,7 +13,8 @@ import numpy as np
 import qkit
 from qkit import native, reference
 from qkit.errors import QkitError
-from qkit.exchange import snapshot, transfer
+from qkit.exchange.export_model import export_dense, export_mlx
+from qkit.exchange.import_model import read_model
 from qkit.formats.gguf import export_gguf
 from qkit.formats.packed import pack, unpack
 from qkit.reference import learned
@@ -158,7 +159,7 @@ def modules(grid):
         return right(qkit.load(qkit.save(qkit.convert(build(), recipe), saved), backend=name))
 
     def dense():
-        transfer.export_dense(snapshot.read(saved), folder / f"{spelled(grid)}-dense")
+        export_dense(read_model(saved), folder / f"{spelled(grid)}-dense")
         made = read_file(folder / f"{spelled(grid)}-dense" / "model.safetensors")[0]
         return all(
             same(made[f"{path}.weight"], value) for path, value in values(qkit.load(saved, backend=name)).items()
@@ -167,16 +168,16 @@ def modules(grid):
     def mlx():
         out = folder / f"{spelled(grid)}-mlx"
         try:
-            transfer.export_mlx(snapshot.read(saved), out)
+            export_mlx(read_model(saved), out)
         except QkitError:
             assert not out.exists()
             raise
-        return snapshot.read(out).digests() == snapshot.read(saved).digests()
+        return read_model(out).digests() == read_model(saved).digests()
 
     def gguf():
         out = folder / f"{spelled(grid)}.gguf"
         try:
-            export_gguf(snapshot.read(saved), out)
+            export_gguf(read_model(saved), out)
         except QkitError:
             assert not out.exists()
             raise

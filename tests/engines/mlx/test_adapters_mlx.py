@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from models import build
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
-from llama import build  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 import qkit  # noqa: E402

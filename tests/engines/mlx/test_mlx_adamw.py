@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from models import build
 
 mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 nn = pytest.importorskip("mlx.nn")
@@ -141,8 +142,6 @@ class Reports:
 def test_the_trainer_of_mlx_lm_takes_it(tmp_path, capsys):
     """On a prepared model, whose gradients of four batches it adds, each in a compiled call of its own."""
     tuner = pytest.importorskip("mlx_lm.tuner.trainer")
-    from llama import build
-
     data = [(np.random.default_rng(i).integers(1, 256, 24).tolist(), 0) for i in range(16)]
     ends = []
     for ours in (True, False):

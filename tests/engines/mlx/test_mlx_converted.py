@@ -1,7 +1,11 @@
 """Converted layers of MLX: under mx.compile, with NaN in their input, and what their coverage says; biases before that."""
 
+from functools import partial
+
+import models
 import numpy as np
 import pytest
+from alike import equal
 
 mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 nn = pytest.importorskip("mlx.nn")
@@ -12,6 +16,7 @@ from qkit import Grid, Recipe, Rule  # noqa: E402
 from qkit.testing.hard_tensors import random  # noqa: E402
 
 BE = qkit.backend("mlx")
+inputs = partial(models.inputs, "mlx")
 INT4 = Grid("int4", 32)
 INT8 = Grid("int8", "row")
 MXFP4, MXFP8, NVFP4 = Grid("e2m1", 32), Grid("e4m3", 32), Grid("e2m1", 16, "nvfp4")
@@ -39,10 +44,6 @@ RULES = {
 each_rule = pytest.mark.parametrize("name", RULES)
 
 
-def inputs(dtype="float32"):
-    return BE.from_numpy(random((5, 64), 1, dtype))
-
-
 def prepared(name):
     """A prepared, calibrated model, in evaluation mode."""
     mx.random.seed(0)
@@ -55,10 +56,6 @@ def prepared(name):
     return model
 
 
-def equal(a, b):
-    return a.dtype == b.dtype and np.array_equal(BE.to_numpy(a), BE.to_numpy(b), equal_nan=True)
-
-
 @each_rule
 def test_compiled_equals_eager(name):
     model = prepared(name)
@@ -67,16 +64,16 @@ def test_compiled_equals_eager(name):
     model = qkit.convert(model)
     compiled = mx.compile(lambda x: model(x))
     for dtype in ("float32", "bfloat16"):
-        assert equal(compiled(inputs(dtype)), model(inputs(dtype))), dtype
+        assert equal(compiled(inputs(dtype=dtype)), model(inputs(dtype=dtype))), dtype
 
 
 @each_rule
 def test_prepared_equals_converted(name):
     model = prepared(name)
-    wants = [model(inputs(dtype)) for dtype in ("float32", "bfloat16")]
+    wants = [model(inputs(dtype=dtype)) for dtype in ("float32", "bfloat16")]
     model = qkit.convert(model)
     for want, dtype in zip(wants, ("float32", "bfloat16"), strict=True):
-        assert equal(model(inputs(dtype)), want)
+        assert equal(model(inputs(dtype=dtype)), want)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)

@@ -2,6 +2,9 @@
 in one pass. Runs where MLX has a GPU.
 """
 
+from functools import partial
+
+import models
 import numpy as np
 import pytest
 
@@ -18,6 +21,7 @@ from qkit.qtensor import DTYPES  # noqa: E402
 from qkit.testing import all_grids, random, tensors  # noqa: E402
 
 BE = qkit.backend("mlx")
+inputs = partial(models.inputs, "mlx", width=256, dtype="bfloat16")
 DIRECT = [Grid("int4", 64), Grid("int2", 32), Grid("e2m1", 32), Grid("e4m3", 32), Grid("e2m1", 16, "nvfp4")]
 EXACT = [Grid("int8", 64), Grid("int4", 64, "minmax")]
 
@@ -29,10 +33,6 @@ def layer():
     plain = nn.Linear(256, 128)
     plain.set_dtype(mx.bfloat16)
     return plain
-
-
-def inputs():
-    return mx.random.normal((5, 256), key=mx.random.key(1)).astype(mx.bfloat16)
 
 
 def converted(grid):

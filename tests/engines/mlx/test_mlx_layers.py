@@ -1,7 +1,12 @@
 """The MLX engine: what stays exact under casts and edits, what is trained, and models that open as torch saved them."""
 
+from functools import partial
+
+import models
 import numpy as np
 import pytest
+from alike import equal
+from models import build
 
 mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 nn = pytest.importorskip("mlx.nn")
@@ -11,6 +16,7 @@ from qkit import Grid, Recipe, Rule  # noqa: E402
 from qkit.engines.trainer import TrainerOptions  # noqa: E402
 
 BE = qkit.backend("mlx")
+inputs = partial(models.inputs, "mlx")
 GRIDS = [
     Grid("int4", 32),
     Grid("int4", 32, "minmax"),
@@ -79,14 +85,6 @@ MODELS = {
 def layers(kind=nn.Linear):
     mx.random.seed(0)
     return nn.Sequential(kind(64, 96), kind(96, 64)) if kind is nn.Linear else nn.Sequential(kind(96, 64))
-
-
-def inputs():
-    return mx.random.normal((5, 64), key=mx.random.key(1))
-
-
-def equal(a, b):
-    return np.array_equal(BE.to_numpy(a), BE.to_numpy(b))
 
 
 def whole(config):
@@ -220,8 +218,6 @@ def test_an_edit_in_place_is_seen_in_evaluation(kind):
 
 def test_both_trainers_take_the_same_steps():
     pytest.importorskip("torch")
-    from llama import build
-
     tokens = np.random.default_rng(3).integers(0, 256, (2, 17)).astype(np.int32)
     ends = []
     for name in ("torchao", "mlx"):

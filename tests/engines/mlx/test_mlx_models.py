@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from alike import equal
+from models import build
 
 mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 nn = pytest.importorskip("mlx.nn")
@@ -15,10 +17,6 @@ INT4 = Grid("int4", 32)
 LINEAR = Rule(("*",), weight=INT4)
 EMBEDDING = Rule(("*",), kind="embedding", weight=INT4)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
-
-
-def equal(a, b):
-    return np.array_equal(BE.to_numpy(a), BE.to_numpy(b))
 
 
 class Everything(nn.Module):
@@ -108,8 +106,6 @@ def test_attention_computes_with_quantized_weights_in_all_four_projections(train
 
 
 def tied(name="mlx"):
-    from llama import build
-
     pytest.importorskip("mlx_lm")
     return build(name, tie_word_embeddings=True)
 

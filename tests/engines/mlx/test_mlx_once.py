@@ -4,9 +4,12 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 
+import models
 import numpy as np
 import pytest
+from alike import equal
 
 mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 nn = pytest.importorskip("mlx.nn")
@@ -23,6 +26,8 @@ from qkit import Grid, Recipe, Rule  # noqa: E402
 from qkit.engines.trainer import AdamWOptions  # noqa: E402
 
 BE = qkit.backend("mlx")
+inputs = partial(models.inputs, "mlx")
+floats = partial(models.mlp, "mlx")
 INT4, INT8 = Grid("int4", 32), Grid("int8", "row")
 
 
@@ -40,17 +45,6 @@ def roundings(monkeypatch):
     return seen
 
 
-def inputs(rows=5):
-    return mx.random.normal((rows, 64), key=mx.random.key(1))
-
-
-def floats():
-    mx.random.seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
-    mx.eval(model.state)
-    return model
-
-
 def prepared(activation=None, ste="identity"):
     return qkit.prepare(floats(), Recipe("test", (Rule(("*",), weight=INT4, activation=activation, ste=ste),)))
 
@@ -60,10 +54,6 @@ def expected(model, x):
     first, relu, last = model.layers
     x = relu(mx.addmm(first["bias"], x, BE.fake_quantize(first["weight"], INT4).T))
     return mx.addmm(last["bias"], x, BE.fake_quantize(last["weight"], INT4).T)
-
-
-def equal(a, b):
-    return np.array_equal(BE.to_numpy(a), BE.to_numpy(b))
 
 
 def loss(model, x):

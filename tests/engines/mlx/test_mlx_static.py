@@ -1,9 +1,12 @@
 """Static activations, gates and outputs of MLX's layers: what is recorded, when, and what convert makes of it."""
 
 from dataclasses import replace
+from functools import partial
 
+import models
 import numpy as np
 import pytest
+from alike import equal
 
 mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
 nn = pytest.importorskip("mlx.nn")
@@ -12,9 +15,9 @@ optim = pytest.importorskip("mlx.optimizers")
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
 from qkit.element import AVERAGE  # noqa: E402
-from qkit.testing.hard_tensors import random  # noqa: E402
 
 BE = qkit.backend("mlx")
+inputs = partial(models.inputs, "mlx")
 INT4 = Grid("int4", 32)
 STATIC = [Grid("int8", "tensor"), Grid("int8", "tensor", "minmax"), Grid("e4m3", "tensor")]
 INF = float("inf")
@@ -32,14 +35,6 @@ def prepared(*rules):
     return qkit.prepare(model, Recipe("test", rules))
 
 
-def inputs(seed=1, rows=5):
-    return BE.from_numpy(random((rows, 64), seed))
-
-
-def equal(a, b):
-    return np.array_equal(BE.to_numpy(a), BE.to_numpy(b), equal_nan=True)
-
-
 def ranges(model):
     return {name: BE.to_numpy(array) for name, array in BE.tensors(model).items() if name.endswith("_range")}
 
@@ -52,8 +47,8 @@ def test_calibrating_records_extremes_of_float_activations(grid):
     with qkit.calibrating(model):
         assert [layer.mode for layer in BE.layers(model)] == ["calibrating"] * 2
         for seed in (1, 2):
-            model(inputs(seed))
-    x = mx.concatenate([inputs(1), inputs(2)])
+            model(inputs(seed=seed))
+    x = mx.concatenate([inputs(seed=1), inputs(seed=2)])
     w = BE.fake_quantize(first.weight, INT4)
     between = relu(mx.addmm(first.bias, x, w.T))
     out = mx.addmm(last.bias, between, BE.fake_quantize(last.weight, INT4).T)
@@ -71,7 +66,7 @@ def test_a_calibrated_model_converts_to_what_it_was_evaluated_as(grid, slot, tmp
     model.eval()
     with qkit.calibrating(model):
         model(inputs())
-    x = inputs(3) * 2  # some of it is clipped
+    x = inputs(seed=3) * 2  # some of it is clipped
     evaluated = model(x)
     names = {f"layers.{i}.{ {'activation': 'input'}.get(slot, slot) }_range" for i in (0, 2)}
     assert names == set(ranges(model))
@@ -169,7 +164,7 @@ def test_a_running_average_follows_the_training_steps(compiled, ste):
     step = step_of(model, compiled)
     want = None
     for seed in range(4):
-        x = BE.to_numpy(inputs(seed))
+        x = BE.to_numpy(inputs(seed=seed))
         seen = np.float32([x.min(), x.max()])
         want = seen if want is None else want + np.float32(AVERAGE) * (seen - want)
         loss = step(BE.from_numpy(x))
@@ -178,9 +173,9 @@ def test_a_running_average_follows_the_training_steps(compiled, ste):
     assert np.allclose(ranges(model)["layers.0.input_range"], want, rtol=1e-6)  # a fused product and sum round once
     before = ranges(model)
     model.eval()
-    model(inputs(9) * 100)
+    model(inputs(seed=9) * 100)
     assert all(np.array_equal(before[name], known) for name, known in ranges(model).items())
-    x = inputs(5)
+    x = inputs(seed=5)
     evaluated = model(x)
     assert equal(qkit.convert(model)(x), evaluated)
 

@@ -4,11 +4,11 @@ import copy
 
 import numpy as np
 import pytest
+from models import build
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchao")
 
-from llama import build  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -39,7 +39,7 @@ def gradients(model, loss):
 
 
 def plain(layer, x):
-    """What the layer computes, with the rounding of its values as a constant: to be differentiated by torch itself."""
+    """The layer's output with the rounding of its values as a constant; torch itself differentiates it."""
     w = qkit.adapters.surgery.base_weight(qkit.backend("torchao"), next(iter(qkit.backend("torchao").layers(layer))))
     v = torch.from_numpy(w) + layer.lora_scale * layer.lora_B @ layer.lora_A
     if layer.lora_magnitude is not None:

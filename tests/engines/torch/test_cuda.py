@@ -4,6 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
+from torch._dynamo.utils import counters  # noqa: E402
+
 import qkit  # noqa: E402
 from qkit.engines.trainer import TrainerOptions  # noqa: E402
 
@@ -169,7 +171,7 @@ def test_training_in_inductors_graphs_is_that_of_eager(recipe, autocast):
     dtype = torch.float32 if autocast else torch.bfloat16
     models = [qkit.prepare(linear(dtype, outputs=512), recipe) for _ in range(2)]
     runs = models[0], torch.compile(models[1], fullgraph=True, mode="reduce-overhead")
-    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    skipped = counters["inductor"]["cudagraph_skips"]
     x = torch.randn(32, 1536, device="cuda", dtype=dtype)
     for model, run in zip(models, runs, strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -181,7 +183,7 @@ def test_training_in_inductors_graphs_is_that_of_eager(recipe, autocast):
             y.float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+    assert counters["inductor"]["cudagraph_skips"] == skipped
     torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=2**-6, atol=1e-5)  # sums in another order
 
 

@@ -3,7 +3,9 @@
 import copy
 import io
 import weakref
+from functools import partial
 
+import models
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 from qkit_torchao.cache import values  # noqa: E402
 from qkit_torchao.kernels import choose  # noqa: E402
 from torch import nn  # noqa: E402
+from torch._dynamo import config  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -20,6 +23,8 @@ import qkit  # noqa: E402
 from qkit.grid import Grid  # noqa: E402
 from qkit.rules import Recipe, Rule  # noqa: E402
 
+inputs = partial(models.inputs, "torchao")
+mlp = partial(models.mlp, "torchao", out=32)
 INT4 = Grid("int4", 32)
 STATIC = Rule(("*",), weight=INT4, activation=Grid("int8", "tensor"), range="calibrated")
 AVERAGE = Rule(("*",), weight=INT4, activation=Grid("int8", "tensor", "minmax"), range="average", ste="masked")
@@ -27,21 +32,6 @@ AVERAGE = Rule(("*",), weight=INT4, activation=Grid("int8", "tensor", "minmax"),
 
 def recipe(*rules):
     return Recipe("test", rules or (Rule(("*",), weight=INT4),))
-
-
-@pytest.fixture(autouse=True)
-def _no_compiled_code():
-    """torch gives up after eight compilations of one code object, here `Sequential.forward`."""
-    torch.compiler.reset()
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
-
-
-def inputs(rows=5, width=64):
-    return torch.from_numpy(np.random.default_rng(1).standard_normal((rows, width)).astype(np.float32))
 
 
 # modules that read weights themselves
@@ -204,7 +194,7 @@ def test_a_switch_does_not_compile_anew(rule):
     compiled = torch.compile(model, fullgraph=True)
     on, off = model(x), float_model(x)
     torch.testing.assert_close(compiled(x), on, rtol=0, atol=1e-5)  # matmul order
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with config.patch(error_on_recompile=True):
         with qkit.disabled(model):
             torch.testing.assert_close(compiled(x), off, rtol=0, atol=1e-5)  # matmul order
         torch.testing.assert_close(compiled(x), on, rtol=0, atol=1e-5)  # matmul order
@@ -418,7 +408,7 @@ def test_sparse_gradients_are_masked():
 
 def test_a_weight_that_is_computed_is_an_obstacle():
     model = nn.Sequential(nn.Linear(64, 64))
-    weight = model[0]._parameters.pop("weight")  # as torch.nn.utils.weight_norm does
+    weight = model[0]._parameters.pop("weight")  # noqa: SLF001  as torch.nn.utils.weight_norm does
     model[0].weight = weight.detach()
     with pytest.raises(qkit.RecipeError, match="0: its weight is computed from other parameters"):
         qkit.prepare(model, recipe())

@@ -3,8 +3,11 @@
 import copy
 import io
 import pickle
+from functools import partial
 
+import models
 import pytest
+from models import CONFIG
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
@@ -14,23 +17,10 @@ from torch import nn  # noqa: E402
 import qkit  # noqa: E402
 from qkit import Grid, Recipe, Rule  # noqa: E402
 
+inputs = partial(models.inputs, "torchao")
+mlp = partial(models.mlp, "torchao", out=32, bias=False)
 GRID = Grid("int4", 32)
 RECIPE = Recipe("test", (Rule(("*",), weight=GRID),))
-
-
-@pytest.fixture(autouse=True)
-def _no_compiled_code():
-    """torch gives up after eight compilations of one code object, here `Sequential.forward`."""
-    torch.compiler.reset()
-
-
-def mlp(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32, bias=False)).to(dtype)
-
-
-def inputs(dtype=torch.float32):
-    return torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def fresh(model, x):
@@ -134,7 +124,7 @@ def test_a_copy_is_not_stale_either(edit):
 
 def times_made(weight):
     """How often the values that are kept of `weight` were made: each time is one more version of them."""
-    return values.cached([weight])[id(weight)].value._version
+    return values.cached([weight])[id(weight)].value._version  # noqa: SLF001  torch's count of writes has no public name
 
 
 def test_values_are_made_once_for_many_forwards():
@@ -175,7 +165,7 @@ def test_autocast_trains_the_fp32_master_with_bfloat16_values():
     "recipe", ["int4-g32", "int3-g32", "int4-g32-minmax", "int8-row", "mxfp4", "mxfp8-a16", "nvfp4", "fp8"]
 )
 def test_prepared_equals_converted(recipe, dtype):
-    model, x = qkit.prepare(mlp(dtype), recipe), inputs(dtype)
+    model, x = qkit.prepare(mlp().to(dtype), recipe), inputs().to(dtype)
     prepared = model(x)
     assert torch.equal(qkit.convert(model)(x), prepared)
 
@@ -266,8 +256,8 @@ def test_a_cast_after_conversion_keeps_codes_and_scales(recipe, dtype):
         for name, part in before.parts().items():
             assert torch.equal(after.parts()[name], part)
         values = qkit.dequantize(before).to(dtype)
-        hidden = nn.functional.linear(inputs(dtype), values, model[0].bias)
-        assert torch.equal(model[0](inputs(dtype)), hidden)
+        hidden = nn.functional.linear(inputs().to(dtype), values, model[0].bias)
+        assert torch.equal(model[0](inputs().to(dtype)), hidden)
 
 
 def embedder(**options):
@@ -332,7 +322,6 @@ def test_evaluation_restores_each_modules_mode():
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel"])
 def test_the_architecture_that_was_saved_is_built(architecture, tmp_path):
     import transformers
-    from llama import CONFIG
 
     config = transformers.LlamaConfig(**{key: value for key, value in CONFIG.items() if key != "architectures"})
     config.pad_token_id = 0

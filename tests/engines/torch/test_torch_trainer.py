@@ -1,13 +1,13 @@
 """One line in transformers' Trainer and in TRL's: what trains is the grid, and what is loaded is never stale."""
 
 import pytest
+from models import build
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
 import qkit_torchao  # noqa: E402
-from llama import build  # noqa: E402
 from qkit_torchao import QatCallback  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 

@@ -22,13 +22,6 @@ DYNAMIC = [
 STEPS = 50
 
 
-@pytest.fixture(autouse=True)
-def _no_compiled_code():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 class Slow(nn.Module):
     """A linear layer that rounds anew at every call."""
 
