@@ -2,10 +2,9 @@
 
 import pytest
 
-from qkit.element import ELEMENTS, SCALE_RULES, element, reciprocal
+from qkit.element import ELEMENTS, element, reciprocal
 from qkit.errors import GridError
 from qkit.grid import Grid
-from qkit.reference import scale_rules
 from qkit.testing import all_grids
 
 
@@ -110,11 +109,3 @@ def test_grids_are_values() -> None:
     grids = all_grids()
     assert len(set(grids)) == len(grids) == len({str(grid) for grid in grids})
     assert Grid(element("int4"), 64) == Grid("int4", 64)
-
-
-def test_every_scale_rule_has_its_function_in_the_law() -> None:
-    symmetric = {name for name, rule in SCALE_RULES.items() if rule.kind == "integer"} - {"minmax"}
-    assert symmetric == scale_rules.SYMMETRIC_RULES.keys()
-    assert {name for name, rule in SCALE_RULES.items() if rule.kind == "float"} - {
-        "nvfp4"
-    } == scale_rules.POWER_RULES.keys()
