@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 import qkit
-from qkit.element import ELEMENTS, SCALE_RULES, element, reciprocal
+from qkit.element import ELEMENTS, element, reciprocal
 from qkit.errors import GridError
 from qkit.grid import Grid
-from qkit.reference import scale_rules
 from qkit.rules import Recipe, Rule
 from qkit.testing import all_grids, random
 
@@ -185,11 +184,3 @@ def test_a_rule_and_a_quantized_tensor_refuse_text_for_a_grid(slot: str) -> None
 def test_the_law_refuses_text_for_a_grid(call: Any) -> None:
     with pytest.raises(GridError, match="'int4-g64' is no grid, which is"):
         call(random((4, 128), 1), "int4-g64")
-
-
-def test_every_scale_rule_has_its_function_in_the_law() -> None:
-    symmetric = {name for name, rule in SCALE_RULES.items() if rule.kind == "integer"} - {"minmax"}
-    assert symmetric == scale_rules.SYMMETRIC_RULES.keys()
-    assert {name for name, rule in SCALE_RULES.items() if rule.kind == "float"} - {
-        "nvfp4"
-    } == scale_rules.POWER_RULES.keys()

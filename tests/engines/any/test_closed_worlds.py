@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import qkit
+from qkit.element import SCALE_RULES
+from qkit.reference import scale_rules
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("widened.py")
@@ -74,3 +76,9 @@ def test_a_new_element_and_a_new_rule_are_right_or_refused_by_name(engine, tmp_p
     assert {key: outcome for key, outcome in found.items() if outcome.startswith("wrong")} == {}
     refused = {key for key, outcome in found.items() if outcome.startswith("refused")}
     assert refused == {key for key in REFUSED if key in found}
+
+
+def test_every_scale_rule_has_its_function_in_the_law():
+    rules = {kind: {name for name, rule in SCALE_RULES.items() if rule.kind == kind} for kind in ("integer", "float")}
+    assert rules["integer"] - {"minmax"} == scale_rules.SYMMETRIC_RULES.keys()
+    assert rules["float"] - {"nvfp4"} == scale_rules.POWER_RULES.keys()
