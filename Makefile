@@ -18,7 +18,7 @@ test-all: test
 
 # That every extra resolves on every Python and platform, against the package index alone.
 test-install: $(VENV)/ready
-	$(BIN)/python -m pytest -m network tests/test_install.py
+	$(BIN)/python -m pytest -m network tests/cli/test_install.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

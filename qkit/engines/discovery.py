@@ -5,7 +5,6 @@ Nothing of a third party is imported here: its process reports descriptions of b
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,6 +142,8 @@ def ask_all(entries: "dict[str, EntryPoint]") -> dict[str, Brought | str]:
 def _ask_apart(entry: "EntryPoint") -> Brought | str:
     script = Path(__file__).with_name("ask_plugin.py")
     request = json.dumps({"path": sys.path, "name": entry.name, "value": entry.value})
+    import subprocess  # here, as `import qkit` needs none of it
+
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(script), request],

@@ -112,13 +112,18 @@ def test_the_law_is_within_reach_of_import_qkit():
 
 
 def test_import_qkit_costs_at_most_half_of_numpy_more():
-    """Both in one process, numpy first; processor time, so that other work does not count; the best of seven processes."""
+    """Both in one process, numpy first; processor time, so that other work counts little; the best of seven processes."""
     code = """
 from time import process_time as now
 start = now(); import numpy; between = now(); import qkit; end = now()
 print((end - start) / (between - start))
 """
     assert min(float(run(code)) for _ in range(7)) <= 1.5
+
+
+def test_no_test_imports_from_another_test():
+    for file in (ROOT / "tests").rglob("*.py"):
+        assert not [name for name in imports(file) if name.startswith("test_")], file
 
 
 def test_every_file_is_short_enough_to_read():
@@ -155,5 +160,6 @@ def make_wheel(folder, **environment):
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    usual = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}  # see conftest.py
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=usual)
     return done.stdout
