@@ -79,8 +79,9 @@ def test_the_commands_that_train_and_measure_run_in_their_order(tmp_path, monkey
     """As they stand, on a small model, and with few steps."""
     monkeypatch.chdir(folder(tmp_path, intermediate_size=64, hidden_size=64))
     (tmp_path / "text").mkdir()
-    (tmp_path / "text.txt").rename(tmp_path / "text" / "a.txt")
-    (tmp_path / "other.txt").write_text((tmp_path / "text" / "a.txt").read_text()[:2000])
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text" / "a.txt").write_text(text[:2000])
+    (tmp_path / "other.txt").write_text(text[2000:2300])
     (tmp_path / "big").symlink_to("model")
     few = {
         "train": ["--steps", "2", "--batch", "2", "--length", "16"],
