@@ -55,8 +55,8 @@ def compare(
 ) -> None:
     """Compare float, quantized, trained on the grid, and that deployed on another grid: table, picture and page."""
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
-    from qkit.report import Sources, about, compare, write
-    from qkit.report.masters import newest_checkpoint
+    from qkit.report import Sources, compare, describe_source, write
+    from qkit.report.master_weights import newest_checkpoint
     from qkit.report.place import check_report
     from qkit.training.text import find
 
@@ -70,7 +70,7 @@ def compare(
     text = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
     rows = consecutive(text.tokens, length=length, windows=windows)
     found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
-    source = about(
+    source = describe_source(
         shlex.join(["qkit", *sys.argv[1:]]),
         backend=engine.name,
         device=device or "the default device",
@@ -91,7 +91,7 @@ def compare(
 
 
 def _table(found: "Comparison") -> Table:
-    from qkit.report.words import nats, nats_between
+    from qkit.report.text import nats, nats_between
 
     table = Table(
         "model", "nats per token", f"above {found.baseline}", "95 %", "perplexity", "KL from float", "same token"
@@ -106,7 +106,7 @@ def _table(found: "Comparison") -> Table:
 
 
 def _premiums(found: "Comparison") -> None:
-    from qkit.report.words import nats, nats_between, share, share_between, summary
+    from qkit.report.text import nats, nats_between, share, share_between, summary
 
     if found.premiums:
         table = Table("deployed on", "training premium", "95 %", "deployment premium", "95 %", "recovered", "95 %")

@@ -67,7 +67,7 @@ def train(
     """Train a model on the grid that it will be shipped on; interrupted, the same command goes on where it was."""
     from qkit.training import read_run, run_from_table, train_model  # here, so that other commands start fast
     from qkit.training.curve import draw_log
-    from qkit.training.folder import LOG, beside
+    from qkit.training.folder import LOG, run_folder_of
 
     given = {
         "out": out,
@@ -101,7 +101,7 @@ def train(
     if as_json:
         train_model(run, tell=_print_json)
         return
-    folder = beside(run.out)
+    folder = run_folder_of(run.out)
 
     def tell(event: Mapping[str, Any]) -> None:
         bar(event)

@@ -1,4 +1,4 @@
-"""The foot of the page: what a reader needs to make the report again."""
+"""The foot of the page: all that a reader needs to repeat the report."""
 
 from collections.abc import Mapping
 from html import escape

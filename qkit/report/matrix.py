@@ -10,7 +10,7 @@ from qkit.engines.protocol import Backend
 from qkit.evaluation import Evaluation, evaluate
 
 
-def matrix(
+def evaluate_matrix(
     engine: Backend,
     trained: Mapping[str, Callable[[], Any]],
     deploy: Mapping[str, Callable[[Any], Any]],
@@ -18,13 +18,13 @@ def matrix(
     *,
     teacher: Any = None,
 ) -> dict[str, dict[str, Evaluation]]:
-    """What each trained model makes of `rows` [windows, length + 1] on each grid: `found[trained][deployed]`.
+    """The evaluation of each trained model on each grid, over `rows` [windows, length + 1]: `found[trained][deployed]`.
 
     Args:
-        trained: by name, what gives the float model of its master weights, anew at every call.
-        deploy: by name, what makes the deployed model of a float one, such as `lambda model: qkit.convert(model, recipe)`.
+        trained: by name, a function that opens the float model of the master weights, a new one at every call.
+        deploy: by name, a function from a float model to the deployed one, such as `lambda model: qkit.convert(model, recipe)`.
     """
     return {
-        name: {grid: evaluate(engine, put(masters()), rows, teacher=teacher) for grid, put in deploy.items()}
-        for name, masters in trained.items()
+        name: {grid: evaluate(engine, put(open_model()), rows, teacher=teacher) for grid, put in deploy.items()}
+        for name, open_model in trained.items()
     }

@@ -23,7 +23,7 @@ FREE = frozenset(
 FREE |= {"gradient_checkpointing", "compile"}
 
 
-def beside(out: Path) -> Path:
+def run_folder_of(out: Path) -> Path:
     """The run folder of the artifact `out`: beside its real place, where `out` is a link."""
     path = destination(out).path
     return path.with_name(f"{path.name}.run")
@@ -40,7 +40,7 @@ def check_out(out: Path, *, replace: bool) -> None:
             no room beside it; or see `check_directory`.
         PlanError: the disk is read-only.
     """
-    place, folder = check_directory(out), beside(out)
+    place, folder = check_directory(out), run_folder_of(out)
     if place.mounted:
         raise ArtifactError(
             f"{out} is a mount point, and checkpoints go beside the model: choose a directory inside it, such as {out / 'model'}"

@@ -20,10 +20,10 @@ from qkit.storage.marks import remove
 from qkit.switches import calibrating
 from qkit.training import checkpoint
 from qkit.training.data import Sequences
-from qkit.training.folder import Log, beside, check_out, check_same, check_saved, locked, read_log
+from qkit.training.folder import Log, check_out, check_same, check_saved, locked, read_log, run_folder_of
 from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
-from qkit.training.model import describe, digest, dtype_of, opened
+from qkit.training.model import describe, digest, dtype_of, open_to_train
 from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
 from qkit.training.schedule import switching
@@ -77,10 +77,10 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     """
     check_out(run.out, replace=run.replace)
     check_files(run)
-    engine, folder = engine_of(run), beside(run.out)
+    engine, folder = engine_of(run), run_folder_of(run.out)
     with locked(folder):
         source = snapshot.read(run.model)
-        model, recipe = opened(engine, source, recipe=run.recipe, dtype=run.dtype, adapter=run.adapter)
+        model, recipe = open_to_train(engine, source, recipe=run.recipe, dtype=run.dtype, adapter=run.adapter)
         data, unseen, kind = text_of(run, source)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
         run = replace(run, steps=steps)

@@ -25,7 +25,7 @@ from qkit.training.run import FLOAT
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def opened(
+def open_to_train(
     engine: Backend, source: Snapshot, *, recipe: str | None, dtype: str, adapter: Adapter | None
 ) -> tuple[Any, Recipe | None]:
     """The model in `source`, ready to train, and the recipe that it is on, None where there is none.
@@ -34,18 +34,18 @@ def opened(
     `source` stays packed, in its own type.
 
     Raises:
-        RunError: see `masters` and `prepared`.
+        RunError: see `build_float_model` and `prepare_model`.
         StageError: the adapter does not fit a layer.
         ArtifactError, BackendError, RecipeError, GridError: as their causes.
     """
     if adapter and recipe is None and source.weights:
         model = artifact.load(source.folder, backend=engine)
         return adapt(model, adapter, backend=engine), _own(engine, model, source)
-    model, chosen = prepared(engine, masters(engine, source, dtype=dtype), source, recipe)
+    model, chosen = prepare_model(engine, build_float_model(engine, source, dtype=dtype), source, recipe)
     return (adapt(model, adapter, backend=engine) if adapter else model), chosen
 
 
-def masters(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
+def build_float_model(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
     """The float model in `source` on `engine`, its numbers in `dtype`; codes become the values that they stand for.
 
     Raises:
@@ -63,7 +63,7 @@ def masters(engine: Backend, source: Snapshot, *, dtype: str) -> Any:
     return model
 
 
-def prepared(engine: Backend, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
+def prepare_model(engine: Backend, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
     """`model` on the grids of `recipe`, or of `source` if that is None; and the recipe, None where there is none.
 
     Raises:

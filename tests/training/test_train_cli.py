@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import qkit as api
 from qkit.storage import swap
-from qkit.training.folder import beside
+from qkit.training.folder import run_folder_of
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
 SHORT = (
@@ -171,8 +171,8 @@ def test_a_file_of_logits_is_never_overwritten(tmp_path):
 
 def test_a_second_run_in_one_folder_exits_with_4(tmp_path):
     path = folder(tmp_path)
-    beside(path / "out").mkdir()
-    held = swap.lock(beside(path / "out") / "lock")
+    run_folder_of(path / "out").mkdir()
+    held = swap.lock(run_folder_of(path / "out") / "lock")
     done = qkit("model", "out", "-r", "int4-g32", "--data", "*.txt", *SHORT, cwd=path)
     os.close(held)
     assert done.returncode == 4
