@@ -1,4 +1,4 @@
-"""`qkit compare FLOAT --recipe R`: what training on a grid was worth, and where it was deployed. The work is in `qkit.report`."""
+"""`qkit compare FLOAT --recipe R`: the gain of training on a grid, and the cost of another one. The work is in `qkit.report`."""
 
 import shlex
 import sys
@@ -27,7 +27,7 @@ def compare(
         typer.Option(
             "--recipe",
             "-r",
-            help="A recipe, an alias or a TOML file; what --qat was trained for, if left out.",
+            help="A recipe, an alias or a TOML file. Left out: the rules of --qat's layers.",
         ),
     ] = None,
     deploy_recipe: Annotated[
@@ -35,17 +35,17 @@ def compare(
     ] = None,
     qat: Annotated[Path | None, typer.Option(help="The directory that was trained on the grid.")] = None,
     ptq: Annotated[
-        Path | None, typer.Option(help="A directory quantized without training; FLOAT is converted, if left out.")
+        Path | None, typer.Option(help="A directory quantized without training. Left out: FLOAT is converted.")
     ] = None,
     masters: Annotated[
         Path | None,
         typer.Option(
-            help="--qat's master weights, a float directory or a checkpoint. Left out: the last one in --qat's run "
-            "folder; without one, --qat's dequantized values."
+            help="The master weights of --qat, a float directory or a checkpoint. Left out: the last checkpoint in "
+            "--qat's run folder; without one, --qat's dequantized values."
         ),
     ] = None,
     longer: Annotated[
-        Path | None, typer.Option(help="The float model trained on for as long as --qat: the fair baseline.")
+        Path | None, typer.Option(help="The float model after as many more steps as --qat: the fair baseline.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="The title of the page.")] = None,
     backend: Engine = None,
@@ -53,7 +53,7 @@ def compare(
     length: Length = 256,
     windows: Windows = None,
 ) -> None:
-    """Compare float, quantized, trained on the grid, and that deployed on another grid: table, picture and page."""
+    """Compare a model in float, quantized, trained on the grid, and deployed on another grid: table, picture and page."""
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
     from qkit.report import Sources, compare, describe_source, write
     from qkit.report.master_weights import newest_checkpoint
@@ -119,5 +119,5 @@ def _premiums(found: "Comparison") -> None:
         console.print(table)
     if found.masters_equal:
         equal, numbers = found.masters_equal
-        console.print(f"codes of {found.masters}, as the trained model has them: {equal:,} of {numbers:,}")
+        console.print(f"codes of {found.masters}, equal to those of the trained model: {equal:,} of {numbers:,}")
     console.print(summary(found))

@@ -46,7 +46,7 @@ def model_of_checkpoint(engine: Backend, file: Path, config: Mapping[str, Any] |
     """
     tensors, metadata = read_file(file)
     if _has_adapter(metadata):
-        raise ArtifactError(f"{file} holds adapters, and masters that were not trained: leave it out")
+        raise ArtifactError(f"{file} holds adapters, and master weights that were not trained: leave it out")
     weights = {name.removeprefix(WEIGHTS): array for name, array in tensors.items() if name.startswith(WEIGHTS)}
     if not weights or config is None:
         raise ArtifactError(f"{file} holds no weights.* of a model with a config.json: give a checkpoint of qkit train")

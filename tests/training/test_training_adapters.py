@@ -127,5 +127,5 @@ def test_the_masters_under_an_adapter_are_not_taken_for_trained_ones(tmp_path):
     path = folder(tmp_path)
     train(path, steps=2)
     assert newest_checkpoint(path / "out") is None
-    with pytest.raises(qkit.ArtifactError, match="holds adapters, and masters that were not trained"):
+    with pytest.raises(qkit.ArtifactError, match="holds adapters, and master weights that were not trained"):
         model_of_checkpoint(qkit.backend(ENGINES[0]), last(path / "out"), {})
