@@ -22,7 +22,7 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the artifact, the report and the picture go.")] = Path("qkit-demo"),
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="The recipe to train for: a name, an alias or a TOML file.")
+        str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file, to train for.")
     ] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""

@@ -112,7 +112,7 @@ def test_a_teacher_writes_its_logits_once_and_students_of_any_engine_learn_from_
     more = ("--length", "16", "--backend", name)
     done = run("teach", "teacher", "top.safetensors", "--data", "*.txt", "--top", "256", *more, cwd=path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "top.safetensors: the 256 largest logits at every place, for sequences of 16" in done.stdout
+    assert "top.safetensors: the 256 largest logits at every position, for sequences of 16" in done.stdout
     losses = {}
     for teacher, engine in (("top.safetensors", other), ("teacher", name), (None, name)):
         told = ("--set", f"distillation.teacher={teacher}") if teacher else ()
