@@ -31,7 +31,7 @@ from torch import nn
 
 import qkit
 from qkit.evaluation import Evaluation, consecutive, evaluate
-from qkit.report import Estimate, matrix, mean, recovered
+from qkit.report import Estimate, evaluate_matrix, mean, recovered
 
 RECIPES = ("int8-dynamic-act-int4-weight", "int3-g64", "int3-g32", "int2-g64", "int2-g32", "mxfp4")
 DIALECTS = {"signed": "int4-g64", "absmax": "int4-g64-absmax", "midmax": "int4-g64-midmax"}
@@ -123,7 +123,7 @@ def dialects(run: Seed) -> dict[str, dict[str, Evaluation]]:
     states = {"float, longer": run.longer}
     states |= {name: run.trained(f"int4-g64 {name}", surgery) for name, surgery in prepare.items()}
     makers = {name: (lambda state=state: run.model(state)) for name, state in states.items()}
-    return matrix(run.engine, makers, deploy, run.rows, teacher=run.teacher)
+    return evaluate_matrix(run.engine, makers, deploy, run.rows, teacher=run.teacher)
 
 
 def estimate(one: Estimate | None) -> dict[str, float] | None:

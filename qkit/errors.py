@@ -1,4 +1,4 @@
-"""Everything qkit raises on purpose: one base, a handful of children, each message naming the way out."""
+"""Every error that qkit raises on purpose: one base and its children. Each message names the way out."""
 
 
 class QkitError(Exception):
@@ -10,11 +10,11 @@ class GridError(QkitError, ValueError):
 
 
 class DTypeError(QkitError, TypeError):
-    """An array of a type that is not quantized: only float32, bfloat16 and float16 are."""
+    """An array of a type that qkit does not quantize. It quantizes float32, bfloat16 and float16."""
 
 
 class RangeError(QkitError, ValueError):
-    """A NaN, an infinity or a magnitude of 2^127 and more, where codes were asked for."""
+    """A NaN, an infinity or a magnitude of 2^127 and more, in an array to quantize."""
 
 
 class RecipeError(QkitError, ValueError):
@@ -22,7 +22,7 @@ class RecipeError(QkitError, ValueError):
 
 
 class BackendError(QkitError, RuntimeError):
-    """A backend that is unknown, not installed, broken, or unable to do what was asked."""
+    """A backend that is unknown, not installed, broken, or unable to do the work."""
 
 
 class StageError(QkitError, RuntimeError):
@@ -38,11 +38,11 @@ class LockedError(QkitError, RuntimeError):
 
 
 class PlanError(QkitError, ValueError):
-    """A recipe and a checkpoint that do not go together, or a checkpoint that lacks a part: found before any work."""
+    """A recipe that does not fit a model, a model that lacks a part, or a place that cannot be written: found before any work."""
 
 
 class RunError(QkitError, ValueError):
-    """A training run that is malformed, does not fit its model or data, or is not the one that it would go on from."""
+    """A training run that is malformed, does not fit its model or data, or is not the run of the checkpoints in its folder."""
 
 
 class DivergedError(QkitError, ArithmeticError):
@@ -50,4 +50,4 @@ class DivergedError(QkitError, ArithmeticError):
 
 
 class VerificationError(QkitError, ValueError):
-    """A directory that is not, or is no longer, what was written."""
+    """A directory whose bytes are not those that qkit wrote."""

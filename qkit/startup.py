@@ -1,4 +1,4 @@
-"""Ctrl-C while the command line imports its packages: one line and exit code 130, as later. Other programs are left alone."""
+"""Ctrl-C while the command line imports its packages: one line and exit code 130, as later. Does nothing in other programs."""
 
 import os
 import signal
@@ -14,16 +14,18 @@ LINE = "qkit: interrupted\n"
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ends this process at Ctrl-C inside the block, where it is the command line.
+    """Ends this process at Ctrl-C inside the block, if the process is the command line.
 
-    The process ends at once: an exception in the middle of an import comes out as another package's error, and nothing is begun
-    that could be lost.
+    The process ends at once. An exception in the middle of an import would come out as an error of another package, and there is
+    no work yet that could be lost.
     """
     if not _is_command_line() or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # `nohup` ignores the signal, and so does the caller's wish
+    if (
+        before is not signal.default_int_handler
+    ):  # the signal is ignored, as under `nohup`, or has a handler of the caller
         yield
         return
     signal.signal(signal.SIGINT, _end)

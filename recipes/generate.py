@@ -19,7 +19,7 @@ def files() -> dict[str, str]:
 
 
 def write() -> None:
-    """Writes `files()` and removes recipes that are no longer among them."""
+    """Writes `files()`, and removes recipe files that are not among them."""
     wanted = files()
     for stale in FOLDER.glob("*.toml"):
         if stale.name not in wanted:
@@ -29,16 +29,16 @@ def write() -> None:
 
 
 def _integers() -> list[tuple[str, str]]:
-    made = []
+    found = []
     for element in INTEGERS:
         for group in (32, 64, 128):
-            made.append(_integer(f"{element}-g{group}", Grid(element, group)))
+            found.append(_integer(f"{element}-g{group}", Grid(element, group)))
     for rule in ("absmax", "midmax", "minmax"):
         for group in (32, 64, 128):
-            made.append(_integer(f"int4-g{group}-{rule}", Grid("int4", group, rule)))
-    made.append(_integer("int8-g128-midmax", Grid("int8", 128, "midmax")))
-    made.append(_integer("int8-row", Grid("int8", "row")))
-    return made
+            found.append(_integer(f"int4-g{group}-{rule}", Grid("int4", group, rule)))
+    found.append(_integer("int8-g128-midmax", Grid("int8", 128, "midmax")))
+    found.append(_integer("int8-row", Grid("int8", "row")))
+    return found
 
 
 def _integer(name: str, grid: Grid) -> tuple[str, str]:
@@ -84,19 +84,19 @@ def _torchao() -> list[tuple[str, str]]:
 
 
 def _static() -> list[tuple[str, str]]:
-    made = []
+    found = []
     for kind, element in (("int8", "int8"), ("float8", "e4m3")):
         for range, how in (("calibrated", "calibrated"), ("average", "a running average of training")):
             name = f"{kind}-{'static' if range == 'calibrated' else 'average'}-act-{kind}-weight"
             summary = f"{element} weights per row, {element} activations on one scale, {how}; {HEAD}"
-            made.append((name, _recipe(summary, Grid(element, "row"), Grid(element, "tensor"), range=range)))
-    return made
+            found.append((name, _recipe(summary, Grid(element, "row"), Grid(element, "tensor"), range=range)))
+    return found
 
 
 def _learned() -> list[tuple[str, str]]:
-    what = f"learned in training beside the weights; {HEAD}"
+    learned = f"learned in training beside the weights; {HEAD}"
     return [
-        (f"{name}-learned", _recipe(f"{text} {what}", grid, scales="learned"))
+        (f"{name}-learned", _recipe(f"{text} {learned}", grid, scales="learned"))
         for name, text, grid in (
             ("int4-g64", "int4 weights, one scale per 64 inputs,", Grid("int4", 64)),
             ("int2-g64", "int2 weights, one scale per 64 inputs,", Grid("int2", 64)),
@@ -106,10 +106,10 @@ def _learned() -> list[tuple[str, str]]:
 
 
 def _whole() -> list[tuple[str, str]]:
-    """Recipes for all the layers, tied ones too."""
-    what = "embeddings and output head too, tied or not"
+    """Recipes for all layers, the embedding and the head included, tied or not."""
+    layers = "embeddings and output head too, tied or not"
     return [
-        (f"{name}-all", _recipe(f"{text}; {what}", grid, whole=True))
+        (f"{name}-all", _recipe(f"{text}; {layers}", grid, whole=True))
         for name, text, grid in (
             ("int4-g32", "int4 weights, one scale per 32 inputs", Grid("int4", 32)),
             ("int4-g64", "int4 weights, one scale per 64 inputs", Grid("int4", 64)),
@@ -120,18 +120,18 @@ def _whole() -> list[tuple[str, str]]:
 
 
 def _floats() -> list[tuple[str, str]]:
-    made = [("fp8", _recipe(f"e4m3 weights, a power-of-two scale per row; {HEAD}", Grid("e4m3", "row")))]
-    for name, grid, what in (
+    found = [("fp8", _recipe(f"e4m3 weights, a power-of-two scale per row; {HEAD}", Grid("e4m3", "row")))]
+    for name, grid, text in (
         ("mxfp4", Grid("e2m1", 32), "MXFP4 (e2m1, E8M0 per 32)"),
         ("mxfp8", Grid("e4m3", 32), "MXFP8 (e4m3, E8M0 per 32)"),
         ("nvfp4", Grid("e2m1", 16, "nvfp4"), "NVFP4 (e2m1, e4m3 per 16, a power of two per tensor)"),
     ):
-        made.append((name, _recipe(f"{what} weights and activations; {HEAD}", grid, grid)))
-        made.append((f"{name}-a16", _recipe(f"{what} weights, activations in 16 bits; {HEAD}", grid)))
+        found.append((name, _recipe(f"{text} weights and activations; {HEAD}", grid, grid)))
+        found.append((f"{name}-a16", _recipe(f"{text} weights, activations in 16 bits; {HEAD}", grid)))
     for name, element, whose in (("mxfp4", "e2m1", " of compressed-tensors and vLLM"), ("mxfp8", "e4m3", "")):
         summary = f"{name.upper()} weights with the even scale rule{whose}; {HEAD}"
-        made.append((f"{name}-a16-even", _recipe(summary, Grid(element, 32, "even"))))
-    return made
+        found.append((f"{name}-a16-even", _recipe(summary, Grid(element, 32, "even"))))
+    return found
 
 
 def _recipe(

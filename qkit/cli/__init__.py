@@ -1,4 +1,4 @@
-"""The command line, `qkit`: the only package that prints; a framework is imported only where it is needed."""
+"""The command line, `qkit`. This is the only package that prints. Commands import a framework only if they need it."""
 
 from qkit.startup import interruptible
 

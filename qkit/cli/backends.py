@@ -45,7 +45,7 @@ def backends(
 
 
 def _load(names: Iterable[str]) -> list[Arrays]:
-    """The engines that load; the others are named on standard error."""
+    """The engines that load. Names the others on standard error."""
     engines = []
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""How a command ends: a failure is one line on standard error and an exit code. The only place that knows exit codes."""
+"""The end of a command: a failure is one line on standard error and an exit code. Exit codes are defined here only."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from qkit.startup import INTERRUPTED
 
 DEBUG: Final = "QKIT_DEBUG"
 INPUT, LOCKED, MACHINE, UNVERIFIED, DEFECT, READER_GONE = 3, 4, 5, 6, 70, 141
-LONGEST: Final = 2000  #: characters of a message; a value in it may be as long as its file
+LONGEST: Final = 2000  #: the most characters of a message: a value in it may be as long as its file
 
 #: Each code and its meaning, for `--help` and the README.
 MEANINGS: Final = {
@@ -33,10 +33,10 @@ MEANINGS: Final = {
     READER_GONE: "the reader of the output went away, as `head` does",
 }
 
-#: By class, the nearest first.
+#: Exit codes by class of error, subclasses first.
 _CODES = {LockedError: LOCKED, PlanError: MACHINE, VerificationError: UNVERIFIED, QkitError: INPUT}
 
-#: The way out of a fault of the input, by the system's number for it.
+#: The way out of a fault of the input, by its errno.
 _INPUT: Final = {
     errno.ENOENT: "name one that exists",
     errno.EISDIR: "name a file",
@@ -50,7 +50,7 @@ _INPUT: Final = {
     errno.ESPIPE: "name a regular file",
 }
 
-#: The way out of a fault of the machine.
+#: The way out of a fault of the machine, by its errno.
 _MACHINE: Final = {
     errno.ENOSPC: "make room on that disk, or choose another",
     errno.EDQUOT: "make room within your quota, or choose another disk",
@@ -69,16 +69,16 @@ def run(command: Callable[[], Any]) -> None:
     """Runs `command` and ends the process with its exit code; see `MEANINGS`.
 
     Raises:
-        SystemExit: always, unless `QKIT_DEBUG` is set and the command fails: then its own exception.
+        SystemExit: always, except where `QKIT_DEBUG` is set and the command fails. Then the error of the command.
     """
     _prepare_streams()
     out = sys.stdout
     with _interrupts() as interrupts:
         try:
             code = _attempt(command)
-            if sys.stdout is not out:  # Typer replaces a stream whose reader went away, and says 1
+            if sys.stdout is not out:  # Typer replaces a stream whose reader went away, and exits with 1
                 sys.stdout, code = out, READER_GONE
-            with to_output():  # now: at exit, a full disk would be nobody's error
+            with to_output():  # now: at exit, nobody would report a full disk
                 sys.stdout.flush()
         except BaseException as error:
             code = INTERRUPTED if interrupts else exit_code(error)
@@ -120,22 +120,22 @@ def _message(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError):
         files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        words = error.strerror or str(error) or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
         remedy = {**_INPUT, **_MACHINE}.get(error.errno or 0, "repeat the command; if it fails again, look at the disk")
-        return ": ".join(part for part in (files, words.lower(), remedy) if part)
+        return ": ".join(part for part in (files, reason.lower(), remedy) if part)
     if _is_out_of_memory(error):
         return f"out of memory ({error or type(error).__name__}): {_MACHINE[errno.ENOMEM]}"
     return f"{type(error).__name__}: {error} (a defect of qkit; {DEBUG}=1 shows where)"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ended here, in a framework, or in a worker that the system then killed."""
+    """Whether this process, a framework or a worker, which the system then killed, ran out of memory."""
     torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, (MemoryError, BrokenExecutor)) or torch
 
 
 def _say(message: str) -> None:
-    """One line on standard error, with no control character of anybody's file in it."""
+    """Prints one line on standard error. Escapes control characters, which may come from a stranger's file."""
     line = " ".join(message.split())
     line = line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
@@ -144,9 +144,9 @@ def _say(message: str) -> None:
 
 
 def _prepare_streams() -> None:
-    """Opens standard streams that are closed, on nothing, and lets the others print every character in some way.
+    """Opens closed standard streams on the null device, and lets the others escape characters that they cannot encode.
 
-    A file that is opened later would otherwise get the number of a closed one, and with it whatever a library prints.
+    Otherwise a file that is opened later would get the number of a closed stream, and receive the output of libraries.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -161,7 +161,7 @@ def _prepare_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Lets nothing that is left in standard output fail once more at exit."""
+    """Discards the rest of standard output if it cannot be written, so that it does not fail again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -173,7 +173,7 @@ def _drop_output() -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """The interrupts of this command. Some packages turn a KeyboardInterrupt into an error of theirs, so they are noted."""
+    """Records the interrupts of this command, since some packages turn a KeyboardInterrupt into an error of their own."""
     seen: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""`qkit compare FLOAT --recipe R`: what training on a grid was worth, and where it was deployed. The work is in `qkit.report`."""
+"""`qkit compare FLOAT --recipe R`: the gain of training on a grid, and the cost of another one. The work is in `qkit.report`."""
 
 import shlex
 import sys
@@ -29,7 +29,7 @@ def compare(
         typer.Option(
             "--recipe",
             "-r",
-            help="A recipe, an alias or a TOML file; what --qat was trained for, if left out.",
+            help="A recipe, an alias or a TOML file. Left out: the rules of --qat's layers.",
         ),
     ] = None,
     deploy_recipe: Annotated[
@@ -37,17 +37,17 @@ def compare(
     ] = None,
     qat: Annotated[Path | None, typer.Option(help="The directory that was trained on the grid.")] = None,
     ptq: Annotated[
-        Path | None, typer.Option(help="A directory quantized without training; FLOAT is converted, if left out.")
+        Path | None, typer.Option(help="A directory quantized without training. Left out: FLOAT is converted.")
     ] = None,
     masters: Annotated[
         Path | None,
         typer.Option(
-            help="--qat's master weights, a float directory or a checkpoint. Left out: the last one in --qat's run "
-            "folder; without one, --qat's dequantized values."
+            help="The master weights of --qat, a float directory or a checkpoint. Left out: the last checkpoint in "
+            "--qat's run folder; without one, --qat's dequantized values."
         ),
     ] = None,
     longer: Annotated[
-        Path | None, typer.Option(help="The float model trained on for as long as --qat: the fair baseline.")
+        Path | None, typer.Option(help="The float model after as many more steps as --qat: the fair baseline.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="The title of the page.")] = None,
     backend: Engine = None,
@@ -55,10 +55,10 @@ def compare(
     length: Length = 256,
     windows: Windows = None,
 ) -> None:
-    """Compare float, quantized, trained on the grid, and that deployed on another grid: table, picture and page."""
+    """Compare a model in float, quantized, trained on the grid, and deployed on another grid: table, picture and page."""
     from qkit.evaluation import consecutive, read_alike  # here, so that other commands start fast
-    from qkit.report import Sources, about, compare, write
-    from qkit.report.masters import newest_checkpoint
+    from qkit.report import Sources, compare, describe_source, write
+    from qkit.report.master_weights import newest_checkpoint
     from qkit.report.place import check_report
     from qkit.training.text import find
 
@@ -72,7 +72,7 @@ def compare(
     text = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
     rows = consecutive(text.tokens, length=length, windows=windows)
     found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
-    source = about(
+    source = describe_source(
         shlex.join(["qkit", *sys.argv[1:]]),
         backend=engine.name,
         device=device or "the default device",
@@ -93,7 +93,7 @@ def compare(
 
 
 def _table(found: "Comparison") -> Table:
-    from qkit.report.words import nats, nats_between
+    from qkit.report.text import nats, nats_between
 
     table = Table(
         "model", "nats per token", f"above {found.baseline}", "95 %", "perplexity", "KL from float", "same token"
@@ -108,7 +108,7 @@ def _table(found: "Comparison") -> Table:
 
 
 def _premiums(found: "Comparison") -> None:
-    from qkit.report.words import nats, nats_between, share, share_between, summary
+    from qkit.report.text import nats, nats_between, share, share_between, summary
 
     if found.premiums:
         table = Table("deployed on", "training premium", "95 %", "deployment premium", "95 %", "recovered", "95 %")
@@ -121,5 +121,5 @@ def _premiums(found: "Comparison") -> None:
         console.print(table)
     if found.masters_equal:
         equal, numbers = found.masters_equal
-        console.print(f"codes of {found.masters}, as the trained model has them: {equal:,} of {numbers:,}")
+        console.print(f"codes of {found.masters}, equal to those of the trained model: {equal:,} of {numbers:,}")
     console.print(summary(found))

@@ -1,4 +1,4 @@
-"""Where the command line prints: tables for people, JSON for machines, errors apart."""
+"""The output of the command line: tables for people, JSON for machines, and errors on their own stream."""
 
 import json
 import re
@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-PAPER = 140  #: columns where the output is not a terminal
+PAPER = 140  #: columns of an output that is not a terminal
 
 
 @contextmanager
 def to_output() -> Iterator[None]:
-    """Names standard output where it cannot be written, as on a full disk; the system names files only."""
+    """Adds the name of standard output to errors of writing it, as on a full disk: the system names files only."""
     try:
         yield
     except OSError as error:
@@ -31,20 +31,20 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         """Leaves the error to `qkit.cli.boundary`; rich would end the process with 1, which means differences."""
-        raise  # rich calls this while it handles the error
+        raise  # rich calls this method while it handles the error
 
 
 def _is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-#: No markup: what is printed is often the user's own text, and `*.[a-z]_proj` is a pattern. Color is given by `Text`.
+#: No markup: the output often has the user's own text, and `*.[a-z]_proj` is a pattern. `Text` gives color.
 console = _Console(width=None if _is_terminal() else PAPER, markup=False, emoji=False)
 errors = _Console(stderr=True, markup=False, emoji=False)
 
 
 class Type(StrEnum):
-    """`DType`, as Typer wants choices."""
+    """The choices of `DType`, as an enum for Typer."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -55,7 +55,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def print_json(value: Any) -> None:
-    """`value` as JSON on standard output."""
+    """Prints `value` as JSON on standard output."""
     with to_output():
         typer.echo(json.dumps(value, indent=2))
 
@@ -72,7 +72,7 @@ def read_size(text: str) -> int:
     """The inverse of `size`.
 
     Raises:
-        BadParameter: it is no size, or none that holds anything.
+        BadParameter: the text is no size, or the size is zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB|kB|)", text.strip(), re.IGNORECASE)
     nbytes = int(float(match[1]) * {"gb": 1e9, "mb": 1e6, "kb": 1e3, "": 1}[match[2].lower()]) if match else 0

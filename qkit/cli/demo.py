@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def demo(
     backend: Annotated[
-        str | None, typer.Option(help="The engine; torchao or mlx, whichever is at hand, if left out.")
+        str | None, typer.Option(help="The engine. Left out: torchao or mlx, the first that is ready.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the artifact, the report and the picture go.")] = Path("qkit-demo"),
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file: what is trained for.")
+        str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file, to train for.")
     ] = "int2-g64",
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
@@ -40,7 +40,7 @@ def demo(
 
         def progress(stage: str, step: int, steps: int, loss: float) -> None:
             if not tasks:
-                stack.enter_context(bars)  # not before: what is refused leaves no empty lines
+                stack.enter_context(bars)  # not before: a refusal leaves no empty lines
             if stage not in tasks:
                 tasks[stage] = bars.add_task(f"training, {stage}", total=steps, loss="")
             bars.update(tasks[stage], completed=step, loss=f"loss {loss:.3f}")
@@ -93,7 +93,7 @@ def _table(result: "Result") -> Table:
 
 
 def _compared(loss: float | str, result: "Result") -> str:
-    """A loss beside that of the model that was saved; or why there is none."""
+    """A loss and its distance from that of the trained model; or the reason why there is none."""
     return (
         f"not available: {loss}"
         if isinstance(loss, str)

@@ -1,4 +1,4 @@
-"""`qkit diff A B`: whether two directories hold the same model, and if not, where. The work is in `qkit.exchange`."""
+"""`qkit diff A B`: the differences of two model directories, tensor by tensor. The work is in `qkit.exchange`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ DIFFERENT = 1
 
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="A model directory, in any layout that qkit reads.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another model directory.")],
     as_json: Json = False,
 ) -> None:
     """Compare two models, code by code and scale by scale. Exit code 0: equal; 1: different."""

@@ -1,4 +1,4 @@
-"""`qkit eval DIR... --data FILES`: what each model makes of the same tokens. The work is in `qkit.evaluation`."""
+"""`qkit eval DIR... --data FILES`: the losses of models on the same tokens. The work is in `qkit.evaluation`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +14,11 @@ from qkit.engines.protocol import Builds
 if TYPE_CHECKING:
     from qkit.evaluation import Evaluation
 
-Data = Annotated[
-    list[str], typer.Option("--data", help="A text, or a shell pattern in quotes; give it again for more.")
-]
-Engine = Annotated[str | None, typer.Option(help="The engine; the first that is ready, if left out.")]
-Device = Annotated[str | None, typer.Option(help="Its device, such as cpu or cuda.")]
+Data = Annotated[list[str], typer.Option("--data", help="A text file, or a shell pattern in quotes. Repeat for more.")]
+Engine = Annotated[str | None, typer.Option(help="The engine. Left out: the first that is ready.")]
+Device = Annotated[str | None, typer.Option(help="The device of the engine, such as cpu or cuda.")]
 Length = Annotated[int, typer.Option(help="Tokens predicted in one window.")]
-Windows = Annotated[int | None, typer.Option(help="Most windows, at even distances; the whole text, if left out.")]
+Windows = Annotated[int | None, typer.Option(help="The most windows, at even distances. Left out: the whole text.")]
 
 
 def eval_(

@@ -1,4 +1,4 @@
-"""`qkit export DIR OUT --to mlx`: a model for another program, with the same codes. The work is in `qkit.exchange`."""
+"""`qkit export DIR OUT --to mlx`: writes a model for another program, with the same codes. The work is in `qkit.exchange`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -10,12 +10,12 @@ from qkit.cli.console import console
 from qkit.storage.destination import check_directory, check_file
 
 WeightsOnly = Annotated[
-    bool, typer.Option("--weights-only", help="Leave away what layers do to their inputs and outputs: other logits.")
+    bool, typer.Option("--weights-only", help="Drop the quantization of inputs and outputs. The logits change.")
 ]
 
 
 class Target(StrEnum):
-    """What to export to."""
+    """The layouts that `qkit export` writes."""
 
     mlx = "mlx"
     gguf = "gguf"
@@ -24,9 +24,7 @@ class Target(StrEnum):
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model that qkit, llm-compressor or mlx-lm wrote.")],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Where the exported model goes: a directory; for gguf, a file.")
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The exported model: a directory; for gguf, a file.")],
     to: Annotated[
         Target, typer.Option(help="mlx: for mlx-lm. gguf: for llama.cpp. dense: the values, as a float model.")
     ],

@@ -11,11 +11,11 @@ from qkit.storage.destination import check_directory
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory of llm-compressor's or mlx-lm's.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the artifact goes.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that llm-compressor or mlx-lm wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory of the artifact.")],
     weights_only: WeightsOnly = False,
 ) -> None:
-    """Read a model that another tool quantized, codes untouched, or say why that cannot be."""
+    """Write a model that another tool quantized as an artifact, with the same codes, or refuse it by name."""
     from qkit.exchange.import_model import read_model, to_artifact  # here, so that other commands start fast
     from qkit.exchange.write_model import weights_only as without_activations
 

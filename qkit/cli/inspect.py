@@ -1,4 +1,4 @@
-"""`qkit inspect DIR`: what is in a directory of weights."""
+"""`qkit inspect DIR`: the grids, layers and sizes in a directory of weights."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +11,14 @@ from qkit.artifact.inspect import Group, Inspection, inspect_directory
 from qkit.cli.console import Json, console, print_json, size
 from qkit.rules import rule_table
 
-FEW = 6
+FEW = 6  #: the most paths that a cell lists in full
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact, or any model's directory.")],
     as_json: Json = False,
 ) -> None:
-    """Say what is in a directory: formats, layers, sizes, what is left alone. Reads headers only."""
+    """List the formats, layers and sizes in a directory, and the tensors that are left alone. Reads headers only."""
     found = inspect_directory(folder)
     if as_json:
         print_json(_as_table(found))

@@ -1,4 +1,4 @@
-"""`qkit merge BASE ADAPTER OUT`: a base and an adapter that was trained on it, to the artifact that was trained."""
+"""`qkit merge BASE ADAPTER OUT`: merges an adapter into the base that it was trained on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,21 +14,21 @@ from qkit.storage.destination import check_directory
 
 def merge(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="A Hugging Face directory, or an artifact of qkit's.")],
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A folder of peft's, of mlx-lm's or of qkit's own.")
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder of peft, mlx-lm or qkit.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The directory of the artifact, written whole or not at all.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to: made whole, or not at all.")],
     recipe: Annotated[
         str | None,
         typer.Option(
             "--recipe",
             "-r",
-            help="A recipe, an alias or a TOML file: an artifact's own, if left out.",
+            help="A recipe, an alias or a TOML file. Left out: the artifact's own.",
         ),
     ] = None,
     backend: Engine = None,
 ) -> None:
-    """Merge an adapter into its base, on the grid it was trained on: the codes are those of the last step."""
+    """Merge an adapter into its base, on the grid of its training. The codes are those of the last step."""
     from qkit import adapters  # here, so that other commands start fast
 
     check_directory(out)

@@ -1,4 +1,4 @@
-"""`qkit parity`: every engine beside the reference, as a matrix of mismatches."""
+"""`qkit parity`: compares every engine with the reference, and shows a matrix of mismatches."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -26,20 +26,22 @@ MISMATCH = 1
 
 def parity(
     recipe: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE", help="Recipes to compare on; all of them, if left out.")
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Recipes to compare on. Left out: all of them.")
     ] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Backends to compare; all that are ready.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backends to compare. Left out: all that are ready.")
+    ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Where they compute, such as cpu or cuda; the CPU, or what MLX prefers, if left out."),
+        typer.Option(help="The device, such as cpu or cuda. Left out: the CPU, or MLX's default device."),
     ] = None,
-    dtype: Annotated[list[Type] | None, typer.Option(help="Types to compare in; all three, if left out.")] = None,
+    dtype: Annotated[list[Type] | None, typer.Option(help="Types to compare in. Left out: all three.")] = None,
     compiled: Annotated[
         bool | None,
-        typer.Option("--compiled/--no-compiled", help="Only compiled, or only eager; eager by default."),
+        typer.Option("--compiled/--no-compiled", help="Only compiled, or only eager. Left out: eager."),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every grid there is, eager and compiled, and layers of every recipe.")
+        bool, typer.Option("--all", help="Every grid, eager and compiled, and layers of every recipe.")
     ] = False,
     size: Annotated[int, typer.Option(min=1, help="Random numbers per grid, besides the adversarial ones.")] = 16384,
     as_json: Json = False,
@@ -95,7 +97,7 @@ def _work(engines: list[Arrays], dtypes: list[DType], modes: list[bool]) -> list
         for engine in engines
         for compiled in modes
         for dtype in dtypes
-        if not (compiled and engine.name == "numpy")  # nothing to compile: it would be eager under another name
+        if not (compiled and engine.name == "numpy")  # NumPy compiles nothing: the results would be the eager ones
     ]
 
 

@@ -1,4 +1,4 @@
-"""`qkit plan MODEL --recipe R`: what would be written, to the byte, before any work."""
+"""`qkit plan MODEL --recipe R`: the output of `qkit quantize`, to the byte, before any work."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from qkit.streaming.plan import Plan, make_plan
 def plan(
     model: Model, recipe: RecipeName, copy_code: CopyCode = False, shard_size: ShardSize = "5GB", as_json: Json = False
 ) -> None:
-    """Say what a recipe would make of a model's directory. Reads headers only."""
+    """List every tensor of a model's directory with its grid under a recipe, and the output size. Reads headers only."""
     made = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
     peak = made.peak_memory(WORKERS)
     if as_json:

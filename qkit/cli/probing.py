@@ -19,7 +19,7 @@ COLORS = {"native": "green", "decoded": "yellow", "missing": "red"}
 def probe_all(
     engines: Iterable[Arrays], recipes: Iterable[Recipe], *, dtypes: Iterable[DType], device: str | None
 ) -> list[Probe]:
-    """Every recipe on every engine that has modules, with progress on standard error."""
+    """Probes every recipe on every engine that has modules, with progress on standard error."""
     recipes, dtypes = list(recipes), list(dtypes)
     found: list[Probe] = []
     description = TextColumn("{task.description}", markup=False)
@@ -35,7 +35,7 @@ def probe_all(
 
 
 def show_probes(probes: list[Probe]) -> None:
-    """A row for each recipe, a column for each engine, and below what the cells mean."""
+    """Prints a row for each recipe, a column for each engine, and the meaning of the cells below."""
     engines = list(dict.fromkeys(one.backend for one in probes))
     table = Table("recipe", *engines)
     for name in dict.fromkeys(one.recipe for one in probes):

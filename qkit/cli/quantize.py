@@ -1,4 +1,4 @@
-"""`qkit quantize MODEL OUT --recipe R`: a directory in, a quantized directory out, with no model built."""
+"""`qkit quantize MODEL OUT --recipe R`: quantizes a directory, and builds no model."""
 
 import gc
 import shutil
@@ -20,16 +20,18 @@ Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A Hugging Face directory: safetensors and a config.json.")
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file.")]
-CopyCode = Annotated[bool, typer.Option("--copy-code", help="Copy the directory's Python files too. None is ever run.")]
-ShardSize = Annotated[str, typer.Option(help="Most bytes of tensors in one file, such as 5GB or 800MB.")]
+CopyCode = Annotated[
+    bool, typer.Option("--copy-code", help="Copy the directory's Python files too. qkit never runs them.")
+]
+ShardSize = Annotated[str, typer.Option(help="The most bytes of tensors in one file, such as 5GB or 800MB.")]
 
 
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to: made whole, or not at all.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized directory, written whole or not at all.")],
     recipe: RecipeName,
-    backend: Annotated[str, typer.Option(help="The engine; its codes have the same bits as any other's.")] = "numpy",
-    device: Annotated[str, typer.Option(help="Its device, such as cpu or cuda.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="The engine. Every engine makes the same codes.")] = "numpy",
+    device: Annotated[str, typer.Option(help="The device of the engine, such as cpu or cuda.")] = "cpu",
     copy_code: CopyCode = False,
     shard_size: ShardSize = "5GB",
 ) -> None:
@@ -39,7 +41,7 @@ def quantize(
     engine = qkit.backend(backend).on(device)
     plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
     _check_room(plan, place)
-    gc.freeze()  # what is there now lives to the end: collections in workers would copy its pages, a tenth of the time
+    gc.freeze()  # a collection in a forked worker would copy the pages of today's objects: a tenth of the time
     workers = WORKERS if engine.name == "numpy" else 1
     if sys.stderr.isatty():
         with _progress() as bar:
@@ -57,11 +59,11 @@ def quantize(
 
 
 def _check_room(plan: Plan, place: Destination) -> None:
-    """Refuses what the disk has no room for before it is begun, not after."""
+    """Refuses, before any work, an output that the disk has no room for."""
     out, aside = place.requested, place.aside
-    held = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
+    reusable = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
     home = place.path if place.mounted else existing_parent(place.path)
-    free = shutil.disk_usage(home).free + held
+    free = shutil.disk_usage(home).free + reusable
     if plan.output_bytes > free:
         raise qkit.PlanError(
             f"{out} needs {size(plan.output_bytes)}, and {home} has {size(free)} free: make room, or go elsewhere"

@@ -1,4 +1,4 @@
-"""`qkit recipes [NAME]`: the recipes there are, or one in full."""
+"""`qkit recipes [NAME]`: lists the recipes, or shows one in full."""
 
 from typing import Annotated, Any
 
@@ -13,13 +13,13 @@ from qkit.engines.registry import ALIASES, DIFFERENCES, left_out
 from qkit.grid import Grid
 from qkit.rules import Recipe, rule_table
 
-NAMES = 80  #: columns that names and grids take; the summary has the rest
-TYPICAL = (4096, 4096)  #: shape of the weight that bits per weight are given for
+NAMES = 80  #: columns for names and grids; the summary gets the rest
+TYPICAL = (4096, 4096)  #: shape of the weight for which the table shows bits per weight
 
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A recipe, an alias or a TOML file; all, if left out.")
+        str | None, typer.Argument(metavar="NAME", help="A recipe, an alias or a TOML file. Left out: all recipes.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -60,7 +60,7 @@ def _show(recipe: Recipe, *, asked_for: str) -> None:
 
 
 def _main_rule(recipe: Recipe) -> tuple[str, str, str]:
-    """Weight, activation and bits of the last rule that quantizes: what most layers get."""
+    """Weight, activation and bits of the last rule that quantizes, which most layers follow."""
     rule = [rule for rule in recipe.rules if rule.weight][-1]
     return str(rule.weight), str(rule.activation or ""), _bits(rule.weight)
 

@@ -1,4 +1,4 @@
-"""`qkit teach MODEL FILE --data FILES`: a teacher's logits, written down once for many runs. The work is in `qkit.training`."""
+"""`qkit teach MODEL FILE --data FILES`: writes a teacher's logits once, for many runs. The work is in `qkit.training`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,19 +15,19 @@ def teach(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="The teacher's directory; or a run file, run.toml, whose distillation.teacher it is.",
+            help="The teacher's directory; or a run file, run.toml, that names it in distillation.teacher.",
         ),
     ],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to: made whole, or not at all.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of logits, written whole or not at all.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="A text, or a shell pattern in quotes; give it again for more.")
+        list[str] | None, typer.Option(help="A text file, or a shell pattern in quotes. Repeat for more.")
     ] = None,
     held_out: Annotated[
         list[str] | None,
-        typer.Option(help="As in the runs to come, which train on less of the data if it is left out."),
+        typer.Option(help="The held-out text of the later runs. Left out: they hold out some of the data."),
     ] = None,
-    top: Annotated[int, typer.Option(help="How many logits to keep of each place: 8 bytes for each.")] = 64,
-    length: Annotated[int | None, typer.Option(help="Tokens in a sequence, as in the runs to come [512].")] = None,
+    top: Annotated[int, typer.Option(help="How many logits to store for each position, in 8 bytes each.")] = 64,
+    length: Annotated[int | None, typer.Option(help="Tokens in a sequence, as in the later runs [512].")] = None,
     backend: Engine = None,
     device: Device = None,
 ) -> None:
@@ -43,4 +43,4 @@ def teach(
     with bar:
         task = bar.add_task("", total=None)
         teach(run, file, top=top, tick=lambda done, of: bar.update(task, completed=done, total=of))
-    console.print(f"{file}: the {top} largest logits at every place, for sequences of {run.length}", highlight=False)
+    console.print(f"{file}: the {top} largest logits at every position, for sequences of {run.length}", highlight=False)

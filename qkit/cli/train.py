@@ -1,4 +1,4 @@
-"""`qkit train MODEL OUT --recipe R --data FILES`, or `qkit train run.toml`: shown as it happens. The work: `qkit.training`."""
+"""`qkit train MODEL OUT --recipe R --data FILES`, or `qkit train run.toml`, with progress. The work is in `qkit.training`."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -24,39 +24,43 @@ def train(
         typer.Argument(metavar="MODEL", help="A Hugging Face directory, float or quantized; or a run file, run.toml."),
     ],
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="Where the artifact goes; checkpoints go to OUT.run.")
+        Path | None, typer.Argument(metavar="OUT", help="The directory of the artifact. Checkpoints go to OUT.run.")
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             "--recipe",
             "-r",
-            help="A recipe, an alias or a TOML file; 'float': none; MODEL's own, if left out.",
+            help="A recipe, an alias or a TOML file; 'float' for none. Left out: MODEL's own.",
         ),
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="A text, or a shell pattern in quotes; give it again for more.")
+        list[str] | None, typer.Option(help="A text file, or a shell pattern in quotes. Repeat for more.")
     ] = None,
-    held_out: Annotated[
-        list[str] | None, typer.Option(help="Text to measure on; some of the data, if left out.")
-    ] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="Text to measure on. Left out: some of the data.")] = None,
     backend: Engine = None,
     device: Device = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; once over the data, if left out.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Left out: once over the data.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch [8].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a sequence [512].")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches in a step [1].")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The peak [1e-5].")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The peak learning rate [1e-5].")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant [linear].")] = None,
-    warmup: Annotated[str | None, typer.Option(help="A share of the steps, or a number of them [0.03].")] = None,
+    warmup: Annotated[str | None, typer.Option(help="A share of the steps, or a number of steps [0.03].")] = None,
     offset_learning_rate: Annotated[
-        float | None, typer.Option(help="The peak for learned zero points and exponent offsets [0.03].")
+        float | None, typer.Option(help="The peak learning rate of learned zero points and exponent offsets [0.03].")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the order of the data, and of dropout [0].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the masters: float32 or bfloat16 [float32].")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps [200].")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps; before and after, if left out.")] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of the order of the data, and of dropout [0].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The type of the master weights: float32 or bfloat16 [float32].")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints [200].")] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations. Left out: first and last.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations: less memory, more time.")
+    ] = None,
     replace: Annotated[bool | None, typer.Option(help="Replace an artifact of qkit's in OUT.")] = None,
     key: Annotated[
         list[str] | None,
@@ -64,10 +68,10 @@ def train(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines, a line for each event.")] = False,
 ) -> None:
-    """Train a model on the grid that it will be shipped on; interrupted, the same command goes on where it was."""
+    """Train a model on the grid that it will be shipped on. After an interruption, the same command resumes."""
     from qkit.training import read_run, run_from_table, train_model  # here, so that other commands start fast
     from qkit.training.curve import draw_log
-    from qkit.training.folder import LOG, beside
+    from qkit.training.folder import LOG, run_folder_of
 
     given = {
         "out": out,
@@ -101,13 +105,12 @@ def train(
     if as_json:
         train_model(run, tell=_print_json)
         return
-    folder = beside(run.out)
+    folder = run_folder_of(run.out)
 
     def tell(event: Mapping[str, Any]) -> None:
         bar(event)
-        if event["event"] == "end" and find_spec(
-            "matplotlib"
-        ):  # before the run has ended, so that a kill loses no picture
+        drawable = find_spec("matplotlib") is not None
+        if event["event"] == "end" and drawable:  # before the log has `end`: a run that is killed here resumes
             draw_log(folder / LOG, folder / PICTURE)
 
     with _Bar() as bar:
@@ -132,7 +135,7 @@ def _put(table: dict[str, Any], text: str) -> None:
 
 
 def _value(name: str, text: str) -> Any:
-    """`text` as TOML; as it is where it is none, so that words need no quotes."""
+    """`text` as TOML; text that is not TOML is a string, so that it needs no quotes."""
     import tomllib
 
     try:

@@ -1,4 +1,4 @@
-"""`qkit verify DIR`: whether a directory that qkit wrote is whole."""
+"""`qkit verify DIR`: compares the bytes of a directory with the digests that qkit wrote."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +10,11 @@ from qkit.cli.console import console, errors
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `qkit quantize` or `qkit.save` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A directory that `qkit quantize` or `qkit.save` wrote.")
+    ],
 ) -> None:
-    """Read every byte of an artifact and compare it with what was written."""
+    """Read every byte of an artifact, and compare it with the digests that were written with it."""
     from qkit.artifact.verify import verify as find_problems  # here, so that other commands start fast
 
     problems = list(find_problems(folder))

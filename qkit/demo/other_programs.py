@@ -1,4 +1,4 @@
-"""A directory opened by the program it is for, in a process that cannot import qkit: does it compute what qkit computes?"""
+"""The loss of a directory in the program that it is for, in a process that cannot import qkit."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from qkit.exchange.import_model import read_model
 
 READERS = ("transformers", "mlx-lm")
 
-#: Run with `python -c`. An editable install puts qkit on every path, so that an import of it has to be made to fail.
+#: The program for `python -c`. An editable install puts qkit on every path, so the script makes its import fail.
 SCRIPT = """
 import importlib.abc, json, sys
 
@@ -66,20 +66,20 @@ print("\\n" + json.dumps(total / tokens[:, 1:].size))
 """
 
 
-def losses_outside(artifact: Path, export: Path, tokens: NDArray[np.int32]) -> dict[str, float | str]:
-    """`loss_outside` of `artifact` in each of `READERS`, or what stands in the way; `export` is made of it for mlx-lm."""
+def losses_in_other_programs(artifact: Path, export: Path, tokens: NDArray[np.int32]) -> dict[str, float | str]:
+    """By each of `READERS`, the loss of `artifact`, or the obstacle as a text. Writes `export`, the directory for mlx-lm."""
     found: dict[str, float | str] = {}
     for reader in READERS:
         try:
             if reader == "mlx-lm":
                 export_mlx(read_model(artifact), export)
-            found[reader] = loss_outside(reader, export if reader == "mlx-lm" else artifact, tokens)
+            found[reader] = loss_in(reader, export if reader == "mlx-lm" else artifact, tokens)
         except QkitError as error:
             found[reader] = str(error)
     return found
 
 
-def loss_outside(reader: str, folder: Path, tokens: NDArray[np.int32]) -> float:
+def loss_in(reader: str, folder: Path, tokens: NDArray[np.int32]) -> float:
     """Mean loss in nats per predicted token of `tokens` [batch, length + 1], in one of `READERS`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the demo trains: a small Llama, and Python's own source."""
+"""The model and the text of the demo: a small Llama, and Python's own source."""
 
 import sysconfig
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from qkit.training.data import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Size of the model and of its training; `length` in tokens, which are bytes."""
+    """The sizes of the model and of its training. `length` counts tokens, which are bytes."""
 
     hidden: int
     layers: int
@@ -50,7 +50,7 @@ class Preset:
 
 PRESET = Preset(128, 3, 256, batch=8, length=128, float_steps=700, float_rate=1.5e-3, more_steps=250, more_rate=5e-4)
 
-#: MLX multiplies matrices at some 6 GFLOP/s on a Linux CPU: a smaller model there, which the result says.
+#: MLX multiplies matrices at some 6 GFLOP/s on a Linux CPU. The demo takes a smaller model there, and its result says so.
 PRESETS = {"mlx": replace(PRESET, layers=2, batch=4, length=64, float_steps=230, more_steps=100)}
 
 

@@ -1,16 +1,16 @@
-"""The report at the demo's end: what `qkit compare` would write, with another tool's grid to deploy on."""
+"""The report at the end of the demo: that of `qkit compare`, with another tool's grid to deploy on."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from qkit import report
 from qkit.engines.protocol import Builds
-from qkit.report.masters import newest_checkpoint
+from qkit.report.master_weights import newest_checkpoint
 from qkit.rules import Recipe
 from qkit.training.data import Tokens
 
-#: The scale rule of another tool, by the rule. Zero points and nvfp4 have no other.
-ELSEWHERE = {
+#: By scale rule, the rule that another tool takes in its place. Zero points and nvfp4 have no other.
+OTHER_RULE = {
     "signed": "absmax",
     "absmax": "signed",
     "midmax": "absmax",
@@ -21,17 +21,17 @@ ELSEWHERE = {
 
 
 def write_report(engine: Builds, folder: Path, recipe: Recipe, unseen: Tokens) -> report.Comparison:
-    """Compares what was trained as `qkit compare` does, and leaves its page in `folder`."""
+    """Compares the demo's models as `qkit compare` does, and writes the page into `folder`."""
     sources = report.Sources(
         folder / "float",
         recipe,
         deploy=another(recipe),
         qat=folder / "quantized",
-        masters=newest_checkpoint(folder / "quantized"),
+        master_weights=newest_checkpoint(folder / "quantized"),
         longer=folder / "longer",
     )
     found = report.compare(engine, sources, unseen, progress=lambda row: None)
-    source = report.about(
+    source = report.describe_source(
         f"qkit demo --backend {engine.name} --recipe {recipe.name}",
         backend=engine.name,
         device="the default device",
@@ -43,13 +43,13 @@ def write_report(engine: Builds, folder: Path, recipe: Recipe, unseen: Tokens) -
 
 
 def another(recipe: Recipe) -> tuple[Recipe, ...]:
-    """`recipe` with the scale rule that some other tool takes for a grid of the same name, if there is such a tool."""
+    """`recipe` with the scale rule of another tool, in a tuple; empty if no other tool has a rule for one of its grids."""
     scales = {rule.weight.scale for rule in recipe.rules if rule.weight}
-    if not scales <= ELSEWHERE.keys():
+    if not scales <= OTHER_RULE.keys():
         return ()
     rules = [
-        replace(rule, weight=replace(rule.weight, scale=ELSEWHERE[rule.weight.scale])) if rule.weight else rule
+        replace(rule, weight=replace(rule.weight, scale=OTHER_RULE[rule.weight.scale])) if rule.weight else rule
         for rule in recipe.rules
     ]
-    names = "-".join(sorted({ELSEWHERE[scale] for scale in scales}))
+    names = "-".join(sorted({OTHER_RULE[scale] for scale in scales}))
     return (replace(recipe, name=f"{recipe.name}-{names}", rules=tuple(rules)),)

@@ -13,7 +13,7 @@ import numpy as np
 from qkit.artifact.load import load
 from qkit.artifact.save import save
 from qkit.coverage_table import coverage
-from qkit.demo.other_programs import losses_outside
+from qkit.demo.other_programs import losses_in_other_programs
 from qkit.demo.preset import PRESET, PRESETS, Preset, standard_library
 from qkit.demo.report import write_report
 from qkit.engines.abilities import offers, require, want_honored
@@ -34,32 +34,32 @@ from qkit.storage.staging import replaced_file
 from qkit.training import Run, train_model
 from qkit.training.checkpoint import newest
 from qkit.training.curve import smooth
-from qkit.training.folder import LOG, beside, read_log
+from qkit.training.folder import LOG, read_log, run_folder_of
 from qkit.training.run import FLOAT
 
 Progress = Callable[[str, int, int, float], None]  #: stage, step, steps, loss
-STAGES = ("float", "longer", "quantized")  #: folders that are trained
+STAGES = ("float", "longer", "quantized")  #: folders of the trained models
 FILES = {**REPORT, "result.json": b'"codes_equal"', "losses.png": PICTURE}  #: see `check_report`
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the demo found. Losses are nats per byte of held-out text.
+    """The results of the demo. Losses are nats per byte of held-out text.
 
-    Training on the grid is more training, which helps by itself. So the float model is trained on too, for as many steps on
-    the same text, and what QAT wins back is counted against that.
+    Training on the grid is more training, which helps by itself. So the demo also trains the float model longer, for as many
+    steps on the same text, and counts the gain of QAT against that.
 
     Attributes:
         parameters: of the model.
-        float_loss, ptq_loss: of the float model, and of the same quantized without training.
-        longer_float_loss, longer_ptq_loss: the same after the extra steps in float.
+        float_loss, ptq_loss: of the float model, and of the same model quantized without training.
+        longer_float_loss, longer_ptq_loss: the same two after the extra steps in float.
         qat_loss: of the float model after the extra steps on the grid, converted.
-        elsewhere: another grid of the same name, and the loss of the same trained weights on it; None where there is none.
-        codes_equal, codes_compared: codes, scales and zero points that every engine makes from the trained weights, equal to
-            those in the artifact, out of how many comparisons; `engines` names who took part.
+        elsewhere: the name of another tool's grid, and the loss of the trained weights on it. None: there is no such grid.
+        codes_equal, codes_compared: of the codes, scales and zero points that every engine computes from the trained weights,
+            how many equal those in the artifact, and out of how many. `engines` names the engines.
         forward_difference: largest difference of a logit before and after `convert`.
-        outside: loss of the artifact in other programs, in processes that cannot import qkit; or what stands in the way.
-        other_loss: of the artifact on `other`, None where no second engine can build the model; `other_obstacle` says why.
+        outside: the loss of the artifact in other programs, in processes that cannot import qkit; or the obstacle as a text.
+        other_loss: the loss of the artifact on `other`. None: no second engine can build the model; `other_obstacle` says why.
     """
 
     backend: str
@@ -85,20 +85,20 @@ class Result:
 
     @property
     def recovered(self) -> float | None:
-        """The share of what quantizing cost (PTQ less float, both trained as long) that training on the grid won back.
+        """The share of the cost of quantizing (PTQ less float, both trained as long) that training on the grid won back.
 
-        None where quantizing cost nothing.
+        None: quantizing cost nothing.
         """
         cost = self.longer_ptq_loss - self.longer_float_loss
         return (self.longer_ptq_loss - self.qat_loss) / cost if cost > 0 else None
 
 
 def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, preset: Preset | None = None) -> Result:
-    """Trains a small Llama on the standard library's source, and takes it the whole way on `backend`.
+    """Trains a small Llama on the standard library's source, quantizes it, trains it on the grid and converts it, on `backend`.
 
-    Leaves in `folder`: `float/`, `quantized/` and `mlx/`, Hugging Face directories, `result.json`, and what `qkit compare` would
-    write of them, `report.html` and `report.json`. Whatever can go wrong with the recipe or the engines does so before the
-    training. `preset` is that of the engine, if left out.
+    Writes into `folder` the Hugging Face directories `float/`, `quantized/` and `mlx/`, `result.json`, and the report of `qkit
+    compare`: `report.html` and `report.json`. Checks the recipe and the engines before the training. Without `preset`, the run
+    takes that of the engine.
 
     Raises:
         BackendError: the engine, or what it needs to build a Llama, is missing.
@@ -130,10 +130,10 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
     codes = {
         layer.path: engine.unpack(layer.module).map(engine.to_numpy) for layer in engine.layers(model) if layer.rule
     }
-    trained = newest(beside(folder / "quantized"))
+    trained = newest(run_folder_of(folder / "quantized"))
     assert trained is not None
-    masters = {path: np.array(trained.state[f"weights.{path}.weight"]) for path in codes}
-    equal, compared = compare([choose("numpy"), engine, *others], masters, codes)
+    master_weights = {path: np.array(trained.state[f"weights.{path}.weight"]) for path in codes}
+    equal, compared = compare([choose("numpy"), engine, *others], master_weights, codes)
     result = Result(
         backend=engine.name,
         recipe=grid_recipe.name,
@@ -151,26 +151,32 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
         other=other.name if other else None,
         other_loss=other.loss(load(folder / "quantized", backend=other), unseen) if other else None,
         other_obstacle=other_obstacle,
-        outside=losses_outside(folder / "quantized", folder / "mlx", unseen),
+        outside=losses_in_other_programs(folder / "quantized", folder / "mlx", unseen),
         bits_per_weight=coverage(model).bits_per_weight,
         curves=curves,
         folder=str(folder),
     )
-    for left in (folder / "start", folder / "longer", *(beside(folder / name) for name in STAGES)):
+    for left in (folder / "start", folder / "longer", *(run_folder_of(folder / name) for name in STAGES)):
         _remove(left)
     with replaced_file(folder / "result.json") as aside:
         aside.write_text(json.dumps({**asdict(result), "recovered": result.recovered}, indent=2) + "\n")
     return result
 
 
-def compare(engines: Sequence[Arrays], masters: dict[str, Any], codes: dict[str, QTensor[Any]]) -> tuple[int, int]:
-    """How many codes, scales and zero points each of `engines` makes from `masters` as they are in `codes`, of how many."""
+def compare(
+    engines: Sequence[Arrays], master_weights: dict[str, Any], codes: dict[str, QTensor[Any]]
+) -> tuple[int, int]:
+    """Compares the codes, scales and zero points that each of `engines` computes from `master_weights` with `codes`.
+
+    Returns:
+        How many are equal, and how many were compared.
+    """
     equal = compared = 0
     for engine in engines:
-        for path, held in codes.items():
-            made = engine.quantize(engine.from_numpy(masters[path]), held.grid).map(engine.to_numpy)
-            for name, array in held.parts().items():
-                equal += int((made.parts()[name] == array).sum())
+        for path, stored in codes.items():
+            q = engine.quantize(engine.from_numpy(master_weights[path]), stored.grid).map(engine.to_numpy)
+            for name, array in stored.parts().items():
+                equal += int((q.parts()[name] == array).sum())
                 compared += array.size
     return equal, compared
 
@@ -207,18 +213,18 @@ def _check_folder(folder: Path) -> None:
     for name in (*STAGES, "start", "mlx"):
         check_directory(folder / name)
     for name in STAGES:
-        check_own(destination(beside(folder / name)).path, folders=True)
+        check_own(destination(run_folder_of(folder / name)).path, folders=True)
     check_report(folder, FILES)
 
 
 def _remove(folder: Path) -> None:
-    """Removes what a stage left that nobody needs afterwards; anything in it that is not qkit's stays."""
+    """Removes a folder of a stage that the demo no longer needs. Files in it that qkit did not write stay."""
     with suppress(OSError):
         remove(destination(folder).path)
 
 
 def _check(engine: Builds, model: Any, recipe: Recipe) -> None:
-    """Raises what `prepare` and `save` would raise after the training."""
+    """Raises before the training the errors that `prepare` and `save` would raise after it."""
     plan(engine.layers(model), recipe)
     want_honored(engine, recipe.rules, "prepare")
     for rule in recipe.rules:
@@ -228,7 +234,7 @@ def _check(engine: Builds, model: Any, recipe: Recipe) -> None:
 
 
 def _second(first: Builds, preset: Preset) -> tuple[Builds | None, str]:
-    """The first engine besides `first` and NumPy that can build the model; or None, and what stands in the way."""
+    """The first engine besides `first` and NumPy that can build the model; or None, and the obstacle as a text."""
     obstacles = []
     for status in backends():
         if status.name in ("numpy", first.name):
@@ -261,7 +267,7 @@ def _train(
     source: str,
     recipe: str,
 ) -> list[tuple[int, float]]:
-    """One run of `qkit train`, from `folder/source` to `folder/out`; its losses by step."""
+    """Runs `qkit train` from `folder/source` to `folder/out`, and returns its losses by step."""
     first, curve = source == "start", list[tuple[int, float]]()
     run = Run(
         model=folder / source,
@@ -286,11 +292,11 @@ def _train(
             curve.append((event["step"], event["loss"]))
             progress(stage, event["step"], run.steps or 0, event["loss"])
 
-    _remove(beside(run.out))  # of a demo that was interrupted
+    _remove(run_folder_of(run.out))  # of a demo that was interrupted
     train_model(run, tell=tell)
     return curve
 
 
 def _outcome(out: Path) -> dict[str, Any]:
-    """What `qkit train` wrote last into the log of its run."""
-    return read_log(beside(out) / LOG)[-1]
+    """The last event in the log of the run that wrote `out`."""
+    return read_log(run_folder_of(out) / LOG)[-1]

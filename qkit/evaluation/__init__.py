@@ -1,4 +1,4 @@
-"""What a model makes of a text: loss, and how far it is from a teacher. Computed here, from logits, on any engine."""
+"""The loss of a model on a text, and its divergence from a teacher, computed in NumPy from the logits of any engine."""
 
 from qkit.evaluation.measure import Evaluation, consecutive, evaluate
 from qkit.evaluation.opening import open_model, read_alike

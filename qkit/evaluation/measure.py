@@ -12,19 +12,19 @@ from qkit.engines.protocol import Builds
 from qkit.errors import QkitError
 
 Numbers = NDArray[np.float64]
-LOGITS = 1 << 24  #: how many logits an engine is asked for at once
-BLOCK = 1 << 21  #: how many are looked at together, in float64
+LOGITS = 1 << 24  #: the most logits that one call of an engine computes
+BLOCK = 1 << 21  #: the most logits that are in float64 at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
-    """What a model makes of windows of text, each of as many tokens as the others.
+    """The measurements of a model on windows of text of equal length.
 
     Attributes:
         losses: mean next-token loss of each window in nats per token [windows].
-        length: tokens predicted in each.
+        length: how many tokens are predicted in each window.
         kl: KL(teacher || model) in nats per token [windows]; None without a teacher.
-        agreement: share of places where both think the same token the likeliest [windows]; None without a teacher.
+        agreement: share of positions where both have the same likeliest token [windows]; None without a teacher.
     """
 
     losses: Numbers
@@ -39,12 +39,12 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """The mean loss in nats per token."""
         return float(self.losses.mean())
 
     @property
     def perplexity(self) -> float:
-        """e to the loss, at most e to the 700."""
+        """e to the power of the loss, at most e^700."""
         return math.exp(min(self.loss, 700.0))
 
     def bits_per_byte(self, tokens_per_byte: float) -> float:
@@ -55,8 +55,8 @@ class Evaluation:
 def consecutive(tokens: NDArray[np.int32], *, length: int, windows: int | None = None) -> NDArray[np.int32]:
     """`tokens` [n] cut into windows [rows, length + 1]: each begins with the last token of the one before.
 
-    Every token after the first is predicted once, but for what is left at the end. With `windows`, at most so many of them
-    are taken, at even distances.
+    Every token after the first is predicted once, except for a remainder at the end. `windows` limits their number: the rows
+    are then at even distances.
 
     Raises:
         QkitError: the text is shorter than one window, or `length` or `windows` is less than 1.
@@ -74,10 +74,10 @@ def consecutive(tokens: NDArray[np.int32], *, length: int, windows: int | None =
 
 
 def evaluate(engine: Builds, model: Any, rows: NDArray[np.int32], *, teacher: Any = None) -> Evaluation:
-    """What `model` makes of `rows` [windows, length + 1], beside `teacher`, another model on the same engine.
+    """The measurements of `model` on `rows` [windows, length + 1], with `teacher`, another model on the same engine.
 
     Raises:
-        QkitError: the two have other vocabularies, or the model's logits are not numbers.
+        QkitError: the two have different vocabularies, or the loss of a window is not finite.
     """
     parts = [
         _measure(_logits(engine, model, block), block, None if teacher is None else _logits(engine, teacher, block))
@@ -93,7 +93,7 @@ def evaluate(engine: Builds, model: Any, rows: NDArray[np.int32], *, teacher: An
 
 
 def _blocks(engine: Builds, model: Any, rows: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
-    """`rows` some at a time, so that their logits are not too many; how many one has is tried."""
+    """`rows` in blocks of at most `LOGITS` logits. Runs the model on one token to see its vocabulary."""
     vocabulary = engine.logits(model, rows[:1, :1]).shape[-1]
     step = max(1, LOGITS // (vocabulary * (rows.shape[1] - 1)))
     return (rows[start : start + step] for start in range(0, len(rows), step))

@@ -1,4 +1,4 @@
-"""Model directories as a report finds them: opened on an engine whatever their layout, and read with the same tokens."""
+"""Opens model directories in any layout that qkit reads, and reads a text as the same tokens for all of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def open_model(engine: Builds, directory: Path) -> Any:
     """The model in `directory` on `engine`: a float one, qkit's own, or another tool's in a layout that `qkit import` reads.
 
     Raises:
-        ArtifactError: it is unsound, or quantized in a way that qkit holds no codes of.
+        ArtifactError: it is damaged, or quantized in a way that qkit does not read.
         BackendError: the engine has no language models, or cannot build this one.
     """
     _, metadata = read_folder(directory)
@@ -37,10 +37,10 @@ def open_model(engine: Builds, directory: Path) -> Any:
 
 
 def read_alike(directories: Sequence[Path], patterns: Sequence[str]) -> Text:
-    """What the files that `patterns` stand for hold, as tokens that are the same for the model in each of `directories`.
+    """The tokens of the files that match `patterns`, which are the same for the model in each of `directories`.
 
     Raises:
-        QkitError: they are not, so that losses per token cannot be compared; or see `read_text`.
+        QkitError: two models read the text as different tokens, so that their losses cannot be compared; or see `read_text`.
     """
     first, *others = (read_text(patterns, folder=one, config=_config(one)) for one in directories)
     for directory, other in zip(directories[1:], others, strict=True):

@@ -1,28 +1,28 @@
-"""What training on a grid was worth, and what deploying on another takes away: computed, drawn, and written as one page."""
+"""The gain of training on a grid, and the cost of deploying on another: computed, drawn, and written as one page."""
 
-from qkit.report.code_changes import Move, moves
+from qkit.report.about import About, describe_source, to_json
+from qkit.report.code_changes import CodeChange, compare_codes
 from qkit.report.comparison import Sources, compare
-from qkit.report.deployments import matrix
 from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import Estimate, mean, recovered
-from qkit.report.origin import About, about, to_json
-from qkit.report.web_page import page, write
+from qkit.report.matrix import evaluate_matrix
+from qkit.report.page import render_page, write
 
 __all__ = [
     "About",
+    "CodeChange",
     "Comparison",
     "Estimate",
     "Measured",
-    "Move",
     "Premium",
     "Sources",
-    "about",
     "compare",
-    "matrix",
+    "compare_codes",
+    "describe_source",
+    "evaluate_matrix",
     "mean",
-    "moves",
-    "page",
     "recovered",
+    "render_page",
     "to_json",
     "write",
 ]

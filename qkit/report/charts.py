@@ -9,8 +9,8 @@ from qkit.report.intervals import Estimate
 
 WIDTH = 760
 ROW = 30  #: height of a bar and the space around it
-LABELS = 236  #: columns of the picture that names take
-VALUES = 90  #: and numbers
+LABELS = 236  #: width of the names, in units of the picture
+VALUES = 90  #: width of the numbers
 TALL = 190  #: height of a chart of columns
 LARGEST_LABEL = 32  #: letters of a name beside a bar
 
@@ -44,7 +44,7 @@ def bars(bars: Sequence[Bar], *, title: str, unit: str, digits: int) -> str:
 
 
 def columns(series: Mapping[str, Sequence[float]], names: Sequence[str], *, title: str, tones: Sequence[str]) -> str:
-    """One group of thin columns for each of `names`, which are in each of `series`; numbers are shares, drawn in per cent."""
+    """Thin columns, one group for each of `names`, with one column of each of `series`. The numbers are shares, in per cent."""
     highest = max((value for values in series.values() for value in values), default=0.0)
     step, _, high = _scale(0.0, 100 * highest)
     left, bottom = 48, TALL - 26
@@ -108,7 +108,7 @@ def _svg(height: float, title: str, said: str, parts: list[str]) -> str:
 
 
 def _scale(low: float, high: float) -> tuple[float, float, float]:
-    """A round distance of ticks, some four of them, and ends that hold `low` and `high`."""
+    """A round distance between about four ticks, and the two ends of an axis that includes `low` and `high`."""
     span = high - low or 1.0
     rough = 10.0 ** math.floor(math.log10(span / 4))
     step = next(rough * factor for factor in (1, 2, 2.5, 5, 10) if rough * factor * 5 >= span)

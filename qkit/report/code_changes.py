@@ -1,4 +1,4 @@
-"""How far weights are from each other in two quantized models: codes flipped and distance of the values, layer by layer."""
+"""The changes of codes and values between two quantized models, layer by layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from qkit.formats.packed import pack, unpack
 from qkit.qtensor import QTensor
 from qkit.reference.packing import Packed
 
-BLOCK = 1 << 22  #: numbers that are compared together
+BLOCK = 1 << 22  #: numbers in one block of the comparison
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """One layer's weight in two models.
+class CodeChange:
+    """The difference of one layer's weight between two models.
 
     Attributes:
         path: of the layer.
         numbers: how many weights it has.
-        flipped: how many codes differ, read as whole multiples of a positive step; None where the elements are not the same.
-        steps: mean distance of the values, in steps (scales) of the first.
-        error: distance of the values, relative to the first's: RMS over RMS.
+        flipped: how many codes differ, as whole multiples of a positive step. None: the two models have different elements.
+        steps: mean distance of the values, in steps (scales) of the first model.
+        error: RMS of the distance of the values, over the RMS of the first model's values.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Move:
 
 
 def packed_weights(engine: Modules, model: Any) -> dict[str, Packed]:
-    """The quantized weights of a converted `model` by their layer's path, each once, as small as in files."""
+    """The quantized weights of a converted `model` by the path of their layer, each once, packed as in files."""
     return {
         layer.path: pack(engine.unpack(layer.module).map(engine.to_numpy))
         for layer in engine.layers(model)
@@ -44,12 +44,12 @@ def packed_weights(engine: Modules, model: Any) -> dict[str, Packed]:
     }
 
 
-def moves(first: Mapping[str, Packed], second: Mapping[str, Packed]) -> list[Move]:
-    """Every layer that is quantized in both, in the order of the first."""
-    return [_move(path, packed, second[path]) for path, packed in first.items() if path in second]
+def compare_codes(first: Mapping[str, Packed], second: Mapping[str, Packed]) -> list[CodeChange]:
+    """The changes of every layer that is quantized in both models, in the order of the first."""
+    return [_code_change(path, packed, second[path]) for path, packed in first.items() if path in second]
 
 
-def _move(path: str, first: Packed, second: Packed) -> Move:
+def _code_change(path: str, first: Packed, second: Packed) -> CodeChange:
     alike = first.grid.element == second.grid.element
     flipped, steps, error, size = 0, 0.0, 0.0, 0.0
     for a, b in zip(map(unpack, first.blocks(BLOCK)), map(unpack, second.blocks(BLOCK)), strict=True):
@@ -62,11 +62,11 @@ def _move(path: str, first: Packed, second: Packed) -> Move:
         error, size = error + float((apart**2).sum()), size + float((one**2).sum())
     numbers = first.shape[0] * first.shape[1]
     relative = (error / size) ** 0.5 if size else float(error > 0)
-    return Move(path, numbers, flipped if alike else None, steps / numbers, relative)
+    return CodeChange(path, numbers, flipped if alike else None, steps / numbers, relative)
 
 
 def _multiples(q: QTensor[NDArray[Any]]) -> NDArray[Any]:
-    """The codes of integers less their zero point, times the sign of their scale; those of floats as they are."""
+    """Codes of integers, less their zero point and times the sign of their scale; codes of floats unchanged."""
     if q.grid.element.kind == "float":
         return q.codes
     grouped = q.codes.reshape(q.grid.group_shape(q.shape)).astype(np.int16)

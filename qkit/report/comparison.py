@@ -1,4 +1,4 @@
-"""The four-way comparison: float, quantized, trained on the grid, and that deployed on another grid of the same name."""
+"""The four-way comparison of models: float, quantized, trained on the grid, and the trained one deployed on another grid."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from qkit.engines.protocol import Builds
 from qkit.errors import RecipeError
 from qkit.evaluation import Evaluation, evaluate, open_model
 from qkit.reference.packing import Packed
-from qkit.report.code_changes import Move, moves, packed_weights
+from qkit.report.code_changes import CodeChange, compare_codes, packed_weights
 from qkit.report.findings import Comparison, Measured, Premium
 from qkit.report.intervals import mean, recovered
-from qkit.report.masters import dequantized, of_checkpoint, recipe_of
+from qkit.report.master_weights import fill_with_values, model_of_checkpoint, recipe_of_layers
 from qkit.rules import Recipe, rule_table
 
 Progress = Callable[[str], None]
@@ -25,17 +25,17 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the models come from.
+    """The directories and recipes of a comparison.
 
     Attributes:
         floats: the float directory.
-        recipe: what it is quantized with; None: with the rules that the layers of `qat` have.
+        recipe: the recipe that quantizes it. None: the rules that the layers of `qat` have.
         deploy: other recipes to put the same weights on.
         ptq: a quantized directory to take instead of converting `floats`.
-        qat: the directory that was trained on the grid; None leaves the trained rows away.
-        masters: its trained master weights, a float directory or a checkpoint of `qkit train`; None: its dequantized values
-            stand for them.
-        longer: a float directory that was trained on for as long as `qat`: the fair baseline. None: `floats`.
+        qat: the directory that was trained on the grid. None: the comparison has no trained rows.
+        master_weights: the trained master weights of `qat`: a float directory or a checkpoint of `qkit train`. None: the
+            comparison takes the dequantized values of `qat` instead.
+        longer: a float directory that was trained for as many more steps as `qat`: the fair baseline. None: `floats`.
     """
 
     floats: Path
@@ -43,26 +43,26 @@ class Sources:
     deploy: tuple[Recipe, ...] = ()
     ptq: Path | None = None
     qat: Path | None = None
-    masters: Path | None = None
+    master_weights: Path | None = None
     longer: Path | None = None
 
 
 def compare(engine: Builds, sources: Sources, rows: NDArray[np.int32], *, progress: Progress) -> Comparison:
-    """The comparison of `sources` on `rows` [windows, length + 1]; the float model and one other are in memory at a time.
+    """The comparison of `sources` on `rows` [windows, length + 1]. At most the float model and one other are in memory.
 
     Raises:
-        RecipeError: the trained model, or the one quantized before, is on another grid than the recipe says.
-        QkitError: whatever opening, quantizing and evaluating raise; fewer than two windows.
+        RecipeError: a layer of `qat` or `ptq` is on another grid than the recipe says.
+        QkitError: there are fewer than two windows; or see `open_model`, `convert` and `evaluate`.
     """
     return _Work(engine, sources, rows, progress).comparison()
 
 
 class _Work:
-    """The models one after another, and what is kept of each."""
+    """Opens the models one after another, and stores the losses and packed weights of each."""
 
     def __init__(self, engine: Builds, sources: Sources, rows: NDArray[np.int32], progress: Progress) -> None:
         self.engine, self.sources, self.rows, self.progress = engine, sources, rows, progress
-        self.found: dict[str, tuple[str, str, Evaluation]] = {}  # by the row's name: grid, source, what was measured
+        self.found: dict[str, tuple[str, str, Evaluation]] = {}  # by the row's name: grid, source, measurement
         self.weights: dict[str, dict[str, Packed]] = {}
         self.teacher = open_model(engine, sources.floats)
         self.recipe = self._recipe()
@@ -83,21 +83,21 @@ class _Work:
             baseline=base,
             rows=tuple(self._rows(base)),
             premiums=tuple(self._premium(grid, base) for grid in grids) if sources.qat else (),
-            trained=tuple(moves(self.weights["PTQ"], self.weights["QAT"])) if sources.qat else (),
+            trained=tuple(compare_codes(self.weights["PTQ"], self.weights["QAT"])) if sources.qat else (),
             deployed={grid: tuple(self._deployed(grid)) for grid in grids[1:]} if sources.qat else {},
             masters=self._masters_name() if sources.qat and sources.deploy else "",
-            masters_equal=self._masters_equal() if sources.qat and sources.masters else None,
+            masters_equal=self._masters_equal() if sources.qat and sources.master_weights else None,
             tokens=self.rows[:, 1:].size,
             windows=len(self.rows),
             length=self.rows.shape[1] - 1,
         )
 
     def _recipe(self) -> Recipe:
-        """The recipe that was named, or that of the trained model, which must be on it: so much is checked before any work."""
+        """The recipe of `sources`, or else that of the trained model. Checks before any work that the trained model is on it."""
         recipe, qat = self.sources.recipe, self.sources.qat
         if qat is not None:
             model = open_model(self.engine, qat)
-            recipe = recipe or recipe_of(self.engine, model)
+            recipe = recipe or recipe_of_layers(self.engine, model)
             self._check_grids("QAT", model, recipe)
         if recipe is None:
             raise RecipeError("neither a recipe nor a trained model is given: name one of them")
@@ -108,7 +108,7 @@ class _Work:
         return recipe
 
     def _untrained(self, name: str) -> None:
-        """Rows without training: from the float directory, and from the one trained on, on every grid."""
+        """Measures the untrained models: `floats`, and `longer` if there is one, quantized on every grid."""
         origins = {"PTQ": self.sources.floats} | ({"longer PTQ": self.sources.longer} if self.sources.longer else {})
         for row, directory in origins.items():
             if row == "PTQ" and self.sources.ptq:
@@ -126,28 +126,28 @@ class _Work:
         assert self.sources.qat is not None
         self._measure("QAT", name, str(self.sources.qat), open_model(self.engine, self.sources.qat), keep=True)
         for recipe in self.sources.deploy:
-            deployed = pipeline.convert(self._masters(), recipe, backend=self.engine)
+            deployed = pipeline.convert(self._open_master_weights(), recipe, backend=self.engine)
             self._measure(f"QAT on {recipe.name}", recipe.name, self._masters_name(), deployed, keep=True)
 
-    def _masters(self) -> Any:
+    def _open_master_weights(self) -> Any:
         assert self.sources.qat is not None
-        masters = self.sources.masters
+        masters = self.sources.master_weights
         if masters and masters.is_file():
-            return of_checkpoint(self.engine, masters, read_config(self.sources.floats))
+            return model_of_checkpoint(self.engine, masters, read_config(self.sources.floats))
         if masters:
             return open_model(self.engine, masters)
         model = open_model(self.engine, self.sources.qat)
-        return dequantized(self.engine, model, into=open_model(self.engine, self.sources.floats))
+        return fill_with_values(self.engine, model, into=open_model(self.engine, self.sources.floats))
 
     def _masters_name(self) -> str:
-        masters, qat = self.sources.masters, self.sources.qat
+        masters, qat = self.sources.master_weights, self.sources.qat
         return f"{masters}, the trained master weights" if masters else f"{qat}, its dequantized values"
 
     def _masters_equal(self) -> tuple[int, int]:
-        model = pipeline.convert(self._masters(), self.recipe, backend=self.engine)
-        found = moves(self.weights["QAT"], packed_weights(self.engine, model))
-        numbers = sum(move.numbers for move in found)
-        return numbers - sum(move.flipped or 0 for move in found), numbers
+        model = pipeline.convert(self._open_master_weights(), self.recipe, backend=self.engine)
+        found = compare_codes(self.weights["QAT"], packed_weights(self.engine, model))
+        numbers = sum(change.numbers for change in found)
+        return numbers - sum(change.flipped or 0 for change in found), numbers
 
     def _measure(self, name: str, grid: str, source: str, model: Any, *, keep: bool = False) -> None:
         self.progress(name)
@@ -156,7 +156,7 @@ class _Work:
             self.weights[name] = packed_weights(self.engine, model)
 
     def _check_grids(self, name: str, model: Any, recipe: Recipe) -> None:
-        """Raises where a layer of `model` is on another grid than `recipe` puts it on."""
+        """Raises RecipeError if a layer of `model` is on another grid than `recipe` says."""
         for layer in self.engine.layers(model):
             if layer.kind == "other" or layer.tied:
                 continue
@@ -194,8 +194,8 @@ class _Work:
         moved = mean(qat - home) if trained else None
         return Premium(grid, mean(ptq - qat), moved, recovered(floats, ptq, qat))
 
-    def _deployed(self, grid: str) -> list[Move]:
-        return moves(self.weights["QAT"], self.weights[f"QAT on {grid}"])
+    def _deployed(self, grid: str) -> list[CodeChange]:
+        return compare_codes(self.weights["QAT"], self.weights[f"QAT on {grid}"])
 
 
 def _table(recipe: Recipe) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""What a comparison found, as plain values: what the page, the picture, the table and report.json are made of."""
+"""The results of a comparison as plain values, which the page, the picture, the table and report.json show."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qkit.report.code_changes import Move
+from qkit.report.code_changes import CodeChange
 from qkit.report.intervals import Estimate
 
 
@@ -15,10 +15,10 @@ class Measured:
     Attributes:
         name: `float`, `PTQ`, `QAT`, `QAT on ...`: see `Comparison`.
         grid: the recipe it is deployed on; empty for a float model.
-        source: what it was made of.
+        source: the directory that the model comes from, and how.
         loss: nats per token, and its interval.
         above: the loss less that of the baseline float model, paired, in nats per token.
-        kl, agreement: against the float directory.
+        kl, agreement: divergence from the model of the float directory, and share of equal likeliest tokens.
     """
 
     name: str
@@ -33,13 +33,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Premium:
-    """What one thing is worth on one deploy grid, in nats per token, other things equal.
+    """The gain of training and the cost of deployment on one grid, in nats per token.
 
     Attributes:
         grid: the recipe the weights are deployed on.
         training: PTQ less QAT, on this grid: positive where training helped.
-        deployment: QAT on this grid less QAT on the grid it was trained for: positive where the move costs. None on that grid.
-        recovered: share of the loss that quantizing costs on this grid, won back by training; None where it costs nothing.
+        deployment: QAT on this grid less QAT on the grid it was trained for: positive where the change of grid costs. None on
+            the trained grid.
+        recovered: the share of the loss of quantizing on this grid that training wins back. None: quantizing costs nothing.
     """
 
     grid: str
@@ -50,19 +51,19 @@ class Premium:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `compare` found.
+    """The results of `compare`.
 
     Attributes:
-        recipe: the grid that was trained for, by its recipe's name.
-        recipes: it and those of the other grids, in full, as tables.
+        recipe: the name of the recipe that `qat` was trained for.
+        recipes: this recipe and those of the other grids, in full, as tables.
         baseline: the name of the row that losses are counted from: `float`, or `float, longer`.
         rows: `float`; with a longer one, `float, longer`; for each grid `PTQ` and `QAT`, the trained grid first.
         premiums: one for each grid, the trained one first; empty without a trained model.
         trained: PTQ to QAT, layer by layer; empty without a trained model.
         deployed: QAT to QAT on each other grid, layer by layer.
-        masters: what was put on the other grids: a directory, or the artifact's dequantized values.
-        masters_equal: how many codes the master weights give on the trained grid as the artifact has them, of how many;
-            None without a directory of masters.
+        masters: the weights that were put on the other grids: a directory, or the artifact's dequantized values.
+        masters_equal: on the trained grid, how many codes of the master weights equal those of the artifact, and of how many.
+            None: there is no directory of master weights.
     """
 
     recipe: str
@@ -70,8 +71,8 @@ class Comparison:
     baseline: str
     rows: tuple[Measured, ...]
     premiums: tuple[Premium, ...]
-    trained: tuple[Move, ...]
-    deployed: Mapping[str, tuple[Move, ...]]
+    trained: tuple[CodeChange, ...]
+    deployed: Mapping[str, tuple[CodeChange, ...]]
     masters: str
     masters_equal: tuple[int, int] | None
     tokens: int

@@ -1,11 +1,11 @@
-"""The foot of the page: what a reader needs to make the report again."""
+"""The foot of the page: all that a reader needs to repeat the report."""
 
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from qkit.report.about import About
 from qkit.report.findings import Comparison
-from qkit.report.origin import About
 from qkit.rules import GRIDS
 
 

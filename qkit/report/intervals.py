@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals by a paired bootstrap: windows of text are drawn again, the same for every model."""
+"""Estimates with 95 % intervals by a paired bootstrap, which draws the same windows of text for every model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ Numbers = NDArray[np.float64]
 DRAWS = 2000
 SEED = 0
 LEVEL = 95.0  #: per cent
-BLOCK = 1 << 18  #: windows that are drawn together
+BLOCK = 1 << 18  #: windows that one block of draws holds
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number found on some windows of text, and the 95 % interval (percentiles) that drawing windows anew gives."""
+    """A number measured on windows of text, and its 95 % interval: percentiles over new draws of the windows."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Estimate:
 
 
 def mean(losses: Numbers) -> Estimate:
-    """The mean of `losses` [windows]; of a difference of two models' losses, paired.
+    """The mean of `losses` [windows]. Pass a difference of two models' losses for a paired interval.
 
     Raises:
         QkitError: there are fewer than two windows.
@@ -35,13 +35,13 @@ def mean(losses: Numbers) -> Estimate:
 
 
 def recovered(floats: Numbers, untrained: Numbers, trained: Numbers) -> Estimate | None:
-    """The share of what quantizing cost (untrained less float) that training won back (untrained less trained).
+    """The share of the cost of quantizing (untrained less float) that training won back (untrained less trained).
 
     Args:
         floats, untrained, trained: losses [windows] on the same windows.
 
     Returns:
-        None where quantizing cost nothing, or where the cost is so near nothing that some draws see none.
+        The share; None where quantizing cost nothing, in the text or in some draw.
 
     Raises:
         QkitError: there are fewer than two windows.

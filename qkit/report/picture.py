@@ -1,10 +1,10 @@
-"""The losses as a PNG, for where a page cannot go. The only module of the report that needs matplotlib."""
+"""The losses as a PNG. This is the only module of the report that needs matplotlib."""
 
 from pathlib import Path
 
 from qkit.report.findings import Comparison
 from qkit.report.place import SOFTWARE
-from qkit.report.words import nats, summary, tone
+from qkit.report.text import nats, summary, tone
 from qkit.storage.staging import replaced_file
 
 COLORS = {"float": "#8b939d", "ptq": "#c77d1e", "longer": "#e3bd8a", "qat": "#12786f", "moved": "#7456b3"}

@@ -1,4 +1,4 @@
-"""Where a report goes: files of qkit's own, told by what is in them, and no others."""
+"""The folder of a report: qkit replaces files there only if their content says that qkit wrote them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from qkit.errors import ArtifactError
 from qkit.storage.destination import check_replaced_file
 
-SOFTWARE = {"Software": "qkit"}  #: what pictures say of themselves
-HEAD = 4096  #: bytes in which a file says that it is qkit's
+SOFTWARE = {"Software": "qkit"}  #: metadata of a picture
+HEAD = 4096  #: leading bytes of a file in which qkit looks for its own marker
 
 PICTURE = b"Software\0qkit"
 REPORT = {
@@ -21,16 +21,16 @@ def check_report(folder: Path, files: Mapping[str, bytes] = REPORT) -> None:
     """Refuses, before any work, to replace a file of the same name that qkit did not write.
 
     Args:
-        files: by name, words that those of qkit's have near their beginning.
+        files: by name, the marker that qkit's own file has within its first `HEAD` bytes.
 
     Raises:
-        ArtifactError: `folder` holds such a file, or is none; see `check_directory`.
+        ArtifactError: `folder` holds such a file, or is not a folder; see `check_replaced_file`.
         PlanError: the disk is read-only.
     """
-    for name, words in files.items():
+    for name, marker in files.items():
         path = check_replaced_file(folder / name).path
         if not path.exists():
             continue
         with path.open("rb") as stream:
-            if words not in stream.read(HEAD):
+            if marker not in stream.read(HEAD):
                 raise ArtifactError(f"{folder / name} is there, and qkit did not write it: choose another folder")

@@ -1,4 +1,4 @@
-"""The style of the page: one column, two schemes of color, no font or picture from anywhere."""
+"""The style of the page: one column, a light and a dark scheme, and no font or picture from elsewhere."""
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #1f2328; --soft: #5e6670; --line: #e3e0d9;

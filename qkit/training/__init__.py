@@ -1,4 +1,4 @@
-"""Training: runs, data and schedules as pure functions, checkpoints, the neutral loop; an engine supplies the step."""
+"""Training on any engine: runs, data, schedules, checkpoints and the loop. The engine supplies the step."""
 
 from qkit.training.data import Sequences, read_bytes, sequences
 from qkit.training.inputs import teach

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one safetensors file each, complete or absent, the last two kept."""
+"""Checkpoints of a training run: one safetensors file each, complete or absent. Only the last two stay."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from qkit.storage.swap import sync_folder
 from qkit.storage.tensor_writer import write_all
 
 KEY = "qkit_run"  #: the one metadata key
-KEPT = 2
+KEPT = 2  #: checkpoints that stay in the folder
 PATTERN = "checkpoint-*.safetensors"
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A checkpoint that was read: its file, the run it is of as plain values, and the trainer's state, mapped."""
+    """A checkpoint from a file: the file, its run as plain values, and the memory-mapped state of the trainer."""
 
     file: Path
     about: dict[str, Any]
@@ -33,16 +33,16 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps that were taken."""
+        """How many steps the run had taken."""
         return int(self.state["steps"])
 
 
 def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str, Any]) -> Path:
-    """Adds the checkpoint of `state` to `folder`, durable when this returns, and removes all but the last two.
+    """Adds the checkpoint of `state` to `folder`, syncs it to the disk, and removes all but the last two.
 
     Raises:
         DivergedError: a weight or a moment is not finite; nothing is written.
-        OSError: the disk is full, and so on; the checkpoints before are as they were.
+        OSError: the file cannot be written, as on a full disk. Earlier checkpoints are unchanged.
     """
     check_finite(state)
     file = folder / f"checkpoint-{int(state['steps']):08d}.safetensors"
@@ -57,8 +57,8 @@ def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str
             write_all(descriptor, data, whole.places[name].begin)
         os.fsync(descriptor)
     except OSError as error:
-        aside.unlink(missing_ok=True)  # room for whatever comes next
-        raise OSError(error.errno, error.strerror, str(file)) from None  # by name
+        aside.unlink(missing_ok=True)  # frees the disk space
+        raise OSError(error.errno, error.strerror, str(file)) from None  # with the name of the file
     finally:
         os.close(descriptor)
     os.rename(aside, file)
@@ -72,7 +72,7 @@ def newest(folder: Path) -> Checkpoint | None:
     """The last checkpoint in `folder`, if there is one.
 
     Raises:
-        ArtifactError: it is unsound, or not one of qkit's; the message names it, and the one before.
+        ArtifactError: it is damaged, or not a checkpoint of qkit's. The message names it, and the one before.
     """
     files = sorted(folder.glob(PATTERN))
     if not files:
@@ -92,7 +92,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def check_finite(state: Mapping[str, NDArray[Any]]) -> None:
-    """Raises DivergedError for the first weight or moment that is not finite; static ranges begin as infinite."""
+    """Raises DivergedError for the first weight or moment that is not finite. Skips static ranges, which begin as infinite."""
     for name, array in state.items():
         if array.dtype in FLOATS and not name.endswith("_range") and not np.isfinite(array).all():
             raise DivergedError(f"{name} is not finite after step {int(state['steps'])}: lower the learning rate")

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from qkit.storage.staging import replaced_file
 from qkit.training.folder import read_log
 
-WIDTH = 20  #: steps that the line is the mean of
+WIDTH = 20  #: steps in the running mean
 
 
 def draw_log(log: Path, picture: Path) -> None:
-    """Writes the losses in `log` as a PNG, training as it was and smoothed, held-out text as points; needs matplotlib."""
+    """Draws the losses in `log` as a PNG: training losses, their running mean, and held-out losses. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     events = read_log(log)

@@ -1,4 +1,4 @@
-"""Text as tokens, cut into sequences, and which of them a step trains on: a pure function of the seed and the step."""
+"""Tokens cut into sequences, and the sequences of each training step: a pure function of the seed and the step."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from qkit.errors import QkitError, RunError
 
 Tokens = NDArray[np.int32]
-EVERY = 20  #: one sequence in so many is held out, where no text is given for that
-MOST = 64  #: sequences that are held out so
+EVERY = 20  #: without a held-out text, one sequence in so many is held out of training
+MOST = 64  #: the most sequences that are held out in this way
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +22,7 @@ class Sequences:
 
     Attributes:
         tokens: int32 [n].
-        length: tokens that a sequence predicts.
+        length: how many tokens a sequence predicts.
         chosen: numbers of the sequences that belong to this set, ascending.
     """
 
@@ -44,7 +44,7 @@ class Sequences:
         return self.rows(self.chosen)
 
     def numbers(self, step: int, *, size: int, seed: int) -> NDArray[np.int64]:
-        """Numbers of the `size` sequences that `step`, from 1, trains on: every one once before any comes again."""
+        """Numbers of the `size` sequences of `step`, which counts from 1. Every sequence comes once before any comes again."""
         places = np.arange((step - 1) * size, step * size)
         epochs, within = np.divmod(places, len(self))
         picked = [_order(seed, int(epoch), len(self))[place] for epoch, place in zip(epochs, within, strict=True)]
@@ -64,10 +64,10 @@ def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def sequences(tokens: Tokens, *, length: int, name: str) -> Sequences:
-    """All the sequences of `tokens` [n]; `name` is what messages call the text.
+    """All the sequences of `tokens` [n]. Messages call the text by `name`.
 
     Raises:
-        RunError: there is not one.
+        RunError: the text is shorter than one sequence.
     """
     count = (tokens.size - 1) // length
     if count < 1:
@@ -78,7 +78,7 @@ def sequences(tokens: Tokens, *, length: int, name: str) -> Sequences:
 
 
 def split(whole: Sequences) -> tuple[Sequences, Sequences]:
-    """What to train on, and what is held out: one sequence in twenty, at most 64, evenly; none of fewer than twenty."""
+    """The training set and the held-out set. One sequence in twenty is held out, at even distances, and at most 64."""
     count = min(len(whole) // EVERY, MOST)
     apart = ((np.arange(count) + 0.5) * len(whole) / max(count, 1)).astype(np.int64)
     rest = np.delete(whole.chosen, apart)
@@ -89,7 +89,7 @@ def read_bytes(files: Iterable[Path], *, limit: int) -> Tokens:
     """The bytes of `files` one after another, as tokens 0 .. 255 [n], at most `limit` of them.
 
     Raises:
-        QkitError: there is nothing in them.
+        QkitError: all files are empty, or there are none.
     """
     parts: list[NDArray[np.uint8]] = []
     size = 0

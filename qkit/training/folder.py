@@ -1,4 +1,4 @@
-"""The folder beside an artifact that a run writes into: its lock, its log, and whether what is in it is the same run."""
+"""The run folder beside an artifact: its lock, its log, and the check that its checkpoint belongs to the same run."""
 
 import json
 import os
@@ -16,36 +16,36 @@ from qkit.training.checkpoint import Checkpoint
 
 LOCK, LOG = "lock", "log.jsonl"
 
-#: Keys of a run that may differ where it goes on: what they name is compared by its content, or changes nothing that is trained.
+#: Keys of a run that may change when it resumes. They do not affect training, or `check_same` compares the content they name.
 FREE = frozenset(
     ("model", "out", "data", "held_out", "recipe", "backend", "device", "checkpoint_every", "evaluate_every", "replace")
 )
 FREE |= {"gradient_checkpointing", "compile"}
 
 
-def beside(out: Path) -> Path:
-    """The run folder of the artifact `out`: beside its real place, where `out` is a link."""
+def run_folder_of(out: Path) -> Path:
+    """The run folder of the artifact `out`: `OUT.run`, beside the real place of `out` if that is a link."""
     path = destination(out).path
     return path.with_name(f"{path.name}.run")
 
 
 def check_out(out: Path, *, replace: bool) -> None:
-    """Refuses, before any work, what cannot be written, and to overwrite anything that nobody asked to be overwritten.
+    """Refuses, before any work, an `out` that cannot be written, or that holds a model which must not be replaced.
 
-    A model in `out` is let pass where the run in the folder beside it was killed after its last step: `check_saved` tells
-    whether it is that run's.
+    Accepts a model in `out` if its run was killed after its last step. `check_saved` then tells whether it is the model of
+    that run.
 
     Raises:
-        ArtifactError: `out` holds a model, and `replace` is false, or one that is not qkit's; or it is a mount point, which has
-            no room beside it; or see `check_directory`.
+        ArtifactError: `out` holds a model and `replace` is false, or a model that qkit did not write; or it is a mount point,
+            and checkpoints cannot go beside it; or see `check_directory`.
         PlanError: the disk is read-only.
     """
-    place, folder = check_directory(out), beside(out)
+    place, folder = check_directory(out), run_folder_of(out)
     if place.mounted:
         raise ArtifactError(
             f"{out} is a mount point, and checkpoints go beside the model: choose a directory inside it, such as {out / 'model'}"
         )
-    run = destination(folder).path  # which may lie on another disk, by a link
+    run = destination(folder).path  # a link may lead to another disk
     _check_run_folder(run)
     check_writable(run / LOCK)
     if place.path.exists() and any(place.path.iterdir()) and not replace and not _was_ending(folder):
@@ -53,7 +53,7 @@ def check_out(out: Path, *, replace: bool) -> None:
 
 
 def _was_ending(folder: Path) -> bool:
-    """Whether the run in `folder` had taken its last step and not come to its end."""
+    """Whether the run in `folder` took its last step but was killed before it ended."""
     events = read_log(folder / LOG)
     steps = next((event["steps"] for event in reversed(events) if event["event"] in ("start", "resume")), None)
     done = steps is not None and any(event["event"] == "checkpoint" and event["step"] == steps for event in events)
@@ -61,17 +61,17 @@ def _was_ending(folder: Path) -> bool:
 
 
 def _check_run_folder(folder: Path) -> None:
-    """`check_own`, but for a lock without content: nobody loses by it."""
+    """`check_own`, but accepts a folder with nothing but an empty lock file: no data can be lost."""
     if folder.is_dir() and os.listdir(folder) == [LOCK] and not (folder / LOCK).stat().st_size:
         return
     check_own(folder, folders=True)
 
 
 def check_saved(out: Path, again: Path) -> None:
-    """For a run that goes on from its last step: whether the model in `out` is the one that it makes, `again`.
+    """For a run that resumes after its last step: checks that `out` holds the same model as `again`, which the run just wrote.
 
     Raises:
-        ArtifactError: it is another.
+        ArtifactError: `out` holds another model.
     """
     if (out / SEAL).read_bytes() != (again / SEAL).read_bytes():
         raise _holds_a_model(out)
@@ -83,11 +83,11 @@ def _holds_a_model(out: Path) -> ArtifactError:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """`folder`, made and marked if need be, for one run at a time; if that leaves nothing in it, it is removed.
+    """Locks `folder` for one run at a time. Creates and marks it if needed, and removes it at the end if it is empty.
 
     Raises:
         LockedError: another process trains in it.
-        ArtifactError: it is somebody's own.
+        ArtifactError: qkit did not create the folder.
     """
     real = destination(folder).path
     _check_run_folder(real)
@@ -139,14 +139,14 @@ def check_same(found: Checkpoint, about: Mapping[str, Any]) -> None:
 
 
 class Log:
-    """Events as JSON lines, each on the disk's way before the next; a run that goes on drops those after its checkpoint."""
+    """Events as JSON lines, each written out before the next. A run that resumes drops the events after its checkpoint."""
 
     def __init__(self, folder: Path, *, after: int) -> None:
         self.file = folder / LOG
         kept = [event for event in read_log(self.file) if event["step"] <= after]
         text = "".join(json.dumps(event) + "\n" for event in kept)
         if not self.file.exists() or self.file.read_text(encoding="utf-8", errors="replace") != text:
-            with replaced_file(self.file) as aside:  # a full disk leaves the old one
+            with replaced_file(self.file) as aside:  # a full disk leaves the old log
                 aside.write_text(text, encoding="utf-8")
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -156,7 +156,7 @@ class Log:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The events of a log; a last line that a kill cut off is left out."""
+    """The events of a log, without a last line that a kill cut off."""
     events = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""What a run names, opened: its engine, its text, its teacher. And a teacher's logits written down, for runs to come."""
+"""The inputs of a run: its engine, its text and its teacher; and a file of a teacher's logits for later runs."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from qkit.training.text import find, read_text
 
 
 def check_files(run: Run) -> None:
-    """Refuses text that is not there, before anything slow is done.
+    """Refuses missing text files, before any slow work.
 
     Raises:
         RunError: see `find`.
@@ -31,14 +31,14 @@ def engine_of(run: Run) -> Trains:
     """The engine that trains, on the run's device.
 
     Raises:
-        BackendError: it cannot train, or has no such device.
+        BackendError: the engine cannot train, or has no such device.
     """
     engine = require(choose(run.backend), Trains)
     return engine.on(run.device) if run.device else engine
 
 
 def text_of(run: Run, source: Snapshot) -> tuple[Sequences, Sequences, str]:
-    """What is trained on, what is held out, and what tokens are, for the model in `source`.
+    """The training set, the held-out set, and the kind of tokens (`tokenizer.json` or `bytes`) for the model in `source`.
 
     Raises:
         RunError: the text or the length does not fit the model.
@@ -56,7 +56,7 @@ def text_of(run: Run, source: Snapshot) -> tuple[Sequences, Sequences, str]:
 
 
 def teacher_of(engine: Builds, folder: Path, source: Snapshot) -> Any:
-    """The teacher in `folder`, in its own type.
+    """The teacher in `folder`, with numbers of its own type.
 
     Raises:
         RunError: its vocabulary is not that of `source`.
@@ -68,9 +68,9 @@ def teacher_of(engine: Builds, folder: Path, source: Snapshot) -> Any:
 
 
 def teach(run: Run, file: Path, *, top: int, tick: Tick = lambda done, of: None) -> None:
-    """Writes the `top` largest logits of the run's teacher, a directory, on all that the run trains on, into `file`.
+    """Writes into `file` the `top` largest logits of the run's teacher, a directory, on the whole training set of the run.
 
-    The same run with `file` for a teacher then learns from them. See `write_top`.
+    The same run with `file` as its teacher then learns from them. See `write_top`.
 
     Raises:
         RunError: the run has no such teacher; or see `text_of` and `teacher_of`.

@@ -1,4 +1,4 @@
-"""A run from directory to artifact: masters, training with checkpoints, conversion, and the proof that it is what was trained."""
+"""A run from directory to artifact: opens the model, trains with checkpoints, converts, saves, and measures the artifact."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,32 +23,33 @@ from qkit.storage.marks import remove
 from qkit.switches import calibrating
 from qkit.training import checkpoint
 from qkit.training.data import Sequences
-from qkit.training.folder import Log, beside, check_out, check_same, check_saved, locked, read_log
+from qkit.training.folder import Log, check_out, check_same, check_saved, locked, read_log, run_folder_of
 from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
-from qkit.training.model import describe, digest, dtype_of, opened
+from qkit.training.model import describe, digest, dtype_of, open_to_train
 from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
 from qkit.training.schedule import switching
 from qkit.training.teacher import read_top
 from qkit.training.text import vocabulary_of
 
-Tell = Callable[[Mapping[str, Any]], None]  #: takes each event: what the log holds, as plain values
+Tell = Callable[[Mapping[str, Any]], None]  #: takes each event of the log, as plain values
 CALIBRATION = 8  #: batches that find static ranges before the first step
-SMOOTH = 20  #: steps that first and last losses are the mean of, at most
+SMOOTH = 20  #: the most steps in the mean of the first and of the last losses
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to. Losses are nats per token; held-out ones None where nothing is held out.
+    """The results of a run. Losses are nats per token. Held-out losses are None without held-out text.
 
     Attributes:
-        steps, tokens, seconds: in all, and the time of training in this process.
-        first_loss, last_loss: of training, means over up to 20 steps.
-        held_out_before, held_out_after: of the model as it is quantized, before the first and after the last step.
-        held_out_saved: of the artifact, opened again in the type it was saved in.
-        forward_difference: the largest difference of a logit before and after `convert`; None where nothing was quantized.
-        folder: the artifact; checkpoints and the log are in `run_folder`.
+        steps, tokens, seconds: steps and tokens of the whole run; seconds of training in this process.
+        first_loss, last_loss: training losses, means over up to 20 steps.
+        held_out_before, held_out_after: losses of the quantized model before the first and after the last step.
+        held_out_saved: the loss of the artifact, opened again from the disk.
+        forward_difference: the largest difference of a logit before and after `convert`. None: the run quantized nothing.
+        folder: the artifact.
+        run_folder: the folder of the checkpoints and the log.
     """
 
     steps: int
@@ -65,25 +66,25 @@ class Outcome:
 
 
 def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
-    """Carries out `run`; one that was interrupted goes on from its last checkpoint.
+    """Carries out `run`. An interrupted run resumes from its last checkpoint.
 
-    Leaves the artifact in `run.out`, and in the folder beside it `log.jsonl` and the last two checkpoints. Adapters are merged
-    into the artifact, and beside it in `adapter`, as peft's files.
+    Writes the artifact into `run.out`, and `log.jsonl` and the last two checkpoints into the run folder beside it. Merges
+    adapters into the artifact, and also writes them as peft's files into `adapter` in the run folder.
 
-    `tell` has every event; the last, `end`, before the log has it: a run that is killed in it goes on.
+    Calls `tell` with every event. It gets the last one, `end`, before the log does: a run that is killed meanwhile resumes.
 
     Raises:
-        RunError: the run does not fit its model, its text, or the checkpoints that are there.
+        RunError: the run does not fit its model, its text, or the checkpoints in its folder.
         DivergedError: the loss or a weight is no longer finite; the message names the last good checkpoint.
         LockedError: another process trains for the same folder.
         BackendError, RecipeError, GridError, ArtifactError, OSError: as their causes.
     """
     check_out(run.out, replace=run.replace)
     check_files(run)
-    engine, folder = engine_of(run), beside(run.out)
+    engine, folder = engine_of(run), run_folder_of(run.out)
     with locked(folder):
         source = read_model(run.model)
-        model, recipe = opened(engine, source, recipe=run.recipe, dtype=run.dtype, adapter=run.adapter)
+        model, recipe = open_to_train(engine, source, recipe=run.recipe, dtype=run.dtype, adapter=run.adapter)
         data, unseen, kind = text_of(run, source)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
         run = replace(run, steps=steps)
@@ -111,9 +112,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
 
         def end(step: int, **more: Any) -> None:
             tell({"event": "end", "step": step, **more})
-            log.add(
-                {"event": "end", "step": step, **more}
-            )  # last: a run that is killed before has not ended, and goes on
+            log.add({"event": "end", "step": step, **more})  # last: a run that is killed before this line resumes
 
         began = found.step if found else 0
         start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
@@ -147,7 +146,7 @@ def _trainer(run: Run, engine: Trains, model: Any, data: Sequences, source: Snap
 
 
 def _calibrate(engine: Trains, model: Any, order: Order) -> None:
-    """Finds the static ranges that are not found by training itself."""
+    """Finds the static ranges of the rules with `range = "calibrated"`."""
     if any(layer.rule and layer.rule.range == "calibrated" for layer in engine.layers(model)):
         with calibrating(model, backend=engine):
             for step in range(1, CALIBRATION + 1):
@@ -167,7 +166,7 @@ def _train(
     folder: Path,
     began: int,
 ) -> float:
-    """Steps `began` + 1 to the last; returns how many seconds they took."""
+    """Trains from step `began` + 1 to the last. Returns the seconds that it took."""
     assert run.steps is not None
     warmup, spent, tokens = warmup_steps(run.warmup, run.steps), 0.0, 0
     if began == 0 and len(unseen):
@@ -240,7 +239,7 @@ def _finish(
 
 
 def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) -> None:
-    """Writes the artifact; where the same run had written it before it was killed, only proves that it is this one."""
+    """Writes the artifact. If the same run wrote it before it was killed, only checks that the bytes are the same."""
     if run.replace or not run.out.exists() or not any(run.out.iterdir()):
         save(model, run.out, source=run.model, backend=engine, dtype=dtype)
         return
@@ -258,7 +257,7 @@ def _held_out(engine: Trains, model: Any, unseen: Sequences) -> float:
 
 @contextmanager
 def _on(engine: Trains, model: Any) -> Iterator[None]:
-    """Every prepared layer quantizes, as it will once it is converted, whatever the schedule says."""
+    """Lets every prepared layer quantize inside the block, as after conversion, whatever the schedule says."""
     off = [layer for layer in engine.layers(model) if layer.stage == "prepared" and layer.mode == "off"]
     for layer in off:
         engine.switch_mode(layer.module, "on")

@@ -1,4 +1,4 @@
-"""The training loop, for any engine: what a step trains on, at which rate, and what it reports."""
+"""The training loop for any engine: the data of a step, its learning rate, and its report."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from qkit.training.data import Sequences, Tokens
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step's report: its number from 1, the loss before it in nats per token, its learning rate, its tokens."""
+    """The report of one step: its number from 1, the loss before it in nats per token, its learning rate, and its tokens."""
 
     number: int
     loss: float
@@ -21,9 +21,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Order:
-    """What each step trains on: `accumulation` micro-batches of `batch` sequences of `data`, in an order from `seed`.
+    """The data of each step: `accumulation` micro-batches of `batch` sequences of `data`, in an order from `seed`.
 
-    `top` gives a teacher's logits for sequences by number, where there is a file of them.
+    `top` returns a teacher's logits for sequences by their numbers, if there is a file of them.
     """
 
     data: Sequences
@@ -33,7 +33,7 @@ class Order:
     top: Callable[[Sequence[int]], TopLogits] | None = None
 
     def at(self, step: int) -> tuple[list[Tokens], list[TopLogits]]:
-        """Micro-batches [batch, length + 1] and their targets, the same whenever they are asked for."""
+        """The micro-batches [batch, length + 1] of a step and their targets: the same at every call."""
         size = self.batch * self.accumulation
         numbers = self.data.numbers(step, size=size, seed=self.seed).reshape(self.accumulation, self.batch)
         return [self.data.rows(part) for part in numbers], [
@@ -50,7 +50,7 @@ def train(
     rate: Callable[[int], float],
     before: Callable[[int], None],
 ) -> Iterator[Step]:
-    """Steps `first` to `last`, one each time the iterator is advanced. Nothing is remembered between them but by `trainer`.
+    """Takes steps `first` to `last`, one for each item of the iterator. Only `trainer` has state between steps.
 
     Args:
         rate: the learning rate of a step.

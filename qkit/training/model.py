@@ -1,4 +1,4 @@
-"""A directory as a model to train: float masters of one type, whatever is in the files, and a recipe; or codes, and adapters."""
+"""Opens a directory as a model to train: float master weights on the grids of a recipe, or packed codes with adapters."""
 
 import hashlib
 import json
@@ -26,28 +26,28 @@ from qkit.training.run import FLOAT
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def opened(
+def open_to_train(
     engine: Builds, source: Snapshot, *, recipe: str | None, dtype: str, adapter: Adapter | None
 ) -> tuple[Any, Recipe | None]:
-    """The model in `source`, ready to train, and the recipe that it is on, None where there is none.
+    """The model in `source`, ready to train, and its recipe; None without one.
 
-    Masters in `dtype` on the grids of `recipe`, or of `source` if that is None. With an adapter and without a recipe, a quantized
-    `source` stays packed, in its own type.
+    The master weights are in `dtype`, on the grids of `recipe`, or of `source` if `recipe` is None. With an adapter and without a
+    recipe, a quantized `source` stays packed, with numbers of its own type.
 
     Raises:
-        RunError: see `masters` and `prepared`.
+        RunError: see `build_float_model` and `prepare_model`.
         StageError: the adapter does not fit a layer.
         ArtifactError, BackendError, RecipeError, GridError: as their causes.
     """
     if adapter and recipe is None and source.weights:
         model = load(source.folder, backend=engine)
         return adapt(model, adapter, backend=engine), _own(engine, model, source)
-    model, chosen = prepared(engine, masters(engine, source, dtype=dtype), source, recipe)
+    model, chosen = prepare_model(engine, build_float_model(engine, source, dtype=dtype), source, recipe)
     return (adapt(model, adapter, backend=engine) if adapter else model), chosen
 
 
-def masters(engine: Builds, source: Snapshot, *, dtype: str) -> Any:
-    """The float model in `source` on `engine`, its numbers in `dtype`; codes become the values that they stand for.
+def build_float_model(engine: Builds, source: Snapshot, *, dtype: str) -> Any:
+    """The float model in `source` on `engine`, with numbers in `dtype`. Dequantizes codes.
 
     Raises:
         RunError: there is no config.json.
@@ -64,11 +64,11 @@ def masters(engine: Builds, source: Snapshot, *, dtype: str) -> Any:
     return model
 
 
-def prepared(engine: Builds, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
-    """`model` on the grids of `recipe`, or of `source` if that is None; and the recipe, None where there is none.
+def prepare_model(engine: Builds, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
+    """`model` on the grids of `recipe`, or of `source` if `recipe` is None; and the recipe, None without one.
 
     Raises:
-        RunError: `source` is a float model, and no recipe is given.
+        RunError: `source` is a float model, and `recipe` is None.
         RecipeError, GridError: the recipe is unknown or does not fit.
     """
     if recipe == FLOAT:
@@ -78,21 +78,25 @@ def prepared(engine: Builds, model: Any, source: Snapshot, recipe: str | None) -
 
 
 def describe(recipe: Recipe | None) -> dict[str, Any]:
-    """A recipe as plain values, by which a run that goes on knows it again."""
+    """A recipe as plain values, which a run that resumes compares with its own."""
     if recipe is None:
         return {"name": FLOAT}
     return {"name": recipe.name, "version": recipe.version, "rules": [rule_table(rule) for rule in recipe.rules]}
 
 
 def digest(source: Snapshot) -> str:
-    """SHA-256 of the model: its configuration and every tensor's bytes. Reads it once."""
+    """SHA-256 of the model: its configuration and the bytes of every tensor."""
     found = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     found.update(source.digest().encode())
     return found.hexdigest()
 
 
 def dtype_of(source: Snapshot) -> DType:
-    """The type that the model's configuration says its numbers are of."""
+    """The type of the model's numbers, by its configuration.
+
+    Raises:
+        RunError: qkit does not know this type.
+    """
     config = source.config or {}
     said = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     for dtype in DTYPES:
@@ -102,7 +106,7 @@ def dtype_of(source: Snapshot) -> DType:
 
 
 def _own(engine: Builds, model: Any, source: Snapshot) -> Recipe:
-    """The rules that `source` was quantized by, path by path; a tied head is on the grid of the embedding."""
+    """The rules of the layers of `source`, path by path. A tied head is on the grid of the embedding."""
     if not source.weights:
         raise RunError(f"{source.folder} is a float model: name a recipe, or {FLOAT!r} to train without one")
     paths: dict[Rule, list[str]] = {}

@@ -8,7 +8,7 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 
 def rate(step: int, *, peak: float, steps: int, warmup: int, shape: Shape) -> float:
-    """The learning rate of `step`, 1 .. `steps`: `peak` is reached at step `warmup`, and zero would be after the last.
+    """The learning rate of `step`, 1 .. `steps`. It rises to `peak` at step `warmup`, and would reach zero after the last step.
 
     >>> [rate(step, peak=4.0, steps=5, warmup=2, shape="linear") for step in (1, 2, 3, 5)]
     [2.0, 4.0, 3.0, 1.0]
@@ -22,5 +22,5 @@ def rate(step: int, *, peak: float, steps: int, warmup: int, shape: Shape) -> fl
 
 
 def warmup_steps(warmup: float | int, steps: int) -> int:
-    """A whole number is of steps, and at most all of them; anything else a share of all, rounded up."""
+    """How many steps warm up. An int `warmup` is a number of steps, at most all; a float is a share of all, rounded up."""
     return min(warmup, steps) if isinstance(warmup, int) else math.ceil(warmup * steps)

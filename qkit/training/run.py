@@ -1,4 +1,4 @@
-"""A training run as a value: every key of a run file, checked once; the same on every engine."""
+"""A training run as a value: every key of a run file, checked once. Runs are the same on every engine."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from qkit.intake import check_values, read_text
 from qkit.training.rates import SHAPES, Shape
 from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
 
-FLOAT = "float"  #: in place of a recipe: train without one
+FLOAT = "float"  #: the name, in place of a recipe, of training without one
 
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """Where a teacher's logits come from: a model's directory, or a file of `teach`; and how much they count."""
+    """The source of a teacher's logits, a model's directory or a file of `teach`, and their part in the loss."""
 
     teacher: Path
     loss: Distillation
@@ -30,26 +30,26 @@ class Run:
     """One training run.
 
     Attributes:
-        model: a Hugging Face directory, float or quantized; one that is quantized is trained from its values.
-        out: where the artifact goes; checkpoints and the log go beside it, into `OUT.run`.
+        model: a Hugging Face directory, float or quantized. Training of a quantized one starts from its values.
+        out: the directory of the artifact. Checkpoints and the log go beside it, into `OUT.run`.
         data, held_out: files and shell patterns; without `held_out`, one sequence in twenty of `data`, at most 64.
         recipe: a name or a TOML file; `float` trains without one; None takes the rules of a quantized `model`.
-        backend, device: None is the first engine that is ready, and its own device.
-        steps: optimizer steps; None is once over the data.
+        backend, device: None: the first engine that is ready, and its default device.
+        steps: optimizer steps. None: once over the data.
         batch, length, accumulation: sequences in a micro-batch, tokens in each, micro-batches in a step.
         learning_rate, schedule, warmup: the peak; its shape; a share of the steps (0.03) or a number of them (20).
         offset_learning_rate: the peak for learned zero points and exponent offsets, whose unit is a whole code or power of two;
-            it rises and falls with the other. 0 leaves them where the grid's own rule puts them.
-        weight_decay: of matrices. 0: pulling masters to zero pulls at the scales of their groups, so at the grid itself.
+            it rises and falls with `learning_rate`. 0 leaves them at the values of the grid's own rule.
+        weight_decay: of matrices. The default is 0: decay of master weights also shrinks the scales of their groups.
         betas, clip: AdamW's; the largest norm of a gradient.
         seed: of the order of the data, and of dropout.
-        dtype: of the masters; in bfloat16, a step of 1e-5 is mostly rounded away. `autocast` has float32 masters and bfloat16
-            products, where the engine can. What is saved has the type of `model`.
-        checkpoint_every, evaluate_every: steps; None evaluates before and after.
+        dtype: of the master weights. In bfloat16, a step of 1e-5 is mostly rounded away. The artifact has the type of `model`.
+        autocast: float32 master weights with bfloat16 products, if the engine offers this.
+        checkpoint_every, evaluate_every: numbers of steps. None: evaluates before the first and after the last step.
         gradient_checkpointing, compile: see `qkit.engines.trainer.TrainerOptions`.
         replace: whether an artifact of qkit's in `out` may be replaced.
-        adapter: trained in place of the weights, and merged in the end; without `recipe`, a quantized `model` stays packed.
-        quantization: when to quantize.
+        adapter: trains in place of the weights, and is merged at the end. Without `recipe`, a quantized `model` stays packed.
+        quantization: the schedule of quantization.
         distillation: a teacher, if any.
 
     Raises:
@@ -131,7 +131,9 @@ class Run:
                 f"quantization.ramp ends at step {ramp[-1][0]}, and steps is {self.steps}: leave steps to the recipe"
             )
         if self.autocast and self.dtype != "float32":
-            raise RunError(f"autocast is for float32 masters, and dtype is {self.dtype!r}: leave one of them out")
+            raise RunError(
+                f"autocast is for float32 master weights, and dtype is {self.dtype!r}: leave one of them out"
+            )
         if self.adapter and self.recipe == FLOAT:
             raise RunError(f"adapter: an adapter is trained on a grid, and recipe is {FLOAT!r}: name another recipe")
 
@@ -140,7 +142,7 @@ def run_from_table(table: Mapping[str, Any]) -> Run:
     """The run that a parsed TOML table describes.
 
     Raises:
-        RunError: a key is unknown, missing or wrong; the message names it, and the nearest that there is.
+        RunError: a key is unknown, missing or wrong. The message names it, and the closest known key.
     """
     known = [one.name for one in fields(Run)]
     _only(table, known, "")
@@ -169,7 +171,7 @@ def run_from_table(table: Mapping[str, Any]) -> Run:
 
 
 def run_table(run: Run) -> dict[str, Any]:
-    """The inverse of `run_from_table`, complete but for keys that are None: plain values, for files."""
+    """The inverse of `run_from_table`: every key that is not None, as plain values for files."""
     table = {key: value for key, value in asdict(run).items() if value is not None}
     table |= {"model": str(run.model), "out": str(run.out), "data": list(run.data), "held_out": list(run.held_out)}
     table |= {"betas": list(run.betas), "quantization": schedule_table(run.quantization)}
@@ -184,7 +186,7 @@ def read_run(file: Path) -> dict[str, Any]:
     """The table in a run file.
 
     Raises:
-        RunError: it is missing, or not TOML.
+        RunError: the file is missing, or not TOML.
     """
     import tomllib  # here, so that commands start fast
 

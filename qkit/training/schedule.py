@@ -1,4 +1,4 @@
-"""When training quantizes, as a pure function of the step; and the hook that the loop calls with it."""
+"""The schedule of quantization, as a pure function of the step; and the hook that the loop calls before each step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,17 +17,20 @@ from qkit.rules import Rule
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Steps count from 1. Before a step, each prepared layer that `match` names is switched as `mode` says; others are on.
+    """When layers quantize. Before each step, the loop switches each prepared layer that `match` names to `mode(step)`.
+
+    Steps count from 1. Layers that `match` does not name always quantize.
 
     Attributes:
-        start: the first step that quantizes; before it, the float model is trained.
-        windows: first and last steps between which it quantizes, of one or more stretches; empty: always, from `start` on.
-        match: shell pattern for the paths of the layers that all of this is for.
-        interval: how many steps in a row train with the same quantized values, while the weights move on: those that the weights
-            had before steps 1, 1 + interval and so on. Evaluation never does. Windows begin at such steps, and checkpoints are
-            written before them, so that a run that goes on refreshes when it would have.
-        ramp: last steps and recipes that come before the run's own, in order, such as ((500, "int8-g64"), (800, "int6-g64")).
-            They quantize the same layers, on the same ranges; masters and the optimizer's state stay. Evaluation follows it.
+        start: the first step that quantizes. Before it, the float model trains.
+        windows: pairs of a first and a last step; layers quantize within them only. Empty: always, from `start` on.
+        match: shell pattern for the paths of the layers that the schedule switches.
+        interval: how many steps in a row train with the same quantized values, while the weights change. Steps 1,
+            1 + interval and so on refresh the values. Evaluation always takes current values. Windows begin at a
+            refresh, and checkpoints are written before one, so that a run that resumes refreshes at the same steps.
+        ramp: pairs of a last step and a recipe that come before the run's own recipe, in order, such as
+            ((500, "int8-g64"), (800, "int6-g64")). They quantize the same layers, on the same ranges. Master weights and the
+            state of the optimizer stay. Evaluation follows the ramp.
     """
 
     start: int = 1
@@ -65,12 +68,12 @@ class Schedule:
             before = stage[0]
 
     def mode(self, step: int) -> Mode:
-        """`on` or `off`."""
+        """The mode of the layers at `step`: `on` or `off`."""
         inside = not self.windows or any(first <= step <= last for first, last in self.windows)
         return "on" if step >= self.start and inside else "off"
 
     def recipe(self, step: int) -> str | None:
-        """The recipe of the ramp that `step` is trained on; None: the run's own."""
+        """The recipe of the ramp at `step`. None: the run's own."""
         return next((recipe for last, recipe in self.ramp if step <= last), None)
 
 
@@ -110,10 +113,10 @@ def schedule_table(schedule: Schedule) -> dict[str, Any]:
 
 
 def switching(engine: Trains, model: Any, schedule: Schedule) -> Callable[[int], None]:
-    """A function to call before each step; after it the layers of `model` are as `schedule` says.
+    """A function to call before each step. It switches the layers of `model` as `schedule` says.
 
     Raises:
-        RunError: the schedule is not the plain one, and no prepared layer matches; or one that does cannot follow it.
+        RunError: the schedule is not the default one, and no prepared layer matches; or a layer that matches cannot follow it.
         RecipeError, GridError: a recipe of the ramp does not fit the model.
     """
     layers = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
@@ -152,7 +155,7 @@ def _check_able(layers: list[Layer], schedule: Schedule) -> None:
 
 
 def _rules(engine: Trains, model: Any, layers: list[Layer], name: str) -> dict[str, Rule]:
-    """What the recipe `name` does to each of `layers`, by path."""
+    """The rule of the recipe `name` for each of `layers`, by path."""
     recipe = find_recipe(name)
     planned = {item.layer.path: item.rule for item in plan(engine.layers(model), recipe)}
     want_honored(engine, recipe.rules, "follow quantization.ramp")

@@ -1,4 +1,4 @@
-"""A teacher's largest logits in a file, so that students need not run it: made once, read by every run on the same text."""
+"""A file of a teacher's largest logits: written once, and read by every run on the same text instead of running the teacher."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,20 +16,21 @@ from qkit.storage.staging import whole_file
 from qkit.training.data import Sequences
 
 KEY = "qkit_teacher"  #: the one metadata key: the digest of the sequences
-LOGITS = 1 << 24  #: how many logits the teacher is asked for at a time
+LOGITS = 1 << 24  #: the most logits that one call of the teacher computes
 
-Tick = Callable[[int, int], None]  #: takes how many sequences were read, and of how many
+Tick = Callable[[int, int], None]  #: takes the number of sequences that are done, and of all
 
 
 def write_top(
     engine: Builds, teacher: Any, data: Sequences, file: Path, *, k: int, tick: Tick = lambda done, of: None
 ) -> None:
-    """The `k` largest logits of `teacher` at every position of `data`, as safetensors; `file` is complete or absent.
+    """Writes the `k` largest logits of `teacher` at every position of `data` as safetensors. `file` is complete or absent.
 
-    `logits` float32 [sequences, length, k], falling; `tokens` int32, likewise; the digest of `data` in the metadata.
+    `logits` is float32 [sequences, length, k], in falling order, and `tokens` int32 of the same shape. The metadata have the
+    digest of `data`.
 
     Raises:
-        RunError: `k` is more than the vocabulary, or less than 1; or there is such a file.
+        RunError: `k` is more than the vocabulary, or less than 1; or `file` exists.
         ArtifactError, PlanError: no file can be written there; see `check_file`.
     """
     from safetensors.numpy import save_file  # here, so that commands start fast
@@ -52,23 +53,23 @@ def write_top(
 
 
 def check_absent(file: Path) -> None:
-    """Refuses a place for a file of logits, before any work.
+    """Refuses an unusable `file` for logits, before any work.
 
     Raises:
-        RunError: there is such a file.
+        RunError: `file` exists.
         ArtifactError, PlanError: no file can be written there; see `check_file`.
     """
-    if os.path.exists(file):  # which bears names that are too long
+    if os.path.exists(file):  # which accepts names that are too long
         raise RunError(f"{file} is there already: remove it, or choose another name")
     check_file(file)
 
 
 def read_top(file: Path, data: Sequences, *, vocabulary: int) -> Callable[[Sequence[int]], TopLogits]:
-    """A function that gives the logits of sequences of `data` by their numbers; the file is mapped.
+    """A function from numbers of sequences of `data` to their logits, which it reads from the memory-mapped file.
 
     Raises:
-        ArtifactError: it is not what `write_top` writes.
-        RunError: it was made from other sequences, or by a teacher that knows tokens beyond `vocabulary`.
+        ArtifactError: `write_top` did not write the file.
+        RunError: the file is of other sequences, or of a teacher with tokens beyond `vocabulary`.
     """
     arrays, metadata = read_file(file)
     shapes = {name: (array.dtype.name, array.ndim) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Files to token numbers, the same on every engine, by the tokenizer of a model's directory or byte by byte."""
+"""Token numbers of text files, by the tokenizer in a model's directory or byte by byte. They are the same on every engine."""
 
 import glob
 from collections.abc import Mapping, Sequence
@@ -13,25 +13,25 @@ from qkit.errors import RunError
 from qkit.storage.read import inside
 from qkit.training.tokenizer import encode
 
-BYTES = range(256, 261)  #: vocabularies that are bytes, and up to four special tokens
+BYTES = range(256, 261)  #: sizes of a vocabulary of bytes, with up to four special tokens
 FOREIGN = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "merges.txt", "*.tiktoken")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Text:
-    """What files hold, as tokens int32 [n]; and by what: `tokenizer.json` or `bytes`."""
+    """The tokens of files, int32 [n], and their kind: `tokenizer.json` or `bytes`."""
 
     tokens: NDArray[np.int32]
     kind: str
-    name: str  #: of the files, for messages
-    nbytes: int  #: of the files
+    name: str  #: names of the files, for messages
+    nbytes: int  #: size of the files
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
     """The files that names and shell patterns stand for, each once, sorted within a pattern.
 
     Raises:
-        RunError: one stands for none, or a file is empty.
+        RunError: a pattern matches no file, or a file is empty.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -50,11 +50,11 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
     """The tokens of files, one after another, for the model in `folder`.
 
     Args:
-        config: of the model: its `vocab_size` has to hold every token.
+        config: of the model. Every token has to be below its `vocab_size`.
 
     Raises:
-        RunError: see `find`; or the model has no tokenizer that qkit knows, or another's, or a file is not UTF-8.
-        BackendError: it has a tokenizer.json, and tokenizers is not installed.
+        RunError: see `find`; or qkit does not know the model's tokenizer, or it belongs to another model; or a file is not UTF-8.
+        BackendError: the model has a tokenizer.json, and the library tokenizers is not installed.
     """
     files, vocabulary = find(patterns), vocabulary_of(folder, config)
     name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
@@ -63,7 +63,7 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
     largest = int(tokens.max(initial=-1))
     if largest >= vocabulary:
         raise RunError(
-            f"{folder}: the text has token {largest}, and the model a vocabulary of {vocabulary}: the tokenizer is of another"
+            f"{folder}: the text has token {largest}, and the model a vocabulary of {vocabulary}: its tokenizer is another's"
         )
     if largest < 0:
         raise RunError(f"there are no tokens in {name}: give more text")
@@ -74,7 +74,7 @@ def vocabulary_of(folder: Path, config: Mapping[str, Any]) -> int:
     """How many tokens the model in `folder` knows, by its `config`.
 
     Raises:
-        RunError: it does not say.
+        RunError: `config` does not say.
     """
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if not isinstance(size, int):
@@ -83,7 +83,7 @@ def vocabulary_of(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary: int) -> tuple[NDArray[np.int32], str]:
-    """The tokens of all files, and what they are by."""
+    """The tokens of all files, and their kind."""
     tokenizer = inside(folder, "tokenizer.json")
     if tokenizer.exists():
         texts = [_decoded(file, data) for file, data in zip(files, content, strict=True)]
@@ -102,7 +102,7 @@ def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary
 
 
 def _decoded(file: Path, data: bytes) -> str:
-    """The text, with the ends of lines that it has."""
+    """The text of a file, with its own ends of lines."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

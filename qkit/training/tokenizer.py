@@ -1,7 +1,7 @@
 """A Hugging Face `tokenizer.json` applied to text, in a process of its own. The only module that runs tokenizers.
 
-A tokenizer from a stranger can end the library in a panic, which prints its stack, or hold a regular expression that never ends.
-Neither can be caught or stopped where it happens.
+A stranger's tokenizer can end the library in a panic, which prints its stack, or contain a regular expression that never ends.
+Python can neither catch the first nor stop the second inside its own process.
 """
 
 import subprocess
@@ -15,11 +15,11 @@ from qkit.errors import BackendError, RunError
 from qkit.installation import how_to_install
 from qkit.intake import check_regular
 
-SECONDS = 60.0  #: to open the file, whatever the text
-RATE = 20_000  #: bytes of text a second, at least: a hundredth of what common tokenizers do
-MISSING = 9  #: exit code of the process where the library is missing
+SECONDS = 60.0  #: the time limit for opening the file, whatever the text
+RATE = 20_000  #: the lowest speed in bytes of text a second: a hundredth of that of common tokenizers
+MISSING = 9  #: exit code of the process if the library is missing
 
-#: Reads texts, gives token numbers: each behind its length in eight bytes.
+#: Reads texts and writes token numbers, each after its length in eight bytes.
 SCRIPT = f"""
 import sys
 from array import array
@@ -28,12 +28,12 @@ try:
     from tokenizers import Tokenizer
 except ImportError:
     sys.exit({MISSING})
-made = Tokenizer.from_file(sys.argv[1])
-made.no_truncation()
-made.no_padding()
+tokenizer = Tokenizer.from_file(sys.argv[1])
+tokenizer.no_truncation()
+tokenizer.no_padding()
 while size := sys.stdin.buffer.read(8):
     text = sys.stdin.buffer.read(int.from_bytes(size, "little")).decode("utf-8")
-    data = array("i", made.encode(text, add_special_tokens=False).ids).tobytes()
+    data = array("i", tokenizer.encode(text, add_special_tokens=False).ids).tobytes()
     sys.stdout.buffer.write(len(data).to_bytes(8, "little") + data)
 """
 
@@ -43,16 +43,16 @@ def encode(texts: list[str], tokenizer: Path) -> list[NDArray[np.int32]]:
 
     Raises:
         BackendError: the library is missing.
-        RunError: the file is none of its, or takes longer than any tokenizer should.
-        ArtifactError: it is no regular file.
+        RunError: the library does not open the file, or takes longer than the limit.
+        ArtifactError: the file is not a regular file.
     """
     check_regular(tokenizer)
     content = [text.encode("utf-8") for text in texts]
     seconds = SECONDS + sum(map(len, content)) / RATE
-    given = b"".join(len(data).to_bytes(8, "little") + data for data in content)
+    message = b"".join(len(data).to_bytes(8, "little") + data for data in content)
     command = [sys.executable, "-P", "-c", SCRIPT, str(tokenizer.absolute())]  # -P: no module of the current folder
     try:
-        done = subprocess.run(command, input=given, capture_output=True, timeout=seconds)
+        done = subprocess.run(command, input=message, capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise RunError(
             f"{tokenizer} did not end within {seconds:.0f} seconds: a pattern in it may never end; fetch it again"

@@ -11,11 +11,11 @@ from qkit.cli.application import application, main
 COMMANDS = typer.main.get_command(application).commands
 SHARED = {
     "--recipe": "A recipe, an alias or a TOML file",
-    "--data": "A text, or a shell pattern in quotes; give it again for more.",
+    "--data": "A text file, or a shell pattern in quotes. Repeat for more.",
     "--json": "Print JSON for machines",
     "--length": "Tokens ",
-    "--weights-only": "Leave away what layers do to their inputs and outputs",
-    "--backend": "The engine; ",
+    "--weights-only": "Drop the quantization of inputs and outputs",
+    "--backend": "The engine. ",
 }
 NOWHERE = "nowhere/at/all"
 

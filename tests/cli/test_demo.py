@@ -11,7 +11,7 @@ from tables import TRAINERS as ENGINES
 import qkit
 from qkit.cli.demo import _table
 from qkit.demo import run
-from qkit.demo.other_programs import READERS, loss_outside
+from qkit.demo.other_programs import READERS, loss_in
 from qkit.demo.report import another
 from qkit.engines import registry
 from qkit.engines.hookspecs import hookimpl
@@ -186,7 +186,7 @@ def test_the_table_says_what_other_programs_found_or_why_they_could_not():
 def test_a_program_that_cannot_open_a_directory_is_an_obstacle_and_no_failure(tmp_path):
     for reader in READERS:
         with pytest.raises(qkit.BackendError, match=f"{reader}: .+"):
-            loss_outside(reader, tmp_path, np.zeros((1, 9), np.int32))
+            loss_in(reader, tmp_path, np.zeros((1, 9), np.int32))
 
 
 def test_nothing_is_recovered_where_quantizing_cost_nothing():

@@ -86,17 +86,17 @@ def test_an_interrupt_that_a_package_turns_into_its_own_error_is_an_interrupt(ca
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_every_code_is_in_the_help_and_in_the_readme(capsys):
+def test_every_code_is_in_the_help_and_on_the_page_of_files(capsys):
     from pathlib import Path
 
     from qkit.cli.application import application
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "files-and-formats.md").read_text()
     assert ends(lambda: application(["--help"], prog_name="qkit")) == 0
     said = " ".join(capsys.readouterr().out.split())
     for code, meaning in MEANINGS.items():
         assert f"{code}: {meaning}" in said
-        assert f"| {code} | {meaning} |" in readme
+        assert f"| {code} | {meaning} |" in page
 
 
 def shell(command, **environment):

@@ -17,8 +17,8 @@ from qkit import Grid, Recipe, Rule
 from qkit.cli.application import application
 from qkit.evaluation import consecutive, evaluate, open_model
 from qkit.formats.packed import pack
-from qkit.report import Sources, about, compare, matrix, mean, moves, page, recovered
-from qkit.report.masters import newest_checkpoint, of_checkpoint
+from qkit.report import Sources, compare, compare_codes, describe_source, evaluate_matrix, mean, recovered, render_page
+from qkit.report.master_weights import model_of_checkpoint, newest_checkpoint
 
 TEXT = bytes(np.random.default_rng(1).integers(0, 256, 250).astype(np.uint8))
 ROWS = consecutive(np.frombuffer(TEXT, np.uint8).astype(np.int32), length=20)
@@ -61,7 +61,7 @@ def found(made):
         recipe=qkit.recipe(TRAINED),
         deploy=(qkit.recipe(OTHER),),
         qat=place / "qat",
-        masters=place / "masters",
+        master_weights=place / "masters",
         longer=place / "longer",
     )
     return compare(engine, sources, ROWS, progress=lambda row: None)
@@ -102,12 +102,12 @@ def test_premiums_are_differences_of_rows(found):
 
 def test_masters_are_held_to_the_trained_model(made, found):
     engine, place = made
-    numbers = sum(move.numbers for move in found.trained)
+    numbers = sum(change.numbers for change in found.trained)
     assert found.masters_equal == (numbers, numbers)
-    sources = Sources(place / "float", qat=place / "qat", masters=place / "float")
+    sources = Sources(place / "float", qat=place / "qat", master_weights=place / "float")
     wrong = compare(engine, sources, ROWS, progress=lambda row: None)
     equal, numbers = wrong.masters_equal
-    assert numbers - equal == sum(move.flipped for move in wrong.trained) > 0
+    assert numbers - equal == sum(change.flipped for change in wrong.trained) > 0
 
 
 def test_without_masters_the_dequantized_values_are_put_on_the_other_grid(made):
@@ -118,7 +118,7 @@ def test_without_masters_the_dequantized_values_are_put_on_the_other_grid(made):
     assert "its dequantized values" in finer.masters
     assert finer.masters_equal is None
     assert finer.baseline == "float"
-    values = [move.error for move in finer.deployed["int8-g32"]]
+    values = [change.error for change in finer.deployed["int8-g32"]]
     assert 0 < max(values) < 0.01  # what int4 holds, int8 holds nearly
 
 
@@ -131,13 +131,13 @@ def test_masters_are_read_from_a_checkpoint_beside_the_trained_model(made, found
     save_file(state, tmp_path / "qat.run" / "checkpoint-00000002.safetensors")
     save_file({"steps": np.zeros((), np.int64)}, tmp_path / "qat.run" / "checkpoint-00000001.safetensors")
     newest = newest_checkpoint(tmp_path / "qat")
-    sources = Sources(place / "float", deploy=(qkit.recipe(OTHER),), qat=place / "qat", masters=newest)
+    sources = Sources(place / "float", deploy=(qkit.recipe(OTHER),), qat=place / "qat", master_weights=newest)
     again = compare(engine, sources, ROWS, progress=lambda _: None)
     assert again.rows[-1].loss == found.rows[-1].loss
     assert again.masters_equal == found.masters_equal
     assert newest_checkpoint(place / "qat") is None
     with pytest.raises(qkit.ArtifactError, match=r"checkpoint-00000001.safetensors holds no weights"):
-        of_checkpoint(engine, newest.with_name("checkpoint-00000001.safetensors"), models.CONFIG)
+        model_of_checkpoint(engine, newest.with_name("checkpoint-00000001.safetensors"), models.CONFIG)
 
 
 def test_the_recipe_follows_from_the_trained_model(made):
@@ -186,7 +186,7 @@ def test_a_matrix_deploys_each_model_on_each_grid(made):
     engine, place = made
     models = {name: (lambda name=name: open_model(engine, place / name)) for name in ("float", "masters")}
     grids = {name: (lambda model, name=name: qkit.convert(model, name)) for name in (TRAINED, OTHER)}
-    square = matrix(engine, models, grids, ROWS)
+    square = evaluate_matrix(engine, models, grids, ROWS)
     assert square["masters"][TRAINED].loss == evaluate(engine, open_model(engine, place / "qat"), ROWS).loss
     assert len({one.loss for row in square.values() for one in row.values()}) == 4
 
@@ -244,8 +244,8 @@ def test_a_step_of_the_other_sign_alone_flips_nothing():
     row = np.linspace(-6, 7, 32)[None]
     ours = qkit.quantize(row.astype(np.float32), grid)
     turned = replace(ours, codes=np.clip(-ours.codes, -8, 7), scales=-ours.scales)
-    (move,) = moves({"layer": pack(ours)}, {"layer": pack(turned)})
-    assert move.flipped == int((ours.codes == -8).sum()) == 2  # whose opposite there is no code for
+    (change,) = compare_codes({"layer": pack(ours)}, {"layer": pack(turned)})
+    assert change.flipped == int((ours.codes == -8).sum()) == 2  # whose opposite there is no code for
     assert (ours.codes != turned.codes).sum() > 20
 
 
@@ -255,10 +255,10 @@ def test_codes_and_values_that_differ_are_counted():
     before[:, 0] = 7.0
     after = before.copy()
     after[1, 1:3] = 3.0
-    (move,) = moves(packed(before, grid), packed(after, grid))
-    assert (move.numbers, move.flipped) == (64, 2)
-    assert move.steps == pytest.approx(6 / 64)
-    assert move.error == pytest.approx((18 / 98) ** 0.5)
+    (change,) = compare_codes(packed(before, grid), packed(after, grid))
+    assert (change.numbers, change.flipped) == (64, 2)
+    assert change.steps == pytest.approx(6 / 64)
+    assert change.error == pytest.approx((18 / 98) ** 0.5)
 
 
 def test_zero_points_are_no_flips():
@@ -266,17 +266,17 @@ def test_zero_points_are_no_flips():
         None
     ]  # multiples of 1 on both grids: from zero point 7, and of a step of -1
     minmax, signed, absmax = (Grid("int4", 32, rule) for rule in ("minmax", "signed", "absmax"))
-    (same,) = moves(packed(whole, minmax), packed(whole, signed))
-    (across,) = moves(packed(whole, minmax), packed(whole, absmax))
+    (same,) = compare_codes(packed(whole, minmax), packed(whole, signed))
+    (across,) = compare_codes(packed(whole, minmax), packed(whole, absmax))
     assert (same.flipped, same.steps, same.error) == (0, 0.0, 0.0)
     assert across.flipped > 0  # its step is 8 / 7
 
 
 def test_codes_of_unlike_elements_are_not_compared_but_values_are():
     row = np.linspace(-6, 7, 32)[None]
-    (move,) = moves(packed(row, Grid("int4", 32)), packed(row, Grid("int8", 32)))
-    assert move.flipped is None
-    assert 0 < move.error < 0.1
+    (change,) = compare_codes(packed(row, Grid("int4", 32)), packed(row, Grid("int8", 32)))
+    assert change.flipped is None
+    assert 0 < change.error < 0.1
 
 
 # the page
@@ -305,8 +305,8 @@ class Tags(HTMLParser):
 
 
 def a_page(place, found, **changes):
-    source = about("qkit compare", backend="torchao", device="cpu", files=["text"], tokens_per_byte=1.0)
-    return page(found, replace(source, **changes), title="A title")
+    source = describe_source("qkit compare", backend="torchao", device="cpu", files=["text"], tokens_per_byte=1.0)
+    return render_page(found, replace(source, **changes), title="A title")
 
 
 def test_the_page_is_whole_and_asks_for_nothing(made, found):
@@ -332,8 +332,8 @@ def test_the_page_shows_the_numbers(made, found):
     for row in found.rows:
         assert f"{row.loss.value:.4f}" in text
         assert f'<th scope="row">{row.name}</th>' in text
-    for move in found.trained:
-        assert f"{move.path}, PTQ to QAT on {found.recipe}: {move.flipped / move.numbers:.2%}" in text
+    for change in found.trained:
+        assert f"{change.path}, PTQ to QAT on {found.recipe}: {change.flipped / change.numbers:.2%}" in text
 
 
 def test_what_comes_from_outside_is_escaped(made, found):
@@ -341,9 +341,9 @@ def test_what_comes_from_outside_is_escaped(made, found):
     row = replace(found.rows[0], source=evil)
     layer = replace(found.trained[0], path=evil)
     dirty = replace(found, rows=(row, *found.rows[1:]), trained=(layer, *found.trained[1:]), masters=evil)
-    text = a_page(made[1], dirty, command=evil, files=(evil,), device=evil) + page(
+    text = a_page(made[1], dirty, command=evil, files=(evil,), device=evil) + render_page(
         replace(found, recipe=evil),
-        about(evil, backend=evil, device="", files=["text"], tokens_per_byte=1.0),
+        describe_source(evil, backend=evil, device="", files=["text"], tokens_per_byte=1.0),
         title=evil,
     )
     assert "<script" not in text

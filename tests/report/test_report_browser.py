@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from qkit.report import About, Comparison, Estimate, Measured, Move, Premium, page
+from qkit.report import About, CodeChange, Comparison, Estimate, Measured, Premium, render_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
@@ -45,7 +45,7 @@ def comparison(layers):
         ("QAT", "int3-g32", 2.1),
         ("QAT on int3-g64", "int3-g64", 2.25),
     ]
-    moved = tuple(Move(f"model.layers.{n}.mlp.down_proj", 4096, 40 * n, 0.1, 0.02) for n in range(1, layers + 1))
+    moved = tuple(CodeChange(f"model.layers.{n}.mlp.down_proj", 4096, 40 * n, 0.1, 0.02) for n in range(1, layers + 1))
     return Comparison(
         recipe="int3-g32",
         recipes=({"name": "int3-g32", "version": 1, "rules": []},),
@@ -71,7 +71,7 @@ def comparison(layers):
 def browse(folder, *options):
     """The findings of the harness, and the output of the browser."""
     source = About("qkit compare", "torchao", "cpu", {"qkit": "0"}, {"system": "Linux"}, ("text",), 1.0)
-    (folder / "report.html").write_text(page(comparison(30), source, title="A <report>"), encoding="utf-8")
+    (folder / "report.html").write_text(render_page(comparison(30), source, title="A <report>"), encoding="utf-8")
     (folder / "harness.html").write_text(HARNESS.replace("PAGE", "report.html"), encoding="utf-8")
     command = [
         *(

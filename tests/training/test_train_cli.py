@@ -13,7 +13,7 @@ from tables import TRAINERS as ENGINES
 
 import qkit as api
 from qkit.storage import swap
-from qkit.training.folder import beside
+from qkit.training.folder import run_folder_of
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
 SHORT = (
@@ -114,7 +114,7 @@ def test_a_teacher_writes_its_logits_once_and_students_of_any_engine_learn_from_
     more = ("--length", "16", "--backend", name)
     done = run("teach", "teacher", "top.safetensors", "--data", "*.txt", "--top", "256", *more, cwd=path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "top.safetensors: the 256 largest logits at every place, for sequences of 16" in done.stdout
+    assert "top.safetensors: the 256 largest logits at every position, for sequences of 16" in done.stdout
     losses = {}
     for teacher, engine in (("top.safetensors", other), ("teacher", name), (None, name)):
         told = ("--set", f"distillation.teacher={teacher}") if teacher else ()
@@ -173,8 +173,8 @@ def test_a_file_of_logits_is_never_overwritten(tmp_path):
 
 def test_a_second_run_in_one_folder_exits_with_4(tmp_path):
     path = folder(tmp_path)
-    beside(path / "out").mkdir()
-    held = swap.lock(beside(path / "out") / "lock")
+    run_folder_of(path / "out").mkdir()
+    held = swap.lock(run_folder_of(path / "out") / "lock")
     done = qkit("model", "out", "-r", "int4-g32", "--data", "*.txt", *SHORT, cwd=path)
     os.close(held)
     assert done.returncode == 4

@@ -13,9 +13,9 @@ import qkit
 from qkit import adapters, reference
 from qkit.adapters import formats
 from qkit.reference import merged as arithmetic
-from qkit.report.masters import newest_checkpoint, of_checkpoint
+from qkit.report.master_weights import model_of_checkpoint, newest_checkpoint
 from qkit.training import run_from_table, train_model
-from qkit.training.folder import beside
+from qkit.training.folder import run_folder_of
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
 LORA = {"rank": 4, "match": "*.mlp.*", "seed": 3}
@@ -35,7 +35,7 @@ def quantized(path, name, recipe="int4-g32"):
 
 def merged_codes(weights, out):
     """The codes that the reference gives base weights with the adapter beside `out`, by path."""
-    found = formats.read(beside(out) / "adapter")
+    found = formats.read(run_folder_of(out) / "adapter")
     merged = {path: arithmetic.merged(weights(path), update) for path, update in found.updates.items()}
     return {path: reference.quantize(w, qkit.Grid("int4", 32)).codes for path, w in merged.items()}
 
@@ -82,7 +82,7 @@ def test_a_base_of_codes_stays_packed_and_only_the_adapter_trains(tmp_path, name
 def test_the_adapter_beside_the_artifact_is_opened_on_its_base(tmp_path, name):
     path = folder(tmp_path)
     train(path, backend=name)
-    kept = beside(path / "out") / "adapter"
+    kept = run_folder_of(path / "out") / "adapter"
     assert json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"] == str(path / "model")
     model = qkit.prepare(qkit.load(path / "model", backend=name), "int4-g32")
     model = qkit.convert(qkit.merge(adapters.load(model, kept)))
@@ -102,7 +102,7 @@ def test_a_run_with_adapters_that_is_resumed_is_the_uninterrupted_one(tmp_path, 
         train_model(run_from_table(table(path, **run)), tell=tell)
     train(path, **run)
     assert same_run(path / "out", path / "whole")
-    assert files(beside(path / "out") / "adapter") == files(beside(path / "whole") / "adapter")
+    assert files(run_folder_of(path / "out") / "adapter") == files(run_folder_of(path / "whole") / "adapter")
     assert len(losses(path / "out")) == 12
 
 
@@ -128,5 +128,5 @@ def test_the_masters_under_an_adapter_are_not_taken_for_trained_ones(tmp_path):
     path = folder(tmp_path)
     train(path, steps=2)
     assert newest_checkpoint(path / "out") is None
-    with pytest.raises(qkit.ArtifactError, match="holds adapters, and masters that were not trained"):
-        of_checkpoint(qkit.backend(ENGINES[0]), last(path / "out"), {})
+    with pytest.raises(qkit.ArtifactError, match="holds adapters, and master weights that were not trained"):
+        model_of_checkpoint(qkit.backend(ENGINES[0]), last(path / "out"), {})

@@ -16,8 +16,8 @@ from qkit.exchange.import_model import read_model
 from qkit.formats.packed import unpack
 from qkit.training import run_from_table, teach, train_model
 from qkit.training.data import sequences, split
-from qkit.training.folder import LOG, beside, read_log
-from qkit.training.model import masters
+from qkit.training.folder import LOG, read_log, run_folder_of
+from qkit.training.model import build_float_model
 from qkit.training.teacher import KEY, write_top
 from qkit.training.text import read_text
 
@@ -44,7 +44,7 @@ def test_training_lowers_the_loss_and_what_is_saved_is_what_was_trained(tmp_path
     assert outcome.held_out_saved == pytest.approx(outcome.held_out_after, rel=1e-6)
     assert outcome.forward_difference == 0.0
     assert (outcome.steps, outcome.tokens) == (30, 30 * 2 * 16)
-    events = read_log(beside(path / "out") / LOG)
+    events = read_log(run_folder_of(path / "out") / LOG)
     assert [e["step"] for e in events if e["event"] == "evaluation"] == [0, 10, 20, 30]
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 31))
     assert {entry.name for entry in (path / "out").iterdir()} >= {
@@ -63,7 +63,7 @@ def test_a_bfloat16_model_is_trained_in_float32_and_saved_as_it_was(tmp_path, na
     assert json.loads((path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     tensors = load_file(path / "out" / "model.safetensors")
     assert {str(array.dtype) for array in tensors.values()} == {"bfloat16", "int32", "int64"}
-    trained = load_file(sorted(beside(path / "out").glob("checkpoint*"))[-1])[
+    trained = load_file(sorted(run_folder_of(path / "out").glob("checkpoint*"))[-1])[
         "weights.model.layers.0.mlp.up_proj.weight"
     ]
     q = qkit.quantize(trained, qkit.Grid("int4", 32))
@@ -141,7 +141,7 @@ def test_a_teacher_and_the_file_of_its_logits_teach_the_same(tmp_path, name):
     for kind in ("teacher", "top.safetensors", ""):
         told = {"distillation": {"teacher": str(path / kind), "weight": 0.9}} if kind else {}
         train(path, backend=name, **told, out=str(path / f"out{kind}"), steps=4, learning_rate=1e-4)
-        runs[kind] = [e["loss"] for e in read_log(beside(path / f"out{kind}") / LOG) if e["event"] == "step"]
+        runs[kind] = [e["loss"] for e in read_log(run_folder_of(path / f"out{kind}") / LOG) if e["event"] == "step"]
     assert runs["teacher"] == pytest.approx(runs["top.safetensors"], rel=1e-5)
     assert runs["teacher"] != pytest.approx(runs[""], rel=1e-2)
 
@@ -262,7 +262,7 @@ def test_masters_of_a_bfloat16_artifact_are_the_exact_values_of_its_codes(tmp_pa
     path, engine = folder(tmp_path, dtype="bfloat16"), qkit.backend(name)
     qkit.save(qkit.convert(qkit.load(path / "model", backend=name), "int8-g32"), path / "ptq", source=path / "model")
     source = read_model(path / "ptq")
-    model = masters(engine, source, dtype="float32")
+    model = build_float_model(engine, source, dtype="float32")
     weights = {layer.path: engine.to_numpy(engine.weight(layer.module)) for layer in engine.layers(model)}
     for key, held in source.weights.items():
         q = unpack(held.read())

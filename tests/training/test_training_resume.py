@@ -23,7 +23,7 @@ from qkit.reference import learned
 from qkit.storage import swap
 from qkit.training import checkpoint, curve, job, run_from_table, train_model
 from qkit.training import folder as run_folder
-from qkit.training.folder import LOG, beside, read_log
+from qkit.training.folder import LOG, read_log, run_folder_of
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
 SCRIPT = "import sys, json; from qkit.training import *; train_model(run_from_table(json.loads(sys.argv[1])))"
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path, name):
         "compile": False,
     }
     child = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(table(path, **run))])
-    killed = beside(path / "out")
+    killed = run_folder_of(path / "out")
     while len(list(killed.glob(checkpoint.PATTERN)) if killed.exists() else ()) < 2:
         assert child.poll() is None
         time.sleep(0.002)
@@ -67,7 +67,7 @@ def test_a_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, name):
         train_model(run_from_table(table(path, **run)), tell=tell)
     train(path, **run)
     assert same_run(path / "out", path / "whole")
-    kinds = [event["event"] for event in read_log(beside(path / "out") / LOG)]
+    kinds = [event["event"] for event in read_log(run_folder_of(path / "out") / LOG)]
     assert kinds.count("resume") == 1
 
 
@@ -161,7 +161,7 @@ def interrupted(path, **changes):
 def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes, message, name):
     path = folder(tmp_path)
     interrupted(path, backend=name)
-    before = files(beside(path / "out"))
+    before = files(run_folder_of(path / "out"))
     if changes.get("model") == "other":
         (path / "second").mkdir()
         folder(path / "second", intermediate_size=96)
@@ -172,7 +172,7 @@ def test_a_resume_of_another_run_is_refused_and_both_are_named(tmp_path, changes
         changes = {"data": [str(path / "other.txt")]}
     with pytest.raises(qkit.RunError, match=message):
         train(path, **{"backend": name, **changes})
-    assert files(beside(path / "out")) == before
+    assert files(run_folder_of(path / "out")) == before
 
 
 def test_rules_that_changed_under_one_name_are_another_recipe(tmp_path):
@@ -269,7 +269,7 @@ def test_a_run_whose_disk_is_full_goes_on_from_its_last_checkpoint_once_there_is
     out = full_disk / "out"
     with pytest.raises(OSError, match=r"No space left .*checkpoint-00000012"):
         train(path, backend=name, out=str(out))
-    assert checkpoint.newest(beside(out)).step == 10
+    assert checkpoint.newest(run_folder_of(out)).step == 10
     assert not out.exists()
     subprocess.run(["mount", "-o", "remount,size=8m", str(full_disk)], check=True)
     train(path, backend=name, out=str(out))
@@ -335,9 +335,9 @@ def test_a_run_that_is_killed_after_its_last_step_goes_on_by_the_same_command(tm
         by_command(path, "out")
     by_command(path, "whole")
     assert same_run(path / "out", path / "whole")
-    left = [{entry.name for entry in beside(path / out).iterdir()} for out in ("out", "whole")]
+    left = [{entry.name for entry in run_folder_of(path / out).iterdir()} for out in ("out", "whole")]
     assert left[0] == left[1] > {"loss.png", LOG}
-    assert read_log(beside(path / "out") / LOG)[-1]["event"] == "end"
+    assert read_log(run_folder_of(path / "out") / LOG)[-1]["event"] == "end"
     with pytest.raises(qkit.ArtifactError, match="holds a model already"):
         by_command(path, "out")
 
@@ -364,7 +364,7 @@ def test_a_run_that_was_killed_at_its_end_replaces_no_other_model(tmp_path, monk
     with pytest.raises(qkit.ArtifactError, match="out holds a model already"):
         train(path)
     assert files(path / "out") == before
-    assert not (beside(path / "out") / "again").exists()
+    assert not (run_folder_of(path / "out") / "again").exists()
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -378,4 +378,4 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, name):
                 train(path, backend=name)
 
     train_model(run_from_table(table(path, backend=name)), tell=second)
-    assert not (beside(path / "out") / "lock").exists()
+    assert not (run_folder_of(path / "out") / "lock").exists()

@@ -53,7 +53,7 @@ def test_a_run_and_its_table_are_inverse():
         ({"schedule": "line"}, "schedule is 'line': want one of linear, cosine, constant"),
         ({"betas": [0.9]}, r"betas is \(0\.9,\): want two numbers"),
         ({"dtype": "float16"}, "dtype is 'float16': want float32 or bfloat16"),
-        ({"dtype": "bfloat16", "autocast": True}, "autocast is for float32 masters"),
+        ({"dtype": "bfloat16", "autocast": True}, "autocast is for float32 master weights"),
         ({"compile": 1}, "compile is 1: want true or false"),
         ({"quantization": {"begin": 1}}, "unknown key quantization.begin"),
         ({"quantization": {"interval": 0}}, "quantization.interval is 0: want a whole number from 1 on"),

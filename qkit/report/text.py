@@ -1,4 +1,4 @@
-"""Numbers as people read them: the same in the table, the picture and the page."""
+"""Numbers and sentences for people: the same in the table, the picture and the page."""
 
 from qkit.report.findings import Comparison, Measured
 from qkit.report.intervals import Estimate
@@ -10,17 +10,17 @@ def nats(one: Estimate) -> str:
 
 
 def nats_between(one: Estimate) -> str:
-    """Its interval."""
+    """The interval of a loss."""
     return minus(f"{one.low:.4f} to {one.high:.4f}")
 
 
 def share(one: Estimate | None) -> str:
-    """A share in per cent; where quantizing costs nothing that can be told from zero, that."""
+    """A share in per cent, or `no clear cost` where there is none."""
     return "no clear cost" if one is None else minus(f"{one.value:.0%}")
 
 
 def share_between(one: Estimate | None) -> str:
-    """Its interval."""
+    """The interval of a share."""
     return "" if one is None else minus(f"{one.low:.0%} to {one.high:.0%}")
 
 
@@ -39,7 +39,7 @@ def tone(row: Measured, found: Comparison) -> str:
 
 
 def summary(found: Comparison) -> str:
-    """What was found, in a sentence or two."""
+    """The main results, in a sentence or two."""
     if not found.premiums:
         return f"{found.recipe} without training; losses are counted from {found.baseline}."
     home, *others = found.premiums
@@ -47,8 +47,8 @@ def summary(found: Comparison) -> str:
         text = f"On {found.recipe}, quantizing costs nothing that can be told from zero on this text"
     else:
         text = (
-            f"Training on {found.recipe} won back {share(home.recovered)} ({share_between(home.recovered)}) of what "
-            "quantizing without training costs"
+            f"Training on {found.recipe} won back {share(home.recovered)} ({share_between(home.recovered)}) of the cost of "
+            "quantizing without training"
         )
     for other in others:
         if other.deployment is not None:

@@ -1,4 +1,4 @@
-"""Weights to put on another grid, for a report only: what a trained artifact stands for, as a float model; and its recipe."""
+"""The float model and the recipe behind a trained artifact, so that a report can put its weights on another grid."""
 
 import json
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from qkit.errors import ArtifactError, StageError
 from qkit.rules import Recipe, Rule
 from qkit.storage.arrays import read_file
 from qkit.training.checkpoint import KEY, PATTERN
-from qkit.training.folder import beside
+from qkit.training.folder import run_folder_of
 
-WEIGHTS = "weights."  #: before the names of the weights in a checkpoint
+WEIGHTS = "weights."  #: prefix of the names of weights in a checkpoint
 
 
-def dequantized(engine: Builds, model: Any, *, into: Any) -> Any:
-    """`into`, a float model of the same architecture, with the values of the converted `model`.
+def fill_with_values(engine: Builds, model: Any, *, into: Any) -> Any:
+    """Fills `into`, a float model of the same architecture, with the values of the converted `model`, and returns it.
 
     Raises:
         ArtifactError: the two have other tensors.
@@ -33,20 +33,20 @@ def dequantized(engine: Builds, model: Any, *, into: Any) -> Any:
 
 
 def newest_checkpoint(trained: Path) -> Path | None:
-    """The last checkpoint that `qkit train` left beside the artifact `trained`, if there is one; none of a run with adapters."""
-    found = max(beside(trained).glob(PATTERN), default=None)
+    """The last checkpoint that `qkit train` left beside the artifact `trained`. None: there is none, or its run had adapters."""
+    found = max(run_folder_of(trained).glob(PATTERN), default=None)
     return None if found is None or _has_adapter(read_file(found)[1]) else found
 
 
-def of_checkpoint(engine: Builds, file: Path, config: Mapping[str, Any] | None) -> Any:
+def model_of_checkpoint(engine: Builds, file: Path, config: Mapping[str, Any] | None) -> Any:
     """The float model of `config` with the master weights in a checkpoint of `qkit train`, in their type.
 
     Raises:
-        ArtifactError: it is no such checkpoint, or another model's.
+        ArtifactError: the file is no such checkpoint, or one of another model.
     """
     tensors, metadata = read_file(file)
     if _has_adapter(metadata):
-        raise ArtifactError(f"{file} holds adapters, and masters that were not trained: leave it out")
+        raise ArtifactError(f"{file} holds adapters, and master weights that were not trained: leave it out")
     weights = {name.removeprefix(WEIGHTS): array for name, array in tensors.items() if name.startswith(WEIGHTS)}
     if not weights or config is None:
         raise ArtifactError(f"{file} holds no weights.* of a model with a config.json: give a checkpoint of qkit train")
@@ -64,8 +64,8 @@ def _has_adapter(metadata: Mapping[str, str]) -> bool:
         return False
 
 
-def recipe_of(engine: Builds, model: Any) -> Recipe:
-    """The recipe that the layers of a converted `model` are on, path by path; called after the grid that most of them have.
+def recipe_of_layers(engine: Builds, model: Any) -> Recipe:
+    """The recipe that the layers of a converted `model` are on, path by path. Its name is the grid that most of them have.
 
     Raises:
         StageError: no layer is quantized.

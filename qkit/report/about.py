@@ -1,4 +1,4 @@
-"""Where a report comes from: its command, versions, machine, text and recipes. No time of day: two runs are the same bytes."""
+"""The origin of a report: its command, versions, machine and text. No time of day, so that two runs write the same bytes."""
 
 import json
 import platform
@@ -14,10 +14,10 @@ PACKAGES = ("numpy", "torch", "torchao", "mlx", "mlx-lm", "transformers", "token
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a reader needs to make the report again.
+    """All that a reader needs to repeat the report.
 
     Attributes:
-        tokens_per_byte: of the whole text.
+        tokens_per_byte: tokens of the whole text over its bytes.
     """
 
     command: str
@@ -29,8 +29,8 @@ class About:
     tokens_per_byte: float
 
 
-def about(command: str, *, backend: str, device: str, files: Sequence[str], tokens_per_byte: float) -> About:
-    """What this process knows of itself, and what it was told."""
+def describe_source(command: str, *, backend: str, device: str, files: Sequence[str], tokens_per_byte: float) -> About:
+    """The origin of a report that this process makes: the arguments, and the versions and machine that it runs on."""
     return About(
         command=command,
         backend=backend,

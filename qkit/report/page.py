@@ -1,18 +1,18 @@
-"""The report as one HTML page that asks for nothing: style and charts are inside, there are no scripts."""
+"""The report as one HTML page that loads nothing: style and charts are inside, and there are no scripts."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
+from qkit.report.about import About, to_json
 from qkit.report.charts import Bar, bars, columns
-from qkit.report.code_changes import Move
+from qkit.report.code_changes import CodeChange
 from qkit.report.findings import Comparison
 from qkit.report.footer import footer
-from qkit.report.origin import About, to_json
 from qkit.report.place import check_report
 from qkit.report.style import CSS
-from qkit.report.words import nats, nats_between, share, share_between, summary, tone
+from qkit.report.text import nats, nats_between, share, share_between, summary, tone
 from qkit.storage.staging import replaced_file
 
 PAGE = Template("""<!doctype html>
@@ -49,8 +49,8 @@ LEGEND = {
 }
 
 
-def page(found: Comparison, source: About, *, title: str) -> str:
-    """The whole page. All that comes from outside is escaped."""
+def render_page(found: Comparison, source: About, *, title: str) -> str:
+    """The whole page. Escapes every text that comes from a file or a caller."""
     return PAGE.substitute(
         title=escape(title),
         style=CSS,
@@ -58,19 +58,22 @@ def page(found: Comparison, source: About, *, title: str) -> str:
         figures=_figures(found),
         losses=_losses(found, source),
         premiums=_premiums(found) if found.premiums else "",
-        moves=_moves(found) if found.trained else "",
+        moves=_code_changes(found) if found.trained else "",
         footer=footer(found, source),
     )
 
 
 def write(folder: Path, found: Comparison, source: About, *, title: str) -> Path:
-    """Puts report.html and report.json into `folder`, made if need be; returns the page.
+    """Writes report.html and report.json into `folder`, which it creates if needed. Returns the path of the page.
 
     Raises:
         ArtifactError, PlanError: see `check_report`.
     """
     check_report(folder)
-    for name, text in (("report.json", to_json(found, source)), ("report.html", page(found, source, title=title))):
+    for name, text in (
+        ("report.json", to_json(found, source)),
+        ("report.html", render_page(found, source, title=title)),
+    ):
         with replaced_file(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
     return folder / "report.html"
@@ -136,7 +139,7 @@ def _losses(found: Comparison, source: About) -> str:
     return f"""<section aria-labelledby="losses"><h2 id="losses">Losses</h2>
 <p class="note">{escape(note)}. Lines over the bars are 95 % intervals: windows of text drawn anew, the same for every model.</p>
 {"".join(charts)}{_table("Every model", head, rows)}
-<details><summary>What each was made of</summary><ul class="note">{made}</ul></details></section>"""
+<details><summary>Source of each model</summary><ul class="note">{made}</ul></details></section>"""
 
 
 def _premiums(found: Comparison) -> str:
@@ -150,32 +153,34 @@ def _premiums(found: Comparison) -> str:
         for premium in found.premiums
     ]
     note = (
-        "The training premium is what training is worth on one deploy grid: the loss of PTQ less that of QAT, both on that grid. "
-        "The deployment premium is what the move costs: the loss of the same trained weights on another grid, less that on the "
-        "grid they were trained for."
+        "The training premium is the gain of training on one deploy grid: the loss of PTQ less that of QAT, both on that grid. "
+        "The deployment premium is the cost of another grid: the loss of the trained weights on that grid, less their loss on "
+        "the grid they were trained for."
     )
-    masters = f"On other grids were put: {found.masters}. " if found.masters else ""
+    masters = f"Weights on the other grids: {found.masters}. " if found.masters else ""
     if found.masters_equal:
         equal, numbers = found.masters_equal
-        masters += f"Of the codes that these give on the trained grid, {equal:,} of {numbers:,} are those of the trained model."
+        masters += f"On the trained grid, {equal:,} of {numbers:,} of their codes equal those of the trained model."
     head = ["deployed on", "training premium", "deployment premium", "recovered"]
     return f"""<section aria-labelledby="premiums"><h2 id="premiums">Training and deployment apart</h2>
 <p class="note">{escape(note)}</p>{_table("Premiums, nats per token", head, rows)}
 <p class="note">{escape(masters)}</p></section>"""
 
 
-def _moves(found: Comparison) -> str:
+def _code_changes(found: Comparison) -> str:
     series = {f"PTQ to QAT on {found.recipe}": found.trained} | {
-        f"QAT to {grid}": moved for grid, moved in found.deployed.items()
+        f"QAT to {grid}": changes for grid, changes in found.deployed.items()
     }
-    names = [move.path for move in found.trained]
+    names = [change.path for change in found.trained]
     tones = ["qat", *(("moved", "moved-too")[number % 2] for number in range(len(found.deployed)))]
     flipped = {
-        name: [(move.flipped or 0) / move.numbers for move in moved]
-        for name, moved in series.items()
-        if len(moved) == len(names) and all(move.flipped is not None for move in moved)
+        name: [(change.flipped or 0) / change.numbers for change in changes]
+        for name, changes in series.items()
+        if len(changes) == len(names) and all(change.flipped is not None for change in changes)
     }
-    errors = {name: [move.error for move in moved] for name, moved in series.items() if len(moved) == len(names)}
+    errors = {
+        name: [change.error for change in changes] for name, changes in series.items() if len(changes) == len(names)
+    }
     charts = [
         _figure(
             caption, unit, columns(some, names, title=caption, tones=_tones(some, series, tones)), [], list(some), tones
@@ -187,14 +192,14 @@ def _moves(found: Comparison) -> str:
         if some
     ]
     tables = "".join(
-        f"<details><summary>{escape(name)}, layer by layer</summary>{_move_table(name, moved)}</details>"
-        for name, moved in series.items()
+        f"<details><summary>{escape(name)}, layer by layer</summary>{_change_table(name, changes)}</details>"
+        for name, changes in series.items()
     )
     note = (
-        "A code counts as flipped where it stands for another multiple of its group's step, so that a step of the other sign "
-        "alone flips nothing. Between grids of unlike elements codes are not compared, values are."
+        "A code counts as flipped if it stands for another multiple of its group's step. A step whose sign alone changes flips "
+        "nothing. Between grids of different elements the table compares values, and no codes."
     )
-    return f"""<section aria-labelledby="moves"><h2 id="moves">What moved</h2><p class="note">{escape(note)}</p>
+    return f"""<section aria-labelledby="moves"><h2 id="moves">Changed codes and values</h2><p class="note">{escape(note)}</p>
 {"".join(charts)}{tables}</section>"""
 
 
@@ -203,17 +208,17 @@ def _tones(some: Iterable[str], series: Iterable[str], tones: Sequence[str]) -> 
     return [known[name] for name in some]
 
 
-def _move_table(name: str, moved: Sequence[Move]) -> str:
+def _change_table(name: str, changes: Sequence[CodeChange]) -> str:
     rows = [
         [
-            move.path,
-            f"{move.numbers:,}",
-            "" if move.flipped is None else f"{move.flipped:,}",
-            "" if move.flipped is None else f"{move.flipped / move.numbers:.2%}",
-            f"{move.steps:.3f}",
-            f"{move.error:.3%}",
+            change.path,
+            f"{change.numbers:,}",
+            "" if change.flipped is None else f"{change.flipped:,}",
+            "" if change.flipped is None else f"{change.flipped / change.numbers:.2%}",
+            f"{change.steps:.3f}",
+            f"{change.error:.3%}",
         ]
-        for move in moved
+        for change in changes
     ]
     return _table(name, ["layer", "weights", "flipped", "share", "mean distance, steps", "relative distance"], rows)
 
@@ -239,7 +244,7 @@ def _figure(
 
 
 def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first cells are names, escaped here; the others are markup of this module, or numbers."""
+    """An HTML table. Escapes the first cell of each row, a name; the others are markup of this module, or numbers."""
     tops = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
@@ -256,7 +261,7 @@ def _both(value: str, interval: str) -> str:
     return f"{escape(value)}<small>{escape(interval)}</small>" if interval else escape(value)
 
 
-def _flipped(moved: Sequence[Move]) -> str:
-    counted = [move for move in moved if move.flipped is not None]
-    numbers = sum(move.numbers for move in counted)
-    return f"{sum(move.flipped or 0 for move in counted) / numbers:.2%}" if numbers else "not comparable"
+def _flipped(changes: Sequence[CodeChange]) -> str:
+    counted = [change for change in changes if change.flipped is not None]
+    numbers = sum(change.numbers for change in counted)
+    return f"{sum(change.flipped or 0 for change in counted) / numbers:.2%}" if numbers else "not comparable"

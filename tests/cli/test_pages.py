@@ -1,0 +1,243 @@
+"""The README and the pages under docs/ are true: blocks run, commands exist, links lead to files, tables are as measured."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import folder
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+import qkit
+from qkit.cli.application import application
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {
+    str(file.relative_to(ROOT)): file.read_text(encoding="utf-8")
+    for file in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+}
+CHECKED = {name: text for name, text in PAGES.items() if name == "README.md" or name.startswith("docs/")}
+VERIFICATION = PAGES["docs/verification.md"]
+BLOCKS = {
+    name: blocks
+    for name, text in CHECKED.items()
+    if (blocks := re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+}
+COMMANDS = {name: re.findall(r"^\$ (qkit .+)$", text, flags=re.MULTILINE) for name, text in CHECKED.items()}
+ENGINES = {status.name for status in qkit.backends() if status.ready}
+
+
+def test_the_readme_is_short_and_so_is_its_tour():
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 150
+    begin = lines.index("## The tour")
+    assert next(i for i, line in enumerate(lines[begin + 1 :]) if line.startswith("## ")) <= 60
+
+
+def test_the_pages_with_blocks_are_these():
+    assert set(BLOCKS) >= {
+        "README.md",
+        "docs/recipes.md",
+        "docs/training.md",
+        "docs/files-and-formats.md",
+        "docs/plugins.md",
+    }
+
+
+@pytest.mark.skipif(not {"torchao", "mlx"} <= ENGINES, reason="the pages visit both engines")
+@pytest.mark.parametrize("page", BLOCKS)
+def test_the_blocks_of_a_page_run_from_the_first_to_the_last(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in BLOCKS[page]:
+        exec(compile(block, page, "exec"), namespace)
+
+
+def words_of(line):
+    return shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize("command", sorted({words_of(line)[0] for lines in COMMANDS.values() for line in lines}))
+def test_the_commands_exist(command):
+    assert CliRunner().invoke(application, [command, "--help"]).exit_code == 0
+
+
+def run_lines(lines, few):
+    """Runs command lines as they stand, with the options that `few` adds to a command to keep it short."""
+    for line in lines:
+        command = words_of(line)
+        done = CliRunner().invoke(application, [*command, *few.get(command[0], [])])
+        assert done.exit_code == 0, (command, done.output, done.exception)
+
+
+@pytest.mark.skipif(not {"torchao", "mlx"} & ENGINES, reason="needs an engine that trains")
+def test_the_commands_that_train_and_measure_run_in_their_order(tmp_path, monkeypatch):
+    """As they stand, on a small model, and with few steps."""
+    monkeypatch.chdir(folder(tmp_path, intermediate_size=64, hidden_size=64))
+    (tmp_path / "text").mkdir()
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text" / "a.txt").write_text(text[:2000])
+    (tmp_path / "other.txt").write_text(text[2000:2300])
+    (tmp_path / "big").symlink_to("model")
+    few = {
+        "train": ["--steps", "2", "--batch", "2", "--length", "16"],
+        "teach": ["--length", "16"],
+        "compare": ["--length", "16"],
+        "eval": ["--length", "16"],
+    }
+    lines = [line for line in COMMANDS["docs/training.md"] if "run.toml" not in line]
+    assert {words_of(line)[0] for line in lines} == {"train", "eval", "compare", "merge", "teach"}
+    run_lines(lines, few)
+    assert (tmp_path / "report" / "report.html").exists()
+    pair = [load_file(tmp_path / one / "model.safetensors") for one in ("adapted", "merged")]
+    assert all(np.array_equal(pair[0][name], pair[1][name]) for name in pair[0])
+
+
+@pytest.mark.skipif(not {"torchao", "mlx"} & ENGINES, reason="needs an engine that builds a model")
+def test_the_commands_on_directories_run_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder(tmp_path, intermediate_size=64, hidden_size=64))
+    lines = [line for line in COMMANDS["docs/files-and-formats.md"] if "theirs" not in line and "gguf" not in line]
+    assert {words_of(line)[0] for line in lines} == {"plan", "quantize", "inspect", "verify", "export", "diff"}
+    run_lines(lines, {})
+
+
+LINKS = sorted(
+    {
+        (page, target)
+        for page, text in PAGES.items()
+        for target in re.findall(r"\]\(([^)]+)\)", text)
+        if ":" not in target
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "target"), LINKS)
+def test_a_link_leads_to_a_file_and_to_a_heading_in_it(page, target):
+    name, _, anchor = target.partition("#")
+    file = (ROOT / page).parent / name if name else ROOT / page
+    assert file.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def paths_of(text):
+    """Files and folders of the repository that a page names in backticks, or at the beginning of a line of a block."""
+    found = re.findall(r"`((?:qkit|backends|tests|benchmarks|recipes|docs)/[^`\s]*)`", text)
+    for block in re.findall(r"```\n(.*?)```", text, flags=re.DOTALL):
+        found += re.findall(r"(?:^| )((?:qkit|backends|tests|benchmarks|recipes|docs)/\S*)", block)
+    return {path for path in found if not re.search(r"[<{A-Z]", path)}
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if name != "CHANGELOG.md"])
+def test_the_files_that_a_page_names_exist(page):
+    for path in paths_of(PAGES[page]):
+        assert list(ROOT.glob(path.rstrip("/"))), path
+    for name in (
+        re.findall(r"`([\w*-]+\.json)`", PAGES[page]) if page in ("docs/benchmarks.md", "docs/verification.md") else ()
+    ):
+        assert name == "qkit.json" or list(RESULTS.glob(name)), name
+
+
+def test_every_page_under_docs_is_linked_from_the_readme():
+    linked = {target for page, target in LINKS if page == "README.md"}
+    assert {name for name in PAGES if name not in ("README.md",)} <= linked
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if name != "numerics.md"])
+def test_a_page_that_cites_a_law_links_the_laws(page):
+    if re.search(r"(?<![A-Za-z0-9_])R\d+(?![\d_A-Za-z])", PAGES[page]):
+        assert "numerics.md)" in PAGES[page]
+
+
+def parity_table():
+    """The table of comparisons, made from the result files."""
+    rows = []
+    for file in sorted(RESULTS.glob("parity-*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        where = report["machine"]["gpu"].split()[1] if "gpu" in report["machine"] else "CPU"  # as in NVIDIA H200
+        for row in report["mismatches"]:
+            wrong = sum(row[key] for key in ("codes", "scales", "values", "not run"))
+            rows.append(f"| {row['backend']} | {where} | {row['mode']} | {row['compared']:,} | {wrong} |")
+    return rows
+
+
+def test_the_table_of_comparisons_is_that_of_the_result_files():
+    rows = parity_table()
+    assert len(rows) >= 9
+    assert "\n".join(rows) in VERIFICATION
+    assert all(row.endswith("| 0 |") for row in rows)
+
+
+def probe_table():
+    """The table of recipes and engines, made from the result files: recipes with the same cells share a row."""
+    cells = {}
+    files = ("probe-cpu", "probe-h200-torch", "probe-h200-mlx")
+    for file in files:
+        report = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        where = "H200" if "gpu" in report["machine"] else "CPU"
+        for one in report["probes"]:
+            assert one["exact"], one
+            column = cells.setdefault((one["backend"], where), {})
+            column.setdefault(one["recipe"], {}).setdefault(one["dtype"], []).append(one["outcome"])
+    columns = [cells[key] for key in (("torchao", "CPU"), ("torchao", "H200"), ("mlx", "CPU"), ("mlx", "H200"))]
+    rows = {}
+    for recipe in qkit.recipes():
+        if any(rule.scales == "learned" for rule in qkit.recipe(recipe).rules):
+            continue  # deployed as the recipe with the grid's own scales, which is in the table
+        rows.setdefault(tuple(map(probe_cell, (column[recipe] for column in columns))), []).append(recipe)
+    return [f"| {', '.join(names)} | {' | '.join(row)} |" for row, names in rows.items()]
+
+
+def probe_cell(by_dtype):
+    """`native`, `decoded`, or in which types which; of several rules, the least."""
+    least = {dtype: "decoded" if "decoded" in outcomes else "native" for dtype, outcomes in by_dtype.items()}
+    assert not any("missing" in outcomes for outcomes in by_dtype.values())
+    natives = [dtype for dtype in least if least[dtype] == "native"]
+    if len(natives) in (0, len(least)):
+        return "native" if natives else "decoded"
+    return f"native in {', '.join(natives)}; else decoded"
+
+
+def test_the_table_of_recipes_and_engines_is_that_of_the_probes():
+    rows = probe_table()
+    assert len(rows) >= 3
+    assert "\n".join(rows) in VERIFICATION
+
+
+def test_the_conformance_figures_are_those_of_the_result_files():
+    for name, suite in (("h100-torch", "TestTorchaoOnCuda"), ("h200-mlx", "TestMlx")):
+        report = json.loads((RESULTS / f"conformance-{name}.json").read_text(encoding="utf-8"))
+        assert not report["failed"]
+        assert f"{report['suites'][suite]['passed']:,} laws" in VERIFICATION
+
+
+def test_the_decode_figures_are_those_of_the_result_file():
+    report = json.loads((RESULTS / "decode-h200.json").read_text(encoding="utf-8"))
+    _, ours, theirs = report["rows"]
+    assert (
+        f"{ours['time / bfloat16']:.3f}x the time of bfloat16, {ours['bytes / bfloat16']:.4f}x its weight bytes"
+        in VERIFICATION
+    )
+    assert f"{ours['ms'] / theirs['ms']:.3f}x the time of torchao's own Int4WeightOnlyConfig" in VERIFICATION
+
+
+def test_the_figures_of_mlx_steps_are_those_of_the_result_file():
+    report = json.loads((RESULTS / "mlx-decode-cpu.json").read_text(encoding="utf-8"))
+    ratios = [row["qkit / mlx.nn.quantize"] for row in report["rows"]]
+    assert f"from {min(ratios):.3f}x to {max(ratios):.3f}x" in VERIFICATION
+
+
+TARGETS = sorted(
+    {name for text in CHECKED.values() for name in re.findall(r"(?:^\$ |`)make ([a-z-]+)", text, flags=re.MULTILINE)}
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_make_targets_exist(target):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
