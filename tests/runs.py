@@ -13,7 +13,7 @@ import qkit
 from qkit.exchange.import_model import read_model
 from qkit.formats.packed import unpack
 from qkit.training import checkpoint
-from qkit.training.folder import LOG, beside, read_log
+from qkit.training.folder import LOG, read_log, run_folder_of
 
 LENGTH = 16
 TEXT = "".join(f"{i} squared is {i * i}; " for i in range(400))
@@ -56,7 +56,7 @@ def arrays(name, model):
 
 
 def last(out):
-    return sorted(beside(out).glob(checkpoint.PATTERN))[-1]
+    return sorted(run_folder_of(out).glob(checkpoint.PATTERN))[-1]
 
 
 class Stopped(Exception):
@@ -76,7 +76,7 @@ def stopping(step):
 
 
 def losses(out):
-    return [event["loss"] for event in read_log(beside(out) / LOG) if event["event"] == "step"]
+    return [event["loss"] for event in read_log(run_folder_of(out) / LOG) if event["event"] == "step"]
 
 
 def same_run(one, other):
