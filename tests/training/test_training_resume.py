@@ -351,8 +351,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_the_one_before(tmp_path, d
 #: What comes after the last step, in order: an object, and the name of a function of it.
 ENDING = {
     "the conversion": (job.pipeline, "convert"),
-    "saving": (job.artifact, "save"),
-    "opening the artifact again": (job.artifact, "load"),
+    "saving": (job, "save"),
+    "opening the artifact again": (job, "load"),
     "the picture": (curve, "draw_log"),
     "the end of the log": (run_folder.Log, "add"),
 }
@@ -403,7 +403,7 @@ def test_a_run_that_was_killed_at_its_end_replaces_no_other_model(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.artifact, "load", killed)
+        patch.setattr(job, "load", killed)
         with pytest.raises(KeyboardInterrupt):
             train(path)
     shutil.rmtree(path / "out")
