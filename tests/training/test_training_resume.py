@@ -355,7 +355,7 @@ def test_a_run_that_was_killed_at_its_end_replaces_no_other_model(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.artifact, "load", killed)
+        patch.setattr(job, "load", killed)
         with pytest.raises(KeyboardInterrupt):
             train(path)
     shutil.rmtree(path / "out")
