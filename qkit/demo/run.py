@@ -166,11 +166,7 @@ def run(*, backend: str | None, recipe: str, folder: Path, progress: Progress, p
 def compare(
     engines: Sequence[Arrays], master_weights: dict[str, Any], codes: dict[str, QTensor[Any]]
 ) -> tuple[int, int]:
-    """Compares the codes, scales and zero points that each of `engines` computes from `master_weights` with `codes`.
-
-    Returns:
-        How many are equal, and how many were compared.
-    """
+    """How many codes, scales and zero points that `engines` compute from `master_weights` equal `codes`; and of how many."""
     equal = compared = 0
     for engine in engines:
         for path, stored in codes.items():

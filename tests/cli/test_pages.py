@@ -138,9 +138,9 @@ def test_the_files_that_a_page_names_exist(page):
     for path in paths_of(PAGES[page]):
         assert list(ROOT.glob(path.rstrip("/"))), path
     for name in (
-        re.findall(r"`([\w*-]+\.json)`", PAGES[page]) if page in ("docs/benchmarks.md", "docs/verification.md") else ()
+        re.findall(r"`([\w*/-]+\.json)`", PAGES[page]) if page in ("docs/benchmarks.md", "docs/verification.md") else ()
     ):
-        assert name == "qkit.json" or list(RESULTS.glob(name)), name
+        assert name == "qkit.json" or list(RESULTS.glob(name.removeprefix("benchmarks/results/"))), name
 
 
 def test_every_page_under_docs_is_linked_from_the_readme():
@@ -157,10 +157,10 @@ def test_a_page_that_cites_a_law_links_the_laws(page):
 def parity_table():
     """The table of comparisons, made from the result files."""
     rows = []
-    for file in sorted(RESULTS.glob("parity-*.json")):
+    for file in sorted(RESULTS.glob("*/parity*.json")):
         report = json.loads(file.read_text(encoding="utf-8"))
         where = report["machine"]["gpu"].split()[1] if "gpu" in report["machine"] else "CPU"  # as in NVIDIA H200
-        for row in report["mismatches"]:
+        for row in report["rows"]:
             wrong = sum(row[key] for key in ("codes", "scales", "values", "not run"))
             rows.append(f"| {row['backend']} | {where} | {row['mode']} | {row['compared']:,} | {wrong} |")
     return rows
@@ -176,11 +176,10 @@ def test_the_table_of_comparisons_is_that_of_the_result_files():
 def probe_table():
     """The table of recipes and engines, made from the result files: recipes with the same cells share a row."""
     cells = {}
-    files = ("probe-cpu", "probe-h200-torch", "probe-h200-mlx")
-    for file in files:
+    for file in ("cpu/probe", "h200/probe-torch", "h200/probe-mlx"):
         report = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         where = "H200" if "gpu" in report["machine"] else "CPU"
-        for one in report["probes"]:
+        for one in report["rows"]:
             assert one["exact"], one
             column = cells.setdefault((one["backend"], where), {})
             column.setdefault(one["recipe"], {}).setdefault(one["dtype"], []).append(one["outcome"])
@@ -210,25 +209,29 @@ def test_the_table_of_recipes_and_engines_is_that_of_the_probes():
 
 
 def test_the_conformance_figures_are_those_of_the_result_files():
-    for name, suite in (("h100-torch", "TestTorchaoOnCuda"), ("h200-mlx", "TestMlx")):
-        report = json.loads((RESULTS / f"conformance-{name}.json").read_text(encoding="utf-8"))
-        assert not report["failed"]
-        assert f"{report['suites'][suite]['passed']:,} laws" in VERIFICATION
+    for machine, suite in (("h100", "TestTorchaoOnCuda"), ("h200", "TestMlx")):
+        report = json.loads((RESULTS / machine / "conformance.json").read_text(encoding="utf-8"))
+        (row,) = report["rows"]
+        assert (row["suite"], row["failures"]) == (suite, [])
+        assert f"{row['passed']:,} laws" in VERIFICATION
 
 
 def test_the_decode_figures_are_those_of_the_result_file():
-    report = json.loads((RESULTS / "decode-h200.json").read_text(encoding="utf-8"))
+    report = json.loads((RESULTS / "h200" / "decode.json").read_text(encoding="utf-8"))
     _, ours, theirs = report["rows"]
     assert (
         f"{ours['time / bfloat16']:.3f}x the time of bfloat16, {ours['bytes / bfloat16']:.4f}x its weight bytes"
         in VERIFICATION
     )
-    assert f"{ours['ms'] / theirs['ms']:.3f}x the time of torchao's own Int4WeightOnlyConfig" in VERIFICATION
+    assert (
+        f"{ours['ms']['median'] / theirs['ms']['median']:.3f}x the time of torchao's own Int4WeightOnlyConfig"
+        in VERIFICATION
+    )
 
 
 def test_the_figures_of_mlx_steps_are_those_of_the_result_file():
-    report = json.loads((RESULTS / "mlx-decode-cpu.json").read_text(encoding="utf-8"))
-    ratios = [row["qkit / mlx.nn.quantize"] for row in report["rows"]]
+    report = json.loads((RESULTS / "cpu" / "mlx_decode.json").read_text(encoding="utf-8"))
+    ratios = [row["qkit / mlx.nn.quantize"]["median"] for row in report["rows"]]
     assert f"from {min(ratios):.3f}x to {max(ratios):.3f}x" in VERIFICATION
 
 

@@ -222,7 +222,7 @@ def test_dense_is_a_plain_model_with_the_decoded_values(tmp_path):
 
 def test_the_source_is_not_the_target(tmp_path):
     folder = quantized(tmp_path, "int4-g64")
-    with pytest.raises(qkit.ArtifactError, match="is what is to be read"):
+    with pytest.raises(qkit.ArtifactError, match="is the model to read: choose another folder"):
         export_mlx(read_model(folder), folder)
 
 

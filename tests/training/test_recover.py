@@ -31,8 +31,9 @@ def report(tmp_path_factory):
     command = [sys.executable, str(BENCHMARKS / "recover.py"), *SETTINGS.split(), "--out", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    whole, *seeds = json.loads(file.read_text())["rows"]
-    return {"over all seeds": whole, "seeds": seeds}
+    found = json.loads(file.read_text())
+    whole, *seeds = found["rows"]
+    return {**found, "over all seeds": whole, "seeds": seeds}
 
 
 def test_shares_follow_from_the_losses(report):
@@ -75,9 +76,9 @@ def test_the_matrix_is_whole_and_its_diagonal_is_the_zero_of_the_move(report):
 
 def test_the_report_says_how_it_was_made(report):
     assert report["command"].endswith(SETTINGS)
-    assert report["settings"]["steps"] == 30
-    assert {"torch", "python", "qkit"} <= report["machine"].keys()
-    assert report["parameters"] == 115008
+    assert report["about"]["settings"]["steps"] == 30
+    assert {"torch", "python", "qkit-quant"} <= report["versions"].keys()
+    assert report["about"]["parameters"] == 115008
     trainings = ["float", "float, longer", "int2-g32", "int2-g64", *(f"int4-g64 {name}" for name in DIALECTS)]
     for seed in report["seeds"]:
         assert seed["curves"].keys() == set(trainings)

@@ -13,9 +13,9 @@ import numpy as np
 import qkit
 from qkit import native, reference
 from qkit.errors import QkitError
+from qkit.exchange.export_gguf import export_gguf
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model
-from qkit.formats.gguf import export_gguf
 from qkit.formats.packed import pack, unpack
 from qkit.reference import learned
 from qkit.storage.arrays import read_file

@@ -13,9 +13,10 @@ import qkit_torchao  # noqa: E402
 from qkit_torchao.kernels import cpu  # noqa: E402
 
 import qkit  # noqa: E402
-from qkit import element, grid, reference  # noqa: E402
-from qkit.element import Element, reciprocal  # noqa: E402
+from qkit import element, reference  # noqa: E402
+from qkit.element import Element, ScaleRule, reciprocal  # noqa: E402
 from qkit.grid import Grid  # noqa: E402
+from qkit.reference import scale_rules  # noqa: E402
 from qkit.rules import Recipe, Rule  # noqa: E402
 
 ROOT = Path(qkit_torchao.__file__).parent
@@ -56,6 +57,12 @@ def test_private_names_of_torch_stand_in_one_module():
     assert users == {"torch_private.py"}
 
 
+def halfmax_scale(x, kind):
+    """The scale under `halfmax`: half of the largest magnitude gets the highest code, and larger ones are clipped."""
+    s = scale_rules.round_to_bfloat16(scale_rules.amax(x) * np.float32(element.STEP[kind.name, "halfmax"]))
+    return np.maximum(s, np.float32(element.MIN_SCALE))
+
+
 @pytest.fixture
 def new(monkeypatch):
     """Adds the element int7 and the scale rule `halfmax` to the tables."""
@@ -64,7 +71,8 @@ def new(monkeypatch):
     monkeypatch.setitem(element.ELEMENTS, "int7", int7)
     for rule, step in steps.items():
         monkeypatch.setitem(element.STEP, ("int7", rule), step)
-    monkeypatch.setattr(grid, "INTEGER_RULES", (*grid.INTEGER_RULES, "halfmax"))
+    monkeypatch.setitem(element.SCALE_RULES, "halfmax", ScaleRule("integer"))
+    monkeypatch.setitem(scale_rules.SYMMETRIC_RULES, "halfmax", halfmax_scale)
     for name in ("int4", "int7"):
         monkeypatch.setitem(element.STEP, (name, "halfmax"), reciprocal(element.ELEMENTS[name].highest / 2))
 
