@@ -9,6 +9,7 @@ from qkit.element import MAX_SCALE_CODE, MIN_SCALE, MIN_SCALE_CODE
 from qkit.grid import Grid
 from qkit.reference.learned import FARTHEST, factor
 from qkit_torchao.arithmetic import rounding
+from qkit_torchao.arithmetic.scale_rules import amax, poison, round_to_bfloat16
 
 
 def initial(w: Tensor, grid: Grid) -> tuple[Tensor, ...]:
@@ -23,15 +24,15 @@ def steps(w: Tensor, grid: Grid, p: Tensor, zero: Tensor | None = None) -> tuple
     """The fp32 step of each group of `w`, and its zero point under `minmax`: the parameters as they are used."""
     if grid.element.kind == "float":
         return _offset_steps(rounding.group(w, grid), grid, p), None
-    s = rounding.round_to_bfloat16(p)
+    s = round_to_bfloat16(p)
     if grid.scale == "signed":
         s = torch.where(s.abs() < MIN_SCALE, torch.where(p < 0, -MIN_SCALE, MIN_SCALE), s)
     else:
         s = s.clamp_min(MIN_SCALE)
-    s = s + rounding.poison(p)
+    s = s + poison(p)
     if zero is None:
         return s, None
-    return s, torch.round(zero).clamp(0, grid.element.levels) + rounding.poison(zero)
+    return s, torch.round(zero).clamp(0, grid.element.levels) + poison(zero)
 
 
 def to_parameters(w: Tensor, gradient: Tensor, inside: Tensor, grid: Grid, s: Tensor, z: Tensor | None) -> list[Tensor]:
@@ -52,7 +53,7 @@ def to_parameters(w: Tensor, gradient: Tensor, inside: Tensor, grid: Grid, s: Te
 
 
 def _offset_steps(x: Tensor, grid: Grid, offset: Tensor) -> Tensor:
-    peak = rounding.amax(x)
+    peak = amax(x)
     whole = torch.round(offset).clamp(-FARTHEST, FARTHEST).to(torch.int32)
     c = (rounding.scale_code(peak, grid).to(torch.int32) + whole).clamp(MIN_SCALE_CODE, MAX_SCALE_CODE)
-    return rounding.power(c) + rounding.poison(peak) + rounding.poison(offset)
+    return rounding.power(c) + poison(peak) + poison(offset)

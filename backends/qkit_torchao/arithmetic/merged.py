@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from qkit.element import MIN_SCALE
 from qkit.reference.merged import DROPPED
-from qkit_torchao.arithmetic import rounding
+from qkit_torchao.arithmetic.scale_rules import bits
 
 
 def added(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
@@ -55,5 +55,5 @@ def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _significant(x: Tensor, dropped: int) -> Tensor:
-    u = rounding.bits(x.contiguous())
+    u = bits(x.contiguous())
     return ((u + ((1 << dropped - 1) - 1) + ((u >> dropped) & 1)) & ~((1 << dropped) - 1)).view(torch.float32)

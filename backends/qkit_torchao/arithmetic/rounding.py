@@ -11,7 +11,16 @@ from qkit import element as constants
 from qkit.element import STEP, Element
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit_torchao.arithmetic.by_law import by_law
+from qkit_torchao.arithmetic.scale_rules import (
+    POWER_RULES,
+    SYMMETRIC_RULES,
+    amax,
+    bits,
+    ceil_exponent,
+    computed_by_law,
+    poison,
+    round_to_bfloat16,
+)
 
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -133,41 +142,13 @@ def each(per_group: Tensor) -> Tensor:
     return per_group.unsqueeze(-1)
 
 
-def bits(x: Tensor) -> Tensor:
-    """The fp32 patterns of `x`, as int32."""
-    return x.view(torch.int32)
-
-
-def amax(x: Tensor) -> Tensor:
-    """Largest magnitude of each group; NaN where it holds one."""
-    return x.abs().amax(dim=-1)
-
-
-def poison(peak: Tensor) -> Tensor:
-    """0 where `peak` is finite, else NaN. Added to the scale of a group with a NaN or an infinity, it makes all values NaN."""
-    return peak * 0.0
-
-
 # Integer scales (R3, R5)
 
 
-def round_to_bfloat16(x: Tensor) -> Tensor:
-    """`x` with 8 significant bits, ties to even (RNE8). Written with integers, since compilers delete the pair of casts."""
-    u = bits(x)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) & ~0xFFFF).view(torch.float32)
-
-
-@by_law
 def symmetric_scale(x: Tensor, grid: Grid) -> Tensor:
-    """The scale of each group under `signed`, `absmax` or `midmax`, on the bfloat16 grid, at least 2^-96 in magnitude."""
-    if grid.scale == "signed":
-        high, low = x.amax(dim=-1), x.amin(dim=-1)
-        peak = torch.where(high >= -low, high, low)
-        s = round_to_bfloat16(peak * STEP[grid.element.name, "signed"])
-        least = torch.where(bits(peak) > 0, -constants.MIN_SCALE, constants.MIN_SCALE)
-        return torch.where(s.abs() < constants.MIN_SCALE, least, s) + poison(peak)
-    peak = amax(x)
-    return round_to_bfloat16(peak * STEP[grid.element.name, grid.scale]).clamp_min(constants.MIN_SCALE) + poison(peak)
+    """The scale of each group under a symmetric rule, on the bfloat16 grid, at least 2^-96 in magnitude."""
+    rule = SYMMETRIC_RULES.get(grid.scale)
+    return rule(x, grid.element) if rule else computed_by_law("symmetric_scale", x, grid)
 
 
 def symmetric_codes(x: Tensor, s: Tensor, element: Element) -> Tensor:
@@ -212,23 +193,12 @@ def quotient(x: Tensor, s: Tensor) -> Tensor:
 # Power-of-two scales (R6)
 
 
-@by_law
 def scale_code(peak: Tensor, grid: Grid) -> Tensor:
     """E8M0 codes (uint8) of groups whose largest magnitude is `peak`; code c means 2^(c-127)."""
-    element = grid.element
-    if grid.scale == "floor":
-        c = (bits(peak) >> 23) - element.max_exponent
-    elif grid.scale == "even":
-        c = ((bits(peak) + (1 << (22 - element.mantissa))) >> 23) - element.max_exponent
-    else:
-        c = ceil_exponent(peak * STEP[element.name, "rceil"])
-    return c.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).to(torch.uint8)
-
-
-def ceil_exponent(x: Tensor) -> Tensor:
-    """127 + ceil(log2(x)) for positive normal `x`, from its bits."""
-    u = bits(x)
-    return (u >> 23) + ((u & 0x7FFFFF) != 0).to(torch.int32)
+    rule = POWER_RULES.get(grid.scale)
+    if rule is None:
+        return computed_by_law("scale_code", peak, grid)
+    return rule(peak, grid.element).clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE).to(torch.uint8)
 
 
 def exponent(s: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, Layout
+from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.kernels import cpu
 from qkit_torchao.kernels.tables import Target
 
@@ -50,7 +51,7 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
     if values is not None:
         values.copy_(rounding.rounded(w, grid))
     if steps is not None:
-        steps.copy_(rounding.scale_values(q) + rounding.poison(rounding.amax(rounding.group(w, grid))))
+        steps.copy_(rounding.scale_values(q) + poison(amax(rounding.group(w, grid))))
     return q
 
 

@@ -13,6 +13,7 @@ from qkit import native
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.arithmetic import rounding
+from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.torch_private import is_transformed
 
 PLAIN = (Tensor, torch.nn.Parameter)  #: other classes may have no memory of their own
@@ -54,7 +55,7 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
     if values is not None:
         native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(values))
     if steps is not None:
-        steps.copy_(rounding.scale_values(q) + rounding.poison(rounding.amax(rounding.group(w.detach(), grid))))
+        steps.copy_(rounding.scale_values(q) + poison(amax(rounding.group(w.detach(), grid))))
     return q
 
 

@@ -18,6 +18,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, Layout, unpair, unshift
+from qkit_torchao.arithmetic.scale_rules import bits
 from qkit_torchao.torch_private import int4_product
 
 _disabled = logging.root.manager.disable
@@ -108,7 +109,7 @@ def _store_float8(laid: Laid) -> Any:
 
 
 def _read_float8(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
-    return QTensor(stored.qdata.view(torch.uint8), (rounding.bits(stored.scale) >> 23).to(torch.uint8), grid, dtype)
+    return QTensor(stored.qdata.view(torch.uint8), (bits(stored.scale) >> 23).to(torch.uint8), grid, dtype)
 
 
 def _block(laid: Laid) -> tuple[int, ...]:

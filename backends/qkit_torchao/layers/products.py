@@ -16,6 +16,7 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit.rules import Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import shift
+from qkit_torchao.arithmetic.scale_rules import poison
 from qkit_torchao.cache import values as cache
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers.operators import named
@@ -53,9 +54,7 @@ def quantized(
     if values is not None:
         values.copy_(rounding.rounded(x, grid, scales=scales, zeros=zeros))
     q = _quantize_static(rows, grid, scales=scales, zeros=zeros)
-    return q, steps.copy_(
-        rounding.scale_values(q) + rounding.poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32))
-    )
+    return q, steps.copy_(rounding.scale_values(q) + poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32)))
 
 
 def int8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import packing, ranges, rounding
+from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.layers import straight_through
 
 
@@ -25,7 +26,7 @@ def seen_scales(layer: Any, x: Tensor, name: str, grid: Grid | None) -> dict[str
     elif layer.training and layer.rule.range == "average":
         seen.copy_(torch.where(layer.gate, ranges.averaged(seen, ranges.extremes(x)), seen))
     q = rounding.quantize(seen, grid)
-    scales = rounding.scale_values(q) + rounding.poison(rounding.amax(seen))  # NaN, as long as nothing was seen
+    scales = rounding.scale_values(q) + poison(amax(seen))  # NaN, as long as nothing was seen
     return {"scales": scales, "zeros": q.zeros}
 
 
