@@ -91,7 +91,7 @@ FLOATS: Final = tuple(element for element in ELEMENTS.values() if element.kind =
 
 @dataclass(frozen=True, slots=True)
 class ScaleRule:
-    """How the scale of a group follows from the group's values. `reference/rounding.py` has the function of each rule.
+    """How the scale of a group follows from the group's values. `reference/scale_rules.py` has the function of each rule.
 
     Attributes:
         kind: of the elements that the rule belongs to.

@@ -18,7 +18,7 @@ from qkit.errors import ArtifactError
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
 from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
 from qkit.formats.packed import Tensors
-from qkit.formats.settings import QUANTIZATION, check_alike, quantization_of
+from qkit.formats.settings import QUANTIZATION, check_alike, check_remaining, quantization_of
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Kind, Rule
 from qkit.storage import read
@@ -59,6 +59,7 @@ def read_model(folder: str | Path) -> Snapshot:
     if packed:
         method = packed.get("quant_method", "an unknown tool")
         raise ArtifactError(f"{folder} is quantized by {method}: qkit reads compressed-tensors' layout and mlx-lm's")
+    _check_remaining(folder, tensors)
     return Snapshot(folder, "float", False, config, {}, tensors)
 
 
@@ -100,6 +101,7 @@ def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], stated: 
             folder, path, "compressed-tensors", stored, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN
         )
         weights[path] = replace(weight, unknown="its inputs or outputs" if moving else "")
+    _check_remaining(folder, tensors)
     return Snapshot(folder, "compressed-tensors", True, config, weights, tensors)
 
 
@@ -126,7 +128,13 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping
             dtype = _dtype(parts["scales"], config)
         rule = Rule(("*",), kind=_kind_of(path), weight=grid)
         weights[path] = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
+    _check_remaining(folder, tensors)
     return Snapshot(folder, "mlx", True, config, weights, tensors)
+
+
+def _check_remaining(folder: Path, tensors: Tensors) -> None:
+    with locating(folder):
+        check_remaining({name: array.dtype.name for name, array in tensors.items()})
 
 
 def _dtype(scale: NDArray[Any], config: Mapping[str, Any]) -> DType:

@@ -52,8 +52,10 @@ def check_parts(tensors: Tensors, expected: dict[str, tuple[str, tuple[int, ...]
     """Compares names, types and shapes of stored tensors with those that a layout expects.
 
     Raises:
-        ArtifactError: a tensor is missing, or has another type or shape.
+        ArtifactError: a tensor is missing, has another type or shape, or has no place in the layout, whose readers may use it.
     """
+    for name in tensors.keys() - expected.keys():
+        raise ArtifactError(f"{name} is there too, and {layout} of {grid} has no such tensor")
     for name, (kind, shape) in expected.items():
         if name not in tensors:
             raise ArtifactError(f"{name} is missing, which {layout} needs")

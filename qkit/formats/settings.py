@@ -100,6 +100,20 @@ MLX: Final[Mapping[str, Callable[[Any], bool]]] = {
     "quantize_input": _one_of(None, False),
 }
 
+#: Last parts of the names of tensors that only quantized weights have, in the layouts of compressed-tensors, GPTQ and AWQ.
+PARTS: Final = frozenset(
+    (
+        "weight_packed",
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_zero_point",
+        "weight_global_scale",
+        "weight_g_idx",
+        "qweight",
+        "qzeros",
+    )
+)
+
 #: Other keys of config.json, besides `QUANTIZATION`, that change the results of a model.
 BESIDE: Final[Mapping[str, Callable[[Any], bool]]] = {
     "compression_config": _empty,  # compressed-tensors' name for its own until 0.5
@@ -152,6 +166,23 @@ def check_compressed_tensors(stated: Mapping[str, Any]) -> None:
         ):
             if isinstance(arguments := group.get(part), Mapping):
                 check_keys(arguments, allowed, f"{place}.{part}")
+
+
+def check_remaining(types: Mapping[str, str]) -> None:
+    """Checks that no tensor is a part of a quantized weight, since no setting says how that weight is quantized.
+
+    Args:
+        types: NumPy types of the tensors that are taken for float ones, by name; empty to compare names only.
+
+    Raises:
+        ArtifactError: the name of a tensor is one of such a part, or a weight holds integers.
+    """
+    for name, kind in types.items():
+        end = name.rpartition(".")[2]
+        if end in PARTS or (end == "weight" and kind.startswith(("int", "uint"))):
+            raise ArtifactError(
+                f"{name} is part of a quantized weight, and config.json does not say of which kind: {WAY_OUT}"
+            )
 
 
 def check_ignored(path: str, ignore: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,10 +69,15 @@ class Staging:
         return is_marked(self.folder) or json.dumps([PLACING, status.st_dev, status.st_ino]) in self.journal
 
     def begin(self) -> None:
-        """Makes the staging directory and marks it as qkit's. Keeps the content of an interrupted run."""
+        """Makes the staging directory and marks it as qkit's. Keeps the content of an interrupted run.
+
+        It has the permissions of the directory that it will replace, so that a private directory stays private.
+        """
         if os.path.lexists(self.folder) and not self.is_reusable():
             remove(self.folder)
         self.folder.mkdir(exist_ok=True)
+        if self.place.path.is_dir() and not self.place.mounted:
+            _take_permissions(self.folder, self.place.path, least=stat.S_IRWXU)
         mark(self.folder)
 
     def clear(self) -> None:
@@ -117,6 +123,8 @@ class Staging:
         """Moves file `name` of the staging directory to the destination, which is a file."""
         with (self.folder / name).open("rb") as stream:
             os.fsync(stream.fileno())
+        if self.place.path.is_file():
+            _take_permissions(self.folder / name, self.place.path)
         os.replace(self.folder / name, self.place.path)
         swap.sync_folder(self.place.path.parent)
 
@@ -218,6 +226,12 @@ def write_synced(file: Path, blocks: Iterable[bytes]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _take_permissions(path: Path, old: Path, *, least: int = 0) -> None:
+    """Gives `path` the permissions of `old`, and `least` besides. Does nothing on a file system without permissions."""
+    with suppress(OSError):
+        os.chmod(path, stat.S_IMODE(os.stat(old).st_mode) | least)
 
 
 def make_parents(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.formats import compressed_tensors
 from qkit.formats.row_blocks import row_blocks
-from qkit.formats.settings import quantization_of
+from qkit.formats.settings import check_remaining, quantization_of
 from qkit.planning import Planned, plan
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
@@ -122,6 +122,8 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     config = read_config(folder)
     try:
         foreign = next(filter(None, quantization_of(config).values()), None)
+        if not foreign:
+            check_remaining(dict.fromkeys(tensors, ""))
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     if foreign:

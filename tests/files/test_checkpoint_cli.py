@@ -172,6 +172,17 @@ def test_exit_codes(folder, tmp_path):
     assert qkit("quantize", tmp_path / "nowhere", out, "-r", "int4-g64").returncode == 5
 
 
+def test_the_output_can_be_the_current_directory(folder, tmp_path, monkeypatch, capsys):
+    """It is replaced under the command's feet: nothing after that may look a relative path up."""
+    out = tmp_path / "out"
+    for _ in range(2):
+        out.mkdir(exist_ok=True)
+        monkeypatch.chdir(out)
+        quantize(Path("..") / folder.relative_to(tmp_path), Path(), "int4-g64")
+        assert capsys.readouterr().out.startswith(".: 4 layers quantized")
+    assert (out / "qkit.json").is_file()
+
+
 def test_quantizing_loads_no_framework(folder, tmp_path):
     code = f"""
 import sys

@@ -17,7 +17,10 @@ import qkit
 from qkit.storage import swap
 from qkit.storage.arrays import read_file
 from qkit.storage.layout import TYPE_NAMES, Slot, lay_out
+from qkit.storage.staging import replaced_file
 from qkit.storage.write import Output, Stream, write_directory
+
+placed = swap.put_in_place
 
 
 def test_one_file_is_what_safetensors_writes(tmp_path):
@@ -61,6 +64,25 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
     finally:
         os.umask(old)
     assert {entry.stat().st_mode & 0o777 for entry in folder.iterdir()} == {0o640}
+
+
+def test_a_private_directory_stays_private(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o700)
+    seen = []
+    monkeypatch.setattr(swap, "put_in_place", lambda new, *rest: seen.append(new.stat().st_mode) or placed(new, *rest))
+    for _ in range(2):  # in place of an empty directory, and of an earlier output
+        write(out)
+        seen.append(out.stat().st_mode)
+    assert {mode & 0o777 for mode in seen} == {0o700}
+
+
+def test_a_private_file_stays_private(tmp_path):
+    file = tmp_path / "report.html"
+    file.touch(mode=0o600)
+    with replaced_file(file) as new:
+        new.write_text("x")
+    assert (file.stat().st_mode & 0o777, file.read_text()) == (0o600, "x")
 
 
 def test_nothing_is_left_beside(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import quantized
 from models import make
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import qkit
@@ -161,6 +162,53 @@ def test_a_model_whose_settings_lie_in_another_file_is_refused(tmp_path):
     (tmp_path / "theirs" / "hf_quant_config.json").write_text('{"quantization": {"kv_cache_quant_algo": "FP8"}}')
     with pytest.raises(qkit.ArtifactError, match=r"hf_quant_config.json says how the model is quantized"):
         read_model(tmp_path / "theirs")
+
+
+def retold(folder, edit, *, source="W4A16"):
+    """A copy of a golden directory, whose tensors went through `edit`."""
+    shutil.copytree(GOLDEN / source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), f"{LAYER}.weight_packed is part of a quantized weight"),
+        (lambda t: t.update({f"{LAYER}.weight": np.ones((128, 128), np.float32)}), "weight is there too"),
+        (lambda t: t.update({f"{LAYER}.weight_zero_point": np.ones((16, 1), np.int32)}), "weight_zero_point is there"),
+        (lambda t: t.update({f"{LAYER}.weight_global_scale": np.ones(1, np.float32)}), "weight_global_scale is there"),
+    ],
+)
+def test_a_tensor_that_no_setting_accounts_for_is_refused(edit, message, tmp_path):
+    folder = retold(tmp_path / "theirs", edit)
+    for command, done in exit_codes(folder, tmp_path / "out").items():
+        assert (done.exit_code, message in str(done.exception)) == (1, True), (command, done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("weight_packed", np.ones((128, 16), np.int32)),
+        ("weight_scale_inv", np.ones((1, 1), np.float32)),
+        ("qweight", np.ones((16, 128), np.int32)),
+        ("weight", np.ones((128, 16), np.uint32)),
+    ],
+)
+def test_a_part_of_a_quantized_weight_is_refused_where_the_configuration_says_nothing(name, array, tmp_path):
+    folder = retold(tmp_path / "theirs", lambda t: t.update({f"{LAYER}.{name}": array}), source="float")
+    for command, done in exit_codes(folder, tmp_path / "out").items():
+        refused = f"{LAYER}.{name} is part of a quantized weight" in str(done.exception)
+        assert (done.exit_code, refused) == (1, True), (command, done.exception)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(qkit.QkitError, match=f"{LAYER}.*weight"):
+        make_plan(folder, qkit.recipe("int8-g64"))
 
 
 def test_settings_without_a_quantized_layer_are_refused(tmp_path):
