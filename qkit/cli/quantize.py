@@ -40,8 +40,7 @@ def quantize(
     place = check_directory(out)
     engine = qkit.backend(backend).on(device)
     plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
-    output_bytes = plan.output_bytes  # now: the output may replace the current directory, and relative paths with it
-    _check_room(output_bytes, place)
+    _check_room(plan, place)
     gc.freeze()  # a collection in a forked worker would copy the pages of today's objects: a tenth of the time
     workers = WORKERS if engine.name == "numpy" else 1
     if sys.stderr.isatty():
@@ -56,24 +55,24 @@ def quantize(
             )
     else:
         quantize_directory(plan, out, engine=engine, workers=workers, tick=lambda name, done: None)
-    _report(plan, out, output_bytes)
+    _report(plan, out)
 
 
-def _check_room(output_bytes: int, place: Destination) -> None:
+def _check_room(plan: Plan, place: Destination) -> None:
     """Refuses, before any work, an output that the disk has no room for."""
     out, aside = place.requested, place.aside
     reusable = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
     home = place.path if place.mounted else existing_parent(place.path)
     free = shutil.disk_usage(home).free + reusable
-    if output_bytes > free:
+    if plan.output_bytes > free:
         raise qkit.PlanError(
-            f"{out} needs {size(output_bytes)}, and {home} has {size(free)} free: make room, or go elsewhere"
+            f"{out} needs {size(plan.output_bytes)}, and {home} has {size(free)} free: make room, or go elsewhere"
         )
 
 
-def _report(plan: Plan, out: Path, output_bytes: int) -> None:
+def _report(plan: Plan, out: Path) -> None:
     layers = sum(bool(row.rule) for row in plan.rows)
-    written = f"{size(output_bytes)}, {plan.bits_per_weight:.2f} bits per weight"
+    written = f"{size(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits per weight"
     console.print(f"{out}: {layers} layers quantized, {written}", highlight=False)
     if plan.left_behind:
         errors.print(f"not copied: {', '.join(plan.left_behind)}", highlight=False, soft_wrap=True)

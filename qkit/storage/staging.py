@@ -116,8 +116,11 @@ class Staging:
         self.note([PLACING, status.st_dev, status.st_ino])
         os.unlink(self.folder / MARK)
         swap.sync_folder(self.folder)
+        current = _is_current(self.place.path)
         if swap.put_in_place(self.folder, self.place.path, self.place.previous):
             self._discard(self.place.previous)
+        if current:  # else this process stays in the old directory, and its relative paths lead nowhere
+            os.chdir(self.place.path)
 
     def put_file_in_place(self, name: str) -> None:
         """Moves file `name` of the staging directory to the destination, which is a file."""
@@ -232,6 +235,14 @@ def _take_permissions(path: Path, old: Path, *, least: int = 0) -> None:
     """Gives `path` the permissions of `old`, and `least` besides. Does nothing on a file system without permissions."""
     with suppress(OSError):
         os.chmod(path, stat.S_IMODE(os.stat(old).st_mode) | least)
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether `folder` is the current directory of this process."""
+    try:
+        return os.path.samefile(folder, ".")
+    except OSError:
+        return False
 
 
 def make_parents(path: Path) -> list[Path]:
