@@ -45,6 +45,8 @@ def want_honored(engine: Modules, rules: Iterable[Rule], verb: str) -> None:
         BackendError: there is one; the message names the engine, the key and its value.
     """
     honored: frozenset[str] = getattr(engine, "recipe_keys", frozenset())
+    if isinstance(honored, str):
+        raise BackendError(f"backend {engine.name!r} has recipe_keys = {honored!r}: want a frozenset of names")
     for rule in rules:
         for key, value in rule.engine_keys.items():
             if key not in honored:

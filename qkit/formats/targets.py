@@ -30,7 +30,7 @@ class Targets:
         """The targets of a `quantization_config`.
 
         Raises:
-            ArtifactError: the configuration is not readable, or has more than `PATTERNS` patterns.
+            ArtifactError: the configuration is not readable, names a layer in two groups, or has more than `PATTERNS` patterns.
         """
         named: dict[str, str] = {}
         patterns: list[tuple[re.Pattern[str], str]] = []
@@ -38,7 +38,11 @@ class Targets:
             for name, group in config["config_groups"].items():
                 for target in filter(None, group["targets"]):
                     if not target.startswith("re:"):
-                        named.setdefault(target, name)
+                        if named.setdefault(target, name) != name:
+                            raise ArtifactError(
+                                f"the quantization_config has two groups for {target!r}, {named[target]} and {name}, and readers "
+                                "differ in which they take: remove one"
+                            )
                     elif len(patterns) < PATTERNS:
                         patterns.append((re.compile(target[3:]), name))
                     else:

@@ -200,6 +200,11 @@ def test_a_target_is_a_path_its_end_a_pattern_or_a_class():
     assert group_of("a.b.c", ["Linear"], ["re:x"]) == 0
 
 
+def test_a_target_of_two_groups_is_refused():
+    with pytest.raises(qkit.ArtifactError, match="has two groups for 'Linear', 0 and 1"):
+        group_of("a.b", ["Linear"], ["b", "Linear"])
+
+
 def test_a_hundred_thousand_targets_are_looked_up_and_as_many_patterns_refused():
     found = Targets.of({"config_groups": {"g": {"targets": [f"layers.{i}.w" for i in range(100_000)]}}})
     began = time.process_time()

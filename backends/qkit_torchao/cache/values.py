@@ -18,7 +18,20 @@ from qkit_torchao.torch_private import mark_static_address, version
 
 Codes = tuple[QTensor[Tensor], Tensor]  #: codes, and the float32 steps of their groups
 
-inputs: Store[Kept[Tensor]] = Store()  #: quantized inputs, for all layers that get the same tensor
+
+class Input(Kept[Tensor]):
+    """The quantized values of one input.
+
+    Attributes:
+        takers: ids of the layers that took the values. A layer that asks again is in another forward pass.
+    """
+
+    __slots__ = ("takers",)
+
+    takers: set[int]
+
+
+inputs: Store[Input] = Store()  #: for all layers that get the same tensor
 
 
 class Values(KeptOfTensor[Tensor]):

@@ -124,7 +124,7 @@ class Prepared(nn.Module):
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
         if self.rule.range == "dynamic":
-            return straight_through.shared(x, grid, ste=self.rule.ste)
+            return straight_through.shared(x, grid, taker=self, ste=self.rule.ste)
         static = slots.seen_scales(self, x, name, grid)
         return x if self.calibrating else straight_through.fake_quantize(x, grid, ste=self.rule.ste, **static)
 
@@ -208,11 +208,11 @@ class FakeLinear(Prepared, nn.Linear):
         assert rule.weight is not None
         before = x.shape[:-1]
         if rule.activation is not None:
-            x = straight_through.shared(x, rule.activation, ste=rule.ste, rows=True)
+            x = straight_through.shared(x, rule.activation, taker=self, ste=rule.ste, rows=True)
         y = straight_through.multiply_values(x, weight, current, self.bias, rule.weight, ste=rule.ste)
         if len(before) + 1 != y.dim():
             y = y.view(*before, y.shape[-1])
-        return y if rule.output is None else straight_through.shared(y, rule.output, ste=rule.ste)
+        return y if rule.output is None else straight_through.shared(y, rule.output, taker=self, ste=rule.ste)
 
     def _takes_codes(self, x: Tensor) -> bool:
         """Whether a kernel will multiply codes of both sides once the layer is converted, so that training must, too.

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qkit.engines.kept import Kept
 from qkit.grid import Grid
 from qkit.rules import Ste
 from qkit_torchao.arithmetic import rounding
@@ -54,8 +53,11 @@ def masked(gradient: Tensor, inside: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(some.indices(), rows, some.shape, check_invariants=False)
 
 
-def shared(x: Tensor, grid: Grid, *, ste: Ste, rows: bool = False) -> Tensor:
+def shared(x: Tensor, grid: Grid, *, taker: object, ste: Ste, rows: bool = False) -> Tensor:
     """`fake_quantize`, computed once for all layers that get the same `x`, as queries, keys and values do.
+
+    A layer, the `taker`, that asks again for the same `x` starts another forward pass, and the values are computed again: a write
+    to the memory of `x` that torch does not see, as through NumPy, must not go unnoticed.
 
     With `rows`, a contiguous `x` may come as [rows, n], which saves each of these layers a view of it.
 
@@ -68,13 +70,15 @@ def shared(x: Tensor, grid: Grid, *, ste: Ste, rows: bool = False) -> Tensor:
     state = (grid, rows, version(x), x.data_ptr(), torch.is_grad_enabled())
     kept = values.inputs.of(x)
     if kept is None:
-        kept = Kept(x, values.inputs)
-    elif (before := kept.current(state)) is not None:
+        kept = values.Input(x, values.inputs)
+    elif (before := kept.current(state)) is not None and id(taker) not in kept.takers:
+        kept.takers.add(id(taker))
         return before
     if not x.numel():
         return x
     on_grid = choose.rounded(x.detach(), grid)
     result = _with_gradient(x, on_grid.reshape(-1, on_grid.shape[-1]) if rows and x.is_contiguous() else on_grid)
+    kept.takers = {id(taker)}
     return kept.put(result, state)
 
 

@@ -114,3 +114,10 @@ class TestOlder:
             qkit.load(tmp_path / "activation", into=model, backend=older)
         opened = qkit.load(tmp_path / "scales", into=model, backend=older)
         assert {layer.stage for layer in older.layers(opened)} == {"converted"}
+
+
+def test_recipe_keys_that_are_text_are_refused():
+    engine = Few()
+    engine.recipe_keys = "scales ste"  # in which "scales" is found, too
+    with pytest.raises(qkit.BackendError, match="recipe_keys = 'scales ste': want a frozenset of names"):
+        want_honored(engine, [WITH_KEY["scales"]], "prepare")

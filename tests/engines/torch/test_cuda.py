@@ -11,7 +11,9 @@ from qkit.engines.trainer import TrainerOptions  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),  # inductor makes its memory pool by one, torch 2.11
+    pytest.mark.filterwarnings(
+        "ignore:The CUDA Graph is empty:UserWarning"
+    ),  # inductor makes its memory pool by one, torch 2.11
 ]
 
 

@@ -478,3 +478,13 @@ def test_layers_quantize_a_shared_input_once_and_forget_it_with_the_input(recomp
     assert calls.count(SHARED.activation) == 1 + recomputed
     del x, y
     assert list(values.inputs) == known
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_buffer_that_a_loader_fills_again_is_quantized_again(gradients):
+    model, buffer = qkit.prepare(nn.Sequential(nn.Linear(64, 8)), recipe(SHARED)), np.ones((3, 64), np.float32)
+    x = torch.from_numpy(buffer)  # torch sees no write through NumPy
+    with torch.set_grad_enabled(gradients):
+        model(x)
+        buffer *= 3
+        assert torch.equal(model(x), model(torch.from_numpy(buffer.copy())))
