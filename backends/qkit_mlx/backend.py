@@ -36,7 +36,7 @@ class MlxBackend:
     # Arrays
 
     def on(self, device: str) -> Self:
-        """See `Arrays.on`: MLX's default device, by the name of its kind. Only the user changes what it is.
+        """See `Arrays.on`: MLX's default device, by the name of its kind. Only the user changes it.
 
         Raises:
             BackendError: it is another; the message says how to change it.

@@ -22,7 +22,7 @@ def backends(
     dtype: Annotated[Type, typer.Option(help="Type of the layer that is probed.")] = Type.bfloat16,
     as_json: Json = False,
 ) -> None:
-    """List the backends, ready or not, and why not; with --probe, try out what they do."""
+    """List the backends, ready or not, and why not; with --probe, try every recipe on them."""
     found = qkit.backends()
     if probe:
         from qkit.cli.probing import probe_all, show_probes  # here, so that other commands start fast

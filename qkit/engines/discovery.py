@@ -17,13 +17,13 @@ from qkit.installation import GROUP, installed
 if TYPE_CHECKING:  # `import qkit` stays cheap: discovery is paid for when something is looked up
     from importlib.metadata import EntryPoint
 
-SECONDS = 10.0  #: how long a third-party plugin may take to say what it brings
+SECONDS = 10.0  #: the longest time that a third-party plugin may take to answer
 MOST = 10_000  #: how many backends or recipes one plugin may bring
 
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """What one plugin brings.
+    """The backends and recipes of one plugin.
 
     Attributes:
         recipes: the text of each file by the recipe's name.

@@ -1,4 +1,4 @@
-"""Discovery: which plugins there are, what they bring, and why a broken one is left out. No framework is imported here."""
+"""Discovery: which plugins there are, their backends and recipes, and why a broken one is left out. No framework is imported here."""
 
 import importlib
 import os
@@ -54,7 +54,7 @@ class Plugins:
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def add(self, label: str, brought: Brought | str) -> None:
-        """Takes in what a plugin brings; one that brings a name again is left out, not the one that had it."""
+        """Takes in the backends and recipes of a plugin. A plugin with a name that is taken is left out, not the first one."""
         reason = brought if isinstance(brought, str) else self._clash(brought)
         if isinstance(brought, str) or reason:
             self.broken[label] = reason
@@ -135,7 +135,7 @@ def unregister(name: str) -> None:
 
 
 def forget() -> None:
-    """Forgets what was found: the next look-up asks plugins again."""
+    """Forgets the answers of plugins: the next look-up asks again."""
     for cached in (own, plugins, _readable, _instance):
         cached.cache_clear()
     _by_package.clear()
@@ -158,7 +158,7 @@ def backends() -> list[BackendStatus]:
 def backend(choice: "str | Arrays | None" = None) -> Arrays:
     """The backend called `choice`; a backend object is given back.
 
-    None takes what is at hand: MLX on a Mac, torch anywhere else, then any other that is ready, NumPy last.
+    None takes the first that is ready: MLX on a Mac, torch anywhere else, then any other that is ready, NumPy last.
 
     Raises:
         BackendError: there is no such backend, or its packages are missing.

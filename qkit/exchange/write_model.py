@@ -91,7 +91,7 @@ def check_weights_only(source: Snapshot, paths: Iterable[str]) -> None:
 
 
 def _activations(weight: StoredWeight) -> str:
-    """Text for what the layer quantizes besides its weight; empty where that is nothing."""
+    """Names the inputs or outputs that the layer quantizes besides its weight; empty where there are none."""
     return weight.unknown or " and ".join(ACTIVATIONS[key] for key in rule_table(weight.rule) if key in ACTIVATIONS)
 
 

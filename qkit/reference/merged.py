@@ -28,7 +28,7 @@ class Update:
     Attributes:
         a: float32 [rank, inputs].
         b: float32 [outputs, rank].
-        scale: what the product is multiplied by.
+        scale: the factor of the product.
         magnitude: `dora` only: float32 [outputs], the length of each row of the merged weight.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Cached values and codes of weights, and cached values of inputs; recomputed when their tensors change. No arithmetic."""
+"""Cached values and codes of weights, recomputed when the weights change. No arithmetic."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from qkit.engines.kept import Kept, Store
+from qkit.engines.kept import Store
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.cache import identity
@@ -17,21 +17,6 @@ from qkit_torchao.kernels import choose, graphs
 from qkit_torchao.torch_private import mark_static_address, version
 
 Codes = tuple[QTensor[Tensor], Tensor]  #: codes, and the float32 steps of their groups
-
-
-class Input(Kept[Tensor]):
-    """The quantized values of one input.
-
-    Attributes:
-        takers: ids of the layers that took the values. A layer that asks again is in another forward pass.
-    """
-
-    __slots__ = ("takers",)
-
-    takers: set[int]
-
-
-inputs: Store[Input] = Store()  #: for all layers that get the same tensor
 
 
 class Values(KeptOfTensor[Tensor]):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from qkit.grid import Grid
 from qkit.rules import Ste
 from qkit_torchao.arithmetic import rounding
-from qkit_torchao.cache import values
+from qkit_torchao.cache.inputs import Input, inputs
 from qkit_torchao.kernels import choose
 from qkit_torchao.torch_private import is_transformed, unsafe_view, version
 
@@ -68,9 +68,9 @@ def shared(x: Tensor, grid: Grid, *, taker: object, ste: Ste, rows: bool = False
     if torch.compiler.is_compiling() or refers or x.is_inference() or is_transformed():
         return fake_quantize(x, grid, ste=ste)
     state = (grid, rows, version(x), x.data_ptr(), torch.is_grad_enabled())
-    kept = values.inputs.of(x)
+    kept = inputs.of(x)
     if kept is None:
-        kept = values.Input(x, values.inputs)
+        kept = Input(x, inputs)
     elif (before := kept.current(state)) is not None and id(taker) not in kept.takers:
         kept.takers.add(id(taker))
         return before

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
-from qkit_torchao.cache import values  # noqa: E402
+from qkit_torchao.cache.inputs import inputs as cached_inputs  # noqa: E402
 from qkit_torchao.kernels import choose  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._dynamo import config  # noqa: E402
@@ -468,7 +468,7 @@ def test_a_forward_leaves_nothing_on_the_input(grad):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_layers_quantize_a_shared_input_once_and_forget_it_with_the_input(recomputed, monkeypatch):
     model = qkit.prepare(Attention(), recipe(SHARED))
-    calls, known = [], list(values.inputs)
+    calls, known = [], list(cached_inputs)
     rounded = choose.rounded
     monkeypatch.setattr(choose, "rounded", lambda x, grid: calls.append(grid) or rounded(x, grid))
     x = inputs().requires_grad_() * 2
@@ -477,7 +477,7 @@ def test_layers_quantize_a_shared_input_once_and_forget_it_with_the_input(recomp
     y.square().sum().backward()
     assert calls.count(SHARED.activation) == 1 + recomputed
     del x, y
-    assert list(values.inputs) == known
+    assert list(cached_inputs) == known
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -1,0 +1,20 @@
+"""Cached values of quantized inputs, for all layers that get the same tensor. No arithmetic."""
+
+from torch import Tensor
+
+from qkit.engines.kept import Kept, Store
+
+
+class Input(Kept[Tensor]):
+    """The quantized values of one input.
+
+    Attributes:
+        takers: ids of the layers that took the values. A layer that asks again is in another forward pass.
+    """
+
+    __slots__ = ("takers",)
+
+    takers: set[int]
+
+
+inputs: Store[Input] = Store()
