@@ -1,4 +1,4 @@
-"""A script, never imported: imports one plugin, asks for its backends and recipes, prints the answer as JSON. `discovery.py` runs it.
+"""A script, never imported: imports one plugin, prints its backends and recipes as JSON. `discovery.py` runs it.
 
 A process of its own, since an import may exit, crash or hang. The plugin's own output goes nowhere.
 """

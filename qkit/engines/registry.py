@@ -1,4 +1,4 @@
-"""Discovery: which plugins there are, their backends and recipes, and why a broken one is left out. No framework is imported here."""
+"""Discovery: the plugins, their backends and recipes, and why a broken one is left out. No framework is imported here."""
 
 import importlib
 import os
