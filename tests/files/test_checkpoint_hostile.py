@@ -178,7 +178,7 @@ ATTACKS = {
         lambda folder: one_file(
             folder, lambda named: named.update({UP.replace("weight", "weight_packed"): np.ones(3, np.float32)})
         ),
-        "two tensors would be called model.layers.0.mlp.up_proj.weight_packed",
+        "up_proj.weight_packed is part of a quantized weight, and config.json does not say of which kind",
     ),
 }
 
