@@ -7,9 +7,7 @@ from qkit.startup import interruptible as _interruptible
 
 with _interruptible():
     from qkit.arrays import dequantize, fake_quantize, quantize
-    from qkit.coverage_table import coverage
     from qkit.element import Element
-    from qkit.engines.protocol import BackendSpec
     from qkit.engines.registry import backend, backends, recipe, recipes
     from qkit.errors import (
         ArtifactError,
@@ -27,16 +25,18 @@ with _interruptible():
         VerificationError,
     )
     from qkit.grid import Grid
-    from qkit.pipeline import adamw, convert, gather, prepare
     from qkit.qtensor import QTensor
     from qkit.rules import Recipe, Rule
-    from qkit.switches import calibrating, disable, disabled, enable
 
 if TYPE_CHECKING:
     from qkit import reference
     from qkit.adapters import Adapter, adapt, merge
     from qkit.artifact.load import load
     from qkit.artifact.save import save
+    from qkit.coverage_table import coverage
+    from qkit.engines.protocol import BackendSpec
+    from qkit.pipeline import adamw, convert, gather, prepare
+    from qkit.switches import calibrating, disable, disabled, enable
 
 __version__ = "0.1.0"
 
@@ -86,13 +86,15 @@ __all__ = [
 ]
 
 
-#: Where the names are that are imported on first use: files and adapters are a third of the cost of `import qkit`.
+#: The modules of the names that are imported on first use: calls on models and files would double the cost of `import qkit`.
 _LATER = {
+    **dict.fromkeys(("adamw", "convert", "gather", "prepare"), "pipeline"),
+    **dict.fromkeys(("calibrating", "disable", "disabled", "enable"), "switches"),
+    "BackendSpec": "engines.protocol",
+    "coverage": "coverage_table",
     "load": "artifact.load",
     "save": "artifact.save",
-    "Adapter": "adapters",
-    "adapt": "adapters",
-    "merge": "adapters",
+    **dict.fromkeys(("Adapter", "adapt", "merge"), "adapters"),
 }
 
 

@@ -1,10 +1,11 @@
 """quantize, dequantize, fake_quantize: one array of any framework, whose type chooses the engine unless `backend` does."""
 
+from __future__ import annotations  # the protocols are for the type checker: `import qkit` stays cheap
+
 import os
 from typing import TYPE_CHECKING, Any
 
 from qkit.element import LIMIT
-from qkit.engines.protocol import Arrays
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
@@ -16,8 +17,10 @@ from qkit.rules import Recipe, Ste
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qkit.engines.protocol import Arrays
 
-def quantize(w: Any, grid: "Grid | str | Path | Recipe", *, backend: str | Arrays | None = None) -> QTensor[Any]:
+
+def quantize(w: Any, grid: Grid | str | Path | Recipe, *, backend: str | Arrays | None = None) -> QTensor[Any]:
     """Codes and scales of `w`: Float [..., n] -> codes [..., n], scales [..., groups].
 
     Args:
@@ -42,7 +45,7 @@ def dequantize(q: QTensor[Any], *, backend: str | Arrays | None = None) -> Any:
 
 
 def fake_quantize(
-    w: Any, grid: "Grid | str | Path | Recipe", *, ste: Ste = "identity", backend: str | Arrays | None = None
+    w: Any, grid: Grid | str | Path | Recipe, *, ste: Ste = "identity", backend: str | Arrays | None = None
 ) -> Any:
     """`dequantize(quantize(w, grid))`, bit for bit; the gradient with respect to `w` passes straight through.
 
@@ -77,7 +80,7 @@ def check(engine: Arrays, w: Any, grid: Grid, *, name: str) -> None:
         )
 
 
-def _grid(choice: "Grid | str | Path | Recipe") -> Grid:
+def _grid(choice: Grid | str | Path | Recipe) -> Grid:
     """`choice`, or the only weight grid of the recipe that it names."""
     if isinstance(choice, Grid):
         return choice

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qkit.errors import GridError, RecipeError
 from qkit.grid import Grid, want_grid
-from qkit.intake import check_values, read_text
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -146,6 +145,8 @@ def read_recipe(file: "Path | Traversable") -> Recipe:
     Raises:
         RecipeError: the file is missing or malformed; the message names the file and the key.
     """
+    from qkit.intake import read_text  # here, so that `import qkit` stays cheap
+
     try:
         text = read_text(file) if isinstance(file, os.PathLike) else file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -160,6 +161,8 @@ def parse_recipe(text: str, *, name: str, source: str) -> Recipe:
         RecipeError: it is malformed; the message names the key.
     """
     import tomllib  # here, so that `import qkit` stays cheap
+
+    from qkit.intake import check_values
 
     try:
         table = tomllib.loads(text)

@@ -3,6 +3,8 @@
 Nothing of a third party is imported here: its process reports descriptions of backends and the texts of recipes.
 """
 
+from __future__ import annotations  # the protocols are for the type checker: `import qkit` stays cheap
+
 import json
 import os
 import sys
@@ -10,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkit.engines.protocol import BackendSpec
 from qkit.errors import BackendError
 from qkit.installation import GROUP, installed
 
 if TYPE_CHECKING:  # `import qkit` stays cheap: discovery is paid for when something is looked up
     from importlib.metadata import EntryPoint
+
+    from qkit.engines.protocol import BackendSpec
 
 SECONDS = 10.0  #: the longest time that a third-party plugin may take to answer
 MOST = 10_000  #: how many backends or recipes one plugin may bring
@@ -35,12 +38,12 @@ class Brought:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def own_plugins() -> "list[EntryPoint]":
+def own_plugins() -> list[EntryPoint]:
     """The entry points of qkit's own distribution."""
     return [entry for found in installed() if found.own for entry in found.plugins]
 
 
-def foreign_plugins() -> "tuple[dict[str, EntryPoint], dict[str, str]]":
+def foreign_plugins() -> tuple[dict[str, EntryPoint], dict[str, str]]:
     """Third-party entry points by label, and why others cannot be read. One that is there twice counts once.
 
     A label is the entry point's name, with its distribution where qkit or another plugin has the name.
@@ -76,6 +79,7 @@ def ask(plugin: object) -> Brought:
     from pluggy import PluginManager
 
     from qkit.engines import hookspecs
+    from qkit.engines.protocol import BackendSpec
 
     manager = PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
@@ -126,7 +130,7 @@ def explain(error: BaseException) -> str:
     return message if isinstance(error, BackendError) else f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
-def ask_all(entries: "dict[str, EntryPoint]") -> dict[str, Brought | str]:
+def ask_all(entries: dict[str, EntryPoint]) -> dict[str, Brought | str]:
     """What each plugin brings, or why not, each from its own process; several at a time.
 
     A plugin that exits, crashes, hangs or prints harms only its process.
@@ -139,7 +143,7 @@ def ask_all(entries: "dict[str, EntryPoint]") -> dict[str, Brought | str]:
         return dict(zip(entries, threads.map(_ask_apart, entries.values()), strict=True))
 
 
-def _ask_apart(entry: "EntryPoint") -> Brought | str:
+def _ask_apart(entry: EntryPoint) -> Brought | str:
     script = Path(__file__).with_name("ask_plugin.py")
     request = json.dumps({"path": sys.path, "name": entry.name, "value": entry.value})
     import subprocess  # here, as `import qkit` needs none of it
@@ -160,6 +164,8 @@ def _ask_apart(entry: "EntryPoint") -> Brought | str:
     if not done.stdout:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         return f"its process ended without an answer: {how}"
+    from qkit.engines.protocol import BackendSpec
+
     try:
         answer = json.loads(done.stdout)
         if "broken" in answer:

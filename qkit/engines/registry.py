@@ -1,5 +1,7 @@
 """Discovery: the plugins, their backends and recipes, and why a broken one is left out. No framework is imported here."""
 
+from __future__ import annotations  # the protocols are for the type checker: `import qkit` stays cheap
+
 import importlib
 import os
 import sys
@@ -9,13 +11,14 @@ from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from qkit.engines.discovery import Brought, ask, ask_all, explain, foreign_plugins, own_plugins
-from qkit.engines.protocol import Arrays, BackendSpec
 from qkit.errors import BackendError, QkitError, RecipeError
 from qkit.rules import Recipe, parse_recipe, read_recipe
 
-if TYPE_CHECKING:  # `import qkit` stays cheap: discovery is paid for when something is looked up
+if TYPE_CHECKING:
     from pathlib import Path
+
+    from qkit.engines.discovery import Brought
+    from qkit.engines.protocol import Arrays, BackendSpec
 
 #: Other tools' names for grids that are ours too. They resolve, and say to what.
 ALIASES = {
@@ -88,8 +91,10 @@ class BackendStatus:
 @cache
 def own() -> Plugins:
     """What qkit itself brings, and plugins that are registered by hand. No third party's code is touched."""
+    from qkit.engines import discovery  # here, so that `import qkit` stays cheap
+
     found = Plugins()
-    for entry in own_plugins():
+    for entry in discovery.own_plugins():
         found.add(entry.name, _ask(entry.load))
     for name in _registered:
         found.add(name, _ask(partial(_registered.__getitem__, name)))
@@ -99,24 +104,27 @@ def own() -> Plugins:
 @cache
 def plugins() -> Plugins:
     """What all plugins bring. Third parties' are asked in processes of their own, once: for listings and unknown names."""
+    from qkit.engines import discovery  # here, so that `import qkit` stays cheap
+
     mine = own()
     found = Plugins(dict(mine.backends), dict(mine.recipes), dict(mine.broken), dict(mine.unreadable))
-    entries, found_broken = foreign_plugins()
+    entries, found_broken = discovery.foreign_plugins()
     found.broken |= found_broken
-    for label, brought in ask_all(entries).items():
+    for label, brought in discovery.ask_all(entries).items():
         found.add(label, brought)
     return found
 
 
 def _ask(load: Callable[[], object]) -> Brought | str:
+    from qkit.engines import discovery
+
     try:
-        return ask(load())
+        return discovery.ask(load())
     except (Exception, SystemExit) as error:  # a plugin may fail in any way; it disables only itself
-        return explain(error)
+        return discovery.explain(error)
 
 
-#: Plugins that are registered by hand.
-_registered: dict[str, object] = {}
+_registered: dict[str, object] = {}  #: plugins that are registered by hand
 
 #: The backends of the packages that `backend_of` has met; a plain look-up, so that it passes torch's compiler.
 _by_package: dict[str, Arrays] = {}
@@ -155,7 +163,7 @@ def backends() -> list[BackendStatus]:
     ]
 
 
-def backend(choice: "str | Arrays | None" = None) -> Arrays:
+def backend(choice: str | Arrays | None = None) -> Arrays:
     """The backend called `choice`; a backend object is given back.
 
     None takes the first that is ready: MLX on a Mac, torch anywhere else, then any other that is ready, NumPy last.
@@ -213,10 +221,14 @@ def _instance(name: str) -> Arrays:
     if not status.ready:
         raise BackendError(f"backend {name!r} {status.reason}")
     module, _, attribute = spec.target.partition(":")
+    from qkit.engines import discovery
+
     try:
         made: Arrays = getattr(importlib.import_module(module), attribute)()
     except (Exception, SystemExit) as error:
-        raise BackendError(f"backend {name!r} cannot be loaded from {spec.target}: {explain(error)}") from error
+        raise BackendError(
+            f"backend {name!r} cannot be loaded from {spec.target}: {discovery.explain(error)}"
+        ) from error
     return made
 
 
@@ -258,7 +270,7 @@ def _readable() -> tuple[dict[str, Recipe], dict[str, str]]:
     return found, broken
 
 
-def recipe(choice: "str | Path | Recipe") -> Recipe:
+def recipe(choice: str | Path | Recipe) -> Recipe:
     """A recipe by name, by alias, by path of a TOML file, or itself.
 
     Raises:
