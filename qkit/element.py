@@ -75,7 +75,7 @@ def _integer(bits: int) -> Element:
     return Element(f"int{bits}", "integer", bits, (1 << (bits - 1)) - 1)
 
 
-#: Every element that qkit stores, and the only list of widths. Any other list is what one kernel or one other program takes.
+#: Every element that qkit stores, and the only list of widths. Other lists name widths of one kernel or other program.
 ELEMENTS: Final = {
     element.name: element
     for element in (

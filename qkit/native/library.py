@@ -1,4 +1,4 @@
-"""Loads `kernels.compiled` through ctypes, which releases Python's lock while a kernel runs, and declares what it computes.
+"""Loads `kernels.compiled` through ctypes, which releases Python's lock while a kernel runs, and declares its elements and rules.
 
 The elements and scale rules are written out here, as kernels.c has them: a new one is not the kernels' before it is in both.
 """

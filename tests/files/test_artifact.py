@@ -235,7 +235,7 @@ def rewrite(folder, edit, metadata=None):
     tensors = {name: np.array(array) for name, array in tensors.items()}
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata=metadata or old)
-    (folder / "qkit.json").unlink()  # what is checked without its digests has to hold too
+    (folder / "qkit.json").unlink()  # the checks besides its digests have to hold, too
 
 
 DAMAGES = [value for name, value in list(globals().items()) if name.startswith("damage_")]

@@ -1,4 +1,4 @@
-"""A damaged directory is not read: not exported, not imported, unless every value in it is still what was written."""
+"""A damaged directory is not read: not exported, not imported, unless every value in it is still the written one."""
 
 import shutil
 

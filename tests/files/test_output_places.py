@@ -270,7 +270,7 @@ def test_a_mount_point_is_filled_from_inside_and_never_replaced(models, tmp_path
     VERBS[verb](models[verb], tmp_path / "plain")
     plain = contents(tmp_path / "plain")
     disk = mounted("disk")
-    (disk / "lost+found").mkdir()  # what a new volume has
+    (disk / "lost+found").mkdir()  # as on a new volume
     beside = {entry.name for entry in tmp_path.iterdir()}
     VERBS[verb](models[verb], disk)
     (disk / "lost+found").rmdir()

@@ -91,7 +91,7 @@ class AdaptedPlain(AdaptedPacked, PlainLinear):
 
 
 def adapt(module: Any, update: Update) -> Any:
-    """See `Backend.adapt`."""
+    """See `Adapts.adapt`."""
     if isinstance(module, PackedLinear):
         adapted = become(module, AdaptedPlain if isinstance(module, PlainLinear) else AdaptedPacked)
     else:
@@ -107,7 +107,7 @@ def adapt(module: Any, update: Update) -> Any:
 
 
 def adapter_update(module: Any) -> Update:
-    """See `Backend.adapter_update`."""
+    """See `Adapts.adapter_update`."""
     a, b, magnitude = (
         None if one is None else one.detach().float().cpu().numpy().copy()
         for one in (module.lora_A, module.lora_B, module.lora_magnitude)
@@ -118,7 +118,7 @@ def adapter_update(module: Any) -> Update:
 
 
 def merge_adapter(module: Any) -> Any:
-    """See `Backend.merge_adapter`."""
+    """See `Adapts.merge_adapter`."""
     with torch.no_grad():
         weight = module.merged()
     if isinstance(module, AdaptedPacked):
@@ -131,7 +131,7 @@ def merge_adapter(module: Any) -> Any:
 
 
 def train_only_adapters(model: nn.Module) -> None:
-    """See `Backend.train_only_adapters`."""
+    """See `Adapts.train_only_adapters`."""
     trained = {id(one) for module in model.modules() if isinstance(module, _Adapted) for one in _parameters(module)}
     for parameter in model.parameters():
         if id(parameter) not in trained:

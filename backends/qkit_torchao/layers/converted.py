@@ -87,7 +87,7 @@ class PackedEmbedding(nn.Embedding):
 def pack(
     module: nn.Module, q: QTensor[Any], rule: Rule, *, static: Mapping[str, Tensor], owner: nn.Module | None
 ) -> Any:
-    """The deployed form of a Linear or Embedding, float or prepared, with the codes of `q`; see `Backend.pack`."""
+    """The deployed form of a Linear or Embedding, float or prepared, with the codes of `q`; see `Modules.pack`."""
     execution = choose_execution(rule, device=q.codes.device, dtype=q.dtype, shape=q.shape)
     return build(module, lay(q, execution.layout), rule, execution, static=static, owner=owner)
 
@@ -116,7 +116,7 @@ def build(
 
 
 def deploy(layers: Sequence[tuple[Any, Rule, Mapping[str, Tensor]]]) -> list[Any | None]:
-    """See `Deployer.deploy`; on a GPU. The host waits for the device once, to learn which weights are not finite."""
+    """See `Deploys.deploy`; on a GPU. The host waits for the device once, to learn which weights are not finite."""
     built: list[Any | None] = [None] * len(layers)
     broken: dict[torch.device, Tensor] = {}
     for number, (module, rule, static) in enumerate(layers):

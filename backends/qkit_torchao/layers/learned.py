@@ -58,7 +58,7 @@ class LearnedEmbedding(_Learned, FakeEmbedding):
 
 
 def prepare_layer(module: nn.Module, rule: Rule) -> Any:
-    """See `Backend.prepare_layer`. Ranges begin with the values of the grid's rule, and train if the weight does."""
+    """See `Modules.prepare_layer`. Ranges begin with the values of the grid's rule, and train if the weight does."""
     assert rule.weight is not None
     if rule.scales == "rule":
         return prepared.prepare_layer(module, rule)

@@ -63,7 +63,7 @@ class Prepared(nn.Module):
         return super().train(mode)
 
     def switch_mode(self, mode: Mode) -> None:
-        """See `qkit.engines.protocol.Backend.switch_mode`."""
+        """See `Modules.switch_mode`."""
         self.mode, self.calibrating = mode, mode == "calibrating"
         _settle(self)
         self.gate = gate(self.gate.device, on=mode != "off")
@@ -71,7 +71,7 @@ class Prepared(nn.Module):
             (values.thaw if mode == "off" else values.freeze)(self.weight)
 
     def freeze_values(self, on: bool) -> None:
-        """See `qkit.engines.protocol.Backend.freeze_values`."""
+        """See `Trains.freeze_values`."""
         unseen = sharded.is_managed(self) or _cannot_cache(self.weight)
         if on and (unseen or self.kind):
             why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
@@ -83,13 +83,13 @@ class Prepared(nn.Module):
         (values.freeze if on and self.mode != "off" else values.thaw)(self.weight)
 
     def regrid(self, rule: Rule) -> None:
-        """See `qkit.engines.protocol.Backend.regrid`."""
+        """See `Trains.regrid`."""
         _put_on(self, rule)
         _settle(self)
         (values.freeze if self.frozen and self.mode != "off" else values.thaw)(self.weight)
 
     def clear_ranges(self) -> None:
-        """See `qkit.engines.protocol.Backend.clear_ranges`."""
+        """See `Modules.clear_ranges`."""
         for name in static_names(self.rule):
             self.get_buffer(f"{name}_range").copy_(torch.tensor(ranges.EMPTY))
 

@@ -12,7 +12,7 @@ HERE = "torch.distributed"
 
 
 def gather(model: nn.Module) -> nn.Module | None:
-    """See `Backend.gather`. The whole model is on the CPU and has the class, the attributes and the hooks that it had before."""
+    """See `Modules.gather`. The whole model is on the CPU and has the class, the attributes and the hooks that it had before."""
     module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):  # a forward may have left weights whole, perhaps rounded

@@ -32,7 +32,7 @@ def layers(model: nn.Module) -> Iterator[Layer]:
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """See `Backend.replace`."""
+    """See `Modules.replace`."""
     swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
     for parent in list(model.modules()):
         for name, child in list(children(parent).items()):

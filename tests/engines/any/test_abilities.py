@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import qkit
+from qkit.engines import protocol
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.numpy import NumpyBackend
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Modules, Trains
@@ -121,3 +122,14 @@ def test_recipe_keys_that_are_text_are_refused():
     engine.recipe_keys = "scales ste"  # in which "scales" is found, too
     with pytest.raises(qkit.BackendError, match="recipe_keys = 'scales ste': want a frozenset of names"):
         want_honored(engine, [WITH_KEY["scales"]], "prepare")
+
+
+def test_docstrings_that_refer_to_a_verb_name_its_protocol():
+    refers = re.compile(r"[Ss]ee `(?:qkit\.engines\.protocol\.)?([A-Z]\w+)\.(\w+)`")
+    texts = [file.read_text(encoding="utf-8") for file in (CORE.parent / "backends").rglob("*.py")]
+    own = set(
+        re.findall(r"^class (\w+)", "\n".join(texts), flags=re.MULTILINE)
+    )  # an engine refers to its own classes, too
+    found = {reference for text in texts for reference in refers.findall(text) if reference[0] not in own}
+    assert len(found) > 25
+    assert not [one for one in found if not hasattr(getattr(protocol, one[0], None), one[1])]
