@@ -50,6 +50,7 @@ def export(
     from qkit.exchange import export_model, write_model  # here, as the next two, so that other commands start fast
     from qkit.exchange.export_gguf import export_gguf
     from qkit.exchange.import_model import read_model
+    from qkit.formats.gguf_tokenizer import read_vocabulary
 
     if to is not Target.gguf and (fallback or without_tokenizer):
         raise ArtifactError(
@@ -62,13 +63,12 @@ def export(
     notes: list[str] = []
     if to is Target.gguf:
         write_model.check_weights_only(source, source.weights)
-        written = export_gguf(
-            source, out, fallback=fallback.value if fallback else None, without_tokenizer=without_tokenizer
-        )
+        vocabulary = None if without_tokenizer else read_vocabulary(source.folder, source.config or {})
+        written = export_gguf(source, out, vocabulary=vocabulary, fallback=fallback.value if fallback else None)
         notes = [f"{count} as {kind}" for kind, count in written.kinds.items()]
         notes = [f"quantized weights: {', '.join(notes)}"] if notes else []
         notes += [f"{name} as float16: {reason}" for name, reason in written.fallbacks.items()]
-        notes += [*written.notes, *(["without a tokenizer: llama.cpp takes no text"] if without_tokenizer else [])]
+        notes += written.notes
     else:
         {Target.mlx: export_model.export_mlx, Target.dense: export_model.export_dense}[to](source, out)
     console.print(

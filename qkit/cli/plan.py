@@ -1,14 +1,17 @@
 """`qkit plan MODEL --recipe R`: the output of `qkit quantize`, to the byte, before any work."""
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import qkit
+from qkit.artifact.config import read_config
 from qkit.cli.console import Json, console, print_json, read_size, size
 from qkit.cli.quantize import CopyCode, Model, RecipeName, ShardSize
 from qkit.streaming.carry_out import WORKERS
+from qkit.streaming.gguf_plan import GgufPlan, gguf_plan
 from qkit.streaming.plan import Plan, make_plan
 
 
@@ -18,8 +21,9 @@ def plan(
     """List every tensor of a model's directory with its grid under a recipe, and the output size. Reads headers only."""
     made = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
     peak = made.peak_memory(WORKERS)
+    as_gguf = gguf_plan(made, read_config(made.folder) or {})
     if as_json:
-        print_json(_as_table(made, peak))
+        print_json(_as_table(made, peak, as_gguf))
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("tensor", "stored", "shape", "becomes", "bytes"):
@@ -33,6 +37,8 @@ def plan(
         console.print(f"{made.tied} is also the output head", highlight=False)
     for name in made.left_behind:
         console.print(f"not copied: {name}", highlight=False)
+    if as_gguf:
+        console.print(str(as_gguf), highlight=False)
     console.print(
         f"{made.output_bytes:,} bytes in {len(made.layout.sizes)} weights file(s), {made.bits_per_weight:.2f} bits per weight, "
         f"about {size(peak)} of memory at most",
@@ -40,7 +46,7 @@ def plan(
     )
 
 
-def _as_table(made: Plan, peak: int) -> dict[str, Any]:
+def _as_table(made: Plan, peak: int, as_gguf: GgufPlan | None) -> dict[str, Any]:
     return {
         "output_bytes": made.output_bytes,
         "bits_per_weight": made.bits_per_weight,
@@ -48,6 +54,7 @@ def _as_table(made: Plan, peak: int) -> dict[str, Any]:
         "tied_head": made.tied or None,
         "files": dict(made.layout.sizes),
         "not_copied": list(made.left_behind),
+        "gguf": asdict(as_gguf) if as_gguf else None,
         "tensors": [
             {
                 "name": row.stored.slot.name,

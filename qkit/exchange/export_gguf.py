@@ -18,16 +18,18 @@ from qkit.artifact.config import CONFIG, describing
 from qkit.artifact.families import HEAD
 from qkit.artifact.snapshot import Snapshot
 from qkit.errors import ArtifactError, BackendError
-from qkit.exchange.gguf_tensors import FLOATS, Tensor, float_tensor, rotary_order, rows_of, weight_tensor
+from qkit.exchange.gguf_tensors import Tensor, float_tensor, rotary_order, rows_of, weight_tensor
+from qkit.formats.gguf import FLOATS
 from qkit.formats.gguf_config import Architecture, architecture_of, head_width, numbers_of
 from qkit.formats.gguf_rope import rope_tables, with_ropes
-from qkit.formats.gguf_tokenizer import Vocabulary, read_vocabulary
+from qkit.formats.gguf_tokenizer import Vocabulary
 from qkit.formats.packed import join
 from qkit.installation import how_to_install
 from qkit.storage.destination import check_file
 from qkit.storage.staging import whole_file
 
-QUANTIZED_BYTES = 2  #: GGUF's version of the layouts of its blocks
+NO_TOKENIZER = "without a tokenizer: llama.cpp opens the file, and takes no text"
+LAYOUTS = 2  #: GGUF's version of the layouts of its blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +48,19 @@ class Written:
 
 
 def export_gguf(
-    source: Snapshot, out: str | Path, *, fallback: str | None = None, without_tokenizer: bool = False
+    source: Snapshot, out: str | Path, *, vocabulary: Vocabulary | None = None, fallback: str | None = None
 ) -> Written:
     """Writes `source` as the GGUF file `out`, which appears when it is whole.
 
     Args:
+        vocabulary: the tokenizer, from `gguf_tokenizer.read_vocabulary`; without one, llama.cpp opens the file and takes no text.
         fallback: `f16` stores weights that no type of GGUF holds as their values in float16; None refuses such a model.
-        without_tokenizer: whether the file has none. llama.cpp then takes token ids, and no text.
 
     Raises:
         BackendError: gguf is not installed.
         LockedError: another process writes `out`.
         PlanError: its disk is read-only; see `check_file`.
-        ArtifactError: `out` exists; GGUF has no such model, no type for a grid, or no such tokenizer.
+        ArtifactError: `out` exists; or GGUF has no such model, or no type for a grid.
     """
     try:
         import gguf
@@ -87,7 +89,6 @@ def export_gguf(
         if tensor.scale != 1:
             tensors[f"{theirs.removesuffix('weight')}scale"] = _vector(np.array([tensor.scale], np.float32))
     tensors.update((name, _vector(table)) for name, table in tables.items())
-    vocabulary = None if without_tokenizer else read_vocabulary(source.folder, config)
     with whole_file(out) as aside:
         writer: Any = gguf.GGUFWriter(aside, architecture.name)
         try:
@@ -100,7 +101,7 @@ def export_gguf(
             raise
         writer.close()
     kinds = Counter(tensor.kind for tensor in tensors.values() if tensor.kind not in FLOATS.values())
-    notes = (*_large_floats(tensors), *(vocabulary.notes if vocabulary else ()))
+    notes = (*_limits(config, numbers), *_large_floats(tensors), *(vocabulary.notes if vocabulary else [NO_TOKENIZER]))
     return Written(dict(sorted(kinds.items())), fallbacks, notes)
 
 
@@ -116,6 +117,16 @@ def _tensor(
 
 def _vector(numbers: Any) -> Tensor:
     return Tensor("F32", numbers.shape, lambda: [numbers])
+
+
+def _limits(config: Mapping[str, Any], numbers: Mapping[str, Any]) -> Iterator[str]:
+    """Notes on the length of a text, where llama.cpp computes longer or shorter ones otherwise."""
+    length = numbers["context_length"]
+    if length < config["max_position_embeddings"]:
+        yield f"a context of {length:,}, which is the sliding window, since llama.cpp attends to everything in such a model"
+    if numbers.get("rope.scaling.type") == "longrope":
+        old = numbers["rope.scaling.original_context_length"]
+        yield f"llama.cpp chooses between short and long factors by the size of its context: give it -c {old} for short texts"
 
 
 def _large_floats(tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -150,7 +161,7 @@ def _write(writer: Any, tensors: Mapping[str, Tensor]) -> None:
 
 def _describe(writer: Any, numbers: Mapping[str, Any], architecture: Architecture) -> None:
     """Writes the model's numbers."""
-    writer.add_quantization_version(QUANTIZED_BYTES)
+    writer.add_quantization_version(LAYOUTS)
     for name, value in numbers.items():
         add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
         add(f"{architecture.name}.{name}", value)

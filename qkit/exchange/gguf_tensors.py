@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.errors import ArtifactError
 from qkit.formats import gguf as gguf_layout
+from qkit.formats.gguf import FLOATS
 from qkit.formats.gguf_config import Architecture, head_width
 from qkit.formats.packed import unpack
 from qkit.qtensor import QTensor
@@ -17,7 +18,6 @@ from qkit.reference import dequantize
 from qkit.reference.packing import Packed
 
 NUMBERS: Final = 1 << 20  #: numbers of a weight that are converted together
-FLOATS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  #: GGUF's types, by NumPy's
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,32 @@ from qkit.reference.packing import Packed
 
 BLOCK: Final = 32
 SUPER_BLOCK: Final = 64  #: numbers of an NVFP4 block, which has four scales
-#: The lowest and the highest code of GGUF's types with one scale, from the smallest type to the largest.
-INTEGERS: Final = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}
+#: The smallest type of GGUF that holds the codes of an element.
+TYPES: Final = {
+    **dict.fromkeys(("int2", "int3", "int4"), "Q4_0"),
+    "int5": "Q5_0",
+    "int6": "Q8_0",
+    "int8": "Q8_0",
+    "e2m1": "MXFP4",
+}
+#: The smallest type that holds codes less their zero point, which have one bit more.
+SHIFTED: Final = {"int2": "Q4_0", "int3": "Q4_0", "int4": "Q5_0", "int5": "Q8_0", "int6": "Q8_0"}
+LOWEST: Final = {"Q4_0": -8, "Q5_0": -16}  #: the integer that these types store as 0
 OFFSETS: Final = {4: "Q4_1", 5: "Q5_1"}  #: the types with a scale and an offset, by the bits of a code
+#: Bytes of 64 numbers of each type.
+SIZES: Final = {
+    "Q4_0": 36,
+    "Q4_1": 40,
+    "Q5_0": 44,
+    "Q5_1": 48,
+    "Q8_0": 68,
+    "MXFP4": 34,
+    "NVFP4": 36,
+    "F16": 128,
+    "BF16": 128,
+    "F32": 256,
+}
+FLOATS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  #: GGUF's types of floats, by NumPy's
 NUMBERS: Final = 1 << 20  #: numbers of a weight that are unpacked together
 WAY_OUT: Final = "export --to dense, or --fallback f16 for its values as float16"
 
@@ -33,15 +56,16 @@ def layout(grid: Grid, inputs: int) -> str:
     Raises:
         ArtifactError: GGUF has no such type.
     """
-    group, kind = grid.group if isinstance(grid.group, int) else inputs, None
+    group = grid.group if isinstance(grid.group, int) else inputs
+    kind = (TYPES if grid.symmetric else SHIFTED).get(grid.element.name)
     if grid.scale == "nvfp4":
-        kind = "NVFP4" if inputs % SUPER_BLOCK == 0 else None
-    elif group % BLOCK == 0 and inputs % BLOCK == 0:
-        kind = "MXFP4" if grid.element.name == "e2m1" else _integers(grid)
-    if kind is None:
+        kind, fits = "NVFP4", inputs % SUPER_BLOCK == 0
+    else:
+        fits = group % BLOCK == 0 and inputs % BLOCK == 0
+    if kind is None or not fits:
         raise ArtifactError(
-            f"GGUF holds no rows of {inputs} on {grid}: it holds integers of -128 to 127, and e2m1 under E8M0 scales, in groups "
-            f"and rows that {BLOCK} divides, and nvfp4 in rows that {SUPER_BLOCK} divides; {WAY_OUT}"
+            f"GGUF holds no rows of {inputs} on {grid}: it holds {', '.join(TYPES)}, of which {', '.join(SHIFTED)} with zero "
+            f"points, in groups and rows that {BLOCK} divides, and nvfp4 in rows that {SUPER_BLOCK} divides; {WAY_OUT}"
         )
     return kind
 
@@ -55,7 +79,7 @@ def kind_of(packed: Packed) -> str:
         ArtifactError: GGUF has no type for the grid, or scales are no float16.
     """
     kind = layout(packed.grid, packed.shape[-1])
-    if kind not in INTEGERS:
+    if kind in ("MXFP4", "NVFP4"):
         return kind
     lost = sum(int(np.count_nonzero(_lost(block))) for block in packed.blocks(NUMBERS)) if _inexact(packed).any() else 0
     if lost:
@@ -92,18 +116,9 @@ def store(packed: Packed, kind: str | None = None) -> NDArray[np.uint8]:
         scales = np.where(_lost_or_idle(packed), np.float32(0), q.scales)
         body = [_steps(q).astype(np.int8).reshape(rows, -1, BLOCK).view(np.uint8)]
         if kind != "Q8_0":
-            body = _bits((_steps(q) - INTEGERS[kind][0]).astype(np.uint8), kind)
+            body = _bits((_steps(q) - LOWEST[kind]).astype(np.uint8), kind)
         parts = [_head(_half(scales), rows, inputs), *body]
     return np.concatenate(parts, axis=-1).reshape(rows, -1)
-
-
-def _integers(grid: Grid) -> str | None:
-    """The smallest type whose codes hold the integers of `grid`, which under `minmax` are codes less their zero point."""
-    element = grid.element
-    if element.kind != "integer":
-        return None
-    low, high = (element.lowest, element.highest) if grid.symmetric else (-element.levels, element.levels)
-    return next((kind for kind, (least, most) in INTEGERS.items() if least <= low and high <= most), None)
 
 
 def _half(numbers: NDArray[Any]) -> NDArray[np.float16]:

@@ -78,6 +78,9 @@ ARCHITECTURES: Final = {
 }
 NO_ROPE: Final = 4  #: SmolLM3's layers of this number, and of its multiples, have no rope
 
+#: Types of models whose sliding window llama.cpp leaves out, so that their context ends where the window does.
+CAPPED: Final = ("mistral", "phi3")
+
 #: Numbers that every architecture has: the configuration's key, by GGUF's name without the architecture's.
 COUNTS: Final = {
     "context_length": "max_position_embeddings",
@@ -118,7 +121,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         (scalar != expected, f"query_pre_attn_scalar {scalar}, where llama.cpp takes {expected}"),
         (local != LOCAL_THETA and kind != "gemma3_text", f"a rope of theta {local} for sliding attention"),
         (activation != architecture.activation, f"hidden_act {activation!r}"),
-        (window is not None and window < most, f"a sliding window of {window}"),
+        (window is not None and window < most and kind not in CAPPED, f"a sliding window of {window}"),
         (bool(period and kinds) and kinds != regular, "layer_types in another order than llama.cpp's"),
         (
             bool(ropeless) and ropeless != [int((i + 1) % NO_ROPE != 0) for i in range(len(ropeless or ()))],
@@ -147,6 +150,7 @@ def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[st
     head = head_width(config)
     values = {
         **{name: config[key] for name, key in COUNTS.items()},
+        **_cap(config),
         **{name: config[key] for name, key in architecture.keys if config.get(key) is not None},
         **({"attention.sliding_window": config["sliding_window"]} if architecture.period else {}),
         "attention.key_length": head,
@@ -169,6 +173,11 @@ def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[st
 def head_width(config: Mapping[str, Any]) -> int:
     """Width of an attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _cap(config: Mapping[str, Any]) -> dict[str, Any]:
+    window = config.get("sliding_window") if config.get("model_type") in CAPPED else None
+    return {} if window is None else {"context_length": min(window, config["max_position_embeddings"])}
 
 
 def _foreign_window(config: Mapping[str, Any], architecture: Architecture) -> Any:

@@ -23,12 +23,15 @@ class Piece(NamedTuple):
 
 
 def merged_pieces(
-    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]], *, unknown: str | None
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]], *, apart: Collection[str], unknown: str | None
 ) -> dict[int, Piece] | None:
     """The tokens of a vocabulary with merges, by id; None where scores cannot say what the merges do.
 
     llama.cpp joins two neighbours whenever the vocabulary has their text, the highest score first. So each such pair has to be
     a merge, and all merges into one token have to follow each other.
+
+    Args:
+        apart: tokens that are cut out of a text before all merges.
 
     Raises:
         ArtifactError: a byte has no token, so that llama.cpp would fail at letters that the vocabulary lacks.
@@ -37,6 +40,7 @@ def merged_pieces(
     if missing:
         raise ArtifactError(f"its vocabulary lacks {len(missing)} of 256 bytes, which llama.cpp needs")
     ranks: dict[str, int] = {}
+    counts: dict[str, int] = {}
     last = ""
     for left, right in merges:
         text = left + right
@@ -44,14 +48,8 @@ def merged_pieces(
             return None
         last = text
         ranks.setdefault(text, len(ranks))
-    if any(
-        _pairs(text, vocabulary) for text in vocabulary if text not in ranks and text not in BYTES and text != unknown
-    ):
-        return None
-    counts: dict[str, int] = {}
-    for left, right in merges:
-        counts[left + right] = counts.get(left + right, 0) + 1
-    if any(_pairs(text, vocabulary) != count for text, count in counts.items()):
+        counts[text] = counts.get(text, 0) + 1
+    if any(_pairs(t, vocabulary) != counts.get(t, 0) for t in vocabulary if t not in BYTES and t not in apart):
         return None
     return {i: Piece(text, -float(ranks.get(text, 0)), _kind(text, unknown)) for text, i in vocabulary.items()}
 

@@ -39,7 +39,7 @@ def with_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     kind = config.get("model_type")
     theta = config.get("rope_theta") or DEFAULT_THETA.get(str(kind), 10000.0)
-    rope = {"rope_theta": theta, "rope_type": "default", **(config.get("rope_scaling") or {})}
+    rope = {"rope_theta": theta, **(config.get("rope_scaling") or {})}
     if kind == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq") or 10000.0}
         rope = {"full_attention": rope, "sliding_attention": local}

@@ -29,6 +29,8 @@ PATTERNS: Final = {
     (rf"{_CASED % ((_CONTRACTIONS + '?',) * 2)}|\p{{N}}{{1,3}}|{_CASED_TAIL}", False): "gpt-4o",
     (rf"{_CASED % ('', '')}|\p{{N}}|{_CASED_TAIL}", True): "tekken",
 }
+#: Of these, llama.cpp's pattern differs from the model's: combining marks are no letters to it.
+MARKS: Final = {"gpt-4o", "llama4", "tekken", "pixtral"}
 SINGLE_DIGITS: Final = "smollm"  #: GPT-2's pattern, after each digit became a word of its own
 GPT2: Final = "gpt-2"
 

@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Any, Final
 
 from qkit.errors import ArtifactError, BackendError
-from qkit.formats.chat_template import unsupported
-from qkit.formats.gguf_pieces import Piece, merged_pieces, sentence_pieces
-from qkit.formats.gguf_splits import split_of
+from qkit.formats.gguf_pieces import (
+    BYTE,
+    BYTES,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+    merged_pieces,
+    sentence_pieces,
+)
+from qkit.formats.gguf_special import chat_templates, special_ids
+from qkit.formats.gguf_splits import MARKS, split_of
 from qkit.installation import how_to_install
-from qkit.intake import read_text
 from qkit.storage.read import inside, read_json
 
 TOKENIZER: Final = "tokenizer.json"
 SPM_MODEL: Final = "tokenizer.model"
-TEMPLATE: Final = "chat_template.jinja"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  #: GGUF's types of tokens
-SPECIAL: Final = ("bos", "eos", "unk", "pad", "sep", "mask")
-#: Tokens after which llama.cpp always ends an answer, whatever the file says.
-ENDS: Final = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +59,39 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
         ArtifactError: there is no tokenizer, or llama.cpp cannot have it; the message says why.
         BackendError: the tokenizers package is not installed.
     """
-    table, settings = _table(folder, TOKENIZER), _table(folder, "tokenizer_config.json") or {}
     try:
-        if table is not None:
-            made = _from_json(table, settings, folder)
-        elif (folder / SPM_MODEL).exists():
-            made = _from_sentencepiece(folder, settings)
-        else:
-            raise ArtifactError(
-                "no tokenizer.json and no tokenizer.model, without which llama.cpp takes no text: copy those of the original "
-                "model there"
-            )
+        made = _read(folder, config)
+        "".join([*(piece.text for piece in made.pieces), *made.merges, *made.templates.values()]).encode()
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}, or write the file --without-tokenizer") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise ArtifactError(
-            f"{folder / TOKENIZER} is no tokenizer ({type(error).__name__}: {error}): fetch it again, or write the file "
+            f"{folder}: its tokenizer is not sound ({type(error).__name__}: {error}): fetch it again, or write the file "
             "--without-tokenizer"
         ) from None
-    made = replace(made, pieces=_padded(made.pieces, folder, config.get("vocab_size")))
-    return _with_template(_with_special(made, folder, settings, config), folder, settings)
+    return made
+
+
+def _read(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
+    table, settings = _table(folder, TOKENIZER), _table(folder, "tokenizer_config.json") or {}
+    if table is not None:
+        made = _from_json(table, settings, folder)
+    elif (folder / SPM_MODEL).exists():
+        made = _from_sentencepiece(folder, settings)
+    else:
+        raise ArtifactError(
+            "no tokenizer.json and no tokenizer.model, without which llama.cpp takes no text: copy those of the original "
+            "model there"
+        )
+    pieces = _padded(made.pieces, config.get("vocab_size"))
+    ids, notes = special_ids(pieces, [config, _table(folder, "generation_config.json") or {}], settings)
+    for name in ("bos", "eos"):
+        if made.adds[name] and name not in ids:
+            raise ArtifactError(
+                f"the tokenizer puts {name} around a text, and its settings have no {name}_token: add it"
+            )
+    templates, lacking = chat_templates(folder, settings)
+    return replace(made, pieces=pieces, ids=ids, templates=templates, notes=(*made.notes, *notes, *lacking))
 
 
 def _table(folder: Path, name: str) -> dict[str, Any] | None:
@@ -95,21 +113,29 @@ def _from_json(table: Mapping[str, Any], settings: Mapping[str, Any], folder: Pa
         split = split_of(steps, bool(model.get("ignore_merges")), lambda text: encode(text, True))
         pieces = _with_added({i: Piece(t, 0.0, NORMAL) for t, i in model["vocab"].items()}, added)
         merges = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        if split in MARKS:
+            notes += (
+                "llama.cpp splits words at combining marks, such as a separate accent, and transformers does not",
+            )
         return Vocabulary("gpt2", split, pieces, merges or ("",), {}, edges, {}, (*notes, *_stripping(added)))
-    prefix = _space_prefix(normal, steps)
-    pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    ordered = merged_pieces(model["vocab"], pairs, unknown=model.get("unk_token"))
-    edges["space_prefix"] = prefix
-    if ordered is not None:
-        return Vocabulary("llama", "default", _with_added(ordered, added), (), {}, edges, {}, _stripping(added))
-    if prefix or not edges["bos"]:
-        raise ArtifactError(
-            "its merges are not those of SentencePiece, and without them llama.cpp puts no space before a text, and always "
-            "begins it with bos: use another program"
+    edges["space_prefix"], notes = _space_prefix(normal, steps), _stripping(added)
+    if edges["space_prefix"] and any(step["type"] == "Metaspace" for step in steps):
+        notes += (
+            "llama.cpp puts a space before texts that begin with one and after special tokens, and transformers none",
         )
-    plain = {i: Piece(t, 0.0, BYTE if _is_byte(t) else NORMAL) for t, i in model["vocab"].items()}
+    pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    apart = {token["content"] for token in added}
+    ordered = merged_pieces(model["vocab"], pairs, apart=apart, unknown=model.get("unk_token"))
+    if ordered is not None:
+        return Vocabulary("llama", "default", _with_added(ordered, added), (), {}, edges, {}, notes)
+    if edges["space_prefix"] or not edges["bos"] or any(_crosses_lines(a + b) for a, b in pairs):
+        raise ArtifactError(
+            "its merges are not those of SentencePiece, and other merges llama.cpp carries out only without a space before a "
+            "text, with bos, and within lines: train it by SentencePiece"
+        )
+    plain = {i: Piece(t, 0.0, BYTE if t in BYTES else NORMAL) for t, i in model["vocab"].items()}
     merges = tuple(" ".join(pair) for pair in pairs)
-    return Vocabulary("gpt2", "gemma4", _with_added(plain, added), merges or ("",), {}, edges, {}, _stripping(added))
+    return Vocabulary("gpt2", "gemma4", _with_added(plain, added), merges or ("",), {}, edges, {}, notes)
 
 
 def _from_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Vocabulary:
@@ -128,7 +154,9 @@ def _encoder(folder: Path) -> Any:
         raise BackendError(f"tokenizers in GGUF need the tokenizers package: {how_to_install('gguf')}") from None
     try:
         made = Tokenizer.from_file(str(inside(folder, TOKENIZER)))
-    except Exception as error:  # the package raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the package raises plain Exception, and a panic of Rust is none
         raise ValueError(str(error)) from None
     return lambda text, special: made.encode(text, add_special_tokens=special).ids
 
@@ -210,8 +238,9 @@ def _looks_special(text: str) -> bool:
     return ends or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or (text.startswith("<unused") and text[-1] == ">")
 
 
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+def _crosses_lines(text: str) -> bool:
+    """Whether a token has a line break beside another letter."""
+    return "\n" in text and bool(text.strip("\n"))
 
 
 def _stripping(added: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -220,72 +249,16 @@ def _stripping(added: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return (f"{shown}: the tokenizer drops spaces beside such tokens, and llama.cpp keeps them",) if names else ()
 
 
-def _padded(pieces: tuple[Piece, ...], folder: Path, size: Any) -> tuple[Piece, ...]:
+def _padded(pieces: tuple[Piece, ...], size: Any) -> tuple[Piece, ...]:
     if type(size) is not int:
         return pieces
     extra = [piece.text for piece in pieces[size:]]
     if any(piece.kind not in (UNUSED, CONTROL, USER_DEFINED) for piece in pieces[size:]):
         raise ArtifactError(
-            f"{folder}: the tokenizer has {len(pieces)} tokens, and the embedding {size} rows: put the tokenizer of this model "
-            "there, or write the file --without-tokenizer"
+            f"the tokenizer has {len(pieces)} tokens, and the embedding {size} rows: put the tokenizer of this model "
+            "there"
         )
     texts = {piece.text for piece in pieces[:size]}
     if len(texts) != len(pieces) - len(extra):
-        raise ArtifactError(
-            f"{folder}: two tokens have one text, which llama.cpp does not open: write it --without-tokenizer"
-        )
+        raise ArtifactError("two tokens have one text, and llama.cpp opens no such file")
     return (*pieces[:size], *(Piece(f"[PAD{i}]", -10000.0, UNUSED) for i in range(len(pieces), size)))
-
-
-def _with_special(made: Vocabulary, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Vocabulary:
-    """The same vocabulary with its special ids, those of `generation_config.json` first."""
-    by_text = {piece.text: i for i, piece in enumerate(made.pieces)}
-    generation = _table(folder, "generation_config.json")
-    ids: dict[str, int] = {}
-    for name in SPECIAL:
-        token = settings.get(f"{name}_token")
-        text = token.get("content") if isinstance(token, Mapping) else token
-        stated = by_text.get(text) if isinstance(text, str) else None
-        found = next(
-            (one for one in (stated, *_ids(config, name), *_ids(generation or {}, name)) if one is not None), None
-        )
-        if found is not None and found < len(made.pieces):
-            ids[name] = found
-    stops = [i for table in (generation or {}, config) for i in _ids(table, "eos") if i != ids.get("eos")]
-    more = [i for i in dict.fromkeys(stops) if i < len(made.pieces) and made.pieces[i].text not in ENDS]
-    ids.update(zip(("eot", "eom"), more, strict=False))
-    notes = made.notes
-    if len(more) > 2:
-        notes += (
-            f"llama.cpp stops at eos and two more tokens: not at {', '.join(made.pieces[i].text for i in more[2:])}",
-        )
-    if "eos" not in ids:
-        notes += ("the tokenizer has no eos, so that llama.cpp may end an answer anywhere: set eos_token",)
-    for name in ("bos", "eos"):
-        if made.adds.get(name) and name not in ids:
-            raise ArtifactError(
-                f"{folder}: the tokenizer puts {name} around a text, and no {name}_token is stated: add it"
-            )
-    return replace(made, ids=ids, notes=notes)
-
-
-def _ids(table: Mapping[str, Any], name: str) -> list[int]:
-    value = table.get(f"{name}_token_id")
-    return [one for one in (value if isinstance(value, list) else [value]) if type(one) is int and one >= 0]
-
-
-def _with_template(made: Vocabulary, folder: Path, settings: Mapping[str, Any]) -> Vocabulary:
-    """The same vocabulary with its chat templates, and a note of what llama.cpp lacks for them."""
-    stated = settings.get("chat_template")
-    templates = {"default": stated} if isinstance(stated, str) else {}
-    for one in stated if isinstance(stated, list) else ():
-        templates[str(one["name"])] = str(one["template"])
-    if (folder / TEMPLATE).exists():
-        templates["default"] = read_text(inside(folder, TEMPLATE))
-    notes = made.notes
-    for name, text in templates.items():
-        if lacking := unsupported(text):
-            notes += (f"chat template {name!r} uses what llama.cpp lacks: {', '.join(lacking)}",)
-    if not templates:
-        notes += ("the tokenizer has no chat template, so that llama.cpp takes ChatML's",)
-    return replace(made, templates=templates, notes=notes)
