@@ -38,7 +38,7 @@ TOLERANCE = {
     "qkit, MLX": 2e-4,
     "mlx-lm": 2e-4,
 }
-HALF = 2e-2  #: of models in bfloat16, whose activations have 8 significant bits
+HALF = 6e-2  #: of models in bfloat16: products and sums of 8 significant bits, in another order on each engine
 
 
 def row(name: str, recipe: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def row(name: str, recipe: str) -> dict[str, str]:
         try:
             plan = make_plan(folder / "in", _recipe(recipe))
         except qkit.QkitError as error:
-            return dict.fromkeys(READERS, f"refused: {error}")
+            return dict.fromkeys(READERS[:1], f"refused: {error}")
         quantize_directory(plan, folder / "out", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
         _expected(plan, folder / "values")
         model = openings.in_transformers(folder / "values")
@@ -105,23 +105,3 @@ def _verdict(reader: str, family: Family, folder: Path, config: dict[str, Any], 
     off = float(np.abs(got - logits).max() / np.abs(logits).max())
     most = TOLERANCE[reader] if family.dtype == "float32" else HALF
     return "equal" if off <= most else f"wrong: {off:.2g} off"
-
-
-if __name__ == "__main__":
-    import sys
-    import time
-    import warnings
-
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in FAMILIES:
-        if len(sys.argv) > 1 and not any(name.startswith(one) for one in sys.argv[1:]):
-            continue
-        for recipe in RECIPES:
-            begin = time.time()
-            cells = row(name, recipe)
-            short = {reader: cell for reader, cell in cells.items() if cell not in ("equal", "none")}
-            print(f"{name} | {recipe} | {time.time() - begin:.1f}s | {json.dumps(short)}", flush=True)
