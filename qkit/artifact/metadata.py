@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qkit.artifact.known import both_names
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, RecipeError
 from qkit.formats import compressed_tensors
@@ -112,7 +113,8 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
         return
     theirs = stated["quantization_config"]
     check_compressed_tensors(theirs)
-    ours = compressed_tensors.quantization_config([(one.rule, one.paths) for one in rules], left_alone=[])
+    groups = [(one.rule, both_names(one.paths, config)) for one in rules]
+    ours = compressed_tensors.quantization_config(groups, left_alone=[])
     for key in ("quant_method", "format", "config_groups"):
         if theirs.get(key) != ours[key]:
             raise ArtifactError(

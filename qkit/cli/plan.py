@@ -7,7 +7,7 @@ from rich.table import Table
 
 import qkit
 from qkit.cli.console import Json, console, print_json, read_size, size
-from qkit.cli.quantize import CopyCode, Model, RecipeName, ShardSize
+from qkit.cli.quantize import CopyCode, Model, RecipeName, ShardSize, warn
 from qkit.streaming.carry_out import WORKERS
 from qkit.streaming.plan import Plan, make_plan
 
@@ -33,6 +33,7 @@ def plan(
         console.print(f"{made.tied} is also the output head", highlight=False)
     for name in made.left_behind:
         console.print(f"not copied: {name}", highlight=False)
+    warn(made)
     console.print(
         f"{made.output_bytes:,} bytes in {len(made.layout.sizes)} weights file(s), {made.bits_per_weight:.2f} bits per weight, "
         f"about {size(peak)} of memory at most",
@@ -48,6 +49,7 @@ def _as_table(made: Plan, peak: int) -> dict[str, Any]:
         "tied_head": made.tied or None,
         "files": dict(made.layout.sizes),
         "not_copied": list(made.left_behind),
+        "warnings": [str(one) for one in made.caveats],
         "tensors": [
             {
                 "name": row.stored.slot.name,

@@ -41,6 +41,7 @@ def quantize(
     engine = qkit.backend(backend).on(device)
     plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
     _check_room(plan, place)
+    warn(plan)
     gc.freeze()  # a collection in a forked worker would copy the pages of today's objects: a tenth of the time
     workers = WORKERS if engine.name == "numpy" else 1
     if sys.stderr.isatty():
@@ -56,6 +57,12 @@ def quantize(
     else:
         quantize_directory(plan, out, engine=engine, workers=workers, tick=lambda name, done: None)
     _report(plan, out)
+
+
+def warn(plan: Plan) -> None:
+    """Prints the readers that will not open the output, or only in one way, to standard error."""
+    for one in plan.caveats:
+        errors.print(f"warning: {one}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_room(plan: Plan, place: Destination) -> None:

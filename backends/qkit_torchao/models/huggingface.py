@@ -25,7 +25,10 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     except ImportError:
         raise BackendError(f"building a torch model needs transformers: {how_to_install('hf')}") from None
     try:
-        known = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "transformers_version"})
+        present = {
+            key: value for key, value in config.items() if key != "transformers_version" and not _is_absent(key, value)
+        }
+        known = AutoConfig.for_model(**_with_floats(present))
         architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         if isinstance(architecture, type) and issubclass(architecture, PreTrainedModel):
@@ -37,6 +40,22 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # with a stranger's numbers, transformers fails in any way
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None
     return _with_float32(model, dtype).eval()
+
+
+def _is_absent(key: str, value: Any) -> bool:
+    """Whether a key of a configuration says nothing; transformers fails on some that are null."""
+    return value is None and key in ("rope_scaling", "rope_parameters", "dtype", "torch_dtype")
+
+
+def _with_floats(value: Any) -> Any:
+    """`value` with the floats that JSON cannot hold, as transformers writes them: `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"])
+            if value.keys() == {"__float__"}
+            else {k: _with_floats(v) for k, v in value.items()}
+        )
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def _with_float32(model: Any, dtype: torch.dtype) -> nn.Module:
