@@ -31,7 +31,8 @@ MIXED = qkit.Recipe(
 RECIPES = {"int4": "int4-g32", "mixed": MIXED, "all": "int4-g32-all"}
 READERS = ("qkit, torch", "qkit, MLX", "transformers", "transformers, dequantized", "mlx-lm")
 #: Largest difference over the largest logit. In torch every weight is compared, too, and is equal; its float32 kernels sum in an
-#: order that depends on where a weight lies in memory, and CLIP's logits of one picture cancel. MLX's sum in another order, through some ten layers.
+#: order that depends on where a weight lies in memory, and CLIP's logits of one picture cancel. MLX's sum in another order,
+#: through some ten layers.
 TOLERANCE = {
     "transformers": 5e-5,
     "transformers, dequantized": 5e-5,
