@@ -17,11 +17,11 @@ TOKEN: Final = re.compile(r"(\{\{|\}\})|\{([0-9,-]+)\}|([{}])")
 RANGE: Final = re.compile(rf"({NUMBER.pattern})(?:-({NUMBER.pattern}))?")
 
 
-def collapse(paths: Iterable[str]) -> list[str]:
-    """Patterns whose paths are `paths`, each once, in the order of their first paths. Takes linear time.
+def collapse(paths: Iterable[str]) -> dict[str, int]:
+    """Patterns whose paths are `paths`, each once, with the number of their paths. Takes linear time.
 
     >>> collapse(["h.0.up", "h.1.up", "h.0.down", "h.3.up", "head"])
-    ['h.{0-1,3}.up', 'h.0.down', 'head']
+    {'h.{0-1,3}.up': 3, 'h.0.down': 1, 'head': 1}
     """
     found: dict[tuple[str | None, ...], set[tuple[int, ...]]] = {}
     for path in paths:
@@ -29,7 +29,7 @@ def collapse(paths: Iterable[str]) -> list[str]:
         numbers = tuple(int(part) for part in parts if NUMBER.fullmatch(part))
         shape = tuple(None if NUMBER.fullmatch(part) else part.replace("{", "{{").replace("}", "}}") for part in parts)
         found.setdefault(shape, set()).add(numbers)
-    return [_fill(shape, ranges) for shape, numbers in found.items() for ranges in _products(numbers)]
+    return {_fill(shape, one): count for shape, numbers in found.items() for one, count in _products(numbers)}
 
 
 def expand(patterns: Iterable[str], *, most: int) -> list[str]:
@@ -51,10 +51,10 @@ def expand(patterns: Iterable[str], *, most: int) -> list[str]:
     return out
 
 
-def _products(rows: set[tuple[int, ...]]) -> Iterator[list[str]]:
-    """`rows` as disjoint products of lists of numbers, each list as text."""
+def _products(rows: set[tuple[int, ...]]) -> Iterator[tuple[list[str], int]]:
+    """`rows` as disjoint products of lists of numbers: each list as text, and the number of rows in the product."""
     if rows == {()}:
-        yield []
+        yield [], 1
         return
     rest: dict[int, set[tuple[int, ...]]] = {}
     for first, *others in rows:
@@ -62,9 +62,9 @@ def _products(rows: set[tuple[int, ...]]) -> Iterator[list[str]]:
     firsts: dict[frozenset[tuple[int, ...]], list[int]] = {}
     for first in sorted(rest):
         firsts.setdefault(frozenset(rest[first]), []).append(first)
-    for others, alike in firsts.items():
-        for ranges in _products(set(others)):
-            yield [_text(alike), *ranges]
+    for common, alike in firsts.items():
+        for ranges, count in _products(set(common)):
+            yield [_text(alike), *ranges], len(alike) * count
 
 
 def _text(numbers: list[int]) -> str:

@@ -59,7 +59,7 @@ def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:
 
 def describe(rules: Iterable[StoredRule]) -> str:
     """The text of the metadata key that states `rules`, with patterns of `qkit.path_patterns` for the paths."""
-    tables = [{**_without_match(one.rule), "patterns": collapse(one.paths), "dtype": one.dtype} for one in rules]
+    tables = [{**_without_match(one.rule), "patterns": list(collapse(one.paths)), "dtype": one.dtype} for one in rules]
     return json.dumps({"numerics": NUMERICS, "rules": tables}, sort_keys=True)
 
 
