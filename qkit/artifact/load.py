@@ -21,7 +21,7 @@ from qkit.pipeline import NOTE, Model, surgeon
 from qkit.qtensor import QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
-from qkit.storage.read import read_folder
+from qkit.storage.read import map_tensors, read_folder
 from qkit.storage.seal import check_seal
 
 
@@ -45,7 +45,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
     stored, metadata = read_folder(folder)
     check_seal(folder, stored, digests=True)
-    arrays = {name: tensor.mapped() for name, tensor in stored.items()}
+    arrays = map_tensors(stored)
     config = read_config(folder)
     rules = read_rules(folder, metadata, config)
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone

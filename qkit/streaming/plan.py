@@ -19,7 +19,7 @@ from qkit.formats.settings import check_remaining, quantization_of
 from qkit.planning import Planned, plan
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
-from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot
+from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot, lay_out
 from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
 from qkit.streaming.caveats import Caveat, caveats
@@ -65,36 +65,27 @@ class Plan:
         folder: the source.
         rows: one row for each stored tensor, sorted by name, with numbers in names sorted as numbers.
         tied: path of the embedding that is also the output head; empty where the head has its own weight.
-        metadata: metadata of the output; see `Output`.
+        layout: the weights files of the output.
         files: other files of the output; see `Output`.
         left_behind: names of entries of the source that the output will not have.
-        shard_bytes: most bytes of tensors in one file.
         caveats: readers that will not open the output, or only in one way.
     """
 
     folder: Path
     rows: tuple[Row, ...]
     tied: str
-    metadata: Mapping[str, str]
+    layout: Layout
     files: Mapping[str, bytes | Path]
     left_behind: tuple[str, ...]
-    shard_bytes: int
     caveats: tuple[Caveat, ...] = ()
 
     def output(self, folder: Path, *, fingerprint: str = "") -> Output:
         """The directory to write."""
-        slots = [slot for row in self.rows for slot in row.slots]
-        options: dict[str, Any] = {"shard_bytes": self.shard_bytes, "fingerprint": fingerprint}
-        return Output(folder, slots, metadata=self.metadata, files=self.files, **options)
-
-    @property
-    def layout(self) -> Layout:
-        """Layout of the weights files of the output."""
-        return self.output(self.folder).layout
+        return Output(folder, self.layout, files=self.files, fingerprint=fingerprint)
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all files of the output."""
+        """Bytes of all files of the output. Computes them anew."""
         return self.output(self.folder).nbytes
 
     @property
@@ -163,8 +154,9 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
-    metadata = {KEY: describe(rules)}
-    return Plan(folder, tuple(rows), tied, metadata, files, left_behind, shard_bytes, caveats(config, rules))
+    written = (slot for row in rows for slot in row.slots)
+    layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules))
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | str:
