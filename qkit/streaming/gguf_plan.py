@@ -49,7 +49,7 @@ def gguf_plan(plan: Plan, config: Mapping[str, object]) -> GgufPlan | None:
     total, ends = 0, 0
     kinds: Counter[str] = Counter()
     fallbacks: dict[str, str] = {}
-    for row in plan.rows:
+    for row in (row for row in plan.rows if row.slots):
         kind, reason = _kind(row)
         if reason:
             fallbacks[row.stored.slot.name] = reason
