@@ -30,7 +30,9 @@ class GgufPlan:
 
     def __str__(self) -> str:
         parts = [f"{count} {kind}" for kind, count in self.kinds.items()]
-        parts += [f"{len(self.fallbacks)} that need --fallback f16"] if self.fallbacks else []
+        if self.fallbacks:
+            name, reason = next(iter(self.fallbacks.items()))
+            parts.append(f"{len(self.fallbacks)} that need --fallback f16 ({name}: {reason})")
         text = f"as GGUF: {', '.join(parts)}; {self.nbytes:,} bytes"
         if self.float_ends:
             text += f", of which embedding and head, left float, are {self.float_ends / self.nbytes:.0%}"
