@@ -17,7 +17,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 VOCABULARY = 2048
-STEPS, BATCH, LENGTH, RATE = 240, 12, 96, 3e-3
+STEPS, BATCH, LENGTH, RATE = 120, 8, 96, 3e-3
 LEARNED = 500_000  #: characters of the text that tokenizers are trained on
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -136,13 +136,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, gate, *partners)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     x, weight, gate, *partners = ctx.saved_tensors
     to_x = None
     if ctx.needs_input_grad[0]:
         to_x = torch.ops.qkit.linear_input(gradient, weight, gate, ctx.grid, ctx.dtype, ctx.cached, partners)
     to_parameters = _to_parameters(ctx, gradient, x, weight, gate, named(ctx.grid), partners)
-    return to_x, *to_parameters, None, None, None, None, None, None
+    return to_x, *to_parameters, None, None, None, None, None, [None] * len(partners)
 
 
 def _to_parameters(
@@ -188,12 +188,12 @@ def _setup_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(weight, gate, *partners)
 
 
-def _frozen_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _frozen_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     weight, gate, *partners = ctx.saved_tensors
     to_weight = gradient.to(weight.dtype)
     if ctx.ste == "masked":
         to_weight = through(to_weight, weight, named(ctx.grid), gate=gate, peak=peak_of(weight, partners))
-    return to_weight, None, None, None, None, None
+    return to_weight, None, None, None, None, [None] * len(partners)
 
 
 _frozen_values.register_autograd(_frozen_backward, setup_context=_setup_frozen)

@@ -139,7 +139,10 @@ def values_view(weight: Tensor, cached: Tensor, grid: Grid, *, ste: Ste, partner
         partners: the other weights that share the tensor scale of `cached`.
     """
     if ste == "masked":
-        result: Tensor = _Masked.apply(weight, cached, grid, *partners)  # type: ignore[no-untyped-call]
+        peak = peak_of(
+            weight, partners
+        )  # now: going back, torch would refuse partners that have dropped their values since
+        result: Tensor = _Masked.apply(weight, cached, grid, peak)  # type: ignore[no-untyped-call]
         return result
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return cached
@@ -173,16 +176,15 @@ class _Masked(torch.autograd.Function):
     """Forward: the cached values. Backward: the masked gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, cached: Tensor, grid: Grid, *partners: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, cached: Tensor, grid: Grid, peak: Tensor | None) -> Tensor:
         ctx.grid = grid
-        ctx.save_for_backward(weight, *partners)
+        ctx.save_for_backward(weight, peak)
         return cached
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *partners = ctx.saved_tensors
-        to_weight = through(gradients[0].to(weight.dtype), weight, ctx.grid, peak=peak_of(weight, partners))
-        return to_weight, None, None, *(None for _ in partners)
+        weight, peak = ctx.saved_tensors
+        return through(gradients[0].to(weight.dtype), weight, ctx.grid, peak=peak), None, None, None
 
 
 def peak_of(weight: Tensor, partners: Sequence[Tensor]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Layers that servers fuse share one tensor scale: in training, conversion, files, and on every engine."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -117,3 +118,38 @@ def test_a_shared_scale_is_that_of_the_rows_of_one_tensor():
 def test_a_weight_that_is_not_finite_spoils_those_that_share_its_scale():
     w = np.ones((2, 16), np.float32)
     assert np.isnan(reference.fake_quantize(w, NVFP4, peak=float("nan"))).all()
+
+
+@pytest.mark.skipif("torchao" not in ENGINES, reason="torch's compiler")
+@pytest.mark.parametrize("ste", ["identity", "masked"])
+def test_compiled_training_has_the_steps_of_eager_training(ste):
+    import torch
+
+    rule = dataclasses.replace(qkit.recipe("nvfp4-a16").rules[-1], ste=ste)
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                torch.manual_seed(number)
+                layer = torch.nn.Linear(64, 64, bias=False)
+                layer.weight.data *= 2.0 ** (-9 * number)
+                setattr(self, name, layer)
+
+        def forward(self, x):
+            return self.q_proj(x) + self.k_proj(x) + self.v_proj(x)
+
+    x, trained = torch.randn(8, 64), []
+    for compiled in (False, True):
+        model = qkit.prepare(Attention(), qkit.Recipe("shared", (rule,)))
+        run = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        for _ in range(3):
+            loss = run(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        trained.append([*model.parameters(), run(x)])
+        assert torch.allclose(run(x), qkit.convert(copy.deepcopy(model))(x), atol=1e-6)  # products in another order
+    for eager, compiled in zip(*trained, strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-6)  # inductor fuses the loss, and rounds its sum elsewhere
