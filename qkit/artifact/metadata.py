@@ -119,7 +119,11 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
     check_compressed_tensors(theirs)
     groups = [(one.rule, both_names(one.paths, config)) for one in rules]
     ours = compressed_tensors.quantization_config(groups, left_alone=[])
-    for key in ("quant_method", "format", "config_groups"):
+    older = compressed_tensors.quantization_config(groups, left_alone=[], earlier=True)
+    compared = ("quant_method", "format", "config_groups")
+    if all(theirs.get(key) == older[key] for key in compared):
+        ours = older
+    for key in compared:
         if theirs.get(key) != ours[key]:
             raise ArtifactError(
                 f"{key} of its quantization_config is not that of the {KEY} metadata: quantize or save it again"

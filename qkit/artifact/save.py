@@ -79,8 +79,12 @@ def save(
     if dtype is not None:
         converted = [(layer, replace(q, dtype=dtype)) for layer, q in converted]
     for layer, q in converted:
-        for name, array in compressed_tensors.to_tensors(q).items():
+        assert layer.rule is not None
+        for name, array in compressed_tensors.to_tensors(q, compressed_tensors.form_of(layer.rule)).items():
             tensors[join(layer.path, name)] = array
+        tensors |= {
+            join(layer.path, name): array for name, array in compressed_tensors.server_tensors(layer.rule).items()
+        }
     rules = group_rules((layer, q.dtype) for layer, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
     left_alone += [  # such as a router's: for a reader it may be a linear layer

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
+from qkit.formats import compressed_tensors
 from qkit.formats.packed import pack
 from qkit.formats.row_blocks import part_rows, row_blocks
 from qkit.grid import Grid
@@ -171,9 +172,12 @@ def _quantize(
 ) -> None:
     shape = row.stored.slot.shape
     slots = [slot for slot in row.slots if slot.name in places]  # another part of the output may have the others
+    assert row.rule is not None
+    form = compressed_tensors.form_of(row.rule)
     extremes = _extremes(row) if sees_whole_tensor(grid) else None
     for begin, w in _blocks(row.stored, reader):
-        parts = encode(w, grid, quantize=quantize, extremes=extremes)
+        parts = encode(w, grid, quantize=quantize, extremes=extremes, form=form)
+        parts |= compressed_tensors.server_tensors(row.rule)
         for slot in slots:
             name = slot.name.rpartition(".")[2]
             part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]

