@@ -8,7 +8,7 @@ from rich.table import Table
 
 import qkit
 from qkit.cli.console import All, Json, console, print_json, read_size, size
-from qkit.cli.quantize import CopyCode, Jobs, Model, RecipeName, ShardSize, warn
+from qkit.cli.quantize import CopyCode, Jobs, Model, RecipeName, ShardSize, Untie, warn
 from qkit.path_patterns import collapse
 from qkit.processes import cores
 from qkit.streaming.plan import Plan, Row, make_plan
@@ -18,13 +18,14 @@ def plan(
     model: Model,
     recipe: RecipeName,
     copy_code: CopyCode = False,
+    untie: Untie = False,
     shard_size: ShardSize = "5GB",
     jobs: Jobs = None,
     all_rows: All = False,
     as_json: Json = False,
 ) -> None:
     """List a model's tensors with their grids under a recipe, and the output size. Reads headers only."""
-    made = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
+    made = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
     peak = made.peak_memory(jobs or cores())
     if as_json:
         print_json(_as_table(made, peak))

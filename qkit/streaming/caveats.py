@@ -6,6 +6,7 @@ from typing import Any
 
 from qkit.artifact.known import is_known, table
 from qkit.artifact.metadata import StoredRule
+from qkit.streaming.servers import VLLM, sentences
 
 TRANSFORMERS, DEQUANTIZED = "transformers", "transformers, dequantized"
 GOOD = ("equal", "none")  #: results of the table that need no word: equal, or the reader has no such model
@@ -28,11 +29,16 @@ class Caveat:
         return f"{self.reader}: {self.text}" if self.reader else self.text
 
 
-def caveats(config: Mapping[str, Any] | None, rules: Sequence[StoredRule]) -> tuple[Caveat, ...]:
-    """The caveats of an output with these rules of a model with this configuration."""
+def caveats(config: Mapping[str, Any] | None, rules: Sequence[StoredRule], *, tied: bool = False) -> tuple[Caveat, ...]:
+    """The caveats of an output with these rules of a model with this configuration.
+
+    Args:
+        tied: whether its output head is the embedding.
+    """
     if config is None:
         return ()
     found = list(_of_layout(rules))
+    found += [Caveat(VLLM, text) for text in sentences(rules, tied=tied)]
     if not is_known(config):
         found.append(
             Caveat(

@@ -24,6 +24,7 @@ from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
 from qkit.streaming.caveats import Caveat, caveats
 from qkit.streaming.copies import tied_copies
+from qkit.streaming.untie import untied
 
 OUT_PROJ = "out_proj.weight"
 COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
@@ -104,11 +105,14 @@ class Plan:
         return BASE + workers * (WORKER + ELEMENT * largest)
 
 
-def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False) -> Plan:
+def make_plan(
+    folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False, untie: bool = False
+) -> Plan:
     """The plan of `recipe` for the model in `folder`. Reads headers and JSON, and no tensor.
 
     Args:
         copy_code: whether the output gets the Python files of the source too.
+        untie: whether the output gets a weight for a tied output head, equal to the embedding.
 
     Raises:
         ArtifactError: a file is unsound or hostile, or the model is quantized already.
@@ -130,6 +134,8 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         raise ArtifactError(
             f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
         )
+    if untie:
+        tensors, config = untied(tensors, config, folder)
     known = config or {}
     check_whole(tensors, known)
     found = {name: _layer(tensors[name].slot, known, tensors) for name in sorted(tensors, key=_natural)}
@@ -159,7 +165,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     tied = owner.path if owner else ""
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules))
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules, tied=bool(tied)))
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | str:

@@ -132,3 +132,46 @@ def test_embeddings_named_by_their_paths_still_open(tmp_path):
         group["targets"] = paths[group["targets"][0]]
     (out / "config.json").write_text(json.dumps(config))
     assert (logits(ENGINE, qkit.load(out, backend=ENGINE)) == logits(ENGINE, model)).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("int4-g32", ""),
+        ("int4-g32-minmax", ""),
+        ("nvfp4-a16", ""),
+        ("int4-g32-all", "vLLM: does not open a tied head of codes: --untie writes the head as a weight of its own"),
+        ("mxfp4-a16-all", "vLLM: opens no embedding on e2m1-g32-rceil, only symmetric integers"),
+        ("mxfp4-a16", "vLLM: rounds inputs or not by the kind of the GPU, whatever the recipe says"),
+        ("mxfp8", "vLLM: rounds inputs or not by the kind of the GPU, whatever the recipe says"),
+        ("nvfp4", "vLLM: divides inputs by a tensor scale of 1, where qkit's follows each input"),
+        ("int8-dynamic-act-int4-weight", "vLLM: rounds inputs by its own rule"),
+    ],
+)
+def test_a_plan_says_what_a_server_would_do_otherwise(recipe, said, tmp_path):
+    source = make(tmp_path / "float", "llama", tie_word_embeddings=True)
+    found = [str(one) for one in make_plan(source, qkit.recipe(recipe)).caveats if one.reader == "vLLM"]
+    assert bool(found) == bool(said)
+    assert not said or any(one.startswith(said) for one in found), found
+    untied = [str(one) for one in make_plan(source, qkit.recipe(recipe), untie=True).caveats if "untie" in str(one)]
+    assert not untied
+
+
+@pytest.mark.parametrize("recipe", ["int4-g32-all", "int4-g32"])
+def test_an_untied_head_is_a_weight_of_its_own_with_the_same_logits(recipe, tmp_path):
+    source = make(tmp_path / "float", "llama", tie_word_embeddings=True)
+    tied = quantize(source, recipe, tmp_path / "tied")
+    plan = make_plan(source, qkit.recipe(recipe), untie=True)
+    out = quantize_directory(plan, tmp_path / "untied", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    with safe_open(out / "model.safetensors", "numpy") as file:
+        assert {"lm_head.weight", "lm_head.weight_packed"} & set(file.keys())
+    assert not list(verify(out))
+    there, here = (logits(ENGINE, qkit.load(folder, backend=ENGINE)) for folder in (tied, out))
+    assert np.allclose(there, here, atol=1e-5)  # a tied head of codes multiplies in another kernel
+
+
+def test_a_model_without_a_tied_head_cannot_be_untied(tmp_path):
+    with pytest.raises(qkit.PlanError, match="has no tied output head: leave --untie out"):
+        make_plan(make(tmp_path / "float", "llama"), qkit.recipe("int4-g32"), untie=True)
