@@ -98,9 +98,10 @@ def _translate(
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     for name, path in owned.items():
-        if name in arrays:
+        if name in arrays and path in paths:
             found[join(paths[path], name.removeprefix(path).lstrip("."))] = arrays[name]
-    return found, [replace(one, paths=tuple(paths[path] for path in one.paths)) for one in rules]
+    mine = [replace(one, paths=tuple(paths[path] for path in one.paths if path in paths)) for one in rules]
+    return found, mine
 
 
 def _shape(arrays: Mapping[str, NDArray[Any]], path: str, stored: StoredRule) -> tuple[int, ...]:
