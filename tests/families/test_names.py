@@ -6,8 +6,10 @@ import pytest
 from catalogue import FAMILIES, Family, make
 from checkpoints import whole
 from openings import TOKENS, in_transformers
+from page import PAGE, README, page, readme
 
 import qkit
+from qkit.artifact import known
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
@@ -152,3 +154,16 @@ def test_the_plan_names_the_way_in_which_a_reader_does_not_open_the_output(recip
     source = whole(tmp_path / "in")
     plan = make_plan(source, recipe if isinstance(recipe, qkit.Recipe) else qkit.recipe(recipe))
     assert [one.reader for one in plan.caveats] == [reader]
+
+
+def test_the_page_of_models_and_the_readme_are_those_of_the_table():
+    assert PAGE.read_text(encoding="utf-8") == page()
+    text = README.read_text(encoding="utf-8")
+    assert readme(text) == text
+    assert "checkpoints of" in text
+
+
+def test_every_row_of_the_table_is_a_family_of_the_gate():
+    rows = known.table()["rows"]
+    assert rows.keys() == FAMILIES.keys()
+    assert {row["architecture"] for row in rows.values()} == {family.architecture for family in FAMILIES.values()}
