@@ -170,7 +170,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     _check_names(rows, folder)
     rules = group_paths((stored_rule(row.rule), row.dtype, path) for row in rows if row.rule for path in row.paths)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
-    left_alone += [path for name in found if is_router(path := output_name(name, known).rpartition(".")[0])]
+    left_alone += {path for name in found if is_router(path := output_name(name, known).rpartition(".")[0])}
     files = companions(folder, config=quantized_config(config, rules, left_alone=left_alone))
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
