@@ -16,7 +16,7 @@ from qkit.artifact.snapshot import Snapshot, locating, read_own, stored_weight, 
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
-from qkit.experts import expert_of
+from qkit.experts import expert_of, is_router
 from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
 from qkit.formats.packed import Tensors
 from qkit.formats.settings import QUANTIZATION, check_alike, check_remaining, quantization_of
@@ -51,7 +51,7 @@ def read_model(folder: str | Path) -> Snapshot:
         packed, mlx = (stated[name] for name in QUANTIZATION)
         if mlx:
             check_alike(stated)
-    tensors = {name: tensor.mapped() for name, tensor in stored.items()}
+    tensors = read.map_tensors(stored)
     known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
     if mlx:
         return _mlx(folder, tensors, known, mlx)
@@ -81,6 +81,9 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     layers = [layer_of(Slot(name, TYPE_NAMES[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
     left_alone = [layer.path for layer in layers if isinstance(layer, Layer) and layer.kind == "linear"]
     left_alone += [HEAD] if source.tied else []
+    left_alone += [
+        path for name in source.tensors if (path := name.removesuffix(".weight")) != name and is_router(path)
+    ]
     config = quantized_config(source.config, rules_of(source), left_alone=left_alone)
     about = json.loads(describe(rules_of(source)))
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
