@@ -8,10 +8,11 @@ from typing import Any, overload
 from numpy.typing import NDArray
 
 from qkit.artifact.config import CONFIG, float_config, read_config
+from qkit.artifact.load_experts import stack_experts, take_experts
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer
-from qkit.engines.protocol import Arrays, Builds, Modules
+from qkit.engines.protocol import Arrays, Builds, Mixes, Modules
 from qkit.engines.registry import backend as choose
 from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, GridError
@@ -55,10 +56,13 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     for layer in layers.values():
         if layer.stage != "float":
             raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
-    arrays, rules = _translate(engine, folder, model, arrays, rules)
+    mixed = take_experts(folder, arrays, layers, rules, config)
+    arrays, rules = _translate(engine, folder, model, arrays, [one for one in rules if one.rule.kind != "experts"])
     taken = {path: _take(folder, arrays, path, layers, one) for one in rules for path in one.paths}
+    stack_experts(engine, folder, arrays, layers, config)
+    without = {join(path, "weight") for path in taken} | {name for path in mixed for name in layers[path].stored}
     try:
-        engine.fill(model, arrays, without={join(path, "weight") for path in taken})
+        engine.fill(model, arrays, without=without)
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     packed: dict[str, Any] = {}
@@ -68,6 +72,9 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
         if layer.tied and layer.tied in taken:
             rule = Rule(("*",), kind=kind_of(layer), weight=taken[layer.tied].rule.weight)
             packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
+        elif path in mixed:
+            q, rule = mixed[path]
+            packed[path] = require(engine, Mixes).pack_experts(layer.module, q, rule)
         elif path in taken:
             packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
     return engine.replace(model, packed)
