@@ -45,9 +45,10 @@ def summary() -> str:
     rows: dict[str, Any] = known.table()["rows"]
     own = sum(all(_good(row, reader, "int4") for reader in READERS[:2]) for row in rows.values())
     others = sum(all(_good(row, reader, "int4") for reader in READERS[2:]) for row in rows.values())
+    counted = f"Of {len(rows)} checkpoints of {len(known.table()['types'])} model types"
     return (
-        f"Of {len(rows)} checkpoints of {len(known.table()['types'])} model types, {own} open equal on both of qkit's engines "
-        f"under `int4-g32`, and {others} in transformers, by default and dequantized, and in mlx-lm, where the reader has such a model."
+        f"{counted}, {own} open equal on both of qkit's engines under `int4-g32`, and {others} in transformers, by default and "
+        "dequantized, and in mlx-lm, where the reader has such a model."
     )
 
 
