@@ -7,7 +7,8 @@ from qkit import fused
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Arrays, Deploys, Fuses, Mixes, Modules, Trains
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
