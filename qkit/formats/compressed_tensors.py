@@ -5,7 +5,7 @@ Layouts read off compressed-tensors 0.20: `pack-quantized`, `int-quantized`, `mx
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from qkit.element import LIMIT, MIN_SCALE_CODE, NVFP4_STEP
 from qkit.errors import ArtifactError
 from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_parts, check_scales, mantissa, pack, unpack
-from qkit.formats.targets import ignored, targets_of
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
 from qkit.reference import packing
@@ -199,40 +198,6 @@ def contents(
     return {"weight": ("float8_e4m3fn", shape), "weight_scale": scale}
 
 
-def quantization_config(
-    rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alone: Iterable[str], earlier: bool = False
-) -> dict[str, Any]:
-    """The `quantization_config` of a config.json, with one group for each rule.
-
-    Args:
-        rules: rules of the converted layers, each with the full paths of its layers.
-        left_alone: paths of the layers that stay float.
-        earlier: as earlier versions of qkit wrote it: integers packed under any rule, and embeddings by their paths.
-    """
-    kinds = [rule.kind for rule, _ in rules]
-    groups = {
-        f"group_{i}": {
-            "targets": targets_of(rule.kind, paths, beside=kinds, earlier=earlier),
-            "weights": _arguments(rule.weight),
-            "input_activations": _activation_arguments(rule.activation, rule),
-            "output_activations": _activation_arguments(rule.output, rule),
-            "format": layout(rule.weight) if earlier else form_of(rule),
-        }
-        for i, (rule, paths) in enumerate(rules)
-        if rule.weight
-    }
-    forms = {group["format"] for group in groups.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
-        "config_groups": groups,
-        "ignore": ignored(left_alone, but=[path for _, paths in rules for path in paths]),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
 def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
     """Shape of the weight on `grid` that `tensors` store. `pack-quantized` has a tensor for it: packed words do not tell.
 
@@ -245,31 +210,6 @@ def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]
         *rows, pairs = tensors["weight_packed"].shape
         return (*rows, 2 * pairs)
     return tuple(tensors["weight"].shape)
-
-
-def _arguments(grid: Grid) -> dict[str, Any]:
-    strategy = {"row": "channel", "tensor": "tensor"}.get(str(grid.group), "group")
-    scale_dtype = {"mxfp4-pack-quantized": "torch.uint8", "mxfp8-quantized": "torch.uint8"}.get(layout(grid))
-    if grid.scale == "nvfp4":
-        strategy, scale_dtype = "tensor_group", "torch.float8_e4m3fn"
-    return {
-        "num_bits": grid.element.bits,
-        "type": "int" if grid.element.kind == "integer" else "float",
-        "symmetric": grid.symmetric,
-        "strategy": strategy,
-        "group_size": grid.group if isinstance(grid.group, int) else None,
-        "dynamic": False,
-        **({"scale_dtype": scale_dtype} if scale_dtype else {}),
-    }
-
-
-def _activation_arguments(grid: Grid | None, rule: Rule) -> dict[str, Any] | None:
-    if grid is None:
-        return None
-    if rule.range != "dynamic":
-        return _arguments(grid)
-    arguments = {**_arguments(grid), "dynamic": "local" if grid.scale == "nvfp4" else True}
-    return {**arguments, "strategy": "token"} if grid.group == "row" else arguments
 
 
 def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qkit.errors import ArtifactError, GridError
+from qkit.experts import expert_of
 from qkit.intake import time_limit
 from qkit.rules import Kind
 
 PATTERNS: Final = 1000  #: most regular expressions of a configuration
-CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding"}  #: names in the targets of groups
+#: By kind of layer, the name in the targets of groups.
+CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding", "experts": "Linear"}
 HEADS: Final = frozenset({"lm_head", "embed_out", "output"})  #: last names of output heads
 SECONDS: Final = 20  #: most seconds of all patterns for one layer: some patterns never end
 
@@ -81,10 +83,13 @@ def targets_of(kind: Kind, paths: Sequence[str], *, beside: Sequence[Kind], earl
         earlier: as earlier versions of qkit wrote them.
     """
     if earlier:
-        return ["Linear"] if list(beside) == ["linear"] else list(paths)
-    if beside.count(kind) > 1:
-        return list(paths)
-    return [CLASSES[kind], *(path for path in paths if path.rpartition(".")[2] in HEADS)]
+        return ["Linear"] if len(beside) == 1 and kind != "embedding" else list(paths)
+    if sum(CLASSES[one] == CLASSES[kind] for one in beside) == 1:
+        return [CLASSES[kind], *(path for path in paths if path.rpartition(".")[2] in HEADS)]
+    if kind == "experts":  # readers look for `experts` in a pattern
+        blocks = sorted({expert[0] for path in paths if (expert := expert_of(path))})
+        return [f"re:{re.escape(block)}[.].*" for block in blocks]
+    return list(paths)
 
 
 def ignored(paths: Iterable[str], *, but: Iterable[str]) -> list[str]:

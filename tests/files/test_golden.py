@@ -12,7 +12,9 @@ from qkit.formats.packed import unpack
 
 ARTIFACTS = ("integers", "small-floats", "static")
 STREAMED = ("integers", "small-floats", "mlx")
-EARLIER = OUT.parent / "earlier"  #: metadata that list every path, embeddings named by paths, packed integers with activations
+EARLIER = (
+    OUT.parent / "earlier"
+)  #: metadata that list every path, embeddings named by paths, packed integers with activations
 
 
 def content(folder):
