@@ -16,7 +16,7 @@ from qkit.exchange.diff import compare
 from qkit.exchange.export_model import export_dense
 from qkit.exchange.import_model import read_model
 from qkit.exchange.write_model import weights_only
-from qkit.formats import compressed_tensors
+from qkit.formats import compressed_groups, compressed_tensors
 from qkit.formats.targets import ignored
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
@@ -66,7 +66,8 @@ def test_an_artifact_of_earlier_versions_still_opens(recipe, tmp_path):
     model = qkit.load(new, backend=ENGINE)
     old = tmp_path / "old"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressed_tensors, "form_of", lambda rule: compressed_tensors.layout(rule.weight))
+        for module in (compressed_tensors, compressed_groups):
+            patch.setattr(module, "form_of", lambda rule: compressed_tensors.layout(rule.weight))
         qkit.save(model, old, source=tmp_path / "float")
     assert json.loads((old / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
     assert any("weight_packed" in name for name in load_file(old / "model.safetensors"))
