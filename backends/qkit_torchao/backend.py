@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING, Adapts, Deploys, Trains
+from qkit.engines.protocol import NOTHING, Adapts, Deploys, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
+from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
@@ -19,8 +20,8 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, learned, straight_through
-from qkit_torchao.models import gather, surgery
+from qkit_torchao.layers import adapted, converted, fused, learned, straight_through
+from qkit_torchao.models import gather, names, surgery
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
@@ -49,9 +50,10 @@ class TorchaoBackend:
             raise BackendError(f"torch has no device {device!r} here: {str(error).splitlines()[0]}") from None
         return type(self)(device)
 
-    def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
+    def quantize(self, w: Tensor, grid: Grid, *, peak: float | None = None) -> QTensor[Tensor]:
         """See `Arrays.quantize`."""
-        return choose.quantize(w, grid)
+        shared = None if peak is None else torch.tensor(peak, dtype=torch.float32, device=w.device)
+        return choose.quantize(w, grid, peak=shared)
 
     def dequantize(self, q: QTensor[Tensor]) -> Tensor:
         """See `Arrays.dequantize`."""
@@ -202,6 +204,12 @@ class TorchaoBackend:
             return None
         return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
 
+    # Fuses
+
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """See `Fuses.fuse`."""
+        fused.fuse(modules)
+
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
@@ -238,6 +246,14 @@ class TorchaoBackend:
         """See `Builds.logits`."""
         return trainer.logits(model, tokens)
 
+    # Translates
+
+    def translate(
+        self, model: nn.Module, stored: Mapping[str, NDArray[Any]], codes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """See `Translates.translate`; by transformers' table of conversions."""
+        return names.translate(model, stored, codes, to_tensor=self.from_numpy, to_array=self.to_numpy)
+
     # Trains
 
     def adamw(self, model: nn.Module, options: AdamWOptions) -> AdamW:
@@ -268,7 +284,9 @@ class TorchaoBackend:
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Adapts, Trains, Deploys] = (
+    _offered: tuple[Fuses, Adapts, Trains, Deploys, Translates] = (
+        _engine,
+        _engine,
         _engine,
         _engine,
         _engine,

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TypeGuard, TypeVar
 
-from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Modules, Trains
+from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
+from qkit.engines.translation import Translates
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
 from qkit.rules import Rule
@@ -14,9 +15,11 @@ Ability = TypeVar("Ability", bound=Arrays)
 ACTIONS: dict[type, str] = {
     Arrays: "quantize arrays",
     Modules: "prepare or convert models",
+    Fuses: "train layers that share a tensor scale",
     Adapts: "train adapters",
     Builds: "build and run language models",
     Trains: "train",
+    Translates: "read files under other names than the model's",
     Deploys: "convert layers in one pass",
 }
 

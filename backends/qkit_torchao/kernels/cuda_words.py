@@ -13,7 +13,8 @@ from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
 from qkit_torchao.kernels import triton_words
-from qkit_torchao.kernels.cuda import INTERPRETED, Kernel, device_of
+from qkit_torchao.kernels.cuda import INTERPRETED, device_of
+from qkit_torchao.kernels.launches import Kernel
 
 FEW = 8  #: the most rows that are multiplied without decoding: more pay for the values of the weight
 ALIGNED = 16  #: bytes that are read at once

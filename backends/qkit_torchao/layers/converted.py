@@ -19,11 +19,12 @@ from qkit_torchao.layers import containers
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import Execution, choose_execution
 from qkit_torchao.layers.packed_product import Parts, decode_packed
+from qkit_torchao.layers.scaled_embedding import scaled
 from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters, set_parameter
 
 PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that has no torchao tensor
-PREPARED = ("mode", "calibrating", "frozen", "simple", "kind", "grid_name", "slot_names", "values_buffer")
+PREPARED = ("mode", "calibrating", "frozen", "fused", "simple", "kind", "grid_name", "slot_names", "values_buffer")
 
 
 class _Packed(nn.Module):
@@ -73,7 +74,7 @@ class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[override]  # as ab
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
-        return rounding.dequantize(_rows(self, tokens))
+        return scaled(self, rounding.dequantize(_rows(self, tokens)))
 
 
 def pack(
