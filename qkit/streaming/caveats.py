@@ -30,11 +30,17 @@ class Caveat:
         return f"{self.reader}: {self.text}" if self.reader else self.text
 
 
-def caveats(config: Mapping[str, Any] | None, rules: Sequence[StoredRule]) -> tuple[Caveat, ...]:
-    """The caveats of an output with these rules of a model with this configuration."""
+def caveats(
+    config: Mapping[str, Any] | None, rules: Sequence[StoredRule], *, single_experts: bool = False
+) -> tuple[Caveat, ...]:
+    """The caveats of an output with these rules of a model with this configuration.
+
+    Args:
+        single_experts: whether the output has float experts that are stored one by one.
+    """
     if config is None:
         return ()
-    found = list(_of_experts(config, rules))
+    found = list(_of_experts(config, rules, single_experts and bool(rules)))
     found += [one for one in _of_layout(rules) if one.reader not in {known.reader for known in found}]
     if not is_known(config):
         found.append(
@@ -64,10 +70,13 @@ def _of_layout(rules: Sequence[StoredRule]) -> Iterable[Caveat]:
         yield Caveat(TRANSFORMERS, f"its default gives zero points another shape: {way} ({TRIED})")
 
 
-def _of_experts(config: Mapping[str, Any], rules: Sequence[StoredRule]) -> Iterable[Caveat]:
+def _of_experts(config: Mapping[str, Any], rules: Sequence[StoredRule], float_ones: bool) -> Iterable[Caveat]:
     """Experts that transformers does not stack again, or decodes otherwise."""
     mixed = [one.rule for one in rules if one.rule.kind == "experts"]
-    if not mixed:
+    if float_ones:
+        text = "it drops float experts that are stored one by one beside quantized layers"
+        yield from (Caveat(one, f"{text}: open the output with qkit ({TRIED})") for one in (TRANSFORMERS, DEQUANTIZED))
+    if float_ones or not mixed:
         return
     kind = str(config.get("model_type"))
     grids = {rule.weight for rule in mixed}
@@ -83,8 +92,7 @@ def _of_experts(config: Mapping[str, Any], rules: Sequence[StoredRule]) -> Itera
     elif len(grids) > 1:
         text = "it decodes all experts by the grid of the first"
     if text:
-        yield Caveat(TRANSFORMERS, f"{text}: open the output with qkit ({TRIED})")
-        yield Caveat(DEQUANTIZED, f"{text}: open the output with qkit ({TRIED})")
+        yield from (Caveat(one, f"{text}: open the output with qkit ({TRIED})") for one in (TRANSFORMERS, DEQUANTIZED))
     if any(rule.slots for rule in mixed):
         yield Caveat("", f"transformers does not quantize the inputs of experts, and qkit does ({TRIED})")
 

@@ -175,9 +175,10 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
+    single = any(row.member and row.member.expert is not None and not row.rule for row in rows)
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules))
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules, single_experts=single))
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:

@@ -417,3 +417,12 @@ def test_the_plan_says_who_does_not_open_the_experts(name, recipe, said, tmp_pat
     assert json.loads((tmp_path / "in/config.json").read_text())["model_type"] == name
     found = [str(one) for one in make_plan(tmp_path / "in", qkit.recipe(recipe)).caveats]
     assert sum(said in one for one in found) == 2
+
+
+def test_the_plan_says_that_transformers_drops_single_float_experts(tmp_path):
+    from qkit.streaming.plan import make_plan
+
+    make("qwen3_moe").save_pretrained(tmp_path / "in")
+    recipe = qkit.Recipe("attention", (qkit.Rule(("*",), weight=qkit.Grid("int4", 32), indivisible="skip"),))
+    found = [str(one) for one in make_plan(tmp_path / "in", recipe).caveats]
+    assert sum("drops float experts" in one for one in found) == 2
