@@ -5,7 +5,7 @@ right after its base. A ratio is the median of the rounds, with the least and gr
 time, which counts where other programs share the cores. `sha256sum` runs in as many processes as there are cores, one for each
 weights file.
 
-Usage: python benchmarks/checkpoint_bars.py [--gigabytes 13] [--rounds 3] [--folder DIR] [--out FILE.json]
+Usage: python benchmarks/checkpoint_bars.py [--gigabytes 13] [--rounds 2] [--folder DIR] [--out FILE.json]
 """
 
 import argparse
@@ -73,7 +73,7 @@ def row(name: str, base: str, bar: float, runs: dict[str, list[Run]]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--gigabytes", type=float, default=13)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
