@@ -1,6 +1,6 @@
 """The MLX engine: every verb of `qkit.engines.protocol`, in the order of the protocols."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING, Adapts, Trains
+from qkit.engines.protocol import NOTHING, Adapts, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import BackendError
 from qkit.grid import Grid
@@ -20,8 +20,8 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers import adapted, converted, learned, prepared, straight_through
-from qkit_mlx.models import surgery
+from qkit_mlx.layers import adapted, converted, fused, learned, prepared, straight_through
+from qkit_mlx.models import places, surgery
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
 
@@ -50,9 +50,9 @@ class MlxBackend:
             )
         return self
 
-    def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
+    def quantize(self, w: mx.array, grid: Grid, *, peak: float | None = None) -> QTensor[mx.array]:
         """See `Arrays.quantize`."""
-        return choose.quantize(w, grid)
+        return choose.quantize(w, grid, peak=None if peak is None else mx.array(peak, mx.float32))
 
     def dequantize(self, q: QTensor[mx.array]) -> mx.array:
         """See `Arrays.dequantize`."""
@@ -175,6 +175,12 @@ class MlxBackend:
         """See `Modules.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
         return getattr(model, "qkit_config", None)
 
+    # Fuses
+
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """See `Fuses.fuse`."""
+        fused.fuse(modules)
+
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
@@ -219,6 +225,16 @@ class MlxBackend:
         """See `Builds.logits`."""
         return trainer.logits(model, tokens)
 
+    # Translates
+
+    def translate(
+        self, model: nn.Module, stored: Mapping[str, NDArray[Any]], codes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """See `Translates.translate`; by the model's `sanitize`, which `fill` calls for the tensors."""
+        shapes = {name: array.shape for name, array in stored.items()}
+        known = {layer.path for layer in self.layers(model)}
+        return dict(stored), places.places(model, shapes, codes, known=known)
+
     # Trains
 
     def adamw(self, model: nn.Module, options: AdamWOptions) -> AdamW:
@@ -247,4 +263,8 @@ class MlxBackend:
 
 
 if TYPE_CHECKING:
-    _offered: tuple[Adapts, Trains] = (MlxBackend(), MlxBackend())  # mypy compares every verb with the protocols
+    _offered: tuple[Fuses, Adapts, Trains] = (
+        MlxBackend(),
+        MlxBackend(),
+        MlxBackend(),
+    )  # mypy compares every verb with the protocols

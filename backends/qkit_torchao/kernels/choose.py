@@ -3,9 +3,11 @@
 Each module of kernels declares, as `TAKES`, the pairs of element and scale rule that its kernels compute.
 """
 
+import os
 from functools import cache
 from importlib.util import find_spec
 from itertools import compress
+from shutil import which
 from types import ModuleType
 from typing import Any
 
@@ -20,11 +22,17 @@ from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.kernels import cpu
 from qkit_torchao.kernels.tables import Target
 
+COMPILERS = ("gcc", "clang", "cc")  #: that Triton looks for, besides the one that CC names
+CAPABILITY = (8, 0)  #: the least of GPUs whose kernels read and write bfloat16
 
-def rounded(w: Tensor, grid: Grid) -> Tensor:
-    """`rounding.rounded(w, grid)`."""
+
+def rounded(w: Tensor, grid: Grid, *, peak: Tensor | None = None) -> Tensor:
+    """`rounding.rounded(w, grid, peak=peak)`."""
     kernels = _kernels(w)
-    return kernels.values(w, grid) if kernels and kernels.takes(w, grid) else rounding.rounded(w, grid)
+    if kernels and kernels.takes(w, grid):
+        values: Tensor = kernels.values(w, grid, peak=peak)
+        return values
+    return rounding.rounded(w, grid, peak=peak)
 
 
 def gated(x: Tensor, grid: Grid, gate: Tensor) -> Tensor:
@@ -36,8 +44,15 @@ def gated(x: Tensor, grid: Grid, gate: Tensor) -> Tensor:
     return torch.where(gate, rounding.rounded(x, grid), x) if x.numel() else x.clone()
 
 
-def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
-    """`rounding.quantize(w, grid)`. Fills besides, where they are not None:
+def quantize(
+    w: Tensor,
+    grid: Grid,
+    *,
+    values: Tensor | None = None,
+    steps: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> QTensor[Tensor]:
+    """`rounding.quantize(w, grid, peak=peak)`. Fills besides, where they are not None:
 
     Args:
         values: shaped like `w`: the values of the codes.
@@ -45,11 +60,11 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
     """
     kernels = _kernels(w)
     if kernels and kernels.takes(w, grid):
-        quantized: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps)
+        quantized: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps, peak=peak)
         return quantized
-    q = rounding.quantize(w, grid)
+    q = rounding.quantize(w, grid, peak=peak)
     if values is not None:
-        values.copy_(rounding.rounded(w, grid))
+        values.copy_(rounding.rounded(w, grid, peak=peak))
     if steps is not None:
         steps.copy_(rounding.scale_values(q) + poison(amax(rounding.group(w, grid))))
     return q
@@ -61,11 +76,16 @@ def lays_out(w: Tensor, grid: Grid) -> bool:
     return w.is_cuda and kernels is not None and kernels.takes(w, grid)
 
 
-def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
-    """See `cuda.laid_out`; for tensors that `lays_out` accepts."""
+def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid:
+    """See `cuda.laid_out`; for tensors that `lays_out` accepts, in any layout."""
     kernels = _cuda()
     assert kernels is not None
-    laid: Laid | None = kernels.laid_out(w, grid, layout, broken=broken, number=number)
+    plain: Layout = "bytes" if layout == "words" else layout
+    laid: Laid = kernels.laid_out(w, grid, plain, broken=broken, number=number)
+    if layout == "words":
+        from qkit_torchao.kernels import cuda_words
+
+        return cuda_words.laid(laid)
     return laid
 
 
@@ -78,19 +98,95 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     return rounding.dequantize(q)
 
 
-def compute_values(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+def why_not_packed(device: torch.device) -> str:
+    """Why no kernel on `device` multiplies or decodes packed codes, and the way out; empty where kernels do."""
+    if device.type != "cuda":
+        return f"there are no kernels for packed codes on the {device.type}"
+    return why_no_triton(device)
+
+
+@cache
+def why_no_triton(device: torch.device) -> str:
+    """Why Triton compiles nothing for the GPU `device`, and the way out; empty where it does."""
+    if not find_spec("triton"):
+        return "Triton is not installed: pip install 'qkit-quant[cuda]'"
+    if not any(map(which, filter(None, (os.environ.get("CC"), *COMPILERS)))):
+        return "Triton finds no C compiler: install gcc, or name one in CC"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {'.'.join(map(str, CAPABILITY))}"
+    return ""
+
+
+def multiplies_few(x: Tensor, grid: Grid) -> bool:
+    """Whether `multiply_few` takes x [rows, inputs] for packed codes on `grid`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return 0 < len(x) <= cuda_words.FEW and not cuda_words.why_not_few(grid, x.shape[-1])
+
+
+def multiply_few(x: Tensor, *parts: Any, **more: Any) -> Tensor:
+    """See `cuda_words.multiply`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.multiply(x, *parts, **more)
+
+
+def values(*parts: Any, **more: Any) -> Tensor:
+    """See `cuda_words.values`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.values(*parts, **more)
+
+
+def why_not_few(grid: Grid, inputs: int) -> str:
+    """See `cuda_words.why_not_few`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.why_not_few(grid, inputs)
+
+
+def multiplies_codes(x: Tensor) -> bool:
+    """Whether `codes_product` takes codes x [rows, inputs] of an input: few rows on a GPU that Triton compiles for."""
+    if not x.is_cuda or why_no_triton(x.device):
+        return False
+    from qkit_torchao.kernels import cuda_words
+
+    return 0 < len(x) <= cuda_words.FEW
+
+
+def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
+    """See `cuda_words.codes_product`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.codes_product(x, codes, zeros)
+
+
+def compute_values(
+    weights: list[Tensor],
+    targets: list[Tensor],
+    gates: list[Tensor],
+    grid: Grid,
+    partners: list[tuple[Tensor, ...]],
+) -> None:
     """Fills each of `targets` with the values of its weight, or with the weight itself where its gate is off.
 
     Weights are of one type and on one device. One launch, where kernels take all of them.
+
+    Args:
+        partners: for each weight, the others that share its tensor scale.
     """
     kernels = _kernels(weights[0])
-    together = [bool(kernels and kernels.takes(w, grid)) for w in weights]
-    for w, target, gate, taken in zip(weights, targets, gates, together, strict=True):
+    together = [
+        bool(kernels and all(kernels.takes(one, grid) for one in (w, *others)))
+        for w, others in zip(weights, partners, strict=True)
+    ]
+    for w, target, gate, others, taken in zip(weights, targets, gates, partners, together, strict=True):
         if not taken:
-            target.copy_(torch.where(gate, rounding.rounded(w, grid), w))
+            peak = rounding.shared_peak([w, *others]) if others else None
+            target.copy_(torch.where(gate, rounding.rounded(w, grid, peak=peak), w))
     if kernels and any(together):
         parts = [list(compress(tensors, together)) for tensors in (weights, targets, gates)]
-        kernels.compute_values(*parts, grid)
+        kernels.compute_values(*parts, grid, list(compress(partners, together)))
         torch.autograd.graph.increment_version(parts[1])  # a backward that waits for the values before is told
 
 
