@@ -29,8 +29,10 @@ from qkit.streaming.copies import tied_copies
 
 OUT_PROJ = "out_proj.weight"
 COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
-#: Anonymous memory in bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of each element in its block.
+#: Anonymous memory in bytes, measured on Linux: of Python with NumPy; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
+#: The same, of each tensor of the source and of the output: names, places, digests. Workers copy some of these pages.
+SOURCE, OUTPUT = 700, 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ class Plan:
         blocks = [next(row_blocks(row.shape)) for row in self.rows if row.rule]
         widths = [row.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
-        return BASE + workers * (WORKER + ELEMENT * largest)
+        tensors = SOURCE * len(self.rows) + OUTPUT * len(self.layout.places)
+        return BASE + tensors + workers * (WORKER + ELEMENT * largest)
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False) -> Plan:
