@@ -11,7 +11,8 @@ from qkit.errors import ArtifactError, QkitError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import Tensors
 from qkit.formats.row_blocks import row_blocks, rows_of
-from qkit.processes import batches, in_processes
+from qkit.processes import in_processes
+from qkit.storage.batches import batches
 from qkit.storage.marks import SEAL
 from qkit.storage.read import Stored, map_tensors, read_folder
 from qkit.storage.seal import Problem, file_problems, read_seal, tensor_problems

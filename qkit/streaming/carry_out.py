@@ -18,8 +18,9 @@ from qkit.formats import compressed_tensors
 from qkit.formats.packed import pack
 from qkit.formats.row_blocks import part_rows
 from qkit.grid import Grid
-from qkit.processes import batches, in_processes
+from qkit.processes import in_processes
 from qkit.reference.packing import Packed
+from qkit.storage.batches import batches
 from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place, Slot
 from qkit.storage.parts import Part, Whole, join, part_output

@@ -30,8 +30,10 @@ from qkit.streaming.untie import untied
 
 OUT_PROJ = "out_proj.weight"
 COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
-#: Anonymous memory in bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of each element in its block.
+#: Anonymous memory in bytes, measured on Linux: of Python with NumPy; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
+#: The same, of each tensor of the source and of the output: names, places, digests. Workers copy some of these pages.
+SOURCE, OUTPUT = 700, 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ class Plan:
         blocks = [next(row_blocks(row.shape)) for row in self.rows if row.rule]
         widths = [row.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
-        return BASE + workers * (WORKER + ELEMENT * largest)
+        tensors = SOURCE * len(self.rows) + OUTPUT * len(self.layout.places)
+        return BASE + tensors + workers * (WORKER + ELEMENT * largest)
 
 
 def make_plan(
@@ -181,9 +184,11 @@ def make_plan(
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
+    single = any(row.member and row.member.expert is not None and not row.rule for row in rows)
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules, tied=bool(tied)))
+    found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind, found_caveats)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:
