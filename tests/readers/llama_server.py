@@ -14,7 +14,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("-c", "--ctx-size", type=int, default=256)
-    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--port", type=int, default=0)  # any that is free
     given = parser.parse_args()
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.port = given.model, given.ctx_size, given.port
