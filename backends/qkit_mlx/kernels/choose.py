@@ -21,9 +21,21 @@ def fake_quantize(x: mx.array, grid: Grid) -> mx.array:
 
 
 def fake_quantize_weight(w: mx.array, grid: Grid) -> mx.array:
-    """`fake_quantize` of a weight, which it may evaluate. Evaluating an activation would retain the graph that computes it."""
+    """`fake_quantize` of a weight, or of each in a stack [experts, outputs, inputs].
+
+    May evaluate `w`. Evaluating an activation would retain the graph that computes it.
+    """
     w = mx.stop_gradient(w)
+    if _is_stack(w, grid):
+        return mx.stack([fake_quantize_weight(one, grid) for one in w])
     return cpu.fake_quantize(w, grid) if cpu.takes(w, grid) else fake_quantize(w, grid)
+
+
+def unclipped_weight(w: mx.array, grid: Grid) -> mx.array:
+    """`rounding.unclipped` of a weight, or of each in a stack [experts, outputs, inputs]."""
+    if _is_stack(w, grid):
+        return mx.stack([rounding.unclipped(one, grid) for one in w])
+    return rounding.unclipped(w, grid)
 
 
 def packed_codes(codes: mx.array, element: Element) -> mx.array:
@@ -36,3 +48,8 @@ def magnitude(x: mx.array) -> float:
     if cpu.reads(x):
         return cpu.magnitude(x)
     return float(np.array(mx.abs(x.astype(mx.float32)).max())) if x.size else 0.0
+
+
+def _is_stack(w: mx.array, grid: Grid) -> bool:
+    """Whether `w` has to be quantized expert by expert. Elsewhere a row's codes depend on no other row."""
+    return w.ndim > 2 and not grid.by_rows

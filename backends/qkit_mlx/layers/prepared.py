@@ -116,7 +116,7 @@ class FakeLinear(Float32Scales, nn.Linear):
 
     def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         x = self._on_grid(x, self.rule.activation, "input")
-        w = _values(self, weight)
+        w = values_of(self, weight)
         y = x @ w.T if bias is None else mx.addmm(bias, x, w.T)
         return self._on_grid(y, self.rule.output, "output")
 
@@ -190,7 +190,7 @@ class FakeEmbedding(nn.Embedding):
         """Row numbers x [...] -> [..., width]."""
 
         def run_prepared(weight: mx.array) -> mx.array:
-            return _values(self, weight)[x]
+            return values_of(self, weight)[x]
 
         def run_packed(weight: mx.array) -> mx.array:
             return self._pack(weight)(x)
@@ -203,7 +203,7 @@ class FakeEmbedding(nn.Embedding):
         """The output head of a tied model: x [..., width] -> [..., entries]."""
 
         def run_prepared(x: mx.array, weight: mx.array) -> mx.array:
-            return x @ _values(self, weight).T
+            return x @ values_of(self, weight).T
 
         def run_packed(x: mx.array, weight: mx.array) -> mx.array:
             return self._pack(weight).as_linear(x)
@@ -241,6 +241,17 @@ def evaluate_packed(
     return answer
 
 
+def values_of(layer: Any, weight: mx.array) -> mx.array:
+    """The values that a layer multiplies with: computed once for each state of the weight, not for each part of a batch."""
+    if not quantizes(layer):
+        return weight
+    grid, ste = cast(Grid, layer.rule.weight), layer.rule.ste
+    if layer.training and "_frozen_values" in layer:
+        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste)
+    values = layer.cached_values.of(weight, partial(choose.fake_quantize_weight, grid=grid), grid, traced=True)
+    return values_view(weight, values, grid, ste=ste)
+
+
 def _adopt(prepared: Any, layer: nn.Module, rule: Rule) -> None:
     for name in ("weight", "bias"):
         if name in layer:
@@ -251,17 +262,6 @@ def _adopt(prepared: Any, layer: nn.Module, rule: Rule) -> None:
     )  # no parameter, because of its name, but in the state of compiled functions
     prepared.freeze(keys=list(frozen_names(layer)))
     prepared.train(layer.training)  # which also creates `cached_values`
-
-
-def _values(layer: Any, weight: mx.array) -> mx.array:
-    """The values that a layer multiplies with: computed once for each state of the weight, not for each part of a batch."""
-    if not quantizes(layer):
-        return weight
-    grid, ste = cast(Grid, layer.rule.weight), layer.rule.ste
-    if layer.training and "_frozen_values" in layer:
-        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste)
-    values = layer.cached_values.of(weight, partial(choose.fake_quantize_weight, grid=grid), grid, traced=True)
-    return values_view(weight, values, grid, ste=ste)
 
 
 def _refuse(rule: Rule) -> NoReturn:
