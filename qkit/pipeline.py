@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Arrays, Deploys, Modules, Trains
+from qkit.engines.protocol import Arrays, Deploys, Mixes, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
@@ -16,6 +16,7 @@ from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -94,6 +95,9 @@ def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
     for layer, rule in chosen:
         if layer.path in packed:
             continue
+        if layer.kind == "experts":
+            packed[layer.path] = _pack_experts(engine, layer, rule, static[layer.path])
+            continue
         owner = packed[layer.tied] if layer.tied else None
         if owner is None:
             q = codes[layer.path] = _codes(engine, model, layer, rule)
@@ -107,7 +111,11 @@ def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str,
     """The converted layers, by path, that the engine deploys in one pass; none where it cannot."""
     if not offers(engine, Deploys):
         return {}
-    own = [(layer, rule) for layer, rule in chosen if not layer.tied and not _learned(layer, rule)]
+    own = [
+        (layer, rule)
+        for layer, rule in chosen
+        if not layer.tied and not _learned(layer, rule) and layer.kind != "experts"
+    ]
     made = engine.deploy([(layer.module, rule, static[layer.path]) for layer, rule in own])
     return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
 
@@ -123,6 +131,22 @@ def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule) -> QTensor[Any
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
     parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
+
+
+def _pack_experts(engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]") -> Any:
+    from qkit.experts import join_rows, quantize_experts  # here, so that `import qkit` stays cheap
+
+    mixing = require(engine, Mixes)
+    assert rule.weight is not None
+    weights = mixing.experts(layer.module)
+    for name, w in weights.items():
+        check(engine, w, rule.weight, name=f"{layer.path}.{name}")
+
+    def join(one: Any, other: Any) -> Any:
+        return engine.from_numpy(join_rows(engine.to_numpy(one), engine.to_numpy(other)))
+
+    q = quantize_experts(weights, rule.weight, quantize=engine.quantize, join=join)
+    return mixing.pack_experts(layer.module, q, rule, static=static)
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:

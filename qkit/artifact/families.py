@@ -6,17 +6,17 @@ result with `layers()` of an engine. Most other families copy the same few names
 
 import re
 from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any
 
 from qkit.engines.layer import Layer
 from qkit.errors import PlanError
+from qkit.experts import Member, is_router, member_of, whole
 from qkit.qtensor import DTYPES as FLOATS
 from qkit.storage.layout import DTYPES, Slot
 
 EMBEDDINGS = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)(_tokens|_in|_positions|_per_layer|s)*$")
 NO_TOKENS = re.compile(r"(wpe|positions|per_layer)$")  #: embeddings that are never the output head too
-ROUTERS = ("gate", "router")
-EXPERT = re.compile(r"\.experts\.\d+\.")
 HEAD = "lm_head"
 HIDDEN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -32,30 +32,56 @@ def output_name(name: str, config: Mapping[str, Any]) -> str:
     return f"{RENAMED.get(_type(config), {}).get(path, path)}.{last}" if path else name
 
 
-def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
-    """The layer whose weight is in `slot`; or, where no rule can apply to the tensor, the reason as text."""
+def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
+    """The layer whose weight is in `slot`; or its place among experts, of which `experts_layers` makes layers.
+
+    Where no rule can apply to the tensor, the reason as text.
+    """
     path, _, last = slot.name.rpartition(".")
     own = path.rpartition(".")[2]
+    if member := member_of(slot.name, slot.shape, config):
+        return member
     if "expert" in slot.name and len(slot.shape) > 2:
-        return f"stacked experts, {len(slot.shape)} axes: no engine has a layer for them"
+        return f"stacked experts under a name that qkit does not know, {len(slot.shape)} axes"
     if last != "weight":
         return "no weight of a layer"
     if len(slot.shape) != 2:
         return f"{len(slot.shape)} {'axis' if len(slot.shape) == 1 else 'axes'}: a layer has two"
-    if EXPERT.search(slot.name):
-        return "one expert of many: models stack them in one tensor, and no engine has a layer for it"
-    if own in ROUTERS:
+    if is_router(path):
         return "a router"
     if own in TRANSPOSED.get(_type(config), ()):
         return "transposed: a Conv1D holds it"
-    obstacle = ""
-    if DTYPES[slot.dtype][0] not in FLOATS:
-        obstacle = f"its weight is {DTYPES[slot.dtype][0]}: only {', '.join(FLOATS)} are quantized"
+    obstacle = _not_float(slot)
     if not EMBEDDINGS.search(own):
         return Layer(path, "linear", slot.shape, None, obstacle=obstacle)
     if _type(config).startswith("gemma") and not obstacle:
         obstacle = "it scales its outputs, and is a subclass of embedding that qkit does not know"
     return Layer(path, "embedding", slot.shape, None, obstacle=obstacle)
+
+
+def experts_layers(members: Mapping[str, tuple[Slot, Member]]) -> dict[str, Layer]:
+    """The experts of every block as one layer, by the path of the block.
+
+    Args:
+        members: the tensors of experts and their places, by name.
+
+    Raises:
+        PlanError: an expert is missing, or experts of one block differ.
+    """
+    blocks: dict[str, list[tuple[Slot, Member]]] = {}
+    for slot, member in members.values():
+        blocks.setdefault(member.block, []).append((slot, member))
+    layers = {}
+    for block, mine in blocks.items():
+        try:
+            shapes = whole(block, [member for _, member in mine])
+        except ValueError as error:
+            raise PlanError(f"{error}: a shard is missing, or fetch the model again") from None
+        count, _, inputs = shapes["up_proj"]
+        outputs = sum(prod(shape) for shape in shapes.values()) // (count * inputs)
+        obstacle = next(filter(None, (_not_float(slot) for slot, _ in mine)), "")
+        layers[block] = Layer(block, "experts", (count, outputs, inputs), None, obstacle=obstacle, projections=shapes)
+    return layers
 
 
 def tied_head(layers: Collection[Layer], config: Mapping[str, Any]) -> Layer | None:
@@ -102,6 +128,11 @@ def check_whole(names: Collection[str], config: Mapping[str, Any]) -> None:
                 f"no tensor of hidden layer {number} is here, and config.json counts {count}: a shard is missing, or fetch the "
                 "model again"
             )
+
+
+def _not_float(slot: Slot) -> str:
+    kind = DTYPES[slot.dtype][0]
+    return "" if kind in FLOATS else f"its weight is {kind}: only {', '.join(FLOATS)} are quantized"
 
 
 def _type(config: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from qkit.artifact.families import layer_of, tied_head
 from qkit.artifact.metadata import StoredRule, read_rules
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError
+from qkit.experts import Member
 from qkit.formats import compressed_tensors
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
@@ -88,12 +89,13 @@ def inspect_directory(folder: Path) -> Inspection:
     rest = [stored.slot for name, stored in tensors.items() if name not in taken]
     found = [layer_of(slot, config or {}) for slot in rest]
     layers = [layer for layer in found if isinstance(layer, Layer)]
+    blocks = {one.block for one in found if isinstance(one, Member)}
     quantized = [Layer(path, group.stored.rule.kind, (), None) for group in groups for path in group.stored.paths]
     owner = tied_head([*layers, *quantized], config) if config else None
     files = {stored.file.name: stored.file.stat().st_size for stored in tensors.values()}
     return Inspection(
         groups=tuple(groups),
-        left_alone=tuple(sorted(layer.path for layer in layers)),
+        left_alone=tuple(sorted(blocks | {layer.path for layer in layers})),
         tied=owner.path if owner else "",
         files=dict(sorted(files.items())),
         tensors=len(tensors),

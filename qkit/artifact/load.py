@@ -8,12 +8,14 @@ from typing import Any, overload
 from numpy.typing import NDArray
 
 from qkit.artifact.config import CONFIG, float_config, read_config
+from qkit.artifact.load_experts import stack_experts, take_experts
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
 from qkit.engines.abilities import require, want_honored
 from qkit.engines.layer import Layer
-from qkit.engines.protocol import Arrays, Builds, Modules
+from qkit.engines.protocol import Arrays, Builds, Mixes, Modules
 from qkit.engines.registry import backend as choose
 from qkit.errors import ArtifactError, GridError
+from qkit.experts import module_name
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import NOTE, Model, surgeon
@@ -44,8 +46,8 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
     stored, metadata = read_folder(folder)
     check_seal(folder, stored, digests=True)
-    arrays = {name: tensor.mapped() for name, tensor in stored.items()}
     config = read_config(folder)
+    arrays = {module_name(name, config): tensor.mapped() for name, tensor in stored.items()}
     rules = read_rules(folder, metadata, config)
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
     want_honored(engine, inference, f"load {folder}")
@@ -54,9 +56,13 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     for layer in layers.values():
         if layer.stage != "float":
             raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
-    taken = {path: _take(folder, arrays, path, layers, one) for one in rules for path in one.paths}
+    single = [(path, one) for one in rules if one.rule.kind != "experts" for path in one.paths]
+    taken = {path: _take(folder, arrays, path, layers, one) for path, one in single}
+    mixed = take_experts(folder, arrays, layers, rules, config)
+    stack_experts(engine, folder, arrays, layers, mixed)
+    without = {join(path, "weight") for path in taken} | {name for path in mixed for name in layers[path].stored}
     try:
-        engine.fill(model, arrays, without={join(path, "weight") for path in taken})
+        engine.fill(model, arrays, without=without)
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     packed: dict[str, Any] = {}
@@ -66,6 +72,9 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
         if layer.tied and layer.tied in taken:
             rule = Rule(("*",), kind=kind_of(layer), weight=taken[layer.tied].rule.weight)
             packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
+        elif path in mixed:
+            q, rule = mixed[path]
+            packed[path] = require(engine, Mixes).pack_experts(layer.module, q, rule)
         elif path in taken:
             packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
     return engine.replace(model, packed)

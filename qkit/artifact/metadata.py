@@ -34,14 +34,9 @@ class StoredRule:
     paths: tuple[str, ...]
 
 
-def group_rules(saved: Iterable[tuple[Layer, DType]]) -> list[StoredRule]:
-    """The rules of converted layers, each rule once for each type of weight, in the order of their first layers."""
-    applied = []
-    for layer, dtype in saved:
-        assert layer.rule is not None
-        rule = replace(layer.rule, match=("*",), kind=kind_of(layer), indivisible="error")
-        applied.append((rule, dtype, layer.path))
-    return group_paths(applied)
+def stored_rule(rule: Rule) -> Rule:
+    """`rule` as an artifact states it: without the patterns that chose the layers."""
+    return replace(rule, match=("*",), indivisible="error")
 
 
 def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:
@@ -124,7 +119,7 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
 
 def kind_of(layer: Layer) -> Kind:
     """The kind of the rules that apply to `layer`."""
-    return "embedding" if layer.kind == "embedding" else "linear"
+    return "linear" if layer.kind == "other" else layer.kind
 
 
 def _parse(folder: Path, text: str, layout: str) -> list[StoredRule]:

@@ -1,6 +1,6 @@
 """`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,16 @@ from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
-from qkit.artifact.metadata import KEY, describe, group_rules
-from qkit.engines.layer import want_merged, want_whole
-from qkit.engines.protocol import Arrays
+from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
+from qkit.engines.abilities import require
+from qkit.engines.layer import Layer, want_merged, want_whole
+from qkit.engines.protocol import Arrays, Mixes, Modules
 from qkit.errors import ArtifactError, StageError
+from qkit.experts import file_name, is_router, paths_of
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import surgeon
-from qkit.qtensor import DTYPES, DType
+from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.reference.ranges import static_contents
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import check_directory, destination
@@ -71,18 +73,21 @@ def save(
     static = {join(layer.path, name) for layer in layers if layer.rule for name in static_contents(layer.rule)}
     if dtype is not None:
         tensors = _cast(tensors, dtype, but=static)
+    tensors = {file_name(name, config): array for name, array in tensors.items()}
     converted = [
-        (layer, engine.unpack(layer.module).map(engine.to_numpy))
+        (path, stored_rule(layer.rule), q if dtype is None else replace(q, dtype=dtype))
         for layer in layers
-        if layer.stage == "converted" and not layer.tied  # a tied weight is stored once, under its first path
+        if layer.rule
+        and layer.stage == "converted"
+        and not layer.tied  # a tied weight is stored once, under its first path
+        for path, q in _weights(engine, layer, config)
     ]
-    if dtype is not None:
-        converted = [(layer, replace(q, dtype=dtype)) for layer, q in converted]
-    for layer, q in converted:
+    for path, _, q in converted:
         for name, array in compressed_tensors.to_tensors(q).items():
-            tensors[join(layer.path, name)] = array
-    rules = group_rules((layer, q.dtype) for layer, q in converted)
+            tensors[join(path, name)] = array
+    rules = group_paths((rule, q.dtype, path) for path, rule, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
+    left_alone += [path for layer in layers if is_router(path := file_name(layer.path, config).removesuffix(".weight"))]
     write_directory(
         folder,
         [array_stream(name, array) for name, array in tensors.items()],
@@ -91,6 +96,18 @@ def save(
         shard_bytes=shard_bytes,
     )
     return folder
+
+
+def _weights(
+    engine: Modules, layer: Layer, config: Mapping[str, Any] | None
+) -> Iterable[tuple[str, QTensor[NDArray[Any]]]]:
+    """The quantized weights of a converted layer, each with its path in files."""
+    if layer.kind != "experts":
+        yield layer.path, engine.unpack(layer.module).map(engine.to_numpy)
+        return
+    q = require(engine, Mixes).unpack_experts(layer.module)
+    for (number, projection), path in paths_of(layer.path, layer.projections, config).items():
+        yield path, q[projection][number].map(engine.to_numpy)
 
 
 def _cast(tensors: Mapping[str, NDArray[Any]], dtype: DType, *, but: Collection[str]) -> dict[str, NDArray[Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TypeGuard, TypeVar
 
-from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Modules, Trains
+from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Mixes, Modules, Trains
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
 from qkit.rules import Rule
@@ -14,6 +14,7 @@ Ability = TypeVar("Ability", bound=Arrays)
 ACTIONS: dict[type, str] = {
     Arrays: "quantize arrays",
     Modules: "prepare or convert models",
+    Mixes: "quantize mixtures of experts",
     Adapts: "train adapters",
     Builds: "build and run language models",
     Trains: "train",

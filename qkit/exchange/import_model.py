@@ -16,6 +16,7 @@ from qkit.artifact.snapshot import Snapshot, locating, read_own, stored_weight, 
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
+from qkit.experts import expert_of
 from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
 from qkit.formats.packed import Tensors
 from qkit.formats.settings import QUANTIZATION, check_alike, check_remaining, quantization_of
@@ -155,4 +156,6 @@ def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 def _kind_of(path: str) -> Kind:
     """Kind of the quantized layer at `path`, by the names of layers in transformers' models."""
+    if expert_of(path):
+        return "experts"
     return "embedding" if EMBEDDINGS.search(path.rpartition(".")[2]) else "linear"

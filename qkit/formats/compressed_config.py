@@ -12,7 +12,12 @@ from qkit.formats.targets import Targets, patterns_limit, readable
 from qkit.grid import Grid
 from qkit.rules import Kind
 
-CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding"}  #: names in the targets of groups
+#: By kind of layer, the name in the targets of groups.
+CLASSES: Final[Mapping[Kind, str]] = {
+    "linear": "Linear",
+    "embedding": "Embedding",
+    "experts": "Linear",
+}
 
 
 def grids(

@@ -5,6 +5,7 @@ Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantize
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from qkit.element import LIMIT, MIN_SCALE_CODE, NVFP4_STEP
 from qkit.errors import ArtifactError
+from qkit.experts import expert_of
 from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_parts, check_scales, mantissa, pack, unpack
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
@@ -157,15 +159,16 @@ def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alo
         rules: rules of the converted layers, each with the full paths of its layers.
         left_alone: paths of the linear layers that stay float.
     """
+    joined = _joined(rules)
     groups = {
         f"group_{i}": {
-            "targets": ["Linear"] if len(rules) == 1 and rule.kind == "linear" else list(paths),
+            "targets": _targets(rule, paths, alone=len(joined) == 1),
             "weights": _arguments(rule.weight),
             "input_activations": _activation_arguments(rule.activation, rule),
             "output_activations": _activation_arguments(rule.output, rule),
             "format": layout(rule.weight),
         }
-        for i, (rule, paths) in enumerate(rules)
+        for i, (rule, paths) in enumerate(joined)
         if rule.weight
     }
     forms = {group["format"] for group in groups.values()}
@@ -178,6 +181,32 @@ def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alo
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _joined(rules: Sequence[tuple[Rule, Sequence[str]]]) -> list[tuple[Rule, list[str]]]:
+    """`rules` without those for experts on the grids of a rule for linear layers, which takes their paths."""
+    out = [(rule, list(paths)) for rule, paths in rules if rule.kind != "experts"]
+    for rule, paths in rules:
+        if rule.kind == "experts":
+            alike = (mine for one, mine in out if one.kind == "linear" and _grids(one) == _grids(rule))
+            if (mine := next(alike, None)) is not None:
+                mine.extend(paths)
+            else:
+                out.append((rule, list(paths)))
+    return out
+
+
+def _grids(rule: Rule) -> tuple[Any, ...]:
+    return rule.weight, rule.activation, rule.output, rule.range
+
+
+def _targets(rule: Rule, paths: Sequence[str], *, alone: bool) -> list[str]:
+    if alone and rule.kind != "embedding":
+        return ["Linear"]
+    if rule.kind == "experts":  # readers look for `experts` in a pattern
+        blocks = sorted({expert[0] for path in paths if (expert := expert_of(path))})
+        return [f"re:{re.escape(block)}[.].*" for block in blocks]
+    return list(paths)
 
 
 def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:

@@ -22,23 +22,23 @@ from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
 from qkit.formats.packed import pack
-from qkit.formats.row_blocks import part_rows, row_blocks
+from qkit.formats.row_blocks import part_rows
 from qkit.grid import Grid
 from qkit.reference.packing import Packed
 from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place
-from qkit.storage.read import Stored, check_bools
+from qkit.storage.read import check_bools
 from qkit.storage.tensor_writer import TensorWriter
 from qkit.streaming import fast_reference
 from qkit.streaming.blocks import (
     PATTERNS,
     Quantize,
-    check_codable,
     check_finite,
     encode,
     sees_whole_tensor,
 )
 from qkit.streaming.plan import Plan, Row
+from qkit.streaming.weights import Reader, name_of, weights_of
 
 COPY = 1 << 20  #: bytes of a block of a copied tensor
 WORKERS = min(os.cpu_count() or 1, 4)  #: more processes would wait for the disk, and each takes memory
@@ -149,7 +149,7 @@ def _live_with(parent: int) -> None:
 def _make(row: Row, places: Mapping[str, Place], *, folder: Path, quantize: Quantize) -> Digests:
     """Writes the output of one row into the files of `folder`, and returns the digest of every tensor written."""
     fast_reference.keep_memory()
-    writer, reader = TensorWriter(folder, places), _Reader(row.stored)
+    writer, reader = TensorWriter(folder, places), Reader(row.stored)
     try:
         if row.rule is None or row.rule.weight is None:
             _copy(row, writer, reader)
@@ -161,74 +161,30 @@ def _make(row: Row, places: Mapping[str, Place], *, folder: Path, quantize: Quan
         reader.close()
 
 
-def _copy(row: Row, writer: TensorWriter, reader: "_Reader") -> None:
+def _copy(row: Row, writer: TensorWriter, reader: Reader) -> None:
     stored, size = row.stored, row.stored.slot.nbytes
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
         if stored.slot.dtype == "BOOL":
-            check_bools(data, name=_name(stored))
+            check_bools(data, name=name_of(stored))
         if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
-            check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)
+            check_finite(data.view(row.dtype), name=name_of(stored), first=first, shape=stored.slot.shape)
         writer.write(row.slots[0].name, data.data, offset=begin)
 
 
-def _quantize(row: Row, grid: Grid, writer: TensorWriter, reader: "_Reader", quantize: Quantize) -> None:
-    shape = row.stored.slot.shape
-    extremes = _extremes(row, reader) if sees_whole_tensor(grid) else None
-    for begin, w in _blocks(row, reader):
-        parts = encode(w, grid, quantize=quantize, extremes=extremes)
-        for slot in row.slots:
-            name = slot.name.rpartition(".")[2]
-            part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
-            first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)
-            if first is not None:
-                writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
-
-
-def _extremes(row: Row, reader: "_Reader") -> tuple[float, float]:
-    """Lowest and highest value of a whole tensor."""
-    found = [(float(x.min()), float(x.max())) for _, w in _blocks(row, reader) for x in [w.astype(np.float32)]]
-    return min(low for low, _ in found), max(high for _, high in found)
-
-
-def _blocks(row: Row, reader: "_Reader") -> Iterator[tuple[int, NDArray[Any]]]:
-    """Blocks of rows of a weight, each with the number of its first row. A block is valid until the next one is read."""
-    stored, n = row.stored, row.stored.slot.shape[1]
-    width = n * DTYPES[stored.slot.dtype][1]
-    for begin, end in row_blocks(stored.slot.shape):
-        w = reader.read(begin * width, end * width).view(row.dtype).reshape(end - begin, n)
-        check_codable(w, name=_name(stored), first=begin * n, shape=stored.slot.shape)
-        yield begin, w
-
-
-class _Reader:
-    """Reads parts of one tensor into one buffer."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        self._opened = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-        self._buffer = np.empty(0, np.uint8)
-
-    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
-        """Bytes `begin` to `end` of the tensor, valid until the next call.
-
-        Raises:
-            ArtifactError: the file has become shorter.
-        """
-        if self._buffer.size < end - begin:
-            self._buffer = np.empty(end - begin, np.uint8)
-        data, got = self._buffer[: end - begin], 0
-        while got < data.size:
-            count = os.preadv(self._opened, [data[got:].data], self._stored.begin + begin + got)
-            if not count:
-                raise ArtifactError(f"{_name(self._stored)} ends early: the file has changed since it was opened")
-            got += count
-        return data
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._opened)
+def _quantize(row: Row, grid: Grid, writer: TensorWriter, reader: Reader, quantize: Quantize) -> None:
+    shape, per_weight = row.shape, len(row.slots) // len(row.paths)
+    for number, weight in enumerate(weights_of(row, reader)):
+        extremes = weight.extremes(shared=grid.scale == "nvfp4") if sees_whole_tensor(grid) else None
+        for begin, w in weight.blocks():
+            parts = encode(w, grid, quantize=quantize, extremes=extremes)
+            for slot in row.slots[number * per_weight : (number + 1) * per_weight]:
+                name = slot.name.rpartition(".")[2]
+                part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
+                first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)
+                if first is not None:
+                    writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
 
 
 def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:
@@ -237,10 +193,6 @@ def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:
 
 def _quantize_on(engine: Arrays, w: NDArray[Any], grid: Grid) -> Packed:
     return pack(engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy))
-
-
-def _name(stored: Stored) -> str:
-    return f"{stored.file}: {stored.slot.name}"
 
 
 def _bytes(part: NDArray[Any]) -> memoryview:

@@ -9,11 +9,13 @@ from typing import Any, cast
 from qkit import native
 from qkit.artifact.companions import companions
 from qkit.artifact.config import CONFIG, quantized_config, read_config
-from qkit.artifact.families import HEAD, check_whole, layer_of, output_name, tied_head
-from qkit.artifact.metadata import KEY, StoredRule, describe, group_rules
+from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
+from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
+from qkit.experts import Member, is_router
 from qkit.formats import compressed_tensors
+from qkit.formats.packed import join
 from qkit.formats.row_blocks import row_blocks
 from qkit.formats.settings import check_remaining, quantization_of
 from qkit.planning import Planned, plan
@@ -33,11 +35,13 @@ class Row:
 
     Attributes:
         stored: the tensor in the source.
-        path: path of the layer whose weight it is; empty for any other tensor.
+        path: path of the layer whose weight it is, or of the block of experts; empty for any other tensor.
         kind: kind of that layer; empty for any other tensor.
         rule: rule of that layer; None where the tensor is copied.
         reason: reason for the copy.
-        slots: tensors of the output: a copy, perhaps under another name, or the parts of the quantized weight.
+        slots: tensors of the output: a copy, perhaps under another name, or the parts of the quantized weights.
+        member: its place among the experts of a block; None for other tensors.
+        partner: the tensor with the other of gate and up, where both share the scale of a tensor; None where there is none.
     """
 
     stored: Stored
@@ -46,6 +50,18 @@ class Row:
     rule: Rule | None
     reason: str
     slots: tuple[Slot, ...]
+    member: Member | None = None
+    partner: Stored | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a weight: of one expert's projection where the tensor has several."""
+        return self.member.shape if self.member else self.stored.slot.shape
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths in files of the weights in the tensor: that of a layer, or those of experts."""
+        return tuple(self.member.paths.values()) if self.member else (self.path,)
 
     @property
     def dtype(self) -> DType:
@@ -99,8 +115,8 @@ class Plan:
 
     def peak_memory(self, workers: int) -> int:
         """An upper estimate of the NumPy engine's anonymous memory with this number of workers, in bytes."""
-        blocks = [next(row_blocks(row.stored.slot.shape)) for row in self.rows if row.rule]
-        widths = [row.stored.slot.shape[1] for row in self.rows if row.rule]
+        blocks = [next(row_blocks(row.shape)) for row in self.rows if row.rule]
+        widths = [row.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
         return BASE + workers * (WORKER + ELEMENT * largest)
 
@@ -136,18 +152,25 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     found = {
         name: _layer(stored.slot, known) for name, stored in sorted(tensors.items(), key=lambda item: _natural(item[0]))
     }
+    members = {name: (tensors[name].slot, one) for name, one in found.items() if isinstance(one, Member)}
+    blocks = experts_layers(members)
     layers = [layer for layer in found.values() if isinstance(layer, Layer)]
     owner = tied_head(layers, known)
-    planned = {item.layer.path: item for item in _plan(_with_head(layers, owner), recipe)}
+    planned = {item.layer.path: item for item in _plan([*_with_head(layers, owner), *blocks.values()], recipe)}
+    partners = _partners(tensors, members)
     rows = []
-    for name, layer in found.items():
+    for name, one in found.items():
+        layer = blocks[one.block] if isinstance(one, Member) else one
         item = planned[layer.path] if isinstance(layer, Layer) else None
         rule, reason = (item.rule, item.reason) if item else (None, str(layer))
         path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
-        rows.append(Row(tensors[name], path, kind, rule, reason, _slots(tensors[name].slot, path, rule, known)))
+        member = one if isinstance(one, Member) else None
+        row = Row(tensors[name], path, kind, rule, reason, (), member, partners.get(name) if rule else None)
+        rows.append(replace(row, slots=_slots(row, known)))
     _check_names(rows, folder)
-    rules = _stored_rules(rows, planned)
+    rules = group_paths((stored_rule(row.rule), row.dtype, path) for row in rows if row.rule for path in row.paths)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
+    left_alone += [path for name in found if is_router(path := output_name(name, known).rpartition(".")[0])]
     files = companions(folder, config=quantized_config(config, rules, left_alone=left_alone))
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
@@ -157,7 +180,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     return Plan(folder, tuple(rows), tied, {KEY: describe(rules)}, files, left_behind, shard_bytes)
 
 
-def _layer(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
+def _layer(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
     return layer_of(replace(slot, name=output_name(slot.name, config)), config)
 
 
@@ -188,16 +211,26 @@ def _keeps_weight(item: Planned) -> bool:
     return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
 
 
-def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) -> tuple[Slot, ...]:
+def _partners(tensors: Mapping[str, Stored], members: Mapping[str, tuple[Slot, Member]]) -> dict[str, Stored]:
+    """For each tensor with the gate or the up projection of one expert, the tensor with the other one, by name."""
+    pairs: dict[tuple[str, int], list[str]] = {}
+    for name, (_, one) in members.items():
+        if one.expert is not None and one.projections != ("down_proj",):
+            pairs.setdefault((one.block, one.expert), []).append(name)
+    both = [names for names in pairs.values() if len(names) == 2]
+    return {mine: tensors[other] for names in both for mine, other in (names, reversed(names))}
+
+
+def _slots(row: Row, config: Mapping[str, Any]) -> tuple[Slot, ...]:
+    slot, rule = row.stored.slot, row.rule
     if rule is None or rule.weight is None:
         return (replace(slot, name=output_name(slot.name, config)),)
-    dtype = cast(DType, DTYPES[slot.dtype][0])
     try:
-        parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape)
+        parts = compressed_tensors.contents(rule.weight, dtype=row.dtype, shape=row.shape)
     except ArtifactError as error:
-        raise PlanError(f"{path}: {error}") from None
+        raise PlanError(f"{row.path}: {error}") from None
     return tuple(
-        Slot(f"{path}.{name}" if path else name, TYPE_NAMES[kind], shape) for name, (kind, shape) in parts.items()
+        Slot(join(path, name), TYPE_NAMES[kind], shape) for path in row.paths for name, (kind, shape) in parts.items()
     )
 
 
@@ -208,10 +241,6 @@ def _check_names(rows: Iterable[Row], folder: Path) -> None:
             if slot.name in seen:
                 raise ArtifactError(f"{folder}: two tensors would be called {slot.name}: drop {row.stored.slot.name}")
             seen.add(slot.name)
-
-
-def _stored_rules(rows: Iterable[Row], planned: Mapping[str, Planned]) -> list[StoredRule]:
-    return group_rules([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

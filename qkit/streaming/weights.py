@@ -1,0 +1,122 @@
+"""The weights in a stored tensor, read block by block of rows: one of a layer, or those of the experts that it stacks."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.errors import ArtifactError
+from qkit.formats.row_blocks import row_blocks
+from qkit.storage.layout import DTYPES
+from qkit.storage.read import Stored
+from qkit.streaming.blocks import check_codable
+from qkit.streaming.plan import Row
+
+Extremes = tuple[float, float]
+
+
+class Reader:
+    """Reads parts of one tensor into one buffer."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+        self._opened = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._buffer = np.empty(0, np.uint8)
+
+    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes `begin` to `end` of the tensor, valid until the next call.
+
+        Raises:
+            ArtifactError: the file has become shorter.
+        """
+        if self._buffer.size < end - begin:
+            self._buffer = np.empty(end - begin, np.uint8)
+        data, got = self._buffer[: end - begin], 0
+        while got < data.size:
+            count = os.preadv(self._opened, [data[got:].data], self.stored.begin + begin + got)
+            if not count:
+                raise ArtifactError(f"{name_of(self.stored)} ends early: the file has changed since it was opened")
+            got += count
+        return data
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._opened)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight [outputs, inputs] of a stored tensor: the whole of it, or the projection of one expert."""
+
+    row: Row
+    reader: Reader
+    expert: int = 0
+    projection: str = ""
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Blocks of rows, each with the number of its first row. A block is valid until the next one is read."""
+        row, n = self.row, self.row.shape[1]
+        for begin, end in row_blocks(row.shape):
+            w = self._rows(begin, end)
+            check_codable(w, name=self._name(), first=begin * n, shape=row.shape)
+            yield begin, w
+
+    def extremes(self, *, shared: bool) -> Extremes:
+        """Lowest and highest value; with `shared` those of the gate and the up projection of an expert together."""
+        found = [(float(x.min()), float(x.max())) for _, w in self.blocks() for x in [w.astype(np.float32)]]
+        if shared:
+            found += self._partner()
+        return min(low for low, _ in found), max(high for _, high in found)
+
+    def _partner(self) -> list[Extremes]:
+        row, member = self.row, self.row.member
+        if row.partner is not None:
+            reader = Reader(row.partner)
+            try:
+                return [Weight(_row_of(row, row.partner), reader).extremes(shared=False)]
+            finally:
+                reader.close()
+        other = [name for name in (member.projections if member else ()) if name != self.projection]
+        return [Weight(row, self.reader, self.expert, name).extremes(shared=False) for name in other]
+
+    def _rows(self, begin: int, end: int) -> NDArray[Any]:
+        row, member = self.row, self.row.member
+        n, size = row.shape[1], DTYPES[row.stored.slot.dtype][1]
+        if member is None or member.expert is not None:
+            first = 0
+        elif (
+            member.transposed or member.interleaved
+        ):  # rows are apart: the file is mapped, and no buffer of ours holds it
+            return np.ascontiguousarray(member.matrix(row.stored.mapped(), self.expert, self.projection)[begin:end])
+        else:
+            place = self.expert * len(member.projections) + member.projections.index(self.projection)
+            first = place * row.shape[0]
+        data = self.reader.read((first + begin) * n * size, (first + end) * n * size)
+        return data.view(row.dtype).reshape(end - begin, n)
+
+    def _name(self) -> str:
+        member = self.row.member
+        of_stack = f", {self.projection} of expert {self.expert}," if member and member.expert is None else ""
+        return f"{name_of(self.row.stored)}{of_stack}"
+
+
+def weights_of(row: Row, reader: Reader) -> Iterator[Weight]:
+    """The weights in the tensor of `row`, in the order of `Row.paths`."""
+    if row.member is None:
+        yield Weight(row, reader)
+        return
+    for expert, projection in row.member.paths:
+        yield Weight(row, reader, expert, projection)
+
+
+def name_of(stored: Stored) -> str:
+    """The file and the name of a tensor, for messages."""
+    return f"{stored.file}: {stored.slot.name}"
+
+
+def _row_of(row: Row, partner: Stored) -> Row:
+    """A row for the tensor `partner`, which has the shape of the weight of `row`."""
+    return Row(partner, row.path, row.kind, row.rule, "", ())
