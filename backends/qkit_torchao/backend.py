@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING, Adapts, Deploys, Trains
+from qkit.engines.protocol import NOTHING, Adapts, Deploys, Mixes, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
@@ -19,13 +19,14 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, learned, straight_through
+from qkit_torchao.layers import adapted, converted, experts, learned, straight_through
 from qkit_torchao.models import gather, surgery
+from qkit_torchao.models.mixtures import Mixtures
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
 
-class TorchaoBackend:
+class TorchaoBackend(Mixtures):
     """torch on CPU or CUDA; converted layers hold torchao's tensors."""
 
     name = "torchao"
@@ -118,6 +119,8 @@ class TorchaoBackend:
 
     def prepare_layer(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Modules.prepare_layer`."""
+        if rule.kind == "experts":
+            return experts.prepare_experts(module, rule)
         made: nn.Module = learned.prepare_layer(module, rule)
         return made
 
@@ -141,15 +144,12 @@ class TorchaoBackend:
         """See `Modules.pack`; the codes go to the layer's device."""
         device = self.weight(module).device
         scales = self._static(static, device)
-        q = converted.unpack(owner) if owner else q.map(lambda array: self._tensor(array).to(device))
+        q = converted.unpack(owner) if owner else q.map(lambda array: self.tensor_of(array).to(device))
         made: nn.Module = converted.pack(module, q, rule, static=scales, owner=owner)
         return made
 
     def _static(self, static: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        return {name: self._tensor(array).to(device) for name, array in static.items()}
-
-    def _tensor(self, array: Any) -> Tensor:
-        return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
+        return {name: self.tensor_of(array).to(device) for name, array in static.items()}
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
         """See `Modules.unpack`."""
@@ -268,7 +268,8 @@ class TorchaoBackend:
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Adapts, Trains, Deploys] = (
+    _offered: tuple[Mixes, Adapts, Trains, Deploys] = (
+        _engine,
         _engine,
         _engine,
         _engine,

@@ -72,7 +72,7 @@ class Prepared(nn.Module):
 
     def freeze_values(self, on: bool) -> None:
         """See `Trains.freeze_values`."""
-        unseen = sharded.is_managed(self) or _cannot_cache(self.weight)
+        unseen = sharded.is_managed(self) or cannot_cache(self.weight)
         if on and (unseen or self.kind):
             why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
             raise BackendError(
@@ -105,7 +105,7 @@ class Prepared(nn.Module):
             return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if not cached or _cannot_cache(weight) or (self.frozen and not self.training):
+        if not cached or cannot_cache(weight) or (self.frozen and not self.training):
             return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
         buffer = self.values_buffer
         fits = buffer is not None and buffer.dtype == dtype and values.may_use(weight, buffer)
@@ -198,7 +198,7 @@ class FakeLinear(Prepared, nn.Linear):
             return None
         weight, gate = self._parameters.get("weight"), self._buffers["gate"]
         assert gate is not None
-        if weight is None or sharded.is_managed(self) or _cannot_cache(weight):  # None, where something computes it
+        if weight is None or sharded.is_managed(self) or cannot_cache(weight):  # None, where something computes it
             return None
         return values.current(weight, self.weight_grid, gate, self.values_buffer)
 
@@ -292,6 +292,6 @@ def _settle(layer: Any) -> None:
     layer.simple = layer.mode == "on" and not (layer.frozen or layer.kind) and layer.rule.range == "dynamic"
 
 
-def _cannot_cache(weight: Tensor) -> bool:
+def cannot_cache(weight: Tensor) -> bool:
     """Whether no version shows the changes of `weight`, or cached values may not be written: under torch.func's transforms."""
     return weight.is_inference() or is_transformed()

@@ -1,15 +1,19 @@
 """Modules and tensors by dotted name: finding layers, replacing them, and the tensors that a model stores."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from qkit.engines.layer import Layer
+from qkit.experts import is_router
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
 from qkit_torchao.layers.converted import PLAIN, PackedEmbedding, PackedLinear
+from qkit_torchao.layers.experts import Experts, FakeExperts
+from qkit_torchao.layers.packed_experts import PackedExperts, buffers_of
 from qkit_torchao.layers.prepared import Prepared
+from qkit_torchao.layers.stacks import Stack, shapes_of, stacks_of
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
 
@@ -25,10 +29,13 @@ def layers(model: nn.Module) -> Iterator[Layer]:
             seen.setdefault(id(module.weight), path)
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread:
+        stacks = module.stacks if isinstance(module, Experts) else stacks_of(module)
+        if stacks:
+            yield _experts(path, module, stacks)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread and not is_router(path):
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module, seen)
+            yield from _others(path, module, seen, but={stack.name for stack in stacks})
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -47,8 +54,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     seen = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, CONVERTED)
-        for name in (*PLAIN, "weight")
+        if isinstance(module, (*CONVERTED, PackedExperts))
+        for name in (buffers_of(module) if isinstance(module, PackedExperts) else (*PLAIN, "weight"))
     }
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in seen}
 
@@ -124,16 +131,58 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
-def _others(path: str, module: nn.Module, seen: dict[int, str]) -> Iterator[Layer]:
+def _experts(path: str, module: Any, stacks: tuple[Stack, ...]) -> Layer:
+    projections = shapes_of(stacks)
+    count, _, inputs = projections["up_proj"]
+    shape = (count, sum(outputs * n for _, outputs, n in projections.values()) // inputs, inputs)
+    stored = tuple(f"{path}.{stack.name}" if path else stack.name for stack in stacks)
+    known: dict[str, Any] = {"projections": projections, "stored": stored}
+    if isinstance(module, FakeExperts):
+        return Layer(
+            path,
+            "experts",
+            shape,
+            module,
+            stage="prepared",
+            rule=module.rule,
+            mode=module.mode,
+            sharded=_is_sharded(module),
+            **known,
+        )
+    if isinstance(module, PackedExperts):
+        how = module.execution
+        return Layer(
+            path,
+            "experts",
+            shape,
+            module,
+            stage="converted",
+            rule=module.rule,
+            native=how.native,
+            execution=how.text,
+            **known,
+        )
+    return Layer(path, "experts", shape, module, sharded=_is_sharded(module), **known)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return sharded.is_managed(module) or any(map(sharded.is_shard, module.parameters(recurse=False)))
+
+
+def _others(path: str, module: nn.Module, seen: dict[int, str], *, but: Collection[str]) -> Iterator[Layer]:
     """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
     for name, parameter in module.named_parameters(path, recurse=False):
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and name.rpartition(".")[2] not in but:
             owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
-            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module))
+            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(path, module))
 
 
-def _why_not(module: nn.Module) -> str:
+def _why_not(path: str, module: nn.Module) -> str:
+    if is_router(path):
+        return "a router"
+    if isinstance(module, Experts) or stacks_of(module):
+        return "biases of experts"
     if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
         return "nn.MultiheadAttention reads its weights itself"
     return f"{type(module).__name__} is no linear layer"
