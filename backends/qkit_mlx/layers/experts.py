@@ -1,33 +1,85 @@
-"""Experts: the stacked linear layers of a mixture, prepared and converted, called as mlx-lm's `SwitchLinear`. Modules only.
+"""Experts: mlx-lm's blocks of stacked linear layers, and their prepared form. Modules only; `converted_experts` has the codes.
 
-A stack is quantized expert by expert: no expert sees another. Grids whose codes depend on one row alone take all rows at once.
+A block is a module whose parts are the projections of all experts. Its own code calls them, with whatever activation it has.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NoReturn, cast
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
 
-from qkit.errors import StageError
-from qkit.grid import Grid
+from qkit.errors import BackendError
 from qkit.qtensor import QTensor
 from qkit.rules import Rule
-from qkit_mlx.arithmetic import rounding
-from qkit_mlx.arithmetic.packing import unpacked_codes
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers.containers import Contents, contain, contained
-from qkit_mlx.layers.execution import GPU, Execution, choose_gather
-from qkit_mlx.layers.float32_scales import Float32Scales
+from qkit_mlx.layers.become import become
+from qkit_mlx.layers.converted_experts import CONVERTED_STACKS, pack_stack, quantize_stack, refuse_lora
+from qkit_mlx.layers.execution import GPU
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes, values_of
 from qkit_mlx.layers.straight_through import fake_quantize
 
-REFUSED = "call qkit.adapt for an adapter that stays on the grid, or give mlx-lm's `keys` without the experts"
+#: Names of the parts in mlx-lm's blocks, by projection.
+PARTS = (
+    {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
+    {"up_proj": "fc1", "down_proj": "fc2"},
+)
+
+
+def parts(module: Any) -> dict[str, Any]:
+    """The stacks of a block of experts by projection, in the order of `qkit.experts.PROJECTIONS`; {} for any other module."""
+    switch = sys.modules.get("mlx_lm.models.switch_layers")  # whoever has such modules has imported it
+    if switch is None or not isinstance(module, (switch.SwitchGLU, switch.SwitchMLP)):
+        return {}
+    for names in PARTS:
+        found = {projection: module.get(name) for projection, name in names.items()}
+        if all(_is_stack(part, switch) for part in found.values()):
+            return found
+    return {}
+
+
+def prepare_experts(module: Any, rule: Rule) -> nn.Module:
+    """The training form of a block: its stacks compute with their values on the grid.
+
+    Raises:
+        BackendError: the rule has static ranges, or one scale for the inputs of all experts.
+    """
+    if rule.range != "dynamic" or (rule.activation and rule.activation.group == "tensor"):
+        raise BackendError(
+            f"experts have no {rule.range} ranges and no scale for all inputs together: each sees other tokens; "
+            "give their rule an activation grid by groups or rows, or none"
+        )
+    made = {name: FakeSwitchLinear(part, rule) for name, part in parts(module).items()}
+    if "gate_proj" in made:
+        made["gate_proj"].__dict__["partner"] = made["up_proj"]
+        made["up_proj"].__dict__["partner"] = made["gate_proj"]
+    return _with_parts(module, made)
+
+
+def pack_experts(module: Any, q: Mapping[str, Sequence[QTensor[mx.array]]], rule: Rule) -> nn.Module:
+    """The converted form of a block: by projection, the quantized weight of each expert."""
+    made = {
+        name: pack_stack(q[name], rule, bias=part.get("bias"), experts=len(q[name]))
+        for name, part in parts(module).items()
+    }
+    for layer in made.values():
+        layer.train(module.training)
+    return _with_parts(module, made)
+
+
+def unpack_experts(module: Any) -> dict[str, list[QTensor[mx.array]]]:
+    """The inverse of `pack_experts`."""
+    return {name: [part.unpack(e) for e in range(part.num_experts)] for name, part in parts(module).items()}
 
 
 class FakeSwitchLinear(FakeLinear):
-    """A stack of linear layers whose weights [experts, outputs, inputs] are on a grid; otherwise as `FakeLinear`."""
+    """A stack of linear layers whose weights [experts, outputs, inputs] are on a grid; otherwise as `FakeLinear`.
+
+    Attributes:
+        partner: the other of gate and up, which shares the tensor's scale of each expert under `nvfp4`; no part of the model
+            at this place. Absent where there is none.
+    """
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
         """x [..., 1 or chosen, rows, inputs], indices [..., chosen] -> [..., chosen, rows, outputs]."""
@@ -35,191 +87,42 @@ class FakeSwitchLinear(FakeLinear):
 
         def run_prepared(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
             x = self._on_grid(x, self.rule.activation, "input")
-            w = values_of(self, weight).swapaxes(-1, -2)
+            w = self._values(weight).swapaxes(-1, -2)
             y = _gather_multiply(x, w, indices, sorted_indices)
             y = y if bias is None else y + mx.expand_dims(bias[indices], -2)
             return self._on_grid(y, self.rule.output, "output")
 
         def run_packed(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-            packed = pack_stack(quantize_stack(weight, self.rule.weight), self.rule, bias=bias, experts=len(weight))
+            pieces = quantize_stack(weight, self.rule.weight, partner=self._partner_weight())
+            packed = pack_stack(pieces, self.rule, bias=bias, experts=len(weight))
             return packed(x, indices, sorted_indices)
 
         if self.training or not quantizes(self):
             return run_prepared(x, *parameters)
         return evaluate_packed(run_packed, run_prepared, x, *parameters)
 
+    def quantized(self, weight: mx.array) -> mx.array:
+        """The values of all experts' weights on their grid, computed anew."""
+        partner = self._partner_weight()
+        both = weight if partner is None else mx.concatenate([weight, partner], axis=1)
+        return choose.fake_quantize_weight(both, self.rule.weight)[:, : weight.shape[1]]
+
+    def _values(self, weight: mx.array) -> mx.array:
+        grid, partner = self.rule.weight, self._partner_weight()
+        if partner is None or not quantizes(self) or (self.training and "_frozen_values" in self):
+            return values_of(self, weight)
+        both = mx.concatenate([weight, mx.stop_gradient(partner)], axis=1)
+        values = mx.stack([fake_quantize(one, grid, ste=self.rule.ste) for one in both])
+        return values[:, : weight.shape[1]]
+
+    def _partner_weight(self) -> mx.array | None:
+        """The weight that shares the scale of the tensor with this one's; None where the grid has no such scale."""
+        partner = self.__dict__.get("partner")
+        return partner["weight"] if partner is not None and self.rule.weight.scale == "nvfp4" else None
+
     def to_lora(self, **_: Any) -> NoReturn:
         """Refuses: mlx-lm would add its adapter beside the grid."""
-        _refuse_lora(self)
-
-
-def quantize_stack(weight: mx.array, grid: Grid) -> list[QTensor[mx.array]]:
-    """The codes of `weight` [experts, outputs, inputs] in pieces of whole experts, in order, each [rows, inputs]."""
-    experts, outputs, inputs = weight.shape
-    if grid.by_rows:
-        return [choose.quantize(weight.reshape(experts * outputs, inputs), grid)]
-    return [choose.quantize(weight[expert], grid) for expert in range(experts)]
-
-
-def pack_stack(
-    pieces: Sequence[QTensor[mx.array]], rule: Rule, *, experts: int, bias: mx.array | None = None
-) -> "PackedSwitchLinear | PlainSwitchLinear":
-    """The frozen stack that holds the codes of `pieces`: those of `experts` experts in order, whole ones in each piece."""
-    rows, inputs = sum(piece.shape[0] for piece in pieces), pieces[0].shape[1]
-    shape = (rows // experts, inputs)
-    execution = choose_gather(rule, device=mx.default_device(), dtype=pieces[0].dtype, shape=shape)
-    cls = PlainSwitchLinear if execution.container is None else PackedSwitchLinear
-    layer = cls(pieces, rule, execution, experts)
-    if bias is not None:
-        layer.bias = bias
-    layer.freeze()
-    return layer
-
-
-class _SwitchLinear(Float32Scales):
-    """The parts that both converted stacks have. Besides its arrays: `rule`, `grid`, `inputs`, `dtype` and `execution`."""
-
-    def __init__(self, pieces: Sequence[QTensor[mx.array]], rule: Rule, execution: Execution, experts: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        first = pieces[0]
-        self.rule, self.grid, self.inputs, self.dtype = rule, first.grid, first.shape[-1], first.dtype
-        self.execution = execution
-        for name, arrays in self._arrays(pieces).items():
-            stacked = arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)
-            self[name] = stacked.reshape(experts, -1, *stacked.shape[1:])
-        if first.tensor_scale is not None:
-            self.tensor_scale = mx.stack([cast(mx.array, piece.tensor_scale) for piece in pieces])
-
-    def _arrays(self, pieces: Sequence[QTensor[mx.array]]) -> dict[str, list[mx.array]]:
-        raise NotImplementedError
-
-    def unpack(self, expert: int) -> QTensor[mx.array]:
-        """The codes and scales of one expert, [outputs, inputs]."""
-        raise NotImplementedError
-
-    def _multiply(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        raise NotImplementedError
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x [..., 1 or chosen, rows, inputs], indices [..., chosen] -> [..., chosen, rows, outputs]."""
-        rule = self.rule
-        y = self._multiply(_on_grid(x, rule.activation), indices, sorted_indices)
-        if "bias" in self:
-            y = y + mx.expand_dims(self["bias"][indices], -2)
-        return _on_grid(y.astype(x.dtype), rule.output)
-
-    def to_lora(self, **_: Any) -> NoReturn:
-        """Refuses: mlx-lm would merge its adapter with its own quantizer."""
-        _refuse_lora(self)
-
-    @property
-    def input_dims(self) -> int:
-        """As in mlx-lm's layer."""
-        return int(self.inputs)
-
-    @property
-    def output_dims(self) -> int:
-        """As in mlx-lm's layer."""
-        return int(self["weight"].shape[1])
-
-    @property
-    def num_experts(self) -> int:
-        """As in mlx-lm's layer."""
-        return len(self["weight"])
-
-
-class PackedSwitchLinear(_SwitchLinear):
-    """A stack in one of MLX's containers: `mx.gather_qmm` multiplies the codes of the experts that tokens chose."""
-
-    def _arrays(self, pieces: Sequence[QTensor[mx.array]]) -> dict[str, list[mx.array]]:
-        container = self.execution.container
-        assert container is not None
-        self.group_size, self.bits, self.mode = container.group, container.bits, container.mode
-        parts = [contain(piece, container) for piece in pieces]
-        narrow = self.execution.in_bfloat16 and container.mode == "affine"
-        out = {"weight": [part.weight for part in parts], "scales": [part.scales for part in parts]}
-        if container.mode == "affine":
-            out["biases"] = [cast(mx.array, part.biases) for part in parts]
-        return {
-            name: [array.astype(mx.bfloat16) for array in arrays] if narrow and name != "weight" else arrays
-            for name, arrays in out.items()
-        }
-
-    def unpack(self, expert: int) -> QTensor[mx.array]:
-        """The codes and scales of one expert, [outputs, inputs]."""
-        scales, biases = self["scales"][expert], self["biases"][expert] if "biases" in self else None
-        if scales.dtype == mx.bfloat16:
-            scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
-        tensor_scale = self["tensor_scale"][expert] if "tensor_scale" in self else None
-        contents = Contents(self["weight"][expert], scales, biases, tensor_scale)
-        return contained(contents, self.grid, inputs=self.inputs, dtype=self.dtype)
-
-    def _multiply(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        if not x.size:
-            return mx.zeros((*indices.shape, x.shape[-2], self.output_dims))
-        scales, biases = self["scales"], self.get("biases")
-        in_bfloat16 = self.execution.in_bfloat16 and x.dtype == mx.bfloat16 and mx.default_device() == GPU
-        if not in_bfloat16:
-            x = x.astype(mx.float32)
-            if scales.dtype == mx.bfloat16:
-                scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
-        y = mx.gather_qmm(
-            x,
-            self["weight"],
-            scales,
-            biases,
-            rhs_indices=indices,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            sorted_indices=sorted_indices,
-        )
-        return y * self["tensor_scale"][indices][..., None, None] if "tensor_scale" in self else y
-
-
-class PlainSwitchLinear(_SwitchLinear):
-    """A stack that MLX has no container or no kernel for: decodes one expert at a time, and those alone that tokens chose."""
-
-    def _arrays(self, pieces: Sequence[QTensor[mx.array]]) -> dict[str, list[mx.array]]:
-        out = {
-            "weight": [choose.packed_codes(piece.codes, piece.grid.element) for piece in pieces],
-            "scales": [piece.scales for piece in pieces],
-        }
-        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
-        return {**out, "zeros": zeros} if zeros else out
-
-    def unpack(self, expert: int) -> QTensor[mx.array]:
-        """The codes and scales of one expert, [outputs, inputs]."""
-        parts = {name: self[name][expert] for name in ("scales", "zeros", "tensor_scale") if name in self}
-        element, symmetric = self.grid.element, self.grid.symmetric
-        codes = unpacked_codes(self["weight"][expert], element=element, n=self.inputs, symmetric=symmetric)
-        return QTensor(codes, grid=self.grid, dtype=self.dtype, **parts)
-
-    def _multiply(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        rows = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:])).reshape(-1, *x.shape[-2:]).astype(mx.float32)
-        chosen = indices.flatten()
-        outputs = (*indices.shape, x.shape[-2], self.output_dims)
-        if not rows.size:
-            return mx.zeros(outputs)
-        try:
-            found = np.array(chosen)
-        except ValueError:  # while a function is compiled, nobody knows which experts tokens will choose
-            return self._multiply_all(rows, chosen).reshape(outputs)
-        order = np.argsort(found, kind="stable")
-        experts, starts = np.unique(found[order], return_index=True)
-        parts = np.split(order, starts[1:])
-        made = [rows[mx.array(part)] @ self._values(int(e)).T for e, part in zip(experts, parts, strict=True)]
-        return mx.concatenate(made)[mx.array(np.argsort(order, kind="stable"))].reshape(outputs)
-
-    def _multiply_all(self, rows: mx.array, chosen: mx.array) -> mx.array:
-        y = mx.zeros((*rows.shape[:-1], self.output_dims))
-        for expert in range(self.num_experts):
-            y = mx.where((chosen == expert)[:, None, None], rows @ self._values(expert).T, y)
-        return y
-
-    def _values(self, expert: int) -> mx.array:
-        return rounding.dequantize(replace(self.unpack(expert), dtype="float32"))
+        refuse_lora(self)
 
 
 def _gather_multiply(x: mx.array, w: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
@@ -230,13 +133,14 @@ def _gather_multiply(x: mx.array, w: mx.array, indices: mx.array, sorted_indices
     return wide.astype(x.dtype)
 
 
-def _on_grid(x: mx.array, grid: Grid | None) -> mx.array:
-    return x if grid is None else fake_quantize(x, grid)
+def _is_stack(part: Any, switch: Any) -> bool:
+    return type(part) is switch.SwitchLinear or isinstance(part, (FakeSwitchLinear, *CONVERTED_STACKS))
 
 
-def _refuse_lora(layer: Any) -> NoReturn:
-    raise StageError(f"mlx-lm's LoRA of experts leaves the grid {layer.rule.weight}: {REFUSED}")
-
-
-#: The classes of converted stacks.
-CONVERTED_STACKS = (PackedSwitchLinear, PlainSwitchLinear)
+def _with_parts(module: Any, made: Mapping[str, nn.Module]) -> nn.Module:
+    """A block as `module` with other stacks."""
+    block: nn.Module = become(module, type(module))
+    names = next(names for names in PARTS if names.keys() == made.keys())
+    for projection, part in made.items():
+        block[names[projection]] = part
+    return block

@@ -47,7 +47,7 @@ def freeze_values(layer: Any, on: bool) -> None:
     """See the protocol's `freeze_values`. Frozen values are in the model's state, for compiled functions, but no parameter."""
     layer.pop("_frozen_values", None)
     if on:
-        layer["_frozen_values"] = choose.fake_quantize_weight(layer["weight"], layer.rule.weight)
+        layer["_frozen_values"] = layer.quantized(layer["weight"])
         mx.eval(layer["_frozen_values"])
 
 
@@ -113,6 +113,10 @@ class FakeLinear(Float32Scales, nn.Linear):
         if self.training or self.calibrating or not quantizes(self):
             return self._run_prepared(x, *parameters)
         return evaluate_packed(self._run_packed, self._run_prepared, x, *parameters)
+
+    def quantized(self, weight: mx.array) -> mx.array:
+        """The values of `weight` on its grid, computed anew."""
+        return choose.fake_quantize_weight(weight, self.rule.weight)
 
     def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         x = self._on_grid(x, self.rule.activation, "input")
@@ -212,6 +216,10 @@ class FakeEmbedding(nn.Embedding):
             return run_prepared(x, self["weight"])
         return evaluate_packed(run_packed, run_prepared, x, self["weight"])
 
+    def quantized(self, weight: mx.array) -> mx.array:
+        """The values of `weight` on its grid, computed anew."""
+        return choose.fake_quantize_weight(weight, self.rule.weight)
+
     def _pack(self, weight: mx.array) -> PackedEmbedding | PlainEmbedding:
         return pack_embedding(choose.quantize(weight, self.rule.weight), self.rule)
 
@@ -248,7 +256,7 @@ def values_of(layer: Any, weight: mx.array) -> mx.array:
     grid, ste = cast(Grid, layer.rule.weight), layer.rule.ste
     if layer.training and "_frozen_values" in layer:
         return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste)
-    values = layer.cached_values.of(weight, partial(choose.fake_quantize_weight, grid=grid), grid, traced=True)
+    values = layer.cached_values.of(weight, layer.quantized, grid, traced=True)
     return values_view(weight, values, grid, ste=ste)
 
 
