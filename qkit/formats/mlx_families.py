@@ -27,6 +27,7 @@ class Family:
         rope: the keys of a rotary embedding that it reads.
         keys: the other keys that it reads, from a configuration of transformers; raises `ArtifactError` where it has none.
         names: patterns of tensor names in files, the text that mlx-lm has instead, and both for the way back.
+        modules: patterns of paths in its modules, and the text that files have instead.
         latent: whether it splits `kv_b_proj`, and quantizes the parts again where it is quantized.
         stack: the last part of the path of stacked experts, whose block is called `experts` in files.
         projections: names of the projections of experts, where they are others than in files.
@@ -38,6 +39,7 @@ class Family:
     rope: Collection[str] = frozenset()
     keys: Callable[[Config], dict[str, Any]] = lambda _: {}
     names: tuple[tuple[str, str, str, str], ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
     latent: bool = False
     stack: str = "switch_mlp"
     projections: tuple[tuple[str, str], ...] = ()
@@ -141,13 +143,25 @@ _NUMBERS: Final = tuple(
     for number, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
 )
 
+_DENSE: Final = tuple(
+    (rf"(?<=feed_forward\.){name}\b", number)
+    for number, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+)
+_GPT: Final = ((r"^model\.", "transformer."),)
+_NEOX: Final = (
+    (r"^model\.embed_out\b", "lm_head"),
+    (r"^model\.h\.", "gpt_neox.layers."),
+    (r"^model\.", "gpt_neox."),
+)
+
 FAMILIES: Final[Mapping[str, Family]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "granite", "smollm3", "hunyuan_v1_dense"), Family(LLAMA)),
-    **dict.fromkeys(("seed_oss", "falcon_h1", "mixtral", "qwen2_moe", "olmoe"), Family(LLAMA)),
+    **dict.fromkeys(("seed_oss", "mixtral", "qwen2_moe", "olmoe"), Family(LLAMA)),
     **dict.fromkeys(("gemma", "gemma2", "starcoder2", "helium", "ernie4_5"), Family(THETA)),
     **dict.fromkeys(("phi", "stablelm", "glm4"), Family(PARTIAL)),
     **dict.fromkeys(("phi3", "nemotron"), Family(LLAMA_PARTIAL)),
-    **dict.fromkeys(("gptj", "mamba", "falcon_mamba"), Family()),
+    **dict.fromkeys(("mamba", "falcon_mamba"), Family()),
+    "gptj": Family(modules=_GPT),
     "qwen3": Family(LLAMA | OWN),
     "gemma3_text": Family(LLAMA | {"rope_local_base_freq", "sliding_window_pattern"}),
     "gpt_neox": Family(
@@ -155,7 +169,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
         _four_times,
         names=((r"^lm_head\.", "embed_out.", r"^embed_out\.", "lm_head."),),
     ),
-    "gpt2": Family(keys=_context, names=((r"^transformer\.", "", r"^(?=(?:h|wte|wpe|ln_f)\.)", "transformer."),)),
+    "gpt2": Family(
+        keys=_context,
+        modules=_GPT,
+        names=((r"^transformer\.", "", r"^(?=(?:h|wte|wpe|ln_f)\.)", "transformer."),),
+    ),
     "gpt_bigcode": Family(keys=_inner),
     "cohere": Family(THETA),
     "cohere2": Family(THETA | {"sliding_window_pattern"}),
@@ -176,7 +194,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "glm4_moe_lite": Family(LLAMA_PARTIAL, latent=True),
     "dots1": Family(LLAMA, stack="experts"),
     "ernie4_5_moe": Family(THETA, ignored=("e_score_correction_bias",)),
-    "lfm2_moe": Family(OWN, names=_NUMBERS),
+    "lfm2_moe": Family(OWN, names=_NUMBERS, modules=_DENSE),
     "nemotron_h": Family(projections=(("up_proj", "fc1"), ("down_proj", "fc2"))),
     "exaone_moe": Family(LLAMA | {"rope_parameters"}, _sparse_layers),
     "afmoe": Family(LLAMA, stack="experts"),
@@ -208,6 +226,7 @@ SAME_NAMES: Final = frozenset(
 #: Types of models that mlx-lm builds, with other logits than transformers' or another layout of files: the difference.
 WRONG: Final[Mapping[str, str]] = {
     "deepseek_v32": "its sparse attention differs (0.18 of the largest logit)",
+    "falcon_h1": "it multiplies weights by constants when it reads them, which quantized ones are not",
     "glm": "it rotates all of each head, not half of it",
     "jamba": "0.11 of the largest logit",
     "llama4_text": "it has no experts",

@@ -13,6 +13,7 @@ from qkit_mlx.layers import experts, latent
 from qkit_mlx.layers.converted_experts import CONVERTED_STACKS
 from qkit_mlx.layers.experts import FakeSwitchLinear
 from qkit_mlx.layers.prepared import mode_of
+from qkit_mlx.models.names import config_of, outward
 
 FAKE = (FakeSwitchLinear, latent.FakeHeads)
 CONVERTED = (*CONVERTED_STACKS, latent.PackedHeads)
@@ -73,13 +74,6 @@ def blocks_of(present: Mapping[str, nn.Module], model: Any) -> dict[str, Layer]:
     return {layer.path: layer for layer in found if layer}
 
 
-def config_of(model: Any) -> dict[str, Any]:
-    """The type of the model, under the key of a configuration; {} where it has none."""
-    arguments = getattr(model, "args", None)
-    kind = getattr(arguments, "model_type", None) or getattr(model, "model_type", None)
-    return {"model_type": kind} if isinstance(kind, str) else {}
-
-
 def join(path: str, key: object) -> str:
     """The path of the part `key` of the module at `path`, which is empty for the model itself."""
     return f"{path}.{key}" if path else str(key)
@@ -88,8 +82,8 @@ def join(path: str, key: object) -> str:
 def _place(path: str, module: Any, model: Any) -> str | None:
     """The path in transformers of the layer whose parts are in `module`; None for any other module."""
     if experts.parts(module):
-        return module_name(join(path.rpartition(".")[0], "experts"), config_of(model))
-    return join(path, latent.NAME) if latent.halves_of(module) else None
+        return module_name(outward(join(path.rpartition(".")[0], "experts"), model), config_of(model))
+    return outward(join(path, latent.NAME), model) if latent.halves_of(module) else None
 
 
 def _layer(path: str, kind: Kind, shape: tuple[int, ...], module: Any, found: list[Any], **more: Any) -> Layer:

@@ -30,7 +30,7 @@ def layers(model: nn.Module) -> list[Layer]:
             found.append(group)
             parts.update(id(part) for part in groups.parts_of(module))
         elif id(module) not in parts:
-            found.extend(_listed(path, module))
+            found.extend(_listed(path, module, model))
     return found
 
 
@@ -40,8 +40,9 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     Raises:
         BackendError: there is no module at a path.
     """
-    present = dict(_modules(model))
-    grouped = groups.places(present, model)
+    own = dict(_modules(model))
+    grouped = groups.places(own, model)
+    present = {names.outward(path, model): module for path, module in own.items()}
     instead: dict[int, nn.Module] = {}
     for path, module in modules.items():
         if path not in present and path not in grouped:
@@ -73,12 +74,11 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
     """
     slots = {name: (container, key) for name, container, key in _slots(model)}
     stored = {name: container[key] for name, (container, key) in slots.items()}
-    missing = names.split_names(without, stored)
-    if arrays.keys() == names.joined(stored, model).keys() - without:
-        arrays = names.split(arrays, stored)
-    elif hasattr(model, "sanitize"):  # may also drop the output head of a model whose embedding is the head
-        arrays = names.sanitized(arrays, model, groups.blocks_of(dict(_modules(model)), model))
-    slots = {name: place for name, place in slots.items() if name not in missing}
+    missing = names.split_names(without, stored, model)
+    arrays = names.translated(arrays, stored, model, groups.blocks_of(dict(_modules(model)), model), without)
+    slots = {
+        name: (container, key) for name, container, key in _slots(model) if name not in missing
+    }  # `sanitize` drops heads
     for name in [*slots, *arrays]:
         if name not in arrays:
             raise ArtifactError(f"{name} is missing: the model has it, and the artifact does not")
@@ -153,8 +153,9 @@ def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 # Layers
 
 
-def _listed(path: str, module: Any) -> Iterator[Layer]:
+def _listed(own: str, module: Any, model: Any) -> Iterator[Layer]:
     """`module` as a layer, if it is one, and every other weight of its own."""
+    path = names.outward(own, model)
     layer = _layer(path, module)
     if layer and layer.kind == "linear" and layer.stage == "float" and is_router(path):
         yield Layer(join(path, "weight"), "other", layer.shape, module, obstacle="a router")
@@ -163,11 +164,11 @@ def _listed(path: str, module: Any) -> Iterator[Layer]:
     if isinstance(module, (*CONVERTED, FakeLinear, FakeEmbedding)):
         return
     known = ("weight", "bias", "scales", "biases") if layer else ("bias", "scales", "biases")
-    for name, container, key in _arrays(module, path):
+    for name, container, key in _arrays(module, own):
         array = container[key]
         is_weight = mx.issubdtype(array.dtype, mx.floating) or _is_packed(array, module)
         if is_weight and array.ndim > 1 and not (container is module and key in known):
-            yield _other(name, module, array)
+            yield _other(names.outward(name, model), module, array)
 
 
 def _layer(path: str, module: Any) -> Layer | None:
