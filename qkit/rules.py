@@ -23,12 +23,8 @@ RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
 STES: tuple[Ste, ...] = ("identity", "masked")
 SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
-CORE_KEYS = (
-    "match",
-    "kind",
-    "weight",
-    "indivisible",
-)  #: keys of a rule that the core carries out; an engine honours the others
+#: Keys of a rule that the core carries out; an engine honours the others.
+CORE_KEYS = ("match", "kind", "weight", "indivisible")
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
 EXPERTS = "*.experts.*"  #: the pattern of a rule for experts that names none
@@ -91,10 +87,8 @@ class Rule:
             raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
         if self.slots and self.kind == "embedding":
             raise RecipeError(f"an embedding's input is a token number: drop the {' and the '.join(self.slots)} grid")
-        if self.kind == "experts" and self.scales == "learned":
-            raise RecipeError('scales = "learned" is not there for experts: leave it out of their rule')
-        if self.kind == "experts" and self.output:
-            raise RecipeError("experts have no output grid, since outputs of several are summed: drop it")
+        if self.kind == "experts" and (self.scales == "learned" or self.output):
+            raise RecipeError(f"experts take no {'output grid' if self.output else 'learned scales'}: drop it there")
         self._check_range()
 
     def _check_range(self) -> None:

@@ -1,6 +1,6 @@
 """`load`: a Hugging Face directory in compressed-tensors layout to a model on any engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 from qkit.artifact.config import CONFIG, float_config, read_config
 from qkit.artifact.load_experts import stack_experts, take_experts
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
-from qkit.engines.abilities import require, want_honored
+from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Arrays, Builds, Mixes, Modules
 from qkit.engines.registry import backend as choose
+from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, GridError
-from qkit.experts import module_name
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import NOTE, Model, surgeon
 from qkit.qtensor import QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
-from qkit.storage.read import read_folder
+from qkit.storage.read import map_tensors, read_folder
 from qkit.storage.seal import check_seal
 
 
@@ -46,8 +46,8 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
     stored, metadata = read_folder(folder)
     check_seal(folder, stored, digests=True)
+    arrays = map_tensors(stored)
     config = read_config(folder)
-    arrays = {module_name(name, config): tensor.mapped() for name, tensor in stored.items()}
     rules = read_rules(folder, metadata, config)
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
     want_honored(engine, inference, f"load {folder}")
@@ -56,10 +56,10 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     for layer in layers.values():
         if layer.stage != "float":
             raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
-    single = [(path, one) for one in rules if one.rule.kind != "experts" for path in one.paths]
-    taken = {path: _take(folder, arrays, path, layers, one) for path, one in single}
     mixed = take_experts(folder, arrays, layers, rules, config)
-    stack_experts(engine, folder, arrays, layers, mixed)
+    arrays, rules = _translate(engine, folder, model, arrays, [one for one in rules if one.rule.kind != "experts"])
+    taken = {path: _take(folder, arrays, path, layers, one) for one in rules for path in one.paths}
+    stack_experts(engine, folder, arrays, layers, config)
     without = {join(path, "weight") for path in taken} | {name for path in mixed for name in layers[path].stored}
     try:
         engine.fill(model, arrays, without=without)
@@ -84,6 +84,40 @@ def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> An
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
     return require(engine, Builds).build(float_config(config))
+
+
+def _translate(
+    engine: Modules, folder: Path, model: Any, arrays: dict[str, NDArray[Any]], rules: Sequence[StoredRule]
+) -> tuple[dict[str, NDArray[Any]], list[StoredRule]]:
+    """The arrays and the rules of files under the names of `model`."""
+    if not offers(engine, Translates):
+        return arrays, list(rules)
+    owned = {
+        join(path, name): path
+        for one in rules
+        for path in one.paths
+        for name in (*compressed_tensors.NAMES, *static_contents(one.rule))
+    }
+    shapes = {path: _shape(arrays, path, one) for one in rules for path in one.paths}
+    others = {name: array for name, array in arrays.items() if name not in owned}
+    try:
+        found, paths = engine.translate(model, others, shapes)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    for name, path in owned.items():
+        if name in arrays:
+            found[join(paths[path], name.removeprefix(path).lstrip("."))] = arrays[name]
+    return found, [replace(one, paths=tuple(paths[path] for path in one.paths)) for one in rules]
+
+
+def _shape(arrays: Mapping[str, NDArray[Any]], path: str, stored: StoredRule) -> tuple[int, ...]:
+    """Shape of the weight at `path`; (0, 0) where a tensor is missing, which `_take` refuses by name."""
+    assert stored.rule.weight is not None
+    mine = {name: arrays[join(path, name)] for name in compressed_tensors.NAMES if join(path, name) in arrays}
+    try:
+        return compressed_tensors.shape_of(mine, stored.rule.weight)
+    except (KeyError, ValueError):
+        return (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ def take_experts(
     for one in rules:
         if one.rule.kind != "experts":
             continue
-        paths = [module_name(f"{path}.", config)[:-1] for path in one.paths]
-        for block, places in blocks_of(paths).items():
+        for place, places in blocks_of(one.paths).items():
+            block = module_name(f"{place}.", config)[:-1]
             if block in out:
                 raise ArtifactError(f"{folder}: the experts of {block} are on several grids: quantize the model again")
             layer = _layer(folder, layers, block, places)
@@ -51,7 +51,7 @@ def take_experts(
 
 
 def stack_experts(
-    engine: Modules, folder: Path, arrays: Arrays, layers: Mapping[str, Layer], taken: Mapping[str, Any]
+    engine: Modules, folder: Path, arrays: Arrays, layers: Mapping[str, Layer], config: Mapping[str, Any] | None
 ) -> None:
     """Puts the float experts among `arrays` that are stored one by one under the names that `engine` has for them.
 
@@ -59,8 +59,9 @@ def stack_experts(
         ArtifactError: an expert is missing, or has another shape.
     """
     single = blocks_of(name.removesuffix(".weight") for name in arrays if name.endswith(".weight"))
-    for block, places in single.items():
-        if block in taken or block not in layers or layers[block].kind != "experts":
+    for place, places in single.items():
+        block = module_name(f"{place}.", config)[:-1]
+        if block not in layers or layers[block].kind != "experts":
             continue
         layer = _layer(folder, layers, block, places)
         weights = {}

@@ -14,7 +14,7 @@ from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_merged, want_whole
 from qkit.engines.protocol import Arrays, Mixes, Modules
 from qkit.errors import ArtifactError, StageError
-from qkit.experts import file_name, file_stack, is_router, paths_of
+from qkit.experts import file_name, file_stack, paths_of
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import surgeon
@@ -88,7 +88,11 @@ def save(
             tensors[join(path, name)] = array
     rules = group_paths((rule, q.dtype, path) for path, rule, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
-    left_alone += [path for layer in layers if is_router(path := file_name(layer.path, config).removesuffix(".weight"))]
+    left_alone += [  # such as a router's: for a reader it may be a linear layer
+        file_name(layer.path, config).removesuffix(".weight")
+        for layer in layers
+        if layer.kind == "other" and len(layer.shape) == 2 and layer.path.endswith(".weight")
+    ]
     write_directory(
         folder,
         [array_stream(name, array) for name, array in tensors.items()],

@@ -53,7 +53,7 @@ def read_model(folder: str | Path) -> Snapshot:
         packed, mlx = (stated[name] for name in QUANTIZATION)
         if mlx:
             check_alike(stated)
-    tensors = {name: tensor.mapped() for name, tensor in stored.items()}
+    tensors = read.map_tensors(stored)
     known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
     if mlx:
         return _mlx(folder, tensors, known, mlx)
@@ -83,6 +83,9 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     layers = [layer_of(Slot(name, TYPE_NAMES[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
     left_alone = [layer.path for layer in layers if isinstance(layer, Layer) and layer.kind == "linear"]
     left_alone += [HEAD] if source.tied else []
+    left_alone += [
+        path for name in source.tensors if (path := name.removesuffix(".weight")) != name and is_router(path)
+    ]
     config = quantized_config(source.config, rules_of(source), left_alone=left_alone)
     about = json.loads(describe(rules_of(source)))
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)

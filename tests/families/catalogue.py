@@ -128,6 +128,9 @@ def _publish(file: Path, family: Family) -> None:
 
 
 TIED = {"tie_word_embeddings": True}
+#: Sections of the positions of pictures; the heads are smaller than published ones.
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 FAMILIES: Mapping[str, Family] = {
     "Llama": Family("LlamaForCausalLM", quick=True),
     "Llama, tied, sharded": Family("LlamaForCausalLM", TIED, shards=True),
@@ -142,7 +145,7 @@ FAMILIES: Mapping[str, Family] = {
     "Mistral": Family("MistralForCausalLM"),
     "Qwen2": Family("Qwen2ForCausalLM", TIED),
     "Qwen3": Family("Qwen3ForCausalLM", TIED, quick=True),
-    "Qwen3.5": Family("Qwen3_5ForCausalLM"),
+    "Qwen3.5": Family("Qwen3_5ForCausalLM", HYBRID),
     "Gemma": Family("GemmaForCausalLM"),
     "Gemma 2": Family("Gemma2ForCausalLM"),
     "Gemma 3, text": Family("Gemma3ForCausalLM", quick=True),
@@ -179,16 +182,16 @@ FAMILIES: Mapping[str, Family] = {
     "LFM2": Family("Lfm2ForCausalLM"),
     "Mamba": Family("MambaForCausalLM"),
     "Mamba 2": Family("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16}),
-    "RecurrentGemma": Family("RecurrentGemmaForCausalLM"),
+    "RecurrentGemma": Family("RecurrentGemmaForCausalLM", {"num_hidden_layers": 3}),
     "RWKV": Family("RwkvForCausalLM"),
-    "Jamba": Family("JambaForCausalLM"),
+    "Jamba": Family("JambaForCausalLM", {"attn_layer_period": 2, "attn_layer_offset": 1}),
     "Mixtral": Family("MixtralForCausalLM", quick=True),
     "Qwen2-MoE": Family("Qwen2MoeForCausalLM"),
     "Qwen3-MoE": Family("Qwen3MoeForCausalLM", quick=True),
-    "Qwen3-Next": Family("Qwen3NextForCausalLM"),
+    "Qwen3-Next": Family("Qwen3NextForCausalLM", HYBRID),
     "gpt-oss": Family("GptOssForCausalLM"),
-    "DeepSeek-V2": Family("DeepseekV2ForCausalLM"),
-    "DeepSeek-V3": Family("DeepseekV3ForCausalLM"),
+    "DeepSeek-V2": Family("DeepseekV2ForCausalLM", {"num_key_value_heads": 4}),
+    "DeepSeek-V3": Family("DeepseekV3ForCausalLM", {"num_key_value_heads": 4}),
     "OLMoE": Family("OlmoeForCausalLM"),
     "Phi-MoE": Family("PhimoeForCausalLM"),
     "Granite-MoE": Family("GraniteMoeForCausalLM"),
@@ -215,25 +218,31 @@ FAMILIES: Mapping[str, Family] = {
         quick=True,
     ),
     "BERT, embeddings": Family("BertModel"),
-    "RoBERTa": Family("RobertaForMaskedLM"),
+    "RoBERTa": Family("RobertaForMaskedLM", {"pad_token_id": 1}),
     "DistilBERT": Family("DistilBertForMaskedLM"),
     "ELECTRA": Family("ElectraForMaskedLM", {"embedding_size": 64}),
     "DeBERTa v2": Family("DebertaV2ForMaskedLM"),
     "MPNet": Family("MPNetModel"),
     "ModernBERT": Family("ModernBertForMaskedLM"),
     "ViT": Family("ViTForImageClassification"),
-    "CLIP": Family("CLIPModel"),
+    "CLIP": Family("CLIPModel", {"text_config": {"eos_token_id": 7}}),
     "SigLIP": Family("SiglipModel", quick=True),
-    "Qwen2-VL": Family("Qwen2VLForConditionalGeneration", {"vision_config": {"hidden_size": 64}}, quick=True),
-    "Qwen2.5-VL": Family("Qwen2_5_VLForConditionalGeneration", {"vision_config": {"out_hidden_size": 64}}),
-    "Qwen3-VL": Family("Qwen3VLForConditionalGeneration", {"vision_config": {"out_hidden_size": 64}}),
+    "Qwen2-VL": Family(
+        "Qwen2VLForConditionalGeneration", {"vision_config": {"hidden_size": 64}, "text_config": SECTIONS}, quick=True
+    ),
+    "Qwen2.5-VL": Family(
+        "Qwen2_5_VLForConditionalGeneration", {"vision_config": {"out_hidden_size": 64}, "text_config": SECTIONS}
+    ),
+    "Qwen3-VL": Family(
+        "Qwen3VLForConditionalGeneration", {"vision_config": {"out_hidden_size": 64}, "text_config": SECTIONS}
+    ),
     "Llava": Family("LlavaForConditionalGeneration", quick=True),
     "Idefics 3": Family("Idefics3ForConditionalGeneration"),
     "SmolVLM": Family("SmolVLMForConditionalGeneration"),
     "PaliGemma": Family("PaliGemmaForConditionalGeneration", {"vision_config": {"projection_dim": 64}}),
     "Gemma 3": Family("Gemma3ForConditionalGeneration"),
     "Gemma 3n, text": Family("Gemma3nForCausalLM"),
-    "Gemma 4": Family("Gemma4ForConditionalGeneration"),
+    "Gemma 4": Family("Gemma4ForConditionalGeneration", {"text_config": {"pad_token_id": 0}}),
     "Mistral 3": Family("Mistral3ForConditionalGeneration"),
     "Mllama": Family(
         "MllamaForConditionalGeneration",

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qkit.artifact.known import facts, why_not
 from qkit.engines.layer import Layer
 from qkit.experts import is_router
 from qkit.rules import Kind
@@ -13,11 +14,13 @@ from qkit_torchao.layers.converted import PLAIN, PackedEmbedding, PackedLinear
 from qkit_torchao.layers.experts import Experts, FakeExperts
 from qkit_torchao.layers.packed_experts import PackedExperts, buffers_of
 from qkit_torchao.layers.prepared import Prepared
+from qkit_torchao.layers.scaled_embedding import is_scaled
 from qkit_torchao.layers.stacks import Stack, shapes_of, stacks_of
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
 
 CONVERTED = (PackedLinear, PackedEmbedding)
+SAME = ("FalconLinear",)  #: names of subclasses in transformers that compute what their base computes
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
@@ -27,15 +30,18 @@ def layers(model: nn.Module) -> Iterator[Layer]:
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, CONVERTED):
             seen.setdefault(id(module.weight), path)
+    known = facts({"model_type": getattr(getattr(model, "config", None), "model_type", None)})
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
         stacks = module.stacks if isinstance(module, Experts) else stacks_of(module)
         if stacks:
             yield _experts(path, module, stacks)
-        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread and not is_router(path):
+        why = why_not(path, known) or _why_not(path, module, read=id(module) in unread)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not why:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module, seen, but={stack.name for stack in stacks})
+            why = why or f"{type(module).__name__} is no linear layer"
+            yield from _others(path, module, seen, why, but={stack.name for stack in stacks})
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -126,7 +132,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         obstacle = "its rows are rescaled at every look-up (max_norm)"
     elif own_parameter(module, "weight") is None:
         obstacle = "its weight is computed from other parameters (weight_norm and the like)"
-    elif type(module) not in (nn.Linear, nn.Embedding):
+    elif type(module) not in (nn.Linear, nn.Embedding) and not is_scaled(module) and type(module).__name__ not in SAME:
         obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
@@ -169,20 +175,25 @@ def _is_sharded(module: nn.Module) -> bool:
     return sharded.is_managed(module) or any(map(sharded.is_shard, module.parameters(recurse=False)))
 
 
-def _others(path: str, module: nn.Module, seen: dict[int, str], *, but: Collection[str]) -> Iterator[Layer]:
+def _others(
+    path: str, module: nn.Module, seen: dict[int, str], why: str, *, but: Collection[str] = ()
+) -> Iterator[Layer]:
     """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
     for name, parameter in module.named_parameters(path, recurse=False):
         if parameter.dim() > 1 and name.rpartition(".")[2] not in but:
             owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
-            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(path, module))
+            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=why)
 
 
-def _why_not(path: str, module: nn.Module) -> str:
+def _why_not(path: str, module: nn.Module, *, read: bool) -> str:
+    """Why a module takes no codes whatever its weight; empty where it may."""
     if is_router(path):
         return "a router"
     if isinstance(module, Experts) or stacks_of(module):
         return "biases of experts"
-    if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+    if read or isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights itself"
-    return f"{type(module).__name__} is no linear layer"
+    if isinstance(module, nn.Embedding) and "Positional" in type(module).__name__:
+        return f"{type(module).__name__} embeds positions in its own way"
+    return ""
