@@ -5,15 +5,19 @@ one tensor stacks all of them. In models the experts of a block are one layer of
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.fused import shares
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from qkit.engines.protocol import Arrays
 
 #: Projections of an expert, in the order in which models stack and fuse them. Experts without a gate have the last two.
 PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
@@ -185,34 +189,24 @@ def whole(block: str, members: Iterable[Member]) -> dict[str, tuple[int, int, in
     return {name: (count, *found[name][0]) for name in PROJECTIONS if name in found}
 
 
-def quantize_experts(
-    weights: Weights, grid: Grid, *, quantize: Callable[[Any, Grid], QTensor[Any]], join: Callable[[Any, Any], Any]
-) -> Codes:
+def quantize_experts(weights: Weights, grid: Grid, engine: "Arrays") -> Codes:
     """The codes of each expert's projections, the law of experts: those of every matrix [outputs, inputs] by itself.
 
-    Under `nvfp4` the gate and the up projection of an expert share the power of two of a tensor, as if they were one matrix.
+    Under `nvfp4` the gate and the up projection of an expert share a tensor scale, as fused layers do.
 
     Args:
         weights: by projection, [experts, outputs, inputs].
-        quantize: with the bits of `reference.quantize`.
-        join: the rows of one matrix, then those of the other.
     """
     out: Codes = {}
-    shared = ("gate_proj", "up_proj") if grid.scale == "nvfp4" and "gate_proj" in weights else ()
-    if shared:
-        gates, ups = (weights[name] for name in shared)
-        both = [quantize(join(gate, up), grid) for gate, up in zip(gates, ups, strict=True)]
-        rows = gates.shape[1]
-        out = {"gate_proj": [rows_of(q, 0, rows) for q in both], "up_proj": [rows_of(q, rows, 2 * rows) for q in both]}
+    if shares(grid) and "gate_proj" in weights:
+        pair = {name: weights[name] for name in ("gate_proj", "up_proj")}
+        peaks = [max(map(engine.magnitude, both)) for both in zip(*pair.values(), strict=True)]
+        for name, weight in pair.items():
+            out[name] = [engine.quantize(one, grid, peak=peak) for one, peak in zip(weight, peaks, strict=True)]
     for name, weight in weights.items():
-        if name not in shared:
-            out[name] = [quantize(one, grid) for one in weight]
-    return {name: out[name] for name in weights}
-
-
-def rows_of(q: QTensor[Any], begin: int, end: int) -> QTensor[Any]:
-    """Rows `begin` to `end` of a quantized matrix whose scales are by row."""
-    return q.map(lambda part: part[begin:end] if len(part.shape) == 2 else part)
+        if name not in out:
+            out[name] = [engine.quantize(one, grid) for one in weight]
+    return out
 
 
 def blocks_of(paths: Iterable[str]) -> dict[str, dict[tuple[int, str], str]]:
@@ -279,8 +273,3 @@ def _is_transposed(shape: Shape, name: str, config: Mapping[str, Any]) -> bool:
 def _types(config: Mapping[str, Any]) -> set[str]:
     inner = config.get("text_config")
     return {str(one.get("model_type", "")) for one in (config, inner) if isinstance(one, Mapping)}
-
-
-def join_rows(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
-    """`join` of `quantize_experts` for NumPy."""
-    return np.concatenate([one, other])

@@ -1,11 +1,14 @@
 """prepare, convert, gather and adamw, on any engine. A recipe that does not fit is refused before the model changes."""
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from qkit import fused
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Arrays, Deploys, Mixes, Modules, Trains
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
@@ -41,9 +44,12 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     layers = list(engine.layers(model))
     want_whole(layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare")
+    chosen = {item.layer.path: item.rule for item in planned if item.rule}
+    if any(_fuses(group, chosen) for group in fused.groups(chosen)):
+        require(engine, Fuses)
     prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
     _note(planned)
-    return cast(Model, engine.replace(model, prepared))
+    return cast(Model, fuse(engine, engine.replace(model, prepared)))
 
 
 def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Model:
@@ -90,7 +96,8 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
 def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
     """The converted form of each layer, by its path."""
     static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
-    packed = _deploy(engine, chosen, static)
+    peaks = _peaks(engine, chosen)
+    packed = _deploy(engine, [(layer, rule) for layer, rule in chosen if layer.path not in peaks], static)
     codes: dict[str, QTensor[Any]] = {}
     for layer, rule in chosen:
         if layer.path in packed:
@@ -100,7 +107,7 @@ def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
             continue
         owner = packed[layer.tied] if layer.tied else None
         if owner is None:
-            q = codes[layer.path] = _codes(engine, model, layer, rule)
+            q = codes[layer.path] = _codes(engine, model, layer, rule, peaks.get(layer.path))
         else:
             q = codes[layer.tied] if layer.tied in codes else engine.unpack(owner)
         packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
@@ -120,32 +127,52 @@ def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str,
     return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
 
 
-def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
+def fuse(engine: Modules, model: Any) -> Any:
+    """`model`, whose prepared layers now share tensor scales as servers want them; see `qkit.fused`."""
+    if offers(engine, Fuses):  # whatever the grids are: a schedule may give the layers others
+        prepared = {layer.path: layer.module for layer in engine.layers(model) if layer.stage == "prepared"}
+        for group in fused.groups(prepared):
+            engine.fuse([prepared[path] for path in group])
+    return model
+
+
+def _peaks(engine: Modules, chosen: list[tuple[Layer, Rule]]) -> dict[str, float]:
+    """Of layers that share a tensor scale with others, the largest magnitude of all of them, by path."""
+    sharing = {layer.path: layer.module for layer, rule in chosen if fused.shares(rule.weight)}
+    peaks: dict[str, float] = {}
+    for group in fused.groups(sharing):
+        peak = max(engine.magnitude(engine.weight(sharing[path])) for path in group)
+        peaks |= dict.fromkeys(group, peak)
+    return peaks
+
+
+def _fuses(group: Iterable[str], chosen: Mapping[str, Rule]) -> bool:
+    """Whether two or more of a group of layers share a tensor scale."""
+    return sum(fused.shares(chosen[path].weight) for path in group) > 1
+
+
+def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None) -> QTensor[Any]:
     from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)
     check(engine, w, rule.weight, name=f"{layer.path}.weight")
     if not _learned(layer, rule):
-        return engine.quantize(w, rule.weight)
+        return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
     parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
 
 
 def _pack_experts(engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]") -> Any:
-    from qkit.experts import join_rows, quantize_experts  # here, so that `import qkit` stays cheap
+    from qkit.experts import quantize_experts  # here, so that `import qkit` stays cheap
 
     mixing = require(engine, Mixes)
     assert rule.weight is not None
     weights = mixing.experts(layer.module)
     for name, w in weights.items():
         check(engine, w, rule.weight, name=f"{layer.path}.{name}")
-
-    def join(one: Any, other: Any) -> Any:
-        return engine.from_numpy(join_rows(engine.to_numpy(one), engine.to_numpy(other)))
-
-    q = quantize_experts(weights, rule.weight, quantize=engine.quantize, join=join)
+    q = quantize_experts(weights, rule.weight, engine)
     return mixing.pack_experts(layer.module, q, rule, static=static)
 
 

@@ -1,6 +1,6 @@
 """The MLX engine: every verb of `qkit.engines.protocol`, in the order of the protocols."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING, Adapts, Mixes, Trains
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import NOTHING, Adapts, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import BackendError
 from qkit.grid import Grid
@@ -20,7 +21,7 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers import adapted, converted, experts, latent, learned, prepared, straight_through
+from qkit_mlx.layers import adapted, converted, experts, fused, latent, learned, prepared, straight_through
 from qkit_mlx.models import groups, surgery
 from qkit_mlx.models.mixtures import Mixtures
 from qkit_mlx.training import trainer
@@ -51,9 +52,9 @@ class MlxBackend(Mixtures):
             )
         return self
 
-    def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
+    def quantize(self, w: mx.array, grid: Grid, *, peak: float | None = None) -> QTensor[mx.array]:
         """See `Arrays.quantize`."""
-        return choose.quantize(w, grid)
+        return choose.quantize(w, grid, peak=None if peak is None else mx.array(peak, mx.float32))
 
     def dequantize(self, q: QTensor[mx.array]) -> mx.array:
         """See `Arrays.dequantize`."""
@@ -184,6 +185,12 @@ class MlxBackend(Mixtures):
         """See `Modules.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
         return getattr(model, "qkit_config", None)
 
+    # Fuses
+
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """See `Fuses.fuse`."""
+        fused.fuse(modules)
+
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
@@ -266,7 +273,8 @@ class MlxBackend(Mixtures):
 
 
 if TYPE_CHECKING:
-    _offered: tuple[Adapts, Trains, Mixes] = (
+    _offered: tuple[Fuses, Adapts, Trains, Mixes] = (
+        MlxBackend(),
         MlxBackend(),
         MlxBackend(),
         MlxBackend(),

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING, Adapts, Deploys, Mixes, Trains
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import NOTHING, Adapts, Deploys, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, BackendError
@@ -20,7 +21,7 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, experts, learned, straight_through
+from qkit_torchao.layers import adapted, converted, experts, fused, learned, straight_through
 from qkit_torchao.models import gather, names, surgery
 from qkit_torchao.models.mixtures import Mixtures
 from qkit_torchao.training import trainer
@@ -51,9 +52,10 @@ class TorchaoBackend(Mixtures):
             raise BackendError(f"torch has no device {device!r} here: {str(error).splitlines()[0]}") from None
         return type(self)(device)
 
-    def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
+    def quantize(self, w: Tensor, grid: Grid, *, peak: float | None = None) -> QTensor[Tensor]:
         """See `Arrays.quantize`."""
-        return choose.quantize(w, grid)
+        shared = None if peak is None else torch.tensor(peak, dtype=torch.float32, device=w.device)
+        return choose.quantize(w, grid, peak=shared)
 
     def dequantize(self, q: QTensor[Tensor]) -> Tensor:
         """See `Arrays.dequantize`."""
@@ -203,6 +205,12 @@ class TorchaoBackend(Mixtures):
             return None
         return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
 
+    # Fuses
+
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """See `Fuses.fuse`."""
+        fused.fuse(modules)
+
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
@@ -277,7 +285,8 @@ class TorchaoBackend(Mixtures):
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Mixes, Adapts, Trains, Deploys, Translates] = (
+    _offered: tuple[Mixes, Fuses, Adapts, Trains, Deploys, Translates] = (
+        _engine,
         _engine,
         _engine,
         _engine,

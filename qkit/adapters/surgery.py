@@ -13,7 +13,7 @@ from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_whole
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
-from qkit.pipeline import Model, surgeon
+from qkit.pipeline import Model, fuse, surgeon
 from qkit.reference.merged import Floats, Update, row_norms
 
 
@@ -56,7 +56,7 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     engine = able(model, backend)
     want_whole(engine.layers(model), "merge")
     merged = {layer.path: engine.merge_adapter(layer.module) for layer in adapted(engine, model)}
-    return cast(Model, engine.replace(model, merged))
+    return cast(Model, fuse(engine, engine.replace(model, merged)))
 
 
 def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
@@ -64,7 +64,7 @@ def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
     layers = {layer.path: layer for layer in engine.layers(model)}
     made = {path: engine.adapt(layers[path].module, update) for path, update in updates.items()}
     engine.train_only_adapters(model)
-    return cast(Model, engine.replace(model, made))
+    return cast(Model, fuse(engine, engine.replace(model, made)))
 
 
 def able(model: Any, backend: str | Arrays | None) -> Adapts:

@@ -12,7 +12,8 @@ from qkit.artifact.load_experts import stack_experts, take_experts
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer
-from qkit.engines.protocol import Arrays, Builds, Mixes, Modules
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
 from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, GridError

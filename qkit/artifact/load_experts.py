@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from qkit.artifact.metadata import StoredRule
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer
-from qkit.engines.protocol import Mixes, Modules
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Modules
 from qkit.errors import ArtifactError, GridError
 from qkit.experts import Codes, blocks_of, module_name
 from qkit.formats import compressed_tensors

@@ -12,7 +12,8 @@ from qkit.artifact.config import quantized_config, read_config
 from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_merged, want_whole
-from qkit.engines.protocol import Arrays, Mixes, Modules
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError, StageError
 from qkit.experts import file_name, file_stack, paths_of
 from qkit.formats import compressed_tensors

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TypeGuard, TypeVar
 
-from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Mixes, Modules, Trains
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
 from qkit.engines.translation import Translates
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
@@ -16,6 +17,7 @@ ACTIONS: dict[type, str] = {
     Arrays: "quantize arrays",
     Modules: "prepare or convert models",
     Mixes: "quantize mixtures of experts",
+    Fuses: "train layers that share a tensor scale",
     Adapts: "train adapters",
     Builds: "build and run language models",
     Trains: "train",

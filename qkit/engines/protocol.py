@@ -59,8 +59,12 @@ class Arrays(Protocol):
         """
         ...
 
-    def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:
-        """Codes and scales of finite `w` [..., n]; `reference.quantize`, bit for bit."""
+    def quantize(self, w: Any, grid: Grid, *, peak: float | None = None) -> QTensor[Any]:
+        """Codes and scales of finite `w` [..., n]; `reference.quantize`, bit for bit.
+
+        Args:
+            peak: `nvfp4` only: the largest magnitude of all weights that share the tensor scale; see `qkit.fused`.
+        """
         ...
 
     def dequantize(self, q: QTensor[Any]) -> Any:
@@ -191,42 +195,15 @@ class Modules(Arrays, Protocol):
         ...
 
 
-class Mixes(Modules, Protocol):
-    """Mixtures of experts: an engine whose `layers` have some of kind `experts`.
+class Fuses(Modules, Protocol):
+    """Prepared layers that share a tensor scale, since servers run them as one layer; see `qkit.fused`."""
 
-    All experts of a block are one layer, whatever modules hold them. Its `path` is that in transformers, whatever the engine
-    calls it, and `Modules.replace` takes that path. `Modules.prepare_layer`, `switch_mode` and `clear_ranges` work on its module
-    as on any other; `Modules.weight`, `pack` and `unpack` are not called for it. Routers are no layers: list them as `other`,
-    with `qkit.experts.is_router`.
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """Has prepared layers share one tensor scale, that of their largest magnitude, wherever their grids have one (`nvfp4`).
 
-    Weights are by projection, by the names of `qkit.experts.PROJECTIONS`: [experts, outputs, inputs].
-    """
-
-    def experts(self, module: Any) -> dict[str, Any]:
-        """The master weights of float or prepared experts, as arrays [experts, outputs, inputs]: views or copies."""
-        ...
-
-    def stack_experts(self, layer: Layer, weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The arrays of `layer.stored`, by these names, that hold `weights` [experts, outputs, inputs]: inverse of `experts`."""
-        ...
-
-    def pack_experts(
-        self,
-        module: Any,
-        q: Mapping[str, Sequence[QTensor[Any]]],
-        rule: Rule,
-        *,
-        static: Mapping[str, NDArray[Any]] = NOTHING,
-    ) -> Any:
-        """The converted experts with the codes of `q`: by projection, one [outputs, inputs] for each expert.
-
-        A forward decodes the experts that it uses, one at a time, unless a kernel multiplies their codes. Values and scales
-        under `nvfp4`: gate and up of an expert share the tensor's scale.
+        They then compute with the values of `quantize(w, grid, peak=...)`, where `peak` is the largest magnitude of the current
+        weights of those layers that are on such a grid. Deep copies of a model share among themselves.
         """
-        ...
-
-    def unpack_experts(self, module: Any) -> dict[str, list[QTensor[Any]]]:
-        """The codes and scales of converted experts: the inverse of `pack_experts`."""
         ...
 
 

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from qkit import native
+from qkit import fused, native
 from qkit.artifact.companions import companions
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
@@ -45,7 +45,7 @@ class Row:
         reason: reason for the copy.
         slots: tensors of the output: a copy, perhaps under another name, or the parts of the quantized weights.
         member: its place among the experts of a block; None for other tensors.
-        partner: the tensor with the other of gate and up, where both share the scale of a tensor; None where there is none.
+        fused: the weights in the source that share a tensor scale, this one among them; empty where it shares none.
     """
 
     stored: Stored
@@ -55,7 +55,7 @@ class Row:
     reason: str
     slots: tuple[Slot, ...]
     member: Member | None = None
-    partner: Stored | None = None
+    fused: tuple[Stored, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,7 +155,6 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     layers = [layer for layer in found.values() if isinstance(layer, Layer)]
     owner = tied_head(layers, known)
     planned = {item.layer.path: item for item in _plan([*_with_head(layers, owner), *blocks.values()], recipe)}
-    partners = _partners(tensors, members)
     rows = []
     for name, one in found.items():
         layer = blocks[one.block] if isinstance(one, Member) else one
@@ -163,9 +162,10 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         rule, reason = (item.rule, item.reason) if item else (None, str(layer))
         path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
         member = one if isinstance(one, Member) else None
-        row = Row(tensors[name], path, kind, rule, reason, (), member, partners.get(name) if rule else None)
+        row = Row(tensors[name], path, kind, rule, reason, (), member)
         rows.append(row if name in copies else replace(row, slots=_slots(row, known)))
     _check_names(rows, folder)
+    rows = _with_fused(rows)
     rules = group_paths((stored_rule(row.rule), row.dtype, path) for row in rows if row.rule for path in row.paths)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
     left_alone += [path for row in rows if (path := _matrix(row))]
@@ -208,6 +208,17 @@ def _plan(layers: list[Layer], recipe: Recipe) -> list[Planned]:
     return planned
 
 
+def _with_fused(rows: list[Row]) -> list[Row]:
+    sharing = {row.paths[0]: row for row in rows if row.rule and fused.shares(row.rule.weight) and not _is_stack(row)}
+    together = {path: tuple(sharing[one].stored for one in group) for group in fused.groups(sharing) for path in group}
+    return [row if _is_stack(row) else replace(row, fused=together.get(row.paths[0], ())) for row in rows]
+
+
+def _is_stack(row: Row) -> bool:
+    """Whether the tensor has the weights of all experts of a block."""
+    return row.member is not None and row.member.expert is None
+
+
 def _keeps_weight(item: Planned) -> bool:
     """Whether this linear layer has no codes of its own in the output."""
     return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
@@ -217,16 +228,6 @@ def _matrix(row: Row) -> str:
     """The path of a module whose matrix is copied and that is no layer, such as a router: for readers it may be one."""
     path, _, last = row.stored.slot.name.rpartition(".")
     return path if not row.kind and last == "weight" and len(row.stored.slot.shape) == 2 else ""
-
-
-def _partners(tensors: Mapping[str, Stored], members: Mapping[str, tuple[Slot, Member]]) -> dict[str, Stored]:
-    """For each tensor with the gate or the up projection of one expert, the tensor with the other one, by name."""
-    pairs: dict[tuple[str, int], list[str]] = {}
-    for name, (_, one) in members.items():
-        if one.expert is not None and one.projections != ("down_proj",):
-            pairs.setdefault((one.block, one.expert), []).append(name)
-    both = [names for names in pairs.values() if len(names) == 2]
-    return {mine: tensors[other] for names in both for mine, other in (names, reversed(names))}
 
 
 def _slots(row: Row, config: Mapping[str, Any]) -> tuple[Slot, ...]:

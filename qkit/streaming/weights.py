@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,22 +66,19 @@ class Weight:
             yield begin, w
 
     def extremes(self, *, shared: bool) -> Extremes:
-        """Lowest and highest value; with `shared` those of the gate and the up projection of an expert together."""
-        found = [(float(x.min()), float(x.max())) for _, w in self.blocks() for x in [w.astype(np.float32)]]
-        if shared:
-            found += self._partner()
+        """Lowest and highest value; with `shared`, of all weights that share a tensor scale with this one."""
+        row, member = self.row, self.row.member
+        if member is None or member.expert is not None:
+            found = [_extremes_of(stored) for stored in (row.fused if shared else ()) or [row.stored]]
+        else:
+            names = member.projections if shared else (self.projection,)
+            found = [Weight(row, self.reader, self.expert, name).own_extremes() for name in names]
         return min(low for low, _ in found), max(high for _, high in found)
 
-    def _partner(self) -> list[Extremes]:
-        row, member = self.row, self.row.member
-        if row.partner is not None:
-            reader = Reader(row.partner)
-            try:
-                return [Weight(_row_of(row, row.partner), reader).extremes(shared=False)]
-            finally:
-                reader.close()
-        other = [name for name in (member.projections if member else ()) if name != self.projection]
-        return [Weight(row, self.reader, self.expert, name).extremes(shared=False) for name in other]
+    def own_extremes(self) -> Extremes:
+        """Lowest and highest value."""
+        found = [(float(x.min()), float(x.max())) for _, w in self.blocks() for x in [w.astype(np.float32)]]
+        return min(low for low, _ in found), max(high for _, high in found)
 
     def _rows(self, begin: int, end: int) -> NDArray[Any]:
         row, member = self.row, self.row.member
@@ -117,6 +115,10 @@ def name_of(stored: Stored) -> str:
     return f"{stored.file}: {stored.slot.name}"
 
 
-def _row_of(row: Row, partner: Stored) -> Row:
-    """A row for the tensor `partner`, which has the shape of the weight of `row`."""
-    return Row(partner, row.path, row.kind, row.rule, "", ())
+@lru_cache(maxsize=16)  # a process quantizes several of the weights that share a scale
+def _extremes_of(stored: Stored) -> Extremes:
+    reader = Reader(stored)
+    try:
+        return Weight(Row(stored, "", "", None, "", ()), reader).own_extremes()
+    finally:
+        reader.close()

@@ -140,14 +140,18 @@ def test_a_mixture_that_mlx_lm_quantized_comes_in_and_one_with_a_quantized_route
     export_mlx(held, tmp_path / "plain")
     for name, quantizes in (("theirs", lambda path, _: not path.endswith(".gate")), ("router", lambda *_: True)):
         model, config = utils.load_model(tmp_path / "plain")
-        nn.quantize(model, 32, 4, mode="mxfp4", class_predicate=lambda p, m, q=quantizes: hasattr(m, "to_quantized") and q(p, m))
+        nn.quantize(
+            model, 32, 4, mode="mxfp4", class_predicate=lambda p, m, q=quantizes: hasattr(m, "to_quantized") and q(p, m)
+        )
         folder = tmp_path / name
         folder.mkdir()
         arrays = {key: np.array(value) for key, value in dict(nn.utils.tree_flatten(model.parameters())).items()}
         save_file(arrays, folder / "model.safetensors")
         config = {**config, "quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": config["quantization"]}))
-    with pytest.raises(qkit.ArtifactError, match=r"mlp\.gate is a router, which qkit leaves float, and mlx-lm quantized it"):
+    with pytest.raises(
+        qkit.ArtifactError, match=r"mlp\.gate is a router, which qkit leaves float, and mlx-lm quantized it"
+    ):
         read_model(tmp_path / "router")
     theirs = read_model(tmp_path / "theirs")
     to_artifact(theirs, tmp_path / "artifact")

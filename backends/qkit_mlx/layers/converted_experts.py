@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 
 from qkit.errors import StageError
-from qkit.experts import rows_of
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.rules import Rule
@@ -21,19 +20,19 @@ from qkit_mlx.layers.float32_scales import Float32Scales
 from qkit_mlx.layers.straight_through import fake_quantize
 
 
-def quantize_stack(weight: mx.array, grid: Grid, *, partner: mx.array | None = None) -> list[QTensor[mx.array]]:
+def quantize_stack(weight: mx.array, grid: Grid, *, peaks: mx.array | None) -> list[QTensor[mx.array]]:
     """The codes of `weight` [experts, outputs, inputs] in pieces of whole experts, in order, each [rows, inputs].
 
     No expert sees another. Where codes depend on one row alone, all rows are one piece.
 
     Args:
-        partner: weights, shaped as `weight`, that share the scale of the tensor with it, expert by expert.
+        peaks: [experts], `nvfp4` only: the largest magnitude of the weights that share a tensor scale with each of these.
     """
     experts, outputs, inputs = weight.shape
     if grid.by_rows:
         return [choose.quantize(weight.reshape(experts * outputs, inputs), grid)]
-    both = weight if partner is None else mx.concatenate([weight, partner], axis=1)
-    return [rows_of(choose.quantize(both[expert], grid), 0, outputs) for expert in range(experts)]
+    tops = [None] * experts if peaks is None else list(peaks)
+    return [choose.quantize(one, grid, peak=top) for one, top in zip(weight, tops, strict=True)]
 
 
 def pack_stack(

@@ -11,14 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qkit.errors import BackendError
+from qkit.fused import shares
 from qkit.qtensor import QTensor
 from qkit.rules import Rule
-from qkit_mlx.kernels import choose
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted_experts import CONVERTED_STACKS, pack_stack, quantize_stack, refuse_lora
 from qkit_mlx.layers.execution import GPU
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes, values_of
-from qkit_mlx.layers.straight_through import fake_quantize
 
 #: Names of the parts in mlx-lm's blocks, by projection.
 PARTS = (
@@ -87,13 +86,13 @@ class FakeSwitchLinear(FakeLinear):
 
         def run_prepared(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
             x = self._on_grid(x, self.rule.activation, "input")
-            w = self._values(weight).swapaxes(-1, -2)
+            w = values_of(self, weight).swapaxes(-1, -2)
             y = _gather_multiply(x, w, indices, sorted_indices)
             y = y if bias is None else y + mx.expand_dims(bias[indices], -2)
             return self._on_grid(y, self.rule.output, "output")
 
         def run_packed(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-            pieces = quantize_stack(weight, self.rule.weight, partner=self._partner_weight())
+            pieces = quantize_stack(weight, self.rule.weight, peaks=self.shared_peak(weight))
             packed = pack_stack(pieces, self.rule, bias=bias, experts=len(weight))
             return packed(x, indices, sorted_indices)
 
@@ -101,24 +100,13 @@ class FakeSwitchLinear(FakeLinear):
             return run_prepared(x, *parameters)
         return evaluate_packed(run_packed, run_prepared, x, *parameters)
 
-    def quantized(self, weight: mx.array) -> mx.array:
-        """The values of all experts' weights on their grid, computed anew."""
-        partner = self._partner_weight()
-        both = weight if partner is None else mx.concatenate([weight, partner], axis=1)
-        return choose.fake_quantize_weight(both, self.rule.weight)[:, : weight.shape[1]]
-
-    def _values(self, weight: mx.array) -> mx.array:
-        grid, partner = self.rule.weight, self._partner_weight()
-        if partner is None or not quantizes(self) or (self.training and "_frozen_values" in self):
-            return values_of(self, weight)
-        both = mx.concatenate([weight, mx.stop_gradient(partner)], axis=1)
-        values = mx.stack([fake_quantize(one, grid, ste=self.rule.ste) for one in both])
-        return values[:, : weight.shape[1]]
-
-    def _partner_weight(self) -> mx.array | None:
-        """The weight that shares the scale of the tensor with this one's; None where the grid has no such scale."""
+    def shared_peak(self, weight: mx.array) -> mx.array | None:
+        """The largest magnitude of each expert's weight and its partner's, [experts]; None where they share no tensor scale."""
         partner = self.__dict__.get("partner")
-        return partner["weight"] if partner is not None and self.rule.weight.scale == "nvfp4" else None
+        if partner is None or not shares(self.rule.weight):
+            return None
+        both = (mx.abs(mx.stop_gradient(one)).max(axis=(1, 2)) for one in (weight, partner["weight"]))
+        return mx.maximum(*both).astype(mx.float32)
 
     def to_lora(self, **_: Any) -> NoReturn:
         """Refuses: mlx-lm would add its adapter beside the grid."""

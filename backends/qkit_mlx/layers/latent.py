@@ -141,7 +141,7 @@ class FakeHeads(FakeLinear):
             return run_prepared(x, self["weight"])
         return evaluate_packed(run_packed, run_prepared, x, self["weight"])
 
-    def quantized(self, weight: mx.array) -> mx.array:
+    def quantized(self, weight: mx.array, *, peak: mx.array | None = None) -> mx.array:
         """The values of `weight` on its grid, computed anew; the rows of `embed_q` are its columns."""
         own = weight.swapaxes(-1, -2) if self.transposed else weight
         if self.rule.weight.by_rows:

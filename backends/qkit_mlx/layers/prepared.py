@@ -15,6 +15,7 @@ from qkit.rules import Rule
 from qkit_mlx.arithmetic import ranges
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
+from qkit_mlx.layers import fused
 from qkit_mlx.layers.converted import (
     PackedEmbedding,
     PackedLinear,
@@ -47,7 +48,7 @@ def freeze_values(layer: Any, on: bool) -> None:
     """See the protocol's `freeze_values`. Frozen values are in the model's state, for compiled functions, but no parameter."""
     layer.pop("_frozen_values", None)
     if on:
-        layer["_frozen_values"] = layer.quantized(layer["weight"])
+        layer["_frozen_values"] = layer.quantized(layer["weight"], peak=layer.shared_peak(layer["weight"]))
         mx.eval(layer["_frozen_values"])
 
 
@@ -114,9 +115,13 @@ class FakeLinear(Float32Scales, nn.Linear):
             return self._run_prepared(x, *parameters)
         return evaluate_packed(self._run_packed, self._run_prepared, x, *parameters)
 
-    def quantized(self, weight: mx.array) -> mx.array:
+    def shared_peak(self, weight: mx.array) -> mx.array | None:
+        """The largest magnitude of all weights that share a tensor scale, of which `weight` is one; None if none do."""
+        return fused.peak(self, weight)
+
+    def quantized(self, weight: mx.array, *, peak: mx.array | None) -> mx.array:
         """The values of `weight` on its grid, computed anew."""
-        return choose.fake_quantize_weight(weight, self.rule.weight)
+        return choose.fake_quantize_weight(weight, self.rule.weight, peak=peak)
 
     def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         x = self._on_grid(x, self.rule.activation, "input")
@@ -124,11 +129,17 @@ class FakeLinear(Float32Scales, nn.Linear):
         y = x @ w.T if bias is None else mx.addmm(bias, x, w.T)
         return self._on_grid(y, self.rule.output, "output")
 
+    def own_weight(self) -> mx.array:
+        """The weight whose values the layer computes with."""
+        weight: mx.array = self["weight"]
+        return weight
+
     def _run_packed(self, x: mx.array, *parameters: mx.array) -> mx.array:
         return self._pack(*parameters)(x)
 
     def _pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
-        return pack_linear(choose.quantize(weight, self.rule.weight), self.rule, bias=bias, static=self._static())
+        q = choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
+        return pack_linear(q, self.rule, bias=bias, static=self._static())
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
         if grid is None or not quantizes(self):
@@ -175,6 +186,7 @@ class FakeLinear(Float32Scales, nn.Linear):
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
         self.cached_values: LastValue[mx.array] = LastValue()
+        self.cached_peak: LastValue[mx.array] = LastValue()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid that it was trained on."""
@@ -216,9 +228,13 @@ class FakeEmbedding(nn.Embedding):
             return run_prepared(x, self["weight"])
         return evaluate_packed(run_packed, run_prepared, x, self["weight"])
 
-    def quantized(self, weight: mx.array) -> mx.array:
+    def shared_peak(self, weight: mx.array) -> mx.array | None:
+        """The largest magnitude of all weights that share a tensor scale, of which `weight` is one; None if none do."""
+        return fused.peak(self, weight)
+
+    def quantized(self, weight: mx.array, *, peak: mx.array | None) -> mx.array:
         """The values of `weight` on its grid, computed anew."""
-        return choose.fake_quantize_weight(weight, self.rule.weight)
+        return choose.fake_quantize_weight(weight, self.rule.weight, peak=peak)
 
     def _pack(self, weight: mx.array) -> PackedEmbedding | PlainEmbedding:
         return pack_embedding(choose.quantize(weight, self.rule.weight), self.rule)
@@ -226,6 +242,7 @@ class FakeEmbedding(nn.Embedding):
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
         self.cached_values: LastValue[mx.array] = LastValue()
+        self.cached_peak: LastValue[mx.array] = LastValue()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid that it was trained on."""
@@ -253,11 +270,11 @@ def values_of(layer: Any, weight: mx.array) -> mx.array:
     """The values that a layer multiplies with: computed once for each state of the weight, not for each part of a batch."""
     if not quantizes(layer):
         return weight
-    grid, ste = cast(Grid, layer.rule.weight), layer.rule.ste
+    grid, ste, peak = cast(Grid, layer.rule.weight), layer.rule.ste, layer.shared_peak(weight)
     if layer.training and "_frozen_values" in layer:
-        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste)
-    values = layer.cached_values.of(weight, layer.quantized, grid, traced=True)
-    return values_view(weight, values, grid, ste=ste)
+        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste, peak=peak)
+    values = layer.cached_values.of(weight, partial(layer.quantized, peak=peak), grid, peak, traced=True)
+    return values_view(weight, values, grid, ste=ste, peak=peak)
 
 
 def _adopt(prepared: Any, layer: nn.Module, rule: Rule) -> None:

@@ -23,7 +23,7 @@ from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters
 
 PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that has no torchao tensor
-PREPARED = ("mode", "calibrating", "frozen", "simple", "kind", "grid_name", "slot_names", "values_buffer")
+PREPARED = ("mode", "calibrating", "frozen", "fused", "simple", "kind", "grid_name", "slot_names", "values_buffer")
 
 
 class PackedLinear(nn.Linear):

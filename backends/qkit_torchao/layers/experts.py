@@ -16,7 +16,8 @@ from qkit_torchao.cache import identity
 from qkit_torchao.cache.identity import KeptOfTensor
 from qkit_torchao.layers import sharded, straight_through
 from qkit_torchao.layers.become import become
-from qkit_torchao.layers.prepared import cannot_cache, gate
+from qkit_torchao.layers.gates import gate
+from qkit_torchao.layers.prepared import cannot_cache
 from qkit_torchao.layers.stacks import Stack, stacks_of
 from qkit_torchao.torch_private import apply, parameter
 
