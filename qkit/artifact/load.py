@@ -20,7 +20,7 @@ from qkit.errors import ArtifactError, GridError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import NOTE, Model, surgeon
-from qkit.qtensor import QTensor
+from qkit.qtensor import DTYPES, QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
 from qkit.storage.read import map_tensors, read_folder
@@ -52,7 +52,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     rules = read_rules(folder, metadata, config)
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
     want_honored(engine, inference, f"load {folder}")
-    model = _build(engine, folder, config) if into is None else into
+    model = _build(engine, folder, config, arrays) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
     for layer in layers.values():
         if layer.stage != "float":
@@ -81,10 +81,15 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     return engine.replace(model, packed)
 
 
-def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
+def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    """The model of `config`; without a type there, in that of the first float tensor of the files, as transformers has it."""
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-    return require(engine, Builds).build(float_config(config))
+    known = float_config(config)
+    if not (known.get("dtype") or known.get("torch_dtype")):
+        found = next((name for array in arrays.values() if (name := array.dtype.name) in DTYPES), None)
+        known = known if found is None else {**known, "dtype": found}
+    return require(engine, Builds).build(known)
 
 
 def _translate(
@@ -106,9 +111,10 @@ def _translate(
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     for name, path in owned.items():
-        if name in arrays:
+        if name in arrays and path in paths:
             found[join(paths[path], name.removeprefix(path).lstrip("."))] = arrays[name]
-    return found, [replace(one, paths=tuple(paths[path] for path in one.paths)) for one in rules]
+    mine = [replace(one, paths=tuple(paths[path] for path in one.paths if path in paths)) for one in rules]
+    return found, mine
 
 
 def _shape(arrays: Mapping[str, NDArray[Any]], path: str, stored: StoredRule) -> tuple[int, ...]:

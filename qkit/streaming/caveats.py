@@ -76,5 +76,7 @@ def _of_family(config: Mapping[str, Any], recipe: str) -> Iterable[Caveat]:
     found: dict[str, str] = {}
     for row in mine:
         found.update((reader, cell) for reader, cell in row[recipe].items() if cell not in GOOD)
+    way = "" if DEQUANTIZED in found or recipe == "mixed" else "; open it with dequantize=True"
     for reader, cell in found.items():
-        yield Caveat(reader, f"a small model of this family, under a recipe like this, was {cell} ({TRIED})")
+        text = f"a small model of this family does not open there under such a recipe{way if reader == TRANSFORMERS else ''}"
+        yield Caveat(reader, f"{text} ({TRIED}: {cell})")

@@ -59,14 +59,14 @@ def _with_floats(value: Any) -> Any:
 
 
 def _with_float32(model: Any, dtype: torch.dtype) -> nn.Module:
-    """`model` with every parameter in float32 whose class asks for that in a model of `dtype`."""
+    """`model` with every parameter and buffer in float32 whose class asks for that in a model of `dtype`."""
     plan = model._get_dtype_plan(dtype)  # noqa: SLF001  transformers offers no public name for it
     if not plan:
         return cast(nn.Module, model)
     from transformers.core_model_loading import build_glob_alternation
 
     pattern, *_ = build_glob_alternation(list(plan))
-    for name, parameter in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if pattern.search(name):
-            parameter.data = parameter.data.to(torch.float32)
+            tensor.data = tensor.data.to(torch.float32)
     return cast(nn.Module, model)
