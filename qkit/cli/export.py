@@ -58,6 +58,7 @@ def export(
         )
     (check_file if to is Target.gguf else check_directory)(out)
     source = read_model(folder)
+    as_values: list[str] = []
     if weights_only:
         source = write_model.weights_only(source)
     notes: list[str] = []
@@ -69,8 +70,10 @@ def export(
         notes = [f"quantized weights: {', '.join(notes)}"] if notes else []
         notes += [f"{name} as float16: {reason}" for name, reason in written.fallbacks.items()]
         notes += written.notes
+    elif to is Target.mlx:
+        as_values = export_model.export_mlx(source, out)
     else:
-        {Target.mlx: export_model.export_mlx, Target.dense: export_model.export_dense}[to](source, out)
+        export_model.export_dense(source, out)
     console.print(
         f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
     )
