@@ -58,7 +58,6 @@ def export(
         )
     (check_file if to is Target.gguf else check_directory)(out)
     source = read_model(folder)
-    as_values: list[str] = []
     if weights_only:
         source = write_model.weights_only(source)
     notes: list[str] = []
@@ -72,6 +71,7 @@ def export(
         notes += written.notes
     elif to is Target.mlx:
         as_values = export_model.export_mlx(source, out)
+        notes = [f"{path} as its values: mlx-lm would split its codes and quantize them again" for path in as_values]
     else:
         export_model.export_dense(source, out)
     console.print(

@@ -166,7 +166,7 @@ def test_a_rotary_embedding_that_mlx_lm_would_ignore_is_refused(tmp_path):
     source = read_model(quantized(tmp_path, "int4-g64"))
     unknown = replace(source, config={**source.config, "model_type": "starcoder9"})
     with pytest.raises(
-        qkit.ArtifactError, match="how mlx-lm reads a 'starcoder9', its rotary embedding.* is not known"
+        qkit.ArtifactError, match=r"how mlx-lm reads a 'starcoder9', its rotary embedding.* is not known"
     ):
         export_mlx(unknown, tmp_path / "mlx")
     partial = replace(source, config={**source.config, "rope_parameters": {"partial_rotary_factor": 0.5}})
