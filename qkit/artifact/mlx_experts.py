@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from qkit.experts import PROJECTIONS, file_stack
+from qkit.artifact.expert_files import file_stack
+from qkit.experts import PROJECTIONS
 from qkit.formats import mlx_lm
 from qkit.formats.mlx_config import place_of, stack_path
 from qkit.formats.mlx_families import FAMILIES

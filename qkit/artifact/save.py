@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
+from qkit.artifact.expert_files import file_stack
 from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_merged, want_whole
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError, StageError
-from qkit.experts import file_name, file_stack, paths_of
+from qkit.experts import file_name, paths_of
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import surgeon
