@@ -99,7 +99,8 @@ def _check_layers(layers: Sequence[Layer]) -> list[tuple[str, str]]:
 def _check_layer(arrays: Tensors, found: Mapping[str, Stored], stored: StoredRule, *, path: str) -> None:
     grid, shape = stored.rule.weight, check_parts(found, stored, path=path)
     assert grid is not None
-    want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape)
+    form = compressed_tensors.stored_form(found, grid)
+    want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form)
     mine = {name: arrays[name] for name in want}
     for begin, end in row_blocks(shape):
         block = rows_of(mine, begin, end, shape=shape, bits=grid.element.bits)

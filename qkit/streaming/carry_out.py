@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
+from qkit.formats import compressed_tensors
 from qkit.formats.packed import pack
 from qkit.formats.row_blocks import part_rows
 from qkit.grid import Grid
@@ -169,6 +170,8 @@ def _copy(row: Row, writer: TensorWriter, reader: Reader) -> None:
 def _quantize(
     row: Row, grid: Grid, places: Mapping[str, Place], writer: TensorWriter, reader: Reader, quantize: Quantize
 ) -> None:
+    assert row.rule is not None
+    form = compressed_tensors.form_of(row.rule)
     shape, per_weight = row.shape, len(row.slots) // len(row.paths)
     for number, weight in enumerate(weights_of(row, reader)):
         mine = row.slots[number * per_weight : (number + 1) * per_weight]
@@ -177,7 +180,8 @@ def _quantize(
             continue
         extremes = weight.extremes(shared=grid.scale == "nvfp4") if sees_whole_tensor(grid) else None
         for begin, w in weight.blocks():
-            parts = encode(w, grid, quantize=quantize, extremes=extremes)
+            parts = encode(w, grid, quantize=quantize, extremes=extremes, form=form)
+            parts |= compressed_tensors.server_tensors(row.rule)
             for slot in slots:
                 name = slot.name.rpartition(".")[2]
                 part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]

@@ -8,6 +8,7 @@ from qkit.artifact.known import is_known, table
 from qkit.artifact.metadata import StoredRule
 from qkit.experts import is_stacked
 from qkit.formats.compressed_tensors import layout
+from qkit.streaming.servers import VLLM, sentences
 
 TRANSFORMERS, DEQUANTIZED = "transformers", "transformers, dequantized"
 GOOD = ("equal", "none")  #: results of the table that need no word: equal, or the reader has no such model
@@ -31,17 +32,23 @@ class Caveat:
 
 
 def caveats(
-    config: Mapping[str, Any] | None, rules: Sequence[StoredRule], *, single_experts: bool = False
+    config: Mapping[str, Any] | None,
+    rules: Sequence[StoredRule],
+    *,
+    tied: bool = False,
+    single_experts: bool = False,
 ) -> tuple[Caveat, ...]:
     """The caveats of an output with these rules of a model with this configuration.
 
     Args:
+        tied: whether its output head is the embedding.
         single_experts: whether the output has float experts that are stored one by one.
     """
     if config is None:
         return ()
     found = list(_of_experts(config, rules, single_experts and bool(rules)))
     found += [one for one in _of_layout(rules) if one.reader not in {known.reader for known in found}]
+    found += [Caveat(VLLM, text) for text in sentences(rules, tied=tied)]
     if not is_known(config):
         found.append(
             Caveat(
