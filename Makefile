@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PYTHONHASHSEED = 0
 
-.PHONY: demo test test-all test-families test-size families test-install lint bench recipes clean
+.PHONY: demo test test-all test-families test-size test-readers families test-install lint bench recipes clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkit demo
@@ -17,7 +17,12 @@ test-all: test
 	$(BIN)/qkit parity --all
 
 # Every family of models, quantized and opened in every reader, compared with the table; `make families` writes it anew.
-test-families: $(VENV)/ready
+test-# Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
+test-readers: $(VENV)/ready
+	$(BIN)/python tests/readers/run.py
+	$(BIN)/python -m pytest -m readers tests/readers
+
+families: $(VENV)/ready
 	$(BIN)/python -m pytest tests/families -m "families or not families"
 
 # Checkpoints of 50,000 tensors: time and memory.
