@@ -17,17 +17,17 @@ test-all: test
 	$(BIN)/qkit parity --all
 
 # Every family of models, quantized and opened in every reader, compared with the table; `make families` writes it anew.
-test-# Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
-test-readers: $(VENV)/ready
-	$(BIN)/python tests/readers/run.py
-	$(BIN)/python -m pytest -m readers tests/readers
-
-families: $(VENV)/ready
+test-families: $(VENV)/ready
 	$(BIN)/python -m pytest tests/families -m "families or not families"
 
 # Checkpoints of 50,000 tensors: time and memory.
 test-size: $(VENV)/ready
 	$(BIN)/python -m pytest -m size tests/files/test_size.py
+
+# Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
+test-readers: $(VENV)/ready
+	$(BIN)/python tests/readers/run.py
+	$(BIN)/python -m pytest -m "readers or not readers" tests/readers
 
 families: $(VENV)/ready
 	$(BIN)/python tests/families/write.py
