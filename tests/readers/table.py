@@ -16,8 +16,9 @@ def table() -> str:
     found: dict[tuple[str, str], list[str]] = {}
     for _, recipe, reader, cell in json.loads(RESULTS.read_text()):
         found.setdefault((recipe, reader), []).append(cell)
-    lines = [["recipe", *READERS], ["---"] * (1 + len(READERS))]
-    lines += [[recipe, *(_cell(found.get((recipe, reader), []), reader) for reader in READERS)] for recipe in RECIPES]
+    run = [reader for reader in READERS if any(key[1] == reader for key in found)]
+    lines = [["recipe", *run], ["---"] * (1 + len(run))]
+    lines += [[recipe, *(_cell(found.get((recipe, reader), []), reader) for reader in run)] for recipe in RECIPES]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
