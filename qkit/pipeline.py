@@ -1,17 +1,19 @@
-"""prepare, convert, gather and adamw, on any engine. A recipe that does not fit is refused before the model changes."""
+"""prepare, regrid, unprepare, convert, gather and adamw, on any engine. Refuses a recipe that does not fit before any change."""
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
-from qkit.engines.layer import Layer, want_merged, want_whole
+from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
 from qkit.engines.protocol import Arrays, Deploys, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
-from qkit.errors import StageError
-from qkit.planning import Planned, plan
+from qkit.errors import RecipeError, StageError
+from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
@@ -31,18 +33,96 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     Works in place and returns the model; a model that is itself one layer gives a new one, of the engine's own class. Master
     weights stay the same parameters under the same names. Gradients pass straight through the rounding.
 
+    Where peft or mlx-lm have put adapters, the layers inside them are prepared, under the paths that they had without them, and
+    the factors of adapters stay float. Warns if the recipe quantizes less than half of the weights.
+
     Raises:
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
-        StageError: the model is prepared, converted or sharded already.
+        StageError: the model is prepared, converted or sharded already; or it has a wrapper that qkit does not know.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     want_whole(layers, "prepare")
+    want_known(layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare")
     prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
     _note(planned)
     return cast(Model, engine.replace(model, prepared))
+
+
+def regrid(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Model:
+    """The prepared `model` on the grids of another recipe that quantizes the same layers. Works in place and returns the model.
+
+    Master weights, the names of parameters and the state of the optimizer stay.
+
+    Raises:
+        StageError: nothing is prepared, a layer has an adapter inside of its grid, or it learns its scales.
+        RecipeError, GridError: the recipe does not fit, or it quantizes other layers, learns scales, or has other static ranges.
+        BackendError: the engine does not train, or does not honour a key of the recipe.
+    """
+    engine = require(surgeon(model, backend), Trains)
+    layers = _prepared(engine.layers(model))
+    for layer in layers:
+        learns = layer.rule is not None and layer.rule.scales == "learned"
+        if layer.adapter or learns:
+            what = "an adapter" if layer.adapter else "learned scales"
+            raise StageError(f"cannot regrid: {layer.path} has {what}, which belong to its grid")
+    rules = rules_on(engine, model, layers, recipe)
+    for layer in layers:
+        engine.regrid(layer.module, rules[layer.path])
+    return model
+
+
+def rules_on(engine: Modules, model: Any, layers: Iterable[Layer], recipe: "str | Path | Recipe") -> dict[str, Rule]:
+    """The rule of `recipe` for each of the prepared `layers` of `model`, by path.
+
+    Raises:
+        RecipeError: the recipe leaves one of them alone, learns its scales, or has other static ranges.
+    """
+    from qkit.reference.ranges import static_names  # here, so that `import qkit` stays cheap
+
+    found = find_recipe(recipe)
+    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), found)}
+    want_honored(engine, found.rules, "regrid")
+    made: dict[str, Rule] = {}
+    for layer in layers:
+        rule = planned[layer.path]
+        assert layer.rule is not None
+        if rule is None or rule.scales == "learned" or static_names(rule).keys() != static_names(layer.rule).keys():
+            what = "leaves it alone" if rule is None else "learns scales, or has other static ranges"
+            raise RecipeError(f"{layer.path}: {found.name!r} {what}, unlike the recipe it is on: choose another")
+        made[layer.path] = rule
+    return made
+
+
+def unprepare(model: Model, match: str = "*", *, backend: str | Arrays | None = None) -> Model:
+    """`model` with plain float layers in place of the prepared ones whose path matches the shell pattern.
+
+    Works in place and returns the model; a model that is itself one layer gives a new one. The master weights stay the same
+    parameters under the same names. Learned scales and static ranges are gone.
+
+    Raises:
+        StageError: no prepared layer matches, or one has an adapter inside of its grid, or the model is sharded.
+        BackendError: the engine does not train.
+    """
+    engine = require(surgeon(model, backend), Trains)
+    layers = list(engine.layers(model))
+    lost = {layer.path: layer.module for layer in layers if layer.lost and fnmatchcase(layer.name, match)}
+    chosen = [layer for layer in layers if layer.stage == "prepared" and fnmatchcase(layer.name, match)]
+    if not chosen and not lost:
+        _prepared(layers)
+        raise StageError(f"no prepared layer matches {match!r}: there is {', '.join(one.name for one in layers[:4])}")
+    want_whole(chosen, "unprepare")
+    want_merged(chosen, "unprepare")
+    plain = {layer.path: engine.restore_layer(layer.module) for layer in chosen}
+    return cast(Model, engine.replace(model, {**lost, **plain}))
+
+
+def _prepared(layers: Iterable[Layer]) -> list[Layer]:
+    if found := [layer for layer in layers if layer.stage == "prepared"]:
+        return found
+    raise StageError("no layer of this model is prepared: call prepare(model, recipe) first")
 
 
 def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Model:
@@ -52,7 +132,7 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
 
     Raises:
         StageError: an unprepared model needs a recipe, and a prepared one takes none. Or the model is converted, adapted
-            or sharded.
+            or sharded; or another library has put wrappers around layers, or plain layers in the place of prepared ones.
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
         RangeError: a weight is not finite.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
@@ -62,6 +142,8 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
     prepared = [layer for layer in layers if layer.stage == "prepared"]
     want_whole(layers, "convert")
     want_merged(layers, "convert")
+    want_bare(layers, "convert")
+    want_none_lost(layers, "convert")
     if recipe is None:
         if not prepared:
             raise StageError(
@@ -83,6 +165,7 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
     found = find_recipe(recipe)
     planned = plan(layers, found)
     want_honored(engine, found.rules, verb)
+    warn_of_rest(planned, found)
     return planned
 
 

@@ -22,6 +22,7 @@ RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
 STES: tuple[Ste, ...] = ("identity", "masked")
 SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
+HEAD = "lm_head"  #: the path by which recipes know the output head
 CORE_KEYS = (
     "match",
     "kind",
@@ -134,9 +135,10 @@ class Recipe:
         if not any(rule.weight for rule in self.rules):
             raise RecipeError(f"recipe {self.name!r} has no rule with a weight grid: nothing would be quantized")
 
-    def rule_for(self, path: str, kind: Kind) -> Rule | None:
-        """The first rule that matches, if any."""
-        return next((rule for rule in self.rules if rule.matches(path, kind)), None)
+    def rule_for(self, path: str, kind: Kind, *, head: bool = False) -> Rule | None:
+        """The first rule that matches, if any. A layer that is an output `head` also goes by the path `lm_head`."""
+        paths = (path, HEAD) if head else (path,)
+        return next((rule for rule in self.rules if any(rule.matches(one, kind) for one in paths)), None)
 
 
 def read_recipe(file: "Path | Traversable") -> Recipe:

@@ -195,6 +195,10 @@ class MlxBackend:
         """See `Adapts.train_only_adapters`."""
         adapted.train_only_adapters(model)
 
+    def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
+        """See `Adapts.unwrap`; what mlx-lm has put around layers."""
+        return surgery.unwrap(model)
+
     # Builds
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
@@ -210,6 +214,18 @@ class MlxBackend:
                 raise
             raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
         return huggingface.build(config)
+
+    def knows(self, model: nn.Module) -> bool:
+        """See `Builds.knows`; mlx-lm's models."""
+        return type(model).__module__.startswith("mlx_lm.")
+
+    def origin(self, model: nn.Module) -> str | None:
+        """See `Builds.origin`; only `qkit.load` notes it, and mlx-lm does not."""
+        return getattr(model, "qkit_origin", None)
+
+    def remember_origin(self, model: nn.Module, folder: str) -> None:
+        """See `Builds.remember_origin`."""
+        model.qkit_origin = folder
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Builds.loss`."""
@@ -244,6 +260,10 @@ class MlxBackend:
     def regrid(self, module: Any, rule: Rule) -> None:
         """See `Trains.regrid`."""
         prepared.regrid(module, rule)
+
+    def restore_layer(self, module: Any) -> nn.Module:
+        """See `Trains.restore_layer`."""
+        return prepared.restore_layer(module)
 
 
 if TYPE_CHECKING:

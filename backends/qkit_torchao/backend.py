@@ -20,7 +20,7 @@ from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import adapted, converted, learned, straight_through
-from qkit_torchao.models import gather, surgery
+from qkit_torchao.models import gather, surgery, wrappers
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
@@ -156,8 +156,13 @@ class TorchaoBackend:
         return converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-        """See `Modules.replace`."""
-        return surgery.replace(model, modules)
+        """See `Modules.replace`; converted models of transformers' then save themselves as artifacts."""
+        replaced = surgery.replace(model, modules)
+        if self.config(replaced) is not None and hasattr(replaced, "save_pretrained"):
+            from qkit_torchao.models import huggingface
+
+            huggingface.save_as_artifact(replaced, self)
+        return replaced
 
     def run_layer(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
         """See `Modules.run_layer`."""
@@ -222,6 +227,10 @@ class TorchaoBackend:
         """See `Adapts.train_only_adapters`."""
         adapted.train_only_adapters(model)
 
+    def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
+        """See `Adapts.unwrap`; what peft has put around layers."""
+        return wrappers.unwrap(model)
+
     # Builds
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
@@ -229,6 +238,18 @@ class TorchaoBackend:
         from qkit_torchao.models import huggingface
 
         return huggingface.build(config).to(self.device)
+
+    def knows(self, model: nn.Module) -> bool:
+        """See `Builds.knows`; transformers' models."""
+        return self.config(model) is not None
+
+    def origin(self, model: nn.Module) -> str | None:
+        """See `Builds.origin`; transformers remembers it."""
+        return getattr(model, "name_or_path", None) or None
+
+    def remember_origin(self, model: nn.Module, folder: str) -> None:
+        """See `Builds.remember_origin`."""
+        setattr(model, "name_or_path", folder)  # noqa: B010  the name of transformers' own note
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Builds.loss`."""
@@ -257,6 +278,11 @@ class TorchaoBackend:
     def regrid(self, module: Any, rule: Rule) -> None:
         """See `Trains.regrid`."""
         module.regrid(rule)
+
+    def restore_layer(self, module: Any) -> nn.Module:
+        """See `Trains.restore_layer`."""
+        restored: nn.Module = learned.restore_layer(module)
+        return restored
 
     # Deploys
 

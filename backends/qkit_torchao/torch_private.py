@@ -15,6 +15,7 @@ version: Callable[[Tensor], int] = attrgetter("_version")  #: the count of in-pl
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled  #: asks once for all devices
 unsafe_view = torch.ops.aten._unsafe_view.default  #: as `view`, but the result counts as no view of its source
 int_product = torch._int_mm  #: int8 [rows, n] times int8 [n, columns] -> int32, exact; on CUDA with more than 16 rows
+without_subclasses = torch._C.DisableTorchFunctionSubclass  #: a context in which subclasses of Tensor count as Tensor
 pack_int4 = torch.ops.aten._convert_weight_to_int4pack  #: codes as tinygemm wants them
 int4_product = torch.ops.aten._weight_int4pack_mm  #: tinygemm: bfloat16 times packed int4
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qkit.engines.layer import Layer
+from qkit.engines.layer import HEADS, Layer
 from qkit.errors import PlanError
 from qkit.qtensor import DTYPES as FLOATS
 from qkit.storage.layout import DTYPES, Slot
@@ -52,7 +52,7 @@ def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
     if DTYPES[slot.dtype][0] not in FLOATS:
         obstacle = f"its weight is {DTYPES[slot.dtype][0]}: only {', '.join(FLOATS)} are quantized"
     if not EMBEDDINGS.search(own):
-        return Layer(path, "linear", slot.shape, None, obstacle=obstacle)
+        return Layer(path, "linear", slot.shape, None, obstacle=obstacle, head=path.split(".")[0] in HEADS)
     if _type(config).startswith("gemma") and not obstacle:
         obstacle = "it scales its outputs, and is a subclass of embedding that qkit does not know"
     return Layer(path, "embedding", slot.shape, None, obstacle=obstacle)

@@ -74,7 +74,10 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
 def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-    return require(engine, Builds).build(float_config(config))
+    builder = require(engine, Builds)
+    model = builder.build(float_config(config))
+    builder.remember_origin(model, str(folder.absolute()))
+    return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
-from qkit.artifact.metadata import KEY, describe, group_rules
-from qkit.engines.layer import want_merged, want_whole
-from qkit.engines.protocol import Arrays
+from qkit.artifact.metadata import KEY, StoredRule, describe, group_rules
+from qkit.engines.abilities import offers
+from qkit.engines.layer import want_bare, want_merged, want_none_lost, want_whole
+from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.errors import ArtifactError, StageError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
@@ -40,7 +41,8 @@ def save(
     Args:
         folder: the directory to write. An earlier artifact there is replaced.
         source: the Hugging Face directory of the original model, whose config, tokenizer and generation files are copied.
-            By default, the model's own configuration is written; a model without one gives the weights alone.
+            By default, the model's own configuration is written, and the other files are those of the directory that the
+            model remembers: of `from_pretrained`, or of `qkit.load`. A module of your own gives the weights alone.
         dtype: type of the stored float tensors and of dequantized values. float32 master weights become a bfloat16 model this
             way. Codes and scales do not depend on it. By default, every tensor keeps its type.
         shard_bytes: most bytes of tensors in one file.
@@ -50,20 +52,52 @@ def save(
 
     Raises:
         StageError: a layer is prepared but not converted, or has an adapter, or is sharded.
-        ArtifactError: a grid has no portable layout, or `folder` holds other files; see `check_directory`.
+        ArtifactError: a grid has no portable layout, or `folder` holds other files; see `check_directory`. Or the model is one of
+            mlx-lm's that does not say where it came from.
         PlanError: the disk is read-only.
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
-    folder, origin = Path(folder), None if source is None else Path(source)
-    config = engine.config(model) if origin is None else read_config(origin)
-    if origin is not None and (config is None or origin.resolve() == destination(folder).path):
-        why = "has no config.json" if config is None else "is where the artifact would go"
-        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
+    folder, origin = Path(folder), _origin(engine, model, source)
+    config = engine.config(model) if source is None else read_config(Path(source))
+    if origin is not None and origin.resolve() == destination(folder).path:
+        raise ArtifactError(
+            f"the source {origin} is where the artifact would go: name the model's own Hugging Face directory"
+        )
+    if source is not None and config is None:
+        raise ArtifactError(f"the source {origin} has no config.json: name the model's own Hugging Face directory")
     check_directory(folder)
+    found = contents(engine, model, dtype=dtype)
+    write_directory(
+        folder,
+        [array_stream(name, array) for name, array in found.tensors.items()],
+        metadata={KEY: describe(found.rules)},
+        files=companions(origin, config=quantized_config(config, found.rules, left_alone=found.left_alone)),
+        shard_bytes=shard_bytes,
+    )
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The tensors of an artifact by name, the rules of its layers, and the paths of linear layers that stay float."""
+
+    tensors: dict[str, NDArray[Any]]
+    rules: list[StoredRule]
+    left_alone: list[str]
+
+
+def contents(engine: Modules, model: Any, *, dtype: DType | None = None) -> Contents:
+    """The contents of an artifact of `model`; see `save`.
+
+    Raises:
+        StageError, ArtifactError: see `save`.
+    """
     layers = list(engine.layers(model))
     want_whole(layers, "save")
     want_merged(layers, "save")
+    want_bare(layers, "save")
+    want_none_lost(layers, "save")
     for layer in layers:
         if layer.stage == "prepared":
             raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
@@ -83,14 +117,22 @@ def save(
             tensors[join(layer.path, name)] = array
     rules = group_rules((layer, q.dtype) for layer, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
-    write_directory(
-        folder,
-        [array_stream(name, array) for name, array in tensors.items()],
-        metadata={KEY: describe(rules)},
-        files=companions(origin, config=quantized_config(config, rules, left_alone=left_alone)),
-        shard_bytes=shard_bytes,
-    )
-    return folder
+    return Contents(tensors, rules, left_alone)
+
+
+def _origin(engine: Modules, model: Any, source: str | Path | None) -> Path | None:
+    """The directory that the model comes from: `source`, or the one that the model remembers if it is still there."""
+    if source is not None:
+        return Path(source)
+    named = engine.origin(model) if offers(engine, Builds) else None
+    if named is not None and Path(named).is_dir():
+        return Path(named)
+    if offers(engine, Builds) and engine.config(model) is None and engine.knows(model):
+        raise ArtifactError(
+            f"{type(model).__name__} is a language model that does not say where it came from, so that its config.json would be "
+            "missing: give source=, its Hugging Face directory"
+        )
+    return None
 
 
 def _cast(tensors: Mapping[str, NDArray[Any]], dtype: DType, *, but: Collection[str]) -> dict[str, NDArray[Any]]:

@@ -160,7 +160,7 @@ class _Work:
         for layer in self.engine.layers(model):
             if layer.kind == "other" or layer.tied:
                 continue
-            wanted = recipe.rule_for(layer.path, layer.kind)
+            wanted = recipe.rule_for(layer.name, layer.kind, head=layer.head)
             said, held = (
                 tuple(str((rule and getattr(rule, slot)) or "float") for slot in ("weight", "activation", "output"))
                 for rule in (wanted, layer.rule)

@@ -29,6 +29,10 @@ class _Learned(Float32Scales):
         """The learned parameters of the grid, in the order of `names`."""
         return [self[name] for name in names(self.rule.weight)]
 
+    def grid_values(self) -> mx.array:
+        """See `Readable.grid_values`."""
+        return self._learned_values(self["weight"], *self.ranges)
+
     def _learned_values(self, weight: mx.array, *ranges: mx.array) -> mx.array:
         return learned.fake_quantize(weight, self.rule.weight, *ranges) if quantizes(self) else weight
 

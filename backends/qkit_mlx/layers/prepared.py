@@ -25,6 +25,7 @@ from qkit_mlx.layers.converted import (
 )
 from qkit_mlx.layers.float32_scales import RANGES, Float32Scales
 from qkit_mlx.layers.straight_through import fake_quantize, values_view
+from qkit_mlx.layers.tunable import Readable, Tunable
 from qkit_mlx.mlx_private import frozen_names
 
 #: The type of a layer's `_gate`, by whether the layer quantizes. Compiled functions take the model's state as an input, and
@@ -59,6 +60,19 @@ def regrid(layer: Any, rule: Rule) -> None:
         freeze_values(layer, on=True)
 
 
+def restore_layer(layer: Any) -> nn.Module:
+    """See the protocol's `restore_layer`."""
+    cls: Any = nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear
+    plain = cls.__new__(cls)
+    nn.Module.__init__(plain)  # not Linear's, which draws a random weight
+    for name in ("weight", "bias"):
+        if name in layer:
+            plain[name] = layer[name]
+    plain.freeze(keys=list(frozen_names(layer)))
+    plain.train(layer.training)
+    return cast(nn.Module, plain)
+
+
 def clear_ranges(layer: Any) -> None:
     """See the protocol's `clear_ranges`."""
     for name in RANGES:
@@ -78,7 +92,7 @@ def quantizes(layer: Any) -> bool:
     return bool(layer["_gate"].dtype == GATES[True])
 
 
-class FakeLinear(Float32Scales, nn.Linear):
+class FakeLinear(Tunable, Readable, Float32Scales, nn.Linear):
     """A linear layer with a fake-quantized weight, and input and output if the rule has grids. `weight` is the master weight.
 
     The weight that it multiplies with:
@@ -106,6 +120,10 @@ class FakeLinear(Float32Scales, nn.Linear):
         _adopt(self, layer, rule)
         for name in static_names(rule):
             self[f"{name}_range"] = mx.array(ranges.EMPTY)
+
+    def grid_values(self) -> mx.array:
+        """See `Readable.grid_values`."""
+        return _values(self, self["weight"])
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., inputs] -> [..., outputs]."""
@@ -177,7 +195,7 @@ class FakeLinear(Float32Scales, nn.Linear):
         _refuse(self.rule)
 
 
-class FakeEmbedding(nn.Embedding):
+class FakeEmbedding(Readable, nn.Embedding):
     """An embedding with a fake-quantized weight, also as the output head of a tied model. Otherwise as `FakeLinear`."""
 
     calibrating = False
@@ -185,6 +203,10 @@ class FakeEmbedding(nn.Embedding):
     def __init__(self, layer: nn.Embedding, rule: Rule) -> None:
         nn.Module.__init__(self)  # not Embedding's, which draws a random weight
         _adopt(self, layer, rule)
+
+    def grid_values(self) -> mx.array:
+        """See `Readable.grid_values`."""
+        return _values(self, self["weight"])
 
     def __call__(self, x: mx.array) -> mx.array:
         """Row numbers x [...] -> [..., width]."""

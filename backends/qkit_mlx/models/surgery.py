@@ -1,24 +1,36 @@
 """Modules and arrays of a model by dotted name: finds and replaces layers, reads and fills stored arrays."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace as with_fields
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.engines.layer import Layer
+from qkit.engines.layer import HEADS, Layer
 from qkit.errors import ArtifactError, BackendError
+from qkit.reference.merged import Update
 from qkit.reference.packing import WORD_BITS
 from qkit.rules import Kind
 from qkit_mlx.layers.converted import CONVERTED, STORED, PlainEmbedding
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
+from qkit_mlx.models.wrappers import Place, mark, places, unwrapped
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PlainEmbedding)
 
 
 def layers(model: nn.Module) -> list[Layer]:
     """Every linear layer and embedding, and every other weight of two or more dimensions, in the order of the model."""
-    return [layer for path, module in _modules(model) for layer in _listed(path, module)]
+    modules = list(_modules(model))
+    found = places(modules)
+    of_mlx_lm = type(model).__module__.startswith("mlx_lm.")  # whose heads have these names
+    return [_placed(layer, found[id(module)], of_mlx_lm) for path, module in modules for layer in _listed(path, module)]
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
+    """See `Adapts.unwrap`; what mlx-lm has put around layers."""
+    instead, updates = unwrapped(_modules(model))
+    return replace(model, instead), updates
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -32,8 +44,8 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         if path not in present:
             raise BackendError(f"the model has no module {path!r}: it has {', '.join(list(present)[:8])}")
     instead = {id(present[path]): module for path, module in modules.items()}
-    for module in present.values():
-        _replace_in(module, instead)
+    for module in list(present.values()):
+        _replace_in(module, instead, module)
     return modules.get("", model)
 
 
@@ -101,12 +113,14 @@ def _modules(container: Any, path: str = "", seen: set[int] | None = None) -> It
             yield from _modules(value, _join(path, key), seen)
 
 
-def _replace_in(container: Any, instead: Mapping[int, nn.Module]) -> None:
+def _replace_in(container: Any, instead: Mapping[int, nn.Module], parent: nn.Module, path: str = "") -> None:
+    """Replaces what is in `container`, which is `parent` itself, or at `path` in it."""
     for key, value in list(_items(container)):
         if id(value) in instead:
             container[key] = instead[id(value)]
+            mark(parent, _join(path, key), container[key])
         elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
-            _replace_in(value, instead)
+            _replace_in(value, instead, parent, _join(path, key))
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -130,6 +144,14 @@ def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 # Layers
+
+
+def _placed(layer: Layer, place: Place, of_mlx_lm: bool) -> Layer:
+    if layer.kind == "other":
+        return layer
+    bare = place.bare if place.bare != layer.path else ""
+    head = of_mlx_lm and place.bare.split(".")[0] in HEADS
+    return with_fields(layer, bare=bare, wrapper=place.wrapper, unknown=place.unknown, lost=place.lost, head=head)
 
 
 def _listed(path: str, module: Any) -> Iterator[Layer]:

@@ -9,20 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkit.qtensor import DType, QTensor, dtype_of
-from qkit.reference import learned
 from qkit.reference.ranges import static_contents
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, lay, unpair
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers
-from qkit_torchao.layers.become import apply_but_keep, become
+from qkit_torchao.layers.become import apply_but_keep, become, forget_preparation
+from qkit_torchao.layers.decoded import decoded
 from qkit_torchao.layers.execution import Execution, choose_execution
 from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters
 
 PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that has no torchao tensor
-PREPARED = ("mode", "calibrating", "frozen", "simple", "kind", "grid_name", "slot_names", "values_buffer")
 
 
 class PackedLinear(nn.Linear):
@@ -57,8 +56,8 @@ class PlainLinear(PackedLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The values [outputs, inputs], decoded at every call."""
-        return rounding.dequantize(unpack(self))
+        """The values [outputs, inputs], decoded at every call; they refuse to be written."""
+        return decoded(rounding.dequantize(unpack(self)))
 
 
 class PackedEmbedding(nn.Embedding):
@@ -75,8 +74,8 @@ class PackedEmbedding(nn.Embedding):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The values [entries, width], decoded at every call."""
-        return rounding.dequantize(unpack(self))
+        """The values [entries, width], decoded at every call; they refuse to be written."""
+        return decoded(rounding.dequantize(unpack(self)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
         """As `PackedLinear._apply`."""
@@ -104,10 +103,8 @@ def build(
     """As `pack`, with codes that are in the layout of `execution` already."""
     plain = PlainLinear if execution.container is None else PackedLinear  # on every device alike: the grid decides
     layer = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else plain)
-    for name in PREPARED:
-        layer.__dict__.pop(name, None)
-    remove_buffers(layer, "gate", "input_range", "output_range")
-    remove_parameters(layer, "weight", *learned.NAMES)
+    forget_preparation(layer)
+    remove_parameters(layer, "weight")
     layer.rule, layer.owner = rule, () if owner is None else (owner,)
     for name, array in static.items():
         layer.register_buffer(name, array)

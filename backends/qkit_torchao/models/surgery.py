@@ -1,6 +1,7 @@
 """Modules and tensors by dotted name: finding layers, replacing them, and the tensors that a model stores."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace as with_fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,16 +9,28 @@ from torch import Tensor, nn
 from qkit.engines.layer import Layer
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
-from qkit_torchao.layers.converted import PLAIN, PackedEmbedding, PackedLinear
+from qkit_torchao.layers.converted import PLAIN
 from qkit_torchao.layers.prepared import Prepared
+from qkit_torchao.models.wrappers import CONVERTED, Place, heads, mark, places
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
-
-CONVERTED = (PackedLinear, PackedEmbedding)
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Linear and Embedding modules, each once, under their first path; then every other weight that has a row and a column."""
+    found = places(model)
+    roles = heads(model, found)
+    for layer in _layers(model, found):
+        place = found[id(layer.module)]
+        if layer.kind == "other":
+            yield layer
+            continue
+        bare = place.bare if place.bare != layer.path else ""
+        head = id(layer.module) in roles
+        yield with_fields(layer, bare=bare, wrapper=place.wrapper, unknown=place.unknown, lost=place.lost, head=head)
+
+
+def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:
     first: dict[int, str] = {}
     seen: dict[int, str] = {}
     for path, module in model.named_modules():
@@ -25,10 +38,11 @@ def layers(model: nn.Module) -> Iterator[Layer]:
             seen.setdefault(id(module.weight), path)
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread:
+        part = found[id(module)].wrapper if found[id(module)].part else ""
+        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread and not part:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module, seen)
+            yield from _others(path, module, seen, part)
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -38,6 +52,7 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         for name, child in list(children(parent).items()):
             if id(child) in swaps:
                 children(parent)[name] = swaps[id(child)]
+                mark(parent, name, swaps[id(child)])
     _call_children(model)
     return swaps.get(id(model), model)
 
@@ -124,16 +139,18 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
-def _others(path: str, module: nn.Module, seen: dict[int, str]) -> Iterator[Layer]:
+def _others(path: str, module: nn.Module, seen: dict[int, str], part: str) -> Iterator[Layer]:
     """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
     for name, parameter in module.named_parameters(path, recurse=False):
         if parameter.dim() > 1:
             owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
-            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module))
+            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module, part))
 
 
-def _why_not(module: nn.Module) -> str:
+def _why_not(module: nn.Module, part: str) -> str:
+    if part:
+        return f"a part of a {part}, which stays float"
     if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
         return "nn.MultiheadAttention reads its weights itself"
     return f"{type(module).__name__} is no linear layer"
