@@ -1,13 +1,21 @@
 """No silent seam: Trainer, peft, mlx-lm and averages of weights around prepared models. Each test is a fault that was found."""
 
+import json
 import warnings
 
 import numpy as np
 import pytest
 from models import CONFIG, TOKENS, build, make, small
+from runs import folder, table
+from typer.testing import CliRunner
 
 import qkit
+from qkit import adapters
+from qkit.artifact.config import read_config
+from qkit.cli.application import application
 from qkit.errors import CoverageWarning, UnchangedWarning
+from qkit.training import run_from_table, train_model
+from qkit.training.text import read_text
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
@@ -541,3 +549,110 @@ def test_save_refuses_a_model_of_mlx_lm_that_does_not_say_where_it_came_from(tmp
     assert not (tmp_path / "out").exists()
     qkit.save(model, tmp_path / "out", source=tmp_path / "model")
     assert (tmp_path / "out/config.json").exists()
+
+
+# 10: files of rows
+
+CHAT = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"it is {i * i}"}] for i in range(40)]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+def chat_model(path, template=TEMPLATE):
+    make(path / "model", "llama")
+    if template:
+        (path / "model/chat_template.jinja").write_text(template)
+    return path / "model"
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def text_of(folder, file):
+    tokens = read_text([str(file)], folder=folder, config=read_config(folder)).tokens
+    return transformers.AutoTokenizer.from_pretrained(folder).decode(tokens)
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_chat_rows_are_trained_on_through_the_template_of_the_model(tmp_path, key):
+    folder = chat_model(tmp_path)
+    file = jsonl(tmp_path / "chat.jsonl", [{key: one} for one in CHAT])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert text_of(folder, file) == "".join(tokenizer.apply_chat_template(one, tokenize=False) for one in CHAT)
+
+
+def test_rows_of_text_are_trained_on_without_their_braces(tmp_path):
+    file = jsonl(tmp_path / "rows.jsonl", [{"text": "one "}, {"text": "two"}])
+    assert text_of(chat_model(tmp_path), file) == "one two"
+    whole = tmp_path / "rows.json"
+    whole.write_text(json.dumps([{"text": "one "}, {"text": "two"}]))
+    assert text_of(tmp_path / "model", whole) == "one two"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "template", "message"),
+    [
+        ("a.jsonl", [{"messages": [{"content": "hello"}]}], TEMPLATE, r"row 1 of .*a message without a role"),
+        ("a.jsonl", [{"messages": CHAT[0]}], None, r"does not write conversations .*put a chat_template\.jinja there"),
+        ("a.jsonl", [{"messages": CHAT[0]}], "{{ raise_exception('no such role') }}", "conversation 1: no such role"),
+        ("a.jsonl", [{"prompt": "2?", "completion": "4"}], TEMPLATE, "has a prompt: qkit train does not read prompts"),
+        ("a.jsonl", [{"prompt": "2?", "chosen": "4", "rejected": "5"}], TEMPLATE, "does not read prompts"),
+        ("a.jsonl", [{"title": "x"}], TEMPLATE, "row 1 of .* has neither text nor messages: it has title"),
+        ("a.jsonl", [{"text": "x"}, {"messages": CHAT[0]}], TEMPLATE, "rows with messages and rows with text"),
+        ("a.jsonl", [{"text": 3}], TEMPLATE, "text is 3: want a string"),
+        ("a.json", [1], TEMPLATE, "rows that are no objects: write one object a line; to train on the JSON itself"),
+        ("a.parquet", [{"text": "x"}], TEMPLATE, "is no text: write its rows as JSON Lines"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused_by_name(tmp_path, name, rows, template, message):
+    folder = chat_model(tmp_path, template)
+    with pytest.raises(qkit.RunError, match=message):
+        text_of(folder, jsonl(tmp_path / name, rows))
+
+
+# 13, 14: on the command line
+
+
+def test_the_merge_says_which_adapters_are_exact(tmp_path):
+    peft = pytest.importorskip("peft")
+    path = folder(tmp_path, "torchao")
+    model = qkit.load(path / "model", backend="torchao")
+    lora(model).save_pretrained(tmp_path / "theirs")
+    assert peft
+    ours = qkit.adapt(
+        qkit.prepare(qkit.load(path / "model", backend="torchao"), "int4-g32"), qkit.Adapter(match=("*_proj",))
+    )
+    adapters.save(ours, tmp_path / "ours")
+    for name in ("ours", "theirs"):
+        arguments = [str(path / "model"), str(tmp_path / name), str(tmp_path / f"out-{name}"), "--recipe", "int4-g32"]
+        done = CliRunner().invoke(application, ["merge", *arguments, "--backend", "torchao"])
+        assert done.exit_code == 0, done.output
+        assert ("the merge moves the loss" in " ".join(done.stderr.split())) == (name == "theirs")
+    said = " ".join(CliRunner().invoke(application, ["merge", "--help"]).output.split())
+    assert "Exact for adapters that qkit trained" in said
+
+
+def test_compare_names_the_master_weights_it_took(tmp_path):
+    path = folder(tmp_path, "torchao")
+    train_model(run_from_table(table(path, backend="torchao")))
+    arguments = [str(path / "model"), "--qat", str(path / "out"), "--data", str(path / "text.txt"), "--windows", "2"]
+    done = CliRunner().invoke(
+        application, ["compare", *arguments, "--length", "16", "--backend", "torchao", "--out", str(tmp_path / "page")]
+    )
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "codes of , " not in said
+    assert "the trained master weights, equal to those of the trained model" in said
+
+
+@pytest.mark.parametrize("name", ["torchao", "mlx"])
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}])
+def test_a_run_that_changes_no_code_warns_and_counts(tmp_path, name, adapter):
+    path = folder(tmp_path, name)
+    run = run_from_table(table(path, backend=name, adapter=adapter, learning_rate=1e-9, steps=2))
+    with pytest.warns(UnchangedWarning, match="changed no code of 14 layers"):
+        outcome = train_model(run)
+    assert (outcome.changed_layers, outcome.quantized_layers) == (0, 14)
+    moved = train_model(run_from_table(table(path, backend=name, out=str(path / "moved"), learning_rate=1e-2)))
+    assert moved.changed_layers == 14
