@@ -44,7 +44,7 @@ class Layer:
         bare: the path in the model without wrappers of other libraries, as peft's, which put parts into `path`. Empty where the
             two are the same.
         wrapper: the class of the module of another library that wraps it, if any.
-        unknown: whether qkit does not know that class, so that it can neither see past it nor merge it.
+        unknown: whether qkit does not know that class, or cannot merge it, since it leaves the grid out.
         head: whether it is an output head of the model, by its role. A rule for `lm_head` is a rule for it.
         lost: whether the layer was quantized once and is a plain float layer now, since another program replaced it.
     """
@@ -100,7 +100,7 @@ def want_bare(layers: Iterable[Layer], verb: str) -> None:
     for layer in layers:
         if layer.wrapper:
             way_out = (
-                f"qkit does not know {layer.wrapper}: let its own library merge it or take it off first"
+                f"qkit cannot see past {layer.wrapper}, or it leaves the grid out: take it off, or use another adapter"
                 if layer.unknown
                 else "call model = qkit.merge(model) first"
             )

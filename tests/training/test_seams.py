@@ -227,6 +227,54 @@ def test_layers_that_mlx_lm_fused_into_float_are_an_error(tmp_path):
     assert not grid_rows(model)
 
 
+class Rows(list):
+    """A data set as mlx-lm has them."""
+
+    def process(self, row):
+        return row
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+def test_the_trainer_of_mlx_lm_trains_on_the_grid(tmp_path, kind):
+    trainer = pytest.importorskip("mlx_lm.tuner.trainer")
+    optim = pytest.importorskip("mlx.optimizers")
+    engine = qkit.backend("mlx")
+
+    def run(prepare):
+        model = prepare(small("mlx"))
+        model = model if kind == "full" else mlx_lora(model, dora=kind == "dora")
+        np.random.seed(0)  # the loop draws its order from there
+        data = trainer.CacheDataset(Rows([(row.tolist(), 0) for row in TOKENS.repeat(2, axis=0)]))
+        arguments = trainer.TrainingArgs(batch_size=2, iters=4, adapter_file=str(tmp_path / "adapters.safetensors"))
+        seen = []
+        trainer.train(model, optim.Adam(learning_rate=1e-2), data, args=arguments, training_callback=Loss(seen))
+        return model, seen
+
+    class Loss:
+        def __init__(self, seen):
+            self.seen = seen
+
+        def on_train_loss_report(self, info):
+            self.seen.append(info["train_loss"])
+
+        def on_val_loss_report(self, info):
+            pass
+
+    (model, on_grid), (_, plain) = run(lambda one: qkit.prepare(one, "int2-g32")), run(lambda one: one)
+    assert on_grid != plain
+    trained = engine.logits(model, TOKENS)
+    model = model if kind == "full" else qkit.merge(model)
+    layers = [layer for layer in engine.layers(model) if layer.rule]
+    want = {
+        one.path: qkit.quantize(engine.to_numpy(engine.weight(one.module)), one.rule.weight).codes for one in layers
+    }
+    model = qkit.convert(model)
+    assert_exact(want, codes(model, "mlx"))
+    assert np.array_equal(engine.logits(model, TOKENS), trained) == (
+        kind != "dora"
+    )  # DoRA of mlx-lm is beside the grid
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_of_mlx_lm_are_merged_when_told_to(dora):
     pytest.importorskip("mlx_lm")
@@ -252,7 +300,7 @@ def test_peft_around_prepared_layers_is_refused_or_merged(tmp_path):
     model = lora(qkit.prepare(build("torchao"), RECIPE))
     weight = model.base_model.model.lm_head.weight.clone()
     for verb in (qkit.convert, lambda one: qkit.save(one, tmp_path / "out")):
-        with pytest.raises(qkit.StageError, match=r"inside of a Linear; call model = qkit\.merge"):
+        with pytest.raises(qkit.StageError, match=r"inside of a lora.Linear; call model = qkit\.merge"):
             verb(model)
     assert prepared(model)
     merged = qkit.merge(model)
@@ -274,7 +322,7 @@ def test_a_recipe_sees_through_peft(options):
     assert not [path for path in prepared(model) if "lora_" in path or "lm_head" in path]
     rows = {row.path: row.state for row in qkit.coverage(model).rows}
     assert [state for path, state in rows.items() if "lora_A" in path] == [
-        "left alone: a part of a Linear, which stays float"
+        "left alone: a part of a lora.Linear, which stays float"
     ] * 4
 
 
@@ -307,6 +355,85 @@ def test_a_head_by_another_name_stays_float_in_a_directory_too(tmp_path):
     assert rows["model.layers.0.mlp.up_proj"] is not None
 
 
+@pytest.mark.parametrize("method", ["HRA", "SHIRA"])
+def test_methods_of_peft_that_leave_the_grid_out_are_refused_before_the_first_step(tmp_path, method):
+    peft = pytest.importorskip("peft")
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["q_proj"])
+    with pytest.raises(qkit.StageError, match=rf"{method.lower()}\.\w+; qkit cannot see past"):
+        qkit.prepare(peft.get_peft_model(build("torchao"), config), RECIPE)
+    model = peft.get_peft_model(qkit.prepare(build("torchao"), RECIPE), config)
+    with pytest.raises(qkit.StageError, match=r"cannot train: .* or it leaves the grid out"):
+        trainer(tmp_path, model, callbacks=[QatCallback(RECIPE)])
+
+
+@pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "OFT", "IA3", "VERA"])
+def test_adapters_of_peft_do_not_bypass_the_grid(method):
+    peft = pytest.importorskip("peft")
+    more = {"feedforward_modules": ["down_proj"]} if method == "IA3" else {}
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["q_proj", "down_proj"], **more)
+    model = peft.get_peft_model(qkit.prepare(build("torchao"), RECIPE), config)
+    np.testing.assert_allclose(logits(model), logits(qkit.prepare(build("torchao"), RECIPE)), atol=1e-5)
+    merged = qkit.merge(model)
+    assert_exact(reference_codes(merged), codes(qkit.convert(merged)))
+
+
+def test_the_merge_takes_the_trained_copy_of_a_module():
+    model = qkit.prepare(lora(build("torchao"), modules_to_save=["lm_head"]), RECIPE)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save.default.weight.mul_(2)
+    want = logits(model)
+    merged = qkit.merge(model)
+    assert torch.equal(merged.lm_head.weight, build("torchao").lm_head.weight * 2)
+    assert not [name for name, _ in merged.named_parameters() if "modules_to_save" in name or "lora" in name]
+    assert logits(merged).shape == want.shape
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_trl_trains_a_model_that_transformers_opens(tmp_path, adapted):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets", reason="TRL needs datasets")
+    peft = pytest.importorskip("peft")
+    make(tmp_path / "model", "llama", vocab_size=260)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<pad>"})
+    options = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "bf16": False,
+    }
+    options |= {
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    rows = datasets.Dataset.from_list([{"text": f"{i} squared is {i * i}"} for i in range(16)])
+
+    def run(callbacks):
+        one = trl.SFTTrainer(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+            trl.SFTConfig(str(tmp_path / "run"), **options),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(target_modules=["q_proj", "down_proj"]) if adapted else None,
+            callbacks=callbacks,
+        )
+        one.train()
+        return one
+
+    on_grid, plain = run([QatCallback(RECIPE)]), run([])
+    assert losses(on_grid) != losses(plain)
+    model = qkit.merge(on_grid.model) if adapted else on_grid.model
+    assert_exact(reference_codes(model), codes(qkit.convert(model)))
+    out = qkit.save(model.eval(), tmp_path / "out")
+    assert (out / "tokenizer.json").exists()
+    there = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    np.testing.assert_allclose(logits(there), logits(model), atol=1e-3)  # another order of sums
+
+
 def test_a_wrapper_that_qkit_does_not_know_is_refused_by_name():
     class Patched(torch.nn.Module):
         def __init__(self, inner):
@@ -321,7 +448,7 @@ def test_a_wrapper_that_qkit_does_not_know_is_refused_by_name():
         attention = model.model.layers[0].self_attn
         attention.q_proj = Patched(attention.q_proj)
     for verb in (lambda: qkit.prepare(before, RECIPE), lambda: qkit.convert(after), lambda: qkit.merge(after)):
-        with pytest.raises(qkit.StageError, match="is inside of a Patched; qkit does not know Patched"):
+        with pytest.raises(qkit.StageError, match="is inside of a Patched; qkit cannot see past Patched"):
             verb()
 
 

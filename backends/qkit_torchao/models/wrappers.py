@@ -19,6 +19,9 @@ from qkit_torchao.torch_private import children
 CONVERTED = (PackedLinear, PackedEmbedding)
 MARK = "qkit_grids"  #: attribute of a module: the names of those children that are on a grid
 
+#: Methods of peft 0.21 whose layers multiply with the weight of the layer that they wrap, instead of calling it.
+READERS = ("frod", "glora", "hra", "shira", "supertuning")
+
 #: The parts of a path that wrappers put in: peft's, torch.compile's, FSDP's, and those of models in models, at the beginning.
 OUTER = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|base_model\.model|pretrained_model)(\.|$))+")
 INNER = re.compile(
@@ -33,7 +36,7 @@ class Place:
     Attributes:
         bare: its path without the parts of wrappers.
         wrapper: the class of the wrapper that it is in; empty where there is none.
-        unknown: whether qkit does not know that class.
+        unknown: whether qkit does not know that class, or cannot see past it.
         part: whether it is a part of the wrapper's own, such as a factor of LoRA, and not the layer inside.
         lost: whether it took the place of a layer on a grid.
     """
@@ -59,9 +62,9 @@ def places(model: nn.Module) -> dict[int, Place]:
         lost = path in marked and type(module) in (nn.Linear, nn.Embedding)
         if not ours and not part:
             if is_wrapper(module):
-                wrapper, unknown = type(module).__name__, False
+                wrapper, unknown = _name(module), unknown or _reads_weight(module)
             elif _adapts(module) or (path in marked and not lost):
-                wrapper, unknown = type(module).__name__, True
+                wrapper, unknown = _name(module), True
         marked.update(f"{path}.{child}" if path else child for child in getattr(module, MARK, ()))
         found[id(module)] = Place(bare_path(path), wrapper, unknown, part, lost)
         inside[path] = found[id(module)], module
@@ -178,6 +181,17 @@ def _adapts(module: nn.Module) -> bool:
         *(name for name, _ in module.named_children()),
     ]
     return any(name.lower().startswith("lora_") for name in names)
+
+
+def _name(module: nn.Module) -> str:
+    """The class of a wrapper; of peft's with the method, such as `lora.Linear`."""
+    parts, name = type(module).__module__.split("."), type(module).__name__
+    return f"{parts[2]}.{name}" if parts[:2] == ["peft", "tuners"] and len(parts) > 3 else name
+
+
+def _reads_weight(module: nn.Module) -> bool:
+    """Whether a wrapper multiplies with the weight of its layer itself, and so leaves the grid out."""
+    return type(module).__module__.startswith(tuple(f"peft.tuners.{method}." for method in READERS))
 
 
 def _output_embeddings(module: Any) -> Any:

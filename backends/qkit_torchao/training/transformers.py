@@ -14,7 +14,7 @@ import qkit
 from qkit.code_changes import code_sums, warn_of_no_change
 from qkit.coverage_table import Coverage
 from qkit.engines.abilities import require
-from qkit.engines.layer import Layer
+from qkit.engines.layer import Layer, want_known
 from qkit.engines.protocol import Trains
 from qkit.errors import StageError
 from qkit.pipeline import surgeon
@@ -121,6 +121,7 @@ class QatCallback(TrainerCallback):
 
     def _prepare(self, model: nn.Module) -> None:
         engine = _engine(model)
+        want_known(engine.layers(model), "train")
         if any(layer.stage == "prepared" for layer in engine.layers(model)):
             if model not in self._own:
                 self._check_grids(list(engine.layers(model)))
@@ -129,6 +130,10 @@ class QatCallback(TrainerCallback):
         self._own.add(model)
         self.coverage = qkit.coverage(model)
         count = sum(layer.stage == "prepared" for layer in engine.layers(model))
+        if not count:
+            raise StageError(
+                f"recipe {qkit.recipe(self.recipe).name!r} quantizes no layer of this model: choose another"
+            )
         log.info("%d layers train on their grids: %.2f bits per weight", count, self.coverage.bits_per_weight)
 
     def _check_grids(self, layers: list[Layer]) -> None:
