@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PYTHONHASHSEED = 0
 
-.PHONY: demo test test-all test-install lint bench recipes clean
+.PHONY: demo test test-all test-families test-install lint bench recipes clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkit demo
@@ -15,6 +15,10 @@ test: $(VENV)/ready lint
 
 test-all: test
 	$(BIN)/qkit parity --all
+
+# Every family of models, quantized and opened in every reader; writes the table.
+test-families: $(VENV)/ready
+	$(BIN)/python -m pytest tests/families -m "families or not families"
 
 # That every extra resolves on every Python and platform, against the package index alone.
 test-install: $(VENV)/ready

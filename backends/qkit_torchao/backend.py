@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import NOTHING, Adapts, Deploys, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
+from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, BackendError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
@@ -20,7 +21,7 @@ from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import adapted, converted, learned, straight_through
-from qkit_torchao.models import gather, surgery, wrappers
+from qkit_torchao.models import gather, names, surgery, wrappers
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
@@ -259,6 +260,14 @@ class TorchaoBackend:
         """See `Builds.logits`."""
         return trainer.logits(model, tokens)
 
+    # Translates
+
+    def translate(
+        self, model: nn.Module, stored: Mapping[str, NDArray[Any]], codes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """See `Translates.translate`; by transformers' table of conversions."""
+        return names.translate(model, stored, codes, to_tensor=self.from_numpy, to_array=self.to_numpy)
+
     # Trains
 
     def adamw(self, model: nn.Module, options: AdamWOptions) -> AdamW:
@@ -294,7 +303,8 @@ class TorchaoBackend:
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Adapts, Trains, Deploys] = (
+    _offered: tuple[Adapts, Trains, Deploys, Translates] = (
+        _engine,
         _engine,
         _engine,
         _engine,

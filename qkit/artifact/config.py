@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from qkit.artifact.known import apart, both_names
 from qkit.artifact.metadata import StoredRule
 from qkit.errors import ArtifactError
 from qkit.formats import compressed_tensors
@@ -70,6 +71,8 @@ def quantized_config(
 ) -> dict[str, Any] | None:
     """`config` of a Hugging Face model with the `quantization_config` of its stored rules; None where `config` is None.
 
+    Layers stand in it under their names in the files, which vLLM looks up, and under those of transformers' model.
+
     Args:
         left_alone: paths of the linear layers that stay float.
     """
@@ -77,8 +80,9 @@ def quantized_config(
         return None
     config = float_config(config)
     if rules:
-        groups = [(stored.rule, stored.paths) for stored in rules]
-        config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=left_alone)
+        groups = [(stored.rule, both_names(stored.paths, config)) for stored in rules]
+        floats = {*both_names(left_alone, config), *apart((path for one in rules for path in one.paths), config)}
+        config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=floats)
     return config
 
 

@@ -8,16 +8,23 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qkit.engines.layer import HEADS, Layer
+from qkit.artifact.known import facts, is_known, kind_of
+from qkit.engines.layer import HEAD_PARTS, Layer
 from qkit.errors import PlanError
 from qkit.qtensor import DTYPES as FLOATS
+from qkit.rules import Kind
 from qkit.storage.layout import DTYPES, Slot
 
-EMBEDDINGS = re.compile(r"(^|_)(embed|embeddings?|wte|wpe)(_tokens|_in|_positions|_per_layer|s)*$")
-NO_TOKENS = re.compile(r"(wpe|positions|per_layer)$")  #: embeddings that are never the output head too
+EMBEDDINGS = re.compile(
+    r"(^|_)(embed|embeddings?|wte|wpe)(_tokens|_in|_positions|_per_layer|s)*$|^shared$|^relative_attention_bias$"
+)
+#: Embeddings that are never the output head too.
+NO_TOKENS = re.compile(r"(wpe|per_layer)$|position|token_type|relative|(^|\.)rel_")
 ROUTERS = ("gate", "router")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 HEAD = "lm_head"
+HEADS = (HEAD, "head", "embed_out", "proj_out")  #: last parts of the paths of output heads
+WITH_HEAD = re.compile("ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|ForPreTraining")
 HIDDEN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 #: By model type: paths in the files, and their names in transformers.
@@ -33,7 +40,26 @@ def output_name(name: str, config: Mapping[str, Any]) -> str:
 
 
 def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
-    """The layer whose weight is in `slot`; or, where no rule can apply to the tensor, the reason as text."""
+    """The layer whose weight is in `slot`; or, where no rule can apply to the tensor, the reason as text.
+
+    The table of known families corrects what names and shapes suggest.
+    """
+    suggested = _suggested(slot, config)
+    path = slot.name.rpartition(".")[0]
+    known = kind_of(path, config) if slot.name.endswith(".weight") else None
+    if known is None or len(slot.shape) != 2:
+        return suggested
+    if known not in ("linear", "embedding"):
+        return known
+    return _layer(path, "embedding" if known == "embedding" else "linear", slot)
+
+
+def _layer(path: str, kind: Kind, slot: Slot) -> Layer:
+    is_head = kind == "linear" and (path in HEADS or path.split(".")[0] in HEAD_PARTS)
+    return Layer(path, kind, slot.shape, None, obstacle=_not_float(slot), head=is_head)
+
+
+def _suggested(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
     path, _, last = slot.name.rpartition(".")
     own = path.rpartition(".")[2]
     if "expert" in slot.name and len(slot.shape) > 2:
@@ -48,42 +74,46 @@ def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
         return "a router"
     if own in TRANSPOSED.get(_type(config), ()):
         return "transposed: a Conv1D holds it"
-    obstacle = ""
-    if DTYPES[slot.dtype][0] not in FLOATS:
-        obstacle = f"its weight is {DTYPES[slot.dtype][0]}: only {', '.join(FLOATS)} are quantized"
-    if not EMBEDDINGS.search(own):
-        return Layer(path, "linear", slot.shape, None, obstacle=obstacle, head=path.split(".")[0] in HEADS)
-    if _type(config).startswith("gemma") and not obstacle:
-        obstacle = "it scales its outputs, and is a subclass of embedding that qkit does not know"
-    return Layer(path, "embedding", slot.shape, None, obstacle=obstacle)
+    kind: Kind = "embedding" if EMBEDDINGS.search(own) else "linear"
+    return _layer(path, kind, slot)
 
 
 def tied_head(layers: Collection[Layer], config: Mapping[str, Any]) -> Layer | None:
     """The embedding that is also the output head; None where there is none.
 
     Raises:
-        PlanError: the configuration says tied and the files have a head, or it says untied and they have none.
+        PlanError: the configuration says that the head has a weight of its own, and the files have none.
     """
-    heads = [layer for layer in layers if layer.path == HEAD or layer.path.endswith(f".{HEAD}")]
-    embedding = next(
-        (layer for layer in layers if layer.kind == "embedding" and not NO_TOKENS.search(layer.path)), None
-    )
-    inner = config.get("text_config")
-    inner = inner if isinstance(inner, Mapping) else {}
-    says = config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
-    if heads and says:
-        raise PlanError(
-            f"{heads[0].path}.weight is stored, and config.json says that it is tied to the embedding (tie_word_embeddings): "
-            "make one of them true"
-        )
-    wants_head = "ForCausalLM" in str(config.get("architectures")) or "LMHeadModel" in str(config.get("architectures"))
-    if heads or embedding is None or not (wants_head or says):
+    heads = [layer for layer in layers if layer.path.rpartition(".")[2] in HEADS]
+    embedding = token_embedding(layers)
+    says = _says_tied(config)
+    if heads or embedding is None or not (WITH_HEAD.search(str(config.get("architectures"))) or says):
         return None
-    if says is False:
+    if says is None:
+        says = facts(config).get("tied", not is_known(config))
+    if not says:
         raise PlanError(
             f"{HEAD}.weight is missing, and config.json does not tie it to {embedding.path}: fetch it again"
         )
     return embedding
+
+
+def token_embedding(layers: Collection[Layer]) -> Layer | None:
+    """The embedding of tokens; None where there is none."""
+    found = [layer for layer in layers if layer.kind == "embedding" and not NO_TOKENS.search(layer.path)]
+    return min(found, key=lambda layer: layer.path.rpartition(".")[2] != "shared", default=None)
+
+
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether embedding and output head are one weight: as the configuration says, or as its type has it."""
+    says = _says_tied(config)
+    return bool(facts(config).get("tied")) if says is None else says
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool | None:
+    inner = config.get("text_config")
+    found: bool | None = config.get("tie_word_embeddings", (inner or {}).get("tie_word_embeddings"))
+    return found
 
 
 def check_whole(names: Collection[str], config: Mapping[str, Any]) -> None:
@@ -102,6 +132,11 @@ def check_whole(names: Collection[str], config: Mapping[str, Any]) -> None:
                 f"no tensor of hidden layer {number} is here, and config.json counts {count}: a shard is missing, or fetch the "
                 "model again"
             )
+
+
+def _not_float(slot: Slot) -> str:
+    kind = DTYPES[slot.dtype][0]
+    return "" if kind in FLOATS else f"its weight is {kind}: only {', '.join(FLOATS)} are quantized"
 
 
 def _type(config: Mapping[str, Any]) -> str:

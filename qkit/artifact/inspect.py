@@ -136,7 +136,7 @@ def weight_shape(found: Mapping[str, Stored], *, path: str) -> tuple[int, ...]:
         ArtifactError: the part with the shape is missing, or is not the shape of a matrix.
     """
     if "weight_shape" in found:
-        shape = tuple(int(n) for n in found["weight_shape"].mapped().reshape(-1)[: AXES + 1])
+        shape = tuple(int(n) for n in found["weight_shape"].read().reshape(-1)[: AXES + 1])
         if len(shape) != 2 or not all(0 < n < NUMBERS for n in shape):
             raise ArtifactError(f"weight_shape says {list(shape)}: want two numbers above 0")
         return shape

@@ -1,6 +1,6 @@
 """`load`: a Hugging Face directory in compressed-tensors layout to a model on any engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from qkit.artifact.config import CONFIG, float_config, read_config
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
-from qkit.engines.abilities import require, want_honored
+from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
+from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
@@ -20,7 +21,7 @@ from qkit.pipeline import NOTE, Model, surgeon
 from qkit.qtensor import QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
-from qkit.storage.read import read_folder
+from qkit.storage.read import map_tensors, read_folder
 from qkit.storage.seal import check_seal
 
 
@@ -44,7 +45,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     engine = require(choose(backend), Modules) if into is None else surgeon(into, backend)
     stored, metadata = read_folder(folder)
     check_seal(folder, stored, digests=True)
-    arrays = {name: tensor.mapped() for name, tensor in stored.items()}
+    arrays = map_tensors(stored)
     config = read_config(folder)
     rules = read_rules(folder, metadata, config)
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
@@ -54,6 +55,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     for layer in layers.values():
         if layer.stage != "float":
             raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
+    arrays, rules = _translate(engine, folder, model, arrays, rules)
     taken = {path: _take(folder, arrays, path, layers, one) for one in rules for path in one.paths}
     try:
         engine.fill(model, arrays, without={join(path, "weight") for path in taken})
@@ -78,6 +80,40 @@ def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> An
     model = builder.build(float_config(config))
     builder.remember_origin(model, str(folder.absolute()))
     return model
+
+
+def _translate(
+    engine: Modules, folder: Path, model: Any, arrays: dict[str, NDArray[Any]], rules: Sequence[StoredRule]
+) -> tuple[dict[str, NDArray[Any]], list[StoredRule]]:
+    """The arrays and the rules of files under the names of `model`."""
+    if not offers(engine, Translates):
+        return arrays, list(rules)
+    owned = {
+        join(path, name): path
+        for one in rules
+        for path in one.paths
+        for name in (*compressed_tensors.NAMES, *static_contents(one.rule))
+    }
+    shapes = {path: _shape(arrays, path, one) for one in rules for path in one.paths}
+    others = {name: array for name, array in arrays.items() if name not in owned}
+    try:
+        found, paths = engine.translate(model, others, shapes)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    for name, path in owned.items():
+        if name in arrays:
+            found[join(paths[path], name.removeprefix(path).lstrip("."))] = arrays[name]
+    return found, [replace(one, paths=tuple(paths[path] for path in one.paths)) for one in rules]
+
+
+def _shape(arrays: Mapping[str, NDArray[Any]], path: str, stored: StoredRule) -> tuple[int, ...]:
+    """Shape of the weight at `path`; (0, 0) where a tensor is missing, which `_take` refuses by name."""
+    assert stored.rule.weight is not None
+    mine = {name: arrays[join(path, name)] for name in compressed_tensors.NAMES if join(path, name) in arrays}
+    try:
+        return compressed_tensors.shape_of(mine, stored.rule.weight)
+    except (KeyError, ValueError):
+        return (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qkit.artifact.known import both_names
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, RecipeError
 from qkit.formats import compressed_tensors
 from qkit.formats.settings import check_compressed_tensors, quantization_of
 from qkit.intake import parse_json
+from qkit.path_patterns import collapse, expand
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Kind, Rule, rule_from_table, rule_table
+from qkit.storage.read import TENSORS
 
 KEY = "qkit"  #: the one metadata key of the weights file
 NUMERICS = 1  #: version of the arithmetic that the codes follow
@@ -36,11 +39,13 @@ class StoredRule:
 
 def group_rules(saved: Iterable[tuple[Layer, DType]]) -> list[StoredRule]:
     """The rules of converted layers, each rule once for each type of weight, in the order of their first layers."""
-    applied = []
+    applied, stored = [], dict[tuple[Rule, Kind], Rule]()
     for layer, dtype in saved:
         assert layer.rule is not None
-        rule = replace(layer.rule, match=("*",), kind=kind_of(layer), indivisible="error")
-        applied.append((rule, dtype, layer.path))
+        key = layer.rule, kind_of(layer)
+        if key not in stored:
+            stored[key] = replace(layer.rule, match=("*",), kind=key[1], indivisible="error")
+        applied.append((stored[key], dtype, layer.path))
     return group_paths(applied)
 
 
@@ -54,8 +59,8 @@ def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:
 
 
 def describe(rules: Iterable[StoredRule]) -> str:
-    """The text of the metadata key that states `rules`."""
-    tables = [{**_without_match(one.rule), "layers": list(one.paths), "dtype": one.dtype} for one in rules]
+    """The text of the metadata key that states `rules`, with patterns of `qkit.path_patterns` for the paths."""
+    tables = [{**_without_match(one.rule), "patterns": list(collapse(one.paths)), "dtype": one.dtype} for one in rules]
     return json.dumps({"numerics": NUMERICS, "rules": tables}, sort_keys=True)
 
 
@@ -112,7 +117,8 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
         return
     theirs = stated["quantization_config"]
     check_compressed_tensors(theirs)
-    ours = compressed_tensors.quantization_config([(one.rule, one.paths) for one in rules], left_alone=[])
+    groups = [(one.rule, both_names(one.paths, config)) for one in rules]
+    ours = compressed_tensors.quantization_config(groups, left_alone=[])
     for key in ("quant_method", "format", "config_groups"):
         if theirs.get(key) != ours[key]:
             raise ArtifactError(
@@ -140,9 +146,11 @@ def _parse(folder: Path, text: str, layout: str) -> list[StoredRule]:
             raise ArtifactError(
                 f"{folder}: the {KEY} metadata have {', '.join(unknown)}, which this qkit does not know"
             )
-        rules = [_parse_rule(dict(table)) for table in described["rules"]]
-        paths = [path for one in rules for path in one.paths]
-        if len(paths) != len(set(paths)):
+        rules, seen = list[StoredRule](), set[str]()
+        for table in described["rules"]:
+            rules.append(_parse_rule(dict(table), most=TENSORS - len(seen)))
+            seen.update(rules[-1].paths)
+        if len(seen) != sum(len(one.paths) for one in rules):
             raise ValueError("a layer stands twice")
         return rules
     except ArtifactError:
@@ -151,10 +159,13 @@ def _parse(folder: Path, text: str, layout: str) -> list[StoredRule]:
         raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
 
 
-def _parse_rule(table: dict[str, Any]) -> StoredRule:
-    paths, dtype = table.pop("layers"), table.pop("dtype")
+def _parse_rule(table: dict[str, Any], *, most: int) -> StoredRule:
+    key = "patterns" if "patterns" in table else "layers"  # the first version of qkit listed every path
+    paths, dtype = table.pop(key), table.pop("dtype")
     if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
-        raise RecipeError("layers: want a list of paths")
+        raise RecipeError(f"{key}: want a list of paths")
+    if key == "patterns":
+        paths = sorted(expand(paths, most=most))
     if dtype not in DTYPES:
         raise RecipeError(f"unknown dtype {dtype!r}")
     rule = rule_from_table({**table, "match": ["*"]})

@@ -117,6 +117,11 @@ def contents(engine: Modules, model: Any, *, dtype: DType | None = None) -> Cont
             tensors[join(layer.path, name)] = array
     rules = group_rules((layer, q.dtype) for layer, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
+    left_alone += [  # such as a router's: for a reader it may be a linear layer
+        layer.path.removesuffix(".weight")
+        for layer in layers
+        if layer.kind == "other" and len(layer.shape) == 2 and layer.path.endswith(".weight")
+    ]
     return Contents(tensors, rules, left_alone)
 
 

@@ -1,6 +1,6 @@
 """Verification of a directory that qkit wrote: it is whole and unchanged. Names every problem, not only the first."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qkit.artifact.config import CONFIG, read_config
@@ -9,14 +9,19 @@ from qkit.artifact.metadata import StoredRule, check_quantization, layout_of, re
 from qkit.artifact.snapshot import read_own
 from qkit.errors import ArtifactError, QkitError
 from qkit.formats import compressed_tensors
+from qkit.formats.packed import Tensors
 from qkit.formats.row_blocks import row_blocks, rows_of
+from qkit.processes import batches, in_processes
 from qkit.storage.marks import SEAL
-from qkit.storage.read import Stored, read_folder
+from qkit.storage.read import Stored, map_tensors, read_folder
 from qkit.storage.seal import Problem, file_problems, read_seal, tensor_problems
 
 
-def verify(folder: Path) -> Iterator[Problem]:
+def verify(folder: Path, *, workers: int = 1) -> Iterator[Problem]:
     """The problems of the artifact or export in `folder`, one at a time. Reads every byte of the weights.
+
+    Args:
+        workers: processes that look at the values of an artifact. Digests are computed on all cores in any case.
 
     Raises:
         ArtifactError: qkit did not write the directory.
@@ -38,7 +43,7 @@ def verify(folder: Path) -> Iterator[Problem]:
         yield Problem(str(folder), str(error))
         return
     yield from tensor_problems(folder, seal, tensors)
-    yield from _weights(folder, tensors, rules)
+    yield from _weights(folder, tensors, rules, workers=workers)
     try:
         check_quantization(read_config(folder), rules)
     except QkitError as error:
@@ -59,22 +64,42 @@ def _export(folder: Path) -> Iterator[Problem]:
             yield Problem(str(folder), str(error), "export the artifact again")
 
 
-def _weights(folder: Path, tensors: Mapping[str, Stored], rules: list[StoredRule]) -> Iterator[Problem]:
+Layer = tuple[str, StoredRule, Mapping[str, Stored]]
+
+
+def _weights(
+    folder: Path, tensors: Mapping[str, Stored], rules: list[StoredRule], *, workers: int
+) -> Iterator[Problem]:
     """Problems of the types, shapes and scales of quantized layers. Reads a block of rows at a time."""
     by_path = parts(tensors)
-    for stored in rules:
-        for path in stored.paths:
-            try:
-                _check_layer(by_path.get(path, {}), stored, path=path)
-            except (QkitError, ValueError) as error:
-                yield Problem(f"{folder}: {path}", str(error))
+    layers = ((path, stored, by_path.get(path, {})) for stored in rules for path in stored.paths)
+    for found in in_processes(_check_layers, batches(layers, _nbytes), workers=workers):
+        for path, fault in found:
+            yield Problem(f"{folder}: {path}", fault)
 
 
-def _check_layer(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -> None:
+def _nbytes(layer: Layer) -> int:
+    return sum(stored.slot.nbytes for stored in layer[2].values())
+
+
+def _check_layers(layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """The faults of some layers, each with the layer's path."""
+    stored = (one for _, _, found in layers for one in found.values())
+    arrays = map_tensors({one.slot.name: one for one in stored if one.slot.dtype != "BOOL"})  # no code and no scale
+    faults = []
+    for path, rule, found in layers:
+        try:
+            _check_layer({name: arrays[stored.slot.name] for name, stored in found.items()}, found, rule, path=path)
+        except (QkitError, ValueError) as error:
+            faults.append((path, str(error)))
+    return faults
+
+
+def _check_layer(arrays: Tensors, found: Mapping[str, Stored], stored: StoredRule, *, path: str) -> None:
     grid, shape = stored.rule.weight, check_parts(found, stored, path=path)
     assert grid is not None
     want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape)
-    arrays = {name: found[name].mapped() for name in want}
+    mine = {name: arrays[name] for name in want}
     for begin, end in row_blocks(shape):
-        block = rows_of(arrays, begin, end, shape=shape, bits=grid.element.bits)
-        compressed_tensors.from_tensors(block, grid=grid, dtype=stored.dtype, shape=(end - begin, *shape[1:]))
+        block = rows_of(mine, begin, end, shape=shape, bits=grid.element.bits)
+        compressed_tensors.restore(block, grid=grid, dtype=stored.dtype, shape=(end - begin, *shape[1:]))

@@ -52,6 +52,7 @@ class Type(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+All = Annotated[bool, typer.Option("--all", help="A row for each tensor or layer, in place of patterns.")]
 
 
 def print_json(value: Any) -> None:

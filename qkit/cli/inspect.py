@@ -8,14 +8,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qkit.artifact.inspect import Group, Inspection, inspect_directory
-from qkit.cli.console import Json, console, print_json, size
+from qkit.cli.console import All, Json, console, print_json, size
+from qkit.path_patterns import collapse
 from qkit.rules import rule_table
 
-FEW = 6  #: the most paths that a cell lists in full
+FEW = 6  #: the most patterns that a line lists in full
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact, or any model's directory.")],
+    all_rows: All = False,
     as_json: Json = False,
 ) -> None:
     """List the formats, layers and sizes in a directory, and the tensors that are left alone. Reads headers only."""
@@ -25,25 +27,25 @@ def inspect(
         return
     if found.groups:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for heading in ("layers", "kind", "weight", "activation", "stored as", "bits"):
-            table.add_column(heading)
+        for heading in ("layers", "count", "kind", "weight", "activation", "stored as", "bits"):
+            table.add_column(heading, overflow="fold", justify="right" if heading == "count" else "left")
         for group in found.groups:
-            rule = group.stored.rule
-            cells = (_few(group.stored.paths), rule.kind, str(rule.weight), str(rule.activation or ""), group.format)
-            table.add_row(*cells, f"{8 * group.nbytes / group.numbers:.2f}")
+            rule, bits = group.stored.rule, f"{8 * group.nbytes / group.numbers:.2f}"
+            cells = (rule.kind, str(rule.weight), str(rule.activation or ""), group.format, bits)
+            paths = group.stored.paths
+            for name, count in (dict.fromkeys(paths, 1) if all_rows else collapse(paths)).items():
+                table.add_row(name, f"{count:,}", *cells)
         console.print(table)
     else:
         console.print("no quantized layers")
     if found.left_alone:
-        console.print(f"left alone: {_few(found.left_alone)}", highlight=False)
+        names = list(found.left_alone if all_rows else collapse(found.left_alone))
+        more = "" if all_rows or len(names) <= FEW else f" ... ({len(found.left_alone)})"
+        console.print(f"left alone: {', '.join(names[:FEW] if more else names)}{more}", highlight=False)
     if found.tied:
         console.print(f"{found.tied} is also the output head", highlight=False)
     files = ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in found.files.items())
     console.print(f"{found.tensors} tensors, {found.bits_per_weight:.2f} bits per weight, in {files}", highlight=False)
-
-
-def _few(paths: tuple[str, ...]) -> str:
-    return ", ".join(paths) if len(paths) <= FEW else f"{', '.join(paths[:2])} ... ({len(paths)})"
 
 
 def _as_table(found: Inspection) -> dict[str, Any]:

@@ -1,43 +1,72 @@
 """`qkit plan MODEL --recipe R`: the output of `qkit quantize`, to the byte, before any work."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import qkit
-from qkit.cli.console import Json, console, print_json, read_size, size
-from qkit.cli.quantize import CopyCode, Model, RecipeName, ShardSize
-from qkit.streaming.carry_out import WORKERS
-from qkit.streaming.plan import Plan, make_plan
+from qkit.cli.console import All, Json, console, print_json, read_size, size
+from qkit.cli.quantize import CopyCode, Jobs, Model, RecipeName, ShardSize, warn
+from qkit.path_patterns import collapse
+from qkit.processes import cores
+from qkit.streaming.plan import Plan, Row, make_plan
 
 
 def plan(
-    model: Model, recipe: RecipeName, copy_code: CopyCode = False, shard_size: ShardSize = "5GB", as_json: Json = False
+    model: Model,
+    recipe: RecipeName,
+    copy_code: CopyCode = False,
+    shard_size: ShardSize = "5GB",
+    jobs: Jobs = None,
+    all_rows: All = False,
+    as_json: Json = False,
 ) -> None:
-    """List every tensor of a model's directory with its grid under a recipe, and the output size. Reads headers only."""
+    """List a model's tensors with their grids under a recipe, and the output size. Reads headers only."""
     made = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
-    peak = made.peak_memory(WORKERS)
+    peak = made.peak_memory(jobs or cores())
     if as_json:
         print_json(_as_table(made, peak))
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("tensor", "stored", "shape", "becomes", "bytes"):
-        table.add_column(heading, overflow="fold", justify="right" if heading == "bytes" else "left")
-    for row in made.rows:
-        slot, shape = row.stored.slot, "x".join(map(str, row.stored.slot.shape))
-        becomes = str(row.rule.weight) if row.rule else f"as it is: {row.reason}"
-        table.add_row(slot.name, slot.dtype, shape, becomes, f"{sum(part.nbytes for part in row.slots):,}")
+    for heading in ("tensor", "count", "stored", "shape", "becomes", "bytes"):
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("count", "bytes") else "left")
+    for name, count, row in _each(made) if all_rows else _by_pattern(made):
+        shape = "x".join(map(str, row.stored.slot.shape))
+        nbytes = count * sum(part.nbytes for part in row.slots)
+        table.add_row(name, f"{count:,}", row.stored.slot.dtype, shape, _becomes(row), f"{nbytes:,}")
     console.print(table)
     if made.tied:
         console.print(f"{made.tied} is also the output head", highlight=False)
     for name in made.left_behind:
         console.print(f"not copied: {name}", highlight=False)
+    warn(made)
     console.print(
         f"{made.output_bytes:,} bytes in {len(made.layout.sizes)} weights file(s), {made.bits_per_weight:.2f} bits per weight, "
         f"about {size(peak)} of memory at most",
         highlight=False,
     )
+
+
+def _each(made: Plan) -> Iterator[tuple[str, int, Row]]:
+    return ((row.stored.slot.name, 1, row) for row in made.rows)
+
+
+def _by_pattern(made: Plan) -> Iterator[tuple[str, int, Row]]:
+    """Patterns of the names of tensors that are alike: how many tensors each has, and the first of them all."""
+    alike: dict[tuple[Any, ...], list[Row]] = {}
+    for row in made.rows:
+        alike.setdefault((row.stored.slot.dtype, row.stored.slot.shape, _becomes(row)), []).append(row)
+    for rows in alike.values():
+        for pattern, count in collapse(row.stored.slot.name for row in rows).items():
+            yield pattern, count, rows[0]
+
+
+def _becomes(row: Row) -> str:
+    if not row.slots:
+        return f"left out: {row.reason}"
+    return str(row.rule.weight) if row.rule else f"as it is: {row.reason}"
 
 
 def _as_table(made: Plan, peak: int) -> dict[str, Any]:
@@ -48,6 +77,7 @@ def _as_table(made: Plan, peak: int) -> dict[str, Any]:
         "tied_head": made.tied or None,
         "files": dict(made.layout.sizes),
         "not_copied": list(made.left_behind),
+        "warnings": [str(one) for one in made.caveats],
         "tensors": [
             {
                 "name": row.stored.slot.name,

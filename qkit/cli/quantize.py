@@ -1,19 +1,21 @@
 """`qkit quantize MODEL OUT --recipe R`: quantizes a directory, and builds no model."""
 
 import gc
+import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 import qkit
 from qkit.cli.console import console, errors, read_size, size
-from qkit.storage.destination import Destination, check_directory, existing_parent
-from qkit.streaming.carry_out import WORKERS, check_apart, quantize_directory
+from qkit.cli.progress import showing
+from qkit.engines.protocol import Arrays
+from qkit.processes import cores
+from qkit.storage.destination import Destination, check_directory, destination, existing_parent
+from qkit.storage.parts import Part
+from qkit.streaming.carry_out import check_apart, join_parts, quantize_directory, rows_of
 from qkit.streaming.plan import Plan, make_plan
 
 Model = Annotated[
@@ -24,6 +26,18 @@ CopyCode = Annotated[
     bool, typer.Option("--copy-code", help="Copy the directory's Python files too. qkit never runs them.")
 ]
 ShardSize = Annotated[str, typer.Option(help="The most bytes of tensors in one file, such as 5GB or 800MB.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, help="Processes of the NumPy engine. The default: one for each core."),
+]
+PartName = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Write part I of N of the weights files, beside OUT. Several processes or machines share one output so.",
+    ),
+]
 
 
 def quantize(
@@ -34,58 +48,75 @@ def quantize(
     device: Annotated[str, typer.Option(help="The device of the engine, such as cpu or cuda.")] = "cpu",
     copy_code: CopyCode = False,
     shard_size: ShardSize = "5GB",
+    jobs: Jobs = None,
+    part: PartName = None,
+    finish: Annotated[bool, typer.Option("--finish", help="Put OUT together when all its parts are written.")] = False,
 ) -> None:
     """Quantize a model's directory, tensor by tensor; interrupted, the same command goes on where it was."""
+    mine = read_part(part) if part else None
     check_apart(out, model)
     place = check_directory(out)
     engine = qkit.backend(backend).on(device)
     plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
-    _check_room(plan, place)
-    gc.freeze()  # a collection in a forked worker would copy the pages of today's objects: a tenth of the time
-    workers = WORKERS if engine.name == "numpy" else 1
-    if sys.stderr.isatty():
-        with _progress() as bar:
-            task = bar.add_task("", total=sum(row.stored.slot.nbytes for row in plan.rows))
-            quantize_directory(
-                plan,
-                out,
-                engine=engine,
-                workers=workers,
-                tick=lambda name, done: bar.update(task, advance=done, description=name, refresh=True),
-            )
+    warn(plan)
+    nbytes = plan.output_bytes
+    if mine or not finish:
+        _write(plan, place, engine, jobs or cores(), mine, nbytes)
+    if finish:
+        join_parts(plan, out)
+    if mine and not finish:
+        files = mine.files(plan.layout)
+        console.print(
+            f"{out}: part {mine} is written, {len(files)} of {len(plan.layout.sizes)} weights files", highlight=False
+        )
     else:
-        quantize_directory(plan, out, engine=engine, workers=workers, tick=lambda name, done: None)
-    _report(plan, out)
+        _report(plan, out, nbytes)
 
 
-def _check_room(plan: Plan, place: Destination) -> None:
+def warn(plan: Plan) -> None:
+    """Prints the readers that will not open the output, or only in one way, to standard error."""
+    for one in plan.caveats:
+        errors.print(f"warning: {one}", highlight=False, markup=False, soft_wrap=True)
+
+
+def read_part(text: str) -> Part:
+    """The part that `I/N` names.
+
+    Raises:
+        BadParameter: the text is no part.
+    """
+    match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise typer.BadParameter(f"{text!r} is no part: write 1/4 to 4/4")
+    return Part(int(match[1]), int(match[2]))
+
+
+def _write(plan: Plan, place: Destination, engine: Arrays, workers: int, part: Part | None, nbytes: int) -> None:
+    layout = plan.layout if part is None else plan.layout.only(part.files(plan.layout))
+    if part is None:
+        _check_room(nbytes, place)
+    else:
+        _check_room(sum(layout.sizes.values()), destination(part.folder(place.path)))
+    gc.freeze()  # a collection in a forked worker would copy the pages of today's objects: a tenth of the time
+    with showing(sum(row.stored.slot.nbytes for row in rows_of(plan, layout.places))) as tick:
+        quantize_directory(plan, place.requested, engine=engine, workers=workers, tick=tick, part=part)
+
+
+def _check_room(nbytes: int, place: Destination) -> None:
     """Refuses, before any work, an output that the disk has no room for."""
-    out, aside = place.requested, place.aside
+    aside = place.aside
     reusable = sum(entry.stat().st_blocks * 512 for entry in aside.iterdir()) if aside.exists() else 0
     home = place.path if place.mounted else existing_parent(place.path)
     free = shutil.disk_usage(home).free + reusable
-    if plan.output_bytes > free:
+    if nbytes > free:
         raise qkit.PlanError(
-            f"{out} needs {size(plan.output_bytes)}, and {home} has {size(free)} free: make room, or go elsewhere"
+            f"{place.requested} needs {size(nbytes)}, and {home} has {size(free)} free: make room, or go elsewhere"
         )
 
 
-def _report(plan: Plan, out: Path) -> None:
+def _report(plan: Plan, out: Path, nbytes: int) -> None:
     layers = sum(bool(row.rule) for row in plan.rows)
-    written = f"{size(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits per weight"
+    written = f"{size(nbytes)}, {plan.bits_per_weight:.2f} bits per weight"
     console.print(f"{out}: {layers} layers quantized, {written}", highlight=False)
     if plan.left_behind:
         errors.print(f"not copied: {', '.join(plan.left_behind)}", highlight=False, soft_wrap=True)
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        """MB/s of source read."""
-        return Text(f"{(task.speed or 0) / 1e6:.0f} MB/s")
-
-
-def _progress() -> Progress:
-    name = TextColumn("{task.description}", markup=False)
-    return Progress(
-        BarColumn(), _Speed(), TimeRemainingColumn(), name, console=errors, transient=True, auto_refresh=False
-    )  # no thread: workers are forked

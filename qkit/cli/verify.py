@@ -15,9 +15,10 @@ def verify(
     ],
 ) -> None:
     """Read every byte of an artifact, and compare it with the digests that were written with it."""
-    from qkit.artifact.verify import verify as find_problems  # here, so that other commands start fast
+    from qkit.artifact.verify import verify as find_problems  # here, as the next, so that other commands start fast
+    from qkit.processes import cores
 
-    problems = list(find_problems(folder))
+    problems = list(find_problems(folder, workers=cores()))
     for problem in problems:
         errors.print(str(problem), highlight=False, soft_wrap=True)
     if problems:

@@ -5,6 +5,7 @@ from functools import cache
 from typing import TypeGuard, TypeVar
 
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Modules, Trains
+from qkit.engines.translation import Translates
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
 from qkit.rules import Rule
@@ -17,6 +18,7 @@ ACTIONS: dict[type, str] = {
     Adapts: "train adapters",
     Builds: "build and run language models",
     Trains: "train",
+    Translates: "read files under other names than the model's",
     Deploys: "convert layers in one pass",
 }
 

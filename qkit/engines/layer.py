@@ -10,7 +10,7 @@ from qkit.rules import Kind, Rule
 Stage = Literal["float", "prepared", "converted"]
 Mode = Literal["on", "off", "calibrating"]
 #: First parts of the paths of output heads: of language models, and of those that classify, reward or answer.
-HEADS = (
+HEAD_PARTS = (
     "classifier",
     "cls",
     "embed_out",

@@ -50,7 +50,7 @@ def read_model(folder: str | Path) -> Snapshot:
         packed, mlx = (stated[name] for name in QUANTIZATION)
         if mlx:
             check_alike(stated)
-    tensors = {name: tensor.mapped() for name, tensor in stored.items()}
+    tensors = read.map_tensors(stored)
     known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
     if mlx:
         return _mlx(folder, tensors, known, mlx)

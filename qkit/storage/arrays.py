@@ -15,13 +15,13 @@ from qkit.storage.write import Stream
 def read_file(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """The tensors of one file, mapped read-only, and the metadata of its header. Raises as `read.read_file`."""
     tensors, metadata = read.read_file(file)
-    return {name: stored.mapped() for name, stored in tensors.items()}, metadata
+    return read.map_tensors(tensors), metadata
 
 
 def read_folder(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """The tensors of a folder, mapped read-only, and its metadata. Raises as `read.read_folder`."""
     tensors, metadata = read.read_folder(folder)
-    return {name: stored.mapped() for name, stored in tensors.items()}, metadata
+    return read.map_tensors(tensors), metadata
 
 
 def array_stream(name: str, array: NDArray[Any]) -> Stream:

@@ -4,7 +4,7 @@ The bytes equal those of safetensors 0.8: tensors sorted by type, then by name, 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -74,6 +74,15 @@ class Layout:
     places: Mapping[str, Place]
     index: str | None
 
+    def only(self, files: Collection[str]) -> "Layout":
+        """The layout of `files` alone, without an index."""
+        return Layout(
+            {file: header for file, header in self.headers.items() if file in files},
+            {file: size for file, size in self.sizes.items() if file in files},
+            {name: place for name, place in self.places.items() if place.file in files},
+            None,
+        )
+
 
 def lay_out(slots: Iterable[Slot], *, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> Layout:
     """The layout of `slots`. The order of the slots does not matter.
@@ -116,12 +125,19 @@ def _shard_name(i: int, count: int) -> str:
 
 def _header(slots: Sequence[Slot], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file, and the offset of each tensor after them."""
-    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries = [f'"__metadata__":{_json(dict(metadata))}'] if metadata else []
     offsets, end = {}, 0
     for slot in sorted(slots, key=lambda slot: (-_RANK[slot.dtype], slot.name)):
         begin, end = end, end + slot.nbytes
         offsets[slot.name] = begin
-        table[slot.name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": (begin, end)}
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        shape = ",".join(map(str, slot.shape))  # text at once: tables for 100,000 tensors would take 100 MB
+        entries.append(
+            f'{_json(slot.name)}:{{"dtype":"{slot.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}'
+        )
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -37,20 +37,38 @@ class Stored:
     begin: int
 
     def mapped(self) -> NDArray[Any]:
-        """The values, mapped read-only.
+        """The values, mapped read-only. Raises as `map_tensors`."""
+        return map_tensors({"": self})[""]
 
-        Raises:
-            ArtifactError: a byte of a tensor of booleans is neither 0 nor 1.
-        """
-        import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
+    def read(self) -> NDArray[Any]:
+        """The values, read into memory: for small tensors, of which a model has many."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.begin)
+            return np.frombuffer(stream.read(self.slot.nbytes), DTYPES[self.slot.dtype][0]).reshape(self.slot.shape)
 
-        dtype = np.dtype(DTYPES[self.slot.dtype][0])
-        if not self.slot.nbytes:
-            return np.empty(self.slot.shape, dtype)
-        data = np.memmap(self.file, np.uint8, mode="r", offset=self.begin, shape=(self.slot.nbytes,))
-        if self.slot.dtype == "BOOL":
-            check_bools(data, name=f"{self.file}: {self.slot.name}")
-        return data.view(np.ndarray).view(dtype).reshape(self.slot.shape)
+
+def map_tensors(tensors: Mapping[str, Stored]) -> dict[str, NDArray[Any]]:
+    """The values of `tensors`, mapped read-only: one map for each file, since systems limit how many files are open.
+
+    Raises:
+        ArtifactError: a byte of a tensor of booleans is neither 0 nor 1.
+    """
+    import ml_dtypes  # noqa: F401  teaches NumPy the names bfloat16 and float8
+
+    files: dict[Path, NDArray[np.uint8]] = {}
+    out: dict[str, NDArray[Any]] = {}
+    for name, stored in tensors.items():
+        slot, end = stored.slot, stored.begin + stored.slot.nbytes
+        if not slot.nbytes:
+            out[name] = np.empty(slot.shape, DTYPES[slot.dtype][0])
+            continue
+        if stored.file not in files:
+            files[stored.file] = np.memmap(stored.file, np.uint8, mode="r").view(np.ndarray)
+        data = files[stored.file][stored.begin : end]
+        if slot.dtype == "BOOL":
+            check_bools(data, name=f"{stored.file}: {slot.name}")
+        out[name] = data.view(DTYPES[slot.dtype][0]).reshape(slot.shape)
+    return out
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:

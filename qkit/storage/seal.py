@@ -2,9 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -91,7 +93,7 @@ def file_problems(folder: Path, seal: Seal) -> Iterator[Problem]:
         if (entry.suffix == ".safetensors" or is_pickle(entry.name)) and entry.name not in seal.files:
             yield Problem(str(entry), "is a weights file that qkit did not write, and readers may open it", "remove it")
     for name, digest in seal.headers.items():
-        if (folder / name).is_file() and _header_digest(folder / name) != digest:
+        if (folder / name).is_file() and header_digest(folder / name) != digest:
             yield Problem(str(folder / name), "its header is not the one that was written")
 
 
@@ -100,8 +102,7 @@ def tensor_problems(
 ) -> Iterator[Problem]:
     """Missing and additional tensors and, with `digests`, tensors whose bytes have changed."""
     common = [name for name in sorted(tensors) if digests and name in seal.tensors]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and reading both release the interpreter lock
-        found = dict(zip(common, pool.map(lambda name: _digest(tensors[name]), common), strict=True))
+    found = digests_of([tensors[name] for name in common])
     for name in sorted(seal.tensors.keys() | tensors.keys()):
         if name not in tensors:
             yield Problem(str(folder), f"{name} is missing")
@@ -115,7 +116,8 @@ def _is_file_name(name: str) -> bool:
     return name == Path(name).name and name.isprintable()
 
 
-def _header_digest(file: Path) -> str:
+def header_digest(file: Path) -> str:
+    """SHA-256 of the header of a weights file, length included."""
     with file.open("rb") as stream:
         start = stream.read(8)
         return hashlib.sha256(
@@ -123,12 +125,29 @@ def _header_digest(file: Path) -> str:
         ).hexdigest()
 
 
-def _digest(stored: Stored) -> str:
+def digests_of(tensors: Sequence[Stored]) -> dict[str, str]:
+    """SHA-256 of the bytes of each tensor, by name. Works on all cores: hashing and reading release the interpreter lock."""
+    files = sorted({stored.file for stored in tensors})
+    with ExitStack() as stack, ThreadPoolExecutor(os.cpu_count()) as pool:
+        opened = {file: stack.enter_context(file.open("rb")).fileno() for file in files}
+        found = pool.map(lambda some: [_digest(one, opened[one.file]) for one in some], _batches(tensors))
+        return dict(zip((stored.slot.name for stored in tensors), chain.from_iterable(found), strict=True))
+
+
+def _batches(tensors: Sequence[Stored]) -> Iterator[Sequence[Stored]]:
+    """`tensors` in parts of at least `CHUNK` bytes: a call of its own for each small tensor would cost more than its digest."""
+    begin, nbytes = 0, 0
+    for end, stored in enumerate(tensors, start=1):
+        nbytes += stored.slot.nbytes
+        if nbytes >= CHUNK or end == len(tensors):
+            yield tensors[begin:end]
+            begin, nbytes = end, 0
+
+
+def _digest(stored: Stored, descriptor: int) -> str:
     found = hashlib.sha256()
-    with stored.file.open("rb") as stream:
-        stream.seek(stored.begin)
-        left = stored.slot.nbytes
-        while left and (data := stream.read(min(CHUNK, left))):
-            found.update(data)
-            left -= len(data)
+    begin, end = stored.begin, stored.begin + stored.slot.nbytes
+    while begin < end and (data := os.pread(descriptor, min(CHUNK, end - begin), begin)):
+        found.update(data)
+        begin += len(data)
     return found.hexdigest()

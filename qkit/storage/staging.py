@@ -28,14 +28,18 @@ class Staging:
 
     Call `take` to lock the place, `begin` to make the directory, `put_in_place` to finish, and `release` in every case.
 
+    Args:
+        like: a directory whose permissions the staging directory gets; by default, those of the destination.
+
     Attributes:
         place: the destination.
         folder: the staging directory.
         journal: lines of an earlier run's journal, from which the caller can resume; empty without an earlier run.
     """
 
-    def __init__(self, place: Destination) -> None:
+    def __init__(self, place: Destination, *, like: Path | None = None) -> None:
         self.place, self.folder = place, place.aside
+        self._like = place.path if like is None else like
         self.journal: list[str] = []
         self._made: list[Path] = []
         self._lock: int | None = None
@@ -68,16 +72,26 @@ class Staging:
         status = os.stat(self.folder)
         return is_marked(self.folder) or json.dumps([PLACING, status.st_dev, status.st_ino]) in self.journal
 
+    def interrupted(self) -> str:
+        """The fingerprint of the interrupted run whose output is in the staging directory; empty where there is none."""
+        if not self.journal or not self.is_reusable():
+            return ""
+        try:
+            key, fingerprint = json.loads(self.journal[0])
+        except (ValueError, TypeError):  # a kill has cut the line
+            return ""
+        return str(fingerprint) if key == "fingerprint" else ""
+
     def begin(self) -> None:
         """Makes the staging directory and marks it as qkit's. Keeps the content of an interrupted run.
 
-        It has the permissions of the directory that it will replace, so that a private directory stays private.
+        It has the permissions of the directory that it will replace, or of `like`, so that a private directory stays private.
         """
         if os.path.lexists(self.folder) and not self.is_reusable():
             remove(self.folder)
         self.folder.mkdir(exist_ok=True)
-        if self.place.path.is_dir() and not self.place.mounted:
-            _take_permissions(self.folder, self.place.path, least=stat.S_IRWXU)
+        if self._like.is_dir() and not self.place.mounted:
+            _take_permissions(self.folder, self._like, least=stat.S_IRWXU)
         mark(self.folder)
 
     def clear(self) -> None:

@@ -8,15 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from qkit.errors import ArtifactError, QkitError
 from qkit.storage import swap
 from qkit.storage.destination import check_place, destination
-from qkit.storage.layout import INDEX, SHARD_BYTES, Slot, lay_out
+from qkit.storage.layout import INDEX, SHARD_BYTES, Layout, Slot, lay_out
 from qkit.storage.marks import MARK, SEAL
 from qkit.storage.staging import Staging, write_synced
 from qkit.storage.tensor_writer import CHUNK, TensorWriter, write_all
 
+LINES = 1000  #: lines of a seal that are written together
 FLUSH = 64 << 20  #: bytes of closed tensors after which a sync to the disk begins
 
 
@@ -37,11 +39,13 @@ def write_directory(
     shard_bytes: int = SHARD_BYTES,
     fingerprint: str = "",
 ) -> None:
-    """Writes `folder` whole or not at all, with one block in memory at a time. See `Output` for arguments and errors."""
+    """Writes `folder` whole or not at all, with one block in memory at a time.
+
+    See `lay_out` and `Output` for arguments and errors.
+    """
     by_name = {stream.slot.name: stream for stream in streams}
-    slots = [stream.slot for stream in by_name.values()]
-    output = Output(folder, slots, metadata=metadata, files=files, shard_bytes=shard_bytes, fingerprint=fingerprint)
-    with output:
+    layout = lay_out([stream.slot for stream in by_name.values()], metadata=metadata, shard_bytes=shard_bytes)
+    with Output(folder, layout, files=files, fingerprint=fingerprint) as output:
         for name in output.missing:
             offset = 0
             for block in by_name[name].blocks():
@@ -58,11 +62,10 @@ class Output:
 
     Args:
         folder: the directory to write. An earlier output of this class is replaced. Links lead to the real place.
-        slots: every tensor.
-        metadata: metadata of every weights file, at most one key.
+        layout: the weights files.
         files: the other files by name, as bytes or as a file to copy.
-        shard_bytes: most bytes of tensors in one file.
         fingerprint: text that identifies the source of the bytes; empty where a run cannot be resumed.
+        like: a directory whose permissions a new `folder` gets; None leaves them to the system.
 
     Raises:
         ArtifactError: `folder` may not be replaced, or an interrupted run with another fingerprint is in the way.
@@ -74,16 +77,15 @@ class Output:
     def __init__(
         self,
         folder: Path,
-        slots: Iterable[Slot],
+        layout: Layout,
         *,
-        metadata: Mapping[str, str],
         files: Mapping[str, bytes | Path],
-        shard_bytes: int = SHARD_BYTES,
         fingerprint: str = "",
+        like: Path | None = None,
     ) -> None:
         self._place = destination(folder)
-        self._staging = Staging(self._place)
-        self.layout = lay_out(slots, metadata=metadata, shard_bytes=shard_bytes)
+        self._staging = Staging(self._place, like=like)
+        self.layout = layout
         self.files = {**files, **({INDEX: self.layout.index.encode()} if self.layout.index else {})}
         self.fingerprint = fingerprint and self._fingerprint(fingerprint)
         self.aside = self._place.aside
@@ -103,7 +105,8 @@ class Output:
     def nbytes(self) -> int:
         """Bytes of all files of the directory. Known before any tensor is written, since all digests have one length."""
         others = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.files.values())
-        return sum(self.layout.sizes.values()) + others + len(self._seal(dict.fromkeys(self.layout.places, _sha([]))))
+        seal = seal_blocks(self.layout, self.files, dict.fromkeys(self.layout.places, digest_of([])))
+        return sum(self.layout.sizes.values()) + others + sum(map(len, seal))
 
     def __enter__(self) -> "Output":
         check_place(self._place)
@@ -151,23 +154,19 @@ class Output:
     # Beginning and resuming
 
     def _fingerprint(self, sources: str) -> str:
-        """Digest of the sources, the headers and the other files. Headers name the grids and the version of the numerics."""
-        parts = [sources, *(f"{name} {_sha([header])}" for name, header in sorted(self.layout.headers.items()))]
-        for name, content in sorted(self.files.items()):
-            parts.append(f"{name} {_sha(_blocks(content))}")
-        return _sha(["\n".join(parts).encode()])
+        return digest_of([sources.encode(), identity(self.layout, self.files).encode()])
 
     def _read_journal(self) -> dict[str, str]:
         """Names and digests of the tensors that an interrupted run with the same fingerprint had closed."""
-        pairs = [pair for line in self._staging.journal if (pair := _parse(line))]  # a kill may have cut the last line
-        before = pairs[0][1] if pairs and pairs[0][0] == "fingerprint" else ""
-        if not self._staging.is_reusable() or not before or not self.fingerprint:
+        before = self._staging.interrupted()
+        if not before or not self.fingerprint:
             return {}
         if before != self.fingerprint:
             raise _StagingStays(
                 f"{self.aside} is from an interrupted run with another source, recipe or version of qkit: "
                 "repeat that run to finish it, or remove it"
             )
+        pairs = [pair for line in self._staging.journal if (pair := _parse(line))]  # a kill may have cut the last line
         return dict(pairs[1:])
 
     def _begin(self, closed: Mapping[str, str]) -> None:
@@ -193,8 +192,9 @@ class Output:
         for stray in self.aside.iterdir():
             if stray.name not in {*self.layout.headers, *self.files, MARK}:
                 stray.unlink()
-        for name, content in {**self.files, SEAL: self._seal(self._digests)}.items():
-            write_synced(self.aside / name, _blocks(content))
+        for name, content in self.files.items():
+            write_synced(self.aside / name, blocks_of(content))
+        write_synced(self.aside / SEAL, seal_blocks(self.layout, self.files, self._digests))
         for flush in self._flushes:
             flush.result()  # the system reports a failed write once, perhaps here
         self._sync()
@@ -208,20 +208,37 @@ class Output:
         for descriptor in self._opened.values():
             os.fsync(descriptor)
 
-    def _seal(self, digests: Mapping[str, str]) -> bytes:
-        table = {
-            "files": sorted({*self.layout.headers, *self.files}),
-            "headers": {file: _sha([header]) for file, header in sorted(self.layout.headers.items())},
-            "tensors": dict(sorted(digests.items())),
-        }
-        return (json.dumps(table, indent=1) + "\n").encode()
+
+def identity(layout: Layout, files: Mapping[str, bytes | Path]) -> str:
+    """Text for the output's headers and other files. Headers name the grids and the version of the numerics."""
+    lines = [f"{name} {digest_of([header])}" for name, header in sorted(layout.headers.items())]
+    return "\n".join([*lines, *(f"{name} {digest_of(blocks_of(content))}" for name, content in sorted(files.items()))])
+
+
+def seal_blocks(layout: Layout, files: Mapping[str, bytes | Path], digests: Mapping[str, str]) -> Iterator[bytes]:
+    """The seal of a directory, the content of its `qkit.json`, in blocks: 100,000 lines at once would take 100 MB."""
+    table: dict[str, Any] = {
+        "files": sorted({*layout.headers, *files}),
+        "headers": {file: digest_of([header]) for file, header in sorted(layout.headers.items())},
+        "tensors": {},
+    }
+    text, names = json.dumps(table, indent=1), sorted(digests)
+    begin, end = (text.removesuffix("}\n}"), "\n }\n}\n") if names else (text, "\n")
+    yield begin.encode()
+    for first in range(0, len(names), LINES):
+        lines = ",".join(
+            f"\n  {json.dumps(name)}: {json.dumps(digests[name])}" for name in names[first : first + LINES]
+        )
+        yield ("," * bool(first) + lines).encode()
+    yield end.encode()
 
 
 class _StagingStays(ArtifactError):
     """The staging directory has to stay: it is another run's, or it is complete and its place is taken."""
 
 
-def _blocks(content: bytes | Path) -> Iterator[bytes]:
+def blocks_of(content: bytes | Path) -> Iterator[bytes]:
+    """`content`, or the bytes of that file, in blocks."""
     if isinstance(content, bytes):
         yield content
         return
@@ -238,7 +255,8 @@ def _parse(line: str) -> tuple[str, str] | None:
     return str(name), str(digest)
 
 
-def _sha(blocks: Iterable[bytes]) -> str:
+def digest_of(blocks: Iterable[bytes]) -> str:
+    """SHA-256 of all `blocks` together."""
     found = hashlib.sha256()
     for block in blocks:
         found.update(block)

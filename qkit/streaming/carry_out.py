@@ -1,16 +1,10 @@
-"""Carrying out a plan: tensors stream from the source to the output block by block, one tensor in each process."""
+"""Carrying out a plan: tensors stream from the source to the output block by block, in several processes."""
 
 import hashlib
 import json
 import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +18,11 @@ from qkit.errors import ArtifactError
 from qkit.formats.packed import pack
 from qkit.formats.row_blocks import part_rows, row_blocks
 from qkit.grid import Grid
+from qkit.processes import batches, in_processes
 from qkit.reference.packing import Packed
 from qkit.storage.destination import destination
-from qkit.storage.layout import DTYPES, Place
+from qkit.storage.layout import DTYPES, Place, Slot
+from qkit.storage.parts import Part, Whole, join, part_output
 from qkit.storage.read import Stored, check_bools
 from qkit.storage.tensor_writer import TensorWriter
 from qkit.streaming import fast_reference
@@ -41,45 +37,62 @@ from qkit.streaming.blocks import (
 from qkit.streaming.plan import Plan, Row
 
 COPY = 1 << 20  #: bytes of a block of a copied tensor
-WORKERS = min(os.cpu_count() or 1, 4)  #: more processes would wait for the disk, and each takes memory
-HEARTBEAT = 0.2  #: seconds after which a worker checks again that its parent lives
 Tick = Callable[[str, int], None]
 Task = tuple[Row, Mapping[str, Place]]
-Digests = dict[str, str]
-Work = Callable[[Row, Mapping[str, Place]], Digests]
 
 
-def quantize_directory(plan: Plan, folder: Path, *, engine: Arrays, workers: int, tick: Tick) -> Path:
+def quantize_directory(
+    plan: Plan, folder: Path, *, engine: Arrays, workers: int, tick: Tick, part: Part | None = None
+) -> Path:
     """Writes the output of `plan` to `folder`, whole or not at all. After an interruption, the same call resumes.
 
     Args:
         engine: the engine that quantizes. The bits of the codes do not depend on it.
         workers: processes for the NumPy engine. Any other engine works in this process alone.
         tick: called with the name and the bytes of each finished source tensor.
+        part: the part to write, beside `folder`; None writes the whole.
 
     Returns:
         The folder.
 
     Raises:
         RangeError: a weight has a value without codes, or a copied tensor has a NaN or an infinity.
-        ArtifactError, PlanError, LockedError, OSError: see `Output`; or the source ended early.
+        ArtifactError, PlanError, LockedError, OSError: see `Output` and `part_output`; or the source ended early.
     """
     check_apart(folder, plan.folder)
-    with plan.output(folder, fingerprint=fingerprint(plan)) as output:
+    whole = _whole(plan, folder)
+    with plan.output(folder, fingerprint=whole.source) if part is None else part_output(whole, part) as output:
         missing = set(output.missing)
-        rows = [row for row in plan.rows if any(slot.name in missing for slot in row.slots)]
-        tick("", sum(row.stored.slot.nbytes for row in plan.rows) - sum(row.stored.slot.nbytes for row in rows))
+        rows = rows_of(plan, missing)
+        tick("", sum(row.stored.slot.nbytes for row in rows_of(plan, output.layout.places.keys() - missing)))
         rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the largest first, so that all processes end together
         in_numpy = engine.name == "numpy"
-        quantize = _quantize_here if in_numpy else partial(_quantize_on, engine)
-        work = partial(_make, folder=output.aside, quantize=quantize)
-        tasks = [(row, {slot.name: output.layout.places[slot.name] for slot in row.slots}) for row in rows]
-        run = partial(_in_processes, workers=workers) if in_numpy and workers > 1 else _in_turn
-        for row, digests in run(work, tasks):
-            for name, digest in digests.items():
-                output.close(name, digest=digest)
-            tick(row.stored.slot.name, row.stored.slot.nbytes)
+        work = partial(
+            _make, folder=output.aside, quantize=_quantize_here if in_numpy else partial(_quantize_on, engine)
+        )
+        places = output.layout.places
+        tasks = ((row, {slot.name: places[slot.name] for slot in row.slots if slot.name in places}) for row in rows)
+        for found in in_processes(work, batches(tasks, _nbytes), workers=workers if in_numpy else 1):
+            for stored, digests in found:
+                for name, digest in digests.items():
+                    output.close(name, digest=digest)
+                tick(stored.name, stored.nbytes)
     return folder
+
+
+def join_parts(plan: Plan, folder: Path) -> None:
+    """Puts the output of `plan` together from its parts, which other calls have written. Raises as `join`."""
+    check_apart(folder, plan.folder)
+    join(_whole(plan, folder))
+
+
+def rows_of(plan: Plan, names: Collection[str]) -> list[Row]:
+    """The rows that make tensors of `names`."""
+    return [row for row in plan.rows if any(slot.name in names for slot in row.slots)]
+
+
+def _whole(plan: Plan, folder: Path) -> Whole:
+    return Whole(folder, plan.layout, plan.files, fingerprint(plan))
 
 
 def check_apart(out: Path, source: Path) -> None:
@@ -108,56 +121,36 @@ def fingerprint(plan: Plan) -> str:
     return json.dumps(stamps)
 
 
-# Processes, not threads: NumPy's calls here take microseconds, and between calls threads would wait for each other
-
-
-def _in_processes(work: Work, tasks: Iterable[Task], *, workers: int) -> Iterator[tuple[Row, Digests]]:
-    """Each row with the result of `work`, in the order of completion. The first error ends all work."""
-    context = get_context("fork" if sys.platform == "linux" else "spawn")  # elsewhere, frameworks do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
-        try:
-            pending = {pool.submit(work, row, places): row for row, places in tasks}
-            for done in as_completed(pending):
-                yield pending[done], done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _in_turn(work: Work, tasks: Iterable[Task]) -> Iterator[tuple[Row, Digests]]:
-    """As `_in_processes`, in this process."""
-    for row, places in tasks:
-        yield row, work(row, places)
-
-
-def _begin(parent: int) -> None:
-    """Prepares a worker: the parent handles Ctrl-C, and the worker ends when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    native.use_threads(1)  # each core has a process
-    threading.Thread(target=_live_with, args=(parent,), daemon=True).start()
-
-
-def _live_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(HEARTBEAT)
-    os._exit(1)
-
-
 # One tensor
 
 
-def _make(row: Row, places: Mapping[str, Place], *, folder: Path, quantize: Quantize) -> Digests:
-    """Writes the output of one row into the files of `folder`, and returns the digest of every tensor written."""
+def _nbytes(task: Task) -> int:
+    return task[0].stored.slot.nbytes
+
+
+def _make(tasks: Sequence[Task], *, folder: Path, quantize: Quantize) -> list[tuple[Slot, dict[str, str]]]:
+    """Writes the output of each row into the files of `folder`: the tensors that have places.
+
+    Returns:
+        The slot of each source tensor, and the digests of the tensors that were written for it.
+    """
     fast_reference.keep_memory()
-    writer, reader = TensorWriter(folder, places), _Reader(row.stored)
+    writer = TensorWriter(folder, {name: place for _, places in tasks for name, place in places.items()})
+    try:
+        return [(row.stored.slot, _make_row(row, places, writer, quantize)) for row, places in tasks]
+    finally:
+        writer.close()
+
+
+def _make_row(row: Row, places: Mapping[str, Place], writer: TensorWriter, quantize: Quantize) -> dict[str, str]:
+    reader = _Reader(row.stored)
     try:
         if row.rule is None or row.rule.weight is None:
             _copy(row, writer, reader)
         else:
-            _quantize(row, row.rule.weight, writer, reader, quantize)
-        return {slot.name: writer.digest(slot.name) for slot in row.slots}
+            _quantize(row, row.rule.weight, places, writer, reader, quantize)
+        return {name: writer.digest(name) for name in places}
     finally:
-        writer.close()
         reader.close()
 
 
@@ -173,12 +166,15 @@ def _copy(row: Row, writer: TensorWriter, reader: "_Reader") -> None:
         writer.write(row.slots[0].name, data.data, offset=begin)
 
 
-def _quantize(row: Row, grid: Grid, writer: TensorWriter, reader: "_Reader", quantize: Quantize) -> None:
+def _quantize(
+    row: Row, grid: Grid, places: Mapping[str, Place], writer: TensorWriter, reader: "_Reader", quantize: Quantize
+) -> None:
     shape = row.stored.slot.shape
+    slots = [slot for slot in row.slots if slot.name in places]  # another part of the output may have the others
     extremes = _extremes(row, reader) if sees_whole_tensor(grid) else None
     for begin, w in _blocks(row, reader):
         parts = encode(w, grid, quantize=quantize, extremes=extremes)
-        for slot in row.slots:
+        for slot in slots:
             name = slot.name.rpartition(".")[2]
             part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
             first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)

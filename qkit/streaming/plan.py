@@ -1,6 +1,6 @@
 """The plan of a recipe for a checkpoint: every tensor of the output, to the byte, from headers alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,10 +19,14 @@ from qkit.formats.settings import check_remaining, quantization_of
 from qkit.planning import Planned, plan
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
-from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot
+from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot, lay_out
 from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
+from qkit.streaming.caveats import Caveat, caveats
+from qkit.streaming.copies import tied_copies
 
+OUT_PROJ = "out_proj.weight"
+COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
 #: Anonymous memory in bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
 
@@ -61,34 +65,27 @@ class Plan:
         folder: the source.
         rows: one row for each stored tensor, sorted by name, with numbers in names sorted as numbers.
         tied: path of the embedding that is also the output head; empty where the head has its own weight.
-        metadata: metadata of the output; see `Output`.
+        layout: the weights files of the output.
         files: other files of the output; see `Output`.
         left_behind: names of entries of the source that the output will not have.
-        shard_bytes: most bytes of tensors in one file.
+        caveats: readers that will not open the output, or only in one way.
     """
 
     folder: Path
     rows: tuple[Row, ...]
     tied: str
-    metadata: Mapping[str, str]
+    layout: Layout
     files: Mapping[str, bytes | Path]
     left_behind: tuple[str, ...]
-    shard_bytes: int
+    caveats: tuple[Caveat, ...] = ()
 
     def output(self, folder: Path, *, fingerprint: str = "") -> Output:
         """The directory to write."""
-        slots = [slot for row in self.rows for slot in row.slots]
-        options: dict[str, Any] = {"shard_bytes": self.shard_bytes, "fingerprint": fingerprint}
-        return Output(folder, slots, metadata=self.metadata, files=self.files, **options)
-
-    @property
-    def layout(self) -> Layout:
-        """Layout of the weights files of the output."""
-        return self.output(self.folder).layout
+        return Output(folder, self.layout, files=self.files, fingerprint=fingerprint)
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all files of the output."""
+        """Bytes of all files of the output. Computes them anew."""
         return self.output(self.folder).nbytes
 
     @property
@@ -133,9 +130,10 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         )
     known = config or {}
     check_whole(tensors, known)
-    found = {
-        name: _layer(stored.slot, known) for name, stored in sorted(tensors.items(), key=lambda item: _natural(item[0]))
-    }
+    found = {name: _layer(tensors[name].slot, known, tensors) for name in sorted(tensors, key=_natural)}
+    layers = [layer for layer in found.values() if isinstance(layer, Layer)]
+    copies = tied_copies(tensors, layers, known)
+    found.update((name, f"{COPY} of {owner}, which is stored once") for name, owner in copies.items())
     layers = [layer for layer in found.values() if isinstance(layer, Layer)]
     owner = tied_head(layers, known)
     planned = {item.layer.path: item for item in _plan(_with_head(layers, owner), recipe)}
@@ -144,20 +142,26 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         item = planned[layer.path] if isinstance(layer, Layer) else None
         rule, reason = (item.rule, item.reason) if item else (None, str(layer))
         path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
-        rows.append(Row(tensors[name], path, kind, rule, reason, _slots(tensors[name].slot, path, rule, known)))
+        slots = () if name in copies else _slots(tensors[name].slot, path, rule, known)
+        rows.append(Row(tensors[name], path, kind, rule, reason, slots))
     _check_names(rows, folder)
     rules = _stored_rules(rows, planned)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
+    left_alone += [path for row in rows if (path := _matrix(row))]
     files = companions(folder, config=quantized_config(config, rules, left_alone=left_alone))
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
-    return Plan(folder, tuple(rows), tied, {KEY: describe(rules)}, files, left_behind, shard_bytes)
+    written = (slot for row in rows for slot in row.slots)
+    layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules))
 
 
-def _layer(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
+def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | str:
+    if slot.name.endswith(OUT_PROJ) and f"{slot.name.removesuffix(OUT_PROJ)}in_proj_weight" in names:
+        return "nn.MultiheadAttention reads it itself"
     return layer_of(replace(slot, name=output_name(slot.name, config)), config)
 
 
@@ -186,6 +190,12 @@ def _plan(layers: list[Layer], recipe: Recipe) -> list[Planned]:
 def _keeps_weight(item: Planned) -> bool:
     """Whether this linear layer has no codes of its own in the output."""
     return item.layer.kind == "linear" and (item.rule is None or bool(item.layer.tied))
+
+
+def _matrix(row: Row) -> str:
+    """The path of a module whose matrix is copied and that is no layer, such as a router: for readers it may be one."""
+    path, _, last = row.stored.slot.name.rpartition(".")
+    return path if not row.kind and last == "weight" and len(row.stored.slot.shape) == 2 else ""
 
 
 def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) -> tuple[Slot, ...]:

@@ -30,7 +30,7 @@ MAY = {
 }
 ONLY_IN = {
     "mlx_lm": {"huggingface.py"},
-    "transformers": {"huggingface.py", "transformers.py"},
+    "transformers": {"huggingface.py", "names.py", "transformers.py"},
     "torchao": {"containers.py"},
 }
 

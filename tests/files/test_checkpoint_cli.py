@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from qkit import PlanError
 from qkit.cli.quantize import quantize
+from qkit.storage.layout import lay_out
 from qkit.storage.write import Output
 
 
@@ -161,7 +162,7 @@ def test_exit_codes(folder, tmp_path):
     assert qkit("plan", folder, "-r", "int4-g64", "--shard-size", "many").returncode == 2
     assert qkit("quantize", folder, out, "-r", "int4-g65").returncode == 3
     assert qkit("verify", folder).returncode == 3
-    with Output(out, [], metadata={}, files={}):
+    with Output(out, lay_out([], metadata={}), files={}):
         done = qkit("quantize", folder, out, "-r", "int4-g64")
         assert done.returncode == 4
         assert "another process" in done.stderr

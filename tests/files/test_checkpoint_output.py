@@ -124,7 +124,8 @@ def test_a_run_goes_on_from_where_it_was_interrupted(tmp_path):
     interrupt(tmp_path / "out", "x")
     assert not (tmp_path / "out").exists()
     slots = [stream(name, array).slot for name, array in TENSORS.items()]
-    output = Output(tmp_path / "out", slots, metadata={"qkit": "é"}, files={"config.json": b"{}"}, fingerprint="x")
+    layout = lay_out(slots, metadata={"qkit": "é"})
+    output = Output(tmp_path / "out", layout, files={"config.json": b"{}"}, fingerprint="x")
     with output:
         assert output.missing == ["flag"]
         output.write("flag", TENSORS["flag"].tobytes())
@@ -155,7 +156,7 @@ def test_a_run_with_another_fingerprint_is_refused_and_removes_nothing(tmp_path,
 def test_a_second_writer_is_refused(tmp_path):
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1])]!r}; from pathlib import Path\n"
     code += f"from checkpoints import write; write(Path({str(tmp_path / 'out')!r}))"
-    with Output(tmp_path / "out", [], metadata={}, files={}):
+    with Output(tmp_path / "out", lay_out([], metadata={}), files={}):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "LockedError" in done.stderr
     assert done.returncode

@@ -1,4 +1,4 @@
-"""Artifacts of qkit before its modules moved: today's code writes them byte for byte, and opens them."""
+"""Artifacts in the repository: today's code writes them byte for byte, and opens them and those of earlier metadata."""
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from qkit.formats.packed import unpack
 
 ARTIFACTS = ("integers", "small-floats", "static")
 STREAMED = ("integers", "small-floats", "mlx")
+EARLIER = OUT.parent / "earlier"  #: metadata that list every path
 
 
 def content(folder):
@@ -39,6 +40,12 @@ def test_a_saved_model_has_the_bytes_of_the_golden_directory(tmp_path):
 def test_golden_directories_are_whole_and_readable(name):
     assert list(verify(OUT / name)) == []
     assert read_model(OUT / name).weights
+
+
+@pytest.mark.parametrize("name", ["integers", "mlx"])
+def test_directories_whose_metadata_list_every_path_are_read_as_those_of_today(name):
+    assert list(verify(EARLIER / name)) == []
+    assert read_model(EARLIER / name).digests() == read_model(OUT / name).digests()
 
 
 def test_a_golden_artifact_exports_to_the_golden_export(tmp_path):

@@ -32,7 +32,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = model_class(arguments.from_dict(known))
     except (BackendError, OSError, MemoryError):
         raise
-    except Exception as error:  # mlx-lm raises any error for a configuration that it does not expect
+    except (Exception, SystemExit) as error:  # mlx-lm raises any error for a configuration that it does not expect
         rope = f" with {present['rope_parameters']}" if "rope_parameters" in present else ""
         raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
     check_rope(model, present)

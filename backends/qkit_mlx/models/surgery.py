@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.engines.layer import HEADS, Layer
+from qkit.engines.layer import HEAD_PARTS, Layer
 from qkit.errors import ArtifactError, BackendError
 from qkit.reference.merged import Update
 from qkit.reference.packing import WORD_BITS
@@ -150,7 +150,7 @@ def _placed(layer: Layer, place: Place, of_mlx_lm: bool) -> Layer:
     if layer.kind == "other":
         return layer
     bare = place.bare if place.bare != layer.path else ""
-    head = of_mlx_lm and place.bare.split(".")[0] in HEADS
+    head = of_mlx_lm and place.bare.split(".")[0] in HEAD_PARTS
     return with_fields(layer, bare=bare, wrapper=place.wrapper, unknown=place.unknown, lost=place.lost, head=head)
 
 

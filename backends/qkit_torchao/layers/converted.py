@@ -18,6 +18,7 @@ from qkit_torchao.layers import containers
 from qkit_torchao.layers.become import apply_but_keep, become, forget_preparation
 from qkit_torchao.layers.decoded import decoded
 from qkit_torchao.layers.execution import Execution, choose_execution
+from qkit_torchao.layers.scaled_embedding import scaled
 from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters
 
@@ -70,7 +71,7 @@ class PackedEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [...] -> [..., width]."""
-        return rounding.dequantize(_rows(unpack(self), tokens))
+        return scaled(self, rounding.dequantize(_rows(unpack(self), tokens)))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -19,6 +19,7 @@ from qkit_torchao.cache import values
 from qkit_torchao.layers import operators, products, sharded, slots, straight_through
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import why_no_kernel
+from qkit_torchao.layers.scaled_embedding import scaled
 from qkit_torchao.torch_private import is_any_autocast_enabled, is_transformed
 
 
@@ -247,8 +248,8 @@ class FakeEmbedding(Prepared, nn.Embedding):
         if torch.compiler.is_compiling() and self.caches and self.weight_grid.by_rows and not frozen:
             rows = F.embedding(tokens, self.weight, *options)
             on_grid = straight_through.fake_quantize(rows, self.weight_grid, ste=self.rule.ste)
-            return torch.where(self.gate, on_grid, rows)
-        return F.embedding(tokens, self.weight_values(self.weight.dtype), *options)
+            return scaled(self, torch.where(self.gate, on_grid, rows))
+        return scaled(self, F.embedding(tokens, self.weight_values(self.weight.dtype), *options))
 
 
 def prepare_layer(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> Any:

@@ -1,8 +1,8 @@
-"""Models by their Hugging Face configuration. Beside `training.transformers`, the only module that imports transformers."""
+"""Models by their Hugging Face configuration. Beside `names` and `training.transformers`, the only module with transformers."""
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from qkit.installation import how_to_install
 def build(config: Mapping[str, Any]) -> nn.Module:
     """The model that `architectures` names, else a causal language model; freshly initialised, in the configuration's type.
 
-    Runs no code but transformers' own.
+    Modules that transformers asks for in float32 are in float32, as `from_pretrained` has them. Runs no code but
+    transformers' own.
 
     Raises:
         BackendError: transformers is missing, or does not know the architecture.
@@ -29,7 +30,10 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     except ImportError:
         raise BackendError(f"building a torch model needs transformers: {how_to_install('hf')}") from None
     try:
-        known = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "transformers_version"})
+        present = {
+            key: value for key, value in config.items() if key != "transformers_version" and not _is_absent(key, value)
+        }
+        known = AutoConfig.for_model(**_with_floats(present))
         architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         if isinstance(architecture, type) and issubclass(architecture, PreTrainedModel):
@@ -40,7 +44,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         raise
     except Exception as error:  # with a stranger's numbers, transformers fails in any way
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None
-    return model.eval()
+    return _with_float32(model, dtype).eval()
 
 
 def save_as_artifact(model: Any, engine: Modules) -> None:
@@ -80,3 +84,33 @@ def _quantizer_class() -> Any:
             return tensors, {KEY: describe(found.rules)}
 
     return ArtifactQuantizer
+
+
+def _is_absent(key: str, value: Any) -> bool:
+    """Whether a key of a configuration says nothing; transformers fails on some that are null."""
+    return value is None and key in ("rope_scaling", "rope_parameters", "dtype", "torch_dtype")
+
+
+def _with_floats(value: Any) -> Any:
+    """`value` with the floats that JSON cannot hold, as transformers writes them: `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"])
+            if value.keys() == {"__float__"}
+            else {k: _with_floats(v) for k, v in value.items()}
+        )
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
+
+
+def _with_float32(model: Any, dtype: torch.dtype) -> nn.Module:
+    """`model` with every parameter in float32 whose class asks for that in a model of `dtype`."""
+    plan = model._get_dtype_plan(dtype)  # noqa: SLF001  transformers offers no public name for it
+    if not plan:
+        return cast(nn.Module, model)
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern, *_ = build_glob_alternation(list(plan))
+    for name, parameter in model.named_parameters():
+        if pattern.search(name):
+            parameter.data = parameter.data.to(torch.float32)
+    return cast(nn.Module, model)

@@ -6,14 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qkit.artifact.known import facts, why_not
 from qkit.engines.layer import Layer
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
 from qkit_torchao.layers.converted import PLAIN
 from qkit_torchao.layers.prepared import Prepared
+from qkit_torchao.layers.scaled_embedding import is_scaled
 from qkit_torchao.models.wrappers import CONVERTED, Place, heads, mark, places
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
+
+SAME = ("FalconLinear",)  #: names of subclasses in transformers that compute what their base computes
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
@@ -36,13 +40,16 @@ def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, CONVERTED):
             seen.setdefault(id(module.weight), path)
+    known = facts({"model_type": getattr(getattr(model, "config", None), "model_type", None)})
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
-        part = found[id(module)].wrapper if found[id(module)].part else ""
-        if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in unread and not part:
+        place = found[id(module)]
+        part = f"a part of a {place.wrapper}, which stays float" if place.part else ""
+        why = part or why_not(place.bare, known) or _why_not(module, read=id(module) in unread)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not why:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module, seen, part)
+            yield from _others(path, module, seen, why or f"{type(module).__name__} is no linear layer")
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -134,23 +141,24 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         obstacle = "its rows are rescaled at every look-up (max_norm)"
     elif own_parameter(module, "weight") is None:
         obstacle = "its weight is computed from other parameters (weight_norm and the like)"
-    elif type(module) not in (nn.Linear, nn.Embedding):
+    elif type(module) not in (nn.Linear, nn.Embedding) and not is_scaled(module) and type(module).__name__ not in SAME:
         obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
-def _others(path: str, module: nn.Module, seen: dict[int, str], part: str) -> Iterator[Layer]:
+def _others(path: str, module: nn.Module, seen: dict[int, str], why: str) -> Iterator[Layer]:
     """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
     for name, parameter in module.named_parameters(path, recurse=False):
         if parameter.dim() > 1:
             owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
-            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=_why_not(module, part))
+            yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=why)
 
 
-def _why_not(module: nn.Module, part: str) -> str:
-    if part:
-        return f"a part of a {part}, which stays float"
-    if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+def _why_not(module: nn.Module, *, read: bool) -> str:
+    """Why a module takes no codes whatever its weight; empty where it may."""
+    if read or isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights itself"
-    return f"{type(module).__name__} is no linear layer"
+    if isinstance(module, nn.Embedding) and "Positional" in type(module).__name__:
+        return f"{type(module).__name__} embeds positions in its own way"
+    return ""

@@ -1,0 +1,80 @@
+"""The readers that will not open an output, or open it only in one way, known before any work."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qkit.artifact.known import is_known, table
+from qkit.artifact.metadata import StoredRule
+
+TRANSFORMERS, DEQUANTIZED = "transformers", "transformers, dequantized"
+GOOD = ("equal", "none")  #: results of the table that need no word: equal, or the reader has no such model
+TRIED = "with transformers 5.23, compressed-tensors 0.20 and mlx-lm 0.32"
+
+
+@dataclass(frozen=True, slots=True)
+class Caveat:
+    """A reader and what it does not do with the output.
+
+    Attributes:
+        reader: name of the reader, as the table has it; empty where the caveat is about all.
+        text: a sentence without its full stop.
+    """
+
+    reader: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.reader}: {self.text}" if self.reader else self.text
+
+
+def caveats(config: Mapping[str, Any] | None, rules: Sequence[StoredRule]) -> tuple[Caveat, ...]:
+    """The caveats of an output with these rules of a model with this configuration."""
+    if config is None:
+        return ()
+    found = list(_of_layout(rules))
+    if not is_known(config):
+        found.append(
+            Caveat(
+                "",
+                f"no model of type {config.get('model_type')!r} is in the table of tried families, so that names alone say what "
+                "is quantized: load the output with qkit and compare before you use it",
+            )
+        )
+    said = {one.reader for one in found}
+    found += [one for one in _of_family(config, _recipe(rules)) if one.reader not in said]
+    return tuple(found)
+
+
+def _of_layout(rules: Sequence[StoredRule]) -> Iterable[Caveat]:
+    grids = {one.rule.weight for one in rules}
+    embeddings = any(one.rule.kind == "embedding" for one in rules)
+    asymmetric = any(grid is not None and not grid.symmetric for grid in grids)
+    other = "open it by default" if not (embeddings or asymmetric) else "its default does not open it either"
+    if len(grids) > 1:
+        text = f"dequantize=True reads every layer by the first of several grids, and is wrong or fails; {other}"
+        yield Caveat(DEQUANTIZED, f"{text} ({TRIED})")
+    way = "open it with dequantize=True" if len(grids) < 2 else "and dequantize=True takes one grid only"
+    if embeddings:
+        yield Caveat(TRANSFORMERS, f"its default has no embedding of codes: {way} ({TRIED})")
+    elif asymmetric:
+        yield Caveat(TRANSFORMERS, f"its default gives zero points another shape: {way} ({TRIED})")
+
+
+def _recipe(rules: Sequence[StoredRule]) -> str:
+    """The recipe of the table that is most like `rules`."""
+    if any(one.rule.kind == "embedding" for one in rules):
+        return "all"
+    return "mixed" if len({one.rule.weight for one in rules}) > 1 else "int4"
+
+
+def _of_family(config: Mapping[str, Any], recipe: str) -> Iterable[Caveat]:
+    """The results of the table that are not good, each reader once."""
+    names = config.get("architectures") or []
+    mine = [row for row in table()["rows"].values() if row["type"] == config.get("model_type")]
+    mine = [row for row in mine if row["architecture"] in names] or mine
+    found: dict[str, str] = {}
+    for row in mine:
+        found.update((reader, cell) for reader, cell in row[recipe].items() if cell not in GOOD)
+    for reader, cell in found.items():
+        yield Caveat(reader, f"a small model of this family, under a recipe like this, was {cell} ({TRIED})")

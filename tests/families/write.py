@@ -1,0 +1,65 @@
+"""Runs the whole gate and writes its table: `qkit/artifact/families.json`, from which docs and README take theirs."""
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from catalogue import FAMILIES, make
+from facts import facts
+from gate import RECIPES, TABLE, row
+
+
+def types() -> dict[str, Any]:
+    """Facts by model type, of all families of the type together."""
+    found: dict[str, Any] = {}
+    for family in FAMILIES.values():
+        with tempfile.TemporaryDirectory() as place:
+            model = make(family, Path(place))
+            mine = found.setdefault(
+                model.config.model_type, {"prefixes": {}, "apart": [], "kinds": {}, "read": [], "tied": False}
+            )
+            try:
+                more = facts(model, Path(place))
+            except Exception as error:
+                print(family.architecture, "has no facts:", repr(error)[:200])
+                continue
+        mine["prefixes"].update(more.get("prefixes", {}))
+        for key in ("apart", "read"):
+            mine[key] = sorted({*mine[key], *more.get(key, [])})
+        mine["kinds"].update(more.get("kinds", {}))
+        mine["tied"] = more.get("tied", False)
+    return {name: {key: value for key, value in one.items() if value} for name, one in sorted(found.items())}
+
+
+def rows() -> dict[str, Any]:
+    """The results of every row, by family and recipe."""
+    return {
+        name: {
+            "architecture": family.architecture,
+            "type": getattr(transformers, family.architecture).config_class.model_type,
+            **{recipe: {reader: _short(cell) for reader, cell in row(name, recipe).items()} for recipe in RECIPES},
+        }
+        for name, family in FAMILIES.items()
+    }
+
+
+def _short(cell: str) -> str:
+    return cell.partition(":")[0] if cell.startswith(("equal", "none")) else cell
+
+
+def write(**content: Any) -> None:
+    """Writes the table, its keys sorted."""
+    TABLE.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    write(types=types(), rows={})  # the gate reads the types
+    write(types=json.loads(TABLE.read_text(encoding="utf-8"))["types"], rows=rows())
