@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
+from qkit.engines.elsewhere import Restores
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
 from qkit.engines.protocol import Arrays, Deploys, Modules, Trains
 from qkit.engines.registry import backend as choose
@@ -104,9 +105,9 @@ def unprepare(model: Model, match: str = "*", *, backend: str | Arrays | None = 
 
     Raises:
         StageError: no prepared layer matches, or one has an adapter inside of its grid, or the model is sharded.
-        BackendError: the engine does not train.
+        BackendError: the engine cannot do that.
     """
-    engine = require(surgeon(model, backend), Trains)
+    engine = require(surgeon(model, backend), Restores)
     layers = list(engine.layers(model))
     lost = {layer.path: layer.module for layer in layers if layer.lost and fnmatchcase(layer.name, match)}
     chosen = [layer for layer in layers if layer.stage == "prepared" and fnmatchcase(layer.name, match)]

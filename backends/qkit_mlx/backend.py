@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import NOTHING, Adapts, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
@@ -196,7 +197,7 @@ class MlxBackend:
         adapted.train_only_adapters(model)
 
     def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
-        """See `Adapts.unwrap`; what mlx-lm has put around layers."""
+        """See `Restores.unwrap`; what mlx-lm has put around layers."""
         return surgery.unwrap(model)
 
     # Builds
@@ -216,15 +217,15 @@ class MlxBackend:
         return huggingface.build(config)
 
     def knows(self, model: nn.Module) -> bool:
-        """See `Builds.knows`; mlx-lm's models."""
+        """See `Remembers.knows`; mlx-lm's models."""
         return type(model).__module__.startswith("mlx_lm.")
 
     def origin(self, model: nn.Module) -> str | None:
-        """See `Builds.origin`; only `qkit.load` notes it, and mlx-lm does not."""
+        """See `Remembers.origin`; only `qkit.load` notes it, and mlx-lm does not."""
         return getattr(model, "qkit_origin", None)
 
     def remember_origin(self, model: nn.Module, folder: str) -> None:
-        """See `Builds.remember_origin`."""
+        """See `Remembers.remember_origin`."""
         model.qkit_origin = folder
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
@@ -262,9 +263,15 @@ class MlxBackend:
         prepared.regrid(module, rule)
 
     def restore_layer(self, module: Any) -> nn.Module:
-        """See `Trains.restore_layer`."""
+        """See `Restores.restore_layer`."""
         return prepared.restore_layer(module)
 
 
 if TYPE_CHECKING:
-    _offered: tuple[Adapts, Trains] = (MlxBackend(), MlxBackend())  # mypy compares every verb with the protocols
+    _engine = MlxBackend()
+    _offered: tuple[Adapts, Trains, Restores, Remembers] = (
+        _engine,
+        _engine,
+        _engine,
+        _engine,
+    )  # mypy compares every verb

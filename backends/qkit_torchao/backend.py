@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import NOTHING, Adapts, Deploys, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
@@ -229,7 +230,7 @@ class TorchaoBackend:
         adapted.train_only_adapters(model)
 
     def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
-        """See `Adapts.unwrap`; what peft has put around layers."""
+        """See `Restores.unwrap`; what peft has put around layers."""
         return wrappers.unwrap(model)
 
     # Builds
@@ -241,15 +242,15 @@ class TorchaoBackend:
         return huggingface.build(config).to(self.device)
 
     def knows(self, model: nn.Module) -> bool:
-        """See `Builds.knows`; transformers' models."""
+        """See `Remembers.knows`; transformers' models."""
         return self.config(model) is not None
 
     def origin(self, model: nn.Module) -> str | None:
-        """See `Builds.origin`; transformers remembers it."""
+        """See `Remembers.origin`; transformers remembers it."""
         return getattr(model, "name_or_path", None) or None
 
     def remember_origin(self, model: nn.Module, folder: str) -> None:
-        """See `Builds.remember_origin`."""
+        """See `Remembers.remember_origin`."""
         setattr(model, "name_or_path", folder)  # noqa: B010  the name of transformers' own note
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
@@ -289,7 +290,7 @@ class TorchaoBackend:
         module.regrid(rule)
 
     def restore_layer(self, module: Any) -> nn.Module:
-        """See `Trains.restore_layer`."""
+        """See `Restores.restore_layer`."""
         restored: nn.Module = learned.restore_layer(module)
         return restored
 
@@ -303,7 +304,9 @@ class TorchaoBackend:
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Adapts, Trains, Deploys, Translates] = (
+    _offered: tuple[Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
+        _engine,
+        _engine,
         _engine,
         _engine,
         _engine,

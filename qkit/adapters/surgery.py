@@ -10,6 +10,7 @@ import numpy as np
 
 from qkit.adapters.adapter import Adapter
 from qkit.engines.abilities import require
+from qkit.engines.elsewhere import Restores
 from qkit.engines.layer import Layer, want_bare, want_known, want_whole
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
@@ -64,7 +65,7 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     bare: Any = model
     if any(layer.wrapper for layer in layers):
         _check_updates(layers)
-        bare, updates = engine.unwrap(model)
+        bare, updates = require(engine, Restores).unwrap(model)
         found = {layer.path: layer for layer in engine.layers(bare)}
         bare = engine.replace(bare, {path: engine.adapt(found[path].module, one) for path, one in updates.items()})
     else:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from qkit.artifact.config import CONFIG, float_config, read_config
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
+from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
@@ -76,9 +77,9 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
 def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-    builder = require(engine, Builds)
-    model = builder.build(float_config(config))
-    builder.remember_origin(model, str(folder.absolute()))
+    model = require(engine, Builds).build(float_config(config))
+    if offers(engine, Remembers):
+        engine.remember_origin(model, str(folder.absolute()))
     return model
 
 

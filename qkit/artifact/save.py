@@ -11,8 +11,9 @@ from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
 from qkit.artifact.metadata import KEY, StoredRule, describe, group_rules
 from qkit.engines.abilities import offers
+from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import want_bare, want_merged, want_none_lost, want_whole
-from qkit.engines.protocol import Arrays, Builds, Modules
+from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError, StageError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
@@ -129,10 +130,12 @@ def _origin(engine: Modules, model: Any, source: str | Path | None) -> Path | No
     """The directory that the model comes from: `source`, or the one that the model remembers if it is still there."""
     if source is not None:
         return Path(source)
-    named = engine.origin(model) if offers(engine, Builds) else None
+    if not offers(engine, Remembers):
+        return None
+    named = engine.origin(model)
     if named is not None and Path(named).is_dir():
         return Path(named)
-    if offers(engine, Builds) and engine.config(model) is None and engine.knows(model):
+    if engine.config(model) is None and engine.knows(model):
         raise ArtifactError(
             f"{type(model).__name__} is a language model that does not say where it came from, so that its config.json would be "
             "missing: give source=, its Hugging Face directory"

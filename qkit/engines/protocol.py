@@ -214,17 +214,6 @@ class Adapts(Modules, Protocol):
         """Freezes every parameter of the model, except those of adapters."""
         ...
 
-    def unwrap(self, model: Any) -> tuple[Any, dict[str, "Update"]]:
-        """`model` without the adapters and copies that other libraries have put around layers; in place, unless it is the root.
-
-        Their own library merges those on float and prepared layers. For converted layers, their updates are returned by path,
-        and still to be merged.
-
-        Raises:
-            StageError: an adapter on a converted layer is no LoRA or DoRA on a linear layer.
-        """
-        ...
-
 
 class Builds(Modules, Protocol):
     """Whole language models, from a Hugging Face configuration."""
@@ -235,18 +224,6 @@ class Builds(Modules, Protocol):
         Raises:
             BackendError: the engine does not know it, or the library that builds it is missing.
         """
-        ...
-
-    def knows(self, model: Any) -> bool:
-        """Whether `model` is of an architecture of the library that `build` builds by."""
-        ...
-
-    def origin(self, model: Any) -> str | None:
-        """The Hugging Face directory that `model` was opened from; None where the model does not say."""
-        ...
-
-    def remember_origin(self, model: Any, folder: str) -> None:
-        """Notes on `model` the Hugging Face directory that it was opened from."""
         ...
 
     def loss(self, model: Any, tokens: NDArray[np.int32]) -> float:
@@ -287,10 +264,6 @@ class Trains(Builds, Protocol):
         Compiled functions obey, and compile once for each rule. The new rule has the same kind and static ranges. Not for
         layers with adapters or learned scales.
         """
-        ...
-
-    def restore_layer(self, module: Any) -> Any:
-        """The framework's own float layer with the parameters of a prepared layer, but for learned scales."""
         ...
 
 
