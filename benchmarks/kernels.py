@@ -82,7 +82,7 @@ def kernels(report: Callable[[dict[str, Any]], None]) -> None:
 
                 def fake(grid: Grid = grid, ws: list = ws, outs: list = outs, gates: list = gates) -> None:
                     for w, out in zip(ws, outs, strict=True):
-                        cuda.compute_values([w], [out], gates, grid)
+                        cuda.compute_values([w], [out], gates, grid, [()])
 
                 times = milliseconds(fake)
                 ratios = summed([t / base[0] for t in times], 3)

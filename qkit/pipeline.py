@@ -1,19 +1,18 @@
-"""prepare, regrid, unprepare, convert, gather and adamw, on any engine. Refuses a recipe that does not fit before any change."""
+"""prepare, convert, gather and adamw, on any engine. A recipe that does not fit is refused before the model changes."""
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from qkit import fused
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
-from qkit.engines.elsewhere import Restores
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
-from qkit.engines.protocol import Arrays, Deploys, Modules, Trains
+from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
-from qkit.errors import RecipeError, StageError
+from qkit.errors import StageError
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
@@ -47,83 +46,12 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     want_whole(layers, "prepare")
     want_known(layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare")
+    chosen = {item.layer.name: item.rule for item in planned if item.rule}
+    if any(_fuses(group, chosen) for group in fused.groups(chosen)):
+        require(engine, Fuses)
     prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
     _note(planned)
-    return cast(Model, engine.replace(model, prepared))
-
-
-def regrid(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Model:
-    """The prepared `model` on the grids of another recipe that quantizes the same layers. Works in place and returns the model.
-
-    Master weights, the names of parameters and the state of the optimizer stay.
-
-    Raises:
-        StageError: nothing is prepared, a layer has an adapter inside of its grid, or it learns its scales.
-        RecipeError, GridError: the recipe does not fit, or it quantizes other layers, learns scales, or has other static ranges.
-        BackendError: the engine does not train, or does not honour a key of the recipe.
-    """
-    engine = require(surgeon(model, backend), Trains)
-    layers = _prepared(engine.layers(model))
-    for layer in layers:
-        learns = layer.rule is not None and layer.rule.scales == "learned"
-        if layer.adapter or learns:
-            what = "an adapter" if layer.adapter else "learned scales"
-            raise StageError(f"cannot regrid: {layer.path} has {what}, which belong to its grid")
-    rules = rules_on(engine, model, layers, recipe)
-    for layer in layers:
-        engine.regrid(layer.module, rules[layer.path])
-    return model
-
-
-def rules_on(engine: Modules, model: Any, layers: Iterable[Layer], recipe: "str | Path | Recipe") -> dict[str, Rule]:
-    """The rule of `recipe` for each of the prepared `layers` of `model`, by path.
-
-    Raises:
-        RecipeError: the recipe leaves one of them alone, learns its scales, or has other static ranges.
-    """
-    from qkit.reference.ranges import static_names  # here, so that `import qkit` stays cheap
-
-    found = find_recipe(recipe)
-    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), found)}
-    want_honored(engine, found.rules, "regrid")
-    made: dict[str, Rule] = {}
-    for layer in layers:
-        rule = planned[layer.path]
-        assert layer.rule is not None
-        if rule is None or rule.scales == "learned" or static_names(rule).keys() != static_names(layer.rule).keys():
-            what = "leaves it alone" if rule is None else "learns scales, or has other static ranges"
-            raise RecipeError(f"{layer.path}: {found.name!r} {what}, unlike the recipe it is on: choose another")
-        made[layer.path] = rule
-    return made
-
-
-def unprepare(model: Model, match: str = "*", *, backend: str | Arrays | None = None) -> Model:
-    """`model` with plain float layers in place of the prepared ones whose path matches the shell pattern.
-
-    Works in place and returns the model; a model that is itself one layer gives a new one. The master weights stay the same
-    parameters under the same names. Learned scales and static ranges are gone.
-
-    Raises:
-        StageError: no prepared layer matches, or one has an adapter inside of its grid, or the model is sharded.
-        BackendError: the engine cannot do that.
-    """
-    engine = require(surgeon(model, backend), Restores)
-    layers = list(engine.layers(model))
-    lost = {layer.path: layer.module for layer in layers if layer.lost and fnmatchcase(layer.name, match)}
-    chosen = [layer for layer in layers if layer.stage == "prepared" and fnmatchcase(layer.name, match)]
-    if not chosen and not lost:
-        _prepared(layers)
-        raise StageError(f"no prepared layer matches {match!r}: there is {', '.join(one.name for one in layers[:4])}")
-    want_whole(chosen, "unprepare")
-    want_merged(chosen, "unprepare")
-    plain = {layer.path: engine.restore_layer(layer.module) for layer in chosen}
-    return cast(Model, engine.replace(model, {**lost, **plain}))
-
-
-def _prepared(layers: Iterable[Layer]) -> list[Layer]:
-    if found := [layer for layer in layers if layer.stage == "prepared"]:
-        return found
-    raise StageError("no layer of this model is prepared: call prepare(model, recipe) first")
+    return cast(Model, fuse(engine, engine.replace(model, prepared)))
 
 
 def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Model:
@@ -173,14 +101,15 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
 def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
     """The converted form of each layer, by its path."""
     static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
-    packed = _deploy(engine, chosen, static)
+    peaks = _peaks(engine, chosen)
+    packed = _deploy(engine, [(layer, rule) for layer, rule in chosen if layer.path not in peaks], static)
     codes: dict[str, QTensor[Any]] = {}
     for layer, rule in chosen:
         if layer.path in packed:
             continue
         owner = packed[layer.tied] if layer.tied else None
         if owner is None:
-            q = codes[layer.path] = _codes(engine, model, layer, rule)
+            q = codes[layer.path] = _codes(engine, model, layer, rule, peaks.get(layer.path))
         else:
             q = codes[layer.tied] if layer.tied in codes else engine.unpack(owner)
         packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
@@ -196,14 +125,38 @@ def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str,
     return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
 
 
-def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule) -> QTensor[Any]:
+def fuse(engine: Modules, model: Any) -> Any:
+    """`model`, whose prepared layers now share tensor scales as servers want them; see `qkit.fused`."""
+    if offers(engine, Fuses):  # whatever the grids are: a schedule may give the layers others
+        prepared = {layer.name: layer.module for layer in engine.layers(model) if layer.stage == "prepared"}
+        for group in fused.groups(prepared):
+            engine.fuse([prepared[path] for path in group])
+    return model
+
+
+def _peaks(engine: Modules, chosen: list[tuple[Layer, Rule]]) -> dict[str, float]:
+    """Of layers that share a tensor scale with others, the largest magnitude of all of them, by path."""
+    sharing = {layer.path: layer.module for layer, rule in chosen if fused.shares(rule.weight)}
+    peaks: dict[str, float] = {}
+    for group in fused.groups(sharing):
+        peak = max(engine.magnitude(engine.weight(sharing[path])) for path in group)
+        peaks |= dict.fromkeys(group, peak)
+    return peaks
+
+
+def _fuses(group: Iterable[str], chosen: Mapping[str, Rule]) -> bool:
+    """Whether two or more of a group of layers share a tensor scale."""
+    return sum(fused.shares(chosen[path].weight) for path in group) > 1
+
+
+def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None) -> QTensor[Any]:
     from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)
     check(engine, w, rule.weight, name=f"{layer.path}.weight")
     if not _learned(layer, rule):
-        return engine.quantize(w, rule.weight)
+        return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
     parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)

@@ -12,9 +12,10 @@ from qkit_torchao.arithmetic import packing, rounding
 from qkit_torchao.backend import TorchaoBackend
 from qkit_torchao.kernels import cuda
 
+from qkit import reference
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.testing.hard_tensors import all_grids
+from qkit.testing.hard_tensors import all_grids, random
 from qkit.testing.parity import compare
 
 
@@ -31,7 +32,7 @@ class Interpreted(TorchaoBackend):
         if scales is not None or not cuda.takes(w, grid):
             return rounding.rounded(w, grid, scales=scales, zeros=zeros)
         made = torch.empty_like(w)
-        cuda.compute_values([w], [made], [torch.tensor(True)], grid)
+        cuda.compute_values([w], [made], [torch.tensor(True)], grid, [()])
         assert torch.equal(torch.nan_to_num(made), torch.nan_to_num(cuda.values(w, grid)))
         return made
 
@@ -78,6 +79,27 @@ def tiled(q: QTensor) -> packing.Laid:
     return packing.Laid(words.to(torch.int32), scales, None, None, q.grid, q.dtype, q.shape)
 
 
+def shared(dtype: str) -> bool:
+    """Whether weights that share a peak have the law's values, computed together or with a partner that is only looked at."""
+    grid, engine = Grid("e2m1", 16, "nvfp4"), TorchaoBackend()
+    weights = [random((8, 64), 1), random((4, 64), 2) * np.float32(37), random((4, 64), 3) * np.float32(2.0**-12)]
+    tensors = [engine.from_numpy(w).to(getattr(torch, dtype)) for w in weights]
+    peak = float(max(tensor.abs().max() for tensor in tensors))
+    law = [reference.fake_quantize(engine.to_numpy(tensor), grid, peak=peak) for tensor in tensors]
+    others = [tuple(tensor for tensor in tensors if tensor is not one) for one in tensors]
+    gate = torch.tensor(True)
+    right = []
+    for some in ([0, 1, 2], [0], [2, 1]):
+        made = [torch.empty_like(tensors[i]) for i in some]
+        cuda.compute_values([tensors[i] for i in some], made, [gate] * len(some), grid, [others[i] for i in some])
+        right += [(engine.to_numpy(one) == law[i]).all() for one, i in zip(made, some, strict=True)]
+    q = cuda.quantize(tensors[2], grid, peak=torch.tensor(peak))
+    right.append(
+        (engine.to_numpy(q.codes) == reference.quantize(engine.to_numpy(tensors[2]), grid, peak=peak).codes).all()
+    )
+    return all(right)
+
+
 def main(dtype: str) -> None:
     """One grid for each element and rule, and what does not fit a tile; the others differ in constants only."""
     np.seterr(all="ignore")  # the interpreter computes in NumPy, also what is then not taken
@@ -92,6 +114,7 @@ def main(dtype: str) -> None:
         print(grid, "in", layout, "exact" if laid(grid, layout, dtype) else "not the codes of quantize", flush=True)
     for grid in (Grid("int3", 20000), Grid("int4", 8200, "minmax"), Grid("e4m3", 8208)):
         print(grid, "in parts", "exact" if long(grid, dtype) else "not the codes of quantize", flush=True)
+    print("shared peaks", "exact" if shared(dtype) else "not the values of the law", flush=True)
     row = Grid("int4", "row", "minmax")
     print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)
 

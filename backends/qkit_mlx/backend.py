@@ -1,6 +1,6 @@
 """The MLX engine: every verb of `qkit.engines.protocol`, in the order of the protocols."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING, Adapts, Trains
+from qkit.engines.protocol import NOTHING, Adapts, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import BackendError
 from qkit.grid import Grid
@@ -21,7 +21,7 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers import adapted, converted, learned, prepared, straight_through
+from qkit_mlx.layers import adapted, converted, fused, learned, prepared, straight_through
 from qkit_mlx.models import surgery
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
@@ -51,9 +51,9 @@ class MlxBackend:
             )
         return self
 
-    def quantize(self, w: mx.array, grid: Grid) -> QTensor[mx.array]:
+    def quantize(self, w: mx.array, grid: Grid, *, peak: float | None = None) -> QTensor[mx.array]:
         """See `Arrays.quantize`."""
-        return choose.quantize(w, grid)
+        return choose.quantize(w, grid, peak=None if peak is None else mx.array(peak, mx.float32))
 
     def dequantize(self, q: QTensor[mx.array]) -> mx.array:
         """See `Arrays.dequantize`."""
@@ -176,6 +176,12 @@ class MlxBackend:
         """See `Modules.config`: that of models built here; `mlx_lm.load` keeps none on its models."""
         return getattr(model, "qkit_config", None)
 
+    # Fuses
+
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """See `Fuses.fuse`."""
+        fused.fuse(modules)
+
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
@@ -264,14 +270,15 @@ class MlxBackend:
 
     def restore_layer(self, module: Any) -> nn.Module:
         """See `Restores.restore_layer`."""
-        return prepared.restore_layer(module)
+        return learned.restore_layer(module)
 
 
 if TYPE_CHECKING:
     _engine = MlxBackend()
-    _offered: tuple[Adapts, Trains, Restores, Remembers] = (
+    _offered: tuple[Fuses, Adapts, Trains, Restores, Remembers] = (
         _engine,
         _engine,
         _engine,
         _engine,
-    )  # mypy compares every verb
+        _engine,
+    )  # mypy compares every verb with the protocols

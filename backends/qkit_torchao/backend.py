@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.protocol import NOTHING, Adapts, Deploys, Trains
+from qkit.engines.protocol import NOTHING, Adapts, Deploys, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, BackendError
@@ -21,13 +21,14 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, learned, straight_through
-from qkit_torchao.models import gather, names, surgery, wrappers
+from qkit_torchao.layers import adapted, converted, fused, learned, straight_through
+from qkit_torchao.models import gather, names, surgery
+from qkit_torchao.models.elsewhere import Elsewhere
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
 
-class TorchaoBackend:
+class TorchaoBackend(Elsewhere):
     """torch on CPU or CUDA; converted layers hold torchao's tensors."""
 
     name = "torchao"
@@ -51,9 +52,10 @@ class TorchaoBackend:
             raise BackendError(f"torch has no device {device!r} here: {str(error).splitlines()[0]}") from None
         return type(self)(device)
 
-    def quantize(self, w: Tensor, grid: Grid) -> QTensor[Tensor]:
+    def quantize(self, w: Tensor, grid: Grid, *, peak: float | None = None) -> QTensor[Tensor]:
         """See `Arrays.quantize`."""
-        return choose.quantize(w, grid)
+        shared = None if peak is None else torch.tensor(peak, dtype=torch.float32, device=w.device)
+        return choose.quantize(w, grid, peak=shared)
 
     def dequantize(self, q: QTensor[Tensor]) -> Tensor:
         """See `Arrays.dequantize`."""
@@ -159,12 +161,7 @@ class TorchaoBackend:
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Modules.replace`; converted models of transformers' then save themselves as artifacts."""
-        replaced = surgery.replace(model, modules)
-        if self.config(replaced) is not None and hasattr(replaced, "save_pretrained"):
-            from qkit_torchao.models import huggingface
-
-            huggingface.save_as_artifact(replaced, self)
-        return replaced
+        return self.save_as_artifact(surgery.replace(model, modules))
 
     def run_layer(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
         """See `Modules.run_layer`."""
@@ -209,6 +206,12 @@ class TorchaoBackend:
             return None
         return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [type(model).__name__]}
 
+    # Fuses
+
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """See `Fuses.fuse`."""
+        fused.fuse(modules)
+
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
@@ -229,10 +232,6 @@ class TorchaoBackend:
         """See `Adapts.train_only_adapters`."""
         adapted.train_only_adapters(model)
 
-    def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
-        """See `Restores.unwrap`; what peft has put around layers."""
-        return wrappers.unwrap(model)
-
     # Builds
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
@@ -240,18 +239,6 @@ class TorchaoBackend:
         from qkit_torchao.models import huggingface
 
         return huggingface.build(config).to(self.device)
-
-    def knows(self, model: nn.Module) -> bool:
-        """See `Remembers.knows`; transformers' models."""
-        return self.config(model) is not None
-
-    def origin(self, model: nn.Module) -> str | None:
-        """See `Remembers.origin`; transformers remembers it."""
-        return getattr(model, "name_or_path", None) or None
-
-    def remember_origin(self, model: nn.Module, folder: str) -> None:
-        """See `Remembers.remember_origin`."""
-        setattr(model, "name_or_path", folder)  # noqa: B010  the name of transformers' own note
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
         """See `Builds.loss`."""
@@ -289,11 +276,6 @@ class TorchaoBackend:
         """See `Trains.regrid`."""
         module.regrid(rule)
 
-    def restore_layer(self, module: Any) -> nn.Module:
-        """See `Restores.restore_layer`."""
-        restored: nn.Module = learned.restore_layer(module)
-        return restored
-
     # Deploys
 
     def deploy(self, layers: Sequence[tuple[nn.Module, Rule, Mapping[str, NDArray[Any]]]]) -> list[nn.Module | None]:
@@ -304,7 +286,8 @@ class TorchaoBackend:
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
+    _offered: tuple[Fuses, Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
+        _engine,
         _engine,
         _engine,
         _engine,

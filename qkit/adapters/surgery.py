@@ -14,7 +14,7 @@ from qkit.engines.elsewhere import Restores
 from qkit.engines.layer import Layer, want_bare, want_known, want_whole
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
-from qkit.pipeline import Model, surgeon
+from qkit.pipeline import Model, fuse, surgeon
 from qkit.reference.merged import Floats, Update, row_norms
 
 
@@ -71,7 +71,7 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     else:
         adapted(engine, model)
     merged = {layer.path: engine.merge_adapter(layer.module) for layer in engine.layers(bare) if layer.adapter}
-    return cast(Model, engine.replace(bare, merged))
+    return cast(Model, fuse(engine, engine.replace(bare, merged)))
 
 
 def _check_updates(layers: list[Layer]) -> None:
@@ -86,7 +86,7 @@ def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
     layers = {layer.path: layer for layer in engine.layers(model)}
     made = {path: engine.adapt(layers[path].module, update) for path, update in updates.items()}
     engine.train_only_adapters(model)
-    return cast(Model, engine.replace(model, made))
+    return cast(Model, fuse(engine, engine.replace(model, made)))
 
 
 def able(model: Any, backend: str | Arrays | None) -> Adapts:

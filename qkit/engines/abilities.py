@@ -5,7 +5,7 @@ from functools import cache
 from typing import TypeGuard, TypeVar
 
 from qkit.engines.elsewhere import Remembers, Restores
-from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Modules, Trains
+from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
 from qkit.engines.translation import Translates
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
@@ -16,6 +16,7 @@ Ability = TypeVar("Ability", bound=Arrays)
 ACTIONS: dict[type, str] = {
     Arrays: "quantize arrays",
     Modules: "prepare or convert models",
+    Fuses: "train layers that share a tensor scale",
     Adapts: "train adapters",
     Builds: "build and run language models",
     Trains: "train",

@@ -44,10 +44,10 @@ class NumpyBackend:
             raise BackendError(f"backend {self.name!r} has no device {device!r}, only the cpu")
         return self
 
-    def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:
+    def quantize(self, w: Any, grid: Grid, *, peak: float | None = None) -> QTensor[Any]:
         """See `Arrays.quantize`."""
         quantize = native.quantize if native.available() else reference.quantize
-        return quantize(self.to_numpy(w), grid).map(self.from_numpy)
+        return quantize(self.to_numpy(w), grid, peak=peak).map(self.from_numpy)
 
     def dequantize(self, q: QTensor[Any]) -> Any:
         """See `Arrays.dequantize`."""
@@ -57,13 +57,13 @@ class NumpyBackend:
         """See `Arrays.fake_quantize`. NumPy has no gradients, so that `ste` changes nothing."""
         if scales is None and native.available():
             return self.from_numpy(native.fake_quantize(self.to_numpy(w), grid))
-        given = {"scales": self._given(scales), "zeros": self._given(zeros)}
-        return self.from_numpy(reference.fake_quantize(self.to_numpy(w), grid, **given))
+        scales, zeros = self._given(scales), self._given(zeros)
+        return self.from_numpy(reference.fake_quantize(self.to_numpy(w), grid, scales=scales, zeros=zeros))
 
     def unclipped(self, w: Any, grid: Grid, *, scales: Any = None, zeros: Any = None) -> Any:
         """See `Arrays.unclipped`."""
-        given = {"scales": self._given(scales), "zeros": self._given(zeros)}
-        return self.from_numpy(reference.unclipped(self.to_numpy(w), grid, **given))
+        scales, zeros = self._given(scales), self._given(zeros)
+        return self.from_numpy(reference.unclipped(self.to_numpy(w), grid, scales=scales, zeros=zeros))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` itself: NumPy has no compiler."""

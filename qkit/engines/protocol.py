@@ -59,8 +59,12 @@ class Arrays(Protocol):
         """
         ...
 
-    def quantize(self, w: Any, grid: Grid) -> QTensor[Any]:
-        """Codes and scales of finite `w` [..., n]; `reference.quantize`, bit for bit."""
+    def quantize(self, w: Any, grid: Grid, *, peak: float | None = None) -> QTensor[Any]:
+        """Codes and scales of finite `w` [..., n]; `reference.quantize`, bit for bit.
+
+        Args:
+            peak: `nvfp4` only: the largest magnitude of all weights that share the tensor scale; see `qkit.fused`.
+        """
         ...
 
     def dequantize(self, q: QTensor[Any]) -> Any:
@@ -188,6 +192,18 @@ class Modules(Arrays, Protocol):
 
     def config(self, model: Any) -> dict[str, Any] | None:
         """The Hugging Face configuration of the model, or None if it carries none."""
+        ...
+
+
+class Fuses(Modules, Protocol):
+    """Prepared layers that share a tensor scale, since servers run them as one layer; see `qkit.fused`."""
+
+    def fuse(self, modules: Sequence[Any]) -> None:
+        """Has prepared layers share one tensor scale, that of their largest magnitude, wherever their grids have one (`nvfp4`).
+
+        They then compute with the values of `quantize(w, grid, peak=...)`, where `peak` is the largest magnitude of the current
+        weights of those layers that are on such a grid. Deep copies of a model share among themselves.
+        """
         ...
 
 

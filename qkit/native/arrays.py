@@ -23,21 +23,24 @@ from qkit.reference.scale_rules import poison
 SHARE = 1 << 17  #: fewest numbers that are worth a thread: waking one takes about as long as they do
 
 
-def quantize(w: NDArray[Any], grid: Grid, *, dtype: DType | None = None) -> QTensor[NDArray[Any]]:
-    """`reference.quantize(w, grid)` of finite `w` [..., n].
+def quantize(
+    w: NDArray[Any], grid: Grid, *, dtype: DType | None = None, peak: float | None = None
+) -> QTensor[NDArray[Any]]:
+    """`reference.quantize(w, grid, peak=peak)` of finite `w` [..., n].
 
     Args:
         dtype: `bfloat16` or `float16`, the type of the numbers of `w` if `w` is an array of 16-bit integers.
+        peak: see `reference.quantize`.
 
     Raises:
         DTypeError, GridError: as `reference.quantize`.
         BackendError: the library was not built.
     """
     if not takes(grid):
-        return rounding.quantize(_floats(w, dtype), grid)
+        return rounding.quantize(_floats(w, dtype), grid, peak=peak)
     x, kind = _patterns(w, dtype)
     count, n = _groups(x, grid)
-    of = _Of(x, kind, grid)
+    of = _Of(x, kind, grid, peak)
     codes = np.empty(x.shape, np.int8 if grid.element.kind == "integer" and grid.symmetric else np.uint8)
 
     def share(begin: int, end: int) -> None:
@@ -76,11 +79,12 @@ def fake_quantize(
     *,
     dtype: DType | None = None,
     out: NDArray[Any] | None = None,
+    peak: float | None = None,
 ) -> NDArray[Any]:
-    """`reference.fake_quantize(w, grid)` of `w` [..., n] on the scales of its rule: a group with a NaN becomes NaN.
+    """`reference.fake_quantize(w, grid, peak=peak)` of `w` [..., n] on the scales of its rule: a group with a NaN becomes NaN.
 
     Args:
-        dtype: as for `quantize`.
+        dtype, peak: as for `quantize`.
         out: a contiguous array of the shape and type of `w` for the values; it may be `w` itself, which is slower.
 
     Raises:
@@ -94,9 +98,9 @@ def fake_quantize(
     elif out.shape != x.shape or out.dtype != x.dtype or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} {out.shape}: it has to be contiguous {x.dtype} {x.shape}")
     if not takes(grid):
-        out[...] = rounding.fake_quantize(_floats(w, dtype), grid).view(out.dtype)
+        out[...] = rounding.fake_quantize(_floats(w, dtype), grid, peak=peak).view(out.dtype)
         return out
-    ends, tensor_scale = _of_the_tensor(x, kind, grid)
+    ends, tensor_scale = _of_the_tensor(x, kind, grid, peak)
     call, of_grid, type_, made = function("qkit_fake_quantize"), byref(struct(grid)), TYPES.index(kind), out
 
     def share(begin: int, end: int) -> None:
@@ -158,11 +162,11 @@ def _groups(x: NDArray[Any], grid: Grid) -> tuple[int, int]:
     return x.size // n, n
 
 
-def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid) -> tuple[Any, float]:
+def _of_the_tensor(x: NDArray[Any], kind: DType, grid: Grid, peak: float | None) -> tuple[Any, float]:
     """The tensor's extremes, if every group uses them, and the tensor's scale. NaN if the tensor is not finite."""
     if grid.group != "tensor" and grid.scale != "nvfp4":
         return None, 0.0
-    ends = _extremes(x, kind)
+    ends = _extremes(x, kind) if peak is None else np.array(peak, np.float32)
     if grid.group == "tensor":
         return ends, 0.0
     with np.errstate(invalid="ignore"):
@@ -189,10 +193,10 @@ def _address(x: NDArray[Any], offset: int) -> int:
 class _Of:
     """The scales of `x`, and the call of the kernel that computes them with the codes."""
 
-    def __init__(self, x: NDArray[Any], kind: DType, grid: Grid) -> None:
+    def __init__(self, x: NDArray[Any], kind: DType, grid: Grid, peak: float | None = None) -> None:
         self._x, self._type, self._grid = x, TYPES.index(kind), grid
         count, self._n = _groups(x, grid)
-        self._ends, self._tensor_scale = _of_the_tensor(x, kind, grid)
+        self._ends, self._tensor_scale = _of_the_tensor(x, kind, grid, peak)
         self._scales = np.empty(count, np.float32 if grid.element.kind == "integer" else np.uint8)
         self._zeros = None if grid.symmetric else np.empty(count, np.uint8)
         self._call, self._struct = function("qkit_quantize"), byref(struct(grid))

@@ -33,8 +33,12 @@ DTYPE = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.fl
 FLOAT8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 
 
-def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
-    """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
+def quantize(w: NDArray[Any], grid: Grid, *, peak: float | None = None) -> QTensor[NDArray[Any]]:
+    """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`.
+
+    Args:
+        peak: `nvfp4` only: the largest magnitude of all tensors that share the tensor scale, `w` among them; see `qkit.fused`.
+    """
     x = group(w, grid)
     dtype = dtype_of(w)
     if grid.scale == "minmax":
@@ -45,7 +49,7 @@ def quantize(w: NDArray[Any], grid: Grid) -> QTensor[NDArray[Any]]:
         s = symmetric_scale(x, grid)
         return QTensor(symmetric_codes(x, s, grid.element).astype(np.int8).reshape(w.shape), s, grid, dtype)
     if grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x)
+        tensor_scale = tensor_power(x, peak)
         block = block_scale(x, tensor_scale)
         codes = e2m1_codes(x, e4m3_values(block) * tensor_scale)
         return QTensor(codes.reshape(w.shape), block, grid, dtype, tensor_scale=tensor_scale)
@@ -67,7 +71,12 @@ def dequantize(q: QTensor[NDArray[Any]]) -> NDArray[Any]:
 
 
 def fake_quantize(
-    w: NDArray[Any], grid: Grid, *, scales: Floats | None = None, zeros: Codes | None = None
+    w: NDArray[Any],
+    grid: Grid,
+    *,
+    scales: Floats | None = None,
+    zeros: Codes | None = None,
+    peak: float | None = None,
 ) -> NDArray[Any]:
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
@@ -75,6 +84,7 @@ def fake_quantize(
         scales: fp32 steps, shaped like the grid's scales, instead of those that the grid's rule chooses (static
             quantization). Powers of two for floats; not for `nvfp4`. A NaN or an infinity then spoils only itself.
         zeros: the zero points that belong to `scales` under `minmax`.
+        peak: as for `quantize`. All values are NaN where it is not finite.
     """
     x = group(w, grid)
     if scales is not None:
@@ -87,27 +97,32 @@ def fake_quantize(
             s = symmetric_scale(x, grid)
             values = symmetric_codes(x, s, grid.element) * each(s)
         elif grid.scale == "nvfp4":
-            tensor_scale = tensor_power(x) + poison(np.abs(x).max())
+            tensor_scale = tensor_power(x, peak) + poison(_peak(x, peak))
             s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
             values = float_values(e2m1_codes(x, s), grid.element) * each(s)
         else:
-            peak = amax(x)
-            c = scale_code(peak, grid)
-            values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(peak))
+            largest = amax(x)
+            c = scale_code(largest, grid)
+            values = float_values(float_codes(x, c, grid.element), grid.element) * each(power(c) + poison(largest))
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
 def unclipped(
-    w: NDArray[Any], grid: Grid, *, scales: Floats | None = None, zeros: Codes | None = None
+    w: NDArray[Any],
+    grid: Grid,
+    *,
+    scales: Floats | None = None,
+    zeros: Codes | None = None,
+    peak: float | None = None,
 ) -> NDArray[np.bool_]:
     """Where `w` [..., n] rounds to a code without being clipped: the gradient mask of `ste = "masked"`.
 
     Integers: the rounded quotient, zero point added, is a code. Floats: the magnitude is at most the largest value's.
-    `scales` and `zeros` as for `fake_quantize`.
+    `scales`, `zeros` and `peak` as for `fake_quantize`.
     """
     x = group(w, grid)
     with np.errstate(over="ignore", invalid="ignore"):
-        step, z = _steps(x, grid) if scales is None else (scales, zeros)
+        step, z = _steps(x, grid, peak) if scales is None else (scales, zeros)
         if grid.element.kind == "float":
             inside = np.abs(x) <= each(np.float32(grid.element.largest) * step)
         elif z is None:
@@ -139,14 +154,14 @@ def _static_values(x: Floats, grid: Grid, s: Floats, zeros: Codes | None) -> Flo
         return cast(Floats, values + poison(x))
 
 
-def _steps(x: Floats, grid: Grid) -> tuple[Floats, Floats | None]:
+def _steps(x: Floats, grid: Grid, peak: float | None) -> tuple[Floats, Floats | None]:
     """The fp32 step of every group of `x`, and its zero point under `minmax`."""
     if grid.scale == "minmax":
         return asymmetric_scale(x, grid.element)
     if grid.element.kind == "integer":
         return symmetric_scale(x, grid), None
     if grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x)
+        tensor_scale = tensor_power(x, peak)
         return cast(Floats, e4m3_values(block_scale(x, tensor_scale)) * tensor_scale), None
     return power(scale_code(amax(x), grid)), None
 
@@ -249,10 +264,17 @@ def e2m1_codes(x: Floats, s: Floats) -> Codes:
 # NVFP4 (R9)
 
 
-def tensor_power(x: Floats) -> Floats:
-    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
-    c = ceil_exponent(np.abs(x).max() * np.float32(constants.NVFP4_STEP))
+def tensor_power(x: Floats, peak: float | None = None) -> Floats:
+    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up.
+
+    `peak` stands for the largest magnitude of all tensors that share it.
+    """
+    c = ceil_exponent(_peak(x, peak) * np.float32(constants.NVFP4_STEP))
     return np.asarray(power(np.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE)))  # an array, not a scalar
+
+
+def _peak(x: Floats, peak: float | None) -> Floats:
+    return cast(Floats, np.abs(x).max()) if peak is None else np.asarray(peak, np.float32)
 
 
 def block_scale(x: Floats, tensor_scale: Floats) -> Codes:

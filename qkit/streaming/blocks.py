@@ -35,7 +35,8 @@ def encode(
 
     Args:
         quantize: a function with the bits of `reference.quantize` and `pack`.
-        extremes: lowest and highest value of the whole tensor, where `sees_whole_tensor` is true.
+        extremes: lowest and highest value of the whole tensor, where `sees_whole_tensor` is true; or of all tensors that share
+            a tensor scale with it.
     """
     rows = w.shape[0]
     if extremes is not None:  # in two rows of their own: scales depend on no other value outside the block

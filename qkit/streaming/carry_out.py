@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,8 @@ def _quantize(
 ) -> None:
     shape = row.stored.slot.shape
     slots = [slot for slot in row.slots if slot.name in places]  # another part of the output may have the others
-    extremes = _extremes(row, reader) if sees_whole_tensor(grid) else None
-    for begin, w in _blocks(row, reader):
+    extremes = _extremes(row) if sees_whole_tensor(grid) else None
+    for begin, w in _blocks(row.stored, reader):
         parts = encode(w, grid, quantize=quantize, extremes=extremes)
         for slot in slots:
             name = slot.name.rpartition(".")[2]
@@ -182,18 +182,28 @@ def _quantize(
                 writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
 
 
-def _extremes(row: Row, reader: "_Reader") -> tuple[float, float]:
-    """Lowest and highest value of a whole tensor."""
-    found = [(float(x.min()), float(x.max())) for _, w in _blocks(row, reader) for x in [w.astype(np.float32)]]
+def _extremes(row: Row) -> tuple[float, float]:
+    """Lowest and highest value of a whole tensor, or of all tensors that share a tensor scale with it."""
+    found = [_extremes_of(stored) for stored in row.fused or [row.stored]]
     return min(low for low, _ in found), max(high for _, high in found)
 
 
-def _blocks(row: Row, reader: "_Reader") -> Iterator[tuple[int, NDArray[Any]]]:
+@lru_cache(maxsize=16)  # a process quantizes several of the weights that share a scale
+def _extremes_of(stored: Stored) -> tuple[float, float]:
+    reader = _Reader(stored)
+    try:
+        found = [(float(x.min()), float(x.max())) for _, w in _blocks(stored, reader) for x in [w.astype(np.float32)]]
+    finally:
+        reader.close()
+    return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _blocks(stored: Stored, reader: "_Reader") -> Iterator[tuple[int, NDArray[Any]]]:
     """Blocks of rows of a weight, each with the number of its first row. A block is valid until the next one is read."""
-    stored, n = row.stored, row.stored.slot.shape[1]
-    width = n * DTYPES[stored.slot.dtype][1]
+    n = stored.slot.shape[1]
+    dtype, size, *_ = DTYPES[stored.slot.dtype]
     for begin, end in row_blocks(stored.slot.shape):
-        w = reader.read(begin * width, end * width).view(row.dtype).reshape(end - begin, n)
+        w = reader.read(begin * n * size, end * n * size).view(dtype).reshape(end - begin, n)
         check_codable(w, name=_name(stored), first=begin * n, shape=stored.slot.shape)
         yield begin, w
 

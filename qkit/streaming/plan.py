@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from qkit import native
+from qkit import fused, native
 from qkit.artifact.companions import companions
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, layer_of, output_name, tied_head
@@ -42,6 +42,7 @@ class Row:
         rule: rule of that layer; None where the tensor is copied.
         reason: reason for the copy.
         slots: tensors of the output: a copy, perhaps under another name, or the parts of the quantized weight.
+        fused: the weights in the source that share a tensor scale, this one among them; empty where it shares none.
     """
 
     stored: Stored
@@ -50,6 +51,7 @@ class Row:
     rule: Rule | None
     reason: str
     slots: tuple[Slot, ...]
+    fused: tuple[Stored, ...] = ()
 
     @property
     def dtype(self) -> DType:
@@ -145,6 +147,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         slots = () if name in copies else _slots(tensors[name].slot, path, rule, known)
         rows.append(Row(tensors[name], path, kind, rule, reason, slots))
     _check_names(rows, folder)
+    rows = _with_fused(rows)
     rules = _stored_rules(rows, planned)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
     left_alone += [path for row in rows if (path := _matrix(row))]
@@ -185,6 +188,12 @@ def _plan(layers: list[Layer], recipe: Recipe) -> list[Planned]:
                 "runs through a model: build it, and use qkit.prepare, qkit.convert and qkit.save"
             )
     return planned
+
+
+def _with_fused(rows: list[Row]) -> list[Row]:
+    sharing = {row.path: row for row in rows if row.rule and fused.shares(row.rule.weight)}
+    together = {path: tuple(sharing[one].stored for one in group) for group in fused.groups(sharing) for path in group}
+    return [replace(row, fused=together.get(row.path, ())) for row in rows]
 
 
 def _keeps_weight(item: Planned) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import Trains
 from qkit.errors import RecipeError, RunError
-from qkit.pipeline import rules_on
+from qkit.restaging import rules_on
 from qkit.rules import Rule
 
 

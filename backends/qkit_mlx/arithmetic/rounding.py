@@ -25,7 +25,7 @@ from qkit_mlx.arithmetic.small_floats import ceil_scale, round_to_element
 DTYPE = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
+def quantize(w: mx.array, grid: Grid, *, peak: mx.array | None = None) -> QTensor[mx.array]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
     dtype = dtype_of(w)
     x = group(w, grid)
@@ -37,7 +37,7 @@ def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
         s = symmetric_scale(x, grid)
         return QTensor(symmetric_codes(x, each(s), grid.element).astype(mx.int8).reshape(w.shape), s, grid, dtype)
     if grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x)
+        tensor_scale = tensor_power(x, peak)
         block = block_scale(x, tensor_scale)
         codes = e2m1_codes(x, e4m3_values(block) * tensor_scale)
         return QTensor(codes.reshape(w.shape), block, grid, dtype, tensor_scale=tensor_scale)
@@ -58,7 +58,12 @@ def dequantize(q: QTensor[mx.array]) -> mx.array:
 
 
 def fake_quantize(
-    w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None
+    w: mx.array,
+    grid: Grid,
+    *,
+    scales: mx.array | None = None,
+    zeros: mx.array | None = None,
+    peak: mx.array | None = None,
 ) -> mx.array:
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
@@ -68,6 +73,7 @@ def fake_quantize(
         scales: fp32 steps, shaped like the grid's scales, instead of those that the grid's rule chooses (static
             quantization). A NaN or an infinity then spoils only itself.
         zeros: the zero points that belong to `scales` under `minmax`.
+        peak: float32 [], `nvfp4` only: the largest magnitude of all tensors that share the tensor scale.
     """
     x = group(w, grid)
     if scales is not None:
@@ -79,7 +85,7 @@ def fake_quantize(
         s = each(symmetric_scale(x, grid))
         values = symmetric_codes(x, s, grid.element) * s
     elif grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x) + poison(mx.abs(x).max())
+        tensor_scale = tensor_power(x, peak) + poison(mx.abs(x).max() if peak is None else peak)
         s = each(e4m3_values(block_scale(x, tensor_scale)) * tensor_scale)
         y = mx.clip(x / s, -grid.element.largest, grid.element.largest)
         values = round_to_element(y, grid.element, step=1.0) * s
@@ -91,10 +97,17 @@ def fake_quantize(
     return to_dtype(values.reshape(w.shape), dtype_of(w))
 
 
-def unclipped(w: mx.array, grid: Grid, *, scales: mx.array | None = None, zeros: mx.array | None = None) -> mx.array:
-    """Where `w` [..., n] rounds to a code without being clipped. `scales` and `zeros`: see `fake_quantize`."""
+def unclipped(
+    w: mx.array,
+    grid: Grid,
+    *,
+    scales: mx.array | None = None,
+    zeros: mx.array | None = None,
+    peak: mx.array | None = None,
+) -> mx.array:
+    """Where `w` [..., n] rounds to a code without being clipped. `scales`, `zeros` and `peak`: see `fake_quantize`."""
     x = group(w, grid)
-    step, z = _steps(x, grid) if scales is None else (scales, zeros)
+    step, z = _steps(x, grid, peak) if scales is None else (scales, zeros)
     if grid.element.kind == "float":
         return (mx.abs(x) <= each(grid.element.largest * step)).reshape(w.shape)
     q, lowest = mx.round(x / each(step)), grid.element.lowest
@@ -127,14 +140,14 @@ def _static_values(x: mx.array, grid: Grid, s: mx.array, zeros: mx.array | None)
     return values + poison(x)
 
 
-def _steps(x: mx.array, grid: Grid) -> tuple[mx.array, mx.array | None]:
+def _steps(x: mx.array, grid: Grid, peak: mx.array | None) -> tuple[mx.array, mx.array | None]:
     """The fp32 step of every group of `x`, and its zero point under `minmax`."""
     if grid.scale == "minmax":
         return asymmetric_scale(x.min(axis=-1), x.max(axis=-1), grid.element)
     if grid.element.kind == "integer":
         return symmetric_scale(x, grid), None
     if grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x)
+        tensor_scale = tensor_power(x, peak)
         return e4m3_values(block_scale(x, tensor_scale)) * tensor_scale, None
     return power(scale_code(amax(x), grid)), None
 
@@ -250,9 +263,12 @@ def encode_float8(y: mx.array, element: Element) -> mx.array:
 # NVFP4 (R9)
 
 
-def tensor_power(x: mx.array) -> mx.array:
-    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
-    c = ceil_exponent(mx.abs(x).max() * constants.NVFP4_STEP)
+def tensor_power(x: mx.array, peak: mx.array | None = None) -> mx.array:
+    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up.
+
+    `peak`, float32 [], stands for the largest magnitude of all tensors that share it.
+    """
+    c = ceil_exponent((mx.abs(x).max() if peak is None else peak) * constants.NVFP4_STEP)
     return power(mx.clip(c, constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
 
 

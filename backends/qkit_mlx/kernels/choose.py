@@ -10,20 +10,29 @@ from qkit_mlx.arithmetic import packing, rounding
 from qkit_mlx.kernels import cpu, cuda
 
 
-def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
-    """`rounding.quantize(w, grid)`; may evaluate `w`."""
-    return cpu.quantize(w, grid) if cpu.takes(w, grid) else rounding.quantize(w, grid)
+def quantize(w: mx.array, grid: Grid, *, peak: mx.array | None = None) -> QTensor[mx.array]:
+    """`rounding.quantize(w, grid, peak=peak)`; may evaluate `w` and `peak`."""
+    takes = cpu.takes(w, grid) and cpu.knows(peak)
+    return cpu.quantize(w, grid, peak=peak) if takes else rounding.quantize(w, grid, peak=peak)
 
 
-def fake_quantize(x: mx.array, grid: Grid) -> mx.array:
-    """`rounding.fake_quantize(x, grid)`; never evaluates `x`."""
-    return cuda.fake_quantize(x, grid) if cuda.takes(x, grid) else rounding.fake_quantize(x, grid)
+def fake_quantize(x: mx.array, grid: Grid, *, peak: mx.array | None = None) -> mx.array:
+    """`rounding.fake_quantize(x, grid, peak=peak)`; never evaluates `x`."""
+    takes = cuda.takes(x, grid)
+    return cuda.fake_quantize(x, grid, peak=peak) if takes else rounding.fake_quantize(x, grid, peak=peak)
 
 
-def fake_quantize_weight(w: mx.array, grid: Grid) -> mx.array:
+def fake_quantize_weight(w: mx.array, grid: Grid, *, peak: mx.array | None = None) -> mx.array:
     """`fake_quantize` of a weight, which it may evaluate. Evaluating an activation would retain the graph that computes it."""
     w = mx.stop_gradient(w)
-    return cpu.fake_quantize(w, grid) if cpu.takes(w, grid) else fake_quantize(w, grid)
+    takes = cpu.takes(w, grid) and cpu.knows(peak)
+    return cpu.fake_quantize(w, grid, peak=peak) if takes else fake_quantize(w, grid, peak=peak)
+
+
+def peak(w: mx.array) -> mx.array:
+    """The largest magnitude in the weight `w`, float32 []; NaN if `w` has a NaN. May evaluate `w`."""
+    w = mx.stop_gradient(w)
+    return mx.array(cpu.magnitude(w), mx.float32) if cpu.reads(w) else mx.abs(w).max().astype(mx.float32)
 
 
 def packed_codes(codes: mx.array, element: Element) -> mx.array:

@@ -35,14 +35,20 @@ def reads(x: mx.array) -> bool:
     return x.dtype in FLOATS and evaluate(x)
 
 
-def quantize(w: mx.array, grid: Grid) -> QTensor[mx.array]:
-    """`rounding.quantize(w, grid)`."""
-    return native.quantize(_memory(w), grid, dtype=dtype_of(w)).map(mx.array)
+def knows(peak: mx.array | None) -> bool:
+    """Whether there is no `peak`, or its number can be known now."""
+    return peak is None or _evaluated(peak)
 
 
-def fake_quantize(w: mx.array, grid: Grid) -> mx.array:
-    """`rounding.fake_quantize(w, grid)`."""
-    return mx.array(native.fake_quantize(_memory(w), grid, dtype=dtype_of(w))).view(w.dtype)
+def quantize(w: mx.array, grid: Grid, *, peak: mx.array | None = None) -> QTensor[mx.array]:
+    """`rounding.quantize(w, grid, peak=peak)`."""
+    return native.quantize(_memory(w), grid, dtype=dtype_of(w), peak=_number(peak)).map(mx.array)
+
+
+def fake_quantize(w: mx.array, grid: Grid, *, peak: mx.array | None = None) -> mx.array:
+    """`rounding.fake_quantize(w, grid, peak=peak)`."""
+    values = native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), peak=_number(peak))
+    return mx.array(values).view(w.dtype)
 
 
 def packed_codes(codes: mx.array, element: Element) -> mx.array:
@@ -60,11 +66,19 @@ def evaluate(x: mx.array) -> bool:
     """Whether the kernels can read `x`, after evaluating it: not on a GPU, not while a function is compiled or vectorized."""
     if x.size < FEWEST or not native.available() or mx.default_device() != CPU:
         return False
+    return _evaluated(x)
+
+
+def _evaluated(x: mx.array) -> bool:
     try:
         mx.eval(x)
     except ValueError:  # MLX has no other way to ask whether an array is a placeholder
         return False
     return True
+
+
+def _number(peak: mx.array | None) -> float | None:
+    return None if peak is None else float(np.array(peak))
 
 
 def _memory(x: mx.array) -> NDArray[Any]:

@@ -24,14 +24,15 @@ def takes(x: mx.array, grid: Grid) -> bool:
     return here and x.dtype in FLOATS and cuda_source.declares(grid)
 
 
-def fake_quantize(x: mx.array, grid: Grid) -> mx.array:
-    """`rounding.fake_quantize(x, grid)` for `x` [..., n]."""
+def fake_quantize(x: mx.array, grid: Grid, *, peak: mx.array | None = None) -> mx.array:
+    """`rounding.fake_quantize(x, grid, peak=peak)` for `x` [..., n]."""
     groups = prod(grid.scale_shape(tuple(x.shape)))
     group = x.size // groups
     names, inputs = ["w"], [x.reshape(-1)]
     if grid.scale == "nvfp4":
         names.append("peak")
-        inputs.append(mx.maximum(x.max(), -x.min()).astype(mx.float32).reshape(1))
+        largest = mx.maximum(x.max(), -x.min()).astype(mx.float32) if peak is None else peak
+        inputs.append(largest.reshape(1))
     launched = launch(group, x.size, x.dtype.size)
     (values,) = _kernel(grid, launched.template, tuple(names), x.dtype)(
         inputs=inputs,

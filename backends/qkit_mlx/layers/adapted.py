@@ -65,6 +65,10 @@ class AdaptedLinear(_Adapted, FakeLinear):
         finally:
             self["weight"] = base
 
+    def own_weight(self) -> mx.array:
+        """The merged weight, for layers that share its tensor scale."""
+        return self.merged()
+
     def merged(self) -> mx.array:
         """The merged weight [outputs, inputs], in the type of the base."""
         return self.merge_into(self["weight"], dtype_of(self["weight"]))

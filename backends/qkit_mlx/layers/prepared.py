@@ -15,6 +15,7 @@ from qkit.rules import Rule
 from qkit_mlx.arithmetic import ranges
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
+from qkit_mlx.layers import fused
 from qkit_mlx.layers.converted import (
     PackedEmbedding,
     PackedLinear,
@@ -48,7 +49,8 @@ def freeze_values(layer: Any, on: bool) -> None:
     """See the protocol's `freeze_values`. Frozen values are in the model's state, for compiled functions, but no parameter."""
     layer.pop("_frozen_values", None)
     if on:
-        layer["_frozen_values"] = choose.fake_quantize_weight(layer["weight"], layer.rule.weight)
+        peak = fused.peak(layer, layer["weight"])
+        layer["_frozen_values"] = choose.fake_quantize_weight(layer["weight"], layer.rule.weight, peak=peak)
         mx.eval(layer["_frozen_values"])
 
 
@@ -58,19 +60,6 @@ def regrid(layer: Any, rule: Rule) -> None:
     layer["_gate"] = mx.zeros((RULE_NUMBERS.setdefault(rule, len(RULE_NUMBERS) + 1),), layer["_gate"].dtype)
     if "_frozen_values" in layer:
         freeze_values(layer, on=True)
-
-
-def restore_layer(layer: Any) -> nn.Module:
-    """See the protocol's `restore_layer`."""
-    cls: Any = nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear
-    plain = cls.__new__(cls)
-    nn.Module.__init__(plain)  # not Linear's, which draws a random weight
-    for name in ("weight", "bias"):
-        if name in layer:
-            plain[name] = layer[name]
-    plain.freeze(keys=list(frozen_names(layer)))
-    plain.train(layer.training)
-    return cast(nn.Module, plain)
 
 
 def clear_ranges(layer: Any) -> None:
@@ -138,11 +127,17 @@ class FakeLinear(Tunable, Readable, Float32Scales, nn.Linear):
         y = x @ w.T if bias is None else mx.addmm(bias, x, w.T)
         return self._on_grid(y, self.rule.output, "output")
 
+    def own_weight(self) -> mx.array:
+        """The weight whose values the layer computes with."""
+        weight: mx.array = self["weight"]
+        return weight
+
     def _run_packed(self, x: mx.array, *parameters: mx.array) -> mx.array:
         return self._pack(*parameters)(x)
 
     def _pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
-        return pack_linear(choose.quantize(weight, self.rule.weight), self.rule, bias=bias, static=self._static())
+        q = choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
+        return pack_linear(q, self.rule, bias=bias, static=self._static())
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
         if grid is None or not quantizes(self):
@@ -189,6 +184,7 @@ class FakeLinear(Tunable, Readable, Float32Scales, nn.Linear):
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
         self.cached_values: LastValue[mx.array] = LastValue()
+        self.cached_peak: LastValue[mx.array] = LastValue()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid that it was trained on."""
@@ -240,6 +236,7 @@ class FakeEmbedding(Readable, nn.Embedding):
     def _set_training_mode(self, mode: bool) -> None:
         super()._set_training_mode(mode)
         self.cached_values: LastValue[mx.array] = LastValue()
+        self.cached_peak: LastValue[mx.array] = LastValue()
 
     def to_quantized(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: `nn.quantize` would move the weight off the grid that it was trained on."""
@@ -279,11 +276,12 @@ def _values(layer: Any, weight: mx.array) -> mx.array:
     """The values that a layer multiplies with: computed once for each state of the weight, not for each part of a batch."""
     if not quantizes(layer):
         return weight
-    grid, ste = cast(Grid, layer.rule.weight), layer.rule.ste
+    grid, ste, peak = cast(Grid, layer.rule.weight), layer.rule.ste, fused.peak(layer, weight)
     if layer.training and "_frozen_values" in layer:
-        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste)
-    values = layer.cached_values.of(weight, partial(choose.fake_quantize_weight, grid=grid), grid, traced=True)
-    return values_view(weight, values, grid, ste=ste)
+        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste, peak=peak)
+    compute = partial(choose.fake_quantize_weight, grid=grid, peak=peak)
+    values = layer.cached_values.of(weight, compute, grid, peak, traced=True)
+    return values_view(weight, values, grid, ste=ste, peak=peak)
 
 
 def _refuse(rule: Rule) -> NoReturn:

@@ -13,24 +13,30 @@ from qkit_mlx.kernels import choose
 
 
 def fake_quantize(
-    w: mx.array, grid: Grid, *, ste: Ste = "identity", scales: mx.array | None = None, zeros: mx.array | None = None
+    w: mx.array,
+    grid: Grid,
+    *,
+    ste: Ste = "identity",
+    scales: mx.array | None = None,
+    zeros: mx.array | None = None,
+    peak: mx.array | None = None,
 ) -> mx.array:
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
-    The gradient of `w` is the identity, or, if `ste` is "masked", zero where a value was clipped. `scales` and `zeros`: see
-    `rounding.fake_quantize`.
+    The gradient of `w` is the identity, or, if `ste` is "masked", zero where a value was clipped. `scales`, `zeros` and `peak`:
+    see `rounding.fake_quantize`.
     """
     if not w.size:  # a layer that no token reaches
         return w
     if scales is None:
-        return _pass_through(w, partial(choose.fake_quantize, grid=grid), grid, ste)
+        return _pass_through(w, partial(choose.fake_quantize, grid=grid, peak=peak), grid, ste, peak=peak)
     rounded = partial(rounding.fake_quantize, grid=grid, scales=scales, zeros=zeros)
     return _pass_through(w, rounded, grid, ste, scales=scales, zeros=zeros)
 
 
-def values_view(weight: mx.array, values: mx.array, grid: Grid, *, ste: Ste) -> mx.array:
+def values_view(weight: mx.array, values: mx.array, grid: Grid, *, ste: Ste, peak: mx.array | None = None) -> mx.array:
     """`values`, the quantized values of `weight`, with the gradient of `fake_quantize`."""
-    return _pass_through(weight, lambda _: values, grid, ste)
+    return _pass_through(weight, lambda _: values, grid, ste, peak=peak)
 
 
 def _pass_through(

@@ -4,6 +4,8 @@ Exact in eager mode and under torch.compile, on CPU and CUDA. Eager mode divides
 approximate `/`: there exact products correct it (`quotient`). CUDA turns divisions by constants into products: so do we.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
+def quantize(w: Tensor, grid: Grid, *, peak: Tensor | None = None) -> QTensor[Tensor]:
     """Codes and scales of finite `w` [..., n], float32, bfloat16 or float16, on `grid`."""
     x, dtype = group(w.detach(), grid), dtype_of(w)
     if grid.scale == "minmax":
@@ -37,7 +39,7 @@ def quantize(w: Tensor, grid: Grid) -> QTensor[Tensor]:
         s = symmetric_scale(x, grid)
         return QTensor(symmetric_codes(x, s, grid.element).to(torch.int8).reshape(w.shape), s, grid, dtype)
     if grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x)
+        tensor_scale = tensor_power(x, peak)
         block = block_scale(x, tensor_scale)
         codes = e2m1_codes(x, e4m3_values(block) * tensor_scale)
         return QTensor(codes.reshape(w.shape), block, grid, dtype, tensor_scale=tensor_scale)
@@ -57,7 +59,14 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     return (values * each(scale_values(q))).reshape(q.shape).to(DTYPE[q.dtype])
 
 
-def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
+def rounded(
+    w: Tensor,
+    grid: Grid,
+    *,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> Tensor:
     """`reference.fake_quantize`: the values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, in its type.
 
     Its gradient has no meaning: see `straight_through`. torch 2.11 compiles that to a gradient of zeros if the last operation
@@ -73,7 +82,7 @@ def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tenso
         s = symmetric_scale(x, grid)
         values = symmetric_codes(x, s, grid.element) * each(s)
     elif grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x) + poison(x.abs().amax())
+        tensor_scale = tensor_power(x, peak) + poison(x.abs().amax() if peak is None else peak)
         s = e4m3_values(block_scale(x, tensor_scale)) * tensor_scale
         values = float_values(e2m1_codes(x, s), grid.element) * each(s)
     else:
@@ -83,10 +92,17 @@ def rounded(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tenso
     return values.to(w.dtype).reshape(w.shape)
 
 
-def unclipped(w: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None) -> Tensor:
+def unclipped(
+    w: Tensor,
+    grid: Grid,
+    *,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> Tensor:
     """Where `w` [..., n] rounds to a code without being clipped, as booleans; see `reference.unclipped`."""
     x = group(w.detach(), grid)
-    step, z = _steps(x, grid) if scales is None else (scales, zeros)
+    step, z = _steps(x, grid, peak) if scales is None else (scales, zeros)
     if grid.element.kind == "float":
         inside = x.abs() <= each(grid.element.largest * step)
     elif z is None:
@@ -117,14 +133,14 @@ def _static_values(x: Tensor, grid: Grid, s: Tensor, zeros: Tensor | None) -> Te
     return values + poison(x)
 
 
-def _steps(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def _steps(x: Tensor, grid: Grid, peak: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The fp32 step of every group of `x`, and its zero point under `minmax`."""
     if grid.scale == "minmax":
         return asymmetric_scale(x, grid.element)
     if grid.element.kind == "integer":
         return symmetric_scale(x, grid), None
     if grid.scale == "nvfp4":
-        tensor_scale = tensor_power(x)
+        tensor_scale = tensor_power(x, peak)
         return e4m3_values(block_scale(x, tensor_scale)) * tensor_scale, None
     return power(scale_code(amax(x), grid)), None
 
@@ -252,9 +268,18 @@ def e2m1_values(codes: Tensor) -> Tensor:
 # NVFP4 (R9)
 
 
-def tensor_power(x: Tensor) -> Tensor:
-    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up."""
-    c = ceil_exponent(x.abs().amax() * constants.NVFP4_STEP)
+def shared_peak(weights: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of all `weights`, float32 []; NaN if there is a NaN."""
+    peaks = [weight.detach().abs().amax().to(torch.float32) for weight in weights]
+    return torch.stack([peak.full_tensor() if hasattr(peak, "full_tensor") else peak for peak in peaks]).amax()
+
+
+def tensor_power(x: Tensor, peak: Tensor | None = None) -> Tensor:
+    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up.
+
+    `peak`, float32 [], stands for the largest magnitude of all tensors that share it.
+    """
+    c = ceil_exponent((x.abs().amax() if peak is None else peak) * constants.NVFP4_STEP)
     return power(c.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -13,43 +13,22 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.cache import identity
 from qkit_torchao.cache.identity import KeptOfTensor
+from qkit_torchao.cache.kept_values import Partners, Values
 from qkit_torchao.kernels import choose, graphs
 from qkit_torchao.torch_private import mark_static_address, version
 
 Codes = tuple[QTensor[Tensor], Tensor]  #: codes, and the float32 steps of their groups
 
 
-class Values(KeptOfTensor[Tensor]):
-    """The cached values of one weight.
-
-    Attributes:
-        grid, gate, dtype: the values are on `grid` where `gate` is on, and of type `dtype`.
-        used: whether the values were used since they were computed. Unused ones are not recomputed with others.
-        dropped_at: the version of the weight when its values were dropped, until the next use.
-    """
-
-    __slots__ = ("__weakref__", "dropped_at", "dtype", "gate", "grid", "used")
-
-    def __init__(self, owner: Tensor, store: Any) -> None:
-        super().__init__(owner, store)
-        self.grid: Grid | None = None
-        self.gate: Tensor | None = None
-        self.dtype: torch.dtype | None = None
-        self.dropped_at: int | None = None
-        self.used = False
-
-    def clear(self) -> None:
-        """Forgets the values and their memory; a frozen weight stays frozen."""
-        self.value = self.stamp = self.seen = None
-        self.used = self.captured = False
-
-    def now(self, weight: Tensor) -> tuple[Any, ...]:
-        """The stamp of `weight`, the owner, and of the gate: two numbers of the gate's, then `identity.state`."""
-        gate: Any = self.gate
-        return (version(gate), gate.data_ptr(), *identity.state(weight))
-
-
-def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Tensor | None = None) -> Tensor:
+def of(
+    weight: Tensor,
+    grid: Grid,
+    gate: Tensor,
+    dtype: torch.dtype,
+    partners: Partners = (),
+    *,
+    into: Tensor | None = None,
+) -> Tensor:
     """The cached values of `weight` on `grid`, in `dtype`; where `gate` is off, `weight` itself in `dtype`. No gradient passes.
 
     Recomputed in place when the weight changes, together with every other stale weight that was used since its last update.
@@ -60,9 +39,10 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
     replay. After that they are recomputed at every use outside of the graph, since nobody sees replays.
 
     Args:
+        partners: the other weights that share the tensor scale; the values are recomputed when one of them changes, too.
         into: the buffer to compute them in, see `buffer`. Another weight whose values were there loses them.
     """
-    kept = _values_of(weight, grid, gate, dtype)
+    kept = _values_of(weight, grid, gate, dtype, partners)
     if kept.dropped_at is not None:
         if kept.dropped_at == version(weight):  # it may have changed all the same
             identity.refuse_older([weight])
@@ -79,10 +59,12 @@ def of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, *, into: Te
     return values
 
 
-def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None) -> Tensor | None:
+def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None, partners: Partners = ()) -> Tensor | None:
     """`buffer`, if `of` would return it without computing anything; else None. Faster than `of`."""
     kept = _values.get(id(weight))
     if kept is None or kept.value is not buffer or kept.grid is not grid or kept.gate is not gate:
+        return None
+    if (partners or kept.partners) and not kept.with_partners(partners):
         return None
     if kept() is not weight or kept.captured or kept.stamp != kept.now(weight):
         return None
@@ -90,10 +72,10 @@ def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None) -> 
     return buffer
 
 
-def fill(buffer: Tensor, weight: Tensor, grid: Grid, gate: Tensor) -> None:
+def fill(buffer: Tensor, weight: Tensor, grid: Grid, gate: Tensor, partners: Partners = ()) -> None:
     """Fills `buffer` with the values of `weight`, cached there; or with a copy, where a compiler replaced the buffer's memory."""
     ours = buffer.data_ptr() in _buffers
-    values = of(weight, grid, gate, buffer.dtype, into=buffer if ours else None)
+    values = of(weight, grid, gate, buffer.dtype, partners, into=buffer if ours else None)
     if values.data_ptr() != buffer.data_ptr():
         buffer.copy_(values)
 
@@ -103,7 +85,7 @@ def buffer(weight: Tensor, grid: Grid, gate: Tensor) -> Tensor:
 
     Layers refer to it, so that compiled code takes it as an input at a fixed address, and CUDA graphs need not copy it.
     """
-    kept = _values_of(weight, grid, gate, weight.dtype)
+    kept = _values_of(weight, grid, gate, weight.dtype, None)
     kept.stamp = kept.seen = None
     if kept.value is None or not _fits(kept.value, weight):
         with torch.inference_mode(False):
@@ -120,11 +102,12 @@ def may_use(weight: Tensor, buffer: Tensor) -> bool:
     return user is None or user() is weight
 
 
-def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Tensor:
+def fresh(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, partners: Partners = ()) -> Tensor:
     """As `of`, but computed anew and not cached: for weights that are gathered for a moment."""
     values = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        choose.compute_values([weight.detach()], [values], [gate], grid)
+        others = tuple(other.detach() for other in partners)
+        choose.compute_values([weight.detach()], [values], [gate], grid, [others])
     return values
 
 
@@ -190,11 +173,15 @@ _buffers: "WeakValueDictionary[int, Tensor]" = WeakValueDictionary()  #: by thei
 _users: "WeakValueDictionary[int, Values]" = WeakValueDictionary()  #: of buffers, by the buffers' addresses
 
 
-def _values_of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype) -> Values:
+def _values_of(weight: Tensor, grid: Grid, gate: Tensor, dtype: torch.dtype, partners: Partners | None) -> Values:
     kept = _values.of(weight) or Values(weight, _values)
     if kept.dtype != dtype or not (kept.grid is grid or kept.grid == grid):
         kept.clear()
         kept.grid, kept.dtype = grid, dtype
+    if partners is not None and not kept.with_partners(partners):
+        kept.partners = tuple(ref(other) for other in partners)
+        if not kept.frozen:
+            kept.stamp = None
     kept.gate = gate
     return kept
 
@@ -230,7 +217,7 @@ def _recompute(kept: Values, stamp: tuple[Any, ...]) -> None:
 
 
 def _compute(stale: list[Values]) -> None:
-    weights, targets, gates = [], [], []
+    weights, targets, gates, partners = [], [], [], []
     for kept in stale:
         weight = kept()
         assert weight is not None
@@ -242,9 +229,10 @@ def _compute(stale: list[Values]) -> None:
         kept.seen = weights[-1]
         targets.append(kept.value)
         gates.append(kept.gate)
+        partners.append(tuple(other.detach() for other in kept.others()))
     grid = stale[0].grid
     assert grid is not None
-    choose.compute_values(weights, targets, gates, grid)
+    choose.compute_values(weights, targets, gates, grid, partners)
 
 
 def _fits(values: Tensor | None, weight: Tensor) -> bool:

@@ -21,10 +21,13 @@ from qkit_torchao.kernels import cpu
 from qkit_torchao.kernels.tables import Target
 
 
-def rounded(w: Tensor, grid: Grid) -> Tensor:
-    """`rounding.rounded(w, grid)`."""
+def rounded(w: Tensor, grid: Grid, *, peak: Tensor | None = None) -> Tensor:
+    """`rounding.rounded(w, grid, peak=peak)`."""
     kernels = _kernels(w)
-    return kernels.values(w, grid) if kernels and kernels.takes(w, grid) else rounding.rounded(w, grid)
+    if kernels and kernels.takes(w, grid):
+        values: Tensor = kernels.values(w, grid, peak=peak)
+        return values
+    return rounding.rounded(w, grid, peak=peak)
 
 
 def gated(x: Tensor, grid: Grid, gate: Tensor) -> Tensor:
@@ -36,8 +39,15 @@ def gated(x: Tensor, grid: Grid, gate: Tensor) -> Tensor:
     return torch.where(gate, rounding.rounded(x, grid), x) if x.numel() else x.clone()
 
 
-def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
-    """`rounding.quantize(w, grid)`. Fills besides, where they are not None:
+def quantize(
+    w: Tensor,
+    grid: Grid,
+    *,
+    values: Tensor | None = None,
+    steps: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> QTensor[Tensor]:
+    """`rounding.quantize(w, grid, peak=peak)`. Fills besides, where they are not None:
 
     Args:
         values: shaped like `w`: the values of the codes.
@@ -45,11 +55,11 @@ def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tens
     """
     kernels = _kernels(w)
     if kernels and kernels.takes(w, grid):
-        quantized: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps)
+        quantized: QTensor[Tensor] = kernels.quantize(w, grid, values=values, steps=steps, peak=peak)
         return quantized
-    q = rounding.quantize(w, grid)
+    q = rounding.quantize(w, grid, peak=peak)
     if values is not None:
-        values.copy_(rounding.rounded(w, grid))
+        values.copy_(rounding.rounded(w, grid, peak=peak))
     if steps is not None:
         steps.copy_(rounding.scale_values(q) + poison(amax(rounding.group(w, grid))))
     return q
@@ -78,19 +88,32 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     return rounding.dequantize(q)
 
 
-def compute_values(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+def compute_values(
+    weights: list[Tensor],
+    targets: list[Tensor],
+    gates: list[Tensor],
+    grid: Grid,
+    partners: list[tuple[Tensor, ...]],
+) -> None:
     """Fills each of `targets` with the values of its weight, or with the weight itself where its gate is off.
 
     Weights are of one type and on one device. One launch, where kernels take all of them.
+
+    Args:
+        partners: for each weight, the others that share its tensor scale.
     """
     kernels = _kernels(weights[0])
-    together = [bool(kernels and kernels.takes(w, grid)) for w in weights]
-    for w, target, gate, taken in zip(weights, targets, gates, together, strict=True):
+    together = [
+        bool(kernels and all(kernels.takes(one, grid) for one in (w, *others)))
+        for w, others in zip(weights, partners, strict=True)
+    ]
+    for w, target, gate, others, taken in zip(weights, targets, gates, partners, together, strict=True):
         if not taken:
-            target.copy_(torch.where(gate, rounding.rounded(w, grid), w))
+            peak = rounding.shared_peak([w, *others]) if others else None
+            target.copy_(torch.where(gate, rounding.rounded(w, grid, peak=peak), w))
     if kernels and any(together):
         parts = [list(compress(tensors, together)) for tensors in (weights, targets, gates)]
-        kernels.compute_values(*parts, grid)
+        kernels.compute_values(*parts, grid, list(compress(partners, together)))
         torch.autograd.graph.increment_version(parts[1])  # a backward that waits for the values before is told
 
 

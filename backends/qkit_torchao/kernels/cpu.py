@@ -40,32 +40,57 @@ def takes(w: Tensor, grid: Grid) -> bool:
     return (grid.element.name, grid.scale) in TAKES and not is_transformed()
 
 
-def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
-    """`rounding.rounded(w, grid)`, or a copy of `w` where there is a `gate` that is off."""
+def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None, peak: Tensor | None = None) -> Tensor:
+    """`rounding.rounded(w, grid, peak=peak)`, or a copy of `w` where there is a `gate` that is off."""
     if gate is not None and not gate:
         return w.detach().clone()
     result = torch.empty_like(w.detach())
-    native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(result))
+    native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(result), peak=_number(peak))
     return result
 
 
-def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
+def quantize(
+    w: Tensor,
+    grid: Grid,
+    *,
+    values: Tensor | None = None,
+    steps: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> QTensor[Tensor]:
     """As `cuda.quantize`."""
-    q = native.quantize(_memory(w), grid, dtype=dtype_of(w)).map(torch.from_numpy)
+    q = native.quantize(_memory(w), grid, dtype=dtype_of(w), peak=_number(peak)).map(torch.from_numpy)
     if values is not None:
-        native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(values))
+        native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(values), peak=_number(peak))
     if steps is not None:
         steps.copy_(rounding.scale_values(q) + poison(amax(rounding.group(w.detach(), grid))))
     return q
 
 
-def compute_values(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+def compute_values(
+    weights: list[Tensor],
+    targets: list[Tensor],
+    gates: list[Tensor],
+    grid: Grid,
+    partners: list[tuple[Tensor, ...]],
+) -> None:
     """As `cuda.compute_values`."""
-    for w, target, gate in zip(weights, targets, gates, strict=True):
+    largest: dict[int, float] = {}  # of each weight once, by its address
+
+    def magnitude(w: Tensor) -> float:
+        if w.data_ptr() not in largest:
+            largest[w.data_ptr()] = float(np.abs(native.extremes(_memory(w), dtype=dtype_of(w))).max())
+        return largest[w.data_ptr()]
+
+    for w, target, gate, others in zip(weights, targets, gates, partners, strict=True):
+        peak = float(np.max([magnitude(one) for one in (w, *others)])) if others else None
         if gate and w.dtype == target.dtype and target.is_contiguous():
-            native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(target))
+            native.fake_quantize(_memory(w), grid, dtype=dtype_of(w), out=_memory(target), peak=peak)
         else:
-            target.copy_(values(w, grid, gate=gate))
+            target.copy_(values(w, grid, gate=gate, peak=None if peak is None else torch.tensor(peak)))
+
+
+def _number(peak: Tensor | None) -> float | None:
+    return None if peak is None else float(peak)
 
 
 def decodes(q: QTensor[Tensor]) -> bool:

@@ -1,6 +1,5 @@
 """Launches of the Triton kernels: the tensors they take, their tiles, many weights at once. Imported on CUDA machines only."""
 
-from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import product
@@ -17,6 +16,8 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import TILE_COLUMNS, TILE_ROWS, Laid, Layout
 from qkit_torchao.kernels import triton_passes, triton_tinygemm
+from qkit_torchao.kernels.launches import Kernel
+from qkit_torchao.kernels.peaks import peak_numbers
 from qkit_torchao.kernels.tables import offsets, programs
 
 #: Pairs of element and scale rule that the kernels compute: integers of up to a byte, and three small floats.
@@ -45,21 +46,29 @@ def takes(w: Tensor, grid: Grid) -> bool:
     return groups * group * w.element_size() % ALIGNED == 0
 
 
-def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None) -> Tensor:
-    """`rounding.rounded(w, grid)` of `w` that `takes` accepts; the bits of `w` itself where a `gate`, bool [], is off."""
+def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None, peak: Tensor | None = None) -> Tensor:
+    """`rounding.rounded(w, grid, peak=peak)` of `w` that `takes` accepts; the bits of `w` itself where a `gate` is off."""
     result = torch.empty_like(w)
-    _one(w, grid, values=result, gate=gate)
+    _one(w, grid, values=result, gate=gate, shared=peak)
     return result
 
 
-def quantize(w: Tensor, grid: Grid, *, values: Tensor | None = None, steps: Tensor | None = None) -> QTensor[Tensor]:
-    """`rounding.quantize(w, grid)`, for tensors that `takes` accepts. Filled in the same pass, where they are not None:
+def quantize(
+    w: Tensor,
+    grid: Grid,
+    *,
+    values: Tensor | None = None,
+    steps: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> QTensor[Tensor]:
+    """`rounding.quantize(w, grid, peak=peak)`, for tensors that `takes` accepts. Filled in the same pass, where not None:
 
     Args:
         values: shaped like `w`: the values of the codes.
         steps: float32, shaped like the scales: the factors of the codes; NaN where the group is not finite.
     """
-    return QTensor(**_encoded(w, grid, "bytes", values=values, steps=steps), grid=grid, dtype=dtype_of(w))
+    parts = _encoded(w, grid, "bytes", values=values, steps=steps, shared=peak)
+    return QTensor(**parts, grid=grid, dtype=dtype_of(w))
 
 
 def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
@@ -126,22 +135,32 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     return values
 
 
-def compute_values(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> None:
+def compute_values(
+    weights: list[Tensor],
+    targets: list[Tensor],
+    gates: list[Tensor],
+    grid: Grid,
+    partners: list[tuple[Tensor, ...]],
+) -> None:
     """Fills each of `targets` with the values of its weight, in one launch (nvfp4: two, since it looks at whole tensors first).
 
     Args:
         weights: tensors that `takes` accepts, of one type, and of one length of rows if groups are rows.
         targets: of the shapes of `weights`, in one type.
         gates: bool []; where one is off, the weight itself is copied.
+        partners: for each weight, the others that share its peak, if any.
     """
-    peaks = torch.zeros(len(weights), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
-    columns = offsets(weights), offsets(targets), [gate.data_ptr() for gate in gates], range(len(weights))
+    looked_at, numbers = peak_numbers(weights, partners)
+    peaks = torch.zeros(len(looked_at), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
+    columns = offsets(weights), offsets(targets), [gate.data_ptr() for gate in gates], numbers[: len(weights)]
     rows = tuple(zip(*columns, strict=True))
     geometry = tiles(weights[0], grid)
     counts = tuple(_count(w, grid) for w in weights)
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
     if peaks is not None:
-        _find_peaks(weights[0], rows, counts, peaks)
+        nothing = [0] * len(looked_at)
+        seen = tuple(zip(offsets(looked_at), nothing, nothing, numbers, strict=True))
+        _find_peaks(weights[0], seen, tuple(_count(w, grid) for w in looked_at), peaks)
     with device_of(weights[0]):
         triton_passes.values_of_many[(len(blocks),)](
             weights[0], targets[0], blocks, peaks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
@@ -213,11 +232,13 @@ def _one(
     layout: str = "",
     broken: Tensor | None = None,
     number: int = 0,
+    shared: Tensor | None = None,
 ) -> None:
     tile, count = _tiles(w, grid), _count(w, grid)
     groups, group, width, warps = tile
     full = width == group and count % groups == 0
-    parts = values, codes, scales, zeros, steps, gate, _peak(w, grid), power, broken
+    peak = _peak(w, grid) if shared is None else shared.detach().view(torch.int32).reshape(1)
+    parts = values, codes, scales, zeros, steps, gate, peak, power, broken
     there = tuple([part is not None for part in parts])
     aligned = values is None or values.data_ptr() % ALIGNED == 0
     key = (grid, layout, w.dtype, w.device, tile, full, there, aligned, count >> 31)
@@ -259,31 +280,6 @@ def _group(w: Tensor, grid: Grid) -> int:
 
 def _count(w: Tensor, grid: Grid) -> int:
     return w.numel() // _group(w, grid)
-
-
-class Kernel:
-    """A Triton kernel that remembers its compiled forms by the keys that its callers give.
-
-    At every launch Triton binds arguments, inspects types and alignments, and looks its compiled form up, in Python. For a small
-    tensor the host takes longer for that than the device for the work. A compiled form can be launched by itself.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self._compiled: dict[Hashable, Any] = {}
-
-    def __call__(self, key: Hashable, programs: int, arguments: tuple[Any, ...], *, warps: int) -> None:
-        """Launches `programs` on the current device.
-
-        Args:
-            key: all that the compiled form depends on: device, types, constants, and alignments unless the kernel ignores them.
-            arguments: all of them, with constants, in the order of the kernel's signature.
-        """
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            self._compiled[key] = self._function[(programs,)](*arguments, num_warps=warps)
-        else:
-            compiled[(programs, 1, 1)](*arguments)
 
 
 _one_kernel, _tiles_kernel = Kernel(triton_passes.one), Kernel(triton_tinygemm.quantize)

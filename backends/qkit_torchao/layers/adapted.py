@@ -57,8 +57,10 @@ class AdaptedLinear(_Adapted, FakeLinear):
             return torch.where(self.gate, self._on_grid(merged), merged).to(dtype)
         return (merged if self.mode == "off" else self._on_grid(merged)).to(dtype)
 
-    def _on_grid(self, merged: Tensor) -> Tensor:
-        return straight_through.fake_quantize(merged, self.weight_grid, ste=self.rule.ste)
+    def own_weight(self) -> Tensor:
+        """The merged weight, for partners."""
+        with torch.no_grad():
+            return self.merged()
 
     def _multiply_codes(self, x: Tensor) -> Tensor:
         static = seen_scales(self, x, "input", self.rule.activation)

@@ -9,7 +9,7 @@ from qkit.reference.learned import NAMES
 from qkit_torchao.torch_private import apply, remove_buffers, remove_parameters, set_buffer
 
 #: Attributes of prepared layers.
-PREPARED = ("mode", "calibrating", "frozen", "simple", "kind", "grid_name", "slot_names", "values_buffer")
+PREPARED = ("mode", "calibrating", "frozen", "fused", "simple", "kind", "grid_name", "slot_names", "values_buffer")
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> Any:

@@ -1,7 +1,6 @@
 """Prepared layers: they train on their grid, and swap in for Linear and Embedding."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +15,10 @@ from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import values
-from qkit_torchao.layers import operators, products, sharded, slots, straight_through
+from qkit_torchao.layers import fused, operators, products, sharded, slots, straight_through
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import why_no_kernel
+from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.scaled_embedding import scaled
 from qkit_torchao.torch_private import is_any_autocast_enabled, is_transformed
 
@@ -36,6 +36,7 @@ class Prepared(nn.Module):
         kind: see `products.kind`.
         values_buffer: see `values.buffer`; None where the layer has none.
         frozen: whether the values are fixed between updates, see `freeze_values`.
+        fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
         simple: whether the layer only multiplies dynamic values, see `_settle`.
     """
 
@@ -50,6 +51,7 @@ class Prepared(nn.Module):
     mode: Mode
     calibrating: bool
     frozen: bool
+    fused: "tuple[Prepared, ...]" = ()
     simple: bool
 
     @property
@@ -58,9 +60,13 @@ class Prepared(nn.Module):
         assert self.rule.weight is not None
         return self.rule.weight
 
+    def own_weight(self) -> Tensor:
+        """The weight whose values the layer computes with."""
+        return self.weight
+
     def train(self, mode: bool = True) -> Any:
         """As any module; besides, the next use recomputes the values."""
-        values.drop(self.weight)
+        fused.drop(self)
         return super().train(mode)
 
     def switch_mode(self, mode: Mode) -> None:
@@ -102,16 +108,21 @@ class Prepared(nn.Module):
         grid, ste = self.weight_grid, self.rule.ste
         if torch.compiler.is_compiling():
             if self.training and self.frozen:
-                return operators.frozen_values(weight, self.gate, self.grid_name, ste, dtype)
-            return torch.where(self.gate, straight_through.fake_quantize(weight, grid, ste=ste), weight).to(dtype)
+                return operators.frozen_values(weight, self.gate, self.grid_name, ste, dtype, [*fused.partners(self)])
+            return torch.where(self.gate, self._on_grid(weight), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
         if not (cached and self.training) or _cannot_cache(weight):
-            return straight_through.fake_quantize(weight, grid, ste=ste).to(dtype)
+            return self._on_grid(weight).to(dtype)
         buffer = self.values_buffer
         fits = buffer is not None and buffer.dtype == dtype and values.may_use(weight, buffer)
-        known = values.of(weight, grid, self.gate, dtype, into=buffer if fits else None)
-        return straight_through.values_view(weight, known, grid, ste=ste)
+        partners = fused.partners(self)
+        known = values.of(weight, grid, self.gate, dtype, partners, into=buffer if fits else None)
+        return straight_through.values_view(weight, known, grid, ste=ste, partners=partners)
+
+    def _on_grid(self, weight: Tensor) -> Tensor:
+        peak = straight_through.peak_of(weight, fused.partners(self))
+        return straight_through.fake_quantize(weight, self.weight_grid, ste=self.rule.ste, peak=peak)
 
     def slot(self, x: Tensor, name: str, grid: Grid | None) -> Tensor:
         """`x` on the grid of the slot `name`, `input` or `output`; `x` itself where there is none or the layer is off."""
@@ -165,10 +176,8 @@ class FakeLinear(Prepared, nn.Linear):
     - FSDP gathered the weight for this call: `operators.multiply_values`, on values that are not cached
     - compiled, in training: `operators.multiply_values`, on cached values in `values_buffer`
     - else `F.linear`: on the weight where the mode is off; on values computed for this call where scales are learned, adapters
-      are merged, or the weight cannot be watched; otherwise in training on cached values, and in evaluation on new ones
-
-    Evaluation caches nothing: averages of weights (EMA) are copied in through `.data`, which leaves no trace on the weight. To
-    find such a change by a checksum takes as long as to compute the values.
+      are merged, the weight cannot be watched, or in evaluation, since averages copied in by `.data` leave no trace; otherwise on
+      cached values
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,8 +196,8 @@ class FakeLinear(Prepared, nn.Linear):
         compiled = self.caches and torch.compiler.is_compiling() and self.training
         if gathered or compiled:
             options = self.gate, self.weight_grid, self.grid_name, rule.ste, dtype
-            buffer = self.values_buffer
-            y = operators.multiply_values(x, weight, self.bias, *options, cached=not gathered, buffer=buffer)
+            more: Any = {"cached": not gathered, "buffer": self.values_buffer, "partners": [*fused.partners(self)]}
+            y = operators.multiply_values(x, weight, self.bias, *options, **more)
         else:
             y = F.linear(x, self._values(weight, dtype, cached=True), self.bias)
         return self.slot(y, "output", rule.output)
@@ -204,7 +213,7 @@ class FakeLinear(Prepared, nn.Linear):
         assert gate is not None
         if weight is None or sharded.is_managed(self) or _cannot_cache(weight):  # None, where something computes it
             return None
-        return values.current(weight, self.weight_grid, gate, self.values_buffer)
+        return values.current(weight, self.weight_grid, gate, self.values_buffer, fused.partners(self))
 
     def _multiply_current(self, x: Tensor, current: Tensor) -> Tensor:
         rule, weight = self.rule, self._parameters["weight"]
@@ -213,7 +222,8 @@ class FakeLinear(Prepared, nn.Linear):
         before = x.shape[:-1]
         if rule.activation is not None:
             x = straight_through.shared(x, rule.activation, taker=self, ste=rule.ste, rows=True)
-        y = straight_through.multiply_values(x, weight, current, self.bias, rule.weight, ste=rule.ste)
+        options: Any = {"ste": rule.ste, "partners": fused.partners(self)}
+        y = straight_through.multiply_values(x, weight, current, self.bias, rule.weight, **options)
         if len(before) + 1 != y.dim():
             y = y.view(*before, y.shape[-1])
         return y if rule.output is None else straight_through.shared(y, rule.output, taker=self, ste=rule.ste)
@@ -266,17 +276,6 @@ def prepare_layer(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = N
     layer.values_buffer = values.buffer(layer.weight, rule.weight, layer.gate) if layer.caches else None
     _reserve(layer)
     return layer
-
-
-def gate(device: torch.device, *, on: bool) -> Tensor:
-    """The bool [] that means `on`, one for all layers of a device. It is read only: a switched layer gets the other one."""
-    return torch.tensor(on, device=device) if device.type == "meta" else _gate(device, on)
-
-
-@cache
-def _gate(device: torch.device, on: bool) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(on, device=device)
 
 
 def _reserve(layer: Any) -> None:

@@ -1,5 +1,6 @@
 """The straight-through estimator (R12): values on a grid, with the gradient of unrounded ones, or masked where clipped."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,16 +18,22 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def fake_quantize(
-    w: Tensor, grid: Grid, *, ste: Ste = "identity", scales: Tensor | None = None, zeros: Tensor | None = None
+    w: Tensor,
+    grid: Grid,
+    *,
+    ste: Ste = "identity",
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    peak: Tensor | None = None,
 ) -> Tensor:
     """The values [..., n] that `w` would have after `dequantize(quantize(w, grid))`, bit for bit, in the type of `w`.
 
     The gradient with respect to `w` is the identity (Bengio, Leonard and Courville, 2013, the straight-through estimator), or,
-    if `ste` is "masked", zero where a value was clipped. `scales` and `zeros`: see `reference.fake_quantize`.
+    if `ste` is "masked", zero where a value was clipped. `scales`, `zeros` and `peak`: see `reference.fake_quantize`.
     """
     if not w.numel():  # a layer that no token reaches
         return w
-    result: Tensor = _StraightThrough.apply(w, grid, ste, scales, zeros)  # type: ignore[no-untyped-call]
+    result: Tensor = _StraightThrough.apply(w, grid, ste, scales, zeros, peak)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -38,9 +45,10 @@ def through(
     gate: Tensor | None = None,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    peak: Tensor | None = None,
 ) -> Tensor:
     """The masked gradient of `w`, whose values have `gradient`: zero where `w` was clipped, unless `gate` is off."""
-    inside = rounding.unclipped(w, grid, scales=scales, zeros=zeros)
+    inside = rounding.unclipped(w, grid, scales=scales, zeros=zeros, peak=peak)
     return masked(gradient, inside if gate is None else inside | ~gate)
 
 
@@ -97,31 +105,44 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(w: Tensor, grid: Grid, ste: Ste, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
-        return choose.rounded(w, grid) if scales is None else rounding.rounded(w, grid, scales=scales, zeros=zeros)
+    def forward(
+        w: Tensor, grid: Grid, ste: Ste, scales: Tensor | None, zeros: Tensor | None, peak: Tensor | None
+    ) -> Tensor:
+        return (
+            choose.rounded(w, grid, peak=peak)
+            if scales is None
+            else rounding.rounded(w, grid, scales=scales, zeros=zeros)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        w, ctx.grid, ctx.ste, scales, zeros = inputs
+        w, ctx.grid, ctx.ste, scales, zeros, peak = inputs
         if ctx.ste == "masked":
-            ctx.save_for_backward(w, scales, zeros)
+            ctx.save_for_backward(w, scales, zeros, peak)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.ste == "identity":
-            return gradients[0], None, None, None, None
-        w, scales, zeros = ctx.saved_tensors
-        return through(gradients[0], w, ctx.grid, scales=scales, zeros=zeros), None, None, None, None
+            return gradients[0], None, None, None, None, None
+        w, scales, zeros, peak = ctx.saved_tensors
+        to_w = through(gradients[0], w, ctx.grid, scales=scales, zeros=zeros, peak=peak)
+        return to_w, None, None, None, None, None
 
 
-def values_view(weight: Tensor, cached: Tensor, grid: Grid, *, ste: Ste) -> Tensor:
+def values_view(weight: Tensor, cached: Tensor, grid: Grid, *, ste: Ste, partners: tuple[Tensor, ...] = ()) -> Tensor:
     """`cached`, the values of `weight`, with the gradient of `fake_quantize`. Read it only.
 
     torch refuses to go back once `weight` has changed. Where the gradient is the identity, this is a view of `weight` with other
     memory: going back is free then, where a Function would call Python and copy the gradient.
+
+    Args:
+        partners: the other weights that share the tensor scale of `cached`.
     """
     if ste == "masked":
-        result: Tensor = _Masked.apply(weight, cached, grid)  # type: ignore[no-untyped-call]
+        peak = peak_of(
+            weight, partners
+        )  # now: going back, torch would refuse partners that have dropped their values since
+        result: Tensor = _Masked.apply(weight, cached, grid, peak)  # type: ignore[no-untyped-call]
         return result
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return cached
@@ -130,7 +151,16 @@ def values_view(weight: Tensor, cached: Tensor, grid: Grid, *, ste: Ste) -> Tens
     return view
 
 
-def multiply_values(x: Tensor, weight: Tensor, cached: Tensor, bias: Tensor | None, grid: Grid, *, ste: Ste) -> Tensor:
+def multiply_values(
+    x: Tensor,
+    weight: Tensor,
+    cached: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+    *,
+    ste: Ste,
+    partners: tuple[Tensor, ...] = (),
+) -> Tensor:
     """x [..., inputs] times `cached`, the values of `weight` [outputs, inputs], plus `bias`; the gradient is as `values_view`'s.
 
     Without a bias `F.linear` transposes the weight. Here the transposed weight itself gets the values, at no extra cost.
@@ -139,19 +169,24 @@ def multiply_values(x: Tensor, weight: Tensor, cached: Tensor, bias: Tensor | No
         across = weight.t()
         across.data = cached.t()
         return torch.matmul(x, across)
-    return F.linear(x, values_view(weight, cached, grid, ste=ste), bias)
+    return F.linear(x, values_view(weight, cached, grid, ste=ste, partners=partners), bias)
 
 
 class _Masked(torch.autograd.Function):
     """Forward: the cached values. Backward: the masked gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, cached: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, cached: Tensor, grid: Grid, peak: Tensor | None) -> Tensor:
         ctx.grid = grid
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, peak)
         return cached
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return through(gradients[0].to(weight.dtype), weight, ctx.grid), None, None
+        weight, peak = ctx.saved_tensors
+        return through(gradients[0].to(weight.dtype), weight, ctx.grid, peak=peak), None, None, None
+
+
+def peak_of(weight: Tensor, partners: Sequence[Tensor]) -> Tensor | None:
+    """The largest magnitude of `weight` and its `partners`, float32 []; None without partners."""
+    return rounding.shared_peak([weight, *partners]) if partners else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkit_torchao.cache import values
+from qkit_torchao.cache.kept_values import Values
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers.sharded import is_shard
 
@@ -30,7 +31,7 @@ class AdamW(torch.optim.AdamW):
         flat = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
         self.in_kernels = bool(find_spec("triton")) and all(p.is_cuda and not is_shard(p) for p in flat)
         options = {"capturable": True, "foreach": True} if self.in_kernels else {"fused": True}
-        self.written: list[values.Values] = []
+        self.written: list[Values] = []
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class AdamW(torch.optim.AdamW):
                 self.state[weight]["step"] = copies.setdefault(id(step), step.clone())
 
 
-def _target(weight: Tensor, cached: values.Values | None) -> Any:
+def _target(weight: Tensor, cached: Values | None) -> Any:
     """The target of a step for the values of `weight`; None where there are none, or a step cannot write them."""
     if cached is None or cached.value is None or cached.grid is None or cached.gate is None:
         return None
