@@ -203,7 +203,7 @@ class MlxBackend:
         adapted.train_only_adapters(model)
 
     def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
-        """See `Restores.unwrap`; what mlx-lm has put around layers."""
+        """See `qkit.engines.elsewhere.Restores.unwrap`; what mlx-lm has put around layers."""
         return surgery.unwrap(model)
 
     # Builds
@@ -223,15 +223,15 @@ class MlxBackend:
         return huggingface.build(config)
 
     def knows(self, model: nn.Module) -> bool:
-        """See `Remembers.knows`; mlx-lm's models."""
+        """See `qkit.engines.elsewhere.Remembers.knows`; mlx-lm's models."""
         return type(model).__module__.startswith("mlx_lm.")
 
     def origin(self, model: nn.Module) -> str | None:
-        """See `Remembers.origin`; only `qkit.load` notes it, and mlx-lm does not."""
+        """See `qkit.engines.elsewhere.Remembers.origin`; only `qkit.load` notes it, and mlx-lm does not."""
         return getattr(model, "qkit_origin", None)
 
     def remember_origin(self, model: nn.Module, folder: str) -> None:
-        """See `Remembers.remember_origin`."""
+        """See `qkit.engines.elsewhere.Remembers.remember_origin`."""
         model.qkit_origin = folder
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
@@ -269,7 +269,7 @@ class MlxBackend:
         prepared.regrid(module, rule)
 
     def restore_layer(self, module: Any) -> nn.Module:
-        """See `Restores.restore_layer`."""
+        """See `qkit.engines.elsewhere.Restores.restore_layer`."""
         return learned.restore_layer(module)
 
 

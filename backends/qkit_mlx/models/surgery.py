@@ -28,7 +28,7 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
-    """See `Restores.unwrap`; what mlx-lm has put around layers."""
+    """See `qkit.engines.elsewhere.Restores.unwrap`; what mlx-lm has put around layers."""
     instead, updates = unwrapped(_modules(model))
     return replace(model, instead), updates
 

@@ -73,7 +73,7 @@ def prepare_layer(module: nn.Module, rule: Rule) -> Any:
 
 
 def restore_layer(layer: Any) -> Any:
-    """See `Restores.restore_layer`."""
+    """See `qkit.engines.elsewhere.Restores.restore_layer`."""
     values.drop(layer.weight)
     plain = become(layer, nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear)
     forget_preparation(plain)

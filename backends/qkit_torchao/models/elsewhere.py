@@ -22,22 +22,22 @@ class Elsewhere:
         return model
 
     def restore_layer(self, module: Any) -> nn.Module:
-        """See `Restores.restore_layer`."""
+        """See `qkit.engines.elsewhere.Restores.restore_layer`."""
         restored: nn.Module = learned.restore_layer(module)
         return restored
 
     def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
-        """See `Restores.unwrap`; what peft has put around layers."""
+        """See `qkit.engines.elsewhere.Restores.unwrap`; what peft has put around layers."""
         return wrappers.unwrap(model)
 
     def knows(self, model: nn.Module) -> bool:
-        """See `Remembers.knows`; transformers' models."""
+        """See `qkit.engines.elsewhere.Remembers.knows`; transformers' models."""
         return hasattr(getattr(model, "config", None), "to_json_string")
 
     def origin(self, model: nn.Module) -> str | None:
-        """See `Remembers.origin`; transformers remembers it."""
+        """See `qkit.engines.elsewhere.Remembers.origin`; transformers remembers it."""
         return getattr(model, "name_or_path", None) or None
 
     def remember_origin(self, model: nn.Module, folder: str) -> None:
-        """See `Remembers.remember_origin`."""
+        """See `qkit.engines.elsewhere.Remembers.remember_origin`."""
         setattr(model, "name_or_path", folder)  # noqa: B010  the name of transformers' own note
