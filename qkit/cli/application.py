@@ -1,6 +1,7 @@
 """The `qkit` application: its commands and its version."""
 
 import os
+import warnings
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import qkit
 from qkit.cli.backends import backends
 from qkit.cli.boundary import DEBUG, MEANINGS, run
 from qkit.cli.compare import compare
+from qkit.cli.console import show_warning
 from qkit.cli.demo import demo
 from qkit.cli.diff import diff
 from qkit.cli.eval import eval_
@@ -47,6 +49,7 @@ application.command()(compare)
 
 def main() -> None:
     """Runs the command line and ends the process; a failure is one line on standard error and an exit code."""
+    warnings.showwarning = show_warning
     run(lambda: application(prog_name="qkit"))
 
 

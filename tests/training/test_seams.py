@@ -1,6 +1,9 @@
 """No silent seam: Trainer, peft, mlx-lm and averages of weights around prepared models. Each test is a fault that was found."""
 
 import json
+import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -604,6 +607,31 @@ def test_a_recipe_for_less_than_half_of_a_mixture_warns_by_name_and_share():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qkit.prepare(build("torchao"), RECIPE)
+
+
+def test_a_recipe_for_less_than_half_of_a_directory_warns_on_one_line(tmp_path):
+    make(tmp_path / "model", "mixtral", intermediate_size=512)
+    dense = (
+        '[grids.w]\nelement = "int4"\ngroup = 64\n[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\nweight = "w"\n'
+    )
+    (tmp_path / "dense.toml").write_text("schema = 1\n" + dense)
+    command = [
+        sys.executable,
+        "-c",
+        "from qkit.cli import main; main()",
+        "quantize",
+        "model",
+        "out",
+        "-r",
+        "dense.toml",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^warning: recipe 'dense' quantizes \d\.\d% of the weights, and leaves in float .*experts",
+        done.stderr,
+        re.MULTILINE,
+    )
 
 
 # 14: nothing changed
