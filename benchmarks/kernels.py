@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from measure import Report
-from qkit_torchao.arithmetic.packing import Layout
 from qkit_torchao.kernels import choose, cuda
 from qkit_torchao.layers import products
 from torch import nn
@@ -91,31 +90,31 @@ def kernels(report: Callable[[dict[str, Any]], None]) -> None:
 
 def packing(report: Callable[[dict[str, Any]], None]) -> None:
     """Codes of 4 bits of a bfloat16 weight, as a converted layer holds them, on the device; and the memory it takes besides."""
-    layouts: dict[Grid, Layout] = {Grid("int4", group): "tiles" for group in (32, 64, 128)}
-    layouts |= {Grid("int4", 64, "minmax"): "signed", Grid("e2m1", 32): "pairs", Grid("e2m1", 16, "nvfp4"): "pairs"}
+    grids = [Grid("int4", group) for group in (32, 64, 128)]
+    grids += [Grid("int4", 64, "minmax"), Grid("e2m1", 32), Grid("e2m1", 16, "nvfp4")]
     for shape in SHAPES:
-        for grid, layout in layouts.items():
+        for grid in grids:
             ws = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(ROTATE)]
             broken = torch.zeros(1, device="cuda", dtype=torch.int32)
 
-            def pack(ws: list = ws, grid: Grid = grid, layout: Layout = layout, broken: torch.Tensor = broken) -> None:
+            def pack(ws: list = ws, grid: Grid = grid, broken: torch.Tensor = broken) -> None:
                 for w in ws:
-                    cuda.laid_out(w, grid, layout, broken=broken, number=0)
+                    choose.laid_out(w, grid, "words", broken=broken, number=0)
 
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            laid = cuda.laid_out(ws[0], grid, layout, broken=broken, number=0)
+            laid = choose.laid_out(ws[0], grid, "words", broken=broken, number=0)
             size = ws[0].numel() * 2
             parts = [laid.codes, laid.scales, laid.zeros, laid.tensor_scale]
             held = sum(part.numel() * part.element_size() for part in parts if part is not None)
             scratch = (torch.cuda.max_memory_allocated() - before - held) / size
             times = milliseconds(pack)
-            report({"shape": shape, "job": f"pack {grid} in {layout}", "scratch / weight": round(scratch, 3),
+            report({"shape": shape, "job": f"pack {grid} in words", "scratch / weight": round(scratch, 3),
                     "GB/s of input": summed([size * ROTATE / t / 1e6 for t in times])})  # fmt: skip
 
 
 def converting(report: Callable[[dict[str, Any]], None]) -> None:
-    """`qkit.convert` of a model of linear layers: the look for what is not finite, codes, torchao's containers, all of it.
+    """`qkit.convert` of a model of linear layers: the look for what is not finite, codes, packed, all of it.
 
     By the clock, and by what the device was busy with.
     """

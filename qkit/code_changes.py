@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from qkit.engines.abilities import offers
+from qkit.engines.abilities import offers, require
 from qkit.engines.layer import Layer
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import UnchangedWarning
+from qkit.experts import quantize_experts
 from qkit.pipeline import surgeon
 from qkit.reference.learned import learned_codes, names
 
@@ -44,6 +46,9 @@ def _sum(engine: Modules, model: Any, layer: Layer) -> int:
     assert layer.rule is not None
     assert layer.rule.weight is not None
     module = layer.module
+    if layer.kind == "experts":
+        found = quantize_experts(require(engine, Mixes).experts(module), layer.rule.weight, engine)
+        return zlib.crc32(b"".join(engine.to_numpy(q.codes).tobytes() for each in found.values() for q in each))
     if layer.adapter and offers(engine, Adapts):
         module = engine.merge_adapter(module)
     if layer.stage == "converted":

@@ -7,7 +7,15 @@ from typing import Any
 
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Arrays, Modules
+from qkit.grid import Grid
 from qkit.pipeline import NOTE, surgeon
+
+
+def bits_per_weight(layer: Layer, grid: Grid) -> float:
+    """Stored bits per element of the weights of `layer` on `grid`; each expert has scales of its own."""
+    matrices = [(1, layer.shape)] if layer.kind != "experts" else [(n, one) for n, *one in layer.projections.values()]
+    bits = sum(count * prod(shape) * grid.bits_per_weight(tuple(shape)) for count, shape in matrices)
+    return bits / prod(layer.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +81,8 @@ def coverage(model: Any, *, backend: str | Arrays | None = None) -> Coverage:
 def _cover(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> Covered:
     rule = layer.rule
     if rule is None or rule.weight is None:
-        weight = tensors.get(layer.path) if layer.kind == "other" else engine.weight(layer.module)
         reason = layer.obstacle if layer.kind == "other" else getattr(layer.module, NOTE, "") or layer.obstacle
-        bits = 0.0 if weight is None else 8 * weight.nbytes / prod(layer.shape)  # tied ones are stored elsewhere
+        bits = 8 * sum(weight.nbytes for weight in _weights(layer, engine, tensors)) / prod(layer.shape)
         state = f"left alone: {reason}" if reason else "float"
         return Covered(layer.path, layer.kind, layer.shape, "", "", "", state, bits, layer.tied)
     state = f"{'native' if layer.native else 'decoded first'}: {layer.execution}"
@@ -84,8 +91,15 @@ def _cover(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> Covered
     static = "" if rule.range == "dynamic" else f" {rule.range}"
     activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
     weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight)
-    bits, state = rule.weight.bits_per_weight(layer.shape), ", ".join(filter(None, (state, layer.adapter)))
+    bits, state = bits_per_weight(layer, rule.weight), ", ".join(filter(None, (state, layer.adapter)))
     return Covered(layer.path, layer.kind, layer.shape, weight, activation, output, state, bits, layer.tied)
+
+
+def _weights(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> list[Any]:
+    """The float weights of a layer; none for those that are stored elsewhere, since they are tied."""
+    if layer.kind == "linear" or layer.kind == "embedding":
+        return [engine.weight(layer.module)]
+    return [tensors[name] for name in (layer.stored or (layer.path,)) if name in tensors]
 
 
 def _grids(row: Covered) -> str:

@@ -5,7 +5,7 @@ import os
 import signal
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -54,14 +54,17 @@ def read_text(file: Path, *, most: int = TEXT_BYTES) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, parse_int: Callable[[str], float] = int) -> Any:
     """The value of JSON text.
+
+    Args:
+        parse_int: returns the value of a whole number.
 
     Raises:
         ValueError: the text is no JSON, or an object has a key twice; or see `check_values`.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=parse_int)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEPTH} levels") from None
     check_values(value)

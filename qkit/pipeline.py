@@ -7,6 +7,7 @@ from qkit import fused
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
@@ -18,6 +19,7 @@ from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -107,6 +109,9 @@ def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
     for layer, rule in chosen:
         if layer.path in packed:
             continue
+        if layer.kind == "experts":
+            packed[layer.path] = _pack_experts(engine, layer, rule, static[layer.path])
+            continue
         owner = packed[layer.tied] if layer.tied else None
         if owner is None:
             q = codes[layer.path] = _codes(engine, model, layer, rule, peaks.get(layer.path))
@@ -120,7 +125,11 @@ def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str,
     """The converted layers, by path, that the engine deploys in one pass; none where it cannot."""
     if not offers(engine, Deploys):
         return {}
-    own = [(layer, rule) for layer, rule in chosen if not layer.tied and not _learned(layer, rule)]
+    own = [
+        (layer, rule)
+        for layer, rule in chosen
+        if not layer.tied and not _learned(layer, rule) and layer.kind != "experts"
+    ]
     made = engine.deploy([(layer.module, rule, static[layer.path]) for layer, rule in own])
     return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
 
@@ -160,6 +169,18 @@ def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | 
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
     parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
+
+
+def _pack_experts(engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]") -> Any:
+    from qkit.experts import quantize_experts  # here, so that `import qkit` stays cheap
+
+    mixing = require(engine, Mixes)
+    assert rule.weight is not None
+    weights = mixing.experts(layer.module)
+    for name, w in weights.items():
+        check(engine, w, rule.weight, name=f"{layer.path}.{name}")
+    q = quantize_experts(weights, rule.weight, engine)
+    return mixing.pack_experts(layer.module, q, rule, static=static)
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:

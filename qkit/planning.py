@@ -35,7 +35,11 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
     owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
     planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
     spoken = {id(_rule_for(item.layer, recipe)) for item in planned if item.layer.kind != "other"}
+    mixed = any(item.layer.kind == "experts" for item in planned)
+    chosen = any(rule.weight and id(rule) in spoken for rule in recipe.rules)
     for rule in recipe.rules:
+        if rule.kind == "experts" and chosen and not mixed:
+            continue  # so that one recipe serves dense models and mixtures
         if rule.weight and id(rule) not in spoken:
             raise RecipeError(
                 f"recipe {recipe.name!r}: the rule for {rule.kind} {', '.join(rule.match)} is first for no layer of this "
@@ -81,15 +85,17 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
         raise RecipeError(
             f"{layer.path}: {layer.obstacle}; put a rule without weight before, that matches it, to leave it alone"
         )
-    backwards = layer.shape[::-1]  # outputs last
-    for grid, shape in ((rule.weight, layer.shape), (rule.activation, layer.shape), (rule.output, backwards)):
-        try:
-            if grid:
-                grid.scale_shape(shape)
-        except GridError as error:
-            if rule.indivisible == "skip":
-                return Planned(layer, None, f"skipped: {error}")
-            raise GridError(f'{layer.path}: {error}, or indivisible = "skip"') from None
+    for name, shape in layer.weights.items():
+        path = layer.path if name == "weight" else f"{layer.path}.{name}"
+        backwards = shape[::-1]  # outputs last
+        for grid, one in ((rule.weight, shape), (rule.activation, shape), (rule.output, backwards)):
+            try:
+                if grid:
+                    grid.scale_shape(one)
+            except GridError as error:
+                if rule.indivisible == "skip":
+                    return Planned(layer, None, f"skipped: {error}")
+                raise GridError(f'{path}: {error}, or indivisible = "skip"') from None
     return Planned(layer, rule)
 
 
@@ -132,4 +138,8 @@ def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
 def _paths(planned: list[Planned]) -> str:
     known = [item.layer for item in planned if item.layer.kind != "other"]
     paths = [f"{layer.kind} {layer.path or '(the model itself)'}" for layer in known]
-    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "") if paths else "no linear or embedding layers"
+    return (
+        ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+        if paths
+        else "no linear or embedding layers and no experts"
+    )

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
     from pathlib import Path
 
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "embedding", "experts"]
+KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 Range = Literal["dynamic", "calibrated", "average"]
 Ste = Literal["identity", "masked"]
 Scales = Literal["rule", "learned"]
@@ -23,14 +24,11 @@ STES: tuple[Ste, ...] = ("identity", "masked")
 SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
 HEAD = "lm_head"  #: the path by which recipes know the output head
-CORE_KEYS = (
-    "match",
-    "kind",
-    "weight",
-    "indivisible",
-)  #: keys of a rule that the core carries out; an engine honours the others
+#: Keys of a rule that the core carries out; an engine honours the others.
+CORE_KEYS = ("match", "kind", "weight", "indivisible")
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
+EXPERTS = "*.experts.*"  #: the pattern of a rule for experts that names none
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
 #: The other keys that may be left out.
 DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisible": "error"}
@@ -42,7 +40,8 @@ class Rule:
 
     Attributes:
         match: shell patterns (`*`, `?`, `[...]`) for the dotted path of a layer; one that matches is enough.
-        kind: `linear` or `embedding`.
+        kind: `linear`, `embedding`, or `experts`: all experts of a block, whose projections are on one grid. Their path is
+            that of the block, `model.layers.0.mlp.experts`, and a pattern may end in `.*`, too.
         weight: the weight's grid, or None to leave the layer alone.
         activation: the input's grid, quantized at every call in training and after conversion; or None.
         output: the output's grid, quantized like the input; or None.
@@ -69,8 +68,8 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.match or not all(isinstance(pattern, str) and pattern for pattern in self.match):
             raise RecipeError(f"match is {self.match!r}: give at least one pattern, such as '*'")
-        if self.kind not in ("linear", "embedding"):
-            raise RecipeError(f"kind is {self.kind!r}: choose linear or embedding")
+        if self.kind not in KINDS:
+            raise RecipeError(f"kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
         if self.indivisible not in ("error", "skip"):
             raise RecipeError(f"indivisible is {self.indivisible!r}: choose error or skip")
         if self.range not in RANGES:
@@ -89,6 +88,8 @@ class Rule:
             raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
         if self.slots and self.kind == "embedding":
             raise RecipeError(f"an embedding's input is a token number: drop the {' and the '.join(self.slots)} grid")
+        if self.kind == "experts" and (self.scales == "learned" or self.output):
+            raise RecipeError(f"experts take no {'output grid' if self.output else 'learned scales'}: drop it there")
         self._check_range()
 
     def _check_range(self) -> None:
@@ -117,7 +118,10 @@ class Rule:
 
     def matches(self, path: str, kind: Kind) -> bool:
         """Whether the rule applies to the layer at `path`."""
-        return kind == self.kind and any(fnmatchcase(path, pattern) for pattern in self.match)
+        if kind != self.kind:
+            return False
+        paths = (path, f"{path}.") if kind == "experts" else (path,)
+        return any(fnmatchcase(one, pattern) for one in paths for pattern in self.match)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +257,7 @@ def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{table!r} is no rule: write [[rules]]")
     _only(table, ("match", "kind", *GRIDS, *DEFAULTS), "a rule")
-    match = table.get("match", ())
+    match = table.get("match", EXPERTS if table.get("kind") == "experts" else ())
     if not isinstance(match, (str, list, tuple)):
         raise RecipeError(f"match is {match!r}: give a pattern or a list of them")
     patterns = (match,) if isinstance(match, str) else tuple(match)

@@ -162,6 +162,8 @@ def _recipe(
     if scales != "rule":
         rule["scales"] = scales
     rules: list[dict[str, str | list[str]]] = [{**rule}]
+    experts = {"match": "*", "kind": "experts", **{key: value for key, value in rule.items() if key != "scales"}}
+    rules.insert(0, experts)
     rules.insert(
         0, {"match": "*", "kind": "embedding", "weight": "w"} if whole else {"match": ["lm_head", "*.lm_head"]}
     )

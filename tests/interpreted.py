@@ -1,6 +1,5 @@
 """Compares the Triton kernels, run by Triton's interpreter on a CPU, with the reference. Run by test_kernels.py."""
 
-import itertools
 import os
 import sys
 
@@ -14,7 +13,6 @@ from qkit_torchao.kernels import cuda
 
 from qkit import reference
 from qkit.grid import Grid
-from qkit.qtensor import QTensor
 from qkit.testing.hard_tensors import all_grids, random
 from qkit.testing.parity import compare
 
@@ -54,7 +52,7 @@ def laid(grid: Grid, layout: packing.Layout, dtype: str) -> bool:
     broken = torch.zeros(3, dtype=torch.int32)
     made = cuda.laid_out(w, grid, layout, broken=broken, number=1)
     q = rounding.quantize(w, grid)
-    want = tiled(q) if layout == "tiles" else packing.lay(q, layout)
+    want = packing.lay(q, layout)
     same = all(
         a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
         for a, b in ((getattr(made, n), getattr(want, n)) for n in ("codes", "scales", "zeros", "tensor_scale"))
@@ -65,18 +63,6 @@ def laid(grid: Grid, layout: packing.Layout, dtype: str) -> bool:
         w[row, 77] = 0
         same = same and broken.tolist() == [1] * row + [1] + [0] * (2 - row)
     return same
-
-
-def tiled(q: QTensor) -> packing.Laid:
-    """int4 in tinygemm's layout, word by word, as `tinygemm` describes it."""
-    unsigned = (q.codes + 8).to(torch.int64).unflatten(1, (-1, 128)).unflatten(0, (-1, 8))  # tile, row, part, column
-    words = torch.zeros(unsigned.shape[0], unsigned.shape[2], 32, 4, dtype=torch.int64)
-    for lane in range(32):
-        for i, j, h, e in itertools.product(range(4), range(2), range(2), range(2)):
-            column = 32 * i + 16 * j + 8 * h + 2 * (lane % 4) + e
-            words[:, :, lane, i] += unsigned[:, lane // 4, :, column] << (16 * e + 8 * j + 4 * h)
-    scales = torch.stack([q.scales.T, torch.zeros_like(q.scales.T)], dim=-1).to(torch.bfloat16)
-    return packing.Laid(words.to(torch.int32), scales, None, None, q.grid, q.dtype, q.shape)
 
 
 def shared(dtype: str) -> bool:
@@ -108,9 +94,7 @@ def main(dtype: str) -> None:
         found = compare(Interpreted(), grid, dtype=dtype, compiled=False, size=1 << 9)
         print(grid, found.compared, found.error or ("exact" if found.exact else found), flush=True)
     for grid in [grid for grid in all_grids() if grid.element.bits == 4 and grid.group in (16, 32, 256)]:
-        layout = (
-            "pairs" if grid.element.kind == "float" else "tiles" if grid.symmetric and grid.group != 16 else "signed"
-        )
+        layout = "pairs" if grid.element.kind == "float" else "signed"
         print(grid, "in", layout, "exact" if laid(grid, layout, dtype) else "not the codes of quantize", flush=True)
     for grid in (Grid("int3", 20000), Grid("int4", 8200, "minmax"), Grid("e4m3", 8208)):
         print(grid, "in parts", "exact" if long(grid, dtype) else "not the codes of quantize", flush=True)

@@ -22,7 +22,7 @@ from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers import adapted, converted, fused, learned, prepared, straight_through
-from qkit_mlx.models import surgery
+from qkit_mlx.models import places, surgery
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
 
@@ -241,6 +241,16 @@ class MlxBackend:
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Builds.logits`."""
         return trainer.logits(model, tokens)
+
+    # Translates
+
+    def translate(
+        self, model: nn.Module, stored: Mapping[str, NDArray[Any]], codes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """See `Translates.translate`; by the model's `sanitize`, which `fill` calls for the tensors."""
+        shapes = {name: array.shape for name, array in stored.items()}
+        known = {layer.path for layer in self.layers(model)}
+        return dict(stored), places.places(model, shapes, codes, known=known)
 
     # Trains
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import NOTHING, Adapts, Deploys, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.engines.translation import Translates
@@ -21,14 +22,15 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, fused, learned, straight_through
+from qkit_torchao.layers import adapted, converted, experts, fused, learned, straight_through
 from qkit_torchao.models import gather, names, surgery
 from qkit_torchao.models.elsewhere import Elsewhere
+from qkit_torchao.models.mixtures import Mixtures
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
 
-class TorchaoBackend(Elsewhere):
+class TorchaoBackend(Elsewhere, Mixtures):
     """torch on CPU or CUDA; converted layers hold torchao's tensors."""
 
     name = "torchao"
@@ -122,6 +124,8 @@ class TorchaoBackend(Elsewhere):
 
     def prepare_layer(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Modules.prepare_layer`."""
+        if rule.kind == "experts":
+            return experts.prepare_experts(module, rule)
         made: nn.Module = learned.prepare_layer(module, rule)
         return made
 
@@ -145,15 +149,12 @@ class TorchaoBackend(Elsewhere):
         """See `Modules.pack`; the codes go to the layer's device."""
         device = self.weight(module).device
         scales = self._static(static, device)
-        q = converted.unpack(owner) if owner else q.map(lambda array: self._tensor(array).to(device))
+        q = converted.unpack(owner) if owner else q.map(lambda array: self.tensor_of(array).to(device))
         made: nn.Module = converted.pack(module, q, rule, static=scales, owner=owner)
         return made
 
     def _static(self, static: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        return {name: self._tensor(array).to(device) for name, array in static.items()}
-
-    def _tensor(self, array: Any) -> Tensor:
-        return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
+        return {name: self.tensor_of(array).to(device) for name, array in static.items()}
 
     def unpack(self, module: nn.Module) -> QTensor[Tensor]:
         """See `Modules.unpack`."""
@@ -286,7 +287,8 @@ class TorchaoBackend(Elsewhere):
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Fuses, Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
+    _offered: tuple[Mixes, Fuses, Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
+        _engine,
         _engine,
         _engine,
         _engine,

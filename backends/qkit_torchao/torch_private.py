@@ -16,8 +16,6 @@ is_any_autocast_enabled = torch._C._is_any_autocast_enabled  #: asks once for al
 unsafe_view = torch.ops.aten._unsafe_view.default  #: as `view`, but the result counts as no view of its source
 int_product = torch._int_mm  #: int8 [rows, n] times int8 [n, columns] -> int32, exact; on CUDA with more than 16 rows
 without_subclasses = torch._C.DisableTorchFunctionSubclass  #: a context in which subclasses of Tensor count as Tensor
-pack_int4 = torch.ops.aten._convert_weight_to_int4pack  #: codes as tinygemm wants them
-int4_product = torch.ops.aten._weight_int4pack_mm  #: tinygemm: bfloat16 times packed int4
 
 
 def is_transformed() -> bool:
@@ -42,6 +40,11 @@ def float8_product(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, *, fa
 def parameter(module: nn.Module, name: str) -> Tensor | None:
     """The parameter `name` of `module`; None where another tensor or nothing has this name. Faster than `getattr`."""
     return module._parameters.get(name)
+
+
+def set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Registers the parameter `name` of a module whose class has a property of that name."""
+    module._parameters[name] = value
 
 
 def remove_parameters(module: nn.Module, *names: str) -> None:

@@ -6,11 +6,13 @@ result with `layers()` of an engine. Most other families copy the same few names
 
 import re
 from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any
 
 from qkit.artifact.known import facts, is_known, kind_of
 from qkit.engines.layer import HEAD_PARTS, Layer
 from qkit.errors import PlanError
+from qkit.experts import Member, is_router, member_of, whole
 from qkit.qtensor import DTYPES as FLOATS
 from qkit.rules import Kind
 from qkit.storage.layout import DTYPES, Slot
@@ -20,8 +22,6 @@ EMBEDDINGS = re.compile(
 )
 #: Embeddings that are never the output head too.
 NO_TOKENS = re.compile(r"(wpe|per_layer)$|position|token_type|relative|(^|\.)rel_")
-ROUTERS = ("gate", "router")
-EXPERT = re.compile(r"\.experts\.\d+\.")
 HEAD = "lm_head"
 HEADS = (HEAD, "head", "embed_out", "proj_out")  #: last parts of the paths of output heads
 WITH_HEAD = re.compile("ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|ForPreTraining")
@@ -39,15 +39,16 @@ def output_name(name: str, config: Mapping[str, Any]) -> str:
     return f"{RENAMED.get(_type(config), {}).get(path, path)}.{last}" if path else name
 
 
-def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
-    """The layer whose weight is in `slot`; or, where no rule can apply to the tensor, the reason as text.
+def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
+    """The layer whose weight is in `slot`; or its place among experts, of which `experts_layers` makes layers.
 
-    The table of known families corrects what names and shapes suggest.
+    Where no rule can apply to the tensor, the reason as text. The table of known families corrects what names and shapes
+    suggest.
     """
     suggested = _suggested(slot, config)
     path = slot.name.rpartition(".")[0]
     known = kind_of(path, config) if slot.name.endswith(".weight") else None
-    if known is None or len(slot.shape) != 2:
+    if known is None or len(slot.shape) != 2 or isinstance(suggested, Member):
         return suggested
     if known not in ("linear", "embedding"):
         return known
@@ -59,23 +60,48 @@ def _layer(path: str, kind: Kind, slot: Slot) -> Layer:
     return Layer(path, kind, slot.shape, None, obstacle=_not_float(slot), head=is_head)
 
 
-def _suggested(slot: Slot, config: Mapping[str, Any]) -> Layer | str:
+def _suggested(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
     path, _, last = slot.name.rpartition(".")
     own = path.rpartition(".")[2]
+    if member := member_of(slot.name, slot.shape, config):
+        return member
     if "expert" in slot.name and len(slot.shape) > 2:
-        return f"stacked experts, {len(slot.shape)} axes: no engine has a layer for them"
+        return f"stacked experts under a name that qkit does not know, {len(slot.shape)} axes"
     if last != "weight":
         return "no weight of a layer"
     if len(slot.shape) != 2:
         return f"{len(slot.shape)} {'axis' if len(slot.shape) == 1 else 'axes'}: a layer has two"
-    if EXPERT.search(slot.name):
-        return "one expert of many: models stack them in one tensor, and no engine has a layer for it"
-    if own in ROUTERS:
+    if is_router(path):
         return "a router"
     if own in TRANSPOSED.get(_type(config), ()):
         return "transposed: a Conv1D holds it"
     kind: Kind = "embedding" if EMBEDDINGS.search(own) else "linear"
     return _layer(path, kind, slot)
+
+
+def experts_layers(members: Mapping[str, tuple[Slot, Member]]) -> dict[str, Layer]:
+    """The experts of every block as one layer, by the path of the block.
+
+    Args:
+        members: the tensors of experts and their places, by name.
+
+    Raises:
+        PlanError: an expert is missing, or experts of one block differ.
+    """
+    blocks: dict[str, list[tuple[Slot, Member]]] = {}
+    for slot, member in members.values():
+        blocks.setdefault(member.block, []).append((slot, member))
+    layers = {}
+    for block, mine in blocks.items():
+        try:
+            shapes = whole(block, [member for _, member in mine])
+        except ValueError as error:
+            raise PlanError(f"{error}: a shard is missing, or fetch the model again") from None
+        count, _, inputs = shapes["up_proj"]
+        outputs = sum(prod(shape) for shape in shapes.values()) // (count * inputs)
+        obstacle = next(filter(None, (_not_float(slot) for slot, _ in mine)), "")
+        layers[block] = Layer(block, "experts", (count, outputs, inputs), None, obstacle=obstacle, projections=shapes)
+    return layers
 
 
 def tied_head(layers: Collection[Layer], config: Mapping[str, Any]) -> Layer | None:

@@ -10,6 +10,7 @@ from qkit.artifact.families import layer_of, tied_head
 from qkit.artifact.metadata import StoredRule, read_rules
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError
+from qkit.experts import Member
 from qkit.formats import compressed_tensors
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
@@ -73,27 +74,29 @@ def inspect_directory(folder: Path) -> Inspection:
     groups, taken, by_path = [], set(), parts(tensors)
     for rule in read_rules(folder, metadata, config):
         assert rule.rule.weight is not None
-        numbers = nbytes = 0
+        form, numbers, nbytes = compressed_tensors.form_of(rule.rule), 0, 0
         for path in rule.paths:
             mine = by_path.get(path, {})
             try:
                 shape = check_parts(mine, rule, path=path)
             except (ArtifactError, GridError) as error:
                 raise ArtifactError(f"{folder}: {path}: {error}") from None
-            names = compressed_tensors.contents(rule.rule.weight, dtype=rule.dtype, shape=shape)
+            form = compressed_tensors.stored_form(mine, rule.rule.weight)
+            names = compressed_tensors.contents(rule.rule.weight, dtype=rule.dtype, shape=shape, form=form)
             numbers += prod(shape)
             nbytes += sum(mine[name].slot.nbytes for name in names)
             taken |= {mine[name].slot.name for name in names}
-        groups.append(Group(rule, compressed_tensors.layout(rule.rule.weight), numbers, nbytes))
+        groups.append(Group(rule, form, numbers, nbytes))
     rest = [stored.slot for name, stored in tensors.items() if name not in taken]
     found = [layer_of(slot, config or {}) for slot in rest]
     layers = [layer for layer in found if isinstance(layer, Layer)]
+    blocks = {one.block for one in found if isinstance(one, Member)}
     quantized = [Layer(path, group.stored.rule.kind, (), None) for group in groups for path in group.stored.paths]
     owner = tied_head([*layers, *quantized], config) if config else None
     files = {stored.file.name: stored.file.stat().st_size for stored in tensors.values()}
     return Inspection(
         groups=tuple(groups),
-        left_alone=tuple(sorted(layer.path for layer in layers)),
+        left_alone=tuple(sorted(blocks | {layer.path for layer in layers})),
         tied=owner.path if owner else "",
         files=dict(sorted(files.items())),
         tensors=len(tensors),
@@ -120,7 +123,8 @@ def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -
     """
     grid, shape = stored.rule.weight, weight_shape(found, path=path)
     assert grid is not None
-    for name, (kind, full) in compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape).items():
+    form = compressed_tensors.stored_form(found, grid)
+    for name, (kind, full) in compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form).items():
         if name not in found:
             raise ArtifactError(f"{name} is missing")
         slot = found[name].slot

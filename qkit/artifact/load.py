@@ -8,10 +8,12 @@ from typing import Any, overload
 from numpy.typing import NDArray
 
 from qkit.artifact.config import CONFIG, float_config, read_config
+from qkit.artifact.load_experts import stack_experts, take_experts
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
 from qkit.engines.translation import Translates
@@ -19,7 +21,7 @@ from qkit.errors import ArtifactError, GridError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import NOTE, Model, surgeon
-from qkit.qtensor import QTensor
+from qkit.qtensor import DTYPES, QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
 from qkit.storage.read import map_tensors, read_folder
@@ -51,15 +53,18 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     rules = read_rules(folder, metadata, config)
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
     want_honored(engine, inference, f"load {folder}")
-    model = _build(engine, folder, config) if into is None else into
+    model = _build(engine, folder, config, arrays) if into is None else into
     layers = {layer.path: layer for layer in engine.layers(model)}
     for layer in layers.values():
         if layer.stage != "float":
             raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
-    arrays, rules = _translate(engine, folder, model, arrays, rules)
+    mixed = take_experts(folder, arrays, layers, rules, config)
+    arrays, rules = _translate(engine, folder, model, arrays, [one for one in rules if one.rule.kind != "experts"])
     taken = {path: _take(folder, arrays, path, layers, one) for one in rules for path in one.paths}
+    stack_experts(engine, folder, arrays, layers, config)
+    without = {join(path, "weight") for path in taken} | {name for path in mixed for name in layers[path].stored}
     try:
-        engine.fill(model, arrays, without={join(path, "weight") for path in taken})
+        engine.fill(model, arrays, without=without)
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     packed: dict[str, Any] = {}
@@ -69,15 +74,23 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
         if layer.tied and layer.tied in taken:
             rule = Rule(("*",), kind=kind_of(layer), weight=taken[layer.tied].rule.weight)
             packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
+        elif path in mixed:
+            q, rule = mixed[path]
+            packed[path] = require(engine, Mixes).pack_experts(layer.module, q, rule)
         elif path in taken:
             packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
     return engine.replace(model, packed)
 
 
-def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None) -> Any:
+def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    """The model of `config`; without a type there, in that of the first float tensor of the files, as transformers has it."""
     if config is None:
         raise ArtifactError(f"{folder} has no {CONFIG}: pass into= a model to fill")
-    model = require(engine, Builds).build(float_config(config))
+    known = float_config(config)
+    if not (known.get("dtype") or known.get("torch_dtype")):
+        found = next((name for array in arrays.values() if (name := array.dtype.name) in DTYPES), None)
+        known = known if found is None else {**known, "dtype": found}
+    model = require(engine, Builds).build(known)
     if offers(engine, Remembers):
         engine.remember_origin(model, str(folder.absolute()))
     return model
@@ -93,7 +106,11 @@ def _translate(
         join(path, name): path
         for one in rules
         for path in one.paths
-        for name in (*compressed_tensors.NAMES, *static_contents(one.rule))
+        for name in (
+            *compressed_tensors.NAMES,
+            *compressed_tensors.server_tensors(one.rule),
+            *static_contents(one.rule),
+        )
     }
     shapes = {path: _shape(arrays, path, one) for one in rules for path in one.paths}
     others = {name: array for name, array in arrays.items() if name not in owned}
@@ -102,9 +119,10 @@ def _translate(
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     for name, path in owned.items():
-        if name in arrays:
+        if name in arrays and path in paths:
             found[join(paths[path], name.removeprefix(path).lstrip("."))] = arrays[name]
-    return found, [replace(one, paths=tuple(paths[path] for path in one.paths)) for one in rules]
+    mine = [replace(one, paths=tuple(paths[path] for path in one.paths if path in paths)) for one in rules]
+    return found, mine
 
 
 def _shape(arrays: Mapping[str, NDArray[Any]], path: str, stored: StoredRule) -> tuple[int, ...]:
@@ -136,9 +154,13 @@ def _take(
     if layer.stage == "converted" or layer.obstacle or layer.tied:
         raise ArtifactError(f"{folder}: {path} cannot take its codes: {_why_not(layer)}")
     try:
-        names = compressed_tensors.contents(grid, dtype=stored.dtype, shape=layer.shape)
+        there = {name for name in compressed_tensors.NAMES if join(path, name) in arrays}
+        form = compressed_tensors.stored_form(there, grid)
+        names = compressed_tensors.contents(grid, dtype=stored.dtype, shape=layer.shape, form=form)
         found = {name: arrays.pop(join(path, name)) for name in names if join(path, name) in arrays}
         q = compressed_tensors.from_tensors(found, grid=grid, dtype=stored.dtype, shape=layer.shape)
+        for name in compressed_tensors.server_tensors(stored.rule):
+            arrays.pop(join(path, name), None)
         static = {name: arrays.pop(join(path, name), None) for name in static_contents(stored.rule)}
         return _Taken(q, stored.rule, check_static(static, stored.rule))
     except (ArtifactError, GridError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 from qkit.artifact.known import both_names
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, RecipeError
-from qkit.formats import compressed_tensors
+from qkit.formats import compressed_groups
 from qkit.formats.settings import check_compressed_tensors, quantization_of
 from qkit.intake import parse_json
 from qkit.path_patterns import collapse, expand
@@ -37,16 +37,9 @@ class StoredRule:
     paths: tuple[str, ...]
 
 
-def group_rules(saved: Iterable[tuple[Layer, DType]]) -> list[StoredRule]:
-    """The rules of converted layers, each rule once for each type of weight, in the order of their first layers."""
-    applied, stored = [], dict[tuple[Rule, Kind], Rule]()
-    for layer, dtype in saved:
-        assert layer.rule is not None
-        key = layer.rule, kind_of(layer)
-        if key not in stored:
-            stored[key] = replace(layer.rule, match=("*",), kind=key[1], indivisible="error")
-        applied.append((stored[key], dtype, layer.path))
-    return group_paths(applied)
+def stored_rule(rule: Rule) -> Rule:
+    """`rule` as an artifact states it: without the patterns that chose the layers."""
+    return replace(rule, match=("*",), indivisible="error")
 
 
 def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:
@@ -118,8 +111,12 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
     theirs = stated["quantization_config"]
     check_compressed_tensors(theirs)
     groups = [(one.rule, both_names(one.paths, config)) for one in rules]
-    ours = compressed_tensors.quantization_config(groups, left_alone=[])
-    for key in ("quant_method", "format", "config_groups"):
+    ours = compressed_groups.quantization_config(groups, left_alone=[])
+    older = compressed_groups.quantization_config(groups, left_alone=[], earlier=True)
+    compared = ("quant_method", "format", "config_groups")
+    if all(theirs.get(key) == older[key] for key in compared):
+        ours = older
+    for key in compared:
         if theirs.get(key) != ours[key]:
             raise ArtifactError(
                 f"{key} of its quantization_config is not that of the {KEY} metadata: quantize or save it again"
@@ -130,7 +127,7 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
 
 def kind_of(layer: Layer) -> Kind:
     """The kind of the rules that apply to `layer`."""
-    return "embedding" if layer.kind == "embedding" else "linear"
+    return "linear" if layer.kind == "other" else layer.kind
 
 
 def _parse(folder: Path, text: str, layout: str) -> list[StoredRule]:

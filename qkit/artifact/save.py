@@ -1,6 +1,6 @@
 """`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,18 @@ from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
-from qkit.artifact.metadata import KEY, StoredRule, describe, group_rules
-from qkit.engines.abilities import offers
+from qkit.artifact.metadata import KEY, StoredRule, describe, group_paths, stored_rule
+from qkit.engines.abilities import offers, require
 from qkit.engines.elsewhere import Remembers
-from qkit.engines.layer import want_bare, want_merged, want_none_lost, want_whole
+from qkit.engines.layer import Layer, want_bare, want_merged, want_none_lost, want_whole
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError, StageError
+from qkit.experts import file_name, paths_of
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.pipeline import surgeon
-from qkit.qtensor import DTYPES, DType
+from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.reference.ranges import static_contents
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import check_directory, destination
@@ -68,7 +70,7 @@ def save(
     if source is not None and config is None:
         raise ArtifactError(f"the source {origin} has no config.json: name the model's own Hugging Face directory")
     check_directory(folder)
-    found = contents(engine, model, dtype=dtype)
+    found = contents(engine, model, config, dtype=dtype)
     write_directory(
         folder,
         [array_stream(name, array) for name, array in found.tensors.items()],
@@ -88,8 +90,8 @@ class Contents:
     left_alone: list[str]
 
 
-def contents(engine: Modules, model: Any, *, dtype: DType | None = None) -> Contents:
-    """The contents of an artifact of `model`; see `save`.
+def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, dtype: DType | None = None) -> Contents:
+    """The contents of an artifact of `model` with this configuration; see `save`.
 
     Raises:
         StageError, ArtifactError: see `save`.
@@ -106,20 +108,23 @@ def contents(engine: Modules, model: Any, *, dtype: DType | None = None) -> Cont
     static = {join(layer.path, name) for layer in layers if layer.rule for name in static_contents(layer.rule)}
     if dtype is not None:
         tensors = _cast(tensors, dtype, but=static)
+    tensors = {file_name(name, config): array for name, array in tensors.items()}
     converted = [
-        (layer, engine.unpack(layer.module).map(engine.to_numpy))
+        (path, stored_rule(layer.rule), q if dtype is None else replace(q, dtype=dtype))
         for layer in layers
-        if layer.stage == "converted" and not layer.tied  # a tied weight is stored once, under its first path
+        if layer.rule
+        and layer.stage == "converted"
+        and not layer.tied  # a tied weight is stored once, under its first path
+        for path, q in _weights(engine, layer, config)
     ]
-    if dtype is not None:
-        converted = [(layer, replace(q, dtype=dtype)) for layer, q in converted]
-    for layer, q in converted:
-        for name, array in compressed_tensors.to_tensors(q).items():
-            tensors[join(layer.path, name)] = array
-    rules = group_rules((layer, q.dtype) for layer, q in converted)
+    for path, rule, q in converted:
+        for name, array in compressed_tensors.to_tensors(q, compressed_tensors.form_of(rule)).items():
+            tensors[join(path, name)] = array
+        tensors |= {join(path, name): array for name, array in compressed_tensors.server_tensors(rule).items()}
+    rules = group_paths((rule, q.dtype, path) for path, rule, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
     left_alone += [  # such as a router's: for a reader it may be a linear layer
-        layer.path.removesuffix(".weight")
+        file_name(layer.path, config).removesuffix(".weight")
         for layer in layers
         if layer.kind == "other" and len(layer.shape) == 2 and layer.path.endswith(".weight")
     ]
@@ -141,6 +146,18 @@ def _origin(engine: Modules, model: Any, source: str | Path | None) -> Path | No
             "missing: give source=, its Hugging Face directory"
         )
     return None
+
+
+def _weights(
+    engine: Modules, layer: Layer, config: Mapping[str, Any] | None
+) -> Iterable[tuple[str, QTensor[NDArray[Any]]]]:
+    """The quantized weights of a converted layer, each with its path in files."""
+    if layer.kind != "experts":
+        yield layer.path, engine.unpack(layer.module).map(engine.to_numpy)
+        return
+    q = require(engine, Mixes).unpack_experts(layer.module)
+    for (number, projection), path in paths_of(layer.path, layer.projections, config).items():
+        yield path, q[projection][number].map(engine.to_numpy)
 
 
 def _cast(tensors: Mapping[str, NDArray[Any]], dtype: DType, *, but: Collection[str]) -> dict[str, NDArray[Any]]:

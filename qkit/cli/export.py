@@ -7,11 +7,23 @@ from typing import Annotated
 import typer
 
 from qkit.cli.console import console
+from qkit.errors import ArtifactError
 from qkit.storage.destination import check_directory, check_file
 
 WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Drop the quantization of inputs and outputs. The logits change.")
 ]
+
+
+WithoutTokenizer = Annotated[
+    bool, typer.Option("--without-tokenizer", help="gguf: write no tokenizer. llama.cpp then takes no text.")
+]
+
+
+class Fallback(StrEnum):
+    """The types of float that GGUF files hold values in."""
+
+    f16 = "f16"
 
 
 class Target(StrEnum):
@@ -29,23 +41,38 @@ def export(
         Target, typer.Option(help="mlx: for mlx-lm. gguf: for llama.cpp. dense: the values, as a float model.")
     ],
     weights_only: WeightsOnly = False,
+    fallback: Annotated[
+        Fallback | None, typer.Option(help="gguf: weights that no type of GGUF holds become these floats, one by one.")
+    ] = None,
+    without_tokenizer: WithoutTokenizer = False,
 ) -> None:
     """Write a model for another program: the same codes under other names, exactly, or not at all."""
     from qkit.exchange import export_model, write_model  # here, as the next two, so that other commands start fast
     from qkit.exchange.export_gguf import export_gguf
     from qkit.exchange.import_model import read_model
+    from qkit.formats.gguf_tokenizer import read_vocabulary
 
+    if to is not Target.gguf and (fallback or without_tokenizer):
+        raise ArtifactError(
+            f"--fallback and --without-tokenizer belong to --to gguf, not to {to.value}: leave them out"
+        )
     (check_file if to is Target.gguf else check_directory)(out)
     source = read_model(folder)
     if weights_only:
         source = write_model.weights_only(source)
+    notes: list[str] = []
     if to is Target.gguf:
         write_model.check_weights_only(source, source.weights)
-        export_gguf(source, out)
+        vocabulary = None if without_tokenizer else read_vocabulary(source.folder, source.config or {})
+        written = export_gguf(source, out, vocabulary=vocabulary, fallback=fallback.value if fallback else None)
+        notes = [f"{count} as {kind}" for kind, count in written.kinds.items()]
+        notes = [f"quantized weights: {', '.join(notes)}"] if notes else []
+        notes += [f"{name} as float16: {reason}" for name, reason in written.fallbacks.items()]
+        notes += written.notes
     else:
         {Target.mlx: export_model.export_mlx, Target.dense: export_model.export_dense}[to](source, out)
     console.print(
         f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
     )
-    if to is Target.gguf:
-        console.print(f"without a tokenizer: give the program that of {folder}")
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)

@@ -1,33 +1,43 @@
 """`qkit plan MODEL --recipe R`: the output of `qkit quantize`, to the byte, before any work."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import qkit
+from qkit.artifact.config import read_config
 from qkit.cli.console import All, Json, console, print_json, read_size, size
-from qkit.cli.quantize import CopyCode, Jobs, Model, RecipeName, ShardSize, warn
+from qkit.cli.quantize import CopyCode, Ignore, Jobs, Model, RecipeName, ShardSize, SkipIndivisible, Untie, warn
+from qkit.overrides import check_ignored, overridden
 from qkit.path_patterns import collapse
 from qkit.processes import cores
+from qkit.streaming.gguf_plan import GgufPlan, gguf_plan
 from qkit.streaming.plan import Plan, Row, make_plan
 
 
 def plan(
     model: Model,
     recipe: RecipeName,
+    ignore: Ignore = None,
+    skip_indivisible: SkipIndivisible = False,
     copy_code: CopyCode = False,
+    untie: Untie = False,
     shard_size: ShardSize = "5GB",
     jobs: Jobs = None,
     all_rows: All = False,
     as_json: Json = False,
 ) -> None:
     """List a model's tensors with their grids under a recipe, and the output size. Reads headers only."""
-    made = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
+    chosen = overridden(qkit.recipe(recipe), ignore=ignore or (), skip_indivisible=skip_indivisible)
+    made = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
+    check_ignored(ignore or (), [row.path for row in made.rows if row.path])
     peak = made.peak_memory(jobs or cores())
+    as_gguf = gguf_plan(made, read_config(made.folder) or {})
     if as_json:
-        print_json(_as_table(made, peak))
+        print_json(_as_table(made, peak, as_gguf))
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("tensor", "count", "stored", "shape", "becomes", "bytes"):
@@ -42,6 +52,8 @@ def plan(
     for name in made.left_behind:
         console.print(f"not copied: {name}", highlight=False)
     warn(made)
+    if as_gguf:
+        console.print(str(as_gguf), highlight=False)
     console.print(
         f"{made.output_bytes:,} bytes in {len(made.layout.sizes)} weights file(s), {made.bits_per_weight:.2f} bits per weight, "
         f"about {size(peak)} of memory at most",
@@ -69,7 +81,7 @@ def _becomes(row: Row) -> str:
     return str(row.rule.weight) if row.rule else f"as it is: {row.reason}"
 
 
-def _as_table(made: Plan, peak: int) -> dict[str, Any]:
+def _as_table(made: Plan, peak: int, as_gguf: GgufPlan | None) -> dict[str, Any]:
     return {
         "output_bytes": made.output_bytes,
         "bits_per_weight": made.bits_per_weight,
@@ -78,6 +90,7 @@ def _as_table(made: Plan, peak: int) -> dict[str, Any]:
         "files": dict(made.layout.sizes),
         "not_copied": list(made.left_behind),
         "warnings": [str(one) for one in made.caveats],
+        "gguf": asdict(as_gguf) if as_gguf else None,
         "tensors": [
             {
                 "name": row.stored.slot.name,

@@ -12,6 +12,7 @@ import qkit
 from qkit.cli.console import console, errors, read_size, size
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
+from qkit.overrides import check_ignored, overridden
 from qkit.processes import cores
 from qkit.storage.destination import Destination, check_directory, destination, existing_parent
 from qkit.storage.parts import Part
@@ -25,10 +26,23 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe, an al
 CopyCode = Annotated[
     bool, typer.Option("--copy-code", help="Copy the directory's Python files too. qkit never runs them.")
 ]
+Untie = Annotated[
+    bool,
+    typer.Option(
+        "--untie", help="Write a tied output head as a weight of its own, as vLLM wants it under -all recipes."
+    ),
+]
 ShardSize = Annotated[str, typer.Option(help="The most bytes of tensors in one file, such as 5GB or 800MB.")]
 Jobs = Annotated[
     int | None,
     typer.Option("--jobs", "-j", min=1, help="Processes of the NumPy engine. The default: one for each core."),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="A shell pattern for layers that stay in float, in quotes. Repeat for more."),
+]
+SkipIndivisible = Annotated[
+    bool, typer.Option("--skip-indivisible", help="Leave layers in float that do not divide into groups.")
 ]
 PartName = Annotated[
     str | None,
@@ -44,9 +58,12 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized directory, written whole or not at all.")],
     recipe: RecipeName,
+    ignore: Ignore = None,
+    skip_indivisible: SkipIndivisible = False,
     backend: Annotated[str, typer.Option(help="The engine. Every engine makes the same codes.")] = "numpy",
     device: Annotated[str, typer.Option(help="The device of the engine, such as cpu or cuda.")] = "cpu",
     copy_code: CopyCode = False,
+    untie: Untie = False,
     shard_size: ShardSize = "5GB",
     jobs: Jobs = None,
     part: PartName = None,
@@ -57,7 +74,9 @@ def quantize(
     check_apart(out, model)
     place = check_directory(out)
     engine = qkit.backend(backend).on(device)
-    plan = make_plan(model, qkit.recipe(recipe), shard_bytes=read_size(shard_size), copy_code=copy_code)
+    chosen = overridden(qkit.recipe(recipe), ignore=ignore or (), skip_indivisible=skip_indivisible)
+    plan = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
+    check_ignored(ignore or (), [row.path for row in plan.rows if row.path])
     warn(plan)
     nbytes = plan.output_bytes
     if mine or not finish:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Device, Engine
+from qkit.cli.quantize import Ignore, SkipIndivisible
 
 if TYPE_CHECKING:
     from qkit.training import Outcome
@@ -34,6 +35,8 @@ def train(
             help="A recipe, an alias or a TOML file; 'float' for none. Left out: MODEL's own.",
         ),
     ] = None,
+    ignore: Ignore = None,
+    skip_indivisible: SkipIndivisible = False,
     data: Annotated[
         list[str] | None,
         typer.Option(help="A file of text, or of JSON lines with text or messages; or a shell pattern."),
@@ -77,6 +80,8 @@ def train(
     given = {
         "out": out,
         "recipe": recipe,
+        "ignore": ignore or None,
+        "skip_indivisible": skip_indivisible or None,
         "data": data,
         "held_out": held_out,
         "backend": backend,

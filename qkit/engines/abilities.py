@@ -5,6 +5,7 @@ from functools import cache
 from typing import TypeGuard, TypeVar
 
 from qkit.engines.elsewhere import Remembers, Restores
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
 from qkit.engines.translation import Translates
 from qkit.errors import BackendError
@@ -16,6 +17,7 @@ Ability = TypeVar("Ability", bound=Arrays)
 ACTIONS: dict[type, str] = {
     Arrays: "quantize arrays",
     Modules: "prepare or convert models",
+    Mixes: "quantize mixtures of experts",
     Fuses: "train layers that share a tensor scale",
     Adapts: "train adapters",
     Builds: "build and run language models",

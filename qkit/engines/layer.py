@@ -1,7 +1,7 @@
 """`Layer`: the description of one layer of a model, by which engines and the core talk about it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qkit.errors import StageError
@@ -28,9 +28,12 @@ class Layer:
     """One layer of a model.
 
     Attributes:
-        path: dotted path of the module; its first path, where it is registered more than once. For `other`, a tensor's name.
-        kind: `linear` or `embedding`. `other` is a weight that no rule can match; it is listed so that coverage is complete.
-        shape: the shape of the weight, (outputs, inputs).
+        path: dotted path of the module; its first path, where it is registered more than once. For `other`, a tensor's name. For
+            `experts` the path of the block, by transformers' names (`model.layers.0.mlp.experts`): artifacts have it.
+        kind: `linear`, `embedding` or `experts`. `other` is a weight that no rule can match; it is listed so that coverage is
+            complete.
+        shape: the shape of the weight, (outputs, inputs). For `experts` (experts, outputs, inputs), where all projections
+            count as outputs of the inputs of the block.
         module: the framework's module itself.
         stage: `float`, `prepared` or `converted`.
         rule: the rule by which it was prepared or converted; None in a float layer.
@@ -47,6 +50,8 @@ class Layer:
         unknown: whether qkit does not know that class, or cannot merge it, since it leaves the grid out.
         head: whether it is an output head of the model, by its role. A rule for `lm_head` is a rule for it.
         lost: whether the layer was quantized once and is a plain float layer now, since another program replaced it.
+        projections: of `experts`, the shape (experts, outputs, inputs) of each projection, by its name in `qkit.experts`.
+        stored: of `experts`, the names in `Modules.tensors` of the tensors that hold the weights while they are float.
     """
 
     path: str
@@ -67,6 +72,13 @@ class Layer:
     unknown: bool = False
     head: bool = False
     lost: bool = False
+    projections: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    stored: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of its weights: `shape` under the name `weight`, or those of the projections of experts."""
+        return dict(self.projections) if self.kind == "experts" else {"weight": self.shape}
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ class Translates(Modules, Protocol):
         """The tensors of files by the model's own names, in its own shapes and types; and the path of each layer with codes.
 
         Tensors that the model computes itself are left out, such as rotary frequencies. Tensors that fit no name stay, for
-        `fill` to refuse.
+        `fill` to refuse. The result has no path for a layer that the model leaves out, such as one of a vision tower.
 
         Args:
             stored: the tensors by their names in the files, without those of codes.

@@ -16,6 +16,7 @@ from qkit.artifact.snapshot import Snapshot, locating, read_own, stored_weight, 
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
+from qkit.experts import expert_of, is_router
 from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
 from qkit.formats.packed import Tensors
 from qkit.formats.settings import QUANTIZATION, check_alike, check_remaining, quantization_of
@@ -80,6 +81,9 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     layers = [layer_of(Slot(name, TYPE_NAMES[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
     left_alone = [layer.path for layer in layers if isinstance(layer, Layer) and layer.kind == "linear"]
     left_alone += [HEAD] if source.tied else []
+    left_alone += [
+        path for name in source.tensors if (path := name.removesuffix(".weight")) != name and is_router(path)
+    ]
     config = quantized_config(source.config, rules_of(source), left_alone=left_alone)
     about = json.loads(describe(rules_of(source)))
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
@@ -155,4 +159,6 @@ def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 def _kind_of(path: str) -> Kind:
     """Kind of the quantized layer at `path`, by the names of layers in transformers' models."""
+    if expert_of(path):
+        return "experts"
     return "embedding" if EMBEDDINGS.search(path.rpartition(".")[2]) else "linear"

@@ -1,13 +1,17 @@
-"""A model's configuration for GGUF: the architecture and its numbers, or the reason for a refusal. Plain values only."""
+"""A model's configuration for GGUF: the architecture and its numbers, or the reason for a refusal. Plain values only.
+
+Read off llama.cpp 0.5 (`src/models/*.cpp`, `conversion/*.py`) and transformers 5.23.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qkit.errors import ArtifactError
-from qkit.formats.rope import rope_type, ropes
+from qkit.formats.gguf_rope import rope_numbers
+from qkit.formats.rope import ropes
 
-LOCAL_THETA: Final = 10000.0  #: theta of the rope of sliding attention, for which GGUF has no key
+LOCAL_THETA: Final = 10000.0  #: theta of the rope of sliding attention, where GGUF has no key for it
 MOST: Final = 1 << 32  #: GGUF's counts are smaller than this
 
 
@@ -20,6 +24,11 @@ class Architecture:
         activation: the one activation function that it computes.
         interleaved: whether the rows of queries and keys are in the order of complex pairs.
         norms_plus_one: whether norms store 1 + w.
+        tied: whether the output head is always the embedding.
+        period: sliding attention in all layers but each of this number; 0 where there is none.
+        scale_layers: the number of layers with which attention is scaled by the width of the model over its heads, and not by
+            the width of a head; 0 where there is none.
+        scaled: whether llama.cpp multiplies the products of all linear layers by the scale of a tensor, which NVFP4 needs.
         keys: further numbers: GGUF's name without the architecture's, and the configuration's key.
     """
 
@@ -27,27 +36,50 @@ class Architecture:
     activation: str = "silu"
     interleaved: bool = False
     norms_plus_one: bool = False
+    tied: bool = False
+    period: int = 0
+    scale_layers: int = 0
+    scaled: bool = False
     keys: tuple[tuple[str, str], ...] = ()
 
 
-_GEMMA = (("attention.sliding_window", "sliding_window"),)
+_GELU: Final = "gelu_pytorch_tanh"
+_CAPS: Final = tuple((name, name) for name in ("attn_logit_softcapping", "final_logit_softcapping"))
+_MULTIPLIERS: Final = (
+    ("attention.scale", "attention_multiplier"),
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("logit_scale", "logits_scaling"),
+)
+FLOATS: Final = {name for name, _ in (*_CAPS, *_MULTIPLIERS)} | {"attention.layer_norm_rms_epsilon"}
 ARCHITECTURES: Final = {
-    "llama": Architecture("llama", interleaved=True),
-    "mistral": Architecture("llama", interleaved=True),
+    "llama": Architecture("llama", interleaved=True, scaled=True),
+    "mistral": Architecture("llama", interleaved=True, scaled=True),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
+    "qwen3": Architecture("qwen3", scaled=True),
+    "seed_oss": Architecture("seed_oss"),
+    "smollm3": Architecture("smollm3", interleaved=True),
+    "granite": Architecture("granite", interleaved=True, keys=_MULTIPLIERS),
+    "olmo2": Architecture("olmo2"),
+    "phi3": Architecture("phi3"),
+    "gemma": Architecture("gemma", activation=_GELU, norms_plus_one=True, tied=True),
     "gemma2": Architecture(
         "gemma2",
-        activation="gelu_pytorch_tanh",
+        activation=_GELU,
         norms_plus_one=True,
-        keys=(
-            *_GEMMA,
-            ("attn_logit_softcapping", "attn_logit_softcapping"),
-            ("final_logit_softcapping", "final_logit_softcapping"),
-        ),
+        tied=True,
+        period=2,
+        scale_layers=46,
+        keys=_CAPS,
     ),
-    "gemma3_text": Architecture("gemma3", activation="gelu_pytorch_tanh", norms_plus_one=True, keys=_GEMMA),
+    "gemma3_text": Architecture(
+        "gemma3", activation=_GELU, norms_plus_one=True, period=6, scale_layers=62, keys=_CAPS[1:]
+    ),
 }
+NO_ROPE: Final = 4  #: SmolLM3's layers of this number, and of its multiples, have no rope
+
+#: Types of models whose sliding window llama.cpp leaves out, so that their context ends where the window does.
+CAPPED: Final = ("mistral", "phi3")
 
 #: Numbers that every architecture has: the configuration's key, by GGUF's name without the architecture's.
 COUNTS: Final = {
@@ -75,16 +107,31 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         )
     architecture = ARCHITECTURES[kind]
     activation = config.get("hidden_activation") or config.get("hidden_act") or architecture.activation
-    scaled = [rope_type(rope) for rope in ropes(config).values() if rope_type(rope) != "default"]
-    window = config.get("sliding_window") if architecture.name == "llama" or config.get("use_sliding_window") else None
-    scalar = config.get("query_pre_attn_scalar", head_width(config))
+    if kind == "gemma" and not config.get("hidden_activation"):
+        activation = architecture.activation  # transformers takes its "gelu" for this one, too
+    window, most = _foreign_window(config, architecture), config.get("max_position_embeddings", 0)
+    scalar, expected = config.get("query_pre_attn_scalar", _scalar(config, architecture)), _scalar(config, architecture)
     local = ropes(config).get("sliding_attention", {}).get("rope_theta", LOCAL_THETA)
+    kinds, period = config.get("layer_types"), architecture.period
+    regular = [
+        "full_attention" if period and not (i + 1) % period else "sliding_attention" for i in range(len(kinds or ()))
+    ]
+    ropeless = config.get("no_rope_layers")
     for wrong, feature in (
-        (scalar != head_width(config), f"query_pre_attn_scalar {scalar}, which is not its head_dim"),
-        (local != LOCAL_THETA, f"a rope of theta {local} for sliding attention"),
+        (scalar != expected, f"query_pre_attn_scalar {scalar}, where llama.cpp takes {expected}"),
+        (local != LOCAL_THETA and kind != "gemma3_text", f"a rope of theta {local} for sliding attention"),
         (activation != architecture.activation, f"hidden_act {activation!r}"),
-        (bool(scaled), f"a rope of type {scaled[0] if scaled else None!r}"),
-        (window is not None, f"a sliding window of {window}"),
+        (window is not None and window < most and kind not in CAPPED, f"a sliding window of {window}"),
+        (bool(period and kinds) and kinds != regular, "layer_types in another order than llama.cpp's"),
+        (
+            bool(ropeless) and ropeless != [int((i + 1) % NO_ROPE != 0) for i in range(len(ropeless or ()))],
+            "no_rope_layers",
+        ),
+        (bool(config.get("clip_qkv")), "clip_qkv"),
+        (
+            architecture.name == "phi3" and head_width(config) * config["num_attention_heads"] != config["hidden_size"],
+            "head_dim",
+        ),
     ):
         if wrong:
             raise ArtifactError(
@@ -97,32 +144,53 @@ def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[st
     """The model's numbers, by GGUF's names without the architecture's.
 
     Raises:
-        ArtifactError: a number does not fit GGUF's type.
+        ArtifactError: a number does not fit GGUF's type, or llama.cpp has no such rope.
         KeyError: a number is missing.
     """
     head = head_width(config)
     values = {
         **{name: config[key] for name, key in COUNTS.items()},
+        **_cap(config),
         **{name: config[key] for name, key in architecture.keys if config.get(key) is not None},
+        **({"attention.sliding_window": config["sliding_window"]} if architecture.period else {}),
         "attention.key_length": head,
         "attention.value_length": head,
-        "rope.dimension_count": head,
-        "rope.freq_base": float(_rope(config).get("rope_theta") or config.get("rope_theta", 10000.0)),
+        **rope_numbers(config, architecture.name, head),
     }
+    local = ropes(config).get("sliding_attention", {}).get("rope_theta")
+    if local is not None and architecture.name == "gemma3":
+        values["rope.freq_base_swa"] = float(local)
     for name, value in values.items():
+        if isinstance(value, str):
+            continue
         if type(value) not in (int, float) or not 0 <= value < MOST:
             raise ArtifactError(
                 f"config.json: {value!r:.200} is no {name} of GGUF: want a number from 0 to {MOST - 1:,}"
             )
-    return values
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope of full attention, the one that GGUF has keys for."""
-    found = ropes(config)
-    return found.get("full_attention") or next(iter(found.values()), {})
+    return {name: float(value) if name in FLOATS else value for name, value in values.items()}
 
 
 def head_width(config: Mapping[str, Any]) -> int:
     """Width of an attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _cap(config: Mapping[str, Any]) -> dict[str, Any]:
+    window = config.get("sliding_window") if config.get("model_type") in CAPPED else None
+    return {} if window is None else {"context_length": min(window, config["max_position_embeddings"])}
+
+
+def _foreign_window(config: Mapping[str, Any], architecture: Architecture) -> Any:
+    """The sliding window that llama.cpp would leave out; None where there is none."""
+    if architecture.period or (
+        architecture.name in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window")
+    ):
+        return None
+    return config.get("sliding_window")
+
+
+def _scalar(config: Mapping[str, Any], architecture: Architecture) -> int:
+    """The number whose root divides llama.cpp's attention."""
+    if architecture.scale_layers and config.get("num_hidden_layers") == architecture.scale_layers:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return head_width(config)

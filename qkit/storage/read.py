@@ -1,6 +1,6 @@
 """Directories of safetensors files from anywhere: every header is checked before use, and no tensor is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -172,8 +172,11 @@ def check_bools(data: NDArray[np.uint8], *, name: str) -> None:
         raise ArtifactError(f"{name} holds the byte {int(data[place])} at {place}, which is no boolean: fetch it again")
 
 
-def read_json(file: Path, *, most: int = TEXT_BYTES) -> dict[str, Any] | None:
+def read_json(file: Path, *, most: int = TEXT_BYTES, parse_int: Callable[[str], float] = int) -> dict[str, Any] | None:
     """The object in a JSON file of at most `most` bytes; None where there is no file.
+
+    Args:
+        parse_int: returns the value of a whole number.
 
     Raises:
         ArtifactError: the file is no regular file, is too long, is no JSON object, or has a key twice.
@@ -182,7 +185,7 @@ def read_json(file: Path, *, most: int = TEXT_BYTES) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        table = parse_json(read_text(file, most=most))
+        table = parse_json(read_text(file, most=most), parse_int=parse_int)
     except ArtifactError:
         raise
     except ValueError as error:

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,28 @@ from numpy.typing import NDArray
 from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
+from qkit.formats import compressed_tensors
 from qkit.formats.packed import pack
-from qkit.formats.row_blocks import part_rows, row_blocks
+from qkit.formats.row_blocks import part_rows
 from qkit.grid import Grid
-from qkit.processes import batches, in_processes
+from qkit.processes import in_processes
 from qkit.reference.packing import Packed
+from qkit.storage.batches import batches
 from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place, Slot
 from qkit.storage.parts import Part, Whole, join, part_output
-from qkit.storage.read import Stored, check_bools
+from qkit.storage.read import check_bools
 from qkit.storage.tensor_writer import TensorWriter
 from qkit.streaming import fast_reference
 from qkit.streaming.blocks import (
     PATTERNS,
     Quantize,
-    check_codable,
     check_finite,
     encode,
     sees_whole_tensor,
 )
 from qkit.streaming.plan import Plan, Row
+from qkit.streaming.weights import Reader, name_of, weights_of
 
 COPY = 1 << 20  #: bytes of a block of a copied tensor
 Tick = Callable[[str, int], None]
@@ -143,7 +144,7 @@ def _make(tasks: Sequence[Task], *, folder: Path, quantize: Quantize) -> list[tu
 
 
 def _make_row(row: Row, places: Mapping[str, Place], writer: TensorWriter, quantize: Quantize) -> dict[str, str]:
-    reader = _Reader(row.stored)
+    reader = Reader(row.stored)
     try:
         if row.rule is None or row.rule.weight is None:
             _copy(row, writer, reader)
@@ -154,87 +155,39 @@ def _make_row(row: Row, places: Mapping[str, Place], writer: TensorWriter, quant
         reader.close()
 
 
-def _copy(row: Row, writer: TensorWriter, reader: "_Reader") -> None:
+def _copy(row: Row, writer: TensorWriter, reader: Reader) -> None:
     stored, size = row.stored, row.stored.slot.nbytes
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
         if stored.slot.dtype == "BOOL":
-            check_bools(data, name=_name(stored))
+            check_bools(data, name=name_of(stored))
         if row.dtype in PATTERNS:
             first = begin // DTYPES[stored.slot.dtype][1]
-            check_finite(data.view(row.dtype), name=_name(stored), first=first, shape=stored.slot.shape)
+            check_finite(data.view(row.dtype), name=name_of(stored), first=first, shape=stored.slot.shape)
         writer.write(row.slots[0].name, data.data, offset=begin)
 
 
 def _quantize(
-    row: Row, grid: Grid, places: Mapping[str, Place], writer: TensorWriter, reader: "_Reader", quantize: Quantize
+    row: Row, grid: Grid, places: Mapping[str, Place], writer: TensorWriter, reader: Reader, quantize: Quantize
 ) -> None:
-    shape = row.stored.slot.shape
-    slots = [slot for slot in row.slots if slot.name in places]  # another part of the output may have the others
-    extremes = _extremes(row) if sees_whole_tensor(grid) else None
-    for begin, w in _blocks(row.stored, reader):
-        parts = encode(w, grid, quantize=quantize, extremes=extremes)
-        for slot in slots:
-            name = slot.name.rpartition(".")[2]
-            part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
-            first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)
-            if first is not None:
-                writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
-
-
-def _extremes(row: Row) -> tuple[float, float]:
-    """Lowest and highest value of a whole tensor, or of all tensors that share a tensor scale with it."""
-    found = [_extremes_of(stored) for stored in row.fused or [row.stored]]
-    return min(low for low, _ in found), max(high for _, high in found)
-
-
-@lru_cache(maxsize=16)  # a process quantizes several of the weights that share a scale
-def _extremes_of(stored: Stored) -> tuple[float, float]:
-    reader = _Reader(stored)
-    try:
-        found = [(float(x.min()), float(x.max())) for _, w in _blocks(stored, reader) for x in [w.astype(np.float32)]]
-    finally:
-        reader.close()
-    return min(low for low, _ in found), max(high for _, high in found)
-
-
-def _blocks(stored: Stored, reader: "_Reader") -> Iterator[tuple[int, NDArray[Any]]]:
-    """Blocks of rows of a weight, each with the number of its first row. A block is valid until the next one is read."""
-    n = stored.slot.shape[1]
-    dtype, size, *_ = DTYPES[stored.slot.dtype]
-    for begin, end in row_blocks(stored.slot.shape):
-        w = reader.read(begin * n * size, end * n * size).view(dtype).reshape(end - begin, n)
-        check_codable(w, name=_name(stored), first=begin * n, shape=stored.slot.shape)
-        yield begin, w
-
-
-class _Reader:
-    """Reads parts of one tensor into one buffer."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        self._opened = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-        self._buffer = np.empty(0, np.uint8)
-
-    def read(self, begin: int, end: int) -> NDArray[np.uint8]:
-        """Bytes `begin` to `end` of the tensor, valid until the next call.
-
-        Raises:
-            ArtifactError: the file has become shorter.
-        """
-        if self._buffer.size < end - begin:
-            self._buffer = np.empty(end - begin, np.uint8)
-        data, got = self._buffer[: end - begin], 0
-        while got < data.size:
-            count = os.preadv(self._opened, [data[got:].data], self._stored.begin + begin + got)
-            if not count:
-                raise ArtifactError(f"{_name(self._stored)} ends early: the file has changed since it was opened")
-            got += count
-        return data
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._opened)
+    assert row.rule is not None
+    form = compressed_tensors.form_of(row.rule)
+    shape, per_weight = row.shape, len(row.slots) // len(row.paths)
+    for number, weight in enumerate(weights_of(row, reader)):
+        mine = row.slots[number * per_weight : (number + 1) * per_weight]
+        slots = [slot for slot in mine if slot.name in places]  # another part of the output may have the others
+        if not slots:
+            continue
+        extremes = weight.extremes(shared=grid.scale == "nvfp4") if sees_whole_tensor(grid) else None
+        for begin, w in weight.blocks():
+            parts = encode(w, grid, quantize=quantize, extremes=extremes, form=form)
+            parts |= compressed_tensors.server_tensors(row.rule)
+            for slot in slots:
+                name = slot.name.rpartition(".")[2]
+                part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]
+                first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)
+                if first is not None:
+                    writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
 
 
 def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:
@@ -243,10 +196,6 @@ def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:
 
 def _quantize_on(engine: Arrays, w: NDArray[Any], grid: Grid) -> Packed:
     return pack(engine.quantize(engine.from_numpy(w), grid).map(engine.to_numpy))
-
-
-def _name(stored: Stored) -> str:
-    return f"{stored.file}: {stored.slot.name}"
 
 
 def _bytes(part: NDArray[Any]) -> memoryview:

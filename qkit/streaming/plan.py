@@ -9,11 +9,13 @@ from typing import Any, cast
 from qkit import fused, native
 from qkit.artifact.companions import companions
 from qkit.artifact.config import CONFIG, quantized_config, read_config
-from qkit.artifact.families import HEAD, check_whole, layer_of, output_name, tied_head
-from qkit.artifact.metadata import KEY, StoredRule, describe, group_rules
+from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
+from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
+from qkit.experts import Member
 from qkit.formats import compressed_tensors
+from qkit.formats.packed import join
 from qkit.formats.row_blocks import row_blocks
 from qkit.formats.settings import check_remaining, quantization_of
 from qkit.planning import Planned, plan, warn_of_rest
@@ -24,11 +26,14 @@ from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
 from qkit.streaming.caveats import Caveat, caveats
 from qkit.streaming.copies import tied_copies
+from qkit.streaming.untie import untied
 
 OUT_PROJ = "out_proj.weight"
 COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
-#: Anonymous memory in bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of each element in its block.
+#: Anonymous memory in bytes, measured on Linux: of Python with NumPy; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
+#: The same, of each tensor of the source and of the output: names, places, digests. Workers copy some of these pages.
+SOURCE, OUTPUT = 700, 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +42,12 @@ class Row:
 
     Attributes:
         stored: the tensor in the source.
-        path: path of the layer whose weight it is; empty for any other tensor.
+        path: path of the layer whose weight it is, or of the block of experts; empty for any other tensor.
         kind: kind of that layer; empty for any other tensor.
         rule: rule of that layer; None where the tensor is copied.
         reason: reason for the copy.
-        slots: tensors of the output: a copy, perhaps under another name, or the parts of the quantized weight.
+        slots: tensors of the output: a copy, perhaps under another name, or the parts of the quantized weights.
+        member: its place among the experts of a block; None for other tensors.
         fused: the weights in the source that share a tensor scale, this one among them; empty where it shares none.
     """
 
@@ -51,7 +57,18 @@ class Row:
     rule: Rule | None
     reason: str
     slots: tuple[Slot, ...]
+    member: Member | None = None
     fused: tuple[Stored, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a weight: of one expert's projection where the tensor has several."""
+        return self.member.shape if self.member else self.stored.slot.shape
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths in files of the weights in the tensor: that of a layer, or those of experts."""
+        return tuple(self.member.paths.values()) if self.member else (self.path,)
 
     @property
     def dtype(self) -> DType:
@@ -98,17 +115,21 @@ class Plan:
 
     def peak_memory(self, workers: int) -> int:
         """An upper estimate of the NumPy engine's anonymous memory with this number of workers, in bytes."""
-        blocks = [next(row_blocks(row.stored.slot.shape)) for row in self.rows if row.rule]
-        widths = [row.stored.slot.shape[1] for row in self.rows if row.rule]
+        blocks = [next(row_blocks(row.shape)) for row in self.rows if row.rule]
+        widths = [row.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
-        return BASE + workers * (WORKER + ELEMENT * largest)
+        tensors = SOURCE * len(self.rows) + OUTPUT * len(self.layout.places)
+        return BASE + tensors + workers * (WORKER + ELEMENT * largest)
 
 
-def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False) -> Plan:
+def make_plan(
+    folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False, untie: bool = False
+) -> Plan:
     """The plan of `recipe` for the model in `folder`. Reads headers and JSON, and no tensor.
 
     Args:
         copy_code: whether the output gets the Python files of the source too.
+        untie: whether the output gets a weight for a tied output head, equal to the embedding.
 
     Raises:
         ArtifactError: a file is unsound or hostile, or the model is quantized already.
@@ -130,26 +151,32 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         raise ArtifactError(
             f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
         )
+    if untie:
+        tensors, config = untied(tensors, config, folder)
     known = config or {}
     check_whole(tensors, known)
     found = {name: _layer(tensors[name].slot, known, tensors) for name in sorted(tensors, key=_natural)}
+    members = {name: (tensors[name].slot, one) for name, one in found.items() if isinstance(one, Member)}
+    blocks = experts_layers(members)
     layers = [layer for layer in found.values() if isinstance(layer, Layer)]
     copies = tied_copies(tensors, layers, known)
     found.update((name, f"{COPY} of {owner}, which is stored once") for name, owner in copies.items())
     layers = [layer for layer in found.values() if isinstance(layer, Layer)]
     owner = tied_head(layers, known)
-    planned = {item.layer.path: item for item in _plan(_with_head(layers, owner), recipe)}
+    planned = {item.layer.path: item for item in _plan([*_with_head(layers, owner), *blocks.values()], recipe)}
     rows = []
-    for name, layer in found.items():
+    for name, one in found.items():
+        layer = blocks[one.block] if isinstance(one, Member) else one
         item = planned[layer.path] if isinstance(layer, Layer) else None
         rule, reason = (item.rule, item.reason) if item else (None, str(layer))
         path, kind = (layer.path, layer.kind) if isinstance(layer, Layer) else ("", "")
-        slots = () if name in copies else _slots(tensors[name].slot, path, rule, known)
-        rows.append(Row(tensors[name], path, kind, rule, reason, slots))
+        member = one if isinstance(one, Member) else None
+        row = Row(tensors[name], path, kind, rule, reason, (), member)
+        rows.append(row if name in copies else replace(row, slots=_slots(row, known)))
     _check_names(rows, folder)
     warn_of_rest(map(_planned, rows), recipe)
     rows = _with_fused(rows)
-    rules = _stored_rules(rows, planned)
+    rules = group_paths((stored_rule(row.rule), row.dtype, path) for row in rows if row.rule for path in row.paths)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
     left_alone += [path for row in rows if (path := _matrix(row))]
     files = companions(folder, config=quantized_config(config, rules, left_alone=left_alone))
@@ -158,12 +185,14 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
+    single = any(row.member and row.member.expert is not None and not row.rule for row in rows)
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules))
+    found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind, found_caveats)
 
 
-def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | str:
+def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:
     if slot.name.endswith(OUT_PROJ) and f"{slot.name.removesuffix(OUT_PROJ)}in_proj_weight" in names:
         return "nn.MultiheadAttention reads it itself"
     return layer_of(replace(slot, name=output_name(slot.name, config)), config)
@@ -199,9 +228,14 @@ def _plan(layers: list[Layer], recipe: Recipe) -> list[Planned]:
 
 
 def _with_fused(rows: list[Row]) -> list[Row]:
-    sharing = {row.path: row for row in rows if row.rule and fused.shares(row.rule.weight)}
+    sharing = {row.paths[0]: row for row in rows if row.rule and fused.shares(row.rule.weight) and not _is_stack(row)}
     together = {path: tuple(sharing[one].stored for one in group) for group in fused.groups(sharing) for path in group}
-    return [replace(row, fused=together.get(row.path, ())) for row in rows]
+    return [row if _is_stack(row) else replace(row, fused=together.get(row.paths[0], ())) for row in rows]
+
+
+def _is_stack(row: Row) -> bool:
+    """Whether the tensor has the weights of all experts of a block."""
+    return row.member is not None and row.member.expert is None
 
 
 def _keeps_weight(item: Planned) -> bool:
@@ -215,16 +249,19 @@ def _matrix(row: Row) -> str:
     return path if not row.kind and last == "weight" and len(row.stored.slot.shape) == 2 else ""
 
 
-def _slots(slot: Slot, path: str, rule: Rule | None, config: Mapping[str, Any]) -> tuple[Slot, ...]:
+def _slots(row: Row, config: Mapping[str, Any]) -> tuple[Slot, ...]:
+    slot, rule = row.stored.slot, row.rule
     if rule is None or rule.weight is None:
         return (replace(slot, name=output_name(slot.name, config)),)
-    dtype = cast(DType, DTYPES[slot.dtype][0])
     try:
-        parts = compressed_tensors.contents(rule.weight, dtype=dtype, shape=slot.shape)
+        form = compressed_tensors.form_of(rule)
+        parts = compressed_tensors.contents(rule.weight, dtype=row.dtype, shape=row.shape, form=form)
     except ArtifactError as error:
-        raise PlanError(f"{path}: {error}") from None
+        raise PlanError(f"{row.path}: {error}") from None
+    for name, array in compressed_tensors.server_tensors(rule).items():
+        parts[name] = (array.dtype.name, array.shape)
     return tuple(
-        Slot(f"{path}.{name}" if path else name, TYPE_NAMES[kind], shape) for name, (kind, shape) in parts.items()
+        Slot(join(path, name), TYPE_NAMES[kind], shape) for path in row.paths for name, (kind, shape) in parts.items()
     )
 
 
@@ -235,10 +272,6 @@ def _check_names(rows: Iterable[Row], folder: Path) -> None:
             if slot.name in seen:
                 raise ArtifactError(f"{folder}: two tensors would be called {slot.name}: drop {row.stored.slot.name}")
             seen.add(slot.name)
-
-
-def _stored_rules(rows: Iterable[Row], planned: Mapping[str, Planned]) -> list[StoredRule]:
-    return group_rules([(replace(planned[row.path].layer, rule=row.rule), row.dtype) for row in rows if row.rule])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,13 @@ from qkit import reference
 from qkit.adapters import Adapter, adapt
 from qkit.artifact.load import load
 from qkit.artifact.snapshot import Snapshot
+from qkit.engines.abilities import offers
 from qkit.engines.protocol import Builds
 from qkit.engines.registry import recipe as find_recipe
+from qkit.engines.translation import Translates
 from qkit.errors import RunError
 from qkit.formats.packed import join, unpack
+from qkit.overrides import check_ignored, overridden
 from qkit.pipeline import prepare
 from qkit.qtensor import DTYPES, DType
 from qkit.reference.ranges import static_contents
@@ -27,7 +31,14 @@ TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat1
 
 
 def open_to_train(
-    engine: Builds, source: Snapshot, *, recipe: str | None, dtype: str, adapter: Adapter | None
+    engine: Builds,
+    source: Snapshot,
+    *,
+    recipe: str | None,
+    dtype: str,
+    adapter: Adapter | None,
+    ignore: Sequence[str] = (),
+    skip_indivisible: bool = False,
 ) -> tuple[Any, Recipe | None]:
     """The model in `source`, ready to train, and its recipe; None without one.
 
@@ -42,7 +53,8 @@ def open_to_train(
     if adapter and recipe is None and source.weights:
         model = load(source.folder, backend=engine)
         return adapt(model, adapter, backend=engine), _own(engine, model, source)
-    model, chosen = prepare_model(engine, build_float_model(engine, source, dtype=dtype), source, recipe)
+    model = build_float_model(engine, source, dtype=dtype)
+    model, chosen = prepare_model(engine, model, source, recipe, ignore=ignore, skip_indivisible=skip_indivisible)
     return (adapt(model, adapter, backend=engine) if adapter else model), chosen
 
 
@@ -60,12 +72,25 @@ def build_float_model(engine: Builds, source: Snapshot, *, dtype: str) -> Any:
         q = replace(unpack(held.read()), dtype="float32")
         tensors[join(path, "weight")] = reference.dequantize(q)
     model = engine.build({**source.config, "dtype": dtype, "torch_dtype": dtype})
+    if offers(engine, Translates):
+        tensors, _ = engine.translate(model, tensors, {})
     engine.fill(model, {name: _cast(array, TYPES[dtype]) for name, array in tensors.items()})
     return model
 
 
-def prepare_model(engine: Builds, model: Any, source: Snapshot, recipe: str | None) -> tuple[Any, Recipe | None]:
+def prepare_model(
+    engine: Builds,
+    model: Any,
+    source: Snapshot,
+    recipe: str | None,
+    *,
+    ignore: Sequence[str] = (),
+    skip_indivisible: bool = False,
+) -> tuple[Any, Recipe | None]:
     """`model` on the grids of `recipe`, or of `source` if `recipe` is None; and the recipe, None without one.
+
+    Args:
+        ignore, skip_indivisible: see `overridden`.
 
     Raises:
         RunError: `source` is a float model, and `recipe` is None.
@@ -74,6 +99,8 @@ def prepare_model(engine: Builds, model: Any, source: Snapshot, recipe: str | No
     if recipe == FLOAT:
         return model, None
     chosen = _own(engine, model, source) if recipe is None else find_recipe(recipe)
+    chosen = overridden(chosen, ignore=ignore, skip_indivisible=skip_indivisible)
+    check_ignored(ignore, [layer.path for layer in engine.layers(model) if layer.kind != "other"])
     return prepare(model, chosen, backend=engine), chosen
 
 

@@ -34,6 +34,8 @@ class Run:
         out: the directory of the artifact. Checkpoints and the log go beside it, into `OUT.run`.
         data, held_out: files and shell patterns; without `held_out`, one sequence in twenty of `data`, at most 64.
         recipe: a name or a TOML file; `float` trains without one; None takes the rules of a quantized `model`.
+        ignore: shell patterns of layers that stay in float whatever the recipe says.
+        skip_indivisible: whether layers that do not divide into groups stay in float, too.
         backend, device: None: the first engine that is ready, and its default device.
         steps: optimizer steps. None: once over the data.
         batch, length, accumulation: sequences in a micro-batch, tokens in each, micro-batches in a step.
@@ -61,6 +63,8 @@ class Run:
     data: tuple[str, ...]
     held_out: tuple[str, ...] = ()
     recipe: str | None = None
+    ignore: tuple[str, ...] = ()
+    skip_indivisible: bool = False
     backend: str | None = None
     device: str | None = None
     steps: int | None = None
@@ -87,9 +91,9 @@ class Run:
     distillation: Teaching | None = None
 
     def __post_init__(self) -> None:
-        for key in ("data", "held_out"):
+        for key, wanted in (("data", "file names"), ("held_out", "file names"), ("ignore", "patterns")):
             files = getattr(self, key)
-            _want(key, files, isinstance(files, tuple) and all(isinstance(f, str) and f for f in files), "file names")
+            _want(key, files, isinstance(files, tuple) and all(isinstance(f, str) and f for f in files), wanted)
         _want("data", self.data, bool(self.data), "at least one file")
         for key in ("recipe", "backend", "device"):
             text = getattr(self, key)
@@ -116,7 +120,7 @@ class Run:
         )
         _want("betas", self.betas, betas, "two numbers from 0 to below 1")
         _want("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for key in ("autocast", "gradient_checkpointing", "replace"):
+        for key in ("autocast", "gradient_checkpointing", "replace", "skip_indivisible"):
             _want(key, getattr(self, key), isinstance(getattr(self, key), bool), "true or false")
         _want("compile", self.compile, self.compile is None or isinstance(self.compile, bool), "true or false")
         if self.checkpoint_every % self.quantization.interval:
@@ -153,7 +157,7 @@ def run_from_table(table: Mapping[str, Any]) -> Run:
     for key in ("model", "out"):
         _want(key, made[key], isinstance(made[key], (str, Path)) and bool(str(made[key])), "a folder")
         made[key] = Path(made[key])
-    for key in ("data", "held_out", "betas"):
+    for key in ("data", "held_out", "ignore", "betas"):
         if key in made:
             many = [made[key]] if isinstance(made[key], str) else made[key]
             _want(key, many, isinstance(many, Sequence), "a list")
@@ -174,6 +178,7 @@ def run_table(run: Run) -> dict[str, Any]:
     """The inverse of `run_from_table`: every key that is not None, as plain values for files."""
     table = {key: value for key, value in asdict(run).items() if value is not None}
     table |= {"model": str(run.model), "out": str(run.out), "data": list(run.data), "held_out": list(run.held_out)}
+    table["ignore"] = list(run.ignore)
     table |= {"betas": list(run.betas), "quantization": schedule_table(run.quantization)}
     if run.adapter:
         table["adapter"] = {**asdict(run.adapter), "match": list(run.adapter.match)}

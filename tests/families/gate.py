@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import qkit
 from qkit.artifact import known
+from qkit.experts import TRANSPOSED
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import Plan, make_plan
 
@@ -81,15 +82,23 @@ def _recipe(name: str) -> qkit.Recipe:
 def _expected(plan: Plan, folder: Path) -> None:
     """The source with every quantized weight as the law's values."""
     shutil.copytree(plan.folder, folder)
+    turned = json.loads((folder / "config.json").read_text())["model_type"] in TRANSPOSED
     for file in {one.stored.file for one in plan.rows}:
         arrays = load_file(file)
         for one in plan.rows:
             if not one.slots:  # a copy of a tied weight
                 arrays.pop(one.stored.slot.name, None)
             if one.rule and one.stored.file == file:
-                w = arrays[one.stored.slot.name]
-                arrays[one.stored.slot.name] = qkit.dequantize(qkit.quantize(w, one.rule.weight)).astype(w.dtype)
+                arrays[one.stored.slot.name] = _values(arrays[one.stored.slot.name], one.rule.weight, turned=turned)
         save_file(arrays, folder / file.name, metadata={"format": "pt"})
+
+
+def _values(w: Any, grid: qkit.Grid, *, turned: bool) -> Any:
+    """`w` as its codes have it; groups lie along the inputs, which come before the outputs in some stacks of experts."""
+    if turned and w.ndim == 3:
+        return np.ascontiguousarray(_values(w.swapaxes(1, 2), grid, turned=False).swapaxes(1, 2))
+    w = np.ascontiguousarray(w)
+    return qkit.dequantize(qkit.quantize(w, grid)).astype(w.dtype)
 
 
 def _verdict(reader: str, family: Family, folder: Path, config: dict[str, Any], want: tuple[Any, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from qkit_torchao.models.surgery import CONVERTED
 
 import qkit
 
@@ -38,6 +39,7 @@ def run(model: Any) -> np.ndarray:
 def weights(model: Any) -> dict[str, np.ndarray]:
     """Every parameter and buffer of a torch model by name, in float32; codes as the values that they stand for."""
     found = dict(model.state_dict(keep_vars=True).items())
+    _experts(model, found)
     for path, module in model.named_modules():
         decoded = _values(module)
         if decoded is not None:
@@ -52,9 +54,25 @@ def _values(module: Any) -> torch.Tensor | None:
         if not hasattr(module, "weight"):
             decompress_module(module)
         return module.weight
-    if type(module).__module__.startswith("qkit"):
+    if isinstance(module, CONVERTED):
         return qkit.dequantize(qkit.backend("torchao").unpack(module))
     return None
+
+
+def _experts(model: Any, found: dict[str, Any]) -> None:
+    """Puts the weights of all experts of a block, by projection, in place of the tensors that stack them."""
+    engine = qkit.backend("torchao")
+    for layer in engine.layers(model):
+        if layer.kind != "experts":
+            continue
+        for name in layer.stored:
+            found.pop(name, None)
+        if layer.stage == "converted":
+            each = engine.unpack_experts(layer.module)
+            values = {key: torch.stack([engine.dequantize(one) for one in mine]) for key, mine in each.items()}
+        else:
+            values = engine.experts(layer.module)
+        found.update((f"{layer.path}: {key}", value) for key, value in values.items())
 
 
 def in_transformers(folder: Path, **arguments: Any) -> Any:

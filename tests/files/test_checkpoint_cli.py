@@ -34,14 +34,14 @@ def artifact(folder):
 
 
 def test_the_plan_is_exact_and_complete(folder):
-    (folder / "README.md").write_text("x")
+    (folder / "notes.ipynb").write_text("x")
     told = json.loads(qkit("plan", folder, "-r", "int4-g64", "--json", "--shard-size", "20kB").stdout)
     done = qkit("quantize", folder, folder.with_name("out"), "-r", "int4-g64", "--shard-size", "20kB")
-    assert done.stderr == "not copied: README.md\n"
+    assert done.stderr == "not copied: notes.ipynb\n"
     written = {entry.name: entry.stat().st_size for entry in folder.with_name("out").iterdir()}
     assert told["output_bytes"] == sum(written.values())
     assert told["files"] == {name: size for name, size in written.items() if name.endswith("safetensors")}
-    assert told["not_copied"] == ["README.md"]
+    assert told["not_copied"] == ["notes.ipynb"]
     rows = {row["name"]: row for row in told["tensors"]}
     assert rows.keys() == tensors().keys()
     assert rows["model.layers.0.mlp.up_proj.weight"]["weight"] == "int4-g64-signed"

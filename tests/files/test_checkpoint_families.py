@@ -9,6 +9,7 @@ from alike import contents
 import qkit
 from qkit.artifact.inspect import inspect_directory
 from qkit.artifact.verify import verify
+from qkit.experts import module_name
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
@@ -46,6 +47,7 @@ EXPERTS = {
     "qwen2-moe": ("Qwen2MoeConfig", {**SIZE, "num_experts": 4, "moe_intermediate_size": 64}),
     "qwen3-moe": ("Qwen3MoeConfig", {**SIZE, "num_experts": 4, "moe_intermediate_size": 64}),
 }
+NUMBERS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 TOKENS = np.array([[1, 5, 2, 9]], np.int32)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' own, about special tokens
 
@@ -85,10 +87,18 @@ def test_layers_are_those_of_the_model(family, tmp_path):
     }
     recipe = qkit.Recipe("any", (qkit.Rule(("nothing", "*"), weight=qkit.Grid("int8", "row"), indivisible="skip"),))
     plan = make_plan(tmp_path / "in", recipe)
-    found = {row.path: (row.kind, row.stored.slot.shape, "") for row in plan.rows if row.kind}
+    found = {row.path: (row.kind, row.stored.slot.shape, "") for row in plan.rows if row.kind not in ("", "experts")}
     if plan.tied:
         found["lm_head"] = ("linear", found[plan.tied][1], plan.tied)
-    assert found == built
+    assert found == {path: layer for path, layer in built.items() if layer[0] != "experts"}
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    experts = {module_name(f"{path}.weight", config) for row in plan.rows if row.member for path in row.paths}
+    assert experts == {
+        f"{layer.path}.{expert}.{NUMBERS.get(name, name) if family == 'mixtral' else name}.weight"
+        for layer in engine.layers(model)
+        for name, shape in layer.projections.items()
+        for expert in range(shape[0])
+    }
 
 
 @pytest.mark.parametrize(
@@ -146,19 +156,23 @@ def test_another_engine_makes_the_same_bytes(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", [*EXPERTS, "gpt-oss"])
-def test_experts_are_left_alone_and_the_plan_says_why(family, tmp_path):
+def test_experts_are_quantized_and_routers_are_not(family, tmp_path):
     make(tmp_path / "in", family)
     plan = stream(tmp_path / "in", tmp_path / "out", "int4-g32")
     experts = [
-        row for row in plan.rows if "experts" in row.stored.slot.name and not row.stored.slot.name.endswith("bias")
+        row for row in plan.rows if ".experts." in row.stored.slot.name and not row.stored.slot.name.endswith("bias")
     ]
     assert experts
-    for row in experts:
-        assert row.rule is None
-        assert "expert" in row.reason
-    assert {
-        row.reason for row in plan.rows if ".gate." in row.stored.slot.name or "router.weight" in row.stored.slot.name
-    } == {"a router"}
+    assert {str(row.rule and row.rule.weight) for row in experts} == {"int4-g32-signed"}
+    names = (".gate.weight", "router.weight", "shared_expert_gate.weight")
+    assert {row.reason for row in plan.rows if row.stored.slot.name.endswith(names)} == {"a router"}
+
+
+@pytest.mark.parametrize("recipe", ["int4-g32", "int4-g32-minmax", "nvfp4-a16", "mxfp4-a16", "fp8", "int8-row"])
+@pytest.mark.parametrize("family", [*EXPERTS, "gpt-oss"])
+def test_streaming_writes_the_experts_of_convert_and_save(family, recipe, tmp_path):
+    model = make(tmp_path / "in", family, "bfloat16")
+    assert_same(tmp_path / "in", model, recipe, tmp_path)
 
 
 def test_a_head_that_is_tied_and_another_is_refused(tmp_path):

@@ -12,26 +12,57 @@ import qkit
 from qkit.exchange.export_gguf import export_gguf
 from qkit.exchange.import_model import read_model
 from qkit.exchange.write_model import weights_only
-from qkit.formats.gguf import store
+from qkit.formats.gguf import kind_of, store
 from qkit.formats.packed import pack
 from qkit.grid import Grid
 
 gguf = pytest.importorskip("gguf")
 
 HELD = {
-    "Q4_0": [Grid("int4", 32), Grid("int4", 64, "absmax"), Grid("int4", "row", "midmax"), Grid("int4", "tensor")],
-    "Q8_0": [Grid("int8", 32), Grid("int8", 128, "signed"), Grid("int8", "row")],
+    "Q4_0": [
+        *(Grid("int4", 32), Grid("int4", 64, "absmax"), Grid("int4", "row", "midmax"), Grid("int4", "tensor")),
+        *(Grid("int3", 32), Grid("int2", 64), Grid("int3", 32, "minmax"), Grid("int2", "row", "minmax")),
+    ],
+    "Q5_0": [Grid("int5", 32), Grid("int5", 128, "absmax"), Grid("int4", 32, "minmax")],
+    "Q8_0": [
+        *(Grid("int8", 32), Grid("int8", 128, "signed"), Grid("int8", "row")),
+        *(Grid("int6", 32), Grid("int5", 32, "minmax"), Grid("int6", 64, "minmax")),
+    ],
     "MXFP4": [Grid("e2m1", 32), Grid("e2m1", 64, "floor"), Grid("e2m1", "row", "even")],
+    "NVFP4": [Grid("e2m1", 16, "nvfp4")],
 }
-REFUSED = [Grid("int4", 32, "minmax"), Grid("int3", 32), Grid("int4", 16), Grid("e4m3", 32), Grid("e2m1", 16, "nvfp4")]
+REFUSED = [Grid("int8", 32, "minmax"), Grid("int4", 16), Grid("e4m3", 32), Grid("e5m2", 32)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "grid"), [(kind, grid) for kind, grids in HELD.items() for grid in grids], ids=str)
 def test_gguf_decodes_what_the_reference_does(kind, grid, dtype):
     q = qkit.quantize(weight(dtype), grid)
-    values = gguf.dequantize(store(pack(q)), gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(values, qkit.dequantize(replace(q, dtype="float32")))
+    assert kind_of(pack(q)) == kind
+    assert np.array_equal(decoded(q), qkit.dequantize(replace(q, dtype="float32")))
+
+
+def decoded(q):
+    """The values by gguf itself, which leaves the product with NVFP4's scale of the tensor to the reader."""
+    values = gguf.dequantize(store(pack(q)), gguf.GGMLQuantizationType[kind_of(pack(q))])
+    return values if q.tensor_scale is None else values * q.tensor_scale
+
+
+@pytest.mark.parametrize(("element", "kind"), [("int4", "Q4_1"), ("int5", "Q5_1")])
+def test_offsets_that_are_float16_take_the_smaller_type(element, kind):
+    q = qkit.quantize(weight(), Grid(element, 32, "minmax"))
+    q = replace(q, scales=np.exp2(np.round(np.log2(q.scales))))  # a power of two times a zero point is a float16
+    assert kind_of(pack(q)) == kind
+    assert np.array_equal(decoded(q), qkit.dequantize(q))
+
+
+@pytest.mark.parametrize("grid", [Grid("int4", 64), Grid("int4", "row", "minmax"), Grid("int8", "tensor")], ids=str)
+def test_a_group_of_zeros_is_exact_though_its_scale_is_no_float16(grid):
+    w = weight()
+    w[3] = 0  # a dead neuron
+    q = qkit.quantize(w if grid.group != "tensor" else w * 0, grid)
+    assert abs(q.scales).min() == 2.0**-96
+    assert np.array_equal(decoded(q), qkit.dequantize(q))
 
 
 def test_the_layout_of_a_block_is_ggml_s():
@@ -60,9 +91,9 @@ def test_scales_that_are_no_float16_are_counted(scale):
 def test_the_file_appears_whole_or_not_at_all(tmp_path):
     source = read_model(quantized(tmp_path, "int4-g32"))
     path = "model.layers.1.mlp.up_proj"
-    zeros = qkit.Rule(("*",), weight=Grid("int4", 32, "minmax"))
+    zeros = qkit.Rule(("*",), weight=Grid("int8", 32, "minmax"))
     wrong = {**source.weights, path: replace(source.weights[path], rule=zeros)}
-    with pytest.raises(qkit.ArtifactError, match=rf"{path}\.weight: GGUF holds no rows of 128 on int4-g32-minmax"):
+    with pytest.raises(qkit.ArtifactError, match=rf"{path}\.weight: GGUF holds no rows of 128 on int8-g32-minmax"):
         export_gguf(replace(source, weights=wrong), tmp_path / "model.gguf")
 
     def broken():
@@ -86,7 +117,11 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path):
     [
         ({"model_type": "gpt_neox"}, "how GGUF writes a 'gpt_neox' is not known"),
         ({"hidden_act": "relu"}, "a 'llama' with hidden_act 'relu'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "a rope of type 'linear'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "a rope of type 'dynamic'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "a rope of type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "a rope of type 'yarn' and mscale"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a rope of type 'default'"),
+        ({"model_type": "qwen2", "rope_parameters": {"rope_type": "llama3"}}, "a rope of type 'llama3'"),
         ({"sliding_window": 64}, "a sliding window of 64"),
         ({"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
     ],
@@ -105,14 +140,18 @@ def test_tensors_without_a_name_there_are_refused(tmp_path):
         export_gguf(replace(source, tensors=strange), tmp_path / "model.gguf")
 
 
-def test_norms_that_do_not_survive_plus_one_are_counted(tmp_path):
+def test_norms_are_one_plus_w_rounded_to_float32_as_transformers_rounds(tmp_path):
+    import torch
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
     source = read_model(quantized(tmp_path, "int4-g32", family="gemma2", query_pre_attn_scalar=32))
-    norm = np.full(128, 2.0**-30, np.float32)
-    tensors = {**source.tensors, "model.norm.weight": norm}
-    with pytest.raises(
-        qkit.ArtifactError, match=r"model\.norm\.weight: GGUF holds 1 \+ w, and 128 of 128 are no float32"
-    ):
-        export_gguf(replace(source, tensors=tensors), tmp_path / "model.gguf")
+    norm = np.random.default_rng(0).standard_normal(128).astype(np.float32) * 0.1  # of a trained model: no whole 256ths
+    export_gguf(replace(source, tensors={**source.tensors, "model.norm.weight": norm}), tmp_path / "model.gguf")
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    theirs = Gemma2RMSNorm(128, eps=0.0)
+    theirs.weight.data = torch.from_numpy(norm)
+    ones = torch.ones(1, 128)  # whose norm is 1, so that the output is 1 + w
+    assert np.array_equal(found["output_norm.weight"], theirs(ones)[0].detach().numpy())
 
 
 def test_every_tensor_is_in_the_file_with_its_codes(tmp_path):
@@ -141,5 +180,5 @@ def test_activations_are_not_lost_unless_asked(tmp_path):
     assert isinstance(failed.exception, qkit.ArtifactError)
     done = CliRunner().invoke(application, [*command, "--weights-only"])
     assert done.exit_code == 0
-    assert "without a tokenizer" in done.output
+    assert "quantized weights: 14 as Q4_0" in done.output
     assert not weights_only(read_model(folder)).weights["model.layers.0.mlp.up_proj"].rule.activation

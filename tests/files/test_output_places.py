@@ -44,7 +44,7 @@ VERBS = {
     "import": lambda source, out: cli("import", source, out),
     "export to mlx": lambda source, out: cli("export", source, out, "--to", "mlx"),
     "export to dense": lambda source, out: cli("export", source, out, "--to", "dense"),
-    "export to gguf": lambda source, out: cli("export", source, out, "--to", "gguf"),
+    "export to gguf": lambda source, out: cli("export", source, out, "--to", "gguf", "--without-tokenizer"),
     "merge": lambda source, out: cli("merge", source, source, out),
     "train": lambda source, out: cli("train", source, out, "-r", "int4-g32", "--data", "nowhere.txt"),
     "teach": lambda source, out: cli("teach", source, out, "--data", "nowhere.txt"),

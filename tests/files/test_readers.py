@@ -16,6 +16,7 @@ from qkit import reference
 from qkit.exchange.export_gguf import export_gguf
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model
+from qkit.experts import expert_of, module_name
 from qkit.formats.packed import unpack
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
@@ -72,9 +73,11 @@ CASES = {
     "gemma2": Case("gemma2", "int4-g32"),
     "gemma3": Case("gemma3_text", "int4-g32"),
     "gpt_neox": Case("gpt_neox", "int4-g32"),
-    "mixtral": Case("mixtral", "int4-g32", ("dense", "mlx-lm")),
+    "mixtral": Case("mixtral", "int4-g32", ("transformers", "transformers-told", "dense", "mlx-lm")),
     "mixtral with stacked experts": Case("mixtral", "int4-g32", ("transformers", "dense"), live=True),
-    "qwen3_moe": Case("qwen3_moe", "int4-g32", ("dense", "mlx-lm")),
+    "qwen3_moe": Case("qwen3_moe", "int4-g32", ("transformers", "transformers-told", "dense")),
+    "qwen3_moe in fp8": Case("qwen3_moe", "fp8", ("transformers", "transformers-told"), BRAIN),
+    "qwen3_moe in mxfp4": Case("qwen3_moe", "mxfp4-a16", ("transformers", "transformers-told"), BRAIN),
     "Q4_0": Case("llama", "int4-g32", ("gguf",), {"num_attention_heads": 8}),
     "Q4_0 tied": Case("llama", "int4-g32", ("gguf",), {"tie_word_embeddings": True}),
     "Q4_0 of all, tied": Case("qwen2", "int4-g32-all", ("gguf",), {"tie_word_embeddings": True}),
@@ -159,11 +162,23 @@ def by_hand(source, held, *, dtype):
     assert held.weights
     with torch.no_grad():
         for path, weight in held.weights.items():
-            w = model.get_submodule(path).weight
+            w = weight_of(model, path)
             made = reference.quantize(engine.to_numpy(w), weight.rule.weight)
             assert np.array_equal(made.codes, unpack(weight.read()).codes)
             w.copy_(engine.from_numpy(reference.dequantize(made)))
         return model(torch.from_numpy(TOKENS)).logits.float().numpy()
+
+
+def weight_of(model, path):
+    """The weight of the layer at `path` in files; of an expert a part of the parameter that stacks it."""
+    expert = expert_of(module_name(path, model.config.to_dict()))
+    if expert is None:
+        return model.get_submodule(path).weight
+    block, number, name = expert
+    stack = model.get_submodule(block)
+    if name == "down_proj":
+        return stack.down_proj[number]
+    return stack.gate_up_proj[number].chunk(2)[name == "up_proj"]
 
 
 def run(reader, folders, root):
@@ -192,8 +207,10 @@ def test_mlx_lm_computes_what_the_reference_says_and_generates(opened, name):
     assert opened.said[name, "mlx-lm"]
 
 
-def test_experts_and_routers_are_left_alone(opened):
+def test_routers_are_left_alone(opened):
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     for name in ("mixtral", "qwen3_moe", "mixtral with stacked experts"):
         paths = opened.paths[name]
-        assert {path.rpartition(".")[2] for path in paths} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-        assert len(paths) == 8
+        own = {"gate_proj", "up_proj", "down_proj"} if name == "qwen3_moe" else {"w1", "w2", "w3"}
+        assert {path.rpartition(".")[2] for path in paths} == attention | own
+        assert len(paths) == 8 + 2 * 4 * 3

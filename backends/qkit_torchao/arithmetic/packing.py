@@ -1,8 +1,8 @@
 """The layouts of a converted layer's codes in memory, by torch's operations. `kernels.cuda` writes the same in one pass.
 
 `bytes`: as a `QTensor` has them. `signed`: int8, those of unsigned integers and their zero points from -2^(bits-1) on. `pairs`:
-two of four bits to a byte, low nibble first. `tiles`: int32, as tinygemm's kernel wants int4, see
-`kernels.triton_tinygemm`; with their scales.
+two of four bits to a byte, low nibble first. `words`: int32 without gaps, whatever the width, see `words`; there signed codes
+are unsigned from 0 on, and scales of integers are bfloat16 where that is exact.
 """
 
 from dataclasses import dataclass
@@ -10,23 +10,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qkit.element import Element
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
-from qkit_torchao.torch_private import pack_int4
+from qkit_torchao.arithmetic import words
 
-Layout = Literal["bytes", "signed", "pairs", "tiles"]
-TILE_ROWS, TILE_COLUMNS, TILE_INNER = 8, 1024, 8  #: multiples that tinygemm's kernel pads to, and its inner_k_tiles
+Layout = Literal["bytes", "signed", "pairs", "words"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Laid:
-    """A quantized tensor of `shape`: as a `QTensor`, but with its codes in a layout.
-
-    In `tiles`, codes are [rows / 8, columns / 128, 32, 4] and scales bfloat16 [groups, rows, 2], each with a zero after it.
-    """
+    """A quantized tensor of `shape`: as a `QTensor`, but with its codes in a layout."""
 
     codes: Tensor
     scales: Tensor
@@ -44,20 +39,35 @@ def lay(q: QTensor[Tensor], layout: Layout) -> Laid:
         codes, zeros = shift(codes, element), shift(zeros, element)
     elif layout == "pairs":
         codes = pairs(codes)
-    elif layout == "tiles":
-        codes, scales = _tiles(q)
+    elif layout == "words":
+        codes, scales = (
+            words.pack(unsigned(codes, element), element.bits, words.unit(q.grid, q.shape[-1])),
+            narrow(scales),
+        )
     return Laid(codes, scales, zeros, q.tensor_scale, q.grid, q.dtype, q.shape)
 
 
-def _tiles(q: QTensor[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows padded to 8 and columns to 1024, two codes to a byte with the first high, then permuted by the kernel's own packer."""
-    rows, columns = q.shape
-    more = (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS)
-    codes = F.pad(unshift(q.codes, q.grid.element), more, value=-q.grid.element.lowest)
-    scales = F.pad(q.scales, (0, more[1] // int(q.grid.group), 0, more[3])).to(torch.bfloat16)
-    high_first = codes[:, 0::2] << 4 | codes[:, 1::2]
-    packed = pack_int4(high_first.contiguous(), TILE_INNER)
-    return packed, torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()
+def unlay(laid: Laid) -> QTensor[Tensor]:
+    """The inverse of `lay`, for codes in `bytes`, `pairs` or `words`."""
+    codes, scales, grid = laid.codes, laid.scales, laid.grid
+    if codes.dtype == torch.int32:
+        codes = words.unpack(codes, grid.element.bits, words.unit(grid, laid.shape[-1]), laid.shape[-1])
+        if grid.element.kind == "integer":
+            codes, scales = shift(codes, grid.element) if grid.symmetric else codes, scales.to(torch.float32)
+    elif codes.shape[-1] != laid.shape[-1]:
+        codes = unpair(codes)
+    return QTensor(codes, scales, grid, laid.dtype, zeros=laid.zeros, tensor_scale=laid.tensor_scale)
+
+
+def unsigned(codes: Tensor, element: Element) -> Tensor:
+    """Codes as they are packed, from 0 on."""
+    return unshift(codes, element) if codes.dtype == torch.int8 else codes
+
+
+def narrow(scales: Tensor) -> Tensor:
+    """Scales of integers as bfloat16, on whose grid qkit chooses them; as they are, where that would round one."""
+    half = scales.to(torch.bfloat16)
+    return half if scales.dtype == torch.float32 and torch.equal(half.to(torch.float32), scales) else scales
 
 
 def shift(codes: Tensor, element: Element) -> Tensor:

@@ -3,9 +3,11 @@
 Each module of kernels declares, as `TAKES`, the pairs of element and scale rule that its kernels compute.
 """
 
+import os
 from functools import cache
 from importlib.util import find_spec
 from itertools import compress
+from shutil import which
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,9 @@ from qkit_torchao.arithmetic.packing import Laid, Layout
 from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.kernels import cpu
 from qkit_torchao.kernels.tables import Target
+
+COMPILERS = ("gcc", "clang", "cc")  #: that Triton looks for, besides the one that CC names
+CAPABILITY = (8, 0)  #: the least of GPUs whose kernels read and write bfloat16
 
 
 def rounded(w: Tensor, grid: Grid, *, peak: Tensor | None = None) -> Tensor:
@@ -71,11 +76,16 @@ def lays_out(w: Tensor, grid: Grid) -> bool:
     return w.is_cuda and kernels is not None and kernels.takes(w, grid)
 
 
-def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
-    """See `cuda.laid_out`; for tensors that `lays_out` accepts."""
+def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid:
+    """See `cuda.laid_out`; for tensors that `lays_out` accepts, in any layout."""
     kernels = _cuda()
     assert kernels is not None
-    laid: Laid | None = kernels.laid_out(w, grid, layout, broken=broken, number=number)
+    plain: Layout = "bytes" if layout == "words" else layout
+    laid: Laid = kernels.laid_out(w, grid, plain, broken=broken, number=number)
+    if layout == "words":
+        from qkit_torchao.kernels import cuda_words
+
+        return cuda_words.laid(laid)
     return laid
 
 
@@ -86,6 +96,69 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
         values: Tensor = kernels.dequantize(q)
         return values
     return rounding.dequantize(q)
+
+
+def why_not_packed(device: torch.device) -> str:
+    """Why no kernel on `device` multiplies or decodes packed codes, and the way out; empty where kernels do."""
+    if device.type != "cuda":
+        return f"there are no kernels for packed codes on the {device.type}"
+    return why_no_triton(device)
+
+
+@cache
+def why_no_triton(device: torch.device) -> str:
+    """Why Triton compiles nothing for the GPU `device`, and the way out; empty where it does."""
+    if not find_spec("triton"):
+        return "Triton is not installed: pip install 'qkit-quant[cuda]'"
+    if not any(map(which, filter(None, (os.environ.get("CC"), *COMPILERS)))):
+        return "Triton finds no C compiler: install gcc, or name one in CC"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {'.'.join(map(str, CAPABILITY))}"
+    return ""
+
+
+def multiplies_few(x: Tensor, grid: Grid) -> bool:
+    """Whether `multiply_few` takes x [rows, inputs] for packed codes on `grid`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return 0 < len(x) <= cuda_words.FEW and not cuda_words.why_not_few(grid, x.shape[-1])
+
+
+def multiply_few(x: Tensor, *parts: Any, **more: Any) -> Tensor:
+    """See `cuda_words.multiply`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.multiply(x, *parts, **more)
+
+
+def values(*parts: Any, **more: Any) -> Tensor:
+    """See `cuda_words.values`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.values(*parts, **more)
+
+
+def why_not_few(grid: Grid, inputs: int) -> str:
+    """See `cuda_words.why_not_few`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.why_not_few(grid, inputs)
+
+
+def multiplies_codes(x: Tensor) -> bool:
+    """Whether `codes_product` takes codes x [rows, inputs] of an input: few rows on a GPU that Triton compiles for."""
+    if not x.is_cuda or why_no_triton(x.device):
+        return False
+    from qkit_torchao.kernels import cuda_words
+
+    return 0 < len(x) <= cuda_words.FEW
+
+
+def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
+    """See `cuda_words.codes_product`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.codes_product(x, codes, zeros)
 
 
 def compute_values(

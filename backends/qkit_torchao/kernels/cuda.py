@@ -14,8 +14,8 @@ from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.arithmetic import rounding
-from qkit_torchao.arithmetic.packing import TILE_COLUMNS, TILE_ROWS, Laid, Layout
-from qkit_torchao.kernels import triton_passes, triton_tinygemm
+from qkit_torchao.arithmetic.packing import Laid, Layout
+from qkit_torchao.kernels import triton_passes
 from qkit_torchao.kernels.launches import Kernel
 from qkit_torchao.kernels.peaks import peak_numbers
 from qkit_torchao.kernels.tables import offsets, programs
@@ -71,21 +71,14 @@ def quantize(
     return QTensor(**parts, grid=grid, dtype=dtype_of(w))
 
 
-def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid | None:
-    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for tensors that `takes` accepts; None where
-    `w` would have to be padded, or where tinygemm's kernel does not take the grid.
+def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid:
+    """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for tensors that `takes` accepts; not for `words`.
 
     Args:
         broken: int32: its element of this `number` becomes 1 if a group has no codes, since it has NaN, or a magnitude of
             2^127 or more.
     """
-    if layout == "tiles":
-        padded = w.shape[0] % TILE_ROWS or w.shape[1] % TILE_COLUMNS
-        if padded or (grid.element.name, grid.scale) not in triton_tinygemm.TAKES:
-            return None
-        parts = _tiled(w.detach(), grid, broken, number)
-    else:
-        parts = _encoded(w, grid, layout, broken=broken, number=number)
+    parts = _encoded(w, grid, layout, broken=broken, number=number)
     return Laid(**parts, grid=grid, dtype=dtype_of(w), shape=tuple(w.shape))
 
 
@@ -101,21 +94,6 @@ def _encoded(w: Tensor, grid: Grid, layout: Layout, **more: Any) -> dict[str, An
     power = new((), dtype=torch.float32) if _looks_first(grid) else None
     _one(w.detach(), grid, codes=codes, scales=scales, zeros=zeros, power=power, layout=layout, **more)
     return {"codes": codes, "scales": scales, "zeros": zeros, "tensor_scale": power}
-
-
-def _tiled(w: Tensor, grid: Grid, broken: Tensor, number: int) -> dict[str, Any]:
-    rows, columns = w.shape
-    group = int(grid.group)
-    codes = torch.empty(rows // 8, columns // 128, 32, 4, dtype=torch.int32, device=w.device)
-    scales = torch.empty(columns // group, rows, 2, dtype=torch.bfloat16, device=w.device)
-    with device_of(w):
-        _tiles_kernel(
-            (grid, w.device), rows // 8 * (columns // triton_tinygemm.WIDTH),
-            (w, codes, scales.view(torch.int32), broken, number, rows, columns, constants(grid), group, triton_tinygemm.WIDTH,
-             INTERPRETED),
-            warps=triton_tinygemm.WARPS,
-        )  # fmt: skip
-    return {"codes": codes, "scales": scales, "zeros": None, "tensor_scale": None}
 
 
 def decodes(q: QTensor[Tensor]) -> bool:
@@ -282,4 +260,4 @@ def _count(w: Tensor, grid: Grid) -> int:
     return w.numel() // _group(w, grid)
 
 
-_one_kernel, _tiles_kernel = Kernel(triton_passes.one), Kernel(triton_tinygemm.quantize)
+_one_kernel = Kernel(triton_passes.one)

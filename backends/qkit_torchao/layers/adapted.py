@@ -12,7 +12,7 @@ from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
 from qkit_torchao.layers import converted, products, sharded, straight_through
 from qkit_torchao.layers.become import become
-from qkit_torchao.layers.converted import PackedLinear, PlainLinear
+from qkit_torchao.layers.converted import PackedLinear
 from qkit_torchao.layers.prepared import FakeLinear
 from qkit_torchao.layers.slots import seen_scales, slot, static_scales
 from qkit_torchao.torch_private import remove_parameters
@@ -68,18 +68,18 @@ class AdaptedLinear(_Adapted, FakeLinear):
         return products.multiply_codes(x, self.merged(), self.bias, grids, self.rule.ste, **static)
 
 
-class AdaptedPacked(_Adapted, PackedLinear):
+class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weight` is read only
     """A converted layer with an adapter: its codes are the base, decoded in each forward."""
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in float32."""
-        return self.merge_into(rounding.dequantize(replace(converted.unpack(self), dtype="float32")), torch.float32)
+        return self.merge_into(converted.values(self, torch.float32), torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
         grid, activation, merged = self.rule.weight, self.rule.activation, self.merged()
         assert grid is not None
-        if activation and self.execution.multiply and x.numel():
+        if activation and self.execution.both and x.numel():
             static = static_scales(self, "input", activation)
             y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
         else:
@@ -88,14 +88,10 @@ class AdaptedPacked(_Adapted, PackedLinear):
         return slot(self, y, "output", self.rule.output)
 
 
-class AdaptedPlain(AdaptedPacked, PlainLinear):
-    """`AdaptedPacked` on plain arrays."""
-
-
 def adapt(module: Any, update: Update) -> Any:
     """See `Adapts.adapt`."""
     if isinstance(module, PackedLinear):
-        adapted = become(module, AdaptedPlain if isinstance(module, PlainLinear) else AdaptedPacked)
+        adapted = become(module, AdaptedPacked)
     else:
         adapted = become(module, AdaptedLinear)
         adapted.values_buffer = None

@@ -1,8 +1,7 @@
 """Codes in torchao's own tensors: stored and read. The only module that imports torchao, whose log messages stop here.
 
 Containers read off torchao 0.18: `IntxUnpackedToInt8Tensor`, `Float8Tensor` and `NVFP4Tensor`. Each decodes our
-codes exactly in fp32, bf16 and fp16; a test holds them to it. Scales stay in fp32, whatever the model's type. On CUDA,
-bfloat16 weights in symmetric int4 go into `Int4TilePackedTo4dTensor`, on which a kernel multiplies without decoding.
+codes exactly in fp32, bf16 and fp16; a test holds them to it. Scales stay in fp32, whatever the model's type.
 """
 
 import logging
@@ -19,7 +18,6 @@ from qkit.qtensor import DType, QTensor
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, Layout, unpair, unshift
 from qkit_torchao.arithmetic.scale_rules import bits
-from qkit_torchao.torch_private import int4_product
 
 _disabled = logging.root.manager.disable
 logging.disable(logging.ERROR)  # torchao reports CUDA libraries that a CPU machine cannot load
@@ -27,7 +25,7 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
-        from torchao.quantization import Float8Tensor, Int4TilePackedTo4dTensor, IntxUnpackedToInt8Tensor
+        from torchao.quantization import Float8Tensor, IntxUnpackedToInt8Tensor
 finally:
     logging.disable(_disabled)
 
@@ -45,7 +43,7 @@ class Container:
 
 def container_of(stored: Tensor) -> Container:
     """The container that describes `stored`, a tensor of torchao's."""
-    return next(one for one in (INTEGER, TILES, NVFP4, FLOAT8_ROWS) if one.name == type(stored).__name__)
+    return next(one for one in (INTEGER, NVFP4, FLOAT8_ROWS) if one.name == type(stored).__name__)
 
 
 def _store_integer(laid: Laid) -> Any:
@@ -63,32 +61,6 @@ def _read_integer(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
         return QTensor(stored.qdata, stored.scale, grid, dtype)
     zeros, codes = unshift(stored.zero_point, grid.element), unshift(stored.qdata, grid.element)
     return QTensor(codes, stored.scale, grid, dtype, zeros=zeros)
-
-
-def fits_tiles(grid: Grid, *, device: torch.device, dtype: DType, shape: tuple[int, ...]) -> bool:
-    """Whether tinygemm takes a weight: int4 in its groups, and no zero points, which it would round to bfloat16."""
-    on_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    fits = (
-        grid.element.name in TILES.elements and grid.symmetric and grid.group in (32, 64, 128, 256) and len(shape) == 2
-    )
-    return on_tensor_cores and fits and dtype == "bfloat16"
-
-
-def _store_tiles(laid: Laid) -> Any:
-    return Int4TilePackedTo4dTensor(laid.codes, laid.scales, [1, int(laid.grid.group)], torch.Size(laid.shape))
-
-
-def _read_tiles(stored: Any, grid: Grid, dtype: DType) -> QTensor[Tensor]:
-    """The codes are the kernel's product of the identity with scales of one, which is exact, whatever its permutation."""
-    rows, columns = stored.shape
-    padded = stored.scale_and_zero.shape[0] * int(grid.group)
-    ones = torch.stack(
-        [torch.ones_like(stored.scale_and_zero[..., 0]), torch.zeros_like(stored.scale_and_zero[..., 0])], dim=-1
-    )
-    identity = torch.eye(padded, dtype=torch.bfloat16, device=stored.device)
-    codes = int4_product(identity, stored.qdata, int(grid.group), ones.contiguous())
-    scales = stored.scale_and_zero[..., 0].transpose(0, 1)[:rows, : columns // int(grid.group)]
-    return QTensor(codes.T[:rows, :columns].to(torch.int8).contiguous(), scales.float().contiguous(), grid, dtype)
 
 
 def _store_nvfp4(laid: Laid) -> Any:
@@ -121,4 +93,3 @@ INTEGERS = frozenset(f"int{bits}" for bits in range(1, 9))  #: torch's types of 
 INTEGER = Container("IntxUnpackedToInt8Tensor", "signed", INTEGERS, store=_store_integer, read=_read_integer)
 NVFP4 = Container("NVFP4Tensor", "pairs", frozenset({"e2m1"}), store=_store_nvfp4, read=_read_nvfp4)
 FLOAT8_ROWS = Container("Float8Tensor", "bytes", frozenset(rounding.FLOAT8), store=_store_float8, read=_read_float8)
-TILES = Container("Int4TilePackedTo4dTensor", "tiles", frozenset({"int4"}), store=_store_tiles, read=_read_tiles)

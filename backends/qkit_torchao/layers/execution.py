@@ -1,7 +1,8 @@
-"""How a converted layer multiplies its codes on its device: by a kernel of torch's where one fits, else decoded.
+"""How a converted layer multiplies its codes on its device: by kernels of ours or of torch's where they fit, else decoded.
 
-A kernel multiplies codes and applies scales afterwards. On the CPU all layers decode, so that a converted model computes
-the same bits as the prepared one.
+On CUDA codes are packed without gaps; few rows are multiplied by them, more by their values, which one pass decodes. Where both
+sides are int8 or e4m3, codes are multiplied, and scales applied afterwards. On the CPU all layers decode, so that a converted
+model computes the same bits as the prepared one.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from qkit.grid import Grid
 from qkit.qtensor import DType
 from qkit.rules import Rule
 from qkit_torchao.arithmetic.packing import Layout
+from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers, products
 from qkit_torchao.layers.containers import Container
-from qkit_torchao.layers.slots import static_scales
+from qkit_torchao.layers.packed_product import multiply_packed
+from qkit_torchao.layers.slots import slot, static_scales
 
 CACHED = 256  #: the most choices that are cached
 
@@ -34,6 +37,7 @@ class Execution:
         container: the torchao tensor of the codes; None for plain arrays.
         takes_floats: whether `F.linear` takes the container as a weight.
         multiply: the product of a layer and its input; None for `F.linear`.
+        both: whether that product is one of codes of both sides.
     """
 
     native: bool
@@ -42,6 +46,7 @@ class Execution:
     container: Container | None = None
     takes_floats: bool = False
     multiply: Callable[[Any, Tensor], Tensor] | None = None
+    both: bool = False
 
 
 @lru_cache(maxsize=CACHED)
@@ -49,27 +54,36 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
     """How a converted layer under `rule`, with a weight of `shape`, runs on `device`."""
     grid = rule.weight
     assert grid is not None
+    packs = not choose.why_not_packed(device)
     if rule.kind == "embedding":
-        return _plain("rows are decoded as they are looked up", grid)
-    if containers.fits_tiles(grid, device=device, dtype=dtype, shape=shape):
-        return _in_container(
-            "torchao Int4TilePackedTo4dTensor (tinygemm)", containers.TILES, native=True, takes_floats=True
-        )
+        text = "rows are decoded as they are looked up"
+        return Execution(False, text, "words") if packs else _plain(text, grid)
     why_not = why_no_kernel(rule, device=device, dtype=dtype, shape=shape)
+    if not why_not and grid.element.kind == "integer":
+        return _in_container(
+            "torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8, both=True
+        )
+    if not why_not:
+        kernel = "torch._scaled_mm on the codes of both sides"
+        return _in_container(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8, both=True)
+    if packs:
+        return _packed(grid, shape[1])
     if grid.element.name in containers.INTEGER.elements:
-        if not why_not:
-            return _in_container(
-                "torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8
-            )
         return _in_container(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", containers.INTEGER, takes_floats=True)
     if grid.scale == "nvfp4":
         return _in_container(f"in torchao NVFP4Tensor; {why_not}", containers.NVFP4, takes_floats=True)
     if grid.element.name in containers.FLOAT8_ROWS.elements and grid.group in ("row", "tensor"):
-        if not why_not:
-            kernel = "torch._scaled_mm on the codes of both sides"
-            return _in_container(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8)
         return _in_container(f"from torchao Float8Tensor; {why_not}", containers.FLOAT8_ROWS)
     return _plain(f"from plain arrays; {why_not}", grid)
+
+
+def _packed(grid: Grid, inputs: int) -> Execution:
+    """Codes without gaps, for kernels of ours on a GPU."""
+    if why_not := choose.why_not_few(grid, inputs):
+        text = f"by one pass of a Triton kernel over packed codes, then cuBLAS; {why_not}"
+        return Execution(False, text, "words", multiply=_words)
+    text = "Triton kernels on packed codes: products of few rows; for more, one pass decodes for cuBLAS"
+    return Execution(True, text, "words", multiply=_words)
 
 
 def _in_container(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:
@@ -90,7 +104,7 @@ def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tupl
     kind = products.kind(rule.weight, rule.activation)
     if not kind:
         inputs = f"times {rule.activation}" if rule.activation else f"and {dtype} inputs"
-        return f"{torch.cuda.get_device_name(device)} has no kernel for {rule.weight} {inputs}"
+        return choose.why_not_packed(device) or f"torch has no kernel for {rule.weight} {inputs}"
     if kind == "float8" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} has no e4m3 products by rows: compute capability 9.0 has"
     if kind == "float8" and dtype != "bfloat16":
@@ -109,3 +123,11 @@ def _int8(layer: Any, x: Tensor) -> Tensor:
 def _float8(layer: Any, x: Tensor) -> Tensor:
     codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
     return products.finish(products.float8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+
+
+def _words(layer: Any, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = slot(layer, x, "input", layer.rule.activation)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return multiply_packed(x, layer.parts(), bias, str(layer.rule.weight))

@@ -79,7 +79,7 @@ class Prepared(nn.Module):
 
     def freeze_values(self, on: bool) -> None:
         """See `Trains.freeze_values`."""
-        unseen = sharded.is_managed(self) or _cannot_cache(self.weight)
+        unseen = sharded.is_managed(self) or cannot_cache(self.weight)
         if on and (unseen or self.kind):
             why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
             raise BackendError(
@@ -112,7 +112,7 @@ class Prepared(nn.Module):
             return torch.where(self.gate, self._on_grid(weight), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if not (cached and self.training) or _cannot_cache(weight):
+        if not (cached and self.training) or cannot_cache(weight):
             return self._on_grid(weight).to(dtype)
         buffer = self.values_buffer
         fits = buffer is not None and buffer.dtype == dtype and values.may_use(weight, buffer)
@@ -211,7 +211,7 @@ class FakeLinear(Prepared, nn.Linear):
             return None
         weight, gate = self._parameters.get("weight"), self._buffers["gate"]
         assert gate is not None
-        if weight is None or sharded.is_managed(self) or _cannot_cache(weight):  # None, where something computes it
+        if weight is None or sharded.is_managed(self) or cannot_cache(weight):  # None, where something computes it
             return None
         return values.current(weight, self.weight_grid, gate, self.values_buffer, fused.partners(self))
 
@@ -295,6 +295,6 @@ def _settle(layer: Any) -> None:
     layer.simple = layer.mode == "on" and not (layer.frozen or layer.kind) and layer.rule.range == "dynamic"
 
 
-def _cannot_cache(weight: Tensor) -> bool:
+def cannot_cache(weight: Tensor) -> bool:
     """Whether no version shows the changes of `weight`, or cached values may not be written: under torch.func's transforms."""
     return weight.is_inference() or is_transformed()

@@ -67,6 +67,10 @@ def int8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Te
         scale: their fp32 scales [outputs or 1, 1].
     """
     codes = x.codes if x.zeros is None else shift(x.codes, x.grid.element)
+    if choose.multiplies_codes(codes):
+        zeros = None if x.zeros is None else shift(x.zeros, x.grid.element).reshape(-1).expand(len(codes)).contiguous()
+        few: Tensor = torch.ops.qkit.codes_product(codes, weight, zeros)
+        return few.to(torch.float32) * steps * scale.reshape(1, -1)
     padded = F.pad(codes, (0, 0, 0, max(0, INT8_ROWS - len(codes))))
     product = int_product(padded, weight.T)[: len(codes)]
     if x.zeros is not None:
@@ -77,9 +81,29 @@ def int8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Te
 
 def float8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """bfloat16 [rows, outputs], on the tensor cores; as `int8`, for e4m3 codes. `weight` is float8_e4m3fn."""
+    if choose.multiplies_codes(x.codes):
+        few: Tensor = torch.ops.qkit.codes_product(x.codes, weight.view(torch.uint8), None)
+        return (few * steps * scale.reshape(1, -1)).to(torch.bfloat16)
     codes = x.codes.view(torch.float8_e4m3fn)
     by_columns = scale.reshape(1, -1).expand(1, len(weight)).contiguous()
     return float8_product(codes, weight.T, steps, by_columns, fast=FAST)
+
+
+def _codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
+    return choose.codes_product(x, codes, zeros)
+
+
+_library = torch.library.Library("qkit", "FRAGMENT")  # see `operators`
+_library.define("codes_product(Tensor x, Tensor codes, Tensor? zeros) -> Tensor")
+_library.impl("codes_product", _codes_product, "CompositeExplicitAutograd")
+
+
+def _codes_product_fake(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
+    dtype = torch.int32 if codes.dtype == torch.int8 else torch.float32
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=dtype)
+
+
+torch.library.register_fake("qkit::codes_product", _codes_product_fake, lib=_library)
 
 
 def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 from qkit.engines.protocol import Modules
 from qkit.reference.merged import Update
 from qkit_torchao.layers import learned
+from qkit_torchao.layers.experts import FakeExperts, restore_experts
 from qkit_torchao.models import wrappers
 
 
@@ -23,7 +24,9 @@ class Elsewhere:
 
     def restore_layer(self, module: Any) -> nn.Module:
         """See `qkit.engines.elsewhere.Restores.restore_layer`."""
-        restored: nn.Module = learned.restore_layer(module)
+        restored: nn.Module = (
+            restore_experts(module) if isinstance(module, FakeExperts) else learned.restore_layer(module)
+        )
         return restored
 
     def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:

@@ -77,8 +77,9 @@ def _quantizer_class() -> Any:
             return False
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-            found = contents(self.engine, model)
-            config = quantized_config(self.engine.config(model), found.rules, left_alone=found.left_alone) or {}
+            known = self.engine.config(model)
+            found = contents(self.engine, model, known)
+            config = quantized_config(known, found.rules, left_alone=found.left_alone) or {}
             model.config.quantization_config = config["quantization_config"]
             tensors = {name: self.engine.from_numpy(array) for name, array in found.tensors.items()}
             return tensors, {KEY: describe(found.rules)}
@@ -103,14 +104,14 @@ def _with_floats(value: Any) -> Any:
 
 
 def _with_float32(model: Any, dtype: torch.dtype) -> nn.Module:
-    """`model` with every parameter in float32 whose class asks for that in a model of `dtype`."""
+    """`model` with every parameter and buffer in float32 whose class asks for that in a model of `dtype`."""
     plan = model._get_dtype_plan(dtype)  # noqa: SLF001  transformers offers no public name for it
     if not plan:
         return cast(nn.Module, model)
     from transformers.core_model_loading import build_glob_alternation
 
     pattern, *_ = build_glob_alternation(list(plan))
-    for name, parameter in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if pattern.search(name):
-            parameter.data = parameter.data.to(torch.float32)
+            tensor.data = tensor.data.to(torch.float32)
     return cast(nn.Module, model)

@@ -1,6 +1,6 @@
 """Modules and tensors by dotted name: finding layers, replacing them, and the tensors that a model stores."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace as with_fields
 from typing import Any
 
@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from qkit.artifact.known import facts, why_not
 from qkit.engines.layer import Layer
+from qkit.experts import is_router
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
 from qkit_torchao.layers.converted import PLAIN
+from qkit_torchao.layers.experts import Experts, FakeExperts
+from qkit_torchao.layers.packed_experts import PackedExperts, buffers_of
 from qkit_torchao.layers.prepared import Prepared
 from qkit_torchao.layers.scaled_embedding import is_scaled
+from qkit_torchao.layers.stacks import Stack, shapes_of, stacks_of
 from qkit_torchao.models.wrappers import CONVERTED, Place, heads, mark, places
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
@@ -43,13 +47,17 @@ def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:
     known = facts({"model_type": getattr(getattr(model, "config", None), "model_type", None)})
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for path, module in model.named_modules():
+        stacks = module.stacks if isinstance(module, Experts) else stacks_of(module)
+        if stacks:
+            yield _experts(path, module, stacks)
         place = found[id(module)]
         part = f"a part of a {place.wrapper}, which stays float" if place.part else ""
-        why = part or why_not(place.bare, known) or _why_not(module, read=id(module) in unread)
+        why = part or why_not(place.bare, known) or _why_not(place.bare, module, read=id(module) in unread)
         if isinstance(module, (nn.Linear, nn.Embedding)) and not why:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
-            yield from _others(path, module, seen, why or f"{type(module).__name__} is no linear layer")
+            why = why or f"{type(module).__name__} is no linear layer"
+            yield from _others(path, module, seen, why, but={stack.name for stack in stacks})
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -69,8 +77,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     seen = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, CONVERTED)
-        for name in (*PLAIN, "weight")
+        if isinstance(module, (*CONVERTED, PackedExperts))
+        for name in (buffers_of(module) if isinstance(module, PackedExperts) else (*PLAIN, "weight"))
     }
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in seen}
 
@@ -146,17 +154,61 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
-def _others(path: str, module: nn.Module, seen: dict[int, str], why: str) -> Iterator[Layer]:
+def _experts(path: str, module: Any, stacks: tuple[Stack, ...]) -> Layer:
+    projections = shapes_of(stacks)
+    count, _, inputs = projections["up_proj"]
+    shape = (count, sum(outputs * n for _, outputs, n in projections.values()) // inputs, inputs)
+    stored = tuple(f"{path}.{stack.name}" if path else stack.name for stack in stacks)
+    known: dict[str, Any] = {"projections": projections, "stored": stored}
+    if isinstance(module, FakeExperts):
+        return Layer(
+            path,
+            "experts",
+            shape,
+            module,
+            stage="prepared",
+            rule=module.rule,
+            mode=module.mode,
+            sharded=_is_sharded(module),
+            **known,
+        )
+    if isinstance(module, PackedExperts):
+        how = module.execution
+        return Layer(
+            path,
+            "experts",
+            shape,
+            module,
+            stage="converted",
+            rule=module.rule,
+            native=how.native,
+            execution=how.text,
+            **known,
+        )
+    return Layer(path, "experts", shape, module, sharded=_is_sharded(module), **known)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return sharded.is_managed(module) or any(map(sharded.is_shard, module.parameters(recurse=False)))
+
+
+def _others(
+    path: str, module: nn.Module, seen: dict[int, str], why: str, *, but: Collection[str] = ()
+) -> Iterator[Layer]:
     """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
     for name, parameter in module.named_parameters(path, recurse=False):
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and name.rpartition(".")[2] not in but:
             owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
             yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=why)
 
 
-def _why_not(module: nn.Module, *, read: bool) -> str:
+def _why_not(path: str, module: nn.Module, *, read: bool) -> str:
     """Why a module takes no codes whatever its weight; empty where it may."""
+    if is_router(path):
+        return "a router"
+    if isinstance(module, Experts) or stacks_of(module):
+        return "biases of experts"
     if read or isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights itself"
     if isinstance(module, nn.Embedding) and "Positional" in type(module).__name__:

@@ -171,7 +171,8 @@ def _engine(model: nn.Module) -> Trains:
 
 def _trains_weights(engine: Trains, model: nn.Module) -> bool:
     """Whether the weights of prepared layers train, and not adapters beside them alone."""
-    return any(layer.stage == "prepared" and layer.module.weight.requires_grad for layer in engine.layers(model))
+    prepared = [layer.module for layer in engine.layers(model) if layer.stage == "prepared"]
+    return any(one.requires_grad for module in prepared for one in module.parameters(recurse=False))
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:

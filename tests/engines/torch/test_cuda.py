@@ -22,23 +22,6 @@ def linear(dtype=torch.bfloat16, inputs=1536, outputs=520):
     return torch.nn.Sequential(torch.nn.Linear(inputs, outputs)).to("cuda", dtype)
 
 
-@pytest.mark.parametrize("recipe", ["int4-g32", "int4-g64", "int4-g128", "int4-g128-absmax", "int4-g64-midmax"])
-def test_int4_runs_on_tinygemm_with_our_codes(recipe):
-    model = linear()
-    x = torch.randn(3, 1536, device="cuda", dtype=torch.bfloat16)
-    grid = qkit.recipe(recipe).rules[-1].weight
-    want = qkit.quantize(model[0].weight.detach(), grid)
-    values, bias = qkit.dequantize(want), model[0].bias.detach().clone()
-    model = qkit.convert(model, recipe)
-    assert qkit.coverage(model).rows[0].state == "native: torchao Int4TilePackedTo4dTensor (tinygemm)"
-    held = qkit.backend("torchao").unpack(model[0])
-    assert torch.equal(held.codes, want.codes)
-    assert torch.equal(held.scales, want.scales)
-    exact = torch.nn.functional.linear(x.double(), values.double(), bias.double())
-    bound = 2 * 2**-8 * (x.double().abs() @ values.double().abs().T) / 16 + 2**-8 * exact.abs()
-    assert ((model(x) - exact).abs() <= bound).all()  # bf16 output, fp32 accumulation inside the kernel
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "recipe", ["int4-g64", "int4-g64-minmax", "int3-g32", "int8-row", "mxfp4", "mxfp8-a16", "nvfp4", "fp8"]
@@ -55,11 +38,7 @@ def test_prepared_and_converted_agree_on_cuda(recipe, dtype):
         )
         scale = x.float().abs() @ weight.float().abs().T
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 5e-4}[dtype]  # of abs(x) @ abs(w)
-    bound = tolerance * scale
-    if (
-        "Tile" in qkit.coverage(model).rows[0].state
-    ):  # torchao rounds the product to bfloat16, adds the bias and rounds again
-        bound += 2**-8 * (converted.float().abs() + model[0].bias.float().abs())
+    bound = tolerance * scale + (0 if dtype == torch.float32 else 2**-7 * converted.float().abs())  # each rounds once
     assert ((prepared - converted).float().abs() <= bound).all()
 
 
@@ -135,8 +114,6 @@ def test_what_no_kernel_takes_is_named():
     assert "multiples of 16, not 1536 and 520" in qkit.coverage(model).rows[0].state
     model = qkit.convert(linear(torch.float32, outputs=512), "float8-dynamic-act-float8-weight")
     assert "come out in bfloat16, and the model is float32" in qkit.coverage(model).rows[0].state
-    model = qkit.convert(linear(), "mxfp4")
-    assert f"{torch.cuda.get_device_name()} has no kernel for e2m1-g32-rceil" in qkit.coverage(model).rows[0].state
 
 
 def test_a_model_that_moves_changes_its_kernel():

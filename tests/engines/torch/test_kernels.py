@@ -27,6 +27,14 @@ def test_kernels_are_the_reference_bit_for_bit(dtype):
     assert [line for line in lines if not line.endswith(" exact")] == []
 
 
+def test_kernels_on_packed_codes_multiply_what_decodes_bit_for_bit():
+    script = SCRIPT.with_name("interpreted_words.py")
+    done = subprocess.run([sys.executable, str(script), "bfloat16"], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) > 40
+    assert [line for line in lines if not line.endswith((" near", " exact"))] == []
+
+
 def test_a_mended_reciprocal_is_the_rounded_one_of_every_mantissa_of_8_bits():
     s = np.arange(128, 256, dtype=np.float64)
     want = (1 / s).astype(np.float32)

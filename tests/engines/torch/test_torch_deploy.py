@@ -20,8 +20,6 @@ def laid_out(monkeypatch):
     asked = []
 
     def lay(w, grid, layout, *, broken, number):
-        if w.shape[0] == 24:  # as for what would have to be padded
-            return None
         asked.append(layout)
         whole = bool(torch.isfinite(w).all())
         broken[number] = not whole

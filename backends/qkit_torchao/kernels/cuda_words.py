@@ -1,0 +1,158 @@
+"""Launches of the kernels over packed codes, see `arithmetic.words`: products with few rows, values, packing. On CUDA.
+
+Rows of x are float32, bfloat16 or float16. Sums are in float32, of the exact values of the codes; the output is rounded once.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.grid import Grid
+from qkit_torchao.arithmetic import words
+from qkit_torchao.arithmetic.packing import Laid
+from qkit_torchao.kernels import triton_words
+from qkit_torchao.kernels.cuda import INTERPRETED, device_of
+from qkit_torchao.kernels.launches import Kernel
+
+FEW = 8  #: the most rows that are multiplied without decoding: more pay for the values of the weight
+ALIGNED = 16  #: bytes that are read at once
+MANY = 2048  #: outputs that fill a GPU in blocks of four
+
+
+@cache
+def geometry(grid: Grid, inputs: int) -> dict[str, Any]:
+    """The constants of weights on `grid` with `inputs` columns."""
+    high, *low = words.PLANES[grid.element.bits]
+    unit = words.unit(grid, inputs)
+    units = -(-inputs // unit)
+    number = isinstance(grid.group, int)
+    return {
+        "INPUTS": inputs,
+        "ELEMENT": "integer" if grid.element.kind == "integer" else grid.element.name,
+        "HIGH": high,
+        "LOW": low[0] if low else 0,
+        "UNIT": unit,
+        "UNITS": units,
+        "GROUP": grid.group if number else units * unit,
+        "GROUPS": inputs // int(grid.group) if number else int(grid.group == "row"),
+        "SCALES": "float" if grid.element.kind == "integer" else "e4m3" if grid.scale == "nvfp4" else "e8m0",
+    }
+
+
+def why_not_few(grid: Grid, inputs: int) -> str:
+    """Why few rows are not multiplied by packed codes; empty where they are."""
+    if inputs % 2:
+        return f"inputs are read in pairs, and there are {inputs}"
+    if not words.has_one_scale(grid, inputs):
+        return f"groups of {grid.group} are no multiples of {words.unit(grid, inputs)}"
+    return ""
+
+
+def multiply(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, bias: Tensor | None, grid: Grid,
+    *, experts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `why_not_few` accepts.
+
+    Args:
+        codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
+        bias: [outputs].
+        experts: integers [rows]: then codes are [experts, outputs, words], as are scales, zeros and biases, and row r is
+            multiplied by those of `experts[r]`. That is the grouped product of a mixture of experts for few tokens: repeat a
+            token for each of its experts. For many tokens of an expert, see `values` of `codes[expert]`.
+    """
+    count, inputs = x.shape
+    outputs = codes.shape[-2]
+    rows = 1 if experts is not None else min(FEW, 1 << (count - 1).bit_length())
+    out = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
+    outer, across, warps = (2, 512, 4) if outputs <= MANY else (4, 256, 2)
+    outer = max(1, min(outer, 8 // rows))
+    constants = geometry(grid, inputs)
+    units = max(1, across // (constants["UNIT"] * constants["HIGH"] // 32))
+    kind = str(x.dtype).rpartition(".")[2]
+    x = x.contiguous()
+    pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
+    tensors = pairs, codes, scales, zeros, power, bias, out, experts
+    key = ("multiply", grid, x.dtype, outputs, inputs, rows, x.device, _kinds(tensors))
+    blocks = -(-outputs // outer)
+    with device_of(x):
+        _multiply(
+            key, blocks * -(-count // rows),
+            (*tensors, outputs, count, triton_words.MAGIC, inputs, rows, kind, *list(constants.values())[1:], outer, units,
+             INTERPRETED),
+            warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def values(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    power: Tensor | None,
+    grid: Grid,
+    *,
+    inputs: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The values [outputs, inputs] of packed codes int32 [outputs, words], as `rounding.dequantize` rounds them, in one pass."""
+    outputs = codes.shape[0]
+    out = torch.empty(outputs, inputs, dtype=dtype, device=codes.device)
+    tensors = codes, scales, zeros, power, out
+    key = ("values", grid, dtype, outputs, inputs, codes.device, _kinds(tensors))
+    with device_of(codes):
+        across = -(-inputs // 512)
+        _values(
+            key, -(-outputs // 4) * across,
+            (*tensors, outputs, *geometry(grid, inputs).values(), 4, 512, INTERPRETED), warps=4,
+        )  # fmt: skip
+    return out
+
+
+def laid(plain: Laid) -> Laid:
+    """`plain`, in the layout `bytes`, in the layout `words`; scales are on the grid of bfloat16."""
+    grid, (outputs, inputs) = plain.grid, plain.shape
+    unit, bits = words.unit(grid, inputs), grid.element.bits
+    units, stride = -(-inputs // unit), words.count(bits, inputs, unit)
+    offset = -grid.element.lowest if plain.codes.dtype == torch.int8 else 0
+    packed = torch.empty(outputs, stride, dtype=torch.int32, device=plain.codes.device)
+    below, begin = bits, 0
+    with device_of(packed):
+        for width in words.PLANES[bits]:
+            below -= width
+            across = -(-units * unit * width // 32 // 128)
+            triton_words.pack[(-(-outputs // 4), across)](
+                plain.codes, packed[:, begin:], outputs, inputs, offset, width, below, unit, units, stride, 4, 128
+            )
+            begin += units * unit * width // 32
+    scales = plain.scales.to(torch.bfloat16) if grid.element.kind == "integer" else plain.scales
+    return Laid(packed, scales, plain.zeros, plain.tensor_scale, grid, plain.dtype, plain.shape)
+
+
+def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
+    """The product of codes of both sides, x [rows, inputs] and codes [outputs, inputs], with up to `FEW` rows.
+
+    Of int8, less int8 zero points [rows] of x: int32, exact. Of e4m3 as bytes: float32. Inputs are a multiple of 4.
+    """
+    integer = codes.dtype == torch.int8
+    (count, inputs), outputs = x.shape, codes.shape[0]
+    out = torch.empty(count, outputs, dtype=torch.int32 if integer else torch.float32, device=x.device)
+    rows = 1 << (count - 1).bit_length()
+    tensors = x.contiguous().view(torch.int32), codes.view(torch.int32), zeros, out
+    key = ("codes", integer, outputs, inputs, rows, x.device, _kinds(tensors))
+    outer = max(1, 4 // rows)
+    with device_of(x):
+        _codes(
+            key, -(-outputs // outer), (*tensors, outputs, count, inputs, integer, rows, outer, 512), warps=4
+        )  # fmt: skip
+    return out
+
+
+def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """All of tensors that a compiled kernel depends on: types, and alignments."""
+    return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
+
+
+_multiply, _values, _codes = map(Kernel, (triton_words.matvec, triton_words.decode, triton_words.codes_product))

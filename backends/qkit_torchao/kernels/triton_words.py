@@ -1,0 +1,280 @@
+"""Device code that multiplies and decodes codes in the layout `words`, see `arithmetic.words`; `cuda_words` calls it.
+
+An integer is put into the mantissa of 2^23, so that a subtraction makes a float of it. A small float is put into a float16, whose
+exponents have another bias. Sums are in float32.
+"""
+
+import triton
+import triton.language as tl
+
+from qkit_torchao.kernels.triton_arithmetic import narrow
+
+MAGIC = 0x4B000000  #: 2^23 as float32; an argument, since a compiler that knows it takes two operations for one
+SIGNS = tl.constexpr(0x80008000 - (1 << 32))  #: of two float16 in a word
+
+
+@triton.jit(do_not_specialize=["count", "magic"])
+def matvec(
+    x, codes, scales, zeros, power, bias, out, experts, outputs, count, magic, INPUTS: tl.constexpr,
+    ROWS: tl.constexpr, XS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, UNIT: tl.constexpr,
+    UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """x [count, INPUTS] times codes [outputs, words] -> out [count, outputs]; with `experts`, row r by the codes of its expert.
+
+    `x`: 16-bit floats are read in pairs, as int32; `XS` is their type. `HIGH`, `LOW`: the widths of the planes, `LOW` 0 where
+    there is one. `GROUP`: columns of a group, which are whole units; `GROUPS`: groups of a row. `SCALES`: how they are stored.
+    A program takes `BN` outputs, and `BU` units of them at once.
+    """
+    blocks = tl.cdiv(outputs, BN)
+    n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    first = n.to(tl.int64)
+    if experts is not None:
+        first += tl.load(experts + tl.program_id(0) // blocks).to(tl.int64) * outputs
+    x += row[:, None, None].to(tl.int64) * (INPUTS // pairs(XS))
+    rows = row[:, None, None] < count
+    tensor = 1.0
+    if power is not None:
+        tensor = tl.load(power)
+    codes += first[None, :, None] * (UNITS * UNIT * (HIGH + LOW) // 32)
+    inside = n < outputs
+    scales += first[:, None] * GROUPS
+    if zeros is not None:
+        zeros += first[:, None] * GROUPS
+    total = plane(
+        x, codes, scales, zeros if LOW == 0 else None, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, HIGH,
+        zeros is None, UNIT, UNITS, GROUP, SCALES, BN, BU,
+    )  # fmt: skip
+    if LOW > 0:
+        total = total * (1 << LOW) + plane(
+            x, codes + UNITS * UNIT * HIGH // 32, scales, zeros, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, LOW,
+            False, UNIT, UNITS, GROUP, SCALES, BN, BU,
+        )  # fmt: skip
+    if bias is not None:
+        total += tl.load(bias + first, mask=inside, other=0.0).to(tl.float32)[None, :]
+    where = out + row[:, None].to(tl.int64) * outputs + n[None, :]
+    known = inside[None, :] & (row[:, None] < count)
+    tl.store(where, narrow(total, out.dtype.element_ty, INTERPRETED), mask=known)
+
+
+@triton.jit
+def plane(
+    x, codes, scales, zeros, tensor, magic, inside, rows, ROWS: tl.constexpr, INPUTS: tl.constexpr, XS: tl.constexpr,
+    ELEMENT: tl.constexpr, BITS: tl.constexpr, CENTERED: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    GROUP: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
+):  # fmt: skip
+    """The sums [ROWS, BN] of one plane of `BITS`. `CENTERED`: whether its codes are less by half of their count."""
+    WORDS: tl.constexpr = UNIT * BITS // 32
+    t = tl.arange(0, BU * WORDS)[None, None, :]
+    sums = tl.zeros([ROWS, BN, BU * WORDS], tl.float32)
+    for begin in range(0, UNITS, BU):
+        there = begin + t // WORDS < UNITS
+        words = tl.load(
+            codes + begin * WORDS + t, mask=inside[None, :, None] & there, other=0, eviction_policy="evict_first"
+        )
+        u = begin + tl.arange(0, BU)[None, :]
+        g, known = u * UNIT // GROUP, inside[:, None] & (u < UNITS)
+        s = each(scale(scales + g, known, tensor, SCALES), BN, BU, WORDS)
+        part = tl.zeros([ROWS, BN, BU * WORDS], tl.float32)
+        whole = tl.zeros([ROWS, 1, BU * WORDS], tl.float32)
+        for k in tl.static_range(16 // BITS):
+            column = (begin + t // WORDS) * (UNIT // 2) + k * WORDS + t % WORDS
+            even, odd = pair(x, column, there & (column < INPUTS // 2) & rows, XS)
+            part += value(words, 2 * k, magic, ELEMENT, BITS, CENTERED) * (even * place(2 * k, ELEMENT, BITS))
+            part += value(words, 2 * k + 1, magic, ELEMENT, BITS, CENTERED) * (odd * place(2 * k + 1, ELEMENT, BITS))
+            whole += even + odd
+        if zeros is not None:
+            part -= each(tl.load(zeros + g, mask=known, other=0).to(tl.float32), BN, BU, WORDS) * whole
+        sums += part * s
+    return tl.sum(sums, axis=2) * bias_of(ELEMENT)
+
+
+@triton.jit
+def each(s, BN: tl.constexpr, BU: tl.constexpr, WORDS: tl.constexpr):
+    """[BN, BU], one for each unit -> [1, BN, words]."""
+    return tl.reshape(tl.broadcast_to(s[:, :, None], (BN, BU, WORDS)), (1, BN, BU * WORDS))
+
+
+@triton.constexpr_function
+def pairs(XS):
+    """How many elements of an input are read as one."""
+    return 1 if XS == "float32" else 2
+
+
+@triton.constexpr_function
+def place(i, ELEMENT, BITS):
+    """The factor of code `i` of a word that `value` leaves out."""
+    return 2.0 ** -(i * BITS % 16) if ELEMENT == "integer" else 1.0
+
+
+@triton.constexpr_function
+def bias_of(ELEMENT):
+    """The factor of all codes that `value` leaves out: the difference of the biases of two exponents."""
+    return {"e2m1": 2.0**14, "e4m3": 2.0**8}.get(ELEMENT, 1.0)
+
+
+@triton.jit
+def pair(x, k, there, XS: tl.constexpr):
+    """Inputs number 2k and 2k + 1, as float32."""
+    if XS == "float32":
+        even = tl.load(x + 2 * k, mask=there, other=0.0)
+        odd = tl.load(x + 2 * k + 1, mask=there, other=0.0)
+    else:
+        both = tl.load(x + k, mask=there, other=0)
+        if XS == "bfloat16":
+            even = (both << 16).to(tl.float32, bitcast=True)
+            odd = (both & -65536).to(tl.float32, bitcast=True)
+        else:
+            even, odd = half(both, 0), half(both, 1)
+    return even, odd
+
+
+@triton.jit
+def half(word, H: tl.constexpr):
+    """Float16 number `H` of a word, as float32."""
+    h = word if H == 0 else word >> 16
+    return h.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def value(words, i: tl.constexpr, magic, ELEMENT: tl.constexpr, BITS: tl.constexpr, CENTERED: tl.constexpr):
+    """Code `i` of each word as float32, centered or not, but for `place` and `bias_of`."""
+    if ELEMENT == "integer":
+        PLACE: tl.constexpr = i * BITS % 16
+        h = words if i * BITS < 16 else words >> 16
+        zero: tl.constexpr = 8388608.0 + (1 << BITS - 1 << PLACE if CENTERED else 0)
+        f = ((h & (((1 << BITS) - 1) << PLACE)) | magic).to(tl.float32, bitcast=True) - zero
+    else:
+        UP: tl.constexpr = 16 - BITS - i * BITS % 16
+        f = half(small(words << UP, ELEMENT), i * BITS // 16)
+    return f
+
+
+@triton.jit
+def small(words, ELEMENT: tl.constexpr):
+    """Small floats in the high bits of the two halves of words -> float16, but for the bias."""
+    if ELEMENT == "e2m1":
+        h = (words & SIGNS) | ((words >> 3) & 0x0E000E00)
+    elif ELEMENT == "e4m3":
+        h = (words & SIGNS) | ((words >> 1) & 0x3F803F80)
+    else:
+        h = words & -16711936  # 0xFF00FF00
+    return h
+
+
+@triton.jit
+def scale(address, there, tensor, SCALES: tl.constexpr):
+    """Scales as float32: `bfloat16`, or bytes that are exponents (`e8m0`) or `e4m3`, the latter times that of the tensor."""
+    s = tl.load(address, mask=there, other=0)
+    if SCALES == "e8m0":
+        s = (s.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    elif SCALES == "e4m3":
+        s = half(small(s.to(tl.int32) << 8, "e4m3"), 0) * 256.0 * tensor
+    else:
+        s = s.to(tl.float32)
+    return s
+
+
+@triton.jit
+def decode(
+    codes, scales, zeros, power, out, outputs, INPUTS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    UNIT: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The values [outputs, INPUTS] of codes, rounded once to the type of `out`. Groups may have any length."""
+    across: tl.constexpr = (INPUTS + BK - 1) // BK
+    n = (tl.program_id(0) // across * BN + tl.arange(0, BN))[:, None]
+    k = (tl.program_id(0) % across * BK + tl.arange(0, BK))[None, :]
+    there = (n < outputs) & (k < INPUTS)
+    rows = n.to(tl.int64)
+    codes += rows * (UNITS * UNIT * (HIGH + LOW) // 32)
+    c = code(codes, k, there, HIGH, UNIT)
+    if LOW > 0:
+        c = c << LOW | code(codes + UNITS * UNIT * HIGH // 32, k, there, LOW, UNIT)
+    g = rows * GROUPS + k // GROUP
+    tensor = 1.0
+    if power is not None:
+        tensor = tl.load(power)
+    s = scale(scales + g, there, tensor, SCALES)
+    if ELEMENT != "integer":
+        f = half(small(c << (16 - HIGH), ELEMENT), 0) * bias_of(ELEMENT)
+    elif zeros is not None:
+        f = (c - tl.load(zeros + g, mask=there, other=0).to(tl.int32)).to(tl.float32)
+    else:
+        f = (c - (1 << (HIGH + LOW - 1))).to(tl.float32)
+    tl.store(out + rows * INPUTS + k, narrow(f * s, out.dtype.element_ty, INTERPRETED), mask=there)
+
+
+@triton.jit
+def code(codes, k, there, BITS: tl.constexpr, UNIT: tl.constexpr):
+    """The bits of columns `k` in a plane of `BITS`."""
+    WORDS: tl.constexpr = UNIT * BITS // 32
+    inner = k % UNIT
+    words = tl.load(codes + k // UNIT * WORDS + inner // 2 % WORDS, mask=there, other=0)
+    i = inner // (2 * WORDS) * 2 + inner % 2
+    return (words >> (i * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def pack(
+    codes, words, outputs, INPUTS: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, BELOW: tl.constexpr,
+    UNIT: tl.constexpr, UNITS: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """One plane of codes [outputs, INPUTS], a byte each: their `BITS` above the last `BELOW`, once `OFFSET` is added."""
+    WORDS: tl.constexpr = UNIT * BITS // 32
+    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    t = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
+    there = (n < outputs) & (t < UNITS * WORDS)
+    word = tl.zeros([BN, BW], tl.int32)
+    for i in tl.static_range(32 // BITS):
+        k = t // WORDS * UNIT + i // 2 * 2 * WORDS + t % WORDS * 2 + i % 2
+        known = there & (k < INPUTS)
+        c = tl.load(codes + n.to(tl.int64) * INPUTS + k, mask=known, other=0).to(tl.int32)
+        c = tl.where(known, c + OFFSET, 0)
+        word |= (c >> BELOW & (1 << BITS) - 1) << (BITS * i)
+    tl.store(words + n.to(tl.int64) * STRIDE + t, word, mask=there)
+
+
+@triton.jit(do_not_specialize=["count"])
+def codes_product(
+    x, codes, zeros, out, outputs, count, INPUTS: tl.constexpr, INTEGER: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BW: tl.constexpr,
+):  # fmt: skip
+    """The product of codes of both sides, four to a word: x [count, INPUTS] and codes [outputs, INPUTS] -> out [count, outputs].
+
+    Of int8, less `zeros` int8 [count] of the rows of x, in int32; of e4m3, in float32.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.arange(0, ROWS)
+    t = tl.arange(0, BW)[None, None, :]
+    TYPE: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    zero = 0
+    if zeros is not None:
+        zero = tl.load(zeros + rows, mask=rows < count, other=0).to(tl.int32)[:, None, None]
+    sums = tl.zeros([ROWS, BN, BW], TYPE)
+    for begin in range(0, INPUTS // 4, BW):
+        known = begin + t < INPUTS // 4
+        a = tl.load(
+            codes + n[None, :, None].to(tl.int64) * (INPUTS // 4) + begin + t, mask=known & (n < outputs)[None, :, None],
+            other=0, eviction_policy="evict_first",
+        )  # fmt: skip
+        b = tl.load(
+            x + rows[:, None, None] * (INPUTS // 4) + begin + t, mask=known & (rows < count)[:, None, None], other=0
+        )
+        for i in tl.static_range(4):
+            if INTEGER:
+                sums += (a << (24 - 8 * i) >> 24) * ((b << (24 - 8 * i) >> 24) - zero)
+            else:
+                sums += byte(a, i) * byte(b, i)
+    total = tl.sum(sums, axis=2)
+    if not INTEGER:
+        total *= 65536.0
+    where = out + rows[:, None] * outputs + n[None, :]
+    tl.store(where, total, mask=(rows < count)[:, None] & (n < outputs)[None, :])
+
+
+@triton.jit
+def byte(words, i: tl.constexpr):
+    """The e4m3 number `i` of words as float32, but for the factor 2^-8."""
+    return half(small(words << (8 - i % 2 * 8), "e4m3"), i // 2)

@@ -1,0 +1,292 @@
+"""Prepared experts: the parameters of the module stay, and its class reads their values on the grid."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.engines.kept import Store
+from qkit.engines.layer import Mode
+from qkit.errors import BackendError
+from qkit.grid import Grid
+from qkit.rules import Rule, Ste
+from qkit_torchao.cache import identity
+from qkit_torchao.cache.identity import KeptOfTensor
+from qkit_torchao.layers import sharded, straight_through
+from qkit_torchao.layers.become import become
+from qkit_torchao.layers.gates import gate
+from qkit_torchao.layers.prepared import cannot_cache
+from qkit_torchao.layers.stacks import Stack, stacks_of
+from qkit_torchao.torch_private import apply, parameter, remove_buffers
+
+_values: Store[KeptOfTensor[Tensor]] = Store()
+_classes: dict[tuple[Any, ...], type[nn.Module]] = {}  #: those that `class_of` made
+
+
+class Experts(nn.Module):
+    """The common part of prepared and converted experts: a class made for that of the module, which reads its weights elsewhere.
+
+    Attributes:
+        kind, base: the class whose subclass it is, and the class of the module before.
+        stacks: the parameters that held the weights.
+    """
+
+    kind: "type[Experts]"
+    base: type[nn.Module]
+    rule: Rule
+    stacks: tuple[Stack, ...]
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """As the module computes it, with the weights of this class.
+
+        Raises:
+            BackendError: something else computes the weights, such as peft's adapters on parameters of experts.
+        """
+        if hasattr(self, "parametrizations"):
+            raise self._computed_elsewhere()
+        if self.rule.activation is None or self._is_off():
+            return super().forward(*inputs, **named)
+        if inputs:
+            inputs = (self._on_grid(inputs[0]), *inputs[1:])
+        else:
+            named["hidden_states"] = self._on_grid(named["hidden_states"])
+        config: Any = self.config
+        eager = getattr(config, "_experts_implementation", None) in (None, "eager")
+        return self._one_by_one(*inputs, **named) if eager else super().forward(*inputs, **named)
+
+    def _computed_elsewhere(self) -> BackendError:
+        return BackendError(
+            f"a parametrization computes the weights of {self.base.__name__}, as peft's target_parameters do, and would pass by "
+            "their grid: take it off before prepare or convert, or leave experts float by a rule"
+        )
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """The input of the down projection, on the grid of the inputs."""
+        made: Tensor = super()._apply_gate(gate_up)  # type: ignore[misc]
+        return made if self.rule.activation is None or self._is_off() else self._on_grid(made)
+
+    def _on_grid(self, x: Tensor) -> Tensor:
+        assert self.rule.activation is not None
+        return straight_through.fake_quantize(x, self.rule.activation, ste=self.rule.ste)
+
+    def _is_off(self) -> bool:
+        return False
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """As transformers' eager implementations, most of which pass by `_apply_gate`.
+
+        Args:
+            x: [tokens, inputs].
+            chosen: numbers of experts [tokens, several].
+            weights: of these experts, [tokens, several].
+        """
+        up, down = (getattr(self, stack.name) for stack in self.stacks)
+        biases = [getattr(self, f"{stack.name}_bias", None) for stack in self.stacks]
+        norm, out = getattr(self, "post_expert_norm", None), torch.zeros_like(x)
+        for expert in range(self.stacks[0].shape[0]):
+            token, place = torch.where(chosen == expert)
+            if token.numel():
+                y = self._apply_gate(self._multiply(x[token], up[expert], biases[0], expert))
+                y = self._multiply(y, down[expert], biases[1], expert)
+                y = y if norm is None else norm(y)
+                out.index_add_(0, token, (y * weights[token, place, None]).to(out.dtype))
+        return out
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+        y = x @ (weight if self.stacks[0].transposed else weight.t())
+        return y if bias is None else y + bias[expert]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle makes the class again, which no module names."""
+        return _again, (self.kind, self.base, tuple(stack.name for stack in self.stacks)), self.__dict__
+
+
+class FakeExperts(Experts):
+    """Experts that compute with their weights' quantized values, under any of transformers' implementations of experts.
+
+    The gradient of the values is that of the parameters. The values are cached until a parameter changes.
+    """
+
+    gate: Tensor
+    mode: Mode
+    calibrating: bool
+    frozen: bool
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """As `Experts.forward`; evaluation computes the values anew, since copies through `.data` leave no trace."""
+        if not self.training and not torch.compiler.is_compiling():
+            self._each(KeptOfTensor.drop)
+        return super().forward(*inputs, **named)
+
+    def _is_off(self) -> bool:
+        return self.mode == "off"
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module; besides, the next use recomputes the values."""
+        self._each(KeptOfTensor.drop)
+        return super().train(mode)
+
+    def switch_mode(self, mode: Mode) -> None:
+        """See `Modules.switch_mode`."""
+        self.mode, self.calibrating = mode, mode == "calibrating"
+        self.gate = gate(self.gate.device, on=mode != "off")
+        if self.frozen:
+            self._each(KeptOfTensor.thaw if mode == "off" else KeptOfTensor.freeze)
+
+    def freeze_values(self, on: bool) -> None:
+        """See `Trains.freeze_values`."""
+        if on and (sharded.is_managed(self) or any(cannot_cache(w) for w in self._weights())):
+            raise BackendError(
+                "values of experts cannot be frozen, since their weights cannot be watched: use interval 1"
+            )
+        self.frozen = on
+        self._each(KeptOfTensor.freeze if on and self.mode != "off" else KeptOfTensor.thaw)
+
+    def regrid(self, rule: Rule) -> None:
+        """See `Trains.regrid`."""
+        self.rule = rule
+        self._each(KeptOfTensor.freeze if self.frozen and self.mode != "off" else KeptOfTensor.thaw)
+
+    def clear_ranges(self) -> None:
+        """See `Modules.clear_ranges`; experts have none."""
+
+    def values_of(self, stack: Stack) -> Tensor:
+        """The values of the parameter of `stack`, shaped and laid out as it is."""
+        weight, grid, ste = parameter(self, stack.name), self.rule.weight, self.rule.ste
+        if weight is None:
+            raise self._computed_elsewhere()
+        assert grid is not None
+        if torch.compiler.is_compiling():
+            return torch.where(self.gate, _stacked(weight, None, stack, grid, ste), weight)
+        if self.mode == "off":
+            return weight
+        if sharded.is_managed(self) or cannot_cache(weight) or (self.frozen and not self.training):
+            return _with_gradient(weight, stack.values(weight.detach(), grid), stack, grid, ste)
+        return _with_gradient(weight, self._cached(weight, stack, grid), stack, grid, ste)
+
+    def _cached(self, weight: Tensor, stack: Stack, grid: Grid) -> Tensor:
+        kept, stamp = _kept(weight), (grid, *identity.state(weight))
+        if (value := kept.current(stamp)) is not None:
+            return value
+        with torch.inference_mode(False), torch.no_grad():
+            value = stack.values(weight.detach(), grid)  # in new memory: a backward may still need the old values
+        kept.captured = kept.captured or bool(stamp[-1])
+        return kept.put(value, stamp)
+
+    def _weights(self) -> list[Tensor]:
+        found = (parameter(self, stack.name) for stack in self.stacks)
+        return [weight for weight in found if weight is not None]
+
+    def _each(self, verb: Callable[[KeptOfTensor[Tensor]], None]) -> None:
+        for weight in self._weights():
+            verb(_kept(weight))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves as any module; the gate is that of the new device."""
+        apply(self, fn, recurse)
+        self.gate = gate(self.gate.device, on=self.mode != "off")
+        return self
+
+
+def prepare_experts(module: nn.Module, rule: Rule) -> FakeExperts:
+    """The training form of a module of experts: same parameters, hooks and mode, other class."""
+    stacks = stacks_of(module)
+    check_activation(module, rule)
+    layer: FakeExperts = become(module, class_of(FakeExperts, type(module), tuple(stack.name for stack in stacks)))
+    layer.rule, layer.stacks = rule, stacks
+    layer.mode, layer.calibrating, layer.frozen = "on", False, False
+    weight = parameter(layer, "down_proj")
+    assert weight is not None
+    layer.register_buffer("gate", gate(weight.device, on=True), persistent=False)
+    return layer
+
+
+def restore_experts(layer: FakeExperts) -> nn.Module:
+    """The module that `prepare_experts` was given, with the same parameters."""
+    plain: nn.Module = become(layer, layer.base)
+    for name in ("rule", "stacks", "mode", "calibrating", "frozen"):
+        plain.__dict__.pop(name, None)
+    remove_buffers(plain, "gate")
+    return plain
+
+
+def check_activation(module: nn.Module, rule: Rule) -> None:
+    """Refuses an activation grid for experts whose inputs this engine does not reach.
+
+    Raises:
+        BackendError: the message names their class.
+    """
+    gated = hasattr(getattr(module, "base", type(module)), "_apply_gate") and getattr(module, "has_gate", False)
+    if rule.activation is not None and not gated:
+        raise BackendError(
+            f"{type(module).__name__} shows no input of its down projection, so that its experts take no activation grid: give "
+            "them a rule of kind experts without one"
+        )
+    if rule.range != "dynamic":
+        raise BackendError(
+            f"the range of the inputs of experts is {rule.range!r}, and only dynamic ones are there for experts: give them a "
+            "rule of kind experts with another range, or none"
+        )
+
+
+def class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> Any:
+    """The class of `kind` for modules of class `base`, whose attributes `names` are properties in place of parameters."""
+    key = kind, base, names
+    if key not in _classes:
+        _classes[key] = _class_of(kind, base, names)
+    return _classes[key]
+
+
+def _class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def read(name: str, self: Any) -> Any:
+        return self.values_of(next(stack for stack in self.stacks if stack.name == name))
+
+    properties = {name: property(partial(read, name)) for name in names}
+    return type(
+        f"{kind.__name__}Of{base.__name__}",
+        (kind, base),
+        {**properties, "kind": kind, "base": base, "__module__": __name__},
+    )
+
+
+def _again(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = class_of(kind, base, names)
+    made: nn.Module = cls.__new__(cls)
+    return made
+
+
+def _kept(weight: Tensor) -> KeptOfTensor[Tensor]:
+    return _values.of(weight) or KeptOfTensor(weight, _values)
+
+
+def _with_gradient(weight: Tensor, values: Tensor, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
+    """`values`, with the gradient of `weight` straight through, masked where `ste` says so."""
+    if ste == "identity":
+        return straight_through.values_view(weight, values, grid, ste=ste)
+    return _stacked(weight, values, stack, grid, ste)
+
+
+def _stacked(weight: Tensor, values: Tensor | None, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
+    result: Tensor = _Stacked.apply(weight, values, stack, grid, ste)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Stacked(torch.autograd.Function):
+    """Forward: the values of a stack. Backward: the gradient as it comes, or masked."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor | None, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
+        ctx.stack, ctx.grid, ctx.ste = stack, grid, ste
+        if ste == "masked":
+            ctx.save_for_backward(weight)
+        return stack.values(weight, grid) if values is None else values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        if ctx.ste == "masked":
+            (weight,) = ctx.saved_tensors
+            gradient = straight_through.masked(gradient, ctx.stack.unclipped(weight, ctx.grid))
+        return gradient, None, None, None, None

@@ -1,0 +1,180 @@
+"""Converted experts: packed codes, decoded expert by expert as they are used."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qkit.grid import Grid
+from qkit.qtensor import DType, QTensor, dtype_of
+from qkit.rules import Rule
+from qkit_torchao.arithmetic import bit_streams, rounding
+from qkit_torchao.kernels import choose
+from qkit_torchao.layers.become import apply_but_keep, become
+from qkit_torchao.layers.execution import Execution
+from qkit_torchao.layers.experts import Experts, check_activation, class_of
+from qkit_torchao.layers.stacks import Stack, stacks_of
+from qkit_torchao.torch_private import remove_buffers, remove_parameters
+
+PARTS = ("codes", "scales", "zeros", "tensor_scale")
+GROUPED = (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
+EXECUTION = Execution(native=False, text="expert by expert, as tokens reach them", layout="bytes")
+
+
+class PackedExperts(Experts):
+    """Experts of packed codes. Their weights are `Decoded`, which transformers' implementations of experts use as tensors."""
+
+    dtype: DType
+    execution: Execution
+
+    def values_of(self, stack: Stack) -> Any:
+        """The weights of `stack`; compiled code decodes all of them."""
+        decoded = Decoded(self, stack)
+        return decoded.whole() if torch.compiler.is_compiling() else decoded
+
+    def quantized(self, projection: str, expert: int) -> QTensor[Tensor]:
+        """The codes and scales of one expert's projection, [outputs, inputs]."""
+        grid = self.rule.weight
+        assert grid is not None
+        parts = {name: self.get_buffer(f"{projection}_{name}")[expert] for name in self._parts(grid)}
+        inputs = next(stack.shape[2] for stack in self.stacks if projection in stack.projections)
+        parts["codes"] = bit_streams.unpack(parts["codes"], grid.element, inputs, symmetric=grid.symmetric)
+        return QTensor(grid=grid, dtype=self.dtype, **parts)
+
+    def decoded(self, stack: Stack, expert: int) -> Tensor:
+        """The weight of one expert, laid out as in the parameter of `stack`."""
+        with torch.no_grad():
+            return stack.join(choose.dequantize(self.quantized(name, expert)) for name in stack.projections)
+
+    def _parts(self, grid: Grid) -> tuple[str, ...]:
+        more = {"zeros": not grid.symmetric, "tensor_scale": grid.scale == "nvfp4"}
+        return tuple(name for name in PARTS if more.get(name, True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves the codes and keeps the scales as they are: a cast changes only the type that values are rounded to."""
+        grid = self.rule.weight
+        assert grid is not None
+        names = [f"{name}_{part}" for stack in self.stacks for name in stack.projections for part in self._parts(grid)]
+        device = self.get_buffer(names[0]).device
+        self.dtype = dtype_of(fn(torch.zeros((), dtype=rounding.DTYPE[self.dtype], device=device)))
+        apply_but_keep(self, fn, recurse, names)
+        return self
+
+
+class Decoded:
+    """The weights of a stack of converted experts, for code that takes a parameter: each use decodes the experts that it needs.
+
+    Indexing gives a tensor. A grouped product decodes the experts that have tokens, one at a time. Every other operation decodes
+    all experts.
+    """
+
+    def __init__(self, layer: PackedExperts, stack: Stack, *, swapped: bool = False) -> None:
+        self._layer, self._stack, self._swapped = layer, stack, swapped
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the values."""
+        return rounding.DTYPE[self._layer.dtype]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the codes."""
+        return self._layer.get_buffer(f"{self._stack.projections[0]}_codes").device
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the parameter."""
+        experts, outputs, inputs = self._stack.shape
+        outputs *= len(self._stack.projections)
+        across = self._stack.transposed != self._swapped
+        return torch.Size((experts, inputs, outputs) if across else (experts, outputs, inputs))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The weight of one expert, or those of several that a tensor names."""
+        if isinstance(index, Tensor) and index.dim():
+            chosen, places = index.unique(return_inverse=True)
+            return torch.stack([self._one(int(expert)) for expert in chosen.tolist()])[places]
+        if isinstance(index, (int, Tensor)):
+            return self._one(int(index))
+        return self.whole()[index]
+
+    def transpose(self, one: int, other: int) -> Any:
+        """The two last axes swapped."""
+        if {one % 3, other % 3} != {1, 2}:
+            return self.whole().transpose(one, other)
+        return Decoded(self._layer, self._stack, swapped=not self._swapped)
+
+    def whole(self) -> Tensor:
+        """All experts as one tensor."""
+        return torch.stack([self._one(expert) for expert in range(self.shape[0])])
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else that a tensor has."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.whole(), name)
+
+    def _one(self, expert: int) -> Tensor:
+        weight = self._layer.decoded(self._stack, expert)
+        return weight.transpose(-1, -2) if self._swapped else weight
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if function in GROUPED and len(args) > 1 and isinstance(args[1], cls) and "offs" in named:
+            return _grouped(args[0], args[1], named["offs"])
+        whole = [one.whole() if isinstance(one, cls) else one for one in args]
+        return function(*whole, **{key: one.whole() if isinstance(one, cls) else one for key, one in named.items()})
+
+
+def pack_experts(module: nn.Module, q: Mapping[str, Sequence[QTensor[Tensor]]], rule: Rule) -> PackedExperts:
+    """The deployed form of a module of experts, float or prepared; see `Mixes.pack_experts`."""
+    stacks, base = stacks_of(module), getattr(module, "base", type(module))
+    check_activation(module, rule)
+    layer: PackedExperts = become(module, class_of(PackedExperts, base, tuple(stack.name for stack in stacks)))
+    for name in ("mode", "calibrating", "frozen"):
+        layer.__dict__.pop(name, None)
+    remove_buffers(layer, "gate")
+    remove_parameters(layer, *(stack.name for stack in stacks))
+    assert rule.weight is not None
+    layer.rule, layer.stacks, layer.execution = rule, stacks, EXECUTION
+    layer.dtype = next(iter(q.values()))[0].dtype
+    for name, experts in q.items():
+        for part in experts[0].parts():
+            arrays = [one.parts()[part] for one in experts]
+            stored = torch.stack(arrays)
+            layer.register_buffer(
+                f"{name}_{part}", bit_streams.pack(stored, rule.weight.element) if part == "codes" else stored
+            )
+    return layer
+
+
+def unpack_experts(module: PackedExperts) -> dict[str, list[QTensor[Tensor]]]:
+    """See `Mixes.unpack_experts`."""
+    return {
+        name: [module.quantized(name, expert) for expert in range(stack.shape[0])]
+        for stack in module.stacks
+        for name in stack.projections
+    }
+
+
+def buffers_of(module: PackedExperts) -> list[str]:
+    """The names of the buffers with codes and scales."""
+    return [f"{name}_{part}" for stack in module.stacks for name in stack.projections for part in PARTS]
+
+
+def _grouped(x: Tensor, weight: Decoded, offs: Tensor) -> Tensor:
+    """The product of rows of `x` that are sorted by expert, which end at `offs`, with the weight of each."""
+    ends = offs.tolist()
+    out = x.new_zeros((x.shape[0], weight.shape[2]), dtype=weight.dtype)
+    parts = []
+    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if begin != end:
+            parts.append(x[begin:end].to(weight.dtype) @ weight[expert])
+    if ends[-1] < x.shape[0]:
+        parts.append(out[ends[-1] :])
+    return torch.cat(parts) if parts else out

@@ -1,0 +1,60 @@
+"""The verbs of `Mixes` for the torch engine, which inherits them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qkit.engines.layer import Layer
+from qkit.engines.protocol import NOTHING
+from qkit.qtensor import QTensor
+from qkit.rules import Rule
+from qkit_torchao.layers import packed_experts, stacks
+
+
+class Mixtures:
+    """Mixtures of experts on an engine with `from_numpy` and `to_numpy`."""
+
+    def from_numpy(self, x: NDArray[Any]) -> Tensor:
+        """See `Arrays.from_numpy`."""
+        raise NotImplementedError
+
+    def to_numpy(self, x: Tensor) -> NDArray[Any]:
+        """See `Arrays.to_numpy`."""
+        raise NotImplementedError
+
+    def tensor_of(self, array: Any) -> Tensor:
+        """A tensor with the bits of `array`, or `array` itself where it is one."""
+        return array if isinstance(array, Tensor) else self.from_numpy(np.asarray(array))
+
+    def experts(self, module: nn.Module) -> dict[str, Tensor]:
+        """See `Mixes.experts`; views of the parameters."""
+        return stacks.split(module, stacks.stacks_of(module))
+
+    def stack_experts(self, layer: Layer, weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """See `Mixes.stack_experts`."""
+        parts = {name: self.tensor_of(array) for name, array in weights.items()}
+        joined = stacks.join(stacks.stacks_of(layer.module), parts)
+        return {name: self.to_numpy(joined[name.rpartition(".")[2]]) for name in layer.stored}
+
+    def pack_experts(
+        self,
+        module: nn.Module,
+        q: Mapping[str, Sequence[QTensor[Any]]],
+        rule: Rule,
+        *,
+        static: Mapping[str, NDArray[Any]] = NOTHING,
+    ) -> nn.Module:
+        """See `Mixes.pack_experts`; the codes go to the device of the experts."""
+        device = next(iter(self.experts(module).values())).device
+
+        def place(one: QTensor[Any]) -> QTensor[Tensor]:
+            return one.map(lambda array: self.tensor_of(array).to(device))
+
+        return packed_experts.pack_experts(module, {name: list(map(place, each)) for name, each in q.items()}, rule)
+
+    def unpack_experts(self, module: Any) -> dict[str, list[QTensor[Tensor]]]:
+        """See `Mixes.unpack_experts`."""
+        return packed_experts.unpack_experts(module)

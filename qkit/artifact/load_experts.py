@@ -1,0 +1,106 @@
+"""The experts of an artifact, stored one by one, for the layers of a model that have all experts of a block."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.artifact.metadata import StoredRule
+from qkit.engines.abilities import require
+from qkit.engines.layer import Layer
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Modules
+from qkit.errors import ArtifactError, GridError
+from qkit.experts import Codes, blocks_of, module_name
+from qkit.formats import compressed_tensors
+from qkit.formats.packed import join
+from qkit.rules import Rule
+
+Arrays = dict[str, NDArray[Any]]
+Place = tuple[int, str]  #: number of an expert and name of a projection
+
+
+def take_experts(
+    folder: Path,
+    arrays: Arrays,
+    layers: Mapping[str, Layer],
+    rules: Sequence[StoredRule],
+    config: Mapping[str, Any] | None,
+) -> dict[str, tuple[Codes, Rule]]:
+    """The codes and the rule of every block of quantized experts, by the path of its layer. Removes their tensors from `arrays`.
+
+    Raises:
+        ArtifactError: the model has no such experts, or some of them are missing or not sound.
+    """
+    out: dict[str, tuple[Codes, Rule]] = {}
+    for one in rules:
+        if one.rule.kind != "experts":
+            continue
+        for place, places in blocks_of(one.paths).items():
+            block = module_name(f"{place}.", config)[:-1]
+            if block in out:
+                raise ArtifactError(f"{folder}: the experts of {block} are on several grids: quantize the model again")
+            layer = _layer(folder, layers, block, places)
+            codes: Codes = {name: [] for name in layer.projections}
+            for name, shape in layer.projections.items():
+                for number in range(shape[0]):
+                    codes[name].append(_take(folder, arrays, places[number, name], one, shape[1:]))
+            out[block] = codes, one.rule
+    return out
+
+
+def stack_experts(
+    engine: Modules, folder: Path, arrays: Arrays, layers: Mapping[str, Layer], config: Mapping[str, Any] | None
+) -> None:
+    """Puts the float experts among `arrays` that are stored one by one under the names that `engine` has for them.
+
+    Raises:
+        ArtifactError: an expert is missing, or has another shape.
+    """
+    single = blocks_of(name.removesuffix(".weight") for name in arrays if name.endswith(".weight"))
+    for place, places in single.items():
+        block = module_name(f"{place}.", config)[:-1]
+        if block not in layers or layers[block].kind != "experts":
+            continue
+        layer = _layer(folder, layers, block, places)
+        weights = {}
+        for name, shape in layer.projections.items():
+            parts = [arrays.pop(f"{places[number, name]}.weight") for number in range(shape[0])]
+            for part in parts:
+                if part.shape != shape[1:]:
+                    raise ArtifactError(
+                        f"{folder}: {block} has a {name} of {list(part.shape)} in the files and of {list(shape[1:])} in the model"
+                    )
+            weights[name] = np.stack(parts)
+        arrays.update(require(engine, Mixes).stack_experts(layer, weights))
+
+
+def _layer(folder: Path, layers: Mapping[str, Layer], block: str, places: Mapping[Place, str]) -> Layer:
+    """The layer at `block`, all of whose experts are among `places`, and no others."""
+    layer = layers.get(block)
+    if layer is None or layer.kind != "experts" or layer.obstacle:
+        why = layer.obstacle if layer and layer.obstacle else "it has none there"
+        raise ArtifactError(f"{folder}: the model cannot take the experts of {block}: {why}")
+    wanted = {(number, name) for name, shape in layer.projections.items() for number in range(shape[0])}
+    if differing := sorted(wanted ^ places.keys()):
+        number, name = differing[0]
+        which = "missing in the files" if differing[0] in wanted else "not in the model"
+        raise ArtifactError(f"{folder}: {block}.{number}.{name} is {which}")
+    return layer
+
+
+def _take(folder: Path, arrays: Arrays, path: str, stored: StoredRule, shape: tuple[int, ...]) -> Any:
+    grid = stored.rule.weight
+    assert grid is not None
+    for name in compressed_tensors.server_tensors(stored.rule):
+        arrays.pop(join(path, name), None)
+    try:
+        there = {name for name in compressed_tensors.NAMES if join(path, name) in arrays}
+        form = compressed_tensors.stored_form(there, grid)
+        names = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form)
+        found = {name: arrays.pop(join(path, name)) for name in names if join(path, name) in arrays}
+        return compressed_tensors.from_tensors(found, grid=grid, dtype=stored.dtype, shape=shape)
+    except (ArtifactError, GridError) as error:
+        raise ArtifactError(f"{folder}: {path}: {error}") from None

@@ -1,0 +1,39 @@
+"""Changes to a recipe for one run, as the options `--ignore` and `--skip-indivisible` ask for them."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import get_args
+
+from qkit.errors import RecipeError
+from qkit.rules import Kind, Recipe, Rule
+
+
+def overridden(recipe: Recipe, *, ignore: Sequence[str] = (), skip_indivisible: bool = False) -> Recipe:
+    """`recipe`, whose layers that match a pattern of `ignore` stay in float.
+
+    Args:
+        ignore: shell patterns for the paths of layers.
+        skip_indivisible: whether layers that do not divide into groups stay in float, too.
+
+    Raises:
+        RecipeError: a pattern is empty.
+    """
+    rules = recipe.rules
+    if skip_indivisible:
+        rules = tuple(replace(rule, indivisible="skip") for rule in rules)
+    if ignore:
+        rules = (*(Rule(tuple(ignore), kind=kind) for kind in get_args(Kind)), *rules)
+    return replace(recipe, rules=rules)
+
+
+def check_ignored(ignore: Sequence[str], paths: Collection[str]) -> None:
+    """Checks that each pattern of `ignore` matches one of `paths`, those of all layers of a model.
+
+    Raises:
+        RecipeError: a pattern matches none.
+    """
+    for pattern in ignore:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            some = ", ".join(list(paths)[:4])
+            raise RecipeError(f"--ignore {pattern!r} matches no layer of this model, which has {some}, ...")

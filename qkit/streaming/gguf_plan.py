@@ -1,0 +1,75 @@
+"""The GGUF file that `qkit export --to gguf` would make of a plan: from headers alone, so that scales count as float16."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from qkit.artifact.families import HEAD
+from qkit.errors import ArtifactError
+from qkit.formats.gguf import FLOATS, SIZES, layout
+from qkit.formats.gguf_config import ARCHITECTURES
+from qkit.streaming.plan import Plan, Row
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPlan:
+    """The tensors of a GGUF file.
+
+    Attributes:
+        nbytes: bytes of all tensors.
+        kinds: how many quantized weights have each of GGUF's types.
+        fallbacks: names of the quantized weights that need `--fallback f16`, and the reasons.
+        float_ends: bytes of the embedding and of the head, where they are not quantized and other weights are.
+    """
+
+    nbytes: int
+    kinds: Mapping[str, int]
+    fallbacks: Mapping[str, str]
+    float_ends: int
+
+    def __str__(self) -> str:
+        parts = [f"{count} {kind}" for kind, count in self.kinds.items()]
+        if self.fallbacks:
+            name, reason = next(iter(self.fallbacks.items()))
+            parts.append(f"{len(self.fallbacks)} that need --fallback f16 ({name}: {reason})")
+        text = f"as GGUF: {', '.join(parts)}; {self.nbytes:,} bytes"
+        if self.float_ends:
+            text += f", of which embedding and head, left float, are {self.float_ends / self.nbytes:.0%}"
+            text += ": recipes whose names end in -all quantize them"
+        return text
+
+
+def gguf_plan(plan: Plan, config: Mapping[str, object]) -> GgufPlan | None:
+    """The GGUF file of `plan`; None where GGUF has no such model, or nothing is quantized.
+
+    Args:
+        config: `config.json` of the model.
+    """
+    if config.get("model_type") not in ARCHITECTURES or not any(row.rule and row.rule.weight for row in plan.rows):
+        return None
+    total, ends = 0, 0
+    kinds: Counter[str] = Counter()
+    fallbacks: dict[str, str] = {}
+    for row in (row for row in plan.rows if row.slots):
+        kind, reason = _kind(row)
+        if reason:
+            fallbacks[row.stored.slot.name] = reason
+        elif row.rule and row.rule.weight:
+            kinds[kind] += 1
+        nbytes = prod(row.stored.slot.shape) * SIZES[kind] // 64
+        total += nbytes
+        if not (row.rule and row.rule.weight) and (row.kind == "embedding" or row.path == HEAD):
+            ends += nbytes
+    return GgufPlan(total, dict(sorted(kinds.items())), fallbacks, ends)
+
+
+def _kind(row: Row) -> tuple[str, str]:
+    """GGUF's type for a tensor, and the reason where no type holds its grid."""
+    slot = row.stored.slot
+    if row.rule is None or row.rule.weight is None:
+        return (FLOATS.get(row.dtype, "F32") if len(slot.shape) > 1 else "F32"), ""
+    try:
+        return layout(row.rule.weight, slot.shape[-1]), ""
+    except ArtifactError as error:
+        return "F16", str(error).partition(": ")[0]

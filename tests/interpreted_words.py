@@ -1,0 +1,168 @@
+"""Compares the kernels on packed codes, run by Triton's interpreter on a CPU, with decoded weights. For test_kernels.py."""
+
+import copy
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
+
+import numpy as np
+import torch
+from qkit_torchao.arithmetic import packing, rounding
+from qkit_torchao.kernels import choose, cuda_words
+from torch import nn
+
+import qkit
+
+BE = qkit.backend("torchao")
+INPUTS, OUTPUTS = 192, 4
+GRIDS = [
+    *(qkit.Grid(f"int{bits}", 32) for bits in (2, 3, 4, 5, 6, 8)),
+    *(qkit.Grid(f"int{bits}", 64, "minmax") for bits in (3, 4)),
+    *(qkit.Grid(name, 32) for name in ("e2m1", "e4m3", "e5m2")),
+    qkit.Grid("e2m1", 16, "nvfp4"),
+    *(qkit.Grid("int3", group) for group in ("row", "tensor")),
+    qkit.Grid("int4", 96),  # groups of several units
+    qkit.Grid("int4", 24),  # whose words have two scales: decoded
+]
+
+
+def weight(grid, dtype):
+    """A row of zeros, one of tiny values, and others."""
+    torch.manual_seed(0)
+    w = torch.randn(OUTPUTS, INPUTS).to(dtype)
+    w[1], w[2] = 0, w[2] * 2.0**-20
+    return w
+
+
+def layer(grid, dtype, bias):
+    """A float layer."""
+    linear = nn.Linear(INPUTS, OUTPUTS, bias=bias).to(dtype)
+    linear.weight.data = weight(grid, dtype)
+    return nn.Sequential(linear)
+
+
+def recipe(grid, kind="linear"):
+    """One rule for every layer."""
+    return qkit.Recipe("one", (qkit.Rule(match=("*",), weight=grid, kind=kind),))
+
+
+def products(grid, dtype):
+    """The largest error over abs(x) @ abs(w) of rows of every count; the codes and values are exact, wherever the layer goes."""
+    model = layer(grid, dtype, bias=grid.element.bits == 4)
+    want = rounding.quantize(model[0].weight.detach(), grid)
+    bias = None if model[0].bias is None else model[0].bias.detach().double()
+    model = qkit.convert(model, recipe(grid))
+    assert model[0].execution.layout == "words", model[0].execution
+    assert model[0].codes.numel() * 32 <= OUTPUTS * INPUTS * grid.element.bits * 1.03
+    for one in (model, copy.deepcopy(model)):
+        held = BE.unpack(one[0])
+        assert all(torch.equal(part, want.parts()[name]) for name, part in held.parts().items())
+    assert torch.equal(model[0].weight, rounding.dequantize(want))
+    values, worst = rounding.dequantize(want).double(), 0.0
+    for rows in (1, 3):
+        x = torch.randn(rows, INPUTS).to(dtype)
+        exact = nn.functional.linear(x.double(), values, bias).detach()
+        y = model(x[None])[0].detach()
+        assert y.dtype == dtype
+        bound = x.detach().double().abs() @ values.abs().T + (0 if bias is None else bias.abs())
+        worst = max(worst, float(((y - exact).abs() / bound.clamp_min(1e-30)).max().detach()))
+    x = torch.randn(2, INPUTS, dtype=dtype, requires_grad=True)
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, rounding.dequantize(want).sum(0).expand(2, -1), rtol=2**-6, atol=2**-4)
+    half = model.to(torch.float16)
+    assert torch.equal(BE.unpack(half[0]).codes, want.codes)
+    assert half[0].weight.dtype == torch.float16
+    return worst
+
+
+def packed_by_kernel(grid):
+    """Whether the kernel packs codes as torch's operations do."""
+    q = rounding.quantize(weight(grid, torch.bfloat16), grid)
+    made, want = cuda_words.laid(packing.lay(q, "bytes")), packing.lay(q, "words")
+    return torch.equal(made.codes, want.codes) and torch.equal(made.scales, want.scales)
+
+
+def experts(grid):
+    """The largest error of a product whose rows have experts of their own, over abs(x) @ abs(w)."""
+    qs = [rounding.quantize(weight(grid, torch.bfloat16) * (1 + i), grid) for i in range(3)]
+    laid = [packing.lay(q, "words") for q in qs]
+    parts = [
+        None if getattr(laid[0], name) is None else torch.stack([getattr(one, name) for one in laid])
+        for name in ("codes", "scales", "zeros")
+    ]
+    x, chosen = torch.randn(5, INPUTS).bfloat16(), torch.tensor([2, 0, 1, 1, 2])
+    y = cuda_words.multiply(x, *parts, None, None, grid, experts=chosen)
+    values = torch.stack([rounding.dequantize(q).double() for q in qs])[chosen]
+    exact, bound = (
+        torch.einsum("rk,rnk->rn", a, b) for a, b in ((x.double(), values), (x.double().abs(), values.abs()))
+    )
+    return float(((y - exact).abs() / bound.clamp_min(1e-30)).max())
+
+
+def both_sides():
+    """Whether products of int8 codes are exact, and those of e4m3 near."""
+    codes = torch.randint(-128, 128, (OUTPUTS, INPUTS), dtype=torch.int8)
+    x = torch.randint(-128, 128, (3, INPUTS), dtype=torch.int8)
+    zeros = torch.tensor([3, -128, 127], dtype=torch.int8)
+    want = (x.long() - zeros.long()[:, None]) @ codes.long().T
+    exact = torch.equal(cuda_words.codes_product(x, codes, zeros).long(), want)
+    exact = exact and torch.equal(cuda_words.codes_product(x, codes, None).long(), x.long() @ codes.long().T)
+    a, b = (torch.randn(n, INPUTS).to(torch.float8_e4m3fn) for n in (8, OUTPUTS))
+    made = cuda_words.codes_product(a.view(torch.uint8), b.view(torch.uint8), None)
+    torch.testing.assert_close(made.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-4)  # order of sums
+    return exact
+
+
+def tied(grid):
+    """Whether an embedding and its head share one packed copy, and compute rows and products of the same values."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(40, INPUTS), nn.Linear(INPUTS, 40, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.head(self.embed(tokens))
+
+    model = Tied().bfloat16()
+    values = rounding.rounded(model.embed.weight.detach(), grid)
+    rules = tuple(qkit.Rule(match=("*",), weight=grid, kind=kind) for kind in ("linear", "embedding"))
+    model = qkit.convert(model, qkit.Recipe("all", rules))
+    for one in (model, copy.deepcopy(model).to(torch.bfloat16)):
+        assert one.head.codes.data_ptr() == one.embed.codes.data_ptr()
+        assert torch.equal(one.embed(torch.tensor([[3, 39], [0, 3]])), values[torch.tensor([[3, 39], [0, 3]])])
+    tokens = torch.arange(4)
+    torch.testing.assert_close(model(tokens), values[tokens] @ values.T, rtol=2**-6, atol=2**-3)  # bf16, order of sums
+    return True
+
+
+def main(name: str) -> None:
+    """Prints a line for every grid."""
+    np.seterr(all="ignore")
+    choose.why_not_packed = lambda device: ""  # as on a GPU
+    dtype = getattr(torch, name)
+    for grid in GRIDS:
+        worst = products(grid, dtype)
+        print(
+            grid,
+            name,
+            "near" if worst < 2**-8 and (name != "float32" or worst < 1e-6) else f"off by {worst:.1e}",
+            flush=True,
+        )
+        print(grid, "packed", "exact" if packed_by_kernel(grid) else "otherwise", flush=True)
+        if grid.scale != "nvfp4" and grid.group != "tensor" and not cuda_words.why_not_few(grid, INPUTS):
+            worst = experts(grid)
+            print(grid, "experts", "near" if worst < 2**-8 else f"off by {worst:.1e}", flush=True)
+    print("both sides", "exact" if both_sides() else "differ", flush=True)
+    print(
+        "tied",
+        "exact"
+        if all(map(tied, (qkit.Grid("int4", 32), qkit.Grid("int3", 64), qkit.Grid("e2m1", 16, "nvfp4"))))
+        else "differ",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
