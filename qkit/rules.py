@@ -23,9 +23,7 @@ RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
 STES: tuple[Ste, ...] = ("identity", "masked")
 SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
-HEAD = "lm_head"  #: the path by which recipes know the output head
-#: Keys of a rule that the core carries out; an engine honours the others.
-CORE_KEYS = ("match", "kind", "weight", "indivisible")
+CORE_KEYS = ("match", "kind", "weight", "indivisible")  #: keys of a rule that the core carries out, and no engine
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
 EXPERTS = "*.experts.*"  #: the pattern of a rule for experts that names none
@@ -141,8 +139,8 @@ class Recipe:
 
     def rule_for(self, path: str, kind: Kind, *, head: bool = False) -> Rule | None:
         """The first rule that matches, if any. A layer that is an output `head` also goes by the path `lm_head`."""
-        paths = (path, HEAD) if head else (path,)
-        return next((rule for rule in self.rules if any(rule.matches(one, kind) for one in paths)), None)
+        names = (path, *["lm_head"] * head)
+        return next((rule for rule in self.rules if any(rule.matches(name, kind) for name in names)), None)
 
 
 def read_recipe(file: "Path | Traversable") -> Recipe:
