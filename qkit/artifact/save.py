@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
+from qkit.artifact.expert_files import file_stack
 from qkit.artifact.metadata import KEY, StoredRule, describe, group_paths, stored_rule
 from qkit.engines.abilities import offers, require
 from qkit.engines.elsewhere import Remembers
@@ -108,6 +109,7 @@ def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, d
     static = {join(layer.path, name) for layer in layers if layer.rule for name in static_contents(layer.rule)}
     if dtype is not None:
         tensors = _cast(tensors, dtype, but=static)
+    tensors = _with_files_experts(engine, layers, tensors, config)
     tensors = {file_name(name, config): array for name, array in tensors.items()}
     converted = [
         (path, stored_rule(layer.rule), q if dtype is None else replace(q, dtype=dtype))
@@ -146,6 +148,23 @@ def _origin(engine: Modules, model: Any, source: str | Path | None) -> Path | No
             "missing: give source=, its Hugging Face directory"
         )
     return None
+
+
+def _with_files_experts(
+    engine: Modules, layers: Iterable[Layer], tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any] | None
+) -> dict[str, NDArray[Any]]:
+    """`tensors` with float experts as files have them, where an engine calls them otherwise."""
+    out = dict(tensors)
+    for layer in layers:
+        if (
+            layer.kind == "experts"
+            and layer.stage == "float"
+            and all(name.endswith(".weight") for name in layer.stored)
+        ):
+            parts = {p: out.pop(name) for p, name in zip(layer.projections, layer.stored, strict=True)}
+            block = file_name(f"{layer.path}.", config)[:-1]
+            out.update(file_stack(block, parts, config or {}))
+    return out
 
 
 def _weights(

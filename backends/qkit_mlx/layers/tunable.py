@@ -72,10 +72,14 @@ class Readable(nn.Module):
 
     def grid_values(self) -> mx.array:
         """The values that the layer multiplies with."""
-        raise NotImplementedError
+        from qkit_mlx.layers.prepared import values_of  # here, since prepared layers are layers of this kind
+
+        return values_of(self, self["weight"])
 
 
 def _obstacle(module: Any) -> str:
+    if module["weight"].ndim != 2:
+        return "it is a stack of layers"
     if getattr(module, "adapter", ""):
         return "it has an adapter already"
     if module.rule.scales == "learned":
