@@ -9,10 +9,12 @@ from math import prod
 
 from qkit.engines.layer import Layer
 from qkit.errors import CoverageWarning, GridError, RecipeError
+from qkit.parts import is_in
 from qkit.rules import Recipe, Rule
 
 NO_RULE = "no rule matches"  #: a reason
 LEFT = "left alone by the rule for"  #: the beginning of a reason
+TOWERS = "of a vision or audio tower, which the recipe leaves in float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ def warn_of_rest(planned: Iterable[Planned], recipe: Recipe) -> None:
     total, done = (sum(prod(item.layer.shape) for item in some) for some in (own, (one for one in own if one.rule)))
     left: dict[tuple[str, str], int] = defaultdict(int)
     for item in own:
-        if not item.rule and not (item.layer.kind == "linear" and item.reason == NO_RULE) and LEFT not in item.reason:
+        narrow = item.layer.kind == "linear" and item.reason == NO_RULE
+        if not (item.rule or narrow or LEFT in item.reason or item.reason == TOWERS):
             left[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", item.layer.name), item.reason] += prod(item.layer.shape)
     if done >= sum(left.values()):
         return
@@ -76,7 +79,7 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
         return Planned(layer, None, layer.obstacle)
     rule = _rule_for(layer, recipe)
     if rule is None:
-        return Planned(layer, None, NO_RULE)
+        return Planned(layer, None, NO_RULE if is_in(layer.name, "language") else TOWERS)
     if rule.weight is None:
         return Planned(layer, None, f"{LEFT} {', '.join(rule.match)}")
     if layer.obstacle:
