@@ -12,7 +12,7 @@ from torch import Tensor
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
-from qkit_torchao.kernels import triton_words
+from qkit_torchao.kernels import triton_unpack, triton_words
 from qkit_torchao.kernels.cuda import INTERPRETED, device_of
 from qkit_torchao.kernels.launches import Kernel
 
@@ -105,8 +105,8 @@ def values(
     with device_of(codes):
         across = -(-inputs // 512)
         _values(
-            key, -(-outputs // 4) * across,
-            (*tensors, outputs, *geometry(grid, inputs).values(), 4, 512, INTERPRETED), warps=4,
+            key, -(-outputs // 16) * across,
+            (*tensors, outputs, triton_words.MAGIC, *geometry(grid, inputs).values(), 16, 256, INTERPRETED), warps=4,
         )  # fmt: skip
     return out
 
@@ -123,7 +123,7 @@ def laid(plain: Laid) -> Laid:
         for width in words.PLANES[bits]:
             below -= width
             across = -(-units * unit * width // 32 // 128)
-            triton_words.pack[(-(-outputs // 4), across)](
+            triton_unpack.pack[(-(-outputs // 4), across)](
                 plain.codes, packed[:, begin:], outputs, inputs, offset, width, below, unit, units, stride, 4, 128
             )
             begin += units * unit * width // 32
@@ -155,4 +155,4 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-_multiply, _values, _codes = map(Kernel, (triton_words.matvec, triton_words.decode, triton_words.codes_product))
+_multiply, _values, _codes = map(Kernel, (triton_words.matvec, triton_unpack.decode, triton_words.codes_product))

@@ -1,4 +1,4 @@
-"""Device code that multiplies and decodes codes in the layout `words`, see `arithmetic.words`; `cuda_words` calls it.
+"""Device code that multiplies codes in the layout `words`, see `arithmetic.words`; `cuda_words` calls it.
 
 An integer is put into the mantissa of 2^23, so that a subtraction makes a float of it. A small float is put into a float16, whose
 exponents have another bias. Sums are in float32.
@@ -174,66 +174,6 @@ def scale(address, there, tensor, SCALES: tl.constexpr):
     else:
         s = s.to(tl.float32)
     return s
-
-
-@triton.jit
-def decode(
-    codes, scales, zeros, power, out, outputs, INPUTS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The values [outputs, INPUTS] of codes, rounded once to the type of `out`. Groups may have any length."""
-    across: tl.constexpr = (INPUTS + BK - 1) // BK
-    n = (tl.program_id(0) // across * BN + tl.arange(0, BN))[:, None]
-    k = (tl.program_id(0) % across * BK + tl.arange(0, BK))[None, :]
-    there = (n < outputs) & (k < INPUTS)
-    rows = n.to(tl.int64)
-    codes += rows * (UNITS * UNIT * (HIGH + LOW) // 32)
-    c = code(codes, k, there, HIGH, UNIT)
-    if LOW > 0:
-        c = c << LOW | code(codes + UNITS * UNIT * HIGH // 32, k, there, LOW, UNIT)
-    g = rows * GROUPS + k // GROUP
-    tensor = 1.0
-    if power is not None:
-        tensor = tl.load(power)
-    s = scale(scales + g, there, tensor, SCALES)
-    if ELEMENT != "integer":
-        f = half(small(c << (16 - HIGH), ELEMENT), 0) * bias_of(ELEMENT)
-    elif zeros is not None:
-        f = (c - tl.load(zeros + g, mask=there, other=0).to(tl.int32)).to(tl.float32)
-    else:
-        f = (c - (1 << (HIGH + LOW - 1))).to(tl.float32)
-    tl.store(out + rows * INPUTS + k, narrow(f * s, out.dtype.element_ty, INTERPRETED), mask=there)
-
-
-@triton.jit
-def code(codes, k, there, BITS: tl.constexpr, UNIT: tl.constexpr):
-    """The bits of columns `k` in a plane of `BITS`."""
-    WORDS: tl.constexpr = UNIT * BITS // 32
-    inner = k % UNIT
-    words = tl.load(codes + k // UNIT * WORDS + inner // 2 % WORDS, mask=there, other=0)
-    i = inner // (2 * WORDS) * 2 + inner % 2
-    return (words >> (i * BITS)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def pack(
-    codes, words, outputs, INPUTS: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, BELOW: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
-    """One plane of codes [outputs, INPUTS], a byte each: their `BITS` above the last `BELOW`, once `OFFSET` is added."""
-    WORDS: tl.constexpr = UNIT * BITS // 32
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
-    t = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
-    there = (n < outputs) & (t < UNITS * WORDS)
-    word = tl.zeros([BN, BW], tl.int32)
-    for i in tl.static_range(32 // BITS):
-        k = t // WORDS * UNIT + i // 2 * 2 * WORDS + t % WORDS * 2 + i % 2
-        known = there & (k < INPUTS)
-        c = tl.load(codes + n.to(tl.int64) * INPUTS + k, mask=known, other=0).to(tl.int32)
-        c = tl.where(known, c + OFFSET, 0)
-        word |= (c >> BELOW & (1 << BITS) - 1) << (BITS * i)
-    tl.store(words + n.to(tl.int64) * STRIDE + t, word, mask=there)
 
 
 @triton.jit(do_not_specialize=["count"])
