@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PYTHONHASHSEED = 0
 
-.PHONY: demo test test-all test-families families test-install lint bench recipes clean
+.PHONY: demo test test-all test-families test-size families test-install lint bench recipes clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkit demo
@@ -19,6 +19,10 @@ test-all: test
 # Every family of models, quantized and opened in every reader, compared with the table; `make families` writes it anew.
 test-families: $(VENV)/ready
 	$(BIN)/python -m pytest tests/families -m "families or not families"
+
+# Checkpoints of 50,000 tensors: time and memory.
+test-size: $(VENV)/ready
+	$(BIN)/python -m pytest -m size tests/files/test_size.py
 
 families: $(VENV)/ready
 	$(BIN)/python tests/families/write.py

@@ -62,10 +62,11 @@ def generate(folder: Path, gigabytes: float) -> None:
     shapes |= {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "lm_head.weight": (VOCABULARY, WIDTH)}
     shapes["model.norm.weight"] = (WIDTH,)
     random = np.random.default_rng(0)
-    streams = []
-    for name, shape in shapes.items():
+    arrays: dict[tuple[int, ...], np.ndarray[Any, Any]] = {}  # one of each shape: no program looks for equal weights
+    for shape in set(shapes.values()):
         w = random.standard_normal(shape, np.float32) * np.float32(WIDTH**-0.5) if len(shape) > 1 else np.ones(shape)
-        streams.append(array_stream(name, w.astype(ml_dtypes.bfloat16)))
+        arrays[shape] = w.astype(ml_dtypes.bfloat16)
+    streams = [array_stream(name, arrays[shape]) for name, shape in shapes.items()]
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

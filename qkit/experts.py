@@ -47,6 +47,30 @@ STACK_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
     "aria_text": ARIA,
 }
 
+#: Other types of models whose files stack experts. Llama 4's transformers takes apart for compressed-tensors.
+STACKED: Final = (
+    *(
+        "gpt_oss",
+        "openai_privacy_filter",
+        "qwen3_vl_moe",
+        "qwen3_vl_moe_text",
+        "gemma4",
+        "gemma4_text",
+        "hy_v4",
+        "mistral4",
+    ),
+    *(
+        "diffusion_gemma",
+        "diffusion_gemma_text",
+        "inkling_mm_model",
+        "inkling_text",
+        "inkling2",
+        "inkling2_text",
+        "step3p7",
+    ),
+    *("muse_spark", "muse_spark_text", "zaya"),
+)
+
 Shape = tuple[int, ...]
 Weights = Mapping[str, Any]  #: by projection, the weights of all experts, [experts, outputs, inputs]
 Codes = dict[str, list[QTensor[Any]]]  #: by projection, the quantized weight [outputs, inputs] of each expert
@@ -139,6 +163,11 @@ def member_of(name: str, shape: Shape, config: Mapping[str, Any]) -> Member | No
         fused and bool(_types(config) & set(INTERLEAVED)),
         written,
     )
+
+
+def is_stacked(config: Mapping[str, Any]) -> bool:
+    """Whether files of such a model stack experts, so that transformers has no name for single ones."""
+    return bool(_types(config) & {*STACKED, *STACK_NAMES})
 
 
 def file_projection(projection: str, config: Mapping[str, Any]) -> str:

@@ -21,26 +21,11 @@ Result = TypeVar("Result")
 
 HEARTBEAT: Final = 0.2  #: seconds after which a worker checks again that its parent lives
 WAITING: Final = 2  #: tasks that are in a process or wait for it: each is in memory
-BATCH_BYTES: Final = 1 << 24  #: bytes of tensors that make a task worth sending to another process
-BATCH: Final = 256  #: most items of a batch
 
 
 def cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def batches(items: Iterable[Task], nbytes: Callable[[Task], int]) -> Iterator[list[Task]]:
-    """`items` in batches of at least `BATCH_BYTES` or of `BATCH` items; the last has the rest."""
-    batch, left = list[Task](), BATCH_BYTES
-    for item in items:
-        batch.append(item)
-        left -= nbytes(item)
-        if left <= 0 or len(batch) == BATCH:
-            yield batch
-            batch, left = [], BATCH_BYTES
-    if batch:
-        yield batch
 
 
 def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int) -> Iterator[Result]:

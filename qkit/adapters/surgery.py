@@ -98,6 +98,8 @@ def obstacle(layer: Layer, layers: Iterable[Layer]) -> str:
     """Why `layer`, one of `layers`, cannot take an adapter; empty if it can."""
     if layer.kind == "embedding":
         return "it is an embedding, and adapters are for linear layers"
+    if layer.kind == "experts":
+        return "it has many experts, and adapters are for linear layers"
     if layer.kind == "other":
         return layer.obstacle
     if layer.rule is None or layer.rule.weight is None:

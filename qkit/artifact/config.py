@@ -9,7 +9,7 @@ from typing import Any, Final
 from qkit.artifact.known import apart, both_names
 from qkit.artifact.metadata import StoredRule
 from qkit.errors import ArtifactError
-from qkit.formats import compressed_tensors
+from qkit.formats import compressed_groups
 from qkit.formats.settings import WAY_OUT
 from qkit.storage.read import inside, read_json
 
@@ -82,7 +82,7 @@ def quantized_config(
     if rules:
         groups = [(stored.rule, both_names(stored.paths, config)) for stored in rules]
         floats = {*both_names(left_alone, config), *apart((path for one in rules for path in one.paths), config)}
-        config["quantization_config"] = compressed_tensors.quantization_config(groups, left_alone=floats)
+        config["quantization_config"] = compressed_groups.quantization_config(groups, left_alone=floats)
     return config
 
 

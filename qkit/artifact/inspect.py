@@ -74,18 +74,19 @@ def inspect_directory(folder: Path) -> Inspection:
     groups, taken, by_path = [], set(), parts(tensors)
     for rule in read_rules(folder, metadata, config):
         assert rule.rule.weight is not None
-        numbers = nbytes = 0
+        form, numbers, nbytes = compressed_tensors.form_of(rule.rule), 0, 0
         for path in rule.paths:
             mine = by_path.get(path, {})
             try:
                 shape = check_parts(mine, rule, path=path)
             except (ArtifactError, GridError) as error:
                 raise ArtifactError(f"{folder}: {path}: {error}") from None
-            names = compressed_tensors.contents(rule.rule.weight, dtype=rule.dtype, shape=shape)
+            form = compressed_tensors.stored_form(mine, rule.rule.weight)
+            names = compressed_tensors.contents(rule.rule.weight, dtype=rule.dtype, shape=shape, form=form)
             numbers += prod(shape)
             nbytes += sum(mine[name].slot.nbytes for name in names)
             taken |= {mine[name].slot.name for name in names}
-        groups.append(Group(rule, compressed_tensors.layout(rule.rule.weight), numbers, nbytes))
+        groups.append(Group(rule, form, numbers, nbytes))
     rest = [stored.slot for name, stored in tensors.items() if name not in taken]
     found = [layer_of(slot, config or {}) for slot in rest]
     layers = [layer for layer in found if isinstance(layer, Layer)]
@@ -122,7 +123,8 @@ def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -
     """
     grid, shape = stored.rule.weight, weight_shape(found, path=path)
     assert grid is not None
-    for name, (kind, full) in compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape).items():
+    form = compressed_tensors.stored_form(found, grid)
+    for name, (kind, full) in compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form).items():
         if name not in found:
             raise ArtifactError(f"{name} is missing")
         slot = found[name].slot

@@ -102,7 +102,11 @@ def _translate(
         join(path, name): path
         for one in rules
         for path in one.paths
-        for name in (*compressed_tensors.NAMES, *static_contents(one.rule))
+        for name in (
+            *compressed_tensors.NAMES,
+            *compressed_tensors.server_tensors(one.rule),
+            *static_contents(one.rule),
+        )
     }
     shapes = {path: _shape(arrays, path, one) for one in rules for path in one.paths}
     others = {name: array for name, array in arrays.items() if name not in owned}
@@ -146,9 +150,13 @@ def _take(
     if layer.stage == "converted" or layer.obstacle or layer.tied:
         raise ArtifactError(f"{folder}: {path} cannot take its codes: {_why_not(layer)}")
     try:
-        names = compressed_tensors.contents(grid, dtype=stored.dtype, shape=layer.shape)
+        there = {name for name in compressed_tensors.NAMES if join(path, name) in arrays}
+        form = compressed_tensors.stored_form(there, grid)
+        names = compressed_tensors.contents(grid, dtype=stored.dtype, shape=layer.shape, form=form)
         found = {name: arrays.pop(join(path, name)) for name in names if join(path, name) in arrays}
         q = compressed_tensors.from_tensors(found, grid=grid, dtype=stored.dtype, shape=layer.shape)
+        for name in compressed_tensors.server_tensors(stored.rule):
+            arrays.pop(join(path, name), None)
         static = {name: arrays.pop(join(path, name), None) for name in static_contents(stored.rule)}
         return _Taken(q, stored.rule, check_static(static, stored.rule))
     except (ArtifactError, GridError) as error:

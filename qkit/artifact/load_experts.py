@@ -92,10 +92,15 @@ def _layer(folder: Path, layers: Mapping[str, Layer], block: str, places: Mappin
 
 
 def _take(folder: Path, arrays: Arrays, path: str, stored: StoredRule, shape: tuple[int, ...]) -> Any:
-    assert stored.rule.weight is not None
+    grid = stored.rule.weight
+    assert grid is not None
+    for name in compressed_tensors.server_tensors(stored.rule):
+        arrays.pop(join(path, name), None)
     try:
-        names = compressed_tensors.contents(stored.rule.weight, dtype=stored.dtype, shape=shape)
+        there = {name for name in compressed_tensors.NAMES if join(path, name) in arrays}
+        form = compressed_tensors.stored_form(there, grid)
+        names = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form)
         found = {name: arrays.pop(join(path, name)) for name in names if join(path, name) in arrays}
-        return compressed_tensors.from_tensors(found, grid=stored.rule.weight, dtype=stored.dtype, shape=shape)
+        return compressed_tensors.from_tensors(found, grid=grid, dtype=stored.dtype, shape=shape)
     except (ArtifactError, GridError) as error:
         raise ArtifactError(f"{folder}: {path}: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any
 from qkit.artifact.known import both_names
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, RecipeError
-from qkit.formats import compressed_tensors
+from qkit.formats import compressed_groups
 from qkit.formats.settings import check_compressed_tensors, quantization_of
 from qkit.intake import parse_json
 from qkit.path_patterns import collapse, expand
@@ -111,8 +111,12 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
     theirs = stated["quantization_config"]
     check_compressed_tensors(theirs)
     groups = [(one.rule, both_names(one.paths, config)) for one in rules]
-    ours = compressed_tensors.quantization_config(groups, left_alone=[])
-    for key in ("quant_method", "format", "config_groups"):
+    ours = compressed_groups.quantization_config(groups, left_alone=[])
+    older = compressed_groups.quantization_config(groups, left_alone=[], earlier=True)
+    compared = ("quant_method", "format", "config_groups")
+    if all(theirs.get(key) == older[key] for key in compared):
+        ours = older
+    for key in compared:
         if theirs.get(key) != ours[key]:
             raise ArtifactError(
                 f"{key} of its quantization_config is not that of the {KEY} metadata: quantize or save it again"

@@ -83,9 +83,10 @@ def save(
         and not layer.tied  # a tied weight is stored once, under its first path
         for path, q in _weights(engine, layer, config)
     ]
-    for path, _, q in converted:
-        for name, array in compressed_tensors.to_tensors(q).items():
+    for path, rule, q in converted:
+        for name, array in compressed_tensors.to_tensors(q, compressed_tensors.form_of(rule)).items():
             tensors[join(path, name)] = array
+        tensors |= {join(path, name): array for name, array in compressed_tensors.server_tensors(rule).items()}
     rules = group_paths((rule, q.dtype, path) for path, rule, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
     left_alone += [  # such as a router's: for a reader it may be a linear layer

@@ -11,7 +11,8 @@ from qkit.errors import ArtifactError, QkitError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import Tensors
 from qkit.formats.row_blocks import row_blocks, rows_of
-from qkit.processes import batches, in_processes
+from qkit.processes import in_processes
+from qkit.storage.batches import batches
 from qkit.storage.marks import SEAL
 from qkit.storage.read import Stored, map_tensors, read_folder
 from qkit.storage.seal import Problem, file_problems, read_seal, tensor_problems
@@ -98,7 +99,8 @@ def _check_layers(layers: Sequence[Layer]) -> list[tuple[str, str]]:
 def _check_layer(arrays: Tensors, found: Mapping[str, Stored], stored: StoredRule, *, path: str) -> None:
     grid, shape = stored.rule.weight, check_parts(found, stored, path=path)
     assert grid is not None
-    want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape)
+    form = compressed_tensors.stored_form(found, grid)
+    want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form)
     mine = {name: arrays[name] for name in want}
     for begin, end in row_blocks(shape):
         block = rows_of(mine, begin, end, shape=shape, bits=grid.element.bits)

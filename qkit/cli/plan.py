@@ -10,7 +10,7 @@ from rich.table import Table
 import qkit
 from qkit.artifact.config import read_config
 from qkit.cli.console import All, Json, console, print_json, read_size, size
-from qkit.cli.quantize import CopyCode, Ignore, Jobs, Model, RecipeName, ShardSize, SkipIndivisible, warn
+from qkit.cli.quantize import CopyCode, Ignore, Jobs, Model, RecipeName, ShardSize, SkipIndivisible, Untie, warn
 from qkit.overrides import check_ignored, overridden
 from qkit.path_patterns import collapse
 from qkit.processes import cores
@@ -24,6 +24,7 @@ def plan(
     ignore: Ignore = None,
     skip_indivisible: SkipIndivisible = False,
     copy_code: CopyCode = False,
+    untie: Untie = False,
     shard_size: ShardSize = "5GB",
     jobs: Jobs = None,
     all_rows: All = False,
@@ -31,7 +32,7 @@ def plan(
 ) -> None:
     """List a model's tensors with their grids under a recipe, and the output size. Reads headers only."""
     chosen = overridden(qkit.recipe(recipe), ignore=ignore or (), skip_indivisible=skip_indivisible)
-    made = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code)
+    made = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
     check_ignored(ignore or (), [row.path for row in made.rows if row.path])
     peak = made.peak_memory(jobs or cores())
     as_gguf = gguf_plan(made, read_config(made.folder) or {})

@@ -26,6 +26,12 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe, an al
 CopyCode = Annotated[
     bool, typer.Option("--copy-code", help="Copy the directory's Python files too. qkit never runs them.")
 ]
+Untie = Annotated[
+    bool,
+    typer.Option(
+        "--untie", help="Write a tied output head as a weight of its own, as vLLM wants it under -all recipes."
+    ),
+]
 ShardSize = Annotated[str, typer.Option(help="The most bytes of tensors in one file, such as 5GB or 800MB.")]
 Jobs = Annotated[
     int | None,
@@ -57,6 +63,7 @@ def quantize(
     backend: Annotated[str, typer.Option(help="The engine. Every engine makes the same codes.")] = "numpy",
     device: Annotated[str, typer.Option(help="The device of the engine, such as cpu or cuda.")] = "cpu",
     copy_code: CopyCode = False,
+    untie: Untie = False,
     shard_size: ShardSize = "5GB",
     jobs: Jobs = None,
     part: PartName = None,
@@ -68,7 +75,7 @@ def quantize(
     place = check_directory(out)
     engine = qkit.backend(backend).on(device)
     chosen = overridden(qkit.recipe(recipe), ignore=ignore or (), skip_indivisible=skip_indivisible)
-    plan = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code)
+    plan = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
     check_ignored(ignore or (), [row.path for row in plan.rows if row.path])
     warn(plan)
     nbytes = plan.output_bytes

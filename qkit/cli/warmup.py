@@ -15,7 +15,12 @@ from qkit.engines.layer import Layer
 from qkit.engines.protocol import Builds, Modules
 from qkit.qtensor import DType
 
-ROWS = (1, 2, 4, 8, 16)  #: counts of rows whose kernels differ: up to 8 are multiplied by codes, in powers of two
+ROWS = (
+    1,
+    2,
+    4,
+    32,
+)  #: counts of rows whose kernels differ: few are multiplied by codes, in powers of two; more decode them
 
 
 def warmup(

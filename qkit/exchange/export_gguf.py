@@ -4,10 +4,12 @@ Read off gguf 0.19 (`tensor_mapping.py`, `gguf_writer.py`) and transformers 5.23
 `modeling_gguf_pytorch_utils.py`). The one computed value is 1 + w of Gemma's norms, in float32, as transformers computes it.
 """
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from qkit.formats.gguf_rope import rope_tables, with_ropes
 from qkit.formats.gguf_tokenizer import Vocabulary
 from qkit.formats.packed import join
 from qkit.installation import how_to_install
+from qkit.storage.batches import batches, in_threads
 from qkit.storage.destination import check_file
 from qkit.storage.staging import whole_file
+from qkit.storage.tensor_writer import write_all
 
 NO_TOKENIZER = "without a tokenizer: llama.cpp opens the file, and takes no text"
 LAYOUTS = 2  #: GGUF's version of the layouts of its blocks
@@ -139,24 +143,42 @@ def _large_floats(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _write(writer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the whole file: the header, then every tensor block by block."""
+    """Writes the whole file: the header, then every tensor block by block, on all cores."""
     import gguf
 
     for theirs, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[tensor.kind]
-        many, nbytes = gguf.GGML_QUANT_SIZES[kind]
-        total = prod(tensor.shape) // many * nbytes
-        writer.add_tensor_info(theirs, tensor.shape, np.dtype(np.float32), total, raw_dtype=kind)
+        writer.add_tensor_info(theirs, tensor.shape, np.dtype(np.float32), _nbytes(tensor), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     (file,) = writer.fout
-    for tensor in tensors.values():
-        writer.write_padding(file, file.tell())  # as `write_tensor_data`, but block by block
-        for block in tensor.blocks():
-            file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     writer.write_padding(file, file.tell())
+    file.flush()
+    begins = list(accumulate((_padded(writer, tensor) for tensor in tensors.values()), initial=file.tell()))
+    os.truncate(file.fileno(), begins.pop())  # padding is zeros
+
+    def write(batch: Sequence[tuple[int, Tensor]]) -> None:
+        for begin, tensor in batch:
+            for block in tensor.blocks():
+                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+                write_all(file.fileno(), data, begin)
+                begin += len(data)
+
+    in_threads(write, batches(zip(begins, tensors.values(), strict=True), lambda one: _nbytes(one[1])))
     writer.flush()
+
+
+def _nbytes(tensor: Tensor) -> int:
+    import gguf
+
+    many, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
+    return int(prod(tensor.shape) // many * nbytes)
+
+
+def _padded(writer: Any, tensor: Tensor) -> int:
+    """Bytes of a tensor and of the padding after it."""
+    return int(writer.ggml_pad(_nbytes(tensor), writer.data_alignment))
 
 
 def _describe(writer: Any, numbers: Mapping[str, Any], architecture: Architecture) -> None:

@@ -12,7 +12,7 @@ from qkit.artifact.companions import companions
 from qkit.artifact.metadata import KEY, StoredRule, group_paths
 from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.errors import ArtifactError
-from qkit.formats import dense
+from qkit.formats import compressed_tensors, dense
 from qkit.formats.packed import join
 from qkit.rules import Rule, rule_table
 from qkit.storage.arrays import array_stream
@@ -102,8 +102,13 @@ def _without_activations(weight: StoredWeight) -> StoredWeight:
 def _streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
     """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
     assert weight.rule.weight is not None
-    for name, (kind, shape) in layout.contents(weight.rule.weight, dtype=weight.dtype, shape=weight.shape).items():
+    options = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout)}
+    for name, (kind, shape) in layout.contents(weight.rule.weight, **options).items():
         yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), _blocks(path, weight, layout, name))
+
+
+def _form(weight: StoredWeight, layout: Any) -> dict[str, str]:
+    return {"form": layout.form_of(weight.rule)} if layout is compressed_tensors else {}
 
 
 def _blocks(path: str, weight: StoredWeight, layout: Any, name: str) -> Callable[[], Iterable[memoryview]]:
@@ -111,7 +116,7 @@ def _blocks(path: str, weight: StoredWeight, layout: Any, name: str) -> Callable
         packed = weight.read()
         for part in packed.blocks(BLOCK) if layout is dense else [packed]:
             try:
-                block = layout.store(part)[name]
+                block = layout.store(part, **_form(weight, layout))[name]
             except ArtifactError as error:
                 raise ArtifactError(f"{path}: {error}") from None
             yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data

@@ -1,23 +1,16 @@
 """The `quantization_config` that another tool wrote for compressed-tensors: the grid of each weight."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import settings
-from qkit.formats.compressed_tensors import FORMATS, layout
-from qkit.formats.targets import Targets, patterns_limit, readable
+from qkit.formats.compressed_tensors import BYTES, FORMATS, PACKED, layout
+from qkit.formats.targets import CLASSES, Targets, patterns_limit, readable
 from qkit.grid import Grid
 from qkit.rules import Kind
-
-#: By kind of layer, the name in the targets of groups.
-CLASSES: Final[Mapping[Kind, str]] = {
-    "linear": "Linear",
-    "embedding": "Embedding",
-    "experts": "Linear",
-}
 
 
 def grids(
@@ -84,6 +77,6 @@ def _grid(weights: Mapping[str, Any], form: str) -> Grid:
     rules = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "even"}
     integers = "midmax" if symmetric else "minmax"
     grid = Grid(element, sizes[strategy], integers if kind == "int" else rules.get(form, "rceil"))
-    if layout(grid) != form:
+    if layout(grid) != (PACKED if form == BYTES and symmetric else form):
         raise ArtifactError(f"its format is {form!r}, and {grid} is stored as {layout(grid)!r}")
     return grid

@@ -1,12 +1,11 @@
 """The compressed-tensors layout, which transformers and vLLM open: tensor names, bytes and `quantization_config`.
 
-Layouts read off compressed-tensors 0.20: `pack-quantized`, `mxfp4-pack-quantized`, `mxfp8-quantized`,
+Layouts read off compressed-tensors 0.20: `pack-quantized`, `int-quantized`, `mxfp4-pack-quantized`, `mxfp8-quantized`,
 `nvfp4-pack-quantized`, `float-quantized`. No value is computed: codes and scales are renamed, shifted or viewed.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 
 from qkit.element import LIMIT, MIN_SCALE_CODE, NVFP4_STEP
 from qkit.errors import ArtifactError
-from qkit.experts import expert_of
 from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_parts, check_scales, mantissa, pack, unpack
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
@@ -27,7 +25,8 @@ NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 #: Range of the power of two of a tensor (R9): from the smallest E8M0 scale to that of the largest magnitude below 2^127.
 TENSOR_SCALES: Final = 2.0 ** (MIN_SCALE_CODE - 127), 2.0 ** math.ceil(math.log2(LIMIT * NVFP4_STEP))
 PACKED_BITS: Final = range(1, 9)  #: the widths of integers that compressed-tensors packs (`pack_to_int32`)
-FORMATS = ("pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
+PACKED, BYTES = "pack-quantized", "int-quantized"  #: integers: as a stream of bits, or a byte for each code
+FORMATS = (PACKED, BYTES, "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
 def layout(grid: Grid) -> str:
@@ -52,9 +51,45 @@ def layout(grid: Grid) -> str:
     )
 
 
-def to_tensors(q: QTensor[NDArray[Any]]) -> Tensors:
-    """The named arrays of one weight, without the layer's path: `weight_packed`, `weight_scale` and so on."""
-    return store(pack(q))
+def form_of(rule: Rule) -> str:
+    """The format of weights under `rule`: that of their grid, or a byte for each code where servers multiply codes with codes.
+
+    vLLM 0.32 multiplies int8 inputs with symmetric int8 weights by row or tensor, and with symmetric int4 weights, in that
+    format only (`CompressedTensorsW8A8Int8`, `CompressedTensorsW4A8Int`).
+
+    Raises:
+        ArtifactError: no format has the grid.
+    """
+    grid, activation = rule.weight, rule.activation
+    assert grid is not None
+    form = layout(grid)
+    if form != PACKED or activation is None or activation.element.kind != "integer" or not grid.symmetric:
+        return form
+    whole = grid.element.bits == 8 and grid.group in ("row", "tensor")
+    return BYTES if whole or grid.element.bits == 4 else PACKED
+
+
+def server_tensors(rule: Rule) -> dict[str, NDArray[np.float32]]:
+    """Tensors that servers want beside a weight under `rule`, and qkit does not need: the tensor scale of inputs on `nvfp4`.
+
+    With 1, blocks whose largest magnitude is from 0.1 to 2,688 have all bits of their e4m3 scale.
+    """
+    moving = rule.activation is not None and rule.activation.scale == "nvfp4"
+    return {"input_global_scale": np.ones(1, np.float32)} if moving else {}
+
+
+def stored_form(names: Container[str], grid: Grid) -> str:
+    """The format of a weight on `grid` whose stored tensors have these `names`: integers are in one of two."""
+    form = layout(grid)
+    return BYTES if form == PACKED and grid.symmetric and "weight" in names and "weight_packed" not in names else form
+
+
+def to_tensors(q: QTensor[NDArray[Any]], form: str = "") -> Tensors:
+    """The named arrays of one weight, without the layer's path: `weight_packed`, `weight_scale` and so on.
+
+    `form` is the format, where it is not that of the grid; see `form_of`.
+    """
+    return store(pack(q), form)
 
 
 def from_tensors(
@@ -64,12 +99,14 @@ def from_tensors(
     return unpack(restore(tensors, grid=grid, dtype=dtype, shape=shape))
 
 
-def store(packed: Packed) -> Tensors:
-    """The named arrays of one packed weight. Codes are views, not copies."""
+def store(packed: Packed, form: str = "") -> Tensors:
+    """The named arrays of one packed weight, in the `form` of `to_tensors`. Codes are views, but for `int-quantized`."""
     import ml_dtypes  # here, so that `import qkit` stays cheap
 
-    form, bits, inputs = layout(packed.grid), packed.grid.element.bits, packed.shape[-1]
-    if form == "pack-quantized":
+    form, bits, inputs = form or layout(packed.grid), packed.grid.element.bits, packed.shape[-1]
+    if form == BYTES:
+        return {"weight": unpack(packed).codes, "weight_scale": _float_scale(packed.scales, packed)}
+    if form == PACKED:
         out: Tensors = {
             "weight_packed": packed.words.view(np.int32),
             "weight_scale": _float_scale(packed.scales, packed),
@@ -101,12 +138,17 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
     Raises:
         ArtifactError: a tensor is missing, has another type or shape than the layout, or has a value that is no code or scale.
     """
-    form, scale_shape, zeros, tensor_scale = layout(grid), grid.scale_shape(shape), None, None
-    check_parts(dict(tensors), contents(grid, dtype=dtype, shape=shape), form, grid)
+    form, scale_shape, zeros, tensor_scale = stored_form(tensors, grid), grid.scale_shape(shape), None, None
+    check_parts(dict(tensors), contents(grid, dtype=dtype, shape=shape, form=form), form, grid)
     scales = tensors["weight_scale"]
     codes = tensors.get("weight_packed", tensors.get("weight"))
     assert codes is not None
-    if form == "pack-quantized":
+    if form == BYTES:
+        scales = scales.astype(np.float32).reshape(scale_shape)
+        check_scales(scales, "weight_scale")
+        check((codes >= grid.element.lowest) & (codes <= grid.element.highest), "weight", f"a code of {grid.element}")
+        return pack(QTensor(codes, scales, grid, dtype))
+    if form == PACKED:
         if tuple(tensors["weight_shape"].tolist()) != shape:
             raise ArtifactError(f"weight_shape says {tensors['weight_shape'].tolist()}, the layer has {list(shape)}")
         scales = scales.astype(np.float32).reshape(scale_shape)
@@ -128,11 +170,15 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
     return Packed(words, scales, grid, dtype, shape, tensor_scale=tensor_scale)
 
 
-def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, NumPy type and shape of every stored tensor of a weight of `shape`."""
-    form, scales, bits = layout(grid), grid.scale_shape(shape), grid.element.bits
+def contents(
+    grid: Grid, *, dtype: DType, shape: tuple[int, ...], form: str = ""
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, NumPy type and shape of every stored tensor of a weight of `shape`, in the `form` of `to_tensors`."""
+    form, scales, bits = form or layout(grid), grid.scale_shape(shape), grid.element.bits
     float_scale = ("bfloat16" if dtype == "bfloat16" else "float32", (1,) if grid.group == "tensor" else scales)
-    if form == "pack-quantized":
+    if form == BYTES:
+        return {"weight": ("int8", shape), "weight_scale": float_scale}
+    if form == PACKED:
         out = {
             "weight_packed": ("int32", (*shape[:-1], packing.words(shape[-1], bits))),
             "weight_scale": float_scale,
@@ -152,100 +198,18 @@ def contents(grid: Grid, *, dtype: DType, shape: tuple[int, ...]) -> dict[str, t
     return {"weight": ("float8_e4m3fn", shape), "weight_scale": scale}
 
 
-def quantization_config(rules: Sequence[tuple[Rule, Sequence[str]]], *, left_alone: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json, with one group for each rule.
-
-    Args:
-        rules: rules of the converted layers, each with the full paths of its layers.
-        left_alone: paths of the linear layers that stay float.
-    """
-    joined = _joined(rules)
-    groups = {
-        f"group_{i}": {
-            "targets": _targets(rule, paths, alone=len(joined) == 1),
-            "weights": _arguments(rule.weight),
-            "input_activations": _activation_arguments(rule.activation, rule),
-            "output_activations": _activation_arguments(rule.output, rule),
-            "format": layout(rule.weight),
-        }
-        for i, (rule, paths) in enumerate(joined)
-        if rule.weight
-    }
-    forms = {group["format"] for group in groups.values()}
-    return {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
-        "config_groups": groups,
-        "ignore": sorted(left_alone),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
-def _joined(rules: Sequence[tuple[Rule, Sequence[str]]]) -> list[tuple[Rule, list[str]]]:
-    """`rules` without those for experts on the grids of a rule for linear layers, which takes their paths."""
-    out = [(rule, list(paths)) for rule, paths in rules if rule.kind != "experts"]
-    for rule, paths in rules:
-        if rule.kind == "experts":
-            alike = (mine for one, mine in out if one.kind == "linear" and _grids(one) == _grids(rule))
-            if (mine := next(alike, None)) is not None:
-                mine.extend(paths)
-            else:
-                out.append((rule, list(paths)))
-    return out
-
-
-def _grids(rule: Rule) -> tuple[Any, ...]:
-    return rule.weight, rule.activation, rule.output, rule.range
-
-
-def _targets(rule: Rule, paths: Sequence[str], *, alone: bool) -> list[str]:
-    if alone and rule.kind != "embedding":
-        return ["Linear"]
-    if rule.kind == "experts":  # readers look for `experts` in a pattern
-        blocks = sorted({expert[0] for path in paths if (expert := expert_of(path))})
-        return [f"re:{re.escape(block)}[.].*" for block in blocks]
-    return list(paths)
-
-
 def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]:
     """Shape of the weight on `grid` that `tensors` store. `pack-quantized` has a tensor for it: packed words do not tell.
 
     Raises:
         KeyError: a tensor is missing.
     """
-    if layout(grid) == "pack-quantized":
+    if stored_form(tensors, grid) == PACKED:
         return tuple(tensors["weight_shape"].tolist())
     if grid.element.name == "e2m1":
         *rows, pairs = tensors["weight_packed"].shape
         return (*rows, 2 * pairs)
     return tuple(tensors["weight"].shape)
-
-
-def _arguments(grid: Grid) -> dict[str, Any]:
-    strategy = {"row": "channel", "tensor": "tensor"}.get(str(grid.group), "group")
-    scale_dtype = {"mxfp4-pack-quantized": "torch.uint8", "mxfp8-quantized": "torch.uint8"}.get(layout(grid))
-    if grid.scale == "nvfp4":
-        strategy, scale_dtype = "tensor_group", "torch.float8_e4m3fn"
-    return {
-        "num_bits": grid.element.bits,
-        "type": "int" if grid.element.kind == "integer" else "float",
-        "symmetric": grid.symmetric,
-        "strategy": strategy,
-        "group_size": grid.group if isinstance(grid.group, int) else None,
-        "dynamic": False,
-        **({"scale_dtype": scale_dtype} if scale_dtype else {}),
-    }
-
-
-def _activation_arguments(grid: Grid | None, rule: Rule) -> dict[str, Any] | None:
-    if grid is None:
-        return None
-    if rule.range != "dynamic":
-        return _arguments(grid)
-    arguments = {**_arguments(grid), "dynamic": "local" if grid.scale == "nvfp4" else True}
-    return {**arguments, "strategy": "token"} if grid.group == "row" else arguments
 
 
 def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:

@@ -1,15 +1,20 @@
 """The group of a `quantization_config` for a layer, found by path, by pattern, or by class."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qkit.errors import ArtifactError, GridError
+from qkit.experts import expert_of
 from qkit.intake import time_limit
+from qkit.rules import Kind
 
 PATTERNS: Final = 1000  #: most regular expressions of a configuration
+#: By kind of layer, the name in the targets of groups.
+CLASSES: Final[Mapping[Kind, str]] = {"linear": "Linear", "embedding": "Embedding", "experts": "Linear"}
+HEADS: Final = frozenset({"lm_head", "embed_out", "output"})  #: last names of output heads
 SECONDS: Final = 20  #: most seconds of all patterns for one layer: some patterns never end
 
 
@@ -66,6 +71,56 @@ class Targets:
         if kind not in self.named:
             raise ArtifactError("no group of the quantization_config applies to it")
         return self.named[kind]
+
+
+def targets_of(kind: Kind, paths: Sequence[str], *, beside: Sequence[Kind], earlier: bool) -> list[str]:
+    """The layers of a group: by their class where no other group has layers of that class, else by their paths.
+
+    vLLM 0.32 makes embeddings without a name, and knows an output head by its name only.
+
+    Args:
+        beside: the kinds of all groups, this one among them.
+        earlier: as earlier versions of qkit wrote them.
+    """
+    if earlier:
+        return ["Linear"] if len(beside) == 1 and kind != "embedding" else list(paths)
+    if sum(CLASSES[one] == CLASSES[kind] for one in beside) == 1:
+        return [CLASSES[kind], *(path for path in paths if path.rpartition(".")[2] in HEADS)]
+    if kind == "experts":  # readers look for `experts` in a pattern
+        blocks = sorted({expert[0] for path in paths if (expert := expert_of(path))})
+        return [f"re:{re.escape(block)}[.].*" for block in blocks]
+    return list(paths)
+
+
+def ignored(paths: Iterable[str], *, but: Iterable[str]) -> list[str]:
+    """Names and patterns for `ignore` that match `paths`, and no path of `but`: one for layers that differ in numbers only.
+
+    A pattern begins at the name before the first number, if it can: servers know some models by other first names.
+    """
+    alike: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        alike.setdefault(_shape(path), []).append(path)
+    others = {_shape(path) for path in but}
+    found = []
+    for shape, mine in alike.items():
+        parts = shape.split(".")
+        tail = ".".join(parts[max(parts.index("#") - 1, 0) :]) if "#" in parts else shape
+        alone = len(mine) == 1 or shape in others or shape.startswith("re:")
+        if alone:
+            found += mine
+        elif any(f".{other}".endswith(f".{tail}") for other in others):
+            found.append(f"re:^{_pattern(shape)}$")
+        else:
+            found.append(rf"re:(.*\.)?{_pattern(tail)}$")
+    return sorted(found)
+
+
+def _shape(path: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in path.split("."))
+
+
+def _pattern(shape: str) -> str:
+    return r"\.".join(r"\d+" if part == "#" else re.escape(part) for part in shape.split("."))
 
 
 @contextmanager

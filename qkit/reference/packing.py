@@ -38,7 +38,7 @@ def unsigned(codes: NDArray[Any], element: Element) -> NDArray[np.uint8]:
 
 def signed(codes: NDArray[np.uint8], element: Element) -> NDArray[np.int8]:
     """The inverse of `unsigned`: 0 .. 2^bits-1 shifted to -2^(bits-1) .. 2^(bits-1)-1."""
-    return (codes.astype(np.int16) + element.lowest).astype(np.int8)
+    return codes.view(np.int8) + np.int8(element.lowest)  # eight bits wrap around to the same number
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
@@ -74,9 +74,23 @@ def _fold(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     return codes.view("<u4")
 
 
+def _unfold(data: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The inverse of `_fold`: bytes are halved until each holds one code."""
+    half = 8
+    while half > bits:
+        half //= 2
+        pairs = data.astype("<u2")
+        pairs |= pairs << (8 - half)
+        pairs &= ((1 << half) - 1) * 0x0101
+        data = pairs.view(np.uint8)
+    return data
+
+
 def unpack(packed: NDArray[Any], bits: int, n: int) -> NDArray[np.uint8]:
     """32-bit words [..., words(n, bits)] -> uint8 codes [..., n]."""
     data = np.ascontiguousarray(packed).view(np.uint8)
+    if 8 % bits == 0:
+        return _unfold(data, bits)[..., :n]
     eighths = np.zeros((*data.shape[:-1], -(-n // 8), 8), np.uint8)
     flat = np.zeros((*data.shape[:-1], eighths.shape[-2] * bits), np.uint8)
     length = min(flat.shape[-1], data.shape[-1])

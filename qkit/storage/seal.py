@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from qkit.errors import ArtifactError
+from qkit.storage.batches import batches, in_threads
 from qkit.storage.marks import SEAL
 from qkit.storage.read import INDEX_BYTES, Stored, inside, is_pickle, read_json
 from qkit.storage.tensor_writer import CHUNK
@@ -128,20 +128,24 @@ def header_digest(file: Path) -> str:
 def digests_of(tensors: Sequence[Stored]) -> dict[str, str]:
     """SHA-256 of the bytes of each tensor, by name. Works on all cores: hashing and reading release the interpreter lock."""
     files = sorted({stored.file for stored in tensors})
-    with ExitStack() as stack, ThreadPoolExecutor(os.cpu_count()) as pool:
+    ordered = sorted(tensors, key=lambda stored: (stored.file, stored.begin))
+    with ExitStack() as stack:
         opened = {file: stack.enter_context(file.open("rb")).fileno() for file in files}
-        found = pool.map(lambda some: [_digest(one, opened[one.file]) for one in some], _batches(tensors))
-        return dict(zip((stored.slot.name for stored in tensors), chain.from_iterable(found), strict=True))
+        some = batches(ordered, lambda stored: stored.slot.nbytes)
+        found = in_threads(lambda batch: _digests(batch, opened), some)
+    return dict(zip((stored.slot.name for stored in ordered), chain.from_iterable(found), strict=True))
 
 
-def _batches(tensors: Sequence[Stored]) -> Iterator[Sequence[Stored]]:
-    """`tensors` in parts of at least `CHUNK` bytes: a call of its own for each small tensor would cost more than its digest."""
-    begin, nbytes = 0, 0
-    for end, stored in enumerate(tensors, start=1):
-        nbytes += stored.slot.nbytes
-        if nbytes >= CHUNK or end == len(tensors):
-            yield tensors[begin:end]
-            begin, nbytes = end, 0
+def _digests(batch: Sequence[Stored], opened: Mapping[Path, int]) -> list[str]:
+    """The digest of each tensor of a batch. Small neighbors are read together: threads wait for each other at each call."""
+    first, last = batch[0], batch[-1]
+    length = last.begin + last.slot.nbytes - first.begin
+    if first.file != last.file or length > CHUNK:
+        return [_digest(stored, opened[stored.file]) for stored in batch]
+    data = memoryview(os.pread(opened[first.file], length, first.begin))
+    begins = [stored.begin - first.begin for stored in batch]
+    ends = [begin + stored.slot.nbytes for begin, stored in zip(begins, batch, strict=True)]
+    return [hashlib.sha256(data[begin:end]).hexdigest() for begin, end in zip(begins, ends, strict=True)]
 
 
 def _digest(stored: Stored, descriptor: int) -> str:

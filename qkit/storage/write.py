@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from qkit.errors import ArtifactError, QkitError
 from qkit.storage import swap
+from qkit.storage.batches import batches, in_threads
 from qkit.storage.destination import check_place, destination
 from qkit.storage.layout import INDEX, SHARD_BYTES, Layout, Slot, lay_out
 from qkit.storage.marks import MARK, SEAL
@@ -39,18 +41,26 @@ def write_directory(
     shard_bytes: int = SHARD_BYTES,
     fingerprint: str = "",
 ) -> None:
-    """Writes `folder` whole or not at all, with one block in memory at a time.
+    """Writes `folder` whole or not at all, on all cores, with one block of each thread in memory.
 
     See `lay_out` and `Output` for arguments and errors.
     """
     by_name = {stream.slot.name: stream for stream in streams}
     layout = lay_out([stream.slot for stream in by_name.values()], metadata=metadata, shard_bytes=shard_bytes)
     with Output(folder, layout, files=files, fingerprint=fingerprint) as output:
-        for name in output.missing:
-            offset = 0
-            for block in by_name[name].blocks():
-                offset += output.write(name, block, offset=offset)
-            output.close(name)
+
+        def write(names: Sequence[str]) -> None:
+            writer = TensorWriter(output.aside, layout.places)
+            try:
+                for name in names:
+                    offset = 0
+                    for block in by_name[name].blocks():
+                        offset += writer.write(name, block, offset=offset)
+                    output.close(name, digest=writer.digest(name))
+            finally:
+                writer.close()
+
+        in_threads(write, batches(output.missing, lambda name: layout.places[name].nbytes))
 
 
 class Output:
@@ -90,6 +100,7 @@ class Output:
         self.fingerprint = fingerprint and self._fingerprint(fingerprint)
         self.aside = self._place.aside
         self._digests: dict[str, str] = {}
+        self._closing = threading.Lock()
         self._opened: dict[str, int] = {}
         self._writer = TensorWriter(self.aside, self.layout.places)
         self._flusher, self._flushes, self._unflushed = ThreadPoolExecutor(1), list[Future[None]](), 0
@@ -123,13 +134,18 @@ class Output:
         return self._writer.write(name, block, offset=offset)
 
     def close(self, name: str, *, digest: str | None = None) -> None:
-        """Records that tensor `name` is complete. `digest` is that of another process's `TensorWriter`, if one wrote it."""
-        self._digests[name] = digest or self._writer.digest(name)
-        self._staging.note([name, self._digests[name]])
-        self._unflushed += self.layout.places[name].nbytes
-        if self._unflushed > FLUSH:  # the disk writes while the next tensors are computed
-            self._unflushed = 0
-            self._flushes.append(self._flusher.submit(self._sync))
+        """Records that tensor `name` is complete. `digest` is that of another `TensorWriter`, if one wrote it.
+
+        Threads may call it at one time.
+        """
+        digest = digest or self._writer.digest(name)
+        with self._closing:
+            self._digests[name] = digest
+            self._staging.note([name, digest])
+            self._unflushed += self.layout.places[name].nbytes
+            if self._unflushed > FLUSH:  # the disk writes while the next tensors are computed
+                self._unflushed = 0
+                self._flushes.append(self._flusher.submit(self._sync))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:

@@ -29,7 +29,12 @@ def sees_whole_tensor(grid: Grid) -> bool:
 
 
 def encode(
-    w: NDArray[Any], grid: Grid, *, quantize: Quantize, extremes: tuple[float, float] | None = None
+    w: NDArray[Any],
+    grid: Grid,
+    *,
+    quantize: Quantize,
+    extremes: tuple[float, float] | None = None,
+    form: str = "",
 ) -> dict[str, NDArray[Any]]:
     """The stored parts of the block `w` [rows, n] of a larger weight, by the names of `compressed_tensors.store`.
 
@@ -37,11 +42,12 @@ def encode(
         quantize: a function with the bits of `reference.quantize` and `pack`.
         extremes: lowest and highest value of the whole tensor, where `sees_whole_tensor` is true; or of all tensors that share
             a tensor scale with it.
+        form: see `compressed_tensors.store`.
     """
     rows = w.shape[0]
     if extremes is not None:  # in two rows of their own: scales depend on no other value outside the block
         w = np.concatenate([w, np.full((2, w.shape[1]), np.array(extremes)[:, None], w.dtype)])
-    parts = compressed_tensors.store(quantize(w, grid))
+    parts = compressed_tensors.store(quantize(w, grid), form)
     return {name: part[:rows] if part.ndim == 2 and extremes else part for name, part in parts.items()}
 
 

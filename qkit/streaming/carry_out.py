@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
+from qkit.formats import compressed_tensors
 from qkit.formats.packed import pack
 from qkit.formats.row_blocks import part_rows
 from qkit.grid import Grid
-from qkit.processes import batches, in_processes
+from qkit.processes import in_processes
 from qkit.reference.packing import Packed
+from qkit.storage.batches import batches
 from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place, Slot
 from qkit.storage.parts import Part, Whole, join, part_output
@@ -168,6 +170,8 @@ def _copy(row: Row, writer: TensorWriter, reader: Reader) -> None:
 def _quantize(
     row: Row, grid: Grid, places: Mapping[str, Place], writer: TensorWriter, reader: Reader, quantize: Quantize
 ) -> None:
+    assert row.rule is not None
+    form = compressed_tensors.form_of(row.rule)
     shape, per_weight = row.shape, len(row.slots) // len(row.paths)
     for number, weight in enumerate(weights_of(row, reader)):
         mine = row.slots[number * per_weight : (number + 1) * per_weight]
@@ -176,7 +180,8 @@ def _quantize(
             continue
         extremes = weight.extremes(shared=grid.scale == "nvfp4") if sees_whole_tensor(grid) else None
         for begin, w in weight.blocks():
-            parts = encode(w, grid, quantize=quantize, extremes=extremes)
+            parts = encode(w, grid, quantize=quantize, extremes=extremes, form=form)
+            parts |= compressed_tensors.server_tensors(row.rule)
             for slot in slots:
                 name = slot.name.rpartition(".")[2]
                 part = np.array(shape, np.int64) if name == "weight_shape" else parts[name]

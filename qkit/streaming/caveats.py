@@ -6,6 +6,9 @@ from typing import Any
 
 from qkit.artifact.known import is_known, table
 from qkit.artifact.metadata import StoredRule
+from qkit.experts import is_stacked
+from qkit.formats.compressed_tensors import layout
+from qkit.streaming.servers import VLLM, sentences
 
 TRANSFORMERS, DEQUANTIZED = "transformers", "transformers, dequantized"
 GOOD = ("equal", "none")  #: results of the table that need no word: equal, or the reader has no such model
@@ -28,11 +31,24 @@ class Caveat:
         return f"{self.reader}: {self.text}" if self.reader else self.text
 
 
-def caveats(config: Mapping[str, Any] | None, rules: Sequence[StoredRule]) -> tuple[Caveat, ...]:
-    """The caveats of an output with these rules of a model with this configuration."""
+def caveats(
+    config: Mapping[str, Any] | None,
+    rules: Sequence[StoredRule],
+    *,
+    tied: bool = False,
+    single_experts: bool = False,
+) -> tuple[Caveat, ...]:
+    """The caveats of an output with these rules of a model with this configuration.
+
+    Args:
+        tied: whether its output head is the embedding.
+        single_experts: whether the output has float experts that are stored one by one.
+    """
     if config is None:
         return ()
-    found = list(_of_layout(rules))
+    found = list(_of_experts(config, rules, single_experts and bool(rules)))
+    found += [one for one in _of_layout(rules) if one.reader not in {known.reader for known in found}]
+    found += [Caveat(VLLM, text) for text in sentences(rules, tied=tied)]
     if not is_known(config):
         found.append(
             Caveat(
@@ -59,6 +75,33 @@ def _of_layout(rules: Sequence[StoredRule]) -> Iterable[Caveat]:
         yield Caveat(TRANSFORMERS, f"its default has no embedding of codes: {way} ({TRIED})")
     elif asymmetric:
         yield Caveat(TRANSFORMERS, f"its default gives zero points another shape: {way} ({TRIED})")
+
+
+def _of_experts(config: Mapping[str, Any], rules: Sequence[StoredRule], float_ones: bool) -> Iterable[Caveat]:
+    """Experts that transformers does not stack again, or decodes otherwise."""
+    mixed = [one.rule for one in rules if one.rule.kind == "experts"]
+    if float_ones:
+        text = "it drops float experts that are stored one by one beside quantized layers"
+        yield from (Caveat(one, f"{text}: open the output with qkit ({TRIED})") for one in (TRANSFORMERS, DEQUANTIZED))
+    if float_ones or not mixed:
+        return
+    kind = str(config.get("model_type"))
+    grids = {rule.weight for rule in mixed}
+    forms = {layout(grid) for grid in grids if grid is not None}
+    asymmetric = any(grid is not None and not grid.symmetric for grid in grids)
+    text = ""
+    if is_stacked(config):
+        text = f"it has no conversion that stacks the experts of a {kind} model, and leaves them at random"
+    elif "nvfp4-pack-quantized" in forms:
+        text = "it decodes experts without the scale of the tensor, so that they are wrong"
+    elif "mxfp8-quantized" in forms or asymmetric:
+        text = "it fails on experts with " + ("zero points" if asymmetric else "MXFP8 scales")
+    elif len(grids) > 1:
+        text = "it decodes all experts by the grid of the first"
+    if text:
+        yield from (Caveat(one, f"{text}: open the output with qkit ({TRIED})") for one in (TRANSFORMERS, DEQUANTIZED))
+    if any(rule.slots for rule in mixed):
+        yield Caveat("", f"transformers does not quantize the inputs of experts, and qkit does ({TRIED})")
 
 
 def _recipe(rules: Sequence[StoredRule]) -> str:

@@ -26,11 +26,14 @@ from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
 from qkit.streaming.caveats import Caveat, caveats
 from qkit.streaming.copies import tied_copies
+from qkit.streaming.untie import untied
 
 OUT_PROJ = "out_proj.weight"
 COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
-#: Anonymous memory in bytes, measured on Linux: of Python with NumPy and the plan; of a worker; of each element in its block.
+#: Anonymous memory in bytes, measured on Linux: of Python with NumPy; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
+#: The same, of each tensor of the source and of the output: names, places, digests. Workers copy some of these pages.
+SOURCE, OUTPUT = 700, 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +118,18 @@ class Plan:
         blocks = [next(row_blocks(row.shape)) for row in self.rows if row.rule]
         widths = [row.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
-        return BASE + workers * (WORKER + ELEMENT * largest)
+        tensors = SOURCE * len(self.rows) + OUTPUT * len(self.layout.places)
+        return BASE + tensors + workers * (WORKER + ELEMENT * largest)
 
 
-def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False) -> Plan:
+def make_plan(
+    folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False, untie: bool = False
+) -> Plan:
     """The plan of `recipe` for the model in `folder`. Reads headers and JSON, and no tensor.
 
     Args:
         copy_code: whether the output gets the Python files of the source too.
+        untie: whether the output gets a weight for a tied output head, equal to the embedding.
 
     Raises:
         ArtifactError: a file is unsound or hostile, or the model is quantized already.
@@ -144,6 +151,8 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
         raise ArtifactError(
             f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
         )
+    if untie:
+        tensors, config = untied(tensors, config, folder)
     known = config or {}
     check_whole(tensors, known)
     found = {name: _layer(tensors[name].slot, known, tensors) for name in sorted(tensors, key=_natural)}
@@ -175,9 +184,11 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, c
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
+    single = any(row.member and row.member.expert is not None and not row.rule for row in rows)
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind, caveats(config, rules))
+    found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind, found_caveats)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:
@@ -235,9 +246,12 @@ def _slots(row: Row, config: Mapping[str, Any]) -> tuple[Slot, ...]:
     if rule is None or rule.weight is None:
         return (replace(slot, name=output_name(slot.name, config)),)
     try:
-        parts = compressed_tensors.contents(rule.weight, dtype=row.dtype, shape=row.shape)
+        form = compressed_tensors.form_of(rule)
+        parts = compressed_tensors.contents(rule.weight, dtype=row.dtype, shape=row.shape, form=form)
     except ArtifactError as error:
         raise PlanError(f"{row.path}: {error}") from None
+    for name, array in compressed_tensors.server_tensors(rule).items():
+        parts[name] = (array.dtype.name, array.shape)
     return tuple(
         Slot(join(path, name), TYPE_NAMES[kind], shape) for path in row.paths for name, (kind, shape) in parts.items()
     )

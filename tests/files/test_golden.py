@@ -12,7 +12,9 @@ from qkit.formats.packed import unpack
 
 ARTIFACTS = ("integers", "small-floats", "static")
 STREAMED = ("integers", "small-floats", "mlx")
-EARLIER = OUT.parent / "earlier"  #: metadata that list every path
+EARLIER = (
+    OUT.parent / "earlier"
+)  #: metadata that list every path, embeddings named by paths, packed integers with activations
 
 
 def content(folder):
@@ -42,8 +44,8 @@ def test_golden_directories_are_whole_and_readable(name):
     assert read_model(OUT / name).weights
 
 
-@pytest.mark.parametrize("name", ["integers", "mlx"])
-def test_directories_whose_metadata_list_every_path_are_read_as_those_of_today(name):
+@pytest.mark.parametrize("name", ["integers", "mlx", "static"])
+def test_directories_of_earlier_versions_are_read_as_those_of_today(name):
     assert list(verify(EARLIER / name)) == []
     assert read_model(EARLIER / name).digests() == read_model(OUT / name).digests()
 

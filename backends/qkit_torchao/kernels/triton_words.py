@@ -17,14 +17,14 @@ SIGNS = tl.constexpr(0x80008000 - (1 << 32))  #: of two float16 in a word
 def matvec(
     x, codes, scales, zeros, power, bias, out, experts, outputs, count, magic, INPUTS: tl.constexpr,
     ROWS: tl.constexpr, XS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, UNIT: tl.constexpr,
-    UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr,
+    BW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """x [count, INPUTS] times codes [outputs, words] -> out [count, outputs]; with `experts`, row r by the codes of its expert.
 
     `x`: 16-bit floats are read in pairs, as int32; `XS` is their type. `HIGH`, `LOW`: the widths of the planes, `LOW` 0 where
     there is one. `GROUP`: columns of a group, which are whole units; `GROUPS`: groups of a row. `SCALES`: how they are stored.
-    A program takes `BN` outputs, and `BU` units of them at once.
+    A program takes `BN` outputs, and `BW` words of a plane of each at once.
     """
     blocks = tl.cdiv(outputs, BN)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -44,12 +44,12 @@ def matvec(
         zeros += first[:, None] * GROUPS
     total = plane(
         x, codes, scales, zeros if LOW == 0 else None, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, HIGH,
-        zeros is None, UNIT, UNITS, GROUP, SCALES, BN, BU,
+        zeros is None, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * HIGH // 32),
     )  # fmt: skip
     if LOW > 0:
         total = total * (1 << LOW) + plane(
             x, codes + UNITS * UNIT * HIGH // 32, scales, zeros, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, LOW,
-            False, UNIT, UNITS, GROUP, SCALES, BN, BU,
+            False, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * LOW // 32),
         )  # fmt: skip
     if bias is not None:
         total += tl.load(bias + first, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -71,7 +71,10 @@ def plane(
     for begin in range(0, UNITS, BU):
         there = begin + t // WORDS < UNITS
         words = tl.load(
-            codes + begin * WORDS + t, mask=inside[None, :, None] & there, other=0, eviction_policy="evict_first"
+            codes + (begin + t // WORDS) * WORDS + t % WORDS,
+            mask=inside[None, :, None] & there,
+            other=0,
+            eviction_policy="evict_first",
         )
         u = begin + tl.arange(0, BU)[None, :]
         g, known = u * UNIT // GROUP, inside[:, None] & (u < UNITS)

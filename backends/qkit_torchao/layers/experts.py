@@ -29,10 +29,11 @@ class Experts(nn.Module):
     """The common part of prepared and converted experts: a class made for that of the module, which reads its weights elsewhere.
 
     Attributes:
-        base: the class of the module before.
+        kind, base: the class whose subclass it is, and the class of the module before.
         stacks: the parameters that held the weights.
     """
 
+    kind: "type[Experts]"
     base: type[nn.Module]
     rule: Rule
     stacks: tuple[Stack, ...]
@@ -44,16 +45,62 @@ class Experts(nn.Module):
             BackendError: something else computes the weights, such as peft's adapters on parameters of experts.
         """
         if hasattr(self, "parametrizations"):
-            raise BackendError(
-                f"a parametrization computes the weights of {self.base.__name__}, as peft's target_parameters do, and would pass "
-                "by their grid: take it off before prepare or convert, or leave experts float by a rule"
-            )
-        return super().forward(*inputs, **named)
+            raise self._computed_elsewhere()
+        if self.rule.activation is None or self._is_off():
+            return super().forward(*inputs, **named)
+        if inputs:
+            inputs = (self._on_grid(inputs[0]), *inputs[1:])
+        else:
+            named["hidden_states"] = self._on_grid(named["hidden_states"])
+        config: Any = self.config
+        eager = getattr(config, "_experts_implementation", None) in (None, "eager")
+        return self._one_by_one(*inputs, **named) if eager else super().forward(*inputs, **named)
+
+    def _computed_elsewhere(self) -> BackendError:
+        return BackendError(
+            f"a parametrization computes the weights of {self.base.__name__}, as peft's target_parameters do, and would pass by "
+            "their grid: take it off before prepare or convert, or leave experts float by a rule"
+        )
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """The input of the down projection, on the grid of the inputs."""
+        made: Tensor = super()._apply_gate(gate_up)  # type: ignore[misc]
+        return made if self.rule.activation is None or self._is_off() else self._on_grid(made)
+
+    def _on_grid(self, x: Tensor) -> Tensor:
+        assert self.rule.activation is not None
+        return straight_through.fake_quantize(x, self.rule.activation, ste=self.rule.ste)
+
+    def _is_off(self) -> bool:
+        return False
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """As transformers' eager implementations, most of which pass by `_apply_gate`.
+
+        Args:
+            x: [tokens, inputs].
+            chosen: numbers of experts [tokens, several].
+            weights: of these experts, [tokens, several].
+        """
+        up, down = (getattr(self, stack.name) for stack in self.stacks)
+        biases = [getattr(self, f"{stack.name}_bias", None) for stack in self.stacks]
+        norm, out = getattr(self, "post_expert_norm", None), torch.zeros_like(x)
+        for expert in range(self.stacks[0].shape[0]):
+            token, place = torch.where(chosen == expert)
+            if token.numel():
+                y = self._apply_gate(self._multiply(x[token], up[expert], biases[0], expert))
+                y = self._multiply(y, down[expert], biases[1], expert)
+                y = y if norm is None else norm(y)
+                out.index_add_(0, token, (y * weights[token, place, None]).to(out.dtype))
+        return out
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+        y = x @ (weight if self.stacks[0].transposed else weight.t())
+        return y if bias is None else y + bias[expert]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or a pickle makes the class again, which no module names."""
-        kind = next(one for one in type(self).__mro__ if one.__module__ == __name__ or one.__name__ == "PackedExperts")
-        return _again, (kind, self.base, tuple(stack.name for stack in self.stacks)), self.__dict__
+        return _again, (self.kind, self.base, tuple(stack.name for stack in self.stacks)), self.__dict__
 
 
 class FakeExperts(Experts):
@@ -66,6 +113,9 @@ class FakeExperts(Experts):
     mode: Mode
     calibrating: bool
     frozen: bool
+
+    def _is_off(self) -> bool:
+        return self.mode == "off"
 
     def train(self, mode: bool = True) -> Any:
         """As any module; besides, the next use recomputes the values."""
@@ -99,7 +149,8 @@ class FakeExperts(Experts):
     def values_of(self, stack: Stack) -> Tensor:
         """The values of the parameter of `stack`, shaped and laid out as it is."""
         weight, grid, ste = parameter(self, stack.name), self.rule.weight, self.rule.ste
-        assert weight is not None
+        if weight is None:
+            raise self._computed_elsewhere()
         assert grid is not None
         if torch.compiler.is_compiling():
             return torch.where(self.gate, _stacked(weight, None, stack, grid, ste), weight)
@@ -136,6 +187,7 @@ class FakeExperts(Experts):
 def prepare_experts(module: nn.Module, rule: Rule) -> FakeExperts:
     """The training form of a module of experts: same parameters, hooks and mode, other class."""
     stacks = stacks_of(module)
+    check_activation(module, rule)
     layer: FakeExperts = become(module, class_of(FakeExperts, type(module), tuple(stack.name for stack in stacks)))
     layer.rule, layer.stacks = rule, stacks
     layer.mode, layer.calibrating, layer.frozen = "on", False, False
@@ -143,6 +195,25 @@ def prepare_experts(module: nn.Module, rule: Rule) -> FakeExperts:
     assert weight is not None
     layer.register_buffer("gate", gate(weight.device, on=True), persistent=False)
     return layer
+
+
+def check_activation(module: nn.Module, rule: Rule) -> None:
+    """Refuses an activation grid for experts whose inputs this engine does not reach.
+
+    Raises:
+        BackendError: the message names their class.
+    """
+    gated = hasattr(getattr(module, "base", type(module)), "_apply_gate") and getattr(module, "has_gate", False)
+    if rule.activation is not None and not gated:
+        raise BackendError(
+            f"{type(module).__name__} shows no input of its down projection, so that its experts take no activation grid: give "
+            "them a rule of kind experts without one"
+        )
+    if rule.range != "dynamic":
+        raise BackendError(
+            f"the range of the inputs of experts is {rule.range!r}, and only dynamic ones are there for experts: give them a "
+            "rule of kind experts with another range, or none"
+        )
 
 
 def class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> Any:
@@ -158,7 +229,11 @@ def _class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]
         return self.values_of(next(stack for stack in self.stacks if stack.name == name))
 
     properties = {name: property(partial(read, name)) for name in names}
-    return type(f"{kind.__name__}Of{base.__name__}", (kind, base), {**properties, "base": base, "__module__": __name__})
+    return type(
+        f"{kind.__name__}Of{base.__name__}",
+        (kind, base),
+        {**properties, "kind": kind, "base": base, "__module__": __name__},
+    )
 
 
 def _again(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -14,7 +14,7 @@ from qkit_torchao.arithmetic import bit_streams, rounding
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import Execution
-from qkit_torchao.layers.experts import Experts, class_of
+from qkit_torchao.layers.experts import Experts, check_activation, class_of
 from qkit_torchao.layers.stacks import Stack, stacks_of
 from qkit_torchao.torch_private import remove_buffers, remove_parameters
 
@@ -134,6 +134,7 @@ class Decoded:
 def pack_experts(module: nn.Module, q: Mapping[str, Sequence[QTensor[Tensor]]], rule: Rule) -> PackedExperts:
     """The deployed form of a module of experts, float or prepared; see `Mixes.pack_experts`."""
     stacks, base = stacks_of(module), getattr(module, "base", type(module))
+    check_activation(module, rule)
     layer: PackedExperts = become(module, class_of(PackedExperts, base, tuple(stack.name for stack in stacks)))
     for name in ("mode", "calibrating", "frozen"):
         layer.__dict__.pop(name, None)

@@ -1,0 +1,58 @@
+"""Facts about vLLM 0.32: outputs that it does not open, or runs with other arithmetic than qkit's. Read off its sources."""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from qkit.artifact.metadata import StoredRule
+from qkit.formats.compressed_tensors import PACKED, form_of
+from qkit.rules import Rule
+
+VLLM: Final = "vLLM"
+BITS: Final = range(2, 9)  #: widths of integers: `WNA16_SUPPORTED_TYPES_MAP`
+TRIED: Final = "(vLLM 0.32)"
+
+
+def sentences(rules: Sequence[StoredRule], *, tied: bool) -> Iterable[str]:
+    """The differences of vLLM for an output with these rules, a sentence each without its full stop.
+
+    Args:
+        tied: whether the output head is the embedding.
+    """
+    found: dict[str, None] = {}
+    for one in rules:
+        if one.rule.kind == "embedding" and tied:
+            found[f"does not open a tied head of codes: --untie writes the head as a weight of its own {TRIED}"] = None
+        for text in (_closed(one.rule), _other_arithmetic(one.rule)):
+            if text:
+                found[f"{text} {TRIED}"] = None
+    return found
+
+
+def _closed(rule: Rule) -> str:
+    """Why vLLM does not open weights under `rule`; empty where it does."""
+    grid = rule.weight
+    assert grid is not None
+    form, bits = form_of(rule), grid.element.bits
+    if rule.kind == "embedding" and (form != PACKED or not grid.symmetric or grid.group == "tensor" or 32 % bits):
+        return f"opens no embedding on {grid}, only symmetric integers of 2, 4 or 8 bits in groups or rows"
+    if form == PACKED and grid.group == "tensor":
+        return f"does not open {grid}: it has no integers on one scale"
+    if form == PACKED and bits not in BITS:
+        return f"does not open {grid}: it has no integers of {bits} bits"
+    moving = rule.activation is not None and rule.activation.element.kind == "integer"
+    if form == PACKED and moving and not (rule.activation and rule.activation.symmetric):
+        return f"does not open {grid} with inputs on {rule.activation}"
+    return ""
+
+
+def _other_arithmetic(rule: Rule) -> str:
+    """How vLLM's arithmetic under `rule` differs from qkit's; empty where it does not."""
+    grid, activation = rule.weight, rule.activation
+    assert grid is not None
+    if form_of(rule).startswith("mx"):
+        return "rounds inputs or not by the kind of the GPU, whatever the recipe says: MX formats have no other setting there"
+    if activation is None:
+        return ""
+    if activation.scale == "nvfp4":
+        return "divides inputs by a tensor scale of 1, where qkit's follows each input"
+    return "rounds inputs by its own rule, with scales of 24 bits, where qkit's have 8 or are powers of two"
