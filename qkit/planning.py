@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from qkit.engines.layer import Layer
 from qkit.errors import GridError, RecipeError
+from qkit.parts import is_in
 from qkit.rules import Recipe, Rule
+
+TOWERS = "of a vision or audio tower, which the recipe leaves in float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
         return Planned(layer, None, layer.obstacle)
     rule = recipe.rule_for(layer.path, layer.kind)
     if rule is None:
-        return Planned(layer, None, "no rule matches")
+        return Planned(layer, None, "no rule matches" if is_in(layer.path, "language") else TOWERS)
     if rule.weight is None:
         return Planned(layer, None, f"left alone by the rule for {', '.join(rule.match)}")
     if layer.obstacle:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
+from qkit.artifact.expert_files import file_stack
 from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_merged, want_whole
@@ -74,6 +75,7 @@ def save(
     static = {join(layer.path, name) for layer in layers if layer.rule for name in static_contents(layer.rule)}
     if dtype is not None:
         tensors = _cast(tensors, dtype, but=static)
+    tensors = _with_files_experts(engine, layers, tensors, config)
     tensors = {file_name(name, config): array for name, array in tensors.items()}
     converted = [
         (path, stored_rule(layer.rule), q if dtype is None else replace(q, dtype=dtype))
@@ -102,6 +104,23 @@ def save(
         shard_bytes=shard_bytes,
     )
     return folder
+
+
+def _with_files_experts(
+    engine: Modules, layers: Iterable[Layer], tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any] | None
+) -> dict[str, NDArray[Any]]:
+    """`tensors` with float experts as files have them, where an engine calls them otherwise."""
+    out = dict(tensors)
+    for layer in layers:
+        if (
+            layer.kind == "experts"
+            and layer.stage == "float"
+            and all(name.endswith(".weight") for name in layer.stored)
+        ):
+            parts = {p: out.pop(name) for p, name in zip(layer.projections, layer.stored, strict=True)}
+            block = file_name(f"{layer.path}.", config)[:-1]
+            out.update(file_stack(block, parts, config or {}))
+    return out
 
 
 def _weights(

@@ -1,6 +1,6 @@
 """The changes of codes and values between two quantized models, layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import reference
+from qkit.engines.abilities import require
+from qkit.engines.layer import Layer
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Modules
 from qkit.formats.packed import pack, unpack
 from qkit.qtensor import QTensor
@@ -38,10 +41,21 @@ class CodeChange:
 def packed_weights(engine: Modules, model: Any) -> dict[str, Packed]:
     """The quantized weights of a converted `model` by the path of their layer, each once, packed as in files."""
     return {
-        layer.path: pack(engine.unpack(layer.module).map(engine.to_numpy))
+        path: pack(q.map(engine.to_numpy))
         for layer in engine.layers(model)
         if layer.rule and not layer.tied
+        for path, q in _codes(engine, layer)
     }
+
+
+def _codes(engine: Modules, layer: Layer) -> Iterator[tuple[str, QTensor[Any]]]:
+    """The quantized weights of a converted layer with their paths; those of experts one by one."""
+    if layer.kind != "experts":
+        yield layer.path, engine.unpack(layer.module)
+        return
+    for name, experts in require(engine, Mixes).unpack_experts(layer.module).items():
+        for number, q in enumerate(experts):
+            yield f"{layer.path}.{number}.{name}", q
 
 
 def compare_codes(first: Mapping[str, Packed], second: Mapping[str, Packed]) -> list[CodeChange]:

@@ -6,6 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qkit.engines.abilities import require
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Builds
 from qkit.errors import ArtifactError, StageError
 from qkit.rules import Recipe, Rule
@@ -24,8 +28,16 @@ def fill_with_values(engine: Builds, model: Any, *, into: Any) -> Any:
     """
     names = engine.tensors(into).keys()
     found = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items() if name in names}
+    floats = {layer.path: layer for layer in engine.layers(into) if layer.kind == "experts"}
     for layer in engine.layers(model):
-        if layer.rule and not layer.tied:
+        if layer.rule and layer.kind == "experts":
+            mixing = require(engine, Mixes)
+            values = {
+                name: np.stack([engine.to_numpy(engine.dequantize(q)) for q in experts])
+                for name, experts in mixing.unpack_experts(layer.module).items()
+            }
+            found.update(mixing.stack_experts(floats[layer.path], values))
+        elif layer.rule and not layer.tied:
             name = f"{layer.path}.weight" if layer.path else "weight"
             found[name] = engine.to_numpy(engine.dequantize(engine.unpack(layer.module)))
     engine.fill(into, found)

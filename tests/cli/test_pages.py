@@ -110,7 +110,8 @@ def test_the_commands_on_directories_run_in_their_order(tmp_path, monkeypatch):
         "export",
         "diff",
     }
-    run_lines(lines, {})
+    parts = {line: [line.replace("1/4", f"{i}/4") for i in range(1, 5)] for line in lines if "--part 1/4" in line}
+    run_lines([one for line in lines for one in parts.get(line, [line])], {})  # as its comment says
 
 
 LINKS = sorted(

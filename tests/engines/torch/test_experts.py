@@ -426,3 +426,17 @@ def test_the_plan_says_that_transformers_drops_single_float_experts(tmp_path):
     recipe = qkit.Recipe("attention", (qkit.Rule(("*",), weight=qkit.Grid("int4", 32), indivisible="skip"),))
     found = [str(one) for one in make_plan(tmp_path / "in", recipe).caveats]
     assert sum("drops float experts" in one for one in found) == 2
+
+
+def test_reports_compare_experts_one_by_one_and_put_their_values_back():
+    from qkit.report.code_changes import compare_codes, packed_weights
+    from qkit.report.master_weights import fill_with_values, recipe_of_layers
+
+    one, other = (qkit.convert(make("gpt_oss"), name) for name in ("int4-g32", "int4-g32-absmax"))
+    found = compare_codes(packed_weights(ENGINE, one), packed_weights(ENGINE, other))
+    experts = [change for change in found if ".experts." in change.path]
+    assert len(experts) == 2 * 4 * 3
+    assert all(change.flipped for change in experts)
+    assert torch.equal(logits(fill_with_values(ENGINE, one, into=make("gpt_oss"))), logits(one))
+    again = qkit.convert(make("gpt_oss"), recipe_of_layers(ENGINE, one))
+    assert torch.equal(logits(again), logits(one))
