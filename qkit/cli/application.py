@@ -25,6 +25,7 @@ from qkit.cli.recipes import recipes
 from qkit.cli.teach import teach
 from qkit.cli.train import train
 from qkit.cli.verify import verify
+from qkit.cli.warmup import warmup
 
 EPILOG = "Exit codes: " + ". ".join(f"{code}: {meaning}" for code, meaning in MEANINGS.items()) + "."
 
@@ -37,7 +38,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, plan, quantize, inspect, verify, parity, train, teach, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, warmup, parity, train, teach, demo):
     application.command()(command)
 application.command()(export)
 application.command("import")(import_)
