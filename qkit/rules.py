@@ -21,8 +21,7 @@ Range = Literal["dynamic", "calibrated", "average"]
 Ste = Literal["identity", "masked"]
 Scales = Literal["rule", "learned"]
 SCHEMA = 1
-#: Keys of a rule that the core carries out; an engine honours the others.
-CORE_KEYS = ("match", "kind", "weight", "part", "indivisible")
+CORE_KEYS = ("match", "kind", "weight", "part", "indivisible")  #: keys of a rule that the core carries out
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
 EXPERTS = "*.experts.*"  #: the pattern of a rule for experts that names none
@@ -134,9 +133,10 @@ class Recipe:
         if not any(rule.weight for rule in self.rules):
             raise RecipeError(f"recipe {self.name!r} has no rule with a weight grid: nothing would be quantized")
 
-    def rule_for(self, path: str, kind: Kind) -> Rule | None:
-        """The first rule that matches, if any."""
-        return next((rule for rule in self.rules if rule.matches(path, kind)), None)
+    def rule_for(self, path: str, kind: Kind, *, head: bool = False) -> Rule | None:
+        """The first rule that matches, if any. A layer that is an output `head` also goes by the path `lm_head`."""
+        names = (path, *["lm_head"] * head)
+        return next((rule for rule in self.rules if any(rule.matches(name, kind) for name in names)), None)
 
 
 def read_recipe(file: "Path | Traversable") -> Recipe:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import NOTHING, Adapts, Fuses, Trains
@@ -23,12 +24,13 @@ from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers import adapted, converted, experts, fused, latent, learned, prepared, straight_through
 from qkit_mlx.models import groups, places, surgery
+from qkit_mlx.models.elsewhere import Elsewhere
 from qkit_mlx.models.mixtures import Mixtures
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
 
 
-class MlxBackend(Mixtures):
+class MlxBackend(Elsewhere, Mixtures):
     """MLX: Apple silicon, and CPUs anywhere."""
 
     name = "mlx"
@@ -283,9 +285,12 @@ class MlxBackend(Mixtures):
 
 
 if TYPE_CHECKING:
-    _offered: tuple[Fuses, Adapts, Trains, Mixes] = (
-        MlxBackend(),
-        MlxBackend(),
-        MlxBackend(),
-        MlxBackend(),
+    _engine = MlxBackend()
+    _offered: tuple[Fuses, Adapts, Trains, Mixes, Restores, Remembers] = (
+        _engine,
+        _engine,
+        _engine,
+        _engine,
+        _engine,
+        _engine,
     )  # mypy compares every verb with the protocols

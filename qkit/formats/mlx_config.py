@@ -25,7 +25,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if kind not in FAMILIES:
         raise ArtifactError(
             f"how mlx-lm reads a {kind!r}, its rotary embedding and the names of its tensors, is not known to this qkit, and it "
-            f"could silently compute another model: known are {', '.join(FAMILIES)}"
+            f"could silently compute another model: {len(FAMILIES)} other types are, such as {', '.join(list(FAMILIES)[:4])}"
         )
     return FAMILIES[kind]
 

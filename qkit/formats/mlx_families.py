@@ -56,6 +56,8 @@ def read_config(config: Config, *, family: Family) -> dict[str, Any]:
         BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
     """
     known = {name: value for name, value in config.items() if value is not None}
+    if "head_dim" not in known and {"hidden_size", "num_attention_heads"} <= known.keys():
+        known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]  # what null means in transformers
     return {**spell_rope(known, family.rope), **family.keys(config)}
 
 
@@ -70,6 +72,7 @@ def _no_scaling(config: Config) -> dict[str, Any]:
 
 
 def _patterned(config: Config) -> dict[str, Any]:
+    _full(config)
     kinds = config.get("layer_types") or []
     pattern = "".join("G" if kind == "full_attention" else "L" for kind in kinds)
     return {**_no_scaling(config), **({"sliding_window_pattern": pattern} if "L" in pattern else {})}
@@ -104,7 +107,22 @@ def _context(config: Config) -> dict[str, Any]:
 def _four_times(config: Config) -> dict[str, Any]:
     if config.get("intermediate_size", 4 * config["hidden_size"]) != 4 * config["hidden_size"]:
         raise ArtifactError("mlx-lm's gpt_neox has an intermediate_size of four times the hidden size alone")
+    if config.get("hidden_act", "gelu") == "gelu":
+        raise ArtifactError("mlx-lm's gpt_neox approximates its gelu, which moves logits by 2e-4: export --to dense")
     return {}
+
+
+def _full(config: Config) -> dict[str, Any]:
+    if "full_attention" not in (config.get("layer_types") or ["full_attention"]):
+        raise ArtifactError(
+            f"mlx-lm's {config.get('model_type')} wants a layer of full attention, and layer_types has none"
+        )
+    return {}
+
+
+def _block(config: Config) -> dict[str, Any]:
+    _full(config)
+    return {"block_dim": config.get("block_dim") or config["hidden_size"]}
 
 
 def _rotary(config: Config) -> dict[str, Any]:
@@ -177,9 +195,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gpt_bigcode": Family(keys=_inner),
     "cohere": Family(THETA),
     "cohere2": Family(THETA | {"sliding_window_pattern"}),
-    "olmo3": Family(LLAMA),
+    "olmo3": Family(LLAMA, _full),
     "exaone4": Family(LLAMA | {"sliding_window_pattern"}, _patterned),
-    "lfm2": Family(OWN),
+    "lfm2": Family(OWN, _block),
     "ministral3": Family(frozenset({"rope_parameters"})),
     "apertus": Family(LLAMA, _apertus),
     "qwen3_moe": Family(LLAMA, _count),
@@ -197,7 +215,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "lfm2_moe": Family(OWN, names=_NUMBERS, modules=_DENSE),
     "nemotron_h": Family(projections=(("up_proj", "fc1"), ("down_proj", "fc2"))),
     "exaone_moe": Family(LLAMA | {"rope_parameters"}, _sparse_layers),
-    "afmoe": Family(LLAMA, stack="experts"),
+    "afmoe": Family(LLAMA, _full, stack="experts"),
     "solar_open": Family(LLAMA_PARTIAL, _all_rotary),
     "mellum": Family(frozenset({"rope_parameters"}), _count),
     "minimax_m2": Family(THETA, _rotary),

@@ -185,6 +185,23 @@ def test_the_table_of_rotary_names_is_mlx_lm_s(kind):
     assert known & set(inspect.signature(arguments).parameters) == set(FAMILIES[kind].rope)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model_type": "phimoe", "attention_bias": False}, "phimoe has biases everywhere"),
+        ({"model_type": "gpt_neox", "intermediate_size": 512, "hidden_act": "gelu"}, "approximates its gelu"),
+        ({"model_type": "gpt_neox", "intermediate_size": 96}, "four times the hidden size"),
+        ({"model_type": "olmo3", "layer_types": ["sliding_attention"] * 2}, "wants a layer of full attention"),
+        ({"model_type": "falcon_h1"}, "reads a 'falcon_h1'.* is not known"),
+    ],
+)
+def test_a_model_that_mlx_lm_would_compute_otherwise_is_refused_by_name(changes, why, tmp_path):
+    source = read_model(quantized(tmp_path, "int4-g64"))
+    with pytest.raises(qkit.ArtifactError, match=why):
+        export_mlx(replace(source, config={**source.config, **changes}), tmp_path / "mlx")
+    assert not (tmp_path / "mlx").exists()
+
+
 def test_a_layer_that_mlx_cannot_hold_is_named_and_nothing_is_written(tmp_path):
     folder = quantized(tmp_path, "int8-row", intermediate_size=172)
     with pytest.raises(qkit.ArtifactError, match=r"model\.layers\.0\.mlp\.down_proj: MLX holds no rows of 172"):

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
 from qkit.reference.merged import Update
@@ -33,6 +34,19 @@ class _Adapted(nn.Module):
     def adapter(self) -> str:
         """Kind and rank."""
         return f"{'dora' if 'm' in self else 'lora'}, rank {self['lora_a'].shape[1]}"
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """The merged layer on its grid, for mlx-lm's `fuse`.
+
+        Raises:
+            StageError: `dequantize`, which would move the weight off the grid.
+        """
+        if dequantize:
+            raise StageError(
+                "a layer on a grid is not fused into float: call qkit.merge(model), then qkit.unprepare(model)"
+            )
+        merged: nn.Module = merge_adapter(self)
+        return merged
 
     def merge_into(self, w: mx.array, dtype: DType) -> mx.array:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""

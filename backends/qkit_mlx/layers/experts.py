@@ -108,7 +108,7 @@ class FakeSwitchLinear(FakeLinear):
         both = (mx.abs(mx.stop_gradient(one)).max(axis=(1, 2)) for one in (weight, partner["weight"]))
         return mx.maximum(*both).astype(mx.float32)
 
-    def to_lora(self, **_: Any) -> NoReturn:
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> NoReturn:
         """Refuses: mlx-lm would add its adapter beside the grid."""
         refuse_lora(self)
 

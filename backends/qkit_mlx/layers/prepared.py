@@ -26,6 +26,7 @@ from qkit_mlx.layers.converted import (
 )
 from qkit_mlx.layers.float32_scales import RANGES, Float32Scales
 from qkit_mlx.layers.straight_through import fake_quantize, values_view
+from qkit_mlx.layers.tunable import Readable, Tunable
 from qkit_mlx.mlx_private import frozen_names
 
 #: The type of a layer's `_gate`, by whether the layer quantizes. Compiled functions take the model's state as an input, and
@@ -79,7 +80,7 @@ def quantizes(layer: Any) -> bool:
     return bool(layer["_gate"].dtype == GATES[True])
 
 
-class FakeLinear(Float32Scales, nn.Linear):
+class FakeLinear(Tunable, Readable, Float32Scales, nn.Linear):
     """A linear layer with a fake-quantized weight, and input and output if the rule has grids. `weight` is the master weight.
 
     The weight that it multiplies with:
@@ -193,7 +194,7 @@ class FakeLinear(Float32Scales, nn.Linear):
         _refuse(self.rule)
 
 
-class FakeEmbedding(nn.Embedding):
+class FakeEmbedding(Readable, nn.Embedding):
     """An embedding with a fake-quantized weight, also as the output head of a tied model. Otherwise as `FakeLinear`."""
 
     calibrating = False

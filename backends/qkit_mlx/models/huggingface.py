@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _decode_tagged_floats, _get_classes
 
 from qkit.errors import BackendError, QkitError
 from qkit.formats.mlx_families import FAMILIES, WRONG, Family, read_config
@@ -29,7 +29,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         raise BackendError(
             f"mlx-lm computes another {config['model_type']!r} than transformers: {why}; use another engine"
         )
-    present = {name: deepcopy(value) for name, value in config.items() if value is not None}
+    present = {name: _decode_tagged_floats(deepcopy(value)) for name, value in config.items() if value is not None}
     try:
         model_class, arguments = _get_classes(present)
         family = FAMILIES.get(present["model_type"]) or Family(set(inspect.signature(arguments).parameters))

@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from qkit.engines.layer import Layer
+from qkit.errors import ArtifactError
 from qkit.experts import file_name, member_of, module_name, paths_of
+from qkit.formats.mlx_config import to_mlx_name
 from qkit.formats.mlx_families import FAMILIES, Family
 from qkit_mlx.layers import latent
 
@@ -70,6 +72,9 @@ def translated(
     Args:
         blocks: the blocks of experts by path.
         without: the names of tensors that are not there.
+
+    Raises:
+        ArtifactError: mlx-lm ignores one that is not zero.
     """
     entries = _entries(stored, model)
     wanted = {
@@ -92,7 +97,10 @@ def _sanitized(arrays: Arrays, model: Any, blocks: Mapping[str, Layer]) -> dict[
     config = config_of(model)
     known = {name for block in blocks.values() for name in block.stored}
     stacks = {name: array for name, array in arrays.items() if name in known}
-    rest = {file_name(name, config): array for name, array in arrays.items() if name not in known}
+    rest = {to_mlx_name(file_name(name, config), config): array for name, array in arrays.items() if name not in known}
+    for name, array in rest.items():
+        if name.endswith(_family(model).ignored) and mx.any(array):
+            raise ArtifactError(f"mlx-lm ignores {name}, whose numbers choose experts: use another engine")
     for name in list(rest):
         member = member_of(name, tuple(rest[name].shape), config)
         block = blocks.get(module_name(f"{member.block}.", config)[:-1]) if member and member.expert is None else None

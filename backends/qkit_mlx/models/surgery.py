@@ -1,14 +1,16 @@
 """Modules and arrays of a model by dotted name: finds and replaces layers, reads and fills stored arrays."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace as with_fields
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.engines.layer import Layer
+from qkit.engines.layer import HEAD_PARTS, Layer
 from qkit.errors import ArtifactError, BackendError
 from qkit.experts import is_router
+from qkit.reference.merged import Update
 from qkit.reference.packing import WORD_BITS
 from qkit.rules import Kind
 from qkit_mlx.layers import latent
@@ -17,21 +19,31 @@ from qkit_mlx.layers.converted_experts import CONVERTED_STACKS
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
 from qkit_mlx.models import groups, names
 from qkit_mlx.models.groups import join
+from qkit_mlx.models.wrappers import Place, mark, places, unwrapped
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PlainEmbedding)
 
 
 def layers(model: nn.Module) -> list[Layer]:
     """Every layer, and every other weight of two or more dimensions, in the order of the model."""
+    modules = list(_modules(model))
+    spots = places(modules)
     found: list[Layer] = []
     parts: set[int] = set()
-    for path, module in _modules(model):
+    for path, module in modules:
         if (group := groups.layer_of(path, module, model)) is not None:
             found.append(group)
             parts.update(id(part) for part in groups.parts_of(module))
         elif id(module) not in parts:
             found.extend(_listed(path, module, model))
-    return found
+    return [_placed(layer, spots.get(id(layer.module)), model) for layer in found]
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
+    """See `qkit.engines.elsewhere.Restores.unwrap`; what mlx-lm has put around layers."""
+    instead, updates = unwrapped(_modules(model))
+    outward = {names.outward(path, model): module for path, module in instead.items()}
+    return replace(model, outward), {names.outward(path, model): update for path, update in updates.items()}
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -51,8 +63,8 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
             instead |= groups.replacements(grouped[path], module)
         else:
             instead[id(present[path])] = module
-    for module in present.values():
-        _replace_in(module, instead)
+    for module in list(present.values()):
+        _replace_in(module, instead, module)
     return modules.get("", model)
 
 
@@ -122,12 +134,14 @@ def _modules(container: Any, path: str = "", seen: set[int] | None = None) -> It
             yield from _modules(value, join(path, key), seen)
 
 
-def _replace_in(container: Any, instead: Mapping[int, nn.Module]) -> None:
+def _replace_in(container: Any, instead: Mapping[int, nn.Module], parent: nn.Module, path: str = "") -> None:
+    """Replaces what is in `container`, which is `parent` itself, or at `path` in it."""
     for key, value in list(_items(container)):
         if id(value) in instead:
             container[key] = instead[id(value)]
+            mark(parent, join(path, key), container[key])
         elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
-            _replace_in(value, instead)
+            _replace_in(value, instead, parent, join(path, key))
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -151,6 +165,22 @@ def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 # Layers
+
+
+def _placed(layer: Layer, place: Place | None, model: Any) -> Layer:
+    if layer.kind not in ("linear", "embedding") or place is None:
+        return layer
+    bare = names.outward(place.bare, model)
+    of_mlx_lm = type(model).__module__.startswith("mlx_lm.")  # whose heads have these names
+    head = of_mlx_lm and place.bare.split(".")[0] in HEAD_PARTS
+    return with_fields(
+        layer,
+        bare=bare if bare != layer.path else "",
+        wrapper=place.wrapper,
+        unknown=place.unknown,
+        lost=place.lost,
+        head=head,
+    )
 
 
 def _listed(own: str, module: Any, model: Any) -> Iterator[Layer]:

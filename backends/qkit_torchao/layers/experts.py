@@ -19,7 +19,7 @@ from qkit_torchao.layers.become import become
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.prepared import cannot_cache
 from qkit_torchao.layers.stacks import Stack, stacks_of
-from qkit_torchao.torch_private import apply, parameter
+from qkit_torchao.torch_private import apply, parameter, remove_buffers
 
 _values: Store[KeptOfTensor[Tensor]] = Store()
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}  #: those that `class_of` made
@@ -114,6 +114,12 @@ class FakeExperts(Experts):
     calibrating: bool
     frozen: bool
 
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """As `Experts.forward`; evaluation computes the values anew, since copies through `.data` leave no trace."""
+        if not self.training and not torch.compiler.is_compiling():
+            self._each(KeptOfTensor.drop)
+        return super().forward(*inputs, **named)
+
     def _is_off(self) -> bool:
         return self.mode == "off"
 
@@ -195,6 +201,15 @@ def prepare_experts(module: nn.Module, rule: Rule) -> FakeExperts:
     assert weight is not None
     layer.register_buffer("gate", gate(weight.device, on=True), persistent=False)
     return layer
+
+
+def restore_experts(layer: FakeExperts) -> nn.Module:
+    """The module that `prepare_experts` was given, with the same parameters."""
+    plain: nn.Module = become(layer, layer.base)
+    for name in ("rule", "stacks", "mode", "calibrating", "frozen"):
+        plain.__dict__.pop(name, None)
+    remove_buffers(plain, "gate")
+    return plain
 
 
 def check_activation(module: nn.Module, rule: Rule) -> None:
