@@ -34,7 +34,7 @@ CONFIG = {
 def linear_bytes(model: torch.nn.Module) -> int:
     """Stored bytes of the weights of the decoder's linear layers."""
     total = 0
-    for name, weight in model.named_parameters():
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if "proj" in name:
             held = getattr(weight, "tensor_data_names", None)
             parts = [getattr(weight, part) for part in held] if held else [weight]

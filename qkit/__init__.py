@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qkit.coverage_table import coverage
     from qkit.engines.protocol import BackendSpec
     from qkit.pipeline import adamw, convert, gather, prepare
+    from qkit.restaging import regrid, unprepare
     from qkit.switches import calibrating, disable, disabled, enable
 
 __version__ = "0.1.0"
@@ -82,13 +83,16 @@ __all__ = [
     "recipe",
     "recipes",
     "reference",
+    "regrid",
     "save",
+    "unprepare",
 ]
 
 
 #: The modules of the names that are imported on first use: calls on models and files would double the cost of `import qkit`.
 _LATER = {
     **dict.fromkeys(("adamw", "convert", "gather", "prepare"), "pipeline"),
+    **dict.fromkeys(("regrid", "unprepare"), "restaging"),
     **dict.fromkeys(("calibrating", "disable", "disabled", "enable"), "switches"),
     "BackendSpec": "engines.protocol",
     "coverage": "coverage_table",

@@ -1,4 +1,4 @@
-"""Every error that qkit raises on purpose: one base and its children. Each message names the way out."""
+"""Every error and warning that qkit raises on purpose. Each message names the way out."""
 
 
 class QkitError(Exception):
@@ -51,3 +51,11 @@ class DivergedError(QkitError, ArithmeticError):
 
 class VerificationError(QkitError, ValueError):
     """A directory whose bytes are not those that qkit wrote."""
+
+
+class CoverageWarning(UserWarning):
+    """A recipe that leaves more than half of a model's weights in float."""
+
+
+class UnchangedWarning(UserWarning):
+    """A training run that changed no code: the quantized model is the one that it began with."""

@@ -160,26 +160,26 @@ def member_of(name: str, shape: Shape, config: Mapping[str, Any]) -> Member | No
         shape[0],
         (outputs // len(projections), inputs),
         transposed,
-        fused and bool(_types(config) & set(INTERLEAVED)),
+        fused and bool(types_of(config) & set(INTERLEAVED)),
         written,
     )
 
 
 def is_stacked(config: Mapping[str, Any]) -> bool:
     """Whether files of such a model stack experts, so that transformers has no name for single ones."""
-    return bool(_types(config) & {*STACKED, *STACK_NAMES})
+    return bool(types_of(config) & {*STACKED, *STACK_NAMES})
 
 
 def file_projection(projection: str, config: Mapping[str, Any]) -> str:
     """The name of a projection in the files of such a model."""
-    if not _types(config) & set(WITH_NUMBERS):
+    if not types_of(config) & set(WITH_NUMBERS):
         return projection
     return next(name for name, known in NUMBERED.items() if known == projection)
 
 
 def file_name(name: str, config: Mapping[str, Any] | None) -> str:
     """The name in files of a tensor or a layer that a model calls `name`: other for the blocks of some types of models."""
-    if not config or not _types(config) & set(SPARSE_BLOCKS):
+    if not config or not types_of(config) & set(SPARSE_BLOCKS):
         return name
     gate = "gate" if config.get("model_type") == "phimoe" else "router"
     return re.sub(r"\.mlp\.", ".block_sparse_moe.", name).replace(
@@ -189,7 +189,7 @@ def file_name(name: str, config: Mapping[str, Any] | None) -> str:
 
 def module_name(name: str, config: Mapping[str, Any] | None) -> str:
     """The inverse of `file_name`; a name that is the model's own already does not change."""
-    if not config or not _types(config) & set(SPARSE_BLOCKS):
+    if not config or not types_of(config) & set(SPARSE_BLOCKS):
         return name
     name = name.replace(".block_sparse_moe.", ".mlp.")
     return name.replace(".mlp.gate.", ".mlp.router.") if config.get("model_type") == "phimoe" else name
@@ -259,8 +259,14 @@ def paths_of(
     }
 
 
+def types_of(config: Mapping[str, Any]) -> set[str]:
+    """The type of the model, and that of its language part."""
+    inner = config.get("text_config")
+    return {str(one.get("model_type", "")) for one in (config, inner) if isinstance(one, Mapping)}
+
+
 def _usual(name: str, config: Mapping[str, Any]) -> str:
-    for kind in _types(config) & STACK_NAMES.keys():
+    for kind in types_of(config) & STACK_NAMES.keys():
         for theirs, ours in STACK_NAMES[kind].items():
             if name.endswith(f".{theirs}"):
                 return name.removesuffix(theirs) + ours
@@ -274,9 +280,4 @@ def _is_transposed(shape: Shape, name: str, config: Mapping[str, Any]) -> bool:
     outputs_last = (shape[2] if name == "down_proj" else shape[1]) == hidden
     if inputs_last != outputs_last:
         return outputs_last
-    return bool(_types(config) & set(TRANSPOSED))
-
-
-def _types(config: Mapping[str, Any]) -> set[str]:
-    inner = config.get("text_config")
-    return {str(one.get("model_type", "")) for one in (config, inner) if isinstance(one, Mapping)}
+    return bool(types_of(config) & set(TRANSPOSED))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from qkit import fused
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
-from qkit.engines.layer import Layer, want_merged, want_whole
+from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
@@ -14,7 +14,7 @@ from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
 from qkit.errors import StageError
-from qkit.planning import Planned, plan
+from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
@@ -35,16 +35,20 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     Works in place and returns the model; a model that is itself one layer gives a new one, of the engine's own class. Master
     weights stay the same parameters under the same names. Gradients pass straight through the rounding.
 
+    Where peft or mlx-lm have put adapters, the layers inside them are prepared, under the paths that they had without them, and
+    the factors of adapters stay float. Warns if the recipe quantizes less than half of the weights.
+
     Raises:
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
-        StageError: the model is prepared, converted or sharded already.
+        StageError: the model is prepared, converted or sharded already; or it has a wrapper that qkit does not know.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     want_whole(layers, "prepare")
+    want_known(layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare")
-    chosen = {item.layer.path: item.rule for item in planned if item.rule}
+    chosen = {item.layer.name: item.rule for item in planned if item.rule}
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
         require(engine, Fuses)
     prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
@@ -59,7 +63,7 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
 
     Raises:
         StageError: an unprepared model needs a recipe, and a prepared one takes none. Or the model is converted, adapted
-            or sharded.
+            or sharded; or another library has put wrappers around layers, or plain layers in the place of prepared ones.
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
         RangeError: a weight is not finite.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
@@ -69,6 +73,8 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
     prepared = [layer for layer in layers if layer.stage == "prepared"]
     want_whole(layers, "convert")
     want_merged(layers, "convert")
+    want_bare(layers, "convert")
+    want_none_lost(layers, "convert")
     if recipe is None:
         if not prepared:
             raise StageError(
@@ -90,6 +96,7 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
     found = find_recipe(recipe)
     planned = plan(layers, found)
     want_honored(engine, found.rules, verb)
+    warn_of_rest(planned, found)
     return planned
 
 
@@ -130,7 +137,7 @@ def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str,
 def fuse(engine: Modules, model: Any) -> Any:
     """`model`, whose prepared layers now share tensor scales as servers want them; see `qkit.fused`."""
     if offers(engine, Fuses):  # whatever the grids are: a schedule may give the layers others
-        prepared = {layer.path: layer.module for layer in engine.layers(model) if layer.stage == "prepared"}
+        prepared = {layer.name: layer.module for layer in engine.layers(model) if layer.stage == "prepared"}
         for group in fused.groups(prepared):
             engine.fuse([prepared[path] for path in group])
     return model

@@ -1,11 +1,20 @@
 """plan: a recipe over the layers of a model, as a rule or a reason for each; nothing is touched."""
 
+import re
+import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from qkit.engines.layer import Layer
-from qkit.errors import GridError, RecipeError
+from qkit.errors import CoverageWarning, GridError, RecipeError
+from qkit.parts import is_in
 from qkit.rules import Recipe, Rule
+
+NO_RULE = "no rule matches"  #: a reason
+LEFT = "left alone by the rule for"  #: the beginning of a reason
+TOWERS = "of a vision or audio tower, which the recipe leaves in float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
     planned = [_plan_layer(layer, recipe) for layer in layers]
     owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
     planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
-    spoken = {id(recipe.rule_for(item.layer.path, item.layer.kind)) for item in planned if item.layer.kind != "other"}
+    spoken = {id(_rule_for(item.layer, recipe)) for item in planned if item.layer.kind != "other"}
     mixed = any(item.layer.kind == "experts" for item in planned)
     chosen = any(rule.weight and id(rule) in spoken for rule in recipe.rules)
     for rule in recipe.rules:
@@ -41,14 +50,38 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
     return planned
 
 
+def warn_of_rest(planned: Iterable[Planned], recipe: Recipe) -> None:
+    """Warns where `recipe` quantizes less than half of the weights that it does not choose to leave out: by name and share.
+
+    It chooses by a rule without a weight grid, and by patterns that are too narrow for a linear layer.
+    """
+    own = [item for item in planned if not item.layer.tied]
+    total, done = (sum(prod(item.layer.shape) for item in some) for some in (own, (one for one in own if one.rule)))
+    left: dict[tuple[str, str], int] = defaultdict(int)
+    for item in own:
+        narrow = item.layer.kind == "linear" and item.reason == NO_RULE
+        if not (item.rule or narrow or LEFT in item.reason or item.reason == TOWERS):
+            left[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", item.layer.name), item.reason] += prod(item.layer.shape)
+    if done >= sum(left.values()):
+        return
+    largest = sorted(left.items(), key=lambda one: -one[1])[:3]
+    named = ", ".join(f"{name} ({size / total:.1%} of them: {reason})" for (name, reason), size in largest)
+    warnings.warn(
+        f"recipe {recipe.name!r} quantizes {done / total:.1%} of the weights, and leaves in float {named}: take a recipe with "
+        "rules for them, or name them in a rule without weight",
+        CoverageWarning,
+        stacklevel=4,
+    )
+
+
 def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
     if layer.kind == "other":
         return Planned(layer, None, layer.obstacle)
-    rule = recipe.rule_for(layer.path, layer.kind)
+    rule = _rule_for(layer, recipe)
     if rule is None:
-        return Planned(layer, None, "no rule matches")
+        return Planned(layer, None, NO_RULE if is_in(layer.name, "language") else TOWERS)
     if rule.weight is None:
-        return Planned(layer, None, f"left alone by the rule for {', '.join(rule.match)}")
+        return Planned(layer, None, f"{LEFT} {', '.join(rule.match)}")
     if layer.obstacle:
         if rule.indivisible == "skip":
             return Planned(layer, None, layer.obstacle)
@@ -67,6 +100,11 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
                     return Planned(layer, None, f"skipped: {error}")
                 raise GridError(f'{path}: {error}, or indivisible = "skip"') from None
     return Planned(layer, rule)
+
+
+def _rule_for(layer: Layer, recipe: Recipe) -> Rule | None:
+    assert layer.kind != "other"
+    return recipe.rule_for(layer.name, layer.kind, head=layer.head)
 
 
 def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:

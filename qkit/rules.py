@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from qkit.errors import GridError, RecipeError
 from qkit.grid import Grid, want_grid
+from qkit.parts import Part, is_in
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -19,18 +20,17 @@ KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 Range = Literal["dynamic", "calibrated", "average"]
 Ste = Literal["identity", "masked"]
 Scales = Literal["rule", "learned"]
-RANGES: tuple[Range, ...] = ("dynamic", "calibrated", "average")
-STES: tuple[Ste, ...] = ("identity", "masked")
-SCALES: tuple[Scales, ...] = ("rule", "learned")
 SCHEMA = 1
-#: Keys of a rule that the core carries out; an engine honours the others.
-CORE_KEYS = ("match", "kind", "weight", "indivisible")
+CORE_KEYS = ("match", "kind", "weight", "part", "indivisible")  #: keys of a rule that the core carries out
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
 EXPERTS = "*.experts.*"  #: the pattern of a rule for experts that names none
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
 #: The other keys that may be left out.
-DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "indivisible": "error"}
+DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "part": "all", "indivisible": "error"}
+#: By key, the values that a rule takes.
+TYPES: Mapping[str, Any] = {"kind": Kind, "range": Range, "ste": Ste, "scales": Scales, "part": Part}
+CHOICES: Mapping[str, Sequence[str]] = {**{k: get_args(t) for k, t in TYPES.items()}, "indivisible": ("error", "skip")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class Rule:
             value was clipped (`masked`).
         scales: where the scales of `weight` come from in training: the grid's own rule (`rule`), or they train beside the weight
             (`learned`, see `qkit.reference.learned`), whose gradient is then masked.
+        part: `all` of the model, or `language`: without towers of vision and audio, see `qkit.parts`.
         indivisible: for a weight that does not divide into groups: `error`, or `skip` the layer.
     """
 
@@ -62,21 +63,15 @@ class Rule:
     range: Range = "dynamic"
     ste: Ste = "identity"
     scales: Scales = "rule"
+    part: Part = "all"
     indivisible: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         if not self.match or not all(isinstance(pattern, str) and pattern for pattern in self.match):
             raise RecipeError(f"match is {self.match!r}: give at least one pattern, such as '*'")
-        if self.kind not in KINDS:
-            raise RecipeError(f"kind is {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if self.indivisible not in ("error", "skip"):
-            raise RecipeError(f"indivisible is {self.indivisible!r}: choose error or skip")
-        if self.range not in RANGES:
-            raise RecipeError(f"range is {self.range!r}: choose one of {', '.join(RANGES)}")
-        if self.ste not in STES:
-            raise RecipeError(f"ste is {self.ste!r}: choose one of {', '.join(STES)}")
-        if self.scales not in SCALES:
-            raise RecipeError(f"scales is {self.scales!r}: choose one of {', '.join(SCALES)}")
+        for key, choices in CHOICES.items():
+            if (value := getattr(self, key)) not in choices:
+                raise RecipeError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
         for slot in GRIDS:
             if (grid := getattr(self, slot)) is not None:
                 want_grid(grid)
@@ -117,7 +112,7 @@ class Rule:
 
     def matches(self, path: str, kind: Kind) -> bool:
         """Whether the rule applies to the layer at `path`."""
-        if kind != self.kind:
+        if kind != self.kind or not is_in(path, self.part):
             return False
         paths = (path, f"{path}.") if kind == "experts" else (path,)
         return any(fnmatchcase(one, pattern) for one in paths for pattern in self.match)
@@ -138,9 +133,10 @@ class Recipe:
         if not any(rule.weight for rule in self.rules):
             raise RecipeError(f"recipe {self.name!r} has no rule with a weight grid: nothing would be quantized")
 
-    def rule_for(self, path: str, kind: Kind) -> Rule | None:
-        """The first rule that matches, if any."""
-        return next((rule for rule in self.rules if rule.matches(path, kind)), None)
+    def rule_for(self, path: str, kind: Kind, *, head: bool = False) -> Rule | None:
+        """The first rule that matches, if any. A layer that is an output `head` also goes by the path `lm_head`."""
+        names = (path, *["lm_head"] * head)
+        return next((rule for rule in self.rules if any(rule.matches(name, kind) for name in names)), None)
 
 
 def read_recipe(file: "Path | Traversable") -> Recipe:

@@ -168,6 +168,8 @@ def _recipe(
         0, {"match": "*", "kind": "embedding", "weight": "w"} if whole else {"match": ["lm_head", "*.lm_head"]}
     )
     for table in rules:
+        if "weight" in table:
+            table["part"] = "language"
         width = max(map(len, table))
         lines += ["[[rules]]", *(f"{key:{width}} = {json.dumps(value)}" for key, value in table.items()), ""]
     return "\n".join(lines[:-1]) + "\n"

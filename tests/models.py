@@ -144,6 +144,31 @@ FAMILIES = {
     },
     "mixtral": {**ROPE, "num_local_experts": 4},
     "qwen3_moe": {**ROPE, **HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "qwen2_moe": {
+        **ROPE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "gpt_oss": {**ROPE, **HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "deepseek_v3": {
+        **ROPE,
+        **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "moe_intermediate_size"), 64),
+        **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32),
+        **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 4,
+    },
+    "lfm2_moe": {
+        **ROPE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"],
+    },
 }
 
 

@@ -9,7 +9,9 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import NOTHING, Adapts, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import BackendError
@@ -20,13 +22,15 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers import adapted, converted, fused, learned, prepared, straight_through
-from qkit_mlx.models import places, surgery
+from qkit_mlx.layers import adapted, converted, experts, fused, latent, learned, prepared, straight_through
+from qkit_mlx.models import groups, places, surgery
+from qkit_mlx.models.elsewhere import Elsewhere
+from qkit_mlx.models.mixtures import Mixtures
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
 
 
-class MlxBackend:
+class MlxBackend(Elsewhere, Mixtures):
     """MLX: Apple silicon, and CPUs anywhere."""
 
     name = "mlx"
@@ -108,7 +112,7 @@ class MlxBackend:
 
     def weight(self, module: Any) -> mx.array:
         """See `Modules.weight`."""
-        weight: mx.array = module["weight"]
+        weight: mx.array = latent.weight_of(module) if isinstance(module, latent.Halves) else module["weight"]
         return weight
 
     def make_layer(self, kind: Kind, weight: NDArray[Any]) -> nn.Module:
@@ -118,17 +122,23 @@ class MlxBackend:
         layer.weight = self.from_numpy(weight)
         return layer
 
-    def prepare_layer(self, module: Any, rule: Rule) -> nn.Module:
+    def prepare_layer(self, module: Any, rule: Rule) -> Any:
         """See `Modules.prepare_layer`."""
+        if isinstance(module, latent.Halves):
+            return latent.prepare_halves(module, rule)
+        if rule.kind == "experts":
+            return experts.prepare_experts(module, rule)
         return learned.prepare_layer(module, rule)
 
     def switch_mode(self, module: Any, mode: Mode) -> None:
         """See `Modules.switch_mode`."""
-        prepared.switch_mode(module, mode)
+        for layer in groups.modules_of(module):
+            prepared.switch_mode(layer, mode)
 
     def clear_ranges(self, module: Any) -> None:
         """See `Modules.clear_ranges`."""
-        prepared.clear_ranges(module)
+        for layer in groups.modules_of(module):
+            prepared.clear_ranges(layer)
 
     def pack(
         self,
@@ -138,9 +148,11 @@ class MlxBackend:
         *,
         static: Mapping[str, NDArray[Any]] = NOTHING,
         owner: Any = None,  # never given: here a head that shares the embedding's weight is its method `as_linear`
-    ) -> nn.Module:
+    ) -> Any:
         """See `Modules.pack`."""
-        here = q.map(lambda array: array if isinstance(array, mx.array) else self.from_numpy(array))
+        here = q.map(self.array_of)
+        if isinstance(module, latent.Halves):
+            return latent.pack_halves(module, here, rule)
         if isinstance(module, nn.Embedding):
             return converted.pack_embedding(here, rule)
         scales = {name: self.from_numpy(array) for name, array in static.items()}
@@ -148,7 +160,7 @@ class MlxBackend:
 
     def unpack(self, module: Any) -> QTensor[mx.array]:
         """See `Modules.unpack`."""
-        return converted.unpack(module)
+        return latent.unpack_halves(module) if isinstance(module, latent.Halves) else converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         """See `Modules.replace`."""
@@ -184,7 +196,15 @@ class MlxBackend:
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
-        """See `Adapts.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
+        """See `Adapts.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on.
+
+        Raises:
+            BackendError: the layer is one of those that mlx-lm spreads over several modules.
+        """
+        if isinstance(module, latent.Halves):
+            raise BackendError(
+                f"mlx-lm splits {latent.NAME}, and MLX has no adapter for it: leave it out of the adapter's layers"
+            )
         made: nn.Module = adapted.adapt(module, update)
         return made
 
@@ -255,16 +275,22 @@ class MlxBackend:
 
     def freeze_values(self, module: Any, on: bool) -> None:
         """See `Trains.freeze_values`."""
-        prepared.freeze_values(module, on)
+        for layer in groups.modules_of(module):
+            prepared.freeze_values(layer, on)
 
     def regrid(self, module: Any, rule: Rule) -> None:
         """See `Trains.regrid`."""
-        prepared.regrid(module, rule)
+        for layer in groups.modules_of(module):
+            prepared.regrid(layer, rule)
 
 
 if TYPE_CHECKING:
-    _offered: tuple[Fuses, Adapts, Trains] = (
-        MlxBackend(),
-        MlxBackend(),
-        MlxBackend(),
+    _engine = MlxBackend()
+    _offered: tuple[Fuses, Adapts, Trains, Mixes, Restores, Remembers] = (
+        _engine,
+        _engine,
+        _engine,
+        _engine,
+        _engine,
+        _engine,
     )  # mypy compares every verb with the protocols

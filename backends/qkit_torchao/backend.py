@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import NOTHING, Adapts, Deploys, Fuses, Trains
@@ -23,12 +24,13 @@ from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import adapted, converted, experts, fused, learned, straight_through
 from qkit_torchao.models import gather, names, surgery
+from qkit_torchao.models.elsewhere import Elsewhere
 from qkit_torchao.models.mixtures import Mixtures
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
 
 
-class TorchaoBackend(Mixtures):
+class TorchaoBackend(Elsewhere, Mixtures):
     """torch on CPU or CUDA; converted layers hold torchao's tensors."""
 
     name = "torchao"
@@ -159,8 +161,8 @@ class TorchaoBackend(Mixtures):
         return converted.unpack(module)
 
     def replace(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-        """See `Modules.replace`."""
-        return surgery.replace(model, modules)
+        """See `Modules.replace`; converted models of transformers' then save themselves as artifacts."""
+        return self.save_as_artifact(surgery.replace(model, modules))
 
     def run_layer(self, module: nn.Module, x: NDArray[Any]) -> NDArray[Any]:
         """See `Modules.run_layer`."""
@@ -285,7 +287,9 @@ class TorchaoBackend(Mixtures):
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Mixes, Fuses, Adapts, Trains, Deploys, Translates] = (
+    _offered: tuple[Mixes, Fuses, Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
+        _engine,
+        _engine,
         _engine,
         _engine,
         _engine,

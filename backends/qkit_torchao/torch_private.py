@@ -15,6 +15,7 @@ version: Callable[[Tensor], int] = attrgetter("_version")  #: the count of in-pl
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled  #: asks once for all devices
 unsafe_view = torch.ops.aten._unsafe_view.default  #: as `view`, but the result counts as no view of its source
 int_product = torch._int_mm  #: int8 [rows, n] times int8 [n, columns] -> int32, exact; on CUDA with more than 16 rows
+without_subclasses = torch._C.DisableTorchFunctionSubclass  #: a context in which subclasses of Tensor count as Tensor
 
 
 def is_transformed() -> bool:

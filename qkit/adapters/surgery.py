@@ -10,7 +10,8 @@ import numpy as np
 
 from qkit.adapters.adapter import Adapter
 from qkit.engines.abilities import require
-from qkit.engines.layer import Layer, want_whole
+from qkit.engines.elsewhere import Restores
+from qkit.engines.layer import Layer, want_bare, want_known, want_whole
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
 from qkit.pipeline import Model, fuse, surgeon
@@ -40,6 +41,7 @@ def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None
     engine = able(model, backend)
     layers = list(engine.layers(model))
     want_whole(layers, "adapt")
+    want_bare(layers, "adapt")
     return put(engine, model, {layer.path: _first(engine, layer, adapter) for layer in _chosen(layers, adapter)})
 
 
@@ -49,14 +51,34 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     Works in place and returns the model. Its codes and loss are exactly those of the adapted model, see `adapt`. Call
     `qkit.convert` afterwards if the layers are prepared. Parameters that `adapt` froze stay frozen.
 
+    Also merges what peft and mlx-lm have put around layers, and returns the model inside of peft's. Such adapters were trained
+    beside the grid, so that their merge moves the loss.
+
     Raises:
-        StageError: there is no adapter, or the model is sharded.
+        StageError: there is no adapter, the model is sharded, or it has a wrapper that qkit does not know.
         BackendError: the engine has no adapters.
     """
     engine = able(model, backend)
-    want_whole(engine.layers(model), "merge")
-    merged = {layer.path: engine.merge_adapter(layer.module) for layer in adapted(engine, model)}
-    return cast(Model, fuse(engine, engine.replace(model, merged)))
+    layers = list(engine.layers(model))
+    want_whole(layers, "merge")
+    want_known(layers, "merge")
+    bare: Any = model
+    if any(layer.wrapper for layer in layers):
+        _check_updates(layers)
+        bare, updates = require(engine, Restores).unwrap(model)
+        found = {layer.path: layer for layer in engine.layers(bare)}
+        bare = engine.replace(bare, {path: engine.adapt(found[path].module, one) for path, one in updates.items()})
+    else:
+        adapted(engine, model)
+    merged = {layer.path: engine.merge_adapter(layer.module) for layer in engine.layers(bare) if layer.adapter}
+    return cast(Model, fuse(engine, engine.replace(bare, merged)))
+
+
+def _check_updates(layers: list[Layer]) -> None:
+    """Refuses wrappers of converted layers that the adapters of qkit could not be on."""
+    for layer in layers:
+        if layer.wrapper and layer.stage == "converted" and (reason := obstacle(layer, layers)):
+            raise StageError(f"cannot merge the {layer.wrapper} of {layer.path}: {reason}")
 
 
 def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:

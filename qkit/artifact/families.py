@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from qkit.artifact.known import facts, is_known, kind_of
-from qkit.engines.layer import Layer
+from qkit.engines.layer import HEAD_PARTS, Layer
 from qkit.errors import PlanError
 from qkit.experts import Member, is_router, member_of, whole
 from qkit.qtensor import DTYPES as FLOATS
@@ -52,7 +52,12 @@ def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
         return suggested
     if known not in ("linear", "embedding"):
         return known
-    return Layer(path, "embedding" if known == "embedding" else "linear", slot.shape, None, obstacle=_not_float(slot))
+    return _layer(path, "embedding" if known == "embedding" else "linear", slot)
+
+
+def _layer(path: str, kind: Kind, slot: Slot) -> Layer:
+    is_head = kind == "linear" and (path in HEADS or path.split(".")[0] in HEAD_PARTS)
+    return Layer(path, kind, slot.shape, None, obstacle=_not_float(slot), head=is_head)
 
 
 def _suggested(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
@@ -71,7 +76,7 @@ def _suggested(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
     if own in TRANSPOSED.get(_type(config), ()):
         return "transposed: a Conv1D holds it"
     kind: Kind = "embedding" if EMBEDDINGS.search(own) else "linear"
-    return Layer(path, kind, slot.shape, None, obstacle=_not_float(slot))
+    return _layer(path, kind, slot)
 
 
 def experts_layers(members: Mapping[str, tuple[Slot, Member]]) -> dict[str, Layer]:

@@ -11,6 +11,7 @@ from qkit.artifact.config import CONFIG, float_config, read_config
 from qkit.artifact.load_experts import stack_experts, take_experts
 from qkit.artifact.metadata import StoredRule, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
+from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Builds, Modules
@@ -89,7 +90,10 @@ def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None, array
     if not (known.get("dtype") or known.get("torch_dtype")):
         found = next((name for array in arrays.values() if (name := array.dtype.name) in DTYPES), None)
         known = known if found is None else {**known, "dtype": found}
-    return require(engine, Builds).build(known)
+    model = require(engine, Builds).build(known)
+    if offers(engine, Remembers):
+        engine.remember_origin(model, str(folder.absolute()))
+    return model
 
 
 def _translate(

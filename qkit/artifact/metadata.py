@@ -39,7 +39,7 @@ class StoredRule:
 
 def stored_rule(rule: Rule) -> Rule:
     """`rule` as an artifact states it: without the patterns that chose the layers."""
-    return replace(rule, match=("*",), indivisible="error")
+    return replace(rule, match=("*",), part="all", indivisible="error")
 
 
 def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:

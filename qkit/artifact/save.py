@@ -1,7 +1,7 @@
 """`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
-from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
-from qkit.engines.abilities import require
-from qkit.engines.layer import Layer, want_merged, want_whole
+from qkit.artifact.expert_files import file_stack
+from qkit.artifact.metadata import KEY, StoredRule, describe, group_paths, stored_rule
+from qkit.engines.abilities import offers, require
+from qkit.engines.elsewhere import Remembers
+from qkit.engines.layer import Layer, want_bare, want_merged, want_none_lost, want_whole
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError, StageError
@@ -44,7 +46,8 @@ def save(
     Args:
         folder: the directory to write. An earlier artifact there is replaced.
         source: the Hugging Face directory of the original model, whose config, tokenizer and generation files are copied.
-            By default, the model's own configuration is written; a model without one gives the weights alone.
+            By default, the model's own configuration is written, and the other files are those of the directory that the
+            model remembers: of `from_pretrained`, or of `qkit.load`. A module of your own gives the weights alone.
         dtype: type of the stored float tensors and of dequantized values. float32 master weights become a bfloat16 model this
             way. Codes and scales do not depend on it. By default, every tensor keeps its type.
         shard_bytes: most bytes of tensors in one file.
@@ -54,20 +57,52 @@ def save(
 
     Raises:
         StageError: a layer is prepared but not converted, or has an adapter, or is sharded.
-        ArtifactError: a grid has no portable layout, or `folder` holds other files; see `check_directory`.
+        ArtifactError: a grid has no portable layout, or `folder` holds other files; see `check_directory`. Or the model is one of
+            mlx-lm's that does not say where it came from.
         PlanError: the disk is read-only.
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
-    folder, origin = Path(folder), None if source is None else Path(source)
-    config = engine.config(model) if origin is None else read_config(origin)
-    if origin is not None and (config is None or origin.resolve() == destination(folder).path):
-        why = "has no config.json" if config is None else "is where the artifact would go"
-        raise ArtifactError(f"the source {origin} {why}: name the model's own Hugging Face directory")
+    folder, origin = Path(folder), _origin(engine, model, source)
+    config = engine.config(model) if source is None else read_config(Path(source))
+    if origin is not None and origin.resolve() == destination(folder).path:
+        raise ArtifactError(
+            f"the source {origin} is where the artifact would go: name the model's own Hugging Face directory"
+        )
+    if source is not None and config is None:
+        raise ArtifactError(f"the source {origin} has no config.json: name the model's own Hugging Face directory")
     check_directory(folder)
+    found = contents(engine, model, config, dtype=dtype)
+    write_directory(
+        folder,
+        [array_stream(name, array) for name, array in found.tensors.items()],
+        metadata={KEY: describe(found.rules)},
+        files=companions(origin, config=quantized_config(config, found.rules, left_alone=found.left_alone)),
+        shard_bytes=shard_bytes,
+    )
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The tensors of an artifact by name, the rules of its layers, and the paths of linear layers that stay float."""
+
+    tensors: dict[str, NDArray[Any]]
+    rules: list[StoredRule]
+    left_alone: list[str]
+
+
+def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, dtype: DType | None = None) -> Contents:
+    """The contents of an artifact of `model` with this configuration; see `save`.
+
+    Raises:
+        StageError, ArtifactError: see `save`.
+    """
     layers = list(engine.layers(model))
     want_whole(layers, "save")
     want_merged(layers, "save")
+    want_bare(layers, "save")
+    want_none_lost(layers, "save")
     for layer in layers:
         if layer.stage == "prepared":
             raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
@@ -78,6 +113,7 @@ def save(
     }
     if dtype is not None:
         tensors = _cast(tensors, dtype, but=static)
+    tensors = _with_files_experts(engine, layers, tensors, config)
     tensors = {file_name(name, config): array for name, array in tensors.items()}
     converted = [
         (path, stored_rule(layer.rule), q if dtype is None else replace(q, dtype=dtype))
@@ -104,14 +140,41 @@ def save(
         for layer in layers
         if layer.kind == "other" and len(layer.shape) == 2 and layer.path.endswith(".weight")
     ]
-    write_directory(
-        folder,
-        [array_stream(name, array) for name, array in tensors.items()],
-        metadata={KEY: describe(rules)},
-        files=companions(origin, config=quantized_config(config, rules, left_alone=left_alone)),
-        shard_bytes=shard_bytes,
-    )
-    return folder
+    return Contents(tensors, rules, left_alone)
+
+
+def _origin(engine: Modules, model: Any, source: str | Path | None) -> Path | None:
+    """The directory that the model comes from: `source`, or the one that the model remembers if it is still there."""
+    if source is not None:
+        return Path(source)
+    if not offers(engine, Remembers):
+        return None
+    named = engine.origin(model)
+    if named is not None and Path(named).is_dir():
+        return Path(named)
+    if engine.config(model) is None and engine.knows(model):
+        raise ArtifactError(
+            f"{type(model).__name__} is a language model that does not say where it came from, so that its config.json would be "
+            "missing: give source=, its Hugging Face directory"
+        )
+    return None
+
+
+def _with_files_experts(
+    engine: Modules, layers: Iterable[Layer], tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any] | None
+) -> dict[str, NDArray[Any]]:
+    """`tensors` with float experts as files have them, where an engine calls them otherwise."""
+    out = dict(tensors)
+    for layer in layers:
+        if (
+            layer.kind == "experts"
+            and layer.stage == "float"
+            and all(name.endswith(".weight") for name in layer.stored)
+        ):
+            parts = {p: out.pop(name) for p, name in zip(layer.projections, layer.stored, strict=True)}
+            block = file_name(f"{layer.path}.", config)[:-1]
+            out.update(file_stack(block, parts, config or {}))
+    return out
 
 
 def _weights(

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from qkit.artifact.config import read_config
 from qkit.artifact.metadata import about, layout_of, read_rules
+from qkit.artifact.mlx_experts import expert_parts, without_stacks
 from qkit.errors import ArtifactError, GridError
+from qkit.experts import expert_of
 from qkit.formats import compressed_tensors, mlx_config, mlx_lm
+from qkit.formats.mlx_families import FAMILIES
 from qkit.formats.packed import Tensors, join
 from qkit.formats.settings import QUANTIZATION
 from qkit.qtensor import DType
@@ -103,18 +106,26 @@ def read_own(folder: Path) -> Snapshot:
             grids = {path: one.rule.weight for one in rules for path in one.paths}
             mlx_config.check_export(config, grids, tensors)
     if layout == "mlx":
+        if (family := FAMILIES.get(str((config or {}).get("model_type")))) and family.shifts:
+            raise ArtifactError(
+                f"{folder} is an export for mlx-lm of a model whose norms it changes: import what it is made of"
+            )
         added = set(map(str, about(metadata).get("added") or ()))
         known = known and {name: value for name, value in known.items() if name not in added}
         tensors = {mlx_config.from_mlx_name(name, known or {}): array for name, array in tensors.items()}
+    paths = [path for one in rules for path in one.paths]
+    mixed = {path for path in paths if layout == "mlx" and expert_of(path)}
     weights = {}
     for one in rules:
         if one.rule.weight is None:
             raise ArtifactError(f"{folder}: the metadata have no grid for {', '.join(one.paths)}: save it again")
         for path in one.paths:
-            parts = take_parts(tensors, path, layout)
+            parts = expert_parts(tensors, path, known or {}) if path in mixed else take_parts(tensors, path, layout)
             with locating(folder, path):
                 shape = LAYOUTS[layout].shape_of(parts, one.rule.weight)
             weights[path] = stored_weight(folder, path, layout, parts, rule=one.rule, dtype=one.dtype, shape=shape)
+    if layout == "mlx":
+        tensors = without_stacks(tensors, mixed, known or {})
     return Snapshot(folder, layout if weights else "float", False, known, weights, tensors)
 
 

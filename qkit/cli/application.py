@@ -1,6 +1,7 @@
 """The `qkit` application: its commands and its version."""
 
 import os
+import warnings
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import qkit
 from qkit.cli.backends import backends
 from qkit.cli.boundary import DEBUG, MEANINGS, run
 from qkit.cli.compare import compare
+from qkit.cli.console import show_warning
 from qkit.cli.demo import demo
 from qkit.cli.diff import diff
 from qkit.cli.eval import eval_
@@ -23,6 +25,7 @@ from qkit.cli.recipes import recipes
 from qkit.cli.teach import teach
 from qkit.cli.train import train
 from qkit.cli.verify import verify
+from qkit.cli.warmup import warmup
 
 EPILOG = "Exit codes: " + ". ".join(f"{code}: {meaning}" for code, meaning in MEANINGS.items()) + "."
 
@@ -35,7 +38,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, plan, quantize, inspect, verify, parity, train, teach, demo):
+for command in (backends, recipes, plan, quantize, inspect, verify, warmup, parity, train, teach, demo):
     application.command()(command)
 application.command()(export)
 application.command("import")(import_)
@@ -47,6 +50,7 @@ application.command()(compare)
 
 def main() -> None:
     """Runs the command line and ends the process; a failure is one line on standard error and an exit code."""
+    warnings.showwarning = show_warning
     run(lambda: application(prog_name="qkit"))
 
 

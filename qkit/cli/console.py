@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -80,3 +81,13 @@ def read_size(text: str) -> int:
     if not nbytes:
         raise typer.BadParameter(f"{text!r} is no size: write 5GB or 800MB")
     return nbytes
+
+
+def show_warning(message: Warning | str, category: type[Warning], filename: str, *more: Any, **options: Any) -> None:
+    """Shows a warning of qkit's as one line on standard error; those of libraries are for programmers, as Python has them."""
+    if category.__module__ == "qkit.errors":
+        errors.print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        errors.print(
+            warnings.formatwarning(message, category, filename, more[0]), highlight=False, markup=False, end=""
+        )

@@ -69,8 +69,11 @@ def export(
         notes = [f"quantized weights: {', '.join(notes)}"] if notes else []
         notes += [f"{name} as float16: {reason}" for name, reason in written.fallbacks.items()]
         notes += written.notes
+    elif to is Target.mlx:
+        as_values = export_model.export_mlx(source, out)
+        notes = [f"{path} as its values: mlx-lm would split its codes and quantize them again" for path in as_values]
     else:
-        {Target.mlx: export_model.export_mlx, Target.dense: export_model.export_dense}[to](source, out)
+        export_model.export_dense(source, out)
     console.print(
         f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
     )

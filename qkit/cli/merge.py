@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import qkit
-from qkit.cli.console import console
+from qkit.cli.console import console, errors
 from qkit.cli.eval import Engine
 from qkit.pipeline import surgeon
 from qkit.storage.destination import check_directory
@@ -28,8 +28,13 @@ def merge(
     ] = None,
     backend: Engine = None,
 ) -> None:
-    """Merge an adapter into its base, on the grid of its training. The codes are those of the last step."""
+    """Merge an adapter into its base, on the grid.
+
+    Exact for adapters that qkit trained, inside of the grid: the codes are those of the last step. Adapters that peft or mlx-lm
+    trained beside the grid are rounded by the merge, which moves the loss; qkit says so.
+    """
     from qkit import adapters  # here, so that other commands start fast
+    from qkit.adapters import formats
 
     check_directory(out)
     model = qkit.load(base, backend=backend)
@@ -41,4 +46,10 @@ def merge(
     if recipe is not None:
         model = qkit.convert(model)
     qkit.save(model, out, source=base)
+    if not formats.read(adapter).base:
+        errors.print(
+            f"{adapter} has no note by qkit, so it may be trained beside the grid: then the merge moves the loss; compare it by "
+            "qkit eval",
+            highlight=False,
+        )
     console.print(f"{out}: {merged} adapters merged, {qkit.coverage(model).bits_per_weight:.2f} bits per weight")

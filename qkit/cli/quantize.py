@@ -13,6 +13,7 @@ from qkit.cli.console import console, errors, read_size, size
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
 from qkit.overrides import check_ignored, overridden
+from qkit.planning import TOWERS
 from qkit.processes import cores
 from qkit.storage.destination import Destination, check_directory, destination, existing_parent
 from qkit.storage.parts import Part
@@ -93,7 +94,10 @@ def quantize(
 
 
 def warn(plan: Plan) -> None:
-    """Prints the readers that will not open the output, or only in one way, to standard error."""
+    """Prints the towers that stay in float, and the readers that will not open the output, to standard error."""
+    towers = sum(row.reason == TOWERS for row in plan.rows)
+    if towers:
+        errors.print(f"{towers:,} layers are {TOWERS}", highlight=False, soft_wrap=True)
     for one in plan.caveats:
         errors.print(f"warning: {one}", highlight=False, markup=False, soft_wrap=True)
 

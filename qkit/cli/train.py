@@ -38,7 +38,8 @@ def train(
     ignore: Ignore = None,
     skip_indivisible: SkipIndivisible = False,
     data: Annotated[
-        list[str] | None, typer.Option(help="A text file, or a shell pattern in quotes. Repeat for more.")
+        list[str] | None,
+        typer.Option(help="A file of text, or of JSON lines with text or messages; or a shell pattern."),
     ] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="Text to measure on. Left out: some of the data.")] = None,
     backend: Engine = None,
@@ -206,6 +207,7 @@ def _table(outcome: "Outcome") -> Table:
             "largest logit difference, trained to converted",
             "not quantized" if difference is None else f"{difference:g}",
         ),
+        ("layers with changed codes", f"{outcome.changed_layers:,} of {outcome.quantized_layers:,}"),
         ("steps", f"{outcome.steps:,}"),
         ("tokens", f"{outcome.tokens:,}"),
         ("seconds of training", f"{outcome.seconds:.0f}"),

@@ -9,6 +9,18 @@ from qkit.rules import Kind, Rule
 
 Stage = Literal["float", "prepared", "converted"]
 Mode = Literal["on", "off", "calibrating"]
+#: First parts of the paths of output heads: of language models, and of those that classify, reward or answer.
+HEAD_PARTS = (
+    "classifier",
+    "cls",
+    "embed_out",
+    "lm_head",
+    "pre_classifier",
+    "qa_outputs",
+    "score",
+    "v_head",
+    "vocab_projector",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,12 @@ class Layer:
         obstacle: why a layer cannot be quantized although it has a weight; for `other`, why no rule can match it.
         adapter: kind and rank of its adapter, if any; see `qkit.adapters`.
         sharded: whether this process stores only a part of the weight, even if a forward gathers the whole.
+        bare: the path in the model without wrappers of other libraries, as peft's, which put parts into `path`. Empty where the
+            two are the same.
+        wrapper: the class of the module of another library that wraps it, if any.
+        unknown: whether qkit does not know that class, or cannot merge it, since it leaves the grid out.
+        head: whether it is an output head of the model, by its role. A rule for `lm_head` is a rule for it.
+        lost: whether the layer was quantized once and is a plain float layer now, since another program replaced it.
         projections: of `experts`, the shape (experts, outputs, inputs) of each projection, by its name in `qkit.experts`.
         stored: of `experts`, the names in `Modules.tensors` of the tensors that hold the weights while they are float.
     """
@@ -49,6 +67,11 @@ class Layer:
     obstacle: str = ""
     adapter: str = ""
     sharded: bool = False
+    bare: str = ""
+    wrapper: str = ""
+    unknown: bool = False
+    head: bool = False
+    lost: bool = False
     projections: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     stored: tuple[str, ...] = ()
 
@@ -56,6 +79,11 @@ class Layer:
     def weights(self) -> dict[str, tuple[int, ...]]:
         """The shape of each of its weights: `shape` under the name `weight`, or those of the projections of experts."""
         return dict(self.projections) if self.kind == "experts" else {"weight": self.shape}
+
+    @property
+    def name(self) -> str:
+        """The path by which recipes know the layer, whatever wraps it."""
+        return self.bare or self.path
 
 
 def want_merged(layers: Iterable[Layer], verb: str) -> None:
@@ -77,3 +105,33 @@ def want_whole(layers: Iterable[Layer], verb: str) -> None:
                 else "call whole = qkit.gather(model) in every process, and go on with the whole model in the one that gets it"
             )
             raise StageError(f"cannot {verb}: {layer.path} is sharded over processes; {way_out}")
+
+
+def want_bare(layers: Iterable[Layer], verb: str) -> None:
+    """Refuses layers inside of modules of other libraries, which compute more than the layer does."""
+    for layer in layers:
+        if layer.wrapper:
+            way_out = (
+                f"qkit cannot see past {layer.wrapper}, or it leaves the grid out: take it off, or use another adapter"
+                if layer.unknown
+                else "call model = qkit.merge(model) first"
+            )
+            raise StageError(f"cannot {verb}: {layer.path} is inside of a {layer.wrapper}; {way_out}")
+
+
+def want_known(layers: Iterable[Layer], verb: str) -> None:
+    """Refuses layers inside of modules that qkit cannot see past."""
+    want_bare((layer for layer in layers if layer.unknown), verb)
+
+
+def want_none_lost(layers: Iterable[Layer], verb: str) -> None:
+    """Refuses models with layers that were on a grid once and are plain float layers now."""
+    if lost := [layer.path for layer in layers if layer.lost]:
+        raise StageError(
+            f"cannot {verb}: {lost[0]} was on a grid, and is a plain float layer now{_and_others(lost)}: merge adapters by "
+            "qkit.merge(model), not by their library; or call qkit.unprepare(model, match) to leave these layers in float"
+        )
+
+
+def _and_others(paths: list[str]) -> str:
+    return f", like {len(paths) - 1} others" if len(paths) > 1 else ""

@@ -184,8 +184,9 @@ def _padded(writer: Any, tensor: Tensor) -> int:
 def _describe(writer: Any, numbers: Mapping[str, Any], architecture: Architecture) -> None:
     """Writes the model's numbers."""
     writer.add_quantization_version(LAYOUTS)
+    adders = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
     for name, value in numbers.items():
-        add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
+        add = adders[type(value)]
         add(f"{architecture.name}.{name}", value)
 
 

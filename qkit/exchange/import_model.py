@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from qkit.artifact.config import quantized_config, read_config
 from qkit.artifact.families import EMBEDDINGS, HEAD, layer_of
 from qkit.artifact.metadata import KEY, describe
-from qkit.artifact.snapshot import Snapshot, locating, read_own, stored_weight, take_parts
+from qkit.artifact.mlx_experts import without_stacks
+from qkit.artifact.snapshot import Snapshot, StoredWeight, locating, read_own, stored_weight, take_parts
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
-from qkit.experts import expert_of, is_router
+from qkit.experts import expert_of, is_router, paths_of
 from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
+from qkit.formats.mlx_families import SAME_NAMES
 from qkit.formats.packed import Tensors
 from qkit.formats.settings import QUANTIZATION, check_alike, check_remaining, quantization_of
 from qkit.qtensor import DTYPES, DType
@@ -112,8 +114,8 @@ def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], stated: 
 def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
     """A model that mlx-lm quantized. Its tensor names are transformers' for most types of models."""
     kind = config.get("model_type")
-    if kind not in mlx_config.SAME_NAMES:
-        known = ", ".join(sorted(mlx_config.SAME_NAMES))
+    if kind not in SAME_NAMES:
+        known = ", ".join(sorted(SAME_NAMES))
         raise ArtifactError(
             f"{folder}: how mlx-lm renames the tensors of a {kind!r} is not known to this qkit: known are {known}"
         )
@@ -122,18 +124,51 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping
         for name in tensors
         if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
     }
-    weights = {}
+    weights: dict[str, StoredWeight] = {}
     with locating(folder):
         found = mlx_config.containers(stated, shapes)
     for path, (container, shape) in found.items():
+        if is_router(path):
+            raise ArtifactError(
+                f"{folder}: {path} is a router, which qkit leaves float, and mlx-lm quantized it{FOREIGN}"
+            )
+        if len(shape) == 3:
+            weights |= _stack(folder, tensors, path, container, config)
+            continue
         parts = take_parts(tensors, path, "mlx")
         with locating(folder, path):
             grid = mlx_lm.grid_of(parts, container)
             dtype = _dtype(parts["scales"], config)
         rule = Rule(("*",), kind=_kind_of(path), weight=grid)
         weights[path] = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
+    tensors = without_stacks(tensors, weights, config)
     _check_remaining(folder, tensors)
     return Snapshot(folder, "mlx", True, config, weights, tensors)
+
+
+def _stack(
+    folder: Path, tensors: Tensors, path: str, container: mlx_lm.Container, config: dict[str, Any]
+) -> dict[str, StoredWeight]:
+    """The weights of the experts in the stack at `path` in mlx-lm, by their paths in other files."""
+    with locating(folder, path):
+        parts = take_parts(tensors, path, "mlx")
+        grid, dtype = mlx_lm.grid_of(parts, container), _dtype(parts["scales"], config)
+        block, projection = mlx_config.block_of(path, config)
+    rule, shape = Rule(("*",), kind="experts", weight=grid), mlx_lm.shape_of(parts, grid)[1:]
+    paths = paths_of(block, {projection: (len(parts["weight"]),)}, config)
+    return {
+        mine: stored_weight(
+            folder,
+            mine,
+            "mlx",
+            {name: array[number] for name, array in parts.items()},
+            rule=rule,
+            dtype=dtype,
+            shape=shape,
+            way_out=FOREIGN,
+        )
+        for (number, _), mine in paths.items()
+    }
 
 
 def _check_remaining(folder: Path, tensors: Tensors) -> None:

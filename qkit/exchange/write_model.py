@@ -36,6 +36,7 @@ def write_model(
     about: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
     shard_bytes: int,
+    more: Iterable[Stream] = (),
 ) -> None:
     """Writes `source` as the directory `out`.
 
@@ -44,15 +45,16 @@ def write_model(
         about: content of qkit's metadata key; None for a directory that qkit will not recognize as its own.
         config: content of the `config.json`; None writes none.
         shard_bytes: most bytes of tensors in one file.
+        more: tensors to write besides.
 
     Raises:
         ArtifactError: `out` is the source; a weight does not fit the layout; or see `Output`.
     """
     if destination(out).path == source.folder.resolve():
         raise ArtifactError(f"{out} is the model to read: choose another folder")
-    streams = [array_stream(name, array) for name, array in source.tensors.items()]
+    streams = [*more, *(array_stream(name, array) for name, array in source.tensors.items())]
     for path, weight in source.weights.items():
-        streams.extend(_streams(path, weight, layout))
+        streams.extend(weight_streams(path, weight, layout))
     write_directory(
         Path(out),
         streams,
@@ -90,6 +92,14 @@ def check_weights_only(source: Snapshot, paths: Iterable[str]) -> None:
             )
 
 
+def weight_streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
+    """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
+    assert weight.rule.weight is not None
+    options = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout)}
+    for name, (kind, shape) in layout.contents(weight.rule.weight, **options).items():
+        yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), _blocks(path, weight, layout, name))
+
+
 def _activations(weight: StoredWeight) -> str:
     """Names the inputs or outputs that the layer quantizes besides its weight; empty where there are none."""
     return weight.unknown or " and ".join(ACTIVATIONS[key] for key in rule_table(weight.rule) if key in ACTIVATIONS)
@@ -97,14 +107,6 @@ def _activations(weight: StoredWeight) -> str:
 
 def _without_activations(weight: StoredWeight) -> StoredWeight:
     return replace(weight, rule=Rule(("*",), kind=weight.rule.kind, weight=weight.rule.weight), unknown="")
-
-
-def _streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
-    """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
-    assert weight.rule.weight is not None
-    options = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout)}
-    for name, (kind, shape) in layout.contents(weight.rule.weight, **options).items():
-        yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), _blocks(path, weight, layout, name))
 
 
 def _form(weight: StoredWeight, layout: Any) -> dict[str, str]:

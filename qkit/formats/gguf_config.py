@@ -112,17 +112,14 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     window, most = _foreign_window(config, architecture), config.get("max_position_embeddings", 0)
     scalar, expected = config.get("query_pre_attn_scalar", _scalar(config, architecture)), _scalar(config, architecture)
     local = ropes(config).get("sliding_attention", {}).get("rope_theta", LOCAL_THETA)
-    kinds, period = config.get("layer_types"), architecture.period
-    regular = [
-        "full_attention" if period and not (i + 1) % period else "sliding_attention" for i in range(len(kinds or ()))
-    ]
+    kinds = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     ropeless = config.get("no_rope_layers")
     for wrong, feature in (
         (scalar != expected, f"query_pre_attn_scalar {scalar}, where llama.cpp takes {expected}"),
         (local != LOCAL_THETA and kind != "gemma3_text", f"a rope of theta {local} for sliding attention"),
         (activation != architecture.activation, f"hidden_act {activation!r}"),
         (window is not None and window < most and kind not in CAPPED, f"a sliding window of {window}"),
-        (bool(period and kinds) and kinds != regular, "layer_types in another order than llama.cpp's"),
+        (bool(architecture.period and kinds), f"layers of {', '.join(sorted(map(str, kinds)))}"),
         (
             bool(ropeless) and ropeless != [int((i + 1) % NO_ROPE != 0) for i in range(len(ropeless or ()))],
             "no_rope_layers",
@@ -160,8 +157,11 @@ def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[st
     local = ropes(config).get("sliding_attention", {}).get("rope_theta")
     if local is not None and architecture.name == "gemma3":
         values["rope.freq_base_swa"] = float(local)
+    sliding = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
+    if architecture.period and sliding != [(i + 1) % architecture.period != 0 for i in range(len(sliding))]:
+        values["attention.sliding_window_pattern"] = sliding
     for name, value in values.items():
-        if isinstance(value, str):
+        if isinstance(value, (str, list)):
             continue
         if type(value) not in (int, float) or not 0 <= value < MOST:
             raise ArtifactError(

@@ -118,20 +118,25 @@ def _from_json(table: Mapping[str, Any], settings: Mapping[str, Any], folder: Pa
                 "llama.cpp splits words at combining marks, such as a separate accent, and transformers does not",
             )
         return Vocabulary("gpt2", split, pieces, merges or ("",), {}, edges, {}, (*notes, *_stripping(added)))
-    edges["space_prefix"], notes = _space_prefix(normal, steps), _stripping(added)
-    if edges["space_prefix"] and any(step["type"] == "Metaspace" for step in steps):
-        notes += (
-            "llama.cpp puts a space before texts that begin with one and after special tokens, and transformers none",
-        )
+    prefix, notes = _space_prefix(normal, steps), _stripping(added)
     pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     apart = {token["content"] for token in added}
     ordered = merged_pieces(model["vocab"], pairs, apart=apart, unknown=model.get("unk_token"))
     if ordered is not None:
+        if prefix and any(step["type"] == "Metaspace" for step in steps):
+            notes += (
+                "llama.cpp puts a space before texts that begin with one and after special tokens, transformers not",
+            )
+        edges["space_prefix"] = prefix
         return Vocabulary("llama", "default", _with_added(ordered, added), (), {}, edges, {}, notes)
-    if edges["space_prefix"] or not edges["bos"] or any(_crosses_lines(a + b) for a, b in pairs):
+    if not edges["bos"] or any(_crosses_lines(left + right) for left, right in pairs):
         raise ArtifactError(
-            "its merges are not those of SentencePiece, and other merges llama.cpp carries out only without a space before a "
-            "text, with bos, and within lines: train it by SentencePiece"
+            "its merges are not those of SentencePiece, and other merges llama.cpp carries out within lines only, and always "
+            "with bos: train the tokenizer by SentencePiece"
+        )
+    if prefix:
+        notes += (
+            "llama.cpp puts no space before a text, as transformers does: begin a text without a chat by a space",
         )
     plain = {i: Piece(t, 0.0, BYTE if t in BYTES else NORMAL) for t, i in model["vocab"].items()}
     merges = tuple(" ".join(pair) for pair in pairs)

@@ -1,77 +1,89 @@
-"""mlx-lm's keys of a config.json and names of tensors: rotary embeddings, quantized layers, and a few renamed keys.
+"""mlx-lm's config.json and names of tensors, by `mlx_families`. Read off mlx-lm 0.32.2 (`utils.load_model`, `models/*.py`)."""
 
-Read off mlx-lm 0.32.2 (`utils.load_model`, `models/*.py`).
-"""
-
-from collections.abc import Collection, Mapping
-from typing import Any, Final
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError
+from qkit.experts import PROJECTIONS, expert_of
 from qkit.formats import settings
+from qkit.formats.mlx_families import FAMILIES, Family, read_config
 from qkit.formats.mlx_lm import MODES, Container, layout
-from qkit.formats.rope import ropes, spell_rope
 from qkit.grid import Grid
 from qkit.reference import packing
 
-_LLAMA = frozenset({"rope_theta", "rope_scaling"})
-_GEMMA = frozenset({"rope_theta"})
 
-#: By mlx-lm's type of model: the keys of a rotary embedding that it reads.
-ROPE: Final[Mapping[str, Collection[str]]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": frozenset({"rope_theta", "rope_scaling", "rope_parameters"}),
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": frozenset({"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}),
-    "gpt_neox": frozenset({"rotary_emb_base", "rotary_pct"}),
-    "mixtral": _LLAMA,
-    "olmo2": _LLAMA,
-    "phi3": frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"}),
-    "qwen3_moe": _LLAMA,
-}
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a model in mlx-lm.
 
-SAME_NAMES: Final = ROPE.keys() - {"gpt_neox", "mixtral", "qwen3_moe"}  #: types whose tensors mlx-lm does not rename
-
-#: By model type: the beginning of a layer's path in qkit, and in mlx-lm.
-RENAMED: Final = {"gpt_neox": ("lm_head.", "embed_out.")}
+    Raises:
+        ArtifactError: its type is not in `FAMILIES`.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in FAMILIES:
+        raise ArtifactError(
+            f"how mlx-lm reads a {kind!r}, its rotary embedding and the names of its tensors, is not known to this qkit, and it "
+            f"could silently compute another model: {len(FAMILIES)} other types are, such as {', '.join(list(FAMILIES)[:4])}"
+        )
+    return FAMILIES[kind]
 
 
 def model_config(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """A Hugging Face model's `config` with the keys that mlx-lm reads. `ROPE` has the known types of models.
+    """A Hugging Face model's `config` with the keys that mlx-lm reads.
 
     Raises:
-        ArtifactError: transformers 5 wrote the rotary embedding of a type of model that is not in `ROPE`.
+        ArtifactError: its type is not in `FAMILIES`, or mlx-lm reads a key that it does not have.
         BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
     """
-    kind = str(config.get("model_type"))
-    known = {name: value for name, value in config.items() if value is not None}
-    if kind in ROPE:
-        known = spell_rope(known, ROPE[kind])
-    elif ropes(known) or "text_config" in known:
-        raise ArtifactError(
-            f"how mlx-lm reads the rotary embedding of a {kind!r} is not known to this qkit, and it would silently use its "
-            f"default: known are {', '.join(ROPE)}"
-        )
-    for name, source in {"num_experts": "num_local_experts"}.items():
-        if kind == "qwen3_moe" and source in known:
-            known.setdefault(name, known[source])
-    return {**config, **known, "tie_word_embeddings": tied}
+    return {**config, **read_config(config, family=family_of(config)), "tie_word_embeddings": tied}
 
 
 def to_mlx_name(name: str, config: Mapping[str, Any]) -> str:
-    """mlx-lm's name of the tensor `name`, before its own renaming."""
-    ours, theirs = RENAMED.get(str(config.get("model_type")), ("", ""))
-    return theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name
+    """mlx-lm's name of the tensor `name` of a file. Those of single experts are those of their stacks, see `place_of`."""
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    for pattern, text, _, _ in family.names:
+        name = re.sub(pattern, text, name)
+    return name
 
 
 def from_mlx_name(name: str, config: Mapping[str, Any]) -> str:
     """The inverse of `to_mlx_name`."""
-    ours, theirs = RENAMED.get(str(config.get("model_type")), ("", ""))
-    return ours + name.removeprefix(theirs) if theirs and name.startswith(theirs) else name
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    for _, _, pattern, text in family.names:
+        name = re.sub(pattern, text, name)
+    return name
+
+
+def place_of(path: str, config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The path in mlx-lm of the layer at `path` in files; for one of many experts that of their stack, and its number."""
+    if (found := expert_of(path)) is None:
+        return to_mlx_name(f"{path}.", config)[:-1], None
+    block, number, projection = found
+    return stack_path(block, projection, config), number
+
+
+def stack_path(block: str, projection: str, config: Mapping[str, Any]) -> str:
+    """The path in mlx-lm of a projection of all experts of the block at `block` in files."""
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    place = block.removesuffix("experts") + family.stack
+    return f"{place}.{dict(family.projections).get(projection, projection)}"
+
+
+def block_of(place: str, config: Mapping[str, Any]) -> tuple[str, str]:
+    """The inverse of `stack_path`: the block in files, and the projection.
+
+    Raises:
+        ArtifactError: there is no such stack.
+    """
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    path, _, name = place.rpartition(".")
+    before, _, last = path.rpartition(".")
+    projection = {theirs: ours for ours, theirs in family.projections}.get(name, name)
+    if last != family.stack or projection not in PROJECTIONS:
+        raise ArtifactError("three axes, and no stack of experts")
+    return f"{before}.experts" if before else "experts", projection
 
 
 def quantization_config(containers: Mapping[str, Container]) -> dict[str, Any]:
@@ -125,7 +137,7 @@ def check_export(
     """
     stated = settings.quantization_of(config)
     settings.check_alike(stated)
-    ours = {to_mlx_name(f"{path}.", config)[:-1]: grid for path, grid in grids.items()}
+    ours = {place_of(path, config)[0]: grid for path, grid in grids.items()}
     shapes = {
         path: (tensors[f"{path}.weight"].shape, tensors[f"{path}.scales"].shape)
         for path in ours

@@ -35,8 +35,8 @@ def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str
         _check(rope)
     if not found or (len(found) > 1 and "rope_parameters" in accepted):
         return known  # there is no rope, or mlx-lm itself reads one for each kind of layer
-    if len(found) == 1:
-        rope = next(iter(found.values()))
+    if len(found) == 1 or _one_for_all(known, found):
+        rope = found.get("full_attention", next(iter(found.values())))
     elif found.keys() == {"full_attention", "sliding_attention"} and "rope_local_base_freq" in accepted:
         rope, local = found["full_attention"], found["sliding_attention"]
         if rope_type(local) != "default":
@@ -71,6 +71,20 @@ def ropes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def rope_type(rope: Mapping[str, Any]) -> str:
     """The type of one rope, under either of the names for it."""
     return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _one_for_all(config: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether mlx-lm computes all of several ropes from one: equal ones; and olmo3 scales that of full attention alone."""
+    first, *others = found.values()
+    if all(other == first for other in others):
+        return True
+    plain = found.get("sliding_attention", {})
+    alike = found.keys() == {"full_attention", "sliding_attention"} and rope_type(plain) == "default"
+    return bool(
+        config.get("model_type") == "olmo3"
+        and alike
+        and plain.get("rope_theta") == found["full_attention"].get("rope_theta")
+    )
 
 
 def _check(rope: Mapping[str, Any]) -> None:

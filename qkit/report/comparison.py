@@ -85,7 +85,7 @@ class _Work:
             premiums=tuple(self._premium(grid, base) for grid in grids) if sources.qat else (),
             trained=tuple(compare_codes(self.weights["PTQ"], self.weights["QAT"])) if sources.qat else (),
             deployed={grid: tuple(self._deployed(grid)) for grid in grids[1:]} if sources.qat else {},
-            masters=self._masters_name() if sources.qat and sources.deploy else "",
+            masters=self._masters_name() if sources.qat and (sources.deploy or sources.master_weights) else "",
             masters_equal=self._masters_equal() if sources.qat and sources.master_weights else None,
             tokens=self.rows[:, 1:].size,
             windows=len(self.rows),
@@ -160,7 +160,7 @@ class _Work:
         for layer in self.engine.layers(model):
             if layer.kind == "other" or layer.tied:
                 continue
-            wanted = recipe.rule_for(layer.path, layer.kind)
+            wanted = recipe.rule_for(layer.name, layer.kind, head=layer.head)
             said, held = (
                 tuple(str((rule and getattr(rule, slot)) or "float") for slot in ("weight", "activation", "output"))
                 for rule in (wanted, layer.rule)

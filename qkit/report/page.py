@@ -157,10 +157,11 @@ def _premiums(found: Comparison) -> str:
         "The deployment premium is the cost of another grid: the loss of the trained weights on that grid, less their loss on "
         "the grid they were trained for."
     )
-    masters = f"Weights on the other grids: {found.masters}. " if found.masters else ""
+    masters = f"Weights on the other grids: {found.masters}. " if found.deployed else ""
     if found.masters_equal:
         equal, numbers = found.masters_equal
-        masters += f"On the trained grid, {equal:,} of {numbers:,} of their codes equal those of the trained model."
+        whose = "their codes" if found.deployed else f"the codes of {found.masters}"
+        masters += f"On the trained grid, {equal:,} of {numbers:,} of {whose} equal those of the trained model."
     head = ["deployed on", "training premium", "deployment premium", "recovered"]
     return f"""<section aria-labelledby="premiums"><h2 id="premiums">Training and deployment apart</h2>
 <p class="note">{escape(note)}</p>{_table("Premiums, nats per token", head, rows)}

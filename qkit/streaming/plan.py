@@ -18,7 +18,7 @@ from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.formats.row_blocks import row_blocks
 from qkit.formats.settings import check_remaining, quantization_of
-from qkit.planning import Planned, plan
+from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
 from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot, lay_out
@@ -174,6 +174,7 @@ def make_plan(
         row = Row(tensors[name], path, kind, rule, reason, (), member)
         rows.append(row if name in copies else replace(row, slots=_slots(row, known)))
     _check_names(rows, folder)
+    warn_of_rest(map(_planned, rows), recipe)
     rows = _with_fused(rows)
     rules = group_paths((stored_rule(row.rule), row.dtype, path) for row in rows if row.rule for path in row.paths)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
@@ -195,6 +196,13 @@ def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Lay
     if slot.name.endswith(OUT_PROJ) and f"{slot.name.removesuffix(OUT_PROJ)}in_proj_weight" in names:
         return "nn.MultiheadAttention reads it itself"
     return layer_of(replace(slot, name=output_name(slot.name, config)), config)
+
+
+def _planned(row: Row) -> Planned:
+    """A row, as `warn_of_rest` wants it; of a tensor with one axis, without a number."""
+    shape = row.stored.slot.shape if len(row.stored.slot.shape) > 1 else (0,)
+    kind: Any = row.kind or "other"
+    return Planned(Layer(row.path or row.stored.slot.name, kind, shape, None), row.rule, row.reason)
 
 
 def _with_head(layers: list[Layer], owner: Layer | None) -> list[Layer]:

@@ -16,7 +16,7 @@ from qkit.engines.registry import backend as choose
 from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.reference import rounding
-from qkit.rules import STES, Ste
+from qkit.rules import CHOICES, Ste
 from qkit.testing.activations import Activations
 from qkit.testing.hard_tensors import all_grids, coupled, random, tensors
 from qkit.testing.kinds import Kinds
@@ -153,7 +153,7 @@ class Conformance(ArrayConformance, Activations, Kinds):
             made = self.gradient(partial(engine.fake_quantize, grid=grid), engine.from_numpy(w))
             assert (engine.to_numpy(made) == np.ones_like(w)).all(), grid
 
-    @pytest.mark.parametrize("ste", STES)
+    @pytest.mark.parametrize("ste", CHOICES["ste"])
     def test_the_compiled_gradient_is_that_of_eager(self, ste: Ste) -> None:
         """A compiler may see that rounding is flat, and train nothing."""
         engine, w = self.engine, random((4, 128), 6)

@@ -14,6 +14,7 @@ from qkit import adapters, pipeline
 from qkit.artifact.load import load
 from qkit.artifact.save import save
 from qkit.artifact.snapshot import Snapshot
+from qkit.code_changes import code_sums, count_changes, warn_of_no_change
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import Trainer, TrainerOptions
 from qkit.errors import DivergedError
@@ -48,6 +49,8 @@ class Outcome:
         held_out_before, held_out_after: losses of the quantized model before the first and after the last step.
         held_out_saved: the loss of the artifact, opened again from the disk.
         forward_difference: the largest difference of a logit before and after `convert`. None: the run quantized nothing.
+        quantized_layers, changed_layers: how many layers are quantized, and how many of them have other codes than the model
+            that the run began with, put on the same grid.
         folder: the artifact.
         run_folder: the folder of the checkpoints and the log.
     """
@@ -63,6 +66,8 @@ class Outcome:
     forward_difference: float | None
     folder: str
     run_folder: str
+    quantized_layers: int = 0
+    changed_layers: int = 0
 
 
 def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
@@ -72,6 +77,8 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     adapters into the artifact, and also writes them as peft's files into `adapter` in the run folder.
 
     Calls `tell` with every event. It gets the last one, `end`, before the log does: a run that is killed meanwhile resumes.
+
+    Warns if the run changed no code.
 
     Raises:
         RunError: the run does not fit its model, its text, or the checkpoints in its folder.
@@ -93,6 +100,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
             ignore=run.ignore,
             skip_indivisible=run.skip_indivisible,
         )
+        sums = code_sums(model, backend=engine)
         data, unseen, kind = text_of(run, source)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
         run = replace(run, steps=steps)
@@ -126,7 +134,10 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
         start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
         record("resume" if found else "start", began, **start, run=about["run"])
         seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began)
+        after = code_sums(model, backend=engine)
         outcome = _finish(run, engine, model, unseen, order, log, seconds, dtype=dtype_of(source))
+        outcome = replace(outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after))
+        warn_of_no_change(sums, after, rate=run.learning_rate, stacklevel=2)
         end(steps, **asdict(outcome))
         return outcome
 

@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qkit.engines.abilities import want_honored
 from qkit.engines.layer import Layer, Mode
 from qkit.engines.protocol import Trains
-from qkit.engines.registry import recipe as find_recipe
-from qkit.errors import RunError
-from qkit.planning import plan
-from qkit.reference.ranges import static_names
+from qkit.errors import RecipeError, RunError
+from qkit.restaging import rules_on
 from qkit.rules import Rule
 
 
@@ -156,20 +153,7 @@ def _check_able(layers: list[Layer], schedule: Schedule) -> None:
 
 def _rules(engine: Trains, model: Any, layers: list[Layer], name: str) -> dict[str, Rule]:
     """The rule of the recipe `name` for each of `layers`, by path."""
-    recipe = find_recipe(name)
-    planned = {item.layer.path: item.rule for item in plan(engine.layers(model), recipe)}
-    want_honored(engine, recipe.rules, "follow quantization.ramp")
-    made = {}
-    for layer in layers:
-        rule = planned[layer.path]
-        if rule is None or rule.scales == "learned" or static_names(rule).keys() != _static(layer):
-            what = "leaves it alone" if rule is None else "learns scales, or has other static ranges"
-            raise RunError(
-                f"quantization.ramp: {layer.path}: {name!r} {what}, unlike the run's own recipe: choose another"
-            )
-        made[layer.path] = rule
-    return made
-
-
-def _static(layer: Layer) -> Any:
-    return static_names(layer.rule).keys() if layer.rule else {}
+    try:
+        return rules_on(engine, model, layers, name)
+    except RecipeError as error:
+        raise RunError(f"quantization.ramp: {error}") from None

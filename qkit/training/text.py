@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qkit.errors import RunError
 from qkit.storage.read import inside
+from qkit.training.records import is_records, read_records
 from qkit.training.tokenizer import encode
 
 BYTES = range(256, 261)  #: sizes of a vocabulary of bytes, with up to four special tokens
@@ -24,7 +25,7 @@ class Text:
     tokens: NDArray[np.int32]
     kind: str
     name: str  #: names of the files, for messages
-    nbytes: int  #: size of the files
+    nbytes: int  #: size of the text
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
@@ -47,19 +48,20 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 
 def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any]) -> Text:
-    """The tokens of files, one after another, for the model in `folder`.
+    """The tokens of files, one after another, for the model in `folder`. Of files of rows, see `records`, those of their texts.
 
     Args:
         config: of the model. Every token has to be below its `vocab_size`.
 
     Raises:
-        RunError: see `find`; or qkit does not know the model's tokenizer, or it belongs to another model; or a file is not UTF-8.
+        RunError: see `find`; or qkit does not know the model's tokenizer, or it belongs to another model; or a file is not UTF-8;
+            or see `read_records`.
         BackendError: the model has a tokenizer.json, and the library tokenizers is not installed.
     """
     files, vocabulary = find(patterns), vocabulary_of(folder, config)
     name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    content = [file.read_bytes() for file in files]
-    tokens, kind = _tokens(files, content, folder=folder, vocabulary=vocabulary)
+    content = [(file, data) for file in files for data in _contents(file, folder)]
+    tokens, kind = _tokens(content, folder=folder, vocabulary=vocabulary)
     largest = int(tokens.max(initial=-1))
     if largest >= vocabulary:
         raise RunError(
@@ -67,7 +69,7 @@ def read_text(patterns: Sequence[str], *, folder: Path, config: Mapping[str, Any
         )
     if largest < 0:
         raise RunError(f"there are no tokens in {name}: give more text")
-    return Text(tokens, kind, name, sum(map(len, content)))
+    return Text(tokens, kind, name, sum(len(data) for _, data in content))
 
 
 def vocabulary_of(folder: Path, config: Mapping[str, Any]) -> int:
@@ -82,11 +84,18 @@ def vocabulary_of(folder: Path, config: Mapping[str, Any]) -> int:
     return size
 
 
-def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary: int) -> tuple[NDArray[np.int32], str]:
-    """The tokens of all files, and their kind."""
+def _contents(file: Path, folder: Path) -> list[bytes]:
+    """The bytes of a file; of a file of rows, the text of each row."""
+    if not is_records(file):
+        return [file.read_bytes()]
+    return [row.encode("utf-8") for row in read_records(file, _decoded(file, file.read_bytes()), folder=folder)]
+
+
+def _tokens(content: list[tuple[Path, bytes]], *, folder: Path, vocabulary: int) -> tuple[NDArray[np.int32], str]:
+    """The tokens of all contents, each with its file, and their kind."""
     tokenizer = inside(folder, "tokenizer.json")
     if tokenizer.exists():
-        texts = [_decoded(file, data) for file, data in zip(files, content, strict=True)]
+        texts = [_decoded(file, data) for file, data in content]
         return np.concatenate(encode(texts, tokenizer)), tokenizer.name
     strange = sorted(file.name for pattern in FOREIGN for file in folder.glob(pattern))
     if strange:
@@ -98,7 +107,7 @@ def _tokens(files: list[Path], content: list[bytes], *, folder: Path, vocabulary
             f"{folder} has no tokenizer.json, and a vocabulary of {vocabulary} is not one of bytes (256 to 260): put the model's "
             "tokenizer there"
         )
-    return np.frombuffer(b"".join(content), np.uint8).astype(np.int32), "bytes"
+    return np.frombuffer(b"".join(data for _, data in content), np.uint8).astype(np.int32), "bytes"
 
 
 def _decoded(file: Path, data: bytes) -> str:

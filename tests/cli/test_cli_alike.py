@@ -26,6 +26,7 @@ MISSING = {
     "quantize": (NOWHERE, "out", "-r", "int4-g64"),
     "inspect": (NOWHERE,),
     "verify": (NOWHERE,),
+    "warmup": (NOWHERE,),
     "parity": ("no-such-recipe",),
     "train": (NOWHERE, "out", "-r", "int4-g64", "--data", "text.txt"),
     "teach": (NOWHERE, "out", "--data", "text.txt"),

@@ -12,6 +12,7 @@ from qkit.artifact.config import read_config
 from qkit.artifact.families import layer_of
 from qkit.artifact.known import pattern_of
 from qkit.errors import ArtifactError
+from qkit.experts import Member
 from qkit.storage.read import read_folder
 
 
@@ -61,7 +62,7 @@ def _kinds(engine: Any, model: Any, folder: Path, slots: dict[str, Any]) -> dict
     for name, slot in slots.items():
         path, _, last = name.rpartition(".")
         suggested = layer_of(slot, config)
-        if last != "weight" or len(slot.shape) != 2 or (isinstance(suggested, str) and "expert" in suggested):
+        if last != "weight" or len(slot.shape) != 2 or isinstance(suggested, Member):
             continue
         try:
             place = engine.translate(model, {}, {path: slot.shape})[1][path]

@@ -49,6 +49,17 @@ def test_the_plan_is_exact_and_complete(folder):
     assert rows["model.norm.weight"]["left_alone"] == "1 axis: a layer has two"
 
 
+def test_ignored_and_indivisible_layers_stay_in_float(folder):
+    options = ("-r", "int4-g128", "--skip-indivisible", "--ignore", "*.up_proj", "--json")
+    rows = {row["name"]: row for row in json.loads(qkit("plan", folder, *options).stdout)["tensors"]}
+    assert rows["model.layers.0.mlp.up_proj.weight"]["left_alone"] == "left alone by the rule for *.up_proj"
+    assert rows["model.layers.0.mlp.gate_proj.weight"]["left_alone"].startswith("skipped: 64 inputs do not divide")
+    done = qkit("quantize", folder, folder.with_name("out"), "-r", "int4-g64", "--ignore", "*.no_proj")
+    assert done.returncode == 3
+    assert "--ignore '*.no_proj' matches no layer of this model" in done.stderr
+    assert not folder.with_name("out").exists()
+
+
 def test_the_plan_reads_no_tensor(folder):
     """A file of the right size whose tensors cannot be read at all is planned just the same."""
     done = qkit("plan", folder, "-r", "int4-g64")

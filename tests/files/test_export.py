@@ -15,7 +15,8 @@ import qkit
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model
 from qkit.exchange.write_model import weights_only
-from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
+from qkit.formats import compressed_tensors, dense, mlx_lm
+from qkit.formats.mlx_families import FAMILIES
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
 from qkit.storage.arrays import read_file
@@ -164,7 +165,9 @@ def test_the_rotary_embedding_is_said_in_mlx_lm_s_words(rope, wanted, tmp_path):
 def test_a_rotary_embedding_that_mlx_lm_would_ignore_is_refused(tmp_path):
     source = read_model(quantized(tmp_path, "int4-g64"))
     unknown = replace(source, config={**source.config, "model_type": "starcoder9"})
-    with pytest.raises(qkit.ArtifactError, match="rotary embedding of a 'starcoder9' is not known"):
+    with pytest.raises(
+        qkit.ArtifactError, match=r"how mlx-lm reads a 'starcoder9', its rotary embedding.* is not known"
+    ):
         export_mlx(unknown, tmp_path / "mlx")
     partial = replace(source, config={**source.config, "rope_parameters": {"partial_rotary_factor": 0.5}})
     with pytest.raises(qkit.BackendError, match="rotates all of a 'llama'"):
@@ -172,14 +175,31 @@ def test_a_rotary_embedding_that_mlx_lm_would_ignore_is_refused(tmp_path):
     assert not (tmp_path / "mlx").exists()
 
 
-@pytest.mark.parametrize("kind", sorted(mlx_config.ROPE))
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_the_table_of_rotary_names_is_mlx_lm_s(kind):
     import inspect
 
     utils = pytest.importorskip("mlx_lm.utils")
     _, arguments = utils._get_classes({"model_type": kind})  # noqa: SLF001  mlx-lm has no public way
-    known = {name for names in mlx_config.ROPE.values() for name in names}
-    assert known & set(inspect.signature(arguments).parameters) == set(mlx_config.ROPE[kind])
+    known = {name for family in FAMILIES.values() for name in family.rope}
+    assert known & set(inspect.signature(arguments).parameters) == set(FAMILIES[kind].rope)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model_type": "phimoe", "attention_bias": False}, "phimoe has biases everywhere"),
+        ({"model_type": "gpt_neox", "intermediate_size": 512, "hidden_act": "gelu"}, "approximates its gelu"),
+        ({"model_type": "gpt_neox", "intermediate_size": 96}, "four times the hidden size"),
+        ({"model_type": "olmo3", "layer_types": ["sliding_attention"] * 2}, "wants a layer of full attention"),
+        ({"model_type": "falcon_h1"}, "reads a 'falcon_h1'.* is not known"),
+    ],
+)
+def test_a_model_that_mlx_lm_would_compute_otherwise_is_refused_by_name(changes, why, tmp_path):
+    source = read_model(quantized(tmp_path, "int4-g64"))
+    with pytest.raises(qkit.ArtifactError, match=why):
+        export_mlx(replace(source, config={**source.config, **changes}), tmp_path / "mlx")
+    assert not (tmp_path / "mlx").exists()
 
 
 def test_a_layer_that_mlx_cannot_hold_is_named_and_nothing_is_written(tmp_path):
@@ -196,13 +216,6 @@ def test_quantized_inputs_are_not_lost_unless_asked(export, tmp_path):
         export(source, tmp_path / "out")
     export(weights_only(source), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_stacked_experts_are_refused_by_name(tmp_path):
-    source = read_model(quantized(tmp_path, "int4-g64"))
-    stacked = {**source.tensors, "model.layers.0.mlp.experts.down_proj": np.zeros((4, 8, 8), np.float32)}
-    with pytest.raises(qkit.ArtifactError, match=r"experts\.down_proj: mlx-lm reads experts one by one"):
-        export_mlx(replace(source, tensors=stacked), tmp_path / "mlx")
 
 
 def test_dense_is_a_plain_model_with_the_decoded_values(tmp_path):

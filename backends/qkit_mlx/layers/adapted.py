@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
 from qkit.reference.merged import Update
@@ -17,6 +18,7 @@ from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.kernels import choose
+from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed
 from qkit_mlx.layers.straight_through import fake_quantize
@@ -32,6 +34,19 @@ class _Adapted(nn.Module):
     def adapter(self) -> str:
         """Kind and rank."""
         return f"{'dora' if 'm' in self else 'lora'}, rank {self['lora_a'].shape[1]}"
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """The merged layer on its grid, for mlx-lm's `fuse`.
+
+        Raises:
+            StageError: `dequantize`, which would move the weight off the grid.
+        """
+        if dequantize:
+            raise StageError(
+                "a layer on a grid is not fused into float: call qkit.merge(model), then qkit.unprepare(model)"
+            )
+        merged: nn.Module = merge_adapter(self)
+        return merged
 
     def merge_into(self, w: mx.array, dtype: DType) -> mx.array:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
@@ -110,9 +125,9 @@ class AdaptedPlain(_AdaptedConverted, PlainLinear):
 def adapt(module: Any, update: Update) -> Any:
     """See the protocol's `adapt`."""
     if isinstance(module, CONVERTED):
-        layer = _become(module, AdaptedPacked if isinstance(module, PackedLinear) else AdaptedPlain)
+        layer = become(module, AdaptedPacked if isinstance(module, PackedLinear) else AdaptedPlain)
     else:
-        layer = _become(module, AdaptedLinear)
+        layer = become(module, AdaptedLinear)
     layer.freeze(recurse=False)
     layer.lora_a, layer.lora_b = mx.array(update.a.T), mx.array(update.b.T)
     if update.magnitude is not None:
@@ -135,7 +150,7 @@ def merge_adapter(module: Any) -> Any:
         layer = module.pack(module.merged(), module.get("bias"))
         layer.train(module.training)
         return layer
-    layer = _become(module, FakeLinear)
+    layer = become(module, FakeLinear)
     for name in (*NAMES, "lora_scale"):
         layer.pop(name, None)
         layer.__dict__.pop(name, None)
@@ -150,14 +165,3 @@ def train_only_adapters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Adapted):
             frozen_names(module).difference_update(NAMES)
-
-
-def _become(module: Any, cls: type[nn.Module]) -> Any:
-    """A module of another class with the arrays, attributes and mode of `module`."""
-    layer = cls.__new__(cls)
-    nn.Module.__init__(layer)
-    dict.update(layer, module)
-    layer.__dict__.update(
-        {key: set(value) if isinstance(value, set) else value for key, value in module.__dict__.items()}
-    )
-    return layer

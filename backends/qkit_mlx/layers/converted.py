@@ -23,6 +23,7 @@ from qkit_mlx.layers.containers import Contents, contain, contained
 from qkit_mlx.layers.execution import GPU, Execution, choose_execution
 from qkit_mlx.layers.float32_scales import Float32Scales
 from qkit_mlx.layers.straight_through import fake_quantize
+from qkit_mlx.layers.tunable import Tunable
 
 #: Arrays of a converted layer, besides those of its weight.
 STORED = (
@@ -65,7 +66,7 @@ def unpack(layer: Any) -> QTensor[mx.array]:
 # In MLX's containers
 
 
-class PackedLinear(Float32Scales, nn.QuantizedLinear):
+class PackedLinear(Tunable, Float32Scales, nn.QuantizedLinear):
     """MLX's quantized linear layer with the codes of `q`. On a GPU, if it is `mlx_only`, MLX's own code computes all of it.
 
     Adds the parts that MLX's layer lacks: the grids of input and output, the power of two of `nvfp4`, and an output of the type
@@ -171,7 +172,7 @@ def _rescaled(y: mx.array, layer: Any) -> mx.array:
 # In plain arrays
 
 
-class PlainLinear(Float32Scales):
+class PlainLinear(Tunable, Float32Scales):
     """A linear layer that MLX has no container or no kernel for: every call decodes its packed words."""
 
     def __init__(self, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:

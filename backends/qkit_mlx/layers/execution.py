@@ -3,8 +3,10 @@
 MLX has no other way to ask for a kernel than to run it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,6 +15,8 @@ from qkit.grid import Grid
 from qkit.qtensor import DType
 from qkit.reference.packing import WORD_BITS
 from qkit.rules import Rule
+
+Product = Callable[..., mx.array]  #: of inputs [rows, inputs] and a weight in a container
 
 GPU = mx.Device(mx.gpu, 0)
 ROWS = (1, 3, 48, 128)  #: row counts to try: MLX has other kernels for one token, for a few and for many
@@ -41,6 +45,18 @@ def choose_execution(rule: Rule, *, device: mx.Device, dtype: DType, shape: tupl
 
     Takes the smallest of MLX's containers for the grid that has a kernel.
     """
+    module = "QuantizedEmbedding" if rule.kind == "embedding" else "QuantizedLinear"
+    return _choose(rule, device, dtype, shape, module, _multiply)
+
+
+def choose_gather(rule: Rule, *, device: mx.Device, dtype: DType, shape: tuple[int, ...]) -> Execution:
+    """The same for a stack of experts whose weights [outputs, inputs] are of `shape`."""
+    return _choose(rule, device, dtype, shape, "QuantizedSwitchLinear", _gather_multiply)
+
+
+def _choose(
+    rule: Rule, device: mx.Device, dtype: DType, shape: tuple[int, ...], module: str, product: Product
+) -> Execution:
     grid = rule.weight
     assert grid is not None
     outputs, inputs = shape
@@ -48,23 +64,38 @@ def choose_execution(rule: Rule, *, device: mx.Device, dtype: DType, shape: tupl
     for container in containers_for(grid, inputs):
         in_bfloat16 = _decodes_in_bfloat16(grid, container) and dtype == "bfloat16" and device == GPU
         computed = mx.bfloat16 if in_bfloat16 else mx.float32
-        why_not = why_no_kernel(container, computed, device=device, shape=(outputs, inputs))
+        why_not = why_no_kernel(container, computed, device=device, shape=(outputs, inputs), product=product)
         if not why_not:
-            module = "QuantizedEmbedding" if rule.kind == "embedding" else "QuantizedLinear"
             return Execution(True, f"{module}, {_describe(grid, container)}", container, in_bfloat16)
     return Execution(False, why_not)
 
 
-def why_no_kernel(container: Container, dtype: mx.Dtype, *, device: mx.Device, shape: tuple[int, int]) -> str:
+def _multiply(x: mx.array, weight: mx.array, **options: Any) -> mx.array:
+    return mx.quantized_matmul(x, weight, **options)
+
+
+def _gather_multiply(
+    x: mx.array, weight: mx.array, *, scales: mx.array, biases: mx.array | None, **options: Any
+) -> mx.array:
+    each = mx.zeros((len(x),), mx.uint32)
+    biases = None if biases is None else biases[None]
+    return mx.gather_qmm(x[:, None], weight[None], scales[None], biases, rhs_indices=each, **options)
+
+
+def why_no_kernel(
+    container: Container, dtype: mx.Dtype, *, device: mx.Device, shape: tuple[int, int], product: Product = _multiply
+) -> str:
     """Why no kernel multiplies inputs of `dtype` with a weight [outputs, inputs] in `container`; empty if one does.
 
     The CPU has a kernel for every container. On CUDA, MLX 0.32.4 refuses some shapes when it computes.
     """
-    return "" if device == mx.cpu else try_kernel(container, dtype, shape, str(device))
+    return "" if device == mx.cpu else try_kernel(container, dtype, shape, str(device), product)
 
 
 @lru_cache(maxsize=1024)
-def try_kernel(container: Container, dtype: mx.Dtype, shape: tuple[int, int], device: str) -> str:
+def try_kernel(
+    container: Container, dtype: mx.Dtype, shape: tuple[int, int], device: str, product: Product = _multiply
+) -> str:
     """MLX's error for such a product on the default device, which is called `device` here; empty without one."""
     outputs, inputs = shape
     affine = container.mode == "affine"
@@ -73,7 +104,7 @@ def try_kernel(container: Container, dtype: mx.Dtype, shape: tuple[int, int], de
     try:
         for rows in ROWS:
             mx.eval(
-                mx.quantized_matmul(
+                product(
                     mx.zeros((rows, inputs), dtype),
                     weight,
                     scales=scales,

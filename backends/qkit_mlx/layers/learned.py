@@ -29,6 +29,10 @@ class _Learned(Float32Scales):
         """The learned parameters of the grid, in the order of `names`."""
         return [self[name] for name in names(self.rule.weight)]
 
+    def grid_values(self) -> mx.array:
+        """See `Readable.grid_values`."""
+        return self._learned_values(self["weight"], *self.ranges)
+
     def _learned_values(self, weight: mx.array, *ranges: mx.array) -> mx.array:
         return learned.fake_quantize(weight, self.rule.weight, *ranges) if quantizes(self) else weight
 
@@ -104,3 +108,16 @@ def prepare_layer(module: Any, rule: Rule) -> nn.Module:
     if "weight" in frozen_names(layer):
         layer.freeze(keys=list(names(rule.weight)))
     return layer  # type: ignore[no-any-return]
+
+
+def restore_layer(layer: Any) -> nn.Module:
+    """See the protocol's `restore_layer`."""
+    cls: Any = nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear
+    plain = cls.__new__(cls)
+    nn.Module.__init__(plain)  # not Linear's, which draws a random weight
+    for name in ("weight", "bias"):
+        if name in layer:
+            plain[name] = layer[name]
+    plain.freeze(keys=list(frozen_names(layer)))
+    plain.train(layer.training)
+    return plain  # type: ignore[no-any-return]

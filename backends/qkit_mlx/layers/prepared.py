@@ -26,6 +26,7 @@ from qkit_mlx.layers.converted import (
 )
 from qkit_mlx.layers.float32_scales import RANGES, Float32Scales
 from qkit_mlx.layers.straight_through import fake_quantize, values_view
+from qkit_mlx.layers.tunable import Readable, Tunable
 from qkit_mlx.mlx_private import frozen_names
 
 #: The type of a layer's `_gate`, by whether the layer quantizes. Compiled functions take the model's state as an input, and
@@ -48,8 +49,7 @@ def freeze_values(layer: Any, on: bool) -> None:
     """See the protocol's `freeze_values`. Frozen values are in the model's state, for compiled functions, but no parameter."""
     layer.pop("_frozen_values", None)
     if on:
-        peak = fused.peak(layer, layer["weight"])
-        layer["_frozen_values"] = choose.fake_quantize_weight(layer["weight"], layer.rule.weight, peak=peak)
+        layer["_frozen_values"] = layer.quantized(layer["weight"], peak=layer.shared_peak(layer["weight"]))
         mx.eval(layer["_frozen_values"])
 
 
@@ -80,7 +80,7 @@ def quantizes(layer: Any) -> bool:
     return bool(layer["_gate"].dtype == GATES[True])
 
 
-class FakeLinear(Float32Scales, nn.Linear):
+class FakeLinear(Tunable, Readable, Float32Scales, nn.Linear):
     """A linear layer with a fake-quantized weight, and input and output if the rule has grids. `weight` is the master weight.
 
     The weight that it multiplies with:
@@ -116,9 +116,17 @@ class FakeLinear(Float32Scales, nn.Linear):
             return self._run_prepared(x, *parameters)
         return evaluate_packed(self._run_packed, self._run_prepared, x, *parameters)
 
+    def shared_peak(self, weight: mx.array) -> mx.array | None:
+        """The largest magnitude of all weights that share a tensor scale, of which `weight` is one; None if none do."""
+        return fused.peak(self, weight)
+
+    def quantized(self, weight: mx.array, *, peak: mx.array | None) -> mx.array:
+        """The values of `weight` on its grid, computed anew."""
+        return choose.fake_quantize_weight(weight, self.rule.weight, peak=peak)
+
     def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         x = self._on_grid(x, self.rule.activation, "input")
-        w = _values(self, weight)
+        w = values_of(self, weight)
         y = x @ w.T if bias is None else mx.addmm(bias, x, w.T)
         return self._on_grid(y, self.rule.output, "output")
 
@@ -186,7 +194,7 @@ class FakeLinear(Float32Scales, nn.Linear):
         _refuse(self.rule)
 
 
-class FakeEmbedding(nn.Embedding):
+class FakeEmbedding(Readable, nn.Embedding):
     """An embedding with a fake-quantized weight, also as the output head of a tied model. Otherwise as `FakeLinear`."""
 
     calibrating = False
@@ -199,7 +207,7 @@ class FakeEmbedding(nn.Embedding):
         """Row numbers x [...] -> [..., width]."""
 
         def run_prepared(weight: mx.array) -> mx.array:
-            return _values(self, weight)[x]
+            return values_of(self, weight)[x]
 
         def run_packed(weight: mx.array) -> mx.array:
             return self._pack(weight)(x)
@@ -212,7 +220,7 @@ class FakeEmbedding(nn.Embedding):
         """The output head of a tied model: x [..., width] -> [..., entries]."""
 
         def run_prepared(x: mx.array, weight: mx.array) -> mx.array:
-            return x @ _values(self, weight).T
+            return x @ values_of(self, weight).T
 
         def run_packed(x: mx.array, weight: mx.array) -> mx.array:
             return self._pack(weight).as_linear(x)
@@ -220,6 +228,14 @@ class FakeEmbedding(nn.Embedding):
         if self.training or not quantizes(self):
             return run_prepared(x, self["weight"])
         return evaluate_packed(run_packed, run_prepared, x, self["weight"])
+
+    def shared_peak(self, weight: mx.array) -> mx.array | None:
+        """The largest magnitude of all weights that share a tensor scale, of which `weight` is one; None if none do."""
+        return fused.peak(self, weight)
+
+    def quantized(self, weight: mx.array, *, peak: mx.array | None) -> mx.array:
+        """The values of `weight` on its grid, computed anew."""
+        return choose.fake_quantize_weight(weight, self.rule.weight, peak=peak)
 
     def _pack(self, weight: mx.array) -> PackedEmbedding | PlainEmbedding:
         return pack_embedding(choose.quantize(weight, self.rule.weight), self.rule)
@@ -251,6 +267,17 @@ def evaluate_packed(
     return answer
 
 
+def values_of(layer: Any, weight: mx.array) -> mx.array:
+    """The values that a layer multiplies with: computed once for each state of the weight, not for each part of a batch."""
+    if not quantizes(layer):
+        return weight
+    grid, ste, peak = cast(Grid, layer.rule.weight), layer.rule.ste, layer.shared_peak(weight)
+    if layer.training and "_frozen_values" in layer:
+        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste, peak=peak)
+    values = layer.cached_values.of(weight, partial(layer.quantized, peak=peak), grid, peak, traced=True)
+    return values_view(weight, values, grid, ste=ste, peak=peak)
+
+
 def _adopt(prepared: Any, layer: nn.Module, rule: Rule) -> None:
     for name in ("weight", "bias"):
         if name in layer:
@@ -261,18 +288,6 @@ def _adopt(prepared: Any, layer: nn.Module, rule: Rule) -> None:
     )  # no parameter, because of its name, but in the state of compiled functions
     prepared.freeze(keys=list(frozen_names(layer)))
     prepared.train(layer.training)  # which also creates `cached_values`
-
-
-def _values(layer: Any, weight: mx.array) -> mx.array:
-    """The values that a layer multiplies with: computed once for each state of the weight, not for each part of a batch."""
-    if not quantizes(layer):
-        return weight
-    grid, ste, peak = cast(Grid, layer.rule.weight), layer.rule.ste, fused.peak(layer, weight)
-    if layer.training and "_frozen_values" in layer:
-        return values_view(weight, layer["_frozen_values"].astype(weight.dtype), grid, ste=ste, peak=peak)
-    compute = partial(choose.fake_quantize_weight, grid=grid, peak=peak)
-    values = layer.cached_values.of(weight, compute, grid, peak, traced=True)
-    return values_view(weight, values, grid, ste=ste, peak=peak)
 
 
 def _refuse(rule: Rule) -> NoReturn:

@@ -28,26 +28,26 @@ def fake_quantize(
     """
     if not w.size:  # a layer that no token reaches
         return w
+    unclipped = partial(rounding.unclipped, grid=grid, scales=scales, zeros=zeros, peak=peak)
     if scales is None:
-        return _pass_through(w, partial(choose.fake_quantize, grid=grid, peak=peak), grid, ste, peak=peak)
-    rounded = partial(rounding.fake_quantize, grid=grid, scales=scales, zeros=zeros)
-    return _pass_through(w, rounded, grid, ste, scales=scales, zeros=zeros)
+        return _pass_through(w, partial(choose.fake_quantize, grid=grid, peak=peak), unclipped, ste)
+    return _pass_through(w, partial(rounding.fake_quantize, grid=grid, scales=scales, zeros=zeros), unclipped, ste)
 
 
 def values_view(weight: mx.array, values: mx.array, grid: Grid, *, ste: Ste, peak: mx.array | None = None) -> mx.array:
     """`values`, the quantized values of `weight`, with the gradient of `fake_quantize`."""
-    return _pass_through(weight, lambda _: values, grid, ste, peak=peak)
+    return _pass_through(weight, lambda _: values, partial(choose.unclipped_weight, grid=grid, peak=peak), ste)
 
 
 def _pass_through(
-    x: mx.array, rounded: Callable[[mx.array], mx.array], grid: Grid, ste: Ste, **static: mx.array | None
+    x: mx.array, rounded: Callable[[mx.array], mx.array], unclipped: Callable[[mx.array], mx.array], ste: Ste
 ) -> mx.array:
     """`rounded(x)`, with the straight-through gradient of `x`."""
     if ste == "identity":
         return _second(x, rounded(mx.stop_gradient(x)))  # type: ignore[no-any-return]
 
     def slope(x: mx.array, cotangent: mx.array, *_: mx.array) -> mx.array:
-        return rounding.masked(cotangent, rounding.unclipped(x, grid, **static))
+        return rounding.masked(cotangent, unclipped(x))
 
     # MLX also asks for the jvp of the operations inside; bit patterns and kernels have none.
     function: Any = mx.custom_function(lambda x: rounded(mx.stop_gradient(x)))

@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _decode_tagged_floats, _get_classes
 
-from qkit.errors import BackendError
-from qkit.formats.rope import spell_rope
+from qkit.errors import BackendError, QkitError
+from qkit.formats.mlx_families import FAMILIES, WRONG, Family, read_config
 from qkit_mlx.models.rope import check_rope
 
 CONFIG = "qkit_config"  #: the attribute of a model that holds its configuration
@@ -25,12 +25,16 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     """
     if "model_type" not in config:
         raise BackendError("the configuration has no model_type: mlx-lm finds the architecture by it")
-    present = {name: deepcopy(value) for name, value in config.items() if value is not None}
+    if why := WRONG.get(config["model_type"]):
+        raise BackendError(
+            f"mlx-lm computes another {config['model_type']!r} than transformers: {why}; use another engine"
+        )
+    present = {name: _decode_tagged_floats(deepcopy(value)) for name, value in config.items() if value is not None}
     try:
         model_class, arguments = _get_classes(present)
-        known = spell_rope(present, set(inspect.signature(arguments).parameters))
-        model: nn.Module = model_class(arguments.from_dict(known))
-    except (BackendError, OSError, MemoryError):
+        family = FAMILIES.get(present["model_type"]) or Family(set(inspect.signature(arguments).parameters))
+        model: nn.Module = model_class(arguments.from_dict(read_config(present, family=family)))
+    except (QkitError, OSError, MemoryError):
         raise
     except (Exception, SystemExit) as error:  # mlx-lm raises any error for a configuration that it does not expect
         rope = f" with {present['rope_parameters']}" if "rope_parameters" in present else ""

@@ -1,24 +1,49 @@
 """Modules and arrays of a model by dotted name: finds and replaces layers, reads and fills stored arrays."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace as with_fields
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.engines.layer import Layer
+from qkit.engines.layer import HEAD_PARTS, Layer
 from qkit.errors import ArtifactError, BackendError
+from qkit.experts import is_router
+from qkit.reference.merged import Update
 from qkit.reference.packing import WORD_BITS
 from qkit.rules import Kind
+from qkit_mlx.layers import latent
 from qkit_mlx.layers.converted import CONVERTED, STORED, PlainEmbedding
+from qkit_mlx.layers.converted_experts import CONVERTED_STACKS
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
+from qkit_mlx.models import groups, names
+from qkit_mlx.models.groups import join
+from qkit_mlx.models.wrappers import Place, mark, places, unwrapped
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding, PlainEmbedding)
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """Every linear layer and embedding, and every other weight of two or more dimensions, in the order of the model."""
-    return [layer for path, module in _modules(model) for layer in _listed(path, module)]
+    """Every layer, and every other weight of two or more dimensions, in the order of the model."""
+    modules = list(_modules(model))
+    spots = places(modules)
+    found: list[Layer] = []
+    parts: set[int] = set()
+    for path, module in modules:
+        if (group := groups.layer_of(path, module, model)) is not None:
+            found.append(group)
+            parts.update(id(part) for part in groups.parts_of(module))
+        elif id(module) not in parts:
+            found.extend(_listed(path, module, model))
+    return [_placed(layer, spots.get(id(layer.module)), model) for layer in found]
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
+    """See `qkit.engines.elsewhere.Restores.unwrap`; what mlx-lm has put around layers."""
+    instead, updates = unwrapped(_modules(model))
+    outward = {names.outward(path, model): module for path, module in instead.items()}
+    return replace(model, outward), {names.outward(path, model): update for path, update in updates.items()}
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -27,19 +52,28 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     Raises:
         BackendError: there is no module at a path.
     """
-    present = dict(_modules(model))
-    for path in modules:
-        if path not in present:
+    own = dict(_modules(model))
+    grouped = groups.places(own, model)
+    present = {names.outward(path, model): module for path, module in own.items()}
+    instead: dict[int, nn.Module] = {}
+    for path, module in modules.items():
+        if path not in present and path not in grouped:
             raise BackendError(f"the model has no module {path!r}: it has {', '.join(list(present)[:8])}")
-    instead = {id(present[path]): module for path, module in modules.items()}
-    for module in present.values():
-        _replace_in(module, instead)
+        if path in grouped:
+            instead |= groups.replacements(grouped[path], module)
+        else:
+            instead[id(present[path])] = module
+    for module in list(present.values()):
+        _replace_in(module, instead, module)
     return modules.get("", model)
 
 
 def tensors(model: nn.Module) -> dict[str, mx.array]:
-    """Every stored array by name, each once, except the quantized weights of converted layers."""
-    return {name: container[key] for name, container, key in _slots(model)}
+    """Every stored array by name, each once, except the quantized weights of converted layers.
+
+    The names are those of transformers where mlx-lm splits a tensor; see `names`.
+    """
+    return names.joined({name: container[key] for name, container, key in _slots(model)}, model)
 
 
 def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = ()) -> None:
@@ -50,10 +84,13 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
     Raises:
         ArtifactError: a name, a shape or a type does not fit, or a name is missing. Nothing was written then.
     """
-    slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
-    if arrays.keys() != slots.keys() and hasattr(model, "sanitize"):
-        arrays = model.sanitize(dict(arrays))  # may also drop the output head of a model whose embedding is the head
-        slots = {name: (container, key) for name, container, key in _slots(model) if name not in without}
+    slots = {name: (container, key) for name, container, key in _slots(model)}
+    stored = {name: container[key] for name, (container, key) in slots.items()}
+    missing = names.split_names(without, stored, model)
+    arrays = names.translated(arrays, stored, model, groups.blocks_of(dict(_modules(model)), model), without)
+    slots = {
+        name: (container, key) for name, container, key in _slots(model) if name not in missing
+    }  # `sanitize` drops heads
     for name in [*slots, *arrays]:
         if name not in arrays:
             raise ArtifactError(f"{name} is missing: the model has it, and the artifact does not")
@@ -84,10 +121,6 @@ def _items(container: Any) -> Iterator[tuple[Any, Any]]:
     return iter(container.items() if isinstance(container, dict) else enumerate(container))
 
 
-def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
-
-
 def _modules(container: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Every module under `container`, itself included, once, at its first path."""
     seen = set() if seen is None else seen
@@ -98,23 +131,25 @@ def _modules(container: Any, path: str = "", seen: set[int] | None = None) -> It
         yield path, container
     for key, value in _items(container):
         if isinstance(value, (dict, list)):
-            yield from _modules(value, _join(path, key), seen)
+            yield from _modules(value, join(path, key), seen)
 
 
-def _replace_in(container: Any, instead: Mapping[int, nn.Module]) -> None:
+def _replace_in(container: Any, instead: Mapping[int, nn.Module], parent: nn.Module, path: str = "") -> None:
+    """Replaces what is in `container`, which is `parent` itself, or at `path` in it."""
     for key, value in list(_items(container)):
         if id(value) in instead:
             container[key] = instead[id(value)]
+            mark(parent, join(path, key), container[key])
         elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
-            _replace_in(value, instead)
+            _replace_in(value, instead, parent, join(path, key))
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, module in _modules(model):
-        if not isinstance(module, CONVERTED):
+        if not isinstance(module, (*CONVERTED, *CONVERTED_STACKS, latent.PackedHeads)):
             yield from _arrays(module, path)
         else:
-            yield from ((_join(path, key), module, key) for key in STORED if key in module)
+            yield from ((join(path, key), module, key) for key in STORED if key in module)
 
 
 def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -124,27 +159,46 @@ def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
         if private:
             continue
         if isinstance(value, mx.array):
-            yield _join(path, key), container, key
+            yield join(path, key), container, key
         elif isinstance(value, (dict, list)) and not isinstance(value, nn.Module):
-            yield from _arrays(value, _join(path, key))
+            yield from _arrays(value, join(path, key))
 
 
 # Layers
 
 
-def _listed(path: str, module: Any) -> Iterator[Layer]:
+def _placed(layer: Layer, place: Place | None, model: Any) -> Layer:
+    if layer.kind not in ("linear", "embedding") or place is None:
+        return layer
+    bare = names.outward(place.bare, model)
+    of_mlx_lm = type(model).__module__.startswith("mlx_lm.")  # whose heads have these names
+    head = of_mlx_lm and place.bare.split(".")[0] in HEAD_PARTS
+    return with_fields(
+        layer,
+        bare=bare if bare != layer.path else "",
+        wrapper=place.wrapper,
+        unknown=place.unknown,
+        lost=place.lost,
+        head=head,
+    )
+
+
+def _listed(own: str, module: Any, model: Any) -> Iterator[Layer]:
     """`module` as a layer, if it is one, and every other weight of its own."""
+    path = names.outward(own, model)
     layer = _layer(path, module)
-    if layer:
+    if layer and layer.kind == "linear" and layer.stage == "float" and is_router(path):
+        yield Layer(join(path, "weight"), "other", layer.shape, module, obstacle="a router")
+    elif layer:
         yield layer
     if isinstance(module, (*CONVERTED, FakeLinear, FakeEmbedding)):
         return
     known = ("weight", "bias", "scales", "biases") if layer else ("bias", "scales", "biases")
-    for name, container, key in _arrays(module, path):
+    for name, container, key in _arrays(module, own):
         array = container[key]
         is_weight = mx.issubdtype(array.dtype, mx.floating) or _is_packed(array, module)
         if is_weight and array.ndim > 1 and not (container is module and key in known):
-            yield _other(name, module, array)
+            yield _other(names.outward(name, model), module, array)
 
 
 def _layer(path: str, module: Any) -> Layer | None:

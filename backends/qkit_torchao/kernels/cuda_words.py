@@ -12,11 +12,11 @@ from torch import Tensor
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
-from qkit_torchao.kernels import triton_words
+from qkit_torchao.kernels import triton_unpack, triton_words
 from qkit_torchao.kernels.cuda import INTERPRETED, device_of
 from qkit_torchao.kernels.launches import Kernel
 
-FEW = 8  #: the most rows that are multiplied without decoding: more pay for the values of the weight
+FEW = 4  #: the most rows that are multiplied without decoding: more pay for the values of the weight
 ALIGNED = 16  #: bytes that are read at once
 MANY = 2048  #: outputs that fill a GPU in blocks of four
 
@@ -67,10 +67,10 @@ def multiply(
     outputs = codes.shape[-2]
     rows = 1 if experts is not None else min(FEW, 1 << (count - 1).bit_length())
     out = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
-    outer, across, warps = (2, 512, 4) if outputs <= MANY else (4, 256, 2)
-    outer = max(1, min(outer, 8 // rows))
     constants = geometry(grid, inputs)
-    units = max(1, across // (constants["UNIT"] * constants["HIGH"] // 32))
+    outer, across, warps = (2, 512, 4) if outputs <= MANY else (4, 256, 2)
+    if constants["LOW"]:
+        across, warps = 128, 1  # so that rows of the narrow plane fill a tile
     kind = str(x.dtype).rpartition(".")[2]
     x = x.contiguous()
     pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
@@ -80,7 +80,7 @@ def multiply(
     with device_of(x):
         _multiply(
             key, blocks * -(-count // rows),
-            (*tensors, outputs, count, triton_words.MAGIC, inputs, rows, kind, *list(constants.values())[1:], outer, units,
+            (*tensors, outputs, count, triton_words.MAGIC, inputs, rows, kind, *list(constants.values())[1:], outer, across,
              INTERPRETED),
             warps=warps,
         )  # fmt: skip
@@ -105,8 +105,8 @@ def values(
     with device_of(codes):
         across = -(-inputs // 512)
         _values(
-            key, -(-outputs // 4) * across,
-            (*tensors, outputs, *geometry(grid, inputs).values(), 4, 512, INTERPRETED), warps=4,
+            key, -(-outputs // 16) * across,
+            (*tensors, outputs, triton_words.MAGIC, *geometry(grid, inputs).values(), 16, 256, INTERPRETED), warps=4,
         )  # fmt: skip
     return out
 
@@ -123,7 +123,7 @@ def laid(plain: Laid) -> Laid:
         for width in words.PLANES[bits]:
             below -= width
             across = -(-units * unit * width // 32 // 128)
-            triton_words.pack[(-(-outputs // 4), across)](
+            triton_unpack.pack[(-(-outputs // 4), across)](
                 plain.codes, packed[:, begin:], outputs, inputs, offset, width, below, unit, units, stride, 4, 128
             )
             begin += units * unit * width // 32
@@ -155,4 +155,4 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-_multiply, _values, _codes = map(Kernel, (triton_words.matvec, triton_words.decode, triton_words.codes_product))
+_multiply, _values, _codes = map(Kernel, (triton_words.matvec, triton_unpack.decode, triton_words.codes_product))

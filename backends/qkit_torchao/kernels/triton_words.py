@@ -1,4 +1,4 @@
-"""Device code that multiplies and decodes codes in the layout `words`, see `arithmetic.words`; `cuda_words` calls it.
+"""Device code that multiplies codes in the layout `words`, see `arithmetic.words`; `cuda_words` calls it.
 
 An integer is put into the mantissa of 2^23, so that a subtraction makes a float of it. A small float is put into a float16, whose
 exponents have another bias. Sums are in float32.
@@ -17,14 +17,14 @@ SIGNS = tl.constexpr(0x80008000 - (1 << 32))  #: of two float16 in a word
 def matvec(
     x, codes, scales, zeros, power, bias, out, experts, outputs, count, magic, INPUTS: tl.constexpr,
     ROWS: tl.constexpr, XS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, UNIT: tl.constexpr,
-    UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr,
+    BW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """x [count, INPUTS] times codes [outputs, words] -> out [count, outputs]; with `experts`, row r by the codes of its expert.
 
     `x`: 16-bit floats are read in pairs, as int32; `XS` is their type. `HIGH`, `LOW`: the widths of the planes, `LOW` 0 where
     there is one. `GROUP`: columns of a group, which are whole units; `GROUPS`: groups of a row. `SCALES`: how they are stored.
-    A program takes `BN` outputs, and `BU` units of them at once.
+    A program takes `BN` outputs, and `BW` words of a plane of each at once.
     """
     blocks = tl.cdiv(outputs, BN)
     n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -44,12 +44,12 @@ def matvec(
         zeros += first[:, None] * GROUPS
     total = plane(
         x, codes, scales, zeros if LOW == 0 else None, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, HIGH,
-        zeros is None, UNIT, UNITS, GROUP, SCALES, BN, BU,
+        zeros is None, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * HIGH // 32),
     )  # fmt: skip
     if LOW > 0:
         total = total * (1 << LOW) + plane(
             x, codes + UNITS * UNIT * HIGH // 32, scales, zeros, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, LOW,
-            False, UNIT, UNITS, GROUP, SCALES, BN, BU,
+            False, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * LOW // 32),
         )  # fmt: skip
     if bias is not None:
         total += tl.load(bias + first, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -71,7 +71,10 @@ def plane(
     for begin in range(0, UNITS, BU):
         there = begin + t // WORDS < UNITS
         words = tl.load(
-            codes + begin * WORDS + t, mask=inside[None, :, None] & there, other=0, eviction_policy="evict_first"
+            codes + (begin + t // WORDS) * WORDS + t % WORDS,
+            mask=inside[None, :, None] & there,
+            other=0,
+            eviction_policy="evict_first",
         )
         u = begin + tl.arange(0, BU)[None, :]
         g, known = u * UNIT // GROUP, inside[:, None] & (u < UNITS)
@@ -174,66 +177,6 @@ def scale(address, there, tensor, SCALES: tl.constexpr):
     else:
         s = s.to(tl.float32)
     return s
-
-
-@triton.jit
-def decode(
-    codes, scales, zeros, power, out, outputs, INPUTS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The values [outputs, INPUTS] of codes, rounded once to the type of `out`. Groups may have any length."""
-    across: tl.constexpr = (INPUTS + BK - 1) // BK
-    n = (tl.program_id(0) // across * BN + tl.arange(0, BN))[:, None]
-    k = (tl.program_id(0) % across * BK + tl.arange(0, BK))[None, :]
-    there = (n < outputs) & (k < INPUTS)
-    rows = n.to(tl.int64)
-    codes += rows * (UNITS * UNIT * (HIGH + LOW) // 32)
-    c = code(codes, k, there, HIGH, UNIT)
-    if LOW > 0:
-        c = c << LOW | code(codes + UNITS * UNIT * HIGH // 32, k, there, LOW, UNIT)
-    g = rows * GROUPS + k // GROUP
-    tensor = 1.0
-    if power is not None:
-        tensor = tl.load(power)
-    s = scale(scales + g, there, tensor, SCALES)
-    if ELEMENT != "integer":
-        f = half(small(c << (16 - HIGH), ELEMENT), 0) * bias_of(ELEMENT)
-    elif zeros is not None:
-        f = (c - tl.load(zeros + g, mask=there, other=0).to(tl.int32)).to(tl.float32)
-    else:
-        f = (c - (1 << (HIGH + LOW - 1))).to(tl.float32)
-    tl.store(out + rows * INPUTS + k, narrow(f * s, out.dtype.element_ty, INTERPRETED), mask=there)
-
-
-@triton.jit
-def code(codes, k, there, BITS: tl.constexpr, UNIT: tl.constexpr):
-    """The bits of columns `k` in a plane of `BITS`."""
-    WORDS: tl.constexpr = UNIT * BITS // 32
-    inner = k % UNIT
-    words = tl.load(codes + k // UNIT * WORDS + inner // 2 % WORDS, mask=there, other=0)
-    i = inner // (2 * WORDS) * 2 + inner % 2
-    return (words >> (i * BITS)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def pack(
-    codes, words, outputs, INPUTS: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, BELOW: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
-    """One plane of codes [outputs, INPUTS], a byte each: their `BITS` above the last `BELOW`, once `OFFSET` is added."""
-    WORDS: tl.constexpr = UNIT * BITS // 32
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
-    t = (tl.program_id(1) * BW + tl.arange(0, BW))[None, :]
-    there = (n < outputs) & (t < UNITS * WORDS)
-    word = tl.zeros([BN, BW], tl.int32)
-    for i in tl.static_range(32 // BITS):
-        k = t // WORDS * UNIT + i // 2 * 2 * WORDS + t % WORDS * 2 + i % 2
-        known = there & (k < INPUTS)
-        c = tl.load(codes + n.to(tl.int64) * INPUTS + k, mask=known, other=0).to(tl.int32)
-        c = tl.where(known, c + OFFSET, 0)
-        word |= (c >> BELOW & (1 << BITS) - 1) << (BITS * i)
-    tl.store(words + n.to(tl.int64) * STRIDE + t, word, mask=there)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkit.qtensor import DType, QTensor, dtype_of
-from qkit.reference import learned
 from qkit.reference.ranges import static_contents
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import Laid, lay, unlay
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers
-from qkit_torchao.layers.become import apply_but_keep, become
+from qkit_torchao.layers.become import apply_but_keep, become, forget_preparation
+from qkit_torchao.layers.decoded import decoded
 from qkit_torchao.layers.execution import Execution, choose_execution
 from qkit_torchao.layers.packed_product import Parts, decode_packed
 from qkit_torchao.layers.scaled_embedding import scaled
@@ -24,7 +24,6 @@ from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters, set_parameter
 
 PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that has no torchao tensor
-PREPARED = ("mode", "calibrating", "frozen", "fused", "simple", "kind", "grid_name", "slot_names", "values_buffer")
 
 
 class _Packed(nn.Module):
@@ -41,9 +40,9 @@ class _Packed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as torchao's tensor, if it is in one; else its values [outputs, inputs], decoded at every call."""
+        """The weight as torchao's tensor, if it is in one; else its values [outputs, inputs], decoded anew and read only."""
         stored = parameter(self, "weight")
-        return values(self, rounding.DTYPE[self.dtype]) if stored is None else stored
+        return decoded(values(self, rounding.DTYPE[self.dtype])) if stored is None else stored
 
     def parts(self) -> Parts:
         """The plain arrays of the codes."""
@@ -97,10 +96,8 @@ def build(
 ) -> Any:
     """As `pack`, with codes that are in the layout of `execution` already."""
     layer = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)
-    for name in PREPARED:
-        layer.__dict__.pop(name, None)
-    remove_buffers(layer, "gate", "input_range", "output_range")
-    remove_parameters(layer, "weight", *learned.NAMES)
+    forget_preparation(layer)
+    remove_parameters(layer, "weight")
     layer.rule, layer.owner = rule, () if owner is None else (owner,)
     for name, array in static.items():
         layer.register_buffer(name, array)

@@ -11,7 +11,7 @@ from qkit.engines.kept import Store
 from qkit.engines.layer import Mode
 from qkit.errors import BackendError
 from qkit.grid import Grid
-from qkit.rules import Rule, Ste
+from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import identity
 from qkit_torchao.cache.identity import KeptOfTensor
@@ -20,8 +20,9 @@ from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, ranges_of
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.prepared import cannot_cache
+from qkit_torchao.layers.stack_gradients import stacked, with_gradient
 from qkit_torchao.layers.stacks import Stack, stacks_of
-from qkit_torchao.torch_private import parameter
+from qkit_torchao.torch_private import parameter, remove_buffers
 
 _values: Store[KeptOfTensor[Tensor]] = Store()
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}  #: those that `class_of` made
@@ -130,6 +131,12 @@ class FakeExperts(Experts):
     calibrating: bool
     frozen: bool
 
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """As `Experts.forward`; evaluation computes the values anew, since copies through `.data` leave no trace."""
+        if not self.training and not torch.compiler.is_compiling():
+            self._each(KeptOfTensor.drop)
+        return super().forward(*inputs, **named)
+
     def _is_off(self) -> bool:
         return self.mode == "off"
 
@@ -189,12 +196,12 @@ class FakeExperts(Experts):
             raise self._computed_elsewhere()
         assert grid is not None
         if torch.compiler.is_compiling():
-            return torch.where(self.gate, _stacked(weight, None, stack, grid, ste), weight)
+            return torch.where(self.gate, stacked(weight, None, stack, grid, ste), weight)
         if self.mode == "off":
             return weight
         if sharded.is_managed(self) or cannot_cache(weight) or (self.frozen and not self.training):
-            return _with_gradient(weight, stack.values(weight.detach(), grid), stack, grid, ste)
-        return _with_gradient(weight, self._cached(weight, stack, grid), stack, grid, ste)
+            return with_gradient(weight, stack.values(weight.detach(), grid), stack, grid, ste)
+        return with_gradient(weight, self._cached(weight, stack, grid), stack, grid, ste)
 
     def _cached(self, weight: Tensor, stack: Stack, grid: Grid) -> Tensor:
         kept, stamp = _kept(weight), (grid, *identity.state(weight))
@@ -236,6 +243,15 @@ def prepare_experts(module: nn.Module, rule: Rule) -> FakeExperts:
     return layer
 
 
+def restore_experts(layer: FakeExperts) -> nn.Module:
+    """The module that `prepare_experts` was given, with the same parameters."""
+    plain: nn.Module = become(layer, layer.base)
+    for name in ("rule", "stacks", "mode", "calibrating", "frozen", "all_experts"):
+        plain.__dict__.pop(name, None)
+    remove_buffers(plain, "gate", *ranges_of(layer.rule))
+    return plain
+
+
 def class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> Any:
     """The class of `kind` for modules of class `base`, whose attributes `names` are properties in place of parameters."""
     key = kind, base, names
@@ -264,34 +280,3 @@ def _again(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -
 
 def _kept(weight: Tensor) -> KeptOfTensor[Tensor]:
     return _values.of(weight) or KeptOfTensor(weight, _values)
-
-
-def _with_gradient(weight: Tensor, values: Tensor, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
-    """`values`, with the gradient of `weight` straight through, masked where `ste` says so."""
-    if ste == "identity":
-        return straight_through.values_view(weight, values, grid, ste=ste)
-    return _stacked(weight, values, stack, grid, ste)
-
-
-def _stacked(weight: Tensor, values: Tensor | None, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
-    result: Tensor = _Stacked.apply(weight, values, stack, grid, ste)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Stacked(torch.autograd.Function):
-    """Forward: the values of a stack. Backward: the gradient as it comes, or masked."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor | None, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
-        ctx.stack, ctx.grid, ctx.ste = stack, grid, ste
-        if ste == "masked":
-            ctx.save_for_backward(weight)
-        return stack.values(weight, grid) if values is None else values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
-        if ctx.ste == "masked":
-            (weight,) = ctx.saved_tensors
-            gradient = straight_through.masked(gradient, ctx.stack.unclipped(weight, ctx.grid))
-        return gradient, None, None, None, None

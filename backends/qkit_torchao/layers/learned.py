@@ -12,7 +12,9 @@ from qkit.reference.learned import names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.learned import initial, steps, to_parameters
+from qkit_torchao.cache import values
 from qkit_torchao.layers import prepared
+from qkit_torchao.layers.become import become, forget_preparation
 from qkit_torchao.layers.prepared import FakeEmbedding, FakeLinear, Prepared
 from qkit_torchao.layers.straight_through import masked
 
@@ -68,6 +70,15 @@ def prepare_layer(module: nn.Module, rule: Rule) -> Any:
     for name, value in zip(names(rule.weight), initial(layer.weight.detach(), rule.weight), strict=True):
         layer.register_parameter(name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
     return layer
+
+
+def restore_layer(layer: Any) -> Any:
+    """See `qkit.engines.elsewhere.Restores.restore_layer`."""
+    values.drop(layer.weight)
+    plain = become(layer, nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear)
+    forget_preparation(plain)
+    del plain.rule
+    return plain
 
 
 def fake_quantize(w: Tensor, grid: Grid, *parameters: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class Prepared(nn.Module):
             return torch.where(self.gate, self._on_grid(weight), weight).to(dtype)
         if self.mode == "off":
             return weight.to(dtype)
-        if not cached or cannot_cache(weight) or (self.frozen and not self.training):
+        if not (cached and self.training) or cannot_cache(weight):
             return self._on_grid(weight).to(dtype)
         buffer = self.values_buffer
         fits = buffer is not None and buffer.dtype == dtype and values.may_use(weight, buffer)
@@ -171,12 +171,13 @@ class FakeLinear(Prepared, nn.Linear):
 
     `forward` chooses the first product that applies:
 
-    - eager, mode on, cached values current, all dynamic, no autocast: `straight_through.multiply_values`, with those values
+    - eager, training, on, cached values current, all dynamic, no autocast: `straight_through.multiply_values`, with these values
     - CUDA, mode on, and a kernel multiplies codes of both sides once converted: `products.multiply_codes`
     - FSDP gathered the weight for this call: `operators.multiply_values`, on values that are not cached
-    - compiled, and in training or not frozen: `operators.multiply_values`, on cached values in `values_buffer`
+    - compiled, in training: `operators.multiply_values`, on cached values in `values_buffer`
     - else `F.linear`: on the weight where the mode is off; on values computed for this call where scales are learned, adapters
-      are merged, or the weight cannot be watched; otherwise on cached values
+      are merged, the weight cannot be watched, or in evaluation, since averages copied in by `.data` leave no trace; otherwise on
+      cached values
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,11 +193,10 @@ class FakeLinear(Prepared, nn.Linear):
         gathered = self.caches and sharded.is_gathered(self)
         if gathered:
             self.values_buffer = None  # it is of the size of the whole weight
-        compiled = self.caches and torch.compiler.is_compiling() and not (self.frozen and not self.training)
+        compiled = self.caches and torch.compiler.is_compiling() and self.training
         if gathered or compiled:
             options = self.gate, self.weight_grid, self.grid_name, rule.ste, dtype
-            buffer = self.values_buffer
-            more: Any = {"cached": not gathered, "buffer": buffer, "partners": [*fused.partners(self)]}
+            more: Any = {"cached": not gathered, "buffer": self.values_buffer, "partners": [*fused.partners(self)]}
             y = operators.multiply_values(x, weight, self.bias, *options, **more)
         else:
             y = F.linear(x, self._values(weight, dtype, cached=True), self.bias)
@@ -207,7 +207,7 @@ class FakeLinear(Prepared, nn.Linear):
 
         It checks only conditions that can change between two calls.
         """
-        if torch.compiler.is_compiling() or not self.simple or is_any_autocast_enabled():
+        if torch.compiler.is_compiling() or not (self.simple and self.training) or is_any_autocast_enabled():
             return None
         weight, gate = self._parameters.get("weight"), self._buffers["gate"]
         assert gate is not None
@@ -243,7 +243,7 @@ class FakeLinear(Prepared, nn.Linear):
 
     def _multiply_codes(self, x: Tensor) -> Tensor:
         static = slots.seen_scales(self, x, "input", self.rule.activation)
-        cached = not sharded.is_gathered(self)
+        cached = not sharded.is_gathered(self) and self.training
         grids = self.grid_name, self.slot_names["input"]
         return products.multiply_codes(x, self.weight, self.bias, grids, self.rule.ste, cached=cached, **static)
 

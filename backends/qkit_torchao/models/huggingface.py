@@ -1,11 +1,16 @@
 """Models by their Hugging Face configuration. Beside `names` and `training.transformers`, the only module with transformers."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from qkit.artifact.config import quantized_config
+from qkit.artifact.metadata import KEY, describe
+from qkit.artifact.save import contents
+from qkit.engines.protocol import Modules
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
 
@@ -40,6 +45,46 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # with a stranger's numbers, transformers fails in any way
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None
     return _with_float32(model, dtype).eval()
+
+
+def save_as_artifact(model: Any, engine: Modules) -> None:
+    """Has `save_pretrained` write an artifact while layers of `model` are converted: transformers asks a quantizer for it."""
+    own = _quantizer_class()
+    before = getattr(model, "hf_quantizer", None)
+    converted = any(layer.stage == "converted" for layer in engine.layers(model))
+    if converted and before is None:
+        model.hf_quantizer = own(engine)
+    elif not converted and isinstance(before, own):
+        del model.hf_quantizer
+
+
+@cache
+def _quantizer_class() -> Any:
+    from transformers.quantizers.base import HfQuantizer
+
+    class ArtifactQuantizer(HfQuantizer):
+        """Gives transformers the tensors, the metadata and the configuration of an artifact, when it saves a model."""
+
+        def __init__(self, engine: Modules) -> None:
+            self.engine, self.pre_quantized = engine, True
+            self.quantization_config: Any = None
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+        def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+            known = self.engine.config(model)
+            found = contents(self.engine, model, known)
+            config = quantized_config(known, found.rules, left_alone=found.left_alone) or {}
+            model.config.quantization_config = config["quantization_config"]
+            tensors = {name: self.engine.from_numpy(array) for name, array in found.tensors.items()}
+            return tensors, {KEY: describe(found.rules)}
+
+    return ArtifactQuantizer
 
 
 def _is_absent(key: str, value: Any) -> bool:

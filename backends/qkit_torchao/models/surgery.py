@@ -1,6 +1,7 @@
 """Modules and tensors by dotted name: finding layers, replacing them, and the tensors that a model stores."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace as with_fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,21 +11,34 @@ from qkit.engines.layer import Layer
 from qkit.experts import is_router
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
-from qkit_torchao.layers.converted import PLAIN, PackedEmbedding, PackedLinear
+from qkit_torchao.layers.converted import PLAIN
 from qkit_torchao.layers.experts import Experts, FakeExperts
 from qkit_torchao.layers.packed_experts import PackedExperts, buffers_of
 from qkit_torchao.layers.prepared import Prepared
 from qkit_torchao.layers.scaled_embedding import is_scaled
 from qkit_torchao.layers.stacks import Stack, shapes_of, stacks_of
+from qkit_torchao.models.wrappers import CONVERTED, Place, heads, mark, places
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
 
-CONVERTED = (PackedLinear, PackedEmbedding)
 SAME = ("FalconLinear",)  #: names of subclasses in transformers that compute what their base computes
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Linear and Embedding modules, each once, under their first path; then every other weight that has a row and a column."""
+    found = places(model)
+    roles = heads(model, found)
+    for layer in _layers(model, found):
+        place = found[id(layer.module)]
+        if layer.kind == "other":
+            yield layer
+            continue
+        bare = place.bare if place.bare != layer.path else ""
+        head = id(layer.module) in roles
+        yield with_fields(layer, bare=bare, wrapper=place.wrapper, unknown=place.unknown, lost=place.lost, head=head)
+
+
+def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:
     first: dict[int, str] = {}
     seen: dict[int, str] = {}
     for path, module in model.named_modules():
@@ -36,7 +50,9 @@ def layers(model: nn.Module) -> Iterator[Layer]:
         stacks = module.stacks if isinstance(module, Experts) else stacks_of(module)
         if stacks:
             yield _experts(path, module, stacks)
-        why = why_not(path, known) or _why_not(path, module, read=id(module) in unread)
+        place = found[id(module)]
+        part = f"a part of a {place.wrapper}, which stays float" if place.part else ""
+        why = part or why_not(place.bare, known) or _why_not(place.bare, module, read=id(module) in unread)
         if isinstance(module, (nn.Linear, nn.Embedding)) and not why:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
@@ -51,6 +67,7 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         for name, child in list(children(parent).items()):
             if id(child) in swaps:
                 children(parent)[name] = swaps[id(child)]
+                mark(parent, name, swaps[id(child)])
     _call_children(model)
     return swaps.get(id(model), model)
 

@@ -1,0 +1,42 @@
+"""The verbs of `qkit.engines.elsewhere`, for the MLX engine."""
+
+from typing import Any
+
+import mlx.nn as nn
+
+from qkit.errors import StageError
+from qkit.reference.merged import Update
+from qkit_mlx.layers import learned
+from qkit_mlx.layers.learned import LearnedEmbedding, LearnedLinear
+from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear
+from qkit_mlx.models import surgery
+
+
+class Elsewhere:
+    """Models that other programs have opened or wrapped, or get back."""
+
+    def restore_layer(self, module: Any) -> nn.Module:
+        """See `qkit.engines.elsewhere.Restores.restore_layer`.
+
+        Raises:
+            StageError: the module is a block of experts, or a stack of layers.
+        """
+        if type(module) not in (FakeLinear, FakeEmbedding, LearnedLinear, LearnedEmbedding):
+            raise StageError(f"a {type(module).__name__} on MLX does not go back to float: load the float model again")
+        return learned.restore_layer(module)
+
+    def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
+        """See `qkit.engines.elsewhere.Restores.unwrap`; what mlx-lm has put around layers."""
+        return surgery.unwrap(model)
+
+    def knows(self, model: nn.Module) -> bool:
+        """See `qkit.engines.elsewhere.Remembers.knows`; mlx-lm's models."""
+        return type(model).__module__.startswith("mlx_lm.")
+
+    def origin(self, model: nn.Module) -> str | None:
+        """See `qkit.engines.elsewhere.Remembers.origin`; only `qkit.load` notes it, and mlx-lm does not."""
+        return getattr(model, "qkit_origin", None)
+
+    def remember_origin(self, model: nn.Module, folder: str) -> None:
+        """See `qkit.engines.elsewhere.Remembers.remember_origin`."""
+        model.qkit_origin = folder

@@ -1,0 +1,225 @@
+"""Serving a Llama of transformers on CUDA: one token, a prefill and memory of every recipe over bfloat16, in one run.
+
+Weights are random, and drawn on the device. One token and the prefill are forwards in CUDA graphs, so that launches do not
+count; the float and the converted model take turns. `generate` is by the clock, launches included. Torchao's own int4 and fp8
+stand beside. `bar` is the most that one token may take, and `within` whether one token, prefill and memory keep their bars.
+
+Usage: python benchmarks/serve.py [--size 1b 8b] [--layers N] [--recipe NAME ...] [--out FILE.json]
+"""
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Report, in_turn
+from torch import nn
+
+import qkit
+
+PROMPT = 2048  #: tokens of the prefill
+TOKENS = 64  #: that `generate` makes
+PREFILL, MEMORY = 1.12, 1.03  #: bars: over bfloat16, and over the bytes that the grids need
+SIZES: dict[str, dict[str, int]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 16},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
+}
+CONFIG = {"model_type": "llama", "vocab_size": 32000, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+RECIPES = [
+    *(f"int{bits}-g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)),
+    "int4-g64-minmax",
+    "int8-row",
+    "mxfp4-a16",
+    "nvfp4-a16",
+    "mxfp8-a16",
+    "fp8",
+    "mxfp4",
+    "nvfp4",
+    "mxfp8",
+    "int8-dynamic-act-int4-weight",
+    "int8-dynamic-act-int8-weight",
+    "float8-dynamic-act-float8-weight",
+    "int4-g64-all",
+]
+
+
+def bar_of(recipe: str) -> float:
+    """The most that one token may take at the shape of 8 B, over bfloat16."""
+    rule = qkit.recipe(recipe).rules[-1]
+    assert rule.weight is not None
+    if rule.activation:
+        return 1.0
+    if rule.weight.element.bits > 4:
+        return 0.8
+    return 0.68 if rule.weight.element.kind == "float" else 0.6
+
+
+def built(size: str, layers: int | None) -> nn.Module:
+    """A bfloat16 Llama on the device."""
+    engine = qkit.backend("torchao").on("cuda")
+    sizes = SIZES[size] | ({"num_hidden_layers": layers} if layers else {})
+    with torch.device("cuda"):
+        return engine.build({**CONFIG, **sizes, "dtype": "bfloat16"}).eval()
+
+
+def stored(model: nn.Module) -> int:
+    """Bytes of all tensors of `model`, shared ones once; those of torchao's by their parts."""
+    parts: dict[int, torch.Tensor] = {}
+
+    def add(tensor: torch.Tensor) -> None:
+        names = getattr(tensor, "tensor_data_names", None)
+        if names:
+            more = [*names, *getattr(tensor, "optional_tensor_data_names", [])]
+            for name in more:
+                if (part := getattr(tensor, name, None)) is not None:
+                    add(part)
+        else:
+            parts[tensor.data_ptr()] = tensor
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        add(tensor)
+    return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def needed(model: nn.Module) -> float:
+    """Bytes that the grids of a converted model need, and its float tensors."""
+    rows = [row for row in qkit.coverage(model).rows if not row.tied]
+    small = sum(one.numel() * one.element_size() for one in model.parameters() if one.dim() < 2)
+    return small + sum(row.bits * prod(row.shape) / 8 for row in rows)
+
+
+def captured(model: nn.Module, tokens: int) -> torch.cuda.CUDAGraph:
+    """The forward of so many tokens as a CUDA graph; logits of the last."""
+    ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens), device="cuda")  # type: ignore[call-overload]
+
+    def forward() -> None:
+        model(ids, use_cache=False, logits_to_keep=1)
+
+    side = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(side):
+        forward()
+        forward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        forward()
+    return graph
+
+
+def milliseconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Device time of one replay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / replays
+
+
+def ratios(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Times of the graphs of `other` over those of `plain`, in turns of one run."""
+    found = {}
+    for name, replays in (("one token", 20), ("prefill", 3)):
+        jobs = {key: partial(milliseconds, graphs[name], replays) for key, graphs in (("a", plain), ("b", other))}
+        times = in_turn(jobs, 5)
+        found[name] = round(statistics.median(times["b"]) / statistics.median(times["a"]), 3)
+    return found
+
+
+def per_second(model: Any) -> float:
+    """Tokens that `generate` makes in a second, by the clock."""
+    ids = torch.ones(1, 8, dtype=torch.long, device="cuda")
+    run = partial(model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
+    run(max_new_tokens=4)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run(max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    torch.cuda.synchronize()
+    return round(TOKENS / (time.perf_counter() - begin), 1)
+
+
+def peers() -> dict[str, Any]:
+    """Torchao's own configurations."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        Int4WeightOnlyConfig,
+        PerRow,
+    )
+
+    return {
+        "torchao Int4WeightOnlyConfig g128": Int4WeightOnlyConfig(
+            group_size=128, int4_packing_format="tile_packed_to_4d"
+        ),
+        "torchao Float8WeightOnlyConfig": Float8WeightOnlyConfig(),
+        "torchao Float8DynamicActivationFloat8Weight": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+    }
+
+
+def theirs(model: Any, config: Any) -> Any:
+    """`model` quantized by torchao, but for its head."""
+    from torchao.quantization import quantize_
+
+    head, model.lm_head = model.lm_head, None
+    quantize_(model, config)
+    model.lm_head = head
+    return model
+
+
+def graphs_of(model: nn.Module) -> dict[str, torch.cuda.CUDAGraph]:
+    """One token, and the prefill."""
+    return {"one token": captured(model, 1), "prefill": captured(model, PROMPT)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--layers", type=int, help="layers, in place of 16 and 32")
+    parser.add_argument("--recipe", nargs="+", default=RECIPES)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    about = {"prompt": PROMPT, "layers": given.layers or "all", "vocabulary": CONFIG["vocab_size"]}
+    report = Report(given.out, device="cuda", packages=("transformers", "triton"), about=about)
+    for size in given.size:
+        torch.manual_seed(0)
+        plain = built(size, given.layers)
+        base, base_bytes, base_speed = graphs_of(plain), stored(plain), per_second(plain)
+        shown = {name: round(milliseconds(graph, 5), 3) for name, graph in base.items()}
+        report.add({"model": size, "recipe": "bfloat16", "ms": shown, "bytes": base_bytes, "tokens/s": base_speed})
+        jobs: dict[str, Callable[[Any], Any]] = {
+            name: partial(lambda name, model: qkit.convert(model, name), name) for name in given.recipe
+        }
+        jobs |= {name: partial(lambda config, model: theirs(model, config), config) for name, config in peers().items()}
+        for name, convert in jobs.items():
+            row: dict[str, Any] = {"model": size, "recipe": name}
+            try:
+                report.add(row | measured(convert(copy.deepcopy(plain)), base, base_bytes, name, size))
+            except Exception as error:  # a peer may lack a package: the table shows it, and goes on
+                report.add(row | {"error": f"{type(error).__name__}: {str(error)[:200]}"})
+            torch.cuda.empty_cache()
+    report.finish()
+
+
+def measured(model: nn.Module, base: dict[str, Any], base_bytes: int, name: str, size: str) -> dict[str, Any]:
+    """The row of one converted model."""
+    row: dict[str, Any] = ratios(base, graphs_of(model))
+    row |= {"memory": round(stored(model) / base_bytes, 3), "tokens/s": per_second(model)}
+    if name in qkit.recipes():
+        spare = stored(model) / needed(model)
+        kept = row["prefill"] <= PREFILL and spare <= MEMORY and (size != "8b" or row["one token"] <= bar_of(name))
+        row |= {"memory / packed": round(spare, 3), "bar": bar_of(name), "within": kept}
+        row["how"] = qkit.coverage(model).rows[1].state
+    return row
+
+
+if __name__ == "__main__":
+    main()

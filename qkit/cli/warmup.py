@@ -1,0 +1,68 @@
+"""`qkit warmup DIR`: compiles the kernels that an artifact needs, once for each kind of layer. Compilers cache them on disk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+import qkit
+from qkit.cli.console import console
+from qkit.cli.eval import Device, Engine
+from qkit.engines.abilities import require
+from qkit.engines.layer import Layer
+from qkit.engines.protocol import Builds, Modules
+from qkit.qtensor import DType
+
+ROWS = (
+    1,
+    2,
+    4,
+    32,
+)  #: counts of rows whose kernels differ: few are multiplied by codes, in powers of two; more decode them
+
+
+def warmup(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A directory that `qkit quantize` or `qkit.save` wrote.")
+    ],
+    backend: Engine = None,
+    device: Device = None,
+) -> None:
+    """Run each kind of layer of an artifact once, so that no kernel is compiled while the model serves."""
+    engine = require(qkit.backend(backend), Builds)
+    engine = engine.on(device) if device else engine
+    modules = require(engine, Modules)
+    kinds = list(_kinds(modules, qkit.load(folder, backend=engine)))
+    for layer, dtype in kinds:
+        console.print(f"compiling for {_words(layer)}: {layer.execution}", highlight=False, soft_wrap=True)
+        for rows in ROWS:
+            modules.run_layer(layer.module, _input(layer, rows, dtype))
+    console.print(f"{folder} is warm: {len(kinds)} kinds of layers", highlight=False, soft_wrap=True)
+
+
+def _kinds(engine: Modules, model: Any) -> Iterator[tuple[Layer, DType]]:
+    """The first converted layer of each kind, and the type of its values."""
+    seen = set()
+    for layer in engine.layers(model):
+        if layer.stage == "converted" and layer.kind in ("linear", "embedding"):
+            dtype = engine.unpack(layer.module).dtype
+            key = layer.kind, layer.shape, str(layer.rule), dtype
+            if key not in seen:
+                seen.add(key)
+                yield layer, dtype
+
+
+def _words(layer: Layer) -> str:
+    outputs, inputs = layer.shape
+    return f"{layer.path} and its like, {outputs} x {inputs}"
+
+
+def _input(layer: Layer, rows: int, dtype: DType) -> Any:
+    """Tokens, or rows of `dtype`."""
+    if layer.kind == "embedding":
+        return np.zeros(rows, dtype=np.int32)
+    import ml_dtypes
+
+    return np.ones((rows, layer.shape[1]), dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

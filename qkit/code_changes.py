@@ -1,0 +1,62 @@
+"""Whether training changed the codes of a model: checksums of the codes that it would have if it were converted now."""
+
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qkit.engines.abilities import offers, require
+from qkit.engines.layer import Layer
+from qkit.engines.mixtures import Mixes
+from qkit.engines.protocol import Adapts, Arrays, Modules
+from qkit.errors import UnchangedWarning
+from qkit.experts import quantize_experts
+from qkit.pipeline import surgeon
+from qkit.reference.learned import learned_codes, names
+
+Sums = Mapping[str, int]
+
+
+def code_sums(model: Any, *, backend: str | Arrays | None = None) -> dict[str, int]:
+    """A checksum of the codes of each prepared or adapted layer of `model`, by path. Adapters count as merged."""
+    engine = surgeon(model, backend)
+    layers = [layer for layer in engine.layers(model) if layer.stage == "prepared" or layer.adapter]
+    return {layer.path: _sum(engine, model, layer) for layer in layers if not layer.tied and not layer.sharded}
+
+
+def count_changes(before: Sums, after: Sums) -> int:
+    """How many layers have other codes than `before`."""
+    return sum(before[path] != after[path] for path in before.keys() & after.keys())
+
+
+def warn_of_no_change(before: Sums, after: Sums, *, rate: float, stacklevel: int) -> None:
+    """Warns if there are layers, and none has other codes than `before`. `rate` is the learning rate, for the message."""
+    if before and not count_changes(before, after):
+        warnings.warn(
+            f"training changed no code of {len(before)} layers: quantized, this is the model that it began with; raise the "
+            f"learning rate (now {rate:g}), or train longer",
+            UnchangedWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _sum(engine: Modules, model: Any, layer: Layer) -> int:
+    assert layer.rule is not None
+    assert layer.rule.weight is not None
+    module = layer.module
+    if layer.kind == "experts":
+        found = quantize_experts(require(engine, Mixes).experts(module), layer.rule.weight, engine)
+        return zlib.crc32(b"".join(engine.to_numpy(q.codes).tobytes() for each in found.values() for q in each))
+    if layer.adapter and offers(engine, Adapts):
+        module = engine.merge_adapter(module)
+    if layer.stage == "converted":
+        codes = engine.to_numpy(engine.unpack(module).codes)
+    elif layer.rule.scales == "learned":
+        tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
+        ranges = {name: engine.to_numpy(tensors[prefix + name]) for name in names(layer.rule.weight)}
+        codes = learned_codes(engine.to_numpy(engine.weight(module)), layer.rule.weight, ranges, path=layer.path).codes
+    else:
+        codes = engine.to_numpy(engine.quantize(engine.weight(module), layer.rule.weight).codes)
+    return zlib.crc32(np.ascontiguousarray(codes).data)

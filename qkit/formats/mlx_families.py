@@ -1,0 +1,254 @@
+"""By type of model: what mlx-lm reads of a configuration, and how it names tensors. Read off mlx-lm 0.32.2 (`models/*.py`).
+
+The table has the types whose logits equal those of transformers 5.23, as the gate over families shows. Others are refused.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qkit.errors import ArtifactError
+from qkit.formats.rope import ropes, spell_rope
+
+Config = Mapping[str, Any]
+
+LLAMA: Final = frozenset({"rope_theta", "rope_scaling"})
+THETA: Final = frozenset({"rope_theta"})
+PARTIAL: Final = frozenset({"rope_theta", "partial_rotary_factor"})
+LLAMA_PARTIAL: Final = LLAMA | PARTIAL
+OWN: Final = frozenset({"rope_theta", "rope_parameters"})  #: read as transformers writes it
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A type of model in mlx-lm.
+
+    Attributes:
+        rope: the keys of a rotary embedding that it reads.
+        keys: the other keys that it reads, from a configuration of transformers; raises `ArtifactError` where it has none.
+        names: patterns of tensor names in files, the text that mlx-lm has instead, and both for the way back.
+        modules: patterns of paths in its modules, and the text that files have instead.
+        latent: whether it splits `kv_b_proj`, and quantizes the parts again where it is quantized.
+        stack: the last part of the path of stacked experts, whose block is called `experts` in files.
+        projections: names of the projections of experts, where they are others than in files.
+        biases: whether files join the biases of gate and up, whose outputs stand in turn.
+        ignored: ends of names of tensors that it does not read, although results depend on them.
+        shifts: whether mlx-lm changes the numbers of other tensors where experts are stored one by one.
+    """
+
+    rope: Collection[str] = frozenset()
+    keys: Callable[[Config], dict[str, Any]] = lambda _: {}
+    names: tuple[tuple[str, str, str, str], ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
+    latent: bool = False
+    stack: str = "switch_mlp"
+    projections: tuple[tuple[str, str], ...] = ()
+    biases: bool = False
+    ignored: tuple[str, ...] = ()
+    shifts: bool = False
+
+
+def read_config(config: Config, *, family: Family) -> dict[str, Any]:
+    """`config` of transformers with the keys that mlx-lm reads. Existing keys stay, unless mlx-lm reads others from them.
+
+    Raises:
+        ArtifactError: mlx-lm reads a key that the configuration does not have.
+        BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
+    """
+    known = {name: value for name, value in config.items() if value is not None}
+    if "head_dim" not in known and {"hidden_size", "num_attention_heads"} <= known.keys():
+        known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]  # what null means in transformers
+    return {**spell_rope(known, family.rope), **family.keys(config)}
+
+
+def _count(config: Config) -> dict[str, Any]:
+    return {"num_experts": config.get("num_experts") or config["num_local_experts"]}
+
+
+def _no_scaling(config: Config) -> dict[str, Any]:
+    rope = next(iter(ropes(config).values()), {})
+    scaled = config.get("rope_scaling") or rope.get("rope_type", "default") != "default"
+    return {} if scaled else {"rope_scaling": None}  # a key without a default
+
+
+def _patterned(config: Config) -> dict[str, Any]:
+    _full(config)
+    kinds = config.get("layer_types") or []
+    pattern = "".join("G" if kind == "full_attention" else "L" for kind in kinds)
+    return {**_no_scaling(config), **({"sliding_window_pattern": pattern} if "L" in pattern else {})}
+
+
+def _sparse_layers(config: Config) -> dict[str, Any]:
+    return {"is_moe_layer": [kind == "sparse" for kind in config.get("mlp_layer_types") or []]}
+
+
+def _own_names(config: Config) -> dict[str, Any]:
+    kinds = {"linear_attention": "mamba", "full_attention": "attention"}
+    layers = [kinds.get(kind, kind) for kind in config.get("layer_types") or []]
+    return {"layer_types": layers, "position_embedding_type": config.get("position_embedding_type") or "nope"}
+
+
+def _interval(config: Config) -> dict[str, Any]:
+    kinds = list(config.get("layer_types") or [])
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    if any((kind == "full_attention") != ((i + 1) % every == 0) for i, kind in enumerate(kinds)):
+        raise ArtifactError("mlx-lm alternates full and linear attention regularly, and layer_types does not")
+    return {"full_attention_interval": every}
+
+
+def _inner(config: Config) -> dict[str, Any]:
+    return {"n_inner": config.get("n_inner") or 4 * config["n_embd"]}
+
+
+def _context(config: Config) -> dict[str, Any]:
+    return {"n_ctx": config.get("n_ctx") or config["n_positions"]}
+
+
+def _four_times(config: Config) -> dict[str, Any]:
+    if config.get("intermediate_size", 4 * config["hidden_size"]) != 4 * config["hidden_size"]:
+        raise ArtifactError("mlx-lm's gpt_neox has an intermediate_size of four times the hidden size alone")
+    if config.get("hidden_act", "gelu") == "gelu":
+        raise ArtifactError("mlx-lm's gpt_neox approximates its gelu, which moves logits by 2e-4: export --to dense")
+    return {}
+
+
+def _full(config: Config) -> dict[str, Any]:
+    if "full_attention" not in (config.get("layer_types") or ["full_attention"]):
+        raise ArtifactError(
+            f"mlx-lm's {config.get('model_type')} wants a layer of full attention, and layer_types has none"
+        )
+    return {}
+
+
+def _block(config: Config) -> dict[str, Any]:
+    _full(config)
+    return {"block_dim": config.get("block_dim") or config["hidden_size"]}
+
+
+def _rotary(config: Config) -> dict[str, Any]:
+    rope = next(iter(ropes(config).values()), {})
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    return {"rotary_dim": config.get("rotary_dim") or int(head * partial), "shared_intermediate_size": 0}
+
+
+def _all_rotary(config: Config) -> dict[str, Any]:
+    rope = next(iter(ropes(config).values()), {})
+    return {"partial_rotary_factor": config.get("partial_rotary_factor") or rope.get("partial_rotary_factor", 1.0)}
+
+
+def _with_biases(config: Config) -> dict[str, Any]:
+    for key in ("attention_bias", "lm_head_bias"):
+        if not config.get(key):
+            raise ArtifactError(f"mlx-lm's phimoe has biases everywhere, and this model has {key} = false")
+    return {}
+
+
+def _yarn(config: Config) -> dict[str, Any]:
+    scaled = (
+        config.get("rope_scaling") or next(iter(ropes(config).values()), {}).get("rope_type", "default") != "default"
+    )
+    return {} if scaled else {"rope_scaling": {"type": "yarn", "factor": 1.0}}  # it takes no other type; this is none
+
+
+def _apertus(config: Config) -> dict[str, Any]:
+    return {"mlp_bias": False, "post_norm": False, "qk_norm": True}  # transformers has no other
+
+
+#: Names of a dense block in files and in mlx-lm.
+_NUMBERS: Final = tuple(
+    (rf"(?<=feed_forward\.){number}\.", f"{name}.", rf"(?<=feed_forward\.){name}\.", f"{number}.")
+    for number, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+)
+
+_DENSE: Final = tuple(
+    (rf"(?<=feed_forward\.){name}\b", number)
+    for number, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+)
+_GPT: Final = ((r"^model\.", "transformer."),)
+_NEOX: Final = (
+    (r"^model\.embed_out\b", "lm_head"),
+    (r"^model\.h\.", "gpt_neox.layers."),
+    (r"^model\.", "gpt_neox."),
+)
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "granite", "smollm3", "hunyuan_v1_dense"), Family(LLAMA)),
+    **dict.fromkeys(("seed_oss", "mixtral", "qwen2_moe", "olmoe"), Family(LLAMA)),
+    **dict.fromkeys(("gemma", "gemma2", "starcoder2", "helium", "ernie4_5"), Family(THETA)),
+    **dict.fromkeys(("phi", "stablelm", "glm4"), Family(PARTIAL)),
+    **dict.fromkeys(("phi3", "nemotron"), Family(LLAMA_PARTIAL)),
+    **dict.fromkeys(("mamba", "falcon_mamba"), Family()),
+    "gptj": Family(modules=_GPT),
+    "qwen3": Family(LLAMA | OWN),
+    "gemma3_text": Family(LLAMA | {"rope_local_base_freq", "sliding_window_pattern"}),
+    "gpt_neox": Family(
+        frozenset({"rotary_emb_base", "rotary_pct"}),
+        _four_times,
+        names=((r"^lm_head\.", "embed_out.", r"^embed_out\.", "lm_head."),),
+    ),
+    "gpt2": Family(
+        keys=_context,
+        modules=_GPT,
+        names=((r"^transformer\.", "", r"^(?=(?:h|wte|wpe|ln_f)\.)", "transformer."),),
+    ),
+    "gpt_bigcode": Family(keys=_inner),
+    "cohere": Family(THETA),
+    "cohere2": Family(THETA | {"sliding_window_pattern"}),
+    "olmo3": Family(LLAMA, _full),
+    "exaone4": Family(LLAMA | {"sliding_window_pattern"}, _patterned),
+    "lfm2": Family(OWN, _block),
+    "ministral3": Family(frozenset({"rope_parameters"})),
+    "apertus": Family(LLAMA, _apertus),
+    "qwen3_moe": Family(LLAMA, _count),
+    "qwen3_next": Family(LLAMA_PARTIAL, _interval, shifts=True),
+    "gpt_oss": Family(LLAMA, stack="experts", biases=True),
+    "deepseek_v2": Family(LLAMA, _yarn),
+    "deepseek_v3": Family(LLAMA, latent=True),
+    "phimoe": Family(LLAMA, _with_biases),
+    "granitemoe": Family(LLAMA),
+    "granitemoehybrid": Family(OWN, _own_names),
+    "glm4_moe": Family(LLAMA_PARTIAL, _no_scaling),
+    "glm4_moe_lite": Family(LLAMA_PARTIAL, latent=True),
+    "dots1": Family(LLAMA, stack="experts"),
+    "ernie4_5_moe": Family(THETA, ignored=("e_score_correction_bias",)),
+    "lfm2_moe": Family(OWN, names=_NUMBERS, modules=_DENSE),
+    "nemotron_h": Family(projections=(("up_proj", "fc1"), ("down_proj", "fc2"))),
+    "exaone_moe": Family(LLAMA | {"rope_parameters"}, _sparse_layers),
+    "afmoe": Family(LLAMA, _full, stack="experts"),
+    "solar_open": Family(LLAMA_PARTIAL, _all_rotary),
+    "mellum": Family(frozenset({"rope_parameters"}), _count),
+    "minimax_m2": Family(THETA, _rotary),
+}
+
+#: Types of models whose tensors mlx-lm leaves as they are in files, besides stacked experts: imports from mlx-lm.
+SAME_NAMES: Final = frozenset(
+    (
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3", "phi", "stablelm"),
+        *(
+            "cohere",
+            "cohere2",
+            "starcoder2",
+            "nemotron",
+            "helium",
+            "glm4",
+            "ernie4_5",
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+        ),
+        *("olmoe", "dots1", "glm4_moe", "deepseek_v2"),
+    )
+)
+
+#: Types of models that mlx-lm builds, with other logits than transformers' or another layout of files: the difference.
+WRONG: Final[Mapping[str, str]] = {
+    "deepseek_v32": "its sparse attention differs (0.18 of the largest logit)",
+    "falcon_h1": "it multiplies weights by constants when it reads them, which quantized ones are not",
+    "glm": "it rotates all of each head, not half of it",
+    "jamba": "0.11 of the largest logit",
+    "llama4_text": "it has no experts",
+    "mamba2": "0.5 of the largest logit",
+    "minimax": "its attention is that of minimax_m2",
+    "olmo": "it wants the package ai2-olmo, and other names",
+}

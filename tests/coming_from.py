@@ -1,0 +1,175 @@
+"""The lines of other tools beside qkit's, which test_seeds.py runs. `python tests/coming_from.py` writes docs/coming-from.md."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs/coming-from.md"
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One statement of another tool on training, and the same with qkit.
+
+    Attributes:
+        name: the tool and what it says.
+        theirs, ours: lines of code; `model`, `train` and so on are the user's own.
+        note: what differs.
+    """
+
+    name: str
+    theirs: str
+    ours: str
+    note: str = ""
+
+    def __str__(self):
+        return self.name
+
+
+def lines(code):
+    """How many lines of code a user writes: neither blank lines, nor imports, nor comments."""
+    return sum(bool(line.strip()) and not line.startswith(("#", "import ", "from ")) for line in code.splitlines())
+
+
+def _torchao(config, options, recipe):
+    return Seed(
+        f"torchao: QATConfig over {config}",
+        f"""from torchao.quantization import {config}, quantize_
+from torchao.quantization.qat import QATConfig
+
+base_config = {config}({options})
+quantize_(model, QATConfig(base_config, step="prepare"))
+train(model)
+quantize_(model, QATConfig(base_config, step="convert"))""",
+        f"""import qkit
+
+model = qkit.prepare(model, "{recipe}")
+train(model)
+model = qkit.convert(model)""",
+        "torchao also quantizes the output head; the recipe leaves it in float.",
+    )
+
+
+TORCHAO = [
+    _torchao("Int8DynamicActivationIntxWeightConfig", "", "int8-dynamic-act-int4-weight"),
+    _torchao("Int4WeightOnlyConfig", "group_size=128", "int4-weight-only"),
+    _torchao("Float8DynamicActivationFloat8WeightConfig", "", "float8-dynamic-act-float8-weight"),
+]
+
+
+def _inc(theirs, ours):
+    return Seed(
+        f"Intel Neural Compressor: prepare_qat with {theirs}",
+        f"""from neural_compressor.torch.quantization.quantize import prepare_qat
+
+prepare_qat(model, {{torch.nn.Linear: "{theirs}"}})
+train(model)""",
+        f"""import qkit
+
+model = qkit.prepare(model, "{ours}")
+train(model)""",
+        "Both leave the output head in float. `qkit.convert(model)` and `qkit.save(model, ...)` follow.",
+    )
+
+
+INC = [_inc("MXFP4", "mxfp4"), _inc("MXFP8", "mxfp8")]
+
+
+def _forgather(recipe):
+    return Seed(
+        f"Forgather: qat_recipe = {recipe}",
+        f"""from forgather.ml.trainer import Trainer, TrainingArguments
+
+args = TrainingArguments(output_dir="run", qat_recipe="{recipe}", **options)
+trainer = Trainer(args=args, model_init=model_factory, train_dataset=data)
+trainer.train()
+
+# forgather finalize run out --quantize {recipe}""",
+        f"""from qkit_torchao import QatCallback
+from transformers import Trainer, TrainingArguments
+args = TrainingArguments(output_dir="run", **options)
+trainer = Trainer(args=args, model_init=model_factory, train_dataset=data, callbacks=[QatCallback("{recipe}")])
+trainer.train()""",
+        "Forgather's recipe strings are names of qkit's recipes. To finalize: "
+        '`qkit.convert(trainer.model).save_pretrained("out")`, safetensors that transformers opens.',
+    )
+
+
+FORGATHER = [
+    _forgather(recipe)
+    for recipe in ("int8-dynamic-act-int4-weight", "int4-weight-only", "float8-dynamic-act-float8-weight")
+]
+
+HOOK = Seed(
+    "mlx-lm-lora: the hook of qat_enable, qat_bits and qat_group_size",
+    """from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs, train_sft
+
+args = SFTTrainingArgs(iters=4, batch_size=2, qat_enable=True, qat_bits={bits}, qat_group_size={group})
+train_sft(model, optimizer, data, args=args)""",
+    """import qkit
+from mlx_lm.tuner.trainer import TrainingArgs, train
+model = qkit.prepare(model, "int{bits}-g{group}")
+train(model, optimizer, data, args=TrainingArgs(iters=4, batch_size=2))""",
+    "No layer of MLX has the grid of the hook; its scale rule is `absmax`, as in `int4-g64-absmax`. `qkit.convert(model)` ships "
+    "the grid that was trained. train_sft trains a prepared model, too.",
+)
+
+LOAD = Seed(
+    "mlx-lm-lora: load_in_4bits, load_in_6bits, load_in_8bits, load_in_mxfp4",
+    """from mlx_lm_lora.utils import from_pretrained
+
+lora = {{"rank": 4, "scale": 2.0, "dropout": 0.0}}
+model, tokenizer, _ = from_pretrained(path, lora_config=lora, quantized_load={table})
+train(model)""",
+    """import qkit
+from mlx_lm.tuner.utils import linear_to_lora_layers
+model = qkit.convert(qkit.load(path, backend="mlx"), "{recipe}")
+linear_to_lora_layers(model, 2, {{"rank": 4, "scale": 2.0, "dropout": 0.0}})
+train(model)""",
+    "The adapters are inside of the grid, so that `qkit.merge(model)` merges them into codes without loss.",
+)
+
+SCHEDULE = Seed(
+    "mlx-lm-lora: qat_start_step and qat_interval",
+    "mlx_lm_lora.train --train --model model --data text --qat-enable --qat-bits 4 --qat-start-step 3 --qat-interval 2",
+    "qkit train model out -r int4-g32 --data text.txt --set quantization.start=3 --set quantization.interval=2 --backend mlx",
+    "In transformers' Trainer: `QatCallback(recipe, start=2, interval=2)`.",
+)
+
+BITS = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64)]
+LOADS = {
+    "int4-g64": '{"bits": 4, "group_size": 64}',
+    "int6-g64": '{"bits": 6, "group_size": 64}',
+    "int8-g64": '{"bits": 8, "group_size": 64}',
+    "mxfp4-a16": '{"bits": 4, "group_size": 32, "mode": "mxfp4"}',
+}
+
+
+def page():
+    """The text of docs/coming-from.md."""
+    shown = [
+        *(TORCHAO, INC, FORGATHER),
+        [_filled(HOOK, bits=4, group=64), _filled(LOAD, recipe="int4-g64", table=LOADS["int4-g64"]), SCHEDULE],
+    ]
+    parts = [
+        "# Coming from other tools\n\n"
+        "The first block of each section is the other tool's own, and the second is qkit's. Tests run qkit's blocks: the\n"
+        "loss differs from that of float training, and the codes are those of the last step's weights. This page is written\n"
+        "from the tests (`python tests/coming_from.py`), so that it shows the blocks that run.\n"
+    ]
+    for seed in (one for group in shown for one in group):
+        blocks = [f"```text\n{code}\n```" for code in (seed.theirs, seed.ours)]
+        parts.append(f"## {seed.name}\n\n{blocks[0]}\n\nWith qkit:\n\n{blocks[1]}\n\n{seed.note}\n")
+    return "\n".join(parts)
+
+
+def _filled(seed, **values):
+    return Seed(seed.name, seed.theirs.format(**values), seed.ours.format(**values), seed.note)
+
+
+def filled(seed, **values):
+    """`seed` with `values` in its lines."""
+    return _filled(seed, **values)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,86 @@
+"""README's path to llama.cpp as it stands, up to the server's answer; and llama.cpp's tokens beside the tokenizer's own.
+
+The server is `llama-server` where there is one, else PyPI's packaged build in the environment `llama.cpp` of `$QKIT_READERS`.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qkit.cli.application import application
+
+pytestmark = pytest.mark.readers
+HERE = Path(__file__).parent
+HOME = Path(os.environ.get("QKIT_READERS", ".readers")).absolute()
+README = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+LINES = re.search(r"To llama.cpp, up to an answer:\n\n```console\n(.*?)```", README, re.DOTALL)[1].splitlines()
+TEXTS = [
+    "import os",
+    "def f(x):\n    return x + 1\n",
+    "two  spaces\ttab\n\n\nlines\r\n",
+    "1234567890 3.14159 1,000",
+    "I'm you're WE'LL don't",
+    "naïve café Ωmega Привет 日本語 안녕하세요 العربية हिन्दी",
+    "🚀🔥 👩‍👩‍👧 €£¥ x²+y³=½",
+    "!!!???...---===",
+    "a" * 50,
+]
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gemma3_text"])
+def test_the_path_of_the_readme_ends_in_an_answer(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(HOME / "models" / model)
+    quantize, export, serve, ask = [shlex.split(line.removeprefix("$ "), comments=True) for line in LINES]
+    for words in (quantize, export):
+        done = CliRunner().invoke(application, words[1:])
+        assert done.exit_code == 0, (done.output, done.exception)
+    if not shutil.which(serve[0]):
+        serve[:1] = [str(HOME / "llama.cpp" / "bin" / "python"), str(HERE / "llama_server.py")]
+    server = subprocess.Popen(serve, stdin=subprocess.PIPE)
+    try:
+        answer = answered(ask[1], ask[3])
+        tokens = [tokens_of(ask[1], text) for text in TEXTS]
+    finally:
+        server.stdin.close()
+        server.terminate()
+        server.wait()
+    assert answer["choices"][0]["message"]["content"]
+    assert answer["usage"]["completion_tokens"] > 0
+    assert tokens == [own_tokens(model, text) for text in TEXTS]
+
+
+def answered(address, body):
+    """The answer to a request, when the server is up."""
+    request = urllib.request.Request(f"http://{address}", body.encode(), {"Content-Type": "application/json"})
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return json.load(reply)
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the server does not answer")
+
+
+def tokens_of(address, text):
+    asked = {"content": text, "add_special": True, "parse_special": True}
+    return answered(f"{address.partition('/')[0]}/tokenize", json.dumps(asked))["tokens"]
+
+
+def own_tokens(model, text):
+    """The tokenizer's. llama.cpp puts no space before a text for this Llama, as the export says, so that it has none here."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(HOME / "models" / model)
+    if model != "llama":
+        return tokenizer.encode(text)
+    return tokenizer.encode(tokenizer.bos_token + text, add_special_tokens=False)

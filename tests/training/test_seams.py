@@ -1,0 +1,813 @@
+"""No silent seam: Trainer, peft, mlx-lm and averages of weights around prepared models. Each test is a fault that was found."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from models import CONFIG, TOKENS, build, make, small
+from runs import folder, table
+from typer.testing import CliRunner
+
+import qkit
+from qkit import adapters
+from qkit.artifact.config import read_config
+from qkit.cli.application import application
+from qkit.errors import CoverageWarning, UnchangedWarning
+from qkit.training import run_from_table, train_model
+from qkit.training.text import read_text
+
+torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+
+from qkit_torchao import QatCallback  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+RECIPE = "int2-g64"
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")  # of libraries, not of qkit
+    for text in (
+        ".*pin_memory:UserWarning",
+        ".*:FutureWarning",
+        ".*:DeprecationWarning",
+        ".*use_reentrant:UserWarning",
+        "TorchaoLoraLinear was:UserWarning",
+    )
+]
+
+
+def data():
+    drawn = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in drawn]
+
+
+def trainer(folder, model=None, *, callbacks=(), optimizers=(None, None), model_init=None, rows=None, **options):
+    wishes = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    rows = data() if rows is None else rows
+    more = {"train_dataset": rows, "eval_dataset": rows, "callbacks": list(callbacks), "optimizers": optimizers}
+    return Trainer(model, TrainingArguments(str(folder), **wishes), model_init=model_init, **more)
+
+
+def losses(one):
+    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+
+
+def prepared(model):
+    return [row.path for row in qkit.coverage(model).rows if row.state.startswith("prepared")]
+
+
+def grids(model):
+    return {row.weight for row in qkit.coverage(model).rows if row.weight}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS).long()).logits
+
+
+def lora(model, *, targets=("q_proj", "down_proj"), **options):
+    peft = pytest.importorskip("peft")
+    made = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=list(targets), **options))
+    with torch.no_grad():
+        for name, one in made.named_parameters():
+            if "lora_B" in name:
+                one.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def reference_codes(model):
+    """By path, the codes that the reference gives for the master weights of a prepared model."""
+    engine = qkit.backend("torchao")
+    layers = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
+    return {one.path: qkit.quantize(engine.to_numpy(one.module.weight), one.rule.weight).codes for one in layers}
+
+
+def codes(model, name="torchao"):
+    engine = qkit.backend(name)
+    layers = [layer for layer in engine.layers(model) if layer.stage == "converted"]
+    return {one.path: engine.to_numpy(engine.unpack(one.module).codes) for one in layers}
+
+
+def assert_exact(model, converted):
+    assert converted
+    assert converted.keys() == model.keys()
+    assert sum(int((converted[path] != model[path]).sum()) for path in model) == 0
+
+
+# 1: state belongs to the model
+
+
+def test_a_model_of_model_init_trains_on_the_grid(tmp_path):
+    runs = [
+        trainer(tmp_path, model_init=lambda: build("torchao"), callbacks=some) for some in ([QatCallback(RECIPE)], [])
+    ]
+    for one in runs:
+        one.train()
+    assert prepared(runs[0].model)
+    assert losses(runs[0]) != losses(runs[1])
+
+
+def test_one_callback_prepares_the_models_of_two_trainers(tmp_path):
+    callback = QatCallback(RECIPE)
+    first, second = (trainer(tmp_path, build("torchao"), callbacks=[callback]) for _ in range(2))
+    assert prepared(first.model) == prepared(second.model) != []
+    second.train()
+    assert losses(second)
+
+
+def test_a_callback_with_another_recipe_than_the_model_is_refused(tmp_path):
+    model = qkit.prepare(build("torchao"), RECIPE)
+    with pytest.raises(
+        qkit.StageError, match=r"prepared on int2-g64-signed, and recipe 'int8-row' of the callback says"
+    ):
+        trainer(tmp_path, model, callbacks=[QatCallback("int8-row")])
+    trainer(tmp_path, model, callbacks=[QatCallback(RECIPE)])
+
+
+# 2, 5: mlx-lm
+
+
+def mlx_lora(model, *, dora=False, keys=("self_attn.q_proj", "mlp.down_proj")):
+    utils = pytest.importorskip("mlx_lm.tuner.utils")
+    model.freeze()
+    where = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": list(keys)}
+    utils.linear_to_lora_layers(model, 2, where, use_dora=dora)
+    return model
+
+
+def mlx_run(model):
+    import mlx.core as mx
+
+    return np.array(model(mx.array(TOKENS)))
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("order", ["prepared first", "adapted first"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_mlx_lm_do_not_bypass_the_grid(dora, order, mode):
+    pytest.importorskip("mlx_lm")
+    plain = mlx_lora(small("mlx"), dora=dora)
+    if order == "prepared first":
+        model = mlx_lora(qkit.prepare(small("mlx"), "int2-g32"), dora=dora)
+    else:
+        model = qkit.prepare(mlx_lora(small("mlx"), dora=dora), "int2-g32")
+    bare = qkit.prepare(small("mlx"), "int2-g32")
+    for one in (plain, model, bare):
+        one.train(mode == "training")
+    assert np.abs(mlx_run(model) - mlx_run(plain)).max() > 0.1
+    if not dora or order == "prepared first":  # DoRA takes the lengths of rows from the layer that it is put on
+        np.testing.assert_allclose(mlx_run(model), mlx_run(bare), atol=1e-4)  # B is zero; DoRA divides by a norm
+
+
+def test_dora_of_mlx_lm_is_refused_where_it_would_leave_out_the_grid_of_inputs():
+    with pytest.raises(qkit.StageError, match="would leave out the grids of inputs"):
+        mlx_lora(qkit.prepare(small("mlx"), "int8-dynamic-act-int8-weight"), dora=True)
+
+
+def test_dropout_in_an_adapter_inside_of_a_grid_is_refused():
+    layer = qkit.prepare(small("mlx"), "int4-g32").layers[0].self_attn.q_proj
+    with pytest.raises(qkit.StageError, match=r"dropout is 0\.1"):
+        layer.to_lora(r=4, dropout=0.1)
+
+
+def fused(model):
+    from mlx.utils import tree_unflatten
+
+    model.update_modules(tree_unflatten([(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]))
+    return model
+
+
+@pytest.mark.parametrize("base", ["prepared", "converted"])
+def test_fuse_of_mlx_lm_leaves_lora_on_its_grid(base):
+    pytest.importorskip("mlx_lm")
+    model = qkit.prepare(small("mlx"), "int4-g32")
+    model = mlx_lora(qkit.convert(model) if base == "converted" else model)
+    move(model)
+    count, want = len(grid_rows(model)), qkit.backend("mlx").logits(model, TOKENS)
+    model = fused(model)
+    model = qkit.convert(model) if base == "prepared" else model
+    assert len(grid_rows(model)) == count
+    assert np.array_equal(qkit.backend("mlx").logits(model, TOKENS), want)
+
+
+def move(model):
+    """Gives the factors B of adapters values."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    mx.random.seed(0)
+    names = [(name, x) for name, x in tree_flatten(model.parameters()) if name.endswith("lora_b")]
+    assert names
+    model.update(tree_unflatten([(name, mx.random.normal(x.shape) * 0.05) for name, x in names]))
+
+
+def grid_rows(model):
+    return [row.path for row in qkit.coverage(model).rows if row.weight]
+
+
+def test_layers_that_mlx_lm_fused_into_float_are_an_error(tmp_path):
+    pytest.importorskip("mlx_lm")
+    model = fused(mlx_lora(qkit.prepare(small("mlx"), "int4-g32"), dora=True))
+    with pytest.raises(qkit.StageError, match=r"q_proj was on a grid, and is a plain .*like 3 others"):
+        qkit.convert(model)
+    with pytest.raises(qkit.StageError, match="was on a grid"):
+        qkit.save(model, tmp_path / "out", source=qkit.save(small("mlx"), tmp_path / "model"))
+    qkit.unprepare(model, "*_proj")
+    assert not grid_rows(model)
+
+
+class Rows(list):
+    """A data set as mlx-lm has them."""
+
+    def process(self, row):
+        return row
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+def test_the_trainer_of_mlx_lm_trains_on_the_grid(tmp_path, kind):
+    trainer = pytest.importorskip("mlx_lm.tuner.trainer")
+    optim = pytest.importorskip("mlx.optimizers")
+    engine = qkit.backend("mlx")
+
+    def run(prepare):
+        model = prepare(small("mlx"))
+        model = model if kind == "full" else mlx_lora(model, dora=kind == "dora")
+        np.random.seed(0)  # the loop draws its order from there
+        data = trainer.CacheDataset(Rows([(row.tolist(), 0) for row in TOKENS.repeat(2, axis=0)]))
+        arguments = trainer.TrainingArgs(batch_size=2, iters=4, adapter_file=str(tmp_path / "adapters.safetensors"))
+        seen = []
+        trainer.train(model, optim.Adam(learning_rate=1e-2), data, args=arguments, training_callback=Loss(seen))
+        return model, seen
+
+    class Loss:
+        def __init__(self, seen):
+            self.seen = seen
+
+        def on_train_loss_report(self, info):
+            self.seen.append(info["train_loss"])
+
+        def on_val_loss_report(self, info):
+            pass
+
+    (model, on_grid), (_, plain) = run(lambda one: qkit.prepare(one, "int2-g32")), run(lambda one: one)
+    assert on_grid != plain
+    trained = engine.logits(model, TOKENS)
+    model = model if kind == "full" else qkit.merge(model)
+    layers = [layer for layer in engine.layers(model) if layer.rule]
+    want = {
+        one.path: qkit.quantize(engine.to_numpy(engine.weight(one.module)), one.rule.weight).codes for one in layers
+    }
+    model = qkit.convert(model)
+    assert_exact(want, codes(model, "mlx"))
+    assert np.array_equal(engine.logits(model, TOKENS), trained) == (
+        kind != "dora"
+    )  # DoRA of mlx-lm is beside the grid
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_mlx_lm_are_merged_when_told_to(dora):
+    pytest.importorskip("mlx_lm")
+    model = qkit.prepare(mlx_lora(small("mlx"), dora=dora), "int4-g32")
+    move(model)
+    count = len(grid_rows(model))
+    with pytest.raises(qkit.StageError, match=r"inside of a (Lo|Do)RALinear; call model = qkit.merge"):
+        qkit.convert(model)
+    model = qkit.merge(model)
+    engine = qkit.backend("mlx")
+    masters = {one.path: engine.to_numpy(engine.weight(one.module)) for one in engine.layers(model) if one.rule}
+    rules = {one.path: one.rule.weight for one in engine.layers(model) if one.rule}
+    assert len(masters) == count
+    assert not [path for path in masters if path.endswith(".linear")]
+    want = {path: qkit.quantize(w, rules[path]).codes for path, w in masters.items()}
+    assert_exact(want, codes(qkit.convert(model), "mlx"))
+
+
+# 3, 4, 6: peft
+
+
+def test_peft_around_prepared_layers_is_refused_or_merged(tmp_path):
+    model = lora(qkit.prepare(build("torchao"), RECIPE))
+    weight = model.base_model.model.lm_head.weight.clone()
+    for verb in (qkit.convert, lambda one: qkit.save(one, tmp_path / "out")):
+        with pytest.raises(qkit.StageError, match=r"inside of a lora.Linear; call model = qkit\.merge"):
+            verb(model)
+    assert prepared(model)
+    merged = qkit.merge(model)
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    want = reference_codes(merged)
+    assert_exact(want, codes(qkit.convert(merged)))
+    qkit.save(merged, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(logits(again), logits(merged), atol=1e-4)  # another order of sums
+    assert torch.equal(merged.lm_head.weight, weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_a_recipe_sees_through_peft(options):
+    model = qkit.prepare(lora(build("torchao"), **options), RECIPE)
+    bare = qkit.prepare(build("torchao"), RECIPE)
+    layers = {layer.path: layer for layer in qkit.backend("torchao").layers(model)}
+    assert {layers[path].name for path in prepared(model)} == set(prepared(bare))
+    assert not [path for path in prepared(model) if "lora_" in path or "lm_head" in path]
+    rows = {row.path: row.state for row in qkit.coverage(model).rows}
+    assert [state for path, state in rows.items() if "lora_A" in path] == [
+        "left alone: a part of a lora.Linear, which stays float"
+    ] * 4
+
+
+def test_a_pattern_of_a_recipe_matches_the_path_without_peft():
+    grid = qkit.Grid("int4", 64)
+    recipe = qkit.Recipe("mine", (qkit.Rule(("model.layers.0.*",), weight=grid),))
+    model = qkit.prepare(lora(build("torchao")), recipe)
+    assert len(prepared(model)) == 7
+    assert len(prepared(qkit.prepare(torch.compile(build("torchao")), recipe))) == 7
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_output_heads_stay_float_by_their_role(kind, wrapped):
+    config = transformers.AutoConfig.for_model(**{**CONFIG, "pad_token_id": 0})
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+    model = lora(model, task_type={"SequenceClassification": "SEQ_CLS"}.get(kind)) if wrapped else model
+    model = qkit.prepare(model, RECIPE)
+    assert len(prepared(model)) == 14
+    assert all("layers." in path for path in prepared(model))
+
+
+def test_a_head_by_another_name_stays_float_in_a_directory_too(tmp_path):
+    from qkit.streaming.plan import make_plan
+
+    config = transformers.AutoConfig.for_model(**{**CONFIG, "pad_token_id": 0})
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    rows = {row.path: row.rule for row in make_plan(tmp_path, qkit.recipe(RECIPE)).rows if row.path}
+    assert rows["score"] is None
+    assert rows["model.layers.0.mlp.up_proj"] is not None
+
+
+@pytest.mark.parametrize("method", ["HRA", "SHIRA"])
+def test_methods_of_peft_that_leave_the_grid_out_are_refused_before_the_first_step(tmp_path, method):
+    peft = pytest.importorskip("peft")
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["q_proj"])
+    with pytest.raises(qkit.StageError, match=rf"{method.lower()}\.\w+; qkit cannot see past"):
+        qkit.prepare(peft.get_peft_model(build("torchao"), config), RECIPE)
+    model = peft.get_peft_model(qkit.prepare(build("torchao"), RECIPE), config)
+    with pytest.raises(qkit.StageError, match=r"cannot train: .* or it leaves the grid out"):
+        trainer(tmp_path, model, callbacks=[QatCallback(RECIPE)])
+
+
+@pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "OFT", "IA3", "VERA"])
+def test_adapters_of_peft_do_not_bypass_the_grid(method):
+    peft = pytest.importorskip("peft")
+    more = {"feedforward_modules": ["down_proj"]} if method == "IA3" else {}
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["q_proj", "down_proj"], **more)
+    model = peft.get_peft_model(qkit.prepare(build("torchao"), RECIPE), config)
+    np.testing.assert_allclose(logits(model), logits(qkit.prepare(build("torchao"), RECIPE)), atol=1e-5)
+    merged = qkit.merge(model)
+    assert_exact(reference_codes(merged), codes(qkit.convert(merged)))
+
+
+def test_the_merge_takes_the_trained_copy_of_a_module():
+    model = qkit.prepare(lora(build("torchao"), modules_to_save=["lm_head"]), RECIPE)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save.default.weight.mul_(2)
+    want = logits(model)
+    merged = qkit.merge(model)
+    assert torch.equal(merged.lm_head.weight, build("torchao").lm_head.weight * 2)
+    assert not [name for name, _ in merged.named_parameters() if "modules_to_save" in name or "lora" in name]
+    assert logits(merged).shape == want.shape
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_trl_trains_a_model_that_transformers_opens(tmp_path, adapted):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets", reason="TRL needs datasets")
+    peft = pytest.importorskip("peft")
+    make(tmp_path / "model", "llama", vocab_size=260)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<pad>"})
+    options = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "bf16": False,
+    }
+    options |= {
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    rows = datasets.Dataset.from_list([{"text": f"{i} squared is {i * i}"} for i in range(16)])
+
+    def run(callbacks):
+        one = trl.SFTTrainer(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+            trl.SFTConfig(str(tmp_path / "run"), **options),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(target_modules=["q_proj", "down_proj"]) if adapted else None,
+            callbacks=callbacks,
+        )
+        one.train()
+        return one
+
+    on_grid, plain = run([QatCallback(RECIPE)]), run([])
+    assert losses(on_grid) != losses(plain)
+    model = qkit.merge(on_grid.model) if adapted else on_grid.model
+    assert_exact(reference_codes(model), codes(qkit.convert(model)))
+    out = qkit.save(model.eval(), tmp_path / "out")
+    assert (out / "tokenizer.json").exists()
+    there = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    np.testing.assert_allclose(logits(there), logits(model), atol=1e-3)  # another order of sums
+
+
+def test_a_wrapper_that_qkit_does_not_know_is_refused_by_name():
+    class Patched(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.lora_down = inner, torch.nn.Linear(128, 4, bias=False)
+
+        def forward(self, x):
+            return self.inner(x) + self.lora_down(x).sum()
+
+    before, after = build("torchao"), qkit.prepare(build("torchao"), RECIPE)
+    for model in (before, after):
+        attention = model.model.layers[0].self_attn
+        attention.q_proj = Patched(attention.q_proj)
+    for verb in (lambda: qkit.prepare(before, RECIPE), lambda: qkit.convert(after), lambda: qkit.merge(after)):
+        with pytest.raises(qkit.StageError, match="is inside of a Patched; qkit cannot see past Patched"):
+            verb()
+
+
+def test_a_wrapper_without_usual_names_is_seen_where_a_layer_was_prepared():
+    class Around(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    model = qkit.prepare(build("torchao"), RECIPE)
+    model.model.layers[1].mlp.up_proj = Around(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(qkit.StageError, match=r"up_proj\.inner is inside of a Around"):
+        qkit.convert(model)
+
+
+CONVERTED = ["mxfp4-a16", "int4-g64", "int8-row", "mxfp8-a16", "int2-g64", "nvfp4-a16"]
+
+
+@pytest.mark.parametrize("recipe", CONVERTED)
+def test_peft_on_a_converted_model_is_merged_and_not_dropped(recipe):
+    model = lora(qkit.convert(build("torchao"), recipe))
+    base = codes(qkit.convert(build("torchao"), recipe))
+    merged = qkit.merge(model)
+    changed = [path for path, one in codes(merged).items() if (one != base[path]).any()]
+    assert len(changed) == 4
+    assert type(merged).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("recipe", CONVERTED)
+def test_the_merge_of_peft_itself_into_codes_is_refused(recipe):
+    model = lora(qkit.convert(build("torchao"), recipe))
+    theirs = type(model.base_model.model.model.layers[0].self_attn.q_proj).__name__ == "TorchaoLoraLinear"
+    with pytest.raises(ValueError if theirs else qkit.StageError, match="get_apply" if theirs else r"call qkit\.merge"):
+        model.merge_and_unload()
+
+
+def test_an_adapter_that_nobody_merged_leaves_the_model_unchanged():
+    model = lora(qkit.convert(build("torchao"), "mxfp4-a16"))
+    want = logits(model.eval())
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), want)
+    assert torch.equal(logits(model), want)
+
+
+# 7: learned scales
+
+
+def test_learned_scales_in_the_optimizer_of_the_trainer_are_refused(tmp_path):
+    one = trainer(tmp_path, build("torchao"), callbacks=[QatCallback("mxfp4-a16-learned")], weight_decay=0.1)
+    with pytest.raises(qkit.StageError, match=r"is a learned scale, and the trainer's optimizer .*qkit.adamw"):
+        one.train()
+    late = trainer(tmp_path, build("torchao"))
+    late.add_callback(QatCallback("mxfp4-a16-learned"))
+    with pytest.raises(qkit.StageError, match="leaves it out"):
+        late.train()
+
+
+def test_learned_scales_move_with_the_optimizer_that_the_message_names(tmp_path):
+    model = qkit.prepare(build("torchao"), "mxfp4-a16-learned")
+    before = {name: one.detach().clone() for name, one in model.named_parameters() if name.endswith("weight_offset")}
+    assert before
+    one = trainer(
+        tmp_path, model, callbacks=[QatCallback("mxfp4-a16-learned")], optimizers=(qkit.adamw(model, lr=1e-3), None)
+    )
+    one.train()
+    moved = max(
+        float((x.detach() - before[name]).abs().max()) for name, x in model.named_parameters() if name in before
+    )
+    assert moved > 0.01
+
+
+# 8: evaluation
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"start": 3}, {"windows": [(4, 4)]}, {"ramp": [(3, "int8-g64")]}, {"start": 2, "interval": 2}]
+)
+def test_evaluation_is_on_the_grid_whatever_the_schedule_says(tmp_path, schedule):
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_evaluate(self, *_, model=None, **more):
+            twin = qkit.prepare(build("torchao"), RECIPE)
+            twin.load_state_dict(model.state_dict())
+            seen.append(torch.equal(logits(model.eval()), logits(twin.eval())))
+
+    every = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    callbacks = [QatCallback(RECIPE, **schedule), Watch()]
+    one = trainer(tmp_path, build("torchao"), callbacks=callbacks, **every)
+    one.train()
+    assert seen == [True] * 4
+    assert grids(one.model) == {"int2-g64-signed"}
+
+
+# 9: save_pretrained
+
+
+@pytest.mark.parametrize("recipe", ["int4-g64", "mxfp4-a16", "int8-dynamic-act-int8-weight"])
+def test_save_pretrained_of_a_converted_model_writes_the_artifact(tmp_path, recipe):
+    model = qkit.convert(build("torchao"), recipe).eval()
+    model.save_pretrained(tmp_path / "out")
+    again = qkit.load(tmp_path / "out", backend="torchao").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert_exact(codes(model), codes(again))
+    if not recipe.startswith("mx"):  # compressed-tensors decodes those to bfloat16 alone
+        there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        np.testing.assert_allclose(
+            logits(there), logits(model), atol=1e-3 if "act" not in recipe else 0.2
+        )  # its kernels
+
+
+def test_the_trainer_saves_a_converted_model(tmp_path):
+    model = qkit.convert(build("torchao"), "int4-g64")
+    trainer(tmp_path / "run", model).save_model(str(tmp_path / "out"))
+    assert_exact(codes(model), codes(qkit.load(tmp_path / "out", backend="torchao")))
+
+
+# 11: averages of weights
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recipe", [RECIPE, "int8-dynamic-act-int8-weight", "mxfp4-a16"])
+def test_weights_that_are_copied_in_while_a_model_evaluates_are_seen(recipe, compiled):
+    torch.compiler.reset()
+    model = qkit.prepare(build("torchao"), recipe).eval()
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    logits(run)
+    averages = [one.detach() * 0.5 for one in model.parameters()]
+    before = [one.detach().clone() for one in model.parameters()]
+    for wanted in (averages, before):  # as torch_ema's copy_to and restore, and diffusers'
+        for one, value in zip(model.parameters(), wanted, strict=True):
+            one.data.copy_(value)
+        twin = qkit.prepare(build("torchao"), recipe)
+        twin.load_state_dict(model.state_dict())
+        want = logits(torch.compile(twin.eval(), backend="aot_eager") if compiled else twin.eval())
+        assert torch.equal(logits(run), want)
+
+
+# 12: the share of a model
+
+
+def test_a_recipe_for_less_than_half_of_a_mixture_warns_by_name_and_share():
+    config = transformers.AutoConfig.for_model(
+        "mixtral", vocab_size=256, hidden_size=64, num_hidden_layers=1, intermediate_size=128, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=8,
+    )  # fmt: skip
+    dense = qkit.Recipe("dense", (qkit.Rule(("lm_head",)), qkit.Rule(("*",), weight=qkit.Grid("int4", 64))))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.warns(
+        CoverageWarning, match=r"quantizes 6\.\d% of the weights, and leaves in float model.layers.\*.mlp.experts"
+    ):
+        qkit.prepare(model, dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qkit.prepare(build("torchao"), RECIPE)
+
+
+def test_a_recipe_for_less_than_half_of_a_directory_warns_on_one_line(tmp_path):
+    make(tmp_path / "model", "mixtral", intermediate_size=512)
+    dense = (
+        '[grids.w]\nelement = "int4"\ngroup = 64\n[[rules]]\nmatch = "lm_head"\n[[rules]]\nmatch = "*"\nweight = "w"\n'
+    )
+    (tmp_path / "dense.toml").write_text("schema = 1\n" + dense)
+    command = [
+        sys.executable,
+        "-c",
+        "from qkit.cli import main; main()",
+        "quantize",
+        "model",
+        "out",
+        "-r",
+        "dense.toml",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^warning: recipe 'dense' quantizes \d\.\d% of the weights, and leaves in float .*experts",
+        done.stderr,
+        re.MULTILINE,
+    )
+
+
+# 14: nothing changed
+
+
+def test_training_that_changes_no_code_warns(tmp_path):
+    one = trainer(tmp_path, build("torchao"), callbacks=[QatCallback("int2-g64")], learning_rate=1e-9)
+    with pytest.warns(UnchangedWarning, match=r"changed no code of 14 layers.*now 1e-09"):
+        one.train()
+
+
+# regrid and unprepare
+
+
+def trained(name):
+    model = qkit.prepare(small(name), "int2-g32")
+    return qkit.regrid(model, "int8-g32"), qkit.prepare(small(name), "int8-g32")
+
+
+@pytest.mark.parametrize("name", ["torchao", "mlx"])
+def test_regrid_puts_a_prepared_model_on_another_grid(name):
+    engine = qkit.backend(name)
+    model, want = trained(name)
+    assert np.array_equal(engine.logits(model, TOKENS), engine.logits(want, TOKENS))
+    with pytest.raises(qkit.StageError, match="no layer of this model is prepared"):
+        qkit.regrid(small(name), "int8-g32")
+    with pytest.raises(qkit.RecipeError, match="learns scales"):
+        qkit.regrid(model, "mxfp4-a16-learned")
+
+
+@pytest.mark.parametrize("name", ["torchao", "mlx"])
+@pytest.mark.parametrize("recipe", ["int2-g32", "mxfp4-a16-learned"])
+def test_unprepare_gives_the_float_model_back(name, recipe):
+    engine = qkit.backend(name)
+    model, plain = qkit.unprepare(qkit.prepare(small(name), recipe)), small(name)
+    assert np.array_equal(engine.logits(model, TOKENS), engine.logits(plain, TOKENS))
+    assert engine.tensors(model).keys() == engine.tensors(plain).keys()
+    assert {type(layer.module) for layer in engine.layers(model)} == {
+        type(layer.module) for layer in engine.layers(plain)
+    }
+    qkit.prepare(model, "int4-g32")
+    part = qkit.unprepare(model, "model.layers.0.*")
+    assert len([row for row in qkit.coverage(part).rows if row.state == "prepared"]) == 7
+    with pytest.raises(qkit.StageError, match="no prepared layer matches"):
+        qkit.unprepare(model, "nothing")
+
+
+# the origin of a model
+
+
+def test_save_without_a_source_writes_the_tokenizer_of_a_model_that_knows_it(tmp_path):
+    make(tmp_path / "model", "llama")
+    for number, model in enumerate(
+        (
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+            qkit.load(tmp_path / "model", backend="torchao"),
+            qkit.load(tmp_path / "model", backend="mlx"),
+        )
+    ):
+        out = qkit.save(qkit.convert(model, "int4-g64"), tmp_path / f"out{number}")
+        assert {"config.json", "tokenizer.json", "model.safetensors"} <= {one.name for one in out.iterdir()}
+
+
+def test_save_refuses_a_model_of_mlx_lm_that_does_not_say_where_it_came_from(tmp_path):
+    load = pytest.importorskip("mlx_lm").load
+    make(tmp_path / "model", "llama")
+    model = qkit.convert(load(str(tmp_path / "model"))[0], "int4-g64")
+    with pytest.raises(qkit.ArtifactError, match=r"does not say where it came from.*give source="):
+        qkit.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    qkit.save(model, tmp_path / "out", source=tmp_path / "model")
+    assert (tmp_path / "out/config.json").exists()
+
+
+# 10: files of rows
+
+CHAT = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"it is {i * i}"}] for i in range(40)]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+def chat_model(path, template=TEMPLATE):
+    make(path / "model", "llama")
+    if template:
+        (path / "model/chat_template.jinja").write_text(template)
+    return path / "model"
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def text_of(folder, file):
+    tokens = read_text([str(file)], folder=folder, config=read_config(folder)).tokens
+    return transformers.AutoTokenizer.from_pretrained(folder).decode(tokens)
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_chat_rows_are_trained_on_through_the_template_of_the_model(tmp_path, key):
+    folder = chat_model(tmp_path)
+    file = jsonl(tmp_path / "chat.jsonl", [{key: one} for one in CHAT])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert text_of(folder, file) == "".join(tokenizer.apply_chat_template(one, tokenize=False) for one in CHAT)
+
+
+def test_rows_of_text_are_trained_on_without_their_braces(tmp_path):
+    file = jsonl(tmp_path / "rows.jsonl", [{"text": "one "}, {"text": "two"}])
+    assert text_of(chat_model(tmp_path), file) == "one two"
+    whole = tmp_path / "rows.json"
+    whole.write_text(json.dumps([{"text": "one "}, {"text": "two"}]))
+    assert text_of(tmp_path / "model", whole) == "one two"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "template", "message"),
+    [
+        ("a.jsonl", [{"messages": [{"content": "hello"}]}], TEMPLATE, r"row 1 of .*a message without a role"),
+        ("a.jsonl", [{"messages": CHAT[0]}], None, r"does not write conversations .*put a chat_template\.jinja there"),
+        ("a.jsonl", [{"messages": CHAT[0]}], "{{ raise_exception('no such role') }}", "conversation 1: no such role"),
+        ("a.jsonl", [{"prompt": "2?", "completion": "4"}], TEMPLATE, "has a prompt: qkit train does not read prompts"),
+        ("a.jsonl", [{"prompt": "2?", "chosen": "4", "rejected": "5"}], TEMPLATE, "does not read prompts"),
+        ("a.jsonl", [{"title": "x"}], TEMPLATE, "row 1 of .* has neither text nor messages: it has title"),
+        ("a.jsonl", [{"text": "x"}, {"messages": CHAT[0]}], TEMPLATE, "rows with messages and rows with text"),
+        ("a.jsonl", [{"text": 3}], TEMPLATE, "text is 3: want a string"),
+        ("a.json", [1], TEMPLATE, "rows that are no objects: write one object a line; to train on the JSON itself"),
+        ("a.parquet", [{"text": "x"}], TEMPLATE, "is no text: write its rows as JSON Lines"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused_by_name(tmp_path, name, rows, template, message):
+    folder = chat_model(tmp_path, template)
+    with pytest.raises(qkit.RunError, match=message):
+        text_of(folder, jsonl(tmp_path / name, rows))
+
+
+# 13, 14: on the command line
+
+
+def test_the_merge_says_which_adapters_are_exact(tmp_path):
+    peft = pytest.importorskip("peft")
+    path = folder(tmp_path, "torchao")
+    model = qkit.load(path / "model", backend="torchao")
+    lora(model).save_pretrained(tmp_path / "theirs")
+    assert peft
+    ours = qkit.adapt(
+        qkit.prepare(qkit.load(path / "model", backend="torchao"), "int4-g32"), qkit.Adapter(match=("*_proj",))
+    )
+    adapters.save(ours, tmp_path / "ours")
+    for name in ("ours", "theirs"):
+        arguments = [str(path / "model"), str(tmp_path / name), str(tmp_path / f"out-{name}"), "--recipe", "int4-g32"]
+        done = CliRunner().invoke(application, ["merge", *arguments, "--backend", "torchao"])
+        assert done.exit_code == 0, done.output
+        assert ("the merge moves the loss" in " ".join(done.stderr.split())) == (name == "theirs")
+    said = " ".join(CliRunner().invoke(application, ["merge", "--help"]).output.split())
+    assert "Exact for adapters that qkit trained" in said
+
+
+def test_compare_names_the_master_weights_it_took(tmp_path):
+    path = folder(tmp_path, "torchao")
+    train_model(run_from_table(table(path, backend="torchao")))
+    arguments = [str(path / "model"), "--qat", str(path / "out"), "--data", str(path / "text.txt"), "--windows", "2"]
+    done = CliRunner().invoke(
+        application, ["compare", *arguments, "--length", "16", "--backend", "torchao", "--out", str(tmp_path / "page")]
+    )
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "codes of , " not in said
+    assert "the trained master weights, equal to those of the trained model" in said
+
+
+@pytest.mark.parametrize("name", ["torchao", "mlx"])
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}])
+def test_a_run_that_changes_no_code_warns_and_counts(tmp_path, name, adapter):
+    path = folder(tmp_path, name)
+    run = run_from_table(table(path, backend=name, adapter=adapter, learning_rate=1e-9, steps=2))
+    with pytest.warns(UnchangedWarning, match="changed no code of 14 layers"):
+        outcome = train_model(run)
+    assert (outcome.changed_layers, outcome.quantized_layers) == (0, 14)
+    moved = train_model(run_from_table(table(path, backend=name, out=str(path / "moved"), learning_rate=1e-2)))
+    assert moved.changed_layers == 14

@@ -1,0 +1,252 @@
+"""Every statement of other tools on training holds with qkit, in no more lines; docs/coming-from.md shows these lines."""
+
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import coming_from
+import numpy as np
+import pytest
+from coming_from import BITS, FORGATHER, HOOK, INC, LOAD, LOADS, PAGE, SCHEDULE, TORCHAO, filled, lines
+from models import TOKENS, build, make
+from runs import TEXT, arrays
+from typer.testing import CliRunner
+
+import qkit
+from qkit.cli.application import application
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")  # of libraries, not of qkit
+    for text in (".*pin_memory:UserWarning", ".*:FutureWarning", ".*:DeprecationWarning")
+]
+
+
+def run(code, **names):
+    """The names after the lines of a user."""
+    exec(compile(code, "a user's lines", "exec"), names)
+    return names
+
+
+def masters(name, model):
+    """By path, the codes of the reference for the master weights of a prepared model."""
+    engine = qkit.backend(name)
+    found = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
+    return {one.path: qkit.quantize(engine.to_numpy(engine.weight(one.module)), one.rule.weight).codes for one in found}
+
+
+def differing(name, model, want):
+    """How many codes of a converted model differ from `want`."""
+    engine = qkit.backend(name)
+    found = {one.path: one.module for one in engine.layers(model) if one.stage == "converted"}
+    assert found.keys() == want.keys()
+    assert want
+    return sum(int((engine.to_numpy(engine.unpack(found[path]).codes) != one).sum()) for path, one in want.items())
+
+
+def opened_elsewhere(folder):
+    """The logits of a saved model in transformers."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.from_numpy(TOKENS).long()).logits
+
+
+def torch_train(seen):
+    """A user's loop, which notes its losses and the codes of the reference."""
+    torch = pytest.importorskip("torch")
+
+    def train(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        ids = torch.from_numpy(TOKENS).long()
+        model.train()
+        for _ in range(3):
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.setdefault("losses", []).append(loss.item())
+        seen["codes"] = masters("torchao", model)
+
+    return train
+
+
+def assert_holds(name, seen, plain, model, tmp_path, atol):
+    """Active, exact, and opened without qkit."""
+    assert seen["losses"] != plain["losses"]
+    assert np.isfinite(seen["losses"]).all()
+    assert differing(name, model, seen["codes"]) == 0
+    out = qkit.save(model, tmp_path / "saved")
+    if atol is not None:
+        np.testing.assert_allclose(opened_elsewhere(out), qkit.backend(name).logits(model, TOKENS), atol=atol)
+
+
+#: How far transformers' logits are from ours: its kernels for activations differ, and it decodes MX to bfloat16 alone.
+NEAR = {"int4-weight-only": 1e-3, "int8-dynamic-act-int4-weight": 0.3, "float8-dynamic-act-float8-weight": 0.3}
+
+
+def near(seed):
+    return next((atol for recipe, atol in NEAR.items() if recipe in seed.ours), None)
+
+
+@pytest.mark.parametrize("seed", [*TORCHAO, *INC], ids=str)
+def test_a_loop_of_the_users_own(tmp_path, seed):
+    assert lines(seed.ours) <= lines(seed.theirs)
+    seen, plain = {}, {}
+    torch_train(plain)(build("torchao"))
+    model = run(seed.ours, model=build("torchao"), train=torch_train(seen))["model"]
+    if seed in INC:  # whose lines end with training
+        model = qkit.convert(model)
+    assert_holds("torchao", seen, plain, model, tmp_path, near(seed))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("seed", TORCHAO, ids=str)
+def test_the_lines_of_torchao_are_torchaos(seed):
+    pytest.importorskip("torchao")
+    seen = []
+    code = seed.theirs.rpartition("\n")[0]  # its conversion needs kernels of a GPU
+    run(code, model=build("torchao"), train=lambda model: seen.extend(type(one).__name__ for one in model.modules()))
+    assert "FakeQuantizedLinear" in seen
+
+
+@pytest.mark.parametrize("seed", FORGATHER, ids=str)
+def test_forgathers_recipe_strings_and_its_model_init(tmp_path, monkeypatch, seed):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+    assert lines(seed.ours) <= lines(seed.theirs)
+    monkeypatch.chdir(tmp_path)
+    data = [{"input_ids": row, "labels": row} for row in torch.from_numpy(TOKENS).long()]
+    options = {
+        "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [],
+        "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    given = {"options": options, "model_factory": lambda: build("torchao"), "data": data}
+    plainly = re.sub(r"callbacks=\[.*?\]", "callbacks=[]", seed.ours)
+    trainers = [run(code, **given)["trainer"] for code in (seed.ours, plainly)]
+    seen, plain = ({"losses": [one["loss"] for one in each.state.log_history if "loss" in one]} for each in trainers)
+    seen["codes"] = masters("torchao", trainers[0].model)
+    model = qkit.convert(trainers[0].model)
+    model.save_pretrained("out")
+    assert differing("torchao", qkit.load("out", backend="torchao"), seen["codes"]) == 0
+    assert_holds("torchao", seen, plain, model, tmp_path, near(seed))
+
+
+# MLX
+
+
+class Rows(list):
+    def process(self, row):
+        return row
+
+
+def mlx_names():
+    """What a user of mlx-lm has at hand: an optimizer and data."""
+    trainer = pytest.importorskip("mlx_lm.tuner.trainer")
+    optim = pytest.importorskip("mlx.optimizers")
+    np.random.seed(0)  # the loop draws its order from there
+    rows = Rows([(row.tolist(), 0) for row in TOKENS.repeat(2, axis=0)])
+    return {"optimizer": optim.Adam(learning_rate=1e-2), "data": trainer.CacheDataset(rows)}
+
+
+def opened_by_mlx_lm(folder):
+    """The logits of a saved model in mlx-lm, after `qkit export --to mlx`."""
+    import mlx.core as mx
+
+    done = CliRunner().invoke(application, ["export", str(folder), f"{folder}-mlx", "--to", "mlx"])
+    assert done.exit_code == 0, done.output
+    model, _ = pytest.importorskip("mlx_lm.utils").load_model(Path(f"{folder}-mlx"))
+    return np.array(model(mx.array(TOKENS)).astype(mx.float32))
+
+
+def same_weights(one, other):
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("bits", "group"), BITS)
+def test_the_hook_of_mlx_lm_lora_with_its_bits_and_groups(tmp_path, monkeypatch, bits, group):
+    seed = filled(HOOK, bits=bits, group=group)
+    assert lines(seed.ours) <= lines(seed.theirs)
+    monkeypatch.chdir(tmp_path)  # mlx-lm writes its adapters there
+    model = run(seed.ours, model=build("mlx"), **mlx_names())["model"]
+    plain = run(
+        seed.ours.replace("qkit.prepare(model", "(lambda one, _: one)(model"), model=build("mlx"), **mlx_names()
+    )
+    assert not same_weights(arrays("mlx", model), arrays("mlx", plain["model"]))
+    want = masters("mlx", model)
+    converted = qkit.convert(model)
+    assert differing("mlx", converted, want) == 0
+    out = qkit.save(converted, tmp_path / "out", source=qkit.save(build("mlx"), tmp_path / "float"))
+    np.testing.assert_allclose(
+        opened_by_mlx_lm(out), qkit.backend("mlx").logits(converted, TOKENS), atol=1e-3
+    )  # its kernels
+
+
+@pytest.mark.skipif(not find_spec("mlx_lm_lora"), reason="mlx-lm-lora is not installed")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_trainer_of_mlx_lm_lora_trains_a_prepared_model(tmp_path, monkeypatch, bits):
+    import mlx.core as mx
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 0})  # which a CPU does not have
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: None)
+    theirs = filled(HOOK, bits=bits, group=64).theirs
+    plain = run(theirs.replace("qat_enable=True", "qat_enable=False"), model=build("mlx"), **mlx_names())["model"]
+    code = theirs.replace("qat_enable=True", "qat_enable=False")
+    model = run(code, model=qkit.prepare(build("mlx"), f"int{bits}-g64"), **mlx_names())["model"]
+    assert not same_weights(arrays("mlx", model), arrays("mlx", plain))
+    want = masters("mlx", model)
+    assert differing("mlx", qkit.convert(model), want) == 0
+
+
+@pytest.mark.parametrize("recipe", LOADS)
+def test_adapters_on_a_model_loaded_in_few_bits(tmp_path, monkeypatch, recipe):
+    seed = filled(LOAD, recipe=recipe, table=LOADS[recipe])
+    assert lines(seed.ours) <= lines(seed.theirs)
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "model", "llama")
+    names = mlx_names()
+    trainer = pytest.importorskip("mlx_lm.tuner.trainer")
+    seen = {}
+
+    def train(model):
+        seen["before"] = codes("mlx", model)
+        trainer.train(model, names["optimizer"], names["data"], args=trainer.TrainingArgs(iters=4, batch_size=2))
+
+    model = run(seed.ours, path=str(tmp_path / "model"), train=train)["model"]
+    want = qkit.backend("mlx").logits(model, TOKENS)
+    merged = qkit.merge(model)
+    assert np.array_equal(qkit.backend("mlx").logits(merged, TOKENS), want)
+    after = codes("mlx", merged)
+    assert after.keys() == seen["before"].keys()
+    assert any((after[path] != seen["before"][path]).any() for path in after)
+    out = qkit.save(merged, tmp_path / "out")
+    np.testing.assert_allclose(opened_by_mlx_lm(out), want, atol=2e-2)  # its kernels
+
+
+def codes(name, model):
+    engine = qkit.backend(name)
+    found = [layer for layer in engine.layers(model) if layer.stage == "converted"]
+    return {one.path: engine.to_numpy(engine.unpack(one.module).codes) for one in found}
+
+
+@pytest.mark.parametrize("name", ["torchao", "mlx"])
+def test_the_start_and_the_interval_of_mlx_lm_lora(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    short = " --steps 4 --batch 2 --length 16 --learning-rate 1e-2 --set checkpoint_every=4"
+    done = CliRunner().invoke(
+        application, shlex.split(SCHEDULE.ours.replace("--backend mlx", f"--backend {name}") + short)[1:]
+    )
+    assert done.exit_code == 0, done.output
+    rows = qkit.coverage(qkit.load(tmp_path / "out", backend=name)).rows
+    assert len([row for row in rows if row.weight == "int4-g32-signed"]) == 14
+    assert "0 of 14" not in done.output
+
+
+# the page
+
+
+def test_the_page_is_the_lines_that_run():
+    assert PAGE.read_text(encoding="utf-8") == coming_from.page()
