@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PYTHONHASHSEED = 0
 
-.PHONY: demo test test-all test-families test-size families test-install lint bench recipes clean
+.PHONY: demo test test-all test-families test-size test-readers families test-install lint bench recipes clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkit demo
@@ -23,6 +23,11 @@ test-families: $(VENV)/ready
 # Checkpoints of 50,000 tensors: time and memory.
 test-size: $(VENV)/ready
 	$(BIN)/python -m pytest -m size tests/files/test_size.py
+
+# Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
+test-readers: $(VENV)/ready
+	$(BIN)/python tests/readers/run.py
+	$(BIN)/python -m pytest -m "readers or not readers" tests/readers
 
 families: $(VENV)/ready
 	$(BIN)/python tests/families/write.py

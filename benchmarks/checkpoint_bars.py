@@ -83,7 +83,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in source.iterdir())
         about = {"kernels": native.available(), "bytes": size, "recipe": RECIPE, "shards of the artifact": SHARD}
         report = Report(given.out, packages=("gguf",), about=about)
-        report.command = report.command.replace(f" {given.folder} ", " DIR ")  # without the paths of this machine
+        report.command = report.command.replace(str(given.folder), "DIR")  # without the paths of this machine
         report.machine["load before"] = round(os.getloadavg()[1], 2)
         quantize = qkit("quantize", source, out, "--recipe", RECIPE, "--shard-size", SHARD)
         jobs = {"cp of the model": (["cp", "-r", str(source), str(out)], out), "qkit quantize": (quantize, out)}

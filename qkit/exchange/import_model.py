@@ -16,6 +16,7 @@ from qkit.artifact.mlx_experts import without_stacks
 from qkit.artifact.snapshot import Snapshot, StoredWeight, locating, read_own, stored_weight, take_parts
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
+from qkit.exchange.shared_scales import share_scales
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
 from qkit.experts import expert_of, is_router, paths_of
 from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
@@ -69,8 +70,10 @@ def read_model(folder: str | Path) -> Snapshot:
 def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `source` as an artifact, which `qkit.load` opens, with the same codes and scales.
 
+    Weights on `nvfp4` that servers fuse get one tensor scale; see `share_scales`.
+
     Raises:
-        ArtifactError: see `Output`.
+        ArtifactError: a tensor scale cannot be shared exactly; or see `Output`.
     """
     check_weights_only(source, [path for path, weight in source.weights.items() if weight.unknown])
     for path, weight in source.weights.items():
@@ -79,6 +82,7 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
             compressed_tensors.layout(weight.rule.weight)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from None
+    source = share_scales(source)
     known = source.config or {}
     layers = [layer_of(Slot(name, TYPE_NAMES[a.dtype.name], a.shape), known) for name, a in source.tensors.items()]
     left_alone = [layer.path for layer in layers if isinstance(layer, Layer) and layer.kind == "linear"]

@@ -24,7 +24,7 @@ def mark(name):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", map(mark, FAMILIES))
+@pytest.mark.parametrize("name", [mark(name) for name in FAMILIES])
 def test_an_artifact_opens_equal_or_the_plan_says_that_it_does_not(name, recipe):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -32,6 +32,6 @@ def test_an_artifact_opens_equal_or_the_plan_says_that_it_does_not(name, recipe)
         warned = said(name, recipe)
     assert {reader: cell for reader, cell in cells.items() if cell not in GOOD and reader not in warned} == {}
     stated = known.table()["rows"][name][recipe]
-    assert {reader: cell in GOOD for reader, cell in cells.items()} == {
-        reader: cell in GOOD for reader, cell in stated.items()
-    }, "run tests/families/write.py"
+    assert [
+        reader for reader in cells if stated[reader] in GOOD and cells[reader] not in GOOD
+    ] == []  # as the page says

@@ -150,7 +150,7 @@ def test_scales_are_llm_compressor_s_and_codes_but_for_its_division_in_bfloat16(
     [
         (
             "NVFP4A16",
-            r"down_proj: weight_global_scale is \d+\.\d+: want a power of two from 2\^-116 to 2\^95; qkit holds",
+            r"_proj: weight_global_scale is \d+\.\d+: want a power of two from 2\^-116 to 2\^95; qkit holds",
         ),
         ("W8A8", r"down_proj quantizes its inputs or outputs too, which would be lost: --weights-only"),
         ("FP8_DYNAMIC", r"down_proj quantizes its inputs or outputs too.*--weights-only"),

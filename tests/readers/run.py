@@ -82,7 +82,7 @@ def verdict(row: tuple[str, str, str], answer: dict, law: np.ndarray) -> str:
     """The cell of the table: the difference from the law, the reason for a known refusal, or WRONG and why."""
     reason = READERS[row[2]].closed.get(row[1])
     if row[0] in TIED and row[1] in EMBEDDINGS and row[2].startswith("vLLM"):
-        reason = "a tied head of codes; --untie"
+        reason = "a tied head of codes; `--untie`"
     if "error" in answer:
         return f"refused: {reason}" if reason else f"WRONG: {answer['error']}"
     far = float(np.abs(np.array(answer["logprobs"]) - law).max())

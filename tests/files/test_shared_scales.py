@@ -1,0 +1,48 @@
+"""Artifacts of earlier versions, whose fused weights have tensor scales of their own, get shared ones, exactly or not at all."""
+
+import numpy as np
+import pytest
+from models import build
+
+import qkit
+from qkit import fused
+from qkit.exchange.import_model import read_model, to_artifact
+from qkit.formats.packed import unpack
+
+ENGINE = next(status.name for status in qkit.backends() if status.ready and status.name != "numpy")
+
+
+def earlier(folder, factor):
+    """An artifact whose key projections, `factor` times as large, have tensor scales of their own."""
+    engine, model = qkit.backend(ENGINE), build(ENGINE)
+    tensors = {name: engine.to_numpy(tensor).copy() for name, tensor in engine.tensors(model).items()}
+    engine.fill(model, {name: w * np.float32(factor if "k_proj" in name else 1) for name, w in tensors.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "shares", lambda grid: False)
+        qkit.save(qkit.convert(model, "nvfp4-a16"), folder)
+    return folder
+
+
+def scales(snapshot):
+    return {path: float(weight.read().tensor_scale) for path, weight in snapshot.weights.items()}
+
+
+def test_powers_of_two_move_into_block_scales(tmp_path):
+    old = read_model(earlier(tmp_path / "old", 2.0**-4))
+    to_artifact(old, tmp_path / "new")
+    new = read_model(tmp_path / "new")
+    groups = fused.groups(new.weights)
+    assert len(groups) == 4
+    assert any(len({scales(old)[path] for path in group}) > 1 for group in groups)
+    assert all(len({scales(new)[path] for path in group}) == 1 for group in groups)
+    for path, weight in new.weights.items():
+        before, after = (unpack(one.read()) for one in (old.weights[path], weight))
+        assert (before.codes == after.codes).all()
+        assert (qkit.dequantize(before) == qkit.dequantize(after)).all()
+
+
+def test_scales_that_would_lose_bits_are_refused_by_name_before_anything_is_written(tmp_path):
+    old = read_model(earlier(tmp_path / "old", 2.0**-18))
+    with pytest.raises(qkit.ArtifactError, match=r"k_proj: \d+ block scales are no e4m3 under the tensor scale"):
+        to_artifact(old, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
