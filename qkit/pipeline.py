@@ -199,6 +199,11 @@ def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str,
         )
     tensors = engine.tensors(model)
     prefix = f"{layer.path}." if layer.path else ""
+    if layer.kind == "experts":
+        from qkit.expert_inputs import INPUTS, static_experts
+
+        seen = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in INPUTS}
+        return static_experts(rule, seen, path=layer.path)
     ranges = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in names}
     return static_scales(rule, ranges, path=layer.path)
 

@@ -36,10 +36,11 @@ def disabled(model: Any, match: str = "*", *, backend: str | Arrays | None = Non
 
 
 @contextmanager
-def calibrating(model: Any, *, backend: str | Arrays | None = None) -> Iterator[None]:
+def calibrating(model: Any, *, all_experts: bool = False, backend: str | Arrays | None = None) -> Iterator[None]:
     """Clears the static activation ranges of the prepared model, and records new ones inside the block.
 
-    Run representative data through `model` there. Its weights are quantized, its activations not yet.
+    Run representative data through `model` there. Its weights are quantized, its activations not yet. `all_experts` shows every
+    token to every expert of a mixture, for its ranges alone: outputs stay those of the experts that the router chose.
 
     Raises:
         StageError: no prepared layer has a static range, or the model is being calibrated already.
@@ -49,6 +50,8 @@ def calibrating(model: Any, *, backend: str | Arrays | None = None) -> Iterator[
         if layer.mode == "calibrating":
             raise StageError(f"{layer.path} is being calibrated already: one block of qkit.calibrating at a time")
         engine.clear_ranges(layer.module)
+        if layer.kind == "experts":
+            layer.module.all_experts = all_experts
     with _switched(model, "calibrating", _static, "has a static range to calibrate", backend):
         yield
 

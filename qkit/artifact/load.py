@@ -75,8 +75,8 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
             rule = Rule(("*",), kind=kind_of(layer), weight=taken[layer.tied].rule.weight)
             packed[path] = engine.pack(layer.module, taken[layer.tied].q, rule, owner=packed[layer.tied])
         elif path in mixed:
-            q, rule = mixed[path]
-            packed[path] = require(engine, Mixes).pack_experts(layer.module, q, rule)
+            q, rule, static = mixed[path]
+            packed[path] = require(engine, Mixes).pack_experts(layer.module, q, rule, static=static)
         elif path in taken:
             packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
     return engine.replace(model, packed)

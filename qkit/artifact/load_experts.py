@@ -13,9 +13,11 @@ from qkit.engines.layer import Layer
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Modules
 from qkit.errors import ArtifactError, GridError
+from qkit.expert_inputs import name_of
 from qkit.experts import Codes, blocks_of, module_name
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
+from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
 
 Arrays = dict[str, NDArray[Any]]
@@ -28,13 +30,13 @@ def take_experts(
     layers: Mapping[str, Layer],
     rules: Sequence[StoredRule],
     config: Mapping[str, Any] | None,
-) -> dict[str, tuple[Codes, Rule]]:
+) -> dict[str, tuple[Codes, Rule, Arrays]]:
     """The codes and the rule of every block of quantized experts, by the path of its layer. Removes their tensors from `arrays`.
 
     Raises:
         ArtifactError: the model has no such experts, or some of them are missing or not sound.
     """
-    out: dict[str, tuple[Codes, Rule]] = {}
+    out: dict[str, tuple[Codes, Rule, Arrays]] = {}
     for one in rules:
         if one.rule.kind != "experts":
             continue
@@ -47,7 +49,7 @@ def take_experts(
             for name, shape in layer.projections.items():
                 for number in range(shape[0]):
                     codes[name].append(_take(folder, arrays, places[number, name], one, shape[1:]))
-            out[block] = codes, one.rule
+            out[block] = codes, one.rule, _static(folder, arrays, layer, places, one.rule)
     return out
 
 
@@ -89,6 +91,23 @@ def _layer(folder: Path, layers: Mapping[str, Layer], block: str, places: Mappin
         which = "missing in the files" if differing[0] in wanted else "not in the model"
         raise ArtifactError(f"{folder}: {block}.{number}.{name} is {which}")
     return layer
+
+
+def _static(folder: Path, arrays: Arrays, layer: Layer, places: Mapping[Place, str], rule: Rule) -> Arrays:
+    """The static scales of all experts, by the names of `static_names`. Removes them from `arrays`."""
+    found: dict[str, dict[int, NDArray[Any]]] = {}
+    for (number, projection), path in sorted(places.items()):
+        stored = {name: arrays.pop(join(path, name), None) for name in static_contents(rule)}
+        try:
+            checked = check_static(stored, rule)
+        except ArtifactError as error:
+            raise ArtifactError(f"{folder}: {path}: {error}") from None
+        for name, array in checked.items():
+            before = found.setdefault(name_of(name, projection), {}).setdefault(number, array)
+            if not np.array_equal(before, array):
+                raise ArtifactError(f"{folder}: {path}: {name} of gate and up differ, and they have one input")
+    count = layer.shape[0]
+    return {name: np.concatenate([one[number] for number in range(count)]) for name, one in found.items()}
 
 
 def _take(folder: Path, arrays: Arrays, path: str, stored: StoredRule, shape: tuple[int, ...]) -> Any:

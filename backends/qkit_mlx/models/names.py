@@ -110,10 +110,15 @@ def _sanitized(arrays: Arrays, model: Any, blocks: Mapping[str, Layer]) -> dict[
                 if projection in member.projections:
                     each = [member.matrix(stacked, expert, projection) for expert in range(member.count)]  # type: ignore[arg-type]
                     stacks[own] = mx.stack(each)  # type: ignore[arg-type]  # a matrix is a slice of whatever array
-    paths = (path for block in blocks.values() for path in paths_of(block.path, block.projections, config).values())
-    absent = {f"{path}.weight": mx.zeros((1, 1)) for path in paths if f"{path}.weight" not in rest}
+    absent: dict[str, mx.array] = {}
+    dropped: set[str] = set()
+    for block in blocks.values():
+        names = [f"{path}.weight" for path in paths_of(block.path, block.projections, config).values()]
+        if not any(name in rest for name in names):
+            absent.update({name: mx.zeros((1, 1)) for name in names})
+            dropped |= set(block.stored)
     made = model.sanitize({**_split_biases(rest), **absent})
-    return {name: array for name, array in made.items() if name not in known and name not in absent} | stacks
+    return {name: array for name, array in made.items() if name not in dropped and name not in absent} | stacks
 
 
 def _entries(stored: Arrays, model: Any) -> list[Entry]:

@@ -11,15 +11,18 @@ from qkit.engines.kept import Store
 from qkit.engines.layer import Mode
 from qkit.errors import BackendError
 from qkit.grid import Grid
-from qkit.rules import Rule, Ste
+from qkit.rules import Rule
+from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import identity
 from qkit_torchao.cache.identity import KeptOfTensor
-from qkit_torchao.layers import sharded, straight_through
-from qkit_torchao.layers.become import become
+from qkit_torchao.layers import sharded, slots, straight_through
+from qkit_torchao.layers.become import apply_but_keep, become
+from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, ranges_of
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.prepared import cannot_cache
+from qkit_torchao.layers.stack_gradients import stacked, with_gradient
 from qkit_torchao.layers.stacks import Stack, stacks_of
-from qkit_torchao.torch_private import apply, parameter, remove_buffers
+from qkit_torchao.torch_private import parameter, remove_buffers
 
 _values: Store[KeptOfTensor[Tensor]] = Store()
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}  #: those that `class_of` made
@@ -48,6 +51,8 @@ class Experts(nn.Module):
             raise self._computed_elsewhere()
         if self.rule.activation is None or self._is_off():
             return super().forward(*inputs, **named)
+        if self.rule.range != "dynamic":
+            return self._one_by_one(*inputs, **named)
         if inputs:
             inputs = (self._on_grid(inputs[0]), *inputs[1:])
         else:
@@ -65,7 +70,8 @@ class Experts(nn.Module):
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         """The input of the down projection, on the grid of the inputs."""
         made: Tensor = super()._apply_gate(gate_up)  # type: ignore[misc]
-        return made if self.rule.activation is None or self._is_off() else self._on_grid(made)
+        dynamic = self.rule.activation is not None and self.rule.range == "dynamic"
+        return self._on_grid(made) if dynamic and not self._is_off() else made
 
     def _on_grid(self, x: Tensor) -> Tensor:
         assert self.rule.activation is not None
@@ -85,14 +91,25 @@ class Experts(nn.Module):
         up, down = (getattr(self, stack.name) for stack in self.stacks)
         biases = [getattr(self, f"{stack.name}_bias", None) for stack in self.stacks]
         norm, out = getattr(self, "post_expert_norm", None), torch.zeros_like(x)
+        every = self._routes_all()
         for expert in range(self.stacks[0].shape[0]):
             token, place = torch.where(chosen == expert)
-            if token.numel():
-                y = self._apply_gate(self._multiply(x[token], up[expert], biases[0], expert))
-                y = self._multiply(y, down[expert], biases[1], expert)
+            if token.numel() or every:
+                y = self.on_range(x if every else x[token], "up_input", expert)
+                y = self._apply_gate(self._multiply(y, up[expert], biases[0], expert))
+                y = self.on_range(y, "down_input", expert)
+                y = self._multiply(y[token] if every else y, down[expert], biases[1], expert)
                 y = y if norm is None else norm(y)
                 out.index_add_(0, token, (y * weights[token, place, None]).to(out.dtype))
         return out
+
+    def on_range(self, x: Tensor, name: str, expert: int) -> Tensor:
+        """An input of one expert on its static grid; `x` itself where there is none."""
+        raise NotImplementedError
+
+    def _routes_all(self) -> bool:
+        """Whether every expert sees every token, for its ranges alone."""
+        return False
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
         y = x @ (weight if self.stacks[0].transposed else weight.t())
@@ -135,6 +152,12 @@ class FakeExperts(Experts):
         if self.frozen:
             self._each(KeptOfTensor.thaw if mode == "off" else KeptOfTensor.freeze)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        """As any module; a float model's checkpoint has no ranges, and leaves them as they are."""
+        for name in ranges_of(self.rule):
+            state_dict.setdefault(f"{prefix}{name}", self.get_buffer(name))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
     def freeze_values(self, on: bool) -> None:
         """See `Trains.freeze_values`."""
         if on and (sharded.is_managed(self) or any(cannot_cache(w) for w in self._weights())):
@@ -150,7 +173,21 @@ class FakeExperts(Experts):
         self._each(KeptOfTensor.freeze if self.frozen and self.mode != "off" else KeptOfTensor.thaw)
 
     def clear_ranges(self) -> None:
-        """See `Modules.clear_ranges`; experts have none."""
+        """See `Modules.clear_ranges`."""
+        for name in ranges_of(self.rule):
+            buffer = self.get_buffer(name)
+            buffer.copy_(torch.tensor(ranges.EMPTY).expand_as(buffer))
+
+    def on_range(self, x: Tensor, name: str, expert: int) -> Tensor:
+        """See `Experts.on_range`; while the experts calibrate, their ranges widen."""
+        grid, rule = self.rule.activation, self.rule
+        if rule.range == "dynamic" or grid is None:
+            return x
+        static = slots.seen_scales(OneExpert(self, expert), x, name, grid)
+        return x if self.calibrating else straight_through.fake_quantize(x, grid, ste=rule.ste, **static)
+
+    def _routes_all(self) -> bool:
+        return self.calibrating and getattr(self, "all_experts", False)
 
     def values_of(self, stack: Stack) -> Tensor:
         """The values of the parameter of `stack`, shaped and laid out as it is."""
@@ -159,12 +196,12 @@ class FakeExperts(Experts):
             raise self._computed_elsewhere()
         assert grid is not None
         if torch.compiler.is_compiling():
-            return torch.where(self.gate, _stacked(weight, None, stack, grid, ste), weight)
+            return torch.where(self.gate, stacked(weight, None, stack, grid, ste), weight)
         if self.mode == "off":
             return weight
         if sharded.is_managed(self) or cannot_cache(weight) or (self.frozen and not self.training):
-            return _with_gradient(weight, stack.values(weight.detach(), grid), stack, grid, ste)
-        return _with_gradient(weight, self._cached(weight, stack, grid), stack, grid, ste)
+            return with_gradient(weight, stack.values(weight.detach(), grid), stack, grid, ste)
+        return with_gradient(weight, self._cached(weight, stack, grid), stack, grid, ste)
 
     def _cached(self, weight: Tensor, stack: Stack, grid: Grid) -> Tensor:
         kept, stamp = _kept(weight), (grid, *identity.state(weight))
@@ -185,7 +222,7 @@ class FakeExperts(Experts):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module; the gate is that of the new device."""
-        apply(self, fn, recurse)
+        apply_but_keep(self, fn, recurse, list(ranges_of(self.rule)))
         self.gate = gate(self.gate.device, on=self.mode != "off")
         return self
 
@@ -200,35 +237,19 @@ def prepare_experts(module: nn.Module, rule: Rule) -> FakeExperts:
     weight = parameter(layer, "down_proj")
     assert weight is not None
     layer.register_buffer("gate", gate(weight.device, on=True), persistent=False)
+    for name in ranges_of(rule):
+        empty = torch.tensor(ranges.EMPTY, device=weight.device)
+        layer.register_buffer(name, empty.repeat(stacks[0].shape[0], 1))
     return layer
 
 
 def restore_experts(layer: FakeExperts) -> nn.Module:
     """The module that `prepare_experts` was given, with the same parameters."""
     plain: nn.Module = become(layer, layer.base)
-    for name in ("rule", "stacks", "mode", "calibrating", "frozen"):
+    for name in ("rule", "stacks", "mode", "calibrating", "frozen", "all_experts"):
         plain.__dict__.pop(name, None)
-    remove_buffers(plain, "gate")
+    remove_buffers(plain, "gate", *ranges_of(layer.rule))
     return plain
-
-
-def check_activation(module: nn.Module, rule: Rule) -> None:
-    """Refuses an activation grid for experts whose inputs this engine does not reach.
-
-    Raises:
-        BackendError: the message names their class.
-    """
-    gated = hasattr(getattr(module, "base", type(module)), "_apply_gate") and getattr(module, "has_gate", False)
-    if rule.activation is not None and not gated:
-        raise BackendError(
-            f"{type(module).__name__} shows no input of its down projection, so that its experts take no activation grid: give "
-            "them a rule of kind experts without one"
-        )
-    if rule.range != "dynamic":
-        raise BackendError(
-            f"the range of the inputs of experts is {rule.range!r}, and only dynamic ones are there for experts: give them a "
-            "rule of kind experts with another range, or none"
-        )
 
 
 def class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> Any:
@@ -259,34 +280,3 @@ def _again(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -
 
 def _kept(weight: Tensor) -> KeptOfTensor[Tensor]:
     return _values.of(weight) or KeptOfTensor(weight, _values)
-
-
-def _with_gradient(weight: Tensor, values: Tensor, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
-    """`values`, with the gradient of `weight` straight through, masked where `ste` says so."""
-    if ste == "identity":
-        return straight_through.values_view(weight, values, grid, ste=ste)
-    return _stacked(weight, values, stack, grid, ste)
-
-
-def _stacked(weight: Tensor, values: Tensor | None, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
-    result: Tensor = _Stacked.apply(weight, values, stack, grid, ste)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Stacked(torch.autograd.Function):
-    """Forward: the values of a stack. Backward: the gradient as it comes, or masked."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor | None, stack: Stack, grid: Grid, ste: Ste) -> Tensor:
-        ctx.stack, ctx.grid, ctx.ste = stack, grid, ste
-        if ste == "masked":
-            ctx.save_for_backward(weight)
-        return stack.values(weight, grid) if values is None else values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
-        if ctx.ste == "masked":
-            (weight,) = ctx.saved_tensors
-            gradient = straight_through.masked(gradient, ctx.stack.unclipped(weight, ctx.grid))
-        return gradient, None, None, None, None

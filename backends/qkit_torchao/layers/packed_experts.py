@@ -7,14 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkit.expert_inputs import static_names
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import bit_streams, rounding
 from qkit_torchao.kernels import choose
+from qkit_torchao.layers import straight_through
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import Execution
-from qkit_torchao.layers.experts import Experts, check_activation, class_of
+from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, ranges_of
+from qkit_torchao.layers.experts import Experts, class_of
+from qkit_torchao.layers.slots import static_scales
 from qkit_torchao.layers.stacks import Stack, stacks_of
 from qkit_torchao.torch_private import remove_buffers, remove_parameters
 
@@ -48,6 +52,13 @@ class PackedExperts(Experts):
         with torch.no_grad():
             return stack.join(choose.dequantize(self.quantized(name, expert)) for name in stack.projections)
 
+    def on_range(self, x: Tensor, name: str, expert: int) -> Tensor:
+        """See `Experts.on_range`."""
+        grid = self.rule.activation
+        if self.rule.range == "dynamic" or grid is None:
+            return x
+        return straight_through.fake_quantize(x, grid, **static_scales(OneExpert(self, expert), name, grid))
+
     def _parts(self, grid: Grid) -> tuple[str, ...]:
         more = {"zeros": not grid.symmetric, "tensor_scale": grid.scale == "nvfp4"}
         return tuple(name for name in PARTS if more.get(name, True))
@@ -57,6 +68,7 @@ class PackedExperts(Experts):
         grid = self.rule.weight
         assert grid is not None
         names = [f"{name}_{part}" for stack in self.stacks for name in stack.projections for part in self._parts(grid)]
+        names += static_names(self.rule)
         device = self.get_buffer(names[0]).device
         self.dtype = dtype_of(fn(torch.zeros((), dtype=rounding.DTYPE[self.dtype], device=device)))
         apply_but_keep(self, fn, recurse, names)
@@ -131,14 +143,18 @@ class Decoded:
         return function(*whole, **{key: one.whole() if isinstance(one, cls) else one for key, one in named.items()})
 
 
-def pack_experts(module: nn.Module, q: Mapping[str, Sequence[QTensor[Tensor]]], rule: Rule) -> PackedExperts:
+def pack_experts(
+    module: nn.Module, q: Mapping[str, Sequence[QTensor[Tensor]]], rule: Rule, static: Mapping[str, Tensor]
+) -> PackedExperts:
     """The deployed form of a module of experts, float or prepared; see `Mixes.pack_experts`."""
     stacks, base = stacks_of(module), getattr(module, "base", type(module))
     check_activation(module, rule)
     layer: PackedExperts = become(module, class_of(PackedExperts, base, tuple(stack.name for stack in stacks)))
-    for name in ("mode", "calibrating", "frozen"):
+    for name in ("mode", "calibrating", "frozen", "all_experts"):
         layer.__dict__.pop(name, None)
-    remove_buffers(layer, "gate")
+    remove_buffers(layer, "gate", *ranges_of(rule))
+    for name, scale in static.items():
+        layer.register_buffer(name, scale)
     remove_parameters(layer, *(stack.name for stack in stacks))
     assert rule.weight is not None
     layer.rule, layer.stacks, layer.execution = rule, stacks, EXECUTION

@@ -53,9 +53,13 @@ def save_as_artifact(model: Any, engine: Modules) -> None:
     before = getattr(model, "hf_quantizer", None)
     converted = any(layer.stage == "converted" for layer in engine.layers(model))
     if converted and before is None:
-        model.hf_quantizer = own(engine)
+        model.hf_quantizer = _quantizer(engine)
     elif not converted and isinstance(before, own):
         del model.hf_quantizer
+
+
+def _quantizer(engine: Modules) -> Any:
+    return _quantizer_class()(engine)
 
 
 @cache
@@ -68,6 +72,9 @@ def _quantizer_class() -> Any:
         def __init__(self, engine: Modules) -> None:
             self.engine, self.pre_quantized = engine, True
             self.quantization_config: Any = None
+
+        def __reduce__(self) -> Any:
+            return _quantizer, (self.engine,)  # no module names the class
 
         def is_serializable(self) -> bool:
             return True

@@ -53,7 +53,9 @@ class Mixtures:
         def place(one: QTensor[Any]) -> QTensor[Tensor]:
             return one.map(lambda array: self.tensor_of(array).to(device))
 
-        return packed_experts.pack_experts(module, {name: list(map(place, each)) for name, each in q.items()}, rule)
+        placed = {name: list(map(place, each)) for name, each in q.items()}
+        scales = {name: self.tensor_of(array).to(device) for name, array in static.items()}
+        return packed_experts.pack_experts(module, placed, rule, scales)
 
     def unpack_experts(self, module: Any) -> dict[str, list[QTensor[Tensor]]]:
         """See `Mixes.unpack_experts`."""

@@ -1,0 +1,57 @@
+"""Mixtures of experts train on MLX: they resume to the same bytes, and adapters beside the experts merge without loss."""
+
+import numpy as np
+import pytest
+from models import make
+from runs import LENGTH, TEXT, TOKENS, losses, same_run, stopping, table
+
+import qkit
+from qkit.training import run_from_table, train_model
+
+pytest.importorskip("mlx_lm")
+pytest.importorskip("transformers")
+
+BE = qkit.backend("mlx")
+FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+
+
+def settings(path, family, **changes):
+    make(path / "model", family)
+    (path / "text.txt").write_text(TEXT)
+    return {**table(path, backend="mlx", steps=4, checkpoint_every=2, length=LENGTH), **changes}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_resumes_to_the_same_bytes_and_its_output_has_quantized_experts(family, tmp_path):
+    run = settings(tmp_path, family)
+    with stopping(2) as tell:
+        train_model(run_from_table(run), tell=tell)
+    train_model(run_from_table(run))
+    train_model(run_from_table({**run, "out": str(tmp_path / "whole")}))
+    assert same_run(tmp_path / "out", tmp_path / "whole")
+    found = losses(tmp_path / "out")
+    assert found[-1] < found[0]
+    rows = qkit.coverage(qkit.load(tmp_path / "out", backend="mlx")).rows
+    assert next(row.weight for row in rows if row.kind == "experts") == "int4-g32-signed"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_beside_experts_merge_without_loss(family, tmp_path):
+    model = qkit.prepare(qkit.load(make(tmp_path / "model", family), backend="mlx"), "int4-g32")
+    adapted = qkit.adapt(model, qkit.Adapter(rank=4, match=("*.q_proj", "*.q_a_proj", "*.o_proj"), seed=3))
+    before = BE.logits(adapted, TOKENS[:, :-1])
+    for layer in BE.layers(adapted):
+        if layer.adapter:
+            layer.module.lora_b = layer.module.lora_b + 0.02
+    trained = BE.logits(adapted, TOKENS[:, :-1])
+    assert not np.array_equal(trained, before)
+    merged = qkit.merge(adapted)
+    assert np.array_equal(BE.logits(merged, TOKENS[:, :-1]), trained)
+    assert np.array_equal(BE.logits(qkit.convert(merged), TOKENS[:, :-1]), trained)
+
+
+def test_adapters_on_experts_and_on_kv_b_proj_are_refused_by_name(tmp_path):
+    model = qkit.prepare(qkit.load(make(tmp_path / "model", "deepseek_v3"), backend="mlx"), "int4-g32")
+    for pattern in ("*.experts", "*.kv_b_proj"):
+        with pytest.raises(qkit.QkitError, match=r"experts|kv_b_proj"):
+            qkit.adapt(model, qkit.Adapter(rank=4, match=(pattern,)))
