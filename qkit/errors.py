@@ -57,5 +57,9 @@ class CoverageWarning(UserWarning):
     """A recipe that leaves more than half of a model's weights in float."""
 
 
+class CutWarning(UserWarning):
+    """Rows of data that are longer than a sequence, and lose their ends."""
+
+
 class UnchangedWarning(UserWarning):
     """A training run that changed no code: the quantized model is the one that it began with."""

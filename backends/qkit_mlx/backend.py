@@ -237,9 +237,9 @@ class MlxBackend(Elsewhere, Mixtures):
             raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
         return huggingface.build(config)
 
-    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
         """See `Builds.loss`."""
-        return trainer.loss(model, tokens)
+        return trainer.loss(model, tokens, mask=mask)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Builds.logits`."""

@@ -241,9 +241,9 @@ class TorchaoBackend(Elsewhere, Mixtures):
 
         return huggingface.build(config).to(self.device)
 
-    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
         """See `Builds.loss`."""
-        return trainer.loss(model, tokens)
+        return trainer.loss(model, tokens, mask=mask)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Builds.logits`."""

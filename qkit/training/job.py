@@ -237,7 +237,9 @@ def _finish(
             model = pipeline.convert(model, backend=engine)
         difference = float(np.abs(engine.logits(model, few) - before).max())
     _save(run, engine, model, log.file.with_name("again"), dtype=dtype)
-    saved = engine.loss(load(run.out, backend=engine), unseen.all) if len(unseen) else None
+    saved = (
+        engine.loss(load(run.out, backend=engine), unseen.all, mask=unseen.mask(unseen.chosen)) if len(unseen) else None
+    )
     events = read_log(log.file)
     losses = [event["loss"] for event in events if event["event"] == "step"]
     held_out = [event["loss"] for event in events if event["event"] == "evaluation"]
@@ -271,7 +273,7 @@ def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) ->
 
 def _held_out(engine: Trains, model: Any, unseen: Sequences) -> float:
     with _on(engine, model):
-        return engine.loss(model, unseen.all)
+        return engine.loss(model, unseen.all, mask=unseen.mask(unseen.chosen))
 
 
 @contextmanager
