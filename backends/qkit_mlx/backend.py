@@ -28,9 +28,10 @@ from qkit_mlx.models.elsewhere import Elsewhere
 from qkit_mlx.models.mixtures import Mixtures
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
+from qkit_mlx.training.tuning import Tuning
 
 
-class MlxBackend(Elsewhere, Mixtures):
+class MlxBackend(Elsewhere, Mixtures, Tuning):
     """MLX: Apple silicon, and CPUs anywhere."""
 
     name = "mlx"

@@ -28,9 +28,10 @@ from qkit_torchao.models.elsewhere import Elsewhere
 from qkit_torchao.models.mixtures import Mixtures
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
+from qkit_torchao.training.tuning import Tuning
 
 
-class TorchaoBackend(Elsewhere, Mixtures):
+class TorchaoBackend(Elsewhere, Mixtures, Tuning):
     """torch on CPU or CUDA; converted layers hold torchao's tensors."""
 
     name = "torchao"

@@ -45,6 +45,12 @@ def train(
         ),
     ] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="Data to measure on. Left out: some of the data.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="sft, dpo or orpo: by TRL on torch, and by mlx-lm-lora on MLX. Left out: the next token, by qkit."
+        ),
+    ] = None,
     loss_on: Annotated[
         str | None,
         typer.Option(help="completions or all. Left out: completions for rows with prompts, else all."),
@@ -97,6 +103,7 @@ def train(
         "skip_indivisible": skip_indivisible or None,
         "data": data,
         "held_out": held_out,
+        "method": method,
         "loss_on": loss_on,
         "chat": chat,
         "packing": packing,

@@ -1,7 +1,7 @@
 """The inputs of a run: its engine, its text and its teacher; and a file of a teacher's logits for later runs."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from qkit.training.data import Sequences, padded, sequences, split
 from qkit.training.run import Run
 from qkit.training.teacher import Tick, check_absent, write_top
 from qkit.training.text import Text, find, read_text
+
+Tell = Callable[[Mapping[str, Any]], None]  #: takes each event of the log, as plain values
 
 
 def check_files(run: Run) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from qkit.adapters.adapter import Adapter, adapter_from_table
 from qkit.engines.trainer import OFFSET_RATE, Distillation
+from qkit.engines.tuning import METHODS, Method
 from qkit.errors import QkitError, RunError
 from qkit.intake import check_values, read_text
 from qkit.training.rates import SHAPES, Shape
@@ -33,6 +34,9 @@ class Run:
     Attributes:
         model: a Hugging Face directory, float or quantized. Training of a quantized one starts from its values.
         out: the directory of the artifact. Checkpoints and the log go beside it, into `OUT.run`.
+        method: `sft`, `dpo` or `orpo`: TRL carries out the steps on torch, and mlx-lm-lora on MLX. None: qkit does, on the next
+            token.
+        beta: of `dpo` and `orpo`, as in these libraries.
         data, held_out: files, shell patterns and folders with a dataset. Without `held_out`, one sequence in twenty of `data`, at
             most 64.
         loss_on: `completions` learns completions and the assistant's turns alone; None does so for prompts with completions only.
@@ -67,6 +71,8 @@ class Run:
     out: Path
     data: tuple[str, ...]
     held_out: tuple[str, ...] = ()
+    method: Method | None = None
+    beta: float = 0.1
     loss_on: LossOn | None = None
     chat: bool = False
     packing: bool = True
@@ -121,6 +127,10 @@ class Run:
         for key in ("weight_decay", "offset_learning_rate"):
             number = getattr(self, key)
             _want(key, number, _number(number) and 0 <= number < math.inf, "a number from 0 on")
+        _want("method", self.method, self.method in (None, *METHODS), f"one of {', '.join(METHODS)}")
+        _want("beta", self.beta, _number(self.beta) and 0 < self.beta < math.inf, "a number above 0")
+        if self.method and (self.distillation or self.held_out):
+            raise RunError(f"method = {self.method!r} takes neither a teacher nor held-out data: leave them out")
         _want("loss_on", self.loss_on, self.loss_on in (None, "all", "completions"), "all or completions")
         betas = (
             isinstance(self.betas, tuple)

@@ -86,7 +86,7 @@ def read_text(
     files, vocabulary = find(patterns), vocabulary_of(folder, config)
     name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     content = [one for file in files for one in _contents(file, folder, loss_on=loss_on, chat=chat, purpose=purpose)]
-    rows, learned, kind = _tokens(content, folder=folder, vocabulary=vocabulary)
+    rows, learned, kind = tokenize(content, folder=folder, vocabulary=vocabulary)
     tokens = np.concatenate(rows)
     largest = int(tokens.max(initial=-1))
     if largest >= vocabulary:
@@ -124,10 +124,14 @@ def _contents(path: Path, folder: Path, *, loss_on: LossOn | None, chat: bool, p
     return [(path, path.read_bytes())]
 
 
-def _tokens(
+def tokenize(
     content: list[Content], *, folder: Path, vocabulary: int
 ) -> tuple[list[NDArray[np.int32]], NDArray[np.bool_] | None, str]:
-    """The tokens of each content, the mask of those that are learned, and their kind."""
+    """The tokens of each content; the mask of those that are learned, one content after the other; and their kind.
+
+    Raises:
+        RunError, BackendError: see `read_text`.
+    """
     tokenizer, kind = inside(folder, "tokenizer.json"), "bytes"
     masked = any(isinstance(one, Passage) and one.learned is not None for _, one in content)
     if tokenizer.exists():
