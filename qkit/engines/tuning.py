@@ -58,3 +58,19 @@ class Tunes(Trains, Protocol):
             BackendError: the library is missing, or cannot do as `options` say.
         """
         ...
+
+
+class RunsCommands(Trains, Protocol):
+    """Training commands of other tools, on this engine's models."""
+
+    def run_command(self, model: Path, arguments: Sequence[str], place: Path, prepare: Callable[[Any], Any]) -> Any:
+        """The model in the directory `model`, trained by the command that takes `arguments`. `prepare` comes before training.
+
+        Args:
+            place: a folder for the command's own files.
+
+        Raises:
+            RunError: the command refuses its arguments, or quantizes the model itself.
+            BackendError: the command is not installed.
+        """
+        ...

@@ -31,6 +31,9 @@ ENGINES = [pytest.param(name, marks=needs[name]) for name in LIBRARY]
 def model(path):
     make(path / "model", "llama")
     (path / "model/chat_template.jinja").write_text(TEMPLATE)
+    known = json.loads((path / "model/tokenizer_config.json").read_text())
+    words = json.loads((path / "model/tokenizer.json").read_text())["model"]["vocab"]
+    (path / "model/tokenizer_config.json").write_text(json.dumps({**known, "eos_token": next(iter(words))}))
     return path
 
 
@@ -121,6 +124,14 @@ def test_on_the_command_line(tmp_path, monkeypatch):
     )
     assert done.exit_code == 0, done.output
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["start", "step", "step", "end"]
+
+
+@needs["torchao"]
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_a_tokenizer_without_an_end_of_text_is_refused_where_trl_needs_one(tmp_path, method):
+    make(tmp_path / "model", "llama")
+    with pytest.raises(qkit.BackendError, match="names none: name one in tokenizer_config"):
+        train_model(run_from_table(table(tmp_path, method, "torchao")))
 
 
 @pytest.mark.parametrize(

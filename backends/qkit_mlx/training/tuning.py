@@ -1,7 +1,8 @@
 """Methods of training that mlx-lm-lora carries out on a prepared model: supervised fine-tuning, DPO and ORPO."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -57,7 +58,7 @@ class Tuning:
         trained = {"model": model, "optimizer": optimizer, "training_callback": _Steps(options)}
         mx.random.seed(options.seed)
         np.random.seed(options.seed)  # the loops draw their order from there
-        with (options.place / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log), _any_device():
+        with (options.place / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log), any_device():
             if options.method == "sft":
                 rows = [_masked(number, row, options.length) for number, row in enumerate(options.rows, start=1)]
                 sft_trainer.train_sft(**trained, train_dataset=_Rows(rows), args=sft_trainer.SFTTrainingArgs(**shared))
@@ -74,6 +75,14 @@ class Tuning:
                     train_dataset=_Rows([_pair(row) for row in options.rows]),
                     args=orpo_trainer.ORPOTrainingArgs(**shared, beta=options.beta),
                 )
+
+    def run_command(
+        self, model: Path, arguments: Sequence[str], place: Path, prepare: Callable[[Any], Any]
+    ) -> nn.Module:
+        """See `RunsCommands.run_command`."""
+        from qkit_mlx.training import mlx_lora  # needs mlx-lm
+
+        return mlx_lora.run_command(model, arguments, place, prepare)
 
 
 class _Rows(list[Any]):
@@ -127,7 +136,7 @@ def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _any_device() -> Iterator[None]:
+def any_device() -> Iterator[None]:
     """Lets mlx-lm-lora run without Metal: inside of the block, its limit of Metal's memory has no effect."""
     before = mx.device_info, mx.set_wired_limit
     if LIMIT not in before[0]():

@@ -31,6 +31,11 @@ class Tuning:
         except ImportError as error:
             raise BackendError(f"method {options.method!r} needs TRL ({error}): {how_to_install('trl')}") from None
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
+        if options.method != "sft" and tokenizer.eos_token is None:
+            raise BackendError(
+                f"TRL ends each answer with the tokenizer's eos_token, and {options.tokenizer} names none: name one in "
+                "tokenizer_config.json"
+            )
         if tokenizer.pad_token is None:  # padded tokens are masked, so that any token does
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         optimizer = self.adamw(model, options.optimizer)
