@@ -1,15 +1,17 @@
 """Another tool's training command on a model of qkit's: prepares the model, calls the command, and ships the result."""
 
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qkit import adapters, pipeline
 from qkit.artifact.save import save
 from qkit.code_changes import code_sums, count_changes
 from qkit.engines.abilities import require
-from qkit.engines.protocol import Adapts
+from qkit.engines.protocol import Adapts, Modules
 from qkit.engines.registry import backend as choose
 from qkit.engines.tuning import RunsCommands
 from qkit.training.folder import check_out, locked, run_folder_of
@@ -43,7 +45,7 @@ def run_mlx_lora(model: Path, out: Path, recipe: str, arguments: Sequence[str], 
 
     def prepare(loaded: object) -> object:
         made = (pipeline.convert if packed else pipeline.prepare)(loaded, recipe, backend=engine)
-        sums.update(code_sums(made, backend=engine))
+        sums.update(_sums(engine, made))
         return made
 
     folder = run_folder_of(out)
@@ -54,8 +56,19 @@ def run_mlx_lora(model: Path, out: Path, recipe: str, arguments: Sequence[str], 
         trained = engine.run_command(model, arguments, place, prepare)
         if any(layer.wrapper or layer.adapter for layer in engine.layers(trained)):
             trained = adapters.merge(trained, backend=require(engine, Adapts))
+        changed = count_changes(sums, _sums(engine, trained))
         if not packed:
             trained = pipeline.convert(trained, backend=engine)
-        changed = count_changes(sums, code_sums(trained, backend=engine))
         save(trained, out, source=model, backend=engine)
     return Shipped(len(sums), changed)
+
+
+def _sums(engine: Modules, model: Any) -> dict[str, int]:
+    """A checksum of the codes of each prepared or converted layer, by path."""
+    packed = [layer for layer in engine.layers(model) if layer.stage == "converted" and not layer.adapter]
+    found = {layer.bare or layer.path: _sum(engine, layer.module) for layer in packed}
+    return {**code_sums(model, backend=engine), **found}
+
+
+def _sum(engine: Modules, module: Any) -> int:
+    return zlib.crc32(engine.to_numpy(engine.unpack(module).codes).tobytes())

@@ -1,6 +1,7 @@
 """axolotl loads the plugin, validates its block, and trains a model on the grid; skipped where axolotl is not installed."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from models import TOKENS, make
 
 import qkit
 
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before the import: it would report to its makers
 pytest.importorskip("axolotl", reason="axolotl is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of axolotl's many libraries
 
@@ -42,7 +44,6 @@ def test_axolotl_trains_on_the_grid_and_the_plugin_writes_the_artifact(tmp_path,
     from axolotl.common.datasets import load_datasets
     from axolotl.train import train
 
-    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cfg = load_cfg(config(tmp_path, {"recipe": "int4-g32"}))
     _, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
@@ -69,10 +70,9 @@ def test_axolotl_trains_on_the_grid_and_the_plugin_writes_the_artifact(tmp_path,
         ({}, "recipe"),
     ],
 )
-def test_axolotl_refuses_a_wrong_block_by_name(tmp_path, monkeypatch, block, message):
+def test_axolotl_refuses_a_wrong_block_by_name(tmp_path, block, message):
     from axolotl.cli.config import load_cfg
 
-    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
     with pytest.raises(Exception, match=message):
         load_cfg(config(tmp_path, block))
 

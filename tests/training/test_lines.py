@@ -15,24 +15,14 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")  # of libraries, not of qkit
     for text in (".*pin_memory:UserWarning", ".*:FutureWarning", ".*:DeprecationWarning")
 ]
-SHORT = [
-    "--iters",
-    "3",
-    "--batch-size",
-    "2",
-    "--num-layers",
-    "2",
-    "--learning-rate",
-    "5e-3",
-    "--val-batches",
-    "1",
-    "--max-seq-length",
-    "32",
-]
+SHORT = ["--iters", "3", "--batch-size", "2", "--num-layers", "2", "--learning-rate", "5e-3", "--val-batches", "1"]
 
 
 def data(path):
     make(path / "model", "llama")
+    file = path / "model/tokenizer_config.json"
+    words = json.loads((path / "model/tokenizer.json").read_text())["model"]["vocab"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": next(iter(words))}))
     (path / "data").mkdir()
     for name in ("train", "valid"):
         rows = [{"text": f"{i} squared is {i * i}"} for i in range(8)]

@@ -57,6 +57,10 @@ def _trained(command: Any, options: Any, prepare: Callable[[nn.Module], nn.Modul
     from mlx_lm.utils import load
 
     model, tokenizer = load(options.model)[:2]
+    if tokenizer.eos_token_id is None:
+        raise RunError(
+            f"{command.__name__} ends rows with eos_token, and {options.model} names none: see tokenizer_config.json"
+        )
     if command.__name__.startswith("mlx_lm."):
         train, valid, _ = command.load_dataset(options, tokenizer)
         model = prepare(model)
