@@ -163,7 +163,13 @@ def make_plan(
     found.update((name, f"{COPY} of {owner}, which is stored once") for name, owner in copies.items())
     layers = [layer for layer in found.values() if isinstance(layer, Layer)]
     owner = tied_head(layers, known)
-    planned = {item.layer.path: item for item in _plan([*_with_head(layers, owner), *blocks.values()], recipe)}
+    others = [
+        Layer(name, "other", tensors[name].slot.shape, None, obstacle=one)
+        for name, one in found.items()
+        if isinstance(one, str)
+    ]
+    every = [*_with_head(layers, owner), *blocks.values(), *others]
+    planned = {item.layer.path: item for item in _plan(every, recipe)}
     rows = []
     for name, one in found.items():
         layer = blocks[one.block] if isinstance(one, Member) else one
