@@ -16,9 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("torch")
 
-FLOAT_EXPERTS = qkit.Recipe(
-    "float experts", (qkit.Rule(("lm_head",)), qkit.Rule(("*",), weight=qkit.Grid("int4", 32)))
-)
+FLOAT_EXPERTS = qkit.Recipe("float experts", (qkit.Rule(("lm_head",)), qkit.Rule(("*",), weight=qkit.Grid("int4", 32))))
 CASES = [
     ("gpt_oss", "int4-g32", "leaves them at random"),
     ("mixtral", "nvfp4-a16", "without the scale of the tensor"),
