@@ -78,6 +78,7 @@ NO_KERNEL = "no kernel in vLLM's CPU build"
 #: Recipes that vLLM's CPU build has kernels for; products of the others are those of `vllm_reference`.
 VLLM = (
     "int4-g32",
+    "int4-g64",
     "int4-g128",
     "int4-g32-absmax",
     "int4-g32-midmax",
