@@ -61,5 +61,9 @@ class CutWarning(UserWarning):
     """Rows of data that are longer than a sequence, and lose their ends."""
 
 
+class ServerWarning(UserWarning):
+    """A saved model that a server would not open, or would run with other arithmetic."""
+
+
 class UnchangedWarning(UserWarning):
     """A training run that changed no code: the quantized model is the one that it began with."""
