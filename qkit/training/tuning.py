@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
@@ -29,12 +29,14 @@ from qkit.training.schedule import Schedule, switching
 SCRATCH = "library"  #: the folder for the library's own files, in the run folder
 
 
-def tune_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
+def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Carries out `run` by its method: TRL takes the steps on torch, and mlx-lm-lora on MLX. Checks every row before the first.
 
-    Writes the same files as `train_model`, but no checkpoints: a run that was interrupted begins anew.
+    Writes the same files as `train_model`, but no checkpoints: a run that was interrupted begins anew. Asks `stop` after every
+    step, and is interrupted where it says yes.
 
     Raises:
+        KeyboardInterrupt: `stop` said yes.
         RunError: the run does not fit its model or its data.
         DivergedError: the loss is no longer finite.
         LockedError: another process trains for the same folder.
@@ -64,6 +66,8 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
         def record(event: str, step: int, **more: Any) -> None:
             log.add({"event": event, "step": step, **more})
             tell({"event": event, "step": step, **more})
+            if event == "step" and stop():
+                raise KeyboardInterrupt
 
         about = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": 0, "backend": engine.name}
         record("start", 0, **about, run=run_table(run))

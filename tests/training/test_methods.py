@@ -113,6 +113,15 @@ def test_both_libraries_take_conversations_and_schedules_that_they_can_follow(tm
     assert losses(path / "out")[0] == pytest.approx(np.log(2), rel=0.2)  # DPO begins where both models agree
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_method_stops_where_it_is_told_to(tmp_path, name):
+    path = model(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(run_from_table(table(path, "sft", name, steps=50)), stop=lambda: True)
+    assert len(losses(path / "out")) == 1
+    assert not (path / "out").exists()
+
+
 def test_on_the_command_line(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     path = model(tmp_path)
