@@ -244,10 +244,7 @@ class Builds(Modules, Protocol):
         ...
 
     def loss(self, model: Any, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
-        """Mean next-token loss over `tokens` [batch, length + 1] in nats, with the model in evaluation mode.
-
-        With `mask` [batch, length], over those of the tokens after the first.
-        """
+        """Mean next-token loss over `tokens` [batch, length + 1] in nats, in evaluation mode; of those in `mask` [batch, length]."""
         ...
 
     def logits(self, model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

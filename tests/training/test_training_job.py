@@ -89,15 +89,7 @@ def test_training_goes_on_from_an_artifact_on_its_own_grids(tmp_path, name, tied
     models = (qkit.load(path / "out", backend=name), model)
     found, want = ([(row.path, row.weight) for row in qkit.coverage(one).rows] for one in models)
     assert found == want
-    other = train(
-        path,
-        backend=name,
-        model=str(path / "ptq"),
-        recipe="int8-g32",
-        steps=2,
-        out=str(path / "other"),
-        learning_rate=0.1,
-    )
+    other = train(path, backend=name, model=str(path / "ptq"), recipe="int8-g32", steps=2, out=str(path / "other"))
     assert other.steps == 2
 
 
