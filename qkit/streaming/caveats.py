@@ -6,9 +6,9 @@ from typing import Any
 
 from qkit.artifact.known import is_known, table
 from qkit.artifact.metadata import StoredRule
+from qkit.artifact.servers import VLLM, sentences
 from qkit.experts import is_stacked
 from qkit.formats.compressed_tensors import layout
-from qkit.streaming.servers import VLLM, sentences
 
 TRANSFORMERS, DEQUANTIZED = "transformers", "transformers, dequantized"
 GOOD = ("equal", "none")  #: results of the table that need no word: equal, or the reader has no such model
