@@ -13,6 +13,7 @@ from qkit.artifact.config import quantized_config, read_config
 from qkit.artifact.expert_files import file_stack
 from qkit.artifact.metadata import KEY, StoredRule, describe, group_paths, stored_rule
 from qkit.artifact.servers import VLLM, sentences
+from qkit.artifact.transformers_experts import has_single
 from qkit.engines.abilities import offers, require
 from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer, want_bare, want_merged, want_none_lost, want_whole
@@ -78,11 +79,13 @@ def save(
     found = contents(engine, model, config, dtype=dtype)
     for text in found.served:
         warnings.warn(f"{VLLM}: {text}", ServerWarning, stacklevel=2)
+    single = has_single(found.tensors)
+    config = quantized_config(config, found.rules, left_alone=found.left_alone, single_experts=single)
     write_directory(
         folder,
         [array_stream(name, array) for name, array in found.tensors.items()],
         metadata={KEY: describe(found.rules)},
-        files=companions(origin, config=quantized_config(config, found.rules, left_alone=found.left_alone)),
+        files=companions(origin, config=config),
         shard_bytes=shard_bytes,
     )
     return folder
