@@ -1,8 +1,13 @@
-"""Runs the whole gate and writes its table: `qkit/artifact/families.json`, from which docs and README take theirs."""
+"""Runs the gate and writes its table: `qkit/artifact/families.json`, from which docs and README take theirs.
+
+`python tests/families/write.py [NAME ...]` runs all rows, or those of some families.
+"""
 
 import json
+import sys
 import tempfile
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,8 @@ def types() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             model = make(family, Path(place))
             mine = found.setdefault(
-                model.config.model_type, {"prefixes": {}, "apart": [], "kinds": {}, "read": [], "tied": False}
+                model.config.model_type,
+                {"prefixes": {}, "apart": [], "kinds": {}, "read": [], "heads": [], "tied": False},
             )
             try:
                 more = facts(model, Path(place))
@@ -28,15 +34,15 @@ def types() -> dict[str, Any]:
                 print(family.architecture, "has no facts:", repr(error)[:200])
                 continue
         mine["prefixes"].update(more.get("prefixes", {}))
-        for key in ("apart", "read"):
+        for key in ("apart", "read", "heads"):
             mine[key] = sorted({*mine[key], *more.get(key, [])})
         mine["kinds"].update(more.get("kinds", {}))
         mine["tied"] = more.get("tied", False)
     return {name: {key: value for key, value in one.items() if value} for name, one in sorted(found.items())}
 
 
-def rows() -> dict[str, Any]:
-    """The results of every row, by family and recipe."""
+def rows(names: Collection[str]) -> dict[str, Any]:
+    """The results of the rows `names`, by family and recipe."""
     return {
         name: {
             "architecture": family.architecture,
@@ -44,6 +50,7 @@ def rows() -> dict[str, Any]:
             **{recipe: {reader: _short(cell) for reader, cell in row(name, recipe).items()} for recipe in RECIPES},
         }
         for name, family in FAMILIES.items()
+        if name in names
     }
 
 
@@ -61,5 +68,8 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    write(types=types(), rows={})  # the gate reads the types
-    write(types=json.loads(TABLE.read_text(encoding="utf-8"))["types"], rows=rows())
+    before = json.loads(TABLE.read_text(encoding="utf-8"))
+    write(types=types(), rows=before["rows"])  # the gate reads the types
+    named = sys.argv[1:] or FAMILIES
+    found = {**{name: one for name, one in before["rows"].items() if name in FAMILIES}, **rows(named)}
+    write(types=json.loads(TABLE.read_text(encoding="utf-8"))["types"], rows=found)

@@ -50,7 +50,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-class _ExactMLP(MLP):  # type: ignore[misc]  # mlx-lm has no types
+class _ExactMLP(MLP):
     """The block of a GPT-NeoX whose activation is gelu itself; mlx-lm's own approximates it."""
 
     def __call__(self, x: mx.array) -> mx.array:
