@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,13 @@ def types() -> dict[str, Any]:
     return {name: {key: value for key, value in one.items() if value} for name, one in sorted(found.items())}
 
 
-def rows(names: Collection[str]) -> dict[str, Any]:
-    """The results of the rows `names`, by family and recipe."""
+def results(name: str) -> dict[str, Any]:
+    """The row of the family `name`, by recipe."""
+    family = FAMILIES[name]
     return {
-        name: {
-            "architecture": family.architecture,
-            "type": getattr(transformers, family.architecture).config_class.model_type,
-            **{recipe: {reader: _short(cell) for reader, cell in row(name, recipe).items()} for recipe in RECIPES},
-        }
-        for name, family in FAMILIES.items()
-        if name in names
+        "architecture": family.architecture,
+        "type": getattr(transformers, family.architecture).config_class.model_type,
+        **{recipe: {reader: _short(cell) for reader, cell in row(name, recipe).items()} for recipe in RECIPES},
     }
 
 
@@ -68,8 +64,9 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    before = json.loads(TABLE.read_text(encoding="utf-8"))
-    write(types=types(), rows=before["rows"])  # the gate reads the types
-    named = sys.argv[1:] or FAMILIES
-    found = {**{name: one for name, one in before["rows"].items() if name in FAMILIES}, **rows(named)}
-    write(types=json.loads(TABLE.read_text(encoding="utf-8"))["types"], rows=found)
+    before = json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
+    known = {"types": types(), "rows": {name: one for name, one in before.items() if name in FAMILIES}}
+    write(**known)  # the gate reads the types
+    for name in sys.argv[1:] or FAMILIES:
+        known["rows"][name] = results(name)
+        write(**known)
