@@ -46,9 +46,9 @@ def read_model(folder: str | Path) -> Snapshot:
     """
     folder = Path(folder)
     stored, metadata = read.read_folder(folder)
-    check_seal(folder, stored, digests=True)
+    digests = check_seal(folder, stored, digests=True)
     if KEY in metadata:
-        return read_own(folder)
+        return read_own(folder, digests=digests)
     config = read_config(folder)
     with locating(folder):
         stated = quantization_of(config)
