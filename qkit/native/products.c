@@ -245,7 +245,7 @@ EXPORT int32_t qkit_multiply_part(const struct product *p, int64_t begin, int64_
     for (int64_t output = begin; output < end; output++) {
         float sums[MOST] = {};
         const uint32_t *codes = w->codes + output * stride;
-        if (output == begin || w->groups) {
+        if (output == begin || w->groups || w->low) { /* the low plane writes its scales into the same memory */
             spread(w, output, w->high, (float)(1 << w->low), scales, zeros);
             for (int64_t i = 0; zeros && w->low && i < lanes; i++)
                 zeros[i] /= (float)(1 << w->low); /* exact */
