@@ -41,20 +41,16 @@ def geometry(grid: Grid, inputs: int) -> dict[str, Any]:
     }
 
 
-def why_not_few(grid: Grid, inputs: int) -> str:
-    """Why few rows are not multiplied by packed codes; empty where they are."""
-    if inputs % 2:
-        return f"inputs are read in pairs, and there are {inputs}"
-    if not words.has_one_scale(grid, inputs):
-        return f"groups of {grid.group} are no multiples of {words.unit(grid, inputs)}"
-    return ""
+def multiplies(x: Tensor) -> bool:
+    """Whether `multiply` takes x [rows, inputs]."""
+    return 0 < len(x) <= FEW
 
 
 def multiply(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, bias: Tensor | None, grid: Grid,
     *, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `why_not_few` accepts.
+    """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `choose.why_not_few` accepts.
 
     Args:
         codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
