@@ -78,9 +78,12 @@ class QkitPlugin(BasePlugin):
         return [import_module("qkit_torchao").QatCallback(mine.recipe, **schedule)]
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Merges adapters, converts the model and writes the artifact."""
+        """Merges adapters, converts the model and writes the artifact. axolotl calls it twice: the second call does nothing."""
         out = Path(_settings(cfg).out or Path(cfg["output_dir"]) / "qkit")
-        if any(layer.wrapper for layer in surgeon(model, None).layers(model)):
+        layers = list(surgeon(model, None).layers(model))
+        if any(layer.stage == "converted" for layer in layers):
+            return
+        if any(layer.wrapper for layer in layers):
             model = qkit.merge(model)
         qkit.save(qkit.convert(model), out)
 
