@@ -46,15 +46,20 @@ def test_axolotl_trains_on_the_grid_and_the_plugin_writes_the_artifact(tmp_path,
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cfg = load_cfg(config(tmp_path, {"recipe": "int4-g32"}))
+    engine, convert, want = qkit.backend("torchao"), qkit.convert, {}
+
+    def watched(model):
+        for one in engine.layers(model):
+            if one.stage == "prepared":
+                want[one.path] = qkit.quantize(engine.to_numpy(one.module.weight), one.rule.weight).codes
+        return convert(model)
+
+    monkeypatch.setattr(qkit, "convert", watched)
     _, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
-    engine = qkit.backend("torchao")
+    monkeypatch.undo()
     opened = qkit.load(tmp_path / "out/qkit", backend="torchao")
-    masters = {
-        one.path: one.module for one in qkit.backend("torchao").layers(qkit.load(tmp_path / "out", backend="torchao"))
-    }
     layers = [one for one in engine.layers(opened) if one.stage == "converted"]
-    assert len(layers) == 14
-    want = {one.path: qkit.quantize(engine.to_numpy(masters[one.path].weight), one.rule.weight).codes for one in layers}
+    assert len(layers) == len(want) == 14
     assert sum(int((engine.to_numpy(engine.unpack(one.module).codes) != want[one.path]).sum()) for one in layers) == 0
     before = qkit.convert(qkit.load(tmp_path / "model", backend="torchao"), "int4-g32")
     assert not np.array_equal(engine.logits(opened, TOKENS), engine.logits(before, TOKENS))
