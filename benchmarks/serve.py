@@ -103,6 +103,7 @@ def captured(model: nn.Module, tokens: int) -> torch.cuda.CUDAGraph:
         model(ids, use_cache=False, logits_to_keep=1)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # the tokens and the weights are drawn there
     with torch.no_grad(), torch.cuda.stream(side):
         forward()
         forward()

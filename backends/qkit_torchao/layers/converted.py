@@ -31,9 +31,11 @@ class _Packed(nn.Module):
 
     Attributes:
         owner: the embedding or linear layer, in a tuple, that this one shares its codes with; empty where there is none.
+        grid_name: the weight's grid as text, which compiled code can pass on.
     """
 
     rule: Rule
+    grid_name: str
     execution: Execution
     dtype: DType
     owner: tuple[nn.Module, ...]
@@ -98,7 +100,7 @@ def build(
     layer = become(module, PackedEmbedding if isinstance(module, nn.Embedding) else PackedLinear)
     forget_preparation(layer)
     remove_parameters(layer, "weight")
-    layer.rule, layer.owner = rule, () if owner is None else (owner,)
+    layer.rule, layer.grid_name, layer.owner = rule, str(rule.weight), () if owner is None else (owner,)
     for name, array in static.items():
         layer.register_buffer(name, array)
     _put_in(layer, laid, execution)

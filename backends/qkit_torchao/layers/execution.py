@@ -130,4 +130,4 @@ def _words(layer: Any, x: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     x = slot(layer, x, "input", layer.rule.activation)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return multiply_packed(x, layer.parts(), bias, str(layer.rule.weight))
+    return multiply_packed(x, layer.parts(), bias, layer.grid_name)
