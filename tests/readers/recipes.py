@@ -39,7 +39,7 @@ BFLOAT16 = (
     0.3  #: 8 significant bits in every layer: MX and NV formats in compressed-tensors, and vLLM's products of int4
 )
 ACTIVATION = 0.4  #: readers round activations by their own rule, to 8 or to 4 bits
-ROUNDED_INPUTS = 0.1  #: llama.cpp rounds the inputs of products with quantized weights to 8 bits
+ROUNDED_INPUTS = 0.05  #: llama.cpp rounds the inputs of products with quantized weights to 8 bits
 
 
 @dataclass(frozen=True, slots=True)
