@@ -1,5 +1,7 @@
 """What only a CUDA device can show: the kernels' own containers. Operations are compared by `benchmarks/parity.py`."""
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
