@@ -57,7 +57,8 @@ class Probe:
 
 def probe(engine: Modules, recipe: Recipe, *, dtype: DType, device: str = "") -> Iterator[Probe]:
     """Every rule of `recipe` with a weight, on `engine`; `device` is the name of the device in the results."""
-    for rule in dict.fromkeys(replace(rule, match=("*",)) for rule in recipe.rules if rule.weight):
+    single = [rule for rule in recipe.rules if rule.kind != "experts"]  # an engine makes no block of experts by itself
+    for rule in dict.fromkeys(replace(rule, match=("*",)) for rule in single if rule.weight):
         tried = Probe(recipe.name, engine.name, device, dtype, rule.kind)
         try:
             yield _probe(engine, rule, tried)
