@@ -131,6 +131,20 @@ def multiply_few(x: Tensor, *parts: Any, **more: Any) -> Tensor:
     return cuda_words.multiply(x, *parts, **more)
 
 
+def multiplies_some(x: Tensor, grid: Grid) -> bool:
+    """Whether `multiply_some` takes x [rows, inputs] for packed codes on `grid`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.takes_some(x, grid)
+
+
+def multiply_some(x: Tensor, *parts: Any) -> Tensor:
+    """See `cuda_words.multiply_some`."""
+    from qkit_torchao.kernels import cuda_words
+
+    return cuda_words.multiply_some(x, *parts)
+
+
 def values(*parts: Any, **more: Any) -> Tensor:
     """See `cuda_words.values`."""
     from qkit_torchao.kernels import cuda_words
