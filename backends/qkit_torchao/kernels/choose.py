@@ -161,11 +161,18 @@ def why_not_few(grid: Grid, inputs: int) -> str:
 
 def multiplies_codes(x: Tensor) -> bool:
     """Whether `codes_product` takes codes x [rows, inputs] of an input: few rows on a GPU that Triton compiles for."""
-    if not x.is_cuda or why_no_triton(x.device):
-        return False
+    return x.is_cuda and _few_rows(len(x)) and _compiles(x.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # dynamo does not trace a cache
+def _compiles(device: torch.device) -> bool:
+    return not why_no_triton(device)
+
+
+def _few_rows(count: int) -> bool:
     from qkit_torchao.kernels import cuda_words
 
-    return 0 < len(x) <= cuda_words.FEW
+    return 0 < count <= cuda_words.FEW
 
 
 def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:

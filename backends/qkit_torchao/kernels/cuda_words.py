@@ -17,10 +17,9 @@ from qkit_torchao.kernels.cuda import INTERPRETED, device_of
 from qkit_torchao.kernels.launches import Kernel
 
 FEW = 4  #: the most rows that are multiplied without decoding: more pay for the values of the weight
-SHAPES = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (128, 8), 256: (128, 8)}  #: outputs and warps, by rows
-SOME = 256  #: the most that tensor cores multiply by codes: more pay for decoding once
+SOME = 16  #: the most that tensor cores multiply by codes: more pay for decoding once
+OUTER, STEP, WARPS = 32, 16, 2  #: of that product: outputs and words of a program, and its warps
 PROGRAMS = 264  #: that fill a GPU of two programs on each of 132 processors
-STEP = 32  #: words of a row that a program multiplies at once
 TILE = 256  #: words of a row that a program decodes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
@@ -100,7 +99,13 @@ def takes_some(x: Tensor, grid: Grid) -> bool:
 
 
 def multiply_some(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, bias: Tensor | None, grid: Grid
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    power: Tensor | None,
+    bias: Tensor | None,
+    grid: Grid,
 ) -> Tensor:
     """As `multiply`, on tensor cores: values are rounded to the type of x, as `values` rounds them. For `takes_some`."""
     (count, inputs), outputs = x.shape, codes.shape[0]
@@ -108,22 +113,20 @@ def multiply_some(
     units, size, high = constants["UNITS"], constants["UNIT"], constants["HIGH"]
     across = units * size * high // 32
     x = x.reshape(count, units, 16 // high, -1, 2).permute(0, 2, 4, 1, 3).contiguous()  # in the order of codes in words
-    rows = max(16, 1 << (count - 1).bit_length())
-    outer, warps = SHAPES[rows]
-    blocks = -(-outputs // outer)
+    blocks = -(-outputs // OUTER)
     split = max(1, min(PROGRAMS // blocks, across // 64))
     steps = -(-across // split // STEP)
     split = -(-across // (steps * STEP))
     kind = x.dtype if split == 1 else torch.float32
     out = torch.empty(split, count, outputs, dtype=kind, device=x.device)
     tensors = x, codes, scales, zeros, power, bias if split == 1 else None, out
-    key = ("product", grid, x.dtype, outputs, inputs, rows, split, x.device, _kinds(tensors))
+    key = ("product", grid, x.dtype, outputs, inputs, split, x.device, _kinds(tensors))
     with device_of(x):
         _product(
             key, blocks * split,
-            (*tensors, outputs, count, triton_words.MAGIC, *constants.values(), rows, outer, STEP, split, steps,
+            (*tensors, outputs, count, triton_words.MAGIC, *constants.values(), SOME, OUTER, STEP, split, steps,
              INTERPRETED),
-            warps=warps,
+            warps=WARPS,
         )  # fmt: skip
     if split == 1:
         return out[0]

@@ -60,7 +60,9 @@ def product(
         t = begin + step + tl.arange(0, BW)
         across = t[None, :]
         known = (n < outputs) & (across < UNITS * WORDS)
-        words, more, s, z = tile(codes, scales, zeros, power, n, across, known, HIGH, LOW, UNIT, UNITS, GROUP, GROUPS, SCALES)
+        words, more, s, z = tile(
+            codes, scales, zeros, power, n, across, known, HIGH, LOW, UNIT, UNITS, GROUP, GROUPS, SCALES
+        )
         there = (t[:, None] < UNITS * WORDS) & (row < count)
         for i in tl.static_range(32 // HIGH):
             a = tl.load(x + i * (UNITS * WORDS) + t[:, None], mask=there, other=0.0)
@@ -104,5 +106,7 @@ def short(
 ):  # fmt: skip
     """The value of code `i` of each word, rounded once to `TYPE`."""
     f = number(words, more, i, magic, ELEMENT, HIGH, LOW, CENTERED)
-    f = f * (place(i, ELEMENT, HIGH, LOW) * bias_of(ELEMENT))  # exact, as the next, where factors of scales might not be
+    f = f * (
+        place(i, ELEMENT, HIGH, LOW) * bias_of(ELEMENT)
+    )  # exact, as the next, where factors of scales might not be
     return narrow((f if CENTERED else f - z) * s, TYPE, INTERPRETED)

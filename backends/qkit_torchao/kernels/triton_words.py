@@ -80,7 +80,9 @@ def products(
         for k in tl.static_range(16 // HIGH):
             column = (begin + t // WORDS) * (UNIT // 2) + k * WORDS + t % WORDS
             even, odd = pair(x, column, there & (column < INPUTS // 2) & rows, XS)
-            part += number(words, more, 2 * k, magic, ELEMENT, HIGH, LOW, CENTERED) * (even * place(2 * k, ELEMENT, HIGH, LOW))
+            part += number(words, more, 2 * k, magic, ELEMENT, HIGH, LOW, CENTERED) * (
+                even * place(2 * k, ELEMENT, HIGH, LOW)
+            )
             part += number(words, more, 2 * k + 1, magic, ELEMENT, HIGH, LOW, CENTERED) * (
                 odd * place(2 * k + 1, ELEMENT, HIGH, LOW)
             )
@@ -168,7 +170,9 @@ def number(
         else:
             PLACE: tl.constexpr = i * HIGH % 16
             h = words if i * HIGH < 16 else words >> 16
-            f = ((h & (((1 << HIGH) - 1) << PLACE)) | magic).to(tl.float32, bitcast=True) - (8388608.0 + (HALF << PLACE))
+            f = ((h & (((1 << HIGH) - 1) << PLACE)) | magic).to(tl.float32, bitcast=True) - (
+                8388608.0 + (HALF << PLACE)
+            )
     else:
         f = half(small(words << (16 - HIGH - i * HIGH % 16), ELEMENT), i * HIGH // 16)
     return f
