@@ -20,7 +20,8 @@ FEW = 4  #: the most rows that are multiplied without decoding: more pay for the
 SOME = 16  #: the most that tensor cores multiply by codes: more pay for decoding once
 OUTER, STEP, WARPS = 32, 16, 2  #: of that product: outputs and words of a program, and its warps
 PROGRAMS = 264  #: that fill a GPU of two programs on each of 132 processors
-TILE = 256  #: words of a row that a program decodes
+TILE = 1024  #: pairs of columns of a row that a program decodes
+TWO = 4, 128, 1  #: outputs, words and warps of weights in two planes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
 MANY = 2048  #: outputs that fill a GPU in blocks of four
@@ -73,7 +74,7 @@ def multiply(
     rows = 1 if experts is not None else min(FEW, 1 << (count - 1).bit_length())
     out = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
     constants = geometry(grid, inputs)
-    outer, across, warps = (2, 512, 4) if outputs <= MANY else (4, 256, 2)
+    outer, across, warps = TWO if constants["LOW"] else (2, 512, 4) if outputs <= MANY else (4, 256, 2)
     kind = str(x.dtype).rpartition(".")[2]
     x = x.contiguous()
     pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
@@ -150,12 +151,13 @@ def values(
     tensors = codes, scales, zeros, power, out
     key = ("values", grid, dtype, outputs, inputs, codes.device, _kinds(tensors))
     if dtype in SHORT and not why_not_few(grid, inputs) and inputs % words.unit(grid, inputs) == 0:
-        across = -(-codes.shape[-1] * words.PLANES[grid.element.bits][0] // grid.element.bits // TILE)
+        tile = TILE * words.PLANES[grid.element.bits][0] // 16
+        across = -(-inputs // 2 // TILE)
         with device_of(codes):
             _decode(
                 key, -(-outputs // 4) * across,
                 (*tensors[:4], out.view(torch.int32), outputs, triton_words.MAGIC, *geometry(grid, inputs).values(),
-                 SHORT[dtype], 4, TILE, INTERPRETED), warps=4,
+                 SHORT[dtype], 4, tile, INTERPRETED), warps=4,
             )  # fmt: skip
         return out
     with device_of(codes):

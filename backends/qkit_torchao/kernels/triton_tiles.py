@@ -1,4 +1,4 @@
-"""Device code that decodes tiles of the layout `words`, to memory or for tensor cores, see `arithmetic.words`; `cuda_words` calls it.
+"""Device code that decodes tiles of the layout `words`, to memory or for tensor cores; `cuda_words` calls it.
 
 A tile is words of the high plane, and every step is by word: a word has one scale, and the columns of its codes lie apart by a
 number that is known at compile time.
@@ -28,12 +28,43 @@ def decode(
     known = (n < outputs) & (t < UNITS * WORDS)
     words, more, s, z = tile(codes, scales, zeros, power, n, t, known, HIGH, LOW, UNIT, UNITS, GROUP, GROUPS, SCALES)
     TYPE: tl.constexpr = tl.bfloat16 if KIND == "bfloat16" else tl.float16
-    pairs = out + n.to(tl.int64) * (INPUTS // 2) + t // WORDS * (UNIT // 2) + t % WORDS
-    for k in tl.static_range(16 // HIGH):
-        even = short(words, more, s, z, 2 * k, magic, ELEMENT, HIGH, LOW, zeros is None, TYPE, INTERPRETED)
-        odd = short(words, more, s, z, 2 * k + 1, magic, ELEMENT, HIGH, LOW, zeros is None, TYPE, INTERPRETED)
-        low, high = even.to(tl.int16, bitcast=True).to(tl.int32), odd.to(tl.int16, bitcast=True).to(tl.int32)
-        tl.store(pairs + k * WORDS, (low & 0xFFFF) | (high << 16), mask=known)
+    CENTERED: tl.constexpr = zeros is None
+    p0 = two(words, more, s, z, 0, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    p1 = two(words, more, s, z, 1, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    if HIGH == 8:
+        pairs = tl.join(p0, p1)
+    else:
+        p2 = two(words, more, s, z, 2, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+        p3 = two(words, more, s, z, 3, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+        if HIGH == 4:
+            pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))
+        else:
+            p4 = two(words, more, s, z, 4, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            p5 = two(words, more, s, z, 5, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            p6 = two(words, more, s, z, 6, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            p7 = two(words, more, s, z, 7, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            evens, odds = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
+            pairs = tl.join(evens, odds)
+    COUNT: tl.constexpr = 16 // HIGH
+    pairs = tl.permute(tl.reshape(pairs, (BN, BW // WORDS, WORDS, COUNT)), (0, 1, 3, 2))  # by columns
+    column = tl.program_id(0) % across * (BW * COUNT) + tl.arange(0, BW * COUNT)[None, :]
+    tl.store(
+        out + n.to(tl.int64) * (INPUTS // 2) + column,
+        tl.reshape(pairs, (BN, BW * COUNT)),
+        mask=(n < outputs) & (column < INPUTS // 2),
+    )
+
+
+@triton.jit
+def two(
+    words, more, s, z, k: tl.constexpr, magic, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    CENTERED: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The values of codes 2k and 2k + 1 of each word, in one int32."""
+    even = short(words, more, s, z, 2 * k, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    odd = short(words, more, s, z, 2 * k + 1, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    low, high = even.to(tl.int16, bitcast=True).to(tl.int32), odd.to(tl.int16, bitcast=True).to(tl.int32)
+    return (low & 0xFFFF) | (high << 16)
 
 
 @triton.jit(do_not_specialize=["count", "magic"])

@@ -164,8 +164,8 @@ def number(
         if LOW > 0:
             UP: tl.constexpr = LOW - i * HIGH
             h = words << UP if UP >= 0 else words >> -UP
-            l = more >> (i // 2 * 2 * HIGH + i % 2 * LOW)
-            code = (h & (((1 << HIGH) - 1) << LOW)) | (l & ((1 << LOW) - 1))
+            low = more >> (i // 2 * 2 * HIGH + i % 2 * LOW)
+            code = (h & (((1 << HIGH) - 1) << LOW)) | (low & ((1 << LOW) - 1))
             f = (code | magic).to(tl.float32, bitcast=True) - (8388608.0 + HALF)
         else:
             PLACE: tl.constexpr = i * HIGH % 16
