@@ -21,7 +21,6 @@ SOME = 16  #: the most that tensor cores multiply by codes: more pay for decodin
 OUTER, STEP, WARPS = 32, 16, 2  #: of that product: outputs and words of a program, and its warps
 PROGRAMS = 264  #: that fill a GPU of two programs on each of 132 processors
 TILE = 1024  #: pairs of columns of a row that a program decodes
-TWO = 4, 128, 1  #: outputs, words and warps of weights in two planes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
 MANY = 2048  #: outputs that fill a GPU in blocks of four
@@ -74,7 +73,9 @@ def multiply(
     rows = 1 if experts is not None else min(FEW, 1 << (count - 1).bit_length())
     out = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
     constants = geometry(grid, inputs)
-    outer, across, warps = TWO if constants["LOW"] else (2, 512, 4) if outputs <= MANY else (4, 256, 2)
+    outer, across, warps = (2, 512, 4) if outputs <= MANY else (4, 256, 2)
+    if constants["LOW"]:
+        across, warps = 128, 1  # so that rows of the narrow plane fill a tile
     kind = str(x.dtype).rpartition(".")[2]
     x = x.contiguous()
     pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
