@@ -25,8 +25,9 @@ test-size: $(VENV)/ready
 	$(BIN)/python -m pytest -m size tests/files/test_size.py
 
 # Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
+# An environment that is there: make test-readers READERS='--environment vllm=DIR --environment llama.cpp=DIR'
 test-readers: $(VENV)/ready
-	$(BIN)/python tests/readers/run.py
+	$(BIN)/python tests/readers/run.py $(READERS)
 	$(BIN)/python -m pytest -m "readers or not readers" tests/readers
 
 families: $(VENV)/ready

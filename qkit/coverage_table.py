@@ -1,20 +1,25 @@
 """coverage: for every layer of a model its grid and how it runs, or the reason why the recipe left it alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Arrays, Modules
-from qkit.grid import Grid
+from qkit.errors import ArtifactError
 from qkit.pipeline import NOTE, surgeon
+from qkit.qtensor import DType
+from qkit.rules import Rule
 
 
-def bits_per_weight(layer: Layer, grid: Grid) -> float:
-    """Stored bits per element of the weights of `layer` on `grid`; each expert has scales of its own."""
+def bits_per_weight(layer: Layer, rule: Rule) -> float:
+    """Stored bits per element of the weights of `layer` under `rule`, as files have them; each expert has tensors of its own.
+
+    Those of the grid, where files have no layout for it or the engine does not say the type of the values.
+    """
     matrices = [(1, layer.shape)] if layer.kind != "experts" else [(n, one) for n, *one in layer.projections.values()]
-    bits = sum(count * prod(shape) * grid.bits_per_weight(tuple(shape)) for count, shape in matrices)
+    bits = sum(count * _stored_bits(tuple(shape), rule, layer.dtype) for count, shape in matrices)
     return bits / prod(layer.shape)
 
 
@@ -43,16 +48,23 @@ class Covered:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """One row for every layer of a model. Prints as a table."""
+    """One row for every layer of a model. Prints as a table.
+
+    Attributes:
+        rows: one for every layer.
+        rest, rest_bits: how many numbers all other tensors have, such as norms and biases, and their bits.
+    """
 
     rows: tuple[Covered, ...]
+    rest: int = 0
+    rest_bits: int = 0
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight over all rows; a tied weight counts once."""
+        """Stored bits per number of the model, as `qkit plan` and `qkit inspect` count; a tied weight counts once."""
         rows = [row for row in self.rows if not row.tied]
-        weights = sum(prod(row.shape) for row in rows)
-        return sum(row.bits * prod(row.shape) for row in rows) / weights if weights else 0.0
+        numbers = self.rest + sum(prod(row.shape) for row in rows)
+        return (self.rest_bits + sum(row.bits * prod(row.shape) for row in rows)) / numbers if numbers else 0.0
 
     def __str__(self) -> str:
         cells = [
@@ -75,7 +87,10 @@ def coverage(model: Any, *, backend: str | Arrays | None = None) -> Coverage:
     """For every layer of `model` its grid and how it runs, or the reason why the recipe left it alone."""
     engine = surgeon(model, backend)
     tensors = engine.tensors(model)
-    return Coverage(tuple(_cover(layer, engine, tensors) for layer in engine.layers(model)))
+    layers = list(engine.layers(model))
+    rest = _rest(layers, tensors)
+    rows = tuple(_cover(layer, engine, tensors) for layer in layers)
+    return Coverage(rows, sum(prod(one.shape) for one in rest), 8 * sum(one.nbytes for one in rest))
 
 
 def _cover(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> Covered:
@@ -91,8 +106,38 @@ def _cover(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> Covered
     static = "" if rule.range == "dynamic" else f" {rule.range}"
     activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
     weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight)
-    bits, state = bits_per_weight(layer, rule.weight), ", ".join(filter(None, (state, layer.adapter)))
+    bits, state = bits_per_weight(layer, rule), ", ".join(filter(None, (state, layer.adapter)))
     return Covered(layer.path, layer.kind, layer.shape, weight, activation, output, state, bits, layer.tied)
+
+
+def _stored_bits(shape: tuple[int, ...], rule: Rule, dtype: str) -> float:
+    from qkit.formats import compressed_tensors  # here, so that `import qkit` stays cheap
+    from qkit.storage.layout import TYPE_NAMES, Slot
+
+    assert rule.weight is not None
+    try:
+        form = compressed_tensors.form_of(rule)
+    except ArtifactError:
+        form = ""
+    if not (form and dtype):
+        return prod(shape) * rule.weight.bits_per_weight(shape)
+    parts = compressed_tensors.contents(rule.weight, dtype=cast(DType, dtype), shape=shape, form=form)
+    return 8 * sum(Slot(name, TYPE_NAMES[kind], size).nbytes for name, (kind, size) in parts.items())
+
+
+def _rest(layers: Sequence[Layer], tensors: Mapping[str, Any]) -> list[Any]:
+    """The tensors that are no weight of a layer and no part of a grid: norms, biases and the like."""
+    own, parts = set(), set()
+    for layer in layers:
+        prefix = f"{layer.path}." if layer.path else ""
+        own |= {layer.path, f"{prefix}weight", *layer.stored}
+        if layer.rule:
+            parts.add(layer.path)
+    return [
+        tensor
+        for name, tensor in tensors.items()
+        if name not in own and (name.endswith("bias") or name.rpartition(".")[0] not in parts)
+    ]
 
 
 def _weights(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> list[Any]:

@@ -57,5 +57,9 @@ class CoverageWarning(UserWarning):
     """A recipe that leaves more than half of a model's weights in float."""
 
 
+class ServerWarning(UserWarning):
+    """A saved model that a server would not open, or would run with other arithmetic."""
+
+
 class UnchangedWarning(UserWarning):
     """A training run that changed no code: the quantized model is the one that it began with."""

@@ -135,11 +135,12 @@ def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str,
 
 
 def fuse(engine: Modules, model: Any) -> Any:
-    """`model`, whose prepared layers now share tensor scales as servers want them; see `qkit.fused`."""
+    """`model`, whose prepared layers, and converted ones with adapters, share tensor scales as servers want; see `qkit.fused`."""
     if offers(engine, Fuses):  # whatever the grids are: a schedule may give the layers others
-        prepared = {layer.name: layer.module for layer in engine.layers(model) if layer.stage == "prepared"}
-        for group in fused.groups(prepared):
-            engine.fuse([prepared[path] for path in group])
+        layers = [layer for layer in engine.layers(model) if layer.stage == "prepared" or layer.adapter]
+        trained = {layer.name: layer.module for layer in layers}
+        for group in fused.groups(trained):
+            engine.fuse([trained[path] for path in group])
     return model
 
 

@@ -38,14 +38,14 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
     planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
     spoken = {id(_rule_for(item.layer, recipe)) for item in planned if item.layer.kind != "other"}
     mixed = any(item.layer.kind == "experts" for item in planned)
-    chosen = any(rule.weight and id(rule) in spoken for rule in recipe.rules)
-    for rule in recipe.rules:
-        if rule.kind == "experts" and chosen and not mixed:
-            continue  # so that one recipe serves dense models and mixtures
+    wanted = [rule for rule in recipe.rules if rule.weight and (mixed or rule.kind != "experts")]
+    for rule in (
+        wanted or recipe.rules
+    ):  # without rules for experts, so that one recipe serves dense models and mixtures
         if rule.weight and id(rule) not in spoken:
             raise RecipeError(
                 f"recipe {recipe.name!r}: the rule for {rule.kind} {', '.join(rule.match)} is first for no layer of this "
-                f"model, which has {_paths(planned)}"
+                f"model, which has {_paths(planned)}{_others(planned)}"
             )
     return planned
 
@@ -136,6 +136,15 @@ def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
         f"{layer.path} on {mine or 'none'}; give both the same weight grid (one rule of kind embedding, one of kind linear), "
         "or leave both alone"
     )
+
+
+def _others(planned: list[Planned]) -> str:
+    """The largest weight that no rule can match, and the reason."""
+    others = [item.layer for item in planned if item.layer.kind == "other" and len(item.layer.shape) > 1]
+    if not others:
+        return ""
+    largest = max(others, key=lambda layer: prod(layer.shape))
+    return f"; no rule can match {largest.path}: {largest.obstacle}"
 
 
 def _paths(planned: list[Planned]) -> str:

@@ -43,10 +43,16 @@ def calibrating(model: Any, *, all_experts: bool = False, backend: str | Arrays 
     token to every expert of a mixture, for its ranges alone: outputs stay those of the experts that the router chose.
 
     Raises:
-        StageError: no prepared layer has a static range, or the model is being calibrated already.
+        StageError: no prepared layer has a static range, or with `all_experts` no experts have one; or the model is being
+            calibrated already.
     """
     engine = surgeon(model, backend)
-    for layer in _prepared(engine, model, _static, "has a static range to calibrate"):
+    layers = _prepared(engine, model, _static, "has a static range to calibrate")
+    if all_experts and not any(layer.kind == "experts" for layer in layers):
+        raise StageError(
+            f"all_experts=True is for experts with static ranges, and this model has none on {engine.name}: leave it out"
+        )
+    for layer in layers:
         if layer.mode == "calibrating":
             raise StageError(f"{layer.path} is being calibrated already: one block of qkit.calibrating at a time")
         engine.clear_ranges(layer.module)

@@ -1,6 +1,6 @@
 """adapt and merge: adds adapters to the quantized layers of a model, and merges them without loss. Plans before it changes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -8,6 +8,7 @@ from zlib import crc32
 
 import numpy as np
 
+from qkit import fused
 from qkit.adapters.adapter import Adapter
 from qkit.engines.abilities import require
 from qkit.engines.elsewhere import Restores
@@ -35,14 +36,16 @@ def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None
 
     Raises:
         StageError: no layer matches, or one that does cannot take an adapter. Or the model is sharded: the factors would be
-            whole beside parts of weights.
+            whole beside parts of weights. Or only some of the converted layers that share a tensor scale match.
         BackendError: the engine has no adapters.
     """
     engine = able(model, backend)
     layers = list(engine.layers(model))
     want_whole(layers, "adapt")
     want_bare(layers, "adapt")
-    return put(engine, model, {layer.path: _first(engine, layer, adapter) for layer in _chosen(layers, adapter)})
+    chosen = _chosen(layers, adapter)
+    _want_together(layers, {layer.path for layer in chosen})
+    return put(engine, model, {layer.path: _first(engine, layer, adapter) for layer in chosen})
 
 
 def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
@@ -65,6 +68,7 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     bare: Any = model
     if any(layer.wrapper for layer in layers):
         _check_updates(layers)
+        _want_together(layers, {layer.path for layer in layers if layer.wrapper})
         bare, updates = require(engine, Restores).unwrap(model)
         found = {layer.path: layer for layer in engine.layers(bare)}
         bare = engine.replace(bare, {path: engine.adapt(found[path].module, one) for path, one in updates.items()})
@@ -79,6 +83,23 @@ def _check_updates(layers: list[Layer]) -> None:
     for layer in layers:
         if layer.wrapper and layer.stage == "converted" and (reason := obstacle(layer, layers)):
             raise StageError(f"cannot merge the {layer.wrapper} of {layer.path}: {reason}")
+
+
+def _want_together(layers: Iterable[Layer], chosen: Collection[str]) -> None:
+    """Refuses adapters on some of the converted layers that share a tensor scale: a merge would give these another one."""
+    sharing = {
+        layer.path: layer
+        for layer in layers
+        if layer.stage == "converted" and layer.rule and fused.shares(layer.rule.weight)
+    }
+    for group in fused.groups(path for path, layer in sharing.items() if layer.kind == "linear"):
+        without = [path for path in group if path not in chosen]
+        if without and len(without) < len(group):
+            mine = next(path for path in group if path in chosen)
+            raise StageError(
+                f"{mine} cannot take an adapter alone: its codes share a tensor scale with {', '.join(without)}, which a merge "
+                "would change: adapt them in the same call, or adapt the float model after prepare"
+            )
 
 
 def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:

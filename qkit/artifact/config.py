@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from qkit.artifact.known import apart, both_names
 from qkit.artifact.metadata import StoredRule
+from qkit.artifact.transformers_experts import STOPPER, TEXT, misread
 from qkit.errors import ArtifactError
 from qkit.formats import compressed_groups
 from qkit.formats.settings import WAY_OUT
@@ -67,7 +68,11 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def quantized_config(
-    config: Mapping[str, Any] | None, rules: Sequence[StoredRule], *, left_alone: Sequence[str]
+    config: Mapping[str, Any] | None,
+    rules: Sequence[StoredRule],
+    *,
+    left_alone: Sequence[str],
+    single_experts: bool = False,
 ) -> dict[str, Any] | None:
     """`config` of a Hugging Face model with the `quantization_config` of its stored rules; None where `config` is None.
 
@@ -75,6 +80,7 @@ def quantized_config(
 
     Args:
         left_alone: paths of the linear layers that stay float.
+        single_experts: whether the files have float experts that are stored one by one.
     """
     if config is None:
         return None
@@ -83,6 +89,8 @@ def quantized_config(
         groups = [(stored.rule, both_names(stored.paths, config)) for stored in rules]
         floats = {*both_names(left_alone, config), *apart((path for one in rules for path in one.paths), config)}
         config["quantization_config"] = compressed_groups.quantization_config(groups, left_alone=floats)
+        if misread(config, rules, single_experts=single_experts):
+            config["quantization_config"][STOPPER] = TEXT
     return config
 
 

@@ -1,4 +1,4 @@
-"""The content of a directory of weights, from headers alone: layers, grids, sizes."""
+"""The content of a directory of weights, from headers and tensor scales alone: layers, grids, sizes, and what servers do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +8,12 @@ from pathlib import Path
 from qkit.artifact.config import read_config
 from qkit.artifact.families import layer_of, tied_head
 from qkit.artifact.metadata import StoredRule, read_rules
+from qkit.artifact.servers import sentences
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError
 from qkit.experts import Member
 from qkit.formats import compressed_tensors
+from qkit.fused import shares
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
 from qkit.storage.seal import check_seal
@@ -46,6 +48,7 @@ class Inspection:
         tensors: number of stored tensors.
         numbers: numbers of all tensors; a quantized weight counts with the numbers of its float weight.
         nbytes: bytes of all tensors.
+        served: how vLLM's arithmetic differs from qkit's, and why it does not open the directory; a sentence each.
     """
 
     groups: tuple[Group, ...]
@@ -55,6 +58,7 @@ class Inspection:
     tensors: int
     numbers: int
     nbytes: int
+    served: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -72,6 +76,7 @@ def inspect_directory(folder: Path) -> Inspection:
     check_seal(folder, tensors, digests=False)
     config = read_config(folder)
     groups, taken, by_path = [], set(), parts(tensors)
+    scales: dict[str, float] = {}
     for rule in read_rules(folder, metadata, config):
         assert rule.rule.weight is not None
         form, numbers, nbytes = compressed_tensors.form_of(rule.rule), 0, 0
@@ -86,6 +91,8 @@ def inspect_directory(folder: Path) -> Inspection:
             numbers += prod(shape)
             nbytes += sum(mine[name].slot.nbytes for name in names)
             taken |= {mine[name].slot.name for name in names}
+            if shares(rule.rule.weight):
+                scales[path] = float(compressed_tensors.read_tensor_scale(mine["weight_global_scale"].read()))
         groups.append(Group(rule, form, numbers, nbytes))
     rest = [stored.slot for name, stored in tensors.items() if name not in taken]
     found = [layer_of(slot, config or {}) for slot in rest]
@@ -102,6 +109,7 @@ def inspect_directory(folder: Path) -> Inspection:
         tensors=len(tensors),
         numbers=sum(prod(slot.shape) for slot in rest) + sum(group.numbers for group in groups),
         nbytes=sum(stored.slot.nbytes for stored in tensors.values()),
+        served=tuple(sentences([group.stored for group in groups], tied=owner is not None, tensor_scales=scales)),
     )
 
 

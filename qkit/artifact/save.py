@@ -1,5 +1,6 @@
 """`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from qkit.artifact.companions import companions
 from qkit.artifact.config import quantized_config, read_config
 from qkit.artifact.expert_files import file_stack
 from qkit.artifact.metadata import KEY, StoredRule, describe, group_paths, stored_rule
+from qkit.artifact.servers import VLLM, sentences
+from qkit.artifact.transformers_experts import has_single
 from qkit.engines.abilities import offers, require
 from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer, want_bare, want_merged, want_none_lost, want_whole
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Modules
-from qkit.errors import ArtifactError, StageError
+from qkit.errors import ArtifactError, ServerWarning, StageError
 from qkit.expert_inputs import static_names, static_of
 from qkit.experts import file_name, paths_of
 from qkit.formats import compressed_tensors
@@ -41,7 +44,8 @@ def save(
 ) -> Path:
     """Writes `model`, converted or float, as a directory that transformers, vLLM and qkit on any engine open.
 
-    The folder appears, or replaces an earlier one, in one step after every byte is written.
+    The folder appears, or replaces an earlier one, in one step after every byte is written. Warns where vLLM would not open it,
+    or compute otherwise.
 
     Args:
         folder: the directory to write. An earlier artifact there is replaced.
@@ -73,11 +77,15 @@ def save(
         raise ArtifactError(f"the source {origin} has no config.json: name the model's own Hugging Face directory")
     check_directory(folder)
     found = contents(engine, model, config, dtype=dtype)
+    for text in found.served:
+        warnings.warn(f"{VLLM}: {text}", ServerWarning, stacklevel=2)
+    single = has_single(found.tensors)
+    config = quantized_config(config, found.rules, left_alone=found.left_alone, single_experts=single)
     write_directory(
         folder,
         [array_stream(name, array) for name, array in found.tensors.items()],
         metadata={KEY: describe(found.rules)},
-        files=companions(origin, config=quantized_config(config, found.rules, left_alone=found.left_alone)),
+        files=companions(origin, config=config),
         shard_bytes=shard_bytes,
     )
     return folder
@@ -85,11 +93,19 @@ def save(
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The tensors of an artifact by name, the rules of its layers, and the paths of linear layers that stay float."""
+    """The contents of an artifact.
+
+    Attributes:
+        tensors: the tensors by name.
+        rules: the rules of its layers.
+        left_alone: the paths of linear layers that stay float.
+        served: how vLLM differs; see `servers.sentences`.
+    """
 
     tensors: dict[str, NDArray[Any]]
     rules: list[StoredRule]
     left_alone: list[str]
+    served: tuple[str, ...]
 
 
 def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, dtype: DType | None = None) -> Contents:
@@ -140,7 +156,11 @@ def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, d
         for layer in layers
         if layer.kind == "other" and len(layer.shape) == 2 and layer.path.endswith(".weight")
     ]
-    return Contents(tensors, rules, left_alone)
+    tied = any(layer.tied and layer.kind == "linear" for layer in layers) or bool(
+        (config or {}).get("tie_word_embeddings")
+    )
+    shared = {path: float(q.tensor_scale) for path, _, q in converted if q.tensor_scale is not None}
+    return Contents(tensors, rules, left_alone, tuple(sentences(rules, tied=tied, tensor_scales=shared)))
 
 
 def _origin(engine: Modules, model: Any, source: str | Path | None) -> Path | None:

@@ -1,7 +1,7 @@
 """A snapshot: the content of a model directory, whatever its layout. Here is how one of qkit's own directories becomes one."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from qkit.qtensor import DType
 from qkit.reference.packing import Packed
 from qkit.rules import Rule
 from qkit.storage.arrays import read_folder
+from qkit.storage.known_digests import KnownDigests
 
 CHUNK = 1 << 24  #: bytes that one call digests
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
@@ -59,6 +60,7 @@ class Snapshot:
         config: `config.json` in transformers' names, without the quantization keys; None where there is no file.
         weights: quantized weights, by the path of their layer.
         tensors: all other tensors, by name.
+        sealed: digests of mapped tensors that were compared with the seal of the directory; None where none was.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Snapshot:
     config: dict[str, Any] | None
     weights: dict[str, StoredWeight]
     tensors: Tensors
+    sealed: KnownDigests | None = None
 
     @property
     def tied(self) -> bool:
@@ -91,13 +94,17 @@ class Snapshot:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_own(folder: Path) -> Snapshot:
+def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snapshot:
     """The content of a directory that qkit wrote: an artifact, or an export for another program. Checks no digest.
+
+    Args:
+        digests: SHA-256 of tensors by name, where the caller has compared them.
 
     Raises:
         ArtifactError: the metadata are not readable, `config.json` contradicts them, or a weight is not sound.
     """
     tensors, metadata = read_folder(folder)
+    sealed = KnownDigests(tensors, digests) if digests else None
     config, layout = read_config(folder), layout_of(metadata)
     rules = read_rules(folder, metadata, config, layout=layout)
     known = config and {name: value for name, value in config.items() if name not in QUANTIZATION}
@@ -126,7 +133,7 @@ def read_own(folder: Path) -> Snapshot:
             weights[path] = stored_weight(folder, path, layout, parts, rule=one.rule, dtype=one.dtype, shape=shape)
     if layout == "mlx":
         tensors = without_stacks(tensors, mixed, known or {})
-    return Snapshot(folder, layout if weights else "float", False, known, weights, tensors)
+    return Snapshot(folder, layout if weights else "float", False, known, weights, tensors, sealed)
 
 
 def stored_weight(

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qkit.artifact.inspect import Group, Inspection, inspect_directory
+from qkit.artifact.servers import VLLM
 from qkit.cli.console import All, Json, console, print_json, size
 from qkit.path_patterns import collapse
 from qkit.rules import rule_table
@@ -44,6 +45,8 @@ def inspect(
         console.print(f"left alone: {', '.join(names[:FEW] if more else names)}{more}", highlight=False)
     if found.tied:
         console.print(f"{found.tied} is also the output head", highlight=False)
+    for text in found.served:
+        console.print(f"{VLLM}: {text}", highlight=False, markup=False)
     files = ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in found.files.items())
     console.print(f"{found.tensors} tensors, {found.bits_per_weight:.2f} bits per weight, in {files}", highlight=False)
 
@@ -53,6 +56,7 @@ def _as_table(found: Inspection) -> dict[str, Any]:
         "rules": [_group_table(group) for group in found.groups],
         "left_alone": list(found.left_alone),
         "tied_head": found.tied or None,
+        "warnings": [f"{VLLM}: {text}" for text in found.served],
         "files": dict(found.files),
         "tensors": found.tensors,
         "bits_per_weight": found.bits_per_weight,

@@ -196,13 +196,14 @@ class Modules(Arrays, Protocol):
 
 
 class Fuses(Modules, Protocol):
-    """Prepared layers that share a tensor scale, since servers run them as one layer; see `qkit.fused`."""
+    """Layers that share a tensor scale while they train, since servers run them as one layer; see `qkit.fused`."""
 
     def fuse(self, modules: Sequence[Any]) -> None:
-        """Has prepared layers share one tensor scale, that of their largest magnitude, wherever their grids have one (`nvfp4`).
+        """Has layers share one tensor scale, that of their largest magnitude, wherever their grids have one (`nvfp4`).
 
-        They then compute with the values of `quantize(w, grid, peak=...)`, where `peak` is the largest magnitude of the current
-        weights of those layers that are on such a grid. Deep copies of a model share among themselves.
+        The layers are prepared, or converted with adapters. They then compute with the values of `quantize(w, grid, peak=...)`,
+        where `peak` is the largest magnitude of the current weights, merged ones, of those layers that are on such a grid. Deep
+        copies of a model share among themselves.
         """
         ...
 

@@ -14,6 +14,7 @@ from qkit.artifact.families import EMBEDDINGS, HEAD, layer_of
 from qkit.artifact.metadata import KEY, describe
 from qkit.artifact.mlx_experts import without_stacks
 from qkit.artifact.snapshot import Snapshot, StoredWeight, locating, read_own, stored_weight, take_parts
+from qkit.artifact.transformers_experts import has_single
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
 from qkit.exchange.shared_scales import share_scales
@@ -45,9 +46,9 @@ def read_model(folder: str | Path) -> Snapshot:
     """
     folder = Path(folder)
     stored, metadata = read.read_folder(folder)
-    check_seal(folder, stored, digests=True)
+    digests = check_seal(folder, stored, digests=True)
     if KEY in metadata:
-        return read_own(folder)
+        return read_own(folder, digests=digests)
     config = read_config(folder)
     with locating(folder):
         stated = quantization_of(config)
@@ -90,7 +91,8 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     left_alone += [
         path for name in source.tensors if (path := name.removesuffix(".weight")) != name and is_router(path)
     ]
-    config = quantized_config(source.config, rules_of(source), left_alone=left_alone)
+    single = has_single(source.tensors)
+    config = quantized_config(source.config, rules_of(source), left_alone=left_alone, single_experts=single)
     about = json.loads(describe(rules_of(source)))
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
 

@@ -156,7 +156,7 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
         zeros = None if grid.symmetric else _zeros(tensors["weight_zero_point"], grid, scale_shape)
         return Packed(codes.view(np.uint32), scales, grid, dtype, shape, zeros)
     if form == "nvfp4-pack-quantized":
-        tensor_scale = _tensor_scale(tensors["weight_global_scale"])
+        tensor_scale = read_tensor_scale(tensors["weight_global_scale"])
         scales = scales.view(np.uint8)
         check((scales > 0) & (scales < 0x7F), "weight_scale", "a positive e4m3")
     elif form == "float-quantized":
@@ -220,7 +220,7 @@ def _float_scale(scale: NDArray[np.float32], q: Packed) -> NDArray[Any]:
     return stored.reshape(-1) if q.grid.group == "tensor" else stored
 
 
-def _tensor_scale(stored: NDArray[np.float32]) -> NDArray[np.float32]:
+def read_tensor_scale(stored: NDArray[np.float32]) -> NDArray[np.float32]:
     """The power of two of an NVFP4 tensor, shape (), from its stored reciprocal (R9).
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit import native
 from qkit.errors import ArtifactError
 from qkit.formats.mlx_lm import spread
 from qkit.formats.packed import unpack
@@ -44,6 +45,7 @@ SIZES: Final = {
     "F32": 256,
 }
 FLOATS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  #: GGUF's types of floats, by NumPy's
+EXACT: Final = 2.0**-17, 65280.0  #: numbers of 8 significant bits between these are float16
 NUMBERS: Final = 1 << 20  #: numbers of a weight that are unpacked together
 WAY_OUT: Final = "export --to dense, or --fallback f16 for its values as float16"
 
@@ -101,24 +103,46 @@ def store(packed: Packed, kind: str | None = None) -> NDArray[np.uint8]:
         ArtifactError: see `kind_of`.
     """
     kind = kind or kind_of(packed)
-    rows, inputs = packed.shape
-    q = unpack(packed)
+    rows = packed.shape[0]
+    if native.available() and (flip := _moved(packed, kind)) is not None:
+        bits, run = packed.grid.element.bits, 16 if kind == "NVFP4" else BLOCK
+        return native.interleave(packed.words, _heads(packed, kind), bits=bits, run=run, flip=flip).reshape(rows, -1)
+    q, heads = unpack(packed), _heads(packed, kind)
     if kind == "NVFP4":
-        head = np.ascontiguousarray(q.scales).view(np.uint8).reshape(rows, inputs // SUPER_BLOCK, 4)
-        return np.concatenate([head, _nibbles(q.codes, 16).reshape(rows, -1, 32)], axis=-1).reshape(rows, -1)
-    if kind == "MXFP4":
-        parts = [_head(q.scales, rows, inputs), _nibbles(q.codes, BLOCK)]
+        body = [_nibbles(q.codes, 16).reshape(rows, -1, 32)]
+    elif kind == "MXFP4":
+        body = [_nibbles(q.codes, BLOCK)]
     elif kind in OFFSETS.values():
-        assert q.zeros is not None
-        heads = [_head(_half(part), rows, inputs) for part in (q.scales, _offsets(q.scales, q.zeros))]
-        parts = [*heads, *_bits(q.codes, kind)]
-    else:
-        scales = np.where(_lost_or_idle(packed), np.float32(0), q.scales)
+        body = _bits(q.codes, kind)
+    elif kind == "Q8_0":
         body = [_steps(q).astype(np.int8).reshape(rows, -1, BLOCK).view(np.uint8)]
-        if kind != "Q8_0":
-            body = _bits((_steps(q) - LOWEST[kind]).astype(np.uint8), kind)
-        parts = [_head(_half(scales), rows, inputs), *body]
-    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+    else:
+        body = _bits((_steps(q) - LOWEST[kind]).astype(np.uint8), kind)
+    return np.concatenate([heads, *body], axis=-1).reshape(rows, -1)
+
+
+def _moved(packed: Packed, kind: str) -> int | None:
+    """The number that bytes of codes are XORed with where codes only change places; None where they are computed anew."""
+    bits = packed.grid.element.bits
+    if kind in ("NVFP4", "MXFP4", OFFSETS[4]) or (kind == "Q4_0" and bits == 4 and packed.zeros is None):
+        return 0
+    return 0x80 if kind == "Q8_0" and bits == 8 and packed.zeros is None else None
+
+
+def _heads(packed: Packed, kind: str) -> NDArray[np.uint8]:
+    """The bytes of the scales and offsets of each block, [rows, blocks, bytes]."""
+    rows, inputs = packed.shape
+    if kind == "NVFP4":
+        return np.ascontiguousarray(packed.scales).view(np.uint8).reshape(rows, inputs // SUPER_BLOCK, 4)
+    if kind == "MXFP4":
+        return _head(packed.scales, rows, inputs)
+    if kind in OFFSETS.values():
+        assert packed.zeros is not None
+        offsets = _offsets(packed.scales, packed.zeros)
+        return np.concatenate([_head(_half(part), rows, inputs) for part in (packed.scales, offsets)], axis=-1)
+    idle = _lost_or_idle(packed)
+    scales = np.where(idle, np.float32(0), packed.scales) if idle.any() else packed.scales
+    return _head(_half(scales), rows, inputs)
 
 
 def _half(numbers: NDArray[Any]) -> NDArray[np.float16]:
@@ -132,7 +156,10 @@ def _offsets(scales: NDArray[np.float32], zeros: NDArray[np.uint8]) -> NDArray[n
 
 
 def _inexact(packed: Packed) -> NDArray[np.bool_]:
-    """Where a scale is no float16."""
+    """Where a scale is no float16. Scales have 8 significant bits (R3), so that most are one by their range alone."""
+    magnitudes = np.abs(packed.scales)
+    if magnitudes.min() >= EXACT[0] and magnitudes.max() <= EXACT[1]:
+        return np.zeros(magnitudes.shape, np.bool_)
     return np.asarray(_half(packed.scales).astype(np.float32) != packed.scales)
 
 

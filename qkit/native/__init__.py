@@ -1,16 +1,17 @@
-"""Compiled kernels with the bits of `qkit.reference`: they quantize, fake-quantize and pack NumPy arrays on the CPU.
+"""Compiled kernels with the bits of `qkit.reference`: they quantize, fake-quantize, pack and interleave NumPy arrays on the CPU.
 
 `build.py` compiles them where there is a C compiler. Without one, `available()` is False and callers use `qkit.reference`.
 The kernels declare their elements and scale rules, see `takes` and `packs`; the law computes every other one here too.
 """
 
-from qkit.native.arrays import extremes, fake_quantize, pack, quantize, quantize_packed, use_threads
+from qkit.native.arrays import extremes, fake_quantize, interleave, pack, quantize, quantize_packed, use_threads
 from qkit.native.library import available, packs, takes
 
 __all__ = [
     "available",
     "extremes",
     "fake_quantize",
+    "interleave",
     "pack",
     "packs",
     "quantize",

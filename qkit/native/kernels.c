@@ -351,6 +351,43 @@ INLINE int32_t pack(const uint8_t *codes, int64_t n, int32_t width, uint8_t flip
     return DONE;
 }
 
+/* Eight codes of 4 bits in the low halves of eight bytes, lowest first. */
+INLINE uint64_t opened(const uint8_t *four)
+{
+    uint32_t x;
+    memcpy(&x, four, 4);
+    uint64_t wide = (x & 0xFFFFull) | (uint64_t)(x >> 16) << 32;
+    wide = (wide & 0x000000FF000000FFull) | (wide & 0x0000FF000000FF00ull) << 8;
+    return (wide & 0x000F000F000F000Full) | (wide & 0x00F000F000F000F0ull) << 4;
+}
+
+/* A stream of 4-bit codes to blocks of `runs` runs of `run` codes, a multiple of 16, after `head` bytes of `heads`. In a run, the
+   first half of the codes goes to the low halves of the bytes, and the second half to the high ones. */
+INLINE void nibbles(const uint8_t *words, const uint8_t *heads, int64_t blocks, int64_t head, int64_t runs, int64_t run,
+                    uint8_t *out)
+{
+    for (int64_t block = 0; block < blocks; block++, heads += head) {
+        memcpy(out, heads, head);
+        out += head;
+        for (int64_t i = 0; i < runs; i++, words += run / 2)
+            for (int64_t k = 0; k < run / 4; k += 4, out += 8) {
+                uint64_t both = opened(words + k) | opened(words + run / 4 + k) << 4;
+                memcpy(out, &both, 8);
+            }
+    }
+}
+
+/* Bytes to blocks of `run` bytes after `head` bytes of `heads`. Each byte is XORed with `flip`. */
+INLINE void octets(const uint8_t *words, const uint8_t *heads, int64_t blocks, int64_t head, int64_t run, uint8_t flip,
+                   uint8_t *out)
+{
+    for (int64_t block = 0; block < blocks; block++, heads += head, words += run, out += head + run) {
+        memcpy(out, heads, head);
+        for (int64_t i = 0; i < run; i++)
+            out[head + i] = words[i] ^ flip;
+    }
+}
+
 /* Whether these kernels compute `grid`: a new element or scale rule is the law's alone until it is here. */
 INLINE int known(const struct grid *grid)
 {
@@ -432,5 +469,21 @@ EXPORT int32_t qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t 
     for (int64_t row = 0; row < rows; row++)
         if (pack(codes + row * n, n, width, flip, out + row * bytes, bytes) != DONE)
             return UNKNOWN;
+    return DONE;
+}
+
+/* Writes `blocks` blocks of packed codes of `width` bits, 4 or 8, each after its `head` bytes of `heads`; see `nibbles` and
+   `octets`. */
+EXPORT int32_t qkit_interleave(const uint8_t *words, const uint8_t *heads, int64_t blocks, int64_t head, int64_t runs,
+                               int64_t run, int32_t width, uint8_t flip, uint8_t *out)
+{
+    if (width == 4 && flip == 0 && run == 32 && runs == 1 && head == 2) /* constants make the loops straight */
+        nibbles(words, heads, blocks, 2, 1, 32, out);
+    else if (width == 4 && flip == 0 && run % 16 == 0)
+        nibbles(words, heads, blocks, head, runs, run, out);
+    else if (width == 8)
+        octets(words, heads, blocks, head, runs * run, flip, out);
+    else
+        return UNKNOWN;
     return DONE;
 }

@@ -13,7 +13,7 @@ from qkit.errors import ArtifactError
 from qkit.storage.batches import batches, in_threads
 from qkit.storage.marks import SEAL
 from qkit.storage.read import INDEX_BYTES, Stored, inside, is_pickle, read_json
-from qkit.storage.tensor_writer import CHUNK
+from qkit.storage.tensor_writer import CHUNK, PIECE
 
 AGAIN: Final = "quantize or save the model again"
 KEYS: Final = {
@@ -67,21 +67,25 @@ def read_seal(folder: Path) -> Seal | None:
     return Seal(tuple(table["files"]), table["headers"], table["tensors"])
 
 
-def check_seal(folder: Path, tensors: Mapping[str, Stored], *, digests: bool) -> None:
+def check_seal(folder: Path, tensors: Mapping[str, Stored], *, digests: bool) -> Mapping[str, str]:
     """Compares `folder` with its seal, if it has one.
 
     With `digests`, one pass reads every byte of the weights. The bytes stay in the system's cache for the caller.
+
+    Returns:
+        The digests by the name of their tensor, all of which were compared; empty without `digests` or a seal.
 
     Raises:
         ArtifactError: a file or tensor differs from the seal.
     """
     seal = read_seal(folder)
     if seal is None:
-        return
+        return {}
     for problem in file_problems(folder, seal):
         raise ArtifactError(str(problem))
     for problem in tensor_problems(folder, seal, tensors, digests=digests):
         raise ArtifactError(str(problem))
+    return seal.tensors if digests else {}
 
 
 def file_problems(folder: Path, seal: Seal) -> Iterator[Problem]:
@@ -149,9 +153,9 @@ def _digests(batch: Sequence[Stored], opened: Mapping[Path, int]) -> list[str]:
 
 
 def _digest(stored: Stored, descriptor: int) -> str:
-    found = hashlib.sha256()
+    found, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, stored.slot.nbytes)))  # in the cache
     begin, end = stored.begin, stored.begin + stored.slot.nbytes
-    while begin < end and (data := os.pread(descriptor, min(CHUNK, end - begin), begin)):
-        found.update(data)
-        begin += len(data)
+    while begin < end and (length := os.preadv(descriptor, [buffer[: end - begin]], begin)):
+        found.update(buffer[:length])
+        begin += length
     return found.hexdigest()

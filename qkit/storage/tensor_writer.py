@@ -8,6 +8,7 @@ from pathlib import Path
 from qkit.storage.layout import Place
 
 CHUNK = 1 << 20
+PIECE = 1 << 18  #: bytes that are digested and written together
 
 
 class TensorWriter:
@@ -18,8 +19,11 @@ class TensorWriter:
         self._opened: dict[str, int] = {}
         self._running: dict[str, _RunningDigest] = {}
 
-    def write(self, name: str, block: bytes | memoryview, *, offset: int = 0) -> int:
+    def write(self, name: str, block: bytes | memoryview, *, offset: int = 0, digest: str | None = None) -> int:
         """Writes `block` at `offset` of tensor `name`, and returns its length.
+
+        Args:
+            digest: SHA-256 of the block, where the caller knows it and needs none from here.
 
         Raises:
             ValueError: the block is longer than the rest of the tensor.
@@ -28,12 +32,14 @@ class TensorWriter:
         place, data = self._places[name], memoryview(block).cast("B")
         if offset + len(data) > place.nbytes:
             raise ValueError(f"{name} has {place.nbytes} bytes: {len(data)} at {offset} are too many")
-        running = self._running.setdefault(name, _RunningDigest())
-        if running.end == offset:  # blocks in order are digested while they are in memory
-            running.digest.update(data)
-            running.end += len(data)
+        running = None if digest else self._running.setdefault(name, _RunningDigest())
         try:
-            write_all(self._open(place.file), data, place.begin + offset)
+            for begin in range(0, len(data), PIECE):  # digested and written while it is in the processor's cache
+                piece, at = data[begin : begin + PIECE], offset + begin
+                if running and running.end == at:  # blocks in order
+                    running.digest.update(piece)
+                    running.end += len(piece)
+                write_all(self._open(place.file), piece, place.begin + at)
         except OSError as error:  # the system's own error does not name the file
             raise OSError(error.errno, error.strerror, str(self._folder / place.file)) from None
         return len(data)

@@ -6,9 +6,9 @@ from typing import Any
 
 from qkit.artifact.known import is_known, table
 from qkit.artifact.metadata import StoredRule
-from qkit.experts import is_stacked
+from qkit.artifact.servers import VLLM, sentences
+from qkit.artifact.transformers_experts import misread
 from qkit.formats.compressed_tensors import layout
-from qkit.streaming.servers import VLLM, sentences
 
 TRANSFORMERS, DEQUANTIZED = "transformers", "transformers, dequantized"
 GOOD = ("equal", "none")  #: results of the table that need no word: equal, or the reader has no such model
@@ -78,28 +78,18 @@ def _of_layout(rules: Sequence[StoredRule]) -> Iterable[Caveat]:
 
 
 def _of_experts(config: Mapping[str, Any], rules: Sequence[StoredRule], float_ones: bool) -> Iterable[Caveat]:
-    """Experts that transformers does not stack again, or decodes otherwise."""
+    """Experts that transformers does not open; where it would open others, config.json stops it."""
     mixed = [one.rule for one in rules if one.rule.kind == "experts"]
-    if float_ones:
-        text = "it drops float experts that are stored one by one beside quantized layers"
-        yield from (Caveat(one, f"{text}: open the output with qkit ({TRIED})") for one in (TRANSFORMERS, DEQUANTIZED))
-    if float_ones or not mixed:
-        return
-    kind = str(config.get("model_type"))
-    grids = {rule.weight for rule in mixed}
-    forms = {layout(grid) for grid in grids if grid is not None}
-    asymmetric = any(grid is not None and not grid.symmetric for grid in grids)
-    text = ""
-    if is_stacked(config):
-        text = f"it has no conversion that stacks the experts of a {kind} model, and leaves them at random"
-    elif "nvfp4-pack-quantized" in forms:
-        text = "it decodes experts without the scale of the tensor, so that they are wrong"
-    elif "mxfp8-quantized" in forms or asymmetric:
-        text = "it fails on experts with " + ("zero points" if asymmetric else "MXFP8 scales")
-    elif len(grids) > 1:
-        text = "it decodes all experts by the grid of the first"
+    text = misread(config, rules, single_experts=float_ones)
+    stopped = ", and is stopped by a key of config.json" if text else ""
+    if not text and mixed:
+        forms = {layout(rule.weight) for rule in mixed if rule.weight is not None}
+        asymmetric = any(rule.weight is not None and not rule.weight.symmetric for rule in mixed)
+        if "mxfp8-quantized" in forms or asymmetric:
+            text = "it fails on experts with " + ("zero points" if asymmetric else "MXFP8 scales")
     if text:
-        yield from (Caveat(one, f"{text}: open the output with qkit ({TRIED})") for one in (TRANSFORMERS, DEQUANTIZED))
+        way_out = f"{stopped}: open the output with qkit ({TRIED})"
+        yield from (Caveat(one, text + way_out) for one in (TRANSFORMERS, DEQUANTIZED))
     if any(rule.slots for rule in mixed):
         yield Caveat("", f"transformers does not quantize the inputs of experts, and qkit does ({TRIED})")
 

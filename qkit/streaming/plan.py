@@ -163,7 +163,13 @@ def make_plan(
     found.update((name, f"{COPY} of {owner}, which is stored once") for name, owner in copies.items())
     layers = [layer for layer in found.values() if isinstance(layer, Layer)]
     owner = tied_head(layers, known)
-    planned = {item.layer.path: item for item in _plan([*_with_head(layers, owner), *blocks.values()], recipe)}
+    others = [
+        Layer(name, "other", tensors[name].slot.shape, None, obstacle=one)
+        for name, one in found.items()
+        if isinstance(one, str)
+    ]
+    every = [*_with_head(layers, owner), *blocks.values(), *others]
+    planned = {item.layer.path: item for item in _plan(every, recipe)}
     rows = []
     for name, one in found.items():
         layer = blocks[one.block] if isinstance(one, Member) else one
@@ -179,13 +185,14 @@ def make_plan(
     rules = group_paths((stored_rule(row.rule), row.dtype, path) for row in rows if row.rule for path in row.paths)
     left_alone = [path for path, item in planned.items() if _keeps_weight(item)]
     left_alone += [path for row in rows if (path := _matrix(row))]
-    files = companions(folder, config=quantized_config(config, rules, left_alone=left_alone))
+    single = any(row.member and row.member.expert is not None and not row.rule for row in rows)
+    written_config = quantized_config(config, rules, left_alone=left_alone, single_experts=single)
+    files = companions(folder, config=written_config)
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
-    single = any(row.member and row.member.expert is not None and not row.rule for row in rows)
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
     found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)

@@ -70,8 +70,10 @@ class Outcome:
     changed_layers: int = 0
 
 
-def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
+def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Carries out `run`. An interrupted run resumes from its last checkpoint.
+
+    Asks `stop` after every step. Where it says yes, the run writes a checkpoint, tells the event `stop`, and is interrupted.
 
     Writes the artifact into `run.out`, and `log.jsonl` and the last two checkpoints into the run folder beside it. Merges
     adapters into the artifact, and also writes them as peft's files into `adapter` in the run folder.
@@ -81,6 +83,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
     Warns if the run changed no code.
 
     Raises:
+        KeyboardInterrupt: `stop` said yes.
         RunError: the run does not fit its model, its text, or the checkpoints in its folder.
         DivergedError: the loss or a weight is no longer finite; the message names the last good checkpoint.
         LockedError: another process trains for the same folder.
@@ -133,7 +136,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None) -> Outcome:
         began = found.step if found else 0
         start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
         record("resume" if found else "start", began, **start, run=about["run"])
-        seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began)
+        seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began, stop)
         after = code_sums(model, backend=engine)
         outcome = _finish(run, engine, model, unseen, order, log, seconds, dtype=dtype_of(source))
         outcome = replace(outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after))
@@ -184,6 +187,7 @@ def _train(
     about: Mapping[str, Any],
     folder: Path,
     began: int,
+    stop: Callable[[], bool],
 ) -> float:
     """Trains from step `began` + 1 to the last. Returns the seconds that it took."""
     assert run.steps is not None
@@ -210,8 +214,12 @@ def _train(
             last = step.number == run.steps
             if len(unseen) and (last or (run.evaluate_every and step.number % run.evaluate_every == 0)):
                 record("evaluation", step.number, loss=_held_out(engine, model, unseen))
-            if last or step.number % run.checkpoint_every == 0:
+            stopped = not last and step.number % run.quantization.interval == 0 and stop()  # values are refreshed there
+            if last or stopped or step.number % run.checkpoint_every == 0:
                 record("checkpoint", step.number, file=str(checkpoint.write(folder, trainer.state(), about=about)))
+            if stopped:
+                record("stop", step.number)
+                raise KeyboardInterrupt
             clock = perf_counter()
     except DivergedError as error:
         good = sorted(folder.glob(checkpoint.PATTERN))

@@ -33,7 +33,7 @@ ENGINES = {status.name for status in qkit.backends() if status.ready}
 
 def test_the_readme_is_short_and_so_is_its_tour():
     lines = PAGES["README.md"].splitlines()
-    assert len(lines) <= 150
+    assert len(lines) <= 135
     begin = lines.index("## The tour")
     assert next(i for i, line in enumerate(lines[begin + 1 :]) if line.startswith("## ")) <= 60
 
@@ -74,6 +74,7 @@ def run_lines(lines, few):
         assert done.exit_code == 0, (command, done.output, done.exception)
 
 
+@pytest.mark.filterwarnings("ignore:training changed no code")  # in two steps
 @pytest.mark.skipif(not {"torchao", "mlx"} & ENGINES, reason="needs an engine that trains")
 def test_the_commands_that_train_and_measure_run_in_their_order(tmp_path, monkeypatch):
     """As they stand, on a small model, and with few steps."""

@@ -20,6 +20,9 @@ from qkit.formats.mlx_families import FAMILIES
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
 from qkit.storage.arrays import read_file
+from qkit.storage.known_digests import KnownDigests
+from qkit.storage.read import read_folder
+from qkit.storage.seal import digests_of, read_seal
 
 
 def same(a, b):
@@ -37,6 +40,25 @@ def test_a_weight_goes_through_mlx_and_back(grid, dtype):
     stored = mlx_lm.store(pack(q))
     back = mlx_lm.restore(stored, grid=grid, dtype=dtype, shape=q.shape)
     assert same(unpack(back), q)
+
+
+@pytest.mark.parametrize("recipe", ["int4-g64", "int8-g128", "int4-g32-all"])
+def test_the_digests_of_an_export_are_those_of_its_bytes_though_copies_keep_the_artifact_s(recipe, tmp_path):
+    source = read_model(quantized(tmp_path, recipe))
+    export_mlx(source, tmp_path / "mlx")
+    stored, _ = read_folder(tmp_path / "mlx")
+    seal = read_seal(tmp_path / "mlx")
+    assert seal.tensors == digests_of(list(stored.values()))
+    own = set(read_seal(source.folder).tensors.values())
+    assert own & set(seal.tensors.values())
+
+
+def test_a_digest_is_known_of_exactly_the_bytes_that_have_it():
+    arrays = {"a": np.arange(8, dtype=np.int16), "b": np.zeros(8, np.int16)}
+    known = KnownDigests(arrays, {"a": "of a"})
+    data = arrays["a"].view(np.uint8).data
+    assert known.of(data) == "of a"
+    assert [known.of(data[2:]), known.of(data[:8]), known.of(bytes(data)), known.of(arrays["b"].data)] == [None] * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

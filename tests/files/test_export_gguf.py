@@ -1,5 +1,6 @@
 """GGUF: the same codes in blocks of 32, as gguf itself decodes them, or refused by name."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,14 @@ HELD = {
     "MXFP4": [Grid("e2m1", 32), Grid("e2m1", 64, "floor"), Grid("e2m1", "row", "even")],
     "NVFP4": [Grid("e2m1", 16, "nvfp4")],
 }
+#: SHA-256, shortened, of the blocks of all grids of a type together.
+BYTES = {
+    "Q4_0": "961d12d5b3e71603",
+    "Q5_0": "d1e11b701b20bc6d",
+    "Q8_0": "5311001655cf4e66",
+    "MXFP4": "953d423ee71a5c7d",
+    "NVFP4": "483541c208a8a02e",
+}
 REFUSED = [Grid("int8", 32, "minmax"), Grid("int4", 16), Grid("e4m3", 32), Grid("e5m2", 32)]
 
 
@@ -40,6 +49,12 @@ def test_gguf_decodes_what_the_reference_does(kind, grid, dtype):
     q = qkit.quantize(weight(dtype), grid)
     assert kind_of(pack(q)) == kind
     assert np.array_equal(decoded(q), qkit.dequantize(replace(q, dtype="float32")))
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_the_bytes_of_blocks_stay_those_of_the_first_exports(kind):
+    blocks = b"".join(store(pack(qkit.quantize(weight(), grid))).tobytes() for grid in HELD[kind])
+    assert hashlib.sha256(blocks).hexdigest()[:16] == BYTES[kind]
 
 
 def decoded(q):

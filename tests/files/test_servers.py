@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -149,13 +150,19 @@ def test_embeddings_named_by_their_paths_still_open(tmp_path):
         ("int8-dynamic-act-int4-weight", "vLLM: rounds inputs by its own rule"),
     ],
 )
-def test_a_plan_says_what_a_server_would_do_otherwise(recipe, said, tmp_path):
+def test_plans_directories_and_saving_say_what_a_server_would_do_otherwise(recipe, said, tmp_path):
     source = make(tmp_path / "float", "llama", tie_word_embeddings=True)
     found = [str(one) for one in make_plan(source, qkit.recipe(recipe)).caveats if one.reader == "vLLM"]
     assert bool(found) == bool(said)
     assert not said or any(one.startswith(said) for one in found), found
     untied = [str(one) for one in make_plan(source, qkit.recipe(recipe), untie=True).caveats if "untie" in str(one)]
     assert not untied
+    out = quantize(source, recipe, tmp_path / "out")
+    assert sorted(f"vLLM: {one}" for one in inspect_directory(out).served) == sorted(found)
+    with warnings.catch_warnings(record=True, category=qkit.errors.ServerWarning) as caught:
+        warnings.simplefilter("always")
+        qkit.save(qkit.load(out, backend=ENGINE), tmp_path / "saved", source=source)
+    assert sorted(str(one.message) for one in caught) == sorted(found)
 
 
 @pytest.mark.parametrize("recipe", ["int4-g32-all", "int4-g32"])

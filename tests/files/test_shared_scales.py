@@ -1,11 +1,16 @@
 """Artifacts of earlier versions, whose fused weights have tensor scales of their own, get shared ones, exactly or not at all."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 from models import build
+from typer.testing import CliRunner
 
 import qkit
 from qkit import fused
+from qkit.cli.application import application
 from qkit.exchange.import_model import read_model, to_artifact
 from qkit.formats.packed import unpack
 
@@ -21,6 +26,24 @@ def earlier(folder, factor):
         patch.setattr(fused, "shares", lambda grid: False)
         qkit.save(qkit.convert(model, "nvfp4-a16"), folder)
     return folder
+
+
+@pytest.mark.parametrize("verb", ["inspect", "inspect --json", "load and save"])
+def test_layers_that_a_server_would_read_wrongly_are_named_with_the_way_out(verb, tmp_path):
+    old = earlier(tmp_path / "old", 2.0**-4)
+    to_artifact(read_model(old), tmp_path / "new")
+    text = r"vLLM: reads \S+_proj, \S+_proj, \S+_proj, and 1 more such groups, wrongly, .*: qkit import DIR NEW"
+    if verb == "load and save":
+        with pytest.warns(qkit.errors.ServerWarning, match=text):
+            qkit.save(qkit.load(old, backend=ENGINE), tmp_path / "again", backend=ENGINE)
+        with warnings.catch_warnings(category=qkit.errors.ServerWarning, action="error"):
+            qkit.save(qkit.load(tmp_path / "new", backend=ENGINE), tmp_path / "again", backend=ENGINE)
+        return
+    command = [verb.split()[0], *verb.split()[1:]]
+    said = [CliRunner().invoke(application, [*command, str(folder)]) for folder in (old, tmp_path / "new")]
+    assert [one.exit_code for one in said] == [0, 0]
+    assert re.search(text, " ".join(said[0].output.split()))
+    assert "vLLM" not in said[1].output
 
 
 def scales(snapshot):

@@ -272,3 +272,29 @@ def test_numpy_arrays_take_the_kernels(monkeypatch):
 def test_the_source_is_beside_the_library():
     assert build.SOURCE.exists()
     assert Path(library.LIBRARY).parent == build.SOURCE.parent
+
+
+@needs_kernels
+@pytest.mark.parametrize(("head", "runs", "run"), [(2, 1, 32), (4, 1, 32), (1, 1, 32), (4, 4, 16)])
+def test_codes_of_four_bits_move_into_the_halves_of_their_run(head, runs, run):
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (3, 5, runs, run), np.uint8)
+    heads = random.integers(0, 256, (3, 5, head), np.uint8)
+    made = native.interleave(packing.pack(codes.reshape(3, -1), 4), heads, bits=4, run=run)
+    body = codes[..., : run // 2] | codes[..., run // 2 :] << 4
+    assert np.array_equal(made.reshape(3, 5, -1), np.concatenate([heads, body.reshape(3, 5, -1)], axis=-1))
+
+
+@needs_kernels
+def test_codes_of_eight_bits_are_flipped_into_signed_ones():
+    codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    heads = np.arange(16, dtype=np.uint8).reshape(2, 4, 2)
+    made = native.interleave(codes.view(np.uint32), heads, bits=8, run=32, flip=0x80).reshape(2, 4, 34)
+    assert np.array_equal(made[..., :2], heads)
+    assert np.array_equal(made[..., 2:].reshape(2, 128).view(np.int8), codes.astype(np.int16) - 128)
+
+
+@needs_kernels
+def test_widths_that_no_kernel_moves_are_refused():
+    with pytest.raises(BackendError, match="qkit_interleave"):
+        native.interleave(np.zeros((1, 5), np.uint32), np.zeros((1, 1, 2), np.uint8), bits=5, run=32)

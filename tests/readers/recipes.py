@@ -20,6 +20,8 @@ RECIPES = (
     "int8-row",
     "int4-g32-all",
     "int8-g64-all",
+    "int4-g32-all --untie",
+    "int8-g64-all --untie",
     "mxfp4-a16",
     "mxfp8-a16",
     "nvfp4-a16",
@@ -32,7 +34,8 @@ RECIPES = (
     "nvfp4",
 )
 ACTIVATIONS = frozenset({*(name for name in RECIPES if "-act-" in name), "mxfp4", "mxfp8", "nvfp4"})
-EMBEDDINGS = frozenset(name for name in RECIPES if name.endswith("-all"))
+EMBEDDINGS = frozenset(name for name in RECIPES if "-all" in name)
+UNTIED = frozenset(name for name in RECIPES if name.endswith("--untie"))  #: for models with tied heads
 #: Largest differences of a log-probability from the law's, in nats.
 FLOAT32 = 2e-4  #: readers order a float32 product otherwise than torch does
 BFLOAT16 = (
@@ -51,7 +54,7 @@ class Reader:
         script: a file in this folder; see `asked`.
         layout: the directory that it opens.
         options: passed to the script.
-        closed: recipes that it does not open, by the reason. The row says the reason; that it opens after all is a failure.
+        closed: the reasons of recipes that it does not open, or that are not exported for it. See `refusal`.
         recipes: those that it is tried on.
     """
 
@@ -71,9 +74,11 @@ REQUIREMENTS = {
 }
 NO_ZERO_POINTS = "zero points of another shape; `dequantize=True`"
 NO_EMBEDDING = "no embedding of codes; `dequantize=True`"
-#: Recipes that vLLM's CPU build has kernels for; and others, whose products `vllm_reference` computes.
+NO_KERNEL = "no kernel in vLLM's CPU build"
+#: Recipes that vLLM's CPU build has kernels for; products of the others are those of `vllm_reference`.
 VLLM = (
     "int4-g32",
+    "int4-g64",
     "int4-g128",
     "int4-g32-absmax",
     "int4-g32-midmax",
@@ -82,23 +87,7 @@ VLLM = (
     "int8-dynamic-act-int4-weight",
     "float8-dynamic-act-float8-weight",
 )
-VLLM_LOADER = (
-    "int4-g32",
-    "int4-g32-all",
-    "int8-g64",
-    "int8-row",
-    "mxfp4-a16",
-    "mxfp8-a16",
-    "nvfp4-a16",
-    "fp8",
-    "nvfp4",
-)
-#: Recipes that GGUF holds. NVFP4 it holds for a Llama and a Qwen3 only.
-GGUF = (
-    *(name for name in RECIPES if name.startswith("int") and name not in ACTIVATIONS),
-    "mxfp4-a16",
-    "nvfp4-a16",
-)
+VLLM_LOADER = ("int4-g32", *(name for name in RECIPES if name not in VLLM))
 READERS = {
     "transformers": Reader(
         "transformers",
@@ -107,13 +96,49 @@ READERS = {
         closed={"int4-g32-minmax": NO_ZERO_POINTS, **dict.fromkeys(EMBEDDINGS, NO_EMBEDDING)},
     ),
     "transformers, dequantize=True": Reader("transformers", "read_transformers.py", "artifact", {"dequantize": True}),
-    "mlx-lm": Reader("mlx-lm", "read_mlx_lm.py", "mlx"),
-    "llama.cpp": Reader("llama.cpp", "read_llama_cpp.py", "gguf", recipes=GGUF),
-    "vLLM on a CPU": Reader("vllm", "read_vllm.py", "artifact", {"dtype": "bfloat16"}, recipes=VLLM),
+    "mlx-lm": Reader(
+        "mlx-lm",
+        "read_mlx_lm.py",
+        "mlx",
+        closed={
+            "nvfp4-a16": "MLX has no scale of a tensor",
+            **dict.fromkeys(ACTIVATIONS, "MLX's layers quantize no inputs"),
+        },
+    ),
+    "llama.cpp": Reader(
+        "llama.cpp",
+        "read_llama_cpp.py",
+        "gguf",
+        closed={
+            **dict.fromkeys(("fp8", "mxfp8-a16"), "GGUF has no such grid"),
+            **dict.fromkeys(ACTIVATIONS, "GGUF has no recipe for inputs"),
+        },
+    ),
+    "vLLM on a CPU": Reader(
+        "vllm",
+        "read_vllm.py",
+        "artifact",
+        {"dtype": "bfloat16"},
+        closed=dict.fromkeys((name for name in RECIPES if name not in VLLM), NO_KERNEL),
+    ),
     "vLLM's loader": Reader("vllm", "read_vllm.py", "artifact", {"reference": True}, recipes=VLLM_LOADER),
 }
-#: Models with tied heads, and recipes that quantize them: vLLM 0.32 has no head of codes that is an embedding, too.
+#: Models with tied heads.
 TIED = frozenset({"qwen3", "gemma3_text"})
+
+
+def tried(model: str, recipe: str) -> bool:
+    """Whether the recipe is for the model: an untied head is for models with a tied one."""
+    return model in TIED or recipe not in UNTIED
+
+
+def refusal(model: str, recipe: str, reader: str) -> str | None:
+    """The reason why this artifact does not open in the reader, or is not exported for it; None where it opens."""
+    if reader.startswith("vLLM") and model in TIED and recipe in EMBEDDINGS - UNTIED:
+        return "a tied head of codes; `--untie`"  # vLLM 0.32 has no head of codes that is an embedding, too
+    if reader == "llama.cpp" and model == "gemma3_text" and recipe == "nvfp4-a16":
+        return "no NVFP4 in llama.cpp's Gemma 3"
+    return READERS[reader].closed.get(recipe)
 
 
 def options(recipe: str, reader: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.readers
 HERE = Path(__file__).parent
 HOME = Path(os.environ.get("QKIT_READERS", ".readers")).absolute()
 README = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
-LINES = re.search(r"To llama.cpp, up to an answer:\n\n```console\n(.*?)```", README, re.DOTALL)[1].splitlines()
+SERVE = README.partition("## Serve it")[2].partition("\n## ")[0]
+LINES = re.search(r"^\$ qkit quantize model/ small/.*?(?=^```)", SERVE, re.DOTALL | re.MULTILINE)[0].splitlines()
 TEXTS = [
     "import os",
     "def f(x):\n    return x + 1\n",

@@ -1,4 +1,4 @@
-"""The README's paths to a server's answer, command by command: `qkit quantize` and vLLM; `qkit export` and mlx-lm."""
+"""The README's paths to vLLM's and mlx-lm's answers, command by command; that to llama.cpp's is in `test_llama_cpp`."""
 
 import json
 import re
@@ -46,6 +46,6 @@ def test_vllms_server_answers_a_chat_request(place):
 
 def test_mlx_lm_generates(place):
     assert any(command.startswith("mlx_lm.generate --model mlx-served") for command in COMMANDS)
-    run("served/", "mlx-served")
+    run("served/", "mlx-served/")
     (answer,) = readers.ask("mlx-lm", "read_mlx_lm.py", "llama", [{"name": "mlx", "folder": str(place / "mlx-served")}])
     assert answer.get("text"), json.dumps(answer)

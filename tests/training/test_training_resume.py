@@ -18,8 +18,10 @@ from safetensors.numpy import load_file
 from tables import TRAINERS as ENGINES
 
 import qkit
+from qkit.cli import boundary
 from qkit.cli.application import application
 from qkit.reference import learned
+from qkit.startup import INTERRUPTED
 from qkit.storage import swap
 from qkit.training import checkpoint, curve, job, run_from_table, train_model
 from qkit.training import folder as run_folder
@@ -342,10 +344,31 @@ def test_a_run_that_is_killed_after_its_last_step_goes_on_by_the_same_command(tm
         by_command(path, "out")
 
 
-def by_command(path, out):
+def test_ctrl_c_writes_a_checkpoint_after_the_step_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
+    path = folder(tmp_path)
+    add = run_folder.Log.add
+
+    def press(log, event):
+        add(log, event)
+        if event["event"] == "step" and event["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.Log, "add", press)
+        with pytest.raises(SystemExit) as ended:
+            boundary.run(lambda: by_command(path, "out", standalone_mode=True))
+    assert ended.value.code == INTERRUPTED
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert checkpoint.newest(run_folder_of(path / "out")).step == 1
+    by_command(path, "out")
+    by_command(path, "whole")
+    assert same_run(path / "out", path / "whole")
+
+
+def by_command(path, out, *, standalone_mode=False):
     what = ("--data", str(path / "text.txt"), "-r", "int4-g32", "--backend", ENGINES[0])
     small = ("--steps", "2", "--batch", "2", "--length", "16")
-    application(["train", str(path / "model"), str(path / out), *what, *small], standalone_mode=False)
+    application(["train", str(path / "model"), str(path / out), *what, *small], standalone_mode=standalone_mode)
 
 
 def test_a_run_that_was_killed_at_its_end_replaces_no_other_model(tmp_path, monkeypatch):

@@ -17,7 +17,9 @@ from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.arithmetic.ranges import stored_scales
+from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
+from qkit_mlx.layers import fused
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed
@@ -29,6 +31,11 @@ NAMES = ("lora_a", "lora_b", "m")  #: of the parameters of an adapter
 
 class _Adapted(nn.Module):
     """The parameters of the adapter, which all adapted layers share."""
+
+    def own_weight(self) -> mx.array:
+        """The merged weight, for layers that share its tensor scale."""
+        found: mx.array = self.merged()
+        return found
 
     @property
     def adapter(self) -> str:
@@ -66,10 +73,6 @@ class AdaptedLinear(_Adapted, FakeLinear):
         finally:
             self["weight"] = base
 
-    def own_weight(self) -> mx.array:
-        """The merged weight, for layers that share its tensor scale."""
-        return self.merged()
-
     def merged(self) -> mx.array:
         """The merged weight [outputs, inputs], in the type of the base."""
         return self.merge_into(self["weight"], dtype_of(self["weight"]))
@@ -94,13 +97,14 @@ class _AdaptedConverted(_Adapted):
 
     def pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
         """The converted layer, without an adapter, with the codes of `weight`."""
-        q = replace(choose.quantize(weight, self.rule.weight), dtype=self.dtype)
+        q = replace(choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight)), dtype=self.dtype)
         static = {name: self[name] for name in STORED if name in self and name not in ("bias", *NAMES)}
         return pack_linear(q, self.rule, bias=bias, static=static)
 
     def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         rule = self.rule
-        values = rounding.to_dtype(fake_quantize(weight, rule.weight, ste=rule.ste), dtype_of(x))
+        values = fake_quantize(weight, rule.weight, ste=rule.ste, peak=fused.peak(self, weight))
+        values = rounding.to_dtype(values, dtype_of(x))
         x = self._on_grid(x, rule.activation, "input")
         y = x @ values.T if bias is None else mx.addmm(bias, x, values.T)
         return self._on_grid(y, rule.output, "output")
@@ -126,6 +130,7 @@ def adapt(module: Any, update: Update) -> Any:
     """See the protocol's `adapt`."""
     if isinstance(module, CONVERTED):
         layer = become(module, AdaptedPacked if isinstance(module, PackedLinear) else AdaptedPlain)
+        layer.cached_peak = LastValue()
     else:
         layer = become(module, AdaptedLinear)
     layer.freeze(recurse=False)

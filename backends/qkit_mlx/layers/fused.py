@@ -1,4 +1,4 @@
-"""Prepared layers that share a tensor scale, since servers run them as one layer; see `qkit.fused`.
+"""Layers that train and share a tensor scale, since servers run them as one layer; see `qkit.fused`.
 
 The layers of a group hold one `Group`, which holds their modules. MLX finds the modules of a model in dictionaries and lists, and
 must not find these a second time.

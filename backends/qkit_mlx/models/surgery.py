@@ -10,6 +10,7 @@ import mlx.nn as nn
 from qkit.engines.layer import HEAD_PARTS, Layer
 from qkit.errors import ArtifactError, BackendError
 from qkit.experts import is_router
+from qkit.qtensor import dtype_of
 from qkit.reference.merged import Update
 from qkit.reference.packing import WORD_BITS
 from qkit.rules import Kind
@@ -168,6 +169,7 @@ def _arrays(container: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _placed(layer: Layer, place: Place | None, model: Any) -> Layer:
+    layer = with_fields(layer, dtype=_dtype(layer))
     if layer.kind not in ("linear", "embedding") or place is None:
         return layer
     bare = names.outward(place.bare, model)
@@ -181,6 +183,14 @@ def _placed(layer: Layer, place: Place | None, model: Any) -> Layer:
         lost=place.lost,
         head=head,
     )
+
+
+def _dtype(layer: Layer) -> str:
+    """The type of the values of a layer on a grid."""
+    if layer.stage == "float" or layer.kind == "other":
+        return ""
+    first = groups.modules_of(layer.module)[0]
+    return str(first.dtype) if layer.stage == "converted" else dtype_of(first.weight)
 
 
 def _listed(own: str, module: Any, model: Any) -> Iterator[Layer]:

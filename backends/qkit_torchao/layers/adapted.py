@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from qkit.reference.merged import Update
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
-from qkit_torchao.layers import converted, products, sharded, straight_through
+from qkit_torchao.layers import converted, fused, products, sharded, straight_through
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear
 from qkit_torchao.layers.prepared import FakeLinear
@@ -27,6 +27,15 @@ class _Adapted(nn.Module):
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
     lora_scale: float
+
+    def own_weight(self) -> Tensor:
+        """The merged weight, for layers that share its tensor scale."""
+        with torch.no_grad():
+            return self.merged()
+
+    def merged(self) -> Tensor:
+        """The merged weight [outputs, inputs]."""
+        raise NotImplementedError
 
     @property
     def adapter(self) -> str:
@@ -57,11 +66,6 @@ class AdaptedLinear(_Adapted, FakeLinear):
             return torch.where(self.gate, self._on_grid(merged), merged).to(dtype)
         return (merged if self.mode == "off" else self._on_grid(merged)).to(dtype)
 
-    def own_weight(self) -> Tensor:
-        """The merged weight, for partners."""
-        with torch.no_grad():
-            return self.merged()
-
     def _multiply_codes(self, x: Tensor) -> Tensor:
         static = seen_scales(self, x, "input", self.rule.activation)
         grids = self.grid_name, self.slot_names["input"]
@@ -69,7 +73,13 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
 
 class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weight` is read only
-    """A converted layer with an adapter: its codes are the base, decoded in each forward."""
+    """A converted layer with an adapter: its codes are the base, decoded in each forward.
+
+    Attributes:
+        fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
+    """
+
+    fused: tuple[Any, ...] = ()
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in float32."""
@@ -83,7 +93,9 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             static = static_scales(self, "input", activation)
             y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
         else:
-            values = straight_through.fake_quantize(merged, grid, ste=self.rule.ste).to(rounding.DTYPE[self.dtype])
+            peak = straight_through.peak_of(merged, fused.partners(self))
+            values = straight_through.fake_quantize(merged, grid, ste=self.rule.ste, peak=peak)
+            values = values.to(rounding.DTYPE[self.dtype])
             y = F.linear(slot(self, x, "input", activation), values, self.bias)
         return slot(self, y, "output", self.rule.output)
 
@@ -121,7 +133,8 @@ def merge_adapter(module: Any) -> Any:
         weight = module.merged()
     if isinstance(module, AdaptedPacked):
         assert module.rule.weight is not None
-        q = replace(rounding.quantize(weight, module.rule.weight), dtype=module.dtype)
+        peak = straight_through.peak_of(weight, fused.partners(module))
+        q = replace(rounding.quantize(weight, module.rule.weight, peak=peak), dtype=module.dtype)
         return _without_adapter(converted.pack(module, q, module.rule, static={}, owner=None))
     prepared = _without_adapter(become(module, FakeLinear))
     prepared.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Prepared layers that share a tensor scale, since servers run them as one layer; see `qkit.fused`. No arithmetic."""
+"""Layers that train and share a tensor scale, since servers run them as one layer; see `qkit.fused`. No arithmetic."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,12 @@ def fuse(layers: Sequence[Any]) -> None:
     """See `Fuses.fuse`."""
     for layer in layers:
         layer.fused = tuple(other for other in layers if other is not layer)
-        values.drop(layer.weight)
+        if hasattr(layer, "caches"):  # a prepared layer
+            values.drop(layer.weight)
 
 
 def partners(layer: Any) -> tuple[Tensor, ...]:
-    """The other weights that share the tensor scale of a prepared layer; none where its grid has no tensor scale."""
+    """The other weights that share the tensor scale of a layer; none where its grid has no tensor scale."""
     if not (layer.fused and shares(layer.rule.weight)):
         return ()
     return tuple(other.own_weight() for other in layer.fused if shares(other.rule.weight))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qkit.artifact.known import facts, why_not
 from qkit.engines.layer import Layer
 from qkit.experts import is_router
+from qkit.qtensor import dtype_of
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
 from qkit_torchao.layers.converted import PLAIN
@@ -35,7 +36,25 @@ def layers(model: nn.Module) -> Iterator[Layer]:
             continue
         bare = place.bare if place.bare != layer.path else ""
         head = id(layer.module) in roles
-        yield with_fields(layer, bare=bare, wrapper=place.wrapper, unknown=place.unknown, lost=place.lost, head=head)
+        yield with_fields(
+            layer,
+            bare=bare,
+            wrapper=place.wrapper,
+            unknown=place.unknown,
+            lost=place.lost,
+            head=head,
+            dtype=_dtype(layer),
+        )
+
+
+def _dtype(layer: Layer) -> str:
+    """The type of the values of a layer on a grid."""
+    if layer.stage == "converted":
+        return str(layer.module.dtype)
+    if layer.stage == "float":
+        return ""
+    weight = own_parameter(layer.module, layer.stored[0].rpartition(".")[2] if layer.stored else "weight")
+    return "" if weight is None else dtype_of(weight)
 
 
 def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:

@@ -10,6 +10,8 @@ from safetensors import safe_open
 
 import qkit
 from qkit import fused, reference
+from qkit.adapters.surgery import base_weight, put
+from qkit.reference.merged import merged as law_of_merged
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
@@ -153,3 +155,54 @@ def test_compiled_training_has_the_steps_of_eager_training(ste):
         assert torch.allclose(run(x), qkit.convert(copy.deepcopy(model))(x), atol=1e-6)  # products in another order
     for eager, compiled in zip(*trained, strict=True):
         assert torch.allclose(eager, compiled, atol=1e-6)  # inductor fuses the loss, and rounds its sum elsewhere
+
+
+@pytest.mark.parametrize("base", ["prepared", "converted"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_adapters_share_the_scale_of_the_merged_weights(name, kind, base):
+    """With an adapter, merged, converted: the same logits; the codes are the law's, with the peak of all merged weights."""
+    engine, model = qkit.backend(name), apart(name)
+    verb = qkit.prepare if base == "prepared" else qkit.convert
+    model = qkit.adapt(verb(model, "nvfp4-a16"), qkit.Adapter(rank=4, kind=kind))
+    random, merged = np.random.default_rng(5), {}
+    updates = {layer.path: engine.adapter_update(layer.module) for layer in engine.layers(model) if layer.adapter}
+    for path, one in updates.items():  # the query's own weight is small beside its update, which so sets the scale
+        size = 40.0 if path.endswith("q_proj") else 0.01
+        b = (random.standard_normal(one.b.shape) * size).astype(np.float32)
+        updates[path] = dataclasses.replace(
+            one, b=b, magnitude=None if kind == "lora" else one.magnitude * np.float32(9)
+        )
+    model = put(engine, qkit.merge(model), updates)
+    for layer in engine.layers(model):
+        if layer.adapter:
+            merged[layer.path] = law_of_merged(base_weight(engine, layer), engine.adapter_update(layer.module))
+    adapted = logits(name, model)
+    model = qkit.merge(model)
+    assert (logits(name, model) == adapted).all()
+    if base == "prepared":
+        model = qkit.convert(model)
+        assert (logits(name, model) == adapted).all()
+    peaks = {path: float(abs(w).max()) for path, w in merged.items()}
+    for group in fused.groups(merged):
+        peaks |= dict.fromkeys(group, max(peaks[path] for path in group))
+    found = codes(name, model)
+    assert found.keys() == merged.keys()
+    alone = [
+        path for path, w in merged.items() if reference.quantize(w, NVFP4).tensor_scale != found[path].tensor_scale
+    ]
+    assert alone, "scales of their own would be the same"
+    for path, w in merged.items():
+        want = reference.quantize(w, NVFP4, peak=peaks[path])
+        assert all((part == found[path].parts()[key]).all() for key, part in want.parts().items()), path
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_adapter_on_one_of_the_converted_layers_that_share_a_scale_is_refused(name):
+    model = qkit.convert(build(name), "nvfp4-a16")
+    with pytest.raises(
+        qkit.StageError, match=r"q_proj cannot take an adapter alone: .* with \S+k_proj, \S+v_proj, which"
+    ):
+        qkit.adapt(model, qkit.Adapter(match=("*.q_proj", "*.o_proj")))
+    qkit.adapt(model, qkit.Adapter(match=("*.[qkv]_proj", "*.down_proj")))
+    qkit.adapt(qkit.prepare(build(name), "nvfp4-a16"), qkit.Adapter(match=("*.q_proj",)))

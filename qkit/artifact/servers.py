@@ -1,8 +1,9 @@
 """Facts about vLLM 0.32: outputs that it does not open, or runs with other arithmetic than qkit's. Read off its sources."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from qkit import fused
 from qkit.artifact.metadata import StoredRule
 from qkit.formats.compressed_tensors import PACKED, form_of
 from qkit.rules import Rule
@@ -12,13 +13,16 @@ BITS: Final = range(2, 9)  #: widths of integers: `WNA16_SUPPORTED_TYPES_MAP`
 TRIED: Final = "(vLLM 0.32)"
 
 
-def sentences(rules: Sequence[StoredRule], *, tied: bool) -> Iterable[str]:
+def sentences(
+    rules: Sequence[StoredRule], *, tied: bool, tensor_scales: Mapping[str, float] | None = None
+) -> Iterable[str]:
     """The differences of vLLM for an output with these rules, a sentence each without its full stop.
 
     Args:
         tied: whether the output head is the embedding.
+        tensor_scales: those of weights on `nvfp4` grids, by path, where they are known. In a plan they are shared.
     """
-    found: dict[str, None] = {}
+    found: dict[str, None] = dict.fromkeys(_unshared(tensor_scales or {}))
     for one in rules:
         if one.rule.kind == "embedding" and tied:
             found[f"does not open a tied head of codes: --untie writes the head as a weight of its own {TRIED}"] = None
@@ -26,6 +30,17 @@ def sentences(rules: Sequence[StoredRule], *, tied: bool) -> Iterable[str]:
             if text:
                 found[f"{text} {TRIED}"] = None
     return found
+
+
+def _unshared(scales: Mapping[str, float]) -> Iterable[str]:
+    """Layers that vLLM runs as one, with one tensor scale, although theirs differ: artifacts of qkit's earlier versions."""
+    wrong = [group for group in fused.groups(scales) if len({scales[path] for path in group}) > 1]
+    if wrong:
+        more = f", and {len(wrong) - 1} more such groups," if len(wrong) > 1 else ""
+        yield (
+            f"reads {', '.join(wrong[0])}{more} wrongly, as one layer with one tensor scale, and theirs differ: qkit import "
+            f"DIR NEW writes the same model with shared ones {TRIED}"
+        )
 
 
 def _closed(rule: Rule) -> str:

@@ -1,0 +1,36 @@
+"""Outputs whose experts transformers 5.23 opens as other numbers without an error, and the key of config.json that stops it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from qkit.artifact.metadata import StoredRule
+from qkit.experts import expert_of, is_stacked
+from qkit.formats.compressed_tensors import layout
+
+#: A number for people, that no reader uses. transformers checks that it is one, and shows up to 50 letters of anything else.
+STOPPER: Final = "global_compression_ratio"
+TEXT: Final = "transformers misreads its experts: use qkit.load"
+
+
+def misread(config: Mapping[str, Any], rules: Sequence[StoredRule], *, single_experts: bool) -> str:
+    """Why transformers would open other experts than the files have, as the rest of a sentence; empty where it does not.
+
+    Args:
+        single_experts: whether there are float experts that are stored one by one.
+    """
+    if single_experts and rules:
+        return "it drops float experts that are stored one by one beside quantized layers"
+    grids = {one.rule.weight for one in rules if one.rule.kind == "experts"}
+    if not grids:
+        return ""
+    if is_stacked(config):
+        kind = config.get("model_type")
+        return f"it has no conversion that stacks the experts of a {kind} model, and leaves them at random"
+    if any(grid and layout(grid) == "nvfp4-pack-quantized" for grid in grids):
+        return "it decodes experts without the scale of the tensor, so that they are wrong"
+    return "it decodes all experts by the grid of the first" if len(grids) > 1 else ""
+
+
+def has_single(names: Iterable[str]) -> bool:
+    """Whether a float expert that is stored by itself is among the tensors with these names."""
+    return any(name.endswith(".weight") and expert_of(name.removesuffix(".weight")) for name in names)
