@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +139,11 @@ def ask(environment: str, script: str, model: str, rows: list[dict]) -> list[dic
     """The answers of a reader's script; see `asked`."""
     if not rows:
         return []
-    work = HOME / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    job, answers = work / "job.json", work / "answers.jsonl"
-    job.write_text(json.dumps({"rows": [{"tokens": tokens_of(model), "prompt": PROMPT, **row} for row in rows]}))
-    run(environment, script, str(job), str(answers))
-    return [json.loads(line) for line in answers.read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as work:
+        job, answers = Path(work, "job.json"), Path(work, "answers.jsonl")
+        job.write_text(json.dumps({"rows": [{"tokens": tokens_of(model), "prompt": PROMPT, **row} for row in rows]}))
+        run(environment, script, str(job), str(answers))
+        return [json.loads(line) for line in answers.read_text().splitlines()]
 
 
 def run(environment: str, script: str, *arguments: str) -> None:

@@ -1,10 +1,10 @@
 """The table of docs/readers.md, from results.json: recipes by readers, the largest difference over the models."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from recipes import READERS, RECIPES
+from recipes import MODELS, READERS, RECIPES, tried
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).parents[2] / "docs" / "readers.md"
@@ -12,19 +12,33 @@ BEGIN, END = "<!-- rows of tests/readers/run.py -->\n", "<!-- end of rows -->\n"
 
 
 def table() -> str:
-    """The rows as Markdown. A cell has the largest difference and the reasons of refusals; it is empty where not tried."""
+    """The rows as Markdown, and the rows that were not run. A cell has the largest difference and the reasons of refusals."""
     found: dict[tuple[str, str], list[str]] = {}
-    for _, recipe, reader, cell in json.loads(RESULTS.read_text()):
+    rows = json.loads(RESULTS.read_text())
+    for _, recipe, reader, cell in rows:
         found.setdefault((recipe, reader), []).append(cell)
     lines = [["recipe", *READERS], ["---"] * (1 + len(READERS))]
     lines += [[recipe, *(_cell(found.get((recipe, reader), [])) for reader in READERS)] for recipe in RECIPES]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + _not_run({tuple(row[:3]) for row in rows})
 
 
 def write() -> None:
     """Puts the table into the page."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
+
+
+def _not_run(done: Collection[tuple[str, ...]]) -> str:
+    """A sentence for each model and reader with rows that have no result yet; empty where there are none."""
+    lines = []
+    for model in MODELS:
+        for reader, about in READERS.items():
+            own = [recipe for recipe in about.recipes if tried(model, recipe)]
+            missing = [recipe for recipe in own if (model, recipe, reader) not in done]
+            if missing:
+                which = "" if len(missing) == len(own) else f" under {', '.join(missing)}"
+                lines.append(f"Not run: {model} in {reader}{which}.\n")
+    return "\n" + "\n".join(lines) if lines else ""
 
 
 def _cell(cells: Iterable[str]) -> str:

@@ -19,6 +19,13 @@ def test_the_page_has_the_measured_rows():
     assert page.partition(table.BEGIN)[2].partition(table.END)[0] == table.table()
 
 
+def test_a_row_without_a_result_is_named(monkeypatch, tmp_path):
+    fewer = [row for row in ROWS if row[:3] != ["llama", "int4-g32", "mlx-lm"]]
+    (tmp_path / "results.json").write_text(json.dumps(fewer))
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "results.json")
+    assert "\nNot run: llama in mlx-lm under int4-g32.\n" in table.table()
+
+
 def test_every_measured_row_is_equal_to_the_law_or_a_known_refusal():
     assert ROWS
     assert not [row for row in ROWS if row[3].startswith("WRONG")]
