@@ -50,7 +50,7 @@ bench: $(VENV)/ready
 recipes: $(VENV)/ready
 	$(BIN)/python recipes/generate.py
 
-$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py qkit/native/build.py qkit/native/kernels.c
+$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py qkit/native/build.py $(wildcard qkit/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@

@@ -95,7 +95,9 @@ def needed(model: nn.Module) -> float:
     return small + sum(row.bits * prod(row.shape) / 8 for row in rows)
 
 
-Captured = tuple[torch.cuda.CUDAGraph, torch.Tensor]  #: a graph, and the tokens that it reads, which have to live as long
+Captured = tuple[
+    torch.cuda.CUDAGraph, torch.Tensor
+]  #: a graph, and the tokens that it reads, which have to live as long
 
 
 def captured(model: nn.Module, tokens: int) -> Captured:

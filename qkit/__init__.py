@@ -24,6 +24,7 @@ with _interruptible():
         StageError,
         VerificationError,
     )
+    from qkit.exactness import exact
     from qkit.grid import Grid
     from qkit.qtensor import QTensor
     from qkit.rules import Recipe, Rule
@@ -74,6 +75,7 @@ __all__ = [
     "disable",
     "disabled",
     "enable",
+    "exact",
     "fake_quantize",
     "gather",
     "load",

@@ -1,13 +1,15 @@
 """The files beside the weights: the configuration, and the tokenizer and generation files of the original model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from qkit.artifact.config import CONFIG, MODELOPT
+from qkit.errors import ArtifactError
+from qkit.intake import parse_json, read_text
 from qkit.storage.marks import SEAL
-from qkit.storage.read import inside, is_pickle
+from qkit.storage.read import INDEX_BYTES, checked_link, inside, is_pickle
 
 #: Weights in any format, which the output replaces.
 WEIGHTS: Final = (
@@ -24,6 +26,9 @@ WEIGHTS: Final = (
     ".index.json",
 )
 CODE: Final = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".bat", ".ipynb", ".exe")
+#: Directories of companions that transformers reads beside the modules of `modules.json`.
+FOLDERS: Final = ("additional_chat_templates", "feature_extractor", "image_processor", "processor", "tokenizer")
+MODULES = "modules.json"  #: the layers that sentence-transformers adds to a model, and their directories
 #: Files that the output has of its own, or that speak of other codes.
 OWN: Final = (CONFIG, SEAL, MODELOPT, "quantize_config.json", "quant_config.json")
 
@@ -32,6 +37,8 @@ def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict
     """Files to write beside the weights, by name: bytes, or a file to copy. No code, no pickle and no hidden file is among them.
 
     Everything else that lies in the directory itself is copied: tokenizers, processors, chat templates, `modules.json`, licences.
+    So are the directories of processors and chat templates, and those of sentence-transformers' modules with their float weights.
+    Files in a directory have names such as `1_Pooling/config.json`.
 
     Args:
         origin: the Hugging Face directory of the original model; None where only the configuration is known.
@@ -46,7 +53,35 @@ def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict
     for file in sorted(origin.iterdir()) if origin else ():
         if file.is_file() and _is_companion(file.name):
             files[file.name] = inside(file.parent, file.name)
+    for folder in _folders(origin) if origin else ():
+        for file in sorted(folder.iterdir()):
+            weights = file.name.endswith(".safetensors")
+            if file.is_file() and file.name != SEAL and (weights or file.name == CONFIG or _is_companion(file.name)):
+                files[f"{folder.name}/{file.name}"] = checked_link(file, root=folder.parent)
     return files
+
+
+def left_behind(origin: Path, used: Collection[str]) -> tuple[str, ...]:
+    """Names of files and directories of `origin` that are not among `used`; those in a directory of companions one by one."""
+    found = []
+    for entry in origin.iterdir():
+        if any(name.startswith(f"{entry.name}/") for name in used):
+            found += [name for one in entry.iterdir() if (name := f"{entry.name}/{one.name}") not in used]
+        elif entry.name not in used:
+            found.append(entry.name)
+    return tuple(sorted(found))
+
+
+def _folders(origin: Path) -> list[Path]:
+    """Directories in `origin` whose files are companions."""
+    try:
+        modules = parse_json(read_text(origin / MODULES, most=INDEX_BYTES)) if (origin / MODULES).is_file() else []
+    except ValueError as error:
+        raise ArtifactError(f"{origin / MODULES}: no JSON ({error}): fetch it again") from None
+    named = [str(module["path"]) for module in modules if isinstance(module, dict) and module.get("path")]
+    names = sorted({name for name in (*named, *FOLDERS) if Path(name).name == name and not name.startswith(".")})
+    folders = [origin / name for name in names]
+    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
 def _is_companion(name: str) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
-from qkit.artifact.known import facts, is_known, kind_of
-from qkit.engines.layer import HEAD_PARTS, Layer
+from qkit.artifact.known import facts, is_known, is_known_head, kind_of
+from qkit.engines.layer import Layer, is_head_path
 from qkit.errors import PlanError
 from qkit.experts import Member, is_router, member_of, whole
 from qkit.qtensor import DTYPES as FLOATS
@@ -52,11 +52,11 @@ def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
         return suggested
     if known not in ("linear", "embedding"):
         return known
-    return _layer(path, "embedding" if known == "embedding" else "linear", slot)
+    return _layer(path, "embedding" if known == "embedding" else "linear", slot, config)
 
 
-def _layer(path: str, kind: Kind, slot: Slot) -> Layer:
-    is_head = kind == "linear" and (path in HEADS or path.split(".")[0] in HEAD_PARTS)
+def _layer(path: str, kind: Kind, slot: Slot, config: Mapping[str, Any]) -> Layer:
+    is_head = kind == "linear" and (is_head_path(path) or is_known_head(path, config))
     return Layer(path, kind, slot.shape, None, obstacle=_not_float(slot), head=is_head)
 
 
@@ -76,7 +76,7 @@ def _suggested(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
     if own in TRANSPOSED.get(_type(config), ()):
         return "transposed: a Conv1D holds it"
     kind: Kind = "embedding" if EMBEDDINGS.search(own) else "linear"
-    return _layer(path, kind, slot)
+    return _layer(path, kind, slot, config)
 
 
 def experts_layers(members: Mapping[str, tuple[Slot, Member]]) -> dict[str, Layer]:

@@ -25,8 +25,8 @@ def facts(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
     `prefixes`: beginnings of paths in published files, and the same in transformers' model. `apart`: patterns of transformers'
     layers whose weights have no tensor of their own in the files. `kinds`: see `kind_of`, by pattern. `read`: patterns of
-    layers whose weights other modules read. `tied`: whether embedding and output head are one weight where the configuration
-    does not say.
+    layers whose weights other modules read. `heads`: patterns of linear layers of output heads, by their role. `tied`:
+    whether embedding and output head are one weight where the configuration does not say.
     """
     found: Mapping[str, Any] = table()["types"].get(str((config or {}).get("model_type")), {})
     return found
@@ -44,6 +44,11 @@ def kind_of(path: str, config: Mapping[str, Any] | None) -> str | None:
         return why
     found: str | None = known.get("kinds", {}).get(pattern_of(path))
     return found
+
+
+def is_known_head(path: str, config: Mapping[str, Any] | None) -> bool:
+    """Whether the linear layer at `path` in files is an output head, or in one, although its name does not say so."""
+    return pattern_of(model_path(path, config)) in facts(config).get("heads", ())
 
 
 def why_not(path: str, known: Mapping[str, Any]) -> str:

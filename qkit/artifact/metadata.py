@@ -19,7 +19,7 @@ from qkit.storage.read import TENSORS
 
 KEY = "qkit"  #: the one metadata key of the weights file
 NUMERICS = 1  #: version of the arithmetic that the codes follow
-KEYS = {"numerics", "rules", "layout", "added"}  #: of the text; the last two stand in exports only
+KEYS = {"numerics", "rules", "layout", "added", "replaced"}  #: of the text; the last three stand in exports only
 
 
 @dataclass(frozen=True, slots=True)

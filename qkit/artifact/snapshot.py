@@ -118,7 +118,9 @@ def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snaps
                 f"{folder} is an export for mlx-lm of a model whose norms it changes: import what it is made of"
             )
         added = set(map(str, about(metadata).get("added") or ()))
-        known = known and {name: value for name, value in known.items() if name not in added}
+        replaced = about(metadata).get("replaced")
+        before = replaced if isinstance(replaced, dict) else {}
+        known = known and {name: before.get(name, value) for name, value in known.items() if name not in added}
         tensors = {mlx_config.from_mlx_name(name, known or {}): array for name, array in tensors.items()}
     paths = [path for one in rules for path in one.paths]
     mixed = {path for path in paths if layout == "mlx" and expert_of(path)}

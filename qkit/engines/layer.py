@@ -14,13 +14,25 @@ HEAD_PARTS = (
     "classifier",
     "cls",
     "embed_out",
+    "generator_lm_head",
+    "head",
     "lm_head",
+    "output",
     "pre_classifier",
+    "proj_out",
     "qa_outputs",
     "score",
     "v_head",
     "vocab_projector",
 )
+
+
+LANGUAGE = "language_model."  #: begins the paths of language models beside towers of pictures, their heads' too
+
+
+def is_head_path(path: str) -> bool:
+    """Whether a linear layer at `path` of a model is an output head, or in one, by its name."""
+    return path.removeprefix(LANGUAGE).split(".")[0] in HEAD_PARTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qkit.artifact.config import CONFIG, describing
 from qkit.artifact.metadata import describe
@@ -30,12 +31,15 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
         BackendError: mlx-lm computes another model from such a configuration; see `mlx_config.model_config`.
     """
     check_weights_only(source, source.weights)
-    config, names, added, family = source.config, source.config or {}, [], Family()
+    config, names, family = source.config, source.config or {}, Family()
+    changes: dict[str, Any] = {"added": []}
     if config is not None:
         with describing(source.folder / CONFIG):
             family = mlx_config.family_of(config)
             config = mlx_config.model_config(config, tied=source.tied)
-        added = sorted(config.keys() - names.keys())
+        changes = {"added": sorted(config.keys() - names.keys())}
+        if replaced := {name: value for name, value in names.items() if config[name] != value}:
+            changes["replaced"] = replaced
         check_tensors(source, family)
     values = [path for path in source.weights if family.latent and path.endswith(LATENT)]
     kept = {path: weight for path, weight in source.weights.items() if path not in set(values)}
@@ -55,7 +59,7 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
         *tensor_streams(source.tensors, names, family),
         *(stream for path in values for stream in weight_streams(path, source.weights[path], dense)),
     ]
-    about = {**json.loads(describe(rules_of(replace(source, weights=kept)))), "layout": "mlx", "added": added}
+    about = {**json.loads(describe(rules_of(replace(source, weights=kept)))), "layout": "mlx", **changes}
     rest = replace(source, weights=plain, tensors={})
     write_model(rest, out, mlx_lm, about=about, config=config, shard_bytes=shard_bytes, more=streams)
     return values

@@ -37,7 +37,13 @@ def model_config(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
         ArtifactError: its type is not in `FAMILIES`, or mlx-lm reads a key that it does not have.
         BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
     """
-    return {**config, **read_config(config, family=family_of(config)), "tie_word_embeddings": tied}
+    family, known = family_of(config), {**config, "tie_word_embeddings": tied}
+    if family.approximates and config.get("hidden_act", family.approximates) == family.approximates:
+        raise ArtifactError(
+            f"mlx-lm's {config['model_type']} approximates its {family.approximates}, which moves logits by 2e-4: export --to "
+            "dense"
+        )
+    return {**known, **read_config(known, family=family)}
 
 
 def to_mlx_name(name: str, config: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qkit.errors import ArtifactError
-from qkit.formats.rope import ropes, spell_rope
+from qkit.formats.mlx_names import ALONE, DENSE, GPT, NEOX, NESTED_NAMES, NUMBERS, TOWERS
+from qkit.formats.rope import NESTED, ropes, spell_rope
 
 Config = Mapping[str, Any]
 
@@ -33,6 +34,8 @@ class Family:
         projections: names of the projections of experts, where they are others than in files.
         biases: whether files join the biases of gate and up, whose outputs stand in turn.
         ignored: ends of names of tensors that it does not read, although results depend on them.
+        language: the type of its language model, whose settings stand in `text_config`; empty where it is one itself.
+        approximates: the `hidden_act` that it approximates, which moves logits by some 2e-4; empty where it computes all.
         shifts: whether mlx-lm changes the numbers of other tensors where experts are stored one by one.
     """
 
@@ -46,6 +49,8 @@ class Family:
     biases: bool = False
     ignored: tuple[str, ...] = ()
     shifts: bool = False
+    language: str = ""
+    approximates: str = ""
 
 
 def read_config(config: Config, *, family: Family) -> dict[str, Any]:
@@ -56,9 +61,32 @@ def read_config(config: Config, *, family: Family) -> dict[str, Any]:
         BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
     """
     known = {name: value for name, value in config.items() if value is not None}
+    if isinstance(inner := known.get("text_config"), dict):
+        known["text_config"] = _language(known, inner, family)
+    elif family.language:  # older configurations of pictures and text have all keys in one table
+        return read_config(config, family=FAMILIES[family.language])
     if "head_dim" not in known and {"hidden_size", "num_attention_heads"} <= known.keys():
         known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]  # what null means in transformers
     return {**spell_rope(known, family.rope), **family.keys(config)}
+
+
+def _language(config: Config, inner: Config, family: Family) -> dict[str, Any]:
+    """The `text_config` of a model of pictures and text, with the keys that mlx-lm reads, some of which stand outside of it."""
+    own = FAMILIES.get(family.language or str(inner.get("model_type")), Family(NESTED))
+    found = read_config(inner, family=own)
+    if "tie_word_embeddings" in config:
+        found["tie_word_embeddings"] = config["tie_word_embeddings"]
+    elif family.language:
+        found.setdefault("tie_word_embeddings", False)  # transformers' default, and not mlx-lm's
+    if "final_logit_softcapping" in inner:
+        found["final_logit_softcapping"] = inner["final_logit_softcapping"]  # null is none, and a missing key is not
+    return found
+
+
+def _outer_vocabulary(config: Config) -> dict[str, Any]:
+    """The size of the vocabulary outside of `text_config`, where mlx-lm has a default that it prefers."""
+    inner = config.get("text_config") or {}
+    return {"vocab_size": inner["vocab_size"]} if "vocab_size" in inner else {}
 
 
 def _count(config: Config) -> dict[str, Any]:
@@ -107,8 +135,6 @@ def _context(config: Config) -> dict[str, Any]:
 def _four_times(config: Config) -> dict[str, Any]:
     if config.get("intermediate_size", 4 * config["hidden_size"]) != 4 * config["hidden_size"]:
         raise ArtifactError("mlx-lm's gpt_neox has an intermediate_size of four times the hidden size alone")
-    if config.get("hidden_act", "gelu") == "gelu":
-        raise ArtifactError("mlx-lm's gpt_neox approximates its gelu, which moves logits by 2e-4: export --to dense")
     return {}
 
 
@@ -122,6 +148,8 @@ def _full(config: Config) -> dict[str, Any]:
 
 def _block(config: Config) -> dict[str, Any]:
     _full(config)
+    if set(config.get("layer_types") or ["conv"]) == {"full_attention"}:
+        raise ArtifactError("mlx-lm's lfm2 wants a layer that is a convolution, and layer_types has none")
     return {"block_dim": config.get("block_dim") or config["hidden_size"]}
 
 
@@ -155,23 +183,6 @@ def _apertus(config: Config) -> dict[str, Any]:
     return {"mlp_bias": False, "post_norm": False, "qk_norm": True}  # transformers has no other
 
 
-#: Names of a dense block in files and in mlx-lm.
-_NUMBERS: Final = tuple(
-    (rf"(?<=feed_forward\.){number}\.", f"{name}.", rf"(?<=feed_forward\.){name}\.", f"{number}.")
-    for number, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
-)
-
-_DENSE: Final = tuple(
-    (rf"(?<=feed_forward\.){name}\b", number)
-    for number, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
-)
-_GPT: Final = ((r"^model\.", "transformer."),)
-_NEOX: Final = (
-    (r"^model\.embed_out\b", "lm_head"),
-    (r"^model\.h\.", "gpt_neox.layers."),
-    (r"^model\.", "gpt_neox."),
-)
-
 FAMILIES: Final[Mapping[str, Family]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "granite", "smollm3", "hunyuan_v1_dense"), Family(LLAMA)),
     **dict.fromkeys(("seed_oss", "mixtral", "qwen2_moe", "olmoe"), Family(LLAMA)),
@@ -179,17 +190,19 @@ FAMILIES: Final[Mapping[str, Family]] = {
     **dict.fromkeys(("phi", "stablelm", "glm4"), Family(PARTIAL)),
     **dict.fromkeys(("phi3", "nemotron"), Family(LLAMA_PARTIAL)),
     **dict.fromkeys(("mamba", "falcon_mamba"), Family()),
-    "gptj": Family(modules=_GPT),
+    "gptj": Family(modules=GPT),
     "qwen3": Family(LLAMA | OWN),
-    "gemma3_text": Family(LLAMA | {"rope_local_base_freq", "sliding_window_pattern"}),
+    "gemma3_text": Family(LLAMA | {"rope_local_base_freq", "sliding_window_pattern"}, _full),
     "gpt_neox": Family(
         frozenset({"rotary_emb_base", "rotary_pct"}),
         _four_times,
+        approximates="gelu",
+        modules=NEOX,
         names=((r"^lm_head\.", "embed_out.", r"^embed_out\.", "lm_head."),),
     ),
     "gpt2": Family(
         keys=_context,
-        modules=_GPT,
+        modules=GPT,
         names=((r"^transformer\.", "", r"^(?=(?:h|wte|wpe|ln_f)\.)", "transformer."),),
     ),
     "gpt_bigcode": Family(keys=_inner),
@@ -212,13 +225,19 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "glm4_moe_lite": Family(LLAMA_PARTIAL, latent=True),
     "dots1": Family(LLAMA, stack="experts"),
     "ernie4_5_moe": Family(THETA, ignored=("e_score_correction_bias",)),
-    "lfm2_moe": Family(OWN, names=_NUMBERS, modules=_DENSE),
+    "lfm2_moe": Family(OWN, names=NUMBERS, modules=DENSE),
     "nemotron_h": Family(projections=(("up_proj", "fc1"), ("down_proj", "fc2"))),
     "exaone_moe": Family(LLAMA | {"rope_parameters"}, _sparse_layers),
     "afmoe": Family(LLAMA, _full, stack="experts"),
     "solar_open": Family(LLAMA_PARTIAL, _all_rotary),
     "mellum": Family(frozenset({"rope_parameters"}), _count),
     "minimax_m2": Family(THETA, _rotary),
+    "gemma4_text": Family(frozenset({"rope_parameters", "partial_rotary_factor", "sliding_window_pattern"})),
+    **dict.fromkeys(("llava", "mistral3"), Family(names=TOWERS)),
+    "gemma3": Family(keys=_outer_vocabulary, names=TOWERS, language="gemma3_text"),
+    "gemma4": Family(keys=_outer_vocabulary, names=NESTED_NAMES, language="gemma4_text"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), Family(names=ALONE, language="qwen2")),
+    "qwen3_vl": Family(names=NESTED_NAMES, language="qwen3"),
 }
 
 #: Types of models whose tensors mlx-lm leaves as they are in files, besides stacked experts: imports from mlx-lm.

@@ -28,8 +28,6 @@ def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str
         BackendError: mlx-lm computes another rotary embedding, or has no key for this one.
     """
     known = {name: value for name, value in config.items() if value is not None}
-    if isinstance(known.get("text_config"), dict):
-        known["text_config"] = spell_rope(known["text_config"], NESTED)
     found = ropes(known)
     for rope in found.values():
         _check(rope)

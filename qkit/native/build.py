@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` into its own folder. Imports nothing of qkit, so that a build can run it first.
+"""Compiles `kernels.c` and `products.c` into its own folder. Imports nothing of qkit, so that a build can run it first.
 
 Usage: python qkit/native/build.py
 """
@@ -9,13 +9,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 SOURCE = Path(__file__).with_name("kernels.c")
+#: Each source with the flag that it has besides: the law rounds every operation once, and a product may contract two.
+SOURCES = {SOURCE: "-ffp-contract=off", SOURCE.with_name("products.c"): "-ffp-contract=fast"}
+HEADER = SOURCE.with_name("numbers.h")
 #: The name is not one that Python takes for a module; only `library.py` opens the file.
 LIBRARY = Path(__file__).with_name("kernels.compiled")
 
-#: Without -ffast-math, since the law rounds every operation once. The last two flags change no value.
-FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+#: Without -ffast-math. The last three flags change no value.
+FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 
 
 def compiler() -> str | None:
@@ -24,8 +28,9 @@ def compiler() -> str | None:
 
 
 def digest() -> str:
-    """SHA-256 of the source and of the flags. A library holds its own, and one of another version is not used."""
-    return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()
+    """SHA-256 of the sources and of the flags. A library holds its own, and one of another version is not used."""
+    texts = b"".join(path.read_bytes() for path in (*SOURCES, HEADER))
+    return hashlib.sha256(texts + " ".join((*FLAGS, *SOURCES.values())).encode()).hexdigest()
 
 
 def build() -> str:
@@ -39,11 +44,17 @@ def build() -> str:
     if sys.byteorder != "little" or os.name != "posix":
         return "it is written for little-endian POSIX systems"
     aside = LIBRARY.with_suffix(f".{os.getpid()}")
-    command = [cc, *FLAGS, f'-DDIGEST="{digest()}"', "-o", str(aside), str(SOURCE), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        aside.unlink(missing_ok=True)
-        return f"{cc} failed: {done.stderr.strip()[-500:]}"
+    with TemporaryDirectory() as folder:
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        steps = [
+            [*FLAGS, contract, f'-DDIGEST="{digest()}"', "-c", "-o", made, str(source)]
+            for made, (source, contract) in zip(objects, SOURCES.items(), strict=True)
+        ]
+        for step in (*steps, ["-shared", "-o", str(aside), *objects, "-lm"]):
+            done = subprocess.run([cc, *step], capture_output=True, text=True, check=False)
+            if done.returncode:
+                aside.unlink(missing_ok=True)
+                return f"{cc} failed: {done.stderr.strip()[-500:]}"
     aside.rename(LIBRARY)
     return ""
 

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qkit.errors import ArtifactError, PlanError
-from qkit.storage.marks import PLACING, SEAL, check_journal, check_own, check_replaceable, is_marked, sealed
+from qkit.storage.marks import (
+    PLACING,
+    SEAL,
+    check_journal,
+    check_own,
+    check_replaceable,
+    is_marked,
+    sealed,
+    strangers_in,
+    tops,
+)
 
 NAME_BYTES, PATH_BYTES = 255, 4095  #: longest name and path, where the system states no limit
 RESERVED = len(
@@ -148,7 +158,7 @@ def check_content(place: Destination) -> None:
     if not strangers:
         return
     way_out = f"choose a directory inside it, such as {place.requested / 'model'}"
-    if (place.path / SEAL).is_file() and {*strangers} <= {*sealed(place.path), SEAL}:
+    if (place.path / SEAL).is_file() and {*strangers} <= tops({*sealed(place.path), SEAL}):
         raise ArtifactError(
             f"{place.requested} is a mount point and holds a model, which cannot be replaced in one step: remove that, or "
             f"{way_out}"
@@ -166,8 +176,12 @@ def _moved(place: Destination) -> list[str]:
     """Names of the files that a killed run had moved to a mount point. A run moves its list of files last."""
     if not place.mounted or not is_marked(place.aside) or not (place.aside / SEAL).is_file():
         return []
-    names = [name for name in sealed(place.aside) if Path(name).name == name]
-    return [name for name in names if (place.path / name).is_file() and not os.path.lexists(place.aside / name)]
+    listed = sealed(place.aside)
+    moved = [
+        name for name in sorted(tops(listed)) if Path(name).name == name and not os.path.lexists(place.aside / name)
+    ]
+    strange = {entry.relative_to(place.path).parts[0] for entry in strangers_in(place.path, listed)}
+    return [name for name in moved if os.path.lexists(place.path / name) and name not in strange]
 
 
 def existing_parent(path: Path) -> Path:

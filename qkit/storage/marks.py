@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from qkit.errors import ArtifactError
@@ -42,6 +42,23 @@ def sealed(folder: Path) -> Collection[str]:
         raise ArtifactError(f"{folder / SEAL}: not what qkit writes ({error!r}): choose another folder") from None
 
 
+def tops(names: Iterable[str]) -> set[str]:
+    """The entries of a directory that hold the files `names`, some of which lie in directories of it."""
+    return {name.partition("/")[0] for name in names}
+
+
+def strangers_in(folder: Path, known: Collection[str]) -> list[Path]:
+    """The entries of `folder` that are none of the files `known`, and no directory that holds some of these alone."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name in tops(name for name in known if "/" in name) and _is_folder(entry):
+            inner = {name.partition("/")[2] for name in known if name.startswith(f"{entry.name}/")}
+            found += [one for one in sorted(entry.iterdir()) if one.name not in inner or not one.is_file()]
+        elif entry.name not in known or not entry.is_file():
+            found.append(entry)
+    return found
+
+
 def check_replaceable(folder: Path) -> None:
     """Checks that qkit wrote every entry of `folder`.
 
@@ -52,9 +69,9 @@ def check_replaceable(folder: Path) -> None:
         raise ArtifactError(f"{folder} is a file: choose another name")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    for entry in sorted(folder.iterdir()):
-        if not entry.is_file() or entry.name not in {*sealed(folder), SEAL}:
-            raise ArtifactError(f"{folder} holds {entry.name}, which save did not write: choose another folder")
+    for entry in strangers_in(folder, {*sealed(folder), SEAL}):
+        name = entry.relative_to(folder)
+        raise ArtifactError(f"{folder} holds {name}, which save did not write: choose another folder")
 
 
 def check_own(folder: Path, *, placing: bool = False, folders: bool = False) -> None:
@@ -75,13 +92,14 @@ def check_own(folder: Path, *, placing: bool = False, folders: bool = False) -> 
     if not entries:
         return
     if is_marked(folder):
-        strangers = [entry for entry in entries if not folders and entry.is_dir() and not entry.is_symlink()]
+        known = _listed(folder)
+        strangers = [entry for entry in entries if not folders and _is_folder(entry) and not _is_own(entry, known)]
     elif placing and (folder / SEAL).is_file():
         try:
             known = {*sealed(folder), SEAL}
         except ArtifactError:
             known = set()
-        strangers = [entry for entry in entries if entry.name not in known or not entry.is_file()]
+        strangers = strangers_in(folder, known)
     else:
         strangers = entries
     if strangers:
@@ -108,17 +126,42 @@ def check_journal(journal: Path) -> list[str]:
 def remove(folder: Path) -> None:
     """Removes a directory that `check_own` has passed: its files first, then its mark and its list, then itself.
 
-    A kill in between leaves a directory that qkit still recognizes. Directories inside are not removed.
+    A kill in between leaves a directory that qkit still recognizes. Of directories inside, only those of companions are removed.
 
     Raises:
         OSError: the system refuses to remove an entry, or a directory is inside.
     """
+    marked, listed = is_marked(folder), _listed(folder)
+    for inner in [entry for entry in folder.iterdir() if _is_folder(entry)]:
+        if not marked or _is_own(inner, listed):
+            _empty(inner, () if marked else listed)
     names = [entry.name for entry in os.scandir(folder) if not entry.is_dir(follow_symlinks=False)]
-    keep_known = () if is_marked(folder) else _listed(folder)
+    keep_known = () if marked else listed
     for name in sorted(names, key=lambda name: (name == MARK, name == SEAL)):
         if not keep_known or name in keep_known:
             os.unlink(folder / name)
     os.rmdir(folder)
+
+
+def _empty(inner: Path, listed: Collection[str]) -> None:
+    """Removes a directory of companions: its files, or those on the list if there is one, its mark, and itself if it is empty."""
+    for name in sorted(os.listdir(inner), key=lambda name: name == MARK):
+        if not listed or f"{inner.name}/{name}" in listed:
+            os.unlink(inner / name)
+    if not os.listdir(inner) and (not listed or inner.name in tops(listed)):
+        os.rmdir(inner)
+
+
+def _is_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.is_symlink()
+
+
+def _is_own(inner: Path, listed: Collection[str]) -> bool:
+    """Whether qkit made the directory `inner` of a working directory: it is marked, empty, or holds nothing but listed files."""
+    names = os.listdir(inner)
+    if any(_is_folder(inner / name) for name in names):
+        return False
+    return is_marked(inner) or all(f"{inner.name}/{name}" in listed for name in names)
 
 
 def _listed(folder: Path) -> Collection[str]:

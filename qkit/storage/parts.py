@@ -21,7 +21,7 @@ from qkit.storage.layout import INDEX, Layout
 from qkit.storage.marks import SEAL, remove
 from qkit.storage.read import read_json
 from qkit.storage.seal import header_digest, read_seal
-from qkit.storage.staging import Staging, write_synced
+from qkit.storage.staging import Staging, unmark_companions, write_companion, write_synced
 from qkit.storage.write import Output, blocks_of, digest_of, identity, seal_blocks
 
 PART = "qkit-part.json"  #: the file of a part that says which part of which output it is
@@ -135,8 +135,9 @@ def join(whole: Whole) -> None:
         index = {INDEX: whole.layout.index.encode()} if whole.layout.index else {}
         files = {**whole.files, **index}
         for name, content in files.items():
-            write_synced(staging.folder / name, blocks_of(content))
+            write_companion(staging.folder, name, blocks_of(content))
         write_synced(staging.folder / SEAL, seal_blocks(whole.layout, files, digests))
+        unmark_companions(staging.folder, files)
         swap.sync_folder(staging.folder)
         staging.put_in_place()
     finally:

@@ -201,12 +201,21 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         ArtifactError: `name` is a path, or the file is a link to another place or to nothing.
     """
-    file, home = folder / name, folder.resolve()
     if Path(name).name != name or not name.isprintable():
         raise ArtifactError(f"{folder / INDEX}: {name!r} is not a file of this folder: mend the index")
+    return checked_link(folder / name, root=folder)
+
+
+def checked_link(file: Path, *, root: Path) -> Path:
+    """`file`, which has to lie in its own directory or, as a link, in the blobs of Hugging Face's cache of the model in `root`.
+
+    Raises:
+        ArtifactError: it is a link to another place or to nothing.
+    """
+    home = root.resolve()
     if file.is_symlink() and not file.exists():
         raise ArtifactError(f"{file} is a link to nothing, or to itself: put the file itself there")
-    homes = {home}
+    homes = {file.parent.resolve()}
     if home.parent.name == "snapshots":  # read off huggingface_hub 2.4: snapshots/REVISION/FILE links to blobs/DIGEST
         homes.add(home.parent.parent / "blobs")
     if file.resolve().parent not in homes:

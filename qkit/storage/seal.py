@@ -117,7 +117,9 @@ def tensor_problems(
 
 
 def _is_file_name(name: str) -> bool:
-    return name == Path(name).name and name.isprintable()
+    """Whether `name` is that of a file, here or in a directory here, and leads nowhere else."""
+    parts = name.split("/")
+    return len(parts) < 3 and all(part == Path(part).name and part != ".." for part in parts) and name.isprintable()
 
 
 def header_digest(file: Path) -> str:

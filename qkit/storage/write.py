@@ -17,8 +17,8 @@ from qkit.storage.batches import batches, in_threads
 from qkit.storage.destination import check_place, destination
 from qkit.storage.known_digests import KnownDigests
 from qkit.storage.layout import INDEX, SHARD_BYTES, Layout, Slot, lay_out
-from qkit.storage.marks import MARK, SEAL
-from qkit.storage.staging import Staging, write_synced
+from qkit.storage.marks import MARK, SEAL, strangers_in
+from qkit.storage.staging import Staging, unmark_companions, write_companion, write_synced
 from qkit.storage.tensor_writer import CHUNK, TensorWriter, write_all
 
 LINES = 1000  #: lines of a seal that are written together
@@ -211,12 +211,13 @@ class Output:
     def _finish(self) -> None:
         if self.missing:
             raise RuntimeError(f"{self.missing[0]} was never closed")
-        for stray in self.aside.iterdir():
-            if stray.name not in {*self.layout.headers, *self.files, MARK}:
+        for stray in strangers_in(self.aside, {*self.layout.headers, *self.files, MARK, SEAL}):
+            if stray.is_file() and stray.name != MARK:
                 stray.unlink()
         for name, content in self.files.items():
-            write_synced(self.aside / name, blocks_of(content))
+            write_companion(self.aside, name, blocks_of(content))
         write_synced(self.aside / SEAL, seal_blocks(self.layout, self.files, self._digests))
+        unmark_companions(self.aside, self.files)
         for flush in self._flushes:
             flush.result()  # the system reports a failed write once, perhaps here
         self._sync()

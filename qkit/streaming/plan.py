@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qkit import fused, native
-from qkit.artifact.companions import companions
+from qkit.artifact.companions import companions, left_behind
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
 from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
@@ -191,12 +191,11 @@ def make_plan(
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
-    left_behind = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in used))
     tied = owner.path if owner else ""
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
     found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind, found_caveats)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind(folder, used), found_caveats)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:

@@ -130,6 +130,7 @@ def _publish(file: Path, family: Family) -> None:
 TIED = {"tie_word_embeddings": True}
 #: Sections of the positions of pictures; the heads are smaller than published ones.
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 FAMILIES: Mapping[str, Family] = {
     "Llama": Family("LlamaForCausalLM", quick=True),
@@ -167,7 +168,7 @@ FAMILIES: Mapping[str, Family] = {
     "Cohere 2": Family("Cohere2ForCausalLM", {"num_hidden_layers": 4}),
     "OLMo": Family("OlmoForCausalLM"),
     "OLMo 2": Family("Olmo2ForCausalLM"),
-    "OLMo 3": Family("Olmo3ForCausalLM"),
+    "OLMo 3": Family("Olmo3ForCausalLM", SLIDING),
     "StableLM": Family("StableLmForCausalLM"),
     "Granite": Family("GraniteForCausalLM"),
     "Granite 4": Family(
@@ -175,11 +176,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "Nemotron": Family("NemotronForCausalLM"),
     "SmolLM3": Family("SmolLM3ForCausalLM"),
-    "EXAONE 4": Family("Exaone4ForCausalLM"),
+    "EXAONE 4": Family("Exaone4ForCausalLM", SLIDING),
     "Helium": Family("HeliumForCausalLM"),
     "Ernie 4.5": Family("Ernie4_5ForCausalLM"),
     "Hunyuan": Family("HunYuanDenseV1ForCausalLM"),
-    "LFM2": Family("Lfm2ForCausalLM"),
+    "LFM2": Family("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
     "Mamba": Family("MambaForCausalLM"),
     "Mamba 2": Family("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16}),
     "RecurrentGemma": Family("RecurrentGemmaForCausalLM", {"num_hidden_layers": 3}),
@@ -240,7 +241,7 @@ FAMILIES: Mapping[str, Family] = {
     "Idefics 3": Family("Idefics3ForConditionalGeneration"),
     "SmolVLM": Family("SmolVLMForConditionalGeneration"),
     "PaliGemma": Family("PaliGemmaForConditionalGeneration", {"vision_config": {"projection_dim": 64}}),
-    "Gemma 3": Family("Gemma3ForConditionalGeneration"),
+    "Gemma 3": Family("Gemma3ForConditionalGeneration", {"text_config": {"num_hidden_layers": 6}}),
     "Gemma 3n, text": Family("Gemma3nForCausalLM"),
     "Gemma 4": Family("Gemma4ForConditionalGeneration", {"text_config": {"pad_token_id": 0}}),
     "Mistral 3": Family("Mistral3ForConditionalGeneration"),

@@ -11,6 +11,7 @@ import qkit
 from qkit.artifact.config import read_config
 from qkit.artifact.families import layer_of
 from qkit.artifact.known import pattern_of
+from qkit.engines.layer import is_head_path
 from qkit.errors import ArtifactError
 from qkit.experts import Member
 from qkit.storage.read import read_folder
@@ -22,7 +23,7 @@ def facts(model: Any, folder: Path) -> dict[str, Any]:
     `prefixes`: beginnings of paths in the files, and in the model. `apart`: patterns of layers of the model whose weights have no
     tensor of their own in the files. `kinds`: what layers of the files are whose names suggest something else. `read`: patterns
     of layers of the model whose weights other modules read, or change. `tied`: whether embedding and output head are one weight
-    where the configuration is silent.
+    where the configuration is silent. `heads`: patterns of layers of output heads whose names do not say so.
     """
     engine = qkit.backend("torchao")
     slots = {name: one.slot for name, one in read_folder(folder)[0].items()}
@@ -49,6 +50,13 @@ def facts(model: Any, folder: Path) -> dict[str, Any]:
         "apart": apart,
         "kinds": kinds,
         "read": read,
+        "heads": sorted(
+            {
+                pattern_of(layer.path)
+                for layer in engine.layers(model)
+                if layer.head and layer.kind == "linear" and not is_head_path(layer.path)
+            }
+        ),
         "tied": bool(_default(model, "tie_word_embeddings")),
     }
     return {key: value for key, value in known.items() if value}
@@ -116,7 +124,7 @@ def _matters(model: Any, module: Any) -> bool:
 
 def _without_common_end(one: str, other: str) -> tuple[str, str]:
     a, b = one.split("."), other.split(".")
-    while len(a) > 0 and len(b) > 0 and a[-1] == b[-1]:
+    while len(a) > 1 and len(b) > 0 and a[-1] == b[-1]:
         a.pop(), b.pop()
     return ".".join(a), ".".join(b)
 

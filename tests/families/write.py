@@ -1,6 +1,10 @@
-"""Runs the whole gate and writes its table: `qkit/artifact/families.json`, from which docs and README take theirs."""
+"""Runs the gate and writes its table: `qkit/artifact/families.json`, from which docs and README take theirs.
+
+`python tests/families/write.py [NAME ...]` runs all rows, or those of some families.
+"""
 
 import json
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,7 +24,8 @@ def types() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             model = make(family, Path(place))
             mine = found.setdefault(
-                model.config.model_type, {"prefixes": {}, "apart": [], "kinds": {}, "read": [], "tied": False}
+                model.config.model_type,
+                {"prefixes": {}, "apart": [], "kinds": {}, "read": [], "heads": [], "tied": False},
             )
             try:
                 more = facts(model, Path(place))
@@ -28,22 +33,20 @@ def types() -> dict[str, Any]:
                 print(family.architecture, "has no facts:", repr(error)[:200])
                 continue
         mine["prefixes"].update(more.get("prefixes", {}))
-        for key in ("apart", "read"):
+        for key in ("apart", "read", "heads"):
             mine[key] = sorted({*mine[key], *more.get(key, [])})
         mine["kinds"].update(more.get("kinds", {}))
         mine["tied"] = more.get("tied", False)
     return {name: {key: value for key, value in one.items() if value} for name, one in sorted(found.items())}
 
 
-def rows() -> dict[str, Any]:
-    """The results of every row, by family and recipe."""
+def results(name: str) -> dict[str, Any]:
+    """The row of the family `name`, by recipe."""
+    family = FAMILIES[name]
     return {
-        name: {
-            "architecture": family.architecture,
-            "type": getattr(transformers, family.architecture).config_class.model_type,
-            **{recipe: {reader: _short(cell) for reader, cell in row(name, recipe).items()} for recipe in RECIPES},
-        }
-        for name, family in FAMILIES.items()
+        "architecture": family.architecture,
+        "type": getattr(transformers, family.architecture).config_class.model_type,
+        **{recipe: {reader: _short(cell) for reader, cell in row(name, recipe).items()} for recipe in RECIPES},
     }
 
 
@@ -61,5 +64,9 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    write(types=types(), rows={})  # the gate reads the types
-    write(types=json.loads(TABLE.read_text(encoding="utf-8"))["types"], rows=rows())
+    before = json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
+    known = {"types": types(), "rows": {name: one for name, one in before.items() if name in FAMILIES}}
+    write(**known)  # the gate reads the types
+    for name in sys.argv[1:] or FAMILIES:
+        known["rows"][name] = results(name)
+        write(**known)

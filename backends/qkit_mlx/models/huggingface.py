@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.gpt_neox import MLP
 from mlx_lm.utils import _decode_tagged_floats, _get_classes
 
 from qkit.errors import BackendError, QkitError
@@ -40,6 +41,17 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         rope = f" with {present['rope_parameters']}" if "rope_parameters" in present else ""
         raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
     check_rope(model, present)
+    if family.approximates and present.get("hidden_act", family.approximates) == family.approximates:
+        for module in model.modules():
+            if type(module) is MLP:
+                module.__class__ = _ExactMLP
     model.set_dtype(getattr(mx, str(config.get("dtype") or config.get("torch_dtype") or "float32")))
     object.__setattr__(model, CONFIG, dict(config))  # Module's own would store a dict among the parameters
     return model
+
+
+class _ExactMLP(MLP):
+    """The block of a GPT-NeoX whose activation is gelu itself; mlx-lm's own approximates it."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.dense_4h_to_h(nn.gelu(self.dense_h_to_4h(x)))

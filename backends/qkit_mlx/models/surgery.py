@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.engines.layer import HEAD_PARTS, Layer
+from qkit.engines.layer import Layer, is_head_path
 from qkit.errors import ArtifactError, BackendError
 from qkit.experts import is_router
 from qkit.qtensor import dtype_of
@@ -174,7 +174,7 @@ def _placed(layer: Layer, place: Place | None, model: Any) -> Layer:
         return layer
     bare = names.outward(place.bare, model)
     of_mlx_lm = type(model).__module__.startswith("mlx_lm.")  # whose heads have these names
-    head = of_mlx_lm and place.bare.split(".")[0] in HEAD_PARTS
+    head = of_mlx_lm and layer.kind == "linear" and is_head_path(bare)
     return with_fields(
         layer,
         bare=bare if bare != layer.path else "",

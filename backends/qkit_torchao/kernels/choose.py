@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit import native
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit_torchao.arithmetic import rounding
+from qkit_torchao.arithmetic import rounding, words
 from qkit_torchao.arithmetic.packing import Laid, Layout
 from qkit_torchao.arithmetic.scale_rules import amax, poison
-from qkit_torchao.kernels import cpu
+from qkit_torchao.kernels import cpu, cpu_words
 from qkit_torchao.kernels.tables import Target
 
 COMPILERS = ("gcc", "clang", "cc")  #: that Triton looks for, besides the one that CC names
@@ -100,9 +101,16 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
 
 def why_not_packed(device: torch.device) -> str:
     """Why no kernel on `device` multiplies or decodes packed codes, and the way out; empty where kernels do."""
+    if device.type == "cpu":
+        return "" if cpu.available() else "qkit's C kernels were not built: install a C compiler, and qkit again"
     if device.type != "cuda":
         return f"there are no kernels for packed codes on the {device.type}"
     return why_no_triton(device)
+
+
+def packs(grid: Grid, device: torch.device) -> bool:
+    """Whether converted layers on `device` have the codes of `grid` packed: kernels decode them there."""
+    return not why_not_packed(device) and (device.type != "cpu" or native.takes(grid))
 
 
 @cache
@@ -119,44 +127,50 @@ def why_no_triton(device: torch.device) -> str:
 
 def multiplies_few(x: Tensor, grid: Grid) -> bool:
     """Whether `multiply_few` takes x [rows, inputs] for packed codes on `grid`."""
-    from qkit_torchao.kernels import cuda_words
-
-    return 0 < len(x) <= cuda_words.FEW and not cuda_words.why_not_few(grid, x.shape[-1])
+    kernels = word_kernels(x.device)
+    return bool(kernels.multiplies(x)) and not why_not_few(grid, x.shape[-1])
 
 
 def multiply_few(x: Tensor, *parts: Any, **more: Any) -> Tensor:
     """See `cuda_words.multiply`."""
-    from qkit_torchao.kernels import cuda_words
-
-    return cuda_words.multiply(x, *parts, **more)
+    y: Tensor = word_kernels(x.device).multiply(x, *parts, **more)
+    return y
 
 
 def multiplies_some(x: Tensor, grid: Grid) -> bool:
-    """Whether `multiply_some` takes x [rows, inputs] for packed codes on `grid`."""
-    from qkit_torchao.kernels import cuda_words
-
-    return cuda_words.takes_some(x, grid)
+    """Whether `multiply_some` takes x [rows, inputs] for packed codes on `grid`: on a GPU, or where tests stand in for one."""
+    kernels = word_kernels(x.device)
+    return hasattr(kernels, "takes_some") and bool(kernels.takes_some(x, grid))
 
 
 def multiply_some(x: Tensor, *parts: Any) -> Tensor:
     """See `cuda_words.multiply_some`."""
-    from qkit_torchao.kernels import cuda_words
+    y: Tensor = word_kernels(x.device).multiply_some(x, *parts)
+    return y
 
-    return cuda_words.multiply_some(x, *parts)
 
-
-def values(*parts: Any, **more: Any) -> Tensor:
+def values(codes: Tensor, *parts: Any, **more: Any) -> Tensor:
     """See `cuda_words.values`."""
-    from qkit_torchao.kernels import cuda_words
-
-    return cuda_words.values(*parts, **more)
+    decoded: Tensor = word_kernels(codes.device).values(codes, *parts, **more)
+    return decoded
 
 
 def why_not_few(grid: Grid, inputs: int) -> str:
-    """See `cuda_words.why_not_few`."""
+    """Why few rows are not multiplied by packed codes; empty where they are."""
+    if inputs % 2:
+        return f"inputs are read in pairs, and there are {inputs}"
+    if not words.has_one_scale(grid, inputs):
+        return f"groups of {grid.group} are no multiples of {words.unit(grid, inputs)}"
+    return ""
+
+
+def word_kernels(device: torch.device) -> ModuleType:
+    """The module of kernels on packed codes for `device`, which `why_not_packed` accepts."""
+    if device.type == "cpu":
+        return cpu_words
     from qkit_torchao.kernels import cuda_words
 
-    return cuda_words.why_not_few(grid, inputs)
+    return cuda_words
 
 
 def multiplies_codes(x: Tensor) -> bool:

@@ -46,20 +46,16 @@ def geometry(grid: Grid, inputs: int) -> dict[str, Any]:
     }
 
 
-def why_not_few(grid: Grid, inputs: int) -> str:
-    """Why few rows are not multiplied by packed codes; empty where they are."""
-    if inputs % 2:
-        return f"inputs are read in pairs, and there are {inputs}"
-    if not words.has_one_scale(grid, inputs):
-        return f"groups of {grid.group} are no multiples of {words.unit(grid, inputs)}"
-    return ""
+def multiplies(x: Tensor) -> bool:
+    """Whether `multiply` takes x [rows, inputs]."""
+    return 0 < len(x) <= FEW
 
 
 def multiply(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, bias: Tensor | None, grid: Grid,
     *, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `why_not_few` accepts.
+    """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `choose.why_not_few` accepts.
 
     Args:
         codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
@@ -97,7 +93,9 @@ def takes_some(x: Tensor, grid: Grid) -> bool:
     inputs = x.shape[-1]
     size = words.unit(grid, inputs)
     enough = inputs * words.PLANES[grid.element.bits][0] >= 32 * 16  # words of a row that a product needs
-    return x.dtype in SHORT and 0 < len(x) <= SOME and inputs % size == 0 and enough and not why_not_few(grid, inputs)
+    return (
+        x.dtype in SHORT and 0 < len(x) <= SOME and inputs % size == 0 and enough and words.has_one_scale(grid, inputs)
+    )
 
 
 def multiply_some(
@@ -151,7 +149,7 @@ def values(
     out = torch.empty(outputs, inputs, dtype=dtype, device=codes.device)
     tensors = codes, scales, zeros, power, out
     key = ("values", grid, dtype, outputs, inputs, codes.device, _kinds(tensors))
-    if dtype in SHORT and not why_not_few(grid, inputs) and inputs % words.unit(grid, inputs) == 0:
+    if dtype in SHORT and words.has_one_scale(grid, inputs) and inputs % words.unit(grid, inputs) == 0:
         tile = TILE * words.PLANES[grid.element.bits][0] // 16
         across = -(-inputs // 2 // TILE)
         with device_of(codes):

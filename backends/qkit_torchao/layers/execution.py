@@ -1,8 +1,8 @@
 """How a converted layer multiplies its codes on its device: by kernels of ours or of torch's where they fit, else decoded.
 
-On CUDA codes are packed without gaps; few rows are multiplied by them, more by their values, which one pass decodes. Where both
-sides are int8 or e4m3, codes are multiplied, and scales applied afterwards. On the CPU all layers decode, so that a converted
-model computes the same bits as the prepared one.
+Codes are packed without gaps where there are kernels; few rows are multiplied by them, more by their values, which one pass
+decodes. On CUDA, where both sides are int8 or e4m3, codes are multiplied, and scales applied afterwards. On the CPU more than one
+token, and all of them within `qkit.exact()`, are multiplied by values, and have the bits of the prepared model.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qkit.grid import Grid
 from qkit.qtensor import DType
@@ -20,8 +21,9 @@ from qkit_torchao.arithmetic.packing import Layout
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers, products
 from qkit_torchao.layers.containers import Container
-from qkit_torchao.layers.packed_product import multiply_packed
+from qkit_torchao.layers.packed_product import decode_packed, multiply_packed
 from qkit_torchao.layers.slots import slot, static_scales
+from qkit_torchao.torch_private import is_transformed
 
 CACHED = 256  #: the most choices that are cached
 
@@ -54,7 +56,7 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
     """How a converted layer under `rule`, with a weight of `shape`, runs on `device`."""
     grid = rule.weight
     assert grid is not None
-    packs = not choose.why_not_packed(device)
+    packs = choose.packs(grid, device)
     if rule.kind == "embedding":
         text = "rows are decoded as they are looked up"
         return Execution(False, text, "words") if packs else _plain(text, grid)
@@ -67,7 +69,7 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
         kernel = "torch._scaled_mm on the codes of both sides"
         return _in_container(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8, both=True)
     if packs:
-        return _packed(grid, shape[1])
+        return _packed(grid, shape[1], device)
     if grid.element.name in containers.INTEGER.elements:
         return _in_container(f"in torchao IntxUnpackedToInt8Tensor; {why_not}", containers.INTEGER, takes_floats=True)
     if grid.scale == "nvfp4":
@@ -77,12 +79,17 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
     return _plain(f"from plain arrays; {why_not}", grid)
 
 
-def _packed(grid: Grid, inputs: int) -> Execution:
-    """Codes without gaps, for kernels of ours on a GPU."""
+def _packed(grid: Grid, inputs: int, device: torch.device) -> Execution:
+    """Codes without gaps, for kernels of ours."""
+    on_cpu = device.type == "cpu"
     if why_not := choose.why_not_few(grid, inputs):
-        text = f"by one pass of a Triton kernel over packed codes, then cuBLAS; {why_not}"
-        return Execution(False, text, "words", multiply=_words)
+        kernel, then = ("a C kernel", "torch's product") if on_cpu else ("a Triton kernel", "cuBLAS")
+        return Execution(
+            False, f"by one pass of {kernel} over packed codes, then {then}; {why_not}", "words", multiply=_words
+        )
     text = "Triton kernels on packed codes: products of few rows; for more, one pass decodes for cuBLAS"
+    if on_cpu:
+        text = "C kernels on packed codes: products of one token; for more, and in qkit.exact(), one pass decodes for torch"
     return Execution(True, text, "words", multiply=_words)
 
 
@@ -100,6 +107,8 @@ def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tupl
     """Why no kernel multiplies codes of weights [outputs, inputs] with those of inputs under `rule`; empty if one does."""
     assert rule.weight is not None
     if device.type != "cuda":
+        if why_not := choose.why_not_packed(device):
+            return why_not
         return f"no kernel on the {device.type} gives the bits of the prepared layer"
     kind = products.kind(rule.weight, rule.activation)
     if not kind:
@@ -126,6 +135,9 @@ def _float8(layer: Any, x: Tensor) -> Tensor:
 
 
 def _words(layer: Any, x: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and is_transformed():  # which see into products of torch's alone
+        values = decode_packed(layer.parts(), layer.grid_name, layer.in_features, x.dtype)
+        return F.linear(slot(layer, x, "input", layer.rule.activation), values, layer.bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     x = slot(layer, x, "input", layer.rule.activation)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qkit.engines.layer import HEAD_PARTS
+from qkit.engines.layer import is_head_path
 from qkit.errors import StageError
 from qkit.reference.merged import Update
 from qkit_torchao.layers.converted import PackedEmbedding, PackedLinear
@@ -88,7 +88,7 @@ def heads(model: nn.Module, found: dict[int, Place]) -> set[int]:
                 ids |= {id(one) for one in module.modules() if id(one) not in inner}
             head: Any = _output_embeddings(module)
             ids |= {id(one) for one in head.modules()} if isinstance(head, nn.Module) else set()
-    ids |= {key for key, place in found.items() if ids and place.bare.split(".")[0] in HEAD_PARTS}
+    ids |= {key for key, place in found.items() if ids and is_head_path(place.bare)}
     return ids
 
 

@@ -111,17 +111,17 @@ def test_a_model_saved_from_torch_has_its_rotary_embedding(name, tmp_path):
     assert np.abs(BE.logits(opened, tokens) - want).max() <= 1e-5 * np.abs(want).max()  # sums in another order
 
 
-def test_gpt_neox_has_its_rotary_embedding():
-    """Filled under the names that mlx-lm knows: transformers 5 calls the output head otherwise, so `load` refuses it."""
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
+def test_gpt_neox_has_its_rotary_embedding_and_its_activation(activation):
     pytest.importorskip("torch")
     torchao = qkit.backend("torchao")
     rope = {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5}
-    config = whole({**NEOX, "rope_parameters": rope})
+    config = whole({**NEOX, "hidden_act": activation, "rope_parameters": rope})
     model = torchao.build(config)
     tokens = np.random.default_rng(0).integers(1, 256, (2, 24)).astype(np.int32)
     arrays = {key: torchao.to_numpy(tensor) for key, tensor in torchao.tensors(model).items()}
     opened = BE.build(config)
-    BE.fill(opened, {key.replace("lm_head", "embed_out"): array for key, array in arrays.items()})
+    BE.fill(opened, arrays)
     want = torchao.logits(model, tokens)
     assert np.abs(BE.logits(opened, tokens) - want).max() <= 1e-5 * np.abs(want).max()  # sums in another order
 

@@ -75,4 +75,4 @@ def test_reasons_name_the_way_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert choose.why_not_packed(GPU) == "Tesla T4 is older than compute capability 8.0"
-    assert choose.why_not_packed(torch.device("cpu")) == "there are no kernels for packed codes on the cpu"
+    assert choose.why_not_packed(torch.device("meta")) == "there are no kernels for packed codes on the meta"

@@ -67,7 +67,7 @@ def test_attention_that_reads_its_weights_is_listed_as_left_alone():
     for name in ("in_proj_weight", "out_proj.weight"):
         assert rows[f"layers.0.self_attn.{name}"].state == "left alone: nn.MultiheadAttention reads its weights itself"
         assert rows[f"layers.0.self_attn.{name}"].bits == 32
-    assert rows["layers.0.linear1"].state.startswith("decoded first: ")
+    assert rows["layers.0.linear1"].state.startswith(("native: C kernels", "decoded first: "))
     assert len(rows) == 8
 
 
@@ -110,7 +110,7 @@ def test_a_tied_weight_trains_from_both_sides():
 def test_converted_tied_layers_share_their_codes_also_after_a_cast():
     model = qkit.convert(tied(), recipe(*WHOLE))
     for _ in range(2):
-        assert model[2].weight.qdata.data_ptr() == model[0].codes.data_ptr()
+        assert model[2].codes.data_ptr() == model[0].codes.data_ptr()
         model = model.to(torch.bfloat16)
     twin = copy.deepcopy(model)
     assert twin[2].owner[0] is twin[0]

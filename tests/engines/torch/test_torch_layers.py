@@ -170,12 +170,17 @@ def test_prepared_equals_converted(recipe, dtype):
     assert torch.equal(qkit.convert(model)(x), prepared)
 
 
-def test_converted_layers_hold_torchao_tensors():
+def test_converted_layers_hold_torchao_tensors_where_the_kernels_were_not_built(monkeypatch):
+    from qkit_torchao.kernels import cpu
+    from qkit_torchao.layers.execution import choose_execution
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
+    choose_execution.cache_clear()
+    monkeypatch.setattr(cpu, "available", lambda: False)
     model = qkit.convert(mlp(), RECIPE)
     assert isinstance(model[0].weight, IntxUnpackedToInt8Tensor)
     assert model[0].weight.qdata.dtype == torch.int8
+    choose_execution.cache_clear()
 
 
 def test_a_converted_model_survives_copies_and_state_dicts():

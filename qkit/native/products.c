@@ -1,0 +1,422 @@
+/* Weights of packed codes: their products with few rows, and their values. Codes lie in 32-bit words, a word of a plane after the
+   other, as `qkit_torchao/arithmetic/words.py` describes; codes are unsigned from 0 on.
+
+   Values have the bits of the law. Products are sums in float32 of the exact values of codes, in an order that no number of
+   threads changes. Eight lanes are a vector that compilers of any processor know; this file may contract a * b + c. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "numbers.h"
+
+#define LANES 8
+#define MOST 4 /* rows that share one pass over the codes */
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+
+enum { DONE, UNKNOWN };
+enum { SIGNED_CODES, UNSIGNED_CODES, SMALL_FLOATS, E2M1 };
+enum { FLOAT_SCALES, BFLOAT16_SCALES, E8M0_SCALES, E4M3_SCALES };
+
+struct weight { /* [outputs, inputs] */
+    const uint32_t *codes;
+    const void *scales;
+    const uint8_t *zeros; /* NULL for symmetric grids; as many as scales */
+    int64_t outputs, inputs, group, groups; /* groups of a row; 0 where the tensor has one scale */
+    int32_t integer, high, low; /* widths of the planes; `low` is 0 where there is one */
+    int32_t unit, scale_type;
+    int32_t mantissa, min_exponent;
+    float power; /* the scale of the tensor, or 1 */
+};
+
+struct team { /* of OpenMP, whose threads the caller has already: NULL for one thread */
+    void (*run)(void (*)(void *), void *, unsigned, unsigned);
+    int (*rank)(void);
+    int (*size)(void);
+    int32_t threads;
+};
+
+INLINE int64_t at_least(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+INLINE int64_t words_of(const struct weight *w, int32_t width)
+{
+    return at_least(w->inputs, w->unit) * w->unit * width / 32;
+}
+
+INLINE int64_t words_of_row(const struct weight *w)
+{
+    return words_of(w, w->high) + (w->low ? words_of(w, w->low) : 0);
+}
+
+/* The scale of a group, in float32. */
+INLINE float scale_at(const struct weight *w, int64_t i)
+{
+    static const struct small e4m3 = {3, -6, 8, 448.0f};
+    if (w->scale_type == FLOAT_SCALES)
+        return ((const float *)w->scales)[i];
+    if (w->scale_type == BFLOAT16_SCALES)
+        return from_bits((uint32_t)((const uint16_t *)w->scales)[i] << 16);
+    uint8_t code = ((const uint8_t *)w->scales)[i];
+    return w->scale_type == E8M0_SCALES ? power((int32_t)code - 127) : decoded_small(code, e4m3) * w->power;
+}
+
+/* Products */
+
+/* Row `x` in the order of the codes of a plane, eight words beside each other. */
+INLINE void arrange(const void *x, int64_t row, int type, const struct weight *w, int32_t width, float *out)
+{
+    int64_t count = words_of(w, width), each = 32 / width, unit_words = w->unit / each;
+    memset(out, 0, at_least(count, LANES) * LANES * each * sizeof(float));
+    for (int64_t word = 0; word < count; word++) {
+        int64_t first = word / unit_words * w->unit + 2 * (word % unit_words);
+        float *to = out + word / LANES * LANES * each + word % LANES;
+        for (int64_t i = 0; i < each; i += 2, first += 2 * unit_words)
+            for (int64_t odd = 0; odd < 2; odd++)
+                if (first + odd < w->inputs)
+                    to[(i + odd) * LANES] = load(x, row * w->inputs + first + odd, type);
+    }
+}
+
+/* The scale of each word of a plane in `out`. */
+INLINE void spread(const struct weight *w, int64_t output, int32_t width, float factor, float *out, float *zeros)
+{
+    int64_t count = words_of(w, width), padded = at_least(count, LANES) * LANES, each = 32 / width;
+    int64_t groups = w->groups ? w->groups : 1, first = w->groups ? output * w->groups : 0;
+    int64_t span = w->groups > 1 ? w->group / each : padded;
+#define SPREAD(SPAN)                                                  \
+    for (int64_t g = 0; g < groups; g++) {                            \
+        float scale = scale_at(w, first + g) * factor;                \
+        for (int64_t i = 0; i < SPAN; i++)                            \
+            out[g * SPAN + i] = scale;                                \
+    }
+#define SPREAD_ZEROS                                                  \
+    for (int64_t g = 0; g < groups; g++)                              \
+        for (int64_t i = 0; i < span; i++)                            \
+            zeros[g * span + i] = (float)w->zeros[first + g];
+    if (span == 4)
+        SPREAD(4)
+    else if (span == 8)
+        SPREAD(8)
+    else
+        SPREAD(span)
+    if (zeros)
+        SPREAD_ZEROS
+    for (int64_t i = groups * span; i < padded; i++) {
+        out[i] = 0.0f;
+        if (zeros)
+            zeros[i] = 0.0f;
+    }
+}
+
+INLINE floats value_of(words v, int i, int width, int kind, struct small e)
+{
+    uint32_t mask = (uint32_t)((1ull << width) - 1);
+    if (kind == SIGNED_CODES) {
+        ints shifted = (ints)(v << (uint32_t)(32 - width - width * i));
+        return __builtin_convertvector(shifted >> (32 - width), floats);
+    }
+    if (kind == UNSIGNED_CODES)
+        return __builtin_convertvector((ints)(v >> (uint32_t)(width * i) & mask), floats);
+#if defined(__GNUC__) && !defined(__clang__)
+    if (kind == E2M1) {
+        static const floats table = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+        words code = v >> (uint32_t)(4 * i); /* the lowest three bits choose */
+        return (floats)((words)__builtin_shuffle(table, (ints)code) ^ (code << 28 & 0x80000000u));
+    }
+#endif
+    words code = v >> (uint32_t)(width * i) & mask, magnitude = code & mask >> 1;
+    words pattern = magnitude << (uint32_t)(23 - e.mantissa), bias = (words){} + ((uint32_t)(126 + e.min_exponent) << 23);
+    words least = bias + (1u << 23);
+    words below = (words)((floats)(pattern + least) - (floats)least), normal = pattern + bias;
+    words small = (words)(magnitude < (words){} + (1u << e.mantissa));
+    return (floats)((small & below) | (~small & normal) | (code << (uint32_t)(32 - width) & 0x80000000u));
+}
+
+INLINE float sum(floats v)
+{
+    float total = 0.0f;
+    for (int i = 0; i < LANES; i++)
+        total += v[i];
+    return total;
+}
+
+INLINE void dot(const uint32_t *codes, int64_t count, int width, int kind, uint32_t flip, struct small e, const float *x,
+                int64_t stride, int rows, const float *scales, const float *zeros, float *sums)
+{
+    floats total[MOST] = {};
+    int each = 32 / width;
+    for (int64_t first = 0; first < count; first += LANES) {
+        words v = {};
+        if (count - first >= LANES)
+            memcpy(&v, codes + first, sizeof v);
+        else
+            memcpy(&v, codes + first, (count - first) * sizeof(uint32_t));
+        v ^= flip;
+        floats part[MOST] = {}, scale, zero;
+        memcpy(&scale, scales + first, sizeof scale);
+        if (zeros)
+            memcpy(&zero, zeros + first, sizeof zero);
+        for (int i = 0; i < each; i++) {
+            floats value = value_of(v, i, width, kind, e);
+            if (zeros)
+                value -= zero;
+            for (int row = 0; row < rows; row++) {
+                floats at;
+                memcpy(&at, x + row * stride + first * each + i * LANES, sizeof at);
+                part[row] += value * at;
+            }
+        }
+        for (int row = 0; row < rows; row++)
+            total[row] += part[row] * scale;
+    }
+    for (int row = 0; row < rows; row++)
+        sums[row] += sum(total[row]);
+}
+
+INLINE uint32_t repeated(uint32_t code, int width)
+{
+    uint32_t word = 0;
+    for (int at = 0; at < 32; at += width)
+        word |= code << at;
+    return word;
+}
+
+/* A job of a team. */
+struct product {
+    const struct weight *w;
+    const float *x[2]; /* rows in the order of each plane */
+    int64_t stride[2];
+    int64_t rows, padded;
+    const void *bias;
+    void *out;
+    int32_t type, failed;
+    const struct team *team;
+};
+
+INLINE void plane(const struct product *p, const uint32_t *codes, int of, int kind, const float *scales, const float *zeros,
+                  float *sums)
+{
+    const struct weight *w = p->w;
+    int width = of ? w->low : w->high;
+    int64_t count = words_of(w, width), stride = p->stride[of];
+    uint32_t flip = kind == SIGNED_CODES ? repeated(1u << (width - 1), width) : 0;
+    struct small e = {w->mantissa, w->min_exponent, width, 0.0f};
+#define DOT(WIDTH, KIND, ROWS, E) \
+    dot(codes, count, WIDTH, KIND, flip, E, p->x[of], stride, ROWS, scales, KIND == UNSIGNED_CODES ? zeros : NULL, sums)
+#define ROWS_OF(WIDTH, KIND, E)             \
+    do {                                    \
+        if (p->rows == 1)                   \
+            DOT(WIDTH, KIND, 1, E);         \
+        else if (p->rows == 2)              \
+            DOT(WIDTH, KIND, 2, E);         \
+        else                                \
+            DOT(WIDTH, KIND, MOST, E);      \
+    } while (0)
+#define INTEGERS(WIDTH)                                \
+    if (width == WIDTH && kind == SIGNED_CODES)        \
+        ROWS_OF(WIDTH, SIGNED_CODES, e);               \
+    else if (width == WIDTH && kind == UNSIGNED_CODES) \
+    ROWS_OF(WIDTH, UNSIGNED_CODES, e)
+    INTEGERS(2);
+    INTEGERS(4);
+    INTEGERS(8);
+    if (width == 1)
+        ROWS_OF(1, UNSIGNED_CODES, e);
+    const struct small e2m1 = {1, 0, 4, 6.0f}, e4m3 = {3, -6, 8, 448.0f}, e5m2 = {2, -14, 8, 57344.0f};
+    if (kind == SMALL_FLOATS && width == 4)
+        ROWS_OF(4, E2M1, e2m1);
+    else if (kind == SMALL_FLOATS && w->mantissa == 3)
+        ROWS_OF(8, SMALL_FLOATS, e4m3);
+    else if (kind == SMALL_FLOATS)
+        ROWS_OF(8, SMALL_FLOATS, e5m2);
+}
+
+/* The outputs from `begin` to `end` of up to MOST rows. */
+EXPORT int32_t qkit_multiply_part(const struct product *p, int64_t begin, int64_t end)
+{
+    const struct weight *w = p->w;
+    int64_t highs = words_of(w, w->high), stride = words_of_row(w), lanes = p->padded;
+    float *scales = malloc(sizeof(float) * lanes * 2), *zeros = w->zeros ? scales + lanes : NULL;
+    if (!scales)
+        return UNKNOWN;
+    for (int64_t output = begin; output < end; output++) {
+        float sums[MOST] = {};
+        const uint32_t *codes = w->codes + output * stride;
+        if (output == begin || w->groups || w->low) { /* the low plane writes its scales into the same memory */
+            spread(w, output, w->high, (float)(1 << w->low), scales, zeros);
+            for (int64_t i = 0; zeros && w->low && i < lanes; i++)
+                zeros[i] /= (float)(1 << w->low); /* exact */
+        }
+        int kind = !w->integer ? SMALL_FLOATS : zeros ? UNSIGNED_CODES : SIGNED_CODES;
+        plane(p, codes, 0, kind, scales, zeros, sums);
+        if (w->low) {
+            spread(w, output, w->low, 1.0f, scales, NULL);
+            plane(p, codes + highs, 1, UNSIGNED_CODES, scales, NULL, sums);
+        }
+        float bias = p->bias ? load(p->bias, output, p->type) : 0.0f;
+        for (int64_t row = 0; row < p->rows; row++)
+            store(p->out, row * w->outputs + output, sums[row] + bias, p->type);
+    }
+    free(scales);
+    return DONE;
+}
+
+static void multiply_share(void *job)
+{
+    struct product *p = job;
+    int64_t rank = p->team->rank(), size = p->team->size(), n = p->w->outputs;
+    if (qkit_multiply_part(p, n * rank / size, n * (rank + 1) / size) != DONE)
+        p->failed = 1;
+}
+
+/* x [rows, inputs] times the weight, and `bias` or NULL -> out [rows, outputs], all of one type. */
+EXPORT int32_t qkit_multiply(const struct weight *w, const void *x, int64_t rows, int32_t type, const void *bias, void *out,
+                             const struct team *team)
+{
+    int64_t size = type == FLOAT32 ? 4 : 2, padded = 0, stride[2] = {0};
+    int32_t widths[2] = {w->high, w->low};
+    for (int of = 0; of < 2 && widths[of]; of++) {
+        int64_t count = at_least(words_of(w, widths[of]), LANES) * LANES;
+        padded = count > padded ? count : padded;
+        stride[of] = count * (32 / widths[of]);
+    }
+    float *arranged = calloc(MOST * (stride[0] + stride[1]), sizeof(float));
+    if (!arranged)
+        return UNKNOWN;
+    struct product p = {w, {arranged, arranged + MOST * stride[0]}, {stride[0], stride[1]}, 0, padded, bias, NULL, type, 0,
+                        team};
+    for (int64_t first = 0; first < rows; first += MOST) {
+        p.rows = rows - first < MOST ? rows - first : MOST;
+        p.out = (char *)out + first * w->outputs * size;
+        for (int64_t row = 0; row < p.rows; row++)
+            for (int of = 0; of < 2 && widths[of]; of++)
+                arrange(x, first + row, type, w, widths[of], (float *)p.x[of] + row * stride[of]);
+        if (team->run && team->threads > 1)
+            team->run(multiply_share, &p, (unsigned)team->threads, 0);
+        else
+            p.failed = qkit_multiply_part(&p, 0, w->outputs) != DONE;
+    }
+    free(arranged);
+    return p.failed ? UNKNOWN : DONE;
+}
+
+/* Values */
+
+/* The codes of a row, a byte each; `codes` has room for whole units. */
+INLINE void unpack(const struct weight *w, const uint32_t *row, uint8_t *codes)
+{
+    int64_t units = at_least(w->inputs, w->unit);
+#define PLANE(WIDTH, UNIT, JOIN)                                                                              \
+    for (int64_t u = 0; u < units; u++)                                                                       \
+        for (int p = 0; p < 16 / WIDTH; p++)                                                                  \
+            for (int i = 0; i < UNIT * WIDTH / 32; i++) {                                                     \
+                uint32_t pair = row[u * (UNIT * WIDTH / 32) + i] >> (2 * WIDTH * p);                          \
+                uint16_t two = (uint16_t)((pair & ((1u << WIDTH) - 1)) | (pair >> WIDTH & ((1u << WIDTH) - 1)) << 8); \
+                uint16_t *to = (uint16_t *)(codes + u * UNIT) + p * (UNIT * WIDTH / 32) + i;                  \
+                *to = (uint16_t)(JOIN ? *to << WIDTH | two : two);                                            \
+            }
+#define UNITS(WIDTH, JOIN)              \
+    {                                   \
+        if (w->unit == 16 && WIDTH > 1) \
+            PLANE(WIDTH, 16, JOIN)      \
+        else if (w->unit == 32)         \
+            PLANE(WIDTH, 32, JOIN)      \
+        else if (w->unit == 64)         \
+            PLANE(WIDTH, 64, JOIN)      \
+        else                            \
+            PLANE(WIDTH, 128, JOIN)     \
+    }
+    if (w->high == 2)
+        UNITS(2, 0)
+    else if (w->high == 4)
+        UNITS(4, 0)
+    else
+        UNITS(8, 0)
+    row += words_of(w, w->high);
+    if (w->low == 1)
+        UNITS(1, 1)
+    else if (w->low == 2)
+        UNITS(2, 1)
+}
+
+INLINE void values(const struct weight *w, const uint8_t *codes, int64_t n, float scale, float zero, int type, void *out)
+{
+#define INTEGER_VALUE(I) store(out, I, ((float)codes[I] - zero) * scale, type)
+#define SMALL_VALUE(I) store(out, I, decoded_small(codes[I], e) * scale, type)
+#define SMALL(MANTISSA, EXPONENT, WIDTH)                               \
+    {                                                                  \
+        struct small e = {MANTISSA, EXPONENT, WIDTH, 0.0f};            \
+        for (int64_t i = 0; i < n; i++)                                \
+            SMALL_VALUE(i);                                            \
+    }
+    if (w->integer)
+        for (int64_t i = 0; i < n; i++)
+            INTEGER_VALUE(i);
+    else if (w->mantissa == 1)
+        SMALL(1, 0, 4)
+    else if (w->mantissa == 3)
+        SMALL(3, -6, 8)
+    else
+        SMALL(2, -14, 8)
+}
+
+INLINE void decode_row(const struct weight *w, int64_t output, uint8_t *codes, int type, char *out)
+{
+    int64_t size = type == FLOAT32 ? 4 : 2, groups = w->groups ? w->groups : 1;
+    int64_t first = w->groups ? output * groups : 0, n = groups > 1 ? w->group : w->inputs;
+    unpack(w, w->codes + output * words_of_row(w), codes);
+    for (int64_t g = 0; g < groups; g++) {
+        float middle = w->integer ? (float)(1 << (w->high + w->low - 1)) : 0.0f;
+        float zero = w->zeros ? (float)w->zeros[first + g] : middle;
+        values(w, codes + g * n, n, scale_at(w, first + g), zero, type, out + g * n * size);
+    }
+}
+
+struct decoding {
+    const struct weight *w;
+    void *out;
+    int32_t type, failed;
+    const struct team *team;
+};
+
+/* The values of the outputs from `begin` to `end`. */
+EXPORT int32_t qkit_decode_part(const struct decoding *d, int64_t begin, int64_t end)
+{
+    const struct weight *w = d->w;
+    uint8_t *codes = malloc(at_least(w->inputs, w->unit) * w->unit);
+    if (!codes)
+        return UNKNOWN;
+    for (int64_t output = begin; output < end; output++) {
+        char *out = (char *)d->out + output * w->inputs * (d->type == FLOAT32 ? 4 : 2);
+        if (d->type == FLOAT32)
+            decode_row(w, output, codes, FLOAT32, out);
+        else if (d->type == BFLOAT16)
+            decode_row(w, output, codes, BFLOAT16, out);
+        else
+            decode_row(w, output, codes, FLOAT16, out);
+    }
+    free(codes);
+    return DONE;
+}
+
+static void decode_share(void *job)
+{
+    struct decoding *d = job;
+    int64_t rank = d->team->rank(), size = d->team->size(), n = d->w->outputs;
+    if (qkit_decode_part(d, n * rank / size, n * (rank + 1) / size) != DONE)
+        d->failed = 1;
+}
+
+/* The values [outputs, inputs] of the weight, rounded once to `type`. */
+EXPORT int32_t qkit_decode(const struct weight *w, int32_t type, void *out, const struct team *team)
+{
+    struct decoding d = {w, out, type, 0, team};
+    if (team->run && team->threads > 1)
+        team->run(decode_share, &d, (unsigned)team->threads, 0);
+    else
+        d.failed = qkit_decode_part(&d, 0, w->outputs) != DONE;
+    return d.failed ? UNKNOWN : DONE;
+}
