@@ -57,6 +57,10 @@ class CoverageWarning(UserWarning):
     """A recipe that leaves more than half of a model's weights in float."""
 
 
+class CutWarning(UserWarning):
+    """Rows of data that are longer than a sequence, and lose their ends."""
+
+
 class ServerWarning(UserWarning):
     """A saved model that a server would not open, or would run with other arithmetic."""
 

@@ -28,9 +28,10 @@ from qkit_mlx.models.elsewhere import Elsewhere
 from qkit_mlx.models.mixtures import Mixtures
 from qkit_mlx.training import trainer
 from qkit_mlx.training.adamw import AdamW
+from qkit_mlx.training.tuning import Tuning
 
 
-class MlxBackend(Elsewhere, Mixtures):
+class MlxBackend(Elsewhere, Mixtures, Tuning):
     """MLX: Apple silicon, and CPUs anywhere."""
 
     name = "mlx"
@@ -237,9 +238,9 @@ class MlxBackend(Elsewhere, Mixtures):
             raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
         return huggingface.build(config)
 
-    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
         """See `Builds.loss`."""
-        return trainer.loss(model, tokens)
+        return trainer.loss(model, tokens, mask=mask)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Builds.logits`."""

@@ -1,6 +1,7 @@
 """The torch engine of qkit, which deploys to torchao's tensors: its hook and its callback. No framework is imported."""
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qkit.engines.hookspecs import hookimpl
@@ -8,9 +9,12 @@ from qkit.engines.protocol import BackendSpec
 from qkit.installation import how_to_install
 
 if TYPE_CHECKING:
+    from qkit_torchao.training.schemes import QatArguments, qat_scheme
     from qkit_torchao.training.transformers import QatCallback
 
-__all__ = ["QatCallback", "qkit_backends"]
+__all__ = ["QatArguments", "QatCallback", "qat_scheme", "qkit_backends"]
+
+LATE = {"QatCallback": "transformers", "QatArguments": "schemes", "qat_scheme": "schemes"}  #: modules of `training`
 
 
 @hookimpl
@@ -28,9 +32,7 @@ def qkit_backends() -> Iterable[BackendSpec]:
 
 
 def __getattr__(name: str) -> Any:
-    """`QatCallback`, which needs transformers, at its first use. Not in `dir()`: pluggy reads all names that stand there."""
-    if name != "QatCallback":
+    """The names that need transformers, at their first use. Not in `dir()`: pluggy reads all names that stand there."""
+    if name not in LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qkit_torchao.training.transformers import QatCallback
-
-    return QatCallback
+    return getattr(import_module(f"qkit_torchao.training.{LATE[name]}"), name)

@@ -28,9 +28,10 @@ from qkit_torchao.models.elsewhere import Elsewhere
 from qkit_torchao.models.mixtures import Mixtures
 from qkit_torchao.training import trainer
 from qkit_torchao.training.adamw import AdamW
+from qkit_torchao.training.tuning import Tuning
 
 
-class TorchaoBackend(Elsewhere, Mixtures):
+class TorchaoBackend(Elsewhere, Mixtures, Tuning):
     """torch on CPU or CUDA; converted layers hold torchao's tensors."""
 
     name = "torchao"
@@ -241,9 +242,9 @@ class TorchaoBackend(Elsewhere, Mixtures):
 
         return huggingface.build(config).to(self.device)
 
-    def loss(self, model: nn.Module, tokens: NDArray[np.int32]) -> float:
+    def loss(self, model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
         """See `Builds.loss`."""
-        return trainer.loss(model, tokens)
+        return trainer.loss(model, tokens, mask=mask)
 
     def logits(self, model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Builds.logits`."""

@@ -18,6 +18,7 @@ from qkit.cli.export import export
 from qkit.cli.import_ import import_
 from qkit.cli.inspect import inspect
 from qkit.cli.merge import merge
+from qkit.cli.mlx_lora import mlx_lora
 from qkit.cli.parity import parity
 from qkit.cli.plan import plan
 from qkit.cli.quantize import quantize
@@ -40,6 +41,7 @@ application = typer.Typer(
 )
 for command in (backends, recipes, plan, quantize, inspect, verify, warmup, parity, train, teach, demo):
     application.command()(command)
+application.command("mlx-lora", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(mlx_lora)
 application.command()(export)
 application.command("import")(import_)
 application.command()(diff)

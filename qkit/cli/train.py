@@ -42,9 +42,28 @@ def train(
     skip_indivisible: SkipIndivisible = False,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="A file of text, or of JSON lines with text or messages; or a shell pattern."),
+        typer.Option(
+            help="A file of text, of JSON Lines or of Parquet; a shell pattern; or a folder with a dataset. Rows have text, "
+            "messages, or a prompt and a completion."
+        ),
     ] = None,
-    held_out: Annotated[list[str] | None, typer.Option(help="Text to measure on. Left out: some of the data.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="Data to measure on. Left out: some of the data.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="sft, dpo or orpo: by TRL on torch, and by mlx-lm-lora on MLX. Left out: the next token, by qkit."
+        ),
+    ] = None,
+    loss_on: Annotated[
+        str | None,
+        typer.Option(help="completions or all. Left out: completions for rows with prompts, else all."),
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat", help="Prompts and completions are turns of a conversation, as in mlx-lm.")
+    ] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Cut sequences from rows in a row [yes].")
+    ] = None,
     backend: Engine = None,
     device: Device = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Left out: once over the data.")] = None,
@@ -87,6 +106,10 @@ def train(
         "skip_indivisible": skip_indivisible or None,
         "data": data,
         "held_out": held_out,
+        "method": method,
+        "loss_on": loss_on,
+        "chat": chat,
+        "packing": packing,
         "backend": backend,
         "device": device,
         "steps": steps,

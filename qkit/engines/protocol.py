@@ -243,8 +243,8 @@ class Builds(Modules, Protocol):
         """
         ...
 
-    def loss(self, model: Any, tokens: NDArray[np.int32]) -> float:
-        """Mean next-token loss over `tokens` [batch, length + 1] in nats, with the model in evaluation mode."""
+    def loss(self, model: Any, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
+        """Mean next-token loss in nats over `tokens` [batch, length + 1], those in `mask` [batch, length], in evaluation mode."""
         ...
 
     def logits(self, model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -75,17 +75,28 @@ class TrainerOptions:
     teacher: Any = None
 
 
+def count_learned(batches: Sequence[NDArray[np.int32]], masks: Sequence[NDArray[np.bool_]]) -> int:
+    """How many tokens a step learns."""
+    return sum(int(mask.sum()) for mask in masks) if masks else sum(tokens[:, 1:].size for tokens in batches)
+
+
 class Trainer(Protocol):
     """A model, its optimizer and the step that joins them."""
 
     def step(
-        self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
+        self,
+        batches: Sequence[NDArray[np.int32]],
+        *,
+        learning_rate: float,
+        targets: Sequence[TopLogits] = (),
+        masks: Sequence[NDArray[np.bool_]] = (),
     ) -> float:
-        """One optimizer step on next-token prediction; returns the mean loss over all tokens before it, in nats.
+        """One optimizer step on next-token prediction; returns the mean loss over all learned tokens before it, in nats.
 
         Args:
             batches: micro-batches [batch, length + 1], whose gradients are added up.
             targets: the teacher's logits of each micro-batch, where the trainer distils from a file.
+            masks: which tokens after the first of each micro-batch are learned [batch, length]; none: all.
         """
         ...
 

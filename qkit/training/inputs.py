@@ -1,7 +1,11 @@
 """The inputs of a run: its engine, its text and its teacher; and a file of a teacher's logits for later runs."""
 
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qkit.artifact.config import read_config
 from qkit.artifact.load import load
@@ -9,12 +13,14 @@ from qkit.artifact.snapshot import Snapshot
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds, Trains
 from qkit.engines.registry import backend as choose
-from qkit.errors import RunError
+from qkit.errors import CutWarning, RunError
 from qkit.exchange.import_model import read_model
-from qkit.training.data import Sequences, sequences, split
+from qkit.training.data import Sequences, padded, sequences, split
 from qkit.training.run import Run
 from qkit.training.teacher import Tick, check_absent, write_top
-from qkit.training.text import find, read_text
+from qkit.training.text import Text, find, read_text
+
+Tell = Callable[[Mapping[str, Any]], None]  #: takes each event of the log, as plain values
 
 
 def check_files(run: Run) -> None:
@@ -47,12 +53,29 @@ def text_of(run: Run, source: Snapshot) -> tuple[Sequences, Sequences, str]:
     longest = config.get("max_position_embeddings")
     if isinstance(longest, int) and run.length > longest:
         raise RunError(f"length is {run.length}, and the model has positions for {longest}: make it shorter")
-    text = read_text(run.data, folder=run.model, config=config)
-    data = sequences(text.tokens, length=run.length, name=text.name)
+    text = _read(run, run.data, config, "train")
+    data = _cut(run, text)
     if not run.held_out:
         return *split(data), text.kind
-    other = read_text(run.held_out, folder=run.model, config=config)
-    return data, sequences(other.tokens, length=run.length, name=other.name), text.kind
+    return data, _cut(run, _read(run, run.held_out, config, "held_out")), text.kind
+
+
+def _read(run: Run, patterns: Sequence[str], config: Mapping[str, Any], purpose: str) -> Text:
+    return read_text(patterns, folder=run.model, config=config, loss_on=run.loss_on, chat=run.chat, purpose=purpose)
+
+
+def _cut(run: Run, text: Text) -> Sequences:
+    """The sequences of a text: rows one after another, or each in a sequence of its own. Warns of rows that lose their ends."""
+    if run.packing:
+        return sequences(text.tokens, length=run.length, name=text.name, learned=text.learned)
+    sizes = np.diff(text.ends, prepend=0)
+    cut, whole = int((sizes > run.length).sum()), len(sizes)
+    made = padded(text.tokens, text.ends, length=run.length, name=text.name, learned=text.learned)
+    if cut:
+        lost = whole - len(made)
+        message = f"{cut:,} of {whole:,} rows of {text.name} are longer than length {run.length} and lose their ends"
+        warnings.warn(message + f"; {lost:,} of them lose all that is learned" * (lost > 0), CutWarning, stacklevel=2)
+    return made
 
 
 def teacher_of(engine: Builds, folder: Path, source: Snapshot) -> Any:

@@ -1,31 +1,24 @@
 """A run from directory to artifact: opens the model, trains with checkpoints, converts, saves, and measures the artifact."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 import qkit
-from qkit import adapters, pipeline
-from qkit.artifact.load import load
-from qkit.artifact.save import save
 from qkit.artifact.snapshot import Snapshot
 from qkit.code_changes import code_sums, count_changes, warn_of_no_change
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import Trainer, TrainerOptions
 from qkit.errors import DivergedError
 from qkit.exchange.import_model import read_model
-from qkit.qtensor import DType
-from qkit.storage.marks import remove
 from qkit.switches import calibrating
 from qkit.training import checkpoint
 from qkit.training.data import Sequences
-from qkit.training.folder import Log, check_out, check_same, check_saved, locked, read_log, run_folder_of
-from qkit.training.inputs import check_files, engine_of, teacher_of, text_of
+from qkit.training.finish import Outcome, finish, held_out_loss
+from qkit.training.folder import Log, check_out, check_same, locked, run_folder_of
+from qkit.training.inputs import Tell, check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
 from qkit.training.model import describe, digest, dtype_of, open_to_train
 from qkit.training.rates import rate, warmup_steps
@@ -33,45 +26,15 @@ from qkit.training.run import Run, run_table
 from qkit.training.schedule import switching
 from qkit.training.teacher import read_top
 from qkit.training.text import vocabulary_of
+from qkit.training.tuning import tune_model
 
-Tell = Callable[[Mapping[str, Any]], None]  #: takes each event of the log, as plain values
 CALIBRATION = 8  #: batches that find static ranges before the first step
-SMOOTH = 20  #: the most steps in the mean of the first and of the last losses
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The results of a run. Losses are nats per token. Held-out losses are None without held-out text.
-
-    Attributes:
-        steps, tokens, seconds: steps and tokens of the whole run; seconds of training in this process.
-        first_loss, last_loss: training losses, means over up to 20 steps.
-        held_out_before, held_out_after: losses of the quantized model before the first and after the last step.
-        held_out_saved: the loss of the artifact, opened again from the disk.
-        forward_difference: the largest difference of a logit before and after `convert`. None: the run quantized nothing.
-        quantized_layers, changed_layers: how many layers are quantized, and how many of them have other codes than the model
-            that the run began with, put on the same grid.
-        folder: the artifact.
-        run_folder: the folder of the checkpoints and the log.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    first_loss: float
-    last_loss: float
-    held_out_before: float | None
-    held_out_after: float | None
-    held_out_saved: float | None
-    forward_difference: float | None
-    folder: str
-    run_folder: str
-    quantized_layers: int = 0
-    changed_layers: int = 0
 
 
 def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Carries out `run`. An interrupted run resumes from its last checkpoint.
+
+    With `run.method`, another library carries out the steps: see `tune_model`.
 
     Asks `stop` after every step. Where it says yes, the run writes a checkpoint, tells the event `stop`, and is interrupted.
 
@@ -89,6 +52,8 @@ def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[],
         LockedError: another process trains for the same folder.
         BackendError, RecipeError, GridError, ArtifactError, OSError: as their causes.
     """
+    if run.method:
+        return tune_model(run, tell=tell, stop=stop)
     check_out(run.out, replace=run.replace)
     check_files(run)
     engine, folder = engine_of(run), run_folder_of(run.out)
@@ -138,7 +103,9 @@ def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[],
         record("resume" if found else "start", began, **start, run=about["run"])
         seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began, stop)
         after = code_sums(model, backend=engine)
-        outcome = _finish(run, engine, model, unseen, order, log, seconds, dtype=dtype_of(source))
+        shown = unseen if len(unseen) else order.data
+        few = shown.rows(shown.chosen[:1])[:, :-1]
+        outcome = finish(run, engine, model, few, log, seconds, unseen=unseen, dtype=dtype_of(source))
         outcome = replace(outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after))
         warn_of_no_change(sums, after, rate=run.learning_rate, stacklevel=2)
         end(steps, **asdict(outcome))
@@ -193,7 +160,7 @@ def _train(
     assert run.steps is not None
     warmup, spent, tokens = warmup_steps(run.warmup, run.steps), 0.0, 0
     if began == 0 and len(unseen):
-        record("evaluation", 0, loss=_held_out(engine, model, unseen))
+        record("evaluation", 0, loss=held_out_loss(engine, model, unseen))
     steps = train(
         trainer,
         order,
@@ -213,7 +180,7 @@ def _train(
             record("step", step.number, loss=step.loss, learning_rate=step.learning_rate, tokens=step.tokens, **speed)
             last = step.number == run.steps
             if len(unseen) and (last or (run.evaluate_every and step.number % run.evaluate_every == 0)):
-                record("evaluation", step.number, loss=_held_out(engine, model, unseen))
+                record("evaluation", step.number, loss=held_out_loss(engine, model, unseen))
             stopped = not last and step.number % run.quantization.interval == 0 and stop()  # values are refreshed there
             if last or stopped or step.number % run.checkpoint_every == 0:
                 record("checkpoint", step.number, file=str(checkpoint.write(folder, trainer.state(), about=about)))
@@ -227,69 +194,3 @@ def _train(
             f"{error}; the last good checkpoint is {good[-1] if good else 'none: there is not one yet'}"
         ) from None
     return spent
-
-
-def _finish(
-    run: Run, engine: Trains, model: Any, unseen: Sequences, order: Order, log: Log, seconds: float, *, dtype: DType
-) -> Outcome:
-    shown = unseen if len(unseen) else order.data
-    few = shown.rows(shown.chosen[:1])[:, :-1]
-    difference = None
-    if run.adapter:
-        adapters.save(model, log.file.with_name("adapter"), base=str(run.model), backend=engine)
-    if run.adapter or any(layer.stage == "prepared" for layer in engine.layers(model)):
-        with _on(engine, model):
-            before = engine.logits(model, few)
-        model = adapters.merge(model, backend=engine) if run.adapter else model
-        if any(layer.stage == "prepared" for layer in engine.layers(model)):
-            model = pipeline.convert(model, backend=engine)
-        difference = float(np.abs(engine.logits(model, few) - before).max())
-    _save(run, engine, model, log.file.with_name("again"), dtype=dtype)
-    saved = engine.loss(load(run.out, backend=engine), unseen.all) if len(unseen) else None
-    events = read_log(log.file)
-    losses = [event["loss"] for event in events if event["event"] == "step"]
-    held_out = [event["loss"] for event in events if event["event"] == "evaluation"]
-    few_steps = max(1, min(SMOOTH, len(losses) // 2))
-    return Outcome(
-        steps=len(losses),
-        tokens=sum(event["tokens"] for event in events if event["event"] == "step"),
-        seconds=seconds,
-        first_loss=float(np.mean(losses[:few_steps])),
-        last_loss=float(np.mean(losses[-few_steps:])),
-        held_out_before=held_out[0] if held_out else None,
-        held_out_after=held_out[-1] if held_out else None,
-        held_out_saved=saved,
-        forward_difference=difference,
-        folder=str(run.out),
-        run_folder=str(log.file.parent),
-    )
-
-
-def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) -> None:
-    """Writes the artifact. If the same run wrote it before it was killed, only checks that the bytes are the same."""
-    if run.replace or not run.out.exists() or not any(run.out.iterdir()):
-        save(model, run.out, source=run.model, backend=engine, dtype=dtype)
-        return
-    save(model, again, source=run.model, backend=engine, dtype=dtype)
-    try:
-        check_saved(run.out, again)
-    finally:
-        remove(again)
-
-
-def _held_out(engine: Trains, model: Any, unseen: Sequences) -> float:
-    with _on(engine, model):
-        return engine.loss(model, unseen.all)
-
-
-@contextmanager
-def _on(engine: Trains, model: Any) -> Iterator[None]:
-    """Lets every prepared layer quantize inside the block, as after conversion, whatever the schedule says."""
-    off = [layer for layer in engine.layers(model) if layer.stage == "prepared" and layer.mode == "off"]
-    for layer in off:
-        engine.switch_mode(layer.module, "on")
-    try:
-        yield
-    finally:
-        for layer in off:
-            engine.switch_mode(layer.module, "off")

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qkit.engines.trainer import TopLogits, Trainer
+from qkit.engines.trainer import TopLogits, Trainer, count_learned
 from qkit.errors import DivergedError
-from qkit.training.data import Sequences, Tokens
+from qkit.training.data import Mask, Sequences, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,16 @@ class Order:
     seed: int
     top: Callable[[Sequence[int]], TopLogits] | None = None
 
-    def at(self, step: int) -> tuple[list[Tokens], list[TopLogits]]:
-        """The micro-batches [batch, length + 1] of a step and their targets: the same at every call."""
+    def at(self, step: int) -> tuple[list[Tokens], list[TopLogits], list[Mask]]:
+        """The micro-batches [batch, length + 1] of a step, their targets and their masks: the same at every call."""
         size = self.batch * self.accumulation
         numbers = self.data.numbers(step, size=size, seed=self.seed).reshape(self.accumulation, self.batch)
-        return [self.data.rows(part) for part in numbers], [
-            self.top(part.tolist()) for part in numbers
-        ] if self.top else []
+        masks = [self.data.mask(part) for part in numbers]
+        return (
+            [self.data.rows(part) for part in numbers],
+            [self.top(part.tolist()) for part in numbers] if self.top else [],
+            [mask for mask in masks if mask is not None],
+        )
 
 
 def train(
@@ -61,9 +64,9 @@ def train(
     """
     for number in range(first, last + 1):
         before(number)
-        batches, targets = order.at(number)
+        batches, targets, masks = order.at(number)
         learning_rate = rate(number)
-        loss = trainer.step(batches, learning_rate=learning_rate, targets=targets)
+        loss = trainer.step(batches, learning_rate=learning_rate, targets=targets, masks=masks)
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {number}: lower the learning rate (now {learning_rate:g})")
-        yield Step(number, loss, learning_rate, sum(tokens[:, 1:].size for tokens in batches))
+        yield Step(number, loss, learning_rate, count_learned(batches, masks))

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from qkit.adapters.adapter import Adapter, adapter_from_table
 from qkit.engines.trainer import OFFSET_RATE, Distillation
+from qkit.engines.tuning import METHODS, Method
 from qkit.errors import QkitError, RunError
 from qkit.intake import check_values, read_text
 from qkit.training.rates import SHAPES, Shape
+from qkit.training.records import LossOn
 from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
 
 FLOAT = "float"  #: the name, in place of a recipe, of training without one
@@ -32,7 +34,14 @@ class Run:
     Attributes:
         model: a Hugging Face directory, float or quantized. Training of a quantized one starts from its values.
         out: the directory of the artifact. Checkpoints and the log go beside it, into `OUT.run`.
-        data, held_out: files and shell patterns; without `held_out`, one sequence in twenty of `data`, at most 64.
+        method: `sft`, `dpo` or `orpo`: TRL carries out the steps on torch, and mlx-lm-lora on MLX. None: qkit does, on the next
+            token.
+        beta: of `dpo` and `orpo`, as in these libraries.
+        data, held_out: files, shell patterns and folders with a dataset. Without `held_out`, one sequence in twenty of `data`, at
+            most 64.
+        loss_on: `completions` learns completions and the assistant's turns alone; None does so for prompts with completions only.
+        chat: whether prompts and completions that are texts are turns of a conversation, as mlx-lm has them.
+        packing: whether sequences are cut from rows one after another; else each row is a sequence, filled up to `length`.
         recipe: a name or a TOML file; `float` trains without one; None takes the rules of a quantized `model`.
         ignore: shell patterns of layers that stay in float whatever the recipe says.
         skip_indivisible: whether layers that do not divide into groups stay in float, too.
@@ -62,6 +71,11 @@ class Run:
     out: Path
     data: tuple[str, ...]
     held_out: tuple[str, ...] = ()
+    method: Method | None = None
+    beta: float = 0.1
+    loss_on: LossOn | None = None
+    chat: bool = False
+    packing: bool = True
     recipe: str | None = None
     ignore: tuple[str, ...] = ()
     skip_indivisible: bool = False
@@ -113,6 +127,11 @@ class Run:
         for key in ("weight_decay", "offset_learning_rate"):
             number = getattr(self, key)
             _want(key, number, _number(number) and 0 <= number < math.inf, "a number from 0 on")
+        _want("method", self.method, self.method in (None, *METHODS), f"one of {', '.join(METHODS)}")
+        _want("beta", self.beta, _number(self.beta) and 0 < self.beta < math.inf, "a number above 0")
+        if self.method and (self.distillation or self.held_out):
+            raise RunError(f"method = {self.method!r} takes neither a teacher nor held-out data: leave them out")
+        _want("loss_on", self.loss_on, self.loss_on in (None, "all", "completions"), "all or completions")
         betas = (
             isinstance(self.betas, tuple)
             and len(self.betas) == 2
@@ -120,7 +139,7 @@ class Run:
         )
         _want("betas", self.betas, betas, "two numbers from 0 to below 1")
         _want("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for key in ("autocast", "gradient_checkpointing", "replace", "skip_indivisible"):
+        for key in ("autocast", "gradient_checkpointing", "replace", "skip_indivisible", "chat", "packing"):
             _want(key, getattr(self, key), isinstance(getattr(self, key), bool), "true or false")
         _want("compile", self.compile, self.compile is None or isinstance(self.compile, bool), "true or false")
         if self.checkpoint_every % self.quantization.interval:

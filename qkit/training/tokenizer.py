@@ -19,7 +19,7 @@ SECONDS = 60.0  #: the time limit for opening the file, whatever the text
 RATE = 20_000  #: the lowest speed in bytes of text a second: a hundredth of that of common tokenizers
 MISSING = 9  #: exit code of the process if the library is missing
 
-#: Reads texts and writes token numbers, each after its length in eight bytes.
+#: Reads texts and writes token numbers and the places in the text where the tokens begin, each after its length in eight bytes.
 SCRIPT = f"""
 import sys
 from array import array
@@ -33,24 +33,47 @@ tokenizer.no_truncation()
 tokenizer.no_padding()
 while size := sys.stdin.buffer.read(8):
     text = sys.stdin.buffer.read(int.from_bytes(size, "little")).decode("utf-8")
-    data = array("i", tokenizer.encode(text, add_special_tokens=False).ids).tobytes()
-    sys.stdout.buffer.write(len(data).to_bytes(8, "little") + data)
+    found = tokenizer.encode(text, add_special_tokens=False)
+    for numbers in (found.ids, [begin for begin, end in found.offsets] if "places" in sys.argv else []):
+        data = array("i", numbers).tobytes()
+        sys.stdout.buffer.write(len(data).to_bytes(8, "little") + data)
 """
 
 
 def encode(texts: list[str], tokenizer: Path) -> list[NDArray[np.int32]]:
-    """The tokens of each text, without special ones.
+    """The tokens of each text [n], without special ones.
+
+    Raises:
+        See `encode_with_places`.
+    """
+    return _run(texts, tokenizer)[::2]
+
+
+def encode_with_places(texts: list[str], tokenizer: Path) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """The tokens of each text [n], and the place of each token's first character in the text [n].
 
     Raises:
         BackendError: the library is missing.
         RunError: the library does not open the file, or takes longer than the limit.
         ArtifactError: the file is not a regular file.
     """
+    found = _run(texts, tokenizer, "places")
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _run(texts: list[str], tokenizer: Path, *more: str) -> list[NDArray[np.int32]]:
     check_regular(tokenizer)
     content = [text.encode("utf-8") for text in texts]
     seconds = SECONDS + sum(map(len, content)) / RATE
     message = b"".join(len(data).to_bytes(8, "little") + data for data in content)
-    command = [sys.executable, "-P", "-c", SCRIPT, str(tokenizer.absolute())]  # -P: no module of the current folder
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        SCRIPT,
+        str(tokenizer.absolute()),
+        *more,
+    ]  # -P: no module of the current folder
     try:
         done = subprocess.run(command, input=message, capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:

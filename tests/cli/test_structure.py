@@ -29,8 +29,8 @@ MAY = {
     "qkit_torchao": {"torch", "torchao", "transformers", "qkit", "qkit_torchao"},
 }
 ONLY_IN = {
-    "mlx_lm": {"huggingface.py"},
-    "transformers": {"huggingface.py", "names.py", "transformers.py"},
+    "mlx_lm": {"huggingface.py", "mlx_lora.py"},
+    "transformers": {"huggingface.py", "names.py", "transformers.py", "tuning.py"},
     "torchao": {"containers.py"},
 }
 

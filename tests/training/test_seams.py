@@ -751,13 +751,19 @@ def test_rows_of_text_are_trained_on_without_their_braces(tmp_path):
         ("a.jsonl", [{"messages": [{"content": "hello"}]}], TEMPLATE, r"row 1 of .*a message without a role"),
         ("a.jsonl", [{"messages": CHAT[0]}], None, r"does not write conversations .*put a chat_template\.jinja there"),
         ("a.jsonl", [{"messages": CHAT[0]}], "{{ raise_exception('no such role') }}", "conversation 1: no such role"),
-        ("a.jsonl", [{"prompt": "2?", "completion": "4"}], TEMPLATE, "has a prompt: qkit train does not read prompts"),
-        ("a.jsonl", [{"prompt": "2?", "chosen": "4", "rejected": "5"}], TEMPLATE, "does not read prompts"),
-        ("a.jsonl", [{"title": "x"}], TEMPLATE, "row 1 of .* has neither text nor messages: it has title"),
+        ("a.jsonl", [{"prompt": "2?"}], TEMPLATE, "row 1 of .* has a prompt without a completion"),
+        (
+            "a.jsonl",
+            [{"prompt": "2?", "chosen": "4", "rejected": "5"}],
+            TEMPLATE,
+            "for preferences: train with --method",
+        ),
+        ("a.jsonl", [{"title": "x"}], TEMPLATE, "row 1 of .* has neither text nor messages nor a prompt: it has title"),
         ("a.jsonl", [{"text": "x"}, {"messages": CHAT[0]}], TEMPLATE, "rows with messages and rows with text"),
         ("a.jsonl", [{"text": 3}], TEMPLATE, "text is 3: want a string"),
         ("a.json", [1], TEMPLATE, "rows that are no objects: write one object a line; to train on the JSON itself"),
-        ("a.parquet", [{"text": "x"}], TEMPLATE, "is no text: write its rows as JSON Lines"),
+        ("a.parquet", [{"text": "x"}], TEMPLATE, "datasets does not open it"),
+        ("a.tsv", [{"text": "x"}], TEMPLATE, "is no text: write its rows as Parquet or JSON Lines"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused_by_name(tmp_path, name, rows, template, message):

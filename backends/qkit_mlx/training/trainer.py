@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from numpy.typing import NDArray
 
 from qkit.engines.protocol import Modules
-from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions
+from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions, count_learned
 from qkit.errors import ArtifactError, BackendError
 from qkit_mlx.mlx_private import set_training_mode
 from qkit_mlx.training.adamw import AdamW
@@ -38,18 +38,25 @@ class MlxTrainer:
         self._compile()
 
     def step(
-        self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
+        self,
+        batches: Sequence[NDArray[np.int32]],
+        *,
+        learning_rate: float,
+        targets: Sequence[TopLogits] = (),
+        masks: Sequence[NDArray[np.bool_]] = (),
     ) -> float:
         """See `qkit.engines.trainer.Trainer.step`."""
         self.model.train()
         self.optimizer.learning_rate = learning_rate
         self.optimizer.offset_learning_rate = learning_rate * self.offset_ratio
-        count = mx.array(float(sum(tokens[:, 1:].size for tokens in batches)))
+        count = mx.array(float(count_learned(batches, masks)))
         total, gradients = mx.array(0.0), None
         for i, tokens in enumerate(batches):
             if gradients is not None:
                 mx.eval(total, gradients, self.model.state)  # otherwise all micro-batches would be in memory at once
-            total, gradients = self._add(mx.array(tokens), count, self._target(tokens, targets, i), total, gradients)
+            mask = mx.array(masks[i]) if masks else None
+            target = self._target(tokens, targets, i)
+            total, gradients = self._add(mx.array(tokens), count, target, mask, total, gradients)
         self._update(gradients)
         mx.eval(total, self.model.state, self.optimizer.state)
         self.steps += 1
@@ -95,11 +102,13 @@ class MlxTrainer:
     def _compiled(self, function: Any, state: Any) -> Callable[..., Any]:
         return mx.compile(function, inputs=state, outputs=state) if self.compiled else function
 
-    def _accumulate(self, tokens: mx.array, count: mx.array, target: Any, total: mx.array, before: Any) -> Any:
+    def _accumulate(
+        self, tokens: mx.array, count: mx.array, target: Any, mask: mx.array | None, total: mx.array, before: Any
+    ) -> Any:
         """Loss and gradients so far, plus those of one batch: its share in the mean over `count` tokens."""
 
         def objective(tokens: mx.array) -> mx.array:
-            return _objective(self.model, tokens, self.distillation, target) / count
+            return _objective(self.model, tokens, self.distillation, target, mask) / count
 
         share, gradients = nn.value_and_grad(self.model, objective)(tokens)
         if before is not None:
@@ -138,12 +147,13 @@ def _clipped(gradients: Any, largest: float) -> Any:
     return tree_map(lambda g: (g * factor).astype(g.dtype), gradients)
 
 
-def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
-    """Mean next-token loss over `tokens` [batch, length + 1] in nats, with the model in evaluation mode."""
+def loss(model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
+    """Mean next-token loss over `tokens` [batch, length + 1] in nats, of those in `mask` [batch, length], in evaluation mode."""
     with evaluating(model):
         parts = (mx.array(part) for part in _parts(tokens))
-        total = sum(np.array(_nats(model(part[:, :-1]), part)).sum(dtype=np.float64) for part in parts)
-    return float(total) / tokens[:, 1:].size
+        nats = np.concatenate([np.array(_nats(model(part[:, :-1]), part)) for part in parts])
+    chosen = nats if mask is None else nats[mask]
+    return float(chosen.sum(dtype=np.float64)) / chosen.size
 
 
 def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -152,21 +162,29 @@ def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         return np.concatenate([np.array(model(mx.array(part)).astype(mx.float32)) for part in _parts(tokens)])
 
 
-def divergence(student: mx.array, teacher: mx.array, *, temperature: float) -> mx.array:
-    """temperature^2 * KL(teacher || student) of logits [..., k], in nats, summed over all positions."""
+def divergence(student: mx.array, teacher: mx.array, *, temperature: float, mask: mx.array | None = None) -> mx.array:
+    """temperature^2 * KL(teacher || student) of logits [..., k], in nats, summed over all positions, or those in `mask` [...]."""
     p, q = (nn.log_softmax(x.astype(mx.float32) / temperature, axis=-1) for x in (teacher, student))
-    summed: mx.array = (mx.exp(p) * (p - q)).sum() * temperature**2
+    each = mx.exp(p) * (p - q)
+    summed: mx.array = (each if mask is None else each * mask[..., None]).sum() * temperature**2
     return summed
 
 
-def _objective(model: nn.Module, tokens: mx.array, distillation: Distillation | None, target: list[Any]) -> mx.array:
-    """The loss of `tokens` [batch, length + 1], summed over its tokens."""
+def _objective(
+    model: nn.Module,
+    tokens: mx.array,
+    distillation: Distillation | None,
+    target: list[Any],
+    mask: mx.array | None = None,
+) -> mx.array:
+    """The loss of `tokens` [batch, length + 1], summed over its tokens, or over those in `mask` [batch, length]."""
     scores = model(tokens[:, :-1])
-    nats = _nats(scores, tokens).sum()
+    each = _nats(scores, tokens)
+    nats = (each if mask is None else each * mask).sum()
     if distillation is None or not target:
         return nats
     student = scores if len(target) == 1 else mx.take_along_axis(scores, target[1], axis=-1)
-    learned = divergence(student, target[0], temperature=distillation.temperature)
+    learned = divergence(student, target[0], temperature=distillation.temperature, mask=mask)
     both: mx.array = (1 - distillation.weight) * nats + distillation.weight * learned
     return both
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkit.engines.protocol import Modules
-from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions
+from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions, count_learned
 from qkit.errors import ArtifactError, BackendError
 from qkit.reference.learned import is_learned, is_offset
 from qkit_torchao.training.adamw import AdamW
 
+IGNORED = -100  #: torch's own mark of a token that is not predicted
 ROWS = 16  #: sequences evaluated at a time
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral names, and AdamW's
 
@@ -38,7 +39,12 @@ class TorchTrainer:
         self._in_order = bool(options.compiled) and next(model.parameters()).device.type == "cpu"
 
     def step(
-        self, batches: Sequence[NDArray[np.int32]], *, learning_rate: float, targets: Sequence[TopLogits] = ()
+        self,
+        batches: Sequence[NDArray[np.int32]],
+        *,
+        learning_rate: float,
+        targets: Sequence[TopLogits] = (),
+        masks: Sequence[NDArray[np.bool_]] = (),
     ) -> float:
         """See `qkit.engines.trainer.Trainer.step`."""
         for group in self.optimizer.param_groups:
@@ -46,8 +52,11 @@ class TorchTrainer:
         if not self.model.training:
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = sum(tokens[:, 1:].size for tokens in batches)
-        losses = [self._backward(tokens, targets[i] if targets else None, count) for i, tokens in enumerate(batches)]
+        count = count_learned(batches, masks)
+        losses = [
+            self._backward(tokens, targets[i] if targets else None, masks[i] if masks else None, count)
+            for i, tokens in enumerate(batches)
+        ]
         for parameter in self._trained.values():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         nn.utils.clip_grad_norm_(list(self._trained.values()), self.clip)
@@ -55,12 +64,15 @@ class TorchTrainer:
         self.steps += 1
         return float(torch.stack(losses).sum())
 
-    def _backward(self, tokens: NDArray[np.int32], target: TopLogits | None, count: int) -> Tensor:
+    def _backward(
+        self, tokens: NDArray[np.int32], target: TopLogits | None, mask: NDArray[np.bool_] | None, count: int
+    ) -> Tensor:
         """Adds the gradient of this batch's share in the mean over `count` tokens; returns that share."""
-        ids = _ids(self.model, tokens)
+        ids, learned = _ids(self.model, tokens), None if mask is None else _mask(self.model, mask)
         with _in_order() if self._in_order else nullcontext():
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-                loss: Tensor = self._objective(self.model, ids, self.distillation, *self._target(ids, target)) / count
+                target_logits = self._target(ids, target)
+                loss: Tensor = self._objective(self.model, ids, self.distillation, *target_logits, learned) / count
             loss.backward()
         return loss.detach()
 
@@ -110,11 +122,15 @@ def groups(model: nn.Module, *, weight_decay: float, offset_learning_rate: float
     return [group for group in kinds if group["params"]]
 
 
-def loss(model: nn.Module, tokens: NDArray[np.int32]) -> float:
-    """Mean loss in nats per predicted token of `tokens` [batch, length + 1]."""
+def loss(model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
+    """Mean loss in nats per predicted token of `tokens` [batch, length + 1], of those in `mask` [batch, length]."""
+    ids = _ids(model, tokens)
+    masks = [None] * len(ids.split(ROWS)) if mask is None else _mask(model, mask).split(ROWS)
     with evaluating(model):
-        parts = [_nats(_logits(model, ids[:, :-1]), ids) for ids in _ids(model, tokens).split(ROWS)]
-    return float(torch.stack(parts).double().sum()) / tokens[:, 1:].size
+        parts = [
+            _nats(_logits(model, part[:, :-1]), part, one) for part, one in zip(ids.split(ROWS), masks, strict=True)
+        ]
+    return float(torch.stack(parts).double().sum()) / (tokens[:, 1:].size if mask is None else int(mask.sum()))
 
 
 def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -124,22 +140,28 @@ def logits(model: nn.Module, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     return torch.cat(parts).numpy()
 
 
-def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """temperature^2 * KL(teacher || student) of logits [..., k], in nats, summed over all positions."""
+def divergence(student: Tensor, teacher: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """temperature^2 * KL(teacher || student) of logits [..., k], in nats, summed over all positions, or those in `mask` [...]."""
     p, q = (F.log_softmax(x.float() / temperature, dim=-1) for x in (teacher, student))
-    return (p.exp() * (p - q)).sum() * temperature**2
+    each = p.exp() * (p - q)
+    return (each if mask is None else each * mask[..., None]).sum() * temperature**2
 
 
 def _objective(
-    model: nn.Module, ids: Tensor, distillation: Distillation | None, teacher: Tensor | None, among: Tensor | None
+    model: nn.Module,
+    ids: Tensor,
+    distillation: Distillation | None,
+    teacher: Tensor | None,
+    among: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The loss of `ids` [batch, length + 1], summed over its tokens."""
+    """The loss of `ids` [batch, length + 1], summed over its tokens, or over those in `mask` [batch, length]."""
     scores = _logits(model, ids[:, :-1])
-    nats = _nats(scores, ids)
+    nats = _nats(scores, ids, mask)
     if distillation is None or teacher is None:
         return nats
     student = scores if among is None else scores.gather(-1, among)
-    learned = divergence(student, teacher, temperature=distillation.temperature)
+    learned = divergence(student, teacher, temperature=distillation.temperature, mask=mask)
     return (1 - distillation.weight) * nats + distillation.weight * learned
 
 
@@ -157,8 +179,9 @@ def _in_order() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _nats(scores: Tensor, ids: Tensor) -> Tensor:
-    return F.cross_entropy(scores.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+def _nats(scores: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+    aims = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask, IGNORED)
+    return F.cross_entropy(scores.float().flatten(0, 1), aims.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -169,6 +192,10 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _ids(model: nn.Module, tokens: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(_device(model))
+
+
+def _mask(model: nn.Module, mask: NDArray[np.bool_]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(mask)).to(_device(model))
 
 
 def _device(model: nn.Module) -> torch.device:

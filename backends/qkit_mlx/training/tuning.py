@@ -1,0 +1,148 @@
+"""Methods of training that mlx-lm-lora carries out on a prepared model: supervised fine-tuning, DPO and ORPO."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from qkit.engines.protocol import Trains
+from qkit.engines.trainer import AdamWOptions
+from qkit.engines.tuning import TuneOptions
+from qkit.errors import BackendError
+from qkit.installation import how_to_install
+
+LIMIT = "max_recommended_working_set_size"  #: a fact of Metal's devices, which mlx-lm-lora reads on every device
+
+
+class Tuning:
+    """See `Tunes`."""
+
+    def tune(self: Trains, model: nn.Module, options: TuneOptions) -> None:
+        """See `Tunes.tune`; by mlx-lm-lora."""
+        try:
+            from mlx_lm_lora.trainer import dpo_trainer, orpo_trainer, sft_trainer
+        except ImportError as error:
+            raise BackendError(
+                f"method {options.method!r} needs mlx-lm-lora ({error}): {how_to_install('mlx-lm-lora')}"
+            ) from None
+        if options.before is not None:
+            raise BackendError("quantization: mlx-lm-lora compiles its step once, without a schedule: leave it out")
+        if options.autocast:
+            raise BackendError("autocast: MLX has none: leave it out, and choose dtype = 'float32' or 'bfloat16'")
+        rates = mx.array([options.rate(step) for step in range(1, options.steps + 1)])
+        optimizer = self.adamw(
+            model,
+            AdamWOptions(
+                _rates(rates),
+                options.optimizer.betas,
+                weight_decay=options.optimizer.weight_decay,
+                offset_learning_rate=_rates(
+                    rates * (options.optimizer.offset_learning_rate / options.optimizer.learning_rate)
+                ),
+            ),
+        )
+        shared = {
+            "batch_size": options.batch,
+            "iters": options.steps * options.accumulation,
+            "gradient_accumulation_steps": options.accumulation,
+            "max_seq_length": options.length,
+            "steps_per_report": options.accumulation,
+            "steps_per_save": options.steps * options.accumulation + 1,
+            "adapter_file": str(options.place / "weights.safetensors"),
+            "grad_checkpoint": options.recompute,
+        }
+        trained = {"model": model, "optimizer": optimizer, "training_callback": _Steps(options)}
+        mx.random.seed(options.seed)
+        np.random.seed(options.seed)  # the loops draw their order from there
+        with (options.place / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log), any_device():
+            if options.method == "sft":
+                rows = [_masked(number, row, options.length) for number, row in enumerate(options.rows, start=1)]
+                sft_trainer.train_sft(**trained, train_dataset=_Rows(rows), args=sft_trainer.SFTTrainingArgs(**shared))
+            elif options.method == "dpo":
+                dpo_trainer.train_dpo(
+                    **trained,
+                    ref_model=options.reference.freeze(),
+                    train_dataset=_Rows([_pair(row) for row in options.rows]),
+                    args=dpo_trainer.DPOTrainingArgs(**shared, beta=options.beta),
+                )
+            else:
+                orpo_trainer.train_orpo(
+                    **trained,
+                    train_dataset=_Rows([_pair(row) for row in options.rows]),
+                    args=orpo_trainer.ORPOTrainingArgs(**shared, beta=options.beta),
+                )
+
+    def run_command(
+        self, model: Path, arguments: Sequence[str], place: Path, prepare: Callable[[Any], Any]
+    ) -> nn.Module:
+        """See `RunsCommands.run_command`."""
+        from qkit_mlx.training import mlx_lora  # needs mlx-lm
+
+        return mlx_lora.run_command(model, arguments, place, prepare)
+
+
+class _Rows(list[Any]):
+    """Rows in the form of mlx-lm-lora's data sets."""
+
+    def process(self, row: Any) -> Any:
+        return row
+
+
+class _Steps:
+    """Records each step, as mlx-lm-lora reports it."""
+
+    def __init__(self, options: TuneOptions) -> None:
+        self.options, self.seen = options, 0
+
+    def on_train_loss_report(self, report: Mapping[str, Any]) -> None:
+        """Records a step; reports come once a step."""
+        step, seen = report["iteration"] // self.options.accumulation, int(report["trained_tokens"])
+        self.options.record(step, float(report["train_loss"]), self.options.rate(step), seen - self.seen)
+        self.seen = seen
+
+    def on_val_loss_report(self, report: Mapping[str, Any]) -> None:
+        """There is no such data."""
+
+
+def _rates(table: mx.array) -> Any:
+    """A schedule of MLX's: the rate by the number of steps before."""
+    return lambda step: table[mx.minimum(step, table.size - 1).astype(mx.int32)]
+
+
+def _masked(number: int, row: Mapping[str, Any], length: int) -> tuple[list[int], int]:
+    """The tokens of a row, and the number of those before its one completion."""
+    mask = np.array(row["completion_mask"], np.int8)
+    begin = int(mask.argmax())
+    if not mask[begin:].all():
+        raise BackendError(
+            f"row {number} has several turns to learn, and mlx-lm-lora takes the last: use loss_on = 'all'"
+        )
+    return list(row["input_ids"])[:length], begin
+
+
+def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    begin = len(row["prompt_ids"])
+    return {
+        "chosen": row["prompt_ids"] + row["chosen_ids"],
+        "rejected": row["prompt_ids"] + row["rejected_ids"],
+        "chosen_prompt_length": begin,
+        "rejected_prompt_length": begin,
+        "preference_score": 1.0,
+    }
+
+
+@contextmanager
+def any_device() -> Iterator[None]:
+    """Lets mlx-lm-lora run without Metal: inside of the block, its limit of Metal's memory has no effect."""
+    before = mx.device_info, mx.set_wired_limit
+    if LIMIT not in before[0]():
+        mx.device_info = lambda *_: {**before[0](), LIMIT: 0}
+        mx.set_wired_limit = lambda limit: 0
+    try:
+        yield
+    finally:
+        mx.device_info, mx.set_wired_limit = before

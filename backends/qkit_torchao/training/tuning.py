@@ -1,0 +1,132 @@
+"""Methods of training that TRL carries out on a prepared model: supervised fine-tuning, DPO and ORPO."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from qkit.engines.protocol import Trains
+from qkit.engines.tuning import TuneOptions
+from qkit.errors import BackendError
+from qkit.installation import how_to_install
+
+QUIET = "TRL_EXPERIMENTAL_SILENCE"  #: silences TRL's note that its ORPO may change
+
+
+class Tuning:
+    """See `Tunes`."""
+
+    def tune(self: Trains, model: nn.Module, options: TuneOptions) -> None:
+        """See `Tunes.tune`; by TRL."""
+        try:
+            with _quiet():
+                from datasets import Dataset, disable_progress_bars, enable_progress_bars
+                from transformers import AutoTokenizer, PrinterCallback
+
+                trainer, config = _trainer_of(options.method)
+        except ImportError as error:
+            raise BackendError(f"method {options.method!r} needs TRL ({error}): {how_to_install('trl')}") from None
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
+        if options.method != "sft" and tokenizer.eos_token is None:
+            raise BackendError(
+                f"TRL ends each answer with the tokenizer's eos_token, and {options.tokenizer} names none: name one in "
+                "tokenizer_config.json"
+            )
+        if tokenizer.pad_token is None:  # padded tokens are masked, so that any token does
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        optimizer = self.adamw(model, options.optimizer)
+        scheduler = LambdaLR(optimizer, lambda step: options.rate(step + 1) / options.optimizer.learning_rate)
+        columns = ("input_ids", "completion_mask") if options.method == "sft" else ("prompt", "chosen", "rejected")
+        rows = Dataset.from_list([{name: row[name] for name in columns} for row in options.rows])
+        more = {"ref_model": options.reference} if options.method == "dpo" else {}
+        disable_progress_bars()
+        try:
+            made = trainer(
+                model,
+                args=config(**_arguments(model, options)),
+                train_dataset=rows,
+                processing_class=tokenizer,
+                callbacks=[_steps(options)],
+                optimizers=(optimizer, scheduler),
+                **more,
+            )
+            made.remove_callback(PrinterCallback)
+            made.train()
+        finally:
+            enable_progress_bars()
+
+
+def _trainer_of(method: str) -> tuple[Any, Any]:
+    """TRL's trainer and its arguments."""
+    trl: Any = import_module("trl")
+
+    if method == "orpo":
+        from trl.experimental import orpo
+
+        return orpo.ORPOTrainer, orpo.ORPOConfig
+    return (trl.SFTTrainer, trl.SFTConfig) if method == "sft" else (trl.DPOTrainer, trl.DPOConfig)
+
+
+def _arguments(model: nn.Module, options: TuneOptions) -> dict[str, Any]:
+    """The options under TRL's names. Every default of TRL's that changes numbers has a value here."""
+    made: dict[str, Any] = {
+        "output_dir": str(options.place),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch,
+        "gradient_accumulation_steps": options.accumulation,
+        "learning_rate": options.optimizer.learning_rate,
+        "max_grad_norm": options.clip,
+        "max_length": options.length,
+        "seed": options.seed,
+        "bf16": options.autocast,
+        "gradient_checkpointing": options.recompute,
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    if options.method == "sft":
+        return {**made, "completion_only_loss": True, "packing": options.packing, "packing_strategy": "wrapped"}
+    return {**made, "beta": options.beta}
+
+
+def _steps(options: TuneOptions) -> Any:
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        """Follows the schedule before each step, and records each."""
+
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if options.before is not None:
+                options.before(state.global_step + 1)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            if "loss" in (logs or {}):
+                seen = int(logs.get("num_tokens", self.seen))
+                options.record(
+                    state.global_step, float(logs["loss"]), options.rate(state.global_step), seen - self.seen
+                )
+                self.seen = seen
+
+    return Steps()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = os.environ.get(QUIET)
+    os.environ[QUIET] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[QUIET]
+        else:
+            os.environ[QUIET] = before

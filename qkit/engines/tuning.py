@@ -1,0 +1,76 @@
+"""Methods of training at the seam: the core has the rows and the model, and the engine calls the library that trains."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+from qkit.engines.protocol import Trains
+from qkit.engines.trainer import AdamWOptions
+
+Method = Literal["sft", "dpo", "orpo"]
+METHODS: Final[tuple[Method, ...]] = ("sft", "dpo", "orpo")
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TuneOptions:
+    """A method that another library carries out on a prepared model.
+
+    Attributes:
+        rows: for `sft`, each with `input_ids` and `completion_mask`, of equal lengths. For `dpo` and `orpo`, each with `prompt`,
+            `chosen` and `rejected`, texts or lists of messages; and their tokens in `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        tokenizer: the model's directory.
+        reference: for `dpo`, the model that the trained one is compared with.
+        rate: the learning rate of a step, which counts from 1.
+        before: called with the number of each step, before it; None: nothing changes between steps.
+        record: called after each step with its number, its loss, its learning rate and its tokens.
+        place: an empty folder for the library's own files.
+    """
+
+    method: Method
+    rows: Sequence[Mapping[str, Any]]
+    tokenizer: Path
+    reference: Any
+    steps: int
+    batch: int
+    accumulation: int
+    length: int
+    packing: bool
+    beta: float
+    clip: float
+    seed: int
+    autocast: bool
+    recompute: bool
+    optimizer: AdamWOptions
+    rate: Callable[[int], float]
+    before: Callable[[int], None] | None
+    record: Callable[[int, float, float, int], None]
+    place: Path
+
+
+class Tunes(Trains, Protocol):
+    """Methods of training that another library carries out: supervised fine-tuning and preferences."""
+
+    def tune(self, model: Any, options: TuneOptions) -> None:
+        """Trains the prepared `model` in place.
+
+        Raises:
+            BackendError: the library is missing, or cannot do as `options` say.
+        """
+        ...
+
+
+class RunsCommands(Trains, Protocol):
+    """Training commands of other tools, on this engine's models."""
+
+    def run_command(self, model: Path, arguments: Sequence[str], place: Path, prepare: Callable[[Any], Any]) -> Any:
+        """The model in the directory `model`, trained by the command that takes `arguments`. `prepare` comes before training.
+
+        Args:
+            place: a folder for the command's own files.
+
+        Raises:
+            RunError: the command refuses its arguments, or quantizes the model itself.
+            BackendError: the command is not installed.
+        """
+        ...

@@ -1,0 +1,135 @@
+"""Runs with a method: another library carries out the steps on the prepared model, and qkit opens, checks and ships it."""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from qkit.artifact.snapshot import Snapshot
+from qkit.code_changes import code_sums, count_changes, warn_of_no_change
+from qkit.engines.abilities import require
+from qkit.engines.protocol import Trains
+from qkit.engines.trainer import AdamWOptions
+from qkit.engines.tuning import TuneOptions, Tunes
+from qkit.errors import DivergedError, RunError
+from qkit.exchange.import_model import read_model
+from qkit.training.finish import Outcome, finish
+from qkit.training.folder import Log, check_out, locked, run_folder_of
+from qkit.training.inputs import Tell, check_files, engine_of
+from qkit.training.model import build_float_model, dtype_of, open_to_train
+from qkit.training.preferences import tuning_rows
+from qkit.training.rates import rate, warmup_steps
+from qkit.training.run import Run, run_table
+from qkit.training.schedule import Schedule, switching
+
+SCRATCH = "library"  #: the folder for the library's own files, in the run folder
+
+
+def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], bool] = lambda: False) -> Outcome:
+    """Carries out `run` by its method: TRL takes the steps on torch, and mlx-lm-lora on MLX. Checks every row before the first.
+
+    Writes the same files as `train_model`, but no checkpoints: a run that was interrupted begins anew. Asks `stop` after every
+    step, and is interrupted where it says yes.
+
+    Raises:
+        KeyboardInterrupt: `stop` said yes.
+        RunError: the run does not fit its model or its data.
+        DivergedError: the loss is no longer finite.
+        LockedError: another process trains for the same folder.
+        BackendError, RecipeError, GridError, ArtifactError, OSError: as their causes.
+    """
+    check_out(run.out, replace=run.replace)
+    check_files(run)
+    engine, folder = require(engine_of(run), Tunes), run_folder_of(run.out)
+    with locked(folder):
+        source = read_model(run.model)
+        rows = tuning_rows(run, source.config or {})
+        model, _ = open_to_train(
+            engine,
+            source,
+            recipe=run.recipe,
+            dtype=run.dtype,
+            adapter=run.adapter,
+            ignore=run.ignore,
+            skip_indivisible=run.skip_indivisible,
+        )
+        sums = code_sums(model, backend=engine)
+        size = run.batch * run.accumulation
+        run = replace(run, steps=run.steps or max(1, len(rows) // size))
+        assert run.steps is not None
+        log = Log(folder, after=-1)
+
+        def record(event: str, step: int, **more: Any) -> None:
+            log.add({"event": event, "step": step, **more})
+            tell({"event": event, "step": step, **more})
+            if event == "step" and stop():
+                raise KeyboardInterrupt
+
+        about = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": 0, "backend": engine.name}
+        record("start", 0, **about, run=run_table(run))
+        place = folder / SCRATCH
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        clock = perf_counter()
+        try:
+            engine.tune(model, _options(run, engine, model, source, rows, place, record, clock))
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        seconds, after = perf_counter() - clock, code_sums(model, backend=engine)
+        few = np.arange(min(run.length, 16), dtype=np.int32)[None]
+        outcome = finish(run, engine, model, few, log, seconds, dtype=dtype_of(source))
+        outcome = replace(outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after))
+        warn_of_no_change(sums, after, rate=run.learning_rate, stacklevel=3)
+        record("end", run.steps, **asdict(outcome))
+        return outcome
+
+
+def _options(
+    run: Run,
+    engine: Trains,
+    model: Any,
+    source: Snapshot,
+    rows: list[Mapping[str, Any]],
+    place: Any,
+    record: Any,
+    began: float,
+) -> TuneOptions:
+    steps = run.steps or 1
+    warmup = warmup_steps(run.warmup, steps)
+
+    def take(step: int, loss: float, learning_rate: float, tokens: int) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at step {step}: lower the learning rate (now {learning_rate:g})")
+        spent = max(perf_counter() - began, 1e-9)
+        speed = {"tokens_per_second": tokens * step / spent, "seconds_left": spent / step * (steps - step)}
+        record("step", step, loss=loss, learning_rate=learning_rate, tokens=tokens, **speed)
+
+    if len(rows) < run.batch:
+        raise RunError(f"the data has {len(rows)} rows, fewer than a batch of {run.batch}: lower batch, or give more")
+    return TuneOptions(
+        method=run.method or "sft",
+        rows=rows,
+        tokenizer=run.model,
+        reference=build_float_model(engine, source, dtype=run.dtype) if run.method == "dpo" else None,
+        steps=steps,
+        batch=run.batch,
+        accumulation=run.accumulation,
+        length=run.length,
+        packing=run.packing,
+        beta=run.beta,
+        clip=run.clip,
+        seed=run.seed,
+        autocast=run.autocast,
+        recompute=run.gradient_checkpointing,
+        optimizer=AdamWOptions(
+            run.learning_rate, run.betas, weight_decay=run.weight_decay, offset_learning_rate=run.offset_learning_rate
+        ),
+        rate=lambda step: rate(step, peak=run.learning_rate, steps=steps, warmup=warmup, shape=run.schedule),
+        before=None if run.quantization == Schedule() else switching(engine, model, run.quantization),
+        record=take,
+        place=place,
+    )

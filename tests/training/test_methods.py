@@ -1,0 +1,168 @@
+"""`--method sft`, `dpo` and `orpo`: TRL on torch and mlx-lm-lora on MLX train the prepared model, and qkit ships it exactly."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from models import TOKENS, make
+from typer.testing import CliRunner
+
+import qkit
+from qkit.cli.application import application
+from qkit.training import run_from_table, train_model
+from qkit.training.folder import LOG, read_log, run_folder_of
+
+LIBRARY = {"torchao": "trl", "mlx": "mlx_lm_lora"}
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
+METHODS = ["sft", "dpo", "orpo"]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")  # of libraries, not of qkit
+    for text in (".*pin_memory:UserWarning", ".*:FutureWarning", ".*:DeprecationWarning", ".*use_reentrant:UserWarning")
+]
+needs = {
+    name: pytest.mark.skipif(not find_spec(library), reason=f"{library} is not installed")
+    for name, library in LIBRARY.items()
+}
+ENGINES = [pytest.param(name, marks=needs[name]) for name in LIBRARY]
+
+
+def model(path):
+    make(path / "model", "llama")
+    (path / "model/chat_template.jinja").write_text(TEMPLATE)
+    known = json.loads((path / "model/tokenizer_config.json").read_text())
+    words = json.loads((path / "model/tokenizer.json").read_text())["model"]["vocab"]
+    (path / "model/tokenizer_config.json").write_text(json.dumps({**known, "eos_token": next(iter(words))}))
+    return path
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(method):
+    if method == "sft":
+        return [{"prompt": f"{i}? ", "completion": f"it is {i * i}"} for i in range(8)]
+    return [{"prompt": f"{i}? ", "chosen": f"it is {i * i}", "rejected": f"no {i}"} for i in range(8)]
+
+
+def table(path, method, name, **changes):
+    made = {
+        "model": str(path / "model"), "out": str(path / "out"), "data": [jsonl(path / "rows.jsonl", rows_of(method))],
+        "recipe": "int4-g32", "backend": name, "method": method, "steps": 3, "batch": 2, "length": 32,
+        "learning_rate": 5e-3, "packing": False,
+    }  # fmt: skip
+    return {key: value for key, value in {**made, **changes}.items() if value is not None}
+
+
+def losses(out):
+    return [event["loss"] for event in read_log(run_folder_of(out) / LOG) if event["event"] == "step"]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_on_the_grid_and_ships_the_last_weights_exactly(tmp_path, monkeypatch, method, name):
+    path, engine, seen = model(tmp_path), qkit.backend(name), {}
+    plain = train_model(run_from_table(table(path, method, name, recipe="float", out=str(path / "float"))))
+    convert = qkit.pipeline.convert
+
+    def watched(model, *arguments, **options):
+        seen["codes"] = {
+            one.path: qkit.quantize(engine.to_numpy(engine.weight(one.module)), one.rule.weight).codes
+            for one in engine.layers(model)
+            if one.stage == "prepared"
+        }
+        return convert(model, *arguments, **options)
+
+    monkeypatch.setattr(qkit.pipeline, "convert", watched)
+    outcome = train_model(run_from_table(table(path, method, name)))
+    assert losses(path / "out") != losses(path / "float")
+    assert (outcome.steps, plain.steps) == (3, 3)
+    assert outcome.changed_layers == outcome.quantized_layers == len(seen["codes"]) == 14
+    assert outcome.forward_difference == 0
+    opened = qkit.load(path / "out", backend=name)
+    found = {one.path: one.module for one in engine.layers(opened) if one.stage == "converted"}
+    assert found.keys() == seen["codes"].keys()
+    assert sum((engine.to_numpy(engine.unpack(found[key]).codes) != x).sum() for key, x in seen["codes"].items()) == 0
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path / "out")(torch.from_numpy(TOKENS).long()).logits
+    np.testing.assert_allclose(theirs, engine.logits(opened, TOKENS), atol=1e-3)  # its kernels
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_both_libraries_take_conversations_and_schedules_that_they_can_follow(tmp_path, name):
+    path = model(tmp_path)
+    talks = [
+        {
+            "chosen": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"it is {i * i}"}],
+            "rejected": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "no"}],
+        }
+        for i in range(4)
+    ]
+    run = table(path, "dpo", name, data=[jsonl(path / "talks.jsonl", talks)], quantization={"start": 2})
+    if name == "mlx":
+        with pytest.raises(qkit.BackendError, match="compiles its step once, without a schedule"):
+            train_model(run_from_table(run))
+        run.pop("quantization")
+    outcome = train_model(run_from_table({**run, "adapter": {"rank": 4}}))
+    assert outcome.forward_difference == 0
+    assert losses(path / "out")[0] == pytest.approx(np.log(2), rel=0.2)  # DPO begins where both models agree
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_method_stops_where_it_is_told_to(tmp_path, name):
+    path = model(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(run_from_table(table(path, "sft", name, steps=50)), stop=lambda: True)
+    assert len(losses(path / "out")) == 1
+    assert not (path / "out").exists()
+
+
+def test_on_the_command_line(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    path = model(tmp_path)
+    monkeypatch.chdir(path)
+    data = jsonl(path / "rows.jsonl", rows_of("orpo"))
+    short = ["--steps", "2", "--batch", "2", "--length", "32", "--learning-rate", "5e-3", "--backend", "torchao"]
+    done = CliRunner().invoke(
+        application, ["train", "model", "out", "-r", "int4-g32", "--method", "orpo", "--data", data, "--json", *short]
+    )
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["start", "step", "step", "end"]
+
+
+@needs["torchao"]
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_a_tokenizer_without_an_end_of_text_is_refused_where_trl_needs_one(tmp_path, method):
+    make(tmp_path / "model", "llama")
+    with pytest.raises(qkit.BackendError, match="names none: name one in tokenizer_config"):
+        train_model(run_from_table(table(tmp_path, method, "torchao")))
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "changes", "message"),
+    [
+        ("dpo", {"prompt": "2?", "chosen": "4"}, {}, "row 1 of .* has no 'rejected'"),
+        ("dpo", {"prompt": "2?", "chosen": "4", "rejected": ""}, {}, "row 1 of .* has an empty 'rejected'"),
+        ("orpo", {"prompt": "2?", "chosen": "4", "rejected": "4"}, {}, "the same text in chosen and in rejected"),
+        ("orpo", {"chosen": "4", "rejected": "5"}, {}, "row 1 of .* has no 'prompt'"),
+        ("dpo", {"prompt": "2" * 40, "chosen": "4", "rejected": "5"}, {}, "tokens before its answers, and length is 32"),
+        ("sft", {"prompt": "2?", "completion": ""}, {}, "has an empty completion"),
+        ("sft", {"prompt": "2" * 40, "completion": "4"}, {}, "no token to learn within length 32"),
+        ("sft", {"text": "2?"}, {"distillation": {"teacher": "model"}}, "neither a teacher nor held-out data"),
+        ("ppo", {"text": "2?"}, {}, "method is 'ppo': want one of sft, dpo, orpo"),
+        ("dpo", {"prompt": "2?", "chosen": "4", "rejected": "5"}, {}, "fewer than a batch of 2"),
+        ("dpo", {"prompt": [{"content": "2?"}], "chosen": "4", "rejected": "5"}, {}, "a message without a role"),
+    ],
+)  # fmt: skip
+def test_what_a_method_cannot_learn_is_refused_by_name_before_the_first_step(tmp_path, method, row, changes, message):
+    pytest.importorskip("trl")
+    path = model(tmp_path)
+    data = [jsonl(path / "bad.jsonl", [row])]
+    with pytest.raises(qkit.RunError, match=message):
+        train_model(run_from_table({**table(path, method, "torchao"), "data": data, **changes}))
+    assert not (path / "out").exists()
