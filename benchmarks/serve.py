@@ -95,7 +95,12 @@ def needed(model: nn.Module) -> float:
     return small + sum(row.bits * prod(row.shape) / 8 for row in rows)
 
 
-def captured(model: nn.Module, tokens: int) -> torch.cuda.CUDAGraph:
+Captured = tuple[
+    torch.cuda.CUDAGraph, torch.Tensor
+]  #: a graph, and the tokens that it reads, which have to live as long
+
+
+def captured(model: nn.Module, tokens: int) -> Captured:
     """The forward of so many tokens as a CUDA graph; logits of the last."""
     ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens), device="cuda")  # type: ignore[call-overload]
 
@@ -103,6 +108,7 @@ def captured(model: nn.Module, tokens: int) -> torch.cuda.CUDAGraph:
         model(ids, use_cache=False, logits_to_keep=1)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # the tokens and the weights are drawn there
     with torch.no_grad(), torch.cuda.stream(side):
         forward()
         forward()
@@ -110,11 +116,12 @@ def captured(model: nn.Module, tokens: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         forward()
-    return graph
+    return graph, ids
 
 
-def milliseconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+def milliseconds(made: Captured, replays: int) -> float:
     """Device time of one replay."""
+    graph, _ = made
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(replays):
@@ -174,7 +181,7 @@ def theirs(model: Any, config: Any) -> Any:
     return model
 
 
-def graphs_of(model: nn.Module) -> dict[str, torch.cuda.CUDAGraph]:
+def graphs_of(model: nn.Module) -> dict[str, Captured]:
     """One token, and the prefill."""
     return {"one token": captured(model, 1), "prefill": captured(model, PROMPT)}
 

@@ -60,7 +60,7 @@ def products(grid, dtype):
         assert all(torch.equal(part, want.parts()[name]) for name, part in held.parts().items())
     assert torch.equal(model[0].weight, rounding.dequantize(want))
     values, worst = rounding.dequantize(want).double(), 0.0
-    for rows in (1, 3):
+    for rows in (1, 3, 19):
         x = torch.randn(rows, INPUTS).to(dtype)
         exact = nn.functional.linear(x.double(), values, bias).detach()
         y = model(x[None])[0].detach()

@@ -137,6 +137,18 @@ def multiply_few(x: Tensor, *parts: Any, **more: Any) -> Tensor:
     return y
 
 
+def multiplies_some(x: Tensor, grid: Grid) -> bool:
+    """Whether `multiply_some` takes x [rows, inputs] for packed codes on `grid`: on a GPU, or where tests stand in for one."""
+    kernels = word_kernels(x.device)
+    return hasattr(kernels, "takes_some") and bool(kernels.takes_some(x, grid))
+
+
+def multiply_some(x: Tensor, *parts: Any) -> Tensor:
+    """See `cuda_words.multiply_some`."""
+    y: Tensor = word_kernels(x.device).multiply_some(x, *parts)
+    return y
+
+
 def values(codes: Tensor, *parts: Any, **more: Any) -> Tensor:
     """See `cuda_words.values`."""
     decoded: Tensor = word_kernels(codes.device).values(codes, *parts, **more)
@@ -163,11 +175,18 @@ def word_kernels(device: torch.device) -> ModuleType:
 
 def multiplies_codes(x: Tensor) -> bool:
     """Whether `codes_product` takes codes x [rows, inputs] of an input: few rows on a GPU that Triton compiles for."""
-    if not x.is_cuda or why_no_triton(x.device):
-        return False
+    return x.is_cuda and _few_rows(len(x)) and _compiles(x.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # dynamo does not trace a cache
+def _compiles(device: torch.device) -> bool:
+    return not why_no_triton(device)
+
+
+def _few_rows(count: int) -> bool:
     from qkit_torchao.kernels import cuda_words
 
-    return 0 < len(x) <= cuda_words.FEW
+    return 0 < count <= cuda_words.FEW
 
 
 def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:

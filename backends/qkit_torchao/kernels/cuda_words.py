@@ -12,11 +12,16 @@ from torch import Tensor
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
-from qkit_torchao.kernels import triton_unpack, triton_words
+from qkit_torchao.kernels import triton_tiles, triton_unpack, triton_words
 from qkit_torchao.kernels.cuda import INTERPRETED, device_of
 from qkit_torchao.kernels.launches import Kernel
 
 FEW = 4  #: the most rows that are multiplied without decoding: more pay for the values of the weight
+SOME = 16  #: the most that tensor cores multiply by codes: more pay for decoding once
+OUTER, STEP, WARPS = 32, 16, 2  #: of that product: outputs and words of a program, and its warps
+PROGRAMS = 264  #: that fill a GPU of two programs on each of 132 processors
+TILE = 1024  #: pairs of columns of a row that a program decodes
+SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
 MANY = 2048  #: outputs that fill a GPU in blocks of four
 
@@ -83,6 +88,52 @@ def multiply(
     return out
 
 
+def takes_some(x: Tensor, grid: Grid) -> bool:
+    """Whether `multiply_some` takes x [rows, inputs]."""
+    inputs = x.shape[-1]
+    size = words.unit(grid, inputs)
+    enough = inputs * words.PLANES[grid.element.bits][0] >= 32 * 16  # words of a row that a product needs
+    return (
+        x.dtype in SHORT and 0 < len(x) <= SOME and inputs % size == 0 and enough and words.has_one_scale(grid, inputs)
+    )
+
+
+def multiply_some(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    power: Tensor | None,
+    bias: Tensor | None,
+    grid: Grid,
+) -> Tensor:
+    """As `multiply`, on tensor cores: values are rounded to the type of x, as `values` rounds them. For `takes_some`."""
+    (count, inputs), outputs = x.shape, codes.shape[0]
+    constants = geometry(grid, inputs)
+    units, size, high = constants["UNITS"], constants["UNIT"], constants["HIGH"]
+    across = units * size * high // 32
+    x = x.reshape(count, units, 16 // high, -1, 2).permute(0, 2, 4, 1, 3).contiguous()  # in the order of codes in words
+    blocks = -(-outputs // OUTER)
+    split = max(1, min(PROGRAMS // blocks, across // 64))
+    steps = -(-across // split // STEP)
+    split = -(-across // (steps * STEP))
+    kind = x.dtype if split == 1 else torch.float32
+    out = torch.empty(split, count, outputs, dtype=kind, device=x.device)
+    tensors = x, codes, scales, zeros, power, bias if split == 1 else None, out
+    key = ("product", grid, x.dtype, outputs, inputs, split, x.device, _kinds(tensors))
+    with device_of(x):
+        _product(
+            key, blocks * split,
+            (*tensors, outputs, count, triton_words.MAGIC, *constants.values(), SOME, OUTER, STEP, split, steps,
+             INTERPRETED),
+            warps=WARPS,
+        )  # fmt: skip
+    if split == 1:
+        return out[0]
+    total = out.sum(dim=0)
+    return (total if bias is None else total + bias).to(x.dtype)
+
+
 def values(
     codes: Tensor,
     scales: Tensor,
@@ -98,6 +149,16 @@ def values(
     out = torch.empty(outputs, inputs, dtype=dtype, device=codes.device)
     tensors = codes, scales, zeros, power, out
     key = ("values", grid, dtype, outputs, inputs, codes.device, _kinds(tensors))
+    if dtype in SHORT and words.has_one_scale(grid, inputs) and inputs % words.unit(grid, inputs) == 0:
+        tile = TILE * words.PLANES[grid.element.bits][0] // 16
+        across = -(-inputs // 2 // TILE)
+        with device_of(codes):
+            _decode(
+                key, -(-outputs // 4) * across,
+                (*tensors[:4], out.view(torch.int32), outputs, triton_words.MAGIC, *geometry(grid, inputs).values(),
+                 SHORT[dtype], 4, tile, INTERPRETED), warps=4,
+            )  # fmt: skip
+        return out
     with device_of(codes):
         across = -(-inputs // 512)
         _values(
@@ -151,4 +212,5 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-_multiply, _values, _codes = map(Kernel, (triton_words.matvec, triton_unpack.decode, triton_words.codes_product))
+_multiply, _codes = Kernel(triton_words.matvec), Kernel(triton_words.codes_product)
+_values, _decode, _product = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode), Kernel(triton_tiles.product)

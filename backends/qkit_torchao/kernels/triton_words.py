@@ -46,7 +46,7 @@ def matvec(
         x, codes, scales, zeros if LOW == 0 else None, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, HIGH,
         zeros is None, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * HIGH // 32),
     )  # fmt: skip
-    if LOW > 0:
+    if LOW > 0:  # a pass for each plane: one for both took half as long again on an H200
         total = total * (1 << LOW) + plane(
             x, codes + UNITS * UNIT * HIGH // 32, scales, zeros, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, LOW,
             False, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * LOW // 32),
@@ -84,13 +84,28 @@ def plane(
         for k in tl.static_range(16 // BITS):
             column = (begin + t // WORDS) * (UNIT // 2) + k * WORDS + t % WORDS
             even, odd = pair(x, column, there & (column < INPUTS // 2) & rows, XS)
-            part += value(words, 2 * k, magic, ELEMENT, BITS, CENTERED) * (even * place(2 * k, ELEMENT, BITS))
-            part += value(words, 2 * k + 1, magic, ELEMENT, BITS, CENTERED) * (odd * place(2 * k + 1, ELEMENT, BITS))
+            part += number(words, 0, 2 * k, magic, ELEMENT, BITS, 0, CENTERED) * (even * place(2 * k, ELEMENT, BITS, 0))
+            part += number(words, 0, 2 * k + 1, magic, ELEMENT, BITS, 0, CENTERED) * (
+                odd * place(2 * k + 1, ELEMENT, BITS, 0)
+            )
             whole += even + odd
         if zeros is not None:
             part -= each(tl.load(zeros + g, mask=known, other=0).to(tl.float32), BN, BU, WORDS) * whole
         sums += part * s
     return tl.sum(sums, axis=2) * bias_of(ELEMENT)
+
+
+@triton.jit
+def low_words(
+    low, unit, word, known, WORDS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The low bits of each word of the high plane, shifted so that those of its codes 2k and 2k + 1 begin at bit 2k `HIGH`."""
+    more = 0
+    if LOW > 0:
+        LWORDS: tl.constexpr = UNIT * LOW // 32
+        more = tl.load(low + unit * LWORDS + word % LWORDS, mask=known, other=0, eviction_policy="evict_first")
+        more = more >> (word // LWORDS * (2 * LOW))
+    return more
 
 
 @triton.jit
@@ -106,14 +121,14 @@ def pairs(XS):
 
 
 @triton.constexpr_function
-def place(i, ELEMENT, BITS):
-    """The factor of code `i` of a word that `value` leaves out."""
-    return 2.0 ** -(i * BITS % 16) if ELEMENT == "integer" else 1.0
+def place(i, ELEMENT, HIGH, LOW):
+    """The factor of code `i` of a word that `number` leaves out."""
+    return 2.0 ** -(i * HIGH % 16) if ELEMENT == "integer" and not LOW else 1.0
 
 
 @triton.constexpr_function
 def bias_of(ELEMENT):
-    """The factor of all codes that `value` leaves out: the difference of the biases of two exponents."""
+    """The factor of all codes that `number` leaves out: the difference of the biases of two exponents."""
     return {"e2m1": 2.0**14, "e4m3": 2.0**8}.get(ELEMENT, 1.0)
 
 
@@ -141,16 +156,27 @@ def half(word, H: tl.constexpr):
 
 
 @triton.jit
-def value(words, i: tl.constexpr, magic, ELEMENT: tl.constexpr, BITS: tl.constexpr, CENTERED: tl.constexpr):
-    """Code `i` of each word as float32, centered or not, but for `place` and `bias_of`."""
+def number(
+    words, more, i: tl.constexpr, magic, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    CENTERED: tl.constexpr,
+):  # fmt: skip
+    """Code `i` of each word as float32, but for `place` and `bias_of`. `CENTERED`: less by half of the count of codes."""
     if ELEMENT == "integer":
-        PLACE: tl.constexpr = i * BITS % 16
-        h = words if i * BITS < 16 else words >> 16
-        zero: tl.constexpr = 8388608.0 + (1 << BITS - 1 << PLACE if CENTERED else 0)
-        f = ((h & (((1 << BITS) - 1) << PLACE)) | magic).to(tl.float32, bitcast=True) - zero
+        HALF: tl.constexpr = 1 << HIGH + LOW - 1 if CENTERED else 0
+        if LOW > 0:
+            UP: tl.constexpr = LOW - i * HIGH
+            h = words << UP if UP >= 0 else words >> -UP
+            low = more >> (i // 2 * 2 * HIGH + i % 2 * LOW)
+            code = (h & (((1 << HIGH) - 1) << LOW)) | (low & ((1 << LOW) - 1))
+            f = (code | magic).to(tl.float32, bitcast=True) - (8388608.0 + HALF)
+        else:
+            PLACE: tl.constexpr = i * HIGH % 16
+            h = words if i * HIGH < 16 else words >> 16
+            f = ((h & (((1 << HIGH) - 1) << PLACE)) | magic).to(tl.float32, bitcast=True) - (
+                8388608.0 + (HALF << PLACE)
+            )
     else:
-        UP: tl.constexpr = 16 - BITS - i * BITS % 16
-        f = half(small(words << UP, ELEMENT), i * BITS // 16)
+        f = half(small(words << (16 - HIGH - i * HIGH % 16), ELEMENT), i * HIGH // 16)
     return f
 
 

@@ -1,5 +1,7 @@
 """What only a CUDA device can show: the kernels' own containers. Operations are compared by `benchmarks/parity.py`."""
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
@@ -109,11 +111,15 @@ def test_converted_models_compile_on_cuda(recipe):
     )  # bf16: inductor rounds after the bias, eager before
 
 
-def test_what_no_kernel_takes_is_named():
-    model = qkit.convert(linear(outputs=520), "float8-dynamic-act-float8-weight")
-    assert "multiples of 16, not 1536 and 520" in qkit.coverage(model).rows[0].state
-    model = qkit.convert(linear(torch.float32, outputs=512), "float8-dynamic-act-float8-weight")
-    assert "come out in bfloat16, and the model is float32" in qkit.coverage(model).rows[0].state
+@pytest.mark.parametrize(("outputs", "dtype"), [(520, torch.bfloat16), (512, torch.float32)])
+def test_a_layer_whose_codes_torch_does_not_multiply_runs_on_packed_codes(outputs, dtype):
+    model = linear(dtype, outputs=outputs)  # torch._scaled_mm wants multiples of 16, and gives bfloat16
+    x = torch.randn(40, 1536, device="cuda", dtype=dtype)
+    prepared = qkit.prepare(copy.deepcopy(model), "float8-dynamic-act-float8-weight").eval()
+    converted = qkit.convert(model, "float8-dynamic-act-float8-weight")
+    assert "packed codes" in qkit.coverage(converted).rows[0].state
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), prepared(x), rtol=2**-7, atol=5e-3)  # sums in another order
 
 
 def test_a_model_that_moves_changes_its_kernel():
