@@ -90,14 +90,19 @@ def coverage(model: Any, *, backend: str | Arrays | None = None) -> Coverage:
     layers = list(engine.layers(model))
     rest = _rest(layers, tensors)
     rows = tuple(_cover(layer, engine, tensors) for layer in layers)
-    return Coverage(rows, sum(prod(one.shape) for one in rest), 8 * sum(one.nbytes for one in rest))
+    return Coverage(rows, sum(prod(one.shape) for one in rest), 8 * sum(_nbytes(one, engine) for one in rest))
+
+
+def _nbytes(array: Any, engine: Modules) -> int:
+    """The bytes of an engine's array. Most arrays say so themselves, which saves a copy to NumPy."""
+    return int(array.nbytes if hasattr(array, "nbytes") else engine.to_numpy(array).nbytes)
 
 
 def _cover(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> Covered:
     rule = layer.rule
     if rule is None or rule.weight is None:
         reason = layer.obstacle if layer.kind == "other" else getattr(layer.module, NOTE, "") or layer.obstacle
-        bits = 8 * sum(weight.nbytes for weight in _weights(layer, engine, tensors)) / prod(layer.shape)
+        bits = 8 * sum(_nbytes(one, engine) for one in _weights(layer, engine, tensors)) / prod(layer.shape)
         state = f"left alone: {reason}" if reason else "float"
         return Covered(layer.path, layer.kind, layer.shape, "", "", "", state, bits, layer.tied)
     state = f"{'native' if layer.native else 'decoded first'}: {layer.execution}"

@@ -14,6 +14,7 @@ from qkit.engines.abilities import require
 from qkit.engines.protocol import Adapts, Modules
 from qkit.engines.registry import backend as choose
 from qkit.engines.tuning import RunsCommands
+from qkit.storage.read import read_folder
 from qkit.training.folder import check_out, locked, run_folder_of
 
 ADAPTERS = "adapters"  #: the folder for the command's own files, in the run folder
@@ -39,6 +40,7 @@ def run_mlx_lora(model: Path, out: Path, recipe: str, arguments: Sequence[str], 
         BackendError: the command is not installed.
         ArtifactError, RecipeError, GridError, StageError: as their causes.
     """
+    read_folder(model)  # its headers: a directory that is not there is named before any work
     check_out(out, replace=False)
     engine = require(choose("mlx"), RunsCommands)
     sums: dict[str, int] = {}

@@ -52,7 +52,7 @@ def test_every_extra_resolves_against_the_index_alone(
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
     environment |= {"PIP_CONFIG_FILE": os.devnull, "MACOSX_DEPLOYMENT_TARGET": "14.0"}
     target = ["--python-version", python, "--python-platform", platform, "--only-binary", ":all:"]
-    for extra in EXTRAS:
+    for extra in EXTRAS.keys() - {"test-readers"}:  # vLLM wants another torch, in an environment of its own
         command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", extra, *target]
         options = [
             "--constraint",
