@@ -33,4 +33,8 @@ def misread(config: Mapping[str, Any], rules: Sequence[StoredRule], *, single_ex
 
 def has_single(names: Iterable[str]) -> bool:
     """Whether a float expert that is stored by itself is among the tensors with these names."""
-    return any(name.endswith(".weight") and expert_of(name.removesuffix(".weight")) for name in names)
+    known = set(names)
+    paths = (name.removesuffix(".weight") for name in known if name.endswith(".weight"))
+    return any(
+        expert_of(path) and f"{path}.weight_scale" not in known for path in paths
+    )  # codes of 8-bit floats have one

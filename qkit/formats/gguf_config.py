@@ -161,7 +161,7 @@ def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[st
     if architecture.period and sliding != [(i + 1) % architecture.period != 0 for i in range(len(sliding))]:
         values["attention.sliding_window_pattern"] = sliding
     for name, value in values.items():
-        if isinstance(value, (str, list)):
+        if isinstance(value, (str, list)) and name not in COUNTS:
             continue
         if type(value) not in (int, float) or not 0 <= value < MOST:
             raise ArtifactError(

@@ -55,7 +55,9 @@ class Surgery:
 
     backend: ClassVar[str]
     tolerance: ClassVar[float] = 0.0
-    pytestmark = pytest.mark.filterwarnings("ignore::qkit.errors.ServerWarning")  # the laws save grids that no server has
+    pytestmark = pytest.mark.filterwarnings(
+        "ignore::qkit.errors.ServerWarning"
+    )  # the laws save grids that no server has
 
     @property
     def engine(self) -> Modules:

@@ -91,7 +91,9 @@ def test_wrong_usage_is_2_with_the_way_out(monkeypatch, capsys, name):
     code, out, err = fails(monkeypatch, capsys, name, "--no-such-option")
     assert (code, out) == (2, "")
     assert f"Usage: qkit {name} " in err
-    unknown = "Missing argument 'OUT'" if name == "mlx-lora" else "No such option: --no-such-option"  # it passes options on
+    unknown = (
+        "Missing argument 'OUT'" if name == "mlx-lora" else "No such option: --no-such-option"
+    )  # it passes options on
     assert f"Error: {unknown}" in err
     assert "Traceback" not in err
 

@@ -23,7 +23,7 @@ from qkit.cli.application import application
 from qkit.reference import learned
 from qkit.startup import INTERRUPTED
 from qkit.storage import swap
-from qkit.training import checkpoint, curve, job, run_from_table, train_model
+from qkit.training import checkpoint, curve, finish, job, run_from_table, train_model
 from qkit.training import folder as run_folder
 from qkit.training.folder import LOG, read_log, run_folder_of
 
@@ -304,9 +304,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_the_one_before(tmp_path, d
 
 #: What comes after the last step, in order: an object, and the name of a function of it.
 ENDING = {
-    "the conversion": (job.pipeline, "convert"),
-    "saving": (job, "save"),
-    "opening the artifact again": (job, "load"),
+    "the conversion": (finish.pipeline, "convert"),
+    "saving": (finish, "save"),
+    "opening the artifact again": (finish, "load"),
     "the picture": (curve, "draw_log"),
     "the end of the log": (run_folder.Log, "add"),
 }
@@ -378,7 +378,7 @@ def test_a_run_that_was_killed_at_its_end_replaces_no_other_model(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "load", killed)
+        patch.setattr(finish, "load", killed)
         with pytest.raises(KeyboardInterrupt):
             train(path)
     shutil.rmtree(path / "out")
