@@ -23,7 +23,7 @@ from qkit.cli.application import application
 from qkit.reference import learned
 from qkit.startup import INTERRUPTED
 from qkit.storage import swap
-from qkit.training import checkpoint, curve, finish, job, run_from_table, train_model
+from qkit.training import checkpoint, curve, finish, run_from_table, train_model
 from qkit.training import folder as run_folder
 from qkit.training.folder import LOG, read_log, run_folder_of
 
