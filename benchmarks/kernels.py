@@ -114,7 +114,7 @@ def packing(report: Callable[[dict[str, Any]], None]) -> None:
 
 
 def converting(report: Callable[[dict[str, Any]], None]) -> None:
-    """`qkit.convert` of a model of linear layers: the look for what is not finite, codes, packed, all of it.
+    """`qkit.convert` of a model of linear layers: the search for numbers that are not finite, the codes, the packing.
 
     By the clock, and by what the device was busy with.
     """

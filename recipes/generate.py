@@ -144,7 +144,7 @@ def _recipe(
     whole: bool = False,
 ) -> str:
     grids = {"w": weight} | ({"a": activation} if activation else {})
-    lines = ["schema  = 1", "version = 1", f'summary = "{summary}"', ""]
+    lines = ["schema  = 1", "version = 2", f'summary = "{summary}"', ""]
     for key, grid in grids.items():
         group = grid.group if isinstance(grid.group, int) else f'"{grid.group}"'
         lines += [

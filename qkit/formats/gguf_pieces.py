@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 def merged_pieces(
     vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]], *, apart: Collection[str], unknown: str | None
 ) -> dict[int, Piece] | None:
-    """The tokens of a vocabulary with merges, by id; None where scores cannot say what the merges do.
+    """The tokens of a vocabulary with merges, by id; None where no scores have the effect of the merges.
 
     llama.cpp joins two neighbours whenever the vocabulary has their text, the highest score first. So each such pair has to be
     a merge, and all merges into one token have to follow each other.

@@ -186,7 +186,7 @@ def _check_all(out: Path, found: Sequence[Part], whole: Whole) -> list[Part]:
 
 
 def _check(folder: Path, part: Part, whole: Whole) -> Mapping[str, str]:
-    """The digests of the tensors of a finished part, after a check of what it is and of its files' headers and sizes."""
+    """The digests of the tensors of a finished part, after a check of its mark and of its files' headers and sizes."""
     about, seal, wanted = read_json(folder / PART), read_seal(folder), whole.about(part)
     if about is None or seal is None:
         raise ArtifactError(f"{folder} is no part of an output: move it away, or choose another name for the output")

@@ -17,7 +17,7 @@ TRIED = "with transformers 5.23, compressed-tensors 0.20 and mlx-lm 0.32"
 
 @dataclass(frozen=True, slots=True)
 class Caveat:
-    """A reader and what it does not do with the output.
+    """A reader, and the part of the output that it does not open or reads otherwise.
 
     Attributes:
         reader: name of the reader, as the table has it; empty where the caveat is about all.

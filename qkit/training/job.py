@@ -59,15 +59,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[],
     engine, folder = engine_of(run), run_folder_of(run.out)
     with locked(folder):
         source = read_model(run.model)
-        model, recipe = open_to_train(
-            engine,
-            source,
-            recipe=run.recipe,
-            dtype=run.dtype,
-            adapter=run.adapter,
-            ignore=run.ignore,
-            skip_indivisible=run.skip_indivisible,
-        )
+        model, recipe = open_to_train(engine, source, run)
         sums = code_sums(model, backend=engine)
         data, unseen, kind = text_of(run, source)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit import reference
-from qkit.adapters import Adapter, adapt
+from qkit.adapters import adapt
 from qkit.artifact.load import load
 from qkit.artifact.snapshot import Snapshot
 from qkit.engines.abilities import offers
@@ -25,37 +25,29 @@ from qkit.pipeline import prepare
 from qkit.qtensor import DTYPES, DType
 from qkit.reference.ranges import static_contents
 from qkit.rules import Recipe, Rule, rule_table
-from qkit.training.run import FLOAT
+from qkit.training.run import FLOAT, Run
 
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def open_to_train(
-    engine: Builds,
-    source: Snapshot,
-    *,
-    recipe: str | None,
-    dtype: str,
-    adapter: Adapter | None,
-    ignore: Sequence[str] = (),
-    skip_indivisible: bool = False,
-) -> tuple[Any, Recipe | None]:
-    """The model in `source`, ready to train, and its recipe; None without one.
+def open_to_train(engine: Builds, source: Snapshot, run: Run) -> tuple[Any, Recipe | None]:
+    """The model in `source`, ready for `run`, and its recipe; None without one.
 
-    The master weights are in `dtype`, on the grids of `recipe`, or of `source` if `recipe` is None. With an adapter and without a
-    recipe, a quantized `source` stays packed, with numbers of its own type.
+    The master weights are in `run.dtype`, on the grids of the run's recipe, or of `source` if it has none. With an adapter and
+    without a recipe, a quantized `source` stays packed, with numbers of its own type.
 
     Raises:
         RunError: see `build_float_model` and `prepare_model`.
         StageError: the adapter does not fit a layer.
         ArtifactError, BackendError, RecipeError, GridError: as their causes.
     """
-    if adapter and recipe is None and source.weights:
+    if run.adapter and run.recipe is None and source.weights:
         model = load(source.folder, backend=engine)
-        return adapt(model, adapter, backend=engine), _own(engine, model, source)
-    model = build_float_model(engine, source, dtype=dtype)
-    model, chosen = prepare_model(engine, model, source, recipe, ignore=ignore, skip_indivisible=skip_indivisible)
-    return (adapt(model, adapter, backend=engine) if adapter else model), chosen
+        return adapt(model, run.adapter, backend=engine), _own(engine, model, source)
+    model = build_float_model(engine, source, dtype=run.dtype)
+    skip, ignore = run.skip_indivisible, run.ignore
+    model, chosen = prepare_model(engine, model, source, run.recipe, ignore=ignore, skip_indivisible=skip)
+    return (adapt(model, run.adapter, backend=engine) if run.adapter else model), chosen
 
 
 def build_float_model(engine: Builds, source: Snapshot, *, dtype: str) -> Any:

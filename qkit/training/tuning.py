@@ -48,15 +48,7 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], 
     with locked(folder):
         source = read_model(run.model)
         rows = tuning_rows(run, source.config or {})
-        model, _ = open_to_train(
-            engine,
-            source,
-            recipe=run.recipe,
-            dtype=run.dtype,
-            adapter=run.adapter,
-            ignore=run.ignore,
-            skip_indivisible=run.skip_indivisible,
-        )
+        model, _ = open_to_train(engine, source, run)
         sums = code_sums(model, backend=engine)
         size = run.batch * run.accumulation
         run = replace(run, steps=run.steps or max(1, len(rows) // size))

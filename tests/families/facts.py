@@ -18,7 +18,7 @@ from qkit.storage.read import read_folder
 
 
 def facts(model: Any, folder: Path) -> dict[str, Any]:
-    """What the plan has to know of `model`, whose checkpoint is in `folder`, beyond the names and shapes of its tensors.
+    """The facts on `model` that the plan needs beyond the names and shapes of its tensors. Its checkpoint is in `folder`.
 
     `prefixes`: beginnings of paths in the files, and in the model. `apart`: patterns of layers of the model whose weights have no
     tensor of their own in the files. `kinds`: what layers of the files are whose names suggest something else. `read`: patterns

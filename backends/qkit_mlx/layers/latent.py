@@ -27,7 +27,7 @@ NAME: Final = "kv_b_proj"  #: of the layer in transformers
 
 
 class Halves:
-    """Both halves of one layer, which is what the engine's verbs get as its module. Other attributes are those of the values.
+    """Both halves of one layer, together the module of the engine's verbs. Other attributes are those of the values.
 
     Attributes:
         keys: `embed_q`.

@@ -48,7 +48,7 @@ def config_of(model: Any) -> dict[str, Any]:
 
 
 def outward(path: str, model: Any) -> str:
-    """The path in transformers of what is at `path` in the model."""
+    """The path in transformers of the module at `path` in the model."""
     for pattern, text in _family(model).modules:
         path = re.sub(pattern, text, path)
     return path

@@ -136,7 +136,7 @@ def _modules(container: Any, path: str = "", seen: set[int] | None = None) -> It
 
 
 def _replace_in(container: Any, instead: Mapping[int, nn.Module], parent: nn.Module, path: str = "") -> None:
-    """Replaces what is in `container`, which is `parent` itself, or at `path` in it."""
+    """Replaces the module at `path` in `container`, or in `parent`, where `container` is `parent` itself."""
     for key, value in list(_items(container)):
         if id(value) in instead:
             container[key] = instead[id(value)]
