@@ -84,6 +84,18 @@ def train(
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations. Left out: first and last.")
     ] = None,
+    load_best_model_at_end: Annotated[
+        bool | None,
+        typer.Option(
+            "--load-best-model-at-end", help="Ship the weights of the lowest held-out loss, not the last ones."
+        ),
+    ] = None,
+    early_stopping_patience: Annotated[
+        int | None, typer.Option(help="Evaluations in a row without a better one that end the run. Left out: none do.")
+    ] = None,
+    early_stopping_threshold: Annotated[
+        float | None, typer.Option(help="How much lower a loss must be to count as better, in nats [0].")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations: less memory, more time.")
     ] = None,
@@ -124,6 +136,9 @@ def train(
         "dtype": dtype,
         "checkpoint_every": checkpoint_every,
         "evaluate_every": evaluate_every,
+        "load_best_model_at_end": load_best_model_at_end,
+        "early_stopping_patience": early_stopping_patience,
+        "early_stopping_threshold": early_stopping_threshold,
         "gradient_checkpointing": gradient_checkpointing,
         "replace": replace,
     }
@@ -253,6 +268,8 @@ class _Bar:
             self._bar.update(self._task, completed=step, description=text)
         elif kind == "stop":
             errors.print(f"step {step}: a checkpoint is written; the same command goes on from here", highlight=False)
+        elif kind == "early_stop":
+            errors.print(f"step {step}: the held-out loss has not improved; training ends", highlight=False)
         elif kind == "evaluation":
             errors.print(f"step {step}: held-out loss {event['loss']:.4f}", highlight=False)
 
@@ -274,6 +291,11 @@ def _table(outcome: "Outcome") -> Table:
         ),
         ("layers with changed codes", f"{outcome.changed_layers:,} of {outcome.quantized_layers:,}"),
         ("steps", f"{outcome.steps:,}"),
+        *(
+            [("step of the artifact, the best evaluation", f"{outcome.best_step:,}")]
+            if outcome.best_step is not None
+            else []
+        ),
         ("tokens", f"{outcome.tokens:,}"),
         ("seconds of training", f"{outcome.seconds:.0f}"),
     ):
