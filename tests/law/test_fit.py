@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import qkit
 from qkit import reference
-from qkit.element import SCALE_RULES, ScaleRule
+from qkit.element import READ_RULES
 from qkit.errors import GridError, RangeError
 from qkit.grid import Grid
 from qkit.reference.fitting import fit
@@ -284,10 +284,13 @@ def test_moments_that_no_inputs_have_are_refused(
         qkit.fit(weight(4, 64), Grid("int4", 32), moments, method=method)
 
 
-def test_scales_that_follow_from_no_rule_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCALE_RULES, "stored", ScaleRule("integer"))
-    with pytest.raises(GridError, match=r"cannot fit int4-g32-stored: its scales .* fit on one of absmax, even"):
-        fit(weight(4, 64), Grid("int4", 32, "stored"))
+@pytest.mark.parametrize("rule", READ_RULES)
+def test_scales_that_follow_from_no_rule_are_refused(rule: str) -> None:
+    element, group = READ_RULES[rule].only or ("int4" if "integer" in READ_RULES[rule].kinds else "e2m1", 32)
+    with pytest.raises(
+        GridError, match=rf"cannot fit {element}-g{group}-{rule}: its scales .* fit on one of absmax, even"
+    ):
+        fit(weight(4, 64), Grid(element, group, rule))
 
 
 def test_moments_are_prepared_once_for_layers_with_the_same_inputs() -> None:
