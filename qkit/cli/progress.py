@@ -59,8 +59,8 @@ class _Lines:
         self._last = now
         speed = (self._done - self._before) / (now - self._begin)
         left = f", about {(self._total - self._done) / speed / 60:.0f} min left" if speed else ""
-        done, total, rate = map(self._say, (self._done, self._total, speed))
-        errors.print(f"{done} of {total}{self._unit}, {rate}{self._unit}/s{left}", highlight=False)
+        so_far, total, each = map(self._say, (self._done, self._total, speed))
+        errors.print(f"{so_far} of {total}{self._unit}, {each}{self._unit}/s{left}", highlight=False)
 
 
 class _Speed(ProgressColumn):
