@@ -7,6 +7,7 @@ import mlx.nn as nn
 from qkit.errors import StageError
 from qkit.reference.merged import Update
 from qkit_mlx.layers import learned
+from qkit_mlx.layers.experts import parts, restore_experts
 from qkit_mlx.layers.learned import LearnedEmbedding, LearnedLinear
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear
 from qkit_mlx.models import surgery
@@ -19,8 +20,10 @@ class Elsewhere:
         """See `qkit.engines.elsewhere.Restores.restore_layer`.
 
         Raises:
-            StageError: the module is a block of experts, or a stack of layers.
+            StageError: the module is one that mlx-lm spreads over several.
         """
+        if parts(module):
+            return restore_experts(module)
         if type(module) not in (FakeLinear, FakeEmbedding, LearnedLinear, LearnedEmbedding):
             raise StageError(f"a {type(module).__name__} on MLX does not go back to float: load the float model again")
         return learned.restore_layer(module)
