@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from qkit.errors import StageError
 from qkit.fused import shares
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
@@ -27,8 +28,9 @@ from qkit_mlx.layers.converted_experts import (
     pack_stack,
 )
 from qkit_mlx.layers.prepared import evaluate_packed
-from qkit_mlx.layers.stacks import FakeSwitchLinear
+from qkit_mlx.layers.stacks import FakeSwitchLinear, share
 from qkit_mlx.layers.straight_through import fake_quantize
+from qkit_mlx.layers.tunable import first_update
 
 NAMES = (
     "lora_a",
@@ -49,6 +51,19 @@ class AdaptedStack(nn.Module):
     def factors(self) -> list[mx.array]:
         """The parameters that train."""
         return [self[name] for name in NAMES if name in self]
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """The merged stack on its grid, for mlx-lm's `fuse`.
+
+        Raises:
+            StageError: `dequantize`, which would move the weight off the grid.
+        """
+        if dequantize:
+            raise StageError(
+                "a stack on a grid is not fused into float: call qkit.merge(model), then qkit.unprepare(model)"
+            )
+        merged: nn.Module = in_place_of(self, _merged(self))
+        return merged
 
     def merge_into(self, w: mx.array, dtype: DType, factors: list[mx.array]) -> mx.array:
         """The merged weight of base `w`, in `dtype`."""
@@ -126,9 +141,9 @@ class _AdaptedCodes(AdaptedStack, SwitchCodes):
         values = fake_quantize(weight, self._grid, ste=self.rule.ste, peak=self._peak(expert, weight))
         return rounding.to_dtype(values, self.dtype).astype(mx.float32)
 
-    def own_weight_of(self, expert: int) -> mx.array:
-        """The merged weight of one expert, for the partner that shares its tensor scale."""
-        return self.merged(expert)
+    def peak_of(self, expert: int) -> mx.array:
+        """See `SwitchCodes.peak_of`; of the merged weight."""
+        return mx.abs(mx.stop_gradient(self.merged(expert))).max()
 
     def codes(self, expert: int) -> QTensor[mx.array]:
         """The codes of the merged weight of one expert."""
@@ -152,8 +167,7 @@ class _AdaptedCodes(AdaptedStack, SwitchCodes):
         partner = self.__dict__.get("partner")
         if partner is None or not shares(self.rule.weight):
             return None
-        both = (mx.abs(mx.stop_gradient(one)).max() for one in (weight, partner.own_weight_of(expert)))
-        return mx.maximum(*both).astype(mx.float32)
+        return mx.maximum(mx.abs(mx.stop_gradient(weight)).max(), partner.peak_of(expert)).astype(mx.float32)
 
 
 class AdaptedPackedSwitch(_AdaptedCodes, PackedSwitchLinear):
@@ -173,6 +187,18 @@ def adapt(module: Any, updates: Mapping[str, Update]) -> nn.Module:
     for name, part in experts.parts(module).items():
         made[name] = _adapted(part, updates[name]) if name in updates else part
     return experts.with_parts(module, made)
+
+
+def with_lora(part: Any, r: int, dropout: float, scale: float) -> Any:
+    """A stack with LoRA inside of its grid, for mlx-lm's `linear_to_lora_layers`; see `Tunable.to_lora`."""
+    return in_place_of(part, _adapted(part, first_update(part, r, dropout, scale)))
+
+
+def in_place_of(part: Any, other: Any) -> Any:
+    """`other`, which the partner of `part` knows instead."""
+    if (partner := part.__dict__.get("partner")) is not None:
+        share(partner, other)
+    return other
 
 
 def updates_of(module: Any) -> dict[str, Update]:

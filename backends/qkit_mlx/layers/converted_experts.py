@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
+from qkit.element import NVFP4_STEP
 from qkit.engines.protocol import NOTHING
-from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.rules import Rule, Ste
@@ -86,9 +86,10 @@ class SwitchCodes(Float32Scales):
     def _multiply(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         raise NotImplementedError
 
-    def own_weight_of(self, expert: int) -> mx.array:
-        """The weight of one expert, for a partner that shares its tensor scale: its base, since it has no adapter."""
-        return self.values_of(expert)
+    def peak_of(self, expert: int) -> mx.array:
+        """A largest magnitude of one expert that gives its tensor scale again, for a partner that shares it."""
+        scale: mx.array = self["tensor_scale"][expert]
+        return scale * (0.75 / NVFP4_STEP)  # the scale is a power of two, rounded up
 
     def values_of(self, expert: int) -> mx.array:
         """The float32 weight of one expert, [outputs, inputs]."""
@@ -125,9 +126,11 @@ class SwitchCodes(Float32Scales):
             y = y + mx.expand_dims(self["bias"][indices], -2)
         return on_grid(self, y.astype(x.dtype), rule.output, "output", indices)
 
-    def to_lora(self, **_: Any) -> NoReturn:
-        """Refuses: mlx-lm would merge its adapter with its own quantizer."""
-        refuse_lora(self)
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> Any:
+        """See `Tunable.to_lora`."""
+        from qkit_mlx.layers.adapted_experts import with_lora  # here, since adapted stacks are stacks of this kind
+
+        return with_lora(self, r, dropout, scale)
 
     @property
     def input_dims(self) -> int:
@@ -240,17 +243,6 @@ def on_grid(
     }
     each = {key: mx.broadcast_to(one, (*x.shape[:-1], 1)) for key, one in each.items()}
     return fake_quantize(x, ranges.by_rows(grid), ste=ste, **ranges.stored_scales(each, grid, name=name))
-
-
-def refuse_lora(layer: Any) -> NoReturn:
-    """Refuses mlx-lm's adapters, which it adds beside the grid, and merges with a quantizer of its own.
-
-    Raises:
-        StageError: always.
-    """
-    raise StageError(
-        f"mlx-lm's LoRA would take experts off the grid {layer.rule.weight}: give it `keys` that leave the experts out"
-    )
 
 
 #: The classes of converted stacks.

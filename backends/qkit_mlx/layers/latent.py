@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Final, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from qkit.errors import BackendError
 from qkit.grid import Grid
@@ -21,6 +22,7 @@ from qkit_mlx.layers.execution import Execution, choose_execution
 from qkit_mlx.layers.float32_scales import Float32Scales
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes
 from qkit_mlx.layers.straight_through import values_view
+from qkit_mlx.mlx_private import frozen_names
 
 KEYS, VALUES = "embed_q", "unembed_out"  #: mlx-lm's names of the two halves
 NAME: Final = "kv_b_proj"  #: of the layer in transformers
@@ -74,6 +76,20 @@ def prepare_halves(halves: Any, rule: Rule) -> Halves:
     made = [FakeHeads(half, rule) for half in (halves.keys, halves.values)]
     for layer, partner in (made, made[::-1]):
         layer.__dict__.update(partner=partner, transposed=layer is made[0])
+    return Halves(*made)
+
+
+def restore_halves(halves: Any) -> Halves:
+    """See the protocol's `restore_layer`: mlx-lm's own stacks of heads, with the same parameters."""
+    from mlx_lm.models.mla import MultiLinear
+
+    made = []
+    for half in (halves.keys, halves.values):
+        plain = MultiLinear.__new__(MultiLinear)
+        nn.Module.__init__(plain)  # not its own, which draws a random weight
+        plain["weight"] = half["weight"]
+        plain.freeze(keys=list(frozen_names(half) & {"weight"}))
+        made.append(plain.train(half.training))
     return Halves(*made)
 
 

@@ -1,6 +1,6 @@
 """Prepared stacks of experts: mlx-lm's `SwitchLinear` on a grid, with the grid's own scales or with learned ones."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,7 +12,7 @@ from qkit.reference.learned import names
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_mlx.arithmetic import learned, ranges
-from qkit_mlx.layers.converted_experts import on_grid, pack_stack, quantize_stack, refuse_lora
+from qkit_mlx.layers.converted_experts import on_grid, pack_stack, quantize_stack
 from qkit_mlx.layers.execution import GPU
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes, values_of
 from qkit_mlx.mlx_private import frozen_names
@@ -72,9 +72,11 @@ class FakeSwitchLinear(FakeLinear):
         both = (mx.abs(mx.stop_gradient(one)).max(axis=(1, 2)) for one in (weight, partner.own_weight()))
         return mx.maximum(*both).astype(mx.float32)
 
-    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> NoReturn:
-        """Refuses: mlx-lm would add its adapter beside the grid."""
-        refuse_lora(self)
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> Any:
+        """See `Tunable.to_lora`."""
+        from qkit_mlx.layers.adapted_experts import with_lora  # here, since adapted stacks are stacks of this kind
+
+        return with_lora(self, r, dropout, scale)
 
     def _values(self, weight: mx.array, *learns: mx.array) -> mx.array:
         """The values [experts, outputs, inputs] that the stack multiplies with."""
@@ -149,9 +151,7 @@ def prepare_stack(part: Any, rule: Rule) -> FakeSwitchLinear:
 
 def share(gate: Any, up: Any) -> None:
     """Has gate and up know each other, which share a tensor scale under `nvfp4`."""
-    for one, other in ((gate, up), (up, gate)):
-        if hasattr(one, "own_weight"):
-            one.__dict__["partner"] = other
+    gate.__dict__["partner"], up.__dict__["partner"] = up, gate
 
 
 def _evaluate(seen: mx.array) -> None:

@@ -58,7 +58,7 @@ class Experts(nn.Module):
         """The refusal of weights that another program computes."""
         return BackendError(
             f"a parametrization computes the weights of {self.base.__name__}, as peft's target_parameters do, and would pass by "
-            "their grid: take it off before prepare or convert, or leave experts float by a rule"
+            "their grid: take it off, and give experts adapters by qkit.adapt; or leave experts float by a rule"
         )
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
