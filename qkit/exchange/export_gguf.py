@@ -18,7 +18,7 @@ import numpy as np
 
 from qkit.artifact.config import CONFIG, describing
 from qkit.artifact.families import HEAD
-from qkit.artifact.snapshot import Snapshot
+from qkit.artifact.snapshot import LAYOUTS, Snapshot
 from qkit.errors import ArtifactError, BackendError
 from qkit.exchange.gguf_tensors import Tensor, float_tensor, rotary_order, rows_of, weight_tensor
 from qkit.formats.gguf import FLOATS
@@ -29,11 +29,15 @@ from qkit.formats.packed import join
 from qkit.installation import how_to_install
 from qkit.storage.batches import batches, in_threads
 from qkit.storage.destination import check_file
-from qkit.storage.staging import whole_file
+from qkit.storage.staging import leave_to_system, whole_file
 from qkit.storage.tensor_writer import write_all
 
 NO_TOKENIZER = "without a tokenizer: llama.cpp opens the file, and takes no text"
-LAYOUTS = 2  #: GGUF's version of the layouts of its blocks
+#: Ends of the names of tensors that values are computed from. Codes and floats only change places.
+COMPUTED = tuple(
+    f".{name}" for one in LAYOUTS.values() for name in one.NAMES if name not in ("weight", "weight_packed")
+)
+BLOCKS = 2  #: GGUF's version of the layouts of its blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +97,14 @@ def export_gguf(
         if tensor.scale != 1:
             tensors[f"{theirs.removesuffix('weight')}scale"] = _vector(np.array([tensor.scale], np.float32))
     tensors.update((name, _vector(table)) for name, table in tables.items())
-    with whole_file(out) as aside:
+    with whole_file(out, bring=leave_to_system) as aside:
         writer: Any = gguf.GGUFWriter(aside, architecture.name)
         try:
             _describe(writer, numbers, architecture)
             _put_vocabulary(writer, vocabulary)
             _write(writer, tensors)
+            if source.sealed:
+                source.sealed.compare(name for name in source.sealed.left if name.endswith(COMPUTED))
         except BaseException:
             with suppress(OSError):  # it would write the rest to a full disk, and fail as before
                 writer.close()
@@ -183,7 +189,7 @@ def _padded(writer: Any, tensor: Tensor) -> int:
 
 def _describe(writer: Any, numbers: Mapping[str, Any], architecture: Architecture) -> None:
     """Writes the model's numbers."""
-    writer.add_quantization_version(LAYOUTS)
+    writer.add_quantization_version(BLOCKS)
     adders = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
     for name, value in numbers.items():
         add = adders[type(value)]
