@@ -4,7 +4,6 @@ Read off gguf 0.19 (`tensor_mapping.py`, `gguf_writer.py`) and transformers 5.23
 `modeling_gguf_pytorch_utils.py`). The one computed value is 1 + w of Gemma's norms, in float32, as transformers computes it.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +29,7 @@ from qkit.installation import how_to_install
 from qkit.storage.batches import batches, in_threads
 from qkit.storage.destination import check_file
 from qkit.storage.staging import leave_to_system, whole_file
-from qkit.storage.tensor_writer import write_all
+from qkit.storage.tensor_writer import reserve, write_all
 
 NO_TOKENIZER = "without a tokenizer: llama.cpp opens the file, and takes no text"
 #: Ends of the names of tensors that values are computed from. Codes and floats only change places.
@@ -162,7 +161,7 @@ def _write(writer: Any, tensors: Mapping[str, Tensor]) -> None:
     writer.write_padding(file, file.tell())
     file.flush()
     begins = list(accumulate((_padded(writer, tensor) for tensor in tensors.values()), initial=file.tell()))
-    os.truncate(file.fileno(), begins.pop())  # padding is zeros
+    reserve(file.fileno(), begins.pop())  # padding is zeros
 
     def write(batch: Sequence[tuple[int, Tensor]]) -> None:
         for begin, tensor in batch:

@@ -19,7 +19,7 @@ from qkit.storage.known_digests import KnownDigests
 from qkit.storage.layout import INDEX, SHARD_BYTES, Layout, Slot, lay_out
 from qkit.storage.marks import MARK, SEAL, strangers_in
 from qkit.storage.staging import Staging, unmark_companions, write_companion, write_synced
-from qkit.storage.tensor_writer import CHUNK, TensorWriter, write_all
+from qkit.storage.tensor_writer import CHUNK, TensorWriter, reserve, write_all
 
 LINES = 1000  #: lines of a seal that are written together
 FLUSH = 64 << 20  #: bytes of closed tensors after which a sync to the disk begins
@@ -209,7 +209,7 @@ class Output:
             path = self.aside / file
             self._opened[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             write_all(self._opened[file], header, 0)
-            os.truncate(self._opened[file], self.layout.sizes[file])
+            reserve(self._opened[file], self.layout.sizes[file])
         self._staging.start_journal(self.fingerprint)
         for name, digest in closed.items():  # digests are computed again: the machine may have lost power since
             if name in self.layout.places and self._writer.digest(name) == digest:
