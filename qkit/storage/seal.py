@@ -12,7 +12,8 @@ from typing import Final
 from qkit.errors import ArtifactError
 from qkit.storage.batches import batches, in_threads
 from qkit.storage.marks import SEAL
-from qkit.storage.read import INDEX_BYTES, Stored, inside, is_pickle, read_json
+from qkit.storage.other_models import is_pickle
+from qkit.storage.read import INDEX_BYTES, Stored, inside, read_json
 from qkit.storage.tensor_writer import CHUNK, PIECE
 
 AGAIN: Final = "quantize or save the model again"
