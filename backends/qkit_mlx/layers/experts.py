@@ -70,11 +70,10 @@ def prepare_experts(module: Any, rule: Rule) -> nn.Module:
 
 def restore_experts(module: Any) -> nn.Module:
     """The block that `prepare_experts` was given, with the same parameters."""
-    from mlx_lm.models.switch_layers import SwitchLinear
-
+    cls = sys.modules["mlx_lm.models.switch_layers"].SwitchLinear
     made = {}
     for name, part in parts(module).items():
-        plain = SwitchLinear.__new__(SwitchLinear)
+        plain = cls.__new__(cls)
         nn.Module.__init__(plain)  # not its own, which draws random weights
         for key in ("weight", "bias"):
             if key in part:

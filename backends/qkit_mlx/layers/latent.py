@@ -4,6 +4,7 @@ Each head has rows of keys, then rows of values, on [latent] inputs. `embed_q` h
 `unembed_out` the values [heads, rows, latent]. A row of either is one of `kv_b_proj`, and has its codes.
 """
 
+import sys
 from dataclasses import replace
 from typing import Any, Final, cast
 
@@ -81,11 +82,10 @@ def prepare_halves(halves: Any, rule: Rule) -> Halves:
 
 def restore_halves(halves: Any) -> Halves:
     """See the protocol's `restore_layer`: mlx-lm's own stacks of heads, with the same parameters."""
-    from mlx_lm.models.mla import MultiLinear
-
+    cls = sys.modules["mlx_lm.models.mla"].MultiLinear  # whoever has such modules has imported it
     made = []
     for half in (halves.keys, halves.values):
-        plain = MultiLinear.__new__(MultiLinear)
+        plain = cls.__new__(cls)
         nn.Module.__init__(plain)  # not its own, which draws a random weight
         plain["weight"] = half["weight"]
         plain.freeze(keys=list(frozen_names(half) & {"weight"}))

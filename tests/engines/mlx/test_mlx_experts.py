@@ -188,7 +188,7 @@ def prepared_weights(prepared):
 @pytest.mark.parametrize("verb", [qkit.prepare, qkit.convert])
 def test_mlx_lm_s_lora_of_experts_trains_inside_of_the_grid(verb, grid):
     utils = pytest.importorskip("mlx_lm.tuner.utils")
-    model, x = verb(mixture(), recipe(grid)), tokens()
+    model, x = verb(mixture(), recipe(grid)).eval(), tokens()
     model.layers = [model.switch_mlp]
     model.freeze()
     utils.linear_to_lora_layers(model, 1, {"rank": 4, "scale": 2.0, "dropout": 0.0})
