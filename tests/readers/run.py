@@ -138,7 +138,7 @@ def written(model: str, recipe: str, layout: str) -> str:
         else ["export", place(model, recipe, "artifact"), str(out), "--to", layout]
     )
     done = CliRunner().invoke(application, words)
-    return done.output.strip() if done.exit_code else ""
+    return (done.output.strip() or f"{type(done.exception).__name__}: {done.exception}") if done.exit_code else ""
 
 
 def place(model: str, recipe: str, layout: str) -> str:
@@ -166,12 +166,13 @@ def ask(environment: str, script: str, model: str, rows: list[dict]) -> list[dic
 
 
 def run(environment: str, script: str, *arguments: str) -> None:
-    """Runs a script of this folder in an environment, which is made if it is missing. Its words go to a log."""
+    """Runs a script of this folder in an environment, which is made if it is missing, on one thread. Its words go to a log."""
     home = HOME / environment
     if not home.is_symlink() and not (home / READY).exists():
         install(home, REQUIREMENTS[environment])
+    words, alone = [home / "bin" / "python", HERE / script, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     with (HOME / f"{environment}.log").open("a") as log:
-        subprocess.run([home / "bin" / "python", HERE / script, *arguments], check=True, stdout=log, stderr=log)
+        subprocess.run(words, env=alone, check=True, stdout=log, stderr=log)
 
 
 def install(home: Path, requirements: list[str]) -> None:
