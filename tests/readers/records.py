@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipes import MODELS, READERS, RECIPES, Reader, refusal, tried, within
+from recipes import MODELS, READERS, RECIPES, SAID, Reader, refusal, tried, within
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,7 +47,8 @@ def verdict(row: Row) -> str:
     recipe, reader = row["recipe"], row["reader"]
     reason = refusal(row["model"], recipe, reader)
     if "error" in row:
-        return f"refused: {reason}" if reason else f"WRONG: {row['error']}"
+        known = reason and any(words in row["error"] for words in SAID[reason])
+        return f"refused: {reason}" if known else f"WRONG: {row['error']}"
     if reason:
         return f"WRONG: opens, {row['far']:.0e} from the law, although it was said to refuse: {reason}"
     equal = row["far"] <= within(recipe, reader) and row["text"]

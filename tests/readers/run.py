@@ -29,6 +29,7 @@ HOME = Path(os.environ.get("QKIT_READERS", ".readers"))
 READY = "ready"  #: a file in an environment that is made whole
 PROMPT = "import os"
 ROWS, LENGTH = 2, 48
+ERROR = 300  #: characters of an error that a row has
 
 
 def main() -> int:
@@ -86,7 +87,9 @@ def opened(model: str, recipes: list[str], reader: str, laws: dict[str, np.ndarr
         row["opened"] = records.digest_of(folder) if not said[recipe] else ""
         row |= {"script": records.script(about), "versions": versions(about.environment)}
         if "error" in answer:
-            yield row | {"error": answer["error"]}
+            yield row | {
+                "error": answer["error"].replace(str(folder), folder.name).replace(f"{HOME.absolute()}/", "")[:ERROR]
+            }
         else:
             far = float(np.abs(np.array(answer["logprobs"]) - laws[recipe]).max())
             yield row | {"far": far, "text": answer["text"]}

@@ -70,6 +70,12 @@ def test_every_measured_row_is_equal_to_the_law_or_a_known_refusal():
     assert not [key for key, row in ROWS.items() if records.verdict(row).startswith("WRONG")]
 
 
+@pytest.mark.parametrize("key", [key for key, row in ROWS.items() if "error" in row][::7], ids=" ".join)
+def test_an_error_of_another_kind_is_no_known_refusal(key):
+    assert records.verdict(ROWS[key]).startswith("refused")
+    assert records.verdict({**ROWS[key], "error": "RuntimeError: out of memory"}).startswith("WRONG")
+
+
 def test_the_page_names_every_model():
     assert {key[0] for key in ROWS} == set(MODELS)
     assert {key[1] for key in ROWS} == set(RECIPES)
