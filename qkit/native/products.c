@@ -18,7 +18,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
 enum { DONE, UNKNOWN };
-enum { SIGNED_CODES, UNSIGNED_CODES, SMALL_FLOATS, E2M1 };
+enum { SIGNED_CODES, UNSIGNED_CODES, SMALL_FLOATS, NORMAL_FLOATS, E2M1 };
 enum { FLOAT_SCALES, BFLOAT16_SCALES, E8M0_SCALES, E4M3_SCALES };
 
 struct weight { /* [outputs, inputs] */
@@ -171,12 +171,24 @@ INLINE floats value_of(words v, words second, int i, int width, int low, int kin
         return (floats)((words)__builtin_shuffle(table, (ints)code) ^ (code << 28 & 0x80000000u));
     }
 #endif
-    /* With a leading 1, a number below the least normal one is too large; twice that less the least one is right. */
-    words magnitude = (top & 0x7fffffffu) >> (uint32_t)(9 - width + e.mantissa) & ~0u << (23 - e.mantissa);
-    floats normal = (floats)(magnitude + ((uint32_t)(126 + e.min_exponent) << 23));
+    uint32_t mask = ((1u << (width - 1)) - 1) << (23 - e.mantissa), bias = (uint32_t)(126 + e.min_exponent) << 23;
+    if (kind == NORMAL_FLOATS)
+        return (floats)(((words)((ints)top >> (9 - width + e.mantissa)) & (mask | 0x80000000u)) + bias);
+    /* With a leading 1, a number below the least normal one is too large; twice that less the least one is right, and less. */
+    floats normal = (floats)((top >> (uint32_t)(9 - width + e.mantissa) & mask) + bias);
     floats small = normal * 2.0f - power(e.min_exponent);
     words less = (words)(small < normal);
     return (floats)((less & (words)small) | (~less & (words)normal) | (top & 0x80000000u));
+}
+
+/* Whether none of the codes of eight bits in eight words is below the least normal number. */
+INLINE int are_normal(words v, struct small e)
+{
+    uint32_t exponents = (0x7fu >> e.mantissa << e.mantissa) * 0x01010101u;
+    words carried = (v & exponents) + (0x80u - (1u << e.mantissa)) * 0x01010101u; /* into the highest bit of each byte */
+    uint64_t all[LANES / 2];
+    memcpy(all, &carried, sizeof carried);
+    return (~(all[0] & all[1] & all[2] & all[3]) & 0x8080808080808080u) == 0;
 }
 
 INLINE float sum(floats v)
@@ -214,31 +226,38 @@ INLINE void dot(const uint32_t *codes, int64_t count, int width, int low, const 
                 struct small e, const float *x, int64_t stride, int rows, const float *scales, const float *zeros, float *sums)
 {
     floats total[MOST] = {};
-    int each = 32 / width, share = low ? width / low : 1; /* words of the first plane for one of the second */
+    const int each = 32 / width;
+    const unsigned share = low ? width / low : 1; /* words of the first plane for one of the second */
     const uint32_t *seconds = codes + count;
     for (int64_t first = 0; first < count; first += LANES) {
         words v = loaded(codes + first, count - first) ^ flip, second = {};
         if (low) {
-            int64_t from = first / lanes->span * lanes->span / share, there = count / share - from, odd = first / LANES % 2;
+            uint64_t start = (uint64_t)first & ~(uint64_t)(lanes->span - 1), odd = (uint64_t)first / LANES % 2; /* a power of two */
+            int64_t from = (int64_t)(start / share), there = (int64_t)((uint64_t)count / share) - from;
             second = share == 2 ? loaded(seconds + from, there) : loaded_twice(seconds + from, there);
             second = picked(second, lanes->from[odd]) >> lanes->shift[odd];
         }
-        floats part[MOST] = {}, scale, zero;
+        floats part[2][MOST] = {}, scale, zero; /* two sums do not wait for each other */
         memcpy(&scale, scales + first, sizeof scale);
         if (zeros)
             memcpy(&zero, zeros + first, sizeof zero);
-        for (int i = 0; i < each; i++) {
-            floats value = value_of(v, second, i, width, low, kind, e);
-            if (zeros)
-                value -= zero;
-            for (int row = 0; row < rows; row++) {
-                floats at;
-                memcpy(&at, x + row * stride + first * each + i * LANES, sizeof at);
-                part[row] += value * at;
-            }
-        }
+#define CODES(KIND)                                                                \
+    for (int i = 0; i < each; i++) {                                               \
+        floats value = value_of(v, second, i, width, low, KIND, e);                \
+        if (zeros)                                                                 \
+            value -= zero;                                                         \
+        for (int row = 0; row < rows; row++) {                                     \
+            floats at;                                                             \
+            memcpy(&at, x + row * stride + first * each + i * LANES, sizeof at);   \
+            part[i % 2][row] += value * at;                                        \
+        }                                                                          \
+    }
+        if (kind == SMALL_FLOATS && are_normal(v, e))
+            CODES(NORMAL_FLOATS)
+        else
+            CODES(kind)
         for (int row = 0; row < rows; row++)
-            total[row] += part[row] * scale;
+            total[row] += (part[0][row] + part[1][row]) * scale;
     }
     for (int row = 0; row < rows; row++)
         sums[row] += sum(total[row]);
