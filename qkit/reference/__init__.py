@@ -1,6 +1,7 @@
 """The law: each rule of `numerics.md` as a page of NumPy. Engines compute the same bits."""
 
 from qkit.reference import learned, merged, packing, ranges, rounding, stored
+from qkit.reference.fitting import fit
 from qkit.reference.rounding import dequantize, fake_quantize, quantize, scale_values, unclipped
 from qkit.reference.stored import fake_requantize, requantize
 
@@ -8,6 +9,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_requantize",
+    "fit",
     "learned",
     "merged",
     "packing",
