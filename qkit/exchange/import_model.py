@@ -1,7 +1,7 @@
 """Model directories of any layout that qkit reads, as snapshots, and a snapshot as an artifact. Codes are never changed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from qkit.errors import ArtifactError
 from qkit.exchange.shared_scales import share_scales
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
 from qkit.experts import is_router, paths_of
-from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
+from qkit.formats import compressed_config, compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.formats.mlx_families import SAME_NAMES
 from qkit.formats.packed import Tensors, join
 from qkit.formats.settings import check_remaining
+from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Rule
 from qkit.sources.decoded import DecodedArray
@@ -40,10 +41,13 @@ FOREIGN = (
 )
 
 
-def read_model(folder: str | Path) -> Snapshot:
+def read_model(folder: str | Path, *, minmax: bool = False) -> Snapshot:
     """The content of `folder`: an artifact or export of qkit's, a float model, or one of compressed-tensors or mlx-lm.
 
     Reads every byte of the weights once where `qkit.json` has digests to compare.
+
+    Args:
+        minmax: reads weights of mlx-lm as `minmax` where all biases are whole numbers of scales, and not as `affine`.
 
     Raises:
         ArtifactError: the model is unsound, is quantized in another way, or has a quantized weight that no grid of qkit's
@@ -52,7 +56,7 @@ def read_model(folder: str | Path) -> Snapshot:
     folder = Path(folder)
     stored, metadata = read.read_folder(folder)
     check_seal(folder, stored, digests=True)
-    return read_own(folder) if KEY in metadata else _read_other(folder, stored)
+    return read_own(folder) if KEY in metadata else _read_other(folder, stored, minmax=minmax)
 
 
 def open_model(folder: str | Path) -> Snapshot:
@@ -68,7 +72,7 @@ def open_model(folder: str | Path) -> Snapshot:
     return read_own(folder, digests=check_seal(folder, stored, digests=False))
 
 
-def _read_other(folder: Path, stored: Mapping[str, read.Stored]) -> Snapshot:
+def _read_other(folder: Path, stored: Mapping[str, read.Stored], *, minmax: bool) -> Snapshot:
     """A float model, or one that another tool quantized."""
     config = read_config(folder)
     with locating(folder):
@@ -76,7 +80,7 @@ def _read_other(folder: Path, stored: Mapping[str, read.Stored]) -> Snapshot:
     if found.method == FLOAT:
         return Snapshot(folder, FLOAT, False, config, {}, read.map_tensors(stored))
     if found.method == "mlx":
-        return _mlx(folder, read.map_tensors(stored), found.config or {}, found.settings)
+        return _mlx(folder, read.map_tensors(stored), found.config or {}, found.settings, minmax=minmax)
     source = open_any(folder, stored, config)
     if found.method == "compressed-tensors":
         return _compressed(source, read.map_tensors(stored))
@@ -145,7 +149,9 @@ def _compressed(source: Source, tensors: Tensors) -> Snapshot:
     return Snapshot(folder, layout, True, config, weights, {**tensors, **values})
 
 
-def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
+def _mlx(
+    folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any], *, minmax: bool
+) -> Snapshot:
     """A model that mlx-lm quantized. Its tensor names are transformers' for most types of models."""
     kind = config.get("model_type")
     if kind not in SAME_NAMES:
@@ -159,34 +165,56 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping
         if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
     }
     weights: dict[str, StoredWeight] = {}
+    routers, affine, whole = list[str](), list[str](), list[str]()
     with locating(folder):
         found = mlx_config.containers(stated, shapes)
     for path, (container, shape) in found.items():
-        if is_router(path):
-            raise ArtifactError(
-                f"{folder}: {path} is a router, which qkit leaves float, and mlx-lm quantized it{FOREIGN}"
-            )
-        if len(shape) == 3:
-            weights |= _stack(folder, tensors, path, container, config)
+        stacked = len(shape) == 3
+        parts = {name: tensors[join(path, name)] for name in mlx_lm.NAMES if join(path, name) in tensors}
+        with locating(folder, path):
+            dtype = _dtype(parts["scales"], config)
+            grid = mlx_lm.grid_of(parts, container, dtype=dtype)
+        if grid.has_biases:
+            affine.append(path)
+            if mlx_lm.is_whole(parts, container):
+                whole.append(path)
+                grid = Grid(grid.element, grid.group, "minmax") if minmax else grid
+        if stacked:
+            weights |= _stack(folder, tensors, path, grid, dtype, config)
             continue
         parts = take_parts(tensors, path, "mlx")
-        with locating(folder, path):
-            grid = mlx_lm.grid_of(parts, container)
-            dtype = _dtype(parts["scales"], config)
         rule = Rule(("*",), kind=kind_of_path(path), weight=grid)
-        weights[path] = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
+        weight = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
+        if is_router(path):
+            routers.append(path)
+            tensors[join(path, "weight")] = dense.store(weight.read())["weight"]
+        else:
+            weights[path] = weight
     tensors = without_stacks(tensors, weights, config)
     _check_remaining(folder, tensors)
-    return Snapshot(folder, "mlx", True, config, weights, tensors)
+    notes = tuple(_notes(routers, affine, whole, minmax=minmax))
+    return Snapshot(folder, "mlx", True, config, weights, tensors, notes=notes)
+
+
+def _notes(routers: list[str], affine: list[str], whole: list[str], *, minmax: bool) -> Iterator[str]:
+    if routers:
+        yield (
+            f"{len(routers)} quantized routers, such as {routers[0]}, are read as their values in float: qkit leaves "
+            "routers float"
+        )
+    if whole and not minmax:
+        yield (
+            f"every bias of {len(whole)} of {len(affine)} affine weights, such as {whole[0]}, is a whole number of scales: "
+            "--minmax reads these weights as minmax, the same values with zero points, which more programs open"
+        )
 
 
 def _stack(
-    folder: Path, tensors: Tensors, path: str, container: mlx_lm.Container, config: dict[str, Any]
+    folder: Path, tensors: Tensors, path: str, grid: Grid, dtype: DType, config: dict[str, Any]
 ) -> dict[str, StoredWeight]:
     """The weights of the experts in the stack at `path` in mlx-lm, by their paths in other files."""
     with locating(folder, path):
         parts = take_parts(tensors, path, "mlx")
-        grid, dtype = mlx_lm.grid_of(parts, container), _dtype(parts["scales"], config)
         block, projection = mlx_config.block_of(path, config)
     rule, shape = Rule(("*",), kind="experts", weight=grid), mlx_lm.shape_of(parts, grid)[1:]
     paths = paths_of(block, {projection: (len(parts["weight"]),)}, config)

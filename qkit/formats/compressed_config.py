@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import settings
-from qkit.formats.compressed_tensors import BYTES, FORMATS, PACKED, layout
+from qkit.formats.compressed_tensors import FORMATS, layout
+from qkit.formats.read_layout import BYTES, PACKED
 from qkit.formats.targets import CLASSES, Targets, patterns_limit, readable
 from qkit.grid import Grid
 from qkit.rules import Kind
