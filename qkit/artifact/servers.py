@@ -5,7 +5,8 @@ from typing import Final
 
 from qkit import fused
 from qkit.artifact.metadata import StoredRule
-from qkit.formats.compressed_tensors import PACKED, form_of
+from qkit.formats.compressed_tensors import form_of
+from qkit.formats.read_layout import PACKED
 from qkit.rules import Rule
 
 VLLM: Final = "vLLM"

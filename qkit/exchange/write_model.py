@@ -96,7 +96,8 @@ def check_weights_only(source: Snapshot, paths: Iterable[str]) -> None:
 def weight_streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
     """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
     assert weight.rule.weight is not None
-    options = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout)}
+    kind = {"kind": weight.kind} if weight.kind and layout is not dense else {}
+    options: dict[str, Any] = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout), **kind}
     for name, (kind, shape) in layout.contents(weight.rule.weight, **options).items():
         yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), _blocks(path, weight, layout, name))
 

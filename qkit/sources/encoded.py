@@ -25,6 +25,16 @@ class Form(Protocol):
         """Text for people: `GPTQ, 4 bits, groups of 128`."""
         ...
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        ...
+
+    @property
+    def scales_in(self) -> str:
+        """Name of the part with the scales of groups."""
+        ...
+
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """The codes of some rows of one matrix; `matrix` is 0 but in a stack of experts."""
         ...

@@ -4,6 +4,7 @@ Each program needs an environment of its own: python tests/golden/other_programs
 Made with gptqmodel 7.7.0, auto-round 0.16.1 and llmcompressor 0.14.0.1 on a CPU.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def finish(folder, values):
 
 def gptqmodel():
     """GPTQ of 2, 3, 4 and 8 bits, in both versions, with and without the order of activations, symmetric and not."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     for name, bits, version, desc_act, sym in (
@@ -93,14 +95,22 @@ def auto_round():
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    for name, layout in (("auto-round-gptq", "auto_gptq"), ("auto-round-awq", "auto_awq"), ("auto-round", "auto_round")):
+    for name, layout in (
+        ("auto-round-gptq", "auto_gptq"),
+        ("auto-round-awq", "auto_awq"),
+        ("auto-round", "auto_round"),
+    ):
         source = float_model(torch.float16)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
         rounder = AutoRound(
-            model, AutoTokenizer.from_pretrained(source), bits=4, group_size=32, sym=layout != "auto_awq", iters=0, disable_opt_rtn=True
+            model,
+            AutoTokenizer.from_pretrained(source),
+            bits=4,
+            group_size=32,
+            sym=layout != "auto_awq",
+            iters=0,
+            disable_opt_rtn=True,
         )
-        before = dict(model.named_parameters())
-        del before
         rounder.quantize_and_save(str(WORK / name), format=layout)
         folder = next((one.parent for one in (WORK / name).rglob("model.safetensors")), WORK / name)
         finish_at(folder, name)
@@ -130,13 +140,35 @@ def llm_compressor():
         return {"group_0": {"targets": ["Linear"], "weights": given}}
 
     for name, dtype, modifier in (
-        ("ct-actorder-group", torch.bfloat16, GPTQModifier(config_groups=weights(actorder="group"), ignore=["lm_head"])),
-        ("ct-actorder-static", torch.bfloat16, GPTQModifier(config_groups=weights(actorder="static"), ignore=["lm_head"])),
-        ("ct-actorder-weight", torch.bfloat16, GPTQModifier(config_groups=weights(actorder="weight"), ignore=["lm_head"])),
+        (
+            "ct-actorder-static",
+            torch.bfloat16,
+            GPTQModifier(config_groups=weights(actorder="static"), ignore=["lm_head"]),
+        ),
+        (
+            "ct-actorder-weight",
+            torch.bfloat16,
+            GPTQModifier(config_groups=weights(actorder="weight"), ignore=["lm_head"]),
+        ),
         ("ct-w4a16-fp16", torch.float16, QuantizationModifier(config_groups=weights(), ignore=["lm_head"])),
-        ("ct-w4a16-fp32", torch.float32, QuantizationModifier(config_groups=weights(symmetric=False), ignore=["lm_head"])),
-        ("ct-channel-asym", torch.float16, QuantizationModifier(config_groups=weights(num_bits=8, symmetric=False, strategy="channel", group_size=None), ignore=["lm_head"])),
-        ("ct-fp8-block", torch.bfloat16, QuantizationModifier(targets="Linear", scheme="FP8_BLOCK", ignore=["lm_head"])),
+        (
+            "ct-w4a16-fp32",
+            torch.float32,
+            QuantizationModifier(config_groups=weights(symmetric=False), ignore=["lm_head"]),
+        ),
+        (
+            "ct-channel-asym",
+            torch.float16,
+            QuantizationModifier(
+                config_groups=weights(num_bits=8, symmetric=False, strategy="channel", group_size=None),
+                ignore=["lm_head"],
+            ),
+        ),
+        (
+            "ct-fp8-block",
+            torch.bfloat16,
+            QuantizationModifier(targets="Linear", scheme="FP8_BLOCK", ignore=["lm_head"]),
+        ),
         ("ct-fp8", torch.bfloat16, QuantizationModifier(targets="Linear", scheme="FP8", ignore=["lm_head"])),
         ("ct-nvfp4", torch.bfloat16, QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=["lm_head"])),
     ):
@@ -144,11 +176,17 @@ def llm_compressor():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
         rows = [tokenizer(text, return_tensors=None) for text in texts()]
-        data = Dataset.from_list([{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows])
+        data = Dataset.from_list(
+            [{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows]
+        )
         oneshot(model=model, dataset=data, recipe=modifier, num_calibration_samples=len(rows), max_seq_length=32)
         model.save_pretrained(WORK / name, save_compressed=True)
         tensors, values = load_file(WORK / name / "model.safetensors"), {}
-        schemes = {path: layer.quantization_scheme for path, layer in model.named_modules() if hasattr(layer, "quantization_scheme")}
+        schemes = {
+            path: layer.quantization_scheme
+            for path, layer in model.named_modules()
+            if hasattr(layer, "quantization_scheme")
+        }
         for path, scheme in schemes.items():
             mine = {full.removeprefix(f"{path}."): x for full, x in tensors.items() if full.startswith(f"{path}.")}
             if f"{path}.weight_scale" in tensors:
