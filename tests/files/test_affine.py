@@ -94,3 +94,61 @@ def test_an_engine_opens_them_with_the_values_of_the_law(mode, engine, tmp_path)
     assert np.abs(made - wanted).max() <= tolerance * np.abs(wanted).max()
     qkit.save(model, tmp_path / "again")
     assert read_model(tmp_path / "again").digest() == source.digest()
+
+
+@pytest.mark.parametrize("engine", ["torchao", "mlx"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("mode", ["4 bits", "mixed_3_6", "float16"])
+def test_an_adapter_on_such_a_base_merges_into_codes_alone_without_a_gap(mode, kind, engine, tmp_path):
+    to_artifact(read_model(converted(tmp_path, **MODES[mode])), tmp_path / "artifact")
+    model, mine = qkit.load(tmp_path / "artifact", backend=engine), qkit.backend(engine)
+    before = {layer.path: numpy_of(mine, layer) for layer in mine.layers(model) if layer.rule}
+    model = qkit.adapt(model, qkit.Adapter(match=("*_proj",), rank=4, kind=kind))
+    untouched = {layer.path: mine.adapter_update(layer.module) for layer in mine.layers(model) if layer.adapter}
+    random = np.random.default_rng(3)
+    for layer in mine.layers(model):
+        if layer.adapter:
+            set_b(layer.module, random.standard_normal(untouched[layer.path].b.shape).astype(np.float32) * 0.05, engine)
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    adapted = mine.logits(model, tokens)
+    model = qkit.merge(model)
+    assert np.array_equal(mine.logits(model, tokens), adapted)
+    changed = 0
+    for layer in mine.layers(model):
+        if layer.rule:
+            q, first = numpy_of(mine, layer), before[layer.path]
+            assert q.grid == first.grid
+            for name, part in first.parts().items():
+                same = np.array_equal(q.parts()[name], part)
+                changed += name == "codes" and not same
+                assert same or (name == "codes" and layer.path in untouched), (layer.path, name)
+    assert changed == len(untouched)
+    qkit.save(model, tmp_path / "merged", source=tmp_path / "artifact")
+    again = qkit.load(tmp_path / "merged", backend=engine)
+    assert np.array_equal(mine.logits(again, tokens), adapted)
+    export_mlx(read_model(tmp_path / "merged"), tmp_path / "exported")
+    theirs, _ = mlx_lm.load(str(tmp_path / "exported"))
+    made = np.array(theirs(mx.array(tokens)).astype(mx.float32))
+    assert np.abs(made - adapted).max() <= 5e-2 * np.abs(adapted).max()  # bfloat16 products
+
+
+@pytest.mark.parametrize("engine", ["torchao", "mlx"])
+def test_an_adapter_that_does_nothing_changes_no_code(engine, tmp_path):
+    to_artifact(read_model(converted(tmp_path)), tmp_path / "artifact")
+    model, mine = qkit.load(tmp_path / "artifact", backend=engine), qkit.backend(engine)
+    before = {layer.path: numpy_of(mine, layer).codes for layer in mine.layers(model) if layer.rule}
+    model = qkit.merge(qkit.adapt(model, qkit.Adapter(match=("*_proj",), rank=4)))
+    for layer in mine.layers(model):
+        if layer.rule:
+            assert np.array_equal(numpy_of(mine, layer).codes, before[layer.path])
+
+
+def numpy_of(engine, layer):
+    return engine.unpack(layer.module).map(engine.to_numpy)
+
+
+def set_b(module, b, engine):
+    if engine == "mlx":
+        module.lora_b = mx.array(b.T)
+    else:
+        module.lora_B.data.copy_(pytest.importorskip("torch").from_numpy(b))

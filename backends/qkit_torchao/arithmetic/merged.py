@@ -45,7 +45,7 @@ def shorten(x: Tensor) -> Tensor:
     return _significant(x, DROPPED)
 
 
-def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 `x` rounded to `dtype`, also where a compiler takes a cast down and up again for nothing."""
     if dtype == torch.bfloat16:
         x = _significant(x, 16)
