@@ -52,9 +52,25 @@ def read_model(folder: str | Path, *, minmax: bool = False) -> Snapshot:
     """
     folder = Path(folder)
     stored, metadata = read.read_folder(folder)
-    digests = check_seal(folder, stored, digests=True)
-    if KEY in metadata:
-        return read_own(folder, digests=digests)
+    check_seal(folder, stored, digests=True)
+    return read_own(folder) if KEY in metadata else _read_other(folder, stored, minmax=minmax)
+
+
+def open_model(folder: str | Path) -> Snapshot:
+    """As `read_model`, but the bytes of an artifact or export of qkit's are not compared with its digests here.
+
+    They are `sealed` in the snapshot. A copy carries digests on, and compares the tensors that it computes with. Raises as
+    `read_model`.
+    """
+    folder = Path(folder)
+    stored, metadata = read.read_folder(folder)
+    if KEY not in metadata:
+        return read_model(folder)
+    return read_own(folder, digests=check_seal(folder, stored, digests=False))
+
+
+def _read_other(folder: Path, stored: Mapping[str, read.Stored], *, minmax: bool) -> Snapshot:
+    """A float model, or one that another tool quantized."""
     config = read_config(folder)
     with locating(folder):
         found = detect(folder, config, stored_types(stored))

@@ -87,6 +87,10 @@ class Encoded(Stored):
             found = values(self.codes(rows, matrix))
         except ArtifactError as error:
             raise ArtifactError(f"{self.file}: {self.slot.name}: {error}") from None
+        if count := int(np.count_nonzero(~np.isfinite(found))):
+            raise ArtifactError(
+                f"{self.file}: {self.slot.name} holds {count} numbers that are not finite: fetch it again"
+            )
         return rounded(found, DTYPES[self.slot.dtype][0])
 
     def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
