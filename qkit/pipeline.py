@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from qkit.fitting.fits import Fit
+    from qkit.reference.fitting import Method
+
 Model = TypeVar("Model")
 
 NOTE = "qkit_note"  #: attribute of a module that the recipe left alone: the reason
@@ -56,15 +59,25 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     return cast(Model, fuse(engine, engine.replace(model, prepared)))
 
 
-def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Model:
+def convert(
+    model: Model,
+    recipe: "str | Path | Recipe | None" = None,
+    *,
+    fit: "Fit | Method | None" = None,
+    backend: str | Arrays | None = None,
+) -> Model:
     """`model` with codes in place of weights. Prepared layers remember their rule; a recipe is for unprepared models.
 
     Works in place and returns the model, as `prepare` does.
 
+    Args:
+        fit: how codes are chosen, of an unprepared model: `"search"`, or a `qkit.Fit` with statistics of the model.
+
     Raises:
-        StageError: an unprepared model needs a recipe, and a prepared one takes none. Or the model is converted, adapted
-            or sharded; or another library has put wrappers around layers, or plain layers in the place of prepared ones.
+        StageError: an unprepared model needs a recipe, and a prepared one takes neither a recipe nor a fit. Or the model is
+            converted, adapted or sharded; or another library has put wrappers around layers, or plain ones in their places.
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
+        PlanError: the statistics have nothing of any layer, or are of inputs on another grid.
         RangeError: a weight is not finite.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
@@ -75,6 +88,9 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
     want_merged(layers, "convert")
     want_bare(layers, "convert")
     want_none_lost(layers, "convert")
+    if fit is not None and prepared:
+        way_out = "convert it without fit, or fit the float model"
+        raise StageError(f"{prepared[0].path} is prepared, and trained values ship as they were trained: {way_out}")
     if recipe is None:
         if not prepared:
             raise StageError(
@@ -84,10 +100,17 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
         planned = _plan_on(engine, layers, recipe, "convert")
-    packed = _pack(engine, model, [(item.layer, item.rule) for item in planned if item.rule])
+    chosen = [(item.layer, item.rule) for item in planned if item.rule]
+    packed = _pack(engine, model, chosen, _opened(fit, chosen) if fit else None)
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
+
+
+def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":
+    from qkit.fitting.fits import open_fit  # here, so that `import qkit` stays cheap
+
+    return open_fit(fit, {layer.name: rule for layer, rule in chosen})
 
 
 def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:
@@ -100,21 +123,22 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
     return planned
 
 
-def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
+def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], fit: "Fit | None") -> dict[str, Any]:
     """The converted form of each layer, by its path."""
     static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
     peaks = _peaks(engine, chosen)
-    packed = _deploy(engine, [(layer, rule) for layer, rule in chosen if layer.path not in peaks], static)
+    by_rule = [(layer, rule) for layer, rule in chosen if layer.path not in peaks]
+    packed = {} if fit else _deploy(engine, by_rule, static)
     codes: dict[str, QTensor[Any]] = {}
     for layer, rule in chosen:
         if layer.path in packed:
             continue
         if layer.kind == "experts":
-            packed[layer.path] = _pack_experts(engine, layer, rule, static[layer.path])
+            packed[layer.path] = _pack_experts(engine, layer, rule, static[layer.path], fit)
             continue
         owner = packed[layer.tied] if layer.tied else None
         if owner is None:
-            q = codes[layer.path] = _codes(engine, model, layer, rule, peaks.get(layer.path))
+            q = codes[layer.path] = _codes(engine, model, layer, rule, peaks.get(layer.path), fit)
         else:
             q = codes[layer.tied] if layer.tied in codes else engine.unpack(owner)
         packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
@@ -159,12 +183,16 @@ def _fuses(group: Iterable[str], chosen: Mapping[str, Rule]) -> bool:
     return sum(fused.shares(chosen[path].weight) for path in group) > 1
 
 
-def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None) -> QTensor[Any]:
+def _codes(
+    engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None, fit: "Fit | None"
+) -> QTensor[Any]:
     from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)
     check(engine, w, rule.weight, name=f"{layer.path}.weight")
+    if fit is not None:
+        return fit.quantize(engine.to_numpy(w), rule.weight, path=layer.name, peak=peak)
     if not _learned(layer, rule):
         return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
@@ -172,7 +200,9 @@ def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | 
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
 
 
-def _pack_experts(engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]") -> Any:
+def _pack_experts(
+    engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]", fit: "Fit | None"
+) -> Any:
     from qkit.experts import quantize_experts  # here, so that `import qkit` stays cheap
 
     mixing = require(engine, Mixes)
@@ -180,7 +210,7 @@ def _pack_experts(engine: Modules, layer: Layer, rule: Rule, static: "Mapping[st
     weights = mixing.experts(layer.module)
     for name, w in weights.items():
         check(engine, w, rule.weight, name=f"{layer.path}.{name}")
-    q = quantize_experts(weights, rule.weight, engine)
+    q = quantize_experts(weights, rule.weight, engine if fit is None else fit.searching(engine))
     return mixing.pack_experts(layer.module, q, rule, static=static)
 
 

@@ -14,6 +14,7 @@ from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.experts import Member
+from qkit.fitting.fits import Fit, check_fit
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.formats.row_blocks import row_blocks
@@ -88,6 +89,8 @@ class Plan:
         files: other files of the output; see `Output`.
         left_behind: names of entries of the source that the output will not have.
         caveats: readers that will not open the output, or only in one way.
+        fit: how codes are chosen; None: by the rule of their grid.
+        by_search: paths of layers that have no statistics, where others have.
     """
 
     folder: Path
@@ -97,6 +100,8 @@ class Plan:
     files: Mapping[str, bytes | Path]
     left_behind: tuple[str, ...]
     caveats: tuple[Caveat, ...] = ()
+    fit: Fit | None = None
+    by_search: tuple[str, ...] = ()
 
     def output(self, folder: Path, *, fingerprint: str = "") -> Output:
         """The directory to write."""
@@ -123,13 +128,20 @@ class Plan:
 
 
 def make_plan(
-    folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False, untie: bool = False
+    folder: Path,
+    recipe: Recipe,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    copy_code: bool = False,
+    untie: bool = False,
+    fit: Fit | None = None,
 ) -> Plan:
     """The plan of `recipe` for the model in `folder`. Reads headers and JSON, and no tensor.
 
     Args:
         copy_code: whether the output gets the Python files of the source too.
         untie: whether the output gets a weight for a tied output head, equal to the embedding.
+        fit: how codes are chosen; None: by the rule of their grid.
 
     Raises:
         ArtifactError: a file is unsound or hostile, or the model is quantized already.
@@ -193,9 +205,11 @@ def make_plan(
     used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
     tied = owner.path if owner else ""
     written = (slot for row in rows for slot in row.slots)
-    layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
+    by_search = check_fit(fit, [(row.rule, row.paths) for row in rows if row.rule], tensors, folder)
+    metadata = {KEY: describe(rules, fit=fit.describe() if fit else None)}
+    layout = lay_out(written, metadata=metadata, shard_bytes=shard_bytes)
     found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind(folder, used), found_caveats)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind(folder, used), found_caveats, fit, by_search)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:

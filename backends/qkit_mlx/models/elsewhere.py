@@ -10,9 +10,10 @@ from qkit_mlx.layers import learned
 from qkit_mlx.layers.learned import LearnedEmbedding, LearnedLinear
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear
 from qkit_mlx.models import surgery
+from qkit_mlx.models.blocks import Watching
 
 
-class Elsewhere:
+class Elsewhere(Watching):
     """Models that other programs have opened or wrapped, or get back."""
 
     def restore_layer(self, module: Any) -> nn.Module:

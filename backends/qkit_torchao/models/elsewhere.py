@@ -9,9 +9,10 @@ from qkit.reference.merged import Update
 from qkit_torchao.layers import learned
 from qkit_torchao.layers.experts import FakeExperts, restore_experts
 from qkit_torchao.models import wrappers
+from qkit_torchao.models.blocks import Watching
 
 
-class Elsewhere:
+class Elsewhere(Watching):
     """Models that other programs have opened or wrapped, or get back."""
 
     def save_as_artifact(self, model: nn.Module) -> nn.Module:
