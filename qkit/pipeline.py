@@ -4,25 +4,20 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit import fused
-from qkit.arrays import check
+from qkit.conversion import pack_layers
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
-from qkit.engines.mixtures import Mixes
-from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
+from qkit.engines.protocol import Arrays, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
 from qkit.errors import StageError
 from qkit.planning import Planned, plan, warn_of_rest
-from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from qkit.fitting.fits import Fit
     from qkit.reference.fitting import Method
@@ -101,7 +96,7 @@ def convert(
     else:
         planned = _plan_on(engine, layers, recipe, "convert")
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
-    packed = _pack(engine, model, chosen, _opened(fit, chosen) if fit else None)
+    packed = pack_layers(engine, model, chosen, _opened(fit, chosen) if fit else None)
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
@@ -123,41 +118,6 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
     return planned
 
 
-def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], fit: "Fit | None") -> dict[str, Any]:
-    """The converted form of each layer, by its path."""
-    static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
-    peaks = _peaks(engine, chosen)
-    by_rule = [(layer, rule) for layer, rule in chosen if layer.path not in peaks]
-    packed = {} if fit else _deploy(engine, by_rule, static)
-    codes: dict[str, QTensor[Any]] = {}
-    for layer, rule in chosen:
-        if layer.path in packed:
-            continue
-        if layer.kind == "experts":
-            packed[layer.path] = _pack_experts(engine, layer, rule, static[layer.path], fit)
-            continue
-        owner = packed[layer.tied] if layer.tied else None
-        if owner is None:
-            q = codes[layer.path] = _codes(engine, model, layer, rule, peaks.get(layer.path), fit)
-        else:
-            q = codes[layer.tied] if layer.tied in codes else engine.unpack(owner)
-        packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
-    return packed
-
-
-def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str, Any]) -> dict[str, Any]:
-    """The converted layers, by path, that the engine deploys in one pass; none where it cannot."""
-    if not offers(engine, Deploys):
-        return {}
-    own = [
-        (layer, rule)
-        for layer, rule in chosen
-        if not layer.tied and not _learned(layer, rule) and layer.kind != "experts"
-    ]
-    made = engine.deploy([(layer.module, rule, static[layer.path]) for layer, rule in own])
-    return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
-
-
 def fuse(engine: Modules, model: Any) -> Any:
     """`model`, whose prepared layers, and converted ones with adapters, share tensor scales as servers want; see `qkit.fused`."""
     if offers(engine, Fuses):  # whatever the grids are: a schedule may give the layers others
@@ -168,75 +128,9 @@ def fuse(engine: Modules, model: Any) -> Any:
     return model
 
 
-def _peaks(engine: Modules, chosen: list[tuple[Layer, Rule]]) -> dict[str, float]:
-    """Of layers that share a tensor scale with others, the largest magnitude of all of them, by path."""
-    sharing = {layer.path: layer.module for layer, rule in chosen if fused.shares(rule.weight)}
-    peaks: dict[str, float] = {}
-    for group in fused.groups(sharing):
-        peak = max(engine.magnitude(engine.weight(sharing[path])) for path in group)
-        peaks |= dict.fromkeys(group, peak)
-    return peaks
-
-
 def _fuses(group: Iterable[str], chosen: Mapping[str, Rule]) -> bool:
     """Whether two or more of a group of layers share a tensor scale."""
     return sum(fused.shares(chosen[path].weight) for path in group) > 1
-
-
-def _codes(
-    engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None, fit: "Fit | None"
-) -> QTensor[Any]:
-    from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
-
-    assert rule.weight is not None
-    w = engine.weight(layer.module)
-    check(engine, w, rule.weight, name=f"{layer.path}.weight")
-    if fit is not None:
-        return fit.quantize(engine.to_numpy(w), rule.weight, path=layer.name, peak=peak)
-    if not _learned(layer, rule):
-        return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
-    tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
-    parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
-    return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
-
-
-def _pack_experts(
-    engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]", fit: "Fit | None"
-) -> Any:
-    from qkit.experts import quantize_experts  # here, so that `import qkit` stays cheap
-
-    mixing = require(engine, Mixes)
-    assert rule.weight is not None
-    weights = mixing.experts(layer.module)
-    for name, w in weights.items():
-        check(engine, w, rule.weight, name=f"{layer.path}.{name}")
-    q = quantize_experts(weights, rule.weight, engine if fit is None else fit.searching(engine))
-    return mixing.pack_experts(layer.module, q, rule, static=static)
-
-
-def _learned(layer: Layer, rule: Rule) -> bool:
-    return layer.stage == "prepared" and rule.scales == "learned"
-
-
-def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":
-    from qkit.reference.ranges import static_names, static_scales  # here, so that `import qkit` stays cheap
-
-    if not (names := static_names(rule)):
-        return {}
-    if layer.stage != "prepared":
-        raise StageError(
-            f"{layer.path}: the recipe's range is {rule.range!r}, so that scales come from data: prepare(model, recipe), "
-            "run data through it, then convert(model)"
-        )
-    tensors = engine.tensors(model)
-    prefix = f"{layer.path}." if layer.path else ""
-    if layer.kind == "experts":
-        from qkit.expert_inputs import INPUTS, static_experts
-
-        seen = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in INPUTS}
-        return static_experts(rule, seen, path=layer.path)
-    ranges = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in names}
-    return static_scales(rule, ranges, path=layer.path)
 
 
 def gather(model: Model, *, backend: str | Arrays | None = None) -> Model | None:

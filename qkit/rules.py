@@ -84,8 +84,6 @@ class Rule:
             raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
         if self.slots and self.kind == "embedding":
             raise RecipeError(f"an embedding's input is a token number: drop the {' and the '.join(self.slots)} grid")
-        if self.kind == "experts" and (self.scales == "learned" or self.output):
-            raise RecipeError(f"experts take no {'output grid' if self.output else 'learned scales'}: drop it there")
         self._check_range()
 
     def _check_range(self) -> None:

@@ -1,5 +1,6 @@
 """The content of a directory of weights, from headers and tensor scales alone: layers, grids, sizes, and what servers do."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -8,13 +9,15 @@ from typing import Any
 
 from qkit.artifact.config import read_config
 from qkit.artifact.families import layer_of, tied_head
-from qkit.artifact.metadata import StoredRule, fit_of, read_rules
+from qkit.artifact.foreign import open_any
+from qkit.artifact.metadata import KEY, StoredRule, fit_of, read_rules
 from qkit.artifact.servers import sentences
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError
 from qkit.experts import Member
 from qkit.formats import compressed_tensors
 from qkit.fused import shares
+from qkit.sources.source import Source
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
 from qkit.storage.seal import check_seal
@@ -38,6 +41,25 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignGroup:
+    """Weights that another program stores in one way.
+
+    Attributes:
+        form: text for it, such as `GPTQ, 4 bits, groups of 128`.
+        kind: kind of the layers.
+        paths: of the layers; in a stack of experts, the name of the tensor.
+        numbers: how many numbers the weights have.
+        nbytes: bytes of their codes, scales and zero points.
+    """
+
+    form: str
+    kind: str
+    paths: tuple[str, ...]
+    numbers: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """The content of a directory.
 
@@ -51,6 +73,7 @@ class Inspection:
         nbytes: bytes of all tensors.
         served: how vLLM's arithmetic differs from qkit's, and why it does not open the directory; a sentence each.
         fit: how codes were chosen: `method`, and of `solve` its settings and the digest of its statistics; None: by the rule.
+        foreign: weights that another program quantized, by the way in which it stores them.
     """
 
     groups: tuple[Group, ...]
@@ -62,6 +85,7 @@ class Inspection:
     nbytes: int
     served: tuple[str, ...] = ()
     fit: Mapping[str, Any] | None = None
+    foreign: tuple[ForeignGroup, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -70,14 +94,16 @@ class Inspection:
 
 
 def inspect_directory(folder: Path) -> Inspection:
-    """The content of `folder`, which is an artifact or a float model.
+    """The content of `folder`: an artifact, a float model, or one that another program quantized.
 
     Raises:
-        ArtifactError: the directory is unsound, or another tool quantized the model.
+        ArtifactError: the directory is unsound, or another program quantized the model in a way that qkit does not read.
     """
     tensors, metadata = read_folder(folder)
     check_seal(folder, tensors, digests=False)
     config = read_config(folder)
+    if KEY not in metadata and (source := open_any(folder, tensors, config)).encoded:
+        return _inspect_foreign(source, tensors)
     groups, taken, by_path = [], set(), parts(tensors)
     scales: dict[str, float] = {}
     for rule in read_rules(folder, metadata, config):
@@ -103,18 +129,55 @@ def inspect_directory(folder: Path) -> Inspection:
     blocks = {one.block for one in found if isinstance(one, Member)}
     quantized = [Layer(path, group.stored.rule.kind, (), None) for group in groups for path in group.stored.paths]
     owner = tied_head([*layers, *quantized], config) if config else None
-    files = {stored.file.name: stored.file.stat().st_size for stored in tensors.values()}
     return Inspection(
         groups=tuple(groups),
         left_alone=tuple(sorted(blocks | {layer.path for layer in layers})),
         tied=owner.path if owner else "",
-        files=dict(sorted(files.items())),
+        files=_files(tensors),
         tensors=len(tensors),
         numbers=sum(prod(slot.shape) for slot in rest) + sum(group.numbers for group in groups),
         nbytes=sum(stored.slot.nbytes for stored in tensors.values()),
         served=tuple(sentences([group.stored for group in groups], tied=owner is not None, tensor_scales=scales)),
         fit=fit_of(metadata),
     )
+
+
+def _inspect_foreign(source: Source, tensors: Mapping[str, Stored]) -> Inspection:
+    """The content of a directory that another program quantized."""
+    config, names, mine = source.detected.config or {}, defaultdict(list), source.encoded
+    for name, stored in mine.items():
+        found = layer_of(stored.slot, config)
+        kind = found.kind if isinstance(found, Layer) else "experts" if isinstance(found, Member) else "other"
+        names[stored.form.name, kind].append(name)
+    groups = tuple(
+        ForeignGroup(
+            form,
+            kind,
+            tuple(name.removesuffix(".weight") for name in some),
+            sum(prod(mine[name].slot.shape) for name in some),
+            sum(mine[name].nbytes for name in some),
+        )
+        for (form, kind), some in names.items()
+    )
+    rest = [stored.slot for name, stored in source.tensors.items() if name not in mine]
+    every = [layer_of(stored.slot, config) for stored in source.tensors.values()]
+    owner = tied_head([one for one in every if isinstance(one, Layer)], config) if config else None
+    layers = [layer for slot in rest if isinstance(layer := layer_of(slot, config), Layer)]
+    return Inspection(
+        groups=(),
+        left_alone=tuple(sorted(layer.path for layer in layers)),
+        tied=owner.path if owner else "",
+        files=_files(tensors),
+        tensors=len(tensors),
+        numbers=sum(prod(stored.slot.shape) for stored in source.tensors.values()),
+        nbytes=sum(stored.slot.nbytes for stored in tensors.values()),
+        foreign=groups,
+    )
+
+
+def _files(tensors: Mapping[str, Stored]) -> dict[str, int]:
+    """Bytes of each weights file, by name."""
+    return dict(sorted({stored.file.name: stored.file.stat().st_size for stored in tensors.values()}.items()))
 
 
 def parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:

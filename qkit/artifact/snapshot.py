@@ -22,8 +22,8 @@ from qkit.formats.settings import QUANTIZATION
 from qkit.qtensor import DType
 from qkit.reference.packing import Packed
 from qkit.rules import Rule
-from qkit.storage.arrays import read_folder
 from qkit.storage.known_digests import KnownDigests
+from qkit.storage.read import map_tensors, read_folder
 
 CHUNK = 1 << 24  #: bytes that one call digests
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
@@ -60,7 +60,7 @@ class Snapshot:
         config: `config.json` in transformers' names, without the quantization keys; None where there is no file.
         weights: quantized weights, by the path of their layer.
         tensors: all other tensors, by name.
-        sealed: digests of mapped tensors that were compared with the seal of the directory; None where none was.
+        sealed: the digests that the seal of the directory states of mapped tensors, where nobody has compared them yet.
     """
 
     folder: Path
@@ -98,13 +98,14 @@ def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snaps
     """The content of a directory that qkit wrote: an artifact, or an export for another program. Checks no digest.
 
     Args:
-        digests: SHA-256 of tensors by name, where the caller has compared them.
+        digests: SHA-256 of tensors by name that the snapshot states as `sealed`.
 
     Raises:
         ArtifactError: the metadata are not readable, `config.json` contradicts them, or a weight is not sound.
     """
-    tensors, metadata = read_folder(folder)
-    sealed = KnownDigests(tensors, digests) if digests else None
+    stored, metadata = read_folder(folder)
+    tensors = map_tensors(stored)
+    sealed = KnownDigests(tensors, digests, stored) if digests else None
     config, layout = read_config(folder), layout_of(metadata)
     rules = read_rules(folder, metadata, config, layout=layout)
     known = config and {name: value for name, value in config.items() if name not in QUANTIZATION}

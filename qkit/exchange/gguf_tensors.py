@@ -75,9 +75,9 @@ def weight_tensor(
 
     def blocks() -> Iterable[NDArray[Any]]:
         try:
-            packed = weight.read()
+            packed, memory = weight.read(), np.empty(2 * max(NUMBERS, weight.shape[-1]), np.uint8)
             for block in (packed if order is None else packed.permuted(order)).blocks(NUMBERS):
-                yield _float16(block) if reason else gguf_layout.store(block, kind)
+                yield _float16(block) if reason else gguf_layout.store(block, kind, out=memory)
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from None
 

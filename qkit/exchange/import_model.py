@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.config import quantized_config, read_config
-from qkit.artifact.families import EMBEDDINGS, HEAD, layer_of
+from qkit.artifact.families import HEAD, layer_of
+from qkit.artifact.foreign import kind_of_path, open_any
 from qkit.artifact.metadata import KEY, describe
 from qkit.artifact.mlx_experts import without_stacks
 from qkit.artifact.snapshot import Snapshot, StoredWeight, locating, read_own, stored_weight, take_parts
@@ -19,13 +20,17 @@ from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
 from qkit.exchange.shared_scales import share_scales
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
-from qkit.experts import expert_of, is_router, paths_of
+from qkit.experts import is_router, paths_of
 from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
 from qkit.formats.mlx_families import SAME_NAMES
-from qkit.formats.packed import Tensors
-from qkit.formats.settings import QUANTIZATION, check_alike, check_remaining, quantization_of
+from qkit.formats.packed import Tensors, join
+from qkit.formats.settings import check_remaining
 from qkit.qtensor import DTYPES, DType
-from qkit.rules import Kind, Rule
+from qkit.rules import Rule
+from qkit.sources.decoded import DecodedArray
+from qkit.sources.detect import FLOAT, detect
+from qkit.sources.encoded import Encoded
+from qkit.sources.source import Source, stored_types
 from qkit.storage import read
 from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
 from qkit.storage.seal import check_seal
@@ -46,26 +51,36 @@ def read_model(folder: str | Path) -> Snapshot:
     """
     folder = Path(folder)
     stored, metadata = read.read_folder(folder)
-    digests = check_seal(folder, stored, digests=True)
-    if KEY in metadata:
-        return read_own(folder, digests=digests)
+    check_seal(folder, stored, digests=True)
+    return read_own(folder) if KEY in metadata else _read_other(folder, stored)
+
+
+def open_model(folder: str | Path) -> Snapshot:
+    """As `read_model`, but the bytes of an artifact or export of qkit's are not compared with its digests here.
+
+    They are `sealed` in the snapshot. A copy carries digests on, and compares the tensors that it computes with. Raises as
+    `read_model`.
+    """
+    folder = Path(folder)
+    stored, metadata = read.read_folder(folder)
+    if KEY not in metadata:
+        return read_model(folder)
+    return read_own(folder, digests=check_seal(folder, stored, digests=False))
+
+
+def _read_other(folder: Path, stored: Mapping[str, read.Stored]) -> Snapshot:
+    """A float model, or one that another tool quantized."""
     config = read_config(folder)
     with locating(folder):
-        stated = quantization_of(config)
-        packed, mlx = (stated[name] for name in QUANTIZATION)
-        if mlx:
-            check_alike(stated)
-    tensors = read.map_tensors(stored)
-    known = {name: value for name, value in (config or {}).items() if name not in QUANTIZATION}
-    if mlx:
-        return _mlx(folder, tensors, known, mlx)
-    if packed.get("quant_method") == "compressed-tensors":
-        return _compressed(folder, tensors, known, packed)
-    if packed:
-        method = packed.get("quant_method", "an unknown tool")
-        raise ArtifactError(f"{folder} is quantized by {method}: qkit reads compressed-tensors' layout and mlx-lm's")
-    _check_remaining(folder, tensors)
-    return Snapshot(folder, "float", False, config, {}, tensors)
+        found = detect(folder, config, stored_types(stored))
+    if found.method == FLOAT:
+        return Snapshot(folder, FLOAT, False, config, {}, read.map_tensors(stored))
+    if found.method == "mlx":
+        return _mlx(folder, read.map_tensors(stored), found.config or {}, found.settings)
+    source = open_any(folder, stored, config)
+    if found.method == "compressed-tensors":
+        return _compressed(source, read.map_tensors(stored))
+    return _decoded(source)
 
 
 def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -97,24 +112,37 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
 
 
-def _compressed(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
-    """A model that another tool quantized in compressed-tensors' layout."""
-    weights = {}
+def _decoded(source: Source) -> Snapshot:
+    """A model whose codes are on no grid of qkit's: its values, computed when they are used."""
+    values: dict[str, Any] = {name: DecodedArray(stored) for name, stored in source.encoded.items()}
+    tensors = read.map_tensors({name: one for name, one in source.tensors.items() if not isinstance(one, Encoded)})
+    return Snapshot(source.folder, FLOAT, True, source.detected.config, {}, {**tensors, **values})
+
+
+def _compressed(source: Source, tensors: Tensors) -> Snapshot:
+    """A model that another tool quantized in compressed-tensors' layout. Weights on no grid of qkit's become their values."""
+    weights, folder, config = {}, source.folder, source.detected.config or {}
+    values: dict[str, Any] = {}
     with locating(folder):
-        found = compressed_config.grids(stated, tensors, kind_of=_kind_of)
+        found = compressed_config.grids(source.detected.settings, tensors, kind_of=kind_of_path)
     for path, (grid, moving) in found.items():
         parts = take_parts(tensors, path, "compressed-tensors")
+        if grid is None:
+            values[join(path, "weight")] = DecodedArray(source.encoded[join(path, "weight")])
+            continue
         with locating(folder, path):
             shape = compressed_tensors.shape_of(parts, grid)
             dtype = _dtype(parts["weight_scale"], config)
             stored = {**parts, "weight_scale": _widened(parts["weight_scale"], dtype)}
-        rule = Rule(("*",), kind=_kind_of(path), weight=grid)
+        rule = Rule(("*",), kind=kind_of_path(path), weight=grid)
         weight = stored_weight(
             folder, path, "compressed-tensors", stored, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN
         )
         weights[path] = replace(weight, unknown="its inputs or outputs" if moving else "")
+    tensors = {name: array for name, array in tensors.items() if name not in source.dropped}
     _check_remaining(folder, tensors)
-    return Snapshot(folder, "compressed-tensors", True, config, weights, tensors)
+    layout = "compressed-tensors" if weights else FLOAT
+    return Snapshot(folder, layout, True, config, weights, {**tensors, **values})
 
 
 def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
@@ -145,7 +173,7 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping
         with locating(folder, path):
             grid = mlx_lm.grid_of(parts, container)
             dtype = _dtype(parts["scales"], config)
-        rule = Rule(("*",), kind=_kind_of(path), weight=grid)
+        rule = Rule(("*",), kind=kind_of_path(path), weight=grid)
         weights[path] = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
     tensors = without_stacks(tensors, weights, config)
     _check_remaining(folder, tensors)
@@ -196,10 +224,3 @@ def _dtype(scale: NDArray[Any], config: Mapping[str, Any]) -> DType:
 def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
     """`scale`, but float16 scales of a float16 model as float32, which is exact and which qkit stores."""
     return scale.astype(np.float32) if scale.dtype.name == dtype == "float16" else scale
-
-
-def _kind_of(path: str) -> Kind:
-    """Kind of the quantized layer at `path`, by the names of layers in transformers' models."""
-    if expert_of(path):
-        return "experts"
-    return "embedding" if EMBEDDINGS.search(path.rpartition(".")[2]) else "linear"

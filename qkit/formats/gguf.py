@@ -93,11 +93,12 @@ def kind_of(packed: Packed) -> str:
     return kind
 
 
-def store(packed: Packed, kind: str | None = None) -> NDArray[np.uint8]:
+def store(packed: Packed, kind: str | None = None, *, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """`packed` as rows of blocks of the type `kind`, uint8 [outputs, bytes]: in each, its scales come before its codes.
 
     Args:
         kind: that of the whole tensor, where `packed` is a part of it; left out: that of `packed`.
+        out: memory that the rows may be in, for as many bytes as they have: new memory costs more than the work on a block.
 
     Raises:
         ArtifactError: see `kind_of`.
@@ -106,7 +107,8 @@ def store(packed: Packed, kind: str | None = None) -> NDArray[np.uint8]:
     rows = packed.shape[0]
     if native.available() and (flip := _moved(packed, kind)) is not None:
         bits, run = packed.grid.element.bits, 16 if kind == "NVFP4" else BLOCK
-        return native.interleave(packed.words, _heads(packed, kind), bits=bits, run=run, flip=flip).reshape(rows, -1)
+        heads = _heads(packed, kind)
+        return native.interleave(packed.words, heads, bits=bits, run=run, flip=flip, out=out).reshape(rows, -1)
     q, heads = unpack(packed), _heads(packed, kind)
     if kind == "NVFP4":
         body = [_nibbles(q.codes, 16).reshape(rows, -1, 32)]
@@ -140,8 +142,11 @@ def _heads(packed: Packed, kind: str) -> NDArray[np.uint8]:
         assert packed.zeros is not None
         offsets = _offsets(packed.scales, packed.zeros)
         return np.concatenate([_head(_half(part), rows, inputs) for part in (packed.scales, offsets)], axis=-1)
-    idle = _lost_or_idle(packed)
-    scales = np.where(idle, np.float32(0), packed.scales) if idle.any() else packed.scales
+    inexact = _inexact(packed)
+    scales = np.where(_lost_or_idle(packed), np.float32(0), packed.scales) if inexact.any() else packed.scales
+    if native.available() and len(scales) == rows:
+        halves = native.halves(scales, repeat=inputs // BLOCK // scales.shape[1])
+        return halves[..., None].view(np.uint8)
     return _head(_half(scales), rows, inputs)
 
 

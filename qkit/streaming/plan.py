@@ -10,6 +10,7 @@ from qkit import fused, native
 from qkit.artifact.companions import companions, left_behind
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
+from qkit.artifact.foreign import open_any
 from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
@@ -18,7 +19,6 @@ from qkit.fitting.fits import Fit, check_fit
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.formats.row_blocks import row_blocks
-from qkit.formats.settings import check_remaining, quantization_of
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
@@ -89,6 +89,7 @@ class Plan:
         files: other files of the output; see `Output`.
         left_behind: names of entries of the source that the output will not have.
         caveats: readers that will not open the output, or only in one way.
+        notes: sentences about a source that another program quantized; see `Source.notes`.
         fit: how codes are chosen; None: by the rule of their grid.
         by_search: paths of layers that have no statistics, where others have.
     """
@@ -100,6 +101,7 @@ class Plan:
     files: Mapping[str, bytes | Path]
     left_behind: tuple[str, ...]
     caveats: tuple[Caveat, ...] = ()
+    notes: tuple[str, ...] = ()
     fit: Fit | None = None
     by_search: tuple[str, ...] = ()
 
@@ -144,25 +146,20 @@ def make_plan(
         fit: how codes are chosen; None: by the rule of their grid.
 
     Raises:
-        ArtifactError: a file is unsound or hostile, or the model is quantized already.
+        ArtifactError: a file is unsound or hostile, or the model is quantized by qkit, or in a way that qkit does not read.
         PlanError: the recipe does not fit the model, or a part of the model is missing.
     """
     try:
-        tensors, _ = read_folder(folder)
+        stored, metadata = read_folder(folder)
     except MissingError as error:
         raise PlanError(str(error)) from None
     config = read_config(folder)
-    try:
-        foreign = next(filter(None, quantization_of(config).values()), None)
-        if not foreign:
-            check_remaining(dict.fromkeys(tensors, ""))
-    except ArtifactError as error:
-        raise ArtifactError(f"{folder}: {error}") from None
-    if foreign:
-        method = foreign.get("quant_method", "an unknown tool")
+    if KEY in metadata:
         raise ArtifactError(
-            f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
+            f"{folder} is quantized already, by qkit; codes are not quantized again: name the float model"
         )
+    source = open_any(folder, stored, config)
+    tensors, config = dict(source.tensors), source.detected.config
     if untie:
         tensors, config = untied(tensors, config, folder)
     known = config or {}
@@ -202,14 +199,15 @@ def make_plan(
     files = companions(folder, config=written_config)
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
-    used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
+    used = {one.file.name for one in stored.values()} | {INDEX, CONFIG, *files}
     tied = owner.path if owner else ""
     written = (slot for row in rows for slot in row.slots)
-    by_search = check_fit(fit, [(row.rule, row.paths) for row in rows if row.rule], tensors, folder)
-    metadata = {KEY: describe(rules, fit=fit.describe() if fit else None)}
-    layout = lay_out(written, metadata=metadata, shard_bytes=shard_bytes)
+    by_search = check_fit(fit, [(row.rule, row.paths) for row in rows if row.rule], stored, folder)
+    text = describe(rules, fit=fit.describe() if fit else None)
+    layout = lay_out(written, metadata={KEY: text}, shard_bytes=shard_bytes)
     found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind(folder, used), found_caveats, fit, by_search)
+    behind = left_behind(folder, used)
+    return Plan(folder, tuple(rows), tied, layout, files, behind, found_caveats, source.notes, fit, by_search)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:

@@ -193,9 +193,9 @@ def edited(tmp_path, edit):
             "no group of the quantization_config applies to it",
         ),
         (lambda c: c["config_groups"]["group_0"].update(targets=["re:("]), "is not readable"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"), 'actorder is "group"'),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), "by block"),
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=7), "unknown element 'int7'"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"), "weight_g_idx is missing"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), 'strategy "block"'),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=7), "7 bits of int, symmetric True"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(group_size=64), "weight_scale is bfloat16"),
         (lambda c: c["config_groups"]["group_0"].update(format="marlin-24"), "does not read 'marlin-24'"),
         (lambda c: c.update(quant_method="gptq"), "quantized by gptq"),
@@ -219,7 +219,8 @@ def test_nonsense_in_a_configuration_is_bad_input(name, value, tmp_path):
     file = tmp_path / "theirs" / "config.json"
     file.write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16", name: value}))
     with pytest.raises(
-        qkit.ArtifactError, match=r"want an object|want bits and group_size|quantized by an unknown tool"
+        qkit.ArtifactError,
+        match=r"want an object|quantized by mlx, and model.* by compressed-tensors|by an unknown tool",
     ):
         to_artifact(read_model(tmp_path / "theirs"), tmp_path / "out")
 

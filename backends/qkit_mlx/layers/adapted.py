@@ -19,7 +19,7 @@ from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers import fused
+from qkit_mlx.layers import adapted_experts, experts, fused
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed
@@ -151,6 +151,8 @@ def adapter_update(module: Any) -> Update:
 
 def merge_adapter(module: Any) -> Any:
     """See the protocol's `merge_adapter`."""
+    if experts.parts(module):
+        return adapted_experts.merge_adapter(module)
     if isinstance(module, CONVERTED):
         layer = module.pack(module.merged(), module.get("bias"))
         layer.train(module.training)
@@ -168,5 +170,5 @@ def train_only_adapters(model: nn.Module) -> None:
     """See the protocol's `train_only_adapters`."""
     model.freeze()
     for module in model.modules():
-        if isinstance(module, _Adapted):
+        if isinstance(module, (_Adapted, adapted_experts.AdaptedStack)):
             frozen_names(module).difference_update(NAMES)
