@@ -1,7 +1,7 @@
 """The share of rounding's KL divergence from the float model that fitted codes win back, in the same bytes.
 
-A model of fit_model.py is calibrated on the files that it was trained on, for each seed on other windows, and measured on files that
-it has not seen. Share: 1 - KL of the fitted codes / KL of the rule's codes of the same recipe. Search without data has no seed.
+A model of fit_model.py is calibrated on the files that it was trained on, for each seed on other windows, and measured on unseen
+files. Share: 1 - KL of the fitted codes / KL of the rule's codes of the same recipe. Search without data has no seed.
 
 Usage: python benchmarks/fit.py MODEL [--seeds N] [--windows N] [--length N] [--unseen N] [--recipe NAME ...] [--backend NAME]
        [--out FILE.json]
