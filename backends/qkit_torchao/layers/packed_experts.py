@@ -23,7 +23,7 @@ from qkit_torchao.layers.slots import static_scales
 from qkit_torchao.layers.stacks import Stack, stacks_of
 from qkit_torchao.torch_private import remove_buffers, remove_parameters
 
-PARTS = ("codes", "scales", "zeros", "tensor_scale")
+PARTS = ("codes", "scales", "zeros", "tensor_scale", "biases")
 GROUPED = (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
 EXECUTION = Execution(native=False, text="expert by expert, as tokens reach them", layout="bytes")
 
@@ -61,7 +61,7 @@ class PackedExperts(Experts):
         return straight_through.fake_quantize(x, grid, **static_scales(OneExpert(self, expert), name, grid))
 
     def _parts(self, grid: Grid) -> tuple[str, ...]:
-        more = {"zeros": not grid.symmetric, "tensor_scale": grid.scale == "nvfp4"}
+        more = {"zeros": grid.has_zeros, "tensor_scale": grid.has_tensor_scale, "biases": grid.has_biases}
         return tuple(name for name in PARTS if more.get(name, True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
