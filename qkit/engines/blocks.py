@@ -1,6 +1,6 @@
 """The seam of calibration: the blocks of a language model, which run one after another while somebody watches their layers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,6 +57,19 @@ class Blocks(Protocol):
         Returns:
             The inputs of the watched layers; a layer that did not run is not among them.
         """
+        ...
+
+    def look(
+        self, number: int, states: Hidden, watched: Collection[str]
+    ) -> tuple[Hidden, dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]]:
+        """The outputs of a block for one batch of states; and the inputs and outputs [tokens, n] of linear layers of it.
+
+        The layers stand in the order in which they run; one that did not run is missing.
+        """
+        ...
+
+    def put(self, path: str, values: NDArray[np.float32]) -> None:
+        """Gives the weight of a linear layer other values, rounded to its type."""
         ...
 
 

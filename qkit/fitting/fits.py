@@ -2,17 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from numpy.typing import NDArray
 
 from qkit.engines.protocol import Arrays
-from qkit.errors import GridError, PlanError
+from qkit.errors import ArtifactError, GridError, PlanError
 from qkit.fitting.statistics import Statistics, open_statistics
 from qkit.grid import Grid
-from qkit.qtensor import QTensor
+from qkit.qtensor import QTensor, dtype_of
 from qkit.reference.fitting import ROUNDS, Method, fit
 from qkit.reference.moments import DAMPING, Moments
 from qkit.reference.steps import want_fitted
@@ -52,13 +52,16 @@ class Fit:
         about: dict[str, Any] = {"method": self.method}
         if self.method == "solve":
             about |= {"damping": DAMPING, "rounds": ROUNDS}
-        return about | ({"statistics": self.statistics.digest} if self.statistics else {})
+        if self.statistics:
+            about |= {"statistics": self.statistics.digest}
+            about |= {"drift": "corrected"} if self.statistics.corrected else {}
+        return about
 
     def check(self, rules: Mapping[str, Rule]) -> list[str]:
         """Checks the statistics against the rules of layers, by path; returns the layers that they have nothing of.
 
         Raises:
-            PlanError: they have nothing of any layer, or are of inputs on another grid than the rule's.
+            PlanError: they have nothing of any layer, or are of another grid than the rule's, of inputs or weights.
         """
         if self.statistics is None:
             return []
@@ -75,10 +78,22 @@ class Fit:
                     f"{path}: statistics are of inputs {f'on {seen}' if seen else 'as they are'}, and the recipe "
                     f"{f'rounds them to {wanted}' if wanted else 'does not round them'}: calibrate with --recipe"
                 )
+            grid = self.statistics.grid(path)
+            if grid is not None and (self.method != "solve" or grid != str(rules[path].weight)):
+                raise PlanError(
+                    f"{path}: these statistics correct the drift of {grid} under solve, not of {rules[path].weight} under "
+                    f"{self.method}: calibrate for this recipe, or without --drift"
+                )
         return sorted(rules.keys() - known)
 
-    def quantize(self, w: NDArray[Any], grid: Grid, *, path: str, peak: float | None) -> QTensor[NDArray[Any]]:
-        """Fitted codes and scales of rows `w` of the weight of the layer at `path`; `peak` as for `reference.quantize`.
+    def quantize(
+        self, w: NDArray[Any], grid: Grid, *, path: str, peak: float | None, first: int = 0
+    ) -> QTensor[NDArray[Any]]:
+        """Fitted codes and scales of rows `w` of the weight of the layer at `path`, or of its aim where drift is corrected.
+
+        Args:
+            peak: as for `reference.quantize`.
+            first: the number of the first of these rows in the weight.
 
         Raises:
             GridError, RangeError, ArtifactError: see `reference.fit` and `Statistics.moments`.
@@ -87,7 +102,15 @@ class Fit:
             return fit(w, grid, peak=peak)
         if self.method == "search":
             return fit(w, grid, self.statistics.moments(path).diagonal(), peak=peak)
-        return fit(w, grid, _moments(self.statistics, self.statistics.like(path)), method="solve", peak=peak)
+        known, aim = _moments(self.statistics, self.statistics.like(path)), self.statistics.aim(path)
+        if aim is None:
+            return fit(w, grid, known, method="solve", peak=peak)
+        aimed = aim[first : first + len(w)]
+        if aimed.shape != w.shape:
+            raise ArtifactError(
+                f"{path}: the statistics aim at {list(aim.shape)}, which is another shape: calibrate again"
+            )
+        return replace(fit(aimed, grid, known, method="solve", peak=self.statistics.peak(path)), dtype=dtype_of(w))
 
     def searching(self, engine: Arrays) -> "Searching":
         """The verbs of `engine` that experts are quantized with, by search."""

@@ -18,6 +18,7 @@ from qkit.storage.read import MissingError, Stored, inside, read_file
 
 NOTE = "statistics.json"
 VERSION = 1
+AIM = ".aim"  #: ends the name of a weight to fit in place of a layer's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Statistics:
         digest: SHA-256 of its note, which has the digest of each file of moments.
         model: `identity` of the float model.
         about: the note: `data` (a digest), `tokens`, `length`, `windows`, `engine`, `files`, and `layers` by path. Of a layer:
-            `like`, the layer with the moments of both; `file`; `tokens`; and `activation`, the grid that inputs were rounded to.
+            `like`, the layer with the moments of both; `file`; `tokens`; `activation`, the grid that inputs were rounded to; and
+            with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`.
     """
 
     folder: Path
@@ -48,12 +50,23 @@ class Statistics:
         Raises:
             ArtifactError: there is no such layer, or its file is unsound.
         """
-        layer = self.about["layers"].get(path)
-        if layer is None:
+        if path not in self.about["layers"]:
             raise ArtifactError(f"{self.folder} has no statistics of {path}: fit it by search")
-        found = _tensors(inside(self.folder, layer["file"])).get(layer["like"])
+        return self._matrix(path, self.like(path))
+
+    def aim(self, path: str) -> NDArray[np.float32] | None:
+        """The weight [outputs, inputs] to fit in place of that of the layer at `path`, mapped read-only; None: its own.
+
+        Raises:
+            ArtifactError: its file is unsound.
+        """
+        return None if self.grid(path) is None else self._matrix(path, path + AIM)
+
+    def _matrix(self, path: str, name: str) -> NDArray[np.float32]:
+        file = self.about["layers"][path]["file"]
+        found = _tensors(inside(self.folder, file)).get(name)
         if found is None or found.slot.dtype != "F32" or len(found.slot.shape) != 2:
-            raise ArtifactError(f"{self.folder / layer['file']} has no moments of {layer['like']}: calibrate again")
+            raise ArtifactError(f"{self.folder / file} has no matrix {name}: calibrate again")
         return found.mapped()
 
     def like(self, path: str) -> str:
@@ -64,6 +77,21 @@ class Statistics:
         """The grid that the inputs were rounded to, as text."""
         grid = self.about["layers"][path]["activation"]
         return None if grid is None else str(grid)
+
+    def grid(self, path: str) -> str | None:
+        """The grid that the layer at `path` was corrected for, as text; None: drift is not corrected."""
+        grid = self.about["layers"][path].get("grid")
+        return None if grid is None else str(grid)
+
+    def peak(self, path: str) -> float | None:
+        """The largest magnitude of the aims that share the tensor scale of the layer at `path`, under `nvfp4`."""
+        peak = self.about["layers"][path].get("peak")
+        return None if peak is None else float(peak)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether drift is corrected."""
+        return any(self.grid(path) is not None for path in self.about["layers"])
 
     def check_model(self, tensors: Mapping[str, Stored], folder: Path) -> None:
         """Checks that the statistics are those of the model in `folder`, with these tensors.

@@ -238,7 +238,7 @@ def _fitted(
     if grid.group == "tensor":  # one scale for all rows
         blocks = iter([(0, np.concatenate([w.copy() for _, w in blocks]))])
     for begin, w in blocks:
-        yield begin, compressed_tensors.store(pack(fit.quantize(w, grid, path=path, peak=peak)), form)
+        yield begin, compressed_tensors.store(pack(fit.quantize(w, grid, path=path, peak=peak, first=begin)), form)
 
 
 def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:

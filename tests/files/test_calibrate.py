@@ -91,7 +91,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, tmp_path / "stats", TOKENS, engine=engine, tick=stop)
     assert not (tmp_path / "stats").exists()
-    monkeypatch.setattr("qkit.calibration._enter", lambda *_: seen.append("entered again"))
+    monkeypatch.setattr("qkit.fitting.run.Run.enter", lambda *_: seen.append("entered again"))
     calibrate(model, tmp_path / "stats", TOKENS, engine=engine)
     assert not seen
     assert contents(tmp_path / "stats") == contents(tmp_path / "whole")

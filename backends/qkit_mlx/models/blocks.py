@@ -1,7 +1,8 @@
 """Runs the blocks of a language model one after another, and sums the second moments of the inputs of their layers."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -69,21 +70,46 @@ class MlxBlocks:
     ) -> dict[str, Seen]:
         """See `Blocks.run`."""
         block, (rest, given) = self._blocks[number], self._calls[number]
-        arrays: Any = tree_flatten(block.parameters())
-        dtype = next(x.dtype for _, x in arrays if mx.issubdtype(x.dtype, mx.floating))
+        dtype = _dtype(block)
         sums = _Sums(self._round_to)
-        own = {layer.path: layer.module for layer in surgery.layers(self._model) if layer.path in watched}
-        surgery.replace(self._model, {path: _Watched(own[path], sums, path, watched[path]) for path in own})
-        try:
+        with self._watching({path: partial(sums.see, path, grid) for path, grid in watched.items()}):
             for one in states:
                 sums.forget()
                 out = block(mx.array(np.array(one)).astype(dtype), *rest, **given)
                 out = out[0] if isinstance(out, tuple) else out
                 mx.eval(out, sums.arrays())
                 put(_to_numpy(out))
+        return sums.seen()
+
+    def look(
+        self, number: int, states: Hidden, watched: Collection[str]
+    ) -> tuple[Hidden, dict[str, tuple[Hidden, Hidden]]]:
+        """See `Blocks.look`."""
+        block, (rest, given) = self._blocks[number], self._calls[number]
+        shown: dict[str, tuple[mx.array, mx.array]] = {}
+
+        def show(path: str, x: mx.array, y: mx.array) -> None:
+            shown[path] = (x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+
+        with self._watching({path: partial(show, path) for path in watched}):
+            out = block(mx.array(np.array(states)).astype(_dtype(block)), *rest, **given)
+        found = {path: (_to_numpy(x), _to_numpy(y)) for path, (x, y) in shown.items()}
+        return _to_numpy(out[0] if isinstance(out, tuple) else out), found
+
+    def put(self, path: str, values: NDArray[np.float32]) -> None:
+        """See `Blocks.put`."""
+        layer = next(layer.module for layer in surgery.layers(self._model) if layer.path == path)
+        layer.weight = mx.array(values).astype(layer.weight.dtype)
+
+    @contextmanager
+    def _watching(self, shows: Mapping[str, Callable[[mx.array, mx.array], None]]) -> Iterator[None]:
+        """Within, each layer of `shows` calls its function with its inputs and outputs."""
+        own = {layer.path: layer.module for layer in surgery.layers(self._model) if layer.path in shows}
+        surgery.replace(self._model, {path: _Watched(own[path], shows[path]) for path in own})
+        try:
+            yield
         finally:
             surgery.replace(self._model, own)
-        return sums.seen()
 
     def _record(self, tokens: mx.array) -> list[Call]:
         """The arguments of every block but for the states, of a run on `tokens`."""
@@ -126,16 +152,16 @@ class _StandIn:
 
 
 class _Watched(nn.Module):
-    """In the place of a layer: shows its inputs to the sums, then runs it."""
+    """In the place of a layer: runs it, and shows its inputs and outputs."""
 
-    def __init__(self, layer: nn.Module, sums: "_Sums", path: str, grid: Grid | None) -> None:
+    def __init__(self, layer: nn.Module, show: Callable[[mx.array, mx.array], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
-        object.__setattr__(self, "_see", lambda x: sums.see(path, x, grid))  # a module would take it for a parameter
+        object.__setattr__(self, "_show", show)  # a module would take it for a parameter
 
     def __call__(self, x: mx.array) -> mx.array:
-        self._see(x)
         out: mx.array = self.layer(x)
+        self._show(x, out)
         return out
 
 
@@ -157,7 +183,7 @@ class _Sums:
         """The sums, to be computed."""
         return list(self._sums.values())
 
-    def see(self, path: str, x: mx.array, grid: Grid | None) -> None:
+    def see(self, path: str, grid: Grid | None, x: mx.array, _: mx.array) -> None:
         """Adds the inputs `x` [..., n] of the layer at `path`."""
         like = next((one for array, of, one in self._present if array is x and of == grid), path)
         self._like.setdefault(path, like)
@@ -189,6 +215,13 @@ def _list_of_blocks(model: nn.Module) -> tuple[str, list[Any]]:
     if not found:
         raise BackendError(f"{type(model).__name__} has no list of blocks, which run one after another: fit by search")
     return max(found, key=lambda one: len(one[1]))
+
+
+def _dtype(block: nn.Module) -> mx.Dtype:
+    """The type in which a block takes its states: that of its first weight."""
+    arrays: Any = tree_flatten(block.parameters())
+    found: mx.Dtype = next(x.dtype for _, x in arrays if mx.issubdtype(x.dtype, mx.floating))
+    return found
 
 
 def _same(one: Any, other: Any) -> bool:

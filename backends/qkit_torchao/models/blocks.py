@@ -1,6 +1,6 @@
 """Runs the blocks of a language model one after another, and sums the second moments of the inputs of their layers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -86,6 +86,33 @@ class TorchBlocks:
             for hook in hooks:
                 hook.remove()
         return sums.seen()
+
+    @torch.no_grad()
+    def look(
+        self, number: int, states: Hidden, watched: Collection[str]
+    ) -> tuple[Hidden, dict[str, tuple[Hidden, Hidden]]]:
+        """See `Blocks.look`."""
+        block, (rest, given) = self._blocks[number], self._calls[number]
+        weight, shown = next(block.parameters()), dict[str, tuple[Hidden, Hidden]]()
+
+        def show(path: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+                shown[path] = (_to_numpy(args[0].flatten(0, -2)), _to_numpy(out.flatten(0, -2)))
+
+            return hook
+
+        hooks = [self._model.get_submodule(path).register_forward_hook(show(path)) for path in watched]
+        try:
+            out = block(torch.from_numpy(np.array(states)).to(weight.device, weight.dtype), *rest, **given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _to_numpy(out[0] if isinstance(out, tuple) else out), shown
+
+    @torch.no_grad()
+    def put(self, path: str, values: NDArray[np.float32]) -> None:
+        """See `Blocks.put`."""
+        self._model.get_parameter(f"{path}.weight").copy_(torch.from_numpy(values))
 
     def _record(self, tokens: Tensor) -> list[Call]:
         """The arguments of every block but for the states, of a run on `tokens`."""
