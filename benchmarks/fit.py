@@ -3,8 +3,8 @@
 A model of fit_model.py is calibrated on the files that it was trained on, for each seed on other windows, and measured on unseen
 files. Share: 1 - KL of the fitted codes / KL of the rule's codes of the same recipe. Search without data has no seed.
 
-Usage: python benchmarks/fit.py MODEL [--seeds N] [--windows N] [--length N] [--unseen N] [--recipe NAME ...] [--backend NAME]
-       [--out FILE.json]
+Usage: python benchmarks/fit.py MODEL [--seeds N] [--drift-seeds N] [--windows N] [--length N] [--unseen N]
+       [--recipe NAME ...] [--backend NAME] [--out FILE.json]
 """
 
 import argparse
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from fit_model import held_out
 from measure import Report, spread
+from numpy.typing import NDArray
 from recover import texts
 
 import qkit
-from qkit.calibration import calibrate
+from qkit.calibration import calibrate, calibrate_drift
 from qkit.evaluation import evaluate
 from qkit.fitting.fits import Fit
 from qkit.streaming.carry_out import quantize_directory
@@ -41,10 +42,18 @@ class Bench:
 
     def statistics(self, seed: int) -> Path:
         """Statistics of windows that depend on the seed."""
+        return calibrate(self.given.model, self.place / f"stats-{seed}", self.windows(seed), engine=self.engine)
+
+    def corrected(self, seed: int, recipe: str) -> Path:
+        """Statistics of the same windows that correct the drift of a recipe."""
+        out, chosen = self.place / f"drift-{seed}-{recipe}", qkit.recipe(recipe)
+        return calibrate_drift(self.given.model, out, self.windows(seed), engine=self.engine, recipe=chosen)
+
+    def windows(self, seed: int) -> NDArray[np.int32]:
+        """Windows of the text that the model was trained on."""
         text, length = texts()[0], self.given.length
         starts = np.random.default_rng(seed).integers(0, len(text) - length, self.given.windows)
-        rows = text[starts[:, None] + np.arange(length)]
-        return calibrate(self.given.model, self.place / f"stats-{seed}", rows, engine=self.engine)
+        return text[starts[:, None] + np.arange(length)]
 
     def measure(self, recipe: str, how: Fit | None) -> tuple[float, float]:
         """Mean KL divergence from the float model, and the CPU seconds of quantizing."""
@@ -62,7 +71,7 @@ def main() -> int:
     """Measures every recipe and method, and reports a row for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    for name, value in (("seeds", 3), ("windows", 64), ("length", 256), ("unseen", 40)):
+    for name, value in (("seeds", 3), ("drift-seeds", 3), ("windows", 64), ("length", 256), ("unseen", 40)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--recipe", nargs="+", default=list(RECIPES))
     parser.add_argument("--backend", default="torchao")
@@ -81,6 +90,8 @@ def main() -> int:
             report.add({"recipe": recipe, "method": "rule", "KL": rule, "CPU seconds": round(seconds, 2)})
             tried = {"search, no data": [Fit("search")]}
             tried |= {method: [Fit(method, folder) for folder in stats] for method in ("search", "solve")}  # type: ignore[arg-type]
+            if given.drift_seeds:
+                tried["solve, drift"] = [Fit("solve", bench.corrected(n, recipe)) for n in range(given.drift_seeds)]
             for name, fits in tried.items():
                 found = [bench.measure(recipe, how) for how in fits]
                 shares = [100 * (1 - kl / rule) for kl, _ in found]
