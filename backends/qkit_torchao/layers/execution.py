@@ -82,12 +82,12 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
 def _packed(grid: Grid, inputs: int, device: torch.device) -> Execution:
     """Codes without gaps, for kernels of ours."""
     on_cpu = device.type == "cpu"
-    if why_not := choose.why_not_few(grid, inputs):
+    if why_not := choose.why_not_few(grid, inputs, device):
         kernel, then = ("a C kernel", "torch's product") if on_cpu else ("a Triton kernel", "cuBLAS")
         return Execution(
             False, f"by one pass of {kernel} over packed codes, then {then}; {why_not}", "words", multiply=_words
         )
-    text = "Triton kernels on packed codes: products of few rows; for more, one pass decodes for cuBLAS"
+    text = "CUDA kernels on packed codes: products of up to 64 rows; for more, one pass decodes for cuBLAS"
     if on_cpu:
         text = "C kernels on packed codes: products of one token; for more, and in qkit.exact(), one pass decodes for torch"
     return Execution(True, text, "words", multiply=_words)
