@@ -118,6 +118,19 @@ def both_sides():
     return exact
 
 
+def scaled_once():
+    """Whether products are scaled in float32, in order, and rounded once."""
+    product = torch.randint(-(2**24), 2**24, (3, 1500), dtype=torch.int32)
+    steps, bias = torch.rand(3, 1), torch.randn(1500)
+    found = []
+    for scales in (torch.rand(1500, 1), torch.rand(1, 1)):
+        for one in (None, bias, bias.bfloat16()):
+            want = product.float() * steps * scales.reshape(1, -1) + (0 if one is None else one)
+            made = cuda_words.scaled(product, steps, scales, one, torch.bfloat16)
+            found.append(torch.equal(made, want.bfloat16()))
+    return all(found)
+
+
 def tied(grid):
     """Whether an embedding and its head share one packed copy, and compute rows and products of the same values."""
 
@@ -167,6 +180,7 @@ def main(name: str) -> None:
         ):
             worst = experts(grid)
             print(grid, "experts", "near" if worst < 2**-8 else f"off by {worst:.1e}", flush=True)
+    print("scaled", "exact" if scaled_once() else "otherwise", flush=True)
     print("both sides", "exact" if both_sides() else "differ", flush=True)
     print(
         "tied",

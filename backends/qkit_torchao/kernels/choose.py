@@ -184,6 +184,16 @@ def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
     return cuda_words.codes_product(x, codes, zeros)
 
 
+def scaled(product: Tensor, steps: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A product [rows, outputs] of codes times the steps of its rows and the scales of its outputs, plus bias, as `dtype`."""
+    if product.is_cuda and product.numel() and not torch.compiler.is_compiling() and _compiles(product.device):
+        from qkit_torchao.kernels import cuda_words
+
+        return cuda_words.scaled(product, steps, scales, bias, dtype)
+    y = product.to(torch.float32) * steps * scales.reshape(1, -1)
+    return (y if bias is None else y + bias).to(dtype)
+
+
 def compute_values(
     weights: list[Tensor],
     targets: list[Tensor],

@@ -19,6 +19,7 @@ from qkit_torchao.kernels.launches import Kernel
 FEW = 4  #: the most rows of codes that are multiplied by codes: torch's products take more
 MOST = 64  #: the most rows that are multiplied without decoding: more pay for the values of the weight
 EIGHT = 8  #: rows that an instruction of tensor cores takes, and the most of float32
+ACROSS = 1024  #: outputs of a row that a program scales
 TILE = 1024  #: pairs of columns of a row that a program decodes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
@@ -224,6 +225,19 @@ def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
     return out
 
 
+def scaled(product: Tensor, steps: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """product [rows, outputs] * steps [rows, 1] * scales [outputs or 1] + bias, in float32 and in that order, as `dtype`."""
+    rows, outputs = product.shape
+    out = torch.empty(rows, outputs, dtype=dtype, device=product.device)
+    tensors = product.contiguous(), steps.contiguous(), scales.contiguous(), bias, out
+    key = ("scaled", scales.numel() == 1, product.device, _kinds(tensors))
+    with device_of(product):
+        _scaled(
+            key, rows * -(-outputs // ACROSS), (*tensors, outputs, scales.numel() == 1, ACROSS, INTERPRETED), warps=4
+        )  # fmt: skip
+    return out
+
+
 def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     """All of tensors that a compiled kernel depends on: types, and alignments."""
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
@@ -231,5 +245,5 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
 
 PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7)
 ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
-_codes = Kernel(triton_words.codes_product)
+_codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)
 _values, _decode = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode)

@@ -7,6 +7,8 @@ exponents have another bias. Sums are in float32.
 import triton
 import triton.language as tl
 
+from qkit_torchao.kernels.triton_arithmetic import narrow
+
 MAGIC = 0x4B000000  #: 2^23 as float32; an argument, since a compiler that knows it takes two operations for one
 SIGNS = tl.constexpr(0x80008000 - (1 << 32))  #: of two float16 in a word
 
@@ -135,3 +137,22 @@ def codes_product(
 def byte(words, i: tl.constexpr):
     """The e4m3 number `i` of words as float32, but for the factor 2^-8."""
     return half(small(words << (8 - i % 2 * 8), "e4m3"), i // 2)
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def scaled(
+    product, steps, scales, bias, out, outputs, ONE: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """out = product * steps * scales + bias, in float32, rounded once: [rows, outputs], in parts of rows of `WIDTH` outputs.
+
+    `ONE`: whether one scale serves all outputs.
+    """
+    across = tl.cdiv(outputs, WIDTH)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    n = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
+    there = n < outputs
+    y = tl.load(product + row * outputs + n, mask=there, other=0).to(tl.float32) * tl.load(steps + row)
+    y *= tl.load(scales) if ONE else tl.load(scales + n, mask=there, other=0.0)
+    if bias is not None:
+        y += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * outputs + n, narrow(y, out.dtype.element_ty, INTERPRETED), mask=there)

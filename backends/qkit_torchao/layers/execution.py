@@ -126,12 +126,14 @@ def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tupl
 
 def _int8(layer: Any, x: Tensor) -> Tensor:
     codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
-    return products.finish(products.int8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+    y = products.int8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _float8(layer: Any, x: Tensor) -> Tensor:
     codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
-    return products.finish(products.float8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+    y = products.float8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _words(layer: Any, x: Tensor) -> Tensor:
