@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qkit.startup import interruptible as _interruptible
 
 with _interruptible():
-    from qkit.arrays import dequantize, fake_quantize, quantize
+    from qkit.arrays import dequantize, fake_quantize, fit, quantize
     from qkit.element import Element
     from qkit.engines.registry import backend, backends, recipe, recipes
     from qkit.errors import (
@@ -77,6 +77,7 @@ __all__ = [
     "enable",
     "exact",
     "fake_quantize",
+    "fit",
     "gather",
     "load",
     "merge",

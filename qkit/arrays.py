@@ -1,4 +1,4 @@
-"""quantize, dequantize, fake_quantize: one array of any framework, whose type chooses the engine unless `backend` does."""
+"""quantize, fit, dequantize, fake_quantize: one array of any framework, whose type chooses the engine unless `backend` does."""
 
 from __future__ import annotations  # the protocols are for the type checker: `import qkit` stays cheap
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qkit.engines.protocol import Arrays
+    from qkit.reference.fitting import Method
 
 
 def quantize(w: Any, grid: Grid | str | Path | Recipe, *, backend: str | Arrays | None = None) -> QTensor[Any]:
@@ -37,6 +38,41 @@ def quantize(w: Any, grid: Grid | str | Path | Recipe, *, backend: str | Arrays 
     engine = _engine(w, backend)
     check(engine, w, grid, name="the array")
     return engine.quantize(w, grid)
+
+
+def fit(
+    w: Any,
+    grid: Grid | str | Path | Recipe,
+    moments: Any = None,
+    *,
+    method: Method = "search",
+    backend: str | Arrays | None = None,
+) -> QTensor[Any]:
+    """Codes and scales of `w` that lose less than those of `quantize`, in the same bytes, for the same readers.
+
+    The law computes them on the host in fp64, for every engine: equal arguments give equal codes on all engines and machines.
+
+    Args:
+        w, grid, backend: as for `quantize`.
+        moments: E[x x'] [n, n] of the inputs that the weight multiplies, an array of any framework; `search` takes its diagonal
+            [n], too, or None.
+        method: `search` tries scales. `solve` also chooses codes whose errors make up for one another; it needs `moments`.
+
+    Raises:
+        DTypeError, GridError, RangeError: as for `quantize`. GridError also for scales that follow from no rule and for moments
+            that are missing or do not fit, and RangeError for moments that no inputs have.
+    """
+    from qkit.reference.fitting import fit as law  # here, so that `import qkit` stays cheap
+
+    grid = _grid(grid)
+    engine = _engine(w, backend)
+    check(engine, w, grid, name="the array")
+    known = None if moments is None else backend_of(moments).to_numpy(moments)
+    place = getattr(w, "device", None)
+    home = (
+        engine.on(str(place)) if hasattr(place, "type") else engine
+    )  # a torch.device; other frameworks have none to choose
+    return law(engine.to_numpy(w), grid, known, method=method).map(home.from_numpy)
 
 
 def dequantize(q: QTensor[Any], *, backend: str | Arrays | None = None) -> Any:

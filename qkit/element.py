@@ -16,6 +16,7 @@ LIMIT: Final = 2.0**127  #: magnitudes from here on are refused: their rounded v
 
 
 Kind = Literal["integer", "float"]
+Stored = Literal["float", "e8m0", "e4m3"]
 
 
 def reciprocal(x: float) -> float:
@@ -105,7 +106,7 @@ class ScaleRule:
     only: tuple[str, int] | None = None
 
 
-#: Every scale rule of integers and of small floats, by name. Grids accept these rules and no others.
+#: Every scale rule of integers and of small floats, by name. Grids accept these rules and `READ_RULES`, and no others.
 SCALE_RULES: Final = {
     "signed": ScaleRule("integer", lambda e: 1 / e.lowest),
     "absmax": ScaleRule("integer", lambda e: reciprocal(e.highest)),
@@ -115,6 +116,39 @@ SCALE_RULES: Final = {
     "even": ScaleRule("float"),
     "floor": ScaleRule("float"),
     "nvfp4": ScaleRule("float", lambda e: reciprocal(e.largest), only=("e2m1", 16)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRule:
+    """Scales that no rule chooses: they are those of a file, which another program wrote. See "Read grids" in numerics.md.
+
+    Attributes:
+        kinds: of the elements that have such scales.
+        scales: the type of a scale in the file: a `float` of 16 or 32 bits, the code of a power of two (`e8m0`, any code), or
+            the bits of an `e4m3` under a float32 scale of the tensor.
+        zeros: whether each group has a zero point.
+        biases: whether each group has a float that is added to code times scale.
+        inverse: whether the scale of the tensor divides the scales of blocks, instead of being multiplied with them.
+        only: as in `ScaleRule`.
+    """
+
+    kinds: tuple[Kind, ...]
+    scales: Stored
+    zeros: bool = False
+    biases: bool = False
+    inverse: bool = False
+    only: tuple[str, int] | None = None
+
+
+#: Every kind of scales that are read and never chosen, by the name that takes the place of a scale rule in a grid.
+READ_RULES: Final = {
+    "affine": ReadRule(("integer",), "float", biases=True),
+    "stored": ReadRule(("integer", "float"), "float"),
+    "stored-zeros": ReadRule(("integer",), "float", zeros=True),
+    "stored-e8m0": ReadRule(("float",), "e8m0"),
+    "stored-nvfp4": ReadRule(("float",), "e4m3", only=("e2m1", 16)),
+    "stored-nvfp4-inverse": ReadRule(("float",), "e4m3", inverse=True, only=("e2m1", 16)),
 }
 
 #: The multipliers of `SCALE_RULES` as float32 numbers, by element and rule.

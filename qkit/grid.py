@@ -5,7 +5,7 @@ from math import prod
 from typing import Literal
 
 from qkit import element as elements
-from qkit.element import SCALE_RULES, Element
+from qkit.element import READ_RULES, SCALE_RULES, Element, ReadRule, Stored
 from qkit.errors import GridError
 
 Group = int | Literal["row", "tensor"]
@@ -24,7 +24,8 @@ class Grid:
         group: how many neighbours along the last axis share a scale; `"row"` the whole last axis; `"tensor"` everything.
         scale: the scale rule. Integers: `signed`, `absmax`, `midmax`, or `minmax` (asymmetric, integer zero point).
             Floats: `rceil`, `even`, `floor` (a power of two stored as E8M0), or `nvfp4` (an e4m3 per 16 elements under
-            a power of two per tensor). Left out: `signed` to 6 bits, `absmax` at 8, `rceil` for floats.
+            a power of two per tensor). Left out: `signed` to 6 bits, `absmax` at 8, `rceil` for floats. Or one of
+            `qkit.element.READ_RULES`: the scales are those of a file, and nothing is quantized onto the grid.
 
     Raises:
         GridError: no such element, group or rule, or the three do not go together.
@@ -47,14 +48,14 @@ class Grid:
 
     def _check(self) -> None:
         rules = [name for name, rule in SCALE_RULES.items() if rule.kind == self.element.kind]
-        if self.scale not in rules:
+        if self.scale not in rules and not (self.read and self.element.kind in READ_RULES[self.scale].kinds):
             raise GridError(f"{self.element} has no scale rule {self.scale!r}: choose one of {', '.join(rules)}")
         is_number = isinstance(self.group, int) and not isinstance(self.group, bool)
         if is_number and int(self.group) > LONGEST:  # an int of thousands of digits is not even printed
             raise GridError(f'group is more than {LONGEST:,}: give a smaller number, "row" or "tensor"')
         if not (is_number and int(self.group) > 0) and self.group not in ("row", "tensor"):
             raise GridError(f'group is {self.group!r}: give a positive number, "row" or "tensor"')
-        only = SCALE_RULES[self.scale].only
+        only = READ_RULES[self.scale].only if self.read else SCALE_RULES[self.scale].only
         if only is not None and (self.element.name, self.group) != only:
             name, group = only
             raise GridError(
@@ -62,9 +63,38 @@ class Grid:
             )
 
     @property
+    def read(self) -> bool:
+        """Whether the scales are those of a file, and no rule chooses them."""
+        return self.scale in READ_RULES
+
+    @property
     def symmetric(self) -> bool:
-        """True where the number 0 has code 0; False for `minmax`, which stores a zero point."""
-        return self.scale != "minmax"
+        """True where the number 0 has code 0; False where groups have a zero point or a bias."""
+        return not (self.has_zeros or self.has_biases)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether each group has an integer zero point."""
+        return READ_RULES[self.scale].zeros if self.read else self.scale == "minmax"
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether each group has a float that is added to code times scale."""
+        return self.read and READ_RULES[self.scale].biases
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether the scales of groups are e4m3 numbers under a scale of the whole tensor."""
+        return self.stored_scales == "e4m3"
+
+    @property
+    def stored_scales(self) -> Stored:
+        """The type of a group's scale: `float`, or the bits of an `e8m0` or an `e4m3`."""
+        if self.read:
+            return READ_RULES[self.scale].scales
+        if self.element.kind == "integer":
+            return "float"
+        return "e4m3" if self.scale == "nvfp4" else "e8m0"
 
     @property
     def by_rows(self) -> bool:
@@ -73,10 +103,12 @@ class Grid:
 
     @property
     def bits_per_scale(self) -> int:
-        """Bits stored once per group: a bfloat16, an E8M0 or an e4m3, and the zero point of `minmax`."""
-        if self.element.kind == "float":
-            return 8
-        return 16 if self.symmetric else 16 + self.element.bits
+        """Bits stored once per group: a bfloat16, an E8M0 or an e4m3, and a zero point or a bias.
+
+        Floats of read grids count as 16 bits, which most files have.
+        """
+        scale = 16 if self.stored_scales == "float" else 8
+        return scale + self.element.bits * self.has_zeros + 16 * self.has_biases
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a tensor of `shape`: same rank, one entry per group.
@@ -103,7 +135,7 @@ class Grid:
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Stored bits per element of a tensor of `shape`, scales and zero points included."""
-        extra = 32 if self.scale == "nvfp4" else 0
+        extra = 32 if self.has_tensor_scale else 0
         return self.element.bits + (prod(self.scale_shape(shape)) * self.bits_per_scale + extra) / prod(shape)
 
     @classmethod
@@ -139,6 +171,34 @@ def want_grid(value: object) -> None:
         raise GridError(
             f"{value!r} is no grid, which is an element, a group and a scale rule: write qkit.Grid('int4', 64), or take "
             "the one of a rule, such as qkit.recipe('int4-g64').rules[-1].weight"
+        )
+
+
+def read_rule(grid: Grid) -> ReadRule:
+    """The entry of `grid` in `READ_RULES`.
+
+    Raises:
+        GridError: its scales are chosen.
+    """
+    if not grid.read:
+        raise GridError(f"{grid} is no read grid: its scales follow from {grid.scale}")
+    return READ_RULES[grid.scale]
+
+
+def want_chosen(grid: Grid) -> None:
+    """Refuses a read grid where scales would have to be chosen.
+
+    Raises:
+        GridError: the message says why, and which grid is near.
+    """
+    want_grid(grid)
+    if grid.read:
+        near = Grid(
+            grid.element, grid.group, "minmax" if grid.element.kind == "integer" and not grid.symmetric else None
+        )
+        raise GridError(
+            f"{grid} is a read grid: its scales are those of a file that another program wrote, and qkit has no rule that "
+            f"would choose them: quantize on another grid, such as {near}"
         )
 
 

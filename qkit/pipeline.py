@@ -7,7 +7,7 @@ from qkit import fused
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
-from qkit.engines.mixtures import Mixes
+from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from qkit.grid import Grid
 
 Model = TypeVar("Model")
 
@@ -180,8 +182,33 @@ def _pack_experts(engine: Modules, layer: Layer, rule: Rule, static: "Mapping[st
     weights = mixing.experts(layer.module)
     for name, w in weights.items():
         check(engine, w, rule.weight, name=f"{layer.path}.{name}")
-    q = quantize_experts(weights, rule.weight, engine)
+    if _learned(layer, rule):
+        q = _learned_experts(engine, layer, rule.weight, weights)
+    else:
+        q = quantize_experts(weights, rule.weight, engine)
     return mixing.pack_experts(layer.module, q, rule, static=static)
+
+
+def _learned_experts(
+    engine: Modules, layer: Layer, grid: "Grid", weights: "Mapping[str, Any]"
+) -> "dict[str, list[QTensor[Any]]]":
+    """The codes of each expert's projections on the scales that they have learned."""
+    from qkit.reference.learned import learned_codes  # here, so that `import qkit` stays cheap
+
+    learned = require(engine, TrainsExperts).learned_experts(layer.module)
+    out: dict[str, list[QTensor[Any]]] = {}
+    for name, stack in weights.items():
+        parameters = {key: engine.to_numpy(one) for key, one in learned[name].items()}
+        out[name] = [
+            learned_codes(
+                engine.to_numpy(one),
+                grid,
+                {key: values[number] for key, values in parameters.items()},
+                path=f"{layer.path}.{number}.{name}",
+            )
+            for number, one in enumerate(stack)
+        ]
+    return out
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:
@@ -201,10 +228,10 @@ def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str,
     tensors = engine.tensors(model)
     prefix = f"{layer.path}." if layer.path else ""
     if layer.kind == "experts":
-        from qkit.expert_inputs import INPUTS, static_experts
+        from qkit.expert_inputs import static_experts  # here, so that `import qkit` stays cheap
 
-        seen = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in INPUTS}
-        return static_experts(rule, seen, path=layer.path)
+        seen = require(engine, Mixes).expert_ranges(layer.module)
+        return static_experts(rule, {name: engine.to_numpy(one) for name, one in seen.items()}, path=layer.path)
     ranges = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in names}
     return static_scales(rule, ranges, path=layer.path)
 

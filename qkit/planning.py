@@ -9,6 +9,7 @@ from math import prod
 
 from qkit.engines.layer import Layer
 from qkit.errors import CoverageWarning, GridError, RecipeError
+from qkit.grid import want_chosen
 from qkit.parts import is_in
 from qkit.rules import Recipe, Rule
 
@@ -82,6 +83,7 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
         return Planned(layer, None, NO_RULE if is_in(layer.name, "language") else TOWERS)
     if rule.weight is None:
         return Planned(layer, None, f"{LEFT} {', '.join(rule.match)}")
+    want_chosen(rule.weight)
     if layer.obstacle:
         if rule.indivisible == "skip":
             return Planned(layer, None, layer.obstacle)

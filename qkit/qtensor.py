@@ -18,14 +18,17 @@ class QTensor(Generic[Array]):
     """A quantized tensor. Everything downstream (packing, layers, files) starts from one, never from floats.
 
     Attributes:
-        codes: [..., n]. Symmetric integers: int8, -2^(bits-1) .. 2^(bits-1)-1. Asymmetric (`minmax`): uint8,
-            0 .. 2^bits-1. Floats: uint8, the bits of one element each.
+        codes: [..., n]. Symmetric integers: int8, -2^(bits-1) .. 2^(bits-1)-1. Asymmetric (`minmax`, `stored-zeros`,
+            `affine`): uint8, 0 .. 2^bits-1. Floats: uint8, the bits of one element each.
         scales: [..., groups], see `Grid.scale_shape`. Integers: float32 on the bfloat16 grid, possibly negative under
-            `signed`. Floats: uint8, an E8M0 code c that means 2^(c-127), or the bits of an e4m3 under `nvfp4`.
+            `signed`. Floats: uint8, an E8M0 code c that means 2^(c-127), or the bits of an e4m3 under `nvfp4`. Read grids:
+            finite float32, bfloat16 or float16 as the file has them, or uint8; see `Grid.stored_scales`.
         grid: the element, group and scale rule of codes and scales.
         dtype: of the tensor that was quantized, and of its values: `float32`, `bfloat16` or `float16`.
-        zeros: `minmax` only: uint8 zero points, shaped like `scales`. A value is (code - zero) * scale.
-        tensor_scale: `nvfp4` only: a float32 power of two, shape (). A value is code * scale * tensor_scale.
+        zeros: `Grid.has_zeros` only: uint8 zero points, shaped like `scales`. A value is (code - zero) * scale.
+        tensor_scale: `Grid.has_tensor_scale` only: float32, shape (); a power of two under `nvfp4`. A value is
+            code * (scale * tensor_scale), or code * (scale / tensor_scale) under `stored-nvfp4-inverse`.
+        biases: `affine` only: floats of the type of `scales`, shaped like them. A value is code * scale + bias.
 
     Raises:
         GridError: shapes do not fit the grid, or a part is missing or does not belong.
@@ -37,6 +40,7 @@ class QTensor(Generic[Array]):
     dtype: DType
     zeros: Array | None = None
     tensor_scale: Array | None = None
+    biases: Array | None = None
 
     def __post_init__(self) -> None:
         want_grid(self.grid)
@@ -45,10 +49,16 @@ class QTensor(Generic[Array]):
             raise GridError(
                 f"scales of shape {shape_of(self.scales)} do not fit {self.grid} of {self.shape}: want {want}"
             )
-        if (self.zeros is None) != self.grid.symmetric:
-            raise GridError(f"{self.grid}: zero points belong to minmax, and minmax needs them")
-        if (self.tensor_scale is None) != (self.grid.scale != "nvfp4"):
-            raise GridError(f"{self.grid}: a tensor scale belongs to nvfp4, and nvfp4 needs it")
+        for name, there, wanted in (
+            ("zero points", self.zeros, self.grid.has_zeros),
+            ("a tensor scale", self.tensor_scale, self.grid.has_tensor_scale),
+            ("biases", self.biases, self.grid.has_biases),
+        ):
+            if (there is not None) != wanted:
+                raise GridError(f"{self.grid} {'needs' if wanted else 'has no'} {name}: {_why(name)}")
+        for part in (self.zeros, self.biases):
+            if part is not None and shape_of(part) != want:
+                raise GridError(f"zero points or biases of shape {shape_of(part)} do not fit scales of {want}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,12 +67,27 @@ class QTensor(Generic[Array]):
 
     def parts(self) -> dict[str, Array]:
         """The arrays by name; those that are None are left out."""
-        named = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "tensor_scale": self.tensor_scale}
+        named = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "zeros": self.zeros,
+            "tensor_scale": self.tensor_scale,
+            "biases": self.biases,
+        }
         return {name: array for name, array in named.items() if array is not None}
 
     def map(self, function: Callable[[Array], Other]) -> "QTensor[Other]":
         """The same value with `function` applied to each array: to another framework, or to another device."""
         return QTensor(grid=self.grid, dtype=self.dtype, **{n: function(a) for n, a in self.parts().items()})
+
+
+def _why(name: str) -> str:
+    owners = {
+        "zero points": "they belong to minmax and stored-zeros",
+        "a tensor scale": "it belongs to nvfp4, stored-nvfp4 and stored-nvfp4-inverse",
+        "biases": "they belong to affine",
+    }
+    return owners[name]
 
 
 def shape_of(array: Any) -> tuple[int, ...]:

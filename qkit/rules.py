@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from qkit.errors import GridError, RecipeError
-from qkit.grid import Grid, want_grid
+from qkit.grid import Grid, want_chosen, want_grid
 from qkit.parts import Part, is_in
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class Rule:
         for slot in GRIDS:
             if (grid := getattr(self, slot)) is not None:
                 want_grid(grid)
+        for grid in self.slots.values():
+            want_chosen(grid)
         if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
             what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
             raise RecipeError(f'scales = "learned" {what}')
@@ -82,8 +84,6 @@ class Rule:
             raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
         if self.slots and self.kind == "embedding":
             raise RecipeError(f"an embedding's input is a token number: drop the {' and the '.join(self.slots)} grid")
-        if self.kind == "experts" and (self.scales == "learned" or self.output):
-            raise RecipeError(f"experts take no {'output grid' if self.output else 'learned scales'}: drop it there")
         self._check_range()
 
     def _check_range(self) -> None:
@@ -194,6 +194,7 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
     for key, value in _get(table, "grids", dict, {}).items():
         with _place(f"grids.{key}"):
             grids[key] = grid_from_table(value)
+            want_chosen(grids[key])
     for number, value in enumerate(_get(table, "rules", list, []), start=1):
         with _place(f"rules[{number}]"):
             rules.append(_rule(value, grids))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.mixtures import Mixes
+from qkit.engines.mixtures import TrainsExperts
 from qkit.engines.protocol import NOTHING, Adapts, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.errors import BackendError
@@ -287,7 +287,7 @@ class MlxBackend(Elsewhere, Mixtures, Tuning):
 
 if TYPE_CHECKING:
     _engine = MlxBackend()
-    _offered: tuple[Fuses, Adapts, Trains, Mixes, Restores, Remembers] = (
+    _offered: tuple[Fuses, Adapts, Trains, TrainsExperts, Restores, Remembers] = (
         _engine,
         _engine,
         _engine,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, Mode
-from qkit.engines.mixtures import Mixes
+from qkit.engines.mixtures import TrainsExperts
 from qkit.engines.protocol import NOTHING, Adapts, Deploys, Fuses, Trains
 from qkit.engines.trainer import AdamWOptions, Trainer, TrainerOptions
 from qkit.engines.translation import Translates
@@ -22,7 +22,7 @@ from qkit.reference.merged import Update
 from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
-from qkit_torchao.layers import adapted, converted, experts, fused, learned, straight_through
+from qkit_torchao.layers import adapted, converted, fused, learned, learned_experts, straight_through
 from qkit_torchao.models import gather, names, surgery
 from qkit_torchao.models.elsewhere import Elsewhere
 from qkit_torchao.models.mixtures import Mixtures
@@ -126,7 +126,7 @@ class TorchaoBackend(Elsewhere, Mixtures, Tuning):
     def prepare_layer(self, module: nn.Module, rule: Rule) -> nn.Module:
         """See `Modules.prepare_layer`."""
         if rule.kind == "experts":
-            return experts.prepare_experts(module, rule)
+            return learned_experts.prepare_experts(module, rule)
         made: nn.Module = learned.prepare_layer(module, rule)
         return made
 
@@ -288,7 +288,7 @@ class TorchaoBackend(Elsewhere, Mixtures, Tuning):
 
 if TYPE_CHECKING:
     _engine = TorchaoBackend()
-    _offered: tuple[Mixes, Fuses, Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
+    _offered: tuple[TrainsExperts, Fuses, Adapts, Trains, Deploys, Translates, Restores, Remembers] = (
         _engine,
         _engine,
         _engine,

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from qkit.adapters import formats
-from qkit.adapters.surgery import able, adapted, base_weight, obstacle, put
+from qkit.adapters import expert_files, formats
+from qkit.adapters.surgery import able, adapted, base_weights, obstacle, paths_of, put
+from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_whole
-from qkit.engines.protocol import Arrays, Modules
+from qkit.engines.mixtures import TrainsExperts
+from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import ArtifactError
 from qkit.pipeline import Model
 from qkit.qtensor import dtype_of
@@ -41,8 +43,26 @@ def save(
     engine, folder = able(model, backend), Path(folder)
     layers = adapted(engine, model)
     want_whole(layers, "save")
-    updates = {layer.path: engine.adapter_update(layer.module) for layer in layers}
-    notes = {layer.path: _note(engine, layer) for layer in layers}
+    updates: dict[str, Update] = {}
+    for layer in layers:
+        updates |= _updates(engine, layer)
+    notes = {
+        path: _note(engine, layer, name)
+        for layer in layers
+        for path, name in paths_of(layer).items()
+        if path in updates
+    }
+    blocks = {layer.path: layer for layer in layers if layer.kind == "experts"}
+    if layout == "peft":
+        updates, ranks = expert_files.joined(updates, blocks)
+        notes |= {path: {**notes.get(path, {}), "ranks": inside} for path, inside in ranks.items()}
+    else:
+        own = {
+            f"{block}.{name}": mine
+            for block, layer in blocks.items()
+            for name, mine in expert_files.mlx_paths(layer, engine.config(model) or {}).items()
+        }
+        updates = {own.get(path, path): update for path, update in updates.items()}
     formats.write(folder, updates, layout=layout, base=notes, name=base)
     return folder
 
@@ -62,39 +82,59 @@ def load(model: Model, folder: str | Path, *, backend: str | Arrays | None = Non
     layers = list(engine.layers(model))
     want_whole(layers, "adapt")
     found = formats.read(folder)
-    by_path = {layer.path: layer for layer in layers}
-    for path, update in found.updates.items():
+    blocks = {layer.path: layer for layer in layers if layer.kind == "experts"}
+    ranks = {path: noted.get("ranks") for path, noted in found.base.items()}
+    updates = expert_files.split(found.updates, blocks, ranks, engine.config(model) or {})
+    by_path = {path: (layer, name) for layer in layers for path, name in paths_of(layer).items()}
+    for path, update in updates.items():
         if path not in by_path:
             known = ", ".join(layer.path for layer in layers if layer.kind == "linear")
             raise ArtifactError(
                 f"{folder} is for another base: it updates {path!r}, and the model has {known[:200] or 'no layers'}"
             )
-        if reason := obstacle(by_path[path], layers):
+        layer, name = by_path[path]
+        if reason := obstacle(layer, layers):
             raise ArtifactError(f"{folder}: {path} cannot take an adapter: {reason}")
-        _check_base(engine, by_path[path], update, found.base.get(path), folder)
-    return put(engine, model, found.updates)
+        _check_base(engine, layer, name, update, found.base.get(path), folder)
+    return put(engine, model, updates)
 
 
-def _check_base(engine: Modules, layer: Layer, update: Update, noted: dict[str, Any] | None, folder: Path) -> None:
-    if update.shape != layer.shape:
+def _updates(engine: Adapts, layer: Layer) -> dict[str, Update]:
+    """The adapters of a layer, by the paths of `paths_of`."""
+    if layer.kind != "experts":
+        return {layer.path: engine.adapter_update(layer.module)}
+    found = require(engine, TrainsExperts).expert_updates(layer.module)
+    return {f"{layer.path}.{name}": update for name, update in found.items()}
+
+
+def _check_base(
+    engine: Modules, layer: Layer, name: str, update: Update, noted: dict[str, Any] | None, folder: Path
+) -> None:
+    path, shape = layer.path if name == "weight" else f"{layer.path}.{name}", layer.weights[name]
+    if update.shape != tuple(shape):
         raise ArtifactError(
-            f"{folder} is for another base: its {layer.path} is {list(update.shape)}, and the model's is {list(layer.shape)}"
+            f"{folder} is for another base: its {path} is {list(update.shape)}, and the model's is {list(shape)}"
         )
     if noted is None:
         return
-    here = _note(engine, layer)
+    here = _note(engine, layer, name)
     for what in ("grid", "dtype", "weights"):
         if noted.get(what) != here[what]:
             raise ArtifactError(
-                f"{folder} is for another base: {layer.path} was trained with {what} {noted.get(what)}, and the model's has "
+                f"{folder} is for another base: {path} was trained with {what} {noted.get(what)}, and the model's has "
                 f"{here[what]}: take the base that it was trained on{', in that type' * (what == 'dtype')}"
             )
 
 
-def _note(engine: Modules, layer: Layer) -> dict[str, Any]:
-    """The marks of a base layer: its grid, its type, and a digest of its weights as float32."""
+def _note(engine: Modules, layer: Layer, name: str) -> dict[str, Any]:
+    """The marks of a base weight: its grid, its type, and a digest of its values as float32."""
     assert layer.rule is not None
     assert layer.rule.weight is not None
-    held = engine.unpack(layer.module).dtype if layer.stage == "converted" else dtype_of(engine.weight(layer.module))
-    digest = blake2b(np.ascontiguousarray(base_weight(engine, layer)).data, digest_size=16).hexdigest()
-    return {"grid": grid_table(layer.rule.weight), "dtype": held, "weights": digest}
+    digest = blake2b(digest_size=16)
+    for one in base_weights(engine, layer, name):
+        digest.update(np.ascontiguousarray(one).data)
+    held = layer.dtype
+    if not held:  # an engine that does not say
+        whole = layer.stage == "converted"
+        held = engine.unpack(layer.module).dtype if whole else dtype_of(engine.weight(layer.module))
+    return {"grid": grid_table(layer.rule.weight), "dtype": held, "weights": digest.hexdigest()}

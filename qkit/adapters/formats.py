@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.adapters import expert_files
 from qkit.errors import ArtifactError, QkitError
 from qkit.intake import parse_json
 from qkit.reference.merged import Update
@@ -44,7 +45,6 @@ PLAIN = (
     *(
         "modules_to_save",
         "monteclora_config",
-        "target_parameters",
         "trainable_token_indices",
         "use_bdlora",
         "use_qalora",
@@ -65,6 +65,9 @@ class Found:
 def read(folder: Path) -> Found:
     """The adapter in `folder`, of either layout.
 
+    Updates of experts have three axes. Their paths are those of the layout: of a parameter of transformers' module
+    (`X.experts.gate_up_proj`, also of both projections at once), or of a stack of mlx-lm's (`X.switch_mlp.gate_proj`).
+
     Raises:
         ArtifactError: the layout is neither, a file is unsound, or qkit cannot compute such an adapter.
     """
@@ -84,6 +87,8 @@ def read(folder: Path) -> Found:
         arrays.setdefault(path, {})[part] = array.T.copy() if turned and array.ndim == 2 else array
     if not arrays:
         raise ArtifactError(f"{file} holds no adapter")
+    if here[0] == "peft":
+        arrays = expert_files.parted(arrays, config, file)
     scale = _peft_scales(config, folder) if here[0] == "peft" else _mlx_scales(config, folder)
     updates = {}
     for path, parts in arrays.items():
@@ -92,7 +97,7 @@ def read(folder: Path) -> Found:
         if "magnitude" in parts and not scale.dora:
             raise ArtifactError(f"{file}: {path} has a magnitude, and {CONFIG} does not speak of DoRA")
         try:
-            updates[path] = Update(scale=scale(path, len(parts["a"])), **parts)
+            updates[path] = Update(scale=scale(path, parts["a"].shape[-2]), **parts)
         except QkitError as error:
             raise ArtifactError(f"{file}: {path}: {error}") from None
     return Found(updates, _noted(metadata, file))
@@ -123,8 +128,11 @@ def write(
         for ending, (part, turned) in ENDINGS[layout].items():
             if part in update.parts():
                 array = update.parts()[part]
-                prefix = PREFIX if layout == "peft" else ""
-                tensors[f"{prefix}{path}.{ending}"] = np.ascontiguousarray(array.T if turned else array)
+                if layout == "peft":
+                    place, array = expert_files.as_in_peft(path, part, array, updates)
+                    tensors[f"{PREFIX}{place}.{ending}"] = np.ascontiguousarray(array)
+                else:
+                    tensors[f"{path}.{ending}"] = np.ascontiguousarray(array.T if turned and array.ndim == 2 else array)
     from safetensors.numpy import save
 
     config = (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
@@ -225,8 +233,9 @@ def _number(value: Any, key: str, file: Path) -> float:
 
 
 def _peft_config(updates: Mapping[str, Update], name: str | None) -> dict[str, Any]:
-    first = next(iter(updates.values()))
     _same("kind", (update.kind for update in updates.values()), "peft")
+    stacks = sorted(path for path, one in updates.items() if one.a.ndim == 3)
+    first = updates[stacks[0]] if stacks else next(iter(updates.values()))
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -235,7 +244,8 @@ def _peft_config(updates: Mapping[str, Update], name: str | None) -> dict[str, A
         "lora_alpha": _alpha(first),
         "rank_pattern": {f"^{path}": one.rank for path, one in updates.items() if one.rank != first.rank},
         "alpha_pattern": {f"^{path}": _alpha(one) for path, one in updates.items() if _alpha(one) != _alpha(first)},
-        "target_modules": sorted(updates),
+        "target_modules": sorted(path for path, one in updates.items() if one.a.ndim == 2),
+        **({"target_parameters": stacks} if stacks else {}),
         "use_dora": first.kind == "dora",
         "lora_dropout": 0.0,
         "bias": "none",

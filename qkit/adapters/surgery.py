@@ -1,6 +1,6 @@
 """adapt and merge: adds adapters to the quantized layers of a model, and merges them without loss. Plans before it changes."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -13,6 +13,7 @@ from qkit.adapters.adapter import Adapter
 from qkit.engines.abilities import require
 from qkit.engines.elsewhere import Restores
 from qkit.engines.layer import Layer, want_bare, want_known, want_whole
+from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
 from qkit.pipeline import Model, fuse, surgeon
@@ -21,6 +22,8 @@ from qkit.reference.merged import Floats, Update, row_norms
 
 def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None) -> Model:
     """`model` with an adapter on every prepared or converted linear layer that matches. Nothing else in it trains from then on.
+
+    Of a mixture every expert gets factors of its own, for each of its projections.
 
     Works in place and returns the model, as `prepare` does. An adapted layer computes with its grid's value of the *merged*
     weight, and gradients pass straight through the grid to the adapter. The merged model therefore has the codes and the loss
@@ -45,7 +48,7 @@ def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None
     want_bare(layers, "adapt")
     chosen = _chosen(layers, adapter)
     _want_together(layers, {layer.path for layer in chosen})
-    return put(engine, model, {layer.path: _first(engine, layer, adapter) for layer in chosen})
+    return put(engine, model, {path: one for layer in chosen for path, one in _first(engine, layer, adapter).items()})
 
 
 def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
@@ -103,11 +106,33 @@ def _want_together(layers: Iterable[Layer], chosen: Collection[str]) -> None:
 
 
 def put(engine: Adapts, model: Model, updates: Mapping[str, Update]) -> Model:
-    """`model` with the update of each path on its layer, and every other parameter frozen."""
-    layers = {layer.path: layer for layer in engine.layers(model)}
-    made = {path: engine.adapt(layers[path].module, update) for path, update in updates.items()}
+    """`model` with the update of each path, of a layer or of a projection of experts, and every other parameter frozen."""
+    made = {}
+    for layer in engine.layers(model):
+        mine = {name: updates[path] for path, name in paths_of(layer).items() if path in updates}
+        if mine and layer.kind == "experts":
+            made[layer.path] = require(engine, TrainsExperts).adapt_experts(layer.module, _both(mine, layer))
+        elif mine:
+            made[layer.path] = engine.adapt(layer.module, mine["weight"])
     engine.train_only_adapters(model)
     return cast(Model, fuse(engine, engine.replace(model, made)))
+
+
+def _both(updates: Mapping[str, Update], layer: Layer) -> Mapping[str, Update]:
+    """`updates` of experts; one of gate or up alone, where both share a tensor scale, gets another that stays zero beside it."""
+    assert layer.rule is not None
+    pair = [name for name in ("gate_proj", "up_proj") if name in layer.projections]
+    absent = [name for name in pair if name not in updates]
+    if not fused.shares(layer.rule.weight) or len(absent) != 1 or len(pair) == 1:
+        return updates
+    given = next(updates[name] for name in pair if name in updates)
+    nothing = Update(np.zeros_like(given.a), np.zeros_like(given.b), given.scale)
+    return {**updates, absent[0]: nothing}
+
+
+def paths_of(layer: Layer) -> dict[str, str]:
+    """The path of each weight of a layer that adapters know, and its name in `Layer.weights`."""
+    return {layer.path if name == "weight" else f"{layer.path}.{name}": name for name in layer.weights}
 
 
 def able(model: Any, backend: str | Arrays | None) -> Adapts:
@@ -130,19 +155,30 @@ def adapted(engine: Modules, model: Any) -> list[Layer]:
     raise StageError("no layer of this model has an adapter: call qkit.adapt(model, qkit.Adapter()) first")
 
 
-def base_weight(engine: Modules, layer: Layer) -> Floats:
-    """The base weight [outputs, inputs] of an adapter on `layer`: the master weight, or the values of the codes."""
-    if layer.stage == "converted":
-        return np.asarray(engine.to_numpy(engine.dequantize(replace(engine.unpack(layer.module), dtype="float32"))))
-    return engine.to_numpy(engine.weight(layer.module)).astype(np.float32)
+def base_weights(engine: Modules, layer: Layer, name: str) -> Iterator[Floats]:
+    """The base of adapters on the weight `name` of `layer`, [outputs, inputs]: the master weight, or the values of the codes.
+
+    Of experts one after the other, so that all of them are never in memory as values.
+    """
+    if layer.kind == "experts":
+        mixing = require(engine, Mixes)
+        if layer.stage == "converted":
+            codes: Any = mixing.unpack_experts(layer.module)[name]
+        else:
+            codes = mixing.experts(layer.module)[name]
+    else:
+        codes = [engine.unpack(layer.module) if layer.stage == "converted" else engine.weight(layer.module)]
+    for one in codes:
+        if layer.stage == "converted":
+            yield np.asarray(engine.to_numpy(engine.dequantize(replace(one, dtype="float32"))))
+        else:
+            yield engine.to_numpy(one).astype(np.float32)
 
 
 def obstacle(layer: Layer, layers: Iterable[Layer]) -> str:
     """Why `layer`, one of `layers`, cannot take an adapter; empty if it can."""
     if layer.kind == "embedding":
         return "it is an embedding, and adapters are for linear layers"
-    if layer.kind == "experts":
-        return "it has many experts, and adapters are for linear layers"
     if layer.kind == "other":
         return layer.obstacle
     if layer.rule is None or layer.rule.weight is None:
@@ -165,13 +201,13 @@ def obstacle(layer: Layer, layers: Iterable[Layer]) -> str:
 
 
 def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
-    """The quantized linear layers that `adapter` matches.
+    """The quantized linear layers and experts that `adapter` matches.
 
     Raises:
         StageError: there is none, or one of them cannot take it.
     """
     matching = [layer for layer in layers if any(fnmatchcase(layer.path, one) for one in adapter.match)]
-    chosen = [layer for layer in matching if layer.kind == "linear" and layer.stage != "float"]
+    chosen = [layer for layer in matching if layer.kind in ("linear", "experts") and layer.stage != "float"]
     if not matching:
         known = ", ".join(layer.path for layer in layers[:4])
         raise StageError(f"no layer matches {', '.join(adapter.match)}: there is {known or 'none'}")
@@ -181,13 +217,19 @@ def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
     return chosen
 
 
-def _first(engine: Modules, layer: Layer, adapter: Adapter) -> Update:
+def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]:
     """A uniform by Kaiming with a slope of sqrt(5), as peft draws it: up to 1 / sqrt(inputs) in magnitude. B zero."""
-    outputs, inputs = layer.shape
-    if adapter.rank > min(layer.shape):
-        raise QkitError(f"{layer.path}: rank {adapter.rank} is more than its weight of {outputs} x {inputs} has")
-    random = np.random.default_rng([adapter.seed, crc32(layer.path.encode())])  # whatever order an engine has layers in
-    a = random.uniform(-(inputs**-0.5), inputs**-0.5, (adapter.rank, inputs)).astype(np.float32)
-    b = np.zeros((outputs, adapter.rank), np.float32)
-    magnitude = row_norms(base_weight(engine, layer)) if adapter.kind == "dora" else None
-    return Update(a, b, adapter.alpha / adapter.rank, magnitude)
+    first = {}
+    for path, name in paths_of(layer).items():
+        *experts, outputs, inputs = layer.weights[name]
+        if adapter.rank > min(outputs, inputs):
+            raise QkitError(f"{path}: rank {adapter.rank} is more than its weight of {outputs} x {inputs} has")
+        random = np.random.default_rng([adapter.seed, crc32(path.encode())])  # whatever order an engine has layers in
+        a = random.uniform(-(inputs**-0.5), inputs**-0.5, (*experts, adapter.rank, inputs)).astype(np.float32)
+        b = np.zeros((*experts, outputs, adapter.rank), np.float32)
+        magnitude = None
+        if adapter.kind == "dora":
+            magnitude = np.concatenate([row_norms(one) for one in base_weights(engine, layer, name)])
+            magnitude = magnitude.reshape(*experts, outputs)
+        first[path] = Update(a, b, adapter.alpha / adapter.rank, magnitude)
+    return first

@@ -5,11 +5,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qkit.artifact.config import CONFIG, MODELOPT
+from qkit.artifact.config import CONFIG
 from qkit.errors import ArtifactError
 from qkit.intake import parse_json, read_text
+from qkit.sources.detect import FILES
 from qkit.storage.marks import SEAL
-from qkit.storage.read import INDEX_BYTES, checked_link, inside, is_pickle
+from qkit.storage.other_models import is_pickle
+from qkit.storage.read import INDEX_BYTES, checked_link, inside
 
 #: Weights in any format, which the output replaces.
 WEIGHTS: Final = (
@@ -30,7 +32,7 @@ CODE: Final = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".bat", ".ipynb", 
 FOLDERS: Final = ("additional_chat_templates", "feature_extractor", "image_processor", "processor", "tokenizer")
 MODULES = "modules.json"  #: the layers that sentence-transformers adds to a model, and their directories
 #: Files that the output has of its own, or that speak of other codes.
-OWN: Final = (CONFIG, SEAL, MODELOPT, "quantize_config.json", "quant_config.json")
+OWN: Final = (CONFIG, SEAL, *FILES)
 
 
 def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict[str, bytes | Path]:

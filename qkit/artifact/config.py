@@ -8,14 +8,13 @@ from typing import Any, Final
 
 from qkit.artifact.known import apart, both_names
 from qkit.artifact.metadata import StoredRule
-from qkit.artifact.transformers_experts import STOPPER, TEXT, misread
+from qkit.artifact.transformers_experts import STOPPER, stops
 from qkit.errors import ArtifactError
 from qkit.formats import compressed_groups
-from qkit.formats.settings import WAY_OUT
+from qkit.sources.detect import without_settings
 from qkit.storage.read import inside, read_json
 
 CONFIG: Final = "config.json"
-MODELOPT: Final = "hf_quant_config.json"  #: NVIDIA ModelOpt's own file, which says what config.json may leave out
 LAYERS: Final = 10_000  #: most hidden layers: qkit makes names for each, however few the files hold
 SIZE: Final = 1 << 31  #: every other count of a configuration is below this
 
@@ -56,14 +55,11 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The `config.json` of `folder`; None where there is none.
 
     Raises:
-        ArtifactError: the file is not a JSON object, or is a link out of the folder; another file says how the model is
-            quantized; or see `check_config`.
+        ArtifactError: the file is not a JSON object, or is a link out of the folder; or see `check_config`.
     """
     config = read_json(inside(folder, CONFIG))
     if config is not None:
         check_config(config, folder / CONFIG)
-    if (folder / MODELOPT).exists() and not (config or {}).get("quantization_config"):
-        raise ArtifactError(f"{folder / MODELOPT} says how the model is quantized, which qkit does not read: {WAY_OUT}")
     return config
 
 
@@ -89,14 +85,14 @@ def quantized_config(
         groups = [(stored.rule, both_names(stored.paths, config)) for stored in rules]
         floats = {*both_names(left_alone, config), *apart((path for one in rules for path in one.paths), config)}
         config["quantization_config"] = compressed_groups.quantization_config(groups, left_alone=floats)
-        if misread(config, rules, single_experts=single_experts):
-            config["quantization_config"][STOPPER] = TEXT
+        if text := stops(config, rules, single_experts=single_experts):
+            config["quantization_config"][STOPPER] = text
     return config
 
 
 def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without its `quantization_config`."""
-    return {name: value for name, value in config.items() if name != "quantization_config"}
+    """`config` without anything about quantization."""
+    return without_settings(config)
 
 
 def check_config(config: Mapping[str, Any], file: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any, overload
 from numpy.typing import NDArray
 
 from qkit.artifact.config import CONFIG, float_config, read_config
+from qkit.artifact.foreign import check_float
 from qkit.artifact.load_experts import stack_experts, take_experts
-from qkit.artifact.metadata import StoredRule, kind_of, read_rules
+from qkit.artifact.metadata import KEY, StoredRule, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer
@@ -50,6 +51,8 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     check_seal(folder, stored, digests=True)
     arrays = map_tensors(stored)
     config = read_config(folder)
+    if KEY not in metadata:
+        check_float(folder, stored, config)
     rules = read_rules(folder, metadata, config)
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
     want_honored(engine, inference, f"load {folder}")

@@ -20,7 +20,7 @@ from qkit.engines.layer import Layer, want_bare, want_merged, want_none_lost, wa
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError, ServerWarning, StageError
-from qkit.expert_inputs import static_names, static_of
+from qkit.expert_inputs import static_of
 from qkit.experts import file_name, paths_of
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
@@ -124,9 +124,6 @@ def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, d
             raise StageError(f"{layer.path} is prepared but not converted: call convert(model) before you save it")
     tensors = {name: engine.to_numpy(array) for name, array in engine.tensors(model).items()}
     static = {join(layer.path, name) for layer in layers if layer.rule for name in static_contents(layer.rule)}
-    static |= {
-        join(one.path, name) for one in layers if one.rule and one.kind == "experts" for name in static_names(one.rule)
-    }
     if dtype is not None:
         tensors = _cast(tensors, dtype, but=static)
     tensors = _with_files_experts(engine, layers, tensors, config)
@@ -141,10 +138,11 @@ def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, d
     ]
     for layer in layers:
         if layer.rule and layer.kind == "experts":
-            place = file_name(f"{layer.path}.", config)
-            scales = {name: tensors.pop(place + name) for name in static_names(layer.rule)}
+            found = require(engine, Mixes).expert_scales(layer.module)
+            scales = {name: engine.to_numpy(array) for name, array in found.items()}
             for (number, projection), path in paths_of(layer.path, layer.projections, config).items():
-                tensors |= {join(path, name): array for name, array in static_of(scales, number, projection).items()}
+                mine = static_of(scales, number, projection, layer.rule)
+                tensors |= {join(path, name): array for name, array in mine.items()}
     for path, rule, q in converted:
         for name, array in compressed_tensors.to_tensors(q, compressed_tensors.form_of(rule)).items():
             tensors[join(path, name)] = array

@@ -49,7 +49,7 @@ def export(
     """Write a model for another program: the same codes under other names, exactly, or not at all."""
     from qkit.exchange import export_model, write_model  # here, as the next two, so that other commands start fast
     from qkit.exchange.export_gguf import export_gguf
-    from qkit.exchange.import_model import read_model
+    from qkit.exchange.import_model import open_model, read_model
     from qkit.formats.gguf_tokenizer import read_vocabulary
 
     if to is not Target.gguf and (fallback or without_tokenizer):
@@ -57,7 +57,7 @@ def export(
             f"--fallback and --without-tokenizer belong to --to gguf, not to {to.value}: leave them out"
         )
     (check_file if to is Target.gguf else check_directory)(out)
-    source = read_model(folder)
+    source = (read_model if to is Target.dense else open_model)(folder)
     if weights_only:
         source = write_model.weights_only(source)
     notes: list[str] = []

@@ -37,6 +37,8 @@ def inspect(
             for name, count in (dict.fromkeys(paths, 1) if all_rows else collapse(paths)).items():
                 table.add_row(name, f"{count:,}", *cells)
         console.print(table)
+    elif found.foreign:
+        console.print(_foreign_table(found, all_rows))
     else:
         console.print("no quantized layers")
     if found.left_alone:
@@ -51,9 +53,25 @@ def inspect(
     console.print(f"{found.tensors} tensors, {found.bits_per_weight:.2f} bits per weight, in {files}", highlight=False)
 
 
+def _foreign_table(found: Inspection, all_rows: bool) -> Table:
+    """The weights that another program quantized."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("layers", "count", "kind", "stored as", "bits"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "count" else "left")
+    for group in found.foreign:
+        names = dict.fromkeys(group.paths, 1) if all_rows else collapse(group.paths)
+        for name, count in names.items():
+            table.add_row(name, f"{count:,}", group.kind, group.form, f"{8 * group.nbytes / group.numbers:.2f}")
+    return table
+
+
 def _as_table(found: Inspection) -> dict[str, Any]:
     return {
         "rules": [_group_table(group) for group in found.groups],
+        "foreign": [
+            {"form": one.form, "kind": one.kind, "layers": list(one.paths), "bytes": one.nbytes, "numbers": one.numbers}
+            for one in found.foreign
+        ],
         "left_alone": list(found.left_alone),
         "tied_head": found.tied or None,
         "warnings": [f"{VLLM}: {text}" for text in found.served],

@@ -94,7 +94,15 @@ def quantize(
 
 
 def warn(plan: Plan) -> None:
-    """Prints the towers that stay in float, and the readers that will not open the output, to standard error."""
+    """Prints to standard error: codes of another program, towers that stay in float, readers that will not open the output."""
+    for note in plan.notes:
+        errors.print(f"{plan.folder}: {note}", highlight=False, markup=False, soft_wrap=True)
+    if plan.notes:
+        errors.print(
+            "warning: these weights are quantized twice, and carry the error of both; the float model gives better ones",
+            highlight=False,
+            soft_wrap=True,
+        )
     towers = sum(row.reason == TOWERS for row in plan.rows)
     if towers:
         errors.print(f"{towers:,} layers are {TOWERS}", highlight=False, soft_wrap=True)

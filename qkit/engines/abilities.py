@@ -5,7 +5,7 @@ from functools import cache
 from typing import TypeGuard, TypeVar
 
 from qkit.engines.elsewhere import Remembers, Restores
-from qkit.engines.mixtures import Mixes
+from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
 from qkit.engines.translation import Translates
 from qkit.errors import BackendError
@@ -18,6 +18,7 @@ ACTIONS: dict[type, str] = {
     Arrays: "quantize arrays",
     Modules: "prepare or convert models",
     Mixes: "quantize mixtures of experts",
+    TrainsExperts: "train adapters or learned scales of experts",
     Fuses: "train layers that share a tensor scale",
     Adapts: "train adapters",
     Builds: "build and run language models",

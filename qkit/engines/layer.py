@@ -63,6 +63,7 @@ class Layer:
         head: whether it is an output head of the model, by its role. A rule for `lm_head` is a rule for it.
         lost: whether the layer was quantized once and is a plain float layer now, since another program replaced it.
         projections: of `experts`, the shape (experts, outputs, inputs) of each projection, by its name in `qkit.experts`.
+        interleaved: of `experts`, whether transformers has the outputs of gate and up in turn in one parameter.
         dtype: NumPy's name of the type of the values of a weight on a grid; empty where the engine does not say.
         stored: of `experts`, the names in `Modules.tensors` of the tensors that hold the weights while they are float.
     """
@@ -87,6 +88,7 @@ class Layer:
     lost: bool = False
     projections: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     stored: tuple[str, ...] = ()
+    interleaved: bool = False
     dtype: str = ""
 
     @property

@@ -1,14 +1,17 @@
 """The protocol of engines that know mixtures of experts; the other protocols are in `protocol`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
 from qkit.engines.layer import Layer
-from qkit.engines.protocol import NOTHING, Modules
+from qkit.engines.protocol import NOTHING, Adapts, Modules
 from qkit.qtensor import QTensor
 from qkit.rules import Rule
+
+if TYPE_CHECKING:
+    from qkit.reference.merged import Update
 
 
 class Mixes(Modules, Protocol):
@@ -45,6 +48,33 @@ class Mixes(Modules, Protocol):
         """
         ...
 
+    def expert_ranges(self, module: Any) -> dict[str, Any]:
+        """The ranges [experts, 2] that prepared experts have seen, by the names of `qkit.expert_inputs.slots`."""
+        ...
+
+    def expert_scales(self, module: Any) -> dict[str, Any]:
+        """The arrays `static` that converted experts were packed with. `Modules.tensors` does not have them."""
+        ...
+
     def unpack_experts(self, module: Any) -> dict[str, list[QTensor[Any]]]:
         """The codes and scales of converted experts: the inverse of `pack_experts`."""
+        ...
+
+
+class TrainsExperts(Mixes, Adapts, Protocol):
+    """Adapters and learned scales of experts, each expert's its own. `Adapts.merge_adapter` takes experts with adapters, too."""
+
+    def adapt_experts(self, module: Any, updates: "Mapping[str, Update]") -> Any:
+        """As `Adapts.adapt`, for prepared or converted experts: by projection, the factors of all experts.
+
+        A projection without an update stays as it is.
+        """
+        ...
+
+    def expert_updates(self, module: Any) -> "dict[str, Update]":
+        """The current adapters of adapted experts, by projection."""
+        ...
+
+    def learned_experts(self, module: Any) -> dict[str, dict[str, Any]]:
+        """By projection, the parameters that prepared experts learn beside it, [experts, ...], see `qkit.reference.learned`."""
         ...

@@ -4,7 +4,6 @@ Read off gguf 0.19 (`tensor_mapping.py`, `gguf_writer.py`) and transformers 5.23
 `modeling_gguf_pytorch_utils.py`). The one computed value is 1 + w of Gemma's norms, in float32, as transformers computes it.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import numpy as np
 
 from qkit.artifact.config import CONFIG, describing
 from qkit.artifact.families import HEAD
-from qkit.artifact.snapshot import Snapshot
+from qkit.artifact.snapshot import LAYOUTS, Snapshot
 from qkit.errors import ArtifactError, BackendError
 from qkit.exchange.gguf_tensors import Tensor, float_tensor, rotary_order, rows_of, weight_tensor
 from qkit.formats.gguf import FLOATS
@@ -29,11 +28,15 @@ from qkit.formats.packed import join
 from qkit.installation import how_to_install
 from qkit.storage.batches import batches, in_threads
 from qkit.storage.destination import check_file
-from qkit.storage.staging import whole_file
-from qkit.storage.tensor_writer import write_all
+from qkit.storage.staging import leave_to_system, whole_file
+from qkit.storage.tensor_writer import reserve, write_all
 
 NO_TOKENIZER = "without a tokenizer: llama.cpp opens the file, and takes no text"
-LAYOUTS = 2  #: GGUF's version of the layouts of its blocks
+#: Ends of the names of tensors that values are computed from. Codes and floats only change places.
+COMPUTED = tuple(
+    f".{name}" for one in LAYOUTS.values() for name in one.NAMES if name not in ("weight", "weight_packed")
+)
+BLOCKS = 2  #: GGUF's version of the layouts of its blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,14 @@ def export_gguf(
         if tensor.scale != 1:
             tensors[f"{theirs.removesuffix('weight')}scale"] = _vector(np.array([tensor.scale], np.float32))
     tensors.update((name, _vector(table)) for name, table in tables.items())
-    with whole_file(out) as aside:
+    with whole_file(out, bring=leave_to_system) as aside:
         writer: Any = gguf.GGUFWriter(aside, architecture.name)
         try:
             _describe(writer, numbers, architecture)
             _put_vocabulary(writer, vocabulary)
             _write(writer, tensors)
+            if source.sealed:
+                source.sealed.compare(name for name in source.sealed.left if name.endswith(COMPUTED))
         except BaseException:
             with suppress(OSError):  # it would write the rest to a full disk, and fail as before
                 writer.close()
@@ -156,7 +161,7 @@ def _write(writer: Any, tensors: Mapping[str, Tensor]) -> None:
     writer.write_padding(file, file.tell())
     file.flush()
     begins = list(accumulate((_padded(writer, tensor) for tensor in tensors.values()), initial=file.tell()))
-    os.truncate(file.fileno(), begins.pop())  # padding is zeros
+    reserve(file.fileno(), begins.pop())  # padding is zeros
 
     def write(batch: Sequence[tuple[int, Tensor]]) -> None:
         for begin, tensor in batch:
@@ -183,7 +188,7 @@ def _padded(writer: Any, tensor: Tensor) -> int:
 
 def _describe(writer: Any, numbers: Mapping[str, Any], architecture: Architecture) -> None:
     """Writes the model's numbers."""
-    writer.add_quantization_version(LAYOUTS)
+    writer.add_quantization_version(BLOCKS)
     adders = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
     for name, value in numbers.items():
         add = adders[type(value)]

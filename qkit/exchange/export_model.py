@@ -16,6 +16,7 @@ from qkit.formats import dense, mlx_config, mlx_lm
 from qkit.formats.mlx_families import Family
 from qkit.formats.settings import QUANTIZATION
 from qkit.storage.layout import SHARD_BYTES
+from qkit.storage.staging import leave_to_system
 
 LATENT = ".kv_b_proj"  #: end of the path of the layer that mlx-lm splits in a family that is `latent`
 
@@ -61,7 +62,9 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
     ]
     about = {**json.loads(describe(rules_of(replace(source, weights=kept)))), "layout": "mlx", **changes}
     rest = replace(source, weights=plain, tensors={})
-    write_model(rest, out, mlx_lm, about=about, config=config, shard_bytes=shard_bytes, more=streams)
+    write_model(
+        rest, out, mlx_lm, about=about, config=config, shard_bytes=shard_bytes, more=streams, bring=leave_to_system
+    )
     return values
 
 
@@ -72,4 +75,4 @@ def export_dense(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_
         ArtifactError: see `Output`.
     """
     check_weights_only(source, source.weights)
-    write_model(source, out, dense, about=None, config=source.config, shard_bytes=shard_bytes)
+    write_model(source, out, dense, about=None, config=source.config, shard_bytes=shard_bytes, bring=leave_to_system)

@@ -1,20 +1,24 @@
 """A snapshot written as a directory in another layout, exactly or not at all: no weight is quantized again."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qkit.artifact.companions import companions
 from qkit.artifact.metadata import KEY, StoredRule, group_paths
 from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.errors import ArtifactError
 from qkit.formats import compressed_tensors, dense
-from qkit.formats.packed import join
+from qkit.formats.packed import Tensors, join
 from qkit.rules import Rule, rule_table
+from qkit.sources.decoded import DecodedArray
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import destination
 from qkit.storage.layout import TYPE_NAMES, Slot
@@ -37,6 +41,7 @@ def write_model(
     config: Mapping[str, Any] | None,
     shard_bytes: int,
     more: Iterable[Stream] = (),
+    bring: Callable[[int], None] = os.fsync,
 ) -> None:
     """Writes `source` as the directory `out`.
 
@@ -46,13 +51,14 @@ def write_model(
         config: content of the `config.json`; None writes none.
         shard_bytes: most bytes of tensors in one file.
         more: tensors to write besides.
+        bring: brings the bytes of an open file to the disk; see `Output`.
 
     Raises:
         ArtifactError: `out` is the source; a weight does not fit the layout; or see `Output`.
     """
     if destination(out).path == source.folder.resolve():
         raise ArtifactError(f"{out} is the model to read: choose another folder")
-    streams = [*more, *(array_stream(name, array) for name, array in source.tensors.items())]
+    streams = [*more, *(_stream(name, array) for name, array in source.tensors.items())]
     for path, weight in source.weights.items():
         streams.extend(weight_streams(path, weight, layout))
     write_directory(
@@ -62,6 +68,7 @@ def write_model(
         files=companions(source.folder, config=config),
         shard_bytes=shard_bytes,
         known=source.sealed,
+        bring=bring,
     )
 
 
@@ -93,12 +100,25 @@ def check_weights_only(source: Snapshot, paths: Iterable[str]) -> None:
             )
 
 
+def _stream(name: str, array: Any) -> Stream:
+    """A tensor that is no weight on a grid. Codes of another program are decoded when their bytes are written."""
+    if not isinstance(array, DecodedArray):
+        return array_stream(name, array)
+    encoded = array.encoded
+    slot = replace(encoded.slot, name=name)
+    return Stream(slot, lambda: (_bytes(block) for _, block in encoded.blocks()))
+
+
 def weight_streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
     """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
     assert weight.rule.weight is not None
-    options = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout)}
-    for name, (kind, shape) in layout.contents(weight.rule.weight, **options).items():
-        yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), _blocks(path, weight, layout, name))
+    scale = {"kind": weight.kind} if weight.kind and layout is not dense else {}
+    options: dict[str, Any] = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout), **scale}
+    contents = layout.contents(weight.rule.weight, **options)
+    stored = _Stored(path, weight, layout)
+    for name, (kind, shape) in contents.items():
+        blocks = _dense_blocks(path, weight) if layout is dense else stored.blocks(name)
+        yield Stream(Slot(join(path, name), TYPE_NAMES[kind], shape), blocks)
 
 
 def _activations(weight: StoredWeight) -> str:
@@ -114,14 +134,47 @@ def _form(weight: StoredWeight, layout: Any) -> dict[str, str]:
     return {"form": layout.form_of(weight.rule)} if layout is compressed_tensors else {}
 
 
-def _blocks(path: str, weight: StoredWeight, layout: Any, name: str) -> Callable[[], Iterable[memoryview]]:
+class _Stored:
+    """The tensors of one weight in a layout, computed together when the first of them is written, and released one by one.
+
+    Threads may take them at one time: at worst, a tensor is computed twice.
+    """
+
+    def __init__(self, path: str, weight: StoredWeight, layout: Any) -> None:
+        self._path, self._weight, self._layout = path, weight, layout
+        self._made: Tensors = {}
+
+    def blocks(self, name: str) -> Callable[[], Iterable[memoryview]]:
+        """Returns the bytes of the tensor `name`, as one block."""
+        return lambda: [_bytes(self._take(name))]
+
+    def _take(self, name: str) -> NDArray[Any]:
+        made = self._made if name in self._made else self._make()
+        self._made = {other: array for other, array in made.items() if other != name}
+        return made[name]
+
+    def _make(self) -> Tensors:
+        with _locating(self._path):
+            made: Tensors = self._layout.store(self._weight.read(), **_form(self._weight, self._layout))
+            return made
+
+
+def _dense_blocks(path: str, weight: StoredWeight) -> Callable[[], Iterable[memoryview]]:
     def blocks() -> Iterable[memoryview]:
-        packed = weight.read()
-        for part in packed.blocks(BLOCK) if layout is dense else [packed]:
-            try:
-                block = layout.store(part, **_form(weight, layout))[name]
-            except ArtifactError as error:
-                raise ArtifactError(f"{path}: {error}") from None
-            yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+        with _locating(path):
+            for part in weight.read().blocks(BLOCK):
+                yield _bytes(dense.store(part)["weight"])
 
     return blocks
+
+
+@contextmanager
+def _locating(path: str) -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from None
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,29 +1,30 @@
 """The `quantization_config` that another tool wrote for compressed-tensors: the grid of each weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
-
-from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import settings
-from qkit.formats.compressed_tensors import BYTES, FORMATS, PACKED, layout
+from qkit.formats.compressed_tensors import FORMATS, layout
+from qkit.formats.read_layout import BYTES, PACKED
 from qkit.formats.targets import CLASSES, Targets, patterns_limit, readable
 from qkit.grid import Grid
 from qkit.rules import Kind
 
 
 def grids(
-    config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], *, kind_of: Callable[[str], Kind]
-) -> dict[str, tuple[Grid, bool]]:
+    config: Mapping[str, Any], tensors: Collection[str], *, kind_of: Callable[[str], Kind]
+) -> dict[str, tuple[Grid | None, bool]]:
     """The grid of every quantized weight by path, and whether the layer's inputs or outputs are quantized too.
+
+    The grid is None where qkit has none that lies in the files so: blocks of rows, and groups in the order of activations.
 
     Scale rules are those of compressed-tensors: `midmax` for symmetric integers, `minmax` for the others, `even` for MXFP4,
     `rceil` for MXFP8; see "Scale rules" in numerics.md. Decoding does not depend on them.
 
     Args:
         config: the `quantization_config`.
-        tensors: all tensors of the model, by name.
+        tensors: names of all tensors of the model.
         kind_of: returns the kind of the layer at a path, for groups that name a class.
 
     Raises:
@@ -33,10 +34,6 @@ def grids(
     settings.check_compressed_tensors(config)
     out, used, targets = {}, set(), Targets.of(config)
     for path in sorted(name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")):
-        if f"{path}.weight_g_idx" in tensors:
-            raise ArtifactError(
-                f"{path}: its groups are in the order of activations (weight_g_idx): qkit's are contiguous"
-            )
         try:
             with readable(), patterns_limit():
                 settings.check_ignored(path, config.get("ignore"))
@@ -44,7 +41,9 @@ def grids(
             used.add(name)
             with readable():
                 group = config["config_groups"][name]
-                grid = _grid(group["weights"], _form(config.get("format"), group.get("format")))
+                form = form_of(config.get("format"), group.get("format"))
+                apart = group["weights"]["strategy"] == "block" or f"{path}.weight_g_idx" in tensors
+                grid = None if apart else _grid(group["weights"], form)
         except (ArtifactError, GridError) as error:
             raise ArtifactError(f"{path}: {error}") from None
         out[path] = grid, any(group.get(part) is not None for part in ("input_activations", "output_activations"))
@@ -54,8 +53,12 @@ def grids(
     return out
 
 
-def _form(whole: Any, group: Any) -> str:
-    """The format of a group: the group's own, or that of the whole configuration."""
+def form_of(whole: Any, group: Any) -> str:
+    """The format of a group: the group's own, or that of the whole configuration.
+
+    Raises:
+        ArtifactError: qkit does not read the format, or the two differ.
+    """
     form = str(group or whole)
     if form not in FORMATS:
         raise ArtifactError(f"qkit does not read {form!r}: it reads {', '.join(FORMATS)}")

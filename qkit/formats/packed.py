@@ -23,14 +23,15 @@ def join(path: str, name: str) -> str:
 def pack(q: QTensor[NDArray[Any]]) -> Packed:
     """`q` with its codes packed."""
     words = native.pack(q.codes, q.grid.element) if native.available() else packing.packed_codes(q)
-    return Packed(words, q.scales, q.grid, q.dtype, q.shape, q.zeros, q.tensor_scale)
+    return Packed(words, q.scales, q.grid, q.dtype, q.shape, q.zeros, q.tensor_scale, q.biases)
 
 
 def unpack(packed: Packed) -> QTensor[NDArray[Any]]:
     """The inverse of `pack`."""
     grid = packed.grid
     codes = packing.unpacked_codes(packed.words, element=grid.element, n=packed.shape[-1], symmetric=grid.symmetric)
-    return QTensor(codes, packed.scales, grid, packed.dtype, zeros=packed.zeros, tensor_scale=packed.tensor_scale)
+    more = {name: getattr(packed, name) for name in ("zeros", "tensor_scale", "biases")}
+    return QTensor(codes, packed.scales, grid, packed.dtype, **more)
 
 
 def as_words(data: NDArray[Any], *, width: int) -> NDArray[np.uint32]:

@@ -78,10 +78,11 @@ WEIGHTS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "strategy": _anything,
     "group_size": _anything,
     "dynamic": _one_of(None, False),  # weights that change at every call have no codes
-    "block_structure": _nothing,
-    "actorder": _one_of(None, False, "weight", "static"),  # harmless: the order of calibration, not that of the groups
+    "block_structure": _anything,  # carried out: `sources.compressed`, as the next
+    "actorder": _one_of(None, False, True, "weight", "static", "group"),
     "scale_dtype": _one_of(
-        None, "torch.uint8", "torch.float8_e4m3fn", "torch.float32", "torch.bfloat16", "torch.float16"
+        *(None, "torch.uint8", "torch.float8_e4m3fn", "torch.float8_e8m0fnu"),
+        *("torch.float32", "torch.bfloat16", "torch.float16"),
     ),  # harmless: the stored tensor has it, and `contents` compares that
     "zp_dtype": _one_of(None, "torch.int8", "torch.float8_e4m3fn"),  # harmless: likewise
     "observer": _anything,  # harmless, as the next: the way in which the stored scales were found
@@ -116,7 +117,6 @@ PARTS: Final = frozenset(
 
 #: Other keys of config.json, besides `QUANTIZATION`, that change the results of a model.
 BESIDE: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "compression_config": _empty,  # compressed-tensors' name for its own until 0.5
     "sparsity_config": _dense,
     "transform_config": _without_transforms,
     "kv_cache_scheme": _nothing,
@@ -134,15 +134,24 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, dict[str, Any
     for key in QUANTIZATION:
         found[key] = config.get(key) or {}
         if not isinstance(found[key], dict):
-            raise ArtifactError(f"config.json: {key} is {_shown(found[key])}: want an object")
-    check_keys({key: value for key, value in config.items() if key in BESIDE}, BESIDE, "config.json")
+            raise ArtifactError(f"config.json: {key} is {shown(found[key])}: want an object")
+    check_beside(config)
     for name, part in config.items():
         if name not in QUANTIZATION and isinstance(part, Mapping) and part.get("quantization_config"):
-            table = _shown(part["quantization_config"])
+            table = shown(part["quantization_config"])
             raise ArtifactError(
                 f"config.json: {name} has a quantization_config, {table}, which qkit does not carry out: {WAY_OUT}"
             )
     return found
+
+
+def check_beside(config: Mapping[str, Any]) -> None:
+    """Checks the keys of `config.json`, other than `QUANTIZATION`, that change the results of a model.
+
+    Raises:
+        ArtifactError: qkit does not carry one of them out.
+    """
+    check_keys({key: value for key, value in config.items() if key in BESIDE}, BESIDE, "config.json")
 
 
 def check_compressed_tensors(stated: Mapping[str, Any]) -> None:
@@ -157,7 +166,7 @@ def check_compressed_tensors(stated: Mapping[str, Any]) -> None:
     for name, group in (groups if isinstance(groups, Mapping) else {}).items():
         place = f"{where}: config_groups.{name}"
         if not isinstance(group, Mapping):
-            raise ArtifactError(f"{place} is {_shown(group)}, and not written out: {WAY_OUT}")
+            raise ArtifactError(f"{place} is {shown(group)}, and not written out: {WAY_OUT}")
         check_keys(group, GROUP, place)
         for part, allowed in (
             ("weights", WEIGHTS),
@@ -208,9 +217,9 @@ def check_unused(groups: Mapping[str, Any], used: Collection[str]) -> None:
     for name, group in groups.items():
         for part in ("input_activations", "output_activations"):
             if name not in used and group.get(part):
-                targets = _shown(group.get("targets"))
+                targets = shown(group.get("targets"))
                 raise ArtifactError(
-                    f"quantization_config: config_groups.{name}.{part} is {_shown(group[part])}, for "
+                    f"quantization_config: config_groups.{name}.{part} is {shown(group[part])}, for "
                     f"{targets}, none of which has a quantized weight, and qkit does not carry that out: {WAY_OUT}"
                 )
 
@@ -233,7 +242,7 @@ def check_mlx(stated: Mapping[str, Any], quantized: Iterable[str]) -> None:
             check_keys(table, MLX, f"quantization: {path}")
         if bool(table) != (path in paths):
             has = "has scales" if path in paths else "has no scales"
-            raise ArtifactError(f"quantization: {path} is {_shown(table)}, and yet the layer {has}: {WAY_OUT}")
+            raise ArtifactError(f"quantization: {path} is {shown(table)}, and yet the layer {has}: {WAY_OUT}")
 
 
 def check_alike(stated: Mapping[str, Mapping[str, Any]]) -> None:
@@ -245,7 +254,7 @@ def check_alike(stated: Mapping[str, Mapping[str, Any]]) -> None:
     first, second = (stated[key] for key in QUANTIZATION)
     if first and second and first != second:
         raise ArtifactError(
-            f"config.json: quantization is {_shown(second)}, and quantization_config is {_shown(first)}: remove one of them"
+            f"config.json: quantization is {shown(second)}, and quantization_config is {shown(first)}: remove one of them"
         )
 
 
@@ -260,9 +269,10 @@ def check_keys(stated: Mapping[str, Any], allowed: Mapping[str, Callable[[Any], 
     """
     for key, value in stated.items():
         if not allowed.get(key, _nothing)(value):
-            raise ArtifactError(f"{where}: {key} is {_shown(value)}, which qkit does not carry out: {WAY_OUT}")
+            raise ArtifactError(f"{where}: {key} is {shown(value)}, which qkit does not carry out: {WAY_OUT}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a configuration as JSON, for messages, at most about `SHOWN` characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -4,13 +4,15 @@
 The kernels declare their elements and scale rules, see `takes` and `packs`; the law computes every other one here too.
 """
 
-from qkit.native.arrays import extremes, fake_quantize, interleave, pack, quantize, quantize_packed, use_threads
+from qkit.native.arrays import extremes, fake_quantize, pack, quantize, quantize_packed, use_threads
+from qkit.native.blocks import halves, interleave
 from qkit.native.library import available, packs, takes
 
 __all__ = [
     "available",
     "extremes",
     "fake_quantize",
+    "halves",
     "interleave",
     "pack",
     "packs",

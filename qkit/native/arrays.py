@@ -132,31 +132,6 @@ def pack(codes: NDArray[Any], element: Element) -> NDArray[np.uint32]:
     return out
 
 
-def interleave(
-    words: NDArray[np.uint32], heads: NDArray[np.uint8], *, bits: int, run: int, flip: int = 0
-) -> NDArray[np.uint8]:
-    """Packed codes of 4 or 8 bits and the bytes of scales, in one row of blocks, each of which begins with its scales.
-
-    In each run of 4-bit codes, byte i holds code i in its low half and code i + run / 2 in its high half.
-
-    Args:
-        words: whole rows of codes without padding.
-        heads: [rows, blocks, bytes of a block's scales].
-        run: codes of a run; runs fill blocks.
-        flip: number that each byte of 8-bit codes is XORed with.
-
-    Raises:
-        BackendError: the library was not built.
-    """
-    words, heads = np.ascontiguousarray(words), np.ascontiguousarray(heads)
-    blocks, head = heads.size // heads.shape[-1], heads.shape[-1]
-    codes = words.nbytes * 8 // bits // blocks
-    out = np.empty(heads.nbytes + words.nbytes, np.uint8)
-    sizes = blocks, head, codes // run, run
-    function("qkit_interleave")(_address(words, 0), _address(heads, 0), *sizes, bits, flip, _address(out, 0))
-    return out
-
-
 def extremes(w: NDArray[Any], *, dtype: DType | None = None) -> tuple[float, float]:
     """The highest and the lowest of `w`; zero counts as a number. One of the two is NaN if `w` has a NaN.
 

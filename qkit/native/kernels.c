@@ -390,6 +390,15 @@ EXPORT int32_t qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t 
     return DONE;
 }
 
+/* Writes each of `n` scales as a float16, rounded to nearest even, `repeat` times. A scale must not be NaN. */
+EXPORT int32_t qkit_halves(const float *scales, int64_t n, int64_t repeat, uint16_t *out)
+{
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t k = 0; k < repeat; k++)
+            *out++ = half_code(scales[i]);
+    return DONE;
+}
+
 /* Writes `blocks` blocks of packed codes of `width` bits, 4 or 8, each after its `head` bytes of `heads`; see `nibbles` and
    `octets`. */
 EXPORT int32_t qkit_interleave(const uint8_t *words, const uint8_t *heads, int64_t blocks, int64_t head, int64_t runs,

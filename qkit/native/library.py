@@ -44,6 +44,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "qkit_pack": (c_void_p, c_int64, c_int64, c_int32, c_uint8, c_void_p, c_int64),
     "qkit_multiply": (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
     "qkit_decode": (c_void_p, c_int32, c_void_p, c_void_p),
+    "qkit_halves": (c_void_p, c_int64, c_int64, c_void_p),
     "qkit_interleave": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int32, c_uint8, c_void_p),
 }
 

@@ -30,7 +30,7 @@ FARTHEST = 255.0  #: an offset larger than this changes no code any more
 
 def is_learned(name: str) -> bool:
     """Whether the parameter called `name`, with or without its layer's path, is a learned range. Ranges take no weight decay."""
-    return name.rpartition(".")[2] in NAMES
+    return name.rpartition(".")[2].endswith(NAMES)  # of experts with the projection before it, `gate_proj_weight_scale`
 
 
 def is_offset(name: str) -> bool:
@@ -38,7 +38,7 @@ def is_offset(name: str) -> bool:
 
     An offset changes no value before it has moved by a half. At the weights' learning rate that would take for ever.
     """
-    return name.rpartition(".")[2] in OFFSETS
+    return name.rpartition(".")[2].endswith(OFFSETS)
 
 
 def names(grid: Grid) -> tuple[str, ...]:

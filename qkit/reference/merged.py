@@ -23,7 +23,9 @@ DROPPED = 12  #: of float32's 24 significant bits
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """The adapter of one layer, as NumPy arrays: the merged weight is W + scale * B A, see `merged`.
+    """The adapter of one weight, as NumPy arrays: the merged weight is W + scale * B A, see `merged`.
+
+    For a projection of experts every array has a first axis more, [experts, ...], and no expert sees another.
 
     Attributes:
         a: float32 [rank, inputs].
@@ -41,11 +43,12 @@ class Update:
     magnitude: Floats | None = None
 
     def __post_init__(self) -> None:
-        if self.a.ndim != 2 or self.b.ndim != 2 or len(self.a) != self.b.shape[1] or not len(self.a):
+        fits = self.a.ndim == self.b.ndim and self.a.ndim in (2, 3) and self.a.shape[-2] == self.b.shape[-1]
+        if not fits or self.a.shape[:-2] != self.b.shape[:-2] or not self.a.shape[-2]:
             raise QkitError(
                 f"an adapter's A is {self.a.shape} and its B {self.b.shape}: want [rank, inputs], [outputs, rank]"
             )
-        if self.magnitude is not None and self.magnitude.shape != (len(self.b),):
+        if self.magnitude is not None and self.magnitude.shape != self.b.shape[:-1]:
             raise QkitError(
                 f"an adapter's magnitude is {self.magnitude.shape} and its B {self.b.shape}: want [outputs]"
             )
@@ -60,12 +63,12 @@ class Update:
     @property
     def rank(self) -> int:
         """Of the product."""
-        return len(self.a)
+        return int(self.a.shape[-2])
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight that it updates: (outputs, inputs)."""
-        return len(self.b), self.a.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it updates: (outputs, inputs), or (experts, outputs, inputs)."""
+        return (*self.b.shape[:-1], self.a.shape[-1])
 
     def parts(self) -> dict[str, Floats]:
         """The arrays by name, without the absent one."""
@@ -74,33 +77,33 @@ class Update:
 
 
 def merged(w: NDArray[Any], update: Update) -> Floats:
-    """The weight [outputs, inputs] that a layer with base weight `w` and an adapter trains with, before its grid; float32.
+    """The weight [..., outputs, inputs] that a layer with base weight `w` and an adapter trains with, before its grid; float32.
 
     LoRA: W + scale * B A. DoRA: m * V / ||V|| by rows, with V = W + scale * B A.
     """
     v = w.astype(np.float32) + product(shorten(update.b * np.float32(update.scale)), shorten(update.a))
     if update.magnitude is None:
         return v
-    return v * (update.magnitude / row_norms(v))[:, None]
+    return v * (update.magnitude / row_norms(v))[..., None]
 
 
 def product(b: Floats, a: Floats) -> Floats:
-    """B A of shortened factors [outputs, rank] and [rank, inputs], summed from the first column of B to the last."""
-    total = b[:, :1] * a[:1]
-    for k in range(1, len(a)):
-        total = total + b[:, k : k + 1] * a[k : k + 1]
+    """B A of shortened factors [..., outputs, rank] and [..., rank, inputs], summed from the first column of B to the last."""
+    total = b[..., :1] * a[..., :1, :]
+    for k in range(1, a.shape[-2]):
+        total = total + b[..., k : k + 1] * a[..., k : k + 1, :]
     return total
 
 
 def row_norms(v: Floats) -> Floats:
-    """Lengths [outputs] of the rows of `v`, shortened; at least 2^-96. Squares are summed by halves: i and i + n/2, and so on."""
+    """Lengths [..., outputs] of the rows of `v`, shortened; at least 2^-96. Squares are summed by halves: i and i + n/2."""
     squares = shorten(v) ** 2
-    n = 1 << (v.shape[1] - 1).bit_length()
-    squares = np.pad(squares, ((0, 0), (0, n - v.shape[1])))
+    n = 1 << (v.shape[-1] - 1).bit_length()
+    squares = np.pad(squares, ((0, 0),) * (v.ndim - 1) + ((0, n - v.shape[-1]),))
     while n > 1:
         n //= 2
-        squares = squares[:, :n] + squares[:, n:]
-    return np.maximum(np.sqrt(squares[:, 0]), np.float32(MIN_SCALE))
+        squares = squares[..., :n] + squares[..., n:]
+    return np.maximum(np.sqrt(squares[..., 0]), np.float32(MIN_SCALE))
 
 
 def shorten(x: Floats) -> Floats:

@@ -119,7 +119,7 @@ class Packed:
 
     Attributes:
         words: uint32 [outputs, words(inputs, bits)], the stream of bits of each row.
-        scales, grid, dtype, zeros, tensor_scale: as in `QTensor`.
+        scales, grid, dtype, zeros, tensor_scale, biases: as in `QTensor`.
         shape: of the weight.
     """
 
@@ -130,22 +130,22 @@ class Packed:
     shape: tuple[int, ...]
     zeros: NDArray[np.uint8] | None = None
     tensor_scale: NDArray[np.float32] | None = None
+    biases: NDArray[Any] | None = None
 
     def parts(self) -> dict[str, NDArray[Any]]:
         """The arrays by name, without the absent ones."""
-        named = {"words": self.words, "scales": self.scales, "zeros": self.zeros, "tensor_scale": self.tensor_scale}
+        named = {
+            "words": self.words,
+            "scales": self.scales,
+            "zeros": self.zeros,
+            "tensor_scale": self.tensor_scale,
+            "biases": self.biases,
+        }
         return {name: array for name, array in named.items() if array is not None}
 
     def rows(self, start: int, stop: int) -> "Packed":
         """The same weight, rows `start` to `stop` of it."""
-        shared = self.scales.shape[0] != self.shape[0]  # one scale for the whole tensor
-        return replace(
-            self,
-            words=self.words[start:stop],
-            scales=self.scales if shared else self.scales[start:stop],
-            zeros=self.zeros if shared or self.zeros is None else self.zeros[start:stop],
-            shape=(len(self.words[start:stop]), *self.shape[1:]),
-        )
+        return self._of_rows(slice(start, stop))
 
     def blocks(self, numbers: int) -> Iterator["Packed"]:
         """The same weight in blocks of whole rows, of about so many numbers."""
@@ -154,10 +154,13 @@ class Packed:
 
     def permuted(self, order: NDArray[np.int64]) -> "Packed":
         """The same weight with its rows in another order."""
-        shared = self.scales.shape[0] != self.shape[0]
-        return replace(
-            self,
-            words=self.words[order],
-            scales=self.scales if shared else self.scales[order],
-            zeros=self.zeros if shared or self.zeros is None else self.zeros[order],
-        )
+        return self._of_rows(order)
+
+    def _of_rows(self, rows: Any) -> "Packed":
+        shared = self.scales.shape[0] != self.shape[0]  # one scale for the whole tensor
+        words = self.words[rows]
+        per_group = {"scales": self.scales, "zeros": self.zeros, "biases": self.biases}
+        mine: dict[str, Any] = {
+            name: array if shared or array is None else array[rows] for name, array in per_group.items()
+        }
+        return replace(self, words=words, shape=(len(words), *self.shape[1:]), **mine)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from qkit import element as constants
 from qkit.element import STEP, Element
-from qkit.grid import Grid, want_grid
+from qkit.grid import Grid, want_chosen
 from qkit.qtensor import QTensor, dtype_of
+from qkit.reference.read_scales import read_steps
 from qkit.reference.scale_rules import (
     POWER_RULES,
     SYMMETRIC_RULES,
@@ -67,7 +68,11 @@ def dequantize(q: QTensor[NDArray[Any]]) -> NDArray[Any]:
         values = codes.astype(np.float32)
     else:
         values = float_values(codes, q.grid.element)
-    return to_dtype((values * each(scale_values(q))).reshape(q.shape), q.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = values * each(scale_values(q))
+        if q.biases is not None:  # the product is rounded before the sum
+            values = values + each(q.biases.astype(np.float32))
+    return to_dtype(values.reshape(q.shape), q.dtype)
 
 
 def fake_quantize(
@@ -136,6 +141,8 @@ def unclipped(
 
 def scale_values(q: QTensor[NDArray[Any]]) -> Floats:
     """The fp32 step of every group [..., groups]: the factor of its codes."""
+    if q.grid.read:
+        return read_steps(q)
     if q.tensor_scale is not None:
         return cast(Floats, e4m3_values(q.scales) * q.tensor_scale)
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
@@ -171,7 +178,7 @@ def _steps(x: Floats, grid: Grid, peak: float | None) -> tuple[Floats, Floats | 
 
 def group(w: NDArray[Any], grid: Grid) -> Floats:
     """[..., n] -> float32 [..., groups, group]."""
-    want_grid(grid)
+    want_chosen(grid)
     return w.astype(np.float32).reshape(grid.group_shape(w.shape))
 
 

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError
 from qkit.intake import TEXT_BYTES, check_regular, parse_json, parse_table, read_text
+from qkit.storage import other_models
 from qkit.storage.layout import DTYPES, FILE_TENSORS, INDEX, SINGLE, Slot
+from qkit.storage.other_models import GGUF
 
 TENSORS: Final = 500_000  #: most tensors of a directory; the largest known models have 211,000
 HEADER_BYTES: Final = 100_000_000  #: most bytes of a header, by the format's own rule
@@ -21,7 +23,6 @@ NAME: Final = 1000  #: most characters of a tensor's name
 AXES: Final = 16  #: most axes of a tensor
 NUMBERS: Final = 1 << 60  #: a tensor has fewer numbers than this, with axes of 0 counted as 1
 FEWER: Final = "stack them, or split the model"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class MissingError(ArtifactError):
@@ -79,6 +80,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         MissingError: the folder, a shard or a tensor is missing.
     """
     if not folder.is_dir():
+        if folder.name.lower().endswith(GGUF) and folder.is_file():
+            raise MissingError(other_models.gguf(folder))
         raise MissingError(f"{folder} is no directory: name one with {SINGLE} or {INDEX} in it")
     places = _index(folder / INDEX) if (folder / INDEX).exists() else None
     shards = sorted(set(places.values())) if places is not None else [SINGLE]
@@ -223,11 +226,6 @@ def checked_link(file: Path, *, root: Path) -> Path:
     return file
 
 
-def is_pickle(name: str) -> bool:
-    """Whether a file of this name is a pickle, which can run code when a program reads it."""
-    return name.endswith(PICKLES)
-
-
 def _index(file: Path) -> dict[str, str]:
     table = read_json(inside(file.parent, file.name), most=INDEX_BYTES) or {}
     places = table.get("weight_map")
@@ -244,10 +242,6 @@ def _index(file: Path) -> dict[str, str]:
 def _no_weights(folder: Path, strays: list[str]) -> str:
     if strays:
         return f"{folder} has {strays[0]} but no {INDEX}, which lists the files of the model: fetch it"
-    pickles = sorted(entry.name for entry in folder.iterdir() if is_pickle(entry.name))
-    if pickles:
-        return (
-            f"{folder} has its weights in {pickles[0]}, a pickle, which can run code: qkit opens none; let the model's publisher "
-            "or a machine that you can lose write it as safetensors"
-        )
+    if sentence := other_models.sentence(folder):
+        return sentence
     return f"{folder} has neither {SINGLE} nor {INDEX}: name the directory of a model"

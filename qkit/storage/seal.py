@@ -12,7 +12,8 @@ from typing import Final
 from qkit.errors import ArtifactError
 from qkit.storage.batches import batches, in_threads
 from qkit.storage.marks import SEAL
-from qkit.storage.read import INDEX_BYTES, Stored, inside, is_pickle, read_json
+from qkit.storage.other_models import is_pickle
+from qkit.storage.read import INDEX_BYTES, Stored, inside, read_json
 from qkit.storage.tensor_writer import CHUNK, PIECE
 
 AGAIN: Final = "quantize or save the model again"
@@ -73,7 +74,7 @@ def check_seal(folder: Path, tensors: Mapping[str, Stored], *, digests: bool) ->
     With `digests`, one pass reads every byte of the weights. The bytes stay in the system's cache for the caller.
 
     Returns:
-        The digests by the name of their tensor, all of which were compared; empty without `digests` or a seal.
+        The digests by the name of their tensor, compared only with `digests`; empty without a seal.
 
     Raises:
         ArtifactError: a file or tensor differs from the seal.
@@ -85,7 +86,7 @@ def check_seal(folder: Path, tensors: Mapping[str, Stored], *, digests: bool) ->
         raise ArtifactError(str(problem))
     for problem in tensor_problems(folder, seal, tensors, digests=digests):
         raise ArtifactError(str(problem))
-    return seal.tensors if digests else {}
+    return seal.tensors
 
 
 def file_problems(folder: Path, seal: Seal) -> Iterator[Problem]:
@@ -113,7 +114,12 @@ def tensor_problems(
         elif name not in seal.tensors:
             yield Problem(f"{tensors[name].file}: {name}", "was not written by qkit")
         elif digests and found[name] != seal.tensors[name]:
-            yield Problem(f"{tensors[name].file}: {name}", "its bytes are not those that were written")
+            yield changed(tensors[name])
+
+
+def changed(stored: Stored) -> Problem:
+    """The problem of a tensor whose bytes have changed."""
+    return Problem(f"{stored.file}: {stored.slot.name}", "its bytes are not those that were written")
 
 
 def _is_file_name(name: str) -> bool:

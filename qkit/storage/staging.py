@@ -136,10 +136,10 @@ class Staging:
         if current:  # else this process stays in the old directory, and its relative paths lead nowhere
             os.chdir(self.place.path)
 
-    def put_file_in_place(self, name: str) -> None:
-        """Moves file `name` of the staging directory to the destination, which is a file."""
+    def put_file_in_place(self, name: str, *, bring: Callable[[int], None]) -> None:
+        """Moves file `name` of the staging directory, whose bytes `bring` brings to the disk, to the destination, a file."""
         with (self.folder / name).open("rb") as stream:
-            os.fsync(stream.fileno())
+            bring(stream.fileno())
         if self.place.path.is_file():
             _take_permissions(self.folder / name, self.place.path)
         os.replace(self.folder / name, self.place.path)
@@ -169,15 +169,22 @@ class Staging:
                 remove(folder)
 
 
+def leave_to_system(descriptor: int) -> None:
+    """Brings nothing to the disk: the system does so within a minute, as after `cp`. For copies that are easily made anew."""
+
+
 @contextmanager
-def whole_file(out: str | Path) -> Iterator[Path]:
+def whole_file(out: str | Path, *, bring: Callable[[int], None] = os.fsync) -> Iterator[Path]:
     """A path to write a new file to. The file appears at `out` when the block ends without an error, and not otherwise.
+
+    Args:
+        bring: brings the bytes of the open file to the disk; see `leave_to_system`.
 
     Raises:
         ArtifactError, PlanError: see `check_file`.
         LockedError: another process writes `out`.
     """
-    with _whole(check_file, out) as file:
+    with _whole(check_file, out, bring) as file:
         yield file
 
 
@@ -189,12 +196,12 @@ def replaced_file(out: str | Path) -> Iterator[Path]:
         ArtifactError, PlanError: see `check_replaced_file`.
         LockedError: another process writes `out`.
     """
-    with _whole(check_replaced_file, out) as file:
+    with _whole(check_replaced_file, out, os.fsync) as file:
         yield file
 
 
 @contextmanager
-def _whole(check: Callable[[str | Path], Destination], out: str | Path) -> Iterator[Path]:
+def _whole(check: Callable[[str | Path], Destination], out: str | Path, bring: Callable[[int], None]) -> Iterator[Path]:
     staging = Staging(check(out))
     try:
         staging.take()
@@ -204,7 +211,7 @@ def _whole(check: Callable[[str | Path], Destination], out: str | Path) -> Itera
         file = staging.folder / staging.place.path.name
         yield file
         check(out)
-        staging.put_file_in_place(file.name)
+        staging.put_file_in_place(file.name, bring=bring)
     finally:
         staging.release(keep=False)
 

@@ -19,7 +19,7 @@ from qkit.storage.known_digests import KnownDigests
 from qkit.storage.layout import INDEX, SHARD_BYTES, Layout, Slot, lay_out
 from qkit.storage.marks import MARK, SEAL, strangers_in
 from qkit.storage.staging import Staging, unmark_companions, write_companion, write_synced
-from qkit.storage.tensor_writer import CHUNK, TensorWriter, write_all
+from qkit.storage.tensor_writer import CHUNK, TensorWriter, reserve, write_all
 
 LINES = 1000  #: lines of a seal that are written together
 FLUSH = 64 << 20  #: bytes of closed tensors after which a sync to the disk begins
@@ -42,17 +42,22 @@ def write_directory(
     shard_bytes: int = SHARD_BYTES,
     fingerprint: str = "",
     known: KnownDigests | None = None,
+    bring: Callable[[int], None] = os.fsync,
 ) -> None:
     """Writes `folder` whole or not at all, on all cores, with one block of each thread in memory.
 
     See `lay_out` and `Output` for arguments and errors.
 
     Args:
-        known: digests of bytes in memory. A tensor that is exactly such bytes is not digested again.
+        known: stated digests of bytes in memory. A tensor that is exactly such bytes carries its digest on; the rest is compared.
+        bring: brings the bytes of an open file to the disk, see `Output`.
+
+    Raises:
+        ArtifactError: bytes that were compared are not those of `known`.
     """
     by_name = {stream.slot.name: stream for stream in streams}
     layout = lay_out([stream.slot for stream in by_name.values()], metadata=metadata, shard_bytes=shard_bytes)
-    with Output(folder, layout, files=files, fingerprint=fingerprint) as output:
+    with Output(folder, layout, files=files, fingerprint=fingerprint, bring=bring) as output:
 
         def write(names: Sequence[str]) -> None:
             writer = TensorWriter(output.aside, layout.places)
@@ -60,13 +65,16 @@ def write_directory(
                 for name in names:
                     offset, nbytes, digest = 0, layout.places[name].nbytes, None
                     for block in by_name[name].blocks():
-                        digest = known.of(block) if known and len(block) == nbytes else None
+                        digest = known.carry(block) if known and len(block) == nbytes else None
                         offset += writer.write(name, block, offset=offset, digest=digest)
                     output.close(name, digest=digest or writer.digest(name))
             finally:
                 writer.close()
 
-        in_threads(write, batches(output.missing, lambda name: layout.places[name].nbytes))
+        missing = set(output.missing)  # in the order of the streams: neighbors may share their work
+        in_threads(write, batches((n for n in by_name if n in missing), lambda name: layout.places[name].nbytes))
+        if known:
+            known.compare(known.left)
 
 
 class Output:
@@ -82,6 +90,7 @@ class Output:
         files: the other files by name, as bytes or as a file to copy.
         fingerprint: text that identifies the source of the bytes; empty where a run cannot be resumed.
         like: a directory whose permissions a new `folder` gets; None leaves them to the system.
+        bring: called with each open weights file, brings its bytes to the disk; see `leave_to_system`.
 
     Raises:
         ArtifactError: `folder` may not be replaced, or an interrupted run with another fingerprint is in the way.
@@ -98,13 +107,14 @@ class Output:
         files: Mapping[str, bytes | Path],
         fingerprint: str = "",
         like: Path | None = None,
+        bring: Callable[[int], None] = os.fsync,
     ) -> None:
         self._place = destination(folder)
         self._staging = Staging(self._place, like=like)
         self.layout = layout
         self.files = {**files, **({INDEX: self.layout.index.encode()} if self.layout.index else {})}
         self.fingerprint = fingerprint and self._fingerprint(fingerprint)
-        self.aside = self._place.aside
+        self.aside, self._bring = self._place.aside, bring
         self._digests: dict[str, str] = {}
         self._closing = threading.Lock()
         self._opened: dict[str, int] = {}
@@ -199,7 +209,7 @@ class Output:
             path = self.aside / file
             self._opened[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             write_all(self._opened[file], header, 0)
-            os.truncate(self._opened[file], self.layout.sizes[file])
+            reserve(self._opened[file], self.layout.sizes[file])
         self._staging.start_journal(self.fingerprint)
         for name, digest in closed.items():  # digests are computed again: the machine may have lost power since
             if name in self.layout.places and self._writer.digest(name) == digest:
@@ -229,7 +239,7 @@ class Output:
 
     def _sync(self) -> None:
         for descriptor in self._opened.values():
-            os.fsync(descriptor)
+            self._bring(descriptor)
 
 
 def identity(layout: Layout, files: Mapping[str, bytes | Path]) -> str:

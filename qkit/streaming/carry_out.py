@@ -20,6 +20,7 @@ from qkit.formats.row_blocks import part_rows
 from qkit.grid import Grid
 from qkit.processes import in_processes
 from qkit.reference.packing import Packed
+from qkit.sources.encoded import Encoded, parts_of
 from qkit.storage.batches import batches
 from qkit.storage.destination import destination
 from qkit.storage.layout import DTYPES, Place, Slot
@@ -113,7 +114,8 @@ def fingerprint(plan: Plan) -> str:
     old time stamp is not noticed. A copy of the source with new time stamps begins a new run.
     """
     stamps = []
-    for file in sorted({row.stored.file for row in plan.rows}):
+    stored = [one for row in plan.rows for one in parts_of(row.stored)]
+    for file in sorted({one.file for one in stored}):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = hashlib.sha256(stream.read(length)).hexdigest()
@@ -157,6 +159,9 @@ def _make_row(row: Row, places: Mapping[str, Place], writer: TensorWriter, quant
 
 def _copy(row: Row, writer: TensorWriter, reader: Reader) -> None:
     stored, size = row.stored, row.stored.slot.nbytes
+    if isinstance(stored, Encoded):
+        _copy_values(stored, row.slots[0].name, writer)
+        return
     for begin in range(0, size, COPY):
         data = reader.read(begin, min(begin + COPY, size))
         if stored.slot.dtype == "BOOL":
@@ -165,6 +170,16 @@ def _copy(row: Row, writer: TensorWriter, reader: Reader) -> None:
             first = begin // DTYPES[stored.slot.dtype][1]
             check_finite(data.view(row.dtype), name=name_of(stored), first=first, shape=stored.slot.shape)
         writer.write(row.slots[0].name, data.data, offset=begin)
+
+
+def _copy_values(stored: Encoded, name: str, writer: TensorWriter) -> None:
+    """Writes the values of another program's codes, some rows at a time; one matrix at a time where it is transposed."""
+    shape, offset = stored.slot.shape, 0
+    for first, block in stored.blocks():
+        check_finite(block.reshape(-1), name=name_of(stored), first=first, shape=shape)
+        data = _bytes(block)
+        writer.write(name, data, offset=offset)
+        offset += len(data)
 
 
 def _quantize(

@@ -10,6 +10,7 @@ from qkit import fused, native
 from qkit.artifact.companions import companions, left_behind
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
+from qkit.artifact.foreign import open_any
 from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
@@ -17,7 +18,6 @@ from qkit.experts import Member
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.formats.row_blocks import row_blocks
-from qkit.formats.settings import check_remaining, quantization_of
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
@@ -88,6 +88,7 @@ class Plan:
         files: other files of the output; see `Output`.
         left_behind: names of entries of the source that the output will not have.
         caveats: readers that will not open the output, or only in one way.
+        notes: sentences about a source that another program quantized; see `Source.notes`.
     """
 
     folder: Path
@@ -97,6 +98,7 @@ class Plan:
     files: Mapping[str, bytes | Path]
     left_behind: tuple[str, ...]
     caveats: tuple[Caveat, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def output(self, folder: Path, *, fingerprint: str = "") -> Output:
         """The directory to write."""
@@ -132,25 +134,20 @@ def make_plan(
         untie: whether the output gets a weight for a tied output head, equal to the embedding.
 
     Raises:
-        ArtifactError: a file is unsound or hostile, or the model is quantized already.
+        ArtifactError: a file is unsound or hostile, or the model is quantized by qkit, or in a way that qkit does not read.
         PlanError: the recipe does not fit the model, or a part of the model is missing.
     """
     try:
-        tensors, _ = read_folder(folder)
+        stored, metadata = read_folder(folder)
     except MissingError as error:
         raise PlanError(str(error)) from None
     config = read_config(folder)
-    try:
-        foreign = next(filter(None, quantization_of(config).values()), None)
-        if not foreign:
-            check_remaining(dict.fromkeys(tensors, ""))
-    except ArtifactError as error:
-        raise ArtifactError(f"{folder}: {error}") from None
-    if foreign:
-        method = foreign.get("quant_method", "an unknown tool")
+    if KEY in metadata:
         raise ArtifactError(
-            f"{folder} is quantized already, by {method}; codes are not quantized again: name the float model"
+            f"{folder} is quantized already, by qkit; codes are not quantized again: name the float model"
         )
+    source = open_any(folder, stored, config)
+    tensors, config = dict(source.tensors), source.detected.config
     if untie:
         tensors, config = untied(tensors, config, folder)
     known = config or {}
@@ -190,12 +187,12 @@ def make_plan(
     files = companions(folder, config=written_config)
     if copy_code:
         files.update((file.name, inside(folder, file.name)) for file in folder.glob("*.py"))
-    used = {stored.file.name for stored in tensors.values()} | {INDEX, CONFIG, *files}
+    used = {one.file.name for one in stored.values()} | {INDEX, CONFIG, *files}
     tied = owner.path if owner else ""
     written = (slot for row in rows for slot in row.slots)
     layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
     found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind(folder, used), found_caveats)
+    return Plan(folder, tuple(rows), tied, layout, files, left_behind(folder, used), found_caveats, source.notes)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError
+from qkit.experts import Member
 from qkit.formats.row_blocks import row_blocks
+from qkit.sources.encoded import Encoded
+from qkit.sources.grids import member_rows
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import Stored
 from qkit.streaming.blocks import check_codable
@@ -83,6 +86,8 @@ class Weight:
     def _rows(self, begin: int, end: int) -> NDArray[Any]:
         row, member = self.row, self.row.member
         n, size = row.shape[1], DTYPES[row.stored.slot.dtype][1]
+        if isinstance(row.stored, Encoded):
+            return _decoded(row.stored, begin, end, member, self.expert, self.projection)
         if member is None or member.expert is not None:
             first = 0
         elif (
@@ -113,6 +118,17 @@ def weights_of(row: Row, reader: Reader) -> Iterator[Weight]:
 def name_of(stored: Stored) -> str:
     """The file and the name of a tensor, for messages."""
     return f"{stored.file}: {stored.slot.name}"
+
+
+def _decoded(
+    stored: Encoded, begin: int, end: int, member: Member | None, expert: int, projection: str
+) -> NDArray[Any]:
+    """Rows of a weight that another program's codes hold. A stack of experts has those of gate and up one after the other,
+    or in turn; its codes are [outputs, inputs] for each expert, whichever way its float tensor lies."""
+    if member is None or member.expert is not None:
+        return stored.rows(slice(begin, end))
+    mine = range(*member_rows(member, projection).indices(stored.matrix[0]))[begin:end]
+    return stored.rows(slice(mine.start, mine.stop, mine.step), expert)
 
 
 @lru_cache(maxsize=16)  # a process quantizes several of the weights that share a scale

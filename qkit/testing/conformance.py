@@ -21,6 +21,7 @@ from qkit.testing.activations import Activations
 from qkit.testing.hard_tensors import all_grids, coupled, random, tensors
 from qkit.testing.kinds import Kinds
 from qkit.testing.parity import compare, compare_many, static_parts
+from qkit.testing.read_laws import ReadGrids
 
 GRIDS = all_grids()
 FAMILIES = {
@@ -34,7 +35,7 @@ each_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-class ArrayConformance:
+class ArrayConformance(ReadGrids):
     """The laws of an engine that works on arrays only, each on every grid. A subclass names the engine in `backend`."""
 
     backend: ClassVar[str]

@@ -155,7 +155,7 @@ ATTACKS = {
         lambda folder: (folder / "config.json").write_text(
             json.dumps({"quantization_config": {"quant_method": "awq"}})
         ),
-        "quantized already, by awq",
+        "quantized by awq, and no tensor is part of a weight quantized so",
     ),
     "width": (
         lambda folder: one_file(folder, lambda named: named.update({UP: np.ones((96, 60), np.float32)})),
@@ -178,7 +178,7 @@ ATTACKS = {
         lambda folder: one_file(
             folder, lambda named: named.update({UP.replace("weight", "weight_packed"): np.ones(3, np.float32)})
         ),
-        "up_proj.weight_packed is part of a quantized weight, and config.json does not say of which kind",
+        r"up_proj.weight_packed is part of a quantized weight \(compressed-tensors\), and config.json does not say of which kind",
     ),
 }
 

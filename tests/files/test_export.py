@@ -20,7 +20,6 @@ from qkit.formats.mlx_families import FAMILIES
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
 from qkit.storage.arrays import read_file
-from qkit.storage.known_digests import KnownDigests
 from qkit.storage.read import read_folder
 from qkit.storage.seal import digests_of, read_seal
 
@@ -51,14 +50,6 @@ def test_the_digests_of_an_export_are_those_of_its_bytes_though_copies_keep_the_
     assert seal.tensors == digests_of(list(stored.values()))
     own = set(read_seal(source.folder).tensors.values())
     assert own & set(seal.tensors.values())
-
-
-def test_a_digest_is_known_of_exactly_the_bytes_that_have_it():
-    arrays = {"a": np.arange(8, dtype=np.int16), "b": np.zeros(8, np.int16)}
-    known = KnownDigests(arrays, {"a": "of a"})
-    data = arrays["a"].view(np.uint8).data
-    assert known.of(data) == "of a"
-    assert [known.of(data[2:]), known.of(data[:8]), known.of(bytes(data)), known.of(arrays["b"].data)] == [None] * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

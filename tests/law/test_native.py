@@ -295,6 +295,34 @@ def test_codes_of_eight_bits_are_flipped_into_signed_ones():
 
 
 @needs_kernels
+def test_blocks_may_begin_in_memory_that_is_there_and_never_go_beyond_it():
+    codes, heads = np.arange(64, dtype=np.uint8).reshape(2, 32), np.zeros((2, 1, 2), np.uint8)
+    memory = np.full(70, 255, np.uint8)
+    made = native.interleave(codes.view(np.uint32), heads, bits=8, run=32, out=memory)
+    assert np.shares_memory(made, memory)
+    assert np.array_equal(made, native.interleave(codes.view(np.uint32), heads, bits=8, run=32))
+    assert (memory[68:] == 255).all()
+    with pytest.raises(ValueError, match="has 67 bytes: 68"):
+        native.interleave(codes.view(np.uint32), heads, bits=8, run=32, out=memory[:67])
+
+
+@needs_kernels
+@pytest.mark.parametrize("repeat", [1, 2, 4])
+def test_halves_of_scales_are_those_of_numpy(repeat):
+    patterns = np.random.default_rng(0).integers(0, 1 << 32, (64, 1024), np.uint64).astype(np.uint32)
+    near = (np.arange(0x3300_0000, 0x4800_0000, 4099, dtype=np.uint32)[:81920] | 0x8000_0000).reshape(64, -1)
+    for scales in (
+        patterns.view(np.float32),
+        near.view(np.float32),
+        np.array([[0.0, -0.0, np.inf, 65520.0]], np.float32),
+    ):
+        sound = np.where(np.isnan(scales), np.float32(0), scales)
+        with np.errstate(over="ignore"):
+            wanted = np.repeat(sound.astype(np.float16), repeat, axis=1)
+        assert np.array_equal(native.halves(sound, repeat=repeat).view(np.uint16), wanted.view(np.uint16))
+
+
+@needs_kernels
 def test_widths_that_no_kernel_moves_are_refused():
     with pytest.raises(BackendError, match="qkit_interleave"):
         native.interleave(np.zeros((1, 5), np.uint32), np.zeros((1, 1, 2), np.uint8), bits=5, run=32)

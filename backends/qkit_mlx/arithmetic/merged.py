@@ -12,31 +12,31 @@ from qkit_mlx.arithmetic.scale_rules import bits
 
 
 def merged(w: mx.array, a: mx.array, b: mx.array, m: mx.array | None = None, *, scale: float, dtype: DType) -> mx.array:
-    """The merged weight [outputs, inputs] of base `w`, in `dtype`. Gradients pass unchanged through shortening and rounding.
+    """The merged weight [..., outputs, inputs] of base `w`, in `dtype`. Gradients pass unchanged through shortening and rounding.
 
     Args:
-        a: [inputs, rank], as in mlx-lm.
-        b: [rank, outputs], as in mlx-lm.
-        m: the magnitudes [outputs] of DoRA.
+        a: [..., inputs, rank], as in mlx-lm.
+        b: [..., rank, outputs], as in mlx-lm.
+        m: the magnitudes [..., outputs] of DoRA.
     """
 
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         w, a, b, *rest = primals
         to_v, to_m = cotangent.astype(mx.float32), []
         if rest:
-            v = added(w, b.T, a.T, scale)
+            v = added(w, _turned(b), _turned(a), scale)
             norms = row_norms(v)
-            to_m = [((to_v * v).sum(axis=1) / norms).astype(rest[0].dtype)]
-            to_v = to_v * (rest[0].astype(mx.float32) / norms)[:, None]
+            to_m = [((to_v * v).sum(axis=-1) / norms).astype(rest[0].dtype)]
+            to_v = to_v * (rest[0].astype(mx.float32) / norms)[..., None]
         to_b = scale * (to_v @ shorten(a.astype(mx.float32)))
         to_a = shorten(b.astype(mx.float32) * scale) @ to_v
-        return (to_v.astype(w.dtype), to_a.T.astype(a.dtype), to_b.T.astype(b.dtype), *to_m)
+        return (to_v.astype(w.dtype), _turned(to_a).astype(a.dtype), _turned(to_b).astype(b.dtype), *to_m)
 
     def forward(*primals: mx.array) -> mx.array:
         # MLX also asks for the jvp of the operations inside, and operations on bit patterns have none.
         w, a, b, *rest = map(mx.stop_gradient, primals)
-        v = added(w, b.T, a.T, scale)
-        return stored(v if not rest else v * (rest[0].astype(mx.float32) / row_norms(v))[:, None], dtype)
+        v = added(w, _turned(b), _turned(a), scale)
+        return stored(v if not rest else v * (rest[0].astype(mx.float32) / row_norms(v))[..., None], dtype)
 
     function: Any = mx.custom_function(forward)
     function.vjp(backward)
@@ -49,22 +49,22 @@ def added(w: mx.array, b: mx.array, a: mx.array, scale: float) -> mx.array:
 
 
 def product(b: mx.array, a: mx.array) -> mx.array:
-    """B A of shortened factors [outputs, rank] and [rank, inputs], summed from the first column of B to the last."""
-    total = b[:, :1] * a[:1]
-    for k in range(1, len(a)):
-        total = total + b[:, k : k + 1] * a[k : k + 1]
+    """B A of shortened factors [..., outputs, rank] and [..., rank, inputs], summed from the first column of B to the last."""
+    total = b[..., :1] * a[..., :1, :]
+    for k in range(1, a.shape[-2]):
+        total = total + b[..., k : k + 1] * a[..., k : k + 1, :]
     return total
 
 
 def row_norms(v: mx.array) -> mx.array:
-    """Lengths [outputs] of the rows of `v`, shortened; at least 2^-96."""
+    """Lengths [..., outputs] of the rows of `v`, shortened; at least 2^-96."""
     squares = shorten(v).square()
-    n = 1 << (v.shape[1] - 1).bit_length()
-    squares = mx.pad(squares, [(0, 0), (0, n - v.shape[1])])
+    n = 1 << (v.shape[-1] - 1).bit_length()
+    squares = mx.pad(squares, [(0, 0)] * (v.ndim - 1) + [(0, n - v.shape[-1])])
     while n > 1:
         n //= 2
-        squares = squares[:, :n] + squares[:, n:]
-    return mx.maximum(mx.sqrt(squares[:, 0]), MIN_SCALE)
+        squares = squares[..., :n] + squares[..., n:]
+    return mx.maximum(mx.sqrt(squares[..., 0]), MIN_SCALE)
 
 
 def shorten(x: mx.array) -> mx.array:
@@ -79,6 +79,10 @@ def stored(x: mx.array, dtype: DType) -> mx.array:
     elif dtype == "float16":
         x = mx.where(mx.abs(x) < 2.0**-14, mx.round(x * 2.0**24) * 2.0**-24, _significant(x, 13))
     return rounding.to_dtype(x, dtype)
+
+
+def _turned(x: mx.array) -> mx.array:
+    return x.swapaxes(-1, -2)
 
 
 def _significant(x: mx.array, dropped: int) -> mx.array:

@@ -19,19 +19,31 @@ def extremes(x: mx.array) -> mx.array:
     return mx.stack([x.min(), x.max()])
 
 
+def extremes_of_experts(x: mx.array, chosen: mx.array, experts: int) -> mx.array:
+    """The lowest and the highest numbers that each expert sees, float32 [experts, 2]; (inf, -inf) where it sees none.
+
+    Args:
+        x: [..., rows, inputs], of the experts `chosen` [...].
+    """
+    x = mx.stop_gradient(x).astype(mx.float32).reshape(chosen.size, -1)
+    low, high = (mx.full((experts,), bound) for bound in EMPTY)
+    chosen = chosen.flatten()
+    return mx.stack([low.at[chosen].minimum(x.min(axis=1)), high.at[chosen].maximum(x.max(axis=1))], axis=1)
+
+
 def wider(seen: mx.array, extremes: mx.array) -> mx.array:
-    """The range `seen`, widened to `extremes`; `seen` itself if one of these is not finite."""
-    widened = mx.stack([mx.minimum(seen[0], extremes[0]), mx.maximum(seen[1], extremes[1])])
-    return mx.where(mx.isfinite(extremes).all(), widened, seen)
+    """The ranges `seen` [..., 2], widened to `extremes`; `seen` itself where one of these is not finite."""
+    low, high = mx.minimum(seen[..., 0], extremes[..., 0]), mx.maximum(seen[..., 1], extremes[..., 1])
+    return mx.where(mx.isfinite(extremes).all(axis=-1, keepdims=True), mx.stack([low, high], axis=-1), seen)
 
 
 def averaged(seen: mx.array, extremes: mx.array) -> mx.array:
-    """The running average of the range `seen` and `extremes`; `extremes` if `seen` is empty.
+    """The running average of the ranges `seen` [..., 2] and `extremes`; `extremes` where `seen` is empty.
 
-    `seen` itself if one of `extremes` is not finite.
+    `seen` itself where one of `extremes` is not finite.
     """
-    average = mx.where(seen[0] > seen[1], extremes, seen + AVERAGE * (extremes - seen))
-    return mx.where(mx.isfinite(extremes).all(), average, seen)
+    average = mx.where(seen[..., :1] > seen[..., 1:], extremes, seen + AVERAGE * (extremes - seen))
+    return mx.where(mx.isfinite(extremes).all(axis=-1, keepdims=True), average, seen)
 
 
 def static_scales(seen: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
@@ -41,6 +53,20 @@ def static_scales(seen: mx.array, grid: Grid, *, name: str) -> dict[str, mx.arra
     if q.zeros is not None:
         stored[f"{name}_zero_point"] = packing.signed(q.zeros, grid.element)
     return stored
+
+
+def scales_of_experts(seen: mx.array, grid: Grid, *, name: str) -> dict[str, mx.array]:
+    """`static_scales` of the ranges of all experts, [experts, 2] -> arrays [experts]."""
+    q = rounding.quantize(seen, by_rows(grid))
+    stored = {f"{name}_scale": rounding.scale_values(q)[:, 0] + poison(amax(seen))}
+    if q.zeros is not None:
+        stored[f"{name}_zero_point"] = packing.signed(q.zeros, grid.element)[:, 0]
+    return stored
+
+
+def by_rows(grid: Grid) -> Grid:
+    """The grid of a tensor as one of rows, which may each have another expert's scale."""
+    return Grid(grid.element, "row", grid.scale)
 
 
 def stored_scales(stored: Mapping[str, mx.array], grid: Grid, *, name: str) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import mlx.core as mx
 
 from qkit import element as constants
 from qkit.element import ELEMENTS, STEP, Element
-from qkit.grid import Grid
+from qkit.grid import Grid, want_chosen
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding as law
+from qkit_mlx.arithmetic.read_scales import read_steps
 from qkit_mlx.arithmetic.scale_rules import (
     POWER_RULES,
     SYMMETRIC_RULES,
@@ -54,7 +55,10 @@ def dequantize(q: QTensor[mx.array]) -> mx.array:
         values = codes.astype(mx.float32)
     else:
         values = float_values(codes, q.grid.element)
-    return to_dtype((values * each(scale_values(q))).reshape(q.shape), q.dtype)
+    values = values * each(scale_values(q))
+    if q.biases is not None:  # the product is rounded before the sum
+        values = values + each(q.biases.astype(mx.float32))
+    return to_dtype(values.reshape(q.shape), q.dtype)
 
 
 def fake_quantize(
@@ -123,6 +127,8 @@ def masked(gradient: mx.array, inside: mx.array) -> mx.array:
 
 def scale_values(q: QTensor[mx.array]) -> mx.array:
     """The fp32 step of every group [..., groups]: the factor of its codes."""
+    if q.grid.read:
+        return read_steps(q, e4m3_values)
     if q.tensor_scale is not None:
         return e4m3_values(q.scales) * q.tensor_scale
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
@@ -157,6 +163,7 @@ def _steps(x: mx.array, grid: Grid, peak: mx.array | None) -> tuple[mx.array, mx
 
 def group(w: mx.array, grid: Grid) -> mx.array:
     """[..., n] -> float32 [..., groups, group]."""
+    want_chosen(grid)
     return w.astype(mx.float32).reshape(grid.group_shape(tuple(w.shape)))
 
 

@@ -14,16 +14,16 @@ from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
 from qkit.reference.merged import Update
-from qkit_mlx.arithmetic import rounding
+from qkit_mlx.arithmetic import rounding, stored
 from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers import fused
+from qkit_mlx.layers import adapted_experts, experts, fused
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed
-from qkit_mlx.layers.straight_through import fake_quantize
+from qkit_mlx.layers.straight_through import fake_quantize, fake_requantize
 from qkit_mlx.mlx_private import frozen_names
 
 NAMES = ("lora_a", "lora_b", "m")  #: of the parameters of an adapter
@@ -97,13 +97,20 @@ class _AdaptedConverted(_Adapted):
 
     def pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
         """The converted layer, without an adapter, with the codes of `weight`."""
-        q = replace(choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight)), dtype=self.dtype)
+        if self.grid.read:
+            q = stored.requantize(weight, unpack(self))
+        else:
+            q = choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
+        q = replace(q, dtype=self.dtype)
         static = {name: self[name] for name in STORED if name in self and name not in ("bias", *NAMES)}
         return pack_linear(q, self.rule, bias=bias, static=static)
 
     def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         rule = self.rule
-        values = fake_quantize(weight, rule.weight, ste=rule.ste, peak=fused.peak(self, weight))
+        if self.grid.read:
+            values = fake_requantize(weight, unpack(self), ste=rule.ste)
+        else:
+            values = fake_quantize(weight, rule.weight, ste=rule.ste, peak=fused.peak(self, weight))
         values = rounding.to_dtype(values, dtype_of(x))
         x = self._on_grid(x, rule.activation, "input")
         y = x @ values.T if bias is None else mx.addmm(bias, x, values.T)
@@ -151,6 +158,8 @@ def adapter_update(module: Any) -> Update:
 
 def merge_adapter(module: Any) -> Any:
     """See the protocol's `merge_adapter`."""
+    if experts.parts(module):
+        return adapted_experts.merge_adapter(module)
     if isinstance(module, CONVERTED):
         layer = module.pack(module.merged(), module.get("bias"))
         layer.train(module.training)
@@ -168,5 +177,5 @@ def train_only_adapters(model: nn.Module) -> None:
     """See the protocol's `train_only_adapters`."""
     model.freeze()
     for module in model.modules():
-        if isinstance(module, _Adapted):
+        if isinstance(module, (_Adapted, adapted_experts.AdaptedStack)):
             frozen_names(module).difference_update(NAMES)

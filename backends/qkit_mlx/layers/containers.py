@@ -39,6 +39,8 @@ def contain(q: QTensor[mx.array], container: Container) -> Contents:
     outputs, inputs = q.shape
     columns = inputs // container.group
     weight = choose.packed_codes(q.codes, q.grid.element)
+    if q.biases is not None:
+        return Contents(weight, q.scales, q.biases)
     if container.mode != "affine":
         return Contents(weight, _spread(q.scales, outputs, columns), tensor_scale=q.tensor_scale)
     zeros = float(-q.grid.element.lowest) if q.zeros is None else q.zeros.astype(mx.float32)
@@ -50,6 +52,8 @@ def contained(contents: Contents, grid: Grid, *, inputs: int, dtype: DType) -> Q
     shape = grid.scale_shape((contents.weight.shape[0], inputs))
     codes = unpacked_codes(contents.weight, element=grid.element, n=inputs, symmetric=grid.symmetric)
     scales = _gather(contents.scales, shape)
+    if grid.has_biases:
+        return QTensor(codes, scales, grid, dtype, biases=_gather(cast(mx.array, contents.biases), shape))
     zeros = None
     if not grid.symmetric:  # bias = -z * s is exact, so the quotient is too
         zeros = mx.round(-_gather(cast(mx.array, contents.biases), shape) / scales).astype(mx.uint8)

@@ -1,17 +1,18 @@
 """Converted experts: stacks of linear layers, called as mlx-lm's `SwitchLinear`, that hold codes and are not trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from qkit.errors import StageError
+from qkit.element import NVFP4_STEP
+from qkit.engines.protocol import NOTHING
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.rules import Rule
-from qkit_mlx.arithmetic import rounding
+from qkit.rules import Rule, Ste
+from qkit_mlx.arithmetic import ranges, rounding
 from qkit_mlx.arithmetic.packing import unpacked_codes
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers.containers import Contents, contain, contained
@@ -36,9 +37,18 @@ def quantize_stack(weight: mx.array, grid: Grid, *, peaks: mx.array | None) -> l
 
 
 def pack_stack(
-    pieces: Sequence[QTensor[mx.array]], rule: Rule, *, experts: int, bias: mx.array | None = None
+    pieces: Sequence[QTensor[mx.array]],
+    rule: Rule,
+    *,
+    experts: int,
+    bias: mx.array | None = None,
+    static: Mapping[str, mx.array] = NOTHING,
 ) -> "PackedSwitchLinear | PlainSwitchLinear":
-    """The frozen stack that holds the codes of `pieces`: those of `experts` experts in order, whole ones in each piece."""
+    """The frozen stack that holds the codes of `pieces`: those of `experts` experts in order, whole ones in each piece.
+
+    Args:
+        static: `input_scale` and so on, [experts], where the rule's range is static.
+    """
     rows, inputs = sum(piece.shape[0] for piece in pieces), pieces[0].shape[1]
     shape = (rows // experts, inputs)
     execution = choose_gather(rule, device=mx.default_device(), dtype=pieces[0].dtype, shape=shape)
@@ -46,11 +56,13 @@ def pack_stack(
     layer = cls(pieces, rule, execution, experts)
     if bias is not None:
         layer.bias = bias
+    for name, array in static.items():
+        layer[name] = array
     layer.freeze()
     return layer
 
 
-class _SwitchLinear(Float32Scales):
+class SwitchCodes(Float32Scales):
     """The parts that both converted stacks have. Besides its arrays: `rule`, `grid`, `inputs`, `dtype` and `execution`."""
 
     def __init__(self, pieces: Sequence[QTensor[mx.array]], rule: Rule, execution: Execution, experts: int) -> None:
@@ -74,17 +86,51 @@ class _SwitchLinear(Float32Scales):
     def _multiply(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         raise NotImplementedError
 
+    def peak_of(self, expert: int) -> mx.array:
+        """A largest magnitude of one expert that gives its tensor scale again, for a partner that shares it."""
+        scale: mx.array = self["tensor_scale"][expert]
+        return scale * (0.75 / NVFP4_STEP)  # the scale is a power of two, rounded up
+
+    def values_of(self, expert: int) -> mx.array:
+        """The float32 weight of one expert, [outputs, inputs]."""
+        return rounding.dequantize(replace(self.unpack(expert), dtype="float32"))
+
+    def multiply_one_by_one(self, x: mx.array, indices: mx.array) -> mx.array:
+        """The product, float32, with the weights of the experts that tokens chose, each decoded by itself."""
+        rows = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:])).reshape(-1, *x.shape[-2:]).astype(mx.float32)
+        chosen = indices.flatten()
+        outputs = (*indices.shape, x.shape[-2], self.output_dims)
+        if not rows.size:
+            return mx.zeros(outputs)
+        try:
+            found = np.array(chosen)
+        except ValueError:  # while a function is compiled, nobody knows which experts tokens will choose
+            return self._multiply_all(rows, chosen).reshape(outputs)
+        order = np.argsort(found, kind="stable")
+        experts, starts = np.unique(found[order], return_index=True)
+        parts = np.split(order, starts[1:])
+        made = [rows[mx.array(part)] @ self.values_of(int(e)).T for e, part in zip(experts, parts, strict=True)]
+        return mx.concatenate(made)[mx.array(np.argsort(order, kind="stable"))].reshape(outputs)
+
+    def _multiply_all(self, rows: mx.array, chosen: mx.array) -> mx.array:
+        y = mx.zeros((*rows.shape[:-1], self.output_dims))
+        for expert in range(self.num_experts):
+            y = mx.where((chosen == expert)[:, None, None], rows @ self.values_of(expert).T, y)
+        return y
+
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x [..., 1 or chosen, rows, inputs], indices [..., chosen] -> [..., chosen, rows, outputs]."""
         rule = self.rule
-        y = self._multiply(_on_grid(x, rule.activation), indices, sorted_indices)
+        y = self._multiply(on_grid(self, x, rule.activation, "input", indices), indices, sorted_indices)
         if "bias" in self:
             y = y + mx.expand_dims(self["bias"][indices], -2)
-        return _on_grid(y.astype(x.dtype), rule.output)
+        return on_grid(self, y.astype(x.dtype), rule.output, "output", indices)
 
-    def to_lora(self, **_: Any) -> NoReturn:
-        """Refuses: mlx-lm would merge its adapter with its own quantizer."""
-        refuse_lora(self)
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> Any:
+        """See `Tunable.to_lora`."""
+        from qkit_mlx.layers.adapted_experts import with_lora  # here, since adapted stacks are stacks of this kind
+
+        return with_lora(self, r, dropout, scale)
 
     @property
     def input_dims(self) -> int:
@@ -102,7 +148,7 @@ class _SwitchLinear(Float32Scales):
         return len(self["weight"])
 
 
-class PackedSwitchLinear(_SwitchLinear):
+class PackedSwitchLinear(SwitchCodes):
     """A stack in one of MLX's containers: `mx.gather_qmm` multiplies the codes of the experts that tokens chose."""
 
     def _arrays(self, pieces: Sequence[QTensor[mx.array]]) -> dict[str, list[mx.array]]:
@@ -121,9 +167,7 @@ class PackedSwitchLinear(_SwitchLinear):
 
     def unpack(self, expert: int) -> QTensor[mx.array]:
         """The codes and scales of one expert, [outputs, inputs]."""
-        scales, biases = self["scales"][expert], self["biases"][expert] if "biases" in self else None
-        if scales.dtype == mx.bfloat16:
-            scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
+        scales, biases = self.stored("scales")[expert], self.stored("biases")[expert] if "biases" in self else None
         tensor_scale = self["tensor_scale"][expert] if "tensor_scale" in self else None
         contents = Contents(self["weight"][expert], scales, biases, tensor_scale)
         return contained(contents, self.grid, inputs=self.inputs, dtype=self.dtype)
@@ -134,9 +178,7 @@ class PackedSwitchLinear(_SwitchLinear):
         scales, biases = self["scales"], self.get("biases")
         in_bfloat16 = self.execution.in_bfloat16 and x.dtype == mx.bfloat16 and mx.default_device() == GPU
         if not in_bfloat16:
-            x = x.astype(mx.float32)
-            if scales.dtype == mx.bfloat16:
-                scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
+            x, scales, biases = x.astype(mx.float32), self.widened("scales"), self.widened("biases")
         y = mx.gather_qmm(
             x,
             self["weight"],
@@ -152,7 +194,7 @@ class PackedSwitchLinear(_SwitchLinear):
         return y * self["tensor_scale"][indices][..., None, None] if "tensor_scale" in self else y
 
 
-class PlainSwitchLinear(_SwitchLinear):
+class PlainSwitchLinear(SwitchCodes):
     """A stack that MLX has no container or no kernel for: decodes one expert at a time, and those alone that tokens chose."""
 
     def _arrays(self, pieces: Sequence[QTensor[mx.array]]) -> dict[str, list[mx.array]]:
@@ -160,55 +202,45 @@ class PlainSwitchLinear(_SwitchLinear):
             "weight": [choose.packed_codes(piece.codes, piece.grid.element) for piece in pieces],
             "scales": [piece.scales for piece in pieces],
         }
-        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
-        return {**out, "zeros": zeros} if zeros else out
+        for name in ("zeros", "biases"):
+            if found := [piece.parts()[name] for piece in pieces if name in piece.parts()]:
+                out[name] = found
+        return out
 
     def unpack(self, expert: int) -> QTensor[mx.array]:
         """The codes and scales of one expert, [outputs, inputs]."""
-        parts = {name: self[name][expert] for name in ("scales", "zeros", "tensor_scale") if name in self}
+        parts = {name: self[name][expert] for name in ("scales", "zeros", "biases", "tensor_scale") if name in self}
         element, symmetric = self.grid.element, self.grid.symmetric
         codes = unpacked_codes(self["weight"][expert], element=element, n=self.inputs, symmetric=symmetric)
         return QTensor(codes, grid=self.grid, dtype=self.dtype, **parts)
 
     def _multiply(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        rows = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:])).reshape(-1, *x.shape[-2:]).astype(mx.float32)
-        chosen = indices.flatten()
-        outputs = (*indices.shape, x.shape[-2], self.output_dims)
-        if not rows.size:
-            return mx.zeros(outputs)
-        try:
-            found = np.array(chosen)
-        except ValueError:  # while a function is compiled, nobody knows which experts tokens will choose
-            return self._multiply_all(rows, chosen).reshape(outputs)
-        order = np.argsort(found, kind="stable")
-        experts, starts = np.unique(found[order], return_index=True)
-        parts = np.split(order, starts[1:])
-        made = [rows[mx.array(part)] @ self._values(int(e)).T for e, part in zip(experts, parts, strict=True)]
-        return mx.concatenate(made)[mx.array(np.argsort(order, kind="stable"))].reshape(outputs)
-
-    def _multiply_all(self, rows: mx.array, chosen: mx.array) -> mx.array:
-        y = mx.zeros((*rows.shape[:-1], self.output_dims))
-        for expert in range(self.num_experts):
-            y = mx.where((chosen == expert)[:, None, None], rows @ self._values(expert).T, y)
-        return y
-
-    def _values(self, expert: int) -> mx.array:
-        return rounding.dequantize(replace(self.unpack(expert), dtype="float32"))
+        return self.multiply_one_by_one(x, indices)
 
 
-def _on_grid(x: mx.array, grid: Grid | None) -> mx.array:
-    return x if grid is None else fake_quantize(x, grid)
+def on_grid(
+    stored: Mapping[str, mx.array],
+    x: mx.array,
+    grid: Grid | None,
+    name: str,
+    indices: mx.array,
+    ste: Ste = "identity",
+) -> mx.array:
+    """x [..., 1 or chosen, rows, n] of the experts `indices` [..., chosen] on the grid of `name`, `input` or `output`.
 
-
-def refuse_lora(layer: Any) -> NoReturn:
-    """Refuses mlx-lm's adapters, which it adds beside the grid, and merges with a quantizer of its own.
-
-    Raises:
-        StageError: always.
+    Args:
+        stored: the static scales `input_scale` [experts] and so on; without them they follow from `x`.
     """
-    raise StageError(
-        f"mlx-lm's LoRA would take experts off the grid {layer.rule.weight}: give it `keys` that leave the experts out"
-    )
+    if grid is None or not x.size:
+        return x
+    if f"{name}_scale" not in stored:
+        return fake_quantize(x, grid, ste=ste)
+    x = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:]))
+    each = {
+        key: stored[key][indices][..., None, None] for key in (f"{name}_scale", f"{name}_zero_point") if key in stored
+    }
+    each = {key: mx.broadcast_to(one, (*x.shape[:-1], 1)) for key, one in each.items()}
+    return fake_quantize(x, ranges.by_rows(grid), ste=ste, **ranges.stored_scales(each, grid, name=name))
 
 
 #: The classes of converted stacks.

@@ -1,29 +1,32 @@
-"""Experts: mlx-lm's blocks of stacked linear layers, and their prepared form. Modules only; `converted_experts` has the codes.
+"""Experts: mlx-lm's blocks of stacked linear layers, prepared, converted and back. `stacks` has the prepared stacks.
 
 A block is a module whose parts are the projections of all experts. Its own code calls them, with whatever activation it has.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.errors import BackendError
-from qkit.fused import shares
+from qkit.expert_inputs import name_of
 from qkit.qtensor import QTensor
+from qkit.reference.ranges import static_contents, static_names
 from qkit.rules import Rule
+from qkit_mlx.layers import stacks
 from qkit_mlx.layers.become import become
-from qkit_mlx.layers.converted_experts import CONVERTED_STACKS, pack_stack, quantize_stack, refuse_lora
-from qkit_mlx.layers.execution import GPU
-from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes, values_of
+from qkit_mlx.layers.converted_experts import CONVERTED_STACKS, pack_stack
+from qkit_mlx.layers.stacks import FakeSwitchLinear
+from qkit_mlx.mlx_private import frozen_names
 
 #: Names of the parts in mlx-lm's blocks, by projection.
 PARTS = (
     {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
     {"up_proj": "fc1", "down_proj": "fc2"},
 )
+
+_classes: dict[type[nn.Module], Any] = {}  #: of prepared blocks, by the class of the block
 
 
 def parts(module: Any) -> dict[str, Any]:
@@ -38,33 +41,59 @@ def parts(module: Any) -> dict[str, Any]:
     return {}
 
 
-def prepare_experts(module: Any, rule: Rule) -> nn.Module:
-    """The training form of a block: its stacks compute with their values on the grid.
+class FakeBlock(nn.Module):
+    """The common part of prepared blocks, whose class is also that of the block.
 
-    Raises:
-        BackendError: the rule has static ranges, or one scale for the inputs of all experts.
+    Attributes:
+        base: the class of the block.
+        all_experts: whether calibration shows every token to every expert, for its ranges alone.
     """
-    if rule.range != "dynamic" or (rule.activation and rule.activation.group == "tensor"):
-        raise BackendError(
-            f"experts have no {rule.range} ranges and no scale for all inputs together: each sees other tokens; "
-            "give their rule an activation grid by groups or rows, or none"
-        )
-    made = {name: FakeSwitchLinear(part, rule) for name, part in parts(module).items()}
-    if "gate_proj" in made:
-        made["gate_proj"].__dict__["partner"] = made["up_proj"]
-        made["up_proj"].__dict__["partner"] = made["gate_proj"]
-    return _with_parts(module, made)
+
+    base: type[nn.Module]
+    all_experts = False
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x [..., inputs], indices [..., chosen] -> [..., chosen, outputs]."""
+        block: Any = super()
+        mine = parts(self).values()
+        if self.all_experts and any(part.calibrating for part in mine):
+            count = next(iter(mine)).num_experts
+            block.__call__(x, mx.broadcast_to(mx.arange(count, dtype=indices.dtype), (*indices.shape[:-1], count)))
+        answer: mx.array = block.__call__(x, indices)
+        return answer
 
 
-def pack_experts(module: Any, q: Mapping[str, Sequence[QTensor[mx.array]]], rule: Rule) -> nn.Module:
+def prepare_experts(module: Any, rule: Rule) -> nn.Module:
+    """The training form of a block: its stacks compute with their values on the grid."""
+    return with_parts(module, {name: stacks.prepare_stack(part, rule) for name, part in parts(module).items()})
+
+
+def restore_experts(module: Any) -> nn.Module:
+    """The block that `prepare_experts` was given, with the same parameters."""
+    cls = sys.modules["mlx_lm.models.switch_layers"].SwitchLinear
+    made = {}
+    for name, part in parts(module).items():
+        plain = cls.__new__(cls)
+        nn.Module.__init__(plain)  # not its own, which draws random weights
+        for key in ("weight", "bias"):
+            if key in part:
+                plain[key] = part[key]
+        plain.freeze(keys=list(frozen_names(part) & {"weight", "bias"}))
+        plain.train(part.training)
+        made[name] = plain
+    return with_parts(module, made)
+
+
+def pack_experts(
+    module: Any, q: Mapping[str, Sequence[QTensor[mx.array]]], rule: Rule, static: Mapping[str, mx.array]
+) -> nn.Module:
     """The converted form of a block: by projection, the quantized weight of each expert."""
-    made = {
-        name: pack_stack(q[name], rule, bias=part.get("bias"), experts=len(q[name]))
-        for name, part in parts(module).items()
-    }
-    for layer in made.values():
-        layer.train(module.training)
-    return _with_parts(module, made)
+    made = {}
+    for name, part in parts(module).items():
+        mine = {key: static[name_of(key, name)] for key in static_contents(rule)}
+        made[name] = pack_stack(q[name], rule, bias=part.get("bias"), experts=len(q[name]), static=mine)
+        made[name].train(module.training)
+    return with_parts(module, made)
 
 
 def unpack_experts(module: Any) -> dict[str, list[QTensor[mx.array]]]:
@@ -72,63 +101,39 @@ def unpack_experts(module: Any) -> dict[str, list[QTensor[mx.array]]]:
     return {name: [part.unpack(e) for e in range(part.num_experts)] for name, part in parts(module).items()}
 
 
-class FakeSwitchLinear(FakeLinear):
-    """A stack of linear layers whose weights [experts, outputs, inputs] are on a grid; otherwise as `FakeLinear`.
-
-    Attributes:
-        partner: the other of gate and up, which shares the tensor's scale of each expert under `nvfp4`; no part of the model
-            at this place. Absent where there is none.
-    """
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
-        """x [..., 1 or chosen, rows, inputs], indices [..., chosen] -> [..., chosen, rows, outputs]."""
-        parameters = [self[name] for name in ("weight", "bias") if name in self]
-
-        def run_prepared(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-            x = self._on_grid(x, self.rule.activation, "input")
-            w = values_of(self, weight).swapaxes(-1, -2)
-            y = _gather_multiply(x, w, indices, sorted_indices)
-            y = y if bias is None else y + mx.expand_dims(bias[indices], -2)
-            return self._on_grid(y, self.rule.output, "output")
-
-        def run_packed(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-            pieces = quantize_stack(weight, self.rule.weight, peaks=self.shared_peak(weight))
-            packed = pack_stack(pieces, self.rule, bias=bias, experts=len(weight))
-            return packed(x, indices, sorted_indices)
-
-        if self.training or not quantizes(self):
-            return run_prepared(x, *parameters)
-        return evaluate_packed(run_packed, run_prepared, x, *parameters)
-
-    def shared_peak(self, weight: mx.array) -> mx.array | None:
-        """The largest magnitude of each expert's weight and its partner's, [experts]; None where they share no tensor scale."""
-        partner = self.__dict__.get("partner")
-        if partner is None or not shares(self.rule.weight):
-            return None
-        both = (mx.abs(mx.stop_gradient(one)).max(axis=(1, 2)) for one in (weight, partner["weight"]))
-        return mx.maximum(*both).astype(mx.float32)
-
-    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> NoReturn:
-        """Refuses: mlx-lm would add its adapter beside the grid."""
-        refuse_lora(self)
+def ranges_of(module: Any) -> dict[str, mx.array]:
+    """The ranges [experts, 2] of prepared experts, by the names of `qkit.expert_inputs.slots`."""
+    found: dict[str, mx.array] = {}
+    for name, part in parts(module).items():
+        for slot in static_names(part.rule):
+            found[name_of(slot, name)] = part[f"{slot}_range"]
+    return found
 
 
-def _gather_multiply(x: mx.array, w: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-    """`mx.gather_mm`, which takes float32 alone on a CPU (0.32.4)."""
-    if mx.default_device() == GPU:
-        return mx.gather_mm(x, w, rhs_indices=indices, sorted_indices=sorted_indices)
-    wide = mx.gather_mm(x.astype(mx.float32), w.astype(mx.float32), rhs_indices=indices, sorted_indices=sorted_indices)
-    return wide.astype(x.dtype)
+def scales_of(module: Any) -> dict[str, mx.array]:
+    """The static scales [experts] of converted experts, by the names of `qkit.expert_inputs.static_names`."""
+    return {name_of(key, name): part[key] for name, part in parts(module).items() for key in static_contents(part.rule)}
+
+
+def with_parts(module: Any, made: Mapping[str, nn.Module]) -> nn.Module:
+    """A block as `module` with other stacks."""
+    base = getattr(module, "base", type(module))
+    prepared = any(isinstance(part, FakeSwitchLinear) for part in made.values())
+    block: nn.Module = become(module, _class_of(base) if prepared else base)
+    block.__dict__.pop("all_experts", None)
+    names = next(names for names in PARTS if names.keys() == made.keys())
+    for projection, part in made.items():
+        block[names[projection]] = part
+    if "gate_proj" in made:
+        stacks.share(made["gate_proj"], made["up_proj"])
+    return block
+
+
+def _class_of(base: type[nn.Module]) -> Any:
+    if base not in _classes:
+        _classes[base] = type(f"Fake{base.__name__}", (FakeBlock, base), {"base": base, "__module__": __name__})
+    return _classes[base]
 
 
 def _is_stack(part: Any, switch: Any) -> bool:
     return type(part) is switch.SwitchLinear or isinstance(part, (FakeSwitchLinear, *CONVERTED_STACKS))
-
-
-def _with_parts(module: Any, made: Mapping[str, nn.Module]) -> nn.Module:
-    """A block as `module` with other stacks."""
-    block: nn.Module = become(module, type(module))
-    names = next(names for names in PARTS if names.keys() == made.keys())
-    for projection, part in made.items():
-        block[names[projection]] = part
-    return block

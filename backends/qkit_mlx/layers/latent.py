@@ -4,10 +4,12 @@ Each head has rows of keys, then rows of values, on [latent] inputs. `embed_q` h
 `unembed_out` the values [heads, rows, latent]. A row of either is one of `kv_b_proj`, and has its codes.
 """
 
+import sys
 from dataclasses import replace
 from typing import Any, Final, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from qkit.errors import BackendError
 from qkit.grid import Grid
@@ -21,6 +23,7 @@ from qkit_mlx.layers.execution import Execution, choose_execution
 from qkit_mlx.layers.float32_scales import Float32Scales
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes
 from qkit_mlx.layers.straight_through import values_view
+from qkit_mlx.mlx_private import frozen_names
 
 KEYS, VALUES = "embed_q", "unembed_out"  #: mlx-lm's names of the two halves
 NAME: Final = "kv_b_proj"  #: of the layer in transformers
@@ -74,6 +77,19 @@ def prepare_halves(halves: Any, rule: Rule) -> Halves:
     made = [FakeHeads(half, rule) for half in (halves.keys, halves.values)]
     for layer, partner in (made, made[::-1]):
         layer.__dict__.update(partner=partner, transposed=layer is made[0])
+    return Halves(*made)
+
+
+def restore_halves(halves: Any) -> Halves:
+    """See the protocol's `restore_layer`: mlx-lm's own stacks of heads, with the same parameters."""
+    cls = sys.modules["mlx_lm.models.mla"].MultiLinear  # whoever has such modules has imported it
+    made = []
+    for half in (halves.keys, halves.values):
+        plain = cls.__new__(cls)
+        nn.Module.__init__(plain)  # not its own, which draws a random weight
+        plain["weight"] = half["weight"]
+        plain.freeze(keys=list(frozen_names(half) & {"weight"}))
+        made.append(plain.train(half.training))
     return Halves(*made)
 
 
@@ -225,7 +241,8 @@ class PackedHeads(Float32Scales):
             return contained(contents, self.grid, inputs=self.inputs, dtype=self.dtype)
         element, symmetric = self.grid.element, self.grid.symmetric
         codes = unpacked_codes(self["weight"], element=element, n=self.inputs, symmetric=symmetric)
-        return QTensor(codes, self["scales"], self.grid, self.dtype, zeros=self.get("zeros"), tensor_scale=tensor_scale)
+        more = {name: self.get(name) for name in ("zeros", "biases")}
+        return QTensor(codes, self["scales"], self.grid, self.dtype, tensor_scale=tensor_scale, **more)
 
     def _by_head(self, name: str) -> mx.array:
         array: mx.array = self[name]

@@ -65,7 +65,7 @@ def clear_ranges(layer: Any) -> None:
     """See the protocol's `clear_ranges`."""
     for name in RANGES:
         if name in layer:
-            layer[name] = mx.array(ranges.EMPTY)
+            layer[name] = mx.broadcast_to(mx.array(ranges.EMPTY), layer[name].shape)
 
 
 def mode_of(layer: Any) -> Mode:

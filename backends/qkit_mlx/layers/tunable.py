@@ -30,18 +30,26 @@ class Tunable(nn.Module):
         """
         from qkit_mlx.layers.adapted import adapt  # here, since adapted layers are layers of this kind
 
-        module: Any = self
-        if dropout:
-            raise StageError(
-                f"an adapter inside of a grid has no dropout, and dropout is {dropout}: set it to 0, or leave the model in float"
-            )
-        if reason := _obstacle(module):
-            raise StageError(f"a layer on {self.rule.weight} cannot take LoRA: {reason}")
-        outputs, width = self["weight"].shape
-        inputs = getattr(module, "inputs", width)  # packed words are fewer
-        a = mx.random.uniform(-1 / sqrt(inputs), 1 / sqrt(inputs), (r, inputs))  # as mlx-lm draws it
-        layer: nn.Module = adapt(module, Update(np.array(a), np.zeros((outputs, r), np.float32), float(scale)))
+        layer: nn.Module = adapt(self, first_update(self, r, dropout, scale))
         return layer
+
+
+def first_update(module: Any, r: int, dropout: float, scale: float) -> Update:
+    """The first factors of LoRA of rank `r` on a layer or a stack of experts; A as mlx-lm draws it, B zero.
+
+    Raises:
+        StageError: there is dropout, or the layer cannot take an adapter inside of its grid.
+    """
+    if dropout:
+        raise StageError(
+            f"an adapter inside of a grid has no dropout, and dropout is {dropout}: set it to 0, or leave the model in float"
+        )
+    if reason := _obstacle(module):
+        raise StageError(f"a layer on {module.rule.weight} cannot take LoRA: {reason}")
+    *experts, outputs, width = module["weight"].shape
+    inputs = getattr(module, "inputs", width)  # packed words are fewer
+    a = mx.random.uniform(-1 / sqrt(inputs), 1 / sqrt(inputs), (*experts, r, inputs))
+    return Update(np.array(a), np.zeros((*experts, outputs, r), np.float32), float(scale))
 
 
 class Readable(nn.Module):
@@ -78,8 +86,6 @@ class Readable(nn.Module):
 
 
 def _obstacle(module: Any) -> str:
-    if module["weight"].ndim != 2:
-        return "it is a stack of layers"
     if getattr(module, "adapter", ""):
         return "it has an adapter already"
     if module.rule.scales == "learned":

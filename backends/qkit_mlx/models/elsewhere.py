@@ -4,25 +4,21 @@ from typing import Any
 
 import mlx.nn as nn
 
-from qkit.errors import StageError
 from qkit.reference.merged import Update
-from qkit_mlx.layers import learned
-from qkit_mlx.layers.learned import LearnedEmbedding, LearnedLinear
-from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear
+from qkit_mlx.layers import latent, learned
+from qkit_mlx.layers.experts import parts, restore_experts
 from qkit_mlx.models import surgery
 
 
 class Elsewhere:
     """Models that other programs have opened or wrapped, or get back."""
 
-    def restore_layer(self, module: Any) -> nn.Module:
-        """See `qkit.engines.elsewhere.Restores.restore_layer`.
-
-        Raises:
-            StageError: the module is a block of experts, or a stack of layers.
-        """
-        if type(module) not in (FakeLinear, FakeEmbedding, LearnedLinear, LearnedEmbedding):
-            raise StageError(f"a {type(module).__name__} on MLX does not go back to float: load the float model again")
+    def restore_layer(self, module: Any) -> Any:
+        """See `qkit.engines.elsewhere.Restores.restore_layer`."""
+        if parts(module):
+            return restore_experts(module)
+        if isinstance(module, latent.Halves):
+            return latent.restore_halves(module)
         return learned.restore_layer(module)
 
     def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:

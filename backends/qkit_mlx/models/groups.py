@@ -7,12 +7,12 @@ from typing import Any
 import mlx.nn as nn
 
 from qkit.engines.layer import Layer, Stage
-from qkit.experts import module_name
+from qkit.experts import INTERLEAVED, module_name, types_of
 from qkit.rules import Kind
 from qkit_mlx.layers import experts, latent
 from qkit_mlx.layers.converted_experts import CONVERTED_STACKS
-from qkit_mlx.layers.experts import FakeSwitchLinear
 from qkit_mlx.layers.prepared import mode_of
+from qkit_mlx.layers.stacks import FakeSwitchLinear
 from qkit_mlx.models.names import config_of, outward
 
 FAKE = (FakeSwitchLinear, latent.FakeHeads)
@@ -46,7 +46,10 @@ def layer_of(path: str, module: Any, model: Any) -> Layer | None:
         shape: tuple[int, ...] = (count, sum(map(prod, shapes.values())) // (count * inputs), inputs)
         names = {id(part): name for name, part in module.items()}
         stored = tuple(f"{prefix}{names[id(stack)]}.weight" for stack in stacks.values())
-        return _layer(place, "experts", shape, module, found, projections=shapes, stored=stored)
+        known: dict[str, Any] = {"projections": shapes, "stored": stored}
+        known["adapter"] = next((part.adapter for part in found if hasattr(part, "adapter")), "")
+        known["interleaved"] = bool(types_of(config_of(model)) & set(INTERLEAVED))
+        return _layer(place, "experts", shape, module, found, **known)
     halves = latent.halves_of(module)
     if isinstance(found[0], latent.PackedHeads):
         shape = (sum(half.heads * half.rows for half in found), found[0].inputs)

@@ -15,6 +15,7 @@ from qkit.reference.merged import Update
 from qkit.reference.packing import WORD_BITS
 from qkit.rules import Kind
 from qkit_mlx.layers import latent
+from qkit_mlx.layers.adapted import NAMES
 from qkit_mlx.layers.converted import CONVERTED, STORED, PlainEmbedding
 from qkit_mlx.layers.converted_experts import CONVERTED_STACKS
 from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
@@ -147,7 +148,9 @@ def _replace_in(container: Any, instead: Mapping[int, nn.Module], parent: nn.Mod
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, module in _modules(model):
-        if not isinstance(module, (*CONVERTED, *CONVERTED_STACKS, latent.PackedHeads)):
+        if isinstance(module, CONVERTED_STACKS):
+            yield from ((join(path, key), module, key) for key in ("bias", *NAMES) if key in module)
+        elif not isinstance(module, (*CONVERTED, latent.PackedHeads)):
             yield from _arrays(module, path)
         else:
             yield from ((join(path, key), module, key) for key in STORED if key in module)

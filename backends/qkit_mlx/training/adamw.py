@@ -50,7 +50,7 @@ class AdamW(optim.AdamW):
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The parameters after a step; see `mlx.optimizers.Optimizer`."""
-        self._ranges, self._offsets = _ids(gradients, is_learned), _ids(gradients, is_offset)
+        self._ranges, self._offsets = ids_named(gradients, is_learned), ids_named(gradients, is_offset)
         return super().apply_gradients(gradients, parameters)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
@@ -73,7 +73,7 @@ class AdamW(optim.AdamW):
         return 1 - rate * self.weight_decay, rate / (1 - b1**t), mx.rsqrt(1 - b2**t)
 
 
-def _ids(gradients: Any, wanted: Callable[[str], bool]) -> set[int]:
+def ids_named(gradients: Any, wanted: Callable[[str], bool]) -> set[int]:
     """The ids of the gradients of parameters with a `wanted` name. `apply_single` gets these objects, but no names."""
     flat: Any = tree_flatten(gradients)
     return {id(gradient) for name, gradient in flat if wanted(name)}

@@ -15,7 +15,7 @@ from qkit.engines.protocol import Modules
 from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions, count_learned
 from qkit.errors import ArtifactError, BackendError
 from qkit_mlx.mlx_private import set_training_mode
-from qkit_mlx.training.adamw import AdamW
+from qkit_mlx.training.adamw import AdamW, ids_named
 
 TOKENS = 4096  #: the most tokens that are evaluated at once, so that their logits fit into memory
 MOMENTS = {"first_moment": "m", "second_moment": "v"}  #: moments by their names in checkpoints, and in AdamW
@@ -126,10 +126,14 @@ class MlxTrainer:
 
 
 class _Optimizer(AdamW):
-    """Decays parameters of more than one dimension only."""
+    """Decays parameters of more than one dimension only, and no magnitudes of DoRA, which have a row for each expert."""
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        self.magnitudes = ids_named(parameters, lambda name: name.rpartition(".")[2] == "m")
+        return super().apply_gradients(gradients, parameters)
 
     def decays(self, parameter: mx.array) -> bool:
-        return parameter.ndim > 1
+        return parameter.ndim > 1 and id(parameter) not in self.magnitudes
 
 
 def _optimizer(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> AdamW:

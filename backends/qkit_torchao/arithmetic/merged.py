@@ -15,22 +15,22 @@ def added(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
 
 
 def product(b: Tensor, a: Tensor) -> Tensor:
-    """B A of shortened factors [outputs, rank] and [rank, inputs], summed from the first column of B to the last."""
-    total = b[:, :1] * a[:1]
-    for k in range(1, len(a)):
-        total = torch.addcmul(total, b[:, k : k + 1], a[k : k + 1])
+    """B A of shortened factors [..., outputs, rank] and [..., rank, inputs], summed from the first column of B to the last."""
+    total = b[..., :1] * a[..., :1, :]
+    for k in range(1, a.shape[-2]):
+        total = torch.addcmul(total, b[..., k : k + 1], a[..., k : k + 1, :])
     return total
 
 
 def row_norms(v: Tensor) -> Tensor:
-    """Lengths [outputs] of the rows of `v`, shortened; at least 2^-96."""
+    """Lengths [..., outputs] of the rows of `v`, shortened; at least 2^-96."""
     squares = shorten(v).square()
-    n = 1 << (v.shape[1] - 1).bit_length()
-    squares = F.pad(squares, (0, n - v.shape[1]))
+    n = 1 << (v.shape[-1] - 1).bit_length()
+    squares = F.pad(squares, (0, n - v.shape[-1]))
     while n > 1:
         n //= 2
-        squares = squares[:, :n] + squares[:, n:]
-    return squares[:, 0].double().sqrt().float().clamp_min(MIN_SCALE)
+        squares = squares[..., :n] + squares[..., n:]
+    return squares[..., 0].double().sqrt().float().clamp_min(MIN_SCALE)
 
 
 def stretch(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Laid:
     grid: Grid
     dtype: DType
     shape: tuple[int, ...]
+    biases: Tensor | None = None
 
 
 def lay(q: QTensor[Tensor], layout: Layout) -> Laid:
@@ -42,9 +43,9 @@ def lay(q: QTensor[Tensor], layout: Layout) -> Laid:
     elif layout == "words":
         codes, scales = (
             words.pack(unsigned(codes, element), element.bits, words.unit(q.grid, q.shape[-1])),
-            narrow(scales),
+            scales if q.grid.read else narrow(scales),
         )
-    return Laid(codes, scales, zeros, q.tensor_scale, q.grid, q.dtype, q.shape)
+    return Laid(codes, scales, zeros, q.tensor_scale, q.grid, q.dtype, q.shape, q.biases)
 
 
 def unlay(laid: Laid) -> QTensor[Tensor]:
@@ -53,10 +54,12 @@ def unlay(laid: Laid) -> QTensor[Tensor]:
     if codes.dtype == torch.int32:
         codes = words.unpack(codes, grid.element.bits, words.unit(grid, laid.shape[-1]), laid.shape[-1])
         if grid.element.kind == "integer":
-            codes, scales = shift(codes, grid.element) if grid.symmetric else codes, scales.to(torch.float32)
+            codes = shift(codes, grid.element) if grid.symmetric else codes
+            scales = scales if grid.read else scales.to(torch.float32)
     elif codes.shape[-1] != laid.shape[-1]:
         codes = unpair(codes)
-    return QTensor(codes, scales, grid, laid.dtype, zeros=laid.zeros, tensor_scale=laid.tensor_scale)
+    more = {"zeros": laid.zeros, "tensor_scale": laid.tensor_scale, "biases": laid.biases}
+    return QTensor(codes, scales, grid, laid.dtype, **more)
 
 
 def unsigned(codes: Tensor, element: Element) -> Tensor:

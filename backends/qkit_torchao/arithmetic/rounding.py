@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qkit import element as constants
 from qkit.element import STEP, Element
-from qkit.grid import Grid
+from qkit.grid import Grid, want_chosen
 from qkit.qtensor import QTensor, dtype_of
+from qkit_torchao.arithmetic.read_scales import alone, read_steps
 from qkit_torchao.arithmetic.scale_rules import (
     POWER_RULES,
     SYMMETRIC_RULES,
@@ -56,7 +57,10 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
         values = codes.to(torch.float32)
     else:
         values = float_values(codes, q.grid.element)
-    return (values * each(scale_values(q))).reshape(q.shape).to(DTYPE[q.dtype])
+    values = values * each(scale_values(q))
+    if q.biases is not None:
+        values = alone("add", values, each(q.biases.to(torch.float32)))
+    return values.reshape(q.shape).to(DTYPE[q.dtype])
 
 
 def rounded(
@@ -116,6 +120,8 @@ def unclipped(
 
 def scale_values(q: QTensor[Tensor]) -> Tensor:
     """The fp32 step of every group [..., groups]: the factor of its codes."""
+    if q.grid.read:
+        return read_steps(q)
     if q.tensor_scale is not None:
         return e4m3_values(q.scales) * q.tensor_scale
     return power(q.scales) if q.grid.element.kind == "float" else q.scales
@@ -150,6 +156,7 @@ def _steps(x: Tensor, grid: Grid, peak: Tensor | None) -> tuple[Tensor, Tensor |
 
 def group(w: Tensor, grid: Grid) -> Tensor:
     """[..., n] -> float32 [..., groups, group]."""
+    want_chosen(grid)
     return w.to(torch.float32).reshape(grid.group_shape(tuple(w.shape)))
 
 
@@ -275,10 +282,7 @@ def shared_peak(weights: Sequence[Tensor]) -> Tensor:
 
 
 def tensor_power(x: Tensor, peak: Tensor | None = None) -> Tensor:
-    """The power of two, shape (), over all block scales of a tensor: its largest magnitude over 6 * 448, rounded up.
-
-    `peak`, float32 [], stands for the largest magnitude of all tensors that share it.
-    """
+    """The power of two, shape (), over all block scales of a tensor: its `peak` (default: its own) over 6 * 448, rounded up."""
     c = ceil_exponent((x.abs().amax() if peak is None else peak) * constants.NVFP4_STEP)
     return power(c.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE))
 

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkit.reference.merged import Update
-from qkit_torchao.arithmetic import rounding
-from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
-from qkit_torchao.layers import converted, fused, products, sharded, straight_through
+from qkit_torchao.arithmetic import rounding, stored
+from qkit_torchao.layers import adapted_experts, converted, fused, onto_stored, products, sharded, straight_through
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear
+from qkit_torchao.layers.experts import Experts
+from qkit_torchao.layers.merged import merge
 from qkit_torchao.layers.prepared import FakeLinear
 from qkit_torchao.layers.slots import seen_scales, slot, static_scales
 from qkit_torchao.torch_private import remove_parameters
@@ -42,12 +43,13 @@ class _Adapted(nn.Module):
         """Kind and rank."""
         return f"{'lora' if self.lora_magnitude is None else 'dora'}, rank {len(self.lora_A)}"
 
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return [one for name in NAMES.values() if (one := getattr(self, name)) is not None]
+
     def merge_into(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
-        merged: Tensor = _Merged.apply(  # type: ignore[no-untyped-call]
-            w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype
-        )
-        return merged
+        return merge(w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype)
 
 
 class AdaptedLinear(_Adapted, FakeLinear):
@@ -93,11 +95,17 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             static = static_scales(self, "input", activation)
             y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
         else:
-            peak = straight_through.peak_of(merged, fused.partners(self))
-            values = straight_through.fake_quantize(merged, grid, ste=self.rule.ste, peak=peak)
-            values = values.to(rounding.DTYPE[self.dtype])
+            values = self._on_grid(merged).to(rounding.DTYPE[self.dtype])
             y = F.linear(slot(self, x, "input", activation), values, self.bias)
         return slot(self, y, "output", self.rule.output)
+
+    def _on_grid(self, merged: Tensor) -> Tensor:
+        grid, ste = self.rule.weight, self.rule.ste
+        assert grid is not None
+        if grid.read:
+            return onto_stored.fake_requantize(merged, converted.unpack(self), ste=ste)
+        peak = straight_through.peak_of(merged, fused.partners(self))
+        return straight_through.fake_quantize(merged, grid, ste=ste, peak=peak)
 
 
 def adapt(module: Any, update: Update) -> Any:
@@ -129,12 +137,18 @@ def adapter_update(module: Any) -> Update:
 
 def merge_adapter(module: Any) -> Any:
     """See `Adapts.merge_adapter`."""
+    if isinstance(module, Experts):
+        return adapted_experts.merge_adapter(module)
     with torch.no_grad():
         weight = module.merged()
     if isinstance(module, AdaptedPacked):
-        assert module.rule.weight is not None
-        peak = straight_through.peak_of(weight, fused.partners(module))
-        q = replace(rounding.quantize(weight, module.rule.weight, peak=peak), dtype=module.dtype)
+        grid = module.rule.weight
+        assert grid is not None
+        if grid.read:
+            q = stored.requantize(weight, converted.unpack(module))
+        else:
+            q = rounding.quantize(weight, grid, peak=straight_through.peak_of(weight, fused.partners(module)))
+        q = replace(q, dtype=module.dtype)
         return _without_adapter(converted.pack(module, q, module.rule, static={}, owner=None))
     prepared = _without_adapter(become(module, FakeLinear))
     prepared.weight = nn.Parameter(weight, requires_grad=False)
@@ -143,48 +157,14 @@ def merge_adapter(module: Any) -> Any:
 
 def train_only_adapters(model: nn.Module) -> None:
     """See `Adapts.train_only_adapters`."""
-    trained = {id(one) for module in model.modules() if isinstance(module, _Adapted) for one in _parameters(module)}
+    adapted = (module for module in model.modules() if isinstance(module, (_Adapted, adapted_experts.Adapted)))
+    trained = {id(one) for module in adapted for one in module.adapter_parameters()}
     for parameter in model.parameters():
         if id(parameter) not in trained:
             parameter.requires_grad_(False)
-
-
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [one for name in NAMES.values() if (one := getattr(module, name)) is not None]
 
 
 def _without_adapter(layer: Any) -> Any:
     remove_parameters(layer, *NAMES.values())
     del layer.lora_scale
     return layer
-
-
-class _Merged(torch.autograd.Function):
-    """The merged weight in a given type; the gradient passes through the shortening and the rounding as it comes."""
-
-    @staticmethod
-    def forward(w: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
-        v = added(w, b, a, scale)
-        return stored(v if magnitude is None else v * stretch(magnitude, row_norms(v))[:, None], dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        w, b, a, magnitude, ctx.scale, _ = inputs
-        ctx.dtype = w.dtype
-        ctx.save_for_backward(b, a, *(() if magnitude is None else (w, magnitude)))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        b, a, *more = ctx.saved_tensors
-        to_v, to_magnitude = gradients[0].float(), None
-        with torch.autocast(to_v.device.type, enabled=False):
-            if more:
-                w, magnitude = more
-                v = added(w, b, a, ctx.scale)
-                norms = row_norms(v)
-                to_magnitude = ((to_v * v).sum(dim=1) / norms).to(magnitude.dtype)
-                to_v = to_v * stretch(magnitude, norms)[:, None]
-            to_b = ctx.scale * (to_v @ shorten(a.float()).T)
-            to_a = shorten(b.float() * ctx.scale).T @ to_v
-        to_w = to_v.to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return to_w, to_b.to(b.dtype), to_a.to(a.dtype), to_magnitude, None, None

@@ -23,7 +23,13 @@ from qkit_torchao.layers.scaled_embedding import scaled
 from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters, set_parameter
 
-PLAIN = ("codes", "scales", "zeros", "tensor_scale")  #: buffers of a converted layer that has no torchao tensor
+PLAIN = (
+    "codes",
+    "scales",
+    "zeros",
+    "tensor_scale",
+    "biases",
+)  #: buffers of a converted layer that has no torchao tensor
 
 
 class _Packed(nn.Module):
@@ -48,7 +54,7 @@ class _Packed(nn.Module):
 
     def parts(self) -> Parts:
         """The plain arrays of the codes."""
-        codes, scales, zeros, tensor_scale = (getattr(self, name, None) for name in PLAIN)
+        codes, scales, zeros, tensor_scale, _ = (getattr(self, name, None) for name in PLAIN)
         return codes, scales, zeros, tensor_scale  # type: ignore[return-value]  # there are codes and scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -135,14 +141,16 @@ def unpack(module: Any) -> QTensor[Tensor]:
 
 def values(module: Any, dtype: torch.dtype) -> Tensor:
     """The values of a converted layer [outputs, inputs], rounded once to `dtype`."""
-    if module.execution.layout == "words":
+    if module.execution.layout == "words" and not module.rule.weight.read:
         return decode_packed(module.parts(), module.grid_name, _shape(module)[1], dtype)
     return rounding.dequantize(replace(unpack(module), dtype=str(dtype).rpartition(".")[2]))  # type: ignore[arg-type]
 
 
 def _laid(module: Any) -> Laid:
-    codes, scales, zeros, tensor_scale = module.parts()
-    return Laid(codes, scales, zeros, tensor_scale, module.rule.weight, module.dtype, _shape(module))
+    codes, scales, zeros, tensor_scale, biases = (getattr(module, name, None) for name in PLAIN)
+    assert codes is not None
+    assert scales is not None
+    return Laid(codes, scales, zeros, tensor_scale, module.rule.weight, module.dtype, _shape(module), biases)
 
 
 def _held(module: Any, execution: Execution) -> Laid | None:

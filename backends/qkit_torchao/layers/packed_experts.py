@@ -16,13 +16,14 @@ from qkit_torchao.kernels import choose
 from qkit_torchao.layers import straight_through
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.execution import Execution
-from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, ranges_of
+from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, projections_of, ranges_of
 from qkit_torchao.layers.experts import Experts, class_of
+from qkit_torchao.layers.learned_experts import learned_names
 from qkit_torchao.layers.slots import static_scales
 from qkit_torchao.layers.stacks import Stack, stacks_of
 from qkit_torchao.torch_private import remove_buffers, remove_parameters
 
-PARTS = ("codes", "scales", "zeros", "tensor_scale")
+PARTS = ("codes", "scales", "zeros", "tensor_scale", "biases")
 GROUPED = (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
 EXECUTION = Execution(native=False, text="expert by expert, as tokens reach them", layout="bytes")
 
@@ -54,13 +55,13 @@ class PackedExperts(Experts):
 
     def on_range(self, x: Tensor, name: str, expert: int) -> Tensor:
         """See `Experts.on_range`."""
-        grid = self.rule.activation
+        grid = self.grid_of(name)
         if self.rule.range == "dynamic" or grid is None:
             return x
         return straight_through.fake_quantize(x, grid, **static_scales(OneExpert(self, expert), name, grid))
 
     def _parts(self, grid: Grid) -> tuple[str, ...]:
-        more = {"zeros": not grid.symmetric, "tensor_scale": grid.scale == "nvfp4"}
+        more = {"zeros": grid.has_zeros, "tensor_scale": grid.has_tensor_scale, "biases": grid.has_biases}
         return tuple(name for name in PARTS if more.get(name, True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -68,7 +69,7 @@ class PackedExperts(Experts):
         grid = self.rule.weight
         assert grid is not None
         names = [f"{name}_{part}" for stack in self.stacks for name in stack.projections for part in self._parts(grid)]
-        names += static_names(self.rule)
+        names += static_of(self)
         device = self.get_buffer(names[0]).device
         self.dtype = dtype_of(fn(torch.zeros((), dtype=rounding.DTYPE[self.dtype], device=device)))
         apply_but_keep(self, fn, recurse, names)
@@ -152,21 +153,25 @@ def pack_experts(
     layer: PackedExperts = become(module, class_of(PackedExperts, base, tuple(stack.name for stack in stacks)))
     for name in ("mode", "calibrating", "frozen", "all_experts"):
         layer.__dict__.pop(name, None)
-    remove_buffers(layer, "gate", *ranges_of(rule))
+    remove_buffers(layer, "gate", *ranges_of(rule, stacks))
+    remove_parameters(layer, *learned_names(stacks))
     for name, scale in static.items():
         layer.register_buffer(name, scale)
     remove_parameters(layer, *(stack.name for stack in stacks))
-    assert rule.weight is not None
     layer.rule, layer.stacks, layer.execution = rule, stacks, EXECUTION
     layer.dtype = next(iter(q.values()))[0].dtype
+    put_codes(layer, q)
+    return layer
+
+
+def put_codes(layer: PackedExperts, q: Mapping[str, Sequence[QTensor[Tensor]]]) -> None:
+    """Stores the codes and scales of all experts, by projection, in `layer`."""
     for name, experts in q.items():
         for part in experts[0].parts():
-            arrays = [one.parts()[part] for one in experts]
-            stored = torch.stack(arrays)
-            layer.register_buffer(
-                f"{name}_{part}", bit_streams.pack(stored, rule.weight.element) if part == "codes" else stored
-            )
-    return layer
+            stored = torch.stack([one.parts()[part] for one in experts])
+            if part == "codes":
+                stored = bit_streams.pack(stored, experts[0].grid.element)
+            layer.register_buffer(f"{name}_{part}", stored)
 
 
 def unpack_experts(module: PackedExperts) -> dict[str, list[QTensor[Tensor]]]:
@@ -179,8 +184,14 @@ def unpack_experts(module: PackedExperts) -> dict[str, list[QTensor[Tensor]]]:
 
 
 def buffers_of(module: PackedExperts) -> list[str]:
-    """The names of the buffers with codes and scales."""
-    return [f"{name}_{part}" for stack in module.stacks for name in stack.projections for part in PARTS]
+    """The names of the buffers with codes and scales, those of inputs and outputs included."""
+    codes = [f"{name}_{part}" for stack in module.stacks for name in stack.projections for part in PARTS]
+    return codes + static_of(module)
+
+
+def static_of(module: PackedExperts) -> list[str]:
+    """The names of the buffers [experts] with static scales of inputs and outputs."""
+    return static_names(module.rule, projections_of(module.stacks))
 
 
 def _grouped(x: Tensor, weight: Decoded, offs: Tensor) -> Tensor:

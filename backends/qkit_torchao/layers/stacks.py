@@ -38,16 +38,28 @@ class Stack:
 
     def split(self, w: Tensor) -> dict[str, Tensor]:
         """The projections in the parameter `w`, [experts, outputs, inputs]: views."""
-        rows = w.transpose(-1, -2) if self.transposed else w
+        return self._parts(w.transpose(-1, -2) if self.transposed else w)
+
+    def join(self, parts: Iterable[Tensor]) -> Tensor:
+        """Projections [..., outputs, inputs] as they lie in the parameter, contiguous: the inverse of `split`."""
+        rows = self._rows(list(parts))
+        return (rows.transpose(-1, -2) if self.transposed else rows).contiguous()
+
+    def split_products(self, y: Tensor) -> dict[str, Tensor]:
+        """The products [tokens, outputs] of each projection in `y`, those with one expert's part of the parameter."""
+        return {name: part[0].mT.contiguous() for name, part in self._parts(y.mT[None]).items()}
+
+    def join_products(self, parts: Iterable[Tensor]) -> Tensor:
+        """The inverse of `split_products`."""
+        return self._rows([part.mT for part in parts]).mT.contiguous()
+
+    def _parts(self, rows: Tensor) -> dict[str, Tensor]:
         count = len(self.projections)
         parts = [rows[:, i::count] for i in range(count)] if self.interleaved else rows.chunk(count, dim=1)
         return dict(zip(self.projections, parts, strict=True))
 
-    def join(self, parts: Iterable[Tensor]) -> Tensor:
-        """Projections [..., outputs, inputs] as they lie in the parameter, contiguous: the inverse of `split`."""
-        several = list(parts)
-        rows = torch.stack(several, dim=-2).flatten(-3, -2) if self.interleaved else torch.cat(several, dim=-2)
-        return (rows.transpose(-1, -2) if self.transposed else rows).contiguous()
+    def _rows(self, several: list[Tensor]) -> Tensor:
+        return torch.stack(several, dim=-2).flatten(-3, -2) if self.interleaved else torch.cat(several, dim=-2)
 
     def values(self, w: Tensor, grid: Grid) -> Tensor:
         """The values of the parameter `w` on `grid`, those of each expert's projections by themselves; no gradient passes."""

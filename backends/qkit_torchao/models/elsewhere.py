@@ -7,7 +7,8 @@ from torch import nn
 from qkit.engines.protocol import Modules
 from qkit.reference.merged import Update
 from qkit_torchao.layers import learned
-from qkit_torchao.layers.experts import FakeExperts, restore_experts
+from qkit_torchao.layers.learned_experts import restore_experts
+from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.models import wrappers
 
 

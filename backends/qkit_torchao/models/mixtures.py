@@ -1,4 +1,4 @@
-"""The verbs of `Mixes` for the torch engine, which inherits them."""
+"""The verbs of `Mixes` and `TrainsExperts` for the torch engine, which inherits them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import NOTHING
 from qkit.qtensor import QTensor
+from qkit.reference.merged import Update
 from qkit.rules import Rule
-from qkit_torchao.layers import packed_experts, stacks
+from qkit_torchao.layers import adapted_experts, learned_experts, packed_experts, stacks
+from qkit_torchao.layers.expert_inputs import ranges_of
 
 
 class Mixtures:
@@ -57,6 +59,29 @@ class Mixtures:
         scales = {name: self.tensor_of(array).to(device) for name, array in static.items()}
         return packed_experts.pack_experts(module, placed, rule, scales)
 
+    def expert_ranges(self, module: Any) -> dict[str, Tensor]:
+        """See `Mixes.expert_ranges`."""
+        return {name.removesuffix("_range"): module.get_buffer(name) for name in ranges_of(module.rule, module.stacks)}
+
+    def expert_scales(self, module: Any) -> dict[str, Tensor]:
+        """See `Mixes.expert_scales`."""
+        return {name: module.get_buffer(name) for name in packed_experts.static_of(module)}
+
     def unpack_experts(self, module: Any) -> dict[str, list[QTensor[Tensor]]]:
         """See `Mixes.unpack_experts`."""
         return packed_experts.unpack_experts(module)
+
+    # TrainsExperts
+
+    def adapt_experts(self, module: Any, updates: Mapping[str, Update]) -> nn.Module:
+        """See `TrainsExperts.adapt_experts`; the parameters are `gate_proj_lora_A` [experts, rank, inputs] and so on."""
+        made: nn.Module = adapted_experts.adapt(module, updates)
+        return made
+
+    def expert_updates(self, module: Any) -> dict[str, Update]:
+        """See `TrainsExperts.expert_updates`."""
+        return adapted_experts.updates_of(module)
+
+    def learned_experts(self, module: Any) -> dict[str, dict[str, Tensor]]:
+        """See `TrainsExperts.learned_experts`."""
+        return learned_experts.parameters_of(module)

@@ -13,9 +13,10 @@ from qkit.qtensor import dtype_of
 from qkit.rules import Kind
 from qkit_torchao.layers import sharded
 from qkit_torchao.layers.converted import PLAIN
-from qkit_torchao.layers.experts import Experts, FakeExperts
+from qkit_torchao.layers.experts import Experts
 from qkit_torchao.layers.packed_experts import PackedExperts, buffers_of
 from qkit_torchao.layers.prepared import Prepared
+from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.layers.scaled_embedding import is_scaled
 from qkit_torchao.layers.stacks import Stack, shapes_of, stacks_of
 from qkit_torchao.models.wrappers import CONVERTED, Place, heads, mark, places
@@ -178,7 +179,12 @@ def _experts(path: str, module: Any, stacks: tuple[Stack, ...]) -> Layer:
     count, _, inputs = projections["up_proj"]
     shape = (count, sum(outputs * n for _, outputs, n in projections.values()) // inputs, inputs)
     stored = tuple(f"{path}.{stack.name}" if path else stack.name for stack in stacks)
-    known: dict[str, Any] = {"projections": projections, "stored": stored}
+    known: dict[str, Any] = {
+        "projections": projections,
+        "stored": stored,
+        "adapter": getattr(module, "adapter", ""),
+        "interleaved": stacks[0].interleaved,
+    }
     if isinstance(module, FakeExperts):
         return Layer(
             path,

@@ -208,7 +208,8 @@ def _optimizer(
     """AdamW with groups of which each has a `ratio`: its learning rate is that of the step times `ratio`."""
     kinds: dict[tuple[float, float], list[Tensor]] = {(weight_decay, 1.0): [], (0.0, 1.0): [], (0.0, offset_ratio): []}
     for name, one in parameters.items():
-        decay = weight_decay if one.dim() > 1 and not is_learned(name) else 0.0
+        vectors = one.dim() < 2 or name.endswith("lora_magnitude")  # of experts these are a row for each
+        decay = 0.0 if vectors or is_learned(name) else weight_decay
         kinds[decay, offset_ratio if is_offset(name) else 1.0].append(one)
     groups = [{"params": ones, "weight_decay": decay, "ratio": ratio} for (decay, ratio), ones in kinds.items() if ones]
     return AdamW(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay)

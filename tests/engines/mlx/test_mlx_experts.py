@@ -184,21 +184,25 @@ def prepared_weights(prepared):
     return made
 
 
-def test_mlx_lm_s_lora_of_experts_is_refused_by_name():
+@pytest.mark.parametrize("grid", [Grid("int4", 32), Grid("e2m1", 16, "nvfp4")], ids=str)
+@pytest.mark.parametrize("verb", [qkit.prepare, qkit.convert])
+def test_mlx_lm_s_lora_of_experts_trains_inside_of_the_grid(verb, grid):
     utils = pytest.importorskip("mlx_lm.tuner.utils")
-    for model in (verb(mixture(), recipe(Grid("int4", 32))) for verb in (qkit.prepare, qkit.convert)):
-        model.layers = [model.switch_mlp]
-        with pytest.raises(qkit.StageError, match="LoRA would take experts off the grid int4-g32-signed"):
-            utils.linear_to_lora_layers(model, 1, {"rank": 4, "scale": 2.0, "dropout": 0.0})
-
-
-def test_experts_refuse_ranges_that_all_of_them_would_share():
-    for rule in (
-        Rule(("*",), kind="experts", weight=Grid("int8", "row"), activation=Grid("int8", "tensor"), range="calibrated"),
-        Rule(("*",), kind="experts", weight=Grid("int8", "row"), activation=Grid("int8", "tensor")),
-    ):
-        with pytest.raises(qkit.QkitError, match="experts"):
-            qkit.prepare(mixture(), Recipe("test", (rule,)))
+    model, x = verb(mixture(), recipe(grid)).eval(), tokens()
+    model.layers = [model.switch_mlp]
+    model.freeze()
+    utils.linear_to_lora_layers(model, 1, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+    names = sorted(name for name, _ in nn.utils.tree_flatten(model.trainable_parameters()) if "layers" not in name)
+    assert names == [f"switch_mlp.{part}_proj.lora_{f}" for part in ("down", "gate", "up") for f in "ab"]
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        layer = model.switch_mlp[part]
+        layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(4)) * 0.1
+    adapted = BE.to_numpy(model(x))
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        model.switch_mlp[part] = model.switch_mlp[part].fuse()  # as mlx-lm's `fuse`
+    assert equal(BE.to_numpy(model(x)), adapted)
+    with pytest.raises(qkit.StageError, match="no dropout"):
+        model.switch_mlp.up_proj.to_lora(r=4, dropout=0.1)
 
 
 # kv_b_proj

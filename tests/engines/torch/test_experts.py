@@ -375,12 +375,6 @@ def test_adapters_train_beside_experts_and_merge(tmp_path):
     assert torch.equal(logits(loaded), trained)
 
 
-def test_adapters_on_experts_are_refused_by_name():
-    model = qkit.prepare(make("mixtral"), "int4-g32")
-    with pytest.raises(qkit.StageError, match=r"mlp\.experts cannot take an adapter: it has many experts"):
-        qkit.adapt(model, qkit.Adapter(match=("*.experts",)))
-
-
 @pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # peft's call
 @pytest.mark.parametrize("stage", ["prepared", "converted"])
 def test_pefts_adapters_on_parameters_of_experts_are_refused(stage):
@@ -390,13 +384,6 @@ def test_pefts_adapters_on_parameters_of_experts_are_refused(stage):
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
     with pytest.raises((qkit.BackendError, ValueError), match="target_parameters"):
         peft.get_peft_model(model, config)(IDS)
-
-
-def test_learned_scales_of_experts_are_refused_by_name():
-    with pytest.raises(qkit.RecipeError, match="experts take no learned scales"):
-        qkit.Rule(("*",), "experts", qkit.Grid("int4", 32), scales="learned")
-    model = qkit.prepare(make("mixtral"), "int4-g32")
-    assert {layer.rule.scales for layer in blocks(model).values()} == {"rule"}
 
 
 def test_a_width_that_groups_do_not_divide_is_refused_or_the_whole_block_is_skipped():

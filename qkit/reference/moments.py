@@ -1,0 +1,96 @@
+"""The second moments of a layer's inputs, as `solve` uses them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.errors import GridError, RangeError
+from qkit.reference.products import Doubles, Halves, halves, total, unit_upper
+
+DAMPING = 0.01  #: of the mean square of all inputs, added to that of each
+SYMMETRY = 1e-3  #: difference of h_ij and h_ji that rounding explains, in units of their inputs' root mean squares
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments H = E[x x'] of inputs, with what `solve` derives from them. Layers with the same inputs share one.
+
+    Attributes:
+        diagonal: mean squares [n].
+        damping: the number that is added to each of them.
+        parts: `products.halves` of H.
+        order: inputs by falling mean square. `solve` rounds in this order: later inputs make up for earlier ones.
+        upper: `products.unit_upper` of H + damping, inputs in this order.
+    """
+
+    diagonal: Doubles
+    damping: float
+    parts: Halves
+    order: NDArray[np.int64]
+    upper: Doubles
+
+    @classmethod
+    def of(cls, moments: NDArray[Any] | None) -> "Moments":
+        """Those of `moments` [n, n].
+
+        Raises:
+            GridError, RangeError: as `fit`.
+        """
+        if moments is None or moments.ndim != 2:
+            what = "none" if moments is None else f"an array of shape {moments.shape}"
+            raise GridError(
+                f"solve needs the moments E[x x'] [inputs, inputs] of the layer's inputs, not {what}: calibrate first, or search"
+            )
+        diagonal = mean_squares(moments, len(moments))
+        h = (moments.astype(np.float64) + moments.T.astype(np.float64)) / 2
+        damping = DAMPING * float(total(diagonal)) / len(h)
+        order = np.argsort(-diagonal, kind="stable")
+        damped = h[np.ix_(order, order)]
+        damped[np.diag_indices(len(h))] += damping
+        try:
+            upper = unit_upper(damped)
+        except ArithmeticError:
+            raise RangeError(
+                "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
+            ) from None
+        return cls(diagonal, damping, halves(h, axis=1), order, upper)
+
+
+def mean_squares(moments: NDArray[Any] | Moments | None, n: int) -> Doubles:
+    """The weights [n] of the errors of `n` inputs: the diagonal of their moments, or ones where nothing is known.
+
+    Raises:
+        GridError, RangeError: as `fit`.
+    """
+    if moments is None:
+        return np.ones(n)
+    if isinstance(moments, Moments):
+        found = moments.diagonal
+    else:
+        if moments.shape not in ((n,), (n, n)):
+            raise GridError(
+                f"moments of shape {moments.shape} do not fit a weight of {n} inputs: want [{n}] or [{n}, {n}]"
+            )
+        found = (moments if moments.ndim == 1 else moments.diagonal()).astype(np.float64)
+        _check(moments, found)
+    if len(found) != n:
+        raise GridError(f"moments of {len(found)} inputs do not fit a weight of {n} inputs")
+    return found
+
+
+def _check(moments: NDArray[Any], diagonal: Doubles) -> None:
+    if not np.isfinite(moments).all():
+        raise RangeError("moments hold NaN or infinity: an input of the layer was not finite; find its origin")
+    if diagonal.min() < 0:
+        raise RangeError(f"moments hold a mean square of {diagonal.min():g}: a square is not negative")
+    if not diagonal.any():
+        raise RangeError(
+            "moments are zero everywhere: no token has reached the layer; search without moments, or give more data"
+        )
+    if moments.ndim == 2:
+        root = np.sqrt(diagonal)
+        apart = np.abs(moments - moments.T).astype(np.float64)
+        if (apart > SYMMETRY * root[:, None] * root).any():
+            raise RangeError("moments are not symmetric: E[x x'] is")

@@ -1,0 +1,187 @@
+"""Weights of packed integers: GPTQ, AWQ and compressed-tensors, with zero points and groups in any order.
+
+Read off GPTQModel 7 and AutoGPTQ 0.7 (`qlinear`), AutoAWQ 0.2 (`packing_utils`) and compressed-tensors 0.20.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.element import ELEMENTS
+from qkit.errors import ArtifactError
+from qkit.formats.packed import Tensors
+from qkit.reference import packing
+from qkit.sources.law import Codes
+
+AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)  #: by column of eight, the place of its code in the word
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """GPTQ: codes packed down the inputs, [inputs * bits / 32, outputs], zero points along the outputs.
+
+    Attributes:
+        bits: of a code.
+        group: inputs that share a scale.
+        ordered: whether groups are contiguous; otherwise `g_idx` has the group of each input.
+        less_one: whether the file stores zero points less one, as version 1 does.
+    """
+
+    bits: int
+    group: int
+    ordered: bool
+    less_one: bool
+
+    @property
+    def name(self) -> str:
+        """See `Form`."""
+        order = "" if self.ordered else ", groups in the order of activations"
+        return f"GPTQ, {self.bits} bits, groups of {self.group}{order}"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """See `Form`."""
+        return 1, self.group
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
+
+    def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
+        """See `Form`."""
+        n = parts["qweight"].shape[0] * 32 // self.bits
+        columns = np.ascontiguousarray(parts["qweight"][:, rows].T).view(np.uint32)
+        zeros = _packed_zeros(parts["qzeros"], self.bits, parts["scales"].shape[1])
+        if self.less_one:
+            top = (1 << self.bits) - 1
+            if count := int((zeros == top).sum()):
+                raise ArtifactError(
+                    f"{count} zero points are stored as {top}, which readers of GPTQ's first version take for 0 or for "
+                    f"{top + 1}: convert the model to gptq_v2 with the program that wrote it"
+                )
+            zeros = zeros + np.uint8(1)
+        return Codes(
+            f"int{self.bits}",
+            packing.unpack(columns, self.bits, n),
+            np.ascontiguousarray(parts["scales"][:, rows].T),
+            (1, self.group),
+            zeros=np.ascontiguousarray(zeros[:, rows].T),
+            groups=None if self.ordered else np.asarray(parts["g_idx"], np.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Awq:
+    """AWQ's `gemm` version: codes packed along the outputs, [inputs, outputs / 8], eight to a word in AWQ's order."""
+
+    group: int
+
+    @property
+    def name(self) -> str:
+        """See `Form`."""
+        return f"AWQ, 4 bits, groups of {self.group}"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """See `Form`."""
+        return 1, self.group
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
+
+    def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
+        """See `Form`."""
+        outputs = parts["scales"].shape[1]
+        begin, stop, step = rows.indices(outputs)
+        first, last = begin // 8, -(-stop // 8)
+        some = slice(begin - first * 8, stop - first * 8, step)
+        return Codes(
+            "int4",
+            np.ascontiguousarray(_in_order(parts["qweight"][:, first:last])[:, some].T),
+            np.ascontiguousarray(parts["scales"][:, rows].T),
+            (1, self.group),
+            zeros=np.ascontiguousarray(_in_order(parts["qzeros"][:, first:last])[:, some].T),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """compressed-tensors' integers: a stream of bits for each row, or a byte for each code.
+
+    Attributes:
+        bits: of a code.
+        block: rows and columns that share a scale.
+        bytes_each: whether a code has a byte of its own.
+        asymmetric: whether there are zero points.
+        ordered: whether groups are contiguous; otherwise `weight_g_idx` has the group of each input.
+    """
+
+    bits: int
+    block: tuple[int, int]
+    bytes_each: bool
+    asymmetric: bool
+    ordered: bool = True
+
+    @property
+    def name(self) -> str:
+        """See `Form`."""
+        layout = "int-quantized" if self.bytes_each else "pack-quantized"
+        zeros = " with zero points" if self.asymmetric else ""
+        order = "" if self.ordered else ", groups in the order of activations"
+        return f"compressed-tensors {layout}, {self.bits} bits{zeros}{order}"
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "weight_scale"
+
+    def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
+        """See `Form`."""
+        element, scales = ELEMENTS[f"int{self.bits}"], parts["weight_scale"]
+        if self.bytes_each:
+            signed = parts["weight"][rows]
+        else:
+            n = int(parts["weight_shape"][-1])
+            words = np.ascontiguousarray(parts["weight_packed"][rows]).view(np.uint32)
+            signed = packing.signed(packing.unpack(words, self.bits, n), element)
+        begin, stop, step = rows.indices(len(parts["weight"] if self.bytes_each else parts["weight_packed"]))
+        scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
+        zeros = self._zeros(parts, scales.shape) if self.asymmetric else None
+        if scales.shape[0] > 1:
+            mine = np.arange(begin, stop, step) // self.block[0]
+            scales, zeros = scales[mine], None if zeros is None else zeros[mine]
+        return Codes(
+            element.name,
+            packing.unsigned(signed, element) if self.asymmetric else signed,
+            scales,
+            (1, self.block[1]),
+            zeros=zeros,
+            groups=None if self.ordered else np.asarray(parts["weight_g_idx"], np.int64),
+        )
+
+    def _zeros(self, parts: Tensors, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        stored, element = parts["weight_zero_point"], ELEMENTS[f"int{self.bits}"]
+        if stored.dtype.name != "int32":
+            return packing.unsigned(stored.reshape(shape).astype(np.int8), element)
+        words = np.ascontiguousarray(stored.T).view(np.uint32)
+        return np.ascontiguousarray(packing.unpack(words, self.bits, shape[0]).T)
+
+
+def is_contiguous(g_idx: NDArray[Any], group: int) -> bool:
+    """Whether `g_idx` says no more than that every `group` inputs share a scale. -1 for all inputs says that too."""
+    return bool((g_idx < 0).all() or np.array_equal(g_idx, np.arange(g_idx.size) // group))
+
+
+def _packed_zeros(stored: NDArray[Any], bits: int, outputs: int) -> NDArray[np.uint8]:
+    return packing.unpack(np.ascontiguousarray(stored).view(np.uint32), bits, outputs)
+
+
+def _in_order(words: NDArray[Any]) -> NDArray[np.uint8]:
+    """Codes [rows, 8 * words] in the order of the outputs."""
+    plain = packing.unpack(np.ascontiguousarray(words).view(np.uint32), 4, 8 * words.shape[1])
+    return plain.reshape(*words.shape, 8)[..., list(AWQ_PLACES)].reshape(words.shape[0], -1)

@@ -1,0 +1,100 @@
+"""A model directory that any program wrote, as float tensors: stored ones, and those that its codes decode to."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import ArtifactError
+from qkit.sources.compressed import compressed
+from qkit.sources.detect import FLOAT, Detected, detect
+from qkit.sources.encoded import Encoded
+from qkit.sources.fp8 import fp8, modelopt, mxfp4
+from qkit.sources.gptq import awq, gptq
+from qkit.sources.marks import Types, parts_of
+from qkit.sources.mlx import mlx
+from qkit.sources.parts import MOVING, float_type, kind_of
+from qkit.storage.read import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model directory.
+
+    Attributes:
+        folder: the directory.
+        detected: how it is quantized.
+        tensors: all tensors of the float model, by name, in transformers' names; `Encoded` those that are stored as codes.
+        dropped: names of scales that belong to inputs, outputs or caches, which the weights do not need.
+    """
+
+    folder: Path
+    detected: Detected
+    tensors: Mapping[str, Stored]
+    dropped: tuple[str, ...]
+
+    @property
+    def encoded(self) -> dict[str, Encoded]:
+        """The tensors that are stored as codes."""
+        return {name: stored for name, stored in self.tensors.items() if isinstance(stored, Encoded)}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for whoever decodes the weights of a quantized model: which, and about scales that are left out."""
+        forms = Counter(stored.form.name for stored in self.encoded.values())
+        found = [f"{count:,} weights are decoded: {name}" for name, count in forms.items()]
+        if self.dropped:
+            found.append(
+                f"{len(self.dropped):,} scales of inputs, outputs or caches are left out, such as {self.dropped[0]}: the weights "
+                "are the same, and other logits"
+            )
+        return tuple(found)
+
+
+def open_source(
+    folder: Path, stored: Mapping[str, Stored], config: Mapping[str, Any] | None, *, kind_of_path: Any
+) -> Source:
+    """The model in `folder`, whose files hold the tensors `stored`. Reads headers, and small tensors of indices.
+
+    Args:
+        config: content of its `config.json`.
+        kind_of_path: returns the kind of the layer at a path in files.
+
+    Raises:
+        ArtifactError: see `detect`; or a part of a quantized weight is missing, or is not that of a layout that qkit reads.
+    """
+    try:
+        detected = detect(folder, config, stored_types(stored))
+        if detected.method == FLOAT:
+            return Source(folder, detected, stored, ())
+        return _decoded(folder, detected, dict(stored), kind_of_path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+
+
+def stored_types(stored: Mapping[str, Stored]) -> Types:
+    """Types and shapes of stored tensors, by name."""
+    return {name: (kind_of(one), one.slot.shape) for name, one in stored.items()}
+
+
+def _decoded(folder: Path, detected: Detected, tensors: dict[str, Stored], kind_of_path: Any) -> Source:
+    settings, dtype = detected.settings, float_type(detected.config, tensors)
+    if detected.method == "compressed-tensors":
+        found = compressed(tensors, settings, dtype, kind_of_path=kind_of_path)
+    elif detected.method == "mlx":
+        found = mlx(tensors, settings, dtype, config=detected.config or {})
+    else:
+        readers = {"gptq": gptq, "awq": awq, "fp8": fp8, "mxfp4": mxfp4, "modelopt": modelopt}
+        found = readers[detected.method](tensors, settings, dtype)
+    dropped = tuple(sorted(name for name in tensors if name.rpartition(".")[2] in MOVING))
+    for name in dropped:
+        del tensors[name]
+    if rest := sorted(parts_of(stored_types(tensors))):
+        raise ArtifactError(
+            f"{rest[0]} is part of a quantized weight too, and {detected.place} does not say of which kind: fetch the directory "
+            "again"
+        )
+    if twice := sorted(found.keys() & tensors.keys()):
+        raise ArtifactError(f"{twice[0]} is there as floats and as codes: remove one of them")
+    return Source(folder, detected, {**tensors, **found}, dropped)

@@ -1,0 +1,235 @@
+"""Other programs' quantized models: every value equals that of the owner's own decoder, or of its published formula."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from foreign import AWQ_ORDER, BF16, E8M0, awq, fp8, gptq, is_linear, nvfp4, rewritten
+from models import make
+from safetensors.numpy import save_file
+
+import qkit
+from qkit.exchange.import_model import read_model
+from qkit.formats.packed import unpack
+from qkit.storage.arrays import read_file
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llm-compressor"
+GPTQ = {"quant_method": "gptq", "group_size": 64, "desc_act": False, "sym": False}
+
+
+def values(folder):
+    """The values that qkit reads, by name, of the weights that the files hold as codes."""
+    found = read_model(folder)
+    held = {f"{path}.weight": weight for path, weight in found.weights.items()}
+    out = {name: qkit.dequantize(unpack(weight.read())) for name, weight in held.items()}
+    return {**out, **{name: np.asarray(array) for name, array in found.tensors.items() if is_linear(name)}}
+
+
+def parts(folder):
+    """The stored tensors of each quantized layer, by path and name."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        for name, array in read_file(file)[0].items():
+            path, _, last = name.rpartition(".")
+            found.setdefault(path, {})[last] = np.array(array)
+    return {path: mine for path, mine in found.items() if path.split(".")[-1] in LINEAR_NAMES and len(mine) > 1}
+
+
+def read_arrays(file):
+    """The tensors of a file, in memory, since tests write the file anew."""
+    return {name: np.array(array) for name, array in read_file(file)[0].items()}
+
+
+NUMBERS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)  #: of the linear weights of the small Llama
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def same(ours, theirs, dtype):
+    """Equal in every bit, after one rounding of their float32 values."""
+    assert ours.dtype == np.dtype(dtype)
+    kind = f"u{ours.dtype.itemsize}"
+    return np.array_equal(ours.view(kind), np.asarray(theirs, np.float32).astype(dtype).view(kind))
+
+
+def field(words, bits, place):
+    """The code at `place` of rows of int32 words, from Python's whole numbers."""
+    numbers = [int.from_bytes(row.astype("<i4").tobytes(), "little") for row in words]
+    return np.array([(number >> (bits * place)) & ((1 << bits) - 1) for number in numbers])
+
+
+@pytest.mark.parametrize("order", ["contiguous", "permuted", "absent"])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq(bits, version, order, tmp_path):
+    """AutoGPTQ's formula: scale of the input's group, times code less zero point; version 1 stores that zero less one."""
+    settings = {**GPTQ, "bits": bits, "checkpoint_format": version, "desc_act": order == "permuted"}
+    folder = rewritten(tmp_path / "m", gptq(bits, 64, version=version, order=order), settings)
+    ours, count = values(folder), 0
+    for path, mine in parts(folder).items():
+        n = mine["qweight"].shape[0] * 32 // bits
+        groups = mine.get("g_idx", np.arange(n) // 64)
+        codes = np.stack([field(mine["qweight"].T, bits, i) for i in range(n)], axis=1)
+        zeros = np.stack([field(mine["qzeros"], bits, i) for i in range(codes.shape[0])], axis=0) + (version == "gptq")
+        scales = mine["scales"].T.astype(np.float32)
+        assert same(ours[f"{path}.weight"], (codes - zeros[:, groups]) * scales[:, groups], BF16)
+        count += codes.size
+    assert count == NUMBERS
+
+
+def test_awq(tmp_path):
+    """AutoAWQ's formula, with its order of columns."""
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+    folder = rewritten(tmp_path / "m", awq(64), settings, dtype="float16")
+    ours, count = values(folder), 0
+    for path, mine in parts(folder).items():
+        n, out = mine["qweight"].shape[0], mine["scales"].shape[1]
+
+        def plain(words, out=out):
+            columns = np.empty((len(words), out), int)
+            for word in range(out // 8):
+                for place, column in enumerate(AWQ_ORDER):
+                    columns[:, 8 * word + column] = (words[:, word].view(np.uint32) >> (4 * place)) & 15
+            return columns
+
+        wide = lambda x: np.repeat(x, 64, axis=0)  # noqa: E731
+        theirs = (plain(mine["qweight"]) - wide(plain(mine["qzeros"]))) * wide(mine["scales"].astype(np.float32))
+        assert same(ours[f"{path}.weight"], theirs.T, np.float16)
+        count += n * out
+    assert count == NUMBERS
+
+
+@pytest.mark.parametrize("scale", [np.float32, BF16, E8M0], ids=["float32", "bfloat16", "ue8m0"])
+@pytest.mark.parametrize("block", [(128, 128), (64, 32), (1, 128)], ids=str)
+def test_fp8_blocks(block, scale, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    folder = rewritten(tmp_path / "m", fp8(block, scale=scale), settings)
+    decoder = Fp8Dequantize(None)
+    ours = values(folder)
+    found = parts(folder)
+    for path, mine in found.items():
+        codes = torch.from_numpy(mine["weight"].view(np.uint8)).view(torch.float8_e4m3fn)
+        scales = mine["weight_scale_inv"]
+        scales = (
+            torch.from_numpy(scales.view(np.uint8)).view(torch.float8_e8m0fnu)
+            if scale is E8M0
+            else torch.from_numpy(scales.astype(np.float32)).to(torch.bfloat16 if scale is BF16 else torch.float32)
+        )
+        theirs = decoder.convert({"weight": codes, "weight_scale_inv": scales})["weight"].to(torch.bfloat16)
+        assert np.array_equal(ours[f"{path}.weight"].view(np.uint16), theirs.view(torch.uint16).numpy()), path
+    assert len(found) == 14
+
+
+def test_fp8_blocks_may_be_ragged_and_their_scales_in_another_shard(tmp_path):
+    """DeepSeek's own rule: the last block of a row or column has fewer numbers."""
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    folder = rewritten(
+        tmp_path / "m",
+        fp8((128, 128)),
+        settings,
+        hidden_size=160,
+        intermediate_size=200,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+    )
+    tensors = read_arrays(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {name: f"model-0000{1 + name.endswith('_inv')}-of-00002.safetensors" for name in tensors}
+    for shard in set(shards.values()):
+        save_file({name: x for name, x in tensors.items() if shards[name] == shard}, folder / shard)
+    index = {"metadata": {}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ours = values(folder)
+    for name, array in ours.items():
+        rows, columns = array.shape
+        scales = np.repeat(np.repeat(tensors[f"{name}_scale_inv"], 128, 0), 128, 1)[:rows, :columns]
+        assert same(array, tensors[name].astype(np.float32) * scales, BF16), name
+    assert {array.shape for array in ours.values()} == {(160, 160), (200, 160), (160, 200)}
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+def test_modelopt(algorithm, tmp_path):
+    """The formula of ModelOpt's checkpoints: code times block scale times the scale of the tensor."""
+    encode = fp8(None, name="weight_scale") if algorithm == "FP8" else nvfp4()
+    folder = rewritten(tmp_path / "m", encode, None)
+    table = {
+        "producer": {"name": "modelopt"},
+        "quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]},
+    }
+    (folder / "hf_quant_config.json").write_text(json.dumps(table))
+    ours, stored = values(folder), parts(folder)
+    for path, mine in stored.items():
+        if algorithm == "FP8":
+            theirs = mine["weight"].astype(np.float32) * mine["weight_scale"]
+        else:
+            table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+            codes = np.stack([mine["weight"] & 15, mine["weight"] >> 4], -1).reshape(len(mine["weight"]), -1)
+            steps = mine["weight_scale"].astype(np.float32) * mine["weight_scale_2"]
+            theirs = table[codes] * np.repeat(steps, 16, 1)
+        assert same(ours[f"{path}.weight"], theirs, BF16), path
+    assert len(stored) == 14
+
+
+def test_gpt_oss_s_experts(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = make(tmp_path / "m", "gpt_oss", dtype="bfloat16")
+    tensors, random = read_arrays(folder / "model.safetensors"), np.random.default_rng(0)
+    stacks = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, n, out = tensors.pop(name).shape
+        stacks[name] = (
+            random.integers(0, 256, (experts, out, n // 32, 16)).astype(np.uint8),
+            random.integers(90, 140, (experts, out, n // 32)).astype(np.uint8),
+        )
+        tensors |= {f"{name}_blocks": stacks[name][0], f"{name}_scales": stacks[name][1]}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    found, encoded = read_model(folder), decoded(folder)
+    assert len(stacks) == 4
+    for name, (blocks, scales) in stacks.items():
+        theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
+        ours = encoded[name]
+        assert np.array_equal(ours.view(np.uint16), theirs.view(torch.uint16).numpy()), name
+        block, fused = name.rpartition(".")[0], name.endswith("gate_up_proj")
+        for expert in range(4):
+            for place, projection in enumerate(("gate_proj", "up_proj") if fused else ("down_proj",)):
+                mine = qkit.dequantize(unpack(found.weights[f"{block}.{expert}.{projection}"].read()))
+                assert np.array_equal(mine, ours[expert].T[place :: 2 if fused else 1])
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "MXFP4A16", "NVFP4A16", "W8A8", "FP8_DYNAMIC"])
+def test_llm_compressor_s_files(scheme):
+    torch = pytest.importorskip("torch")
+    base = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file as load
+
+    config = json.loads((GOLDEN / scheme / "config.json").read_text())["quantization_config"]
+    given = QuantizationConfig.model_validate(config)
+    [group] = given.config_groups.values()
+    decoder = base.BaseCompressor.get_value_from_registry(group.format or given.format)
+    tensors, ours, count = load(GOLDEN / scheme / "model.safetensors"), decoded(GOLDEN / scheme), 0
+    for name, array in ours.items():
+        path = name.removesuffix(".weight")
+        mine = {full.removeprefix(f"{path}."): x for full, x in tensors.items() if full.startswith(f"{path}.")}
+        theirs = decoder.decompress(mine, group)["weight"].to(torch.bfloat16)
+        assert np.array_equal(array.view(np.uint16), theirs.view(torch.uint16).numpy()), name
+        count += array.size
+    assert count == 90_112
+
+
+def decoded(folder):
+    """The values of the forms, without any grid of qkit's."""
+    from qkit.artifact.config import read_config
+    from qkit.artifact.foreign import open_any
+    from qkit.storage.read import read_folder
+
+    stored, _ = read_folder(folder)
+    return {name: one.mapped() for name, one in open_any(folder, stored, read_config(folder)).encoded.items()}
