@@ -6,7 +6,8 @@ count; the float and the converted model take turns. One token is timed in three
 is by the clock, launches included. Torchao's own int4 and fp8 stand beside. `bar` is the most that one token may take; `within`
 says for each way whether it does, and whether prefill and memory keep their bars.
 
-Usage: python benchmarks/serve.py [--size 1b 8b] [--layers N] [--recipe NAME ...] [--out FILE.json]
+Usage: python benchmarks/serve.py [--device cuda] [--size 1b 8b] [--layers N] [--recipe NAME ...] [--out FILE.json]
+       python benchmarks/serve.py --device cpu [--threads 1 2] [--layers N] [--recipe NAME ...] [--out FILE.json]
 """
 
 import argparse
@@ -123,9 +124,7 @@ def compiled(model: nn.Module) -> Captured:
     """One token, with each layer of `model` compiled, which stays so."""
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.compile(dynamic=False)
-    mask = torch.zeros(
-        1, 1, 1, 1, device="cuda", dtype=torch.bfloat16
-    )  # without one, transformers makes another in a capture
+    mask = torch.zeros(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16)  # else transformers makes one in captures alone
     return captured(model, 1, mask)
 
 
@@ -222,12 +221,19 @@ def graphs_of(model: nn.Module, names: list[str], *, compiles: bool) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--layers", type=int, help="layers, in place of 16 and 32")
-    parser.add_argument("--recipe", nargs="+", default=RECIPES)
+    parser.add_argument("--layers", type=int, help="layers, in place of 16 and 32; of 8 on a CPU")
+    parser.add_argument("--recipe", nargs="+")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of a CPU")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    if given.device == "cpu":
+        import serve_cpu
+
+        serve_cpu.measure(given.out, layers=given.layers or 8, recipes=given.recipe, threads=given.threads)
+        return
     about = {"prompt": PROMPT, "layers": given.layers or "all", "vocabulary": CONFIG["vocab_size"]}
     report = Report(given.out, device="cuda", packages=("transformers", "triton"), about=about)
     for size in given.size:
@@ -240,7 +246,7 @@ def main() -> None:
         shown = {name: round(milliseconds(graph, 5), 3) for name, graph in base.items()}
         report.add({"model": size, "recipe": "bfloat16", "ms": shown, "bytes": base_bytes, "tokens/s": base_speed})
         jobs: dict[str, Callable[[Any], Any]] = {
-            name: partial(lambda name, model: qkit.convert(model, name), name) for name in given.recipe
+            name: partial(lambda name, model: qkit.convert(model, name), name) for name in given.recipe or RECIPES
         }
         jobs |= {name: partial(lambda config, model: theirs(model, config), config) for name, config in peers().items()}
         for name, convert in jobs.items():
