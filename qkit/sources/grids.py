@@ -20,7 +20,8 @@ from qkit.sources.law import NAN, Codes
 def grid_of(encoded: Encoded) -> Grid | None:
     """The grid that holds the codes of `encoded` as they are; None where groups have several rows, or are not contiguous."""
     rows, n = encoded.matrix
-    sample, (down, along) = encoded.codes(slice(0, 1)), encoded.form.block
+    sample = encoded.codes(slice(0, 1))
+    down, along = (min(one, size) for one, size in zip(encoded.form.block, (rows, n), strict=True))
     if sample.groups is not None or (down != 1 and (down, along) != (rows, n)):
         return None
     group: Group = along
