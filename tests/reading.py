@@ -80,7 +80,8 @@ The settings may lie in `config.json` (`quantization_config`, `quantization`, th
 directory whose tensors look packed, and whose settings do not say how, is refused by name.
 
 A grid named `stored` or `affine` is a read grid; see "Read grids" in [numerics.md](../numerics.md). "Values" means that no
-grid holds the codes: groups of several rows, or in the order of activations. qkit leaves out scales of inputs and caches, and says so.
+grid holds the codes: groups of several rows, or in the order of activations. qkit leaves out scales of inputs and
+caches, and says so.
 
 ## Sources
 
