@@ -34,7 +34,7 @@ COPY = "a copy"  #: how the reason begins for a tensor that the output does not 
 #: Anonymous memory in bytes, measured on Linux: of Python with NumPy; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
 #: The same, of each element that another program's codes are decoded to: the code, and float32 numbers beside it.
-DECODED = 24
+DECODED = 56
 #: The same, of each tensor of the source and of the output: names, places, digests. Workers copy some of these pages.
 SOURCE, OUTPUT = 700, 2_000
 
