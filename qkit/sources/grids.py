@@ -13,7 +13,7 @@ from qkit.formats.read_layout import FINITE
 from qkit.grid import Grid, Group
 from qkit.qtensor import DType, QTensor
 from qkit.reference.packing import Packed
-from qkit.sources.encoded import Encoded
+from qkit.sources.encoded import Encoded, Valued
 from qkit.sources.law import NAN, Codes
 
 MX_GROUP = 32  #: codes that share an E8M0 scale in MXFP4 and MXFP8
@@ -21,6 +21,8 @@ MX_GROUP = 32  #: codes that share an E8M0 scale in MXFP4 and MXFP8
 
 def grid_of(encoded: Encoded) -> Grid | None:
     """The grid that holds the codes of `encoded` as they are; None where groups have several rows, or are not contiguous."""
+    if isinstance(encoded.form, Valued):
+        return None
     rows, n = encoded.matrix
     sample = encoded.codes(slice(0, 1))
     down, along = (min(one, size) for one, size in zip(encoded.form.block, (rows, n), strict=True))

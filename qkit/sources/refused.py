@@ -18,7 +18,7 @@ REFUSED: Final = {
     "AutoModelForCausalLM.from_pretrained(DIR).dequantize() of transformers makes a float model of it",
     "torchao": "its tensors are pickles or subclasses that torchao alone decodes: "
     "AutoModelForCausalLM.from_pretrained(DIR).dequantize() of transformers makes a float model of it",
-    "gguf": "its weights are in a GGUF file, which qkit writes and does not read",
+    "gguf": "its weights are in a GGUF file: qkit import FILE.gguf OUT reads that",
     "bitnet": f"its layers normalize their inputs too: {PUBLISHER}",
     "spqr": f"its outliers are stored apart: {PUBLISHER}",
     "quark": "open it with AMD Quark, and export it as float or as compressed-tensors",

@@ -44,10 +44,7 @@ def sentence(folder: Path) -> str:
 
 def gguf(file: Path) -> str:
     """The sentence about a GGUF file."""
-    return (
-        f"{file} is a GGUF file, which qkit writes and does not read: AutoModelForCausalLM.from_pretrained(DIR, "
-        "gguf_file=NAME).save_pretrained(OUT) of transformers makes a float model of it"
-    )
+    return f"{file} is a GGUF file: qkit import {file} OUT makes a directory of it, which every command takes"
 
 
 def is_pickle(name: str) -> bool:

@@ -269,7 +269,7 @@ def test_the_corpus_has_what_was_promised():
 
 NO_MODELS = {
     "an adapter": (("adapter_config.json", "adapter_model.safetensors"), "is an adapter.*qkit merge BASE .* OUT"),
-    "a GGUF file in a directory": (("llama-Q4_0.gguf",), "is a GGUF file, which qkit writes and does not read"),
+    "a GGUF file in a directory": (("llama-Q4_0.gguf",), "is a GGUF file: qkit import .*llama-Q4_0.gguf OUT"),
     "a diffusers model": (("model_index.json",), "is a diffusers model.*qkit.prepare"),
     "one part of it": (("config.json", "diffusion_pytorch_model.safetensors"), "is a diffusers model"),
     "an ONNX graph": (("model.onnx",), "an ONNX graph"),
@@ -305,5 +305,5 @@ def test_a_directory_that_is_no_model_gets_a_sentence(name, command, tmp_path):
 
 def test_a_gguf_file_gets_the_same_sentence(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(qkit.QkitError, match=r"m.gguf is a GGUF file, which qkit writes and does not read"):
+    with pytest.raises(qkit.QkitError, match=r"m.gguf is a GGUF file: qkit import .*m.gguf OUT makes"):
         inspect_directory(tmp_path / "m.gguf")
