@@ -27,11 +27,6 @@ TYPES: Final = {
     "llama": ("llama", "Llama"),
     "qwen2": ("qwen2", "Qwen2"),
     "qwen3": ("qwen3", "Qwen3"),
-    "seed_oss": ("seed_oss", "SeedOss"),
-    "smollm3": ("smollm3", "SmolLM3"),
-    "granite": ("granite", "Granite"),
-    "olmo2": ("olmo2", "Olmo2"),
-    "phi3": ("phi3", "Phi3"),
     "gemma": ("gemma", "Gemma"),
     "gemma2": ("gemma2", "Gemma2"),
     "gemma3": ("gemma3_text", "Gemma3"),
@@ -42,7 +37,6 @@ LAYER: Final = (
     *(f"mlp.{one}" for one in ("gate_proj", "up_proj", "down_proj")),
 )
 FLOATS: Final[Mapping[str, DType]] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FUSED: Final = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")  #: those of Phi-3
 LLAMA3: Final = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -88,8 +82,7 @@ def _open(file: Path, fields: Mapping[str, Any], found: dict[str, Any]) -> Sourc
     architecture = architecture_of(config)
     index = next(i for i, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(index, config["num_hidden_layers"])
-    parts = (*LAYER[:4], *FUSED) if name == "phi3" else LAYER
-    layers = [f"model.layers.{i}.{one}" for i in range(config["num_hidden_layers"]) for one in parts]
+    layers = [f"model.layers.{i}.{one}" for i in range(config["num_hidden_layers"]) for one in LAYER]
     ours = {
         f"{theirs}.{end}": f"{path}.{end}"
         for path in ("model.embed_tokens", "model.norm", "lm_head", *layers)
@@ -174,7 +167,7 @@ def _config(
     config["head_dim"] = numbers.get("attention.key_length") or head_width(config)
     config["hidden_activation" if kind.startswith("gemma") else "hidden_act"] = architecture.activation
     config["tie_word_embeddings"] = "output.weight" not in shapes
-    if "blk.0.attn_q.bias" in shapes and kind in ("llama", "qwen3", "granite", "olmo2", "smollm3", "seed_oss"):
+    if "blk.0.attn_q.bias" in shapes and kind in ("llama", "qwen3"):
         config["attention_bias"] = True
     if architecture.period:
         config["sliding_window"] = numbers.get("attention.sliding_window")
