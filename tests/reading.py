@@ -88,9 +88,9 @@ caches, and says so.
 The last column counts the values that a test compared, bit for bit. gpt-oss's experts (`*_blocks`, `*_scales`) equal those of
 transformers' `convert_moe_packed_tensors` in the tests too.
 
-`qkit import FILE.gguf OUT` reads GGUF files of Llama, Qwen 2 and 3, and Gemma 1 to 3. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4 and NVFP4
-stay codes; K-quants and all others become their values, equal to those of gguf 0.19. The tokenizer has to lie beside the file: qkit
-copies it, and makes none of the file's own. Mixtures of experts are refused.
+`qkit import FILE.gguf OUT` reads GGUF files of Llama, Qwen 2 and 3, and Gemma 1 to 3. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4 and
+NVFP4 stay codes; K-quants and all others become their values, equal to those of gguf 0.19. The tokenizer has to lie beside the
+file: qkit copies it, and makes none of the file's own. Mixtures of experts are refused.
 
 | source | read as | compared with | values |
 |---|---|---|---|
