@@ -9,6 +9,7 @@ from models import make
 
 import qkit
 from qkit import reference
+from qkit.exchange.diff import compare
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model, to_artifact
 from qkit.formats.packed import unpack
@@ -178,3 +179,41 @@ def set_b(module, b, engine):
         module.lora_b = mx.array(b.T)
     else:
         module.lora_B.data.copy_(pytest.importorskip("torch").from_numpy(b))
+
+
+@pytest.mark.parametrize("engine", ["torchao", "mlx"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_on_affine_experts_merge_into_codes_alone_without_a_gap(kind, engine, tmp_path):
+    to_artifact(read_model(converted(tmp_path, family="qwen3_moe")), tmp_path / "artifact")
+    model, mine = qkit.load(tmp_path / "artifact", backend=engine), qkit.backend(engine)
+    model = qkit.adapt(model, qkit.Adapter(match=("*.experts", "*.experts.*"), rank=4, kind=kind))
+    random = np.random.default_rng(3)
+    for layer in mine.layers(model):
+        if layer.adapter:
+            draw_b(layer.module, random, engine)
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    adapted = mine.logits(model, tokens)
+    model = qkit.merge(model)
+    made = mine.logits(model, tokens)
+    assert (
+        np.abs(made - adapted).max() <= (0 if engine == "torchao" else 2e-2) * np.abs(adapted).max()
+    )  # gather_qmm's order
+    qkit.save(model, tmp_path / "merged", source=tmp_path / "artifact")
+    rows = list(compare(read_model(tmp_path / "artifact"), read_model(tmp_path / "merged")))
+    assert sum(row.codes for row in rows)
+    assert not any(row.scales or row.values for row in rows)
+    assert all(".experts." in row.name for row in rows if row.codes)
+
+
+def draw_b(module, random, engine):
+    """Numbers in the place of the zeros of all B in a block of experts."""
+    named = module.named_modules() if engine == "mlx" else [("", module)]
+    for _, one in named:
+        if engine == "mlx":
+            if "lora_b" in one:
+                one.lora_b = mx.array(random.standard_normal(one.lora_b.shape).astype(np.float32) * 0.05)
+        else:
+            for name, parameter in one.named_parameters():
+                if name.endswith("lora_B"):
+                    drawn = random.standard_normal(tuple(parameter.shape)).astype(np.float32) * 0.05
+                    parameter.data.copy_(pytest.importorskip("torch").from_numpy(drawn))
