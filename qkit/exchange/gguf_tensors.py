@@ -76,7 +76,7 @@ def weight_tensor(
     def blocks() -> Iterable[NDArray[Any]]:
         try:
             packed, memory = weight.read(), np.empty(2 * max(NUMBERS, weight.shape[-1]), np.uint8)
-            for block in (packed if order is None else packed.permuted(order)).blocks(NUMBERS):
+            for block in packed.blocks(NUMBERS) if order is None else _permuted(packed, order):
                 yield _float16(block) if reason else gguf_layout.store(block, kind, out=memory)
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from None
@@ -122,6 +122,11 @@ def rotary_order(
 def rows_of(source: Snapshot, name: str) -> tuple[int, ...]:
     """The first axis of the tensor or quantized weight of this name."""
     return (source.weights.get(name.removesuffix(".weight")) or source.tensors[name]).shape[:1]
+
+
+def _permuted(packed: Packed, order: NDArray[np.int64]) -> Iterable[Packed]:
+    step = max(NUMBERS // packed.shape[-1], 1)
+    return (packed.permuted(order[start : start + step]) for start in range(0, len(order), step))
 
 
 def _rows(array: NDArray[Any], order: NDArray[np.int64]) -> Iterable[NDArray[Any]]:

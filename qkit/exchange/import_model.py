@@ -2,11 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.config import quantized_config, read_config
@@ -18,20 +16,19 @@ from qkit.artifact.snapshot import Snapshot, StoredWeight, locating, read_own, s
 from qkit.artifact.transformers_experts import has_single
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
+from qkit.exchange.read_foreign import read_foreign
 from qkit.exchange.shared_scales import share_scales
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
 from qkit.experts import is_router, paths_of
-from qkit.formats import compressed_config, compressed_tensors, dense, mlx_config, mlx_lm
+from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.formats.mlx_families import SAME_NAMES
 from qkit.formats.packed import Tensors, join
 from qkit.formats.settings import check_remaining
 from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Rule
-from qkit.sources.decoded import DecodedArray
 from qkit.sources.detect import FLOAT, detect
-from qkit.sources.encoded import Encoded
-from qkit.sources.source import Source, stored_types
+from qkit.sources.source import stored_types
 from qkit.storage import read
 from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
 from qkit.storage.seal import check_seal
@@ -81,10 +78,7 @@ def _read_other(folder: Path, stored: Mapping[str, read.Stored], *, minmax: bool
         return Snapshot(folder, FLOAT, False, config, {}, read.map_tensors(stored))
     if found.method == "mlx":
         return _mlx(folder, read.map_tensors(stored), found.config or {}, found.settings, minmax=minmax)
-    source = open_any(folder, stored, config)
-    if found.method == "compressed-tensors":
-        return _compressed(source, read.map_tensors(stored))
-    return _decoded(source)
+    return read_foreign(open_any(folder, stored, config), stored)
 
 
 def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -114,39 +108,6 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     config = quantized_config(source.config, rules_of(source), left_alone=left_alone, single_experts=single)
     about = json.loads(describe(rules_of(source)))
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
-
-
-def _decoded(source: Source) -> Snapshot:
-    """A model whose codes are on no grid of qkit's: its values, computed when they are used."""
-    values: dict[str, Any] = {name: DecodedArray(stored) for name, stored in source.encoded.items()}
-    tensors = read.map_tensors({name: one for name, one in source.tensors.items() if not isinstance(one, Encoded)})
-    return Snapshot(source.folder, FLOAT, True, source.detected.config, {}, {**tensors, **values})
-
-
-def _compressed(source: Source, tensors: Tensors) -> Snapshot:
-    """A model that another tool quantized in compressed-tensors' layout. Weights on no grid of qkit's become their values."""
-    weights, folder, config = {}, source.folder, source.detected.config or {}
-    values: dict[str, Any] = {}
-    with locating(folder):
-        found = compressed_config.grids(source.detected.settings, tensors, kind_of=kind_of_path)
-    for path, (grid, moving) in found.items():
-        parts = take_parts(tensors, path, "compressed-tensors")
-        if grid is None:
-            values[join(path, "weight")] = DecodedArray(source.encoded[join(path, "weight")])
-            continue
-        with locating(folder, path):
-            shape = compressed_tensors.shape_of(parts, grid)
-            dtype = _dtype(parts["weight_scale"], config)
-            stored = {**parts, "weight_scale": _widened(parts["weight_scale"], dtype)}
-        rule = Rule(("*",), kind=kind_of_path(path), weight=grid)
-        weight = stored_weight(
-            folder, path, "compressed-tensors", stored, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN
-        )
-        weights[path] = replace(weight, unknown="its inputs or outputs" if moving else "")
-    tensors = {name: array for name, array in tensors.items() if name not in source.dropped}
-    _check_remaining(folder, tensors)
-    layout = "compressed-tensors" if weights else FLOAT
-    return Snapshot(folder, layout, True, config, weights, {**tensors, **values})
 
 
 def _mlx(
@@ -247,8 +208,3 @@ def _dtype(scale: NDArray[Any], config: Mapping[str, Any]) -> DType:
             "neither its scales nor config.json say of what type the weight was: add dtype to config.json"
         )
     return found
-
-
-def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
-    """`scale`, but float16 scales of a float16 model as float32, which is exact and which qkit stores."""
-    return scale.astype(np.float32) if scale.dtype.name == dtype == "float16" else scale
