@@ -12,6 +12,7 @@ Usage: python benchmarks/qlora_affine.py [--bits N ...] [--seed N ...] [--steps 
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import mlx.optimizers as optim
 import mlx_lm
 import numpy as np
 from measure import Report
-from merge_gap import ALPHA, MATCH, RANK, SMALL, base, other_text
+from merge_gap import MATCH, RANK, SMALL, base, other_text
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.trainer import TrainingArgs, train
@@ -36,6 +37,7 @@ from qkit.training import Sequences
 from qkit.training.data import Tokens
 
 Loss = Callable[[Any], float]
+Fit = Callable[[Any], None]
 
 
 def batches(text: Sequences, *, seed: int) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
@@ -77,14 +79,14 @@ def measure(unseen: Tokens) -> Loss:
     return loss
 
 
-def theirs(folder: Path, first: dict[str, mx.array], loss: Loss, fitted: Callable[[Any], None]) -> dict[str, float]:
+def theirs(folder: Path, first: dict[str, mx.array], loss: Loss, fitted: Fit, scale: float) -> dict[str, float]:
     """mlx-lm's adapters; merged as its `fuse` command does."""
     model = load(folder)
     model.freeze()
     made = []
     for path, module in model.named_modules():
         if path in first:
-            layer = LoRALinear.from_base(module, r=RANK, scale=ALPHA / RANK)
+            layer = LoRALinear.from_base(module, r=RANK, scale=scale)
             layer.lora_a = first[path]
             made.append((path, layer))
     model.update_modules(tree_unflatten(made))
@@ -99,13 +101,11 @@ def load(folder: Path) -> Any:
     return load_model(folder)[0]
 
 
-def ours(
-    folder: Path, place: Path, loss: Loss, fitted: Callable[[Any], None], seed: int
-) -> tuple[dict[str, float], Any]:
+def ours(folder: Path, place: Path, loss: Loss, fitted: Fit, scale: float, seed: int) -> tuple[dict[str, float], Any]:
     """qkit's adapters on the same base; and the first A of each layer, by its path."""
     model = qkit.load(folder, backend="mlx")
     untouched = loss(model)
-    model = qkit.adapt(model, qkit.Adapter(rank=RANK, alpha=ALPHA, match=MATCH, seed=seed))
+    model = qkit.adapt(model, qkit.Adapter(rank=RANK, alpha=scale * RANK, match=MATCH, seed=seed))
     first = {layer.path: layer.module.lora_a for layer in qkit.backend("mlx").layers(model) if layer.adapter}
     first = {path: mx.array(np.array(a)) for path, a in first.items()}
     fitted(model)
@@ -136,12 +136,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, action="append", default=[])
     parser.add_argument("--seed", type=int, action="append", default=[])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, action="append", default=[])
+    parser.add_argument("--scale", type=float, default=20.0)  # mlx-lm's default
     parser.add_argument("--float-steps", type=int, default=600)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    about = {"rank": RANK, "alpha": ALPHA, "steps": given.steps, "rate": given.rate, "dtype": given.dtype}
+    about = {"rank": RANK, "scale": given.scale, "steps": given.steps, "dtype": given.dtype}
     report = Report(given.out, packages=("mlx-lm",), about={**about, "float steps": given.float_steps})
     text, unseen = other_text()
     loss = measure(unseen)
@@ -153,15 +154,16 @@ def main() -> None:
             quantized, artifact = place / f"mlx {bits}", place / f"artifact {bits}"
             mlx_lm.convert(str(place / "float"), str(quantized), quantize=True, q_bits=bits, dtype=given.dtype)
             to_artifact(read_model(quantized), artifact)
-            for seed in given.seed or [1]:
-                own = place / f"run {bits} {seed}"
+            for rate, seed in product(given.rate or [1e-3], given.seed or [1]):
+                own = place / f"run {bits} {rate} {seed}"
                 own.mkdir()
 
-                def fitted(model: Any, own: Path = own, seed: int = seed) -> None:
-                    fit(model, text, own, seed=seed, steps=given.steps, rate=given.rate)
+                def fitted(model: Any, own: Path = own, seed: int = seed, rate: float = rate) -> None:
+                    fit(model, text, own, seed=seed, steps=given.steps, rate=rate)
 
-                mine, first = ours(artifact, own, loss, fitted, seed)
-                report.add({"bits": bits, "seed": seed, **mine, **theirs(quantized, first, loss, fitted)})
+                mine, first = ours(artifact, own, loss, fitted, given.scale, seed)
+                row = {"bits": bits, "rate": rate, "seed": seed, **mine}
+                report.add({**row, **theirs(quantized, first, loss, fitted, given.scale)})
     report.finish()
 
 
