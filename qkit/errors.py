@@ -61,6 +61,10 @@ class CutWarning(UserWarning):
     """Rows of data that are longer than a sequence, and lose their ends."""
 
 
+class FewTokensWarning(UserWarning):
+    """A text that is too short for good statistics of a model's layers."""
+
+
 class ServerWarning(UserWarning):
     """A saved model that a server would not open, or would run with other arithmetic."""
 
