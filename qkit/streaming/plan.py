@@ -11,7 +11,7 @@ from qkit.artifact.companions import companions, left_behind
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
 from qkit.artifact.foreign import open_any
-from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
+from qkit.artifact.metadata import KEY, describe, group_paths, layout_of, read_rules, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.experts import Member
@@ -154,7 +154,7 @@ def make_plan(
     except MissingError as error:
         raise PlanError(str(error)) from None
     config = read_config(folder)
-    if KEY in metadata:
+    if KEY in metadata and read_rules(folder, metadata, config, layout=layout_of(metadata)):
         raise ArtifactError(
             f"{folder} is quantized already, by qkit; codes are not quantized again: name the float model"
         )
