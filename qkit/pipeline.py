@@ -1,19 +1,21 @@
 """prepare, convert, gather and adamw, on any engine. A recipe that does not fit is refused before the model changes."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit import fused
 from qkit.arrays import check
 from qkit.engines.abilities import offers, require, want_honored
+from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
-from qkit.engines.mixtures import Mixes, TrainsExperts
+from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
-from qkit.errors import StageError
+from qkit.errors import FamilyWarning, StageError
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-    from qkit.grid import Grid
 
 Model = TypeVar("Model")
 
@@ -50,6 +50,7 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     want_whole(layers, "prepare")
     want_known(layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare")
+    warn_of_family(engine, model)
     chosen = {item.layer.name: item.rule for item in planned if item.rule}
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
         require(engine, Fuses)
@@ -86,10 +87,17 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
         planned = _plan_on(engine, layers, recipe, "convert")
+        warn_of_family(engine, model)
     packed = _pack(engine, model, [(item.layer, item.rule) for item in planned if item.rule])
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
+
+
+def warn_of_family(engine: Modules, model: Any) -> None:
+    """Warns where files of `model` may hold other names or numbers than other programs expect."""
+    if offers(engine, Remembers) and (text := engine.doubts(model)):
+        warnings.warn(text, FamilyWarning, stacklevel=3)
 
 
 def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:
@@ -112,7 +120,9 @@ def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict
         if layer.path in packed:
             continue
         if layer.kind == "experts":
-            packed[layer.path] = _pack_experts(engine, layer, rule, static[layer.path])
+            from qkit.expert_codes import pack_experts  # here, so that `import qkit` stays cheap
+
+            packed[layer.path] = pack_experts(engine, layer, rule, static[layer.path])
             continue
         owner = packed[layer.tied] if layer.tied else None
         if owner is None:
@@ -172,43 +182,6 @@ def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | 
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
     parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
-
-
-def _pack_experts(engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]") -> Any:
-    from qkit.experts import quantize_experts  # here, so that `import qkit` stays cheap
-
-    mixing = require(engine, Mixes)
-    assert rule.weight is not None
-    weights = mixing.experts(layer.module)
-    for name, w in weights.items():
-        check(engine, w, rule.weight, name=f"{layer.path}.{name}")
-    if _learned(layer, rule):
-        q = _learned_experts(engine, layer, rule.weight, weights)
-    else:
-        q = quantize_experts(weights, rule.weight, engine)
-    return mixing.pack_experts(layer.module, q, rule, static=static)
-
-
-def _learned_experts(
-    engine: Modules, layer: Layer, grid: "Grid", weights: "Mapping[str, Any]"
-) -> "dict[str, list[QTensor[Any]]]":
-    """The codes of each expert's projections on the scales that they have learned."""
-    from qkit.reference.learned import learned_codes  # here, so that `import qkit` stays cheap
-
-    learned = require(engine, TrainsExperts).learned_experts(layer.module)
-    out: dict[str, list[QTensor[Any]]] = {}
-    for name, stack in weights.items():
-        parameters = {key: engine.to_numpy(one) for key, one in learned[name].items()}
-        out[name] = [
-            learned_codes(
-                engine.to_numpy(one),
-                grid,
-                {key: values[number] for key, values in parameters.items()},
-                path=f"{layer.path}.{number}.{name}",
-            )
-            for number, one in enumerate(stack)
-        ]
-    return out
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:
