@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qkit.artifact.known import apart, both_names
 from qkit.artifact.metadata import StoredRule
-from qkit.artifact.transformers_experts import STOPPER, TEXT, misread
+from qkit.artifact.transformers_experts import STOPPER, stops
 from qkit.errors import ArtifactError
 from qkit.formats import compressed_groups
 from qkit.sources.detect import without_settings
@@ -85,8 +85,8 @@ def quantized_config(
         groups = [(stored.rule, both_names(stored.paths, config)) for stored in rules]
         floats = {*both_names(left_alone, config), *apart((path for one in rules for path in one.paths), config)}
         config["quantization_config"] = compressed_groups.quantization_config(groups, left_alone=floats)
-        if misread(config, rules, single_experts=single_experts):
-            config["quantization_config"][STOPPER] = TEXT
+        if text := stops(config, rules, single_experts=single_experts):
+            config["quantization_config"][STOPPER] = text
     return config
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from qkit.artifact.config import read_config
 from qkit.artifact.families import layer_of, tied_head
@@ -16,6 +17,7 @@ from qkit.errors import ArtifactError, GridError
 from qkit.experts import Member
 from qkit.formats import compressed_tensors
 from qkit.fused import shares
+from qkit.qtensor import DTYPES as FLOATS
 from qkit.sources.source import Source
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import AXES, NUMBERS, Stored, read_folder
@@ -113,7 +115,8 @@ def inspect_directory(folder: Path) -> Inspection:
             except (ArtifactError, GridError) as error:
                 raise ArtifactError(f"{folder}: {path}: {error}") from None
             form = compressed_tensors.stored_form(mine, rule.rule.weight)
-            names = compressed_tensors.contents(rule.rule.weight, dtype=rule.dtype, shape=shape, form=form)
+            options: dict[str, Any] = {"dtype": rule.dtype, "shape": shape, "form": form, "kind": scale_kind(mine)}
+            names = compressed_tensors.contents(rule.rule.weight, **options)
             numbers += prod(shape)
             nbytes += sum(mine[name].slot.nbytes for name in names)
             taken |= {mine[name].slot.name for name in names}
@@ -195,13 +198,20 @@ def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -
     grid, shape = stored.rule.weight, weight_shape(found, path=path)
     assert grid is not None
     form = compressed_tensors.stored_form(found, grid)
-    for name, (kind, full) in compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form).items():
+    want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form, kind=scale_kind(found))
+    for name, (kind, full) in want.items():
         if name not in found:
             raise ArtifactError(f"{name} is missing")
         slot = found[name].slot
         if (DTYPES[slot.dtype][0], slot.shape) != (kind, full):
             raise ArtifactError(f"{name} is {slot.dtype} {list(slot.shape)}, where {grid} has {kind} {list(full)}")
     return shape
+
+
+def scale_kind(found: Mapping[str, Stored]) -> str:
+    """NumPy's name of the type of the scales among the stored parts of a weight, if they are floats."""
+    kind = DTYPES[found["weight_scale"].slot.dtype][0] if "weight_scale" in found else ""
+    return kind if kind in FLOATS else ""
 
 
 def weight_shape(found: Mapping[str, Stored], *, path: str) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ from typing import Final
 
 from qkit import fused
 from qkit.artifact.metadata import StoredRule
-from qkit.formats.compressed_tensors import PACKED, form_of
+from qkit.formats.compressed_tensors import form_of
+from qkit.formats.read_layout import OWN, PACKED
 from qkit.rules import Rule
 
 VLLM: Final = "vLLM"
@@ -48,6 +49,8 @@ def _closed(rule: Rule) -> str:
     grid = rule.weight
     assert grid is not None
     form, bits = form_of(rule), grid.element.bits
+    if form == OWN:
+        return f"does not open {grid}, whose format only qkit opens: export --to dense, or --to mlx or gguf where they hold it"
     if rule.kind == "embedding" and (form != PACKED or not grid.symmetric or grid.group == "tensor" or 32 % bits):
         return f"opens no embedding on {grid}, only symmetric integers of 2, 4 or 8 bits in groups or rows"
     if form == PACKED and grid.group == "tensor":

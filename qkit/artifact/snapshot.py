@@ -19,13 +19,14 @@ from qkit.formats import compressed_tensors, mlx_config, mlx_lm
 from qkit.formats.mlx_families import FAMILIES
 from qkit.formats.packed import Tensors, join
 from qkit.formats.settings import QUANTIZATION
-from qkit.qtensor import DType
+from qkit.qtensor import DTYPES, DType
 from qkit.reference.packing import Packed
 from qkit.rules import Rule
 from qkit.storage.known_digests import KnownDigests
 from qkit.storage.read import map_tensors, read_folder
 
 CHUNK = 1 << 24  #: bytes that one call digests
+SCALES = ("weight_scale", "scales")  #: names of the scales of a weight, in either layout
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
 
 
@@ -40,6 +41,7 @@ class StoredWeight:
         read: returns the packed weight, its codes as views of the mapped file. Raises `ArtifactError` where the tensors are
             not sound.
         unknown: text for messages, where the layer also quantizes inputs or outputs by a rule that qkit does not have.
+        kind: NumPy's name of the type of its scales, if they are floats on a read grid.
     """
 
     rule: Rule
@@ -47,6 +49,7 @@ class StoredWeight:
     shape: tuple[int, ...]
     read: Callable[[], Packed]
     unknown: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Snapshot:
         config: `config.json` in transformers' names, without the quantization keys; None where there is no file.
         weights: quantized weights, by the path of their layer.
         tensors: all other tensors, by name.
+        notes: sentences for the user about what was read, without their full stops.
         sealed: the digests that the seal of the directory states of mapped tensors, where nobody has compared them yet.
     """
 
@@ -70,6 +74,7 @@ class Snapshot:
     weights: dict[str, StoredWeight]
     tensors: Tensors
     sealed: KnownDigests | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def tied(self) -> bool:
@@ -168,7 +173,8 @@ def stored_weight(
             packed: Packed = LAYOUTS[layout].restore(parts, grid=grid, dtype=dtype, shape=shape)
             return packed
 
-    return StoredWeight(rule, dtype, shape, read)
+    kinds = (parts[name].dtype.name for name in SCALES if grid.read and name in parts)
+    return StoredWeight(rule, dtype, shape, read, kind=next((kind for kind in kinds if kind in DTYPES), ""))
 
 
 def take_parts(tensors: Tensors, path: str, layout: str) -> Tensors:
@@ -201,7 +207,8 @@ def _digest_packed(packed: Packed) -> str:
         grid.element.name,
         packed.scales.shape,
         grid.symmetric,
-        grid.scale == "nvfp4",
+        grid.has_tensor_scale,
+        *((grid.scale, packed.scales.dtype.name) if grid.read else ()),
     )
     found = hashlib.sha256(repr(properties).encode())
     for name, array in packed.parts().items():

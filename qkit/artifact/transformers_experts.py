@@ -6,10 +6,12 @@ from typing import Any, Final
 from qkit.artifact.metadata import StoredRule
 from qkit.experts import expert_of, is_stacked
 from qkit.formats.compressed_tensors import layout
+from qkit.formats.read_layout import OWN
 
 #: A number for people, that no reader uses. transformers checks that it is one, and shows up to 50 letters of anything else.
 STOPPER: Final = "global_compression_ratio"
 TEXT: Final = "transformers misreads its experts: use qkit.load"
+OWN_TEXT: Final = "only qkit opens such codes: use qkit.load"
 
 
 def misread(config: Mapping[str, Any], rules: Sequence[StoredRule], *, single_experts: bool) -> str:
@@ -29,6 +31,13 @@ def misread(config: Mapping[str, Any], rules: Sequence[StoredRule], *, single_ex
     if any(grid and layout(grid) == "nvfp4-pack-quantized" for grid in grids):
         return "it decodes experts without the scale of the tensor, so that they are wrong"
     return "it decodes all experts by the grid of the first" if len(grids) > 1 else ""
+
+
+def stops(config: Mapping[str, Any], rules: Sequence[StoredRule], *, single_experts: bool) -> str:
+    """The text that has transformers refuse such a directory; empty where it opens the directory as it is."""
+    if any(one.rule.weight and layout(one.rule.weight) == OWN for one in rules):
+        return OWN_TEXT
+    return TEXT if misread(config, rules, single_experts=single_experts) else ""
 
 
 def has_single(names: Iterable[str]) -> bool:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qkit.artifact.config import CONFIG, read_config
-from qkit.artifact.inspect import check_parts, parts
+from qkit.artifact.inspect import check_parts, parts, scale_kind
 from qkit.artifact.metadata import StoredRule, check_quantization, layout_of, read_rules
 from qkit.artifact.snapshot import read_own
 from qkit.errors import ArtifactError, QkitError
@@ -100,7 +101,8 @@ def _check_layer(arrays: Tensors, found: Mapping[str, Stored], stored: StoredRul
     grid, shape = stored.rule.weight, check_parts(found, stored, path=path)
     assert grid is not None
     form = compressed_tensors.stored_form(found, grid)
-    want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form)
+    options: dict[str, Any] = {"dtype": stored.dtype, "shape": shape, "form": form, "kind": scale_kind(found)}
+    want = compressed_tensors.contents(grid, **options)
     mine = {name: arrays[name] for name in want}
     for begin, end in row_blocks(shape):
         block = rows_of(mine, begin, end, shape=shape, bits=grid.element.bits)

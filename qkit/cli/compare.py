@@ -12,6 +12,7 @@ from rich.table import Table
 import qkit
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Data, Device, Engine, Length, Windows
+from qkit.cli.progress import counting
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds
 from qkit.installation import how_to_install
@@ -71,7 +72,14 @@ def compare(
     sources = Sources(floats, named, others, ptq, qat, masters, longer)
     text = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
     rows = consecutive(text.tokens, length=length, windows=windows)
-    found = compare(engine, sources, rows, progress=lambda row: errors.print(f"measuring {row}", highlight=False))
+    with counting(len(rows) * sources.models, "windows") as tick:
+
+        def progress(row: str, windows: int) -> None:
+            if not windows:
+                errors.print(f"measuring {row}", highlight=False)
+            tick(row, windows)
+
+        found = compare(engine, sources, rows, progress=progress)
     source = describe_source(
         shlex.join(["qkit", *sys.argv[1:]]),
         backend=engine.name,

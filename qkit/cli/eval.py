@@ -1,5 +1,6 @@
 """`qkit eval DIR... --data FILES`: the losses of models on the same tokens. The work is in `qkit.evaluation`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +9,7 @@ from rich.table import Table
 
 import qkit
 from qkit.cli.console import Json, console, print_json
+from qkit.cli.progress import counting
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds
 
@@ -41,8 +43,11 @@ def eval_(
     tokens_per_byte = text.tokens.size / text.nbytes
     reference = open_model(engine, teacher) if teacher else None
     found = {}
-    for directory in directories:
-        found[directory] = evaluate(engine, open_model(engine, directory), rows, teacher=reference)
+    with counting(len(rows) * len(directories), "windows") as tick:
+        for directory in directories:
+            tick(str(directory), 0)
+            model, step = open_model(engine, directory), partial(tick, str(directory))
+            found[directory] = evaluate(engine, model, rows, teacher=reference, tick=step)
     if as_json:
         print_json(
             {

@@ -14,14 +14,20 @@ def import_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that llm-compressor or mlx-lm wrote.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory of the artifact.")],
     weights_only: WeightsOnly = False,
+    minmax: Annotated[
+        bool,
+        typer.Option("--minmax", help="Read weights of mlx-lm whose biases are whole numbers of scales as minmax."),
+    ] = False,
 ) -> None:
     """Write a model that another tool quantized as an artifact, with the same codes, or refuse it by name."""
     from qkit.exchange.import_model import read_model, to_artifact  # here, so that other commands start fast
     from qkit.exchange.write_model import weights_only as without_activations
 
     check_directory(out)
-    source = read_model(folder)
+    source = read_model(folder, minmax=minmax)
     if weights_only:
         source = without_activations(source)
     to_artifact(source, out)
+    for note in source.notes:
+        console.print(note, highlight=False, markup=False)
     console.print(f"{out}: {len(source.weights)} quantized weights and {len(source.tensors)} other tensors")

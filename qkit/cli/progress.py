@@ -1,4 +1,4 @@
-"""The progress of a command that reads many bytes: a bar on a terminal, elsewhere a line a minute, both on standard error."""
+"""The progress of a command over bytes or other things: a bar on a terminal, elsewhere a line a minute, on standard error."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from qkit.cli.console import errors, size
@@ -18,19 +18,32 @@ Tick = Callable[[str, int], None]
 @contextmanager
 def showing(total: int) -> Iterator[Tick]:
     """A function to call with the name and the bytes of each thing that is done, out of `total` bytes."""
+    with _shown(total, _Speed(), size, "") as tick:
+        yield tick
+
+
+@contextmanager
+def counting(total: int, things: str) -> Iterator[Tick]:
+    """A function to call with a name and the number of `things` that are done, out of `total` of them."""
+    with _shown(total, MofNCompleteColumn(), lambda count: f"{count:,.0f}", f" {things}") as tick:
+        yield tick
+
+
+@contextmanager
+def _shown(total: int, column: ProgressColumn, say: Callable[[float], str], unit: str) -> Iterator[Tick]:
     if not sys.stderr.isatty():
-        yield _Lines(total).tick
+        yield _Lines(total, say, unit).tick
         return
     name = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(), _Speed(), TimeRemainingColumn(), name)
+    columns = (BarColumn(), column, TimeRemainingColumn(), name)
     with Progress(*columns, console=errors, transient=True, auto_refresh=False) as bar:  # no thread: workers are forked
         task = bar.add_task("", total=total)
         yield lambda name, done: bar.update(task, advance=done, description=name, refresh=True)
 
 
 class _Lines:
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+    def __init__(self, total: int, say: Callable[[float], str], unit: str) -> None:
+        self._total, self._done, self._say, self._unit = total, 0, say, unit
         self._begin = self._last = time.monotonic()
         self._before: int | None = (
             None  # bytes that an earlier run had done, which say nothing about the speed of this one
@@ -46,7 +59,8 @@ class _Lines:
         self._last = now
         speed = (self._done - self._before) / (now - self._begin)
         left = f", about {(self._total - self._done) / speed / 60:.0f} min left" if speed else ""
-        errors.print(f"{size(self._done)} of {size(self._total)}, {size(speed)}/s{left}", highlight=False)
+        so_far, total, each = map(self._say, (self._done, self._total, speed))
+        errors.print(f"{so_far} of {total}{self._unit}, {each}{self._unit}/s{left}", highlight=False)
 
 
 class _Speed(ProgressColumn):

@@ -1,11 +1,8 @@
 """`qkit train MODEL OUT --recipe R --data FILES`, or `qkit train run.toml`, with progress. The work is in `qkit.training`."""
 
-import signal
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +12,7 @@ from rich.table import Table
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Device, Engine
 from qkit.cli.quantize import Ignore, SkipIndivisible
+from qkit.cli.stopping import Stopping
 
 if TYPE_CHECKING:
     from qkit.training import Outcome
@@ -84,6 +82,18 @@ def train(
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations. Left out: first and last.")
     ] = None,
+    load_best_model_at_end: Annotated[
+        bool | None,
+        typer.Option(
+            "--load-best-model-at-end", help="Ship the weights of the lowest held-out loss, not the last ones."
+        ),
+    ] = None,
+    early_stopping_patience: Annotated[
+        int | None, typer.Option(help="Evaluations in a row without a better one that end the run. Left out: none do.")
+    ] = None,
+    early_stopping_threshold: Annotated[
+        float | None, typer.Option(help="How much lower a loss must be to count as better, in nats [0].")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations: less memory, more time.")
     ] = None,
@@ -124,6 +134,9 @@ def train(
         "dtype": dtype,
         "checkpoint_every": checkpoint_every,
         "evaluate_every": evaluate_every,
+        "load_best_model_at_end": load_best_model_at_end,
+        "early_stopping_patience": early_stopping_patience,
+        "early_stopping_threshold": early_stopping_threshold,
         "gradient_checkpointing": gradient_checkpointing,
         "replace": replace,
     }
@@ -135,7 +148,7 @@ def train(
         _put(table, text)
     run = run_from_table(table)
     if as_json:
-        with _Stopping(_print_json) as stopping:
+        with Stopping(_print_json) as stopping:
             train_model(run, tell=stopping.tell, stop=stopping.asked)
         return
     folder = run_folder_of(run.out)
@@ -146,7 +159,7 @@ def train(
         if event["event"] == "end" and drawable:  # before the log has `end`: a run that is killed here resumes
             draw_log(folder / LOG, folder / PICTURE)
 
-    with _Bar() as bar, _Stopping(tell) as stopping:
+    with _Bar() as bar, Stopping(tell) as stopping:
         outcome = train_model(run, tell=stopping.tell, stop=stopping.asked)
     console.print(_table(outcome))
     console.print(f"{outcome.folder}: the artifact", highlight=False)
@@ -183,42 +196,6 @@ def _print_json(event: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(event))
 
 
-class _Stopping:
-    """Lets Ctrl-C end the training after the step, with a checkpoint. A second Ctrl-C, or one at other times, acts at once."""
-
-    def __init__(self, tell: Callable[[Mapping[str, Any]], None]) -> None:
-        self._tell, self._presses, self._steps, self._training = tell, 0, 0, False
-        self._before = signal.getsignal(signal.SIGINT)
-
-    def __enter__(self) -> "_Stopping":
-        if threading.current_thread() is threading.main_thread() and callable(self._before):
-            signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread() and callable(self._before):
-            signal.signal(signal.SIGINT, self._before)
-            if kind is KeyboardInterrupt and self._presses == 1 and self._training:
-                signal.raise_signal(signal.SIGINT)  # the command ends as after any other Ctrl-C
-
-    def asked(self) -> bool:
-        """Whether the run should stop."""
-        return self._presses > 0
-
-    def tell(self, event: Mapping[str, Any]) -> None:
-        """Passes an event on, and sees from it whether steps are taken."""
-        self._steps = event.get("steps", self._steps)
-        self._training = event["event"] != "end" and event["step"] < self._steps
-        self._tell(event)
-
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        self._presses += 1
-        if self._training and self._presses == 1:
-            errors.print("Ctrl-C: stops after this step, with a checkpoint; once more: at once", highlight=False)
-        elif callable(self._before):
-            self._before(number, frame)
-
-
 class _Bar:
     """Progress on standard error where that is a terminal, else a line for each evaluation and checkpoint."""
 
@@ -253,6 +230,8 @@ class _Bar:
             self._bar.update(self._task, completed=step, description=text)
         elif kind == "stop":
             errors.print(f"step {step}: a checkpoint is written; the same command goes on from here", highlight=False)
+        elif kind == "early_stop":
+            errors.print(f"step {step}: the held-out loss has not improved; training ends", highlight=False)
         elif kind == "evaluation":
             errors.print(f"step {step}: held-out loss {event['loss']:.4f}", highlight=False)
 
@@ -274,6 +253,11 @@ def _table(outcome: "Outcome") -> Table:
         ),
         ("layers with changed codes", f"{outcome.changed_layers:,} of {outcome.quantized_layers:,}"),
         ("steps", f"{outcome.steps:,}"),
+        *(
+            [("step of the artifact, the best evaluation", f"{outcome.best_step:,}")]
+            if outcome.best_step is not None
+            else []
+        ),
         ("tokens", f"{outcome.tokens:,}"),
         ("seconds of training", f"{outcome.seconds:.0f}"),
     ):

@@ -30,7 +30,7 @@ def write_report(engine: Builds, folder: Path, recipe: Recipe, unseen: Tokens) -
         master_weights=newest_checkpoint(folder / "quantized"),
         longer=folder / "longer",
     )
-    found = report.compare(engine, sources, unseen, progress=lambda row: None)
+    found = report.compare(engine, sources, unseen, progress=lambda row, windows: None)
     source = report.describe_source(
         f"qkit demo --backend {engine.name} --recipe {recipe.name}",
         backend=engine.name,

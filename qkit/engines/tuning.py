@@ -60,17 +60,73 @@ class Tunes(Trains, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """The quantizer that a command's own options ask for.
+
+    Attributes:
+        flag: the option, for messages.
+        packed: whether it quantizes the loaded model, and not the values that it trains with.
+        grid: `affine` or `mxfp4`.
+        bits, group: of one number; of numbers with one scale, 0: all of a tensor.
+        start, interval: the first step that quantizes; the steps between two refreshes.
+    """
+
+    flag: str
+    packed: bool
+    grid: Literal["affine", "mxfp4"]
+    bits: int
+    group: int
+    start: int = 1
+    interval: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Command:
+    """Another tool's training command with its options.
+
+    Attributes:
+        name: the tool, for messages.
+        model: its model's directory.
+        place: its folder for trained weights.
+        quantizer: of its own options; None: there is none.
+        options: the options in the tool's own form, for the engine that read them.
+    """
+
+    name: str
+    model: Path
+    place: Path
+    quantizer: Quantizer | None
+    options: Any
+
+
 class RunsCommands(Trains, Protocol):
     """Training commands of other tools, on this engine's models."""
 
-    def run_command(self, model: Path, arguments: Sequence[str], place: Path, prepare: Callable[[Any], Any]) -> Any:
-        """The model in the directory `model`, trained by the command that takes `arguments`. `prepare` comes before training.
+    def read_command(self, arguments: Sequence[str]) -> Command:
+        """The command that takes `arguments`: it is mlx-lm-lora's if they have an option that only it has, else mlx-lm's.
+
+        Raises:
+            RunError: the command refuses its arguments.
+            BackendError: the command is not installed.
+        """
+        ...
+
+    def run_command(
+        self,
+        command: Command,
+        model: Path,
+        place: Path,
+        prepare: Callable[[Any], Any],
+        follow: Callable[[Any], Callable[[int], None]] | None,
+    ) -> Any:
+        """The model in the directory `model`, trained by `command` without its own quantizer. `prepare` comes before training.
 
         Args:
             place: a folder for the command's own files.
+            follow: makes, of the model that trains, a function to call with the number of each step, before it.
 
         Raises:
-            RunError: the command refuses its arguments, or quantizes the model itself.
-            BackendError: the command is not installed.
+            RunError: the command cannot train this model.
         """
         ...

@@ -1,7 +1,7 @@
 """Losses and divergences window by window, from an engine's logits, in NumPy's float64 and in bounded memory."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +73,26 @@ def consecutive(tokens: NDArray[np.int32], *, length: int, windows: int | None =
     return cut
 
 
-def evaluate(engine: Builds, model: Any, rows: NDArray[np.int32], *, teacher: Any = None) -> Evaluation:
+def evaluate(
+    engine: Builds,
+    model: Any,
+    rows: NDArray[np.int32],
+    *,
+    teacher: Any = None,
+    tick: Callable[[int], None] = lambda windows: None,
+) -> Evaluation:
     """The measurements of `model` on `rows` [windows, length + 1], with `teacher`, another model on the same engine.
+
+    Calls `tick` with the number of windows of each block that is measured.
 
     Raises:
         QkitError: the two have different vocabularies, or the loss of a window is not finite.
     """
-    parts = [
-        _measure(_logits(engine, model, block), block, None if teacher is None else _logits(engine, teacher, block))
-        for block in _blocks(engine, model, rows)
-    ]
+    parts = []
+    for block in _blocks(engine, model, rows):
+        theirs = None if teacher is None else _logits(engine, teacher, block)
+        parts.append(_measure(_logits(engine, model, block), block, theirs))
+        tick(len(block))
     losses, kl, agreement = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not np.isfinite(losses).all():
         raise QkitError(

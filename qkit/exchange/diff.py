@@ -89,7 +89,8 @@ def _compare(name: str, a: StoredWeight | NDArray[Any], b: StoredWeight | NDArra
 def _kind(packed: Packed) -> tuple[Any, ...]:
     """Properties that give codes their meaning. The name of the scale rule is not one of them."""
     grid = packed.grid
-    return grid.element.name, grid.symmetric, grid.scale == "nvfp4", packed.scales.shape
+    kind = (grid.scale, packed.scales.dtype.name) if grid.read else (grid.symmetric, grid.has_tensor_scale)
+    return grid.element.name, kind, packed.scales.shape
 
 
 def _rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

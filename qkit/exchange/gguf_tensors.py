@@ -1,7 +1,7 @@
 """The tensors of a GGUF file: GGUF's type for each, and its bytes in blocks. Decides what falls back to float16."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -76,7 +76,7 @@ def weight_tensor(
     def blocks() -> Iterable[NDArray[Any]]:
         try:
             packed, memory = weight.read(), np.empty(2 * max(NUMBERS, weight.shape[-1]), np.uint8)
-            for block in (packed if order is None else packed.permuted(order)).blocks(NUMBERS):
+            for block in packed.blocks(NUMBERS) if order is None else _permuted(packed, order):
                 yield _float16(block) if reason else gguf_layout.store(block, kind, out=memory)
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from None
@@ -124,6 +124,11 @@ def rows_of(source: Snapshot, name: str) -> tuple[int, ...]:
     return (source.weights.get(name.removesuffix(".weight")) or source.tensors[name]).shape[:1]
 
 
+def _permuted(packed: Packed, order: NDArray[np.int64]) -> Iterable[Packed]:
+    step = max(NUMBERS // packed.shape[-1], 1)
+    return (packed.permuted(order[start : start + step]) for start in range(0, len(order), step))
+
+
 def _rows(array: NDArray[Any], order: NDArray[np.int64]) -> Iterable[NDArray[Any]]:
     step = max(NUMBERS // array.shape[-1], 1)
     return (array[order[start : start + step]] for start in range(0, len(order), step))
@@ -136,7 +141,7 @@ def _float16(packed: Packed) -> NDArray[np.float16]:
         ArtifactError: a value is larger than the largest float16.
     """
     q: QTensor[NDArray[Any]] = unpack(packed)
-    values = dequantize(QTensor(q.codes, q.scales, q.grid, "float32", zeros=q.zeros, tensor_scale=q.tensor_scale))
+    values = dequantize(replace(q, dtype="float32"))
     with np.errstate(over="ignore"):
         halves: NDArray[np.float16] = values.astype(np.float16)
     if not np.isfinite(halves).all():

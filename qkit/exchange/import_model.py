@@ -1,12 +1,10 @@
 """Model directories of any layout that qkit reads, as snapshots, and a snapshot as an artifact. Codes are never changed."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.config import quantized_config, read_config
@@ -18,19 +16,19 @@ from qkit.artifact.snapshot import Snapshot, StoredWeight, locating, read_own, s
 from qkit.artifact.transformers_experts import has_single
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
+from qkit.exchange.read_foreign import read_foreign
 from qkit.exchange.shared_scales import share_scales
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
 from qkit.experts import is_router, paths_of
-from qkit.formats import compressed_config, compressed_tensors, mlx_config, mlx_lm
+from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
 from qkit.formats.mlx_families import SAME_NAMES
 from qkit.formats.packed import Tensors, join
 from qkit.formats.settings import check_remaining
+from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Rule
-from qkit.sources.decoded import DecodedArray
 from qkit.sources.detect import FLOAT, detect
-from qkit.sources.encoded import Encoded
-from qkit.sources.source import Source, stored_types
+from qkit.sources.source import stored_types
 from qkit.storage import read
 from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
 from qkit.storage.seal import check_seal
@@ -40,10 +38,13 @@ FOREIGN = (
 )
 
 
-def read_model(folder: str | Path) -> Snapshot:
+def read_model(folder: str | Path, *, minmax: bool = False) -> Snapshot:
     """The content of `folder`: an artifact or export of qkit's, a float model, or one of compressed-tensors or mlx-lm.
 
     Reads every byte of the weights once where `qkit.json` has digests to compare.
+
+    Args:
+        minmax: reads weights of mlx-lm as `minmax` where all biases are whole numbers of scales, and not as `affine`.
 
     Raises:
         ArtifactError: the model is unsound, is quantized in another way, or has a quantized weight that no grid of qkit's
@@ -52,7 +53,7 @@ def read_model(folder: str | Path) -> Snapshot:
     folder = Path(folder)
     stored, metadata = read.read_folder(folder)
     check_seal(folder, stored, digests=True)
-    return read_own(folder) if KEY in metadata else _read_other(folder, stored)
+    return read_own(folder) if KEY in metadata else _read_other(folder, stored, minmax=minmax)
 
 
 def open_model(folder: str | Path) -> Snapshot:
@@ -68,7 +69,7 @@ def open_model(folder: str | Path) -> Snapshot:
     return read_own(folder, digests=check_seal(folder, stored, digests=False))
 
 
-def _read_other(folder: Path, stored: Mapping[str, read.Stored]) -> Snapshot:
+def _read_other(folder: Path, stored: Mapping[str, read.Stored], *, minmax: bool) -> Snapshot:
     """A float model, or one that another tool quantized."""
     config = read_config(folder)
     with locating(folder):
@@ -76,11 +77,8 @@ def _read_other(folder: Path, stored: Mapping[str, read.Stored]) -> Snapshot:
     if found.method == FLOAT:
         return Snapshot(folder, FLOAT, False, config, {}, read.map_tensors(stored))
     if found.method == "mlx":
-        return _mlx(folder, read.map_tensors(stored), found.config or {}, found.settings)
-    source = open_any(folder, stored, config)
-    if found.method == "compressed-tensors":
-        return _compressed(source, read.map_tensors(stored))
-    return _decoded(source)
+        return _mlx(folder, read.map_tensors(stored), found.config or {}, found.settings, minmax=minmax)
+    return read_foreign(open_any(folder, stored, config), stored)
 
 
 def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -112,40 +110,9 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
 
 
-def _decoded(source: Source) -> Snapshot:
-    """A model whose codes are on no grid of qkit's: its values, computed when they are used."""
-    values: dict[str, Any] = {name: DecodedArray(stored) for name, stored in source.encoded.items()}
-    tensors = read.map_tensors({name: one for name, one in source.tensors.items() if not isinstance(one, Encoded)})
-    return Snapshot(source.folder, FLOAT, True, source.detected.config, {}, {**tensors, **values})
-
-
-def _compressed(source: Source, tensors: Tensors) -> Snapshot:
-    """A model that another tool quantized in compressed-tensors' layout. Weights on no grid of qkit's become their values."""
-    weights, folder, config = {}, source.folder, source.detected.config or {}
-    values: dict[str, Any] = {}
-    with locating(folder):
-        found = compressed_config.grids(source.detected.settings, tensors, kind_of=kind_of_path)
-    for path, (grid, moving) in found.items():
-        parts = take_parts(tensors, path, "compressed-tensors")
-        if grid is None:
-            values[join(path, "weight")] = DecodedArray(source.encoded[join(path, "weight")])
-            continue
-        with locating(folder, path):
-            shape = compressed_tensors.shape_of(parts, grid)
-            dtype = _dtype(parts["weight_scale"], config)
-            stored = {**parts, "weight_scale": _widened(parts["weight_scale"], dtype)}
-        rule = Rule(("*",), kind=kind_of_path(path), weight=grid)
-        weight = stored_weight(
-            folder, path, "compressed-tensors", stored, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN
-        )
-        weights[path] = replace(weight, unknown="its inputs or outputs" if moving else "")
-    tensors = {name: array for name, array in tensors.items() if name not in source.dropped}
-    _check_remaining(folder, tensors)
-    layout = "compressed-tensors" if weights else FLOAT
-    return Snapshot(folder, layout, True, config, weights, {**tensors, **values})
-
-
-def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any]) -> Snapshot:
+def _mlx(
+    folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any], *, minmax: bool
+) -> Snapshot:
     """A model that mlx-lm quantized. Its tensor names are transformers' for most types of models."""
     kind = config.get("model_type")
     if kind not in SAME_NAMES:
@@ -159,34 +126,56 @@ def _mlx(folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping
         if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
     }
     weights: dict[str, StoredWeight] = {}
+    routers, affine, whole = list[str](), list[str](), list[str]()
     with locating(folder):
         found = mlx_config.containers(stated, shapes)
     for path, (container, shape) in found.items():
-        if is_router(path):
-            raise ArtifactError(
-                f"{folder}: {path} is a router, which qkit leaves float, and mlx-lm quantized it{FOREIGN}"
-            )
-        if len(shape) == 3:
-            weights |= _stack(folder, tensors, path, container, config)
+        stacked = len(shape) == 3
+        parts = {name: tensors[join(path, name)] for name in mlx_lm.NAMES if join(path, name) in tensors}
+        with locating(folder, path):
+            dtype = _dtype(parts["scales"], config)
+            grid = mlx_lm.grid_of(parts, container, dtype=dtype)
+        if grid.has_biases:
+            affine.append(path)
+            if mlx_lm.is_whole(parts, container):
+                whole.append(path)
+                grid = Grid(grid.element, grid.group, "minmax") if minmax else grid
+        if stacked:
+            weights |= _stack(folder, tensors, path, grid, dtype, config)
             continue
         parts = take_parts(tensors, path, "mlx")
-        with locating(folder, path):
-            grid = mlx_lm.grid_of(parts, container)
-            dtype = _dtype(parts["scales"], config)
         rule = Rule(("*",), kind=kind_of_path(path), weight=grid)
-        weights[path] = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
+        weight = stored_weight(folder, path, "mlx", parts, rule=rule, dtype=dtype, shape=shape, way_out=FOREIGN)
+        if is_router(path):
+            routers.append(path)
+            tensors[join(path, "weight")] = dense.store(weight.read())["weight"]
+        else:
+            weights[path] = weight
     tensors = without_stacks(tensors, weights, config)
     _check_remaining(folder, tensors)
-    return Snapshot(folder, "mlx", True, config, weights, tensors)
+    notes = tuple(_notes(routers, affine, whole, minmax=minmax))
+    return Snapshot(folder, "mlx", True, config, weights, tensors, notes=notes)
+
+
+def _notes(routers: list[str], affine: list[str], whole: list[str], *, minmax: bool) -> Iterator[str]:
+    if routers:
+        yield (
+            f"{len(routers)} quantized routers, such as {routers[0]}, are read as their values in float: qkit leaves "
+            "routers float"
+        )
+    if whole and not minmax:
+        yield (
+            f"every bias of {len(whole)} of {len(affine)} affine weights, such as {whole[0]}, is a whole number of scales: "
+            "--minmax reads these weights as minmax, the same values with zero points, which more programs open"
+        )
 
 
 def _stack(
-    folder: Path, tensors: Tensors, path: str, container: mlx_lm.Container, config: dict[str, Any]
+    folder: Path, tensors: Tensors, path: str, grid: Grid, dtype: DType, config: dict[str, Any]
 ) -> dict[str, StoredWeight]:
     """The weights of the experts in the stack at `path` in mlx-lm, by their paths in other files."""
     with locating(folder, path):
         parts = take_parts(tensors, path, "mlx")
-        grid, dtype = mlx_lm.grid_of(parts, container), _dtype(parts["scales"], config)
         block, projection = mlx_config.block_of(path, config)
     rule, shape = Rule(("*",), kind="experts", weight=grid), mlx_lm.shape_of(parts, grid)[1:]
     paths = paths_of(block, {projection: (len(parts["weight"]),)}, config)
@@ -219,8 +208,3 @@ def _dtype(scale: NDArray[Any], config: Mapping[str, Any]) -> DType:
             "neither its scales nor config.json say of what type the weight was: add dtype to config.json"
         )
     return found
-
-
-def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:
-    """`scale`, but float16 scales of a float16 model as float32, which is exact and which qkit stores."""
-    return scale.astype(np.float32) if scale.dtype.name == dtype == "float16" else scale

@@ -57,7 +57,7 @@ def stacks_of(weights: Mapping[str, StoredWeight], config: Mapping[str, Any]) ->
     for place, experts in out.items():
         if missing := set(range(len(experts))) - experts.keys():
             raise ArtifactError(f"{place}: expert {min(missing)} is missing: mlx-lm has all experts in one tensor")
-        if len({(one.rule.weight, one.dtype, one.shape) for one in experts.values()}) > 1:
+        if len({(one.rule.weight, one.dtype, one.shape, one.kind) for one in experts.values()}) > 1:
             raise ArtifactError(f"{place}: the experts are on several grids, and mlx-lm has one for all of a stack")
     return out
 
@@ -67,7 +67,7 @@ def stack_streams(stacks: Stacks) -> Iterable[Stream]:
     for place, experts in stacks.items():
         first = experts[0]
         assert first.rule.weight is not None
-        contents = mlx_lm.contents(first.rule.weight, dtype=first.dtype, shape=first.shape)
+        contents = mlx_lm.contents(first.rule.weight, dtype=first.dtype, shape=first.shape, kind=first.kind or None)
         for name, (kind, shape) in contents.items():
             slot = Slot(join(place, name), TYPE_NAMES[kind], (len(experts), *shape))
             yield Stream(slot, _blocks(place, [experts[number] for number in range(len(experts))], name))

@@ -18,6 +18,7 @@ from qkit.errors import ArtifactError
 from qkit.formats import compressed_tensors, dense
 from qkit.formats.packed import Tensors, join
 from qkit.rules import Rule, rule_table
+from qkit.sources.decoded import DecodedArray
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import destination
 from qkit.storage.layout import TYPE_NAMES, Slot
@@ -57,7 +58,7 @@ def write_model(
     """
     if destination(out).path == source.folder.resolve():
         raise ArtifactError(f"{out} is the model to read: choose another folder")
-    streams = [*more, *(array_stream(name, array) for name, array in source.tensors.items())]
+    streams = [*more, *(_stream(name, array) for name, array in source.tensors.items())]
     for path, weight in source.weights.items():
         streams.extend(weight_streams(path, weight, layout))
     write_directory(
@@ -99,10 +100,20 @@ def check_weights_only(source: Snapshot, paths: Iterable[str]) -> None:
             )
 
 
+def _stream(name: str, array: Any) -> Stream:
+    """A tensor that is no weight on a grid. Codes of another program are decoded when their bytes are written."""
+    if not isinstance(array, DecodedArray):
+        return array_stream(name, array)
+    encoded = array.encoded
+    slot = replace(encoded.slot, name=name)
+    return Stream(slot, lambda: (_bytes(block) for _, block in encoded.blocks()))
+
+
 def weight_streams(path: str, weight: StoredWeight, layout: Any) -> Iterable[Stream]:
     """The tensors of one weight in `layout`. Their bytes are computed when they are written."""
     assert weight.rule.weight is not None
-    options = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout)}
+    scale = {"kind": weight.kind} if weight.kind and layout is not dense else {}
+    options: dict[str, Any] = {"dtype": weight.dtype, "shape": weight.shape, **_form(weight, layout), **scale}
     contents = layout.contents(weight.rule.weight, **options)
     stored = _Stored(path, weight, layout)
     for name, (kind, shape) in contents.items():

@@ -1,20 +1,19 @@
 """The `quantization_config` that another tool wrote for compressed-tensors: the grid of each weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
-
-from numpy.typing import NDArray
 
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import settings
-from qkit.formats.compressed_tensors import BYTES, FORMATS, PACKED, layout
+from qkit.formats.compressed_tensors import FORMATS, layout
+from qkit.formats.read_layout import BYTES, PACKED
 from qkit.formats.targets import CLASSES, Targets, patterns_limit, readable
 from qkit.grid import Grid
 from qkit.rules import Kind
 
 
 def grids(
-    config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], *, kind_of: Callable[[str], Kind]
+    config: Mapping[str, Any], tensors: Collection[str], *, kind_of: Callable[[str], Kind]
 ) -> dict[str, tuple[Grid | None, bool]]:
     """The grid of every quantized weight by path, and whether the layer's inputs or outputs are quantized too.
 
@@ -25,7 +24,7 @@ def grids(
 
     Args:
         config: the `quantization_config`.
-        tensors: all tensors of the model, by name.
+        tensors: names of all tensors of the model.
         kind_of: returns the kind of the layer at a path, for groups that name a class.
 
     Raises:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from qkit.element import LIMIT, MIN_SCALE_CODE, NVFP4_STEP
 from qkit.errors import ArtifactError
+from qkit.formats import read_layout
 from qkit.formats.packed import Tensors, as_bytes, as_words, check, check_parts, check_scales, mantissa, pack, unpack
+from qkit.formats.read_layout import BYTES, OWN, PACKED
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor
 from qkit.reference import packing
@@ -21,11 +23,13 @@ from qkit.reference.packing import Packed
 from qkit.rules import Rule
 
 #: Names of the tensors of a weight, in any of the formats.
-NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight")
+NAMES = (
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight"),
+    "weight_biases",
+)
 #: Range of the power of two of a tensor (R9): from the smallest E8M0 scale to that of the largest magnitude below 2^127.
 TENSOR_SCALES: Final = 2.0 ** (MIN_SCALE_CODE - 127), 2.0 ** math.ceil(math.log2(LIMIT * NVFP4_STEP))
 PACKED_BITS: Final = range(1, 9)  #: the widths of integers that compressed-tensors packs (`pack_to_int32`)
-PACKED, BYTES = "pack-quantized", "int-quantized"  #: integers: as a stream of bits, or a byte for each code
 FORMATS = (PACKED, BYTES, "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "float-quantized")
 
 
@@ -35,6 +39,8 @@ def layout(grid: Grid) -> str:
     Raises:
         ArtifactError: no format has this grid.
     """
+    if grid.read:
+        return read_layout.layout(grid)
     element, group = grid.element.name, grid.group
     if grid.element.kind == "integer" and grid.element.bits in PACKED_BITS:
         return "pack-quantized"
@@ -104,6 +110,8 @@ def store(packed: Packed, form: str = "") -> Tensors:
     import ml_dtypes  # here, so that `import qkit` stays cheap
 
     form, bits, inputs = form or layout(packed.grid), packed.grid.element.bits, packed.shape[-1]
+    if packed.grid.read:
+        return read_layout.store(packed, form)
     if form == BYTES:
         return {"weight": unpack(packed).codes, "weight_scale": _float_scale(packed.scales, packed)}
     if form == PACKED:
@@ -139,6 +147,8 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
         ArtifactError: a tensor is missing, has another type or shape than the layout, or has a value that is no code or scale.
     """
     form, scale_shape, zeros, tensor_scale = stored_form(tensors, grid), grid.scale_shape(shape), None, None
+    if grid.read:
+        return read_layout.restore(tensors, grid=grid, dtype=dtype, shape=shape, form=form)
     check_parts(dict(tensors), contents(grid, dtype=dtype, shape=shape, form=form), form, grid)
     scales = tensors["weight_scale"]
     codes = tensors.get("weight_packed", tensors.get("weight"))
@@ -171,10 +181,15 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
 
 
 def contents(
-    grid: Grid, *, dtype: DType, shape: tuple[int, ...], form: str = ""
+    grid: Grid, *, dtype: DType, shape: tuple[int, ...], form: str = "", kind: str = ""
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, NumPy type and shape of every stored tensor of a weight of `shape`, in the `form` of `to_tensors`."""
+    """Name, NumPy type and shape of every stored tensor of a weight of `shape`, in the `form` of `to_tensors`.
+
+    `kind` is the type of the float scales of a read grid; the default is that of the weight.
+    """
     form, scales, bits = form or layout(grid), grid.scale_shape(shape), grid.element.bits
+    if grid.read:
+        return read_layout.contents(grid, shape=shape, form=form, kind=kind or dtype)
     float_scale = ("bfloat16" if dtype == "bfloat16" else "float32", (1,) if grid.group == "tensor" else scales)
     if form == BYTES:
         return {"weight": ("int8", shape), "weight_scale": float_scale}
@@ -204,7 +219,7 @@ def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]
     Raises:
         KeyError: a tensor is missing.
     """
-    if stored_form(tensors, grid) == PACKED:
+    if stored_form(tensors, grid) in (PACKED, OWN):
         return tuple(tensors["weight_shape"].tolist())
     if grid.element.name == "e2m1":
         *rows, pairs = tensors["weight_packed"].shape

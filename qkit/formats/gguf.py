@@ -59,7 +59,7 @@ def layout(grid: Grid, inputs: int) -> str:
         ArtifactError: GGUF has no such type.
     """
     group = grid.group if isinstance(grid.group, int) else inputs
-    kind = (TYPES if grid.symmetric else SHIFTED).get(grid.element.name)
+    kind = _kind_of_read(grid) if grid.read else (TYPES if grid.symmetric else SHIFTED).get(grid.element.name)
     if grid.scale == "nvfp4":
         kind, fits = "NVFP4", inputs % SUPER_BLOCK == 0
     else:
@@ -70,6 +70,15 @@ def layout(grid: Grid, inputs: int) -> str:
             f"points, in groups and rows that {BLOCK} divides, and nvfp4 in rows that {SUPER_BLOCK} divides; {WAY_OUT}"
         )
     return kind
+
+
+def _kind_of_read(grid: Grid) -> str | None:
+    """The type for a read grid: blocks have a scale and an offset in float16, a scale in float16, or an E8M0 code."""
+    if grid.has_biases:
+        return OFFSETS.get(grid.element.bits)
+    if grid.element.kind == "integer":
+        return (SHIFTED if grid.has_zeros else TYPES).get(grid.element.name)
+    return "MXFP4" if (grid.element.name, grid.scale) == ("e2m1", "stored-e8m0") else None
 
 
 def kind_of(packed: Packed) -> str:
@@ -83,11 +92,15 @@ def kind_of(packed: Packed) -> str:
     kind = layout(packed.grid, packed.shape[-1])
     if kind in ("MXFP4", "NVFP4"):
         return kind
+    if packed.biases is not None:
+        return _with_offsets(packed, kind)
+    if packed.zeros is not None and (packed.zeros > packed.grid.element.levels).any():
+        raise ArtifactError(f"a zero point is above {packed.grid.element.levels}: {WAY_OUT}")
     lost = sum(int(np.count_nonzero(_lost(block))) for block in packed.blocks(NUMBERS)) if _inexact(packed).any() else 0
     if lost:
         raise ArtifactError(f"{lost} of {packed.scales.size} scales are no float16, which {kind} holds: {WAY_OUT}")
     if packed.zeros is not None and packed.grid.element.bits in OFFSETS:
-        exact = _offsets(packed.scales, packed.zeros)
+        exact = _offsets(packed)
         if not _inexact(packed).any() and (_half(exact) == exact).all():
             return OFFSETS[packed.grid.element.bits]
     return kind
@@ -139,8 +152,7 @@ def _heads(packed: Packed, kind: str) -> NDArray[np.uint8]:
     if kind == "MXFP4":
         return _head(packed.scales, rows, inputs)
     if kind in OFFSETS.values():
-        assert packed.zeros is not None
-        offsets = _offsets(packed.scales, packed.zeros)
+        offsets = _offsets(packed)
         return np.concatenate([_head(_half(part), rows, inputs) for part in (packed.scales, offsets)], axis=-1)
     inexact = _inexact(packed)
     scales = np.where(_lost_or_idle(packed), np.float32(0), packed.scales) if inexact.any() else packed.scales
@@ -155,17 +167,32 @@ def _half(numbers: NDArray[Any]) -> NDArray[np.float16]:
         return numbers.astype(np.float16)
 
 
-def _offsets(scales: NDArray[np.float32], zeros: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The value of code 0. Exact: a scale has 8 significant bits, and a zero point at most 8."""
-    return -(scales * zeros.astype(np.float32))
+def _offsets(packed: Packed) -> NDArray[np.float32]:
+    """The value of code 0: a bias, or exactly minus zero point times scale, which together have 24 significant bits or fewer."""
+    if packed.biases is not None:
+        return packed.biases.astype(np.float32)
+    assert packed.zeros is not None
+    return -(packed.scales.astype(np.float32) * packed.zeros.astype(np.float32))
+
+
+def _with_offsets(packed: Packed, kind: str) -> str:
+    """`kind`, if each scale and each bias of `packed` is a float16."""
+    for name, numbers in (("scales", packed.scales), ("biases", packed.biases)):
+        assert numbers is not None
+        exact = numbers.astype(np.float32)
+        lost = np.count_nonzero(_half(exact) != exact)
+        if lost:
+            raise ArtifactError(f"{lost} of {numbers.size} {name} are no float16, which {kind} holds: {WAY_OUT}")
+    return kind
 
 
 def _inexact(packed: Packed) -> NDArray[np.bool_]:
     """Where a scale is no float16. Scales have 8 significant bits (R3), so that most are one by their range alone."""
-    magnitudes = np.abs(packed.scales)
-    if magnitudes.min() >= EXACT[0] and magnitudes.max() <= EXACT[1]:
+    magnitudes = np.abs(packed.scales.astype(np.float32))
+    if not packed.grid.read and magnitudes.min() >= EXACT[0] and magnitudes.max() <= EXACT[1]:
         return np.zeros(magnitudes.shape, np.bool_)
-    return np.asarray(_half(packed.scales).astype(np.float32) != packed.scales)
+    exact = packed.scales.astype(np.float32)
+    return np.asarray(_half(exact).astype(np.float32) != exact)
 
 
 def _steps(q: QTensor[NDArray[Any]]) -> NDArray[np.int16]:

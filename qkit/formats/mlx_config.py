@@ -10,7 +10,7 @@ from qkit.errors import ArtifactError
 from qkit.experts import PROJECTIONS, expert_of
 from qkit.formats import settings
 from qkit.formats.mlx_families import FAMILIES, Family, read_config
-from qkit.formats.mlx_lm import MODES, Container, layout
+from qkit.formats.mlx_lm import AFFINE, MODES, Container, layout
 from qkit.grid import Grid
 from qkit.reference import packing
 
@@ -115,7 +115,7 @@ def containers(quantization: Mapping[str, Any], shapes: Mapping[str, tuple[tuple
         table = quantization.get(path, True)
         table = quantization if table is True else table
         try:
-            mine = Container(str(table.get("mode", "affine")), int(table["bits"]), int(table["group_size"]))
+            mine = _container(table)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ArtifactError(
                 f"{path}: the quantization in config.json is {table!r}: want bits and group_size"
@@ -127,6 +127,14 @@ def containers(quantization: Mapping[str, Any], shapes: Mapping[str, tuple[tuple
             raise ArtifactError(f"{path}: {list(weight)} words and {list(scales)} scales are not those of {mine.table}")
         out[path] = mine, (*weight[:-1], inputs)
     return out
+
+
+def _container(table: Mapping[str, Any]) -> Container:
+    """The container of one table. Null, or a missing number, is the default of the mode, as `mx.quantize` has it."""
+    mode = str(table.get("mode") or "affine")
+    bits, size = ({"mxfp8": 8}.get(mode, 4), MODES[mode][1]) if mode in MODES else AFFINE
+    bits = bits if table["bits"] is None else int(table["bits"])
+    return Container(mode, bits, size if table["group_size"] is None else int(table["group_size"]))
 
 
 def check_export(

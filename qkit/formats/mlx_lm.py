@@ -21,6 +21,7 @@ from qkit.reference.packing import Packed
 AFFINE_BITS: Final = (2, 3, 4, 5, 6, 8)  #: the widths of integers that MLX's kernels take (`mx.quantized_matmul`)
 AFFINE_GROUPS: Final = (128, 64, 32)  # a longer group is repeated at the largest of these that divides it
 MX_GROUP: Final = 32
+AFFINE: Final = (4, 64)  #: bits and group size of `affine` where a config.json has null
 MX_MODES: Final = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
 NARROW_BITS: Final = 4  #: most bits of an integer that MLX may decode in bfloat16; see `_scale_type`
 MODES: Final = {"mxfp4": ("e2m1", 32), "mxfp8": ("e4m3", 32), "nvfp4": ("e2m1", 16)}  #: element and group of each mode
@@ -49,6 +50,8 @@ def containers_for(grid: Grid, inputs: int) -> list[Container]:
     """
     group = grid.group if isinstance(grid.group, int) else inputs
     bits = grid.element.bits
+    if grid.read:
+        return _read_containers(grid)
     if grid.element.kind == "integer":
         return [Container("affine", bits, size) for size in AFFINE_GROUPS if group % size == 0 and bits in AFFINE_BITS]
     if grid.scale == "nvfp4":
@@ -56,6 +59,16 @@ def containers_for(grid: Grid, inputs: int) -> list[Container]:
     if grid.element.name in MX_MODES and group % MX_GROUP == 0:
         return [Container(MX_MODES[grid.element.name], bits, MX_GROUP)]
     return []
+
+
+def _read_containers(grid: Grid) -> list[Container]:
+    """The container of a read grid. One that repeats scales would not give the same bytes back."""
+    modes = {"affine": "affine", "stored-nvfp4": "nvfp4", "stored-e8m0": MX_MODES.get(grid.element.name, "")}
+    mode, size = modes.get(grid.scale, ""), grid.group
+    if not isinstance(size, int) or not mode:
+        return []
+    fits = grid.element.bits in AFFINE_BITS and size in AFFINE_GROUPS if mode == "affine" else MODES[mode][1] == size
+    return [Container(mode, grid.element.bits, size)] if fits else []
 
 
 def container_for(grid: Grid, inputs: int) -> Container | None:
@@ -90,6 +103,8 @@ def store(packed: Packed) -> Tensors:
     rows, inputs = packed.shape
     container, grid = layout(packed.grid, inputs), packed.grid
     columns = inputs // container.group
+    if grid.read:
+        return _read_arrays(packed)
     scales = _folded(packed) if packed.tensor_scale is not None else packed.scales
     out = {"weight": packed.words, "scales": spread(scales, rows, columns)}
     if container.mode != "affine":
@@ -110,6 +125,8 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
     kind = tensors["scales"].dtype.name if "scales" in tensors and container.mode == "affine" else None
     check_parts(dict(tensors), contents(grid, dtype=dtype, shape=shape, kind=kind), f"MLX {container.mode}", grid)
     words, scale_shape = tensors["weight"], grid.scale_shape(shape)
+    if grid.read:
+        return _read_weight(tensors, grid=grid, dtype=dtype, shape=shape)
     scales = _unspread(tensors["scales"], scale_shape, "scales")
     if container.mode == "affine":
         scales = scales.astype(np.float32)
@@ -134,7 +151,7 @@ def contents(
     weight = ("uint32", (*shape[:-1], packing.words(shape[-1], container.bits)))
     if container.mode != "affine":
         return {"weight": weight, "scales": ("uint8", scales)}
-    kind = kind or _scale_type(grid, dtype)
+    kind = kind or (dtype if grid.read else _scale_type(grid, dtype))
     return {"weight": weight, "scales": (kind, scales), "biases": (kind, scales)}
 
 
@@ -148,20 +165,60 @@ def shape_of(tensors: Mapping[str, NDArray[Any]], grid: Grid) -> tuple[int, ...]
     return (*rows, words * packing.WORD_BITS // grid.element.bits)
 
 
-def grid_of(tensors: Mapping[str, NDArray[Any]], container: Container) -> Grid:
-    """The grid of tensors that MLX quantized, as far as decoding tells. The rule that chose the scales is not stored.
+def grid_of(tensors: Mapping[str, NDArray[Any]], container: Container, *, dtype: DType) -> Grid:
+    """The grid of tensors that MLX quantized: on a rule of qkit's where they are as qkit writes them, else a read one.
 
     Raises:
         ArtifactError: qkit has no such grid.
     """
     if container.mode != "affine":
         element, group = MODES[container.mode]
-        return Grid(element, group, "nvfp4" if container.mode == "nvfp4" else None)
+        if container.mode == "nvfp4":
+            return Grid(element, group, "nvfp4" if (tensors["scales"] & 0x7F > 0).all() else "stored-nvfp4")
+        return Grid(element, group, None if (tensors["scales"] > 0).all() else "stored-e8m0")
     element, scales = f"int{container.bits}", tensors["scales"].astype(np.float32)
     lowest = np.float32(-(1 << (container.bits - 1)))
-    if (tensors["biases"].astype(np.float32) == lowest * scales).all():
-        return Grid(element, container.group, "signed" if (scales < 0).any() else "absmax")
-    return Grid(element, container.group, "minmax")
+    symmetric = bool((tensors["biases"].astype(np.float32) == lowest * scales).all())
+    rule = "minmax" if not symmetric else "signed" if (scales < 0).any() else "absmax"
+    grid = Grid(element, container.group, rule)
+    as_written = tensors["scales"].dtype.name == _scale_type(grid, dtype)
+    return grid if as_written and is_whole(tensors, container) else Grid(element, container.group, "affine")
+
+
+def is_whole(tensors: Mapping[str, NDArray[Any]], container: Container) -> bool:
+    """Whether scales have 8 significant bits and every bias is -z scales for a code z: `minmax` then holds the same values."""
+    if container.mode != "affine":
+        return False
+    scales, biases = (tensors[name].astype(np.float32) for name in ("scales", "biases"))
+    try:
+        check_scales(scales, "scales")
+        _zeros(scales, biases, Grid(f"int{container.bits}", container.group, "minmax"))
+    except ArtifactError:
+        return False
+    return True
+
+
+def _read_arrays(packed: Packed) -> Tensors:
+    """The arrays of a weight on a read grid, as they came. `nvfp4` has no place for another tensor scale than 1."""
+    if packed.tensor_scale is not None and packed.tensor_scale != 1:
+        raise ArtifactError(
+            f"MLX's nvfp4 has no scale for the tensor, and this one is {float(packed.tensor_scale)}: export --to dense"
+        )
+    out: Tensors = {"weight": packed.words, "scales": packed.scales}
+    return out if packed.biases is None else {**out, "biases": packed.biases}
+
+
+def _read_weight(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> Packed:
+    words, scales = tensors["weight"], tensors["scales"]
+    if grid.has_biases:
+        for name in ("scales", "biases"):
+            check(np.isfinite(tensors[name]), name, "finite")
+        return Packed(words, scales, grid, dtype, shape, biases=tensors["biases"])
+    if grid.has_tensor_scale:
+        check(scales & 0x7F != 0x7F, "scales", "a finite e4m3")
+        return Packed(words, scales, grid, dtype, shape, tensor_scale=np.ones((), np.float32))
+    check(scales < 255, "scales", "an exponent")
+    return Packed(words, scales, grid, dtype, shape)
 
 
 def spread(per_group: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:

@@ -295,6 +295,29 @@ INLINE void nibbles(const uint8_t *words, const uint8_t *heads, int64_t blocks, 
     }
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+
+/* `nibbles` of one run of 32 codes after 2 bytes, five times as fast: 16 bytes at a time. */
+INLINE void nibbles32(const uint8_t *words, const uint8_t *heads, int64_t blocks, uint8_t *out)
+{
+    for (int64_t block = 0; block < blocks; block++, heads += 2, words += 16, out += 18) {
+        bytes16 x, low, high, first, second;
+        memcpy(out, heads, 2);
+        memcpy(&x, words, 16);
+        low = x & 15;
+        high = x >> 4;
+        first = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        second = __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        first |= second << 4;
+        memcpy(out + 2, &first, 16);
+    }
+}
+#endif
+#endif
+
 /* Bytes to blocks of `run` bytes after `head` bytes of `heads`. Each byte is XORed with `flip`. */
 INLINE void octets(const uint8_t *words, const uint8_t *heads, int64_t blocks, int64_t head, int64_t run, uint8_t flip,
                    uint8_t *out)
@@ -393,9 +416,18 @@ EXPORT int32_t qkit_pack(const uint8_t *codes, int64_t rows, int64_t n, int32_t 
 /* Writes each of `n` scales as a float16, rounded to nearest even, `repeat` times. A scale must not be NaN. */
 EXPORT int32_t qkit_halves(const float *scales, int64_t n, int64_t repeat, uint16_t *out)
 {
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t k = 0; k < repeat; k++)
-            *out++ = half_code(scales[i]);
+    if (repeat == 1) /* these two loops vectorize */
+        for (int64_t i = 0; i < n; i++)
+            out[i] = half_code(scales[i]);
+    else if (repeat == 2)
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t both = half_code(scales[i]) * 0x10001u;
+            memcpy(out + 2 * i, &both, 4);
+        }
+    else
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t k = 0; k < repeat; k++)
+                *out++ = half_code(scales[i]);
     return DONE;
 }
 
@@ -404,8 +436,12 @@ EXPORT int32_t qkit_halves(const float *scales, int64_t n, int64_t repeat, uint1
 EXPORT int32_t qkit_interleave(const uint8_t *words, const uint8_t *heads, int64_t blocks, int64_t head, int64_t runs,
                                int64_t run, int32_t width, uint8_t flip, uint8_t *out)
 {
-    if (width == 4 && flip == 0 && run == 32 && runs == 1 && head == 2) /* constants make the loops straight */
-        nibbles(words, heads, blocks, 2, 1, 32, out);
+    if (width == 4 && flip == 0 && run == 32 && runs == 1 && head == 2)
+#ifdef SHUFFLES
+        nibbles32(words, heads, blocks, out);
+#else
+        nibbles(words, heads, blocks, 2, 1, 32, out); /* constants make the loops straight */
+#endif
     else if (width == 4 && flip == 0 && run % 16 == 0)
         nibbles(words, heads, blocks, head, runs, run, out);
     else if (width == 8)

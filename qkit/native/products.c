@@ -18,7 +18,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
 enum { DONE, UNKNOWN };
-enum { SIGNED_CODES, UNSIGNED_CODES, SMALL_FLOATS, E2M1 };
+enum { SIGNED_CODES, UNSIGNED_CODES, SMALL_FLOATS, NORMAL_FLOATS, E2M1 };
 enum { FLOAT_SCALES, BFLOAT16_SCALES, E8M0_SCALES, E4M3_SCALES };
 
 struct weight { /* [outputs, inputs] */
@@ -65,10 +65,16 @@ INLINE float scale_at(const struct weight *w, int64_t i)
 
 /* Products */
 
-/* Row `x` in the order of the codes of a plane, eight words beside each other. */
-INLINE void arrange(const void *x, int64_t row, int type, const struct weight *w, int32_t width, float *out)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
+#define EXPORT_PRODUCT __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EXPORT_PRODUCT
+#endif
+
+/* Row `x` in the order of the codes of the first plane, eight words beside each other. */
+INLINE void arrange(const void *x, int64_t row, int type, const struct weight *w, float *out)
 {
-    int64_t count = words_of(w, width), each = 32 / width, unit_words = w->unit / each;
+    int64_t count = words_of(w, w->high), each = 32 / w->high, unit_words = w->unit / each;
     memset(out, 0, at_least(count, LANES) * LANES * each * sizeof(float));
     for (int64_t word = 0; word < count; word++) {
         int64_t first = word / unit_words * w->unit + 2 * (word % unit_words);
@@ -80,46 +86,84 @@ INLINE void arrange(const void *x, int64_t row, int type, const struct weight *w
     }
 }
 
-/* The scale of each word of a plane in `out`. */
-INLINE void spread(const struct weight *w, int64_t output, int32_t width, float factor, float *out, float *zeros)
+/* The number of each group of an output, `groups` of them, in `out` for each word of the first plane. */
+INLINE void spread(const float *groups, int64_t count, int64_t span, int64_t padded, float *out)
 {
-    int64_t count = words_of(w, width), padded = at_least(count, LANES) * LANES, each = 32 / width;
-    int64_t groups = w->groups ? w->groups : 1, first = w->groups ? output * w->groups : 0;
-    int64_t span = w->groups > 1 ? w->group / each : padded;
-#define SPREAD(SPAN)                                                  \
-    for (int64_t g = 0; g < groups; g++) {                            \
-        float scale = scale_at(w, first + g) * factor;                \
-        for (int64_t i = 0; i < SPAN; i++)                            \
-            out[g * SPAN + i] = scale;                                \
-    }
-#define SPREAD_ZEROS                                                  \
-    for (int64_t g = 0; g < groups; g++)                              \
-        for (int64_t i = 0; i < span; i++)                            \
-            zeros[g * span + i] = (float)w->zeros[first + g];
-    if (span == 4)
-        SPREAD(4)
+#define SPREAD(SPAN)                        \
+    for (int64_t g = 0; g < count; g++)     \
+        for (int64_t i = 0; i < SPAN; i++)  \
+            out[g * SPAN + i] = groups[g]
+    if (span == 2)
+        SPREAD(2);
+    else if (span == 4)
+        SPREAD(4);
     else if (span == 8)
-        SPREAD(8)
+        SPREAD(8);
     else
-        SPREAD(span)
-    if (zeros)
-        SPREAD_ZEROS
-    for (int64_t i = groups * span; i < padded; i++) {
+        SPREAD(span);
+    for (int64_t i = count * span; i < padded; i++)
         out[i] = 0.0f;
-        if (zeros)
-            zeros[i] = 0.0f;
-    }
 }
 
-INLINE floats value_of(words v, int i, int width, int kind, struct small e)
+/* The scales of an output, or its zeros, in float32. `table` has the values of all codes of e4m3. */
+INLINE void scales_of(const struct weight *w, int64_t first, int64_t groups, const float *table, float *out)
 {
-    uint32_t mask = (uint32_t)((1ull << width) - 1);
-    if (kind == SIGNED_CODES) {
-        ints shifted = (ints)(v << (uint32_t)(32 - width - width * i));
-        return __builtin_convertvector(shifted >> (32 - width), floats);
+    const uint8_t *codes = (const uint8_t *)w->scales + first;
+    if (w->scale_type == E4M3_SCALES)
+        for (int64_t g = 0; g < groups; g++)
+            out[g] = table[codes[g]];
+    else if (w->scale_type == E8M0_SCALES)
+        for (int64_t g = 0; g < groups; g++)
+            out[g] = power((int32_t)codes[g] - 127);
+    else
+        for (int64_t g = 0; g < groups; g++)
+            out[g] = scale_at(w, first + g);
+}
+
+/* Where eight words of the first plane find their codes of the second: in which of its words, and how far up. Two words beside
+   each other in a unit of the second are as long as `shift` tells apart. */
+struct lanes {
+    ints from[2];
+    words shift[2];
+    int64_t span; /* words of the first plane that share words of the second */
+};
+
+INLINE struct lanes lanes_of(int64_t unit_words, int width, int low)
+{
+    struct lanes lanes = {.span = unit_words > LANES ? unit_words : LANES};
+    int64_t fewer = unit_words * low / width;
+    for (int64_t word = 0; word < 2 * LANES; word++) {
+        int64_t in_unit = word % unit_words, unit = unit_words < LANES ? word % LANES / unit_words : 0;
+        lanes.from[word / LANES][word % LANES] = (int32_t)(unit * fewer + in_unit % fewer);
+        lanes.shift[word / LANES][word % LANES] = (uint32_t)(2 * low * (in_unit / fewer));
     }
-    if (kind == UNSIGNED_CODES)
-        return __builtin_convertvector((ints)(v >> (uint32_t)(width * i) & mask), floats);
+    return lanes;
+}
+
+INLINE words picked(words v, ints from)
+{
+#if defined(__GNUC__) && !defined(__clang__)
+    return __builtin_shuffle(v, from);
+#else
+    words out;
+    for (int i = 0; i < LANES; i++)
+        out[i] = v[from[i]];
+    return out;
+#endif
+}
+
+/* The values of code `i` of eight words; `second` has the codes of the second plane, of `low` bits, where `low` is not 0. */
+INLINE floats value_of(words v, words second, int i, int width, int low, int kind, struct small e)
+{
+    words top = v << (uint32_t)(32 - width - width * i); /* the code is in the highest bits */
+    if (kind == SIGNED_CODES || kind == UNSIGNED_CODES) {
+        uint32_t below = (1u << low) - 1;
+        int spare = 32 - width - low;
+        words code = kind == SIGNED_CODES ? (words)((ints)top >> spare) : top >> (uint32_t)spare;
+        if (low)
+            code = (code & ~below) | (second >> (uint32_t)(i / 2 * 2 * width + i % 2 * low) & below);
+        return __builtin_convertvector((ints)code, floats);
+    }
 #if defined(__GNUC__) && !defined(__clang__)
     if (kind == E2M1) {
         static const floats table = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
@@ -127,12 +171,24 @@ INLINE floats value_of(words v, int i, int width, int kind, struct small e)
         return (floats)((words)__builtin_shuffle(table, (ints)code) ^ (code << 28 & 0x80000000u));
     }
 #endif
-    words code = v >> (uint32_t)(width * i) & mask, magnitude = code & mask >> 1;
-    words pattern = magnitude << (uint32_t)(23 - e.mantissa), bias = (words){} + ((uint32_t)(126 + e.min_exponent) << 23);
-    words least = bias + (1u << 23);
-    words below = (words)((floats)(pattern + least) - (floats)least), normal = pattern + bias;
-    words small = (words)(magnitude < (words){} + (1u << e.mantissa));
-    return (floats)((small & below) | (~small & normal) | (code << (uint32_t)(32 - width) & 0x80000000u));
+    uint32_t mask = ((1u << (width - 1)) - 1) << (23 - e.mantissa), bias = (uint32_t)(126 + e.min_exponent) << 23;
+    if (kind == NORMAL_FLOATS)
+        return (floats)(((words)((ints)top >> (9 - width + e.mantissa)) & (mask | 0x80000000u)) + bias);
+    /* With a leading 1, a number below the least normal one is too large; twice that less the least one is right, and less. */
+    floats normal = (floats)((top >> (uint32_t)(9 - width + e.mantissa) & mask) + bias);
+    floats small = normal * 2.0f - power(e.min_exponent);
+    words less = (words)(small < normal);
+    return (floats)((less & (words)small) | (~less & (words)normal) | (top & 0x80000000u));
+}
+
+/* Whether none of the codes of eight bits in eight words is below the least normal number. */
+INLINE int are_normal(words v, struct small e)
+{
+    uint32_t exponents = (0x7fu >> e.mantissa << e.mantissa) * 0x01010101u;
+    words carried = (v & exponents) + (0x80u - (1u << e.mantissa)) * 0x01010101u; /* into the highest bit of each byte */
+    uint64_t all[LANES / 2];
+    memcpy(all, &carried, sizeof carried);
+    return (~(all[0] & all[1] & all[2] & all[3]) & 0x8080808080808080u) == 0;
 }
 
 INLINE float sum(floats v)
@@ -143,34 +199,65 @@ INLINE float sum(floats v)
     return total;
 }
 
-INLINE void dot(const uint32_t *codes, int64_t count, int width, int kind, uint32_t flip, struct small e, const float *x,
-                int64_t stride, int rows, const float *scales, const float *zeros, float *sums)
+/* Up to eight words, of which `there` lie in memory; a whole vector does not go by way of the stack. */
+INLINE words loaded(const uint32_t *from, int64_t there)
+{
+    if (there >= LANES) {
+        words whole;
+        memcpy(&whole, from, sizeof whole);
+        return whole;
+    }
+    words rest = {};
+    memcpy(&rest, from, there * sizeof(uint32_t));
+    return rest;
+}
+
+/* As `loaded`, of up to four words, which follow each other twice. */
+INLINE words loaded_twice(const uint32_t *from, int64_t there)
+{
+    if (there >= 4) {
+        uint32_t a = from[0], b = from[1], c = from[2], d = from[3];
+        return (words){a, b, c, d, a, b, c, d};
+    }
+    return loaded(from, there);
+}
+
+INLINE void dot(const uint32_t *codes, int64_t count, int width, int low, const struct lanes *lanes, int kind, uint32_t flip,
+                struct small e, const float *x, int64_t stride, int rows, const float *scales, const float *zeros, float *sums)
 {
     floats total[MOST] = {};
-    int each = 32 / width;
+    const int each = 32 / width;
+    const unsigned share = low ? width / low : 1; /* words of the first plane for one of the second */
+    const uint32_t *seconds = codes + count;
     for (int64_t first = 0; first < count; first += LANES) {
-        words v = {};
-        if (count - first >= LANES)
-            memcpy(&v, codes + first, sizeof v);
-        else
-            memcpy(&v, codes + first, (count - first) * sizeof(uint32_t));
-        v ^= flip;
-        floats part[MOST] = {}, scale, zero;
+        words v = loaded(codes + first, count - first) ^ flip, second = {};
+        if (low) {
+            uint64_t start = (uint64_t)first & ~(uint64_t)(lanes->span - 1), odd = (uint64_t)first / LANES % 2; /* a power of two */
+            int64_t from = (int64_t)(start / share), there = (int64_t)((uint64_t)count / share) - from;
+            second = share == 2 ? loaded(seconds + from, there) : loaded_twice(seconds + from, there);
+            second = picked(second, lanes->from[odd]) >> lanes->shift[odd];
+        }
+        floats part[2][MOST] = {}, scale, zero; /* two sums do not wait for each other */
         memcpy(&scale, scales + first, sizeof scale);
         if (zeros)
             memcpy(&zero, zeros + first, sizeof zero);
-        for (int i = 0; i < each; i++) {
-            floats value = value_of(v, i, width, kind, e);
-            if (zeros)
-                value -= zero;
-            for (int row = 0; row < rows; row++) {
-                floats at;
-                memcpy(&at, x + row * stride + first * each + i * LANES, sizeof at);
-                part[row] += value * at;
-            }
-        }
+#define CODES(KIND)                                                                \
+    for (int i = 0; i < each; i++) {                                               \
+        floats value = value_of(v, second, i, width, low, KIND, e);                \
+        if (zeros)                                                                 \
+            value -= zero;                                                         \
+        for (int row = 0; row < rows; row++) {                                     \
+            floats at;                                                             \
+            memcpy(&at, x + row * stride + first * each + i * LANES, sizeof at);   \
+            part[i % 2][row] += value * at;                                        \
+        }                                                                          \
+    }
+        if (kind == SMALL_FLOATS && are_normal(v, e))
+            CODES(NORMAL_FLOATS)
+        else
+            CODES(kind)
         for (int row = 0; row < rows; row++)
-            total[row] += part[row] * scale;
+            total[row] += (part[0][row] + part[1][row]) * scale;
     }
     for (int row = 0; row < rows; row++)
         sums[row] += sum(total[row]);
@@ -187,8 +274,9 @@ INLINE uint32_t repeated(uint32_t code, int width)
 /* A job of a team. */
 struct product {
     const struct weight *w;
-    const float *x[2]; /* rows in the order of each plane */
-    int64_t stride[2];
+    const float *x; /* rows in the order of the codes of the first plane */
+    const float *table; /* the values of scales in e4m3 */
+    int64_t stride;
     int64_t rows, padded;
     const void *bias;
     void *out;
@@ -196,66 +284,68 @@ struct product {
     const struct team *team;
 };
 
-INLINE void plane(const struct product *p, const uint32_t *codes, int of, int kind, const float *scales, const float *zeros,
-                  float *sums)
+INLINE void row_of(const struct product *p, const uint32_t *codes, const struct lanes *lanes, const float *scales,
+                   const float *zeros, float *sums)
 {
     const struct weight *w = p->w;
-    int width = of ? w->low : w->high;
-    int64_t count = words_of(w, width), stride = p->stride[of];
+    int width = w->high, low = w->low, kind = !w->integer ? SMALL_FLOATS : zeros ? UNSIGNED_CODES : SIGNED_CODES;
+    int64_t count = words_of(w, width);
     uint32_t flip = kind == SIGNED_CODES ? repeated(1u << (width - 1), width) : 0;
-    struct small e = {w->mantissa, w->min_exponent, width, 0.0f};
-#define DOT(WIDTH, KIND, ROWS, E) \
-    dot(codes, count, WIDTH, KIND, flip, E, p->x[of], stride, ROWS, scales, KIND == UNSIGNED_CODES ? zeros : NULL, sums)
-#define ROWS_OF(WIDTH, KIND, E)             \
-    do {                                    \
-        if (p->rows == 1)                   \
-            DOT(WIDTH, KIND, 1, E);         \
-        else if (p->rows == 2)              \
-            DOT(WIDTH, KIND, 2, E);         \
-        else                                \
-            DOT(WIDTH, KIND, MOST, E);      \
+    const struct small none = {0}, e2m1 = {1, 0, 4, 6.0f}, e4m3 = {3, -6, 8, 448.0f}, e5m2 = {2, -14, 8, 57344.0f};
+#define DOT(WIDTH, LOW, KIND, ROWS, E)                                                  \
+    dot(codes, count, WIDTH, LOW, lanes, KIND, flip, E, p->x, p->stride, ROWS, scales, \
+        KIND == UNSIGNED_CODES ? zeros : NULL, sums)
+#define ROWS_OF(WIDTH, LOW, KIND, E)             \
+    do {                                         \
+        if (p->rows == 1)                        \
+            DOT(WIDTH, LOW, KIND, 1, E);         \
+        else if (p->rows == 2)                   \
+            DOT(WIDTH, LOW, KIND, 2, E);         \
+        else                                     \
+            DOT(WIDTH, LOW, KIND, MOST, E);      \
     } while (0)
-#define INTEGERS(WIDTH)                                \
-    if (width == WIDTH && kind == SIGNED_CODES)        \
-        ROWS_OF(WIDTH, SIGNED_CODES, e);               \
-    else if (width == WIDTH && kind == UNSIGNED_CODES) \
-    ROWS_OF(WIDTH, UNSIGNED_CODES, e)
-    INTEGERS(2);
-    INTEGERS(4);
-    INTEGERS(8);
-    if (width == 1)
-        ROWS_OF(1, UNSIGNED_CODES, e);
-    const struct small e2m1 = {1, 0, 4, 6.0f}, e4m3 = {3, -6, 8, 448.0f}, e5m2 = {2, -14, 8, 57344.0f};
+#define INTEGERS(WIDTH, LOW)                                         \
+    if (width == WIDTH && low == LOW && kind == SIGNED_CODES)        \
+        ROWS_OF(WIDTH, LOW, SIGNED_CODES, none);                     \
+    else if (width == WIDTH && low == LOW && kind == UNSIGNED_CODES) \
+    ROWS_OF(WIDTH, LOW, UNSIGNED_CODES, none)
+    INTEGERS(2, 0);
+    INTEGERS(2, 1);
+    INTEGERS(4, 0);
+    INTEGERS(4, 1);
+    INTEGERS(4, 2);
+    INTEGERS(8, 0);
     if (kind == SMALL_FLOATS && width == 4)
-        ROWS_OF(4, E2M1, e2m1);
+        ROWS_OF(4, 0, E2M1, e2m1);
     else if (kind == SMALL_FLOATS && w->mantissa == 3)
-        ROWS_OF(8, SMALL_FLOATS, e4m3);
+        ROWS_OF(8, 0, SMALL_FLOATS, e4m3);
     else if (kind == SMALL_FLOATS)
-        ROWS_OF(8, SMALL_FLOATS, e5m2);
+        ROWS_OF(8, 0, SMALL_FLOATS, e5m2);
 }
 
 /* The outputs from `begin` to `end` of up to MOST rows. */
-EXPORT int32_t qkit_multiply_part(const struct product *p, int64_t begin, int64_t end)
+EXPORT_PRODUCT int32_t qkit_multiply_part(const struct product *p, int64_t begin, int64_t end)
 {
     const struct weight *w = p->w;
-    int64_t highs = words_of(w, w->high), stride = words_of_row(w), lanes = p->padded;
-    float *scales = malloc(sizeof(float) * lanes * 2), *zeros = w->zeros ? scales + lanes : NULL;
+    int64_t stride = words_of_row(w), padded = p->padded, each = 32 / w->high;
+    int64_t groups = w->groups ? w->groups : 1, span = w->groups > 1 ? w->group / each : padded;
+    float *scales = malloc(sizeof(float) * (padded * 2 + groups)), *zeros = w->zeros ? scales + padded : NULL;
+    float *few = scales + 2 * padded;
     if (!scales)
         return UNKNOWN;
+    struct lanes lanes = w->low ? lanes_of(w->unit / each, w->high, w->low) : (struct lanes){0};
     for (int64_t output = begin; output < end; output++) {
         float sums[MOST] = {};
-        const uint32_t *codes = w->codes + output * stride;
-        if (output == begin || w->groups || w->low) { /* the low plane writes its scales into the same memory */
-            spread(w, output, w->high, (float)(1 << w->low), scales, zeros);
-            for (int64_t i = 0; zeros && w->low && i < lanes; i++)
-                zeros[i] /= (float)(1 << w->low); /* exact */
+        int64_t first = w->groups ? output * groups : 0;
+        if (output == begin || w->groups) {
+            scales_of(w, first, groups, p->table, few);
+            spread(few, groups, span, padded, scales);
+            for (int64_t g = 0; zeros && g < groups; g++)
+                few[g] = (float)w->zeros[first + g];
+            if (zeros)
+                spread(few, groups, span, padded, zeros);
         }
-        int kind = !w->integer ? SMALL_FLOATS : zeros ? UNSIGNED_CODES : SIGNED_CODES;
-        plane(p, codes, 0, kind, scales, zeros, sums);
-        if (w->low) {
-            spread(w, output, w->low, 1.0f, scales, NULL);
-            plane(p, codes + highs, 1, UNSIGNED_CODES, scales, NULL, sums);
-        }
+        row_of(p, w->codes + output * stride, &lanes, scales, zeros, sums);
         float bias = p->bias ? load(p->bias, output, p->type) : 0.0f;
         for (int64_t row = 0; row < p->rows; row++)
             store(p->out, row * w->outputs + output, sums[row] + bias, p->type);
@@ -276,28 +366,24 @@ static void multiply_share(void *job)
 EXPORT int32_t qkit_multiply(const struct weight *w, const void *x, int64_t rows, int32_t type, const void *bias, void *out,
                              const struct team *team)
 {
-    int64_t size = type == FLOAT32 ? 4 : 2, padded = 0, stride[2] = {0};
-    int32_t widths[2] = {w->high, w->low};
-    for (int of = 0; of < 2 && widths[of]; of++) {
-        int64_t count = at_least(words_of(w, widths[of]), LANES) * LANES;
-        padded = count > padded ? count : padded;
-        stride[of] = count * (32 / widths[of]);
-    }
-    float *arranged = calloc(MOST * (stride[0] + stride[1]), sizeof(float));
+    int64_t size = type == FLOAT32 ? 4 : 2, padded = at_least(words_of(w, w->high), LANES) * LANES;
+    int64_t stride = padded * (32 / w->high);
+    float *arranged = calloc(MOST * stride, sizeof(float)), table[256];
     if (!arranged)
         return UNKNOWN;
-    struct product p = {w, {arranged, arranged + MOST * stride[0]}, {stride[0], stride[1]}, 0, padded, bias, NULL, type, 0,
-                        team};
+    const struct small e4m3 = {3, -6, 8, 448.0f};
+    for (uint32_t code = 0; w->scale_type == E4M3_SCALES && code < 256; code++)
+        table[code] = decoded_small(code, e4m3) * w->power;
+    struct product p = {w, arranged, table, stride, 0, padded, bias, NULL, type, 0, team};
     for (int64_t first = 0; first < rows; first += MOST) {
         p.rows = rows - first < MOST ? rows - first : MOST;
         p.out = (char *)out + first * w->outputs * size;
         for (int64_t row = 0; row < p.rows; row++)
-            for (int of = 0; of < 2 && widths[of]; of++)
-                arrange(x, first + row, type, w, widths[of], (float *)p.x[of] + row * stride[of]);
+            arrange(x, first + row, type, w, arranged + row * stride);
         if (team->run && team->threads > 1)
             team->run(multiply_share, &p, (unsigned)team->threads, 0);
         else
-            p.failed = qkit_multiply_part(&p, 0, w->outputs) != DONE;
+            p.failed |= qkit_multiply_part(&p, 0, w->outputs) != DONE;
     }
     free(arranged);
     return p.failed ? UNKNOWN : DONE;

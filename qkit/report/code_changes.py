@@ -64,7 +64,8 @@ def compare_codes(first: Mapping[str, Packed], second: Mapping[str, Packed]) -> 
 
 
 def _code_change(path: str, first: Packed, second: Packed) -> CodeChange:
-    alike = first.grid.element == second.grid.element
+    biased = first.grid.has_biases or second.grid.has_biases  # whose codes count from another number in each group
+    alike = first.grid.element == second.grid.element and (not biased or first.grid == second.grid)
     flipped, steps, error, size = 0, 0.0, 0.0, 0.0
     for a, b in zip(map(unpack, first.blocks(BLOCK)), map(unpack, second.blocks(BLOCK)), strict=True):
         if alike:

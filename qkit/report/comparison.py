@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from qkit.report.intervals import mean, recovered
 from qkit.report.master_weights import fill_with_values, model_of_checkpoint, recipe_of_layers
 from qkit.rules import Recipe, rule_table
 
-Progress = Callable[[str], None]
+Progress = Callable[
+    [str, int], None
+]  #: takes a model's row, and how many windows were measured since; 0 before the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,12 @@ class Sources:
     qat: Path | None = None
     master_weights: Path | None = None
     longer: Path | None = None
+
+    @property
+    def models(self) -> int:
+        """How many models are measured."""
+        untrained = 1 if self.longer is None else 2
+        return untrained + (untrained + (self.qat is not None)) * (1 + len(self.deploy))
 
 
 def compare(engine: Builds, sources: Sources, rows: NDArray[np.int32], *, progress: Progress) -> Comparison:
@@ -150,8 +159,9 @@ class _Work:
         return numbers - sum(change.flipped or 0 for change in found), numbers
 
     def _measure(self, name: str, grid: str, source: str, model: Any, *, keep: bool = False) -> None:
-        self.progress(name)
-        self.found[name] = (grid, source, evaluate(self.engine, model, self.rows, teacher=self.teacher))
+        self.progress(name, 0)
+        step = partial(self.progress, name)
+        self.found[name] = (grid, source, evaluate(self.engine, model, self.rows, teacher=self.teacher, tick=step))
         if keep:
             self.weights[name] = packed_weights(self.engine, model)
 

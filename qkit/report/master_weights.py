@@ -14,8 +14,8 @@ from qkit.engines.protocol import Builds
 from qkit.errors import ArtifactError, StageError
 from qkit.rules import Recipe, Rule
 from qkit.storage.arrays import read_file
-from qkit.training.checkpoint import KEY, PATTERN
-from qkit.training.folder import run_folder_of
+from qkit.training.checkpoint import KEY, PATTERN, file_of
+from qkit.training.folder import LOG, read_log, run_folder_of
 
 WEIGHTS = "weights."  #: prefix of the names of weights in a checkpoint
 
@@ -45,8 +45,15 @@ def fill_with_values(engine: Builds, model: Any, *, into: Any) -> Any:
 
 
 def newest_checkpoint(trained: Path) -> Path | None:
-    """The last checkpoint that `qkit train` left beside the artifact `trained`. None: there is none, or its run had adapters."""
-    found = max(run_folder_of(trained).glob(PATTERN), default=None)
+    """The checkpoint of the weights in the artifact `trained`, which `qkit train` left beside it: the last, or the best one.
+
+    None: there is none, or its run had adapters.
+    """
+    folder = run_folder_of(trained)
+    ends = [event for event in read_log(folder / LOG) if event["event"] == "end"]
+    best = ends[-1].get("best_step") if ends else None
+    found = max(folder.glob(PATTERN), default=None) if best is None else file_of(folder, best)
+    found = found if found and found.exists() else None
     return None if found is None or _has_adapter(read_file(found)[1]) else found
 
 

@@ -84,8 +84,7 @@ def _form(parts: Tensors, weights: Mapping[str, Any]) -> tuple[Form, tuple[int, 
         raise ArtifactError(f"{factor} is {list(parts[factor].slot.shape)}: want one number")
     if not factor and kind_of(scale) == "float8_e4m3fn":
         raise ArtifactError("weight_global_scale is missing: fetch the directory again")
-    if "weight_zero_point" in parts:
-        raise ArtifactError("weight_zero_point is there too, and floats have none")
+    _no_others(parts, codes, "weight_scale", factor)
     element = "e2m1" if bits == 4 else {"float8_e4m3fn": "e4m3"}.get(kind_of(parts[codes]), "e5m2")
     title = f"compressed-tensors, {element}, {_text(block, shape)}"
     return Floats(title, element, block, codes, "weight_scale", factor, divides=bool(factor)), shape
@@ -113,8 +112,6 @@ def _integers(parts: Tensors, weights: Mapping[str, Any]) -> tuple[Form, tuple[i
             raise ArtifactError(
                 f"weight_zero_point is {kind_of(stored)} {list(stored.slot.shape)}, for scales {list(scales)}"
             )
-    elif "weight_zero_point" in parts:
-        raise ArtifactError("weight_zero_point is there too, and the settings say symmetric")
     ordered = True
     if "weight_g_idx" in parts:
         numbers = check_part(parts, "weight_g_idx", ("int32", "int64"), (shape[1],)).read()
@@ -125,7 +122,20 @@ def _integers(parts: Tensors, weights: Mapping[str, Any]) -> tuple[Form, tuple[i
             )
     elif weights.get("actorder") in ("group", True):
         raise ArtifactError("its groups are in the order of activations, and weight_g_idx is missing")
+    codes = ("weight",) if bytes_each else ("weight_packed", "weight_shape")
+    _no_others(parts, *codes, "weight_scale", "weight_g_idx", "weight_zero_point" if asymmetric else "")
     return Packed(bits, block, bytes_each, asymmetric, ordered), shape
+
+
+def _no_others(parts: Tensors, *known: str) -> None:
+    """Refuses parts of a weight beside the `known` ones, which other readers may use.
+
+    Raises:
+        ArtifactError: there is one.
+    """
+    for name in parts:
+        if name not in known:
+            raise ArtifactError(f"{name} is there too, and its settings have no such tensor")
 
 
 def _block(shape: tuple[int, ...], weights: Mapping[str, Any]) -> tuple[int, int]:

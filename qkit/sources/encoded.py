@@ -25,6 +25,16 @@ class Form(Protocol):
         """Text for people: `GPTQ, 4 bits, groups of 128`."""
         ...
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        ...
+
+    @property
+    def scales_in(self) -> str:
+        """Name of the part with the scales of groups."""
+        ...
+
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """The codes of some rows of one matrix; `matrix` is 0 but in a stack of experts."""
         ...
@@ -77,6 +87,10 @@ class Encoded(Stored):
             found = values(self.codes(rows, matrix))
         except ArtifactError as error:
             raise ArtifactError(f"{self.file}: {self.slot.name}: {error}") from None
+        if count := int(np.count_nonzero(~np.isfinite(found))):
+            raise ArtifactError(
+                f"{self.file}: {self.slot.name} holds {count} numbers that are not finite: fetch it again"
+            )
         return rounded(found, DTYPES[self.slot.dtype][0])
 
     def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:

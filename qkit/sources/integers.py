@@ -40,6 +40,16 @@ class Gptq:
         order = "" if self.ordered else ", groups in the order of activations"
         return f"GPTQ, {self.bits} bits, groups of {self.group}{order}"
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """See `Form`."""
+        return 1, self.group
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
+
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """See `Form`."""
         n = parts["qweight"].shape[0] * 32 // self.bits
@@ -73,6 +83,16 @@ class Awq:
     def name(self) -> str:
         """See `Form`."""
         return f"AWQ, 4 bits, groups of {self.group}"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """See `Form`."""
+        return 1, self.group
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
 
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """See `Form`."""
@@ -114,6 +134,11 @@ class Packed:
         zeros = " with zero points" if self.asymmetric else ""
         order = "" if self.ordered else ", groups in the order of activations"
         return f"compressed-tensors {layout}, {self.bits} bits{zeros}{order}"
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "weight_scale"
 
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """See `Form`."""

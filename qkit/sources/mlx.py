@@ -43,6 +43,16 @@ class Mlx:
         """See `Form`."""
         return f"MLX {self.mode}, {self.bits} bits, groups of {self.group}"
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """See `Form`."""
+        return 1, self.group
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
+
     def codes(self, parts: Arrays, rows: slice, matrix: int) -> Codes:
         """See `Form`."""
         import ml_dtypes  # here, so that `import qkit` stays cheap

@@ -90,6 +90,6 @@ def _library() -> ctypes.CDLL:
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of `data` at `offset` of an open file. Every byte that qkit writes goes through this function."""
     left = memoryview(data)
-    while left:
-        done = os.pwrite(descriptor, left, offset)
+    while left:  # in pieces that stay in the processor's cache: large writes took twice the time
+        done = os.pwrite(descriptor, left[:PIECE], offset)
         left, offset = left[done:], offset + done

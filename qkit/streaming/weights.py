@@ -13,6 +13,7 @@ from qkit.errors import ArtifactError
 from qkit.experts import Member
 from qkit.formats.row_blocks import row_blocks
 from qkit.sources.encoded import Encoded
+from qkit.sources.grids import member_rows
 from qkit.storage.layout import DTYPES
 from qkit.storage.read import Stored
 from qkit.streaming.blocks import check_codable
@@ -126,11 +127,8 @@ def _decoded(
     or in turn; its codes are [outputs, inputs] for each expert, whichever way its float tensor lies."""
     if member is None or member.expert is not None:
         return stored.rows(slice(begin, end))
-    place, parts = member.projections.index(projection), len(member.projections)
-    if member.interleaved:
-        return stored.rows(slice(begin * parts + place, (end - 1) * parts + place + 1, parts), expert)
-    first = place * member.shape[0]
-    return stored.rows(slice(first + begin, first + end), expert)
+    mine = range(*member_rows(member, projection).indices(stored.matrix[0]))[begin:end]
+    return stored.rows(slice(mine.start, mine.stop, mine.step), expert)
 
 
 @lru_cache(maxsize=16)  # a process quantizes several of the weights that share a scale

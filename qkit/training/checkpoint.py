@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,24 @@ class Checkpoint:
         return int(self.state["steps"])
 
 
-def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str, Any]) -> Path:
+def write(
+    folder: Path,
+    state: Mapping[str, NDArray[Any]],
+    *,
+    about: Mapping[str, Any],
+    best: Callable[..., int | None] | None = None,
+) -> Path:
     """Adds the checkpoint of `state` to `folder`, syncs it to the disk, and removes all but the last two.
+
+    Args:
+        best: the step of the best evaluation up to a step, `until`. Its checkpoints stay, for each of the last two.
 
     Raises:
         DivergedError: a weight or a moment is not finite; nothing is written.
         OSError: the file cannot be written, as on a full disk. Earlier checkpoints are unchanged.
     """
     check_finite(state)
-    file = folder / f"checkpoint-{int(state['steps']):08d}.safetensors"
+    file = file_of(folder, int(state["steps"]))
     aside = folder / ".checkpoint.writing"
     slots = [Slot(name, TYPE_NAMES[array.dtype.name], array.shape) for name, array in state.items()]
     whole = lay_out(slots, metadata={KEY: json.dumps(about, sort_keys=True)}, shard_bytes=1 << 62)
@@ -63,9 +72,22 @@ def write(folder: Path, state: Mapping[str, NDArray[Any]], *, about: Mapping[str
         os.close(descriptor)
     os.rename(aside, file)
     sync_folder(folder)
-    for old in sorted(folder.glob(PATTERN))[:-KEPT]:
-        old.unlink()
+    files = sorted(folder.glob(PATTERN))
+    bests = [best(until=step_of(one)) for one in files[-KEPT:]] if best else []
+    for old in files[:-KEPT]:
+        if step_of(old) not in bests:
+            old.unlink()
     return file
+
+
+def file_of(folder: Path, step: int) -> Path:
+    """The file of the checkpoint after `step` steps."""
+    return folder / f"checkpoint-{step:08d}.safetensors"
+
+
+def step_of(file: Path) -> int:
+    """The inverse of `file_of`."""
+    return int(file.stem.removeprefix("checkpoint-"))
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -78,17 +100,32 @@ def newest(folder: Path) -> Checkpoint | None:
     if not files:
         return None
     before = f"go on from {files[-2].name}, the one before" if files[1:] else "begin anew: there is none before"
-    way_out = f"remove it to {before}"
+    return _read(files[-1], f"remove it to {before}")
+
+
+def of_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint after `step` steps.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or not a checkpoint of qkit's.
+    """
+    file = file_of(folder, step)
+    if not file.exists():
+        raise ArtifactError(f"{file} is missing, and has the best evaluation: remove {folder} to begin anew")
+    return _read(file, f"remove {folder} to begin anew")
+
+
+def _read(file: Path, way_out: str) -> Checkpoint:
     try:
-        state, metadata = read_file(files[-1])
+        state, metadata = read_file(file)
     except ArtifactError as error:
         raise ArtifactError(f"{error}; {way_out}") from None
     try:
         about = dict(json.loads(metadata[KEY]))
         int(state["steps"])
     except (KeyError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{files[-1]} is no checkpoint of qkit's ({error!r}): {way_out}") from None
-    return Checkpoint(files[-1], about, state)
+        raise ArtifactError(f"{file} is no checkpoint of qkit's ({error!r}): {way_out}") from None
+    return Checkpoint(file, about, state)
 
 
 def check_finite(state: Mapping[str, NDArray[Any]]) -> None:

@@ -1,7 +1,6 @@
 """The end of a run: merges, converts, saves and measures the model; and the outcome of all of it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from qkit.artifact.load import load
 from qkit.artifact.save import save
 from qkit.engines.protocol import Trains
 from qkit.qtensor import DType
+from qkit.rules import Rule
 from qkit.storage.marks import remove
 from qkit.training.data import Sequences, Tokens
 from qkit.training.folder import Log, check_saved, read_log
 from qkit.training.run import Run
+from qkit.training.schedule import on_own_grids, rules_by_path
 
 SMOOTH = 20  #: the most steps in the mean of the first and of the last losses
 
@@ -33,6 +34,7 @@ class Outcome:
         forward_difference: the largest difference of a logit before and after `convert`. None: the run quantized nothing.
         quantized_layers, changed_layers: how many layers are quantized, and how many of them have other codes than the model
             that the run began with, put on the same grid.
+        best_step: the step whose weights the artifact has, where the run chose the best evaluation; None: those of the last step.
         folder: the artifact.
         run_folder: the folder of the checkpoints and the log.
     """
@@ -50,6 +52,7 @@ class Outcome:
     run_folder: str
     quantized_layers: int = 0
     changed_layers: int = 0
+    best_step: int | None = None
 
 
 def finish(
@@ -68,7 +71,7 @@ def finish(
     if run.adapter:
         adapters.save(model, log.file.with_name("adapter"), base=str(run.model), backend=engine)
     if run.adapter or any(layer.stage == "prepared" for layer in engine.layers(model)):
-        with _on(engine, model):
+        with on_own_grids(engine, model, rules_by_path(engine, model)):
             before = engine.logits(model, few)
         model = adapters.merge(model, backend=engine) if run.adapter else model
         if any(layer.stage == "prepared" for layer in engine.layers(model)):
@@ -107,20 +110,7 @@ def _save(run: Run, engine: Trains, model: Any, again: Path, *, dtype: DType) ->
         remove(again)
 
 
-def held_out_loss(engine: Trains, model: Any, unseen: Sequences) -> float:
-    """The loss of the quantized model on held-out text, whatever the schedule says."""
-    with _on(engine, model):
+def held_out_loss(engine: Trains, model: Any, unseen: Sequences, rules: Mapping[str, Rule | None]) -> float:
+    """The loss on held-out text of the model on the grids of `rules`, whatever the schedule says."""
+    with on_own_grids(engine, model, rules):
         return engine.loss(model, unseen.all, mask=unseen.mask(unseen.chosen))
-
-
-@contextmanager
-def _on(engine: Trains, model: Any) -> Iterator[None]:
-    """Lets every prepared layer quantize inside the block, as after conversion, whatever the schedule says."""
-    off = [layer for layer in engine.layers(model) if layer.stage == "prepared" and layer.mode == "off"]
-    for layer in off:
-        engine.switch_mode(layer.module, "on")
-    try:
-        yield
-    finally:
-        for layer in off:
-            engine.switch_mode(layer.module, "off")

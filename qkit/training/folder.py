@@ -20,7 +20,7 @@ LOCK, LOG = "lock", "log.jsonl"
 FREE = frozenset(
     ("model", "out", "data", "held_out", "recipe", "backend", "device", "checkpoint_every", "evaluate_every", "replace")
 )
-FREE |= {"gradient_checkpointing", "compile"}
+FREE |= {"gradient_checkpointing", "compile", "early_stopping_patience", "early_stopping_threshold"}
 
 
 def run_folder_of(out: Path) -> Path:
@@ -56,7 +56,10 @@ def _was_ending(folder: Path) -> bool:
     """Whether the run in `folder` took its last step but was killed before it ended."""
     events = read_log(folder / LOG)
     steps = next((event["steps"] for event in reversed(events) if event["event"] in ("start", "resume")), None)
-    done = steps is not None and any(event["event"] == "checkpoint" and event["step"] == steps for event in events)
+    done = steps is not None and any(
+        event["event"] == "early_stop" or (event["event"] == "checkpoint" and event["step"] == steps)
+        for event in events
+    )
     return done and events[-1]["event"] != "end"
 
 

@@ -1,7 +1,8 @@
 """A run from directory to artifact: opens the model, trains with checkpoints, converts, saves, and measures the artifact."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,19 +12,21 @@ from qkit.artifact.snapshot import Snapshot
 from qkit.code_changes import code_sums, count_changes, warn_of_no_change
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import Trainer, TrainerOptions
-from qkit.errors import DivergedError
+from qkit.errors import DivergedError, RunError
 from qkit.exchange.import_model import read_model
+from qkit.rules import Rule
 from qkit.switches import calibrating
 from qkit.training import checkpoint
+from qkit.training.best import Evaluations, best_step, evaluations_of, waited
 from qkit.training.data import Sequences
 from qkit.training.finish import Outcome, finish, held_out_loss
-from qkit.training.folder import Log, check_out, check_same, locked, run_folder_of
+from qkit.training.folder import Log, check_out, check_same, locked, read_log, run_folder_of
 from qkit.training.inputs import Tell, check_files, engine_of, teacher_of, text_of
 from qkit.training.loop import Order, train
 from qkit.training.model import describe, digest, dtype_of, open_to_train
 from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
-from qkit.training.schedule import switching
+from qkit.training.schedule import rules_by_path, switching
 from qkit.training.teacher import read_top
 from qkit.training.text import vocabulary_of
 from qkit.training.tuning import tune_model
@@ -62,6 +65,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[],
         model, recipe = open_to_train(engine, source, run)
         sums = code_sums(model, backend=engine)
         data, unseen, kind = text_of(run, source)
+        _want_held_out(run, unseen)
         steps = run.steps or max(1, len(data) // (run.batch * run.accumulation))
         run = replace(run, steps=steps)
         about = {
@@ -90,18 +94,30 @@ def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[],
             tell({"event": "end", "step": step, **more})
             log.add({"event": "end", "step": step, **more})  # last: a run that is killed before this line resumes
 
-        began = found.step if found else 0
         start = {"steps": steps, "tokens": kind, "held_out": len(unseen), "backend": engine.name}
-        record("resume" if found else "start", began, **start, run=about["run"])
-        seconds = _train(run, engine, model, trainer, order, unseen, record, about, folder, began, stop)
+        record("resume" if found else "start", found.step if found else 0, **start, run=about["run"])
+        parts = _Parts(run, engine, model, trainer, order, unseen, folder, about, rules_by_path(engine, model))
+        taken, seconds = _train(parts, found, evaluations_of(read_log(log.file)), record, stop)
+        best = best_step(evaluations_of(read_log(log.file))) if run.load_best_model_at_end else None
+        if best is not None and best != taken:
+            trainer.restore(checkpoint.of_step(folder, best).state)
         after = code_sums(model, backend=engine)
         shown = unseen if len(unseen) else order.data
         few = shown.rows(shown.chosen[:1])[:, :-1]
         outcome = finish(run, engine, model, few, log, seconds, unseen=unseen, dtype=dtype_of(source))
-        outcome = replace(outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after))
+        changed = count_changes(sums, after)
+        outcome = replace(outcome, quantized_layers=len(sums), changed_layers=changed, best_step=best)
         warn_of_no_change(sums, after, rate=run.learning_rate, stacklevel=2)
-        end(steps, **asdict(outcome))
+        end(taken, **asdict(outcome))
         return outcome
+
+
+def _want_held_out(run: Run, unseen: Sequences) -> None:
+    if (run.load_best_model_at_end or run.early_stopping_patience) and not len(unseen):
+        key = "load_best_model_at_end" if run.load_best_model_at_end else "early_stopping_patience"
+        raise RunError(
+            f"{key} needs held-out text to evaluate on, and the data is too short to leave some out: give held_out"
+        )
 
 
 def _trainer(run: Run, engine: Trains, model: Any, data: Sequences, source: Snapshot) -> tuple[Trainer, Order]:
@@ -135,54 +151,104 @@ def _calibrate(engine: Trains, model: Any, order: Order) -> None:
                     engine.loss(model, tokens)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parts:
+    """The parts of a run that do not change while it trains. `rules` are those of its own recipe, by path."""
+
+    run: Run
+    engine: Trains
+    model: Any
+    trainer: Trainer
+    order: Order
+    unseen: Sequences
+    folder: Path
+    about: Mapping[str, Any]
+    rules: Mapping[str, Rule | None]
+
+    def held_out_loss(self) -> float:
+        return held_out_loss(self.engine, self.model, self.unseen, self.rules)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the run evaluates after `step`."""
+        every = self.run.evaluate_every
+        return len(self.unseen) > 0 and (step == self.run.steps or (every is not None and step % every == 0))
+
+    def is_out_of_patience(self, evaluations: Evaluations) -> bool:
+        """Whether early stopping ends the run after these evaluations."""
+        run = self.run
+        first, threshold = run.quantization.first_own, run.early_stopping_threshold
+        patience = run.early_stopping_patience
+        return patience is not None and waited(evaluations, first=first, threshold=threshold) >= patience
+
+    def write(self, evaluations: Evaluations) -> Path:
+        """Writes a checkpoint. With `load_best_model_at_end`, those of the best evaluations stay."""
+        best = partial(best_step, evaluations) if self.run.load_best_model_at_end else None
+        return checkpoint.write(self.folder, self.trainer.state(), about=self.about, best=best)
+
+
 def _train(
-    run: Run,
-    engine: Trains,
-    model: Any,
-    trainer: Trainer,
-    order: Order,
-    unseen: Sequences,
+    parts: _Parts,
+    found: checkpoint.Checkpoint | None,
+    before: Evaluations,
     record: Callable[..., None],
-    about: Mapping[str, Any],
-    folder: Path,
-    began: int,
     stop: Callable[[], bool],
-) -> float:
-    """Trains from step `began` + 1 to the last. Returns the seconds that it took."""
+) -> tuple[int, float]:
+    """Trains from the checkpoint `found`, after the evaluations `before`. Returns the last step, and the seconds that it took."""
+    run, began, evaluations = parts.run, found.step if found else 0, list(before)
     assert run.steps is not None
-    warmup, spent, tokens = warmup_steps(run.warmup, run.steps), 0.0, 0
-    if began == 0 and len(unseen):
-        record("evaluation", 0, loss=held_out_loss(engine, model, unseen))
+
+    def evaluate(step: int) -> None:
+        evaluations.append((step, parts.held_out_loss()))
+        record("evaluation", step, loss=evaluations[-1][1])
+
+    def write(step: int) -> None:
+        record("checkpoint", step, file=str(parts.write(evaluations)))
+
+    warmup, spent, tokens, last = warmup_steps(run.warmup, run.steps), 0.0, 0, began
+    if len(parts.unseen) and not evaluations and began == 0:
+        evaluate(0)
+        if run.load_best_model_at_end:
+            write(0)
+    if parts.is_out_of_patience(evaluations):  # it was killed after its last step
+        record("early_stop", began)
+        return began, spent
     steps = train(
-        trainer,
-        order,
+        parts.trainer,
+        parts.order,
         first=began + 1,
         last=run.steps,
         rate=lambda step: rate(step, peak=run.learning_rate, steps=run.steps or 1, warmup=warmup, shape=run.schedule),
-        before=switching(engine, model, run.quantization),
+        before=switching(parts.engine, parts.model, run.quantization),
     )
     try:
         clock = perf_counter()
         for step in steps:
+            last = step.number
             spent, tokens = spent + perf_counter() - clock, tokens + step.tokens
             speed = {
                 "tokens_per_second": tokens / spent,
-                "seconds_left": spent / (step.number - began) * (run.steps - step.number),
+                "seconds_left": spent / (last - began) * (run.steps - last),
             }
-            record("step", step.number, loss=step.loss, learning_rate=step.learning_rate, tokens=step.tokens, **speed)
-            last = step.number == run.steps
-            if len(unseen) and (last or (run.evaluate_every and step.number % run.evaluate_every == 0)):
-                record("evaluation", step.number, loss=held_out_loss(engine, model, unseen))
-            stopped = not last and step.number % run.quantization.interval == 0 and stop()  # values are refreshed there
-            if last or stopped or step.number % run.checkpoint_every == 0:
-                record("checkpoint", step.number, file=str(checkpoint.write(folder, trainer.state(), about=about)))
+            record("step", last, loss=step.loss, learning_rate=step.learning_rate, tokens=step.tokens, **speed)
+            if parts.evaluates(last):
+                evaluate(last)
+            best = run.load_best_model_at_end and parts.evaluates(last) and best_step(evaluations) == last
+            early = parts.evaluates(last) and parts.is_out_of_patience(evaluations)
+            ends = early or last == run.steps
+            stopped = not ends and last % run.quantization.interval == 0 and stop()  # values are refreshed there
+            if ends or stopped or best or last % run.checkpoint_every == 0:
+                write(last)
+            if early and last < run.steps:
+                record("early_stop", last)
             if stopped:
-                record("stop", step.number)
+                record("stop", last)
                 raise KeyboardInterrupt
+            if ends:
+                break
             clock = perf_counter()
     except DivergedError as error:
-        good = sorted(folder.glob(checkpoint.PATTERN))
+        good = sorted(parts.folder.glob(checkpoint.PATTERN))
         raise DivergedError(
             f"{error}; the last good checkpoint is {good[-1] if good else 'none: there is not one yet'}"
         ) from None
-    return spent
+    return last, spent

@@ -57,6 +57,11 @@ class Run:
         dtype: of the master weights. In bfloat16, a step of 1e-5 is mostly rounded away. The artifact has the type of `model`.
         autocast: float32 master weights with bfloat16 products, if the engine offers this.
         checkpoint_every, evaluate_every: numbers of steps. None: evaluates before the first and after the last step.
+        load_best_model_at_end: whether the artifact has the weights of the evaluation with the lowest loss, not the last ones.
+            Evaluations are on the recipe's grid, and the one before the first step counts.
+        early_stopping_patience: how many evaluations in a row without a better one end the run; None: none do. Counts from the
+            first step that trains on the recipe's grid.
+        early_stopping_threshold: how much lower than the best loss before, in nats, an evaluation must be to count as better.
         gradient_checkpointing, compile: see `qkit.engines.trainer.TrainerOptions`.
         replace: whether an artifact of qkit's in `out` may be replaced.
         adapter: trains in place of the weights, and is merged at the end. Without `recipe`, a quantized `model` stays packed.
@@ -97,6 +102,9 @@ class Run:
     autocast: bool = False
     checkpoint_every: int = 200
     evaluate_every: int | None = None
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
     gradient_checkpointing: bool = False
     compile: bool | None = None
     replace: bool = False
@@ -114,7 +122,7 @@ class Run:
             _want(key, text, text is None or (isinstance(text, str) and bool(text)), "a name")
         for key in ("batch", "length", "accumulation", "checkpoint_every"):
             _want(key, getattr(self, key), _whole(getattr(self, key), 1), "a whole number from 1 on")
-        for key in ("steps", "evaluate_every"):
+        for key in ("steps", "evaluate_every", "early_stopping_patience"):
             number = getattr(self, key)
             _want(key, number, number is None or _whole(number, 1), "a whole number from 1 on")
         _want("seed", self.seed, _whole(self.seed, 0), "a whole number from 0 on")
@@ -124,7 +132,7 @@ class Run:
         _want("schedule", self.schedule, self.schedule in SHAPES, f"one of {', '.join(SHAPES)}")
         share = isinstance(self.warmup, float) and 0 <= self.warmup < 1
         _want("warmup", self.warmup, share or _whole(self.warmup, 0), "a share below 1, or a whole number of steps")
-        for key in ("weight_decay", "offset_learning_rate"):
+        for key in ("weight_decay", "offset_learning_rate", "early_stopping_threshold"):
             number = getattr(self, key)
             _want(key, number, _number(number) and 0 <= number < math.inf, "a number from 0 on")
         _want("method", self.method, self.method in (None, *METHODS), f"one of {', '.join(METHODS)}")
@@ -139,15 +147,14 @@ class Run:
         )
         _want("betas", self.betas, betas, "two numbers from 0 to below 1")
         _want("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for key in ("autocast", "gradient_checkpointing", "replace", "skip_indivisible", "chat", "packing"):
+        for key in (
+            *("autocast", "gradient_checkpointing", "replace", "skip_indivisible", "chat", "packing"),
+            "load_best_model_at_end",
+        ):
             _want(key, getattr(self, key), isinstance(getattr(self, key), bool), "true or false")
         _want("compile", self.compile, self.compile is None or isinstance(self.compile, bool), "true or false")
-        if self.checkpoint_every % self.quantization.interval:
-            near = max(1, self.checkpoint_every // self.quantization.interval) * self.quantization.interval
-            raise RunError(
-                f"checkpoint_every is {self.checkpoint_every}, and quantization.interval {self.quantization.interval}: a run "
-                f"goes on where values are refreshed, so make it a multiple, such as {near}"
-            )
+        self._check_evaluations()
+        _want_multiple("checkpoint_every", self.checkpoint_every, self.quantization.interval)
         ramp = self.quantization.ramp
         if ramp and self.steps is not None and ramp[-1][0] >= self.steps:
             raise RunError(
@@ -159,6 +166,19 @@ class Run:
             )
         if self.adapter and self.recipe == FLOAT:
             raise RunError(f"adapter: an adapter is trained on a grid, and recipe is {FLOAT!r}: name another recipe")
+
+    def _check_evaluations(self) -> None:
+        """Refuses a best evaluation, or an end by evaluations, without evaluations to choose from."""
+        best, patience = self.load_best_model_at_end, self.early_stopping_patience
+        key = "load_best_model_at_end" if best else "early_stopping_patience" if patience else None
+        if key and self.method:
+            raise RunError(f"{key}: method = {self.method!r} evaluates nothing: leave one of them out")
+        if key and self.evaluate_every is None:
+            raise RunError(f"{key} needs evaluations to choose from: give evaluate_every, a number of steps")
+        if self.early_stopping_threshold and patience is None:
+            raise RunError("early_stopping_threshold is for early_stopping_patience: give both, or leave it out")
+        if self.evaluate_every and (best or self.quantization.ramp):  # both touch the frozen values between refreshes
+            _want_multiple("evaluate_every", self.evaluate_every, self.quantization.interval)
 
 
 def run_from_table(table: Mapping[str, Any]) -> Run:
@@ -252,6 +272,16 @@ def _only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
 def _want(key: str, value: Any, good: bool, what: str) -> None:
     if not good:
         raise RunError(f"{key} is {value!r}: want {what}")
+
+
+def _want_multiple(key: str, number: int, interval: int) -> None:
+    """Refuses a number of steps that is between two refreshes of the quantized values."""
+    if number % interval:
+        near = max(1, number // interval) * interval
+        raise RunError(
+            f"{key} is {number}, and quantization.interval {interval}: a run goes on where values are refreshed, so make it a "
+            f"multiple, such as {near}"
+        )
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -1,7 +1,8 @@
 """The schedule of quantization, as a pure function of the step; and the hook that the loop calls before each step."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,7 +28,7 @@ class Schedule:
             refresh, and checkpoints are written before one, so that a run that resumes refreshes at the same steps.
         ramp: pairs of a last step and a recipe that come before the run's own recipe, in order, such as
             ((500, "int8-g64"), (800, "int6-g64")). They quantize the same layers, on the same ranges. Master weights and the
-            state of the optimizer stay. Evaluation follows the ramp.
+            state of the optimizer stay. Evaluations are on the run's own recipe.
     """
 
     start: int = 1
@@ -72,6 +73,12 @@ class Schedule:
     def recipe(self, step: int) -> str | None:
         """The recipe of the ramp at `step`. None: the run's own."""
         return next((recipe for last, recipe in self.ramp if step <= last), None)
+
+    @property
+    def first_own(self) -> int:
+        """The first step that trains on the run's own recipe."""
+        begin = max(self.start, self.ramp[-1][0] + 1 if self.ramp else 1)
+        return max(begin, min((first for first, last in self.windows if last >= begin), default=begin))
 
 
 def schedule_from_table(table: Mapping[str, Any]) -> Schedule:
@@ -140,6 +147,37 @@ def switching(engine: Trains, model: Any, schedule: Schedule) -> Callable[[int],
                 engine.freeze_values(layer.module, on=True)
 
     return before
+
+
+@contextmanager
+def on_own_grids(engine: Trains, model: Any, rules: Mapping[str, Rule | None]) -> Iterator[None]:
+    """Lets every prepared layer quantize by its rule in `rules`, by path, inside of the block, as after conversion.
+
+    The schedule's mode and grid of each layer come back after it.
+    """
+    moved = []
+    for layer in engine.layers(model):
+        rule = rules.get(layer.path)
+        if layer.stage == "prepared" and rule and (layer.mode == "off" or layer.rule != rule):
+            moved.append((layer, rule))
+    for layer, rule in moved:
+        _put(engine, layer, rule, "on")
+    try:
+        yield
+    finally:
+        for layer, rule in moved:
+            _put(engine, replace(layer, rule=rule), layer.rule, layer.mode)
+
+
+def _put(engine: Trains, layer: Layer, rule: Rule | None, mode: Mode) -> None:
+    if rule is not None and layer.rule != rule:
+        engine.regrid(layer.module, rule)
+    engine.switch_mode(layer.module, mode)
+
+
+def rules_by_path(engine: Trains, model: Any) -> dict[str, Rule | None]:
+    """The rule of every prepared layer of `model`, by path, for `on_own_grids`."""
+    return {layer.path: layer.rule for layer in engine.layers(model) if layer.stage == "prepared"}
 
 
 def _check_able(layers: list[Layer], schedule: Schedule) -> None:

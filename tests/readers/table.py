@@ -1,25 +1,26 @@
 """The table of docs/readers.md, from results.json: recipes by readers, the largest difference over the models."""
 
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import records
+
 from recipes import MODELS, READERS, RECIPES, tried
 
-RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).parents[2] / "docs" / "readers.md"
 BEGIN, END = "<!-- rows of tests/readers/run.py -->\n", "<!-- end of rows -->\n"
 
 
 def table() -> str:
-    """The rows as Markdown, and the rows that were not run. A cell has the largest difference and the reasons of refusals."""
+    """The rows as Markdown, the rows that were not run, and versions. A cell has the largest difference, and refusals."""
+    rows = records.load()
     found: dict[tuple[str, str], list[str]] = {}
-    rows = json.loads(RESULTS.read_text())
-    for _, recipe, reader, cell in rows:
-        found.setdefault((recipe, reader), []).append(cell)
+    for (_, recipe, reader), row in rows.items():
+        found.setdefault((recipe, reader), []).append(records.verdict(row))
     lines = [["recipe", *READERS], ["---"] * (1 + len(READERS))]
     lines += [[recipe, *(_cell(found.get((recipe, reader), [])) for reader in READERS)] for recipe in RECIPES]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + _not_run({tuple(row[:3]) for row in rows})
+    versions = "\n".join(sorted({f"- {row['versions']}" for row in rows.values()}))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + _not_run(rows) + f"\nVersions:\n\n{versions}\n"
 
 
 def write() -> None:

@@ -44,6 +44,13 @@ def test_vllms_server_answers_a_chat_request(place):
     assert answer.get("text"), json.dumps(answer)
 
 
+def test_transformers_generates_from_the_same_directory(place):
+    run("served/")
+    row = {"name": "served", "folder": str(place / "served")}
+    (answer,) = readers.ask("transformers", "read_transformers.py", "llama", [row])
+    assert answer.get("text"), json.dumps(answer)
+
+
 def test_mlx_lm_generates(place):
     assert any(command.startswith("mlx_lm.generate --model mlx-served") for command in COMMANDS)
     run("served/", "mlx-served/")

@@ -64,7 +64,7 @@ def found(made):
         master_weights=place / "masters",
         longer=place / "longer",
     )
-    return compare(engine, sources, ROWS, progress=lambda row: None)
+    return compare(engine, sources, ROWS, progress=lambda row, windows: None)
 
 
 def test_rows_are_the_losses_of_the_models(made, found):
@@ -105,7 +105,7 @@ def test_masters_are_held_to_the_trained_model(made, found):
     numbers = sum(change.numbers for change in found.trained)
     assert found.masters_equal == (numbers, numbers)
     sources = Sources(place / "float", qat=place / "qat", master_weights=place / "float")
-    wrong = compare(engine, sources, ROWS, progress=lambda row: None)
+    wrong = compare(engine, sources, ROWS, progress=lambda row, windows: None)
     equal, numbers = wrong.masters_equal
     assert numbers - equal == sum(change.flipped for change in wrong.trained) > 0
 
@@ -114,7 +114,7 @@ def test_without_masters_the_dequantized_values_are_put_on_the_other_grid(made):
     engine, place = made
     row = {name: qkit.recipe(name) for name in (TRAINED, "int8-g32")}
     sources = Sources(place / "float", row[TRAINED], (row["int8-g32"],), qat=place / "qat")
-    finer = compare(engine, sources, ROWS, progress=lambda row: None)
+    finer = compare(engine, sources, ROWS, progress=lambda row, windows: None)
     assert "its dequantized values" in finer.masters
     assert finer.masters_equal is None
     assert finer.baseline == "float"

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
 import sys
 
 import models
@@ -12,6 +15,7 @@ from tables import BUILDERS
 from typer.testing import CliRunner
 
 import qkit
+from qkit.cli import progress
 from qkit.cli.application import application, main
 from qkit.engines.numpy import NumpyBackend
 from qkit.evaluation import consecutive, evaluate, measure, open_model, read_alike
@@ -221,3 +225,64 @@ def test_a_loss_that_is_no_number_is_refused():
 def test_an_engine_of_arrays_alone_is_refused(directories):
     with pytest.raises(qkit.BackendError, match=r"'numpy' cannot .*: it works on arrays only"):
         open_model(qkit.backend("numpy"), directories / "float")
+
+
+def steps_of(lines, total):
+    """The counts in lines such as `4 of 18 windows, 8 windows/s`, which end with the total."""
+    found = [re.match(r"([\d,]+) of ([\d,]+) windows, ", line) for line in lines]
+    counts = [int(one[1].replace(",", "")) for one in found if one]
+    assert {one[2] for one in found if one} == {str(total)}
+    return counts
+
+
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_progress_counts_every_window_of_every_model(directories, monkeypatch, tmp_path, command):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(measure, "LOGITS", 256 * 20 * 4)  # four windows a block
+    models = [directories / "float", directories / "int4"]
+    shared = ["--data", str(directories / "text"), "--length", "20", "--backend", BUILDERS[0]]
+    if command == "eval":
+        line, total = ["eval", *map(str, models), "--teacher", str(models[0]), *shared], 2 * len(ROWS)
+    else:
+        out = [
+            "-r",
+            "int4-g64",
+            "--qat",
+            str(models[1]),
+            "--out",
+            str(tmp_path / "page"),
+            "--deploy-recipe",
+            "int4-g32",
+        ]
+        line, total = ["compare", str(models[0]), *shared, *out], 5 * len(ROWS)
+    done = CliRunner().invoke(application, line)
+    assert done.exit_code == 0, done.output
+    counts = steps_of(done.stderr.splitlines(), total)
+    assert counts == sorted(counts)
+    assert counts[-1] == total
+    assert len(counts) > total // 4
+
+
+def test_progress_is_a_bar_on_a_terminal(directories):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    line = [
+        sys.executable,
+        "-m",
+        "qkit",
+        "eval",
+        directories / "int4",
+        "--data",
+        directories / "text",
+        "--length",
+        "20",
+    ]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run([*line, "--backend", BUILDERS[0]], stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert done.returncode == 0, shown
+    assert f"{len(ROWS)}/{len(ROWS)}" in shown
+    assert "int4" in shown
+    assert b"\x1b" not in done.stdout

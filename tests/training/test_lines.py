@@ -1,6 +1,7 @@
 """One line in other trainers: `qkit mlx-lora`, unsloth's `qat_scheme`, and the arguments of TRL's scripts."""
 
 import json
+import re
 from importlib.util import find_spec
 
 import numpy as np
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 
 import qkit
 from qkit.cli.application import application
+from qkit.engines.tuning import Quantizer
+from qkit.training.commands import recipe_of
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")  # of libraries, not of qkit
@@ -61,11 +64,136 @@ def test_the_commands_of_mlx_train_on_the_grid(tmp_path, more):
     assert not np.array_equal(engine.logits(opened, TOKENS), engine.logits(before, TOKENS))
 
 
-def test_a_second_quantizer_on_the_command_line_is_refused(tmp_path):
-    pytest.importorskip("mlx_lm_lora")
-    done = mlx_lora(tmp_path, *data(tmp_path), "--train-mode", "sft", "--qat-enable")
-    assert isinstance(done.exception, qkit.RunError)
-    assert "--qat-enable quantizes the model, and so does the recipe" in str(done.exception)
+def preferences(path):
+    """Rows for every method of preferences, as mlx-lm-lora reads them."""
+    given = data(path)
+    for name in ("train", "valid"):
+        rows = [{"prompt": f"{i}?", "chosen": f"it is {i * i}", "rejected": f"no {i}"} for i in range(8)]
+        (path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return given
+
+
+@needs_other
+@pytest.mark.parametrize("mode", ["dpo", "orpo"])
+@pytest.mark.parametrize("more", [["--train-type", "full"], ["--train-type", "lora"], ["--packed"]], ids=" ".join)
+def test_preferences_train_on_the_grid(tmp_path, mode, more):
+    given = preferences(tmp_path)
+    done = mlx_lora(tmp_path, *given, "--train-mode", mode, *more)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "0 of 14" not in done.output
+    assert_trained(tmp_path, "int4-g32-signed", "int4-g32")
+
+
+def assert_trained(path, grid, recipe):
+    """The artifact is on the grid, has other codes than before, and opens without qkit."""
+    opened = qkit.load(path / "out", backend="mlx")
+    assert len([row for row in qkit.coverage(opened).rows if row.weight == grid]) == 14
+    before = qkit.convert(qkit.load(path / "model", backend="mlx"), recipe)
+    engine = qkit.backend("mlx")
+    assert not np.array_equal(engine.logits(opened, TOKENS), engine.logits(before, TOKENS))
+
+
+SEEDS = {
+    "python -m mlx_lm_lora.train --qat-enable --qat-bits 4": "int4-g64-absmax",
+    "mlx_lm_lora.train --train-type full --qat-enable --qat-bits 4 --qat-group-size 32": "int4-g32-absmax",
+    "mlx_lm_lora.train --train-type full --qat-enable": "int8-g64-absmax",
+    "mlx_lm_lora train --qat-enable --qat-bits 2 --qat-group-size 0": "int2-tensor-absmax",
+    "mlx_lm_lora.train --train-type full --qat-enable --qat-bits 4 --qat-start-step 3 --qat-interval 2": "int4-g64-absmax",
+    "mlx_lm_lora.train --load-in-mxfp4": "e2m1-g32-rceil",
+}
+
+
+@needs_other
+@pytest.mark.parametrize("line", SEEDS)
+def test_a_seeds_own_command_line_trains_on_its_grid(tmp_path, line):
+    """`qkit mlx-lora` before it: `--adapter-path` is the artifact, and mlx-lm-lora's own options name the grid."""
+    theirs = [*line.split(), "--model", str(tmp_path / "model"), "--train", *data(tmp_path), *SHORT]
+    done = CliRunner().invoke(application, ["mlx-lora", *theirs, "--adapter-path", str(tmp_path / "out")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "0 of 14" not in done.output
+    rows = qkit.coverage(qkit.load(tmp_path / "out", backend="mlx")).rows
+    assert len([row for row in rows if row.weight == SEEDS[line]]) == 14, {row.weight for row in rows}
+
+
+@needs_other
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_model_loaded_in_few_bits_trains_adapters_on_codes(tmp_path, bits):
+    given = data(tmp_path)
+    make(
+        tmp_path / "wide", "llama", hidden_size=128, intermediate_size=256, head_dim=32
+    )  # mlx-lm-lora's groups are of 128
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "wide" / name).write_bytes((tmp_path / "model" / name).read_bytes())
+    line = ["mlx_lm_lora.train", "--model", str(tmp_path / "wide"), f"--load-in-{bits}bits", *given, *SHORT]
+    done = CliRunner().invoke(application, ["mlx-lora", *line, "--adapter-path", str(tmp_path / "out")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    rows = qkit.coverage(qkit.load(tmp_path / "out", backend="mlx")).rows
+    assert len([row for row in rows if row.weight == f"int{bits}-g128-{'absmax' if bits == 8 else 'signed'}"]) == 14, {
+        row.weight for row in rows
+    }
+
+
+@needs_other
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 0])
+def test_the_grid_of_the_hook_is_that_of_mlx_lm_lora(bits, group):
+    """One rule for scales. qkit rounds a scale to 8 bits (by at most 1 part in 256), so that a code moves where that decides."""
+    import mlx.core as mx
+    from mlx_lm_lora.trainer.sft_trainer import _symmetric_fake_quantize_tensor
+
+    recipe = recipe_of(Quantizer("--qat-enable", packed=False, grid="affine", bits=bits, group=group))
+    w = np.random.default_rng(bits).standard_normal((48, 128)).astype(np.float32)
+    parts = w.reshape(-1, group or w.size)
+    theirs = np.array(_symmetric_fake_quantize_tensor(mx.array(w), bits, group)).reshape(parts.shape)
+    q = qkit.quantize(w, recipe.rules[-1].weight)
+    scales = np.abs(parts).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
+    np.testing.assert_allclose(q.scales.reshape(scales.shape), scales, rtol=2**-8)
+    codes = np.rint(theirs / scales)
+    assert np.abs(q.codes.reshape(parts.shape) - codes).max() <= 1
+    assert (q.codes.reshape(parts.shape) != codes).mean() <= 0.001 * 2**bits  # measured: up to 0.0007 * 2**bits
+
+
+@needs_other
+def test_the_schedule_of_the_hook_begins_where_it_says(tmp_path):
+    """Its losses are those of float until the start, and differ from there on."""
+    given = [*data(tmp_path), *SHORT, "--train-type", "full", "--iters", "4", "--learning-rate", "1e-2"]
+    seen = {}
+    for name, more in (
+        ("float", ["--qat-enable", "--qat-bits", "8", "--qat-start-step", "99"]),
+        ("late", ["--qat-enable", "--qat-bits", "2", "--qat-start-step", "3"]),
+    ):
+        out = tmp_path / name
+        line = ["mlx_lm_lora.train", "--model", str(tmp_path / "model"), *given, *more, "--adapter-path", str(out)]
+        done = CliRunner().invoke(application, ["mlx-lora", *line])
+        assert done.exit_code == 0, (done.output, done.exception)
+        seen[name] = [float(one) for one in re.findall(r"Iter \d+: loss ([\d.]+)", done.output)]
+    assert len(seen["late"]) == 4, seen
+    assert seen["late"][:2] == seen["float"][:2]
+    assert seen["late"][2] != seen["float"][2]
+
+
+@needs_other
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["-r", "int4-g32", "--qat-enable"], "--qat-enable quantizes the model, and so does the recipe 'int4-g32'"),
+        (["--qat-enable", "--load-in-4bits"], "--qat-enable and --load-in-4bits quantize one model twice"),
+        (["--qat-enable", "--packed"], "--qat-enable says already whether codes are packed"),
+        (["--train-mode", "sft"], "no recipe: name one by --recipe, or give mlx_lm_lora.train --qat-enable"),
+        (["--iters", "3"], "no recipe: name one by --recipe"),
+        (["--qat-enable", "--qat-bits", "12"], "--qat-enable with 12 bits in groups of 64"),
+        (["--qat-enable", "--qat-bits", "7"], "--qat-enable with 7 bits in groups of 64"),
+        (["--load-in-4bits", "--train-type", "full"], "--load-in-4bits leaves no weight to train"),
+        (["--qat-enable", "--qat-start-step", "4", "--qat-interval", "2"], "begin at 3, or at 5"),
+        (["--qat-enable", "--config", "none.yaml"], "none.yaml"),
+        (["--qat-enable", "--nonsense", "4"], "does not take these options"),
+    ],
+)  # fmt: skip
+def test_a_line_that_qkit_cannot_carry_out_is_refused_by_name(tmp_path, more, message):
+    words = ["--model", str(tmp_path / "model"), "--adapter-path", str(tmp_path / "out"), *data(tmp_path), *SHORT]
+    done = CliRunner().invoke(application, ["mlx-lora", "mlx_lm_lora.train", *words, *more])
+    assert isinstance(done.exception, qkit.QkitError), (done.output, done.exception)
+    assert message in str(done.exception)
     assert not (tmp_path / "out").exists()
 
 

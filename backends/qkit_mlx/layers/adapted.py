@@ -14,7 +14,7 @@ from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
 from qkit.reference.merged import Update
-from qkit_mlx.arithmetic import rounding
+from qkit_mlx.arithmetic import rounding, stored
 from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
@@ -23,7 +23,7 @@ from qkit_mlx.layers import adapted_experts, experts, fused
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed
-from qkit_mlx.layers.straight_through import fake_quantize
+from qkit_mlx.layers.straight_through import fake_quantize, fake_requantize
 from qkit_mlx.mlx_private import frozen_names
 
 NAMES = ("lora_a", "lora_b", "m")  #: of the parameters of an adapter
@@ -97,13 +97,20 @@ class _AdaptedConverted(_Adapted):
 
     def pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
         """The converted layer, without an adapter, with the codes of `weight`."""
-        q = replace(choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight)), dtype=self.dtype)
+        if self.grid.read:
+            q = stored.requantize(weight, unpack(self))
+        else:
+            q = choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
+        q = replace(q, dtype=self.dtype)
         static = {name: self[name] for name in STORED if name in self and name not in ("bias", *NAMES)}
         return pack_linear(q, self.rule, bias=bias, static=static)
 
     def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         rule = self.rule
-        values = fake_quantize(weight, rule.weight, ste=rule.ste, peak=fused.peak(self, weight))
+        if self.grid.read:
+            values = fake_requantize(weight, unpack(self), ste=rule.ste)
+        else:
+            values = fake_quantize(weight, rule.weight, ste=rule.ste, peak=fused.peak(self, weight))
         values = rounding.to_dtype(values, dtype_of(x))
         x = self._on_grid(x, rule.activation, "input")
         y = x @ values.T if bias is None else mx.addmm(bias, x, values.T)

@@ -25,6 +25,7 @@ from qkit_mlx.layers.float32_scales import Float32Scales
 from qkit_mlx.layers.straight_through import fake_quantize
 from qkit_mlx.layers.tunable import Tunable
 
+PER_GROUP = ("scales", "zeros", "biases")  #: arrays of a `QTensor` that have a number for each group
 #: Arrays of a converted layer, besides those of its weight.
 STORED = (
     *("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point"),
@@ -57,10 +58,9 @@ def pack_embedding(q: QTensor[mx.array], rule: Rule) -> "PackedEmbedding | Plain
 def unpack(layer: Any) -> QTensor[mx.array]:
     """The codes and scales of a converted layer."""
     if isinstance(layer, (PackedLinear, PackedEmbedding)):
-        scales, biases = cast(mx.array, _widened(layer["scales"])), _widened(layer.get("biases"))
-        contents = Contents(layer["weight"], scales, biases, layer.get("tensor_scale"))
+        contents = Contents(layer["weight"], layer.stored("scales"), layer.stored("biases"), layer.get("tensor_scale"))
         return contained(contents, layer.grid, inputs=layer.inputs, dtype=layer.dtype)
-    return _plain_qtensor(layer, layer["weight"], layer["scales"], layer.get("zeros"))
+    return _plain_qtensor(layer, layer["weight"], {name: layer[name] for name in PER_GROUP if name in layer})
 
 
 # In MLX's containers
@@ -106,8 +106,8 @@ class PackedEmbedding(Float32Scales, nn.QuantizedEmbedding):
         biases = self.get("biases")
         values = mx.dequantize(
             self["weight"][x],
-            scales=cast(mx.array, _widened(self["scales"][x])),
-            biases=None if biases is None else _widened(biases[x]),
+            scales=_wide(self["scales"][x]),
+            biases=None if biases is None else _wide(biases[x]),
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
@@ -118,6 +118,11 @@ class PackedEmbedding(Float32Scales, nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         """The output head of a tied model: x [..., width] -> [..., entries]."""
         return _finish(_multiply(self, x), x, None)
+
+
+def _wide(array: mx.array) -> mx.array:
+    """Floats in float32, and codes of scales as they are."""
+    return array if array.dtype == mx.uint8 else array.astype(mx.float32)
 
 
 def _put_in_container(layer: Any, q: QTensor[mx.array], rule: Rule, execution: Execution) -> None:
@@ -136,11 +141,6 @@ def _put_in_container(layer: Any, q: QTensor[mx.array], rule: Rule, execution: E
     layer.mlx_only = execution.in_bfloat16 and not rule.slots and contents.tensor_scale is None
 
 
-def _widened(array: mx.array | None) -> mx.array | None:
-    """Scales and biases that were narrowed to bfloat16, in float32 again; exactly."""
-    return array.astype(mx.float32) if array is not None and array.dtype == mx.bfloat16 else array
-
-
 def _multiply(layer: Any, x: mx.array) -> mx.array:
     """`x` times the transposed weight: in bfloat16 where the execution says so, else in fp32."""
     if not x.size:  # MLX's CPU kernels divide by zero there, which ends the process (0.32.4)
@@ -149,8 +149,7 @@ def _multiply(layer: Any, x: mx.array) -> mx.array:
     in_bfloat16 = layer.execution.in_bfloat16
     if not (in_bfloat16 and x.dtype == mx.bfloat16 and mx.default_device() == GPU):
         x = x.astype(mx.float32)
-        if in_bfloat16:
-            scales, biases = _widened(scales), _widened(biases)
+        scales, biases = layer.widened("scales"), layer.widened("biases")
     y = mx.quantized_matmul(
         x,
         layer["weight"],
@@ -197,10 +196,10 @@ class PlainEmbedding(Float32Scales):
     def __call__(self, x: mx.array) -> mx.array:
         """Row numbers x [...] -> [..., width]."""
         rows = x.flatten()
-        scales, zeros = self["scales"], self.get("zeros")
+        parts = {name: self[name] for name in PER_GROUP if name in self}
         if self.grid.group != "tensor":
-            scales, zeros = scales[rows], None if zeros is None else zeros[rows]
-        q = _plain_qtensor(self, self["weight"][rows], scales, zeros)
+            parts = {name: array[rows] for name, array in parts.items()}
+        q = _plain_qtensor(self, self["weight"][rows], parts)
         return rounding.dequantize(q).reshape(*x.shape, self.inputs)
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -212,16 +211,18 @@ def _put_in_arrays(layer: Any, q: QTensor[mx.array], rule: Rule, execution: Exec
     layer.weight, layer.scales = choose.packed_codes(q.codes, q.grid.element), q.scales
     if q.zeros is not None:
         layer.zeros = q.zeros
+    if q.biases is not None:
+        layer.biases = q.biases
     if q.tensor_scale is not None:
         layer.tensor_scale = q.tensor_scale
     layer.rule, layer.grid, layer.inputs, layer.dtype = rule, q.grid, q.shape[-1], q.dtype
     layer.execution = execution
 
 
-def _plain_qtensor(layer: Any, weight: mx.array, scales: mx.array, zeros: mx.array | None) -> QTensor[mx.array]:
+def _plain_qtensor(layer: Any, weight: mx.array, parts: Mapping[str, mx.array]) -> QTensor[mx.array]:
     grid = layer.grid
     codes = unpacked_codes(weight, element=grid.element, n=layer.inputs, symmetric=grid.symmetric)
-    return QTensor(codes, scales, grid, layer.dtype, zeros=zeros, tensor_scale=layer.get("tensor_scale"))
+    return QTensor(codes, grid=grid, dtype=layer.dtype, tensor_scale=layer.get("tensor_scale"), **parts)
 
 
 def _values(layer: Any) -> mx.array:

@@ -167,9 +167,7 @@ class PackedSwitchLinear(SwitchCodes):
 
     def unpack(self, expert: int) -> QTensor[mx.array]:
         """The codes and scales of one expert, [outputs, inputs]."""
-        scales, biases = self["scales"][expert], self["biases"][expert] if "biases" in self else None
-        if scales.dtype == mx.bfloat16:
-            scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
+        scales, biases = self.stored("scales")[expert], self.stored("biases")[expert] if "biases" in self else None
         tensor_scale = self["tensor_scale"][expert] if "tensor_scale" in self else None
         contents = Contents(self["weight"][expert], scales, biases, tensor_scale)
         return contained(contents, self.grid, inputs=self.inputs, dtype=self.dtype)
@@ -180,9 +178,7 @@ class PackedSwitchLinear(SwitchCodes):
         scales, biases = self["scales"], self.get("biases")
         in_bfloat16 = self.execution.in_bfloat16 and x.dtype == mx.bfloat16 and mx.default_device() == GPU
         if not in_bfloat16:
-            x = x.astype(mx.float32)
-            if scales.dtype == mx.bfloat16:
-                scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
+            x, scales, biases = x.astype(mx.float32), self.widened("scales"), self.widened("biases")
         y = mx.gather_qmm(
             x,
             self["weight"],
@@ -206,12 +202,14 @@ class PlainSwitchLinear(SwitchCodes):
             "weight": [choose.packed_codes(piece.codes, piece.grid.element) for piece in pieces],
             "scales": [piece.scales for piece in pieces],
         }
-        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
-        return {**out, "zeros": zeros} if zeros else out
+        for name in ("zeros", "biases"):
+            if found := [piece.parts()[name] for piece in pieces if name in piece.parts()]:
+                out[name] = found
+        return out
 
     def unpack(self, expert: int) -> QTensor[mx.array]:
         """The codes and scales of one expert, [outputs, inputs]."""
-        parts = {name: self[name][expert] for name in ("scales", "zeros", "tensor_scale") if name in self}
+        parts = {name: self[name][expert] for name in ("scales", "zeros", "biases", "tensor_scale") if name in self}
         element, symmetric = self.grid.element, self.grid.symmetric
         codes = unpacked_codes(self["weight"][expert], element=element, n=self.inputs, symmetric=symmetric)
         return QTensor(codes, grid=self.grid, dtype=self.dtype, **parts)

@@ -60,6 +60,8 @@ def _choose(
     grid = rule.weight
     assert grid is not None
     outputs, inputs = shape
+    if rule.kind == "embedding" and grid.read and grid.has_tensor_scale:
+        return Execution(False, f"MLX would round the values of {grid} twice")
     why_not = f"MLX has no container for {grid}"
     for container in containers_for(grid, inputs):
         in_bfloat16 = _decodes_in_bfloat16(grid, container) and dtype == "bfloat16" and device == GPU

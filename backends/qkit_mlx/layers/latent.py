@@ -241,7 +241,8 @@ class PackedHeads(Float32Scales):
             return contained(contents, self.grid, inputs=self.inputs, dtype=self.dtype)
         element, symmetric = self.grid.element, self.grid.symmetric
         codes = unpacked_codes(self["weight"], element=element, n=self.inputs, symmetric=symmetric)
-        return QTensor(codes, self["scales"], self.grid, self.dtype, zeros=self.get("zeros"), tensor_scale=tensor_scale)
+        more = {name: self.get(name) for name in ("zeros", "biases")}
+        return QTensor(codes, self["scales"], self.grid, self.dtype, tensor_scale=tensor_scale, **more)
 
     def _by_head(self, name: str) -> mx.array:
         array: mx.array = self[name]

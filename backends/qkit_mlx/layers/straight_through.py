@@ -7,8 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from qkit.grid import Grid
+from qkit.qtensor import QTensor
 from qkit.rules import Ste
-from qkit_mlx.arithmetic import rounding
+from qkit_mlx.arithmetic import rounding, stored
 from qkit_mlx.kernels import choose
 
 
@@ -32,6 +33,11 @@ def fake_quantize(
     if scales is None:
         return _pass_through(w, partial(choose.fake_quantize, grid=grid, peak=peak), unclipped, ste)
     return _pass_through(w, partial(rounding.fake_quantize, grid=grid, scales=scales, zeros=zeros), unclipped, ste)
+
+
+def fake_requantize(w: mx.array, like: QTensor[mx.array], *, ste: Ste) -> mx.array:
+    """`stored.fake_requantize(w, like)`, with the gradient of `fake_quantize`."""
+    return _pass_through(w, partial(stored.fake_requantize, like=like), partial(stored.unclipped, like=like), ste)
 
 
 def values_view(weight: mx.array, values: mx.array, grid: Grid, *, ste: Ste, peak: mx.array | None = None) -> mx.array:

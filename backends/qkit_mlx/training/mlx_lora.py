@@ -1,7 +1,7 @@
 """The commands `mlx_lm.lora` and `mlx_lm_lora.train` on a model of qkit's. Beside `huggingface`, the only module with mlx-lm."""
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +9,65 @@ import mlx.nn as nn
 import numpy as np
 import yaml
 
+from qkit.engines.tuning import Command, Quantizer
 from qkit.errors import BackendError, RunError
 from qkit.installation import how_to_install
 from qkit_mlx.training.tuning import any_device
 
-QUANTIZERS = ("qat_enable", "load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4")  #: of mlx-lm-lora
+Prepare = Callable[[nn.Module], nn.Module]
+Follow = Callable[[Any], Callable[[int], None]] | None
+
+#: Options that mlx-lm-lora has, and mlx-lm has not.
+OTHERS = ("--train-mode", "--train-type", "--qat-", "--load-in-", "--epochs", "--beta", "--sft-loss-type")
+LOADS = {
+    "load_in_4bits": 4,
+    "load_in_6bits": 6,
+    "load_in_8bits": 8,
+    "load_in_mxfp4": 4,
+}  #: and their bits, in its order
+LOADED_GROUP = 128  #: of the integers that it loads
+REFERENCES = (
+    "dpo",
+    "ftpo",
+    "grpo",
+    "online_dpo",
+    "ppo",
+    "rlhf_reinforce",
+    "xpo",
+)  #: its modes that compare with a model
+JUDGED = ("online_dpo", "ppo", "rlhf_reinforce", "xpo")  #: its modes with a judge
 
 
-def run_command(
-    model: Path, arguments: Sequence[str], place: Path, prepare: Callable[[nn.Module], nn.Module]
-) -> nn.Module:
-    """See `RunsCommands.run_command`."""
+def read_command(arguments: Sequence[str]) -> Command:
+    """See `RunsCommands.read_command`."""
+    other = any(one.startswith(OTHERS) for one in arguments)
     try:
-        if "--train-mode" in arguments or "--train-type" in arguments:
+        if other:
             from mlx_lm_lora import train as command
         else:
             from mlx_lm import lora as command
     except ImportError as error:
-        extra = "mlx-lm-lora" if "--train-mode" in arguments else "mlx-lm"
+        extra = "mlx-lm-lora" if other else "mlx-lm"
         raise BackendError(f"this command needs {extra} ({error}): {how_to_install(extra)}") from None
-    options = _options(command, ["--model", str(model), "--train", "--adapter-path", str(place), *arguments])
-    for name in QUANTIZERS:
-        if getattr(options, name, None):
-            raise RunError(
-                f"--{name.replace('_', '-')} quantizes the model, and so does the recipe: leave it out, and name its grid by "
-                "--recipe, with --packed for one that is loaded in few bits"
-            )
+    options = _options(command, ["--train", *arguments])
+    return Command(
+        "mlx_lm_lora.train" if other else "mlx_lm.lora",
+        Path(options.model),
+        Path(options.adapter_path),
+        _quantizer(options) if other else None,
+        (command, options),
+    )
+
+
+def run_command(command: Command, model: Path, place: Path, prepare: Prepare, follow: Follow) -> nn.Module:
+    """See `RunsCommands.run_command`."""
+    tool, options = command.options
+    ours = {"model": str(model), "adapter_path": str(place), **dict.fromkeys(("qat_enable", *LOADS), False)}
+    options = types.SimpleNamespace(**vars(options) | ours)
     np.random.seed(options.seed)
     with any_device():
-        return _trained(command, options, prepare)
+        train = _train_other if command.name == "mlx_lm_lora.train" else _train
+        return train(tool, options, prepare, follow)
 
 
 def _options(command: Any, arguments: list[str]) -> types.SimpleNamespace:
@@ -46,41 +76,117 @@ def _options(command: Any, arguments: list[str]) -> types.SimpleNamespace:
         found = vars(command.build_parser().parse_args(arguments))
     except SystemExit:
         raise RunError(f"{command.__name__} does not take these options: {' '.join(arguments)}") from None
-    file = yaml.load(Path(found["config"]).read_text(encoding="utf-8"), command.yaml_loader) if found["config"] else {}
+    file = _file(Path(found["config"]), command.yaml_loader) if found["config"] else {}
     for table in (file, command.CONFIG_DEFAULTS):
         found |= {key: value for key, value in table.items() if found.get(key) is None}
     return types.SimpleNamespace(**found)
 
 
-def _trained(command: Any, options: Any, prepare: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    from mlx_lm.tuner.utils import linear_to_lora_layers
+def _file(path: Path, loader: Any) -> Mapping[str, Any]:
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(table, Mapping):
+        raise RunError(f"{path} is no file of options: want `name: value` in each line")
+    return table
+
+
+def _quantizer(options: Any) -> Quantizer | None:
+    """The quantizer of mlx-lm-lora's options.
+
+    Raises:
+        RunError: they ask for two.
+    """
+    asked = [f"--{name.replace('_', '-')}" for name in ("qat_enable", *LOADS) if getattr(options, name)]
+    if len(asked) > 1:
+        raise RunError(f"{asked[0]} and {asked[1]} quantize one model twice: leave one of them out")
+    if options.qat_enable:
+        bits, group = options.qat_bits, max(options.qat_group_size, 0)
+        return Quantizer(asked[0], False, "affine", bits, group, options.qat_start_step, options.qat_interval)
+    name = next((name for name in LOADS if getattr(options, name)), None)
+    if name is None:
+        return None
+    if options.train_type == "full":
+        raise RunError(f"{asked[0]} leaves no weight to train with --train-type full: take lora, or --qat-enable")
+    kind, group = ("mxfp4", 32) if name == "load_in_mxfp4" else ("affine", LOADED_GROUP)
+    return Quantizer(asked[0], True, kind, LOADS[name], group)  # type: ignore[arg-type]
+
+
+def _load(options: Any, tool: str) -> tuple[nn.Module, Any]:
     from mlx_lm.utils import load
 
     model, tokenizer = load(options.model)[:2]
     if tokenizer.eos_token_id is None:
-        raise RunError(
-            f"{command.__name__} ends rows with eos_token, and {options.model} names none: see tokenizer_config.json"
-        )
-    if command.__name__.startswith("mlx_lm."):
-        train, valid, _ = command.load_dataset(options, tokenizer)
-        model = prepare(model)
-        command.train_model(options, model, train, valid)
-        return model
-    train, valid, _ = command.load_dataset(options, tokenizer)
-    reference = command.load_reference_model(options) if options.train_mode == "dpo" else None
+        raise RunError(f"{tool} ends rows with eos_token, and {options.model} names none: see tokenizer_config.json")
+    return model, tokenizer
+
+
+def _train(tool: Any, options: Any, prepare: Prepare, follow: Follow) -> nn.Module:
+    """The model, trained by mlx-lm, whose command puts its adapters on by itself."""
+    model, tokenizer = _load(options, "mlx_lm.lora")
+    train, valid, _ = _data(tool, options, tokenizer)
     model = prepare(model)
-    lora = command.build_lora_config(options)
+    tool.train_model(options, model, train, valid)
+    return model
+
+
+def _train_other(tool: Any, options: Any, prepare: Prepare, follow: Follow) -> nn.Module:
+    """The model, trained by mlx-lm-lora as its `run` does."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, tokenizer = _load(options, "mlx_lm_lora.train")
+    tool.ensure_chat_template(tokenizer)
+    train, valid, _ = _data(tool, options, tokenizer)
+    mode = options.train_mode
+    compares = mode in REFERENCES or (mode == "dsla" and options.dsla_loss == "dpo")
+    reference = tool.load_reference_model(options) if compares else None
+    judge, words = tool.load_judge_model(options, reference) if mode in JUDGED else (None, None)
+    model = prepare(model)
+    lora = tool.build_lora_config(options)
     if lora:
         model.freeze()
         layers = len(model.layers) if lora["num_layers"] in (None, -1) else lora["num_layers"]
         linear_to_lora_layers(model, layers, lora, use_dora=lora["use_dora"])
-    command.train_model(
+    callback = None
+    if follow:
+        callback = _Follower(follow(model), options.gradient_accumulation_steps)
+        options.steps_per_report = options.gradient_accumulation_steps  # the callback comes with reports
+    tool.train_model(
         args=options,
         model=model,
         tokenizer=tokenizer,
         adapter_file=Path(options.adapter_path) / "adapters.safetensors",
         reference_model=reference,
-        train_set=command.CacheDataset(train),
-        valid_set=command.CacheDataset(valid),
+        judge_model=judge,
+        judge_tokenizer=words,
+        train_set=tool.CacheDataset(train),
+        valid_set=tool.CacheDataset(valid),
+        training_callback=callback,
     )
     return model
+
+
+def _data(tool: Any, options: Any, tokenizer: Any) -> Any:
+    """The tool's data sets."""
+    try:
+        return tool.load_dataset(options, tokenizer)
+    except (ValueError, KeyError) as error:
+        raise RunError(
+            f"--data {options.data}: {tool.__name__} cannot read it ({error!r:.200}): see its formats"
+        ) from None
+
+
+class _Follower:
+    """Calls the schedule before each step: before the first at once, and then with the report of the step before."""
+
+    def __init__(self, before: Callable[[int], None], iterations: int) -> None:
+        self._before, self._iterations = before, iterations
+        before(1)
+
+    def on_train_loss_report(self, report: Mapping[str, Any]) -> None:
+        """Begins the next step."""
+        self._before(report["iteration"] // self._iterations + 1)
+
+    def on_val_loss_report(self, report: Mapping[str, Any]) -> None:
+        """Changes nothing."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import AdamWOptions
-from qkit.engines.tuning import TuneOptions
+from qkit.engines.tuning import Command, TuneOptions
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
 
@@ -76,13 +76,24 @@ class Tuning:
                     args=orpo_trainer.ORPOTrainingArgs(**shared, beta=options.beta),
                 )
 
+    def read_command(self, arguments: Sequence[str]) -> Command:
+        """See `RunsCommands.read_command`."""
+        from qkit_mlx.training import mlx_lora  # needs mlx-lm
+
+        return mlx_lora.read_command(arguments)
+
     def run_command(
-        self, model: Path, arguments: Sequence[str], place: Path, prepare: Callable[[Any], Any]
+        self,
+        command: Command,
+        model: Path,
+        place: Path,
+        prepare: Callable[[Any], Any],
+        follow: Callable[[Any], Callable[[int], None]] | None,
     ) -> nn.Module:
         """See `RunsCommands.run_command`."""
         from qkit_mlx.training import mlx_lora  # needs mlx-lm
 
-        return mlx_lora.run_command(model, arguments, place, prepare)
+        return mlx_lora.run_command(command, model, place, prepare, follow)
 
 
 class _Rows(list[Any]):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkit.reference.merged import Update
-from qkit_torchao.arithmetic import rounding
-from qkit_torchao.layers import adapted_experts, converted, fused, products, sharded, straight_through
+from qkit_torchao.arithmetic import rounding, stored
+from qkit_torchao.layers import adapted_experts, converted, fused, onto_stored, products, sharded, straight_through
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear
 from qkit_torchao.layers.experts import Experts
@@ -95,11 +95,17 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             static = static_scales(self, "input", activation)
             y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
         else:
-            peak = straight_through.peak_of(merged, fused.partners(self))
-            values = straight_through.fake_quantize(merged, grid, ste=self.rule.ste, peak=peak)
-            values = values.to(rounding.DTYPE[self.dtype])
+            values = self._on_grid(merged).to(rounding.DTYPE[self.dtype])
             y = F.linear(slot(self, x, "input", activation), values, self.bias)
         return slot(self, y, "output", self.rule.output)
+
+    def _on_grid(self, merged: Tensor) -> Tensor:
+        grid, ste = self.rule.weight, self.rule.ste
+        assert grid is not None
+        if grid.read:
+            return onto_stored.fake_requantize(merged, converted.unpack(self), ste=ste)
+        peak = straight_through.peak_of(merged, fused.partners(self))
+        return straight_through.fake_quantize(merged, grid, ste=ste, peak=peak)
 
 
 def adapt(module: Any, update: Update) -> Any:
@@ -136,9 +142,13 @@ def merge_adapter(module: Any) -> Any:
     with torch.no_grad():
         weight = module.merged()
     if isinstance(module, AdaptedPacked):
-        assert module.rule.weight is not None
-        peak = straight_through.peak_of(weight, fused.partners(module))
-        q = replace(rounding.quantize(weight, module.rule.weight, peak=peak), dtype=module.dtype)
+        grid = module.rule.weight
+        assert grid is not None
+        if grid.read:
+            q = stored.requantize(weight, converted.unpack(module))
+        else:
+            q = rounding.quantize(weight, grid, peak=straight_through.peak_of(weight, fused.partners(module)))
+        q = replace(q, dtype=module.dtype)
         return _without_adapter(converted.pack(module, q, module.rule, static={}, owner=None))
     prepared = _without_adapter(become(module, FakeLinear))
     prepared.weight = nn.Parameter(weight, requires_grad=False)

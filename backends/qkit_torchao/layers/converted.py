@@ -141,7 +141,7 @@ def unpack(module: Any) -> QTensor[Tensor]:
 
 def values(module: Any, dtype: torch.dtype) -> Tensor:
     """The values of a converted layer [outputs, inputs], rounded once to `dtype`."""
-    if module.execution.layout == "words":
+    if module.execution.layout == "words" and not module.rule.weight.read:
         return decode_packed(module.parts(), module.grid_name, _shape(module)[1], dtype)
     return rounding.dequantize(replace(unpack(module), dtype=str(dtype).rpartition(".")[2]))  # type: ignore[arg-type]
 

@@ -56,6 +56,8 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
     """How a converted layer under `rule`, with a weight of `shape`, runs on `device`."""
     grid = rule.weight
     assert grid is not None
+    if grid.read:
+        return Execution(False, "by torch from packed codes; no kernel takes the scales of files", "words")
     packs = choose.packs(grid, device)
     if rule.kind == "embedding":
         text = "rows are decoded as they are looked up"

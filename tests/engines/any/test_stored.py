@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qkit
+from qkit.engines.registry import backend as choose
 from qkit.reference import stored as law
 from qkit.testing.hard_tensors import random
 from qkit.testing.read_tensors import read_grids, read_tensors
@@ -16,9 +17,9 @@ ENGINES = {"torchao": "qkit_torchao.arithmetic.stored", "mlx": "qkit_mlx.arithme
 @pytest.mark.parametrize("grid", read_grids(), ids=str)
 @pytest.mark.parametrize("name", ENGINES)
 def test_new_codes_their_values_and_the_mask_equal_the_reference(name, grid):
-    if name not in qkit.backends():
+    if name not in [one.name for one in qkit.backends() if one.ready]:
         pytest.skip(f"{name} is not here")
-    engine, mine = qkit.engines.registry.backend(name), import_module(ENGINES[name])
+    engine, mine = choose(name), import_module(ENGINES[name])
     for number, q in enumerate(read_tensors(grid)):
         w = random(q.shape, number, q.dtype)
         w[1, 3] = -0.0
