@@ -1,10 +1,13 @@
 """Serving a Llama of transformers on CUDA: one token, a prefill and memory of every recipe over bfloat16, in one run.
 
 Weights are random, and drawn on the device. One token and the prefill are forwards in CUDA graphs, so that launches do not
-count; the float and the converted model take turns. `generate` is by the clock, launches included. Torchao's own int4 and fp8
-stand beside. `bar` is the most that one token may take, and `within` whether one token, prefill and memory keep their bars.
+count; the float and the converted model take turns. One token is timed in three ways: `eager`, as transformers computes it;
+`compiled`, with `torch.compile` on its layers; `linears`, the linear layers of the model alone, one after the other. `generate`
+is by the clock, launches included. Torchao's own int4 and fp8 stand beside. `bar` is the most that one token may take; `within`
+says for each way whether it does, and whether prefill and memory keep their bars.
 
-Usage: python benchmarks/serve.py [--size 1b 8b] [--layers N] [--recipe NAME ...] [--out FILE.json]
+Usage: python benchmarks/serve.py [--device cuda] [--size 1b 8b] [--layers N] [--recipe NAME ...] [--out FILE.json]
+       python benchmarks/serve.py --device cpu [--threads 1 2] [--layers N] [--recipe NAME ...] [--out FILE.json]
 """
 
 import argparse
@@ -95,17 +98,15 @@ def needed(model: nn.Module) -> float:
     return small + sum(row.bits * prod(row.shape) / 8 for row in rows)
 
 
-Captured = tuple[
-    torch.cuda.CUDAGraph, torch.Tensor
-]  #: a graph, and the tokens that it reads, which have to live as long
+Captured = tuple[torch.cuda.CUDAGraph, Any]  #: a graph, and the tensors that it reads, which have to live as long
 
 
-def captured(model: nn.Module, tokens: int) -> Captured:
+def captured(model: nn.Module, tokens: int, mask: torch.Tensor | None = None) -> Captured:
     """The forward of so many tokens as a CUDA graph; logits of the last."""
     ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens), device="cuda")  # type: ignore[call-overload]
 
     def forward() -> None:
-        model(ids, use_cache=False, logits_to_keep=1)
+        model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())  # the tokens and the weights are drawn there
@@ -116,7 +117,36 @@ def captured(model: nn.Module, tokens: int) -> Captured:
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         forward()
-    return graph, ids
+    return graph, (ids, mask)
+
+
+def compiled(model: nn.Module) -> Captured:
+    """One token, with each layer of `model` compiled, which stays so."""
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.compile(dynamic=False)
+    mask = torch.zeros(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16)  # else transformers makes one in captures alone
+    return captured(model, 1, mask)
+
+
+def linears(model: nn.Module, names: list[str]) -> Captured:
+    """One token through the layers of `names`, as a CUDA graph."""
+    layers = [model.get_submodule(name) for name in names]
+    sizes = {layer.in_features for layer in layers}
+    inputs = {size: torch.randn(1, size, device="cuda", dtype=torch.bfloat16) for size in sizes}
+
+    def run() -> None:
+        for layer in layers:
+            layer(inputs[layer.in_features])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        run()
+    return graph, inputs
 
 
 def milliseconds(made: Captured, replays: int) -> float:
@@ -134,7 +164,8 @@ def milliseconds(made: Captured, replays: int) -> float:
 def ratios(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """Times of the graphs of `other` over those of `plain`, in turns of one run."""
     found = {}
-    for name, replays in (("one token", 20), ("prefill", 3)):
+    for name in plain.keys() & other.keys():
+        replays = 3 if name == "prefill" else 20
         jobs = {key: partial(milliseconds, graphs[name], replays) for key, graphs in (("a", plain), ("b", other))}
         times = in_turn(jobs, 5)
         found[name] = round(statistics.median(times["b"]) / statistics.median(times["a"]), 3)
@@ -181,50 +212,65 @@ def theirs(model: Any, config: Any) -> Any:
     return model
 
 
-def graphs_of(model: nn.Module) -> dict[str, Captured]:
-    """One token, and the prefill."""
-    return {"one token": captured(model, 1), "prefill": captured(model, PROMPT)}
+def graphs_of(model: nn.Module, names: list[str], *, compiles: bool) -> dict[str, Captured]:
+    """One token in each way, and the prefill; the layers of `model` are compiled afterwards, where `compiles` says so."""
+    graphs = {"eager": captured(model, 1), "prefill": captured(model, PROMPT), "linears": linears(model, names)}
+    return graphs | ({"compiled": compiled(model)} if compiles else {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--layers", type=int, help="layers, in place of 16 and 32")
-    parser.add_argument("--recipe", nargs="+", default=RECIPES)
+    parser.add_argument("--layers", type=int, help="layers, in place of 16 and 32; of 8 on a CPU")
+    parser.add_argument("--recipe", nargs="+")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of a CPU")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    if given.device == "cpu":
+        import serve_cpu
+
+        serve_cpu.measure(given.out, layers=given.layers or 8, recipes=given.recipe, threads=given.threads)
+        return
     about = {"prompt": PROMPT, "layers": given.layers or "all", "vocabulary": CONFIG["vocab_size"]}
     report = Report(given.out, device="cuda", packages=("transformers", "triton"), about=about)
     for size in given.size:
         torch.manual_seed(0)
         plain = built(size, given.layers)
-        base, base_bytes, base_speed = graphs_of(plain), stored(plain), per_second(plain)
+        names = [name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
+        base_bytes, base_speed = stored(plain), per_second(plain)
+        float_model = copy.deepcopy(plain)
+        base = graphs_of(float_model, names, compiles=not given.no_compile)
         shown = {name: round(milliseconds(graph, 5), 3) for name, graph in base.items()}
         report.add({"model": size, "recipe": "bfloat16", "ms": shown, "bytes": base_bytes, "tokens/s": base_speed})
         jobs: dict[str, Callable[[Any], Any]] = {
-            name: partial(lambda name, model: qkit.convert(model, name), name) for name in given.recipe
+            name: partial(lambda name, model: qkit.convert(model, name), name) for name in given.recipe or RECIPES
         }
         jobs |= {name: partial(lambda config, model: theirs(model, config), config) for name, config in peers().items()}
         for name, convert in jobs.items():
             row: dict[str, Any] = {"model": size, "recipe": name}
             try:
-                report.add(row | measured(convert(copy.deepcopy(plain)), base, base_bytes, name, size))
+                report.add(row | measured(convert(copy.deepcopy(plain)), base, base_bytes, name, names))
             except Exception as error:  # a peer may lack a package: the table shows it, and goes on
                 report.add(row | {"error": f"{type(error).__name__}: {str(error)[:200]}"})
             torch.cuda.empty_cache()
     report.finish()
 
 
-def measured(model: nn.Module, base: dict[str, Any], base_bytes: int, name: str, size: str) -> dict[str, Any]:
-    """The row of one converted model."""
-    row: dict[str, Any] = ratios(base, graphs_of(model))
-    row |= {"memory": round(stored(model) / base_bytes, 3), "tokens/s": per_second(model)}
-    if name in qkit.recipes():
-        spare = stored(model) / needed(model)
-        kept = row["prefill"] <= PREFILL and spare <= MEMORY and (size != "8b" or row["one token"] <= bar_of(name))
-        row |= {"memory / packed": round(spare, 3), "bar": bar_of(name), "within": kept}
-        row["how"] = qkit.coverage(model).rows[1].state
+def measured(model: nn.Module, base: dict[str, Any], base_bytes: int, name: str, names: list[str]) -> dict[str, Any]:
+    """The row of one converted model; `names` are the linear layers."""
+    ours = name in qkit.recipes()
+    how = qkit.coverage(model).rows[1].state if ours else ""
+    kept = stored(model), needed(model) if ours else 0
+    row: dict[str, Any] = {"memory": round(kept[0] / base_bytes, 3), "tokens/s": per_second(model)}
+    row = ratios(base, graphs_of(model, names, compiles=ours and "compiled" in base)) | row
+    if ours:
+        spare, bar = kept[0] / kept[1], bar_of(name)
+        within = {way: row[way] <= bar for way in ("linears", "compiled", "eager") if way in row}
+        within |= {"prefill": row["prefill"] <= PREFILL, "memory": spare <= MEMORY}
+        row |= {"memory / packed": round(spare, 3), "bar": bar, "within": within, "how": how}
     return row
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qkit.artifact.save import save
     from qkit.coverage_table import coverage
     from qkit.engines.protocol import BackendSpec
+    from qkit.fitting.fits import Fit
     from qkit.pipeline import adamw, convert, gather, prepare
     from qkit.restaging import regrid, unprepare
     from qkit.switches import calibrating, disable, disabled, enable
@@ -50,6 +51,7 @@ __all__ = [
     "DTypeError",
     "DivergedError",
     "Element",
+    "Fit",
     "Grid",
     "GridError",
     "LockedError",
@@ -98,6 +100,7 @@ _LATER = {
     **dict.fromkeys(("regrid", "unprepare"), "restaging"),
     **dict.fromkeys(("calibrating", "disable", "disabled", "enable"), "switches"),
     "BackendSpec": "engines.protocol",
+    "Fit": "fitting.fits",
     "coverage": "coverage_table",
     "load": "artifact.load",
     "save": "artifact.save",

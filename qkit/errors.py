@@ -65,6 +65,10 @@ class FamilyWarning(UserWarning):
     """A model of a type whose names and numbers nobody has compared between libraries."""
 
 
+class FewTokensWarning(UserWarning):
+    """A text that is too short for good statistics of a model's layers."""
+
+
 class ServerWarning(UserWarning):
     """A saved model that a server would not open, or would run with other arithmetic."""
 

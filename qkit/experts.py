@@ -7,16 +7,13 @@ one tensor stacks all of them. In models the experts of a block are one layer of
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
 from qkit.fused import shares
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-
-if TYPE_CHECKING:
-    from qkit.engines.protocol import Arrays
 
 #: Projections of an expert, in the order in which models stack and fuse them. Experts without a gate have the last two.
 PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
@@ -217,7 +214,14 @@ def whole(block: str, members: Iterable[Member]) -> dict[str, tuple[int, int, in
     return {name: (count, *found[name][0]) for name in PROJECTIONS if name in found}
 
 
-def quantize_experts(weights: Weights, grid: Grid, engine: "Arrays") -> Codes:
+class Quantizes(Protocol):
+    """The verbs of `engines.protocol.Arrays` that experts need."""
+
+    def quantize(self, w: Any, grid: Grid, *, peak: float | None = None) -> QTensor[Any]: ...  # noqa: D102
+    def magnitude(self, x: Any) -> float: ...  # noqa: D102
+
+
+def quantize_experts(weights: Weights, grid: Grid, engine: Quantizes) -> Codes:
     """The codes of each expert's projections, the law of experts: those of every matrix [outputs, inputs] by itself.
 
     Under `nvfp4` the gate and the up projection of an expert share a tensor scale, as fused layers do.

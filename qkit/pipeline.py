@@ -5,26 +5,24 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit import fused
-from qkit.arrays import check
+from qkit.conversion import pack_layers
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
-from qkit.engines.mixtures import Mixes
-from qkit.engines.protocol import Arrays, Deploys, Fuses, Modules, Trains
+from qkit.engines.protocol import Arrays, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
 from qkit.errors import FamilyWarning, StageError
 from qkit.planning import Planned, plan, warn_of_rest
-from qkit.qtensor import QTensor
 from qkit.rules import Recipe, Rule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    from qkit.fitting.fits import Fit
+    from qkit.reference.fitting import Method
 
 Model = TypeVar("Model")
 
@@ -59,15 +57,25 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     return cast(Model, fuse(engine, engine.replace(model, prepared)))
 
 
-def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backend: str | Arrays | None = None) -> Model:
+def convert(
+    model: Model,
+    recipe: "str | Path | Recipe | None" = None,
+    *,
+    fit: "Fit | Method | None" = None,
+    backend: str | Arrays | None = None,
+) -> Model:
     """`model` with codes in place of weights. Prepared layers remember their rule; a recipe is for unprepared models.
 
     Works in place and returns the model, as `prepare` does.
 
+    Args:
+        fit: how codes are chosen, of an unprepared model: `"search"`, or a `qkit.Fit` with statistics of the model.
+
     Raises:
-        StageError: an unprepared model needs a recipe, and a prepared one takes none. Or the model is converted, adapted
-            or sharded; or another library has put wrappers around layers, or plain layers in the place of prepared ones.
+        StageError: an unprepared model needs a recipe, and a prepared one takes neither a recipe nor a fit. Or the model is
+            converted, adapted or sharded; or another library has put wrappers around layers, or plain ones in their places.
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
+        PlanError: the statistics have nothing of any layer, or are of inputs on another grid.
         RangeError: a weight is not finite.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
@@ -78,6 +86,9 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
     want_merged(layers, "convert")
     want_bare(layers, "convert")
     want_none_lost(layers, "convert")
+    if fit is not None and prepared:
+        way_out = "convert it without fit, or fit the float model"
+        raise StageError(f"{prepared[0].path} is prepared, and trained values ship as they were trained: {way_out}")
     if recipe is None:
         if not prepared:
             raise StageError(
@@ -87,8 +98,10 @@ def convert(model: Model, recipe: "str | Path | Recipe | None" = None, *, backen
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
         planned = _plan_on(engine, layers, recipe, "convert")
+    if recipe is not None:
         warn_of_family(engine, model)
-    packed = _pack(engine, model, [(item.layer, item.rule) for item in planned if item.rule])
+    chosen = [(item.layer, item.rule) for item in planned if item.rule]
+    packed = pack_layers(engine, model, chosen, _opened(fit, chosen) if fit else None)
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
@@ -98,6 +111,12 @@ def warn_of_family(engine: Modules, model: Any) -> None:
     """Warns where files of `model` may hold other names or numbers than other programs expect."""
     if offers(engine, Remembers) and (text := engine.doubts(model)):
         warnings.warn(text, FamilyWarning, stacklevel=3)
+
+
+def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":
+    from qkit.fitting.fits import open_fit  # here, so that `import qkit` stays cheap
+
+    return open_fit(fit, {layer.name: rule for layer, rule in chosen})
 
 
 def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:
@@ -110,42 +129,6 @@ def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe"
     return planned
 
 
-def _pack(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]]) -> dict[str, Any]:
-    """The converted form of each layer, by its path."""
-    static = {layer.path: _static(engine, model, layer, rule) for layer, rule in chosen}
-    peaks = _peaks(engine, chosen)
-    packed = _deploy(engine, [(layer, rule) for layer, rule in chosen if layer.path not in peaks], static)
-    codes: dict[str, QTensor[Any]] = {}
-    for layer, rule in chosen:
-        if layer.path in packed:
-            continue
-        if layer.kind == "experts":
-            from qkit.expert_codes import pack_experts  # here, so that `import qkit` stays cheap
-
-            packed[layer.path] = pack_experts(engine, layer, rule, static[layer.path])
-            continue
-        owner = packed[layer.tied] if layer.tied else None
-        if owner is None:
-            q = codes[layer.path] = _codes(engine, model, layer, rule, peaks.get(layer.path))
-        else:
-            q = codes[layer.tied] if layer.tied in codes else engine.unpack(owner)
-        packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
-    return packed
-
-
-def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str, Any]) -> dict[str, Any]:
-    """The converted layers, by path, that the engine deploys in one pass; none where it cannot."""
-    if not offers(engine, Deploys):
-        return {}
-    own = [
-        (layer, rule)
-        for layer, rule in chosen
-        if not layer.tied and not _learned(layer, rule) and layer.kind != "experts"
-    ]
-    made = engine.deploy([(layer.module, rule, static[layer.path]) for layer, rule in own])
-    return {layer.path: module for (layer, _), module in zip(own, made, strict=True) if module is not None}
-
-
 def fuse(engine: Modules, model: Any) -> Any:
     """`model`, whose prepared layers, and converted ones with adapters, share tensor scales as servers want; see `qkit.fused`."""
     if offers(engine, Fuses):  # whatever the grids are: a schedule may give the layers others
@@ -156,57 +139,9 @@ def fuse(engine: Modules, model: Any) -> Any:
     return model
 
 
-def _peaks(engine: Modules, chosen: list[tuple[Layer, Rule]]) -> dict[str, float]:
-    """Of layers that share a tensor scale with others, the largest magnitude of all of them, by path."""
-    sharing = {layer.path: layer.module for layer, rule in chosen if fused.shares(rule.weight)}
-    peaks: dict[str, float] = {}
-    for group in fused.groups(sharing):
-        peak = max(engine.magnitude(engine.weight(sharing[path])) for path in group)
-        peaks |= dict.fromkeys(group, peak)
-    return peaks
-
-
 def _fuses(group: Iterable[str], chosen: Mapping[str, Rule]) -> bool:
     """Whether two or more of a group of layers share a tensor scale."""
     return sum(fused.shares(chosen[path].weight) for path in group) > 1
-
-
-def _codes(engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None) -> QTensor[Any]:
-    from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
-
-    assert rule.weight is not None
-    w = engine.weight(layer.module)
-    check(engine, w, rule.weight, name=f"{layer.path}.weight")
-    if not _learned(layer, rule):
-        return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
-    tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
-    parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
-    return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
-
-
-def _learned(layer: Layer, rule: Rule) -> bool:
-    return layer.stage == "prepared" and rule.scales == "learned"
-
-
-def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":
-    from qkit.reference.ranges import static_names, static_scales  # here, so that `import qkit` stays cheap
-
-    if not (names := static_names(rule)):
-        return {}
-    if layer.stage != "prepared":
-        raise StageError(
-            f"{layer.path}: the recipe's range is {rule.range!r}, so that scales come from data: prepare(model, recipe), "
-            "run data through it, then convert(model)"
-        )
-    tensors = engine.tensors(model)
-    prefix = f"{layer.path}." if layer.path else ""
-    if layer.kind == "experts":
-        from qkit.expert_inputs import static_experts  # here, so that `import qkit` stays cheap
-
-        seen = require(engine, Mixes).expert_ranges(layer.module)
-        return static_experts(rule, {name: engine.to_numpy(one) for name, one in seen.items()}, path=layer.path)
-    ranges = {name: engine.to_numpy(tensors[f"{prefix}{name}_range"]) for name in names}
-    return static_scales(rule, ranges, path=layer.path)
 
 
 def gather(model: Model, *, backend: str | Arrays | None = None) -> Model | None:

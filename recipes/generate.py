@@ -8,6 +8,8 @@ from qkit.grid import Grid
 
 FOLDER = Path(__file__).parent / "qkit_recipes"
 HEAD = "the output head stays in float"
+#: Of weights alone `even` loses less than `rceil`, which inputs need: it clips none. Version 3 of these recipes.
+WEIGHT_ONLY, EVEN = "MXFP4 (e2m1, E8M0 per 32, even) weights, activations in 16 bits", Grid("e2m1", 32, "even")
 
 
 def files() -> dict[str, str]:
@@ -96,11 +98,11 @@ def _static() -> list[tuple[str, str]]:
 def _learned() -> list[tuple[str, str]]:
     learned = f"learned in training beside the weights; {HEAD}"
     return [
-        (f"{name}-learned", _recipe(f"{text} {learned}", grid, scales="learned"))
+        (f"{name}-learned", _recipe(f"{text} {learned}", grid, scales="learned", version=_version(name)))
         for name, text, grid in (
             ("int4-g64", "int4 weights, one scale per 64 inputs,", Grid("int4", 64)),
             ("int2-g64", "int2 weights, one scale per 64 inputs,", Grid("int2", 64)),
-            ("mxfp4-a16", "MXFP4 (e2m1, E8M0 per 32) weights, activations in 16 bits, exponents", Grid("e2m1", 32)),
+            ("mxfp4-a16", f"{WEIGHT_ONLY}, exponents", EVEN),
         )
     ]
 
@@ -109,12 +111,12 @@ def _whole() -> list[tuple[str, str]]:
     """Recipes for all layers, the embedding and the head included, tied or not."""
     layers = "embeddings and output head too, tied or not"
     return [
-        (f"{name}-all", _recipe(f"{text}; {layers}", grid, whole=True))
+        (f"{name}-all", _recipe(f"{text}; {layers}", grid, whole=True, version=_version(name)))
         for name, text, grid in (
             ("int4-g32", "int4 weights, one scale per 32 inputs", Grid("int4", 32)),
             ("int4-g64", "int4 weights, one scale per 64 inputs", Grid("int4", 64)),
             ("int8-g64", "int8 weights, one scale per 64 inputs", Grid("int8", 64)),
-            ("mxfp4-a16", "MXFP4 (e2m1, E8M0 per 32) weights, activations in 16 bits", Grid("e2m1", 32)),
+            ("mxfp4-a16", WEIGHT_ONLY, EVEN),
         )
     ]
 
@@ -127,11 +129,17 @@ def _floats() -> list[tuple[str, str]]:
         ("nvfp4", Grid("e2m1", 16, "nvfp4"), "NVFP4 (e2m1, e4m3 per 16, a power of two per tensor)"),
     ):
         found.append((name, _recipe(f"{text} weights and activations; {HEAD}", grid, grid)))
-        found.append((f"{name}-a16", _recipe(f"{text} weights, activations in 16 bits; {HEAD}", grid)))
+        if name != "mxfp4":
+            found.append((f"{name}-a16", _recipe(f"{text} weights, activations in 16 bits; {HEAD}", grid)))
+    found.append(("mxfp4-a16", _recipe(f"{WEIGHT_ONLY}; {HEAD}", EVEN, version=3)))
     for name, element, whose in (("mxfp4", "e2m1", " of compressed-tensors and vLLM"), ("mxfp8", "e4m3", "")):
         summary = f"{name.upper()} weights with the even scale rule{whose}; {HEAD}"
         found.append((f"{name}-a16-even", _recipe(summary, Grid(element, 32, "even"))))
     return found
+
+
+def _version(name: str) -> int:
+    return 3 if name == "mxfp4-a16" else 2
 
 
 def _recipe(
@@ -142,9 +150,10 @@ def _recipe(
     range: str = "dynamic",
     scales: str = "rule",
     whole: bool = False,
+    version: int = 2,
 ) -> str:
     grids = {"w": weight} | ({"a": activation} if activation else {})
-    lines = ["schema  = 1", "version = 2", f'summary = "{summary}"', ""]
+    lines = ["schema  = 1", f"version = {version}", f'summary = "{summary}"', ""]
     for key, grid in grids.items():
         group = grid.group if isinstance(grid.group, int) else f'"{grid.group}"'
         lines += [

@@ -1,4 +1,7 @@
-"""Compares the kernels on packed codes, run by Triton's interpreter on a CPU, with decoded weights. For test_kernels.py."""
+"""Compares the kernels on packed codes, run on a CPU, with decoded weights. For test_kernels.py.
+
+Triton's interpreter runs those of Triton; those of CUDA C++ are compiled as C++, see products_on_host.py.
+"""
 
 import copy
 import os
@@ -8,8 +11,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
 import numpy as np
 import torch
+from products_on_host import HostKernel
 from qkit_torchao.arithmetic import packing, rounding
-from qkit_torchao.kernels import choose, cuda_words
+from qkit_torchao.kernels import choose, cuda_words, nvrtc
 from torch import nn
 
 import qkit
@@ -60,7 +64,7 @@ def products(grid, dtype):
         assert all(torch.equal(part, want.parts()[name]) for name, part in held.parts().items())
     assert torch.equal(model[0].weight, rounding.dequantize(want))
     values, worst = rounding.dequantize(want).double(), 0.0
-    for rows in (1, 3, 19):
+    for rows in (1, 3, 19, 67):
         x = torch.randn(rows, INPUTS).to(dtype)
         exact = nn.functional.linear(x.double(), values, bias).detach()
         y = model(x[None])[0].detach()
@@ -157,6 +161,19 @@ def both_sides():
     return exact
 
 
+def scaled_once():
+    """Whether products are scaled in float32, in order, and rounded once."""
+    product = torch.randint(-(2**24), 2**24, (3, 1500), dtype=torch.int32)
+    steps, bias = torch.rand(3, 1), torch.randn(1500)
+    found = []
+    for scales in (torch.rand(1500, 1), torch.rand(1, 1)):
+        for one in (None, bias, bias.bfloat16()):
+            want = product.float() * steps * scales.reshape(1, -1) + (0 if one is None else one)
+            made = cuda_words.scaled(product, steps, scales, one, torch.bfloat16)
+            found.append(torch.equal(made, want.bfloat16()))
+    return all(found)
+
+
 def tied(grid):
     """Whether an embedding and its head share one packed copy, and compute rows and products of the same values."""
 
@@ -186,8 +203,11 @@ def main(name: str) -> None:
     np.seterr(all="ignore")
     choose.why_not_packed = lambda device: ""  # as on a GPU
     choose.word_kernels = lambda device: cuda_words
+    nvrtc.why_not = lambda: ""
+    cuda_words.PRODUCT, cuda_words.ARRANGEMENT = HostKernel(cuda_words.PRODUCT), HostKernel(cuda_words.ARRANGEMENT)
+    cuda_words.processors_of = lambda device: 1
     dtype = getattr(torch, name)
-    for grid in GRIDS:
+    for grid in GRIDS if name == "bfloat16" else GRIDS[1::4]:
         worst = products(grid, dtype)
         print(
             grid,
@@ -196,12 +216,17 @@ def main(name: str) -> None:
             flush=True,
         )
         print(grid, "packed", "exact" if packed_by_kernel(grid) else "otherwise", flush=True)
-        if grid.scale != "nvfp4" and grid.group != "tensor" and not choose.why_not_few(grid, INPUTS):
+        if (
+            grid.scale != "nvfp4"
+            and grid.group != "tensor"
+            and not choose.why_not_few(grid, INPUTS, torch.device("cpu"))
+        ):
             worst = experts(grid)
             print(grid, "experts", "near" if worst < 2**-8 else f"off by {worst:.1e}", flush=True)
     for grid in (qkit.Grid("int4", 32), qkit.Grid("e2m1", 16, "nvfp4")):
         worst = block(grid)
         print(grid, "block", "near" if worst < 2**-7 else f"off by {worst:.1e}", flush=True)
+    print("scaled", "exact" if scaled_once() else "otherwise", flush=True)
     print("both sides", "exact" if both_sides() else "differ", flush=True)
     print(
         "tied",

@@ -10,7 +10,7 @@ from typing import Any
 from qkit.artifact.config import read_config
 from qkit.artifact.families import layer_of, tied_head
 from qkit.artifact.foreign import open_any
-from qkit.artifact.metadata import KEY, StoredRule, read_rules
+from qkit.artifact.metadata import KEY, StoredRule, fit_of, read_rules
 from qkit.artifact.servers import sentences
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError
@@ -73,6 +73,7 @@ class Inspection:
         numbers: numbers of all tensors; a quantized weight counts with the numbers of its float weight.
         nbytes: bytes of all tensors.
         served: how vLLM's arithmetic differs from qkit's, and why it does not open the directory; a sentence each.
+        fit: how codes were chosen: `method`, and of `solve` its settings and the digest of its statistics; None: by the rule.
         foreign: weights that another program quantized, by the way in which it stores them.
     """
 
@@ -84,6 +85,7 @@ class Inspection:
     numbers: int
     nbytes: int
     served: tuple[str, ...] = ()
+    fit: Mapping[str, Any] | None = None
     foreign: tuple[ForeignGroup, ...] = ()
 
     @property
@@ -138,6 +140,7 @@ def inspect_directory(folder: Path) -> Inspection:
         numbers=sum(prod(slot.shape) for slot in rest) + sum(group.numbers for group in groups),
         nbytes=sum(stored.slot.nbytes for stored in tensors.values()),
         served=tuple(sentences([group.stored for group in groups], tied=owner is not None, tensor_scales=scales)),
+        fit=fit_of(metadata),
     )
 
 

@@ -19,7 +19,8 @@ from qkit.storage.read import TENSORS
 
 KEY = "qkit"  #: the one metadata key of the weights file
 NUMERICS = 1  #: version of the arithmetic that the codes follow
-KEYS = {"numerics", "rules", "layout", "added", "replaced"}  #: of the text; the last three stand in exports only
+#: Keys of the text. `layout`, `added` and `replaced` stand in exports only, and `fit` where codes are not those of the rule.
+KEYS = {"numerics", "rules", "layout", "added", "replaced", "fit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,15 @@ def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:
     return [StoredRule(rule, dtype, tuple(sorted(mine))) for (rule, dtype), mine in ordered]
 
 
-def describe(rules: Iterable[StoredRule]) -> str:
-    """The text of the metadata key that states `rules`, with patterns of `qkit.path_patterns` for the paths."""
+def describe(rules: Iterable[StoredRule], *, fit: Mapping[str, Any] | None = None) -> str:
+    """The text of the metadata key that states `rules`, with patterns of `qkit.path_patterns` for the paths.
+
+    Args:
+        fit: how codes were chosen; None: by the rule of their grid.
+    """
     tables = [{**_without_match(one.rule), "patterns": list(collapse(one.paths)), "dtype": one.dtype} for one in rules]
-    return json.dumps({"numerics": NUMERICS, "rules": tables}, sort_keys=True)
+    fitted = {} if fit is None else {"fit": dict(fit)}
+    return json.dumps({"numerics": NUMERICS, "rules": tables, **fitted}, sort_keys=True)
 
 
 def read_rules(
@@ -91,6 +97,12 @@ def about(metadata: Mapping[str, str]) -> dict[str, Any]:
         return dict(parse_json(metadata[KEY]))
     except (ValueError, TypeError):
         return {}
+
+
+def fit_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """How the codes of an artifact were chosen, by its metadata; None: by the rule of their grid, or nobody says."""
+    found = about(metadata).get("fit")
+    return found if isinstance(found, dict) and isinstance(found.get("method"), str) else None
 
 
 def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredRule]) -> None:

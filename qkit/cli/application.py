@@ -9,6 +9,7 @@ import typer
 import qkit
 from qkit.cli.backends import backends
 from qkit.cli.boundary import DEBUG, MEANINGS, run
+from qkit.cli.calibrate import calibrate
 from qkit.cli.compare import compare
 from qkit.cli.console import show_warning
 from qkit.cli.demo import demo
@@ -39,7 +40,7 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, plan, quantize, inspect, verify, warmup, parity, train, teach, demo):
+for command in (backends, recipes, plan, calibrate, quantize, inspect, verify, warmup, parity, train, teach, demo):
     application.command()(command)
 application.command("mlx-lora", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(mlx_lora)
 application.command()(export)

@@ -47,6 +47,9 @@ def inspect(
         console.print(f"left alone: {', '.join(names[:FEW] if more else names)}{more}", highlight=False)
     if found.tied:
         console.print(f"{found.tied} is also the output head", highlight=False)
+    if found.fit:
+        settings = [f"{key} {value}" for key, value in sorted(found.fit.items()) if key != "method"]
+        console.print(f"fitted by {', '.join([found.fit['method'], *settings])}", highlight=False, markup=False)
     for text in found.served:
         console.print(f"{VLLM}: {text}", highlight=False, markup=False)
     files = ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in found.files.items())
@@ -74,6 +77,7 @@ def _as_table(found: Inspection) -> dict[str, Any]:
         ],
         "left_alone": list(found.left_alone),
         "tied_head": found.tied or None,
+        "fit": found.fit,
         "warnings": [f"{VLLM}: {text}" for text in found.served],
         "files": dict(found.files),
         "tensors": found.tensors,

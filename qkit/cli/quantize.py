@@ -12,9 +12,11 @@ import qkit
 from qkit.cli.console import console, errors, read_size, size
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
+from qkit.fitting.fits import Fit, summary
 from qkit.overrides import check_ignored, overridden
 from qkit.planning import TOWERS
 from qkit.processes import cores
+from qkit.reference.fitting import Method
 from qkit.storage.destination import Destination, check_directory, destination, existing_parent
 from qkit.storage.parts import Part
 from qkit.streaming.carry_out import check_apart, join_parts, quantize_directory, rows_of
@@ -68,15 +70,26 @@ def quantize(
     shard_size: ShardSize = "5GB",
     jobs: Jobs = None,
     part: PartName = None,
+    fit: Annotated[
+        Method | None,
+        typer.Option("--fit", help="Choose scales, or codes too, that lose less than the rule's: search, solve."),
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option("--stats", metavar="STATS", help="Statistics of qkit calibrate. --fit solve needs them."),
+    ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Put OUT together when all its parts are written.")] = False,
 ) -> None:
     """Quantize a model's directory, tensor by tensor; interrupted, the same command goes on where it was."""
     mine = read_part(part) if part else None
+    if stats and not fit:
+        raise typer.BadParameter("--stats belongs to --fit: add --fit search or --fit solve")
+    how = Fit(fit, stats) if fit else None
     check_apart(out, model)
     place = check_directory(out)
     engine = qkit.backend(backend).on(device)
     chosen = overridden(qkit.recipe(recipe), ignore=ignore or (), skip_indivisible=skip_indivisible)
-    plan = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
+    plan = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie, fit=how)
     check_ignored(ignore or (), [row.path for row in plan.rows if row.path])
     warn(plan)
     nbytes = plan.output_bytes
@@ -106,6 +119,8 @@ def warn(plan: Plan) -> None:
     towers = sum(row.reason == TOWERS for row in plan.rows)
     if towers:
         errors.print(f"{towers:,} layers are {TOWERS}", highlight=False, soft_wrap=True)
+    if plan.fit and (text := summary(plan.by_search, plan.fit)):
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
     for one in plan.caveats:
         errors.print(f"warning: {one}", highlight=False, markup=False, soft_wrap=True)
 

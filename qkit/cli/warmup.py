@@ -17,10 +17,11 @@ from qkit.qtensor import DType
 
 ROWS = (
     1,
-    2,
-    4,
+    16,
     32,
-)  #: counts of rows whose kernels differ: few are multiplied by codes, in powers of two; more decode them
+    64,
+    65,
+)  #: counts of rows whose kernels differ: up to 64 are multiplied by codes, in eights; more decode them
 
 
 def warmup(

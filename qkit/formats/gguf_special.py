@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qkit.formats.chat_template import unsupported
-from qkit.formats.gguf_pieces import Piece
+from qkit.formats.gguf_pieces import NORMAL, USER_DEFINED, Piece
 from qkit.intake import read_text
 from qkit.storage.read import inside
 
@@ -50,7 +50,7 @@ def special_ids(
     stops = dict.fromkeys(i for table in reversed(configs) for i in _ids(table, "eos") if i < len(pieces))
     more = [i for i in stops if i != ids.get("eos") and pieces[i].text not in ENDS]
     ids.update(zip(MORE_ENDS, more, strict=False))
-    notes = []
+    notes = _taken_for_ends(pieces)
     if len(more) > len(MORE_ENDS):
         rest = ", ".join(pieces[i].text for i in more[len(MORE_ENDS) :])
         notes.append(f"llama.cpp has eos and {len(MORE_ENDS)} more tokens that end an answer, and not {rest}")
@@ -85,6 +85,16 @@ def chat_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str,
         if found
     ]
     return templates, tuple(notes)
+
+
+def _taken_for_ends(pieces: Sequence[Piece]) -> list[str]:
+    """A note on ordinary tokens that llama.cpp makes control tokens as it loads any file, such as `</s>` in Qwen 2."""
+    found = sorted(piece.text for piece in pieces if piece.text in ENDS and piece.kind in (NORMAL, USER_DEFINED))
+    return [
+        f"{text}: llama.cpp takes these letters for one token that ends an answer, where special tokens are parsed; "
+        "the tokenizer takes them for text"
+        for text in found
+    ]
 
 
 def _ids(table: Mapping[str, Any], name: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qkit import native
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError
+from qkit.fitting.fits import Fit
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import pack
 from qkit.formats.row_blocks import part_rows
@@ -36,7 +37,7 @@ from qkit.streaming.blocks import (
     sees_whole_tensor,
 )
 from qkit.streaming.plan import Plan, Row
-from qkit.streaming.weights import Reader, name_of, weights_of
+from qkit.streaming.weights import Reader, Weight, name_of, weights_of
 
 COPY = 1 << 20  #: bytes of a block of a copied tensor
 Tick = Callable[[str, int], None]
@@ -68,9 +69,12 @@ def quantize_directory(
         rows = rows_of(plan, missing)
         tick("", sum(row.stored.slot.nbytes for row in rows_of(plan, output.layout.places.keys() - missing)))
         rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the largest first, so that all processes end together
-        in_numpy = engine.name == "numpy"
+        in_numpy = engine.name == "numpy" or plan.fit is not None  # the law fits on the host, whatever the engine
         work = partial(
-            _make, folder=output.aside, quantize=_quantize_here if in_numpy else partial(_quantize_on, engine)
+            _make,
+            folder=output.aside,
+            quantize=_quantize_here if in_numpy else partial(_quantize_on, engine),
+            fit=plan.fit,
         )
         places = output.layout.places
         tasks = ((row, {slot.name: places[slot.name] for slot in row.slots if slot.name in places}) for row in rows)
@@ -131,7 +135,9 @@ def _nbytes(task: Task) -> int:
     return task[0].stored.slot.nbytes
 
 
-def _make(tasks: Sequence[Task], *, folder: Path, quantize: Quantize) -> list[tuple[Slot, dict[str, str]]]:
+def _make(
+    tasks: Sequence[Task], *, folder: Path, quantize: Quantize, fit: Fit | None
+) -> list[tuple[Slot, dict[str, str]]]:
     """Writes the output of each row into the files of `folder`: the tensors that have places.
 
     Returns:
@@ -140,18 +146,20 @@ def _make(tasks: Sequence[Task], *, folder: Path, quantize: Quantize) -> list[tu
     fast_reference.keep_memory()
     writer = TensorWriter(folder, {name: place for _, places in tasks for name, place in places.items()})
     try:
-        return [(row.stored.slot, _make_row(row, places, writer, quantize)) for row, places in tasks]
+        return [(row.stored.slot, _make_row(row, places, writer, quantize, fit)) for row, places in tasks]
     finally:
         writer.close()
 
 
-def _make_row(row: Row, places: Mapping[str, Place], writer: TensorWriter, quantize: Quantize) -> dict[str, str]:
+def _make_row(
+    row: Row, places: Mapping[str, Place], writer: TensorWriter, quantize: Quantize, fit: Fit | None
+) -> dict[str, str]:
     reader = Reader(row.stored)
     try:
         if row.rule is None or row.rule.weight is None:
             _copy(row, writer, reader)
         else:
-            _quantize(row, row.rule.weight, places, writer, reader, quantize)
+            _quantize(row, row.rule.weight, places, writer, reader, quantize, fit)
         return {name: writer.digest(name) for name in places}
     finally:
         reader.close()
@@ -183,7 +191,13 @@ def _copy_values(stored: Encoded, name: str, writer: TensorWriter) -> None:
 
 
 def _quantize(
-    row: Row, grid: Grid, places: Mapping[str, Place], writer: TensorWriter, reader: Reader, quantize: Quantize
+    row: Row,
+    grid: Grid,
+    places: Mapping[str, Place],
+    writer: TensorWriter,
+    reader: Reader,
+    quantize: Quantize,
+    fit: Fit | None,
 ) -> None:
     assert row.rule is not None
     form = compressed_tensors.form_of(row.rule)
@@ -193,9 +207,12 @@ def _quantize(
         slots = [slot for slot in mine if slot.name in places]  # another part of the output may have the others
         if not slots:
             continue
-        extremes = weight.extremes(shared=grid.scale == "nvfp4") if sees_whole_tensor(grid) else None
-        for begin, w in weight.blocks():
-            parts = encode(w, grid, quantize=quantize, extremes=extremes, form=form)
+        blocks = (
+            _blocks(weight, grid, form, quantize)
+            if fit is None
+            else _fitted(weight, row.paths[number], grid, form, fit)
+        )
+        for begin, parts in blocks:
             parts |= compressed_tensors.server_tensors(row.rule)
             for slot in slots:
                 name = slot.name.rpartition(".")[2]
@@ -203,6 +220,25 @@ def _quantize(
                 first = part_rows(slot.shape, begin, shape=shape, bits=grid.element.bits)
                 if first is not None:
                     writer.write(slot.name, _bytes(part), offset=first * (slot.nbytes // slot.shape[0]))
+
+
+def _blocks(weight: Weight, grid: Grid, form: str, quantize: Quantize) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    """The stored parts of blocks of rows by the rule of `grid`, each with the number of its first row."""
+    extremes = weight.extremes(shared=grid.scale == "nvfp4") if sees_whole_tensor(grid) else None
+    for begin, w in weight.blocks():
+        yield begin, encode(w, grid, quantize=quantize, extremes=extremes, form=form)
+
+
+def _fitted(
+    weight: Weight, path: str, grid: Grid, form: str, fit: Fit
+) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    """As `_blocks`, with fitted codes."""
+    peak = max(map(abs, weight.extremes(shared=True))) if grid.scale == "nvfp4" else None
+    blocks = weight.blocks()
+    if grid.group == "tensor":  # one scale for all rows
+        blocks = iter([(0, np.concatenate([w.copy() for _, w in blocks]))])
+    for begin, w in blocks:
+        yield begin, compressed_tensors.store(pack(fit.quantize(w, grid, path=path, peak=peak, first=begin)), form)
 
 
 def _quantize_here(w: NDArray[Any], grid: Grid) -> Packed:

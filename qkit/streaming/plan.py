@@ -15,6 +15,7 @@ from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.experts import Member
+from qkit.fitting.fits import Fit, check_fit
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
 from qkit.formats.row_blocks import row_blocks
@@ -89,6 +90,8 @@ class Plan:
         left_behind: names of entries of the source that the output will not have.
         caveats: readers that will not open the output, or only in one way.
         notes: sentences about a source that another program quantized; see `Source.notes`.
+        fit: how codes are chosen; None: by the rule of their grid.
+        by_search: paths of layers that have no statistics, where others have.
     """
 
     folder: Path
@@ -99,6 +102,8 @@ class Plan:
     left_behind: tuple[str, ...]
     caveats: tuple[Caveat, ...] = ()
     notes: tuple[str, ...] = ()
+    fit: Fit | None = None
+    by_search: tuple[str, ...] = ()
 
     def output(self, folder: Path, *, fingerprint: str = "") -> Output:
         """The directory to write."""
@@ -125,13 +130,20 @@ class Plan:
 
 
 def make_plan(
-    folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, copy_code: bool = False, untie: bool = False
+    folder: Path,
+    recipe: Recipe,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    copy_code: bool = False,
+    untie: bool = False,
+    fit: Fit | None = None,
 ) -> Plan:
     """The plan of `recipe` for the model in `folder`. Reads headers and JSON, and no tensor.
 
     Args:
         copy_code: whether the output gets the Python files of the source too.
         untie: whether the output gets a weight for a tied output head, equal to the embedding.
+        fit: how codes are chosen; None: by the rule of their grid.
 
     Raises:
         ArtifactError: a file is unsound or hostile, or the model is quantized by qkit, or in a way that qkit does not read.
@@ -190,9 +202,12 @@ def make_plan(
     used = {one.file.name for one in stored.values()} | {INDEX, CONFIG, *files}
     tied = owner.path if owner else ""
     written = (slot for row in rows for slot in row.slots)
-    layout = lay_out(written, metadata={KEY: describe(rules)}, shard_bytes=shard_bytes)
+    by_search = check_fit(fit, [(row.rule, row.paths) for row in rows if row.rule], stored, folder)
+    text = describe(rules, fit=fit.describe() if fit else None)
+    layout = lay_out(written, metadata={KEY: text}, shard_bytes=shard_bytes)
     found_caveats = caveats(config, rules, tied=bool(tied), single_experts=single)
-    return Plan(folder, tuple(rows), tied, layout, files, left_behind(folder, used), found_caveats, source.notes)
+    behind = left_behind(folder, used)
+    return Plan(folder, tuple(rows), tied, layout, files, behind, found_caveats, source.notes, fit, by_search)
 
 
 def _layer(slot: Slot, config: Mapping[str, Any], names: Collection[str]) -> Layer | Member | str:

@@ -109,7 +109,7 @@ def test_the_description_is_whole(name, tmp_path):
     described = json.loads(metadata["qkit"])
     assert list(metadata) == ["qkit"]
     assert described["numerics"] == 1
-    assert described["rules"][0]["weight"] == {"element": "e2m1", "group": 32, "scale": "rceil"}
+    assert described["rules"][0]["weight"] == {"element": "e2m1", "group": 32, "scale": "even"}
     assert "model.layers.{0-1}.mlp.down_proj" in described["rules"][0]["patterns"]
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
 

@@ -150,6 +150,14 @@ def test_every_token_that_ends_an_answer_is_in_the_file_or_known_to_llama_cpp(tm
     assert any("and not *" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_an_ordinary_token_that_llama_cpp_takes_for_an_end_is_named(special, tmp_path):
+    made = by_bytes(SPLITS["qwen2"][0])
+    made.add_tokens([AddedToken("</s>", special=special)])
+    found = read_vocabulary(saved(tmp_path, made, eos_token="<|im_end|>"), {})
+    assert any(note.startswith("</s>: llama.cpp takes these letters") for note in found.notes) == (not special)
+
+
 @pytest.mark.parametrize(
     ("template", "lacking"),
     [

@@ -143,7 +143,7 @@ def test_embeddings_named_by_their_paths_still_open(tmp_path):
         ("int4-g32-minmax", ""),
         ("nvfp4-a16", ""),
         ("int4-g32-all", "vLLM: does not open a tied head of codes: --untie writes the head as a weight of its own"),
-        ("mxfp4-a16-all", "vLLM: opens no embedding on e2m1-g32-rceil, only symmetric integers"),
+        ("mxfp4-a16-all", "vLLM: opens no embedding on e2m1-g32-even, only symmetric integers"),
         ("mxfp4-a16", "vLLM: rounds inputs or not by the kind of the GPU, whatever the recipe says"),
         ("mxfp8", "vLLM: rounds inputs or not by the kind of the GPU, whatever the recipe says"),
         ("nvfp4", "vLLM: divides inputs by a tensor scale of 1, where qkit's follows each input"),

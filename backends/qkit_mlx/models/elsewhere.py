@@ -9,10 +9,11 @@ from qkit.reference.merged import Update
 from qkit_mlx.layers import latent, learned
 from qkit_mlx.layers.experts import parts, restore_experts
 from qkit_mlx.models import surgery
+from qkit_mlx.models.blocks import Watching
 from qkit_mlx.models.names import config_of
 
 
-class Elsewhere:
+class Elsewhere(Watching):
     """Models that other programs have opened or wrapped, or get back."""
 
     def restore_layer(self, module: Any) -> Any:

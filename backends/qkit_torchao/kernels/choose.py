@@ -125,38 +125,25 @@ def why_no_triton(device: torch.device) -> str:
     return ""
 
 
-def multiplies_few(x: Tensor, grid: Grid) -> bool:
-    """Whether `multiply_few` takes x [rows, inputs] for packed codes on `grid`."""
-    kernels = word_kernels(x.device)
-    return bool(kernels.multiplies(x)) and not why_not_few(grid, x.shape[-1])
+def multiplies(x: Tensor, grid: Grid) -> bool:
+    """Whether `multiply` takes x [rows, inputs] for packed codes on `grid`."""
+    return bool(word_kernels(x.device).multiplies(x)) and not why_not_few(grid, x.shape[-1], x.device)
 
 
 def multiplies_experts(x: Tensor, grid: Grid) -> bool:
-    """Whether `multiply_few` takes x [rows, inputs], each row with the codes of an expert of its own.
+    """Whether `multiply` takes x [rows, inputs], each row with the codes of an expert of its own.
 
     Only on a GPU: on a CPU decoded experts give prepared and converted models the same bits.
     """
-    if why_not_packed(x.device) or not hasattr(word_kernels(x.device), "takes_some"):
+    if why_not_packed(x.device) or not hasattr(word_kernels(x.device), "codes_product"):
         return False
     small = grid.has_tensor_scale and x.dtype == torch.float16  # whose tensor scale may leave the range of float16
-    return grid.group != "tensor" and not grid.read and not small and not why_not_few(grid, x.shape[-1])
+    return grid.group != "tensor" and not grid.read and not small and not why_not_few(grid, x.shape[-1], x.device)
 
 
-def multiply_few(x: Tensor, *parts: Any, **more: Any) -> Tensor:
+def multiply(x: Tensor, *parts: Any, **more: Any) -> Tensor:
     """See `cuda_words.multiply`."""
     y: Tensor = word_kernels(x.device).multiply(x, *parts, **more)
-    return y
-
-
-def multiplies_some(x: Tensor, grid: Grid) -> bool:
-    """Whether `multiply_some` takes x [rows, inputs] for packed codes on `grid`: on a GPU, or where tests stand in for one."""
-    kernels = word_kernels(x.device)
-    return hasattr(kernels, "takes_some") and bool(kernels.takes_some(x, grid))
-
-
-def multiply_some(x: Tensor, *parts: Any) -> Tensor:
-    """See `cuda_words.multiply_some`."""
-    y: Tensor = word_kernels(x.device).multiply_some(x, *parts)
     return y
 
 
@@ -166,13 +153,14 @@ def values(codes: Tensor, *parts: Any, **more: Any) -> Tensor:
     return decoded
 
 
-def why_not_few(grid: Grid, inputs: int) -> str:
-    """Why few rows are not multiplied by packed codes; empty where they are."""
+def why_not_few(grid: Grid, inputs: int, device: torch.device) -> str:
+    """Why few rows are not multiplied by packed codes on `device`; empty where they are."""
     if inputs % 2:
         return f"inputs are read in pairs, and there are {inputs}"
     if not words.has_one_scale(grid, inputs):
         return f"groups of {grid.group} are no multiples of {words.unit(grid, inputs)}"
-    return ""
+    why_not: str = word_kernels(device).why_not_multiplies()
+    return why_not
 
 
 def word_kernels(device: torch.device) -> ModuleType:
@@ -205,6 +193,16 @@ def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
     from qkit_torchao.kernels import cuda_words
 
     return cuda_words.codes_product(x, codes, zeros)
+
+
+def scaled(product: Tensor, steps: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A product [rows, outputs] of codes times the steps of its rows and the scales of its outputs, plus bias, as `dtype`."""
+    if product.is_cuda and product.numel() and not torch.compiler.is_compiling() and _compiles(product.device):
+        from qkit_torchao.kernels import cuda_words
+
+        return cuda_words.scaled(product, steps, scales, bias, dtype)
+    y = product.to(torch.float32) * steps * scales.reshape(1, -1)
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def compute_values(

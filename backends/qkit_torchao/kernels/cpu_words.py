@@ -17,6 +17,11 @@ from qkit_torchao.arithmetic import rounding, words
 FEW = 1  #: the most rows that are multiplied without decoding: more have the bits of prepared layers
 
 
+def why_not_multiplies() -> str:
+    """Empty: what was built has the products."""
+    return ""
+
+
 def multiplies(x: Tensor) -> bool:
     """Whether `multiply` takes x [rows, inputs]."""
     return 0 < len(x) <= FEW and x.dtype in rounding.DTYPE.values() and not is_exact()

@@ -1,6 +1,6 @@
 """Launches of the kernels over packed codes, see `arithmetic.words`: products with few rows, values, packing. On CUDA.
 
-Rows of x are float32, bfloat16 or float16. Sums are in float32, of the exact values of the codes; the output is rounded once.
+Rows of x are float32, bfloat16 or float16. Sums are in float32; the output is rounded once.
 """
 
 from functools import cache
@@ -12,18 +12,22 @@ from torch import Tensor
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
-from qkit_torchao.kernels import triton_tiles, triton_unpack, triton_words
+from qkit_torchao.kernels import nvrtc, triton_tiles, triton_unpack, triton_words
 from qkit_torchao.kernels.cuda import INTERPRETED, device_of
 from qkit_torchao.kernels.launches import Kernel
 
-FEW = 4  #: the most rows that are multiplied without decoding: more pay for the values of the weight
-SOME = 16  #: the most that tensor cores multiply by codes: more pay for decoding once
-OUTER, STEP, WARPS = 32, 16, 2  #: of that product: outputs and words of a program, and its warps
-PROGRAMS = 264  #: that fill a GPU of two programs on each of 132 processors
+FEW = 4  #: the most rows of codes that are multiplied by codes: torch's products take more
+MOST = 64  #: the most rows that are multiplied without decoding: more pay for the values of the weight
+EIGHT = 8  #: rows that an instruction of tensor cores takes, and the most of float32
+ACROSS = 1024  #: outputs of a row that a program scales
 TILE = 1024  #: pairs of columns of a row that a program decodes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
-MANY = 2048  #: outputs that fill a GPU in blocks of four
+Constants = tuple[tuple[str, int], ...]
+#: By number, as `products.cu` has them: types of x, elements, and scales.
+KINDS_OF_X = (torch.bfloat16, torch.float16, torch.float32)
+ELEMENTS = ("integer", "e2m1", "e4m3", "e5m2")
+KINDS = (torch.bfloat16, "e8m0", "e4m3", torch.float32, torch.float16)
 
 
 @cache
@@ -46,9 +50,14 @@ def geometry(grid: Grid, inputs: int) -> dict[str, Any]:
     }
 
 
+def why_not_multiplies() -> str:
+    """Why `multiply` cannot be compiled, and the way out; empty where it can."""
+    return nvrtc.why_not()
+
+
 def multiplies(x: Tensor) -> bool:
     """Whether `multiply` takes x [rows, inputs]."""
-    return 0 < len(x) <= FEW
+    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not why_not_multiplies()
 
 
 def multiply(
@@ -57,81 +66,90 @@ def multiply(
 ) -> Tensor:  # fmt: skip
     """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `choose.why_not_few` accepts.
 
+    Rows of 16 bits are multiplied on tensor cores by values that are rounded to their type, as `values` rounds them; those of
+    float32 by exact ones.
+
     Args:
         codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
-        bias: [outputs].
+        bias: [outputs], of the type of x.
         experts: integers [rows]: then codes are [experts, outputs, words], as are scales, zeros and biases, and row r is
             multiplied by those of `experts[r]`. That is the grouped product of a mixture of experts for few tokens: repeat a
             token for each of its experts. For many tokens of an expert, see `values` of `codes[expert]`.
     """
-    count, inputs = x.shape
-    outputs = codes.shape[-2]
-    rows = 1 if experts is not None else min(FEW, 1 << (count - 1).bit_length())
+    (count, inputs), outputs, stride = x.shape, codes.shape[-2], codes.shape[-1]
     out = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
-    constants = geometry(grid, inputs)
-    outer, across, warps = (2, 512, 4) if outputs <= MANY else (4, 256, 2)
-    if constants["LOW"]:
-        across, warps = 128, 1  # so that rows of the narrow plane fill a tile
-    kind = str(x.dtype).rpartition(".")[2]
+    if experts is not None:
+        experts = experts.to(torch.int64)
     x = x.contiguous()
-    pairs = x if x.dtype == torch.float32 else x.view(torch.int32)
-    tensors = pairs, codes, scales, zeros, power, bias, out, experts
-    key = ("multiply", grid, x.dtype, outputs, inputs, rows, x.device, _kinds(tensors))
-    blocks = -(-outputs // outer)
+    aligned = x.data_ptr() % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
+    one = experts is not None or x.dtype == torch.float32  # eight rows at a time
+    eights = 1 if one else 1 << max(0, (count - 1) // EIGHT).bit_length()
+    constants, numbers, shared = product_geometry(
+        grid, inputs, outputs, stride, eights, aligned, processors_of(x.device)
+    )
+    scaled = KINDS.index(geometry(grid, inputs)["SCALES"] if scales.dtype == torch.uint8 else scales.dtype)
+    rows = count if experts is not None else -(-count // (EIGHT * eights))
+    first = ("XS", KINDS_OF_X.index(x.dtype)), ("SCALES", scaled), ("ZEROS", zeros is not None)
     with device_of(x):
-        _multiply(
-            key, blocks * -(-count // rows),
-            (*tensors, outputs, count, triton_words.MAGIC, inputs, rows, kind, *list(constants.values())[1:], outer, across,
-             INTERPRETED),
-            warps=warps,
+        if eights > 1:
+            x = _arranged(x, (*first, *constants), shared, numbers[0], rows)
+        tensors = x, codes, scales, zeros, power, bias, out, experts
+        addresses = [0 if one is None else one.data_ptr() for one in tensors]
+        more = int(power is not None and power.numel() > 1)
+        PRODUCT(
+            (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
+            (*addresses, outputs, inputs, count, *numbers, more),
         )  # fmt: skip
     return out
 
 
-def takes_some(x: Tensor, grid: Grid) -> bool:
-    """Whether `multiply_some` takes x [rows, inputs]."""
-    inputs = x.shape[-1]
-    size = words.unit(grid, inputs)
-    enough = inputs * words.PLANES[grid.element.bits][0] >= 32 * 16  # words of a row that a product needs
-    return (
-        x.dtype in SHORT and 0 < len(x) <= SOME and inputs % size == 0 and enough and words.has_one_scale(grid, inputs)
+def _arranged(x: Tensor, constants: Constants, shared: dict[str, int], across: int, rows: int) -> Tensor:
+    """x in the order in which lanes read it; `across` is the number of words of a row, and `rows` that of programs."""
+    count, inputs = x.shape
+    known = dict(constants)
+    whole = rows * -(-across // 16) * known["EIGHTS"] * 32  # lanes, each with registers for the pairs of four words
+    out = torch.empty(whole * 8 * (16 // known["HIGH"]), dtype=x.dtype, device=x.device)
+    programs = -(-whole // shared["threads"])
+    ARRANGEMENT(
+        constants, (programs, 1), shared["threads"], (x.data_ptr(), out.data_ptr(), inputs, count, across, whole)
     )
+    return out
 
 
-def multiply_some(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    power: Tensor | None,
-    bias: Tensor | None,
-    grid: Grid,
-) -> Tensor:
-    """As `multiply`, on tensor cores: values are rounded to the type of x, as `values` rounds them. For `takes_some`."""
-    (count, inputs), outputs = x.shape, codes.shape[0]
-    constants = geometry(grid, inputs)
-    units, size, high = constants["UNITS"], constants["UNIT"], constants["HIGH"]
-    across = units * size * high // 32
-    x = x.reshape(count, units, 16 // high, -1, 2).permute(0, 2, 4, 1, 3).contiguous()  # in the order of codes in words
-    blocks = -(-outputs // OUTER)
-    split = max(1, min(PROGRAMS // blocks, across // 64))
-    steps = -(-across // split // STEP)
-    split = -(-across // (steps * STEP))
-    kind = x.dtype if split == 1 else torch.float32
-    out = torch.empty(split, count, outputs, dtype=kind, device=x.device)
-    tensors = x, codes, scales, zeros, power, bias if split == 1 else None, out
-    key = ("product", grid, x.dtype, outputs, inputs, split, x.device, _kinds(tensors))
-    with device_of(x):
-        _product(
-            key, blocks * split,
-            (*tensors, outputs, count, triton_words.MAGIC, *constants.values(), SOME, OUTER, STEP, split, steps,
-             INTERPRETED),
-            warps=WARPS,
-        )  # fmt: skip
-    if split == 1:
-        return out[0]
-    total = out.sum(dim=0)
-    return (total if bias is None else total + bias).to(x.dtype)
+@cache
+def product_geometry(
+    grid: Grid, inputs: int, outputs: int, stride: int, eights: int, aligned: bool, processors: int
+) -> tuple[Constants, tuple[int, int, int], dict[str, int]]:
+    """The constants of `products.cu` that follow from a weight; its last numbers; outputs and threads of a program."""
+    known = geometry(grid, inputs)
+    unit, high = known["UNIT"], known["HIGH"]
+    across = known["UNITS"] * unit * high // 32
+    safe = not aligned or inputs % unit != 0 or across % 4 != 0 or stride % 4 != 0
+    tiles = 1 if eights < 4 else 2
+    constants = {
+        "HIGH": high, "LOW": known["LOW"], "ELEMENT": ELEMENTS.index(known["ELEMENT"]), "UNIT": unit,
+        "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": eights, "TILES": tiles,
+        "WARPS": _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors),
+        "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
+    }  # fmt: skip
+    shared = {"outputs": 16 * tiles, "threads": 32 * constants["WARPS"]}
+    return tuple(constants.items()), (across, stride, known["GROUPS"]), shared
+
+
+def _warps(blocks: int, programs: int, eights: int, processors: int) -> int:
+    """Warps of each of `programs`, for rows of so many blocks of words. Those that were fastest on an H200."""
+    if eights == 1 and programs > 2 * processors:
+        return 4 if blocks >= 32 else 2  # a warp has some eight blocks
+    if eights == 1:
+        return 16 if blocks >= 64 or (blocks >= 32 and programs < processors) else 8
+    most, resident = (8, 28) if eights == 2 else (32 // eights, 8)
+    return next((n for n in (8, 4) if n <= most and programs * n <= processors * resident and n <= blocks), 2)
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def values(
@@ -207,10 +225,25 @@ def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
     return out
 
 
+def scaled(product: Tensor, steps: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """product [rows, outputs] * steps [rows, 1] * scales [outputs or 1] + bias, in float32 and in that order, as `dtype`."""
+    rows, outputs = product.shape
+    out = torch.empty(rows, outputs, dtype=dtype, device=product.device)
+    tensors = product.contiguous(), steps.contiguous(), scales.contiguous(), bias, out
+    key = ("scaled", scales.numel() == 1, product.device, _kinds(tensors))
+    with device_of(product):
+        _scaled(
+            key, rows * -(-outputs // ACROSS), (*tensors, outputs, scales.numel() == 1, ACROSS, INTERPRETED), warps=4
+        )  # fmt: skip
+    return out
+
+
 def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     """All of tensors that a compiled kernel depends on: types, and alignments."""
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-_multiply, _codes = Kernel(triton_words.matvec), Kernel(triton_words.codes_product)
-_values, _decode, _product = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode), Kernel(triton_tiles.product)
+PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7)
+ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
+_codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)
+_values, _decode = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode)

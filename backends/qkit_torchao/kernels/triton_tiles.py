@@ -67,47 +67,6 @@ def two(
     return (low & 0xFFFF) | (high << 16)
 
 
-@triton.jit(do_not_specialize=["count", "magic"])
-def product(
-    x, codes, scales, zeros, power, bias, out, outputs, count, magic, INPUTS: tl.constexpr, ELEMENT: tl.constexpr,
-    HIGH: tl.constexpr, LOW: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    SCALES: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """x [count, 32 / HIGH, words] times codes [outputs, words] -> out [SPLIT, count, outputs], on tensor cores.
-
-    Values are rounded to the type of x first, as `decode` rounds them. Row r of x has its inputs in the order of codes in words:
-    first those of code 0 of every word. Program (b, j) takes `BN` outputs and the words from `STEPS BW` j on.
-    """
-    WORDS: tl.constexpr = UNIT * HIGH // 32
-    blocks = tl.cdiv(outputs, BN)
-    n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)[:, None]
-    rest = tl.program_id(0) // blocks
-    begin = rest % SPLIT * (STEPS * BW)
-    row = rest // SPLIT * ROWS + tl.arange(0, ROWS)[None, :]
-    x += row.to(tl.int64) * INPUTS
-    total = tl.zeros([BN, ROWS], tl.float32)
-    for step in range(0, STEPS * BW, BW):
-        t = begin + step + tl.arange(0, BW)
-        across = t[None, :]
-        known = (n < outputs) & (across < UNITS * WORDS)
-        words, more, s, z = tile(
-            codes, scales, zeros, power, n, across, known, HIGH, LOW, UNIT, UNITS, GROUP, GROUPS, SCALES
-        )
-        there = (t[:, None] < UNITS * WORDS) & (row < count)
-        for i in tl.static_range(32 // HIGH):
-            a = tl.load(x + i * (UNITS * WORDS) + t[:, None], mask=there, other=0.0)
-            v = short(words, more, s, z, i, magic, ELEMENT, HIGH, LOW, zeros is None, x.dtype.element_ty, INTERPRETED)
-            if INTERPRETED:  # it multiplies the bits of bfloat16 as integers
-                v, a = v.to(tl.float32), a.to(tl.float32)
-            total = tl.dot(v, a, total)
-    n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)[:, None]
-    if bias is not None:
-        total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
-    where = out + (rest % SPLIT * count + row).to(tl.int64) * outputs + n
-    tl.store(where, narrow(total, out.dtype.element_ty, INTERPRETED), mask=(n < outputs) & (row < count))
-
-
 @triton.jit
 def tile(
     codes, scales, zeros, power, n, t, known, HIGH: tl.constexpr, LOW: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,

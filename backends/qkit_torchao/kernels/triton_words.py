@@ -1,4 +1,4 @@
-"""Device code that multiplies codes in the layout `words`, see `arithmetic.words`; `cuda_words` calls it.
+"""Device code that reads codes in the layout `words`, see `arithmetic.words`, and multiplies those of two sides.
 
 An integer is put into the mantissa of 2^23, so that a subtraction makes a float of it. A small float is put into a float16, whose
 exponents have another bias. Sums are in float32.
@@ -11,88 +11,6 @@ from qkit_torchao.kernels.triton_arithmetic import narrow
 
 MAGIC = 0x4B000000  #: 2^23 as float32; an argument, since a compiler that knows it takes two operations for one
 SIGNS = tl.constexpr(0x80008000 - (1 << 32))  #: of two float16 in a word
-
-
-@triton.jit(do_not_specialize=["count", "magic"])
-def matvec(
-    x, codes, scales, zeros, power, bias, out, experts, outputs, count, magic, INPUTS: tl.constexpr,
-    ROWS: tl.constexpr, XS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, UNIT: tl.constexpr,
-    UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr,
-    BW: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """x [count, INPUTS] times codes [outputs, words] -> out [count, outputs]; with `experts`, row r by the codes of its expert.
-
-    `x`: 16-bit floats are read in pairs, as int32; `XS` is their type. `HIGH`, `LOW`: the widths of the planes, `LOW` 0 where
-    there is one. `GROUP`: columns of a group, which are whole units; `GROUPS`: groups of a row. `SCALES`: how they are stored.
-    A program takes `BN` outputs, and `BW` words of a plane of each at once.
-    """
-    blocks = tl.cdiv(outputs, BN)
-    n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
-    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    first = n.to(tl.int64)
-    if experts is not None:
-        first += tl.load(experts + tl.program_id(0) // blocks).to(tl.int64) * outputs
-    x += row[:, None, None].to(tl.int64) * (INPUTS // pairs(XS))
-    rows = row[:, None, None] < count
-    tensor = 1.0
-    if power is not None:
-        tensor = tl.load(power)
-    codes += first[None, :, None] * (UNITS * UNIT * (HIGH + LOW) // 32)
-    inside = n < outputs
-    scales += first[:, None] * GROUPS
-    if zeros is not None:
-        zeros += first[:, None] * GROUPS
-    total = plane(
-        x, codes, scales, zeros if LOW == 0 else None, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, HIGH,
-        zeros is None, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * HIGH // 32),
-    )  # fmt: skip
-    if LOW > 0:  # a pass for each plane: one for both took half as long again on an H200
-        total = total * (1 << LOW) + plane(
-            x, codes + UNITS * UNIT * HIGH // 32, scales, zeros, tensor, magic, inside, rows, ROWS, INPUTS, XS, ELEMENT, LOW,
-            False, UNIT, UNITS, GROUP, SCALES, BN, BW // (UNIT * LOW // 32),
-        )  # fmt: skip
-    if bias is not None:
-        total += tl.load(bias + first, mask=inside, other=0.0).to(tl.float32)[None, :]
-    where = out + row[:, None].to(tl.int64) * outputs + n[None, :]
-    known = inside[None, :] & (row[:, None] < count)
-    tl.store(where, narrow(total, out.dtype.element_ty, INTERPRETED), mask=known)
-
-
-@triton.jit
-def plane(
-    x, codes, scales, zeros, tensor, magic, inside, rows, ROWS: tl.constexpr, INPUTS: tl.constexpr, XS: tl.constexpr,
-    ELEMENT: tl.constexpr, BITS: tl.constexpr, CENTERED: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
-    GROUP: tl.constexpr, SCALES: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
-):  # fmt: skip
-    """The sums [ROWS, BN] of one plane of `BITS`. `CENTERED`: whether its codes are less by half of their count."""
-    WORDS: tl.constexpr = UNIT * BITS // 32
-    t = tl.arange(0, BU * WORDS)[None, None, :]
-    sums = tl.zeros([ROWS, BN, BU * WORDS], tl.float32)
-    for begin in range(0, UNITS, BU):
-        there = begin + t // WORDS < UNITS
-        words = tl.load(
-            codes + (begin + t // WORDS) * WORDS + t % WORDS,
-            mask=inside[None, :, None] & there,
-            other=0,
-            eviction_policy="evict_first",
-        )
-        u = begin + tl.arange(0, BU)[None, :]
-        g, known = u * UNIT // GROUP, inside[:, None] & (u < UNITS)
-        s = each(scale(scales + g, known, tensor, SCALES), BN, BU, WORDS)
-        part = tl.zeros([ROWS, BN, BU * WORDS], tl.float32)
-        whole = tl.zeros([ROWS, 1, BU * WORDS], tl.float32)
-        for k in tl.static_range(16 // BITS):
-            column = (begin + t // WORDS) * (UNIT // 2) + k * WORDS + t % WORDS
-            even, odd = pair(x, column, there & (column < INPUTS // 2) & rows, XS)
-            part += number(words, 0, 2 * k, magic, ELEMENT, BITS, 0, CENTERED) * (even * place(2 * k, ELEMENT, BITS, 0))
-            part += number(words, 0, 2 * k + 1, magic, ELEMENT, BITS, 0, CENTERED) * (
-                odd * place(2 * k + 1, ELEMENT, BITS, 0)
-            )
-            whole += even + odd
-        if zeros is not None:
-            part -= each(tl.load(zeros + g, mask=known, other=0).to(tl.float32), BN, BU, WORDS) * whole
-        sums += part * s
-    return tl.sum(sums, axis=2) * bias_of(ELEMENT)
 
 
 @triton.jit
@@ -108,18 +26,6 @@ def low_words(
     return more
 
 
-@triton.jit
-def each(s, BN: tl.constexpr, BU: tl.constexpr, WORDS: tl.constexpr):
-    """[BN, BU], one for each unit -> [1, BN, words]."""
-    return tl.reshape(tl.broadcast_to(s[:, :, None], (BN, BU, WORDS)), (1, BN, BU * WORDS))
-
-
-@triton.constexpr_function
-def pairs(XS):
-    """How many elements of an input are read as one."""
-    return 1 if XS == "float32" else 2
-
-
 @triton.constexpr_function
 def place(i, ELEMENT, HIGH, LOW):
     """The factor of code `i` of a word that `number` leaves out."""
@@ -130,22 +36,6 @@ def place(i, ELEMENT, HIGH, LOW):
 def bias_of(ELEMENT):
     """The factor of all codes that `number` leaves out: the difference of the biases of two exponents."""
     return {"e2m1": 2.0**14, "e4m3": 2.0**8}.get(ELEMENT, 1.0)
-
-
-@triton.jit
-def pair(x, k, there, XS: tl.constexpr):
-    """Inputs number 2k and 2k + 1, as float32."""
-    if XS == "float32":
-        even = tl.load(x + 2 * k, mask=there, other=0.0)
-        odd = tl.load(x + 2 * k + 1, mask=there, other=0.0)
-    else:
-        both = tl.load(x + k, mask=there, other=0)
-        if XS == "bfloat16":
-            even = (both << 16).to(tl.float32, bitcast=True)
-            odd = (both & -65536).to(tl.float32, bitcast=True)
-        else:
-            even, odd = half(both, 0), half(both, 1)
-    return even, odd
 
 
 @triton.jit
@@ -247,3 +137,22 @@ def codes_product(
 def byte(words, i: tl.constexpr):
     """The e4m3 number `i` of words as float32, but for the factor 2^-8."""
     return half(small(words << (8 - i % 2 * 8), "e4m3"), i // 2)
+
+
+@triton.jit(do_not_specialize=["outputs"])
+def scaled(
+    product, steps, scales, bias, out, outputs, ONE: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """out = product * steps * scales + bias, in float32, rounded once: [rows, outputs], in parts of rows of `WIDTH` outputs.
+
+    `ONE`: whether one scale serves all outputs.
+    """
+    across = tl.cdiv(outputs, WIDTH)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    n = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
+    there = n < outputs
+    y = tl.load(product + row * outputs + n, mask=there, other=0).to(tl.float32) * tl.load(steps + row)
+    y *= tl.load(scales) if ONE else tl.load(scales + n, mask=there, other=0.0)
+    if bias is not None:
+        y += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * outputs + n, narrow(y, out.dtype.element_ty, INTERPRETED), mask=there)

@@ -84,12 +84,12 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
 def _packed(grid: Grid, inputs: int, device: torch.device) -> Execution:
     """Codes without gaps, for kernels of ours."""
     on_cpu = device.type == "cpu"
-    if why_not := choose.why_not_few(grid, inputs):
+    if why_not := choose.why_not_few(grid, inputs, device):
         kernel, then = ("a C kernel", "torch's product") if on_cpu else ("a Triton kernel", "cuBLAS")
         return Execution(
             False, f"by one pass of {kernel} over packed codes, then {then}; {why_not}", "words", multiply=_words
         )
-    text = "Triton kernels on packed codes: products of few rows; for more, one pass decodes for cuBLAS"
+    text = "CUDA kernels on packed codes: products of up to 64 rows; for more, one pass decodes for cuBLAS"
     if on_cpu:
         text = "C kernels on packed codes: products of one token; for more, and in qkit.exact(), one pass decodes for torch"
     return Execution(True, text, "words", multiply=_words)
@@ -128,12 +128,14 @@ def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tupl
 
 def _int8(layer: Any, x: Tensor) -> Tensor:
     codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
-    return products.finish(products.int8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+    y = products.int8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _float8(layer: Any, x: Tensor) -> Tensor:
     codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
-    return products.finish(products.float8(codes, steps, layer.weight.qdata, layer.weight.scale), x, layer.bias)
+    y = products.float8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _words(layer: Any, x: Tensor) -> Tensor:

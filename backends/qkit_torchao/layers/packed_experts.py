@@ -80,7 +80,7 @@ class PackedExperts(Experts):
         for name in stack.projections:
             parts = self.stored(name)
             power = parts.get("tensor_scale")
-            y = choose.multiply_few(
+            y = choose.multiply(
                 x, parts["codes"], parts["scales"], parts.get("zeros"), None, None, self.grid, experts=experts
             )
             made.append(y if power is None else y * power[experts, None].to(y.dtype))

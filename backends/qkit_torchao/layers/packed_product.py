@@ -40,10 +40,8 @@ def _packed(
     grid: str,
 ) -> Tensor:
     rows, on = x.reshape(-1, x.shape[-1]), named(grid)
-    if choose.multiplies_few(rows, on):
-        y = choose.multiply_few(rows, codes, scales, zeros, power, bias, on)
-    elif choose.multiplies_some(rows, on):
-        y = choose.multiply_some(rows, codes, scales, zeros, power, bias, on)
+    if choose.multiplies(rows, on):
+        y = choose.multiply(rows, codes, scales, zeros, power, bias, on)
     else:
         y = F.linear(rows, choose.values(codes, scales, zeros, power, on, inputs=x.shape[-1], dtype=x.dtype), bias)
     return y.reshape(*x.shape[:-1], codes.shape[0])

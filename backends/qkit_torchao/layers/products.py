@@ -57,36 +57,43 @@ def quantized(
     return q, steps.copy_(rounding.scale_values(q) + poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32)))
 
 
-def int8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """fp32 [rows, outputs]: the codes' product in int32, which is exact, times both scales.
+def int8(
+    x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[rows, outputs]: the codes' product in int32, which is exact, times both scales, plus the bias; rounded once to `dtype`.
 
     Args:
         x: rows of integer codes [rows, inputs], of any integer grid.
         steps: their steps [rows, 1].
         weight: int8 codes [outputs, inputs] of a symmetric grid.
         scale: their fp32 scales [outputs or 1, 1].
+        bias: [outputs].
     """
     codes = x.codes if x.zeros is None else shift(x.codes, x.grid.element)
     if choose.multiplies_codes(codes):
         zeros = None if x.zeros is None else shift(x.zeros, x.grid.element).reshape(-1).expand(len(codes)).contiguous()
         few: Tensor = torch.ops.qkit.codes_product(codes, weight, zeros)
-        return few.to(torch.float32) * steps * scale.reshape(1, -1)
+        return choose.scaled(few, steps, scale, bias, dtype)
     padded = F.pad(codes, (0, 0, 0, max(0, INT8_ROWS - len(codes))))
     product = int_product(padded, weight.T)[: len(codes)]
     if x.zeros is not None:
         zero = shift(x.zeros, x.grid.element).reshape(-1, 1).to(torch.int32)
         product = product - zero * weight.sum(dim=1, dtype=torch.int32)
-    return product.to(torch.float32) * steps * scale.reshape(1, -1)
+    return choose.scaled(product, steps, scale, bias, dtype)
 
 
-def float8(x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """bfloat16 [rows, outputs], on the tensor cores; as `int8`, for e4m3 codes. `weight` is float8_e4m3fn."""
+def float8(
+    x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """As `int8`, for e4m3 codes, on the tensor cores: rounded to bfloat16 before the bias. `weight` is float8_e4m3fn."""
     if choose.multiplies_codes(x.codes):
         few: Tensor = torch.ops.qkit.codes_product(x.codes, weight.view(torch.uint8), None)
-        return (few * steps * scale.reshape(1, -1)).to(torch.bfloat16)
-    codes = x.codes.view(torch.float8_e4m3fn)
-    by_columns = scale.reshape(1, -1).expand(1, len(weight)).contiguous()
-    return float8_product(codes, weight.T, steps, by_columns, fast=FAST)
+        y = choose.scaled(few, steps, scale, None, torch.bfloat16)
+    else:
+        codes = x.codes.view(torch.float8_e4m3fn)
+        by_columns = scale.reshape(1, -1).expand(1, len(weight)).contiguous()
+        y = float8_product(codes, weight.T, steps, by_columns, fast=FAST)
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def _codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
@@ -104,12 +111,6 @@ def _codes_product_fake(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tenso
 
 
 torch.library.register_fake("qkit::codes_product", _codes_product_fake, lib=_library)
-
-
-def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`product` with the bias, typed and shaped like `x`."""
-    y = product if bias is None else product + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], product.shape[-1])
 
 
 def _quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | None = None) -> QTensor[Tensor]:
@@ -168,8 +169,10 @@ def _product(
     values = torch.empty_like(x, memory_format=torch.contiguous_format)
     q, steps = quantized(x, named(on_x), scales=scales, zeros=zeros, values=values)
     if codes.grid.element.kind == "integer":
-        return finish(int8(q, steps, codes.codes, factors), x, bias), values
-    return finish(float8(q, steps, codes.codes.view(torch.float8_e4m3fn), factors), x, bias), values
+        y = int8(q, steps, codes.codes, factors, bias, x.dtype)
+    else:
+        y = float8(q, steps, codes.codes.view(torch.float8_e4m3fn), factors, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], len(weight)), values
 
 
 @_product.register_fake

@@ -10,9 +10,10 @@ from qkit_torchao.layers import learned
 from qkit_torchao.layers.learned_experts import restore_experts
 from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.models import wrappers
+from qkit_torchao.models.blocks import Watching
 
 
-class Elsewhere:
+class Elsewhere(Watching):
     """Models that other programs have opened or wrapped, or get back."""
 
     def save_as_artifact(self, model: nn.Module) -> nn.Module:

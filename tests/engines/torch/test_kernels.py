@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the torch extra is not installed")
+
+import products_on_host
+
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 
 SCRIPT = Path(__file__).parents[2] / "interpreted.py"
@@ -27,11 +30,13 @@ def test_kernels_are_the_reference_bit_for_bit(dtype):
     assert [line for line in lines if not line.endswith(" exact")] == []
 
 
-def test_kernels_on_packed_codes_multiply_what_decodes_bit_for_bit():
+@pytest.mark.skipif(products_on_host.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 40), ("float16", 10), ("float32", 10)])
+def test_kernels_on_packed_codes_multiply_what_decodes_bit_for_bit(dtype, least):
     script = SCRIPT.with_name("interpreted_words.py")
-    done = subprocess.run([sys.executable, str(script), "bfloat16"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, str(script), dtype], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) > 40
+    assert len(lines) > least
     assert [line for line in lines if not line.endswith((" near", " exact"))] == []
 
 

@@ -1,0 +1,239 @@
+"""Runs the blocks of a language model one after another, and sums the second moments of the inputs of their layers."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from qkit.engines.blocks import Hidden, Seen
+from qkit.errors import BackendError
+from qkit.grid import Grid
+from qkit_mlx.layers import straight_through
+from qkit_mlx.models import surgery
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+LAYERS = "layers"  #: mlx-lm's name for the blocks, of the model and inside it
+
+
+class _Entered(Exception):
+    """The first block was reached: nothing behind it has to run."""
+
+
+class Watching:
+    """The verb of `qkit.engines.blocks.Watches`."""
+
+    def blocks(self, model: nn.Module, *, length: int) -> "MlxBlocks":
+        """See `Watches.blocks`."""
+        return MlxBlocks(model, length=length, round_to=straight_through.fake_quantize)
+
+
+class MlxBlocks:
+    """See `qkit.engines.blocks.Blocks`. Everything that blocks take besides states is recorded once, from two rows of tokens."""
+
+    def __init__(self, model: nn.Module, *, length: int, round_to: Callable[[mx.array, Grid], mx.array]) -> None:
+        path, self._blocks = _list_of_blocks(model)
+        self.paths = tuple(f"{path}.{number}" for number in range(len(self._blocks)))
+        self._model, self._round_to = model, round_to
+        first, second = (self._record(mx.full((1, length), token)) for token in (0, 1))
+        for mine, other, where in zip(first, second, self.paths, strict=True):
+            if not _same(mine, other):
+                raise BackendError(
+                    f"{where} takes more than states from the tokens: qkit cannot run it by itself; fit by search"
+                )
+        self._calls = first
+
+    def enter(self, tokens: NDArray[np.int32]) -> Hidden:
+        """See `Blocks.enter`."""
+        found: list[mx.array] = []
+
+        def stop(_: int, states: mx.array, *rest: Any, **given: Any) -> mx.array:
+            found.append(states)
+            raise _Entered
+
+        with suppress(_Entered):
+            self._run_model(mx.array(tokens), stop)
+        return _to_numpy(found[0])
+
+    def run(
+        self,
+        number: int,
+        states: Iterable[Hidden],
+        watched: Mapping[str, Grid | None],
+        *,
+        put: Callable[[Hidden], None],
+    ) -> dict[str, Seen]:
+        """See `Blocks.run`."""
+        block, (rest, given) = self._blocks[number], self._calls[number]
+        dtype = _dtype(block)
+        sums = _Sums(self._round_to)
+        with self._watching({path: partial(sums.see, path, grid) for path, grid in watched.items()}):
+            for one in states:
+                sums.forget()
+                out = block(mx.array(np.array(one)).astype(dtype), *rest, **given)
+                out = out[0] if isinstance(out, tuple) else out
+                mx.eval(out, sums.arrays())
+                put(_to_numpy(out))
+        return sums.seen()
+
+    def look(
+        self, number: int, states: Hidden, watched: Collection[str]
+    ) -> tuple[Hidden, dict[str, tuple[Hidden, Hidden]]]:
+        """See `Blocks.look`."""
+        block, (rest, given) = self._blocks[number], self._calls[number]
+        shown: dict[str, tuple[mx.array, mx.array]] = {}
+
+        def show(path: str, x: mx.array, y: mx.array) -> None:
+            shown[path] = (x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+
+        with self._watching({path: partial(show, path) for path in watched}):
+            out = block(mx.array(np.array(states)).astype(_dtype(block)), *rest, **given)
+        found = {path: (_to_numpy(x), _to_numpy(y)) for path, (x, y) in shown.items()}
+        return _to_numpy(out[0] if isinstance(out, tuple) else out), found
+
+    def put(self, path: str, values: NDArray[np.float32]) -> None:
+        """See `Blocks.put`."""
+        layer = next(layer.module for layer in surgery.layers(self._model) if layer.path == path)
+        layer.weight = mx.array(values).astype(layer.weight.dtype)
+
+    @contextmanager
+    def _watching(self, shows: Mapping[str, Callable[[mx.array, mx.array], None]]) -> Iterator[None]:
+        """Within, each layer of `shows` calls its function with its inputs and outputs."""
+        own = {layer.path: layer.module for layer in surgery.layers(self._model) if layer.path in shows}
+        surgery.replace(self._model, {path: _Watched(own[path], shows[path]) for path in own})
+        try:
+            yield
+        finally:
+            surgery.replace(self._model, own)
+
+    def _record(self, tokens: mx.array) -> list[Call]:
+        """The arguments of every block but for the states, of a run on `tokens`."""
+        found: dict[int, Call] = {}
+
+        def record(number: int, states: mx.array, *rest: Any, **given: Any) -> Any:
+            found[number] = (rest, given)
+            return blocks[number](states, *rest, **given)
+
+        blocks = list(self._blocks)
+        mx.eval(self._run_model(tokens, record))
+        if missing := [self.paths[number] for number in range(len(blocks)) if number not in found]:
+            raise BackendError(
+                f"{missing[0]} does not run with the model, so that its inputs are not known: fit by search"
+            )
+        return [found[number] for number in range(len(blocks))]
+
+    def _run_model(self, tokens: mx.array, called: Callable[..., Any]) -> mx.array:
+        """The model's output for `tokens`, with a stand-in in the place of each block that calls `called`."""
+        before = list(self._blocks)
+        self._blocks[:] = [_StandIn(block, number, called) for number, block in enumerate(before)]
+        try:
+            out: mx.array = self._model(tokens)
+            return out
+        finally:
+            self._blocks[:] = before
+
+
+class _StandIn:
+    """In the place of a block: calls a function with its number, and has the attributes of the block."""
+
+    def __init__(self, block: nn.Module, number: int, called: Callable[..., Any]) -> None:
+        self._block, self._number, self._called = block, number, called
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        return self._called(self._number, *args, **given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+
+class _Watched(nn.Module):
+    """In the place of a layer: runs it, and shows its inputs and outputs."""
+
+    def __init__(self, layer: nn.Module, show: Callable[[mx.array, mx.array], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer = layer
+        object.__setattr__(self, "_show", show)  # a module would take it for a parameter
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array = self.layer(x)
+        self._show(x, out)
+        return out
+
+
+class _Sums:
+    """Sums of x x' of layers while a block runs. Layers that get one array share one sum."""
+
+    def __init__(self, round_to: Callable[[mx.array, Grid], mx.array]) -> None:
+        self._round_to = round_to
+        self._sums: dict[str, mx.array] = {}
+        self._tokens: dict[str, int] = {}
+        self._like: dict[str, str] = {}
+        self._present: list[tuple[mx.array, Grid | None, str]] = []
+
+    def forget(self) -> None:
+        """Begins the next run: arrays of the last one are no longer the same as any."""
+        self._present.clear()
+
+    def arrays(self) -> list[mx.array]:
+        """The sums, to be computed."""
+        return list(self._sums.values())
+
+    def see(self, path: str, grid: Grid | None, x: mx.array, _: mx.array) -> None:
+        """Adds the inputs `x` [..., n] of the layer at `path`."""
+        like = next((one for array, of, one in self._present if array is x and of == grid), path)
+        self._like.setdefault(path, like)
+        self._tokens[path] = self._tokens.get(path, 0) + x.size // x.shape[-1]
+        if self._like[path] != path:
+            return
+        self._present.append((x, grid, path))
+        rows = (x if grid is None else self._round_to(x, grid)).reshape(-1, x.shape[-1]).astype(mx.float32)
+        total = rows.T @ rows
+        self._sums[path] = self._sums[path] + total if path in self._sums else total
+
+    def seen(self) -> dict[str, Seen]:
+        """The moments of each layer that ran."""
+        found = {}
+        for path, like in self._like.items():
+            total = self._sums.get(path)
+            moments = None if total is None else np.array(total / max(self._tokens[path], 1))
+            found[path] = Seen(like, moments, self._tokens[path])
+        return found
+
+
+def _list_of_blocks(model: nn.Module) -> tuple[str, list[Any]]:
+    """The list of blocks by mlx-lm's name for it, of the language model where it has towers; and its path."""
+    found = [
+        (f"{path}.{LAYERS}" if path else LAYERS, module[LAYERS])
+        for path, module in model.named_modules()
+        if isinstance(module.get(LAYERS), list) and module[LAYERS] and "vision" not in path
+    ]
+    if not found:
+        raise BackendError(f"{type(model).__name__} has no list of blocks, which run one after another: fit by search")
+    return max(found, key=lambda one: len(one[1]))
+
+
+def _dtype(block: nn.Module) -> mx.Dtype:
+    """The type in which a block takes its states: that of its first weight."""
+    arrays: Any = tree_flatten(block.parameters())
+    found: mx.Dtype = next(x.dtype for _, x in arrays if mx.issubdtype(x.dtype, mx.floating))
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal, arrays bit for bit."""
+    if isinstance(one, mx.array):
+        return isinstance(other, mx.array) and bool(mx.array_equal(one, other))
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return type(one) is type(other) and (not isinstance(one, str) or one == other)
+
+
+def _to_numpy(x: mx.array) -> Hidden:
+    return np.array(x.astype(mx.float32))

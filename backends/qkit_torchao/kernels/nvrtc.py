@@ -1,0 +1,136 @@
+"""Kernels in CUDA C++, compiled for the device at hand by NVRTC, which comes with torch, and cached on disk. Needs no compiler.
+
+`cuda.bindings` is NVIDIA's own package for NVRTC and the driver; torch's builds for CUDA bring it from 2.11 on.
+"""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from functools import cache
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkit.errors import BackendError
+
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int  #: kinds of arguments
+OPTIONS = ("--std=c++17", "--diag-suppress=177")  #: a constant that one variant does not need is no fault
+
+
+def why_not() -> str:
+    """Why nothing can be compiled, and the way out; empty where it can."""
+    try:
+        found = find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:  # the package above
+        found = False
+    return "" if found else "cuda-bindings is not installed: pip install 'qkit-quant[cuda]'"
+
+
+class Kernel:
+    """The function `name` of a file of CUDA C++ in this folder.
+
+    Args:
+        kinds: of its arguments, `POINTER` or `NUMBER`.
+
+    Attributes:
+        name, kinds: as given.
+    """
+
+    def __init__(self, file: str, name: str, kinds: tuple[type, ...]) -> None:
+        self.name, self.kinds, self._file = name, kinds, Path(__file__).with_name(file)
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        constants: tuple[tuple[str, int], ...],
+        programs: tuple[int, int],
+        threads: int,
+        arguments: tuple[int, ...],
+    ) -> None:
+        """Launches `programs` of `threads` on torch's current device and stream.
+
+        Args:
+            constants: macros; the function is compiled once for each choice of them, and for each kind of device.
+            arguments: addresses, 0 for none, and numbers.
+
+        Raises:
+            BackendError: NVRTC or the driver refuse.
+        """
+        from cuda.bindings import driver
+
+        device = torch.cuda.current_device()
+        function = self._compiled.get((device, constants))
+        if function is None:
+            function = self._compiled[device, constants] = self._load(dict(constants), device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _done(
+            driver.cuLaunchKernel(
+                function, *programs, 1, threads, 1, 1, 0, stream, (arguments, self.kinds), 0
+            )
+        )  # fmt: skip
+
+    def _load(self, constants: Mapping[str, int], device: int) -> Any:
+        from cuda.bindings import driver
+
+        major, minor = torch.cuda.get_device_capability(device)
+        code = _code(self._file.read_text(), f"sm_{major}{minor}", tuple(sorted(constants.items())))
+        (module,) = _done(driver.cuModuleLoadData(code))
+        (function,) = _done(driver.cuModuleGetFunction(module, self.name.encode()))
+        return function
+
+
+def _code(source: str, target: str, constants: tuple[tuple[str, int], ...]) -> bytes:
+    """Machine code, from the cache if it is there."""
+    from cuda.bindings import nvrtc
+
+    version = _done(nvrtc.nvrtcVersion())
+    options = [f"--gpu-architecture={target}", *OPTIONS, *(f"-D{name}={int(value)}" for name, value in constants)]
+    kept = cache_folder() / f"{sha256(repr((source, options, version)).encode()).hexdigest()}.cubin"
+    try:
+        return kept.read_bytes()
+    except OSError:
+        code = _compile(source, options)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.write_bytes(code)
+        new.replace(kept)
+    except OSError:
+        pass  # a home that cannot be written: the next process compiles again
+    return code
+
+
+@cache
+def cache_folder() -> Path:
+    """Where machine code is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkit" / "kernels"
+
+
+def _compile(source: str, options: list[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    (program,) = _done(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [one.encode() for one in options])
+        if int(status):
+            (size,) = _done(nvrtc.nvrtcGetProgramLogSize(program))
+            log = bytes(size)
+            _done(nvrtc.nvrtcGetProgramLog(program, log))
+            raise BackendError(f"NVRTC does not compile a kernel of qkit: {log.decode(errors='replace').strip()}")
+        (size,) = _done(nvrtc.nvrtcGetCUBINSize(program))
+        code = bytes(size)
+        _done(nvrtc.nvrtcGetCUBIN(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return code
+
+
+def _done(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values of a call of NVIDIA's, without its status."""
+    status, *values = result
+    if int(status):
+        raise BackendError(f"CUDA answers {status.name}")
+    return tuple(values)

@@ -1,0 +1,53 @@
+"""`qkit calibrate MODEL STATS --data FILES`: statistics for `qkit quantize --fit`. The work is in `qkit.calibration`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qkit
+from qkit.cli.console import console
+from qkit.engines.abilities import require
+from qkit.engines.protocol import Builds
+
+
+def calibrate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A float model's Hugging Face directory.")],
+    out: Annotated[Path, typer.Argument(metavar="STATS", help="The new directory of statistics.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="Text, jsonl or chats, as for train: a file, or a shell pattern in quotes."),
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe whose inputs statistics are of, if it quantizes inputs; or whose drift to correct.",
+        ),
+    ] = None,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Correct, for --fit solve by this recipe, the drift of fitted blocks.")
+    ] = False,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="The most windows, at even distances in the text.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 8,
+    backend: Annotated[str | None, typer.Option(help="The engine. Left out: the first that is ready.")] = None,
+    device: Annotated[str | None, typer.Option(help="The device of the engine, such as cpu or cuda.")] = None,
+) -> None:
+    """Run a float model on a text, and store the second moments of its layers' inputs; interrupted, it goes on where it was."""
+    from qkit.calibration import calibrate as gather  # here, so that other commands start fast
+    from qkit.calibration import calibrate_drift
+    from qkit.evaluation import consecutive, read_alike
+
+    engine = require(qkit.backend(backend), Builds)
+    engine = engine.on(device) if device else engine
+    rows = consecutive(read_alike([model], data).tokens, length=length - 1, windows=windows)
+    chosen = qkit.recipe(recipe) if recipe else None
+    if drift and not chosen:
+        raise typer.BadParameter("--drift is of one recipe: add --recipe")
+    if drift and chosen:
+        calibrate_drift(model, out, rows, engine=engine, batch=batch, recipe=chosen)
+    else:
+        gather(model, out, rows, engine=engine, batch=batch, recipe=chosen)
+    console.print(f"{out}: statistics of {rows.size:,} tokens", highlight=False)

@@ -1,0 +1,85 @@
+"""The seam of calibration: the blocks of a language model, which run one after another while somebody watches their layers."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.engines.protocol import Builds
+from qkit.grid import Grid
+
+Hidden = NDArray[np.float32]  #: the states [batch, length, width] between two blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The inputs of one layer.
+
+    Attributes:
+        like: the first layer of the block with the very same inputs; it has the moments of both.
+        moments: E[x x'] [n, n], or None where another layer has them.
+        tokens: how many inputs there were.
+    """
+
+    like: str
+    moments: NDArray[np.float32] | None
+    tokens: int
+
+
+class Blocks(Protocol):
+    """The blocks of one language model.
+
+    Attributes:
+        paths: of the blocks, in the order in which they run.
+    """
+
+    paths: tuple[str, ...]
+
+    def enter(self, tokens: NDArray[np.int32]) -> Hidden:
+        """The states that the first block takes for `tokens` [batch, length]."""
+        ...
+
+    def run(
+        self,
+        number: int,
+        states: Iterable[Hidden],
+        watched: Mapping[str, Grid | None],
+        *,
+        put: Callable[[Hidden], None],
+    ) -> dict[str, Seen]:
+        """Runs a block on each of `states`, and gives its outputs to `put` in the same order.
+
+        Args:
+            watched: paths of linear layers of the block, each with the grid that its inputs are rounded to first, if any.
+
+        Returns:
+            The inputs of the watched layers; a layer that did not run is not among them.
+        """
+        ...
+
+    def look(
+        self, number: int, states: Hidden, watched: Collection[str]
+    ) -> tuple[Hidden, dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]]:
+        """The outputs of a block for one batch of states; and the inputs and outputs [tokens, n] of linear layers of it.
+
+        The layers stand in the order in which they run; one that did not run is missing.
+        """
+        ...
+
+    def put(self, path: str, values: NDArray[np.float32]) -> None:
+        """Gives the weight of a linear layer other values, rounded to its type."""
+        ...
+
+
+class Watches(Builds, Protocol):
+    """Language models whose blocks run by themselves."""
+
+    def blocks(self, model: Any, *, length: int) -> Blocks:
+        """The blocks of a float model, for rows of `length` tokens without padding.
+
+        Raises:
+            BackendError: the model has no list of blocks, or its blocks take more from the tokens than the states.
+        """
+        ...

@@ -1,0 +1,199 @@
+"""`Fit`: how the codes of a model are chosen, and the fitted codes of one weight of it."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from numpy.typing import NDArray
+
+from qkit.engines.protocol import Arrays
+from qkit.errors import ArtifactError, GridError, PlanError
+from qkit.fitting.statistics import Statistics, open_statistics
+from qkit.grid import Grid
+from qkit.qtensor import QTensor, dtype_of
+from qkit.reference.fitting import ROUNDS, Method, fit
+from qkit.reference.moments import DAMPING, Moments
+from qkit.reference.steps import want_fitted
+from qkit.rules import Rule
+from qkit.storage.read import Stored
+
+KEPT = 1  #: prepared moments in memory at once: those of a wide layer take several times their matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How codes are chosen instead of by the rule of their grid.
+
+    Attributes:
+        method: `search` or `solve`; see `qkit.fit`. Layers without statistics are fitted by search, all inputs alike.
+        statistics: those of the model, an opened directory of `qkit calibrate`, or its path; `solve` needs them.
+
+    Raises:
+        PlanError: no such method, or `solve` without statistics.
+        ArtifactError: the directory is unsound.
+    """
+
+    method: Method
+    statistics: Statistics | None
+
+    def __init__(self, method: Method, statistics: Statistics | str | Path | None = None) -> None:
+        if method not in get_args(Method):
+            raise PlanError(f"no method {method!r} of fitting: choose one of {', '.join(get_args(Method))}")
+        if method == "solve" and statistics is None:
+            raise PlanError("solve needs statistics of the model: run qkit calibrate first, or fit by search")
+        opened = open_statistics(statistics) if isinstance(statistics, (str, Path)) else statistics
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "statistics", opened)
+
+    def describe(self) -> dict[str, Any]:
+        """The metadata of an artifact with such codes."""
+        about: dict[str, Any] = {"method": self.method}
+        if self.method == "solve":
+            about |= {"damping": DAMPING, "rounds": ROUNDS}
+        if self.statistics:
+            about |= {"statistics": self.statistics.digest}
+            about |= {"drift": "corrected"} if self.statistics.corrected else {}
+        return about
+
+    def check(self, rules: Mapping[str, Rule]) -> list[str]:
+        """Checks the statistics against the rules of layers, by path; returns the layers that they have nothing of.
+
+        Raises:
+            PlanError: they have nothing of any layer, or are of another grid than the rule's, of inputs or weights.
+        """
+        if self.statistics is None:
+            return []
+        known = self.statistics.paths & rules.keys()
+        if rules and not known:
+            raise PlanError(
+                f"{self.statistics.folder} has statistics of none of the layers to quantize, such as {min(rules)}: they are "
+                f"those of another architecture, such as {min(self.statistics.paths, default='none')}"
+            )
+        for path in sorted(known):
+            seen, wanted = self.statistics.activation(path), rules[path].activation
+            if seen != (None if wanted is None else str(wanted)):
+                raise PlanError(
+                    f"{path}: statistics are of inputs {f'on {seen}' if seen else 'as they are'}, and the recipe "
+                    f"{f'rounds them to {wanted}' if wanted else 'does not round them'}: calibrate with --recipe"
+                )
+            grid = self.statistics.grid(path)
+            if grid is not None and (self.method != "solve" or grid != str(rules[path].weight)):
+                raise PlanError(
+                    f"{path}: these statistics correct the drift of {grid} under solve, not of {rules[path].weight} under "
+                    f"{self.method}: calibrate for this recipe, or without --drift"
+                )
+        return sorted(rules.keys() - known)
+
+    def quantize(
+        self, w: NDArray[Any], grid: Grid, *, path: str, peak: float | None, first: int = 0
+    ) -> QTensor[NDArray[Any]]:
+        """Fitted codes and scales of rows `w` of the weight of the layer at `path`, or of its aim where drift is corrected.
+
+        Args:
+            peak: as for `reference.quantize`.
+            first: the number of the first of these rows in the weight.
+
+        Raises:
+            GridError, RangeError, ArtifactError: see `reference.fit` and `Statistics.moments`.
+        """
+        if self.statistics is None or path not in self.statistics.paths:
+            return fit(w, grid, peak=peak)
+        if self.method == "search":
+            return fit(w, grid, self.statistics.moments(path).diagonal(), peak=peak)
+        known, aim = _moments(self.statistics, self.statistics.like(path)), self.statistics.aim(path)
+        if aim is None:
+            return fit(w, grid, known, method="solve", peak=peak)
+        aimed = aim[first : first + len(w)]
+        if aimed.shape != w.shape:
+            raise ArtifactError(
+                f"{path}: the statistics aim at {list(aim.shape)}, which is another shape: calibrate again"
+            )
+        return replace(fit(aimed, grid, known, method="solve", peak=self.statistics.peak(path)), dtype=dtype_of(w))
+
+    def searching(self, engine: Arrays) -> "Searching":
+        """The verbs of `engine` that experts are quantized with, by search."""
+        return Searching(engine)
+
+
+class Searching:
+    """Quantizes arrays of an engine by search, all inputs alike: for experts, whose inputs nobody watches."""
+
+    def __init__(self, engine: Arrays) -> None:
+        self._engine = engine
+        self.magnitude = engine.magnitude
+
+    def quantize(self, w: Any, grid: Grid, *, peak: float | None = None) -> QTensor[Any]:
+        """As `Arrays.quantize`."""
+        return fit(self._engine.to_numpy(w), grid, peak=peak).map(self._engine.from_numpy)
+
+
+def check_fit(
+    fit: Fit | None, chosen: Iterable[tuple[Rule, Iterable[str]]], tensors: Mapping[str, Stored], folder: Path
+) -> tuple[str, ...]:
+    """The layers that are fitted by search although the model has statistics, since these have nothing of them.
+
+    Args:
+        chosen: rules, each with the paths of its layers.
+        tensors: of the model in `folder`.
+
+    Raises:
+        PlanError: the scales of a grid follow from no rule; or see `Fit.check`.
+        ArtifactError: the statistics are of another model.
+    """
+    if fit is None:
+        return ()
+    if fit.statistics is not None:
+        fit.statistics.check_model(tensors, folder)
+    rules = {path: rule for rule, paths in chosen for path in paths}
+    try:
+        want_all_fitted(rules.values())
+    except GridError as error:
+        raise PlanError(str(error)) from None
+    return tuple(fit.check(rules))
+
+
+def open_fit(fit: Fit | Method, rules: Mapping[str, Rule]) -> Fit:
+    """`fit`, or the one of a method without statistics, after a check that it fits the `rules` of layers, by path.
+
+    Raises:
+        GridError: see `want_all_fitted`.
+        PlanError: see `Fit` and `Fit.check`.
+    """
+    opened = fit if isinstance(fit, Fit) else Fit(fit)
+    want_all_fitted(rules.values())
+    opened.check(rules)
+    return opened
+
+
+def want_all_fitted(rules: Iterable[Rule]) -> None:
+    """Refuses rules with a weight grid whose scales follow from no rule.
+
+    Raises:
+        GridError: there is one.
+    """
+    for rule in rules:
+        if rule.weight is not None:
+            want_fitted(rule.weight)
+
+
+def summary(without: Iterable[str], fit: Fit) -> str:
+    """A sentence on layers without statistics, or nothing."""
+    paths = list(without)
+    if not paths or fit.statistics is None:
+        return ""
+    more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+    return f"fitted by search, since {fit.statistics.folder} has no statistics of them: {paths[0]}{more}"
+
+
+_prepared: OrderedDict[tuple[str, str], Moments] = OrderedDict()  # by digest and layer; the last two, of equal inputs
+
+
+def _moments(statistics: Statistics, path: str) -> Moments:
+    key = statistics.digest, path
+    if key not in _prepared:
+        while len(_prepared) >= KEPT:
+            _prepared.popitem(last=False)
+        _prepared[key] = Moments.of(statistics.moments(path))
+    return _prepared[key]

@@ -1,0 +1,136 @@
+"""The directory of a run that gathers statistics: states between blocks, a file for each block that is done, and the end.
+
+The states lie in files, so that memory has a batch of them. The file of a block comes after everything before it: a run that
+stops goes on behind the last one, and ends with the same bytes.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.engines.blocks import Blocks, Hidden
+from qkit.errors import FewTokensWarning, PlanError, RangeError, RunError
+from qkit.fitting.statistics import file_digest, write_note
+
+FEW = 20  #: tokens for each input of a block; fewer are too few for the codes to be as good as they can be
+NAME = "run.json"
+
+
+class Run:
+    """A run for `out`, in a directory beside it.
+
+    Attributes:
+        done: how many blocks an earlier run has done.
+    """
+
+    def __init__(self, out: Path, about: Mapping[str, Any], settings: Mapping[str, Any], *, batch: int) -> None:
+        """Begins a run, or takes up that of the same `about`, `settings` and `batch`.
+
+        Raises:
+            PlanError: `out`, or another directory in the place of the run, is there already.
+        """
+        if out.exists():
+            raise PlanError(f"{out} is there already: remove it, or choose another place")
+        self._out, self._about, self._batch, self.done = out, about, batch, 0
+        self._aside = out.with_name(f"{out.name}.part")
+        mine, text = self._aside / NAME, json.dumps({**about, **settings, "batch": batch}, sort_keys=True)
+        if self._aside.exists():
+            if not mine.is_file():
+                raise PlanError(f"{self._aside} is there already, and is no run of calibrate: move it away")
+            if mine.read_text(encoding="utf-8") != text:  # of another model, text or engine
+                shutil.rmtree(self._aside)
+        self._aside.mkdir(parents=True, exist_ok=True)
+        mine.write_text(text, encoding="utf-8")
+        while self._file(self.done).exists():
+            self.done += 1
+
+    def enter(self, blocks: Blocks, rows: NDArray[np.int32], *names: str) -> None:
+        """Writes the states before the first block, under each of `names`.
+
+        Raises:
+            RunError: there are less tokens than the states are wide.
+        """
+        for start in range(0, len(rows), self._batch):
+            part = blocks.enter(rows[start : start + self._batch])
+            if not start:
+                _want_tokens(rows.size, part.shape[-1])
+            for name in names:
+                self.put(name, 0, start, part, shape=(*rows.shape, part.shape[-1]))
+
+    def states(self, name: str, number: int) -> Iterator[Hidden]:
+        """Batches of the states before block `number`."""
+        found = np.load(self._states(name, number), mmap_mode="r")
+        return (found[start : start + self._batch] for start in range(0, len(found), self._batch))
+
+    def put(self, name: str, number: int, start: int, part: Hidden, *, shape: tuple[int, ...] | None = None) -> None:
+        """Writes states before block `number`, from row `start` on; with the first row, a new file of the shape of the last."""
+        file = self._states(name, number)
+        if not start:
+            shape = shape or np.load(self._states(name, number - 1), mmap_mode="r").shape
+            np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        states = np.lib.format.open_memmap(file, mode="r+")
+        states[start : start + len(part)] = part
+        states.flush()
+
+    def write(
+        self, number: int, tensors: Mapping[str, NDArray[np.float32]], layers: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Writes the file of a block: its tensors, and what `statistics` wants to know of its layers.
+
+        Raises:
+            RangeError: a tensor is not finite.
+        """
+        from safetensors.numpy import save_file
+
+        for name, array in tensors.items():
+            if not np.isfinite(array).all():
+                raise RangeError(
+                    f"{name}: its inputs hold NaN or infinity, or numbers whose squares do: find their origin"
+                )
+        file = self._file(number)
+        file.with_suffix(".json").write_text(json.dumps(layers, sort_keys=True), encoding="utf-8")
+        aside = file.with_suffix(".new")
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, aside)
+        with aside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        aside.rename(file)
+
+    def finish(self, count: int) -> Path:
+        """Makes the run of `count` blocks the output, and returns it."""
+        files, layers = dict[str, str](), dict[str, Any]()
+        for file in map(self._file, range(count)):
+            files[file.name] = file_digest(file)
+            told = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            layers |= {path: {**one, "file": file.name} for path, one in told.items()}
+        write_note(self._aside, {**self._about, "files": files, "layers": layers})
+        for rest in (*self._aside.glob("*.npy"), *self._aside.glob("block-*.json"), self._aside / NAME):
+            rest.unlink()
+        self._aside.rename(self._out)
+        return self._out
+
+    def _file(self, number: int) -> Path:
+        return self._aside / f"block-{number:05}.safetensors"
+
+    def _states(self, name: str, number: int) -> Path:
+        return self._aside / f"{name}-{number % 2}.npy"
+
+
+def _want_tokens(tokens: int, width: int) -> None:
+    if tokens < width:
+        raise RunError(
+            f"{tokens:,} tokens are too few for blocks of {width:,} inputs: give more text, or more windows, of at least "
+            f"{FEW * width:,} tokens"
+        )
+    if tokens < FEW * width:
+        warnings.warn(
+            f"{tokens:,} tokens are few for blocks of {width:,} inputs: from {FEW * width:,} on, more change little",
+            FewTokensWarning,
+            stacklevel=2,
+        )

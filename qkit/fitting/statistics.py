@@ -1,0 +1,156 @@
+"""A directory of statistics: second moments of the inputs of each layer, one file for each block, and what they are of."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qkit.errors import ArtifactError
+from qkit.fitting.identity import identity
+from qkit.intake import parse_json
+from qkit.storage.read import MissingError, Stored, inside, read_file
+
+NOTE = "statistics.json"
+VERSION = 1
+AIM = ".aim"  #: ends the name of a weight to fit in place of a layer's own
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Statistics in `folder`, without the moments themselves.
+
+    Attributes:
+        folder: the directory.
+        digest: SHA-256 of its note, which has the digest of each file of moments.
+        model: `identity` of the float model.
+        about: the note: `data` (a digest), `tokens`, `length`, `windows`, `engine`, `files`, and `layers` by path. Of a layer:
+            `like`, the layer with the moments of both; `file`; `tokens`; `activation`, the grid that inputs were rounded to; and
+            with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`.
+    """
+
+    folder: Path
+    digest: str
+    model: str
+    about: Mapping[str, Any]
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The layers with statistics."""
+        return frozenset(self.about["layers"])
+
+    def moments(self, path: str) -> NDArray[np.float32]:
+        """E[x x'] [n, n] of the inputs of the layer at `path`, mapped read-only; layers with the same inputs share one file.
+
+        Raises:
+            ArtifactError: there is no such layer, or its file is unsound.
+        """
+        if path not in self.about["layers"]:
+            raise ArtifactError(f"{self.folder} has no statistics of {path}: fit it by search")
+        return self._matrix(path, self.like(path))
+
+    def aim(self, path: str) -> NDArray[np.float32] | None:
+        """The weight [outputs, inputs] to fit in place of that of the layer at `path`, mapped read-only; None: its own.
+
+        Raises:
+            ArtifactError: its file is unsound.
+        """
+        return None if self.grid(path) is None else self._matrix(path, path + AIM)
+
+    def _matrix(self, path: str, name: str) -> NDArray[np.float32]:
+        file = self.about["layers"][path]["file"]
+        found = _tensors(inside(self.folder, file)).get(name)
+        if found is None or found.slot.dtype != "F32" or len(found.slot.shape) != 2:
+            raise ArtifactError(f"{self.folder / file} has no matrix {name}: calibrate again")
+        return found.mapped()
+
+    def like(self, path: str) -> str:
+        """The layer whose moments are those of `path`."""
+        return str(self.about["layers"][path]["like"])
+
+    def activation(self, path: str) -> str | None:
+        """The grid that the inputs were rounded to, as text."""
+        grid = self.about["layers"][path]["activation"]
+        return None if grid is None else str(grid)
+
+    def grid(self, path: str) -> str | None:
+        """The grid that the layer at `path` was corrected for, as text; None: drift is not corrected."""
+        grid = self.about["layers"][path].get("grid")
+        return None if grid is None else str(grid)
+
+    def peak(self, path: str) -> float | None:
+        """The largest magnitude of the aims that share the tensor scale of the layer at `path`, under `nvfp4`."""
+        peak = self.about["layers"][path].get("peak")
+        return None if peak is None else float(peak)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether drift is corrected."""
+        return any(self.grid(path) is not None for path in self.about["layers"])
+
+    def check_model(self, tensors: Mapping[str, Stored], folder: Path) -> None:
+        """Checks that the statistics are those of the model in `folder`, with these tensors.
+
+        Raises:
+            ArtifactError: they are of another model.
+        """
+        if identity(tensors) != self.model:
+            raise ArtifactError(
+                f"{self.folder} has statistics of another model than {folder}: run qkit calibrate {folder} for its own"
+            )
+
+
+def open_statistics(folder: str | Path) -> Statistics:
+    """The statistics in `folder`, whose files are compared with their digests.
+
+    Raises:
+        ArtifactError: the note is unsound, or a file is not the one that it names.
+        MissingError: the folder or a file is missing.
+    """
+    folder = Path(folder)
+    note = folder / NOTE
+    if not note.is_file():
+        raise MissingError(f"{folder} has no {NOTE}: name a directory that qkit calibrate has written")
+    data = note.read_bytes()
+    try:
+        about = dict(parse_json(data.decode("utf-8")))
+        if about["version"] != VERSION:
+            raise ArtifactError(f"{note} is of version {about['version']}; this qkit reads {VERSION}: calibrate again")
+        for name, layer in about["layers"].items():
+            if not {"like", "file", "tokens", "activation"} <= layer.keys() or layer["file"] not in about["files"]:
+                raise ValueError(f"{name} is not described")
+        files = dict(about["files"])
+        found = Statistics(folder, hashlib.sha256(data).hexdigest(), str(about["model"]), about)
+    except ArtifactError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{note} is not readable ({error}): calibrate again") from None
+    for name, digest in files.items():
+        file = inside(folder, name)
+        if not file.is_file():
+            raise MissingError(f"{file} is missing: calibrate again")
+        if file_digest(file) != digest:
+            raise ArtifactError(f"{file} is not the file that qkit calibrate wrote: calibrate again")
+    return found
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_note(folder: Path, about: Mapping[str, Any]) -> None:
+    """Writes the note of a directory of statistics, the same bytes for the same content."""
+    text = json.dumps({"version": VERSION, **about}, sort_keys=True, indent=1)
+    (folder / NOTE).write_text(text + "\n", encoding="utf-8")
+
+
+@lru_cache(maxsize=64)
+def _tensors(file: Path) -> dict[str, Stored]:
+    return read_file(file)[0]

@@ -1,0 +1,40 @@
+"""Runs `products.cu` on a CPU, compiled as C++: a stand-in for `nvrtc.Kernel`, with its signature."""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from qkit_torchao.kernels import nvrtc
+
+COMPILER = shutil.which("g++")
+
+
+class HostKernel:
+    """Launches the kernel on threads of the CPU; each choice of constants is compiled once."""
+
+    def __init__(self, kernel: nvrtc.Kernel) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="qkit-products-"))
+        self._name, self._kinds = kernel.name, kernel.kinds
+        self._compiled: dict = {}
+
+    def __call__(self, constants, programs, threads, arguments) -> None:
+        """As `nvrtc.Kernel.__call__`."""
+        known = dict(constants)
+        assert threads == 32 * known["WARPS"]
+        if constants not in self._compiled:
+            self._compiled[constants] = self._compile(known)
+        given = (kind(one) for kind, one in zip(self._kinds, arguments, strict=True))
+        self._compiled[constants](*programs, *given)
+
+    def _compile(self, constants):
+        library = self._folder / f"{len(self._compiled)}.so"
+        source = Path(nvrtc.__file__).with_name("products.cu")
+        flags = [f"-D{name}={int(value)}" for name, value in constants.items()]
+        command = [
+            COMPILER, "-std=c++17", "-O0", "-shared", "-fPIC", "-pthread", "-w", *flags, f'-DKERNELS="{source}"',
+            "-x", "c++", Path(__file__).with_name("products_host.h"), "-o", library,
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        return getattr(ctypes.CDLL(str(library)), f"launch_{self._name}")
