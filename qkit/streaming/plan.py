@@ -22,6 +22,7 @@ from qkit.formats.row_blocks import row_blocks
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
+from qkit.sources.encoded import Encoded
 from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot, lay_out
 from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
@@ -33,6 +34,8 @@ OUT_PROJ = "out_proj.weight"
 COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
 #: Anonymous memory in bytes, measured on Linux: of Python with NumPy; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
+#: The same, of each element that another program's codes are decoded to: the code, and float32 numbers beside it.
+DECODED = 56
 #: The same, of each tensor of the source and of the output: names, places, digests. Workers copy some of these pages.
 SOURCE, OUTPUT = 700, 2_000
 
@@ -125,8 +128,9 @@ class Plan:
         blocks = [next(row_blocks(row.shape)) for row in self.rows if row.rule]
         widths = [row.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
+        element = ELEMENT + (DECODED if any(isinstance(row.stored, Encoded) for row in self.rows) else 0)
         tensors = SOURCE * len(self.rows) + OUTPUT * len(self.layout.places)
-        return BASE + tensors + workers * (WORKER + ELEMENT * largest)
+        return BASE + tensors + workers * (WORKER + element * largest)
 
 
 def make_plan(

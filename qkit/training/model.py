@@ -4,8 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ml_dtypes
@@ -14,14 +12,13 @@ from numpy.typing import NDArray
 
 from qkit import reference
 from qkit.adapters import adapt
-from qkit.artifact.load import load
 from qkit.artifact.snapshot import Snapshot
 from qkit.engines.abilities import offers
 from qkit.engines.protocol import Builds
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.translation import Translates
 from qkit.errors import RunError
-from qkit.exchange.import_model import to_artifact
+from qkit.exchange.load_any import load_any
 from qkit.formats.packed import join, unpack
 from qkit.overrides import check_ignored, overridden
 from qkit.pipeline import prepare
@@ -45,22 +42,12 @@ def open_to_train(engine: Builds, source: Snapshot, run: Run) -> tuple[Any, Reci
         ArtifactError, BackendError, RecipeError, GridError: as their causes.
     """
     if run.adapter and run.recipe is None and source.weights:
-        model = _open_packed(engine, source)
+        model = load_any(source, engine)
         return adapt(model, run.adapter, backend=engine), _own(engine, model, source)
     model = build_float_model(engine, source, dtype=run.dtype)
     skip, ignore = run.skip_indivisible, run.ignore
     model, chosen = prepare_model(engine, model, source, run.recipe, ignore=ignore, skip_indivisible=skip)
     return (adapt(model, run.adapter, backend=engine) if run.adapter else model), chosen
-
-
-def _open_packed(engine: Builds, source: Snapshot) -> Any:
-    """The converted model in `source`; one of another layout is written as an artifact first, for a moment."""
-    if source.layout == "compressed-tensors" and not source.foreign:
-        return load(source.folder, backend=engine)
-    with TemporaryDirectory() as place:
-        own = Path(place) / "artifact"
-        to_artifact(source, own)
-        return load(own, backend=engine)
 
 
 def build_float_model(engine: Builds, source: Snapshot, *, dtype: str) -> Any:
