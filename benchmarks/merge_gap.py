@@ -23,8 +23,9 @@ from measure import Report
 
 import qkit
 from qkit.adapters import Adapter
-from qkit.adapters.surgery import base_weight
+from qkit.adapters.surgery import base_weights
 from qkit.demo.preset import PRESET, standard_library
+from qkit.engines.trainer import TrainerOptions
 from qkit.reference.merged import merged
 from qkit.training import Order, Sequences, Step, read_bytes, sequences, train
 from qkit.training.data import Tokens
@@ -56,7 +57,7 @@ def steps_of(
     """Trains `model` for `steps` steps, one each time the iterator is advanced."""
     order = Order(data, SMALL.batch, accumulation=1, seed=seed)
     return train(
-        engine.trainer(model, weight_decay=weight_decay),
+        engine.trainer(model, TrainerOptions(weight_decay=weight_decay)),
         order,
         first=1,
         last=steps,
@@ -117,7 +118,8 @@ def ours(kind: str) -> Callable[[Any], tuple[Any, Callable[[Any], Any]]]:
 def trained_codes(engine: Any, model: Any) -> dict[str, np.ndarray]:
     """The codes of the merged weights that qkit's adapted layers compute with, by the reference; none for other adapters."""
     adapted = [layer for layer in engine.layers(model) if layer.adapter]
-    updated = {layer.path: merged(base_weight(engine, layer), engine.adapter_update(layer.module)) for layer in adapted}
+    bases = {layer.path: next(base_weights(engine, layer, "weight")) for layer in adapted}
+    updated = {layer.path: merged(bases[layer.path], engine.adapter_update(layer.module)) for layer in adapted}
     return {layer.path: qkit.quantize(updated[layer.path], layer.rule.weight).codes for layer in adapted}
 
 

@@ -198,7 +198,7 @@ def want_chosen(grid: Grid) -> None:
         )
         raise GridError(
             f"{grid} is a read grid: its scales are those of a file that another program wrote, and qkit has no rule that "
-            f"would choose them: quantize on another grid, such as {near}"
+            f"would choose them: quantize on another grid, such as {near}, or train adapters on the model as it is"
         )
 
 

@@ -14,12 +14,14 @@ class Seed:
         name: the tool and what it says.
         theirs, ours: lines of code; `model`, `train` and so on are the user's own.
         note: what differs.
+        ran: whether the other tool's own lines run, and where.
     """
 
     name: str
     theirs: str
     ours: str
     note: str = ""
+    ran: str = ""
 
     def __str__(self):
         return self.name
@@ -46,6 +48,7 @@ model = qkit.prepare(model, "{recipe}")
 train(model)
 model = qkit.convert(model)""",
         "torchao also quantizes the output head; the recipe leaves it in float.",
+        "Its `prepare` runs in the test; its `convert` needs kernels of a GPU.",
     )
 
 
@@ -67,7 +70,9 @@ train(model)""",
 
 model = qkit.prepare(model, "{ours}")
 train(model)""",
-        "Both leave the output head in float. `qkit.convert(model)` and `qkit.save(model, ...)` follow.",
+        "Both leave the output head in float. `qkit.convert(model)` and `qkit.save(model, ...)` follow. Without auto-round, INC "
+        "puts in no quantizer, and says so in its log alone.",
+        "Its lines run in the test, where neural-compressor is installed (3.10 with auto-round, CPU).",
     )
 
 
@@ -91,6 +96,7 @@ trainer = Trainer(args=args, model_init=model_factory, train_dataset=data, callb
 trainer.train()""",
         "Forgather's recipe strings are names of qkit's recipes. To finalize: "
         '`qkit.convert(trainer.model).save_pretrained("out")`, safetensors that transformers opens.',
+        "Its lines were not run: it is not on PyPI.",
     )
 
 
@@ -111,6 +117,7 @@ model = qkit.prepare(model, "int{bits}-g{group}")
 train(model, optimizer, data, args=TrainingArgs(iters=4, batch_size=2))""",
     "No layer of MLX has the grid of the hook; its scale rule is `absmax`, as in `int4-g64-absmax`. `qkit.convert(model)` ships "
     "the grid that was trained. train_sft trains a prepared model, too.",
+    "Its trainer runs in the test, where mlx-lm-lora is installed.",
 )
 
 LOAD = Seed(
@@ -126,13 +133,83 @@ model = qkit.convert(qkit.load(path, backend="mlx"), "{recipe}")
 linear_to_lora_layers(model, 2, {{"rank": 4, "scale": 2.0, "dropout": 0.0}})
 train(model)""",
     "The adapters are inside of the grid, so that `qkit.merge(model)` merges them into codes without loss.",
+    "Its lines were not run.",
 )
 
 SCHEDULE = Seed(
     "mlx-lm-lora: qat_start_step and qat_interval",
     "mlx_lm_lora.train --train --model model --data text --qat-enable --qat-bits 4 --qat-start-step 3 --qat-interval 2",
     "qkit train model out -r int4-g32 --data text.txt --set quantization.start=3 --set quantization.interval=2 --backend mlx",
-    "In transformers' Trainer: `QatCallback(recipe, start=2, interval=2)`.",
+    "In transformers' Trainer: `QatCallback(recipe, start=2, interval=2)`. Its own line works after `qkit mlx-lora`, too: see "
+    "the next section.",
+    "Its parser and its trainer run in the test, where mlx-lm-lora is installed.",
+)
+
+STUDIO = Seed(
+    "MLX-LoRA-Studio and mlx-lm-lora: a command line as it is",
+    "mlx_lm_lora.train --train --model model --data data --adapter-path out --train-type full --qat-enable --qat-bits 4",
+    "qkit mlx-lora mlx_lm_lora.train --train --model model --data data --adapter-path out --train-type full --qat-enable "
+    "--qat-bits 4",
+    "The studio writes such lines. `--qat-bits` and `--qat-group-size` name the grid, as in `int4-g64-absmax`; `--load-in-4bits` "
+    "and its kin train adapters on packed codes. `out` is then the artifact.",
+    "Its parser and its trainer run in the test, where mlx-lm-lora is installed.",
+)
+
+MLX_LM = Seed(
+    "mlx-lm: lora",
+    "mlx_lm.lora --model model --train --data data --fine-tune-type full",
+    "qkit mlx-lora model out -r int4-g64 --data data --fine-tune-type full",
+    "mlx-lm trains in float, and `mlx_lm.convert -q` quantizes afterwards. All options after `-r` are mlx-lm's own.",
+    "mlx-lm itself carries out the line in the test.",
+)
+
+TRL = Seed(
+    "TRL: SFTTrainer",
+    """from trl import SFTConfig, SFTTrainer
+
+trainer = SFTTrainer(model=model, args=SFTConfig(**options), train_dataset=data, processing_class=tokenizer)
+trainer.train()""",
+    """from qkit_torchao import QatCallback
+from trl import SFTConfig, SFTTrainer
+
+callbacks = [QatCallback("int4-g64")]
+trainer = SFTTrainer(
+    model=model, args=SFTConfig(**options), train_dataset=data, processing_class=tokenizer, callbacks=callbacks
+)
+trainer.train()""",
+    "TRL trains in float. The same callback serves its DPO, GRPO and reward trainers. Afterwards "
+    '`qkit.convert(trainer.model).save_pretrained("out")`. On the command line: `qkit train model out --method sft`.',
+    "Both run in the test.",
+)
+
+UNSLOTH = Seed(
+    "unsloth: qat_scheme",
+    """from unsloth import FastLanguageModel
+
+model, tokenizer = FastLanguageModel.from_pretrained(path, full_finetuning=True, qat_scheme="int4")
+train(model)""",
+    """from unsloth import FastLanguageModel
+from qkit_torchao import qat_scheme
+
+model, tokenizer = FastLanguageModel.from_pretrained(path, full_finetuning=True)
+model = qat_scheme(model, "int4")
+train(model)""",
+    "`qat_scheme` takes unsloth's names, or a recipe of qkit's.",
+    "unsloth ran the second block with its own loader on a CPU (2026.10.9); there, its own `qat_scheme` is not offered.",
+)
+
+AXOLOTL = Seed(
+    "axolotl: qat",
+    """base_model: model
+qat:
+  weight_dtype: int4
+  group_size: 32""",
+    """base_model: model
+plugins: [qkit.integrations.axolotl.QkitPlugin]
+qkit:
+  recipe: int4-g32""",
+    "The plugin trains on the grid and writes the artifact into `OUTPUT_DIR/qkit`. `qat` and `qkit` together are refused.",
+    "axolotl itself loads and trains the second block in `tests/training/test_axolotl.py`, where it is installed.",
 )
 
 BITS = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64)]
@@ -148,7 +225,8 @@ def page():
     """The text of docs/coming-from.md."""
     shown = [
         *(TORCHAO, INC, FORGATHER),
-        [_filled(HOOK, bits=4, group=64), _filled(LOAD, recipe="int4-g64", table=LOADS["int4-g64"]), SCHEDULE],
+        [_filled(HOOK, bits=4, group=64), _filled(LOAD, recipe="int4-g64", table=LOADS["int4-g64"]), SCHEDULE, STUDIO],
+        [MLX_LM, TRL, UNSLOTH, AXOLOTL],
     ]
     parts = [
         "# Coming from other tools\n\n"
@@ -158,12 +236,12 @@ def page():
     ]
     for seed in (one for group in shown for one in group):
         blocks = [f"```text\n{code}\n```" for code in (seed.theirs, seed.ours)]
-        parts.append(f"## {seed.name}\n\n{blocks[0]}\n\nWith qkit:\n\n{blocks[1]}\n\n{seed.note}\n")
+        parts.append(f"## {seed.name}\n\n{blocks[0]}\n\nWith qkit:\n\n{blocks[1]}\n\n{seed.note} {seed.ran}\n")
     return "\n".join(parts)
 
 
 def _filled(seed, **values):
-    return Seed(seed.name, seed.theirs.format(**values), seed.ours.format(**values), seed.note)
+    return Seed(seed.name, seed.theirs.format(**values), seed.ours.format(**values), seed.note, seed.ran)
 
 
 def filled(seed, **values):

@@ -77,5 +77,5 @@ def export(
     console.print(
         f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
     )
-    for note in notes:
+    for note in (*source.notes, *notes):
         console.print(note, highlight=False, markup=False, soft_wrap=True)

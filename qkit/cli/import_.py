@@ -11,7 +11,7 @@ from qkit.storage.destination import check_directory
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that llm-compressor or mlx-lm wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that another program quantized.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory of the artifact.")],
     weights_only: WeightsOnly = False,
     minmax: Annotated[

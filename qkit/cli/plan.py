@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -17,6 +18,9 @@ from qkit.processes import cores
 from qkit.streaming.gguf_plan import GgufPlan, gguf_plan
 from qkit.streaming.plan import Plan, Row, make_plan
 
+if TYPE_CHECKING:
+    from qkit.training.memory import Memory
+
 
 def plan(
     model: Model,
@@ -27,6 +31,20 @@ def plan(
     untie: Untie = False,
     shard_size: ShardSize = "5GB",
     jobs: Jobs = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Add the memory of training: full, and adapters of either kind.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="With --train: sequences in a micro-batch.")] = 8,
+    length: Annotated[int, typer.Option(help="With --train: tokens in a sequence.")] = 512,
+    dtype: Annotated[str, typer.Option(help="With --train: the type of the master weights.")] = "float32",
+    optimizer: Annotated[
+        str, typer.Option(help="With --train: adamw, adam, lion, muon, momentum or sgd; qkit train has adamw.")
+    ] = "adamw",
+    rank: Annotated[int, typer.Option(help="With --train: the rank of adapters.")] = 8,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="With --train: the engine, torchao or mlx.")] = "torchao",
     all_rows: All = False,
     as_json: Json = False,
 ) -> None:
@@ -35,9 +53,17 @@ def plan(
     made = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
     check_ignored(ignore or (), [row.path for row in made.rows if row.path])
     peak = made.peak_memory(jobs or cores())
-    as_gguf = gguf_plan(made, read_config(made.folder) or {})
+    config = read_config(made.folder) or {}
+    as_gguf = gguf_plan(made, config)
+    memory = []
+    if train:
+        from qkit.training.memory import training_memory  # here, so that other commands start fast
+
+        options: dict[str, Any] = {"dtype": dtype, "optimizer": optimizer, "rank": rank, "engine": backend}
+        memory = training_memory(made, config, batch=batch, length=length, recompute=gradient_checkpointing, **options)
     if as_json:
-        print_json(_as_table(made, peak, as_gguf))
+        told = {"training_memory": [{**asdict(one), "total": one.total} for one in memory]} if train else {}
+        print_json(_as_table(made, peak, as_gguf) | told)
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("tensor", "count", "stored", "shape", "becomes", "bytes"):
@@ -59,6 +85,19 @@ def plan(
         f"about {size(peak)} of memory at most",
         highlight=False,
     )
+    if train:
+        console.print(_memory(memory, f"{batch} x {length} tokens, {dtype}, {optimizer}"))
+
+
+def _memory(memory: "list[Memory]", setting: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"memory of training, estimated: {setting}")
+    table.add_column("way")
+    for heading in ("weights", "gradients", "optimizer", "quantized values", "activations", "together"):
+        table.add_column(heading, justify="right")
+    for one in memory:
+        parts = (one.weights, one.gradients, one.optimizer, one.values, one.activations, one.total)
+        table.add_row(one.way, *map(size, parts))
+    return table
 
 
 def _each(made: Plan) -> Iterator[tuple[str, int, Row]]:

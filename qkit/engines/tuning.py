@@ -24,7 +24,10 @@ class TuneOptions:
         rate: the learning rate of a step, which counts from 1.
         before: called with the number of each step, before it; None: nothing changes between steps.
         record: called after each step with its number, its loss, its learning rate and its tokens.
-        place: an empty folder for the library's own files.
+        place: the folder of the checkpoints. Training goes on from the last one in it.
+        checkpoint_every: steps between two checkpoints.
+        checkpointed: called after each checkpoint with its step.
+        stop: asked after each step with its number; where it says yes, a checkpoint ends the training.
     """
 
     method: Method
@@ -46,17 +49,24 @@ class TuneOptions:
     before: Callable[[int], None] | None
     record: Callable[[int, float, float, int], None]
     place: Path
+    checkpoint_every: int
+    checkpointed: Callable[[int], None]
+    stop: Callable[[int], bool]
 
 
 class Tunes(Trains, Protocol):
     """Methods of training that another library carries out: supervised fine-tuning and preferences."""
 
     def tune(self, model: Any, options: TuneOptions) -> None:
-        """Trains the prepared `model` in place.
+        """Trains the prepared `model` in place. It has taken fewer than `options.steps` steps only where `options.stop` said yes.
 
         Raises:
             BackendError: the library is missing, or cannot do as `options` say.
         """
+        ...
+
+    def tuned(self, place: Path) -> int:
+        """How many steps the last checkpoint in `place` has taken; 0 where there is none."""
         ...
 
 

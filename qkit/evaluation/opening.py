@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from qkit.artifact.load import load
 from qkit.artifact.metadata import KEY, layout_of
 from qkit.engines.protocol import Builds
 from qkit.errors import QkitError
-from qkit.exchange.import_model import read_model, to_artifact
+from qkit.exchange.import_model import read_model
+from qkit.exchange.load_any import load_any
 from qkit.storage.arrays import read_folder
 from qkit.training.text import Text, read_text
 
@@ -27,13 +27,7 @@ def open_model(engine: Builds, directory: Path) -> Any:
     _, metadata = read_folder(directory)
     if KEY in metadata and layout_of(metadata) == "compressed-tensors":
         return load(directory, backend=engine)
-    found = read_model(directory)
-    if found.layout == "float":
-        return load(directory, backend=engine)
-    with TemporaryDirectory() as place:
-        own = Path(place) / "artifact"
-        to_artifact(found, own)
-        return load(own, backend=engine)
+    return load_any(read_model(directory), engine)
 
 
 def read_alike(directories: Sequence[Path], patterns: Sequence[str]) -> Text:
@@ -42,6 +36,8 @@ def read_alike(directories: Sequence[Path], patterns: Sequence[str]) -> Text:
     Raises:
         QkitError: two models read the text as different tokens, so that their losses cannot be compared; or see `read_text`.
     """
+    for directory in directories:
+        read_folder(directory)  # says which command takes a directory that is no model
     first, *others = (read_text(patterns, folder=one, config=_config(one)) for one in directories)
     for directory, other in zip(directories[1:], others, strict=True):
         if not np.array_equal(first.tokens, other.tokens):

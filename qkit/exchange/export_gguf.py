@@ -28,7 +28,8 @@ from qkit.formats.packed import join
 from qkit.installation import how_to_install
 from qkit.storage.batches import batches, in_threads
 from qkit.storage.destination import check_file
-from qkit.storage.staging import leave_to_system, whole_file
+from qkit.storage.staging import whole_file
+from qkit.storage.swap import leave_to_system
 from qkit.storage.tensor_writer import reserve, write_all
 
 NO_TOKENIZER = "without a tokenizer: llama.cpp opens the file, and takes no text"

@@ -16,7 +16,7 @@ from qkit.formats import dense, mlx_config, mlx_lm
 from qkit.formats.mlx_families import Family
 from qkit.formats.settings import QUANTIZATION
 from qkit.storage.layout import SHARD_BYTES
-from qkit.storage.staging import leave_to_system
+from qkit.storage.swap import leave_to_system
 
 LATENT = ".kv_b_proj"  #: end of the path of the layer that mlx-lm splits in a family that is `latent`
 

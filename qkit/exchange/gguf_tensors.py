@@ -93,7 +93,9 @@ def float_tensor(name: str, array: NDArray[Any], order: NDArray[np.int64] | None
     if array.dtype.name not in FLOATS:
         raise ArtifactError(f"{name} is {array.dtype.name}: qkit puts {', '.join(FLOATS)} into GGUF")
     if array.ndim > 1:
-        return Tensor(FLOATS[array.dtype.name], array.shape, lambda: [array] if order is None else _rows(array, order))
+        return Tensor(
+            FLOATS[array.dtype.name], array.shape, lambda: [array] if order is None else _rows(np.asarray(array), order)
+        )
     vector = array.astype(np.float32)  # GGUF's programs want norms and biases in float32
     if architecture.norms_plus_one and name.endswith("norm.weight"):
         vector = vector + np.float32(1)  # in float32, as transformers itself computes 1 + w

@@ -28,9 +28,11 @@ from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Rule
 from qkit.sources.detect import FLOAT, detect
+from qkit.sources.gguf_file import open_gguf
 from qkit.sources.source import stored_types
 from qkit.storage import read
 from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
+from qkit.storage.other_models import GGUF
 from qkit.storage.seal import check_seal
 
 FOREIGN = (
@@ -39,7 +41,9 @@ FOREIGN = (
 
 
 def read_model(folder: str | Path, *, minmax: bool = False) -> Snapshot:
-    """The content of `folder`: an artifact or export of qkit's, a float model, or one of compressed-tensors or mlx-lm.
+    """The content of `folder`: an artifact or export of qkit's, a float model, or one that another program quantized.
+
+    `folder` may be a GGUF file.
 
     Reads every byte of the weights once where `qkit.json` has digests to compare.
 
@@ -51,6 +55,8 @@ def read_model(folder: str | Path, *, minmax: bool = False) -> Snapshot:
             describes; or qkit wrote the directory, and a file has changed since.
     """
     folder = Path(folder)
+    if folder.is_file() and folder.name.lower().endswith(GGUF):
+        return read_foreign(open_gguf(folder), {})
     stored, metadata = read.read_folder(folder)
     check_seal(folder, stored, digests=True)
     return read_own(folder) if KEY in metadata else _read_other(folder, stored, minmax=minmax)

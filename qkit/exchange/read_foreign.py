@@ -93,7 +93,7 @@ def _held(source: Source, name: str, encoded: Encoded, config: Mapping[str, Any]
     if grid is None:
         return {}
     dtype: DType = next(one for one in DTYPES if one == layout.DTYPES[encoded.slot.dtype][0])
-    scales = layout.DTYPES[encoded.parts[encoded.form.scales_in].slot.dtype][0]
+    scales = encoded.codes(slice(0, 1)).scales.dtype.name
     kind = scales if grid.read and grid.stored_scales == "float" else ""
     if not isinstance(found, Member) or found.expert is not None:
         kind_of: Kind = "experts" if isinstance(found, Member) else kind_of_path(name.removesuffix(".weight"))

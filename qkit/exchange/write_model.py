@@ -1,7 +1,6 @@
 """A snapshot written as a directory in another layout, exactly or not at all: no weight is quantized again."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from qkit.sources.decoded import DecodedArray
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import destination
 from qkit.storage.layout import TYPE_NAMES, Slot
+from qkit.storage.swap import bring_to_disk
 from qkit.storage.write import Stream, write_directory
 
 BLOCK: Final = 1 << 20  #: numbers that are dequantized together
@@ -41,7 +41,7 @@ def write_model(
     config: Mapping[str, Any] | None,
     shard_bytes: int,
     more: Iterable[Stream] = (),
-    bring: Callable[[int], None] = os.fsync,
+    bring: Callable[[int], None] = bring_to_disk,
 ) -> None:
     """Writes `source` as the directory `out`.
 

@@ -157,7 +157,7 @@ def _heads(packed: Packed, kind: str) -> NDArray[np.uint8]:
     inexact = _inexact(packed)
     scales = np.where(_lost_or_idle(packed), np.float32(0), packed.scales) if inexact.any() else packed.scales
     if native.available() and len(scales) == rows:
-        halves = native.halves(scales, repeat=inputs // BLOCK // scales.shape[1])
+        halves = native.halves(scales.astype(np.float32, copy=False), repeat=inputs // BLOCK // scales.shape[1])
         return halves[..., None].view(np.uint8)
     return _head(_half(scales), rows, inputs)
 

@@ -252,6 +252,7 @@ SAME_NAMES: Final = frozenset(
             "helium",
             "glm4",
             "ernie4_5",
+            "gpt_oss",
             "mixtral",
             "qwen2_moe",
             "qwen3_moe",

@@ -54,7 +54,7 @@ def compressed(
                 compressed_config.form_of(config.get("format"), group.get("format"))
                 form, shape = _form(parts, group["weights"])
             codes = "weight_packed" if "weight_packed" in parts else "weight"
-            known = dtype or want_type(parts["weight_scale"], None)
+            known = want_type(parts["weight_scale"], dtype)
             found[join(path, "weight")] = encoded(
                 join(path, "weight"), shape, dtype=known, form=form, parts=parts, codes=codes
             )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,15 @@ class Form(Protocol):
         ...
 
 
+@runtime_checkable
+class Valued(Protocol):
+    """A form whose values another package decodes, so that no grid holds its codes."""
+
+    def values(self, parts: Tensors, rows: slice) -> NDArray[np.float32]:
+        """The values of some rows [rows, inputs], float32."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded(Stored):
     """A float tensor that the files hold as codes. `file` and `begin` are those of its codes.
@@ -62,7 +71,7 @@ class Encoded(Stored):
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of one matrix of codes: outputs and inputs."""
-        *_, rows, n = self.slot.shape
+        *_, rows, n = (1, *self.slot.shape)
         return (n, rows) if self.transposed else (rows, n)
 
     def codes(self, rows: slice = slice(None), matrix: int = 0) -> Codes:
@@ -84,7 +93,10 @@ class Encoded(Stored):
             ArtifactError: see `codes`; or a value is not finite.
         """
         try:
-            found = values(self.codes(rows, matrix))
+            if isinstance(self.form, Valued):
+                found = self.form.values({name: part.mapped() for name, part in self.parts.items()}, rows)
+            else:
+                found = values(self.codes(rows, matrix))
         except ArtifactError as error:
             raise ArtifactError(f"{self.file}: {self.slot.name}: {error}") from None
         if count := int(np.count_nonzero(~np.isfinite(found))):
@@ -100,7 +112,7 @@ class Encoded(Stored):
         """
         outputs, n = self.matrix
         step = outputs if self.transposed else max(ROWS // n, 1)
-        for matrix in range(prod(self.slot.shape[:-2])):
+        for matrix in range(prod(self.slot.shape[:-2])):  # 1 of a vector or a matrix
             for begin in range(0, outputs, step):
                 found = self.rows(slice(begin, min(begin + step, outputs)), matrix)
                 yield matrix * outputs * n + begin * n, found.T if self.transposed else found

@@ -97,7 +97,5 @@ def mlx(
             check_part(parts, "biases", FLOATS, scale.slot.shape)
         check_part(parts, "weight", ("uint32",))
         name = join(path, "weight")
-        found[name] = encoded(
-            name, shape, dtype=dtype or want_type(scale, None), form=form, parts=parts, codes="weight"
-        )
+        found[name] = encoded(name, shape, dtype=want_type(scale, dtype), form=form, parts=parts, codes="weight")
     return found

@@ -1,5 +1,6 @@
 """The stored parts of quantized weights: taken by name, with their types and shapes checked from headers alone."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
@@ -68,20 +69,22 @@ def encoded(
 
 
 def float_type(config: Mapping[str, Any] | None, tensors: Mapping[str, Stored]) -> DType | None:
-    """The type of the model's floats: as its configuration says, else that of the first float matrix; None without either."""
+    """The type of the model's floats: as its configuration says, but that of its float matrices where none is of that type.
+
+    None where neither tells.
+    """
     tables = [config or {}, *(part for part in (config or {}).values() if isinstance(part, Mapping))]
-    for table in tables:
-        for key in ("dtype", "torch_dtype"):
-            said = str(table.get(key) or "").removeprefix("torch.")
-            for dtype in DTYPES:
-                if said == dtype:
-                    return dtype
-    kinds = (kind_of(stored) for stored in tensors.values() if len(stored.slot.shape) > 1)
-    return next((dtype for kind in kinds for dtype in DTYPES if kind == dtype), None)
+    said = [str(table.get(key) or "").removeprefix("torch.") for table in tables for key in ("dtype", "torch_dtype")]
+    stated = next((dtype for one in said for dtype in DTYPES if one == dtype), None)
+    matrices = [one for name, one in tensors.items() if name.endswith(".weight") and len(one.slot.shape) == 2]
+    kinds = Counter(kind_of(one) for one in matrices if kind_of(one) in DTYPES)
+    if stated is not None and (not kinds or stated in kinds):
+        return stated
+    return next((dtype for kind, _ in kinds.most_common() for dtype in DTYPES if kind == dtype), stated)
 
 
 def want_type(scale: Stored, known: DType | None) -> DType:
-    """The type of a weight's values: `known`, or that of its scale where this has 16 bits.
+    """The type of a weight's values, as the model has them: `known`, or that of its scale where this has 16 bits.
 
     Raises:
         ArtifactError: neither tells.

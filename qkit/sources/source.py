@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qkit.errors import ArtifactError
+from qkit.qtensor import DType
 from qkit.sources.compressed import compressed
 from qkit.sources.detect import FLOAT, Detected, detect
 from qkit.sources.encoded import Encoded
@@ -97,4 +98,13 @@ def _decoded(folder: Path, detected: Detected, tensors: dict[str, Stored], kind_
         )
     if twice := sorted(found.keys() & tensors.keys()):
         raise ArtifactError(f"{twice[0]} is there as floats and as codes: remove one of them")
-    return Source(folder, detected, {**tensors, **found}, dropped)
+    config = _with_type(detected.config, dtype)
+    return Source(folder, replace(detected, config=config), {**tensors, **found}, dropped)
+
+
+def _with_type(config: dict[str, Any] | None, dtype: DType | None) -> dict[str, Any] | None:
+    """`config`, which says `dtype`: some programs leave the type of the float model there, and write another one."""
+    if config is None or dtype is None:
+        return config
+    old = {key: value for key in ("dtype", "torch_dtype") if (value := config.get(key)) not in (None, dtype)}
+    return {**config, **dict.fromkeys(old, dtype)}

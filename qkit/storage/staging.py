@@ -18,6 +18,7 @@ from qkit.storage.destination import (
     put_back,
 )
 from qkit.storage.marks import MARK, PLACING, SEAL, check_journal, check_own, folders_of, is_marked, mark, remove
+from qkit.storage.swap import bring_to_disk
 from qkit.storage.tensor_writer import write_all
 
 LAST = ("config.json", SEAL)  #: moved last to a mount point: no program takes a directory without them for a model
@@ -169,12 +170,8 @@ class Staging:
                 remove(folder)
 
 
-def leave_to_system(descriptor: int) -> None:
-    """Brings nothing to the disk: the system does so within a minute, as after `cp`. For copies that are easily made anew."""
-
-
 @contextmanager
-def whole_file(out: str | Path, *, bring: Callable[[int], None] = os.fsync) -> Iterator[Path]:
+def whole_file(out: str | Path, *, bring: Callable[[int], None] = bring_to_disk) -> Iterator[Path]:
     """A path to write a new file to. The file appears at `out` when the block ends without an error, and not otherwise.
 
     Args:
@@ -196,7 +193,7 @@ def replaced_file(out: str | Path) -> Iterator[Path]:
         ArtifactError, PlanError: see `check_replaced_file`.
         LockedError: another process writes `out`.
     """
-    with _whole(check_replaced_file, out, os.fsync) as file:
+    with _whole(check_replaced_file, out, bring_to_disk) as file:
         yield file
 
 

@@ -68,6 +68,15 @@ def recover(folder: Path, previous: Path) -> None:
             os.rename(previous, folder)
 
 
+def bring_to_disk(descriptor: int) -> None:
+    """Returns when the bytes of an open file are on the disk."""
+    os.fsync(descriptor)
+
+
+def leave_to_system(descriptor: int) -> None:
+    """Brings nothing to the disk: the system does so within a minute, as after `cp`. For copies that are easily made anew."""
+
+
 def sync_folder(folder: Path) -> None:
     """Syncs the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

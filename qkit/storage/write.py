@@ -19,6 +19,7 @@ from qkit.storage.known_digests import KnownDigests
 from qkit.storage.layout import INDEX, SHARD_BYTES, Layout, Slot, lay_out
 from qkit.storage.marks import MARK, SEAL, strangers_in
 from qkit.storage.staging import Staging, unmark_companions, write_companion, write_synced
+from qkit.storage.swap import bring_to_disk
 from qkit.storage.tensor_writer import CHUNK, TensorWriter, reserve, write_all
 
 LINES = 1000  #: lines of a seal that are written together
@@ -42,7 +43,7 @@ def write_directory(
     shard_bytes: int = SHARD_BYTES,
     fingerprint: str = "",
     known: KnownDigests | None = None,
-    bring: Callable[[int], None] = os.fsync,
+    bring: Callable[[int], None] = bring_to_disk,
 ) -> None:
     """Writes `folder` whole or not at all, on all cores, with one block of each thread in memory.
 
@@ -107,7 +108,7 @@ class Output:
         files: Mapping[str, bytes | Path],
         fingerprint: str = "",
         like: Path | None = None,
-        bring: Callable[[int], None] = os.fsync,
+        bring: Callable[[int], None] = bring_to_disk,
     ) -> None:
         self._place = destination(folder)
         self._staging = Staging(self._place, like=like)

@@ -11,7 +11,7 @@ from qkit.artifact.companions import companions, left_behind
 from qkit.artifact.config import CONFIG, quantized_config, read_config
 from qkit.artifact.families import HEAD, check_whole, experts_layers, layer_of, output_name, tied_head
 from qkit.artifact.foreign import open_any
-from qkit.artifact.metadata import KEY, describe, group_paths, stored_rule
+from qkit.artifact.metadata import KEY, describe, group_paths, layout_of, read_rules, stored_rule
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError, GridError, PlanError, RecipeError
 from qkit.experts import Member
@@ -22,6 +22,7 @@ from qkit.formats.row_blocks import row_blocks
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.qtensor import DType
 from qkit.rules import Recipe, Rule
+from qkit.sources.encoded import Encoded
 from qkit.storage.layout import DTYPES, INDEX, SHARD_BYTES, TYPE_NAMES, Layout, Slot, lay_out
 from qkit.storage.read import MissingError, Stored, inside, read_folder
 from qkit.storage.write import Output
@@ -33,6 +34,8 @@ OUT_PROJ = "out_proj.weight"
 COPY = "a copy"  #: how the reason begins for a tensor that the output does not have
 #: Anonymous memory in bytes, measured on Linux: of Python with NumPy; of a worker; of each element in its block.
 BASE, WORKER, ELEMENT = 45_000_000, 16_000_000, 16 if native.available() else 40
+#: The same, of each element that another program's codes are decoded to: the code, and float32 numbers beside it.
+DECODED = 56
 #: The same, of each tensor of the source and of the output: names, places, digests. Workers copy some of these pages.
 SOURCE, OUTPUT = 700, 2_000
 
@@ -125,8 +128,9 @@ class Plan:
         blocks = [next(row_blocks(row.shape)) for row in self.rows if row.rule]
         widths = [row.shape[1] for row in self.rows if row.rule]
         largest = max(((end - begin) * n for (begin, end), n in zip(blocks, widths, strict=True)), default=0)
+        element = ELEMENT + (DECODED if any(isinstance(row.stored, Encoded) for row in self.rows) else 0)
         tensors = SOURCE * len(self.rows) + OUTPUT * len(self.layout.places)
-        return BASE + tensors + workers * (WORKER + ELEMENT * largest)
+        return BASE + tensors + workers * (WORKER + element * largest)
 
 
 def make_plan(
@@ -154,10 +158,8 @@ def make_plan(
     except MissingError as error:
         raise PlanError(str(error)) from None
     config = read_config(folder)
-    if KEY in metadata:
-        raise ArtifactError(
-            f"{folder} is quantized already, by qkit; codes are not quantized again: name the float model"
-        )
+    if KEY in metadata and read_rules(folder, metadata, config, layout=layout_of(metadata)):
+        raise ArtifactError(f"{folder} is quantized already, by qkit: name the float model")
     source = open_any(folder, stored, config)
     tensors, config = dict(source.tensors), source.detected.config
     if untie:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from qkit import reference
 from qkit.adapters import adapt
-from qkit.artifact.load import load
 from qkit.artifact.snapshot import Snapshot
 from qkit.engines.abilities import offers
 from qkit.engines.protocol import Builds
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.translation import Translates
 from qkit.errors import RunError
+from qkit.exchange.load_any import load_any
 from qkit.formats.packed import join, unpack
 from qkit.overrides import check_ignored, overridden
 from qkit.pipeline import prepare
@@ -42,7 +42,7 @@ def open_to_train(engine: Builds, source: Snapshot, run: Run) -> tuple[Any, Reci
         ArtifactError, BackendError, RecipeError, GridError: as their causes.
     """
     if run.adapter and run.recipe is None and source.weights:
-        model = load(source.folder, backend=engine)
+        model = load_any(source, engine)
         return adapt(model, run.adapter, backend=engine), _own(engine, model, source)
     model = build_float_model(engine, source, dtype=run.dtype)
     skip, ignore = run.skip_indivisible, run.ignore

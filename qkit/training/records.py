@@ -26,6 +26,8 @@ SCRIPT: Final = f"""
 import json, os, sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+sys.modules["torch"] = None  # templates need none, and its import takes most of the time
 try:
     from transformers import AutoTokenizer
 except ImportError:

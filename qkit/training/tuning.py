@@ -1,9 +1,12 @@
 """Runs with a method: another library carries out the steps on the prepared model, and qkit opens, checks and ships it."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,23 +20,25 @@ from qkit.engines.trainer import AdamWOptions
 from qkit.engines.tuning import TuneOptions, Tunes
 from qkit.errors import DivergedError, RunError
 from qkit.exchange.import_model import read_model
+from qkit.training.checkpoint import Checkpoint
 from qkit.training.finish import Outcome, finish
-from qkit.training.folder import Log, check_out, locked, run_folder_of
+from qkit.training.folder import Log, check_out, check_same, locked, run_folder_of
 from qkit.training.inputs import Tell, check_files, engine_of
-from qkit.training.model import build_float_model, dtype_of, open_to_train
+from qkit.training.model import build_float_model, describe, digest, dtype_of, open_to_train
 from qkit.training.preferences import tuning_rows
 from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
 from qkit.training.schedule import Schedule, switching
 
-SCRATCH = "library"  #: the folder for the library's own files, in the run folder
+SCRATCH = "library"  #: the folder of the library's checkpoints, in the run folder
+ABOUT = "run.json"  #: the run that these checkpoints are of
 
 
 def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Carries out `run` by its method: TRL takes the steps on torch, and mlx-lm-lora on MLX. Checks every row before the first.
 
-    Writes the same files as `train_model`, but no checkpoints: a run that was interrupted begins anew. Asks `stop` after every
-    step, and is interrupted where it says yes.
+    Writes the same files as `train_model`; checkpoints are those of the library, in `library` in the run folder. An interrupted
+    run goes on from the last one. Asks `stop` after every step; where it says yes, a checkpoint comes before the interruption.
 
     Raises:
         KeyboardInterrupt: `stop` said yes.
@@ -48,36 +53,74 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], 
     with locked(folder):
         source = read_model(run.model)
         rows = tuning_rows(run, source.config or {})
-        model, _ = open_to_train(engine, source, run)
+        model, recipe = open_to_train(engine, source, run)
         sums = code_sums(model, backend=engine)
         size = run.batch * run.accumulation
         run = replace(run, steps=run.steps or max(1, len(rows) // size))
         assert run.steps is not None
-        log = Log(folder, after=-1)
+        about = {
+            "engine": engine.name,
+            "run": run_table(run),
+            "recipe": describe(recipe),
+            "model": digest(source),
+            "text": sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+        }
+        place = folder / SCRATCH
+        began = _begin(place, about, engine)
+        log = Log(folder, after=began if began else -1)
 
         def record(event: str, step: int, **more: Any) -> None:
             log.add({"event": event, "step": step, **more})
             tell({"event": event, "step": step, **more})
-            if event == "step" and stop():
-                raise KeyboardInterrupt
 
-        about = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": 0, "backend": engine.name}
-        record("start", 0, **about, run=run_table(run))
-        place = folder / SCRATCH
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        clock = perf_counter()
-        try:
-            engine.tune(model, _options(run, engine, model, source, rows, place, record, clock))
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+        start = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": 0, "backend": engine.name}
+        record("resume" if began else "start", began, **start, run=run_table(run))
+        clock, asked = perf_counter(), _Asked(stop, run.quantization.interval)
+        engine.tune(model, _options(run, engine, model, source, rows, place, record, asked, clock, began))
+        if asked.step:
+            record("stop", asked.step)
+            raise KeyboardInterrupt
         seconds, after = perf_counter() - clock, code_sums(model, backend=engine)
         few = np.arange(min(run.length, 16), dtype=np.int32)[None]
         outcome = finish(run, engine, model, few, log, seconds, dtype=dtype_of(source))
         outcome = replace(outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after))
         warn_of_no_change(sums, after, rate=run.learning_rate, stacklevel=3)
         record("end", run.steps, **asdict(outcome))
+        shutil.rmtree(place)
         return outcome
+
+
+class _Asked:
+    """Asks once a step whether to stop, where values are refreshed. `step` is the one where the answer was yes, else 0."""
+
+    def __init__(self, stop: Callable[[], bool], interval: int) -> None:
+        self._stop, self._interval, self.step = stop, interval, 0
+
+    def __call__(self, step: int) -> bool:
+        self.step = step if step % self._interval == 0 and self._stop() else 0
+        return self.step > 0
+
+
+def _begin(place: Path, about: Mapping[str, Any], engine: Tunes) -> int:
+    """The step of the checkpoint that the run goes on from, 0 without one. Checks that it is of the same run.
+
+    Raises:
+        RunError: the checkpoint is of another run, or of another engine.
+    """
+    file, began = place / ABOUT, engine.tuned(place) if place.is_dir() else 0
+    if began and file.exists():
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+        check_same(Checkpoint(file, before, {}), about)
+        if before["engine"] != engine.name:
+            raise RunError(
+                f"{file} is of backend {before['engine']!r}, and this is {engine.name!r}: repeat that run to finish it, or "
+                f"remove {place.parent} to begin anew"
+            )
+        return began
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    file.write_text(json.dumps(about), encoding="utf-8")
+    return 0
 
 
 def _options(
@@ -86,9 +129,11 @@ def _options(
     model: Any,
     source: Snapshot,
     rows: list[Mapping[str, Any]],
-    place: Any,
-    record: Any,
-    began: float,
+    place: Path,
+    record: Callable[..., None],
+    stop: Callable[[int], bool],
+    clock: float,
+    began: int,
 ) -> TuneOptions:
     steps = run.steps or 1
     warmup = warmup_steps(run.warmup, steps)
@@ -96,8 +141,8 @@ def _options(
     def take(step: int, loss: float, learning_rate: float, tokens: int) -> None:
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step}: lower the learning rate (now {learning_rate:g})")
-        spent = max(perf_counter() - began, 1e-9)
-        speed = {"tokens_per_second": tokens * step / spent, "seconds_left": spent / step * (steps - step)}
+        spent, taken = max(perf_counter() - clock, 1e-9), step - began
+        speed = {"tokens_per_second": tokens * taken / spent, "seconds_left": spent / taken * (steps - step)}
         record("step", step, loss=loss, learning_rate=learning_rate, tokens=tokens, **speed)
 
     if len(rows) < run.batch:
@@ -124,4 +169,7 @@ def _options(
         before=None if run.quantization == Schedule() else switching(engine, model, run.quantization),
         record=take,
         place=place,
+        checkpoint_every=run.checkpoint_every,
+        checkpointed=lambda step: record("checkpoint", step, file=str(place)),
+        stop=stop,
     )

@@ -99,6 +99,17 @@ def test_the_commands_that_train_and_measure_run_in_their_order(tmp_path, monkey
 
 
 @pytest.mark.skipif(not {"torchao", "mlx"} & ENGINES, reason="needs an engine that builds a model")
+@pytest.mark.filterwarnings("ignore::qkit.errors.FewTokensWarning")
+def test_the_commands_that_fit_run_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder(tmp_path, intermediate_size=64, hidden_size=64))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text((tmp_path / "text.txt").read_text()[:2000])
+    lines = COMMANDS["docs/fitting.md"]
+    assert {words_of(line)[0] for line in lines} == {"quantize", "calibrate", "inspect"}
+    run_lines(lines, {"calibrate": ["--length", "16"]})
+
+
+@pytest.mark.skipif(not {"torchao", "mlx"} & ENGINES, reason="needs an engine that builds a model")
 def test_the_commands_on_directories_run_in_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(folder(tmp_path, intermediate_size=64, hidden_size=64))
     lines = [line for line in COMMANDS["docs/files-and-formats.md"] if "theirs" not in line and "gguf" not in line]

@@ -1,5 +1,7 @@
 """Exports of changed bytes: an export refuses those that it computes with, and carries on the digests of those that it copies."""
 
+import os
+
 import numpy as np
 import pytest
 from checkpoints import quantized
@@ -72,3 +74,19 @@ def test_experts_that_are_stacked_are_compared(tmp_path):
     done = exported(folder, tmp_path / "mlx", "mlx")
     assert f"{name}: its bytes" in str(done.exception)
     assert not (tmp_path / "mlx").exists()
+
+
+def test_an_artifact_is_on_the_disk_when_it_appears_and_an_export_is_left_to_the_system(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def recorded(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    folder = quantized(tmp_path, "int4-g64")
+    for target in ("mlx", "gguf", "dense"):
+        assert exported(folder, tmp_path / target, target).exit_code == 0
+    weights = [folder, tmp_path / "mlx", tmp_path / "dense"]
+    files = [*(one / "model.safetensors" for one in weights), tmp_path / "gguf"]
+    assert [file.stat().st_ino in synced for file in files] == [True, False, False, False]

@@ -1,5 +1,6 @@
 """Other programs' quantized models: every value equals that of the owner's own decoder, or of its published formula."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,9 +11,17 @@ from models import make
 from safetensors.numpy import save_file
 
 import qkit
-from qkit.exchange.import_model import read_model
+from qkit.exchange import diff
+from qkit.exchange.export_model import export_dense
+from qkit.exchange.import_model import read_model, to_artifact
+from qkit.exchange.load_any import load_any
+from qkit.exchange.write_model import weights_only
 from qkit.formats.packed import unpack
+from qkit.sources import law
 from qkit.storage.arrays import read_file
+from qkit.streaming.carry_out import quantize_directory
+from qkit.streaming.plan import make_plan
+from qkit.training.model import build_float_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llm-compressor"
 GPTQ = {"quant_method": "gptq", "group_size": 64, "desc_act": False, "sym": False}
@@ -173,11 +182,9 @@ def test_modelopt(algorithm, tmp_path):
     assert len(stored) == 14
 
 
-def test_gpt_oss_s_experts(tmp_path):
-    torch = pytest.importorskip("torch")
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    folder = make(tmp_path / "m", "gpt_oss", dtype="bfloat16")
+def gpt_oss(folder):
+    """A gpt-oss model as its publishers store it, with random codes; and the blocks and scales of each stack."""
+    folder = make(folder, "gpt_oss", dtype="bfloat16")
     tensors, random = read_arrays(folder / "model.safetensors"), np.random.default_rng(0)
     stacks = {}
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
@@ -191,6 +198,14 @@ def test_gpt_oss_s_experts(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return folder, stacks
+
+
+def test_gpt_oss_s_experts(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder, stacks = gpt_oss(tmp_path / "m")
     found, encoded = read_model(folder), decoded(folder)
     assert len(stacks) == 4
     for name, (blocks, scales) in stacks.items():
@@ -225,11 +240,119 @@ def test_llm_compressor_s_files(scheme):
     assert count == 90_112
 
 
-def decoded(folder):
-    """The values of the forms, without any grid of qkit's."""
+def decoded(folder, dtype=None):
+    """The values of the forms, without any grid of qkit's; in `dtype`, which may be another one than the model's."""
     from qkit.artifact.config import read_config
     from qkit.artifact.foreign import open_any
     from qkit.storage.read import read_folder
 
     stored, _ = read_folder(folder)
-    return {name: one.mapped() for name, one in open_any(folder, stored, read_config(folder)).encoded.items()}
+    found = open_any(folder, stored, read_config(folder)).encoded
+    return {
+        name: one.mapped() if dtype is None else law.values(one.codes()).astype(dtype) for name, one in found.items()
+    }
+
+
+OTHERS = GOLDEN.parent / "others"  # made by golden/other_programs.py
+
+
+@pytest.mark.parametrize("name", sorted(entry.name for entry in OTHERS.iterdir()))
+def test_real_files_of_other_programs(name):
+    """GPTQModel's, llm-compressor's and AutoRound's own: equal to the values that their programs decoded."""
+    folder, count = OTHERS / name, 0
+    ours = decoded(folder, np.float16 if name.startswith("gptq") else None)
+    file = folder / "values.json"
+    if not file.exists():  # AutoRound decodes in its kernels only: its codes come back as those of GPTQ or AWQ
+        assert len(ours) == 7
+        assert all(np.isfinite(array).all() for array in ours.values())
+        return
+    for path, digest in json.loads(file.read_text()).items():
+        assert hashlib.sha256(ours[path].tobytes()).hexdigest() == digest, path
+        count += ours[path].size
+    assert count == 24_576
+
+
+@pytest.mark.parametrize("name", sorted(entry.name for entry in OTHERS.iterdir()))
+def test_an_artifact_of_such_a_file_holds_the_same_values(name, tmp_path):
+    source = weights_only(read_model(OTHERS / name))
+    to_artifact(source, tmp_path / "own")
+    again = read_model(tmp_path / "own")
+    assert again.digest() == source.digest()
+    held = {f"{path}.weight": qkit.dequantize(unpack(weight.read())) for path, weight in again.weights.items()}
+    for path, array in decoded(OTHERS / name).items():
+        mine = held.get(path, again.tensors.get(path))
+        assert mine.tobytes() == array.tobytes(), path
+    assert bool(held) == (name not in ("gptq-4-order",))
+
+
+def quantize(folder, out, recipe="int4-g32"):
+    plan = make_plan(folder, qkit.recipe(recipe))
+    return quantize_directory(plan, out, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
+
+
+@pytest.mark.parametrize("name", sorted(entry.name for entry in OTHERS.iterdir()))
+def test_quantizing_while_decoding_equals_quantizing_the_decoded_model(name, tmp_path):
+    """The decoded model is `export --to dense`; the bytes of both outputs are equal."""
+    export_dense(weights_only(read_model(OTHERS / name)), tmp_path / "dense")
+    quantize(OTHERS / name, tmp_path / "a")
+    quantize(tmp_path / "dense", tmp_path / "b")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    rows = list(diff.compare(weights_only(read_model(OTHERS / name)), read_model(tmp_path / "dense")))
+    assert all(row.equal for row in rows)
+    assert len(rows) == 12
+
+
+def test_gpt_oss_s_experts_are_quantized_while_decoding_as_their_float_model_is(tmp_path):
+    folder, stacks = gpt_oss(tmp_path / "m")
+    source = read_model(folder)
+    export_dense(source, tmp_path / "single")  # experts one by one
+    quantize(folder, tmp_path / "a", "nvfp4-a16")
+    alone = qkit.Recipe("linear", (qkit.Rule(("*",), kind="linear", weight=qkit.Grid("int4", 32)),))
+    plan = make_plan(folder, alone)
+    quantize_directory(plan, tmp_path / "b", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
+    copied = read_file(tmp_path / "b" / "model.safetensors")[0]
+    ours, floats = decoded(folder), read_model(tmp_path / "a")
+    for name in stacks:
+        assert copied[name].tobytes() == ours[name].tobytes(), name
+    for path, weight in source.weights.items():
+        w = qkit.dequantize(unpack(weight.read()))
+        theirs = unpack(floats.weights[path].read())
+        assert np.array_equal(theirs.codes, requantized(w, theirs)), path
+
+
+def requantized(w, q):
+    """The codes of `w` under the tensor scale of `q`, which gate and up share."""
+    peak = float(q.tensor_scale) * 6 * 448
+    return qkit.reference.quantize(w, q.grid, peak=peak).codes
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-4-order", "ct-fp8-block", "auto-round-awq"])
+def test_a_run_opens_such_a_model(name):
+    pytest.importorskip("torch")
+    engine = qkit.backend("torchao")
+    source = read_model(OTHERS / name)
+    model = build_float_model(engine, source, dtype="float32")
+    exact, rounded = decoded(OTHERS / name, np.float32), decoded(OTHERS / name)
+    held = {
+        f"{path}.weight" for path in source.weights
+    }  # grids have float32 values, other codes those of the model's type
+    ours = {path: exact[path] if path in held else rounded[path] for path in exact}
+    for path, tensor in engine.tensors(model).items():
+        if path in ours:
+            assert np.array_equal(engine.to_numpy(tensor), ours[path].astype(np.float32)), path
+
+
+@pytest.mark.parametrize("engine", ["torchao", "mlx"])
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-4-order", "ct-nvfp4", "ct-fp8", "ct-w4a16-fp16", "auto-round-awq"])
+def test_both_engines_compute_with_the_decoded_values(name, engine, tmp_path):
+    if not any(status.name == engine and status.ready for status in qkit.backends()):
+        pytest.skip(f"{engine} is not installed")
+    source, backend, tokens = weights_only(read_model(OTHERS / name)), qkit.backend(engine), np.arange(18).reshape(2, 9)
+    export_dense(source, tmp_path / "dense")
+    with qkit.exact():
+        packed, dense = load_any(source, backend), qkit.load(tmp_path / "dense", backend=backend)
+        ours, theirs = backend.logits(packed, tokens), backend.logits(dense, tokens)
+    if engine == "mlx":  # MLX's own layers multiply by codes in the model's 16 bits, with other roundings
+        assert np.allclose(ours, theirs, atol=5e-3)
+    else:
+        assert np.array_equal(ours, theirs)

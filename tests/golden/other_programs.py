@@ -1,21 +1,22 @@
-"""Makes the directories in `others/`: a tiny Llama, as other programs quantize it, and the values that they decode.
+"""Makes the directories in `others/`: a tiny Llama, as other programs quantize it, and the SHA-256 of their decoded values.
 
 Each program needs an environment of its own: python tests/golden/other_programs.py gptqmodel | auto-round | llm-compressor.
 Made with gptqmodel 7.7.0, auto-round 0.16.1 and llmcompressor 0.14.0.1 on a CPU.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 OUT = Path(__file__).parent / "others"
 WORK = Path("/tmp/golden-others")
-KEPT = ("config.json", "model.safetensors", "values.safetensors", "quantize_config.json")
+KEPT = ("config.json", "model.safetensors", "values.json", "quantize_config.json")
 CONFIG = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -55,7 +56,9 @@ def texts(count=16, length=32):
 
 def finish(folder, values):
     """Keeps the files that tests read, and the decoded values."""
-    save_file({name: tensor.contiguous() for name, tensor in values.items()}, folder / "values.safetensors")
+    bits = {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in values.items()}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(bits.items())}
+    (folder / "values.json").write_text(json.dumps(digests, indent=1) + "\n")
     target = OUT / folder.name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -81,7 +84,7 @@ def gptqmodel():
         model = GPTQModel.load(str(float_model(torch.float16)), config)
         model.quantize(texts(), batch_size=1, backend=BACKEND.TORCH)
         model.save(str(WORK / name))
-        again = GPTQModel.load(str(WORK / name), backend=BACKEND.TORCH, device="cpu")
+        again = GPTQModel.load(str(WORK / name), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
         values = {
             f"{path}.weight": layer.dequantize_weight().T.to(torch.float16)
             for path, layer in again.model.named_modules()

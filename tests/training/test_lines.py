@@ -197,6 +197,70 @@ def test_a_line_that_qkit_cannot_carry_out_is_refused_by_name(tmp_path, more, me
     assert not (tmp_path / "out").exists()
 
 
+TALK = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "four"}]
+BAD = {
+    "no roles": ({"messages": [{"content": "2?"}, {"content": "four"}]}, [], r"row 1 of .* a message without a role"),
+    "no answer": (
+        {"prompt": "2?", "completion": ""},
+        ["--mask-prompt"],
+        r"row 1 of \S+train.jsonl has an empty completion",
+    ),
+    "too long": (
+        {"prompt": "2" * 40, "completion": "4"},
+        ["--mask-prompt", "--max-seq-length", "32"],
+        "no token to learn",
+    ),
+    "no template": ({"messages": TALK}, [], r"row 1 of train cannot be read .*chat template beside the model"),
+    "no text": ({"words": "2?"}, [], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("tool", ["mlx_lm", pytest.param("mlx_lm_lora", marks=needs_other)])
+def test_bad_rows_are_refused_by_name_before_the_first_step(tmp_path, tool, case):
+    pytest.importorskip("mlx_lm")
+    row, more, message = BAD[case]
+    given = data(tmp_path)
+    if case != "no template":
+        turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        (tmp_path / "model/chat_template.jinja").write_text(turns)
+    elif tool == "mlx_lm_lora":
+        pytest.skip("it puts a template of its own where there is none")
+    for name in ("train", "valid"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    other = ["--train-mode", "sft"] if tool == "mlx_lm_lora" else []
+    done = mlx_lora(tmp_path, *given, *other, *more)
+    assert isinstance(done.exception, qkit.RunError), (done.output, done.exception)
+    assert re.search(message, str(done.exception)), done.exception
+    assert "Iter 1" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@needs_other
+def test_preferences_without_roles_are_refused_by_name(tmp_path):
+    given = preferences(tmp_path)
+    row = {"chosen": [{"content": "2?"}, {"content": "4"}], "rejected": [{"content": "2?"}, {"content": "5"}]}
+    (tmp_path / "data/train.jsonl").write_text(json.dumps(row) + "\n")
+    done = mlx_lora(tmp_path, *given, "--train-mode", "dpo")
+    assert isinstance(done.exception, qkit.RunError), (done.output, done.exception)
+    assert "a message without a role" in str(done.exception)
+
+
+@needs_other
+def test_an_adapter_file_of_another_base_is_refused_by_name(tmp_path):
+    import mlx.core as mx
+
+    given = data(tmp_path)
+    mx.save_safetensors(
+        str(tmp_path / "other.safetensors"), {"model.layers.0.self_attn.q_proj.lora_a": mx.zeros((7, 8))}
+    )
+    done = mlx_lora(
+        tmp_path, *given, "--train-type", "lora", "--resume-adapter-file", str(tmp_path / "other.safetensors")
+    )
+    assert isinstance(done.exception, qkit.RunError), (done.output, done.exception)
+    assert "is for another base: its model.layers.0.self_attn.q_proj.lora_a is [7, 8]" in str(done.exception)
+
+
 @pytest.mark.parametrize(("scheme", "grid"), [("int4", "int4-g128"), ("fp8-fp8", "e4m3"), ("int8-int4", "int4-g32")])
 def test_the_schemes_of_unsloth_are_recipes(scheme, grid):
     pytest.importorskip("transformers")

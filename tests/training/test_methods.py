@@ -5,13 +5,16 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from alike import contents
 from models import TOKENS, make
 from typer.testing import CliRunner
 
 import qkit
+from qkit.artifact.config import read_config
 from qkit.cli.application import application
 from qkit.training import run_from_table, train_model
 from qkit.training.folder import LOG, read_log, run_folder_of
+from qkit.training.text import read_text
 
 LIBRARY = {"torchao": "trl", "mlx": "mlx_lm_lora"}
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -104,22 +107,95 @@ def test_both_libraries_take_conversations_and_schedules_that_they_can_follow(tm
         for i in range(4)
     ]
     run = table(path, "dpo", name, data=[jsonl(path / "talks.jsonl", talks)], quantization={"start": 2})
-    if name == "mlx":
-        with pytest.raises(qkit.BackendError, match="compiles its step once, without a schedule"):
-            train_model(run_from_table(run))
-        run.pop("quantization")
     outcome = train_model(run_from_table({**run, "adapter": {"rank": 4}}))
     assert outcome.forward_difference == 0
     assert losses(path / "out")[0] == pytest.approx(np.log(2), rel=0.2)  # DPO begins where both models agree
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_method_stops_where_it_is_told_to(tmp_path, name):
-    path = model(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        train_model(run_from_table(table(path, "sft", name, steps=50)), stop=lambda: True)
-    assert len(losses(path / "out")) == 1
+@pytest.mark.parametrize("method", METHODS)
+def test_a_schedule_is_followed(tmp_path, method, name):
+    """Until its start the losses are those of float training; then they are not."""
+    path, short = model(tmp_path), {"recipe": "int2-g32", "steps": 4, "learning_rate": 2e-2}
+    train_model(run_from_table(table(path, method, name, **{**short, "recipe": "float"}, out=str(path / "float"))))
+    train_model(run_from_table(table(path, method, name, **short, quantization={"start": 3})))
+    late, plain = losses(path / "out"), losses(path / "float")
+    assert late[:2] == plain[:2]
+    assert late[2] != plain[2]
+
+
+class Killed(Exception):
+    """Ends a run from inside, as an interruption would."""
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_method_that_was_interrupted_goes_on_to_the_same_bytes(tmp_path, method, name, end):
+    path, run = model(tmp_path), {"steps": 5, "checkpoint_every": 2, "schedule": "linear", "accumulation": 1}
+    if end == "stopped":
+        run |= {"adapter": {"rank": 4}, "checkpoint_every": 50}
+    train_model(run_from_table(table(path, method, name, **run, out=str(path / "whole"))))
+    seen, asked = [], []
+
+    def tell(event):
+        seen.append((event["event"], event["step"]))
+        if end == "killed" and seen[-1] == ("step", 3):
+            raise Killed
+
+    with pytest.raises(Killed if end == "killed" else KeyboardInterrupt):
+        train_model(
+            run_from_table(table(path, method, name, **run)), tell=tell, stop=lambda: asked.append(1) or asked[2:] != []
+        )
     assert not (path / "out").exists()
+    assert [step for kind, step in seen if kind == "checkpoint"] == [2 if end == "killed" else 3]
+    outcome = train_model(
+        run_from_table(table(path, method, name, **run)), tell=tell if end == "stopped" else lambda _: None
+    )
+    assert outcome.steps == 5
+    assert losses(path / "out") == losses(path / "whole")
+    assert contents(path / "out") == contents(path / "whole")
+    kinds = [event["event"] for event in read_log(run_folder_of(path / "out") / LOG)]
+    assert kinds.count("resume") == 1
+    assert kinds[-1] == "end"
+    assert not (run_folder_of(path / "out") / "library").exists()
+
+
+@needs["torchao"]
+def test_the_checkpoint_of_another_run_is_refused_by_name(tmp_path):
+    path = model(tmp_path)
+    run = table(path, "sft", "torchao", steps=9)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(run_from_table(run), stop=lambda: True)
+    for changes, message in (
+        ({"recipe": "int2-g32"}, "is of the recipe 'int4-g32', and this run is for 'int2-g32'"),
+        ({"learning_rate": 1e-4}, "is of a run with learning_rate = 0.005, and now it is 0.0001"),
+        ({"data": [jsonl(path / "others.jsonl", rows_of("sft")[1:])]}, "is of another text"),
+    ):
+        with pytest.raises(qkit.RunError, match=message):
+            train_model(run_from_table({**run, **changes}))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_turn_of_the_assistant_is_learned_and_nothing_else(tmp_path, name):
+    """The first loss of `sft` is the mean over the tokens of all answers, by the reference's logits."""
+    path = model(tmp_path)
+    talk = [
+        {"role": role, "content": text}
+        for role, text in (("user", "2?"), ("assistant", "four"), ("user", "and 3?"), ("assistant", "nine"))
+    ]
+    run = table(path, "sft", name, data=[jsonl(path / "talks.jsonl", [{"messages": talk}] * 2)], steps=1, length=64)
+    train_model(run_from_table({**run, "loss_on": "completions"}))
+    prepared = qkit.convert(qkit.load(path / "model", backend=name), "int4-g32")
+    found = read_text(
+        run["data"], folder=path / "model", config=read_config(path / "model"), loss_on="completions", chat=False
+    )
+    tokens, learned = (np.split(x, found.ends[:-1])[0] for x in (found.tokens, found.learned))
+    logits = qkit.backend(name).logits(prepared, tokens[None])[0].astype(np.float64)
+    rates = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nats = [-rates[i - 1, tokens[i]] for i in range(1, len(tokens)) if learned[i]]
+    assert 0 < learned.sum() < learned.size
+    assert losses(path / "out")[0] == pytest.approx(np.mean(nats), rel=1e-4)  # TRL and MLX log float32 means
 
 
 def test_on_the_command_line(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Every statement of other tools on training holds with qkit, in no more lines; docs/coming-from.md shows these lines."""
 
+import json
 import re
 import shlex
 from importlib.util import find_spec
@@ -8,7 +9,24 @@ from pathlib import Path
 import coming_from
 import numpy as np
 import pytest
-from coming_from import BITS, FORGATHER, HOOK, INC, LOAD, LOADS, PAGE, SCHEDULE, TORCHAO, filled, lines
+from coming_from import (
+    AXOLOTL,
+    BITS,
+    FORGATHER,
+    HOOK,
+    INC,
+    LOAD,
+    LOADS,
+    MLX_LM,
+    PAGE,
+    SCHEDULE,
+    STUDIO,
+    TORCHAO,
+    TRL,
+    UNSLOTH,
+    filled,
+    lines,
+)  # fmt: skip
 from models import TOKENS, build, make
 from runs import TEXT, arrays
 from typer.testing import CliRunner
@@ -132,6 +150,79 @@ def test_forgathers_recipe_strings_and_its_model_init(tmp_path, monkeypatch, see
     assert_holds("torchao", seen, plain, model, tmp_path, near(seed))
 
 
+@pytest.mark.skipif(not find_spec("neural_compressor"), reason="neural-compressor is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", INC, ids=str)
+def test_the_lines_of_inc_are_incs(seed):
+    torch = pytest.importorskip("torch")
+    seen = []
+    run(
+        seed.theirs,
+        torch=torch,
+        model=build("torchao").train(),
+        train=lambda model: seen.extend(type(one).__name__ for one in model.modules()),
+    )
+    assert "QuantLinear" in seen
+
+
+def rows_of_text(path):
+    """A model with a tokenizer that ends texts, and rows for TRL and mlx-lm."""
+    make(path / "model", "llama")
+    file = path / "model/tokenizer_config.json"
+    words = list(json.loads((path / "model/tokenizer.json").read_text())["model"]["vocab"])
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": words[0], "pad_token": words[0]}))
+    (path / "data").mkdir()
+    rows = [{"text": f"{i} squared is {i * i}"} for i in range(8)]
+    for name in ("train", "valid"):
+        (path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_callback_in_the_trainer_of_trl(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    data = datasets.Dataset.from_list(rows_of_text(tmp_path))
+    options = {
+        "output_dir": "run", "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "bf16": False,
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    given = {"options": options, "data": data, "tokenizer": transformers.AutoTokenizer.from_pretrained("model")}
+    trainers = [
+        run(code, model=transformers.AutoModelForCausalLM.from_pretrained("model"), **given)["trainer"]
+        for code in (TRL.ours, TRL.theirs)
+    ]
+    seen, plain = ({"losses": [one["loss"] for one in each.state.log_history if "loss" in one]} for each in trainers)
+    seen["codes"] = masters("torchao", trainers[0].model)
+    assert_holds("torchao", seen, plain, qkit.convert(trainers[0].model), tmp_path, 1e-3)
+
+
+def test_the_scheme_of_unsloth_on_a_model_of_transformers(tmp_path):
+    """unsloth's own loader needs unsloth; on a CPU it returns the model of transformers, as this stand-in does."""
+    pytest.importorskip("transformers")
+    assert lines(UNSLOTH.ours) <= lines(UNSLOTH.theirs) + 1
+    seen, plain = {}, {}
+    torch_train(plain)(build("torchao", hidden_size=128, intermediate_size=256, head_dim=32))
+    code = UNSLOTH.ours.partition("FastLanguageModel.from_pretrained")[2].partition("\n")[2]
+    wide = build("torchao", hidden_size=128, intermediate_size=256, head_dim=32)
+    from qkit_torchao import qat_scheme
+
+    model = run(code, model=wide, qat_scheme=qat_scheme, train=torch_train(seen))["model"]
+    assert_holds("torchao", seen, plain, qkit.convert(model), tmp_path, 1e-3)
+
+
+def test_the_block_of_axolotl_names_the_plugin_and_a_recipe():
+    """axolotl itself trains with such a block in test_axolotl.py, where it is installed."""
+    yaml = pytest.importorskip("yaml")
+    block = yaml.safe_load(AXOLOTL.ours)
+    (plugin,) = block["plugins"]
+    module, _, name = plugin.rpartition(".")
+    assert f"class {name}(BasePlugin)" in Path(find_spec(module).origin).read_text(encoding="utf-8")
+    assert qkit.recipe(block["qkit"]["recipe"])
+    assert len(AXOLOTL.ours.splitlines()) <= len(AXOLOTL.theirs.splitlines())
+
+
 # MLX
 
 
@@ -243,6 +334,30 @@ def test_the_start_and_the_interval_of_mlx_lm_lora(tmp_path, monkeypatch, name):
     rows = qkit.coverage(qkit.load(tmp_path / "out", backend=name)).rows
     assert len([row for row in rows if row.weight == "int4-g32-signed"]) == 14
     assert "0 of 14" not in done.output
+
+
+def carried_out(path, line):
+    """The exit of a command line of qkit's, with short training."""
+    short = ["--iters", "3", "--batch-size", "2", "--num-layers", "2", "--learning-rate", "5e-3", "--val-batches", "1"]
+    done = CliRunner().invoke(application, [*shlex.split(line)[1:], *short])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "0 of 14" not in done.output
+    return {row.weight for row in qkit.coverage(qkit.load(path / "out", backend="mlx")).rows if row.weight}
+
+
+def test_the_command_of_mlx_lm_trains_on_the_grid(tmp_path, monkeypatch):
+    pytest.importorskip("mlx_lm")
+    rows_of_text(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert carried_out(tmp_path, MLX_LM.ours) == {"int4-g64-signed"}
+
+
+@pytest.mark.skipif(not find_spec("mlx_lm_lora"), reason="mlx-lm-lora is not installed")
+def test_a_line_of_the_studio_works_after_qkit_mlx_lora(tmp_path, monkeypatch):
+    rows_of_text(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert STUDIO.ours == f"qkit mlx-lora {STUDIO.theirs}"
+    assert carried_out(tmp_path, STUDIO.ours) == {"int4-g64-absmax"}
 
 
 # the page

@@ -13,7 +13,7 @@ from qkit.fused import shares
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.merged import Update
-from qkit_mlx.arithmetic import rounding
+from qkit_mlx.arithmetic import rounding, stored
 from qkit_mlx.arithmetic.merged import merged
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
@@ -29,7 +29,7 @@ from qkit_mlx.layers.converted_experts import (
 )
 from qkit_mlx.layers.prepared import evaluate_packed
 from qkit_mlx.layers.stacks import FakeSwitchLinear, share
-from qkit_mlx.layers.straight_through import fake_quantize
+from qkit_mlx.layers.straight_through import fake_quantize, fake_requantize
 from qkit_mlx.layers.tunable import first_update
 
 NAMES = (
@@ -138,7 +138,10 @@ class _AdaptedCodes(AdaptedStack, SwitchCodes):
     def values_of(self, expert: int) -> mx.array:
         """See `SwitchCodes.values_of`; of the merged weight, with the gradient straight through."""
         weight = self.merged(expert)
-        values = fake_quantize(weight, self._grid, ste=self.rule.ste, peak=self._peak(expert, weight))
+        if self.grid.read:
+            values = fake_requantize(weight, self.unpack(expert), ste=self.rule.ste)
+        else:
+            values = fake_quantize(weight, self._grid, ste=self.rule.ste, peak=self._peak(expert, weight))
         return rounding.to_dtype(values, self.dtype).astype(mx.float32)
 
     def peak_of(self, expert: int) -> mx.array:
@@ -148,6 +151,8 @@ class _AdaptedCodes(AdaptedStack, SwitchCodes):
     def codes(self, expert: int) -> QTensor[mx.array]:
         """The codes of the merged weight of one expert."""
         weight = self.merged(expert)
+        if self.grid.read:
+            return replace(stored.requantize(weight, self.unpack(expert)), dtype=self.dtype)
         peak = self._peak(expert, weight)
         return replace(choose.quantize(weight, self._grid, peak=peak), dtype=self.dtype)
 

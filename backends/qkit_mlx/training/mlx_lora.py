@@ -5,13 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import yaml
+from mlx.utils import tree_flatten
 
 from qkit.engines.tuning import Command, Quantizer
 from qkit.errors import BackendError, RunError
 from qkit.installation import how_to_install
+from qkit.training.records import messages_of
+from qkit.training.rows import read_rows
 from qkit_mlx.training.tuning import any_device
 
 Prepare = Callable[[nn.Module], nn.Module]
@@ -26,6 +30,7 @@ LOADS = {
     "load_in_mxfp4": 4,
 }  #: and their bits, in its order
 LOADED_GROUP = 128  #: of the integers that it loads
+MESSAGES = {"messages", "prompt", "completion", "chosen", "rejected"}  #: keys of rows that may have lists of messages
 REFERENCES = (
     "dpo",
     "ftpo",
@@ -148,6 +153,7 @@ def _train_other(tool: Any, options: Any, prepare: Prepare, follow: Follow) -> n
         model.freeze()
         layers = len(model.layers) if lora["num_layers"] in (None, -1) else lora["num_layers"]
         linear_to_lora_layers(model, layers, lora, use_dora=lora["use_dora"])
+    _check_resumed(options, model)
     callback = None
     if follow:
         callback = _Follower(follow(model), options.gradient_accumulation_steps)
@@ -168,13 +174,73 @@ def _train_other(tool: Any, options: Any, prepare: Prepare, follow: Follow) -> n
 
 
 def _data(tool: Any, options: Any, tokenizer: Any) -> Any:
-    """The tool's data sets."""
+    """The tool's data sets, each row of them read once, so that a bad one is named before the first step.
+
+    Raises:
+        RunError: a row cannot be read, or has nothing to learn.
+    """
+    _check_rows(Path(options.data))
     try:
-        return tool.load_dataset(options, tokenizer)
+        sets = tool.load_dataset(options, tokenizer)
     except (ValueError, KeyError) as error:
-        raise RunError(
-            f"--data {options.data}: {tool.__name__} cannot read it ({error!r:.200}): see its formats"
-        ) from None
+        raise _unreadable(options, "the data", error) from None
+    for name, rows in zip(("train", "valid"), sets, strict=False):
+        for number in range(len(rows)):
+            where = f"row {number + 1} of {name}"
+            try:
+                made = rows.process(rows[number])
+            except Exception as error:  # of the data, of the template, or of the tokenizer
+                raise _unreadable(options, where, error) from None
+            if (
+                isinstance(made, tuple)
+                and isinstance(made[1], int)
+                and made[1] >= min(len(made[0]), options.max_seq_length)
+            ):
+                raise RunError(
+                    f"--data {options.data}: {where} has no token to learn after its prompt: leave it out, or make "
+                    "--max-seq-length longer"
+                )
+    return sets
+
+
+def _check_rows(folder: Path) -> None:
+    """Refuses messages without roles, which many templates write without a word, and empty completions.
+
+    Raises:
+        RunError: a message has no role or no content, or a completion is empty.
+    """
+    for path in (folder / "train.jsonl", folder / "valid.jsonl"):
+        for number, row in enumerate(read_rows(path) if path.is_file() else (), start=1):
+            if row.get("completion", "x") in ("", []):
+                raise RunError(f"data: row {number} of {path} has an empty completion: leave it out, or fill it")
+            for key in MESSAGES & row.keys():
+                if isinstance(row[key], list):
+                    messages_of(f"row {number} of {path}", row[key])
+
+
+def _unreadable(options: Any, where: str, error: Exception) -> RunError:
+    return RunError(
+        f"--data {options.data}: {where} cannot be read ({type(error).__name__}: {error!s:.150}): give rows with text, with "
+        "messages that have roles, or with a prompt and its answers; and a chat template beside the model"
+    )
+
+
+def _check_resumed(options: Any, model: nn.Module) -> None:
+    """Refuses a file of adapters for another model, from which MLX would take nothing without a word."""
+    if not options.resume_adapter_file:
+        return
+    try:
+        found: Any = mx.load(options.resume_adapter_file)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"--resume-adapter-file {options.resume_adapter_file}: {error}") from None
+    known: Any = dict(tree_flatten(model.parameters()))
+    for name, array in found.items():
+        if name not in known or known[name].shape != array.shape:
+            what = list(known[name].shape) if name in known else "missing"
+            raise RunError(
+                f"--resume-adapter-file {options.resume_adapter_file} is for another base: its {name} is {list(array.shape)}, "
+                f"and the model's is {what}: take the base and the options that it was trained with"
+            )
 
 
 class _Follower:

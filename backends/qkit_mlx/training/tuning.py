@@ -1,7 +1,8 @@
 """Methods of training that mlx-lm-lora carries out on a prepared model: supervised fine-tuning, DPO and ORPO."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import AdamWOptions
-from qkit.engines.tuning import Command, TuneOptions
+from qkit.engines.tuning import Command, TuneOptions, Tunes
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
+from qkit_mlx.training import tuned
 
 LIMIT = "max_recommended_working_set_size"  #: a fact of Metal's devices, which mlx-lm-lora reads on every device
 
@@ -21,7 +23,7 @@ LIMIT = "max_recommended_working_set_size"  #: a fact of Metal's devices, which 
 class Tuning:
     """See `Tunes`."""
 
-    def tune(self: Trains, model: nn.Module, options: TuneOptions) -> None:
+    def tune(self: Tunes, model: nn.Module, options: TuneOptions) -> None:
         """See `Tunes.tune`; by mlx-lm-lora."""
         try:
             from mlx_lm_lora.trainer import dpo_trainer, orpo_trainer, sft_trainer
@@ -29,8 +31,6 @@ class Tuning:
             raise BackendError(
                 f"method {options.method!r} needs mlx-lm-lora ({error}): {how_to_install('mlx-lm-lora')}"
             ) from None
-        if options.before is not None:
-            raise BackendError("quantization: mlx-lm-lora compiles its step once, without a schedule: leave it out")
         if options.autocast:
             raise BackendError("autocast: MLX has none: leave it out, and choose dtype = 'float32' or 'bfloat16'")
         rates = mx.array([options.rate(step) for step in range(1, options.steps + 1)])
@@ -45,9 +45,16 @@ class Tuning:
                 ),
             ),
         )
+        mx.random.seed(options.seed)
+        np.random.seed(options.seed)  # the loops draw their order from there
+        done = self.tuned(options.place)
+        if done:
+            tuned.restore(self, model, optimizer, tuned.file_of(options.place, done))
+        if options.before is not None:
+            options.before(done + 1)
         shared = {
             "batch_size": options.batch,
-            "iters": options.steps * options.accumulation,
+            "iters": (options.steps - done) * options.accumulation,
             "gradient_accumulation_steps": options.accumulation,
             "max_seq_length": options.length,
             "steps_per_report": options.accumulation,
@@ -55,13 +62,26 @@ class Tuning:
             "adapter_file": str(options.place / "weights.safetensors"),
             "grad_checkpoint": options.recompute,
         }
-        trained = {"model": model, "optimizer": optimizer, "training_callback": _Steps(options)}
-        mx.random.seed(options.seed)
-        np.random.seed(options.seed)  # the loops draw their order from there
-        with (options.place / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log), any_device():
+        trained = {
+            "model": model,
+            "optimizer": optimizer,
+            "training_callback": _Steps(self, model, optimizer, options, done),
+        }
+        with (
+            suppress(_Stopped),
+            (options.place / "log.txt").open("w") as log,
+            redirect_stdout(log),
+            redirect_stderr(log),
+            any_device(),
+        ):
             if options.method == "sft":
-                rows = [_masked(number, row, options.length) for number, row in enumerate(options.rows, start=1)]
-                sft_trainer.train_sft(**trained, train_dataset=_Rows(rows), args=sft_trainer.SFTTrainingArgs(**shared))
+                sft_trainer.train_sft(
+                    **trained,
+                    train_dataset=_Rows([(list(row["input_ids"]), i) for i, row in enumerate(options.rows)]),
+                    args=sft_trainer.SFTTrainingArgs(**shared),
+                    loss=_masked_loss,
+                    iterate_batches=partial(_masked_batches, options.rows, sft_trainer.iterate_batches),
+                )
             elif options.method == "dpo":
                 dpo_trainer.train_dpo(
                     **trained,
@@ -75,6 +95,10 @@ class Tuning:
                     train_dataset=_Rows([_pair(row) for row in options.rows]),
                     args=orpo_trainer.ORPOTrainingArgs(**shared, beta=options.beta),
                 )
+
+    def tuned(self, place: Path) -> int:
+        """See `Tunes.tuned`."""
+        return tuned.newest(place)
 
     def read_command(self, arguments: Sequence[str]) -> Command:
         """See `RunsCommands.read_command`."""
@@ -103,17 +127,33 @@ class _Rows(list[Any]):
         return row
 
 
-class _Steps:
-    """Records each step, as mlx-lm-lora reports it."""
+class _Stopped(Exception):
+    """Leaves the loop of the library after a step."""
 
-    def __init__(self, options: TuneOptions) -> None:
-        self.options, self.seen = options, 0
+
+class _Steps:
+    """After each step, as mlx-lm-lora reports it: records it, writes a checkpoint, and begins the next step."""
+
+    def __init__(self, engine: Trains, model: nn.Module, optimizer: Any, options: TuneOptions, done: int) -> None:
+        self.engine, self.model, self.optimizer, self.options = engine, model, optimizer, options
+        self.done, self.seen = done, 0
 
     def on_train_loss_report(self, report: Mapping[str, Any]) -> None:
-        """Records a step; reports come once a step."""
-        step, seen = report["iteration"] // self.options.accumulation, int(report["trained_tokens"])
-        self.options.record(step, float(report["train_loss"]), self.options.rate(step), seen - self.seen)
+        """Ends a step; reports come once a step."""
+        options, seen = self.options, int(report["trained_tokens"])
+        step = self.done + report["iteration"] // options.accumulation
+        options.record(step, float(report["train_loss"]), options.rate(step), seen - self.seen)
         self.seen = seen
+        if step >= options.steps:
+            return
+        stop = options.stop(step)
+        if stop or step % options.checkpoint_every == 0:
+            tuned.write(self.engine, self.model, self.optimizer, options.place, step)
+            options.checkpointed(step)
+        if stop:
+            raise _Stopped
+        if options.before is not None:
+            options.before(step + 1)
 
     def on_val_loss_report(self, report: Mapping[str, Any]) -> None:
         """There is no such data."""
@@ -124,15 +164,26 @@ def _rates(table: mx.array) -> Any:
     return lambda step: table[mx.minimum(step, table.size - 1).astype(mx.int32)]
 
 
-def _masked(number: int, row: Mapping[str, Any], length: int) -> tuple[list[int], int]:
-    """The tokens of a row, and the number of those before its one completion."""
-    mask = np.array(row["completion_mask"], np.int8)
-    begin = int(mask.argmax())
-    if not mask[begin:].all():
-        raise BackendError(
-            f"row {number} has several turns to learn, and mlx-lm-lora takes the last: use loss_on = 'all'"
-        )
-    return list(row["input_ids"])[:length], begin
+def _masked_batches(
+    rows: Sequence[Mapping[str, Any]], batches: Any, **options: Any
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """The batches of the library, each with the mask of the tokens to learn [batch, length] in place of one completion's place.
+
+    The library gives each row a number beside its tokens, which is here that of the row.
+    """
+    for tokens, places in batches(**options):
+        masks = np.zeros(tokens.shape, np.bool_)
+        for mask, (number, length) in zip(masks, np.array(places), strict=True):
+            mask[:length] = rows[number]["completion_mask"][:length]
+        yield tokens, mx.array(masks)
+
+
+def _masked_loss(model: nn.Module, tokens: mx.array, mask: mx.array, cache: Any = None) -> tuple[mx.array, mx.array]:
+    """The mean loss of the tokens in `mask`, and their number; the form of mlx-lm-lora's losses."""
+    learned = mask[:, 1:]
+    count = learned.sum()
+    nats = nn.losses.cross_entropy(model(tokens[:, :-1], cache=cache), tokens[:, 1:]) * learned
+    return nats.astype(mx.float32).sum() / count, count
 
 
 def _pair(row: Mapping[str, Any]) -> dict[str, Any]:

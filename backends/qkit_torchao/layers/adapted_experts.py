@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qkit.fused import shares
 from qkit.qtensor import QTensor
 from qkit.reference.merged import Update
-from qkit_torchao.arithmetic import rounding
-from qkit_torchao.layers import straight_through
+from qkit_torchao.arithmetic import rounding, stored
+from qkit_torchao.layers import onto_stored, straight_through
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.computed_experts import ComputedExperts
 from qkit_torchao.layers.expert_inputs import projections_of
@@ -80,6 +80,11 @@ class AdaptedPackedExperts(Adapted, PackedExperts):
         grid, ste = self.rule.weight, self.rule.ste
         assert grid is not None
         parts = self.merged(stack, expert)
+        if grid.read:
+            onto = (
+                onto_stored.fake_requantize(one, self.quantized(name, expert), ste=ste) for name, one in parts.items()
+            )
+            return stack.join(one.to(rounding.DTYPE[self.dtype]) for one in onto)
         peak = _peak(parts.values(), self)
         values = (straight_through.fake_quantize(part, grid, ste=ste, peak=peak) for part in parts.values())
         return stack.join(one.to(rounding.DTYPE[self.dtype]) for one in values)
@@ -148,8 +153,11 @@ def _merged_codes(module: AdaptedPackedExperts) -> dict[str, list[QTensor[Tensor
             parts = module.merged(stack, expert)
             peak = _peak(parts.values(), module)
             for name, part in parts.items():
-                q = replace(rounding.quantize(part, grid, peak=peak), dtype=module.dtype)
-                out.setdefault(name, []).append(q)
+                if grid.read:
+                    q = stored.requantize(part, module.quantized(name, expert))
+                else:
+                    q = rounding.quantize(part, grid, peak=peak)
+                out.setdefault(name, []).append(replace(q, dtype=module.dtype))
     return out
 
 

@@ -4,13 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from qkit.engines.protocol import Trains
-from qkit.engines.tuning import TuneOptions
+from qkit.engines.tuning import TuneOptions, Tunes
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
 
@@ -20,12 +20,13 @@ QUIET = "TRL_EXPERIMENTAL_SILENCE"  #: silences TRL's note that its ORPO may cha
 class Tuning:
     """See `Tunes`."""
 
-    def tune(self: Trains, model: nn.Module, options: TuneOptions) -> None:
+    def tune(self: Tunes, model: nn.Module, options: TuneOptions) -> None:
         """See `Tunes.tune`; by TRL."""
         try:
             with _quiet():
                 from datasets import Dataset, disable_progress_bars, enable_progress_bars
                 from transformers import AutoTokenizer, PrinterCallback
+                from transformers.utils import logging
 
                 trainer, config = _trainer_of(options.method)
         except ImportError as error:
@@ -44,6 +45,8 @@ class Tuning:
         rows = Dataset.from_list([{name: row[name] for name in columns} for row in options.rows])
         more = {"ref_model": options.reference} if options.method == "dpo" else {}
         disable_progress_bars()
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of each checkpoint
         try:
             made = trainer(
                 model,
@@ -55,9 +58,22 @@ class Tuning:
                 **more,
             )
             made.remove_callback(PrinterCallback)
-            made.train()
+            done = self.tuned(options.place)
+            made.train(resume_from_checkpoint=str(_checkpoint(options.place, done)) if done else None)
         finally:
             enable_progress_bars()
+            if bars:
+                logging.enable_progress_bar()
+
+    def tuned(self, place: Path) -> int:
+        """See `Tunes.tuned`; a checkpoint of the Trainer's, complete once it has its state."""
+        found = (file.parent.name.removeprefix("checkpoint-") for file in place.glob("checkpoint-*/trainer_state.json"))
+        return max((int(step) for step in found if step.isdigit()), default=0)
+
+
+def _checkpoint(place: Path, step: int) -> Path:
+    """The Trainer's name for the folder of a checkpoint."""
+    return place / f"checkpoint-{step}"
 
 
 def _trainer_of(method: str) -> tuple[Any, Any]:
@@ -86,7 +102,9 @@ def _arguments(model: nn.Module, options: TuneOptions) -> dict[str, Any]:
         "gradient_checkpointing": options.recompute,
         "use_cpu": next(model.parameters()).device.type == "cpu",
         "logging_steps": 1,
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": options.checkpoint_every,
+        "save_total_limit": 2,
         "report_to": [],
         "disable_tqdm": True,
     }
@@ -99,7 +117,7 @@ def _steps(options: TuneOptions) -> Any:
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):
-        """Follows the schedule before each step, and records each."""
+        """Follows the schedule before each step, records each, and saves where it is told to stop."""
 
         def __init__(self) -> None:
             self.seen = 0
@@ -107,6 +125,15 @@ def _steps(options: TuneOptions) -> Any:
         def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if options.before is not None:
                 options.before(state.global_step + 1)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if state.global_step >= options.steps:
+                control.should_save = False  # the artifact follows
+            elif options.stop(state.global_step):
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            options.checkpointed(state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if "loss" in (logs or {}):

@@ -1,0 +1,171 @@
+"""QLoRA on a model that mlx-lm quantized: qkit's adapters beside mlx-lm's own, on the same base, batches, rank and optimizer.
+
+A small Llama is trained in float on Python's own source and quantized by `mlx_lm.convert -q`. Both adapters then train on other
+text (the standard library's tests) by mlx-lm's own `train`. mlx-lm trains Q(W) + BA, and its `fuse` quantizes the sum by
+`mx.quantize`, with new scales and biases. qkit trains the sum on the stored scales and biases, and its merge changes codes only.
+The merged model is exported, opened in mlx-lm, and measured there too. Losses are nats per byte of held-out text.
+
+Usage: python benchmarks/qlora_affine.py [--bits N ...] [--seed N ...] [--steps N] [--rate R] [--float-steps N] [--dtype NAME]
+       [--out FILE.json]
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_lm
+import numpy as np
+from measure import Report
+from merge_gap import MATCH, RANK, SMALL, base, other_text
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.utils import load_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import qkit
+from qkit.exchange.export_model import export_mlx
+from qkit.exchange.import_model import read_model, to_artifact
+from qkit.training import Sequences
+from qkit.training.data import Tokens
+
+Loss = Callable[[Any], float]
+Fit = Callable[[Any], None]
+
+
+def batches(text: Sequences, *, seed: int) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
+    """A function in the place of mlx-lm's `iterate_batches`: the same batches for every model."""
+
+    def iterate(**_: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        random = np.random.default_rng(seed)
+        while True:
+            rows = text.rows(random.integers(0, len(text), SMALL.batch))
+            yield mx.array(rows), mx.array([[0, rows.shape[1]]] * len(rows))
+
+    return iterate
+
+
+def fit(model: Any, text: Sequences, place: Path, *, seed: int, steps: int, rate: float) -> None:
+    """mlx-lm's own training of the adapters of `model`."""
+    arguments = TrainingArgs(
+        batch_size=SMALL.batch,
+        iters=steps,
+        steps_per_save=steps,
+        steps_per_report=steps,
+        adapter_file=str(place / "a.safetensors"),
+    )
+    train(model, optim.Adam(learning_rate=rate), None, args=arguments, iterate_batches=batches(text, seed=seed))
+
+
+def measure(unseen: Tokens) -> Loss:
+    """A function that returns the loss of a model, in evaluation mode."""
+
+    def loss(model: Any) -> float:
+        model.eval()
+        total = mx.array(0.0)
+        for rows in np.split(unseen, 4):
+            logits = model(mx.array(rows[:, :-1])).astype(mx.float32)
+            total = total + nn.losses.cross_entropy(logits, mx.array(rows[:, 1:]), reduction="mean")
+            mx.eval(total)
+        return float(total) / 4
+
+    return loss
+
+
+def theirs(folder: Path, first: dict[str, mx.array], loss: Loss, fitted: Fit, scale: float) -> dict[str, float]:
+    """mlx-lm's adapters; merged as its `fuse` command does."""
+    model = load(folder)
+    model.freeze()
+    made = []
+    for path, module in model.named_modules():
+        if path in first:
+            layer = LoRALinear.from_base(module, r=RANK, scale=scale)
+            layer.lora_a = first[path]
+            made.append((path, layer))
+    model.update_modules(tree_unflatten(made))
+    fitted(model)
+    before = loss(model)
+    model.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in made]))
+    return {"mlx-lm before": before, "mlx-lm after": loss(model)}
+
+
+def load(folder: Path) -> Any:
+    """The model in `folder`, opened by mlx-lm."""
+    return load_model(folder)[0]
+
+
+def ours(folder: Path, place: Path, loss: Loss, fitted: Fit, scale: float, seed: int) -> tuple[dict[str, float], Any]:
+    """qkit's adapters on the same base; and the first A of each layer, by its path."""
+    model = qkit.load(folder, backend="mlx")
+    untouched = loss(model)
+    model = qkit.adapt(model, qkit.Adapter(rank=RANK, alpha=scale * RANK, match=MATCH, seed=seed))
+    first = {layer.path: layer.module.lora_a for layer in qkit.backend("mlx").layers(model) if layer.adapter}
+    first = {path: mx.array(np.array(a)) for path, a in first.items()}
+    fitted(model)
+    before = loss(model)
+    model = qkit.merge(model)
+    after = loss(model)
+    qkit.save(model, place / "merged", source=folder)
+    export_mlx(read_model(place / "merged"), place / "exported")
+    return {
+        "untrained": untouched,
+        "qkit before": before,
+        "qkit after": after,
+        "qkit after, in mlx-lm": loss(load(place / "exported")),
+    }, first
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose tokens are bytes, since `mlx_lm.convert` wants one."""
+    made = Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bits", type=int, action="append", default=[])
+    parser.add_argument("--seed", type=int, action="append", default=[])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rate", type=float, action="append", default=[])
+    parser.add_argument("--scale", type=float, default=20.0)  # mlx-lm's default
+    parser.add_argument("--float-steps", type=int, default=600)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    about = {"rank": RANK, "scale": given.scale, "steps": given.steps, "dtype": given.dtype}
+    report = Report(given.out, packages=("mlx-lm",), about={**about, "float steps": given.float_steps})
+    text, unseen = other_text()
+    loss = measure(unseen)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        base(place / "float", given.float_steps)
+        PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()).save_pretrained(place / "float")
+        for bits in given.bits or [4]:
+            quantized, artifact = place / f"mlx {bits}", place / f"artifact {bits}"
+            mlx_lm.convert(str(place / "float"), str(quantized), quantize=True, q_bits=bits, dtype=given.dtype)
+            to_artifact(read_model(quantized), artifact)
+            for rate, seed in product(given.rate or [1e-3], given.seed or [1]):
+                own = place / f"run {bits} {rate} {seed}"
+                own.mkdir()
+
+                def fitted(model: Any, own: Path = own, seed: int = seed, rate: float = rate) -> None:
+                    fit(model, text, own, seed=seed, steps=given.steps, rate=rate)
+
+                mine, first = ours(artifact, own, loss, fitted, given.scale, seed)
+                row = {"bits": bits, "rate": rate, "seed": seed, **mine}
+                report.add({**row, **theirs(quantized, first, loss, fitted, given.scale)})
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""The page of sources says what the code does."""
+
+from reading import PAGE, page
+
+
+def test_the_page_is_that_of_the_code():
+    assert PAGE.read_text(encoding="utf-8") == page()  # python tests/reading.py writes it anew

@@ -1,0 +1,135 @@
+"""Makes docs/reading.md: the sources that qkit reads, their comparisons, and the sentences about directories that are no models.
+
+python tests/reading.py writes the page. `tests/files/test_reading_page.py` holds it to the code.
+"""
+
+import sys
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from foreign import BF16, E8M0, awq, fp8, gptq, nvfp4, rewritten
+
+from qkit.exchange.import_model import read_model
+from qkit.sources.decoded import DecodedArray
+from qkit.sources.refused import REFUSED
+from qkit.storage.other_models import sentence
+
+PAGE = Path(__file__).parents[1] / "docs" / "reading.md"
+GOLDEN = Path(__file__).parent / "golden"
+GPTQ = {"quant_method": "gptq", "group_size": 64, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+FORMULA = "the published formula, written anew in the test"
+
+#: Files that other programs wrote, and the decoder that each was compared with.
+FILES = {
+    "others/gptq-": "GPTQModel 7.7 (`dequantize_weight`)",
+    "others/auto-round": "none: read and finite; its codes are those of GPTQ or AWQ",
+    "others/ct-": "compressed-tensors 0.19 (`decompress`)",
+    "llm-compressor/": "compressed-tensors 0.20 (`decompress`)",
+}
+#: Files that the tests write from the descriptions of layouts: encoder, settings, decoder.
+WRITTEN = {
+    **{
+        f"GPTQ, {bits} bits, version {version}": (
+            gptq(bits, 64, version=form),
+            {**GPTQ, "bits": bits, "checkpoint_format": form},
+            FORMULA,
+        )
+        for bits in (2, 3, 4, 8)
+        for version, form in ((1, "gptq"), (2, "gptq_v2"))
+    },
+    "GPTQ, 4 bits, order of activations": (
+        gptq(4, 64, order="permuted"),
+        {**GPTQ, "bits": 4, "desc_act": True},
+        FORMULA,
+    ),
+    "AWQ": (awq(64), AWQ, FORMULA),
+    **{
+        f"fp8, blocks of {block[0]} x {block[1]}, scales {kind}": (
+            fp8(block, scale=scale),
+            {"quant_method": "fp8", "weight_block_size": list(block)},
+            "transformers 5.23 (`Fp8Dequantize`)",
+        )
+        for block in ((128, 128), (64, 32), (1, 128))
+        for kind, scale in (("fp32", np.float32), ("bf16", BF16), ("UE8M0", E8M0))
+    },
+    "ModelOpt FP8": (fp8(None, name="weight_scale"), {"quant_method": "modelopt", "quant_algo": "FP8"}, FORMULA),
+    "ModelOpt NVFP4": (nvfp4(), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, FORMULA),
+}
+NO_MODELS = {
+    "a LoRA directory": ("adapter_config.json", "adapter_model.safetensors"),
+    "a GGUF file": ("model.gguf",),
+    "a diffusers directory": ("model_index.json",),
+    "an ONNX directory": ("model.onnx",),
+    "pickles only": ("config.json", "pytorch_model.bin"),
+}
+TEXT = """# Reading models that are quantized already
+
+`qkit inspect`, `import`, `export`, `diff`, `eval`, `plan`, `quantize` and `train` take directories that other programs quantized.
+`qkit import DIR OUT` makes an artifact, with the same codes where a grid holds them, and with the decoded values of the other
+weights. It counts these weights. `qkit quantize` decodes block by block, and says that the weights are then quantized twice.
+`qkit.load` and `qkit merge` take the artifact that `import` makes.
+
+The settings may lie in `config.json` (`quantization_config`, `quantization`, the old `compression_config`, or nested as in
+`text_config`), in `hf_quant_config.json`, `quantize_config.json` or `quant_config.json`. Settings and tensors have to agree. A
+directory whose tensors look packed, and whose settings do not say how, is refused by name.
+
+A grid named `stored` or `affine` is a read grid; see "Read grids" in [numerics.md](../numerics.md). "Values" means that no
+grid holds the codes: groups of several rows, or in the order of activations. qkit leaves out scales of inputs and
+caches, and says so.
+
+## Sources
+
+The last column counts the values that a test compared, bit for bit. gpt-oss's experts (`*_blocks`, `*_scales`) equal those of
+transformers' `convert_moe_packed_tensors` in the tests too.
+
+`qkit import FILE.gguf OUT` reads GGUF files of Llama, Qwen 2 and 3, and Gemma 1 to 3. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4 and
+NVFP4 stay codes; K-quants and all others become their values, equal to those of gguf 0.19. The tokenizer has to lie beside the
+file: qkit copies it, and makes none of the file's own. Mixtures of experts are refused.
+
+| source | read as | compared with | values |
+|---|---|---|---|
+"""
+
+
+def rows():
+    """Source, decoder and snapshot of each row of the table."""
+    for folder in sorted((*(GOLDEN / "others").iterdir(), *(GOLDEN / "llm-compressor").iterdir())):
+        name = f"{folder.parent.name}/{folder.name}"
+        if folder.name != "float":
+            owner = next(text for start, text in FILES.items() if name.startswith(start))
+            yield f"`tests/golden/{name}`", owner, read_model(folder)
+    with TemporaryDirectory() as place:
+        for number, (name, (encode, settings, owner)) in enumerate(WRITTEN.items()):
+            dtype = "float16" if name == "AWQ" else "bfloat16"
+            yield name, owner, read_model(rewritten(Path(place) / str(number), encode, settings, dtype=dtype))
+
+
+def page():
+    """The text of the page."""
+    out = [TEXT]
+    for name, owner, model in rows():
+        values = [array for array in model.tensors.values() if isinstance(array, DecodedArray)]
+        grids = sorted({str(weight.rule.weight) for weight in model.weights.values()}) + ["values"] * bool(values)
+        count = sum(prod(one.shape) for one in (*values, *model.weights.values())) if owner[:4] != "none" else 0
+        out.append(f"| {name} | {', '.join(grids)} | {owner} | {count:,} |\n")
+    out.append("\n## Refused by name\n\n| `quant_method` | the sentence |\n|---|---|\n")
+    out += [f"| {name} | {text} |\n" for name, text in REFUSED.items()]
+    out.append("\n## Directories that are no models\n\n| directory | the sentence |\n|---|---|\n")
+    with TemporaryDirectory() as place:
+        for number, (name, files) in enumerate(NO_MODELS.items()):
+            folder = Path(place) / str(number)
+            folder.mkdir()
+            for file in files:
+                (folder / file).touch()
+            out.append(f"| {name} | {sentence(folder).replace(str(folder), 'DIR')} |\n")
+    return "".join(out)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,52 @@
+"""QLoRA on models that mlx-lm quantized: `qkit train` with an adapter, on the directory itself or on its artifact."""
+
+import numpy as np
+import pytest
+from models import make
+from runs import TEXT, table
+from tables import TRAINERS as ENGINES
+
+import qkit
+from qkit.exchange.diff import compare
+from qkit.exchange.export_model import export_mlx
+from qkit.exchange.import_model import read_model, to_artifact
+from qkit.training import run_from_table, train_model
+
+mlx_lm = pytest.importorskip("mlx_lm")
+mx = pytest.importorskip("mlx.core")
+
+
+def run_of(path, *, imported, **changes):
+    mlx_lm.convert(str(make(path / "float", "llama")), str(path / "model"), quantize=True, q_bits=4)
+    (path / "text.txt").write_text(TEXT)
+    if imported:
+        to_artifact(read_model(path / "model"), path / "artifact")
+        changes |= {"model": str(path / "artifact")}
+    adapter = {"rank": 4, "match": "*_proj", "seed": 3}
+    return run_from_table(table(path, recipe=None, adapter=adapter, learning_rate=1e-2, steps=20, **changes))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_run_trains_adapters_on_stored_scales_and_merges_into_codes(tmp_path, name, imported):
+    outcome = train_model(run_of(tmp_path, imported=imported, backend=name))
+    assert outcome.held_out_after < outcome.held_out_before
+    assert outcome.held_out_saved == pytest.approx(outcome.held_out_after, rel=1e-6)
+    assert outcome.forward_difference == 0.0
+    base, made = read_model(tmp_path / "model"), read_model(tmp_path / "out")
+    rows = {row.name: row for row in compare(base, made)}
+    assert sum(row.codes for row in rows.values())
+    assert not any(row.scales or row.values for row in rows.values())
+    export_mlx(made, tmp_path / "exported")
+    theirs, _ = mlx_lm.load(str(tmp_path / "exported"))
+    tokens = np.frombuffer(TEXT.encode()[:33], np.uint8).astype(np.int32)[None]
+    opened = qkit.load(tmp_path / "out", backend="mlx")
+    ours = qkit.backend("mlx").logits(opened, tokens)
+    assert np.abs(np.array(theirs(mx.array(tokens))) - ours).max() <= 1e-5 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_without_an_adapter_is_told_why_such_a_grid_cannot_be_trained(tmp_path, name):
+    run = run_of(tmp_path, imported=True, backend=name)
+    with pytest.raises(qkit.GridError, match="int4-g64-affine is a read grid"):
+        train_model(run_from_table({**table(tmp_path, recipe=None, backend=name), "model": str(run.model)}))
