@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from test_experts import IMPLEMENTATIONS, MODELS, make  # noqa: E402
+from mixtures import IMPLEMENTATIONS, MODELS, make  # noqa: E402
 
 import qkit  # noqa: E402
 
