@@ -95,7 +95,12 @@ def needed(model: nn.Module) -> float:
     """Bytes that the grids of a converted model need, and its float tensors."""
     rows = [row for row in qkit.coverage(model).rows if not row.tied]
     small = sum(one.numel() * one.element_size() for one in model.parameters() if one.dim() < 2)
-    return small + sum(row.bits * prod(row.shape) / 8 for row in rows)
+    return small + sum(_bits(row) * prod(row.shape) / 8 for row in rows)
+
+
+def _bits(row: Any) -> float:
+    """Bits a weight of a layer's grid, or of its float type; files may have more, of int8 codes for one."""
+    return qkit.Grid.parse(row.weight).bits_per_weight(row.shape) if row.weight else row.bits
 
 
 Captured = tuple[torch.cuda.CUDAGraph, Any]  #: a graph, and the tensors that it reads, which have to live as long
@@ -122,6 +127,7 @@ def captured(model: nn.Module, tokens: int, mask: torch.Tensor | None = None) ->
 
 def compiled(model: nn.Module) -> Captured:
     """One token, with each layer of `model` compiled, which stays so."""
+    torch.compiler.reset()  # else layers of the ninth model run uncompiled
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.compile(dynamic=False)
     mask = torch.zeros(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16)  # else transformers makes one in captures alone

@@ -61,6 +61,10 @@ class CutWarning(UserWarning):
     """Rows of data that are longer than a sequence, and lose their ends."""
 
 
+class FamilyWarning(UserWarning):
+    """A model of a type whose names and numbers nobody has compared between libraries."""
+
+
 class FewTokensWarning(UserWarning):
     """A text that is too short for good statistics of a model's layers."""
 

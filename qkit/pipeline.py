@@ -1,18 +1,20 @@
 """prepare, convert, gather and adamw, on any engine. A recipe that does not fit is refused before the model changes."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit import fused
 from qkit.conversion import pack_layers
 from qkit.engines.abilities import offers, require, want_honored
+from qkit.engines.elsewhere import Remembers
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
 from qkit.engines.protocol import Arrays, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
-from qkit.errors import StageError
+from qkit.errors import FamilyWarning, StageError
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.rules import Recipe, Rule
 
@@ -46,6 +48,7 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     want_whole(layers, "prepare")
     want_known(layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare")
+    warn_of_family(engine, model)
     chosen = {item.layer.name: item.rule for item in planned if item.rule}
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
         require(engine, Fuses)
@@ -95,11 +98,19 @@ def convert(
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
         planned = _plan_on(engine, layers, recipe, "convert")
+    if recipe is not None:
+        warn_of_family(engine, model)
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
     packed = pack_layers(engine, model, chosen, _opened(fit, chosen) if fit else None)
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
+
+
+def warn_of_family(engine: Modules, model: Any) -> None:
+    """Warns where files of `model` may hold other names or numbers than other programs expect."""
+    if offers(engine, Remembers) and (text := engine.doubts(model)):
+        warnings.warn(text, FamilyWarning, stacklevel=3)
 
 
 def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":

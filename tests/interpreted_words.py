@@ -104,6 +104,49 @@ def experts(grid):
     return float(((y - exact).abs() / bound.clamp_min(1e-30)).max())
 
 
+class Block(nn.Module):
+    """Experts as transformers stacks them."""
+
+    def __init__(self, count, inputs, outputs, dtype):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * outputs, inputs, dtype=dtype) * 0.1)
+        self.down_proj = nn.Parameter(torch.randn(count, inputs, outputs, dtype=dtype) * 0.1)
+
+    def forward(self, x, chosen, ends):
+        """The products of three implementations: one expert, chosen ones, sorted rows."""
+        one = nn.functional.linear(x[:2], self.gate_up_proj[chosen[0]])
+        each = torch.bmm(self.gate_up_proj[chosen], x.unsqueeze(-1)).squeeze(-1)
+        grouped = nn.functional.grouped_mm(x, self.gate_up_proj.transpose(-2, -1), offs=ends)
+        return one, each, grouped
+
+
+def block(grid):
+    """The largest error of a converted block's products over abs(x) @ abs(w), by codes and decoded; and its exact values."""
+    made = Block(3, INPUTS, 32, torch.bfloat16)
+    model = qkit.convert(nn.ModuleDict({"experts": made}), recipe(grid, "experts"))
+    layer = model["experts"]
+    assert layer.execution.layout == "words", layer.execution
+    stack = layer.stacks[0]
+    values = torch.stack([layer.decoded(stack, e) for e in range(3)]).double()
+    held = BE.unpack_experts(layer)
+    law = torch.cat([torch.stack([rounding.dequantize(q) for q in held[n]]) for n in ("gate_proj", "up_proj")], dim=1)
+    assert torch.equal(law.double(), values)
+    worst = 0.0
+    for rows in (3, 14):  # by codes, and decoded
+        chosen = torch.arange(rows) % 3
+        chosen = chosen.sort().values
+        ends = torch.bincount(chosen, minlength=3).cumsum(0).to(torch.int32)
+        x = torch.randn(rows, INPUTS).bfloat16()
+        assert layer.multiplies(x, stack) == (rows == 3)
+        exact = torch.einsum("rk,rnk->rn", x.double(), values[chosen])
+        bound = torch.einsum("rk,rnk->rn", x.double().abs(), values[chosen].abs())
+        one, each, grouped = (y.double() for y in layer(x, chosen, ends))
+        firsts = x[:2].double() @ values[int(chosen[0])].T
+        errors = [(one - firsts).abs() / bound[:2], (each - exact).abs() / bound, (grouped - exact).abs() / bound]
+        worst = max(worst, *(float(error.max()) for error in errors))
+    return worst
+
+
 def both_sides():
     """Whether products of int8 codes are exact, and those of e4m3 near."""
     codes = torch.randint(-128, 128, (OUTPUTS, INPUTS), dtype=torch.int8)
@@ -180,6 +223,9 @@ def main(name: str) -> None:
         ):
             worst = experts(grid)
             print(grid, "experts", "near" if worst < 2**-8 else f"off by {worst:.1e}", flush=True)
+    for grid in (qkit.Grid("int4", 32), qkit.Grid("e2m1", 16, "nvfp4")):
+        worst = block(grid)
+        print(grid, "block", "near" if worst < 2**-7 else f"off by {worst:.1e}", flush=True)
     print("scaled", "exact" if scaled_once() else "otherwise", flush=True)
     print("both sides", "exact" if both_sides() else "differ", flush=True)
     print(

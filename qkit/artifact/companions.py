@@ -39,8 +39,9 @@ def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict
     """Files to write beside the weights, by name: bytes, or a file to copy. No code, no pickle and no hidden file is among them.
 
     Everything else that lies in the directory itself is copied: tokenizers, processors, chat templates, `modules.json`, licences.
-    So are the directories of processors and chat templates, and those of sentence-transformers' modules with their float weights.
-    Files in a directory have names such as `1_Pooling/config.json`.
+    So are the directories of processors and chat templates, and those of sentence-transformers' modules with their float weights,
+    to any depth. Files in a directory have names such as `1_Pooling/config.json`. Other directories, such as `original` and
+    `onnx`, hold the model in another form, and are left behind.
 
     Args:
         origin: the Hugging Face directory of the original model; None where only the configuration is known.
@@ -56,10 +57,11 @@ def companions(origin: Path | None, *, config: Mapping[str, Any] | None) -> dict
         if file.is_file() and _is_companion(file.name):
             files[file.name] = inside(file.parent, file.name)
     for folder in _folders(origin) if origin else ():
-        for file in sorted(folder.iterdir()):
+        assert origin is not None
+        for file in _below(folder):
             weights = file.name.endswith(".safetensors")
             if file.is_file() and file.name != SEAL and (weights or file.name == CONFIG or _is_companion(file.name)):
-                files[f"{folder.name}/{file.name}"] = checked_link(file, root=folder.parent)
+                files[file.relative_to(origin).as_posix()] = checked_link(file, root=origin)
     return files
 
 
@@ -68,10 +70,21 @@ def left_behind(origin: Path, used: Collection[str]) -> tuple[str, ...]:
     found = []
     for entry in origin.iterdir():
         if any(name.startswith(f"{entry.name}/") for name in used):
-            found += [name for one in entry.iterdir() if (name := f"{entry.name}/{one.name}") not in used]
+            found += [name for one in _below(entry) if (name := one.relative_to(origin).as_posix()) not in used]
         elif entry.name not in used:
             found.append(entry.name)
     return tuple(sorted(found))
+
+
+def _below(folder: Path) -> list[Path]:
+    """The entries of `folder` and of the directories in it, but for hidden directories and links to directories."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            found += [] if entry.name.startswith(".") else _below(entry)
+        else:
+            found.append(entry)
+    return found
 
 
 def _folders(origin: Path) -> list[Path]:
@@ -81,9 +94,19 @@ def _folders(origin: Path) -> list[Path]:
     except ValueError as error:
         raise ArtifactError(f"{origin / MODULES}: no JSON ({error}): fetch it again") from None
     named = [str(module["path"]) for module in modules if isinstance(module, dict) and module.get("path")]
-    names = sorted({name for name in (*named, *FOLDERS) if Path(name).name == name and not name.startswith(".")})
-    folders = [origin / name for name in names]
-    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
+    names = sorted({name for name in (*named, *FOLDERS) if _leads_down(name)})
+    found: list[Path] = []
+    for folder in (origin / name for name in names):
+        links = any(one.is_symlink() for one in (folder, *folder.parents) if origin in one.parents)
+        if folder.is_dir() and not links and not any(one in folder.parents for one in found):
+            found.append(folder)
+    return found
+
+
+def _leads_down(name: str) -> bool:
+    """Whether `name` is that of a directory below, and none of its parts is hidden."""
+    parts = name.split("/")
+    return all(part == Path(part).name and part and not part.startswith(".") for part in parts)
 
 
 def _is_companion(name: str) -> bool:

@@ -21,7 +21,7 @@ from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, GridError
 from qkit.formats import compressed_tensors
 from qkit.formats.packed import join
-from qkit.pipeline import NOTE, Model, surgeon
+from qkit.pipeline import NOTE, Model, surgeon, warn_of_family
 from qkit.qtensor import DTYPES, QTensor
 from qkit.reference.ranges import check_static, static_contents
 from qkit.rules import Rule
@@ -57,6 +57,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     inference = [replace(one.rule, ste="identity", scales="rule") for one in rules]  # two keys matter in training alone
     want_honored(engine, inference, f"load {folder}")
     model = _build(engine, folder, config, arrays) if into is None else into
+    warn_of_family(engine, model)
     layers = {layer.path: layer for layer in engine.layers(model)}
     for layer in layers.values():
         if layer.stage != "float":

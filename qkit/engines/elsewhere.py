@@ -34,6 +34,10 @@ class Remembers(Modules, Protocol):
         """Whether `model` is of an architecture of the library that builds models for this engine."""
         ...
 
+    def doubts(self, model: Any) -> str:
+        """Why files of `model` may hold other names or numbers than transformers has; empty where they do not."""
+        ...
+
     def origin(self, model: Any) -> str | None:
         """The directory that `model` was opened from; None where the model does not say."""
         ...

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qkit.errors import ArtifactError
 
@@ -47,13 +47,18 @@ def tops(names: Iterable[str]) -> set[str]:
     return {name.partition("/")[0] for name in names}
 
 
+def folders_of(names: Iterable[str]) -> list[str]:
+    """The directories below a directory that hold the files `names` of it, the outermost first."""
+    return sorted({str(folder) for name in names for folder in list(PurePosixPath(name).parents)[:-1]})
+
+
 def strangers_in(folder: Path, known: Collection[str]) -> list[Path]:
     """The entries of `folder` that are none of the files `known`, and no directory that holds some of these alone."""
     found = []
     for entry in sorted(folder.iterdir()):
-        if entry.name in tops(name for name in known if "/" in name) and _is_folder(entry):
-            inner = {name.partition("/")[2] for name in known if name.startswith(f"{entry.name}/")}
-            found += [one for one in sorted(entry.iterdir()) if one.name not in inner or not one.is_file()]
+        below = _below(known, entry.name)
+        if below and _is_folder(entry):
+            found += strangers_in(entry, below)
         elif entry.name not in known or not entry.is_file():
             found.append(entry)
     return found
@@ -93,7 +98,8 @@ def check_own(folder: Path, *, placing: bool = False, folders: bool = False) -> 
         return
     if is_marked(folder):
         known = _listed(folder)
-        strangers = [entry for entry in entries if not folders and _is_folder(entry) and not _is_own(entry, known)]
+        inner = [entry for entry in entries if not folders and _is_folder(entry)]
+        strangers = [entry for entry in inner if not _is_own(entry, _below(known, entry.name))]
     elif placing and (folder / SEAL).is_file():
         try:
             known = {*sealed(folder), SEAL}
@@ -133,8 +139,11 @@ def remove(folder: Path) -> None:
     """
     marked, listed = is_marked(folder), _listed(folder)
     for inner in [entry for entry in folder.iterdir() if _is_folder(entry)]:
-        if not marked or _is_own(inner, listed):
-            _empty(inner, () if marked else listed)
+        below = _below(listed, inner.name)
+        if marked and _is_own(inner, below):
+            _empty(inner, None)
+        elif not marked and below:
+            _empty(inner, below)
     names = [entry.name for entry in os.scandir(folder) if not entry.is_dir(follow_symlinks=False)]
     keep_known = () if marked else listed
     for name in sorted(names, key=lambda name: (name == MARK, name == SEAL)):
@@ -143,13 +152,26 @@ def remove(folder: Path) -> None:
     os.rmdir(folder)
 
 
-def _empty(inner: Path, listed: Collection[str]) -> None:
-    """Removes a directory of companions: its files, or those on the list if there is one, its mark, and itself if it is empty."""
+def _empty(inner: Path, listed: Collection[str] | None) -> None:
+    """Removes a directory of companions: its files, or those on the list if there is one, its mark, and itself if it is empty.
+
+    Args:
+        listed: files of the directory, also of directories in it; None for a directory that `_is_own` has passed.
+    """
     for name in sorted(os.listdir(inner), key=lambda name: name == MARK):
-        if not listed or f"{inner.name}/{name}" in listed:
+        below = None if listed is None else _below(listed, name)
+        if _is_folder(inner / name):
+            if below is None or below:
+                _empty(inner / name, below)
+        elif listed is None or name in listed:
             os.unlink(inner / name)
-    if not os.listdir(inner) and (not listed or inner.name in tops(listed)):
+    if not os.listdir(inner):
         os.rmdir(inner)
+
+
+def _below(names: Iterable[str], top: str) -> set[str]:
+    """The files among `names` that lie in the directory `top`, by their names there."""
+    return {name.removeprefix(f"{top}/") for name in names if name.startswith(f"{top}/")}
 
 
 def _is_folder(entry: Path) -> bool:
@@ -157,11 +179,16 @@ def _is_folder(entry: Path) -> bool:
 
 
 def _is_own(inner: Path, listed: Collection[str]) -> bool:
-    """Whether qkit made the directory `inner` of a working directory: it is marked, empty, or holds nothing but listed files."""
-    names = os.listdir(inner)
-    if any(_is_folder(inner / name) for name in names):
+    """Whether qkit made the directory `inner` of a working directory: it is marked, empty, or holds nothing but listed files.
+
+    Args:
+        listed: files of `inner`. The same holds for each directory in it.
+    """
+    folders = [inner / name for name in os.listdir(inner) if _is_folder(inner / name)]
+    if not all(_is_own(folder, _below(listed, folder.name)) for folder in folders):
         return False
-    return is_marked(inner) or all(f"{inner.name}/{name}" in listed for name in names)
+    files = set(os.listdir(inner)) - {folder.name for folder in folders}
+    return is_marked(inner) or files <= set(listed)
 
 
 def _listed(folder: Path) -> Collection[str]:

@@ -122,10 +122,17 @@ def changed(stored: Stored) -> Problem:
     return Problem(f"{stored.file}: {stored.slot.name}", "its bytes are not those that were written")
 
 
+DEEPEST = 16  #: parts of the name of a file in directories
+
+
 def _is_file_name(name: str) -> bool:
-    """Whether `name` is that of a file, here or in a directory here, and leads nowhere else."""
+    """Whether `name` is that of a file, here or in a directory below, and leads nowhere else."""
     parts = name.split("/")
-    return len(parts) < 3 and all(part == Path(part).name and part != ".." for part in parts) and name.isprintable()
+    return (
+        len(parts) <= DEEPEST
+        and all(part and part == Path(part).name and part != ".." for part in parts)
+        and name.isprintable()
+    )
 
 
 def header_digest(file: Path) -> str:

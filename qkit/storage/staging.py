@@ -17,7 +17,7 @@ from qkit.storage.destination import (
     is_placing,
     put_back,
 )
-from qkit.storage.marks import MARK, PLACING, SEAL, check_journal, check_own, is_marked, mark, remove, tops
+from qkit.storage.marks import MARK, PLACING, SEAL, check_journal, check_own, folders_of, is_marked, mark, remove
 from qkit.storage.swap import bring_to_disk
 from qkit.storage.tensor_writer import write_all
 
@@ -236,17 +236,17 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_companion(folder: Path, name: str, blocks: Iterable[bytes]) -> None:
-    """Writes the file `name` of a working directory, perhaps in a directory of it, which is marked while it has no list."""
-    inner = folder / tops([name]).pop() if "/" in name else folder
-    if inner != folder and not inner.is_dir():
-        inner.mkdir()
-        mark(inner)
+    """Writes the file `name` of a working directory, perhaps in directories of it, which are marked while they have no list."""
+    for inner in folders_of([name]):
+        if not (folder / inner).is_dir():
+            (folder / inner).mkdir()
+            mark(folder / inner)
     write_synced(folder / name, blocks)
 
 
 def unmark_companions(folder: Path, names: Iterable[str]) -> None:
     """Takes the marks off the directories that hold files of `names`, once the list of files is written."""
-    for inner in tops(name for name in names if "/" in name):
+    for inner in reversed(folders_of(names)):
         with suppress(FileNotFoundError):
             os.unlink(folder / inner / MARK)
         swap.sync_folder(folder / inner)

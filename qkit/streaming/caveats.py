@@ -9,6 +9,7 @@ from qkit.artifact.metadata import StoredRule
 from qkit.artifact.servers import VLLM, sentences
 from qkit.artifact.transformers_experts import misread
 from qkit.formats.compressed_tensors import layout
+from qkit.formats.mlx_limits import limits_of
 
 TRANSFORMERS, DEQUANTIZED = "transformers", "transformers, dequantized"
 GOOD = ("equal", "none")  #: results of the table that need no word: equal, or the reader has no such model
@@ -57,6 +58,15 @@ def caveats(
                 "is quantized: load the output with qkit and compare before you use it",
             )
         )
+    elif not rows_of(config):
+        found.append(
+            Caveat(
+                "",
+                f"the names of a {config.get('model_type')!r} are known, and no output of this type was opened in other readers: "
+                "load it with qkit and compare before you use it",
+            )
+        )
+    found += [Caveat(one, f"{text} ({TRIED})") for readers, text in limits_of(config) for one in readers]
     said = {one.reader for one in found}
     found += [one for one in _of_family(config, _recipe(rules)) if one.reader not in said]
     return tuple(found)
@@ -101,10 +111,16 @@ def _recipe(rules: Sequence[StoredRule]) -> str:
     return "mixed" if len({one.rule.weight for one in rules}) > 1 else "int4"
 
 
+def rows_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of the table for the type of model that `config` names, without those of structural variants."""
+    rows = table()["rows"].values()
+    return [row for row in rows if row["type"] == config.get("model_type") and not row.get("variant")]
+
+
 def _of_family(config: Mapping[str, Any], recipe: str) -> Iterable[Caveat]:
     """The results of the table that are not good, each reader once."""
     names = config.get("architectures") or []
-    mine = [row for row in table()["rows"].values() if row["type"] == config.get("model_type")]
+    mine = rows_of(config)
     mine = [row for row in mine if row["architecture"] in names] or mine
     found: dict[str, str] = {}
     for row in mine:

@@ -159,9 +159,7 @@ def make_plan(
         raise PlanError(str(error)) from None
     config = read_config(folder)
     if KEY in metadata and read_rules(folder, metadata, config, layout=layout_of(metadata)):
-        raise ArtifactError(
-            f"{folder} is quantized already, by qkit; codes are not quantized again: name the float model"
-        )
+        raise ArtifactError(f"{folder} is quantized already, by qkit: name the float model")
     source = open_any(folder, stored, config)
     tensors, config = dict(source.tensors), source.detected.config
     if untie:

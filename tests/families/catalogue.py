@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import more
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -132,7 +133,7 @@ TIED = {"tie_word_embeddings": True}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
-FAMILIES: Mapping[str, Family] = {
+COMMON: Mapping[str, Family] = {
     "Llama": Family("LlamaForCausalLM", quick=True),
     "Llama, tied, sharded": Family("LlamaForCausalLM", TIED, shards=True),
     "Llama, with rotary buffers": Family(
@@ -249,4 +250,10 @@ FAMILIES: Mapping[str, Family] = {
         "MllamaForConditionalGeneration",
         {"text_config": {"cross_attention_layers": [1], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}},
     ),
+}
+FAMILIES: Mapping[str, Family] = {
+    **COMMON,
+    **{name: Family(cls, sizes) for name, (cls, sizes) in more.VARIANTS.items()},
+    **{name: Family(cls) for name, cls in more.plain().items()},
+    **{cls: Family(cls, sizes) for cls, sizes in more.SIZED.items()},
 }

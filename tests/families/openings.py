@@ -22,11 +22,13 @@ def run(model: Any) -> np.ndarray:
     drawing = torch.Generator().manual_seed(1)
     if model.main_input_name == "input_features":
         given["input_features"] = torch.randn(1, config.num_mel_bins, 2 * LENGTH, generator=drawing)
-    elif hasattr(config, "text_config") or not hasattr(config, "patch_size"):
+    elif model.main_input_name != "pixel_values" and (
+        hasattr(config, "text_config") or not hasattr(config, "patch_size")
+    ):
         given["input_ids"] = tokens
     if getattr(config, "is_encoder_decoder", False):
         given["decoder_input_ids"] = tokens[:, :4]
-    if config.model_type in ("clip", "siglip", "vit"):
+    if config.model_type in ("clip", "siglip") or model.main_input_name == "pixel_values":
         given["pixel_values"] = torch.randn(1, 3, 32, 32, generator=drawing)
     with torch.no_grad():
         out = model(**given)

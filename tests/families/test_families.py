@@ -24,7 +24,7 @@ def mark(name):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", [mark(name) for name in FAMILIES])
+@pytest.mark.parametrize("name", [mark(name) for name in FAMILIES if name in known.table()["rows"]])
 def test_an_artifact_opens_equal_or_the_plan_says_that_it_does_not(name, recipe):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

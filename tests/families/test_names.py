@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from catalogue import FAMILIES, Family, make
+from catalogue import COMMON, FAMILIES, Family, make
 from checkpoints import whole
 from openings import TOKENS, in_transformers
 from page import PAGE, README, page, readme
@@ -165,5 +165,7 @@ def test_the_page_of_models_and_the_readme_are_those_of_the_table():
 
 def test_every_row_of_the_table_is_a_family_of_the_gate():
     rows = known.table()["rows"]
-    assert rows.keys() == FAMILIES.keys()
-    assert {row["architecture"] for row in rows.values()} == {family.architecture for family in FAMILIES.values()}
+    assert COMMON.keys() <= rows.keys() <= FAMILIES.keys()
+    for name, row in rows.items():
+        assert row["architecture"] == FAMILIES[name].architecture
+    assert {row["type"] for row in rows.values()} <= known.table()["types"].keys()

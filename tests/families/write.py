@@ -15,6 +15,7 @@ import transformers
 from catalogue import FAMILIES, make
 from facts import facts
 from gate import RECIPES, TABLE, row
+from more import VARIANTS
 
 
 def types() -> dict[str, Any]:
@@ -46,6 +47,7 @@ def results(name: str) -> dict[str, Any]:
     return {
         "architecture": family.architecture,
         "type": getattr(transformers, family.architecture).config_class.model_type,
+        **({"variant": True} if name in VARIANTS else {}),
         **{recipe: {reader: _short(cell) for reader, cell in row(name, recipe).items()} for recipe in RECIPES},
     }
 

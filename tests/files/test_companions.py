@@ -11,7 +11,12 @@ import qkit
 from qkit.artifact.companions import companions, left_behind
 from qkit.storage.write import write_directory
 
-FILES = {"config.json": b"{}", "1_Pooling/config.json": b'{"pooling": 1}', "2_Normalize/notes.txt": b"n"}
+FILES = {
+    "config.json": b"{}",
+    "1_Pooling/config.json": b'{"pooling": 1}',
+    "2_Normalize/notes.txt": b"n",
+    "2_Normalize/deep/er/notes.txt": b"d",
+}
 
 
 def write(out, files=FILES, **options):
@@ -28,19 +33,30 @@ def model(folder):
     """A directory as sentence-transformers has it, with files that no output gets."""
     folder.mkdir()
     save_file({"a.weight": np.ones((32, 32), np.float32)}, folder / "model.safetensors")
-    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../elsewhere"}]
+    modules = [
+        {"path": ""},
+        {"path": "1_Pooling"},
+        {"path": "2_Dense"},
+        {"path": "modules/3_Norm"},
+        {"path": "../elsewhere"},
+    ]
     texts = {
         "config.json": {"model_type": "unheard_of"},
         "modules.json": modules,
         "1_Pooling/config.json": {"word_embedding_dimension": 32},
         "2_Dense/config.json": {"in_features": 32},
         "2_Dense/code.py": 0,
+        "2_Dense/inner/most/notes.json": {},
+        "2_Dense/.cache/notes.json": {},
+        "modules/3_Norm/config.json": {},
+        "modules/notes.json": {},
+        "original/params.json": {},
         "onnx/config.json": {},
         "processor/preprocessor_config.json": {},
         "preprocessor_config.json": {},
     }
     for name, content in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(json.dumps(content))
     save_file({"linear.weight": np.ones((4, 4), np.float32)}, folder / "2_Dense/model.safetensors")
     (folder / "2_Dense/pytorch_model.bin").write_bytes(b"x")
@@ -53,11 +69,13 @@ def test_directories_of_modules_and_processors_are_companions(tmp_path):
     assert inner == {
         "1_Pooling/config.json",
         "2_Dense/config.json",
+        "2_Dense/inner/most/notes.json",
         "2_Dense/model.safetensors",
+        "modules/3_Norm/config.json",
         "processor/preprocessor_config.json",
     }
     left = left_behind(tmp_path / "in", {*found, "model.safetensors"})
-    assert left == ("2_Dense/code.py", "2_Dense/pytorch_model.bin", "onnx")
+    assert left == ("2_Dense/code.py", "2_Dense/pytorch_model.bin", "modules/notes.json", "onnx", "original")
 
 
 def test_a_link_out_of_a_directory_of_companions_is_refused(tmp_path):
@@ -89,7 +107,9 @@ def test_an_output_with_directories_is_replaced_whole(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("theirs", ["1_Pooling/thesis.txt", "1_Pooling/deeper/thesis.txt", "notes/thesis.txt"])
+@pytest.mark.parametrize(
+    "theirs", ["1_Pooling/thesis.txt", "1_Pooling/deeper/thesis.txt", "2_Normalize/deep/thesis.txt", "notes/thesis.txt"]
+)
 def test_nothing_of_theirs_in_a_directory_is_removed(tmp_path, theirs):
     out = write(tmp_path / "out")
     (out / theirs).parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +139,7 @@ def test_a_kill_leaves_a_whole_directory_and_the_next_run_finishes(tmp_path, cal
 def test_a_seal_whose_files_lead_elsewhere_is_refused(tmp_path):
     out = write(tmp_path / "out")
     table = json.loads((out / "qkit.json").read_text())
-    for name in ("../x", "1_Pooling/../../x", "/etc/passwd", "a/b/c"):
+    for name in ("../x", "1_Pooling/../../x", "/etc/passwd", "/".join("abcdefghijklmnopqrst")):
         (out / "qkit.json").write_text(json.dumps({**table, "files": [name]}))
         with pytest.raises(qkit.ArtifactError, match="not what qkit writes"):
             problems(out)

@@ -50,8 +50,7 @@ def test_adapters_beside_experts_merge_without_loss(family, tmp_path):
     assert np.array_equal(BE.logits(qkit.convert(merged), TOKENS[:, :-1]), trained)
 
 
-def test_adapters_on_experts_and_on_kv_b_proj_are_refused_by_name(tmp_path):
+def test_adapters_on_kv_b_proj_are_refused_by_name(tmp_path):
     model = qkit.prepare(qkit.load(make(tmp_path / "model", "deepseek_v3"), backend="mlx"), "int4-g32")
-    for pattern in ("*.experts", "*.kv_b_proj"):
-        with pytest.raises(qkit.QkitError, match=r"experts|kv_b_proj"):
-            qkit.adapt(model, qkit.Adapter(rank=4, match=(pattern,)))
+    with pytest.raises(qkit.QkitError, match="kv_b_proj"):
+        qkit.adapt(model, qkit.Adapter(rank=4, match=("*.kv_b_proj",)))

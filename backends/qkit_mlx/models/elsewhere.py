@@ -4,11 +4,13 @@ from typing import Any
 
 import mlx.nn as nn
 
+from qkit.formats.mlx_families import FAMILIES, WRONG
 from qkit.reference.merged import Update
 from qkit_mlx.layers import latent, learned
 from qkit_mlx.layers.experts import parts, restore_experts
 from qkit_mlx.models import surgery
 from qkit_mlx.models.blocks import Watching
+from qkit_mlx.models.names import config_of
 
 
 class Elsewhere(Watching):
@@ -29,6 +31,20 @@ class Elsewhere(Watching):
     def knows(self, model: nn.Module) -> bool:
         """See `qkit.engines.elsewhere.Remembers.knows`; mlx-lm's models."""
         return type(model).__module__.startswith("mlx_lm.")
+
+    def doubts(self, model: nn.Module) -> str:
+        """See `qkit.engines.elsewhere.Remembers.doubts`; by the type of mlx-lm's model."""
+        kind = config_of(model).get("model_type")
+        if kind is None or not self.knows(model):
+            return ""
+        if why := WRONG.get(kind):
+            return f"mlx-lm computes another {kind!r} than transformers: {why}"
+        if kind in FAMILIES:
+            return ""
+        return (
+            f"no model of type {kind!r} is among those whose mlx-lm computes as transformers does, under the names that qkit "
+            "gives: compare logits before you use its files in another program"
+        )
 
     def origin(self, model: nn.Module) -> str | None:
         """See `qkit.engines.elsewhere.Remembers.origin`; only `qkit.load` notes it, and mlx-lm does not."""

@@ -130,6 +130,17 @@ def multiplies(x: Tensor, grid: Grid) -> bool:
     return bool(word_kernels(x.device).multiplies(x)) and not why_not_few(grid, x.shape[-1], x.device)
 
 
+def multiplies_experts(x: Tensor, grid: Grid) -> bool:
+    """Whether `multiply` takes x [rows, inputs], each row with the codes of an expert of its own.
+
+    Only on a GPU: on a CPU decoded experts give prepared and converted models the same bits.
+    """
+    if why_not_packed(x.device) or not hasattr(word_kernels(x.device), "codes_product"):
+        return False
+    small = grid.has_tensor_scale and x.dtype == torch.float16  # whose tensor scale may leave the range of float16
+    return grid.group != "tensor" and not grid.read and not small and not why_not_few(grid, x.shape[-1], x.device)
+
+
 def multiply(x: Tensor, *parts: Any, **more: Any) -> Tensor:
     """See `cuda_words.multiply`."""
     y: Tensor = word_kernels(x.device).multiply(x, *parts, **more)

@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qkit.expert_inputs import static_names
 from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.rules import Rule
-from qkit_torchao.arithmetic import bit_streams, rounding
+from qkit_torchao.arithmetic import bit_streams, rounding, words
+from qkit_torchao.arithmetic.packing import Laid, lay, unlay
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import straight_through
 from qkit_torchao.layers.become import apply_but_keep, become
+from qkit_torchao.layers.decoded_experts import Decoded
 from qkit_torchao.layers.execution import Execution
 from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, projections_of, ranges_of
 from qkit_torchao.layers.experts import Experts, class_of
@@ -23,9 +24,10 @@ from qkit_torchao.layers.slots import static_scales
 from qkit_torchao.layers.stacks import Stack, stacks_of
 from qkit_torchao.torch_private import remove_buffers, remove_parameters
 
+FEW = 4  #: rows for each expert of a block, on average, up to which codes are multiplied: more pay for the values
 PARTS = ("codes", "scales", "zeros", "tensor_scale", "biases")
-GROUPED = (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
-EXECUTION = Execution(native=False, text="expert by expert, as tokens reach them", layout="bytes")
+DECODED = Execution(native=False, text="expert by expert, as tokens reach them", layout="bytes")
+MULTIPLIED = Execution(native=True, text="codes of few tokens multiplied; else expert by expert", layout="words")
 
 
 class PackedExperts(Experts):
@@ -39,19 +41,59 @@ class PackedExperts(Experts):
         decoded = Decoded(self, stack)
         return decoded.whole() if torch.compiler.is_compiling() else decoded
 
-    def quantized(self, projection: str, expert: int) -> QTensor[Tensor]:
-        """The codes and scales of one expert's projection, [outputs, inputs]."""
+    @property
+    def grid(self) -> Grid:
+        """The grid of the weights."""
         grid = self.rule.weight
         assert grid is not None
-        parts = {name: self.get_buffer(f"{projection}_{name}")[expert] for name in self._parts(grid)}
-        inputs = next(stack.shape[2] for stack in self.stacks if projection in stack.projections)
-        parts["codes"] = bit_streams.unpack(parts["codes"], grid.element, inputs, symmetric=grid.symmetric)
+        return grid
+
+    def stored(self, projection: str) -> dict[str, Tensor]:
+        """The codes and scales of a projection of all experts, by the names of `PARTS`."""
+        return {name: self.get_buffer(f"{projection}_{name}") for name in self._parts(self.grid)}
+
+    def quantized(self, projection: str, expert: int) -> QTensor[Tensor]:
+        """The codes and scales of one expert's projection, [outputs, inputs]."""
+        grid, parts = self.grid, {name: one[expert] for name, one in self.stored(projection).items()}
+        _, outputs, inputs = next(stack.shape for stack in self.stacks if projection in stack.projections)
+        if parts["codes"].dtype == torch.int32:
+            more = {name: parts.get(name) for name in ("zeros", "tensor_scale", "biases")}
+            laid = Laid(parts["codes"], parts["scales"], grid=grid, dtype=self.dtype, shape=(outputs, inputs), **more)
+            return unlay(laid)
+        parts["codes"] = bit_streams.unpack(parts["codes"], grid.element, inputs, symmetric=not grid.has_zeros)
         return QTensor(grid=grid, dtype=self.dtype, **parts)
 
     def decoded(self, stack: Stack, expert: int) -> Tensor:
         """The weight of one expert, laid out as in the parameter of `stack`."""
         with torch.no_grad():
-            return stack.join(choose.dequantize(self.quantized(name, expert)) for name in stack.projections)
+            return stack.join(self._values(name, expert, stack.shape[2]) for name in stack.projections)
+
+    def multiplies(self, x: Tensor, stack: Stack) -> bool:
+        """Whether `multiply_rows` takes x [rows, inputs]: few rows for each expert, on a device whose kernels multiply codes."""
+        few = 0 < len(x) <= FEW * stack.shape[0]
+        codes = self.get_buffer(f"{stack.projections[0]}_codes")
+        return few and self.adapter == "" and codes.dtype == torch.int32 and choose.multiplies_experts(x, self.grid)
+
+    def multiply_rows(self, x: Tensor, stack: Stack, experts: Tensor) -> Tensor:
+        """x [rows, inputs] times the codes of the expert of each row -> [rows, outputs of all projections]."""
+        made = []
+        for name in stack.projections:
+            parts = self.stored(name)
+            power = parts.get("tensor_scale")
+            y = choose.multiply(
+                x, parts["codes"], parts["scales"], parts.get("zeros"), None, None, self.grid, experts=experts
+            )
+            made.append(y if power is None else y * power[experts, None].to(y.dtype))
+        return stack.join_products(made)
+
+    def _values(self, projection: str, expert: int, inputs: int) -> Tensor:
+        codes = self.get_buffer(f"{projection}_codes")
+        if codes.dtype != torch.int32 or not choose.packs(self.grid, codes.device):
+            return choose.dequantize(self.quantized(projection, expert))
+        parts = {name: one[expert] for name, one in self.stored(projection).items()}
+        named = (parts.get(name) for name in ("scales", "zeros", "tensor_scale"))
+        dtype = rounding.DTYPE[self.dtype]
+        return choose.values(parts["codes"], *named, self.grid, inputs=inputs, dtype=dtype)
 
     def on_range(self, x: Tensor, name: str, expert: int) -> Tensor:
         """See `Experts.on_range`."""
@@ -76,74 +118,6 @@ class PackedExperts(Experts):
         return self
 
 
-class Decoded:
-    """The weights of a stack of converted experts, for code that takes a parameter: each use decodes the experts that it needs.
-
-    Indexing gives a tensor. A grouped product decodes the experts that have tokens, one at a time. Every other operation decodes
-    all experts.
-    """
-
-    def __init__(self, layer: PackedExperts, stack: Stack, *, swapped: bool = False) -> None:
-        self._layer, self._stack, self._swapped = layer, stack, swapped
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the values."""
-        return rounding.DTYPE[self._layer.dtype]
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the codes."""
-        return self._layer.get_buffer(f"{self._stack.projections[0]}_codes").device
-
-    @property
-    def shape(self) -> torch.Size:
-        """That of the parameter."""
-        experts, outputs, inputs = self._stack.shape
-        outputs *= len(self._stack.projections)
-        across = self._stack.transposed != self._swapped
-        return torch.Size((experts, inputs, outputs) if across else (experts, outputs, inputs))
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """The weight of one expert, or those of several that a tensor names."""
-        if isinstance(index, Tensor) and index.dim():
-            chosen, places = index.unique(return_inverse=True)
-            return torch.stack([self._one(int(expert)) for expert in chosen.tolist()])[places]
-        if isinstance(index, (int, Tensor)):
-            return self._one(int(index))
-        return self.whole()[index]
-
-    def transpose(self, one: int, other: int) -> Any:
-        """The two last axes swapped."""
-        if {one % 3, other % 3} != {1, 2}:
-            return self.whole().transpose(one, other)
-        return Decoded(self._layer, self._stack, swapped=not self._swapped)
-
-    def whole(self) -> Tensor:
-        """All experts as one tensor."""
-        return torch.stack([self._one(expert) for expert in range(self.shape[0])])
-
-    def __getattr__(self, name: str) -> Any:
-        """Anything else that a tensor has."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.whole(), name)
-
-    def _one(self, expert: int) -> Tensor:
-        weight = self._layer.decoded(self._stack, expert)
-        return weight.transpose(-1, -2) if self._swapped else weight
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        named = dict(kwargs or {})
-        if function in GROUPED and len(args) > 1 and isinstance(args[1], cls) and "offs" in named:
-            return _grouped(args[0], args[1], named["offs"])
-        whole = [one.whole() if isinstance(one, cls) else one for one in args]
-        return function(*whole, **{key: one.whole() if isinstance(one, cls) else one for key, one in named.items()})
-
-
 def pack_experts(
     module: nn.Module, q: Mapping[str, Sequence[QTensor[Tensor]]], rule: Rule, static: Mapping[str, Tensor]
 ) -> PackedExperts:
@@ -158,20 +132,34 @@ def pack_experts(
     for name, scale in static.items():
         layer.register_buffer(name, scale)
     remove_parameters(layer, *(stack.name for stack in stacks))
-    layer.rule, layer.stacks, layer.execution = rule, stacks, EXECUTION
+    layer.rule, layer.stacks = rule, stacks
     layer.dtype = next(iter(q.values()))[0].dtype
     put_codes(layer, q)
     return layer
 
 
 def put_codes(layer: PackedExperts, q: Mapping[str, Sequence[QTensor[Tensor]]]) -> None:
-    """Stores the codes and scales of all experts, by projection, in `layer`."""
+    """Stores the codes and scales of all experts, by projection, in `layer`: in words, where kernels of the device read these."""
+    grid, first = layer.grid, next(iter(q.values()))[0]
+    fits = (choose.packs(grid, first.codes.device), *(_fits(grid, each[0].shape[-1]) for each in q.values()))
+    in_words = all(fits)
+    few = in_words and all(choose.multiplies_experts(each[0].codes, grid) for each in q.values())
+    layer.execution = MULTIPLIED if few else DECODED
     for name, experts in q.items():
+        laid = [lay(one, "words") for one in experts] if in_words else experts
         for part in experts[0].parts():
-            stored = torch.stack([one.parts()[part] for one in experts])
-            if part == "codes":
-                stored = bit_streams.pack(stored, experts[0].grid.element)
+            arrays = [getattr(one, part) for one in laid]
+            if len({one.dtype for one in arrays}) > 1:  # scales that bfloat16 holds, beside others
+                arrays = [one.float() for one in arrays]
+            stored = torch.stack(arrays)
+            if part == "codes" and not in_words:
+                stored = bit_streams.pack(stored, grid.element)
             layer.register_buffer(f"{name}_{part}", stored)
+
+
+def _fits(grid: Grid, inputs: int) -> bool:
+    """Whether rows of `inputs` codes are whole units of words, each of one group."""
+    return words.has_one_scale(grid, inputs) and inputs % words.unit(grid, inputs) == 0
 
 
 def unpack_experts(module: PackedExperts) -> dict[str, list[QTensor[Tensor]]]:
@@ -192,16 +180,3 @@ def buffers_of(module: PackedExperts) -> list[str]:
 def static_of(module: PackedExperts) -> list[str]:
     """The names of the buffers [experts] with static scales of inputs and outputs."""
     return static_names(module.rule, projections_of(module.stacks))
-
-
-def _grouped(x: Tensor, weight: Decoded, offs: Tensor) -> Tensor:
-    """The product of rows of `x` that are sorted by expert, which end at `offs`, with the weight of each."""
-    ends = offs.tolist()
-    out = x.new_zeros((x.shape[0], weight.shape[2]), dtype=weight.dtype)
-    parts = []
-    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        if begin != end:
-            parts.append(x[begin:end].to(weight.dtype) @ weight[expert])
-    if ends[-1] < x.shape[0]:
-        parts.append(out[ends[-1] :])
-    return torch.cat(parts) if parts else out

@@ -39,6 +39,10 @@ class Elsewhere(Watching):
         """See `qkit.engines.elsewhere.Remembers.knows`; transformers' models."""
         return hasattr(getattr(model, "config", None), "to_json_string")
 
+    def doubts(self, model: nn.Module) -> str:
+        """See `qkit.engines.elsewhere.Remembers.doubts`; transformers' own modules leave none."""
+        return ""
+
     def origin(self, model: nn.Module) -> str | None:
         """See `qkit.engines.elsewhere.Remembers.origin`; transformers remembers it."""
         return getattr(model, "name_or_path", None) or None
