@@ -99,7 +99,7 @@ SEEDS = {
     "mlx_lm_lora.train --train-type full --qat-enable": "int8-g64-absmax",
     "mlx_lm_lora train --qat-enable --qat-bits 2 --qat-group-size 0": "int2-tensor-absmax",
     "mlx_lm_lora.train --train-type full --qat-enable --qat-bits 4 --qat-start-step 3 --qat-interval 2": "int4-g64-absmax",
-    "mlx_lm_lora.train --load-in-mxfp4": "e2m1-g32-rceil",
+    "mlx_lm_lora.train --load-in-mxfp4": str(qkit.recipe("mxfp4-a16").rules[-1].weight),
 }
 
 
