@@ -45,6 +45,8 @@ try:
         print(json.dumps({{key: value for key, value in row.items() if value is not None}}, default=str))
 except Exception as error:
     sys.exit(f"{{type(error).__name__}}: {{error}}".replace(chr(10), " "))
+sys.stdout.flush()
+os._exit(0)  # the library's threads, which still read ahead, can abort Python's own end
 """
 
 Row = dict[str, Any]

@@ -132,7 +132,7 @@ def test_masters_are_read_from_a_checkpoint_beside_the_trained_model(made, found
     save_file({"steps": np.zeros((), np.int64)}, tmp_path / "qat.run" / "checkpoint-00000001.safetensors")
     newest = newest_checkpoint(tmp_path / "qat")
     sources = Sources(place / "float", deploy=(qkit.recipe(OTHER),), qat=place / "qat", master_weights=newest)
-    again = compare(engine, sources, ROWS, progress=lambda _: None)
+    again = compare(engine, sources, ROWS, progress=lambda row, windows: None)
     assert again.rows[-1].loss == found.rows[-1].loss
     assert again.masters_equal == found.masters_equal
     assert newest_checkpoint(place / "qat") is None
@@ -143,9 +143,12 @@ def test_masters_are_read_from_a_checkpoint_beside_the_trained_model(made, found
 def test_the_recipe_follows_from_the_trained_model(made):
     engine, place = made
     named = compare(
-        engine, Sources(place / "float", qkit.recipe(TRAINED), qat=place / "qat"), ROWS, progress=lambda _: 0
+        engine,
+        Sources(place / "float", qkit.recipe(TRAINED), qat=place / "qat"),
+        ROWS,
+        progress=lambda row, windows: None,
     )
-    read = compare(engine, Sources(place / "float", qat=place / "qat"), ROWS, progress=lambda _: 0)
+    read = compare(engine, Sources(place / "float", qat=place / "qat"), ROWS, progress=lambda row, windows: None)
     assert read.recipe == "int4-g64-absmax"
     assert [row.loss for row in read.rows] == [row.loss for row in named.rows]
 
@@ -156,7 +159,10 @@ def test_another_grid_than_the_trained_model_is_on_is_refused(made):
         qkit.RecipeError, match=r"q_proj is on int4-g64-absmax .* recipe 'int4-g64' says int4-g64-signed"
     ):
         compare(
-            engine, Sources(place / "float", qkit.recipe("int4-g64"), qat=place / "qat"), ROWS, progress=lambda _: 0
+            engine,
+            Sources(place / "float", qkit.recipe("int4-g64"), qat=place / "qat"),
+            ROWS,
+            progress=lambda row, windows: None,
         )
 
 
@@ -164,7 +170,7 @@ def test_an_existing_quantized_directory_takes_the_place_of_converting(made, tmp
     engine, place = made
     qkit.save(qkit.convert(open_model(engine, place / "longer"), TRAINED), tmp_path / "ptq")
     sources = Sources(place / "float", qat=place / "qat", ptq=tmp_path / "ptq")
-    rows = {row.name: row for row in compare(engine, sources, ROWS, progress=lambda _: 0).rows}
+    rows = {row.name: row for row in compare(engine, sources, ROWS, progress=lambda row, windows: None).rows}
     assert rows["PTQ"].loss.value == evaluate(engine, open_model(engine, tmp_path / "ptq"), ROWS).loss
     assert rows["PTQ"].source == str(tmp_path / "ptq")
 
@@ -173,13 +179,13 @@ def test_two_recipes_of_one_name_are_refused(made):
     engine, place = made
     twice = (recipe("mine", Grid("int4", 32)), recipe("mine", Grid("int4", 64)))
     with pytest.raises(qkit.RecipeError, match="two of the recipes are called 'mine'"):
-        compare(engine, Sources(place / "float", twice[0], twice[1:]), ROWS, progress=lambda _: 0)
+        compare(engine, Sources(place / "float", twice[0], twice[1:]), ROWS, progress=lambda row, windows: None)
 
 
 def test_neither_recipe_nor_trained_model_is_refused(made):
     engine, place = made
     with pytest.raises(qkit.RecipeError, match="neither a recipe nor a trained model"):
-        compare(engine, Sources(place / "float"), ROWS, progress=lambda _: 0)
+        compare(engine, Sources(place / "float"), ROWS, progress=lambda row, windows: None)
 
 
 def test_a_matrix_deploys_each_model_on_each_grid(made):
