@@ -134,7 +134,7 @@ def test_a_stack_that_lacks_an_expert_or_has_two_grids_is_refused_by_name(tmp_pa
     assert not (tmp_path / "mlx").exists()
 
 
-def test_a_mixture_that_mlx_lm_quantized_comes_in_and_one_with_a_quantized_router_does_not(tmp_path):
+def test_a_mixture_that_mlx_lm_quantized_comes_in_and_a_quantized_router_as_its_values(tmp_path):
     source = make(tmp_path / "float", "qwen3_moe")
     held = read_model(source)
     export_mlx(held, tmp_path / "plain")
@@ -149,10 +149,14 @@ def test_a_mixture_that_mlx_lm_quantized_comes_in_and_one_with_a_quantized_route
         save_file(arrays, folder / "model.safetensors")
         config = {**config, "quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": config["quantization"]}))
-    with pytest.raises(
-        qkit.ArtifactError, match=r"mlp\.gate is a router, which qkit leaves float, and mlx-lm quantized it"
-    ):
-        read_model(tmp_path / "router")
+    routed = read_model(tmp_path / "router")
+    gate = "model.layers.0.mlp.gate"
+    assert gate not in routed.weights
+    assert any("routers" in note for note in routed.notes)
+    stored = read_file(tmp_path / "router" / "model.safetensors")[0]
+    parts = [mx.array(np.asarray(stored[f"{gate}.{name}"])) for name in ("weight", "scales")]
+    values = np.array(mx.dequantize(*parts, group_size=32, bits=4, mode="mxfp4").astype(mx.float32))
+    assert (routed.tensors[f"{gate}.weight"].astype(np.float32) == values).all()
     theirs = read_model(tmp_path / "theirs")
     to_artifact(theirs, tmp_path / "artifact")
     model, _ = utils.load_model(tmp_path / "theirs")
