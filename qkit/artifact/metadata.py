@@ -101,7 +101,7 @@ def about(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def fit_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """How the codes of an artifact were chosen, by its metadata; None: by the rule of their grid, or nobody says."""
-    found = about(metadata).get("fit")
+    found = about(metadata).get("fit") if KEY in metadata else None
     return found if isinstance(found, dict) and isinstance(found.get("method"), str) else None
 
 

@@ -16,14 +16,17 @@ def calibrate(
     out: Annotated[Path, typer.Argument(metavar="STATS", help="The new directory of statistics.")],
     data: Annotated[
         list[str],
-        typer.Option("--data", help="Text, jsonl or chats, as for train: a file, or a shell pattern in quotes."),
+        typer.Option(
+            "--data",
+            help="A text file, or a shell pattern in quotes. Repeat for more. Also jsonl and chats.",
+        ),
     ],
     recipe: Annotated[
         str | None,
         typer.Option(
             "--recipe",
             "-r",
-            help="A recipe whose inputs statistics are of, if it quantizes inputs; or whose drift to correct.",
+            help="A recipe, an alias or a TOML file: one that quantizes inputs, or whose drift to correct.",
         ),
     ] = None,
     drift: Annotated[

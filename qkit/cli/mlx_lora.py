@@ -34,7 +34,7 @@ def mlx_lora(
 ) -> None:
     """Train by mlx_lm.lora, or by mlx_lm_lora.train where an option is its own. All other options are that command's.
 
-    A whole command line of theirs may follow: qkit mlx-lora mlx_lm_lora.train --model MODEL --adapter-path OUT --qat-enable
+    A whole command line of theirs may follow, as in qkit mlx-lora mlx_lm_lora.train --model MODEL --adapter-path OUT.
     """
     from qkit.training.commands import run_mlx_lora  # here, so that other commands start fast
 

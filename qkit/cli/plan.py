@@ -35,7 +35,7 @@ def plan(
         bool, typer.Option("--train", help="Add the memory of training: full, and adapters of either kind.")
     ] = False,
     batch: Annotated[int, typer.Option(help="With --train: sequences in a micro-batch.")] = 8,
-    length: Annotated[int, typer.Option(help="With --train: tokens in a sequence.")] = 512,
+    length: Annotated[int, typer.Option(help="Tokens in a sequence, with --train.")] = 512,
     dtype: Annotated[str, typer.Option(help="With --train: the type of the master weights.")] = "float32",
     optimizer: Annotated[
         str, typer.Option(help="With --train: adamw, adam, lion, muon, momentum or sgd; qkit train has adamw.")
@@ -44,7 +44,7 @@ def plan(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="With --train: the engine, torchao or mlx.")] = "torchao",
+    backend: Annotated[str, typer.Option(help="The engine. With --train: torchao or mlx.")] = "torchao",
     all_rows: All = False,
     as_json: Json = False,
 ) -> None:

@@ -39,6 +39,7 @@ MISSING = {
     "eval": (NOWHERE, "--data", "text.txt"),
     "compare": (NOWHERE, "-r", "int4-g64", "--data", "text.txt", "--out", "out"),
     "mlx-lora": (NOWHERE, "out", "-r", "int4-g64"),
+    "calibrate": (NOWHERE, "out", "--data", "text.txt"),
 }
 
 

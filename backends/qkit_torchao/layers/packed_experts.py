@@ -60,7 +60,7 @@ class PackedExperts(Experts):
             more = {name: parts.get(name) for name in ("zeros", "tensor_scale", "biases")}
             laid = Laid(parts["codes"], parts["scales"], grid=grid, dtype=self.dtype, shape=(outputs, inputs), **more)
             return unlay(laid)
-        parts["codes"] = bit_streams.unpack(parts["codes"], grid.element, inputs, symmetric=not grid.has_zeros)
+        parts["codes"] = bit_streams.unpack(parts["codes"], grid.element, inputs, symmetric=grid.symmetric)
         return QTensor(grid=grid, dtype=self.dtype, **parts)
 
     def decoded(self, stack: Stack, expert: int) -> Tensor:
@@ -88,7 +88,7 @@ class PackedExperts(Experts):
 
     def _values(self, projection: str, expert: int, inputs: int) -> Tensor:
         codes = self.get_buffer(f"{projection}_codes")
-        if codes.dtype != torch.int32 or not choose.packs(self.grid, codes.device):
+        if codes.dtype != torch.int32 or self.grid.read or not choose.packs(self.grid, codes.device):
             return choose.dequantize(self.quantized(projection, expert))
         parts = {name: one[expert] for name, one in self.stored(projection).items()}
         named = (parts.get(name) for name in ("scales", "zeros", "tensor_scale"))
@@ -141,7 +141,11 @@ def pack_experts(
 def put_codes(layer: PackedExperts, q: Mapping[str, Sequence[QTensor[Tensor]]]) -> None:
     """Stores the codes and scales of all experts, by projection, in `layer`: in words, where kernels of the device read these."""
     grid, first = layer.grid, next(iter(q.values()))[0]
-    fits = (choose.packs(grid, first.codes.device), *(_fits(grid, each[0].shape[-1]) for each in q.values()))
+    fits = (
+        not grid.read,
+        choose.packs(grid, first.codes.device),
+        *(_fits(grid, each[0].shape[-1]) for each in q.values()),
+    )
     in_words = all(fits)
     few = in_words and all(choose.multiplies_experts(each[0].codes, grid) for each in q.values())
     layer.execution = MULTIPLIED if few else DECODED

@@ -10,7 +10,7 @@ from tables import BUILDERS as ENGINES
 import qkit
 from qkit import adapters
 from qkit.adapters import Adapter, Update
-from qkit.adapters.surgery import base_weight, put
+from qkit.adapters.surgery import base_weights, put
 from qkit.engines.protocol import Modules
 from qkit.engines.trainer import TrainerOptions
 from qkit.qtensor import DTYPES
@@ -137,7 +137,7 @@ def check_merge(engine, model, *, start):
     want = {}
     for layer in engine.layers(model):
         if layer.adapter:
-            merged = arithmetic.merged(base_weight(engine, layer), engine.adapter_update(layer.module))
+            merged = arithmetic.merged(next(base_weights(engine, layer, "weight")), engine.adapter_update(layer.module))
             if layer.stage == "prepared":  # its master is stored in the model's type
                 merged = merged.astype(engine.to_numpy(engine.weight(layer.module)).dtype)
             want |= {

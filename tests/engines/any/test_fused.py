@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import qkit
 from qkit import fused, reference
-from qkit.adapters.surgery import base_weight, put
+from qkit.adapters.surgery import base_weights, put
 from qkit.reference.merged import merged as law_of_merged
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
@@ -176,7 +176,9 @@ def test_adapters_share_the_scale_of_the_merged_weights(name, kind, base):
     model = put(engine, qkit.merge(model), updates)
     for layer in engine.layers(model):
         if layer.adapter:
-            merged[layer.path] = law_of_merged(base_weight(engine, layer), engine.adapter_update(layer.module))
+            merged[layer.path] = law_of_merged(
+                next(base_weights(engine, layer, "weight")), engine.adapter_update(layer.module)
+            )
     adapted = logits(name, model)
     model = qkit.merge(model)
     assert (logits(name, model) == adapted).all()
