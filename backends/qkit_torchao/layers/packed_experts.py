@@ -35,6 +35,7 @@ class PackedExperts(Experts):
 
     dtype: DType
     execution: Execution
+    in_words: bool  #: whether codes lie in the layout `words`, which kernels read; else in canonical words
 
     def values_of(self, stack: Stack) -> Any:
         """The weights of `stack`; compiled code decodes all of them."""
@@ -56,7 +57,7 @@ class PackedExperts(Experts):
         """The codes and scales of one expert's projection, [outputs, inputs]."""
         grid, parts = self.grid, {name: one[expert] for name, one in self.stored(projection).items()}
         _, outputs, inputs = next(stack.shape for stack in self.stacks if projection in stack.projections)
-        if parts["codes"].dtype == torch.int32:
+        if self.in_words:
             more = {name: parts.get(name) for name in ("zeros", "tensor_scale", "biases")}
             laid = Laid(parts["codes"], parts["scales"], grid=grid, dtype=self.dtype, shape=(outputs, inputs), **more)
             return unlay(laid)
@@ -71,8 +72,7 @@ class PackedExperts(Experts):
     def multiplies(self, x: Tensor, stack: Stack) -> bool:
         """Whether `multiply_rows` takes x [rows, inputs]: few rows for each expert, on a device whose kernels multiply codes."""
         few = 0 < len(x) <= FEW * stack.shape[0]
-        codes = self.get_buffer(f"{stack.projections[0]}_codes")
-        return few and self.adapter == "" and codes.dtype == torch.int32 and choose.multiplies_experts(x, self.grid)
+        return few and self.adapter == "" and self.in_words and choose.multiplies_experts(x, self.grid)
 
     def multiply_rows(self, x: Tensor, stack: Stack, experts: Tensor) -> Tensor:
         """x [rows, inputs] times the codes of the expert of each row -> [rows, outputs of all projections]."""
@@ -88,7 +88,7 @@ class PackedExperts(Experts):
 
     def _values(self, projection: str, expert: int, inputs: int) -> Tensor:
         codes = self.get_buffer(f"{projection}_codes")
-        if codes.dtype != torch.int32 or self.grid.read or not choose.packs(self.grid, codes.device):
+        if not self.in_words or not choose.packs(self.grid, codes.device):
             return choose.dequantize(self.quantized(projection, expert))
         parts = {name: one[expert] for name, one in self.stored(projection).items()}
         named = (parts.get(name) for name in ("scales", "zeros", "tensor_scale"))
@@ -146,7 +146,7 @@ def put_codes(layer: PackedExperts, q: Mapping[str, Sequence[QTensor[Tensor]]]) 
         choose.packs(grid, first.codes.device),
         *(_fits(grid, each[0].shape[-1]) for each in q.values()),
     )
-    in_words = all(fits)
+    layer.in_words = in_words = all(fits)
     few = in_words and all(choose.multiplies_experts(each[0].codes, grid) for each in q.values())
     layer.execution = MULTIPLIED if few else DECODED
     for name, experts in q.items():
