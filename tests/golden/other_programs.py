@@ -9,13 +9,14 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 OUT = Path(__file__).parent / "others"
-WORK = Path("/tmp/golden-others")
+WORK = Path(tempfile.gettempdir()) / "golden-others"
 KEPT = ("config.json", "model.safetensors", "values.json", "quantize_config.json")
 CONFIG = {
     "hidden_size": 64,
