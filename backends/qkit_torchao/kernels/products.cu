@@ -1,15 +1,20 @@
-// Rows of x times packed codes in the layout of `arithmetic.words`, on tensor cores. `cuda_products.py` compiles this and launches it.
+// Rows of x times packed codes in the layout of `arithmetic.words`, on tensor cores. `cuda_words` launches this, `nvrtc` compiles it.
 //
 // A warp takes 16 TILES outputs, in tiles of 16, and every WARPS-th block of 16 words of their rows. Lane 4 g + t has rows g and
 // g + 8 of a tile, and the t-th four words of the block, read at once. Codes become 16-bit floats, times their scales, rounded as
 // values of the weight are, which the instruction `mma` multiplies by eight rows of x. Any order of columns will do there, as long
 // as both sides have the same: so a register has codes i and i + 16 / HIGH of a word, which lie 16 bits apart.
 //
-// Constants (macros): XS, the type of x: 0 bfloat16, 1 float16, 2 float32. HIGH, LOW: widths of the planes, LOW 0 where there is
-// one. ELEMENT: 0 integer, 1 e2m1, 2 e4m3, 3 e5m2. SCALES: 0 bfloat16, 1 e8m0, 2 e4m3, 3 float32,
-// 4 float16. ZEROS: whether there are zero points. UNIT:
-// columns of a unit. RATIO: units of a group; 0 where a row is one group. EIGHTS: rows of x over eight. TILES, WARPS: see above.
-// SAFE: whether columns, words or addresses may be odd, so that nothing is read at once. WHOLE: whether rows are whole blocks.
+// Constants (macros):
+//   XS: the type of x: 0 bfloat16, 1 float16, 2 float32.
+//   HIGH, LOW: widths of the planes, LOW 0 where there is one.
+//   ELEMENT: 0 integer, 1 e2m1, 2 e4m3, 3 e5m2.
+//   SCALES: 0 bfloat16, 1 e8m0, 2 e4m3, 3 float32, 4 float16.
+//   ZEROS: whether there are zero points.
+//   UNIT: columns of a unit. RATIO: units of a group; 0 where a row is one group.
+//   EIGHTS: rows of x over eight. TILES, WARPS: see above.
+//   SAFE: whether columns, words or addresses may be odd, so that nothing is read at once.
+//   WHOLE: whether rows are whole blocks.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -27,8 +32,14 @@ DEVICE u32 turned(u32 word, int right) { return __funnelshift_r(word, word, righ
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 bits_of(float f) { return __float_as_uint(f); }
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+#if __CUDA_ARCH__ >= 900
 DEVICE u32 minus(u32 a, u32 b) { u32 d; asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 times(u32 a, u32 b) { u32 d; asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+#else  // as b * -1 + a, and as a * b + -0, which older devices have
+DEVICE u32 fma(u32 a, u32 b, u32 c) { u32 d; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
+DEVICE u32 minus(u32 a, u32 b) { return fma(b, 0xBF80BF80, a); }
+DEVICE u32 times(u32 a, u32 b) { return fma(a, b, 0x80008000); }
+#endif
 DEVICE u32 halves(float low, float high) { u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d; }
 DEVICE u32 shorts(float low, float high) { u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d; }
 DEVICE u16 rounded_bf16(float f) { u16 d; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(f)); return d; }
