@@ -119,7 +119,9 @@ def _compile(source: str, options: list[str]) -> bytes:
             (size,) = _done(nvrtc.nvrtcGetProgramLogSize(program))
             log = bytes(size)
             _done(nvrtc.nvrtcGetProgramLog(program, log))
-            raise BackendError(f"NVRTC does not compile a kernel of qkit: {log.decode(errors='replace').strip(chr(0)).strip()}")
+            raise BackendError(
+                f"NVRTC does not compile a kernel of qkit: {log.decode(errors='replace').strip(chr(0)).strip()}"
+            )
         (size,) = _done(nvrtc.nvrtcGetCUBINSize(program))
         code = bytes(size)
         _done(nvrtc.nvrtcGetCUBIN(program, code))
