@@ -186,7 +186,7 @@ def _rules(engine: Builds, model: Any, recipe: Recipe | None) -> dict[str, Rule]
 
 
 def _about(folder: Path, rows: NDArray[np.int32], engine: Builds) -> dict[str, Any]:
-    """What the statistics are of."""
+    """The model, the text and the recipe of the statistics."""
     return {
         "model": identity(read_folder(folder)[0]),
         "data": hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest(),

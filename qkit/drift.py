@@ -28,7 +28,7 @@ Shown = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  #: inputs an
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What a layer is fitted to.
+    """The aim of a layer's fit.
 
     Attributes:
         weight: the corrected weight [outputs, inputs].

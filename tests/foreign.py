@@ -57,7 +57,7 @@ def stream(codes, bits):
 
 
 def gptq(bits, group, *, version="gptq", order="contiguous", scale=np.float16):
-    """An encoder of GPTQ: random codes, zero points and scales; and what the values are, by the formula of its authors."""
+    """An encoder of GPTQ: random codes, zero points and scales; and their values, by the formula of its authors."""
 
     def encode(weight, random):
         out, n = weight.shape

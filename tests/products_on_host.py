@@ -24,11 +24,12 @@ class HostKernel:
         known = dict(constants)
         assert threads == 32 * known["WARPS"]
         if constants not in self._compiled:
-            self._compiled[constants] = self._compile(known)
+            self._compiled[constants] = self.compile(known)
         given = (kind(one) for kind, one in zip(self._kinds, arguments, strict=True))
         self._compiled[constants](*programs, *given)
 
-    def _compile(self, constants):
+    def compile(self, constants):
+        """The function, compiled with `constants`."""
         library = self._folder / f"{len(self._compiled)}.so"
         source = Path(nvrtc.__file__).with_name("products.cu")
         flags = [f"-D{name}={int(value)}" for name, value in constants.items()]

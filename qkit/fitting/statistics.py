@@ -1,4 +1,4 @@
-"""A directory of statistics: second moments of the inputs of each layer, one file for each block, and what they are of."""
+"""A directory of statistics: second moments of the inputs of each layer, one file for each block, and their origin."""
 
 import hashlib
 import json

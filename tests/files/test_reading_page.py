@@ -1,4 +1,4 @@
-"""The page of sources says what the code does."""
+"""The page of sources agrees with the code."""
 
 from reading import PAGE, page
 

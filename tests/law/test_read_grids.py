@@ -1,4 +1,4 @@
-"""The law of read grids: what a file says is decoded as its owner does, and nothing is quantized onto it by a rule."""
+"""The law of read grids: codes of a file are decoded as by its owner, and no rule quantizes onto them."""
 
 from dataclasses import replace
 

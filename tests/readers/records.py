@@ -1,4 +1,4 @@
-"""The rows of results.json: what a reader answered, and from which inputs. `run` writes them; the table reads them.
+"""The rows of results.json: the answer of a reader, and its inputs. `run` writes them; the table reads them.
 
 A row has no cell of the table: `verdict` computes it from the answer. So a mended rule judges the answers that are there anew.
 """

@@ -18,7 +18,7 @@ FEW = 1  #: the most rows that are multiplied without decoding: more have the bi
 
 
 def why_not_multiplies() -> str:
-    """Empty: what was built has the products."""
+    """Empty, since the C library that was built has the products."""
     return ""
 
 

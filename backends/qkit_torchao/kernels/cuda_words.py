@@ -129,20 +129,23 @@ def product_geometry(
     constants = {
         "HIGH": high, "LOW": known["LOW"], "ELEMENT": ELEMENTS.index(known["ELEMENT"]), "UNIT": unit,
         "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": eights, "TILES": tiles,
-        "WARPS": _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors),
+        "WARPS": _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors, planes=2 if known["LOW"] else 1),
         "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
     }  # fmt: skip
     shared = {"outputs": 16 * tiles, "threads": 32 * constants["WARPS"]}
     return tuple(constants.items()), (across, stride, known["GROUPS"]), shared
 
 
-def _warps(blocks: int, programs: int, eights: int, processors: int) -> int:
-    """Warps of each of `programs`, for rows of so many blocks of words. Those that were fastest on an H200."""
+def _warps(blocks: int, programs: int, eights: int, processors: int, *, planes: int) -> int:
+    """Warps of each of `programs`, for rows of so many blocks of words. Those that were fastest on an H200.
+
+    Two planes need twice the memory for copies, which holds two of each warp up to `most`.
+    """
     if eights == 1 and programs > 2 * processors:
         return 4 if blocks >= 32 else 2  # a warp has some eight blocks
     if eights == 1:
         return 16 if blocks >= 64 or (blocks >= 32 and programs < processors) else 8
-    most, resident = (8, 28) if eights == 2 else (32 // eights, 8)
+    most, resident = (8, 28) if eights == 2 else (min(32 // eights, 8 // planes), 8)
     return next((n for n in (8, 4) if n <= most and programs * n <= processors * resident and n <= blocks), 2)
 
 

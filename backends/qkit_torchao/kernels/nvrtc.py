@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,18 @@ POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int  #: kinds of arguments
 OPTIONS = ("--std=c++17", "--diag-suppress=177")  #: a constant that one variant does not need is no fault
 
 
+@cache
 def why_not() -> str:
     """Why nothing can be compiled, and the way out; empty where it can."""
     try:
-        found = find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:  # the package above
-        found = False
-    return "" if found else "cuda-bindings is not installed: pip install 'qkit-quant[cuda]'"
+        from cuda.bindings import nvrtc
+    except ImportError:
+        return "cuda-bindings is not installed: pip install 'qkit-quant[cuda]'"
+    try:
+        _done(nvrtc.nvrtcVersion())
+    except Exception as error:  # the package has several classes for a library that is not there
+        return f"NVRTC does not load ({str(error).partition(chr(10))[0]}): pip install nvidia-cuda-nvrtc"
+    return ""
 
 
 class Kernel:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import pytest
 pytest.importorskip("torch", reason="the torch extra is not installed")
 
 import products_on_host
+
+import qkit
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 
@@ -38,6 +41,45 @@ def test_kernels_on_packed_codes_multiply_what_decodes_bit_for_bit(dtype, least)
     lines = done.stdout.splitlines()
     assert len(lines) > least
     assert [line for line in lines if not line.endswith((" near", " exact"))] == []
+
+
+@pytest.mark.skipif(products_on_host.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("eights", [1, 2, 4, 8])
+@pytest.mark.parametrize("outputs", [1024, 4096, 14336])
+@pytest.mark.parametrize("element", ["int3", "int4"], ids=["two planes", "one plane"])
+def test_products_of_large_layers_compile_with_the_memory_that_a_program_has(element, outputs, eights):
+    from qkit_torchao.kernels import cuda_words
+
+    grid = qkit.Grid(element, 64)
+    stride = 4096 * grid.element.bits // 32
+    constants, _, _ = cuda_words.product_geometry(grid, 4096, outputs, stride, eights, True, 132)
+    known = dict(constants)
+    copies = known["WARPS"] * 2 * known["TILES"] * 32 * (32 if known["LOW"] else 16)
+    sums = known["WARPS"] * 16 * known["TILES"] * 8 * eights * 4
+    assert (copies * 2 if eights > 1 else 0) <= 48 * 1024  # one copy is on its way while another is read
+    assert sums <= 48 * 1024
+    host = products_on_host.HostKernel(cuda_words.PRODUCT)
+    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
+
+
+def test_without_nvrtc_the_way_out_is_named(monkeypatch):
+    from qkit_torchao.kernels import nvrtc
+
+    def missing():
+        raise RuntimeError("libnvrtc.so.13 is not found\nsearched everywhere")
+
+    package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
+    bindings.nvrtc = SimpleNamespace(nvrtcVersion=missing)
+    monkeypatch.setitem(sys.modules, "cuda", package)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    nvrtc.why_not.cache_clear()
+    try:
+        assert nvrtc.why_not() == ("NVRTC does not load (libnvrtc.so.13 is not found): pip install nvidia-cuda-nvrtc")
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        nvrtc.why_not.cache_clear()
+        assert "pip install 'qkit-quant[cuda]'" in nvrtc.why_not()
+    finally:
+        nvrtc.why_not.cache_clear()
 
 
 def test_a_mended_reciprocal_is_the_rounded_one_of_every_mantissa_of_8_bits():
