@@ -21,8 +21,7 @@ from qkit.rules import Recipe, Rule
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qkit.fitting.fits import Fit
-    from qkit.reference.fitting import Method
+    from qkit.fitting.fits import Fit, Method
 
 Model = TypeVar("Model")
 
@@ -40,6 +39,7 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
 
     Raises:
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
+        PlanError: the recipe wants learned rounding, which training does not have.
         StageError: the model is prepared, converted or sharded already; or it has a wrapper that qkit does not know.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
@@ -50,6 +50,7 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     planned = _plan_on(engine, layers, recipe, "prepare")
     warn_of_family(engine, model)
     chosen = {item.layer.name: item.rule for item in planned if item.rule}
+    _want_none_learned([(item.layer, item.rule) for item in planned if item.rule])
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
         require(engine, Fuses)
     prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
@@ -75,7 +76,7 @@ def convert(
         StageError: an unprepared model needs a recipe, and a prepared one takes neither a recipe nor a fit. Or the model is
             converted, adapted or sharded; or another library has put wrappers around layers, or plain ones in their places.
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
-        PlanError: the statistics have nothing of any layer, or are of inputs on another grid.
+        PlanError: the statistics have nothing of any layer, or are of inputs on another grid; or rounding should be learned.
         RangeError: a weight is not finite.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
@@ -101,6 +102,8 @@ def convert(
     if recipe is not None:
         warn_of_family(engine, model)
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
+    if fit is None and not prepared:
+        _want_none_learned(chosen)
     packed = pack_layers(engine, model, chosen, _opened(fit, chosen) if fit else None)
     if recipe is not None:
         _note(planned)
@@ -117,6 +120,13 @@ def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":
     from qkit.fitting.fits import open_fit  # here, so that `import qkit` stays cheap
 
     return open_fit(fit, {layer.name: rule for layer, rule in chosen})
+
+
+def _want_none_learned(chosen: list[tuple[Layer, Rule]]) -> None:
+    if any(rule.rounding == "learned" for _, rule in chosen):
+        from qkit.fitting.fits import want_none_learned  # here, so that `import qkit` stays cheap
+
+        want_none_learned({layer.name: rule for layer, rule in chosen})
 
 
 def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:

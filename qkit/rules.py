@@ -20,16 +20,31 @@ KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 Range = Literal["dynamic", "calibrated", "average"]
 Ste = Literal["identity", "masked"]
 Scales = Literal["rule", "learned"]
+Rounding = Literal["nearest", "learned"]
 SCHEMA = 1
-CORE_KEYS = ("match", "kind", "weight", "part", "indivisible")  #: keys of a rule that the core carries out
+CORE_KEYS = ("match", "kind", "weight", "part", "indivisible", "rounding")  #: keys of a rule that the core carries out
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
 EXPERTS = "*.experts.*"  #: the pattern of a rule for experts that names none
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
 #: The other keys that may be left out.
-DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "part": "all", "indivisible": "error"}
+DEFAULTS = {
+    "range": "dynamic",
+    "ste": "identity",
+    "scales": "rule",
+    "rounding": "nearest",
+    "part": "all",
+    "indivisible": "error",
+}
 #: By key, the values that a rule takes.
-TYPES: Mapping[str, Any] = {"kind": Kind, "range": Range, "ste": Ste, "scales": Scales, "part": Part}
+TYPES: Mapping[str, Any] = {
+    "kind": Kind,
+    "range": Range,
+    "ste": Ste,
+    "scales": Scales,
+    "rounding": Rounding,
+    "part": Part,
+}
 CHOICES: Mapping[str, Sequence[str]] = {**{k: get_args(t) for k, t in TYPES.items()}, "indivisible": ("error", "skip")}
 
 
@@ -51,6 +66,8 @@ class Rule:
             value was clipped (`masked`).
         scales: where the scales of `weight` come from in training: the grid's own rule (`rule`), or they train beside the weight
             (`learned`, see `qkit.reference.learned`), whose gradient is then masked.
+        rounding: how codes are chosen without training: the nearest, or those that a fit finds (`nearest`), or the way to round
+            is learned from a text, block by block (`learned`, see `qkit.calibration.calibrate_drift`).
         part: `all` of the model, or `language`: without towers of vision and audio, see `qkit.parts`.
         indivisible: for a weight that does not divide into groups: `error`, or `skip` the layer.
     """
@@ -63,6 +80,7 @@ class Rule:
     range: Range = "dynamic"
     ste: Ste = "identity"
     scales: Scales = "rule"
+    rounding: Rounding = "nearest"
     part: Part = "all"
     indivisible: Literal["error", "skip"] = "error"
 
@@ -80,6 +98,12 @@ class Rule:
         if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
             what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
             raise RecipeError(f'scales = "learned" {what}')
+        if self.rounding == "learned" and (
+            self.weight is None or self.kind != "linear" or self.weight.group == "tensor"
+        ):
+            raise RecipeError(
+                'rounding = "learned" is for linear layers with a weight grid of groups or rows: leave it out'
+            )
         if self.slots and not self.weight:
             raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
         if self.slots and self.kind == "embedding":
