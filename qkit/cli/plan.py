@@ -58,7 +58,7 @@ def plan(
     grids: Annotated[str, typer.Option("--grids", help="With --budget: recipes to choose from, with commas.")] = "",
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="With --budget: a text file, or a shell pattern in quotes. Repeat for more."),
+        typer.Option("--data", help="A text file, or a shell pattern in quotes. Repeat for more. With --budget."),
     ] = None,
     stats: Annotated[
         Path | None,
