@@ -15,6 +15,7 @@ from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
 from qkit.errors import FamilyWarning, StageError
+from qkit.overrides import overridden
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.rules import Recipe, Rule
 
@@ -29,7 +30,13 @@ Model = TypeVar("Model")
 NOTE = "qkit_note"  #: attribute of a module that the recipe left alone: the reason
 
 
-def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Model:
+def prepare(
+    model: Model,
+    recipe: "str | Path | Recipe",
+    *,
+    skip_indivisible: bool = False,
+    backend: str | Arrays | None = None,
+) -> Model:
     """`model` ready for quantization-aware training: its layers compute with the values of the converted model.
 
     Works in place and returns the model; a model that is itself one layer gives a new one, of the engine's own class. Master
@@ -37,6 +44,9 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
 
     Where peft or mlx-lm have put adapters, the layers inside them are prepared, under the paths that they had without them, and
     the factors of adapters stay float. Warns if the recipe quantizes less than half of the weights.
+
+    Args:
+        skip_indivisible: whether layers that do not divide into groups stay in float, whatever the recipe says.
 
     Raises:
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
@@ -47,7 +57,7 @@ def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Array
     layers = list(engine.layers(model))
     want_whole(layers, "prepare")
     want_known(layers, "prepare")
-    planned = _plan_on(engine, layers, recipe, "prepare")
+    planned = _plan_on(engine, layers, recipe, "prepare", skip_indivisible)
     warn_of_family(engine, model)
     chosen = {item.layer.name: item.rule for item in planned if item.rule}
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
@@ -62,6 +72,7 @@ def convert(
     recipe: "str | Path | Recipe | None" = None,
     *,
     fit: "Fit | Method | None" = None,
+    skip_indivisible: bool = False,
     backend: str | Arrays | None = None,
 ) -> Model:
     """`model` with codes in place of weights. Prepared layers remember their rule; a recipe is for unprepared models.
@@ -70,6 +81,7 @@ def convert(
 
     Args:
         fit: how codes are chosen, of an unprepared model: `"search"`, or a `qkit.Fit` with statistics of the model.
+        skip_indivisible: as `prepare` takes it.
 
     Raises:
         StageError: an unprepared model needs a recipe, and a prepared one takes neither a recipe nor a fit. Or the model is
@@ -97,7 +109,7 @@ def convert(
             )
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
-        planned = _plan_on(engine, layers, recipe, "convert")
+        planned = _plan_on(engine, layers, recipe, "convert", skip_indivisible)
     if recipe is not None:
         warn_of_family(engine, model)
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
@@ -119,10 +131,12 @@ def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":
     return open_fit(fit, {layer.name: rule for layer, rule in chosen})
 
 
-def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:
+def _plan_on(
+    engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str, skip_indivisible: bool
+) -> list[Planned]:
     """The plan for `layers` of a float model, by a recipe that `engine` honours."""
     _want_float(layers, verb)
-    found = find_recipe(recipe)
+    found = overridden(find_recipe(recipe), skip_indivisible=skip_indivisible)
     planned = plan(layers, found)
     want_honored(engine, found.rules, verb)
     warn_of_rest(planned, found)

@@ -13,9 +13,11 @@ import qkit
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Data, Device, Engine, Length, Windows
 from qkit.cli.progress import counting
+from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds
 from qkit.installation import how_to_install
+from qkit.overrides import overridden
 
 if TYPE_CHECKING:
     from qkit.report import Comparison
@@ -33,6 +35,7 @@ def compare(
             help="A recipe, an alias or a TOML file. Left out: the rules of --qat's layers.",
         ),
     ] = None,
+    skip_indivisible: SkipIndivisible = False,
     deploy_recipe: Annotated[
         list[str] | None, typer.Option(help="Another grid to put the same weights on; give it again for more.")
     ] = None,
@@ -66,8 +69,8 @@ def compare(
     check_report(out)
     engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
-    named = qkit.recipe(recipe) if recipe else None
-    others = tuple(map(qkit.recipe, deploy_recipe or []))
+    named = overridden(qkit.recipe(recipe), skip_indivisible=skip_indivisible) if recipe else None
+    others = tuple(overridden(qkit.recipe(name), skip_indivisible=skip_indivisible) for name in deploy_recipe or [])
     masters = masters or (newest_checkpoint(qat) if qat else None)
     sources = Sources(floats, named, others, ptq, qat, masters, longer)
     text = read_alike([floats, *(one for one in (ptq, qat, masters, longer) if one and not one.is_file())], data)
