@@ -19,7 +19,7 @@ from qkit.cli.progress import counting
 from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds
-from qkit.installation import how_to_install
+from qkit.installation import ENGINE, how_to_install
 from qkit.overrides import overridden
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def compare(
     _premiums(found)
     console.print(f"{written}: the page; report.json beside it has the numbers")
     if not drawn:
-        console.print(f"no picture: {how_to_install('plot')}", markup=False)
+        console.print(f"no picture: {how_to_install(ENGINE)}", markup=False)
 
 
 @contextmanager
