@@ -15,7 +15,7 @@ from qkit.cli.eval import Data, Device, Engine, Length, Windows
 from qkit.cli.progress import counting
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds
-from qkit.installation import how_to_install
+from qkit.installation import ENGINE, how_to_install
 
 if TYPE_CHECKING:
     from qkit.report import Comparison
@@ -97,7 +97,7 @@ def compare(
 
         draw(found, out / "report.png", title=heading)
     else:
-        console.print(f"no picture: {how_to_install('plot')}", markup=False)
+        console.print(f"no picture: {how_to_install(ENGINE)}", markup=False)
 
 
 def _table(found: "Comparison") -> Table:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from qkit.cli.console import console
-from qkit.installation import how_to_install
+from qkit.installation import ENGINE, how_to_install
 
 if TYPE_CHECKING:
     from qkit.demo.run import Result
@@ -59,7 +59,7 @@ def demo(
         draw(result, out / "losses.png")
         console.print(f"{out / 'losses.png'}: the loss curves")
     else:
-        console.print(f"no picture: {how_to_install('plot')}", markup=False)
+        console.print(f"no picture: {how_to_install(ENGINE)}", markup=False)
 
 
 def _table(result: "Result") -> Table:

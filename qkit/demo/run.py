@@ -248,7 +248,7 @@ def _second(first: Builds, preset: Preset) -> tuple[Builds | None, str]:
             obstacles.append(f"{status.name}: {error}")
             continue
         return engine, ""
-    return None, "; ".join(obstacles) or f"there is no second engine: {how_to_install('all')}"
+    return None, "; ".join(obstacles) or f"there is no second engine: {how_to_install('cuda')}, {how_to_install('mac')}"
 
 
 def _train(

@@ -52,7 +52,7 @@ def result(**losses: float) -> run.Result:
         forward_difference=0.0,
         other=None,
         other_loss=None,
-        other_obstacle="mlx needs mlx: pip install 'qkit-quant[mlx]'",
+        other_obstacle="mlx needs mlx: pip install 'qkit-quant[mac]'",
         outside={"transformers": 1.25, "mlx-lm": "mlx-lm: No module named 'mlx_lm'"},
         bits_per_weight=2.0,
         curves={},
@@ -174,7 +174,7 @@ def test_a_second_engine_that_cannot_build_the_model_is_not_available_and_says_w
 
 
 def test_the_table_says_why_there_is_no_second_engine():
-    assert "not available: mlx needs mlx: pip install 'qkit-quant[mlx]'" in _table(result()).columns[1].cells
+    assert "not available: mlx needs mlx: pip install 'qkit-quant[mac]'" in _table(result()).columns[1].cells
 
 
 def test_the_table_says_what_other_programs_found_or_why_they_could_not():
@@ -197,12 +197,12 @@ def test_nothing_is_recovered_where_quantizing_cost_nothing():
 
 
 def test_numpy_cannot_train_and_says_what_can(tmp_path):
-    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[all\]'"):
+    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[cuda\]'"):
         run.run(backend="numpy", recipe="int2-g64", folder=tmp_path, progress=lambda *_: None)
 
 
 def test_with_no_engine_the_demo_says_what_to_install(tmp_path, monkeypatch):
     for name in ENGINES:
         monkeypatch.setitem(sys.modules, READY[name].framework, None)  # as if it were not installed
-    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[all\]'"):
+    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[cuda\]'"):
         run.run(backend=None, recipe="int2-g64", folder=tmp_path, progress=lambda *_: None)
