@@ -42,6 +42,8 @@ def prepare(
     Works in place and returns the model; a model that is itself one layer gives a new one, of the engine's own class. Master
     weights stay the same parameters under the same names. Gradients pass straight through the rounding.
 
+    A torch model may be sharded by FSDP2 or tensor parallel already, but for experts and learned scales.
+
     Where peft or mlx-lm have put adapters, the layers inside them are prepared, under the paths that they had without them, and
     the factors of adapters stay float. Warns if the recipe quantizes less than half of the weights.
 
@@ -50,14 +52,15 @@ def prepare(
 
     Raises:
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
-        StageError: the model is prepared, converted or sharded already; or it has a wrapper that qkit does not know.
+        StageError: the model is prepared or converted already; or experts or learned scales are sharded; or the model has a
+            wrapper that qkit does not know.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
-    want_whole(layers, "prepare")
     want_known(layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare", skip_indivisible)
+    want_whole([item.layer for item in planned if item.rule and _needs_whole(item.rule)], "prepare")
     warn_of_family(engine, model)
     chosen = {item.layer.name: item.rule for item in planned if item.rule}
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
@@ -211,6 +214,11 @@ def _want_float(layers: list[Layer], verb: str) -> None:
                 "call convert(model) without a recipe" if layer.stage == "prepared" else "load the float model again"
             )
             raise StageError(f"cannot {verb} with a recipe: {layer.path} is {layer.stage} already; {way_out}")
+
+
+def _needs_whole(rule: Rule) -> bool:
+    """Whether a layer has to be prepared before it is sharded: stacks of experts, and parameters that are not sharded yet."""
+    return rule.kind == "experts" or rule.scales == "learned"
 
 
 def _note(planned: list[Planned]) -> None:

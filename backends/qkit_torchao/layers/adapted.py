@@ -90,7 +90,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in the type of the base."""
-        sharded.is_gathered(self)  # refuses a rounded weight
+        sharded.gathered(self)  # refuses a rounded weight
         return self.merge_into(self.weight, self.weight.dtype)
 
     def _values(self, weight: Tensor, dtype: torch.dtype, *, cached: bool) -> Tensor:
