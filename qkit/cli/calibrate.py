@@ -7,9 +7,11 @@ import typer
 
 import qkit
 from qkit.cli.console import console
+from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
 from qkit.engines.blocks import Lesson
 from qkit.engines.protocol import Builds
+from qkit.overrides import overridden
 
 
 def calibrate(
@@ -41,6 +43,7 @@ def calibrate(
     ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of --learn in each block.")] = Lesson().steps,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the windows in which --learn takes them.")] = 0,
+    skip_indivisible: SkipIndivisible = False,
     length: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="The most windows, at even distances in the text.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 8,
@@ -55,7 +58,7 @@ def calibrate(
     engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
     rows = consecutive(read_alike([model], data).tokens, length=length - 1, windows=windows)
-    chosen = qkit.recipe(recipe) if recipe else None
+    chosen = overridden(qkit.recipe(recipe), skip_indivisible=skip_indivisible) if recipe else None
     if (drift or learn) and not chosen:
         raise typer.BadParameter(f"--{'learn' if learn else 'drift'} is of one recipe: add --recipe")
     wants = learn or (chosen is not None and any(rule.rounding == "learned" for rule in chosen.rules))
