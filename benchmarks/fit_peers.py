@@ -50,15 +50,13 @@ def _scheme(recipe: str) -> dict[str, Any]:
 def _llmcompressor(model: Path, windows: np.ndarray, modifier: Any) -> Values:
     import torch
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from datasets import Dataset
     from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 
     found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    rows = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()})
-    oneshot(
-        model=found, dataset=rows, recipe=modifier, max_seq_length=windows.shape[1], num_calibration_samples=len(rows)
-    )
+    rows = [{"input_ids": torch.tensor(row).long(), "attention_mask": torch.ones(len(row)).long()} for row in windows]
+    oneshot(model=found, dataset=DataLoader(rows, batch_size=BATCH), recipe=modifier, num_calibration_samples=len(rows))
     values = {}
     for path, module in found.named_modules():
         scheme = getattr(module, "quantization_scheme", None)

@@ -3,7 +3,7 @@
 `search` tries scales around the rule's, and keeps the one of least error, by the moments of a group's inputs where they are
 known; see `objectives`. `solve` starts there, and chooses codes by the second moments of all inputs, H = E[x x'], so that the
 error of one weight makes up for that of others: first by the feedback of GPTQ (https://arxiv.org/abs/2210.17323, in the form of
-QuIP, https://arxiv.org/abs/2307.13304), then by rounds of descent: each scale and each code takes its best value given all others.
+QuIP, https://arxiv.org/abs/2307.13304), then by rounds of descent: each scale and code takes its best value given all others.
 
 Arithmetic is fp64, elementwise or by `products`, so that the same arguments give the same codes on every machine. Arrays lie on
 their side: inputs along the first axis, rows of the weight along the last. No row sees another.
