@@ -27,7 +27,7 @@ def demo(
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
     from qkit.demo.preset import PRESETS
-    from qkit.demo.run import draw, run  # here, so that other commands start fast
+    from qkit.demo.run import run  # here, so that other commands start fast
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -56,6 +56,8 @@ def demo(
         f"{out / 'report.html'}: the comparison as a page, with its charts; report.json beside it has the numbers"
     )
     if find_spec("matplotlib"):
+        from qkit.demo.picture import draw
+
         draw(result, out / "losses.png")
         console.print(f"{out / 'losses.png'}: the loss curves")
     else:
