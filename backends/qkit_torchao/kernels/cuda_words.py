@@ -24,7 +24,7 @@ TILE = 1024  #: pairs of columns of a row that a program decodes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
 Constants = tuple[tuple[str, int], ...]
-#: By number, as `products.cu` has them: types of x, elements, and scales.
+#: By number, as `codes.cuh` has them: types of x, elements, and scales.
 KINDS_OF_X = (torch.bfloat16, torch.float16, torch.float32)
 ELEMENTS = ("integer", "e2m1", "e4m3", "e5m2")
 KINDS = (torch.bfloat16, "e8m0", "e4m3", torch.float32, torch.float16)
@@ -84,8 +84,9 @@ def multiply(
     aligned = x.data_ptr() % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
     one = experts is not None or x.dtype == torch.float32  # eight rows at a time
     eights = 1 if one else 1 << max(0, (count - 1) // EIGHT).bit_length()
+    few = x.dtype in SHORT and (1 if experts is not None else count) <= rows_of_few(grid, inputs)
     constants, numbers, shared = product_geometry(
-        grid, inputs, outputs, stride, eights, aligned, processors_of(x.device)
+        grid, inputs, outputs, stride, 0 if few else eights, aligned, processors_of(x.device)
     )
     scaled = KINDS.index(geometry(grid, inputs)["SCALES"] if scales.dtype == torch.uint8 else scales.dtype)
     rows = count if experts is not None else -(-count // (EIGHT * eights))
@@ -96,7 +97,7 @@ def multiply(
         tensors = x, codes, scales, zeros, power, bias, out, experts
         addresses = [0 if one is None else one.data_ptr() for one in tensors]
         more = int(power is not None and power.numel() > 1)
-        PRODUCT(
+        (FEW_ROWS if few else PRODUCT)(
             (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
             (*addresses, outputs, inputs, count, *numbers, more),
         )  # fmt: skip
@@ -120,20 +121,34 @@ def _arranged(x: Tensor, constants: Constants, shared: dict[str, int], across: i
 def product_geometry(
     grid: Grid, inputs: int, outputs: int, stride: int, eights: int, aligned: bool, processors: int
 ) -> tuple[Constants, tuple[int, int, int], dict[str, int]]:
-    """The constants of `products.cu` that follow from a weight; its last numbers; outputs and threads of a program."""
+    """The constants of `products.cu` that follow from a weight; its last numbers; outputs and threads of a program.
+
+    Args:
+        eights: rows of x over eight; 0 for `few.cu`.
+    """
     known = geometry(grid, inputs)
     unit, high = known["UNIT"], known["HIGH"]
     across = known["UNITS"] * unit * high // 32
     safe = not aligned or inputs % unit != 0 or across % 4 != 0 or stride % 4 != 0
     tiles = 1 if eights < 4 else 2
+    programs = -(-outputs // (16 * tiles))
+    planes = 2 if known["LOW"] else 1
+    warps = _warps(across // 16, programs, eights, processors, planes=planes)
     constants = {
         "HIGH": high, "LOW": known["LOW"], "ELEMENT": ELEMENTS.index(known["ELEMENT"]), "UNIT": unit,
-        "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": eights, "TILES": tiles,
-        "WARPS": _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors, planes=2 if known["LOW"] else 1),
-        "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
+        "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": max(1, eights), "TILES": tiles,
+        "WARPS": warps, "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
     }  # fmt: skip
+    if not eights:
+        constants["AHEAD"] = 1
     shared = {"outputs": 16 * tiles, "threads": 32 * constants["WARPS"]}
     return tuple(constants.items()), (across, stride, known["GROUPS"]), shared
+
+
+def rows_of_few(grid: Grid, inputs: int) -> int:
+    """The most rows of x that `few.cu` takes: the eight columns of an instruction hold four lanes' groups of that many."""
+    known = geometry(grid, inputs)
+    return {1: 0, 2: 1}.get(known["UNIT"] * known["HIGH"] // 32, 2)  # by words of a unit
 
 
 def _warps(blocks: int, programs: int, eights: int, processors: int, *, planes: int) -> int:
@@ -141,6 +156,8 @@ def _warps(blocks: int, programs: int, eights: int, processors: int, *, planes: 
 
     Two planes need twice the memory for copies, which holds two of each warp up to `most`.
     """
+    if not eights:
+        return next((n for n in (8, 4, 2) if 8 * n <= blocks or programs * n <= 8 * processors), 2)
     if eights == 1 and programs > 2 * processors:
         return 4 if blocks >= 32 else 2  # a warp has some eight blocks
     if eights == 1:
@@ -247,6 +264,7 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
 
 
 PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7)
+FEW_ROWS = nvrtc.Kernel("few.cu", "multiply_few", PRODUCT.kinds)
 ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
 _codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)
 _values, _decode = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode)

@@ -5,6 +5,7 @@
 
 import ctypes
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
@@ -15,6 +16,7 @@ import torch
 
 from qkit.errors import BackendError
 
+INCLUDED = re.compile(r'^#include "(.*)"$', re.MULTILINE)
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int  #: kinds of arguments
 OPTIONS = ("--std=c++17", "--diag-suppress=177")  #: a constant that one variant does not need is no fault
 
@@ -34,17 +36,18 @@ def why_not() -> str:
 
 
 class Kernel:
-    """The function `name` of a file of CUDA C++ in this folder.
+    """The function `name` of a file of CUDA C++ in this folder, which may include others of them.
 
     Args:
         kinds: of its arguments, `POINTER` or `NUMBER`.
 
     Attributes:
+        path: of the file.
         name, kinds: as given.
     """
 
     def __init__(self, file: str, name: str, kinds: tuple[type, ...]) -> None:
-        self.name, self.kinds, self._file = name, kinds, Path(__file__).with_name(file)
+        self.name, self.kinds, self.path = name, kinds, Path(__file__).with_name(file)
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -80,10 +83,15 @@ class Kernel:
         from cuda.bindings import driver
 
         major, minor = torch.cuda.get_device_capability(device)
-        code = _code(self._file.read_text(), f"sm_{major}{minor}", tuple(sorted(constants.items())))
+        code = _code(source_of(self.path), f"sm_{major}{minor}", tuple(sorted(constants.items())))
         (module,) = _done(driver.cuModuleLoadData(code))
         (function,) = _done(driver.cuModuleGetFunction(module, self.name.encode()))
         return function
+
+
+def source_of(path: Path) -> str:
+    """The text of a file, with those that it includes by name."""
+    return INCLUDED.sub(lambda found: source_of(path.with_name(found[1])), path.read_text())
 
 
 def _code(source: str, target: str, constants: tuple[tuple[str, int], ...]) -> bytes:

@@ -1,0 +1,154 @@
+// One or two rows of x times packed codes, see `codes.cuh`. `cuda_words` launches this, `nvrtc` compiles it.
+//
+// Instructions are what limits one row, so codes are multiplied before their scales. `mma` sums over the codes of four lanes, which
+// have groups of their own; but of its eight columns, x needs one. So lane t of those has columns 2 t and 2 t + 1, where all
+// other lanes have zeros: they sum the codes of its group, times x. Those are two rows of x, or two groups of four words.
+// Integers enter as BASE + code, without a subtraction; a row of ones finds the sum of x, which takes BASE and zero points away.
+//
+// Constants beside those of `codes.cuh`, EIGHTS being 1:
+//   AHEAD: blocks that are on their way while one is multiplied.
+
+#include "codes.cuh"
+
+constexpr bool SHIFTED = ELEMENT == 0 && HIGH != 8;  // whether integers have BASE
+constexpr u32 BASE = XS ? 1024 : 128;
+constexpr u32 BASES = XS ? 0x64006400 : 0x43004300;
+constexpr u32 ONE = XS ? 0x3C003C00 : 0x3F803F80;
+
+// Codes i and i + 16 / HIGH as the type of x.
+DEVICE u32 operand(u32 word, u32 odds, u32 i, u32 zero) {
+#if ELEMENT == 0 && HIGH != 8
+    u32 codes = LOW ? turned(i % 2 ? odds : word, i / 2 * 2 * HIGH) : turned(word, HIGH * i);
+    return masked(codes, ((1u << BITS) - 1) * 0x10001, BASES);
+#else
+    u32 exact = number(word, odds, i, zero);
+    return XS ? halves(low_of(exact), high_of(exact)) : exact;
+#endif
+}
+
+// x [count, inputs] times codes [outputs, stride] -> out [count, outputs]; with `experts`, row blockIdx.y by the codes of its own.
+// Two rows without `experts` only where units have four words or more. Arguments as those of `multiply`.
+ENTRY multiply_few(
+    const u16 *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const void *bias, void *out,
+    const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
+) {
+    __shared__ float sums[WARPS][8 * ROWS][2];
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, column = g % 2;
+    u32 begin = blockIdx.x * (8 * ROWS), rows = experts ? 1 : count, blocks = (words + 15) / 16, first = 16 * warp + 4 * t;
+    u64 skipped = experts ? blockIdx.y : 0, above = experts ? experts[skipped] * outputs : 0;
+    float tensor = power ? power[experts && powers ? experts[skipped] : 0] : 1.0f;
+    const u32 *high[ROWS], *low[ROWS];
+    const u8 *scale[ROWS], *offset[ROWS];
+    Part next[AHEAD][ROWS];
+    u32 raw[ROWS][SCALED], off[ROWS][SCALED];
+    // Scales and zero points of the four words from `at` on.
+    auto find = [&](u32 at) {
+#pragma unroll
+        for (u32 e = 0; e < SCALED; e++) {
+            u32 group = RATIO ? (at / WORDS + e) / (RATIO ? RATIO : 1) : 0;
+            if (RATIO && !WHOLE && group >= groups) group = 0;
+#pragma unroll
+            for (u32 r = 0; r < ROWS; r++) {
+                raw[r][e] = raw_scale(scale[r], group);
+                if (ZEROS) off[r][e] = offset[r][group];
+            }
+        }
+    };
+    auto begin_copies = [&](Part *to, u32 later) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++)
+            fetch(to + r, high[r] + later * STEP, low[r] + later * (STEP * LOW / HIGH), first + later * STEP, words);
+    };
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) {
+        u32 o = begin + 8 * r + g;
+        u64 row = above + (o < outputs ? o : outputs - 1);
+        high[r] = codes + row * stride + first;
+        low[r] = codes + row * stride + words + first / WORDS * LOWS + (LOWS >= 4 ? first % (LOW ? LOWS : 1) : 0);
+        scale[r] = scales + row * groups * SIZE, offset[r] = zeros + row * groups;
+    }
+#pragma unroll
+    for (u32 ahead = 0; ahead < AHEAD; ahead++)
+        if (WHOLE ? warp + ahead * WARPS < blocks : true) begin_copies(next[ahead], ahead);
+    find(first);
+    // Lanes that fill columns of `mma`, the row of x there, and the first and last of the loads that belong to their group.
+    const bool fills = g / 2 == t && (SCALED == 2 || column < rows);
+    const u16 *from = x + (skipped + (SCALED == 2 || !fills ? 0 : column)) * inputs + column_of(first, 0);
+    float total[ROWS][2] = {};
+    for (u32 block = warp; block < blocks; block += WARPS, first += STEP) {
+        u32 loads[PAIRS][4];
+#pragma unroll
+        for (u32 k = 0; k < PAIRS; k++) {
+            loads[k][0] = loads[k][1] = loads[k][2] = loads[k][3] = 0;
+            u32 later = column_of(0, k);  // than the column of `from`
+            if (fills && (SCALED == 1 || k / (PAIRS / 2) == column))
+                eight(loads[k], from + later, WHOLE ? 0 : column_of(first, 0) + later, inputs);
+        }
+        Four now[ROWS];
+        float s[ROWS][SCALED];
+        u32 zero[ROWS][SCALED];
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            now[r] = joined(next[0][r], 4 * t);
+#pragma unroll
+            for (u32 e = 0; e < SCALED; e++) {
+                s[r][e] = scale_of(raw[r][e], tensor);
+                zero[r][e] = ZEROS ? off[r][e] : 1 << BITS - 1;
+            }
+#pragma unroll
+            for (u32 ahead = 0; ahead + 1 < AHEAD; ahead++) next[ahead][r] = next[ahead + 1][r];
+        }
+        if (WHOLE ? block + AHEAD * WARPS < blocks : true) begin_copies(next[AHEAD - 1], AHEAD);
+        if (RATIO && (WHOLE ? block + WARPS < blocks : true)) find(first + STEP);
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) high[r] += STEP, low[r] += STEP * LOW / HIGH;
+        from += STEP * (32 / HIGH);
+        float c[TILES][4] = {}, x_sums[4] = {};
+#pragma unroll
+        for (u32 q = 0; q < PAIRS; q++) {
+            u32 b[4], ones[4] = {ONE, ONE, ONE, ONE};
+            registers(b, loads, q);
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                if (SHIFTED) mma(x_sums, ones, b[2 * half], b[2 * half + 1]);
+#pragma unroll
+                for (u32 m = 0; m < TILES; m++) {
+                    u32 a[4];
+#pragma unroll
+                    for (u32 e = 0; e < 4; e++) {
+                        u32 r = 2 * m + e % 2, at = 4 * q + 2 * half + e / 2, j = at / PAIRS;
+                        a[e] = operand(now[r].words[j], now[r].odds[j], at % PAIRS, zero_of(zero[r][WORDS < 4 ? j / WORDS : 0]));
+                    }
+                    mma(c[m], a, b[2 * half], b[2 * half + 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++)
+#pragma unroll
+            for (u32 e = 0; e < 2; e++) {
+                float sum = c[r / 2][r % 2 * 2 + e];
+                u32 u = SCALED == 2 ? e : 0;
+                if (SHIFTED) sum -= (float)(BASE + zero[r][u]) * x_sums[e];
+                total[r][e] += s[r][u] * sum;
+            }
+    }
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++)
+#pragma unroll
+        for (u32 e = 0; e < 2; e++) {
+            float f = SCALED == 2 ? (e ? 0 : total[r][0] + total[r][1]) : total[r][e];
+            f += from_lane(f, 1);
+            f += from_lane(f, 2);
+            if (t == 0) sums[warp][8 * r + g][e] = f;
+        }
+    __syncthreads();
+    for (u32 at = threadIdx.x; at < 8 * ROWS * rows; at += 32 * WARPS) {
+        u32 o = at % (8 * ROWS), n = at / (8 * ROWS);
+        if (begin + o >= outputs) continue;
+        float f = 0;
+        for (u32 w = 0; w < WARPS; w++) f += sums[w][o][n];
+        if (bias) f += biased(bias, above + begin + o);
+        store(out, (skipped + n) * outputs + begin + o, f);
+    }
+}
