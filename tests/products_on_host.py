@@ -19,7 +19,7 @@ class HostKernel:
         self._kernel = kernel
         self._compiled: dict = {}
 
-    def __call__(self, constants, programs, threads, arguments) -> None:
+    def __call__(self, constants, programs, threads, arguments, *, memory=0) -> None:
         """As `nvrtc.Kernel.__call__`."""
         known = dict(constants)
         assert threads == 32 * known["WARPS"]

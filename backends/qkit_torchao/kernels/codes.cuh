@@ -25,6 +25,7 @@ typedef unsigned long long u64;
 #ifndef HOST
 #define DEVICE __device__ __forceinline__
 #define ENTRY extern "C" __global__ void __launch_bounds__(32 * WARPS)
+#define SHARED(name) extern __shared__ u32x4 name[]
 struct __align__(16) u32x4 { u32 x, y, z, w; };
 
 DEVICE u32 bytes_of(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
@@ -67,6 +68,17 @@ template <int size> DEVICE void copy(void *to, const void *from) {
 }
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int later> DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(later) : "memory"); }
+#if __CUDA_ARCH__ >= 900
+// Lets the next kernel of the stream begin, up to where it awaits this one; and awaits the one before.
+DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+DEVICE void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Begins to bring `size` bytes to the second cache, 16 at a time: whoever changes them before they are read is heard.
+DEVICE void bring(const void *from, u32 size) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(size)); }
+#else
+DEVICE void let_next_begin() {}
+DEVICE void await_previous() {}
+DEVICE void bring(const void *, u32) {}
+#endif
 DEVICE void mma(float *c, const u32 *a, u32 b0, u32 b1) {
 #if XS == 0
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -22,6 +22,9 @@ EIGHT = 8  #: rows that an instruction of tensor cores takes, and the most of fl
 ACROSS = 1024  #: outputs of a row that a program scales
 TILE = 1024  #: pairs of columns of a row that a program decodes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
+BROUGHT = 1 << 22  #: words of the largest weight that is brought to the second cache early
+ZEROES = 32  #: see `few.cu`
+MEMORY = 44 * 1024  #: bytes of shared memory that a program has beside its sums, everywhere
 ALIGNED = 16  #: bytes that are read at once
 Constants = tuple[tuple[str, int], ...]
 #: By number, as `codes.cuh` has them: types of x, elements, and scales.
@@ -84,7 +87,8 @@ def multiply(
     aligned = x.data_ptr() % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
     one = experts is not None or x.dtype == torch.float32  # eight rows at a time
     eights = 1 if one else 1 << max(0, (count - 1) // EIGHT).bit_length()
-    few = x.dtype in SHORT and (1 if experts is not None else count) <= rows_of_few(grid, inputs)
+    each = 1 if experts is not None else count  # rows of a program
+    few = x.dtype in SHORT and each <= rows_of_few(grid, inputs) and _kept(grid, inputs, each) <= MEMORY
     constants, numbers, shared = product_geometry(
         grid, inputs, outputs, stride, 0 if few else eights, aligned, processors_of(x.device)
     )
@@ -99,7 +103,7 @@ def multiply(
         more = int(power is not None and power.numel() > 1)
         (FEW_ROWS if few else PRODUCT)(
             (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
-            (*addresses, outputs, inputs, count, *numbers, more),
+            (*addresses, outputs, inputs, count, *numbers, more), memory=_kept(grid, inputs, each) if few else 0,
         )  # fmt: skip
     return out
 
@@ -140,7 +144,7 @@ def product_geometry(
         "WARPS": warps, "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
     }  # fmt: skip
     if not eights:
-        constants["AHEAD"] = 1
+        constants |= {"AHEAD": 2, "BRINGS": outputs * stride <= BROUGHT}
     shared = {"outputs": 16 * tiles, "threads": 32 * constants["WARPS"]}
     return tuple(constants.items()), (across, stride, known["GROUPS"]), shared
 
@@ -149,6 +153,14 @@ def rows_of_few(grid: Grid, inputs: int) -> int:
     """The most rows of x that `few.cu` takes: the eight columns of an instruction hold four lanes' groups of that many."""
     known = geometry(grid, inputs)
     return {1: 0, 2: 1}.get(known["UNIT"] * known["HIGH"] // 32, 2)  # by words of a unit
+
+
+@cache
+def _kept(grid: Grid, inputs: int, rows: int) -> int:
+    """Bytes of shared memory for so many rows of x, in whole blocks of 16 words, and for the zeros before them."""
+    known = geometry(grid, inputs)
+    block = 16 * 32 // known["HIGH"]
+    return 16 * ZEROES + rows * -(-known["UNITS"] * known["UNIT"] // block) * block * 2
 
 
 def _warps(blocks: int, programs: int, eights: int, processors: int, *, planes: int) -> int:
@@ -264,7 +276,7 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
 
 
 PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7)
-FEW_ROWS = nvrtc.Kernel("few.cu", "multiply_few", PRODUCT.kinds)
+FEW_ROWS = nvrtc.Kernel("few.cu", "multiply_few", PRODUCT.kinds, early=True)
 ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
 _codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)
 _values, _decode = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode)

@@ -14,6 +14,7 @@ constexpr bool SHIFTED = ELEMENT == 0 && HIGH != 8;  // whether integers have BA
 constexpr u32 BASE = XS ? 1024 : 128;
 constexpr u32 BASES = XS ? 0x64006400 : 0x43004300;
 constexpr u32 ONE = XS ? 0x3C003C00 : 0x3F803F80;
+constexpr u32 ZEROES = 32;  // eights of columns
 
 // Codes i and i + 16 / HIGH as the type of x.
 DEVICE u32 operand(u32 word, u32 odds, u32 i, u32 zero) {
@@ -27,37 +28,46 @@ DEVICE u32 operand(u32 word, u32 odds, u32 i, u32 zero) {
 }
 
 // x [count, inputs] times codes [outputs, stride] -> out [count, outputs]; with `experts`, row blockIdx.y by the codes of its own.
-// Two rows without `experts` only where units have four words or more. Arguments as those of `multiply`.
+// Two rows without `experts` only where units have four words or more. Arguments as those of `multiply`. Dynamic shared memory
+// holds x, in whole blocks.
 ENTRY multiply_few(
     const u16 *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const void *bias, void *out,
     const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
 ) {
     __shared__ float sums[WARPS][8 * ROWS][2];
+    SHARED(kept);
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, column = g % 2;
     u32 begin = blockIdx.x * (8 * ROWS), rows = experts ? 1 : count, blocks = (words + 15) / 16, first = 16 * warp + 4 * t;
+    let_next_begin();
+#if !SAFE && BRINGS  // weights, which no kernel before this one is likely to have written
+    if (!experts && threadIdx.x < 8 * ROWS && begin + threadIdx.x < outputs) {
+        u64 row = begin + threadIdx.x;
+        bring(codes + row * stride, stride * 4);
+        if (groups * SIZE % 16 == 0 && (u64)scales % 16 == 0) bring(scales + row * groups * SIZE, groups * SIZE);
+    }
+#endif
+    await_previous();
     u64 skipped = experts ? blockIdx.y : 0, above = experts ? experts[skipped] * outputs : 0;
     float tensor = power ? power[experts && powers ? experts[skipped] : 0] : 1.0f;
     const u32 *high[ROWS], *low[ROWS];
     const u8 *scale[ROWS], *offset[ROWS];
     Part next[AHEAD][ROWS];
-    u32 raw[ROWS][SCALED], off[ROWS][SCALED];
-    // Scales and zero points of the four words from `at` on.
-    auto find = [&](u32 at) {
+    u32 raw[AHEAD][ROWS][SCALED], off[AHEAD][ROWS][SCALED];
+    // Begins to read the block that is `later` after the one of `first`, with its scales and zero points.
+    auto begin_to_read = [&](u32 into, u32 later) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++)
+            fetch(&next[into][r], high[r] + later * STEP, low[r] + later * (STEP * LOW / HIGH), first + later * STEP, words);
 #pragma unroll
         for (u32 e = 0; e < SCALED; e++) {
-            u32 group = RATIO ? (at / WORDS + e) / (RATIO ? RATIO : 1) : 0;
+            u32 group = RATIO ? ((first + later * STEP) / WORDS + e) / (RATIO ? RATIO : 1) : 0;
             if (RATIO && !WHOLE && group >= groups) group = 0;
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
-                raw[r][e] = raw_scale(scale[r], group);
-                if (ZEROS) off[r][e] = offset[r][group];
+                raw[into][r][e] = raw_scale(scale[r], group);
+                if (ZEROS) off[into][r][e] = offset[r][group];
             }
         }
-    };
-    auto begin_copies = [&](Part *to, u32 later) {
-#pragma unroll
-        for (u32 r = 0; r < ROWS; r++)
-            fetch(to + r, high[r] + later * STEP, low[r] + later * (STEP * LOW / HIGH), first + later * STEP, words);
     };
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
@@ -68,70 +78,77 @@ ENTRY multiply_few(
         scale[r] = scales + row * groups * SIZE, offset[r] = zeros + row * groups;
     }
 #pragma unroll
-    for (u32 ahead = 0; ahead < AHEAD; ahead++)
-        if (WHOLE ? warp + ahead * WARPS < blocks : true) begin_copies(next[ahead], ahead);
-    find(first);
-    // Lanes that fill columns of `mma`, the row of x there, and the first and last of the loads that belong to their group.
-    const bool fills = g / 2 == t && (SCALED == 2 || column < rows);
-    const u16 *from = x + (skipped + (SCALED == 2 || !fills ? 0 : column)) * inputs + column_of(first, 0);
+    for (u32 k = 0; k < AHEAD; k++)
+        if (warp + k * WARPS < blocks) begin_to_read(k, k);
+    u32 eights = blocks * (64 / HIGH);  // of columns, in whole blocks; what precedes them is for lanes that have zeros
+    if (threadIdx.x < ZEROES) kept[threadIdx.x] = u32x4{0, 0, 0, 0};
+    for (u32 at = threadIdx.x; at < eights * rows; at += 32 * WARPS) {
+        u32 n = at / eights, column = at % eights * 8;
+        eight((u32 *)(kept + ZEROES + at), x + (skipped + n) * inputs + column, column, inputs);
+    }
+    __syncthreads();
+    // Lanes that fill columns of `mma`, and the columns of x that are theirs.
+    const u32x4 *from = kept + ZEROES + (SCALED == 2 ? 0 : column * eights) + column_of(first, 0) / 8;
+    const bool fills = g / 2 == t, one = fills && (SCALED == 2 ? column == 0 : column < rows), two = SCALED == 2 ? fills && column : one;
+    const u32x4 *halves_of_x[2] = {one ? from : kept, two ? from : kept};
+    const u32 steps[2] = {one ? STEP * (32 / HIGH) / 8 : 0, two ? STEP * (32 / HIGH) / 8 : 0};
     float total[ROWS][2] = {};
-    for (u32 block = warp; block < blocks; block += WARPS, first += STEP) {
-        u32 loads[PAIRS][4];
+    for (u32 block = warp; block < blocks;) {
 #pragma unroll
-        for (u32 k = 0; k < PAIRS; k++) {
-            loads[k][0] = loads[k][1] = loads[k][2] = loads[k][3] = 0;
-            u32 later = column_of(0, k);  // than the column of `from`
-            if (fills && (SCALED == 1 || k / (PAIRS / 2) == column))
-                eight(loads[k], from + later, WHOLE ? 0 : column_of(first, 0) + later, inputs);
-        }
-        Four now[ROWS];
-        float s[ROWS][SCALED];
-        u32 zero[ROWS][SCALED];
+        for (u32 k = 0; k < AHEAD; k++) {
+            if (block >= blocks) break;
+            u32 loads[PAIRS][4];
 #pragma unroll
-        for (u32 r = 0; r < ROWS; r++) {
-            now[r] = joined(next[0][r], 4 * t);
-#pragma unroll
-            for (u32 e = 0; e < SCALED; e++) {
-                s[r][e] = scale_of(raw[r][e], tensor);
-                zero[r][e] = ZEROS ? off[r][e] : 1 << BITS - 1;
+            for (u32 p = 0; p < PAIRS; p++) {
+                u32x4 all = halves_of_x[p / (PAIRS / 2)][column_of(0, p) / 8];
+                loads[p][0] = all.x, loads[p][1] = all.y, loads[p][2] = all.z, loads[p][3] = all.w;
             }
+            Four now[ROWS];
+            float s[ROWS][SCALED];
+            u32 zero[ROWS][SCALED];
 #pragma unroll
-            for (u32 ahead = 0; ahead + 1 < AHEAD; ahead++) next[ahead][r] = next[ahead + 1][r];
-        }
-        if (WHOLE ? block + AHEAD * WARPS < blocks : true) begin_copies(next[AHEAD - 1], AHEAD);
-        if (RATIO && (WHOLE ? block + WARPS < blocks : true)) find(first + STEP);
+            for (u32 r = 0; r < ROWS; r++) {
+                now[r] = joined(next[k][r], 4 * t);
 #pragma unroll
-        for (u32 r = 0; r < ROWS; r++) high[r] += STEP, low[r] += STEP * LOW / HIGH;
-        from += STEP * (32 / HIGH);
-        float c[TILES][4] = {}, x_sums[4] = {};
-#pragma unroll
-        for (u32 q = 0; q < PAIRS; q++) {
-            u32 b[4], ones[4] = {ONE, ONE, ONE, ONE};
-            registers(b, loads, q);
-#pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                if (SHIFTED) mma(x_sums, ones, b[2 * half], b[2 * half + 1]);
-#pragma unroll
-                for (u32 m = 0; m < TILES; m++) {
-                    u32 a[4];
-#pragma unroll
-                    for (u32 e = 0; e < 4; e++) {
-                        u32 r = 2 * m + e % 2, at = 4 * q + 2 * half + e / 2, j = at / PAIRS;
-                        a[e] = operand(now[r].words[j], now[r].odds[j], at % PAIRS, zero_of(zero[r][WORDS < 4 ? j / WORDS : 0]));
-                    }
-                    mma(c[m], a, b[2 * half], b[2 * half + 1]);
+                for (u32 e = 0; e < SCALED; e++) {
+                    s[r][e] = scale_of(raw[k][r][e], tensor);
+                    zero[r][e] = ZEROS ? off[k][r][e] : 1 << BITS - 1;
                 }
             }
-        }
+            if (block + AHEAD * WARPS < blocks) begin_to_read(k, AHEAD);
+            float c[TILES][4] = {}, x_sums[4] = {};
 #pragma unroll
-        for (u32 r = 0; r < ROWS; r++)
+            for (u32 q = 0; q < PAIRS; q++) {
+                u32 b[4], ones[4] = {ONE, ONE, ONE, ONE};
+                registers(b, loads, q);
 #pragma unroll
-            for (u32 e = 0; e < 2; e++) {
-                float sum = c[r / 2][r % 2 * 2 + e];
-                u32 u = SCALED == 2 ? e : 0;
-                if (SHIFTED) sum -= (float)(BASE + zero[r][u]) * x_sums[e];
-                total[r][e] += s[r][u] * sum;
+                for (u32 half = 0; half < 2; half++) {
+                    if (SHIFTED) mma(x_sums, ones, b[2 * half], b[2 * half + 1]);
+#pragma unroll
+                    for (u32 m = 0; m < TILES; m++) {
+                        u32 a[4];
+#pragma unroll
+                        for (u32 e = 0; e < 4; e++) {
+                            u32 r = 2 * m + e % 2, at = 4 * q + 2 * half + e / 2, j = at / PAIRS;
+                            a[e] = operand(now[r].words[j], now[r].odds[j], at % PAIRS, zero_of(zero[r][WORDS < 4 ? j / WORDS : 0]));
+                        }
+                        mma(c[m], a, b[2 * half], b[2 * half + 1]);
+                    }
+                }
             }
+#pragma unroll
+            for (u32 r = 0; r < ROWS; r++)
+#pragma unroll
+                for (u32 e = 0; e < 2; e++) {
+                    float sum = c[r / 2][r % 2 * 2 + e];
+                    u32 u = SCALED == 2 ? e : 0;
+                    if (SHIFTED) sum -= (float)(BASE + zero[r][u]) * x_sums[e];
+                    total[r][e] += s[r][u] * sum;
+                }
+#pragma unroll
+            for (u32 r = 0; r < ROWS; r++) high[r] += STEP, low[r] += STEP * LOW / HIGH;
+            halves_of_x[0] += steps[0], halves_of_x[1] += steps[1], first += STEP, block += WARPS;
+        }
     }
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++)
