@@ -79,7 +79,7 @@ DEVICE void mma(float *c, const u32 *a, u32 b0, u32 b1) {
 }
 
 #include KERNELS
-#ifdef AHEAD
+#ifdef KEEPS
 typedef u16 X;
 #define ENTERED multiply_few
 #else

@@ -88,9 +88,9 @@ def multiply(
     one = experts is not None or x.dtype == torch.float32  # eight rows at a time
     eights = 1 if one else 1 << max(0, (count - 1) // EIGHT).bit_length()
     each = 1 if experts is not None else count  # rows of a program
-    few = x.dtype in SHORT and each <= rows_of_few(grid, inputs) and _kept(grid, inputs, each) <= MEMORY
+    few = x.dtype in SHORT and each <= rows_of_few(grid, inputs)
     constants, numbers, shared = product_geometry(
-        grid, inputs, outputs, stride, 0 if few else eights, aligned, processors_of(x.device)
+        grid, inputs, outputs, stride, 0 if few else eights, aligned, processors_of(x.device), each if few else 0
     )
     scaled = KINDS.index(geometry(grid, inputs)["SCALES"] if scales.dtype == torch.uint8 else scales.dtype)
     rows = count if experts is not None else -(-count // (EIGHT * eights))
@@ -103,7 +103,7 @@ def multiply(
         more = int(power is not None and power.numel() > 1)
         (FEW_ROWS if few else PRODUCT)(
             (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
-            (*addresses, outputs, inputs, count, *numbers, more), memory=_kept(grid, inputs, each) if few else 0,
+            (*addresses, outputs, inputs, count, *numbers, more), memory=_kept(grid, inputs, each) if ("KEEPS", 1) in constants else 0,
         )  # fmt: skip
     return out
 
@@ -123,28 +123,30 @@ def _arranged(x: Tensor, constants: Constants, shared: dict[str, int], across: i
 
 @cache
 def product_geometry(
-    grid: Grid, inputs: int, outputs: int, stride: int, eights: int, aligned: bool, processors: int
+    grid: Grid, inputs: int, outputs: int, stride: int, eights: int, aligned: bool, processors: int, rows: int = 0
 ) -> tuple[Constants, tuple[int, int, int], dict[str, int]]:
     """The constants of `products.cu` that follow from a weight; its last numbers; outputs and threads of a program.
 
     Args:
-        eights: rows of x over eight; 0 for `few.cu`.
+        eights: rows of x over eight; 0 for `few.cu`, and then `rows` is their number.
     """
     known = geometry(grid, inputs)
     unit, high = known["UNIT"], known["HIGH"]
     across = known["UNITS"] * unit * high // 32
     safe = not aligned or inputs % unit != 0 or across % 4 != 0 or stride % 4 != 0
-    tiles = 1 if eights < 4 else 2
-    programs = -(-outputs // (16 * tiles))
-    planes = 2 if known["LOW"] else 1
-    warps = _warps(across // 16, programs, eights, processors, planes=planes)
+    tiles, warps, more = 1 if eights < 4 else 2, 0, {}
+    if eights:
+        planes = 2 if known["LOW"] else 1
+        warps = _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors, planes=planes)
+    else:
+        tiles, warps, keeps = _few(known, across // 16, -(-outputs // 16), processors)
+        keeps = keeps and _kept(grid, inputs, rows) <= MEMORY
+        more = {"BRINGS": int(outputs * stride <= BROUGHT), "KEEPS": int(keeps)}
     constants = {
         "HIGH": high, "LOW": known["LOW"], "ELEMENT": ELEMENTS.index(known["ELEMENT"]), "UNIT": unit,
         "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": max(1, eights), "TILES": tiles,
-        "WARPS": warps, "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
+        "WARPS": warps, "SAFE": safe, "WHOLE": not safe and across % 16 == 0, **more,
     }  # fmt: skip
-    if not eights:
-        constants |= {"AHEAD": 2, "BRINGS": outputs * stride <= BROUGHT}
     shared = {"outputs": 16 * tiles, "threads": 32 * constants["WARPS"]}
     return tuple(constants.items()), (across, stride, known["GROUPS"]), shared
 
@@ -153,6 +155,24 @@ def rows_of_few(grid: Grid, inputs: int) -> int:
     """The most rows of x that `few.cu` takes: the eight columns of an instruction hold four lanes' groups of that many."""
     known = geometry(grid, inputs)
     return {1: 0, 2: 1}.get(known["UNIT"] * known["HIGH"] // 32, 2)  # by words of a unit
+
+
+def _few(known: dict[str, Any], blocks: int, tiles: int, processors: int) -> tuple[int, int, bool]:
+    """TILES, WARPS and KEEPS of `few.cu` for so many tiles of 16 outputs. Those that were fastest on an H200.
+
+    Few programs of many warps leave x time to be read once, for all warps; many programs would each read it.
+    """
+    high, low, integer = known["HIGH"], known["LOW"], known["ELEMENT"] == "integer"
+    if tiles <= processors:
+        tiles, warps, keeps = 1, 16, False
+    elif tiles <= 2 * processors:
+        wide = high < 8 and not low
+        tiles, warps, keeps = (2 if wide else 1), (8 if low else 16), high == 4 and wide
+    else:
+        tiles, warps, keeps = (2 if integer and high < 8 and not low else 1), 4, False
+    while warps > 2 and warps > blocks:
+        warps //= 2
+    return tiles, warps, keeps
 
 
 @cache
@@ -168,8 +188,6 @@ def _warps(blocks: int, programs: int, eights: int, processors: int, *, planes: 
 
     Two planes need twice the memory for copies, which holds two of each warp up to `most`.
     """
-    if not eights:
-        return next((n for n in (8, 4, 2) if 8 * n <= blocks or programs * n <= 8 * processors), 2)
     if eights == 1 and programs > 2 * processors:
         return 4 if blocks >= 32 else 2  # a warp has some eight blocks
     if eights == 1:
@@ -275,7 +293,7 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7)
+PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7, early=True)
 FEW_ROWS = nvrtc.Kernel("few.cu", "multiply_few", PRODUCT.kinds, early=True)
 ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
 _codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)

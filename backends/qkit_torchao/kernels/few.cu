@@ -6,7 +6,8 @@
 // Integers enter as BASE + code, without a subtraction; a row of ones finds the sum of x, which takes BASE and zero points away.
 //
 // Constants beside those of `codes.cuh`, EIGHTS being 1:
-//   AHEAD: blocks that are on their way while one is multiplied.
+//   BRINGS: whether weights are brought to the second cache before the kernel before this one ends.
+//   KEEPS: whether a program keeps x in shared memory.
 
 #include "codes.cuh"
 
@@ -29,13 +30,15 @@ DEVICE u32 operand(u32 word, u32 odds, u32 i, u32 zero) {
 
 // x [count, inputs] times codes [outputs, stride] -> out [count, outputs]; with `experts`, row blockIdx.y by the codes of its own.
 // Two rows without `experts` only where units have four words or more. Arguments as those of `multiply`. Dynamic shared memory
-// holds x, in whole blocks.
+// holds x, in whole blocks, for KEEPS.
 ENTRY multiply_few(
     const u16 *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const void *bias, void *out,
     const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
 ) {
     __shared__ float sums[WARPS][8 * ROWS][2];
+#if KEEPS
     SHARED(kept);
+#endif
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, column = g % 2;
     u32 begin = blockIdx.x * (8 * ROWS), rows = experts ? 1 : count, blocks = (words + 15) / 16, first = 16 * warp + 4 * t;
     let_next_begin();
@@ -51,21 +54,20 @@ ENTRY multiply_few(
     float tensor = power ? power[experts && powers ? experts[skipped] : 0] : 1.0f;
     const u32 *high[ROWS], *low[ROWS];
     const u8 *scale[ROWS], *offset[ROWS];
-    Part next[AHEAD][ROWS];
-    u32 raw[AHEAD][ROWS][SCALED], off[AHEAD][ROWS][SCALED];
-    // Begins to read the block that is `later` after the one of `first`, with its scales and zero points.
-    auto begin_to_read = [&](u32 into, u32 later) {
+    Part next[ROWS];
+    u32 raw[ROWS][SCALED], off[ROWS][SCALED];
+    // Begins to read four words of each row, from number `first` on, with their scales and zero points.
+    auto begin_to_read = [&]() {
 #pragma unroll
-        for (u32 r = 0; r < ROWS; r++)
-            fetch(&next[into][r], high[r] + later * STEP, low[r] + later * (STEP * LOW / HIGH), first + later * STEP, words);
+        for (u32 r = 0; r < ROWS; r++) fetch(next + r, high[r], low[r], first, words);
 #pragma unroll
         for (u32 e = 0; e < SCALED; e++) {
-            u32 group = RATIO ? ((first + later * STEP) / WORDS + e) / (RATIO ? RATIO : 1) : 0;
+            u32 group = RATIO ? (first / WORDS + e) / (RATIO ? RATIO : 1) : 0;
             if (RATIO && !WHOLE && group >= groups) group = 0;
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
-                raw[into][r][e] = raw_scale(scale[r], group);
-                if (ZEROS) off[into][r][e] = offset[r][group];
+                raw[r][e] = raw_scale(scale[r], group);
+                if (ZEROS) off[r][e] = offset[r][group];
             }
         }
     };
@@ -77,78 +79,84 @@ ENTRY multiply_few(
         low[r] = codes + row * stride + words + first / WORDS * LOWS + (LOWS >= 4 ? first % (LOW ? LOWS : 1) : 0);
         scale[r] = scales + row * groups * SIZE, offset[r] = zeros + row * groups;
     }
-#pragma unroll
-    for (u32 k = 0; k < AHEAD; k++)
-        if (warp + k * WARPS < blocks) begin_to_read(k, k);
+    if (warp < blocks) begin_to_read();
+    // Lanes that fill columns of `mma`: with the first half of their loads, and with the second.
+    const bool fills = g / 2 == t, one = fills && (SCALED == 2 ? column == 0 : column < rows), two = SCALED == 2 ? fills && column : one;
+    u32 from = column_of(first, 0);
+#if KEEPS
     u32 eights = blocks * (64 / HIGH);  // of columns, in whole blocks; what precedes them is for lanes that have zeros
     if (threadIdx.x < ZEROES) kept[threadIdx.x] = u32x4{0, 0, 0, 0};
     for (u32 at = threadIdx.x; at < eights * rows; at += 32 * WARPS) {
-        u32 n = at / eights, column = at % eights * 8;
-        eight((u32 *)(kept + ZEROES + at), x + (skipped + n) * inputs + column, column, inputs);
+        u32 n = at / eights, c = at % eights * 8;
+        eight((u32 *)(kept + ZEROES + at), x + (skipped + n) * inputs + c, c, inputs);
     }
     __syncthreads();
-    // Lanes that fill columns of `mma`, and the columns of x that are theirs.
-    const u32x4 *from = kept + ZEROES + (SCALED == 2 ? 0 : column * eights) + column_of(first, 0) / 8;
-    const bool fills = g / 2 == t, one = fills && (SCALED == 2 ? column == 0 : column < rows), two = SCALED == 2 ? fills && column : one;
-    const u32x4 *halves_of_x[2] = {one ? from : kept, two ? from : kept};
-    const u32 steps[2] = {one ? STEP * (32 / HIGH) / 8 : 0, two ? STEP * (32 / HIGH) / 8 : 0};
+    const u32x4 *mine = kept + ZEROES + (SCALED == 2 ? 0 : column * eights) + from / 8, *halves_of_x[2] = {one ? mine : kept, two ? mine : kept};
+#else
+    const u16 *mine = x + (skipped + (SCALED == 2 || !one ? 0 : column)) * inputs + from;
+#endif
     float total[ROWS][2] = {};
-    for (u32 block = warp; block < blocks;) {
+    for (u32 block = warp; block < blocks; block += WARPS) {
+        u32 loads[PAIRS][4];
 #pragma unroll
-        for (u32 k = 0; k < AHEAD; k++) {
-            if (block >= blocks) break;
-            u32 loads[PAIRS][4];
-#pragma unroll
-            for (u32 p = 0; p < PAIRS; p++) {
-                u32x4 all = halves_of_x[p / (PAIRS / 2)][column_of(0, p) / 8];
-                loads[p][0] = all.x, loads[p][1] = all.y, loads[p][2] = all.z, loads[p][3] = all.w;
-            }
-            Four now[ROWS];
-            float s[ROWS][SCALED];
-            u32 zero[ROWS][SCALED];
-#pragma unroll
-            for (u32 r = 0; r < ROWS; r++) {
-                now[r] = joined(next[k][r], 4 * t);
-#pragma unroll
-                for (u32 e = 0; e < SCALED; e++) {
-                    s[r][e] = scale_of(raw[k][r][e], tensor);
-                    zero[r][e] = ZEROS ? off[k][r][e] : 1 << BITS - 1;
-                }
-            }
-            if (block + AHEAD * WARPS < blocks) begin_to_read(k, AHEAD);
-            float c[TILES][4] = {}, x_sums[4] = {};
-#pragma unroll
-            for (u32 q = 0; q < PAIRS; q++) {
-                u32 b[4], ones[4] = {ONE, ONE, ONE, ONE};
-                registers(b, loads, q);
-#pragma unroll
-                for (u32 half = 0; half < 2; half++) {
-                    if (SHIFTED) mma(x_sums, ones, b[2 * half], b[2 * half + 1]);
-#pragma unroll
-                    for (u32 m = 0; m < TILES; m++) {
-                        u32 a[4];
-#pragma unroll
-                        for (u32 e = 0; e < 4; e++) {
-                            u32 r = 2 * m + e % 2, at = 4 * q + 2 * half + e / 2, j = at / PAIRS;
-                            a[e] = operand(now[r].words[j], now[r].odds[j], at % PAIRS, zero_of(zero[r][WORDS < 4 ? j / WORDS : 0]));
-                        }
-                        mma(c[m], a, b[2 * half], b[2 * half + 1]);
-                    }
-                }
-            }
-#pragma unroll
-            for (u32 r = 0; r < ROWS; r++)
-#pragma unroll
-                for (u32 e = 0; e < 2; e++) {
-                    float sum = c[r / 2][r % 2 * 2 + e];
-                    u32 u = SCALED == 2 ? e : 0;
-                    if (SHIFTED) sum -= (float)(BASE + zero[r][u]) * x_sums[e];
-                    total[r][e] += s[r][u] * sum;
-                }
-#pragma unroll
-            for (u32 r = 0; r < ROWS; r++) high[r] += STEP, low[r] += STEP * LOW / HIGH;
-            halves_of_x[0] += steps[0], halves_of_x[1] += steps[1], first += STEP, block += WARPS;
+        for (u32 p = 0; p < PAIRS; p++) {
+            const u32 second = p / (PAIRS / 2), later = column_of(0, p);  // than the column of `from`
+#if KEEPS
+            *(u32x4 *)loads[p] = halves_of_x[second][later / 8];
+#else
+            *(u32x4 *)loads[p] = u32x4{0, 0, 0, 0};
+            if (second ? two : one) eight(loads[p], mine + later, from + later, inputs);
+#endif
         }
+        Four now[ROWS];
+        float s[ROWS][SCALED];
+        u32 zero[ROWS][SCALED];
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            now[r] = joined(next[r], 4 * t);
+            high[r] += STEP, low[r] += STEP * LOW / HIGH;
+#pragma unroll
+            for (u32 e = 0; e < SCALED; e++) {
+                s[r][e] = scale_of(raw[r][e], tensor);
+                zero[r][e] = ZEROS ? off[r][e] : 1 << BITS - 1;
+            }
+        }
+        first += STEP, from += STEP * (32 / HIGH);
+        if (block + WARPS < blocks) begin_to_read();
+#if KEEPS
+        halves_of_x[0] += one ? STEP * (32 / HIGH) / 8 : 0, halves_of_x[1] += two ? STEP * (32 / HIGH) / 8 : 0;
+#else
+        mine += STEP * (32 / HIGH);
+#endif
+        float c[TILES][4] = {}, x_sums[4] = {};
+#pragma unroll
+        for (u32 q = 0; q < PAIRS; q++) {
+            u32 b[4], ones[4] = {ONE, ONE, ONE, ONE};
+            registers(b, loads, q);
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                if (SHIFTED) mma(x_sums, ones, b[2 * half], b[2 * half + 1]);
+#pragma unroll
+                for (u32 m = 0; m < TILES; m++) {
+                    u32 a[4];
+#pragma unroll
+                    for (u32 e = 0; e < 4; e++) {
+                        u32 r = 2 * m + e % 2, at = 4 * q + 2 * half + e / 2, j = at / PAIRS;
+                        a[e] = operand(now[r].words[j], now[r].odds[j], at % PAIRS, zero_of(zero[r][WORDS < 4 ? j / WORDS : 0]));
+                    }
+                    mma(c[m], a, b[2 * half], b[2 * half + 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++)
+#pragma unroll
+            for (u32 e = 0; e < 2; e++) {
+                float sum = c[r / 2][r % 2 * 2 + e];
+                u32 u = SCALED == 2 ? e : 0;
+                if (SHIFTED) sum -= (float)(BASE + zero[r][u]) * x_sums[e];
+                total[r][e] += s[r][u] * sum;
+            }
     }
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++)

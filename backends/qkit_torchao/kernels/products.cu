@@ -23,9 +23,9 @@ ENTRY arrange(const u16 *x, u32x4 *out, u32 inputs, u32 count, u32 words, u32 al
 }
 #endif
 
-// x [count, inputs], arranged for EIGHTS above 1, times codes [outputs, stride] -> out [count, outputs]; with `experts`, row blockIdx.y by the codes of its own.
-// `words`: of the high plane, a row. `groups`: scales of a row. `powers`: whether experts have scales of
-// their own beside those. `power`, `bias`, `experts`: may be null.
+// x [count, inputs], arranged for EIGHTS above 1, times codes [outputs, stride] -> out [count, outputs]; with
+// `experts`, row blockIdx.y by the codes of its own. `words`: of the high plane, a row. `groups`: scales of a row. `powers`: whether
+// experts have scales of their own beside those. `power`, `bias`, `experts`: may be null.
 ENTRY multiply(
     const void *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const void *bias, void *out,
     const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
@@ -39,6 +39,8 @@ ENTRY multiply(
     Part(*copies)[ROWS][32] = (Part(*)[ROWS][32])memory + threadIdx.x / 32 * STAGES;
 #define COPY(stage, r) copies[stage][r][lane]
 #endif
+    let_next_begin();
+    await_previous();
     float(*sums)[8 * ROWS][WIDE] = (float(*)[8 * ROWS][WIDE])memory;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     u32 begin = blockIdx.x * (8 * ROWS), rows = count, blocks = (words + 15) / 16, first = 16 * warp + 4 * t;
