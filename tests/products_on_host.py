@@ -39,4 +39,4 @@ class HostKernel:
             "-x", "c++", Path(__file__).with_name("products_host.h"), "-o", library,
         ]  # fmt: skip
         subprocess.run(command, check=True)
-        return getattr(ctypes.CDLL(str(library)), "launch")
+        return ctypes.CDLL(str(library)).launch

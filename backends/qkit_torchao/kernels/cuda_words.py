@@ -70,7 +70,7 @@ def multiply(
     """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `choose.why_not_few` accepts.
 
     Rows of 16 bits are multiplied on tensor cores by values that are rounded to their type, as `values` rounds them; those of
-    float32 by exact ones.
+    float32, and one or two of bfloat16, by exact ones.
 
     Args:
         codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
@@ -88,7 +88,7 @@ def multiply(
     one = experts is not None or x.dtype == torch.float32  # eight rows at a time
     eights = 1 if one else 1 << max(0, (count - 1) // EIGHT).bit_length()
     each = 1 if experts is not None else count  # rows of a program
-    few = x.dtype in SHORT and each <= rows_of_few(grid, inputs)
+    few = x.dtype == torch.bfloat16 and each <= rows_of_few(grid, inputs)
     constants, numbers, shared = product_geometry(
         grid, inputs, outputs, stride, 0 if few else eights, aligned, processors_of(x.device), each if few else 0
     )
@@ -103,7 +103,8 @@ def multiply(
         more = int(power is not None and power.numel() > 1)
         (FEW_ROWS if few else PRODUCT)(
             (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
-            (*addresses, outputs, inputs, count, *numbers, more), memory=_kept(grid, inputs, each) if ("KEEPS", 1) in constants else 0,
+            (*addresses, outputs, inputs, count, *numbers, more),
+            memory=_kept(grid, inputs, each) if ("KEEPS", 1) in constants else 0,
         )  # fmt: skip
     return out
 

@@ -1,30 +1,28 @@
-// One or two rows of x times packed codes, see `codes.cuh`. `cuda_words` launches this, `nvrtc` compiles it.
+// One or two rows of bfloat16 x times packed codes, see `codes.cuh`. `cuda_words` launches this, `nvrtc` compiles it.
 //
 // Instructions are what limits one row, so codes are multiplied before their scales. `mma` sums over the codes of four lanes, which
 // have groups of their own; but of its eight columns, x needs one. So lane t of those has columns 2 t and 2 t + 1, where all
 // other lanes have zeros: they sum the codes of its group, times x. Those are two rows of x, or two groups of four words.
 // Integers enter as BASE + code, without a subtraction; a row of ones finds the sum of x, which takes BASE and zero points away.
 //
-// Constants beside those of `codes.cuh`, EIGHTS being 1:
+// Constants beside those of `codes.cuh`, XS being 0 and EIGHTS 1:
 //   BRINGS: whether weights are brought to the second cache before the kernel before this one ends.
 //   KEEPS: whether a program keeps x in shared memory.
 
 #include "codes.cuh"
 
 constexpr bool SHIFTED = ELEMENT == 0 && HIGH != 8;  // whether integers have BASE
-constexpr u32 BASE = XS ? 1024 : 128;
-constexpr u32 BASES = XS ? 0x64006400 : 0x43004300;
-constexpr u32 ONE = XS ? 0x3C003C00 : 0x3F803F80;
+constexpr u32 BASE = 128;
+constexpr u32 ONE = 0x3F803F80;
 constexpr u32 ZEROES = 32;  // eights of columns
 
-// Codes i and i + 16 / HIGH as the type of x.
+// Codes i and i + 16 / HIGH as bfloat16.
 DEVICE u32 operand(u32 word, u32 odds, u32 i, u32 zero) {
 #if ELEMENT == 0 && HIGH != 8
     u32 codes = LOW ? turned(i % 2 ? odds : word, i / 2 * 2 * HIGH) : turned(word, HIGH * i);
-    return masked(codes, ((1u << BITS) - 1) * 0x10001, BASES);
+    return masked(codes, ((1u << BITS) - 1) * 0x10001, 0x43004300);
 #else
-    u32 exact = number(word, odds, i, zero);
-    return XS ? halves(low_of(exact), high_of(exact)) : exact;
+    return number(word, odds, i, zero);
 #endif
 }
 
