@@ -3,7 +3,7 @@
 // Instructions are what limits one row, so codes are multiplied before their scales. `mma` sums over the codes of four lanes, which
 // have groups of their own; but of its eight columns, x needs one. So lane t of those has columns 2 t and 2 t + 1, where all
 // other lanes have zeros: they sum the codes of its group, times x. Those are two rows of x, or two groups of four words.
-// Integers enter as BASE + code, without a subtraction; a row of ones finds the sum of x, which takes BASE and zero points away.
+// Integers enter as 128 + code, without a subtraction; a row of ones finds the sum of x, which takes 128 and zero points away.
 //
 // Constants beside those of `codes.cuh`, XS being 0 and EIGHTS 1:
 //   BRINGS: whether weights are brought to the second cache before the kernel before this one ends.
@@ -11,8 +11,7 @@
 
 #include "codes.cuh"
 
-constexpr bool SHIFTED = ELEMENT == 0 && HIGH != 8;  // whether integers have BASE
-constexpr u32 BASE = 128;
+constexpr bool SHIFTED = ELEMENT == 0 && HIGH != 8;  // whether integers have 128 more
 constexpr u32 ONE = 0x3F803F80;
 constexpr u32 ZEROES = 32;  // eights of columns
 
@@ -152,7 +151,7 @@ ENTRY multiply_few(
             for (u32 e = 0; e < 2; e++) {
                 float sum = c[r / 2][r % 2 * 2 + e];
                 u32 u = SCALED == 2 ? e : 0;
-                if (SHIFTED) sum -= (float)(BASE + zero[r][u]) * x_sums[e];
+                if (SHIFTED) sum -= as_float(0x43000000 | zero[r][u] << 16) * x_sums[e];  // 128 and the zero point
                 total[r][e] += s[r][u] * sum;
             }
     }
