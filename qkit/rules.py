@@ -148,7 +148,7 @@ def read_recipe(file: "Path | Traversable") -> Recipe:
     from qkit.intake import read_text  # here, so that `import qkit` stays cheap
 
     try:
-        text = read_text(file) if isinstance(file, os.PathLike) else file.read_text(encoding="utf-8")
+        text = read_text(file) if isinstance(file, os.PathLike) else file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file}: {error}") from None
     return parse_recipe(text, name=file.name.removesuffix(".toml"), source=str(file))
@@ -178,7 +178,7 @@ def parse_recipe(text: str, *, name: str, source: str) -> Recipe:
 
 
 def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
-    """The recipe that a parsed TOML table describes.
+    """The recipe that a parsed TOML table describes. Rules without `indivisible` have that of the top.
 
     Raises:
         RecipeError: a key is unknown, missing or of the wrong type.
@@ -186,7 +186,7 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
 
     Messages begin with the place, `grids.w` or `rules[2]`, counted from 1.
     """
-    _only(table, ("schema", "version", "summary", "grids", "rules"), "the recipe")
+    _only(table, ("schema", "version", "summary", "indivisible", "grids", "rules"), "the recipe")
     schema = table.get("schema")
     if type(schema) is not int or schema != SCHEMA:  # `true == 1`
         raise RecipeError(f"schema is {schema!r}: this version of qkit reads schema = {SCHEMA}")
@@ -195,9 +195,12 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
         with _place(f"grids.{key}"):
             grids[key] = grid_from_table(value)
             want_chosen(grids[key])
+    indivisible = _get(table, "indivisible", str, DEFAULTS["indivisible"])
+    if indivisible not in CHOICES["indivisible"]:
+        raise RecipeError(f"indivisible is {indivisible!r}: choose one of {', '.join(CHOICES['indivisible'])}")
     for number, value in enumerate(_get(table, "rules", list, []), start=1):
         with _place(f"rules[{number}]"):
-            rules.append(_rule(value, grids))
+            rules.append(_rule(value, grids, {**DEFAULTS, "indivisible": indivisible}))
     if len(rules) + sum(len(rule.match) for rule in rules) > PATTERNS:
         raise RecipeError(f"rules: they have more than {PATTERNS:,} patterns: write fewer, with * in them")
     summary, version = _get(table, "summary", str, ""), _get(table, "version", int, 1)
@@ -248,7 +251,7 @@ def rule_from_table(table: Mapping[str, Any]) -> Rule:
     return _rule({**{key: value for key, value in table.items() if key not in grids}, **named}, grids)
 
 
-def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
+def _rule(table: Any, grids: Mapping[str, Grid], defaults: Mapping[str, str] = DEFAULTS) -> Rule:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{table!r} is no rule: write [[rules]]")
     _only(table, ("match", "kind", *GRIDS, *DEFAULTS), "a rule")
@@ -262,7 +265,7 @@ def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
         match=patterns,
         kind=cast(Kind, _get(table, "kind", str, "linear")),
         **cast(Any, {slot: _grid(table, slot, grids) for slot in GRIDS}),
-        **cast(Any, {key: _get(table, key, str, default) for key, default in DEFAULTS.items()}),
+        **cast(Any, {key: _get(table, key, str, default) for key, default in defaults.items()}),
     )
 
 

@@ -36,7 +36,7 @@ application = typer.Typer(
     help="Train on the grid you ship, prove it, run it anywhere.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -7,8 +7,10 @@ import typer
 
 import qkit
 from qkit.cli.console import console
+from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds
+from qkit.overrides import overridden
 
 
 def calibrate(
@@ -32,6 +34,7 @@ def calibrate(
     drift: Annotated[
         bool, typer.Option("--drift", help="Correct, for --fit solve by this recipe, the drift of fitted blocks.")
     ] = False,
+    skip_indivisible: SkipIndivisible = False,
     length: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="The most windows, at even distances in the text.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 8,
@@ -46,7 +49,7 @@ def calibrate(
     engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
     rows = consecutive(read_alike([model], data).tokens, length=length - 1, windows=windows)
-    chosen = qkit.recipe(recipe) if recipe else None
+    chosen = overridden(qkit.recipe(recipe), skip_indivisible=skip_indivisible) if recipe else None
     if drift and not chosen:
         raise typer.BadParameter("--drift is of one recipe: add --recipe")
     if drift and chosen:

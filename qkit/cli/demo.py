@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from qkit.cli.console import console
-from qkit.installation import how_to_install
+from qkit.installation import ENGINE, how_to_install
 
 if TYPE_CHECKING:
     from qkit.demo.run import Result
@@ -27,7 +27,7 @@ def demo(
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
     from qkit.demo.preset import PRESETS
-    from qkit.demo.run import draw, run  # here, so that other commands start fast
+    from qkit.demo.run import run  # here, so that other commands start fast
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -56,10 +56,12 @@ def demo(
         f"{out / 'report.html'}: the comparison as a page, with its charts; report.json beside it has the numbers"
     )
     if find_spec("matplotlib"):
+        from qkit.demo.picture import draw
+
         draw(result, out / "losses.png")
         console.print(f"{out / 'losses.png'}: the loss curves")
     else:
-        console.print(f"no picture: {how_to_install('plot')}", markup=False)
+        console.print(f"no picture: {how_to_install(ENGINE)}", markup=False)
 
 
 def _table(result: "Result") -> Table:

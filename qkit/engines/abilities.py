@@ -44,8 +44,8 @@ def require(engine: Arrays, protocol: type[Ability]) -> Ability:
     arrays_only = not offers(engine, Modules) and set(_verbs(Modules)) - set(_verbs(Arrays)) <= set(missing)
     reason = "it works on arrays only" if arrays_only else f"it lacks {', '.join(missing)}"
     raise BackendError(
-        f"backend {engine.name!r} cannot {ACTIONS[protocol]}: {reason}; choose torchao or mlx, which come with "
-        f"{how_to_install('all')}"
+        f"backend {engine.name!r} cannot {ACTIONS[protocol]}: {reason}; choose torchao, which comes with "
+        f"{how_to_install('cuda')}, or mlx, which comes with {how_to_install('mac')}"
     )
 
 

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the torch extra is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
 
 import products_on_host
 
