@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit.exactness import is_exact
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
@@ -60,7 +61,7 @@ def why_not_multiplies() -> str:
 
 def multiplies(x: Tensor) -> bool:
     """Whether `multiply` takes x [rows, inputs]."""
-    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not why_not_multiplies()
+    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not is_exact() and not why_not_multiplies()
 
 
 def multiply(
