@@ -22,8 +22,7 @@ from qkit.rules import Recipe, Rule
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qkit.fitting.fits import Fit
-    from qkit.reference.fitting import Method
+    from qkit.fitting.fits import Fit, Method
 
 Model = TypeVar("Model")
 
@@ -52,6 +51,7 @@ def prepare(
 
     Raises:
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
+        PlanError: the recipe wants learned rounding, which training does not have.
         StageError: the model is prepared or converted already; or experts or learned scales are sharded; or the model has a
             wrapper that qkit does not know.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
@@ -63,6 +63,7 @@ def prepare(
     want_whole([item.layer for item in planned if item.rule and _needs_whole(item.rule)], "prepare")
     warn_of_family(engine, model)
     chosen = {item.layer.name: item.rule for item in planned if item.rule}
+    _want_none_learned([(item.layer, item.rule) for item in planned if item.rule])
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
         require(engine, Fuses)
     prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
@@ -90,7 +91,7 @@ def convert(
         StageError: an unprepared model needs a recipe, and a prepared one takes neither a recipe nor a fit. Or the model is
             converted, adapted or sharded; or another library has put wrappers around layers, or plain ones in their places.
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
-        PlanError: the statistics have nothing of any layer, or are of inputs on another grid.
+        PlanError: the statistics have nothing of any layer, or are of inputs on another grid; or rounding should be learned.
         RangeError: a weight is not finite.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
@@ -116,6 +117,8 @@ def convert(
     if recipe is not None:
         warn_of_family(engine, model)
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
+    if fit is None and not prepared:
+        _want_none_learned(chosen)
     packed = pack_layers(engine, model, chosen, _opened(fit, chosen) if fit else None)
     if recipe is not None:
         _note(planned)
@@ -132,6 +135,13 @@ def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":
     from qkit.fitting.fits import open_fit  # here, so that `import qkit` stays cheap
 
     return open_fit(fit, {layer.name: rule for layer, rule in chosen})
+
+
+def _want_none_learned(chosen: list[tuple[Layer, Rule]]) -> None:
+    if any(rule.rounding == "learned" for _, rule in chosen):
+        from qkit.fitting.fits import want_none_learned  # here, so that `import qkit` stays cheap
+
+        want_none_learned({layer.name: rule for layer, rule in chosen})
 
 
 def _plan_on(

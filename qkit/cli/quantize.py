@@ -12,11 +12,10 @@ import qkit
 from qkit.cli.console import Json, console, errors, print_json, read_size, size
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
-from qkit.fitting.fits import Fit, summary
+from qkit.fitting.fits import Fit, Method, summary
 from qkit.overrides import check_ignored, overridden
 from qkit.planning import TOWERS
 from qkit.processes import cores
-from qkit.reference.fitting import Method
 from qkit.storage.destination import Destination, check_directory, destination, existing_parent
 from qkit.storage.parts import Part
 from qkit.streaming.carry_out import check_apart, join_parts, quantize_directory, rows_of
@@ -72,11 +71,13 @@ def quantize(
     part: PartName = None,
     fit: Annotated[
         Method | None,
-        typer.Option("--fit", help="Choose scales, or codes too, that lose less than the rule's: search, solve."),
+        typer.Option(
+            "--fit", help="Choose scales, or codes too, that lose less than the rule's: search, solve, round."
+        ),
     ] = None,
     stats: Annotated[
         Path | None,
-        typer.Option("--stats", metavar="STATS", help="Statistics of qkit calibrate. --fit solve needs them."),
+        typer.Option("--stats", metavar="STATS", help="Statistics of qkit calibrate. --fit solve and round need them."),
     ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Put OUT together when all its parts are written.")] = False,
     as_json: Json = False,

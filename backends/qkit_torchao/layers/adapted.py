@@ -69,7 +69,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
         rule, weight = self.rule, self.weight
         if torch.compiler.is_compiling() or is_transformed() or not x.numel() or (self.kind and self._takes_codes(x)):
             return super().forward(x)
-        sharded.is_gathered(self)  # refuses a rounded weight
+        sharded.gathered(self)  # refuses a rounded weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x = self.slot(x, "input", rule.activation)

@@ -215,7 +215,8 @@ class FakeLinear(Prepared, nn.Linear):
             self.values_buffer = None  # it is of the size of the whole weight
         if gathered == "values" or sharded.is_shard(weight):
             narrow = None if self.bias is None else self.bias.to(dtype)
-            return self.slot(F.linear(x.to(dtype), self.weight_values(dtype), narrow), "output", rule.output)
+            found = weight.to(dtype) if gathered == "values" else self.weight_values(dtype)
+            return self.slot(F.linear(x.to(dtype), found, narrow), "output", rule.output)
         compiled = self.caches and torch.compiler.is_compiling() and self.training
         if (gathered and self.caches) or compiled:
             options = self.gate, self.weight_grid, self.grid_name, rule.ste, dtype
