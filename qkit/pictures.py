@@ -62,4 +62,4 @@ def add_legend(figure: "Figure", axes: "Axes") -> None:
 def save_picture(figure: "Figure", file: Path) -> None:
     """Writes the picture as a PNG, with the same bytes for the same content."""
     with replaced_file(file) as aside:
-        figure.savefig(aside, dpi=DOTS, metadata=SOFTWARE)
+        figure.savefig(aside, dpi=DOTS, metadata=SOFTWARE, format="png")

@@ -138,7 +138,7 @@ def test_digests_follow_the_content_and_not_the_container(folder, tmp_path):
 def test_each_layer_has_its_errors_from_the_float_model(tmp_path, name):
     """Every sum against NumPy's own, on the values of the reference."""
     quantized(tmp_path, name)
-    floats, after = read_model(tmp_path / "in"), read_model(tmp_path / "qkit")
+    floats, after = read_model(tmp_path / "float"), read_model(tmp_path / "qkit")
     rows = {row.name: row for row in compare(floats, after)}
     assert {f"{path}.weight" for path in after.weights} == {row.name for row in rows.values() if row.error}
     for path, weight in after.weights.items():
@@ -187,7 +187,7 @@ def test_types_that_differ_have_errors_too(folder, tmp_path):
 
 def test_diff_shows_the_errors_and_draws_them(tmp_path):
     quantized(tmp_path, "int4-g64")
-    command = ["diff", str(tmp_path / "in"), str(tmp_path / "qkit")]
+    command = ["diff", str(tmp_path / "float"), str(tmp_path / "qkit")]
     told = json.loads(runner.invoke(application, [*command, "--json"]).output)
     (row,) = (row for row in told["tensors"] if row["name"] == f"{UP}.weight")
     assert row["error"].keys() == {"mse", "sqnr", "cosine", "largest"}
