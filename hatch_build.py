@@ -1,6 +1,10 @@
-"""Compiles the kernels while a wheel, or an editable install, is made. Without a C compiler there are none, and NumPy works."""
+"""Compiles the kernels while a wheel, or an editable install, is made. Without a C compiler there are none, and NumPy works.
+
+HATCH_BUILD_NO_HOOKS=true, hatchling's own switch, makes the wheel without kernels for any machine, `py3-none-any`.
+"""
 
 import importlib.util
+import platform
 import sysconfig
 from typing import Any
 
@@ -24,4 +28,9 @@ class Kernels(BuildHookInterface[Any]):
             return
         build_data["artifacts"].append("qkit/native/kernels.compiled")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = f"py3-none-{tag_of(sysconfig.get_platform(), platform.machine())}"
+
+
+def tag_of(target: str, machine: str) -> str:
+    """The platform tag of a wheel; `target` is sysconfig's platform. A universal Python compiles for `machine` alone."""
+    return target.replace("universal2", machine).replace("-", "_").replace(".", "_")

@@ -1,5 +1,6 @@
 """The installed distributions that concern qkit, from metadata alone: qkit itself and its plugins."""
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -9,6 +10,9 @@ if TYPE_CHECKING:  # `import qkit` stays cheap
 
 GROUP = "qkit"
 SCRIPT = ("console_scripts", "qkit", "qkit.cli:main")  #: the entry point by which qkit knows its own distribution
+
+#: The extras of the usual engine of this platform: one that runs models, and one that fine-tunes them by other libraries, too.
+ENGINE, TUNING = ("mac", "train-mlx") if sys.platform == "darwin" else ("cuda", "train-torch")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,4 +10,4 @@ from qkit.installation import how_to_install
 @hookimpl
 def qkit_backends() -> Iterable[BackendSpec]:
     """The one backend that works on `mlx.core.array` and `mlx.nn.Module`."""
-    return [BackendSpec("mlx", "qkit_mlx.backend:MlxBackend", framework="mlx", install=how_to_install("mlx"))]
+    return [BackendSpec("mlx", "qkit_mlx.backend:MlxBackend", framework="mlx", install=how_to_install("mac"))]

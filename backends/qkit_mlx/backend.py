@@ -235,7 +235,7 @@ class MlxBackend(Elsewhere, Mixtures, Tuning):
         except ModuleNotFoundError as error:
             if error.name != "mlx_lm":
                 raise
-            raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mlx-lm')}") from None
+            raise BackendError(f"building a Hugging Face model needs mlx-lm: {how_to_install('mac')}") from None
         return huggingface.build(config)
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:

@@ -25,7 +25,7 @@ def qkit_backends() -> Iterable[BackendSpec]:
             "torchao",
             "qkit_torchao.backend:TorchaoBackend",
             framework="torch",
-            install=how_to_install("torch"),
+            install=how_to_install("cuda"),
             requires=("torchao",),
         )
     ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TypeGuard, TypeVar
 
-from qkit.engines.blocks import Watches
+from qkit.engines.blocks import Learns, Scores, Watches
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
@@ -27,6 +27,8 @@ ACTIONS: dict[type, str] = {
     Translates: "read files under other names than the model's",
     Deploys: "convert layers in one pass",
     Watches: "run the blocks of a model by themselves",
+    Learns: "learn rounding",
+    Scores: "score the weights of a model",
     Restores: "give layers back to other programs",
     Remembers: "say where a model came from",
 }
@@ -44,8 +46,8 @@ def require(engine: Arrays, protocol: type[Ability]) -> Ability:
     arrays_only = not offers(engine, Modules) and set(_verbs(Modules)) - set(_verbs(Arrays)) <= set(missing)
     reason = "it works on arrays only" if arrays_only else f"it lacks {', '.join(missing)}"
     raise BackendError(
-        f"backend {engine.name!r} cannot {ACTIONS[protocol]}: {reason}; choose torchao or mlx, which come with "
-        f"{how_to_install('all')}"
+        f"backend {engine.name!r} cannot {ACTIONS[protocol]}: {reason}; choose torchao, which comes with "
+        f"{how_to_install('cuda')}, or mlx, which comes with {how_to_install('mac')}"
     )
 
 

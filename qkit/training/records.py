@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from qkit.errors import BackendError, RunError
-from qkit.installation import how_to_install
+from qkit.installation import ENGINE, how_to_install
 from qkit.storage.read import inside, read_json
 from qkit.training.rows import Row
 from qkit.training.tokenizer import MISSING, RATE, SECONDS
@@ -211,7 +211,7 @@ def _rendered(path: Path, conversations: list[Row], folder: Path) -> list[Passag
             f"the chat template of {folder} did not end within {seconds:.0f} seconds: it may never end; fetch it again"
         ) from None
     if done.returncode == MISSING:
-        raise BackendError(f"the conversations of {path} need transformers: {how_to_install('hf')}")
+        raise BackendError(f"the conversations of {path} need transformers: {how_to_install(ENGINE)}")
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RunError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qkit.errors import BackendError, RunError
-from qkit.installation import how_to_install
+from qkit.installation import TUNING, how_to_install
 from qkit.intake import parse_json
 from qkit.training.tokenizer import MISSING
 
@@ -115,7 +115,7 @@ def _tabled_rows(path: Path, purpose: str) -> list[Row]:
     command = [sys.executable, "-P", "-c", SCRIPT, str(path.absolute()), kind, *SPLITS[purpose]]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode == MISSING:
-        raise BackendError(f"{path} needs datasets: {how_to_install('train')}")
+        raise BackendError(f"{path} needs datasets: {how_to_install(TUNING)}")
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RunError(

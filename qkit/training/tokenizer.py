@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import BackendError, RunError
-from qkit.installation import how_to_install
+from qkit.installation import ENGINE, how_to_install
 from qkit.intake import check_regular
 
 SECONDS = 60.0  #: the time limit for opening the file, whatever the text
@@ -81,7 +81,7 @@ def _run(texts: list[str], tokenizer: Path, *more: str) -> list[NDArray[np.int32
             f"{tokenizer} did not end within {seconds:.0f} seconds: a pattern in it may never end; fetch it again"
         ) from None
     if done.returncode == MISSING:
-        raise BackendError(f"{tokenizer} needs tokenizers: {how_to_install('hf')}")
+        raise BackendError(f"{tokenizer} needs tokenizers: {how_to_install(ENGINE)}")
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         raise RunError(f"{tokenizer}: not a tokenizer that tokenizers opens ({words[-1]}): fetch it again")

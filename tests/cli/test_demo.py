@@ -10,7 +10,7 @@ from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit.cli.demo import _table
-from qkit.demo import run
+from qkit.demo import picture, run
 from qkit.demo.other_programs import READERS, loss_in
 from qkit.demo.report import another
 from qkit.engines import registry
@@ -52,7 +52,7 @@ def result(**losses: float) -> run.Result:
         forward_difference=0.0,
         other=None,
         other_loss=None,
-        other_obstacle="mlx needs mlx: pip install 'qkit-quant[mlx]'",
+        other_obstacle="mlx needs mlx: pip install 'qkit-quant[mac]'",
         outside={"transformers": 1.25, "mlx-lm": "mlx-lm: No module named 'mlx_lm'"},
         bits_per_weight=2.0,
         curves={},
@@ -90,11 +90,11 @@ def test_the_demo_goes_the_whole_way(name, tmp_path):
     assert result.qat_loss == pytest.approx(qkit.backend(name).loss(reopened(tmp_path, name), unseen()), abs=1e-6)
     equal, numbers = report["masters_equal"]
     assert equal == numbers > 10_000
-    assert (tmp_path / "report.html").read_text().count('role="img"') == 4
+    assert (tmp_path / "report.html").read_text().count('role="img"') == 5
     assert result.outside == pytest.approx(dict.fromkeys(("transformers", "mlx-lm"), result.qat_loss), abs=1e-5)
     assert json.loads((tmp_path / "result.json").read_text())["backend"] == name
     pytest.importorskip("matplotlib")
-    run.draw(result, tmp_path / "losses.png")
+    picture.draw(result, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -174,7 +174,7 @@ def test_a_second_engine_that_cannot_build_the_model_is_not_available_and_says_w
 
 
 def test_the_table_says_why_there_is_no_second_engine():
-    assert "not available: mlx needs mlx: pip install 'qkit-quant[mlx]'" in _table(result()).columns[1].cells
+    assert "not available: mlx needs mlx: pip install 'qkit-quant[mac]'" in _table(result()).columns[1].cells
 
 
 def test_the_table_says_what_other_programs_found_or_why_they_could_not():
@@ -197,12 +197,12 @@ def test_nothing_is_recovered_where_quantizing_cost_nothing():
 
 
 def test_numpy_cannot_train_and_says_what_can(tmp_path):
-    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[all\]'"):
+    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[cuda\]'"):
         run.run(backend="numpy", recipe="int2-g64", folder=tmp_path, progress=lambda *_: None)
 
 
 def test_with_no_engine_the_demo_says_what_to_install(tmp_path, monkeypatch):
     for name in ENGINES:
         monkeypatch.setitem(sys.modules, READY[name].framework, None)  # as if it were not installed
-    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[all\]'"):
+    with pytest.raises(qkit.BackendError, match=r"'numpy' cannot train: .*pip install 'qkit-quant\[cuda\]'"):
         run.run(backend=None, recipe="int2-g64", folder=tmp_path, progress=lambda *_: None)

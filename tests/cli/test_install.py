@@ -1,21 +1,28 @@
 """The result of `pip install -c constraints.txt`, and qkit's own words on how to install it."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import entry_points, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 
 import pytest
+from jobs import JOBS, closure
+from models import make
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
 
 import qkit
 from qkit import installation
-from qkit.installation import how_to_install
+from qkit.cli.application import application
+from qkit.installation import ENGINE, TUNING, how_to_install
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -25,6 +32,8 @@ PINS = {
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
 }
 TRITON = {"2.13.0": "3.7.1"}  #: by torch, what its wheels for Linux ask for; the resolution below checks it
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 PLATFORMS = {"x86_64-manylinux_2_35": "linux", "aarch64-apple-darwin": "macos"}
 
 
@@ -41,6 +50,78 @@ def test_the_pins_of_torch_and_triton_go_together() -> None:
     assert PINS["triton"] == TRITON[PINS["torch"]]
 
 
+def test_the_extras_are_jobs() -> None:
+    assert EXTRAS.keys() == {"cuda", "train-torch", "mac", "train-mlx", "gguf", "dev"}
+    assert JOBS.keys() - {""} == EXTRAS.keys() - {"dev"}
+
+
+def test_the_code_names_extras_that_there_are() -> None:
+    named = {ENGINE, TUNING}
+    for folder in ("qkit", "backends", "recipes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            named |= set(
+                re.findall(r"""(?:how_to_install\(["']|qkit-quant\[)([\w-]+)""", file.read_text(encoding="utf-8"))
+            )
+    assert {"cuda", "mac", "train-torch"} <= named <= EXTRAS.keys()
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for jobs; see `tests/jobs.py`."""
+    folder = tmp_path_factory.mktemp("job")
+    make(folder / "model", "llama")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    known = json.loads((folder / "model" / "tokenizer_config.json").read_text())
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps({**known, "eos_token": "!"}))
+    (folder / "text.txt").write_text("".join(f"{i} squared is {i * i}; " for i in range(200)))
+    turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i * i}"}] for i in range(8)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": both}) + "\n" for both in turns))
+    return folder
+
+
+@pytest.mark.parametrize("extra", JOBS)
+def test_an_extra_alone_does_its_job(extra: str, small_model: Path, tmp_path: Path) -> None:
+    """With all else hidden from `import`, in this process's children too."""
+    wanted = {"cuda": "torch", "train-torch": "trl", "mac": "mlx_lm", "train-mlx": "mlx_lm_lora", "gguf": "gguf"}
+    if extra and not find_spec(wanted[extra]):
+        pytest.skip(f"{wanted[extra]} is not installed")
+    copytree(small_model, tmp_path / "job")
+    allowed = closure(PROJECT["name"], extra)
+    tests = str(ROOT / "tests")
+    hide = f"import sys; sys.path.append({tests!r}); from jobs import allow; allow({allowed!r})"
+    (tmp_path / "sitecustomize.py").write_text(hide, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "jobs.py"), extra]
+    done = subprocess.run(command, cwd=tmp_path / "job", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("extra", JOBS)
+def test_an_extra_installed_from_the_index_does_its_job(extra: str, small_model: Path, tmp_path: Path) -> None:
+    """A new environment with one extra; `$QKIT_PIP_OPTIONS` may name an index with torch for CPUs."""
+    copytree(small_model, tmp_path / "job")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    what = f"{ROOT}[{extra}]" if extra else str(ROOT)
+    options = [
+        "--quiet",
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+        *shlex.split(os.environ.get("QKIT_PIP_OPTIONS", "")),
+    ]
+    done = subprocess.run([python, "-m", "pip", "install", *options, what], capture_output=True, text=True, check=False)
+    if done.returncode and re.search("NewConnectionError|Temporary failure in name resolution", done.stderr):
+        pytest.skip(f"the package index cannot be reached: {done.stderr[-300:]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [python, str(ROOT / "tests" / "jobs.py"), extra],
+        cwd=tmp_path / "job", env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -52,7 +133,7 @@ def test_every_extra_resolves_against_the_index_alone(
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
     environment |= {"PIP_CONFIG_FILE": os.devnull, "MACOSX_DEPLOYMENT_TARGET": "14.0"}
     target = ["--python-version", python, "--python-platform", platform, "--only-binary", ":all:"]
-    for extra in EXTRAS.keys() - {"test-readers"}:  # vLLM wants another torch, in an environment of its own
+    for extra in EXTRAS:
         command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", extra, *target]
         options = [
             "--constraint",
@@ -76,14 +157,14 @@ def test_every_extra_resolves_against_the_index_alone(
         assert done.returncode == 0, f"{extra}: {done.stderr}"
         chosen = dict(re.findall(r"^([\w.-]+)==(\S+)$", done.stdout, re.M))
         assert {name: version for name, version in chosen.items() if PINS.get(name, version) != version} == {}
-        if extra in ("torch", "all"):
+        if extra in ("cuda", "train-torch", "dev"):
             assert ("triton" in chosen) == (PLATFORMS[platform] == "linux")
 
 
 def test_a_remedy_names_the_distribution_that_is_installed() -> None:
     (script,) = {entry.dist.name for entry in entry_points(group="console_scripts", name="qkit") if entry.dist}
     assert script == PROJECT["name"] != "qkit"
-    assert how_to_install("mlx") == f"pip install '{script}[mlx]'"
+    assert how_to_install("mac") == f"pip install '{script}[mac]'"
 
 
 def test_a_renamed_distribution_is_named_in_the_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +192,21 @@ def test_no_message_names_an_extra_of_the_wrong_distribution() -> None:
 def test_the_package_runs_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "qkit", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"qkit {qkit.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [["-h"], ["plan", "-h"], ["mlx-lora", "-h"]])
+def test_the_short_option_shows_help(command: list[str]) -> None:
+    done = CliRunner().invoke(application, command)
+    assert done.exit_code == 0
+    assert "Show this message and exit." in done.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_told_how_to_complete_commands_and_completes_them(shell: str) -> None:
+    done = CliRunner().invoke(application, ["--show-completion", shell], prog_name="qkit")
+    assert done.exit_code == 0
+    assert "_QKIT_COMPLETE" in done.output
+    words = {"_QKIT_COMPLETE": f"complete_{shell}", "COMP_WORDS": "qkit quan", "COMP_CWORD": "1"}
+    words |= {"_TYPER_COMPLETE_ARGS": "qkit quan", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    done = CliRunner().invoke(application, [], prog_name="qkit", env=words)
+    assert "quantize" in done.output

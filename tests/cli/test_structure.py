@@ -2,12 +2,13 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from contextlib import suppress
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -132,8 +133,13 @@ def test_every_file_is_short_enough_to_read():
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 300, file
 
 
-def test_the_wheel_installs_exactly_four_names_and_the_kernels(tmp_path):
-    wheel = make_wheel(tmp_path)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this machine."""
+    return make_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_installs_exactly_four_names_and_the_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"qkit", "qkit_mlx", "qkit_torchao", "qkit_recipes"}
@@ -149,6 +155,38 @@ def test_without_a_compiler_the_wheel_is_for_any_machine(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "qkit/native/kernels.c" in names
     assert "qkit/native/kernels.compiled" not in names
+
+
+def test_the_build_that_asks_for_no_kernels_makes_the_wheel_for_any_machine(tmp_path):
+    """Beside a compiled library in the source tree, too."""
+    wheel = make_wheel(tmp_path, HATCH_BUILD_NO_HOOKS="true")
+    assert wheel.stem.endswith("-py3-none-any")
+    assert "qkit/native/kernels.compiled" not in zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.mark.parametrize(
+    ("target", "machine", "tag"),
+    [
+        ("linux-x86_64", "x86_64", "linux_x86_64"),
+        ("macosx-11.0-universal2", "arm64", "macosx_11_0_arm64"),
+        ("macosx-11.0-arm64", "arm64", "macosx_11_0_arm64"),
+    ],
+)
+def test_a_wheel_is_for_the_machine_that_its_kernels_are_compiled_for(target, machine, tag):
+    pytest.importorskip("hatchling")
+    spec = spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.tag_of(target, machine) == tag
+
+
+@pytest.mark.skipif(not compiler() or sys.platform != "linux", reason="needs a compiler on Linux")
+def test_the_kernels_ask_for_no_newer_libc_than_manylinux2014(wheel):
+    """Their symbols have versions up to GLIBC_2.17, so that auditwheel gives the wheel that tag."""
+    library = zipfile.ZipFile(wheel).read("qkit/native/kernels.compiled")
+    versions = {tuple(map(int, one.split(b"."))) for one in re.findall(rb"GLIBC_([0-9.]+)", library)}
+    assert versions
+    assert max(versions) <= (2, 17)
 
 
 def make_wheel(folder, **environment):

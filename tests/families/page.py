@@ -1,4 +1,4 @@
-"""`docs/models.md` and README's sentence about models, made from the gate's table: `python tests/families/page.py`."""
+"""`docs/evidence/models.md` and README's sentence about models, made from the gate's table: `python tests/families/page.py`."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from gate import READERS, RECIPES
 from qkit.artifact import known
 
 ROOT = Path(__file__).parents[2]
-PAGE, README = ROOT / "docs/models.md", ROOT / "README.md"
+PAGE, README = ROOT / "docs/evidence/models.md", ROOT / "README.md"
 SIGNS = {"equal": "=", "none": "·", "": "×"}
 HEAD = """# Models
 

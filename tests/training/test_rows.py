@@ -16,7 +16,7 @@ from qkit.training import run_from_table, train_model
 from qkit.training.data import padded, sequences
 from qkit.training.text import read_text
 
-transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"

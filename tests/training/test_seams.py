@@ -20,8 +20,8 @@ from qkit.errors import CoverageWarning, UnchangedWarning
 from qkit.training import run_from_table, train_model
 from qkit.training.text import read_text
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
-transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
 from qkit_torchao import QatCallback  # noqa: E402

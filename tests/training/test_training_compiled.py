@@ -7,7 +7,7 @@ from tables import TRAINERS as ENGINES
 
 from qkit.training import run_from_table, train_model
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.skipif("torchao" not in ENGINES, reason="needs torchao")
 
 NEAR = 2e-6  #: of a loss: compiled products and sums are taken in another order; measured: 2e-7

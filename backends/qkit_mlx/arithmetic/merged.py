@@ -21,16 +21,9 @@ def merged(w: mx.array, a: mx.array, b: mx.array, m: mx.array | None = None, *, 
     """
 
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        w, a, b, *rest = primals
-        to_v, to_m = cotangent.astype(mx.float32), []
-        if rest:
-            v = added(w, _turned(b), _turned(a), scale)
-            norms = row_norms(v)
-            to_m = [((to_v * v).sum(axis=-1) / norms).astype(rest[0].dtype)]
-            to_v = to_v * (rest[0].astype(mx.float32) / norms)[..., None]
-        to_b = scale * (to_v @ shorten(a.astype(mx.float32)))
-        to_a = shorten(b.astype(mx.float32) * scale) @ to_v
-        return (to_v.astype(w.dtype), _turned(to_a).astype(a.dtype), _turned(to_b).astype(b.dtype), *to_m)
+        w, *factors = primals
+        to_v = cotangent.astype(mx.float32)
+        return to_w(to_v, w, *factors, scale=scale).astype(w.dtype), *through(to_v, w, *factors, scale=scale)
 
     def forward(*primals: mx.array) -> mx.array:
         # MLX also asks for the jvp of the operations inside, and operations on bit patterns have none.
@@ -41,6 +34,28 @@ def merged(w: mx.array, a: mx.array, b: mx.array, m: mx.array | None = None, *, 
     function: Any = mx.custom_function(forward)
     function.vjp(backward)
     return function(w, a, b, *([] if m is None else [m]))  # type: ignore[no-any-return]
+
+
+def through(
+    to_v: mx.array, w: mx.array, a: mx.array, b: mx.array, m: mx.array | None = None, *, scale: float
+) -> list[mx.array]:
+    """The gradients of A, B and the magnitudes from that of the merged weight, float32 [..., outputs, inputs]."""
+    to_m = []
+    if m is not None:
+        v = added(w, _turned(b), _turned(a), scale)
+        norms = row_norms(v)
+        to_m = [((to_v * v).sum(axis=-1) / norms).astype(m.dtype)]
+        to_v = to_v * (m.astype(mx.float32) / norms)[..., None]
+    to_b = scale * (to_v @ shorten(a.astype(mx.float32)))
+    to_a = shorten(b.astype(mx.float32) * scale) @ to_v
+    return [_turned(to_a).astype(a.dtype), _turned(to_b).astype(b.dtype), *to_m]
+
+
+def to_w(to_v: mx.array, w: mx.array, a: mx.array, b: mx.array, m: mx.array | None = None, *, scale: float) -> mx.array:
+    """The gradient of the base, float32, from that of the merged weight."""
+    if m is None:
+        return to_v
+    return to_v * (m.astype(mx.float32) / row_norms(added(w, _turned(b), _turned(a), scale)))[..., None]
 
 
 def added(w: mx.array, b: mx.array, a: mx.array, scale: float) -> mx.array:

@@ -3,6 +3,7 @@
 `qkit.reference.merged` is the law of the merged weight. Eager and compiled layers follow it exactly.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +21,15 @@ from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers import adapted_experts, experts, fused
+from qkit_mlx.layers.adapted_product import Merging, multiply
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
-from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed
-from qkit_mlx.layers.straight_through import fake_quantize, fake_requantize
+from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes
+from qkit_mlx.layers.straight_through import fake_quantize
 from qkit_mlx.mlx_private import frozen_names
 
 NAMES = ("lora_a", "lora_b", "m")  #: of the parameters of an adapter
+CODES = ("weight", "scales", "biases", "zeros", "tensor_scale")  #: of the arrays of a converted base
 
 
 class _Adapted(nn.Module):
@@ -55,10 +58,14 @@ class _Adapted(nn.Module):
         merged: nn.Module = merge_adapter(self)
         return merged
 
+    @property
+    def factors(self) -> list[mx.array]:
+        """A, B and, of DoRA, the magnitudes."""
+        return [self[name] for name in NAMES if name in self]
+
     def merge_into(self, w: mx.array, dtype: DType) -> mx.array:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
-        trained = [self[name] for name in NAMES if name in self]
-        return merged(w, *trained, scale=self.lora_scale, dtype=dtype)
+        return merged(w, *self.factors, scale=self.lora_scale, dtype=dtype)
 
 
 class AdaptedLinear(_Adapted, FakeLinear):
@@ -66,12 +73,30 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., inputs] -> [..., outputs]."""
+        if self.training and not self.calibrating and x.size and "weight" in frozen_names(self):
+            y = multiply(
+                self._on_grid(x, self.rule.activation, "input"), self.factors, self.get("bias"), self._merging()
+            )
+            return self._on_grid(y, self.rule.output, "output")
         base = self["weight"]
         self["weight"] = self.merged()  # only while the prepared layer computes with it
         try:
             return FakeLinear.__call__(self, x)
         finally:
             self["weight"] = base
+
+    def _merging(self) -> Merging:
+        def on_grid(merged: mx.array) -> mx.array:
+            return fake_quantize(merged, grid, peak=fused.peak(self, merged)) if on else merged
+
+        def unclipped(merged: mx.array) -> mx.array:
+            return rounding.unclipped(merged, grid, peak=fused.peak(self, merged))
+
+        grid, on = self.rule.weight, quantizes(self)
+        return Merging(
+            self, ["weight"], lambda: self["weight"], self.lora_scale, dtype_of(self["weight"]),
+            self.rule.ste if on else "identity", on_grid, unclipped,
+        )  # fmt: skip
 
     def merged(self) -> mx.array:
         """The merged weight [outputs, inputs], in the type of the base."""
@@ -86,10 +111,12 @@ class _AdaptedConverted(_Adapted):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., inputs] -> [..., outputs]."""
-        parameters = [self.merged(), *([self["bias"]] if "bias" in self else [])]
         if self.training:
-            return self._run_prepared(x, *parameters)
-        return evaluate_packed(self._run_packed, self._run_prepared, x, *parameters)
+            return self._run_prepared(x)
+        bias = [self["bias"]] if "bias" in self else []
+        return evaluate_packed(
+            self._with_parameters(self._run_packed), self._with_parameters(self._run_prepared), x, *self.factors, *bias
+        )
 
     def merged(self) -> mx.array:
         """The merged weight [outputs, inputs], in float32."""
@@ -105,19 +132,45 @@ class _AdaptedConverted(_Adapted):
         static = {name: self[name] for name in STORED if name in self and name not in ("bias", *NAMES)}
         return pack_linear(q, self.rule, bias=bias, static=static)
 
-    def _run_prepared(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-        rule = self.rule
-        if self.grid.read:
-            values = fake_requantize(weight, unpack(self), ste=rule.ste)
-        else:
-            values = fake_quantize(weight, rule.weight, ste=rule.ste, peak=fused.peak(self, weight))
-        values = rounding.to_dtype(values, dtype_of(x))
-        x = self._on_grid(x, rule.activation, "input")
-        y = x @ values.T if bias is None else mx.addmm(bias, x, values.T)
-        return self._on_grid(y, rule.output, "output")
+    def _run_prepared(self, x: mx.array) -> mx.array:
+        if not x.size:
+            return self._run_packed(x)
+        y = multiply(self._on_grid(x, self.rule.activation, "input"), self.factors, self.get("bias"), self._merging())
+        return self._on_grid(y, self.rule.output, "output")
 
-    def _run_packed(self, x: mx.array, *parameters: mx.array) -> mx.array:
-        return self.pack(*parameters)(x)
+    def _run_packed(self, x: mx.array) -> mx.array:
+        return self.pack(self.merged(), self.get("bias"))(x)
+
+    def _with_parameters(self, run: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
+        """`run` as a function of the parameters, too."""
+
+        def function(x: mx.array, *parameters: mx.array) -> mx.array:
+            names = [name for name in (*NAMES, "bias") if name in self]
+            before = [self[name] for name in names]
+            try:
+                self.update(dict(zip(names, parameters, strict=True)))
+                return run(x)
+            finally:
+                self.update(dict(zip(names, before, strict=True)))
+
+        return function
+
+    def _merging(self) -> Merging:
+        def base() -> mx.array:
+            return rounding.dequantize(replace(unpack(self), dtype="float32"))
+
+        def on_grid(merged: mx.array) -> mx.array:
+            if grid.read:
+                return stored.fake_requantize(merged, unpack(self))
+            return fake_quantize(merged, grid, peak=fused.peak(self, merged))
+
+        def unclipped(merged: mx.array) -> mx.array:
+            if grid.read:
+                return stored.unclipped(merged, unpack(self))
+            return rounding.unclipped(merged, grid, peak=fused.peak(self, merged))
+
+        grid = self.grid
+        return Merging(self, CODES, base, self.lora_scale, "float32", self.rule.ste, on_grid, unclipped)
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
         if grid is None:

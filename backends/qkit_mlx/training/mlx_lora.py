@@ -52,8 +52,8 @@ def read_command(arguments: Sequence[str]) -> Command:
         else:
             from mlx_lm import lora as command
     except ImportError as error:
-        extra = "mlx-lm-lora" if other else "mlx-lm"
-        raise BackendError(f"this command needs {extra} ({error}): {how_to_install(extra)}") from None
+        library, extra = ("mlx-lm-lora", "train-mlx") if other else ("mlx-lm", "mac")
+        raise BackendError(f"this command needs {library} ({error}): {how_to_install(extra)}") from None
     options = _options(command, ["--train", *arguments])
     return Command(
         "mlx_lm_lora.train" if other else "mlx_lm.lora",

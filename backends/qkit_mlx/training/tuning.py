@@ -29,7 +29,7 @@ class Tuning:
             from mlx_lm_lora.trainer import dpo_trainer, orpo_trainer, sft_trainer
         except ImportError as error:
             raise BackendError(
-                f"method {options.method!r} needs mlx-lm-lora ({error}): {how_to_install('mlx-lm-lora')}"
+                f"method {options.method!r} needs mlx-lm-lora ({error}): {how_to_install('train-mlx')}"
             ) from None
         if options.autocast:
             raise BackendError("autocast: MLX has none: leave it out, and choose dtype = 'float32' or 'bfloat16'")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit.exactness import is_exact
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
@@ -22,9 +23,12 @@ EIGHT = 8  #: rows that an instruction of tensor cores takes, and the most of fl
 ACROSS = 1024  #: outputs of a row that a program scales
 TILE = 1024  #: pairs of columns of a row that a program decodes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
+BROUGHT = 1 << 22  #: words of the largest weight that is brought to the second cache early
+ZEROES = 32  #: see `few.cu`
+MEMORY = 44 * 1024  #: bytes of shared memory that a program has beside its sums, everywhere
 ALIGNED = 16  #: bytes that are read at once
 Constants = tuple[tuple[str, int], ...]
-#: By number, as `products.cu` has them: types of x, elements, and scales.
+#: By number, as `codes.cuh` has them: types of x, elements, and scales.
 KINDS_OF_X = (torch.bfloat16, torch.float16, torch.float32)
 ELEMENTS = ("integer", "e2m1", "e4m3", "e5m2")
 KINDS = (torch.bfloat16, "e8m0", "e4m3", torch.float32, torch.float16)
@@ -57,7 +61,7 @@ def why_not_multiplies() -> str:
 
 def multiplies(x: Tensor) -> bool:
     """Whether `multiply` takes x [rows, inputs]."""
-    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not why_not_multiplies()
+    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not is_exact() and not why_not_multiplies()
 
 
 def multiply(
@@ -67,7 +71,7 @@ def multiply(
     """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `choose.why_not_few` accepts.
 
     Rows of 16 bits are multiplied on tensor cores by values that are rounded to their type, as `values` rounds them; those of
-    float32 by exact ones.
+    float32, and one or two of bfloat16, by exact ones.
 
     Args:
         codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
@@ -84,8 +88,10 @@ def multiply(
     aligned = x.data_ptr() % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
     one = experts is not None or x.dtype == torch.float32  # eight rows at a time
     eights = 1 if one else 1 << max(0, (count - 1) // EIGHT).bit_length()
+    each = 1 if experts is not None else count  # rows of a program
+    few = x.dtype == torch.bfloat16 and each <= rows_of_few(grid, inputs)
     constants, numbers, shared = product_geometry(
-        grid, inputs, outputs, stride, eights, aligned, processors_of(x.device)
+        grid, inputs, outputs, stride, 0 if few else eights, aligned, processors_of(x.device), each if few else 0
     )
     scaled = KINDS.index(geometry(grid, inputs)["SCALES"] if scales.dtype == torch.uint8 else scales.dtype)
     rows = count if experts is not None else -(-count // (EIGHT * eights))
@@ -96,9 +102,10 @@ def multiply(
         tensors = x, codes, scales, zeros, power, bias, out, experts
         addresses = [0 if one is None else one.data_ptr() for one in tensors]
         more = int(power is not None and power.numel() > 1)
-        PRODUCT(
+        (FEW_ROWS if few else PRODUCT)(
             (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
             (*addresses, outputs, inputs, count, *numbers, more),
+            memory=_kept(grid, inputs, each) if ("KEEPS", 1) in constants else 0,
         )  # fmt: skip
     return out
 
@@ -118,22 +125,64 @@ def _arranged(x: Tensor, constants: Constants, shared: dict[str, int], across: i
 
 @cache
 def product_geometry(
-    grid: Grid, inputs: int, outputs: int, stride: int, eights: int, aligned: bool, processors: int
+    grid: Grid, inputs: int, outputs: int, stride: int, eights: int, aligned: bool, processors: int, rows: int = 0
 ) -> tuple[Constants, tuple[int, int, int], dict[str, int]]:
-    """The constants of `products.cu` that follow from a weight; its last numbers; outputs and threads of a program."""
+    """The constants of `products.cu` that follow from a weight; its last numbers; outputs and threads of a program.
+
+    Args:
+        eights: rows of x over eight; 0 for `few.cu`, and then `rows` is their number.
+    """
     known = geometry(grid, inputs)
     unit, high = known["UNIT"], known["HIGH"]
     across = known["UNITS"] * unit * high // 32
     safe = not aligned or inputs % unit != 0 or across % 4 != 0 or stride % 4 != 0
-    tiles = 1 if eights < 4 else 2
+    tiles, warps, more = 1 if eights < 4 else 2, 0, {}
+    if eights:
+        planes = 2 if known["LOW"] else 1
+        warps = _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors, planes=planes)
+    else:
+        tiles, warps, keeps = _few(known, across // 16, -(-outputs // 16), processors)
+        keeps = keeps and _kept(grid, inputs, rows) <= MEMORY
+        more = {"BRINGS": int(outputs * stride <= BROUGHT), "KEEPS": int(keeps)}
     constants = {
         "HIGH": high, "LOW": known["LOW"], "ELEMENT": ELEMENTS.index(known["ELEMENT"]), "UNIT": unit,
-        "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": eights, "TILES": tiles,
-        "WARPS": _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors, planes=2 if known["LOW"] else 1),
-        "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
+        "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": max(1, eights), "TILES": tiles,
+        "WARPS": warps, "SAFE": safe, "WHOLE": not safe and across % 16 == 0, **more,
     }  # fmt: skip
     shared = {"outputs": 16 * tiles, "threads": 32 * constants["WARPS"]}
     return tuple(constants.items()), (across, stride, known["GROUPS"]), shared
+
+
+def rows_of_few(grid: Grid, inputs: int) -> int:
+    """The most rows of x that `few.cu` takes: the eight columns of an instruction hold four lanes' groups of that many."""
+    known = geometry(grid, inputs)
+    return {1: 0, 2: 1}.get(known["UNIT"] * known["HIGH"] // 32, 2)  # by words of a unit
+
+
+def _few(known: dict[str, Any], blocks: int, tiles: int, processors: int) -> tuple[int, int, bool]:
+    """TILES, WARPS and KEEPS of `few.cu` for so many tiles of 16 outputs. Those that were fastest on an H200.
+
+    Few programs of many warps leave x time to be read once, for all warps; many programs would each read it.
+    """
+    high, low, integer = known["HIGH"], known["LOW"], known["ELEMENT"] == "integer"
+    if tiles <= processors:
+        tiles, warps, keeps = 1, 16, False
+    elif tiles <= 2 * processors:
+        wide = high < 8 and not low
+        tiles, warps, keeps = (2 if wide else 1), (8 if low else 16), high == 4 and wide
+    else:
+        tiles, warps, keeps = (2 if integer and high < 8 and not low else 1), 4, False
+    while warps > 2 and warps > blocks:
+        warps //= 2
+    return tiles, warps, keeps
+
+
+@cache
+def _kept(grid: Grid, inputs: int, rows: int) -> int:
+    """Bytes of shared memory for so many rows of x, in whole blocks of 16 words, and for the zeros before them."""
+    known = geometry(grid, inputs)
+    block = 16 * 32 // known["HIGH"]
+    return 16 * ZEROES + rows * -(-known["UNITS"] * known["UNIT"] // block) * block * 2
 
 
 def _warps(blocks: int, programs: int, eights: int, processors: int, *, planes: int) -> int:
@@ -246,7 +295,8 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7)
+PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7, early=True)
+FEW_ROWS = nvrtc.Kernel("few.cu", "multiply_few", PRODUCT.kinds, early=True)
 ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
 _codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)
 _values, _decode = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode)

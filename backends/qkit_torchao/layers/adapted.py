@@ -9,14 +9,16 @@ from torch.nn import functional as F
 
 from qkit.reference.merged import Update
 from qkit_torchao.arithmetic import rounding, stored
+from qkit_torchao.kernels import choose
 from qkit_torchao.layers import adapted_experts, converted, fused, onto_stored, products, sharded, straight_through
+from qkit_torchao.layers.adapted_product import Merging, multiply
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear
 from qkit_torchao.layers.experts import Experts
 from qkit_torchao.layers.merged import merge
 from qkit_torchao.layers.prepared import FakeLinear
 from qkit_torchao.layers.slots import seen_scales, slot, static_scales
-from qkit_torchao.torch_private import remove_parameters
+from qkit_torchao.torch_private import is_transformed, remove_parameters
 
 NAMES = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude"}  #: of parameters, by the names of `Update`
 
@@ -51,15 +53,44 @@ class _Adapted(nn.Module):
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
         return merge(w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype)
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """B, A and the magnitudes, which only DoRA has."""
+        return self.lora_B, self.lora_A, self.lora_magnitude
+
 
 class AdaptedLinear(_Adapted, FakeLinear):
     """A prepared layer with an adapter; `weight` is the base."""
 
     caches = False
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs]."""
+        rule, weight = self.rule, self.weight
+        if torch.compiler.is_compiling() or is_transformed() or not x.numel() or (self.kind and self._takes_codes(x)):
+            return super().forward(x)
+        sharded.gathered(self)  # refuses a rounded weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        x = self.slot(x, "input", rule.activation)
+        y = multiply(x, weight, self.factors, self.bias, self._merging(), dtype)
+        return self.slot(y, "output", rule.output)
+
+    def _merging(self) -> Merging:
+        def on_grid(merged: Tensor) -> Tensor:
+            return choose.rounded(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+
+        def unclipped(merged: Tensor) -> Tensor:
+            return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+
+        grid, dtype = self.weight_grid, self.weight.dtype
+        if self.mode == "off":
+            return Merging(None, self.lora_scale, dtype, "identity", torch.detach, unclipped)
+        return Merging(None, self.lora_scale, dtype, self.rule.ste, on_grid, unclipped)
+
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in the type of the base."""
-        sharded.is_gathered(self)  # refuses a rounded weight
+        sharded.gathered(self)  # refuses a rounded weight
         return self.merge_into(self.weight, self.weight.dtype)
 
     def _values(self, weight: Tensor, dtype: torch.dtype, *, cached: bool) -> Tensor:
@@ -89,15 +120,36 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
-        grid, activation, merged = self.rule.weight, self.rule.activation, self.merged()
+        grid, activation = self.rule.weight, self.rule.activation
         assert grid is not None
+        dtype = rounding.DTYPE[self.dtype]
         if activation and self.execution.both and x.numel():
+            merged = self.merged()
             static = static_scales(self, "input", activation)
             y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
+        elif torch.compiler.is_compiling() or is_transformed() or not x.numel():
+            y = F.linear(slot(self, x, "input", activation), self._on_grid(self.merged()).to(dtype), self.bias)
         else:
-            values = self._on_grid(merged).to(rounding.DTYPE[self.dtype])
-            y = F.linear(slot(self, x, "input", activation), values, self.bias)
+            y = multiply(slot(self, x, "input", activation), None, self.factors, self.bias, self._merging(), dtype)
         return slot(self, y, "output", self.rule.output)
+
+    def _merging(self) -> Merging:
+        def base() -> Tensor:
+            return converted.values(self, torch.float32)
+
+        def on_grid(merged: Tensor) -> Tensor:
+            if grid.read:
+                return stored.fake_requantize(merged, converted.unpack(self))
+            return choose.rounded(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+
+        def unclipped(merged: Tensor) -> Tensor:
+            if grid.read:
+                return stored.unclipped(merged, converted.unpack(self))
+            return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+
+        grid = self.rule.weight
+        assert grid is not None
+        return Merging(base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped)
 
     def _on_grid(self, merged: Tensor) -> Tensor:
         grid, ste = self.rule.weight, self.rule.ste

@@ -11,9 +11,11 @@ from qkit_torchao.layers.learned_experts import restore_experts
 from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.models import wrappers
 from qkit_torchao.models.blocks import Watching
+from qkit_torchao.models.learning import Learning
+from qkit_torchao.models.scoring import Scoring
 
 
-class Elsewhere(Watching):
+class Elsewhere(Watching, Learning, Scoring):
     """Models that other programs have opened or wrapped, or get back."""
 
     def save_as_artifact(self, model: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         import transformers
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
     except ImportError:
-        raise BackendError(f"building a torch model needs transformers: {how_to_install('hf')}") from None
+        raise BackendError(f"building a torch model needs transformers: {how_to_install('cuda')}") from None
     try:
         present = {
             key: value for key, value in config.items() if key != "transformers_version" and not _is_absent(key, value)

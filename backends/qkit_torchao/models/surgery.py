@@ -96,6 +96,10 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
             if id(child) in swaps:
                 children(parent)[name] = swaps[id(child)]
                 mark(parent, name, swaps[id(child)])
+    for new in modules.values():
+        if isinstance(new, Prepared):
+            sharded.release(new)
+            sharded.install(new)
     _call_children(model)
     return swaps.get(id(model), model)
 
@@ -177,8 +181,8 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         obstacle = "its rows are rescaled at every look-up (max_norm)"
     elif own_parameter(module, "weight") is None:
         obstacle = "its weight is computed from other parameters (weight_norm and the like)"
-    elif type(module) not in (nn.Linear, nn.Embedding) and not is_scaled(module) and type(module).__name__ not in SAME:
-        obstacle = f"{type(module).__name__} is a subclass of {kind} that qkit does not know"
+    elif (cls := sharded.class_of(module)) not in (nn.Linear, nn.Embedding) and not _is_known(cls, module):
+        obstacle = f"{cls.__name__} is a subclass of {kind} that qkit does not know"
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
@@ -219,6 +223,10 @@ def _experts(path: str, module: Any, stacks: tuple[Stack, ...]) -> Layer:
             **known,
         )
     return Layer(path, "experts", shape, module, sharded=_is_sharded(module), **known)
+
+
+def _is_known(cls: type, module: nn.Module) -> bool:
+    return is_scaled(module) or cls.__name__ in SAME
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -30,7 +30,9 @@ class Tuning:
 
                 trainer, config = _trainer_of(options.method)
         except ImportError as error:
-            raise BackendError(f"method {options.method!r} needs TRL ({error}): {how_to_install('trl')}") from None
+            raise BackendError(
+                f"method {options.method!r} needs TRL ({error}): {how_to_install('train-torch')}"
+            ) from None
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
         if options.method != "sft" and tokenizer.eos_token is None:
             raise BackendError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 if not mx.distributed.is_available("ring"):
     pytest.skip("this build of mlx has no ring", allow_module_level=True)
 

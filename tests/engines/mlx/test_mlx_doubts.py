@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 bitnet = pytest.importorskip("mlx_lm.models.bitnet")
 from mlx_lm.models import llama  # noqa: E402
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from alike import equal
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 switch = pytest.importorskip("mlx_lm.models.switch_layers")
 mla = pytest.importorskip("mlx_lm.models.mla")
 

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 from qkit_mlx.kernels import cuda, cuda_source
 

@@ -8,7 +8,7 @@ import models
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 nn = pytest.importorskip("mlx.nn")
 if not mx.is_available(mx.gpu):
     pytest.skip("MLX has no GPU here", allow_module_level=True)

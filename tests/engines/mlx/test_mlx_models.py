@@ -5,7 +5,7 @@ import pytest
 from alike import equal
 from models import build
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 nn = pytest.importorskip("mlx.nn")
 
 import qkit  # noqa: E402

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 nn = pytest.importorskip("mlx.nn")
 
 from qkit_mlx.arithmetic import packing, rounding  # noqa: E402

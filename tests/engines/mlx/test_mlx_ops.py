@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 import qkit  # noqa: E402
 from qkit import Grid, reference  # noqa: E402

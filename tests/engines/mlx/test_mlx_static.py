@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from alike import equal
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 nn = pytest.importorskip("mlx.nn")
 optim = pytest.importorskip("mlx.optimizers")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="the mlx extra is not installed")
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 nn = pytest.importorskip("mlx.nn")
 
 import qkit_mlx  # noqa: E402

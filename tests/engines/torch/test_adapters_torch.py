@@ -106,6 +106,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(base):
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_nothing_of_the_size_of_a_weight_waits_for_the_backward_pass(kind, base):
+    model, x = adapted(base=base, kind=kind), torch.randn(2, 64)
+    known = {one.data_ptr() for one in [*model.parameters(), *model.buffers()]}
+    sizes = []
+
+    def store(tensor):
+        sizes.append(0 if tensor.data_ptr() in known else tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+        model(x).square().sum().backward()
+    assert max(sizes) < 32 * 96  # the smaller weight
+
+
+@pytest.mark.parametrize("base", BASES)
 def test_a_clip_is_seen_by_the_masked_estimator(base):
     rule = qkit.Rule(("*",), weight=qkit.Grid("int4", 32, "signed"), ste="masked")
     model = adapted(base=base, recipe=qkit.Recipe("masked", (rule,)))

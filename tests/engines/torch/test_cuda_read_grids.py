@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from qkit_torchao.arithmetic import rounding, stored  # noqa: E402
 

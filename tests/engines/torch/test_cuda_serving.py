@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from qkit_torchao.kernels import choose  # noqa: E402
 from qkit_torchao.layers import execution  # noqa: E402
@@ -47,6 +47,16 @@ def test_every_recipe_runs_natively_and_agrees_with_its_prepared_layer(recipe, r
         converted = model(x)
     assert state(model).startswith("native: ")
     assert ((prepared - converted).float().abs() <= 1e-3 * bound + 2**-7 * converted.float().abs()).all()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("recipe", PACKED)
+def test_exact_gives_the_bits_of_the_prepared_layer(recipe, rows):
+    model = qkit.prepare(linear(outputs=512), recipe).eval()
+    x = torch.randn(rows, 1536, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad(), qkit.exact():
+        prepared = model(x)
+        assert torch.equal(qkit.convert(model)(x), prepared)
 
 
 @pytest.mark.parametrize("recipe", PACKED)

@@ -2,7 +2,7 @@
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from qkit_torchao.arithmetic import packing, rounding  # noqa: E402
 from qkit_torchao.kernels import choose  # noqa: E402

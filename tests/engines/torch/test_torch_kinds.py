@@ -9,7 +9,7 @@ import models
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from qkit_torchao.cache.inputs import inputs as cached_inputs  # noqa: E402
 from qkit_torchao.kernels import choose  # noqa: E402

@@ -9,7 +9,7 @@ import models
 import pytest
 from models import CONFIG
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from qkit_torchao.cache import values  # noqa: E402
 from torch import nn  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import qkit_torchao  # noqa: E402
 from qkit_torchao.kernels import cpu  # noqa: E402

@@ -9,7 +9,7 @@ from functools import partial
 import models
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from qkit_torchao.cache import values  # noqa: E402
 from qkit_torchao.kernels import graphs  # noqa: E402

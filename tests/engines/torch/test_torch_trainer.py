@@ -3,8 +3,8 @@
 import pytest
 from models import build
 
-torch = pytest.importorskip("torch", reason="the torch extra is not installed")
-transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
 import qkit_torchao  # noqa: E402

@@ -1,0 +1,137 @@
+"""The product of a layer with an adapter, which stores nothing of the size of its weight for the backward pass.
+
+The backward pass computes the merged weight and its values again, from the base, which does not change, and the factors. Where
+the gradient passes straight through to a LoRA, it reaches the factors through products of their rank, as in peft.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qkit.rules import Ste
+from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """How a layer computes its values.
+
+    Attributes:
+        base: the base [outputs, inputs] of a converted layer, decoded; None where the base is a parameter.
+        scale: the factor of the product of a LoRA.
+        dtype: of the merged weight.
+        ste: of the grid. `identity` where the layer is off.
+        on_grid: the values of a merged weight, without a gradient; the weight itself where the layer is off.
+        unclipped: where a merged weight is not clipped, for `masked`.
+    """
+
+    base: Callable[[], Tensor] | None
+    scale: float
+    dtype: torch.dtype
+    ste: Ste
+    on_grid: Callable[[Tensor], Tensor]
+    unclipped: Callable[[Tensor], Tensor]
+
+
+def multiply(
+    x: Tensor,
+    w: Tensor | None,
+    factors: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    merging: Merging,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x [..., inputs] times the values, in `dtype`, of base `w` [outputs, inputs] and factors B, A, magnitude; plus `bias`."""
+    y: Tensor = _Product.apply(x, w, *factors, bias, merging, dtype)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Product(torch.autograd.Function):
+    """Stores the input and the factors, and references to the base."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor | None,
+        b: Tensor,
+        a: Tensor,
+        magnitude: Tensor | None,
+        bias: Tensor | None,
+        merging: Merging,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.merging, ctx.dtype = merging, dtype
+        ctx.save_for_backward(x, w, b, a, magnitude)
+        merged = _merged(_base(merging, w), b, a, magnitude, merging)
+        return F.linear(x, merging.on_grid(merged).to(dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b, a, magnitude = ctx.saved_tensors
+        gradient, merging = gradients[0], ctx.merging
+        with torch.autocast(gradient.device.type, enabled=False):
+            to_x = to_w = to_bias = None
+            rows, seen = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
+            dense = magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]
+            merged = None
+            if ctx.needs_input_grad[0] or dense:
+                base = _base(merging, w)
+                merged = _merged(base, b, a, magnitude, merging)
+            if ctx.needs_input_grad[0]:
+                values = merging.on_grid(merged).to(ctx.dtype)
+                to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
+            if dense:
+                to_v = (rows.T @ seen).float()
+                if merging.ste == "masked":
+                    to_v = torch.where(merging.unclipped(merged), to_v, 0.0)
+                to_w, to_b, to_a, to_magnitude = _through(to_v, base, b, a, magnitude, merging.scale)
+                to_w = to_w.to(w.dtype) if ctx.needs_input_grad[1] else None
+            else:
+                to_b, to_a = _by_rank(rows, seen, b, a, merging.scale)
+                to_magnitude = None
+            if ctx.needs_input_grad[5]:
+                to_bias = rows.sum(dim=0)
+        return to_x, to_w, to_b, to_a, to_magnitude, to_bias, None, None
+
+
+def _base(merging: Merging, w: Tensor | None) -> Tensor:
+    if w is not None:
+        return w.detach()
+    assert merging.base is not None
+    return merging.base()
+
+
+def _merged(base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging) -> Tensor:
+    with torch.autocast(base.device.type, enabled=False):
+        v = added(base, b.detach(), a.detach(), merging.scale)
+        if magnitude is not None:
+            v = v * stretch(magnitude.detach(), row_norms(v))[..., None]
+        return stored(v, merging.dtype)
+
+
+def _by_rank(rows: Tensor, seen: Tensor, b: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of B and A, from those of the output [n, outputs] and the input [n, inputs]."""
+    short_a, short_b = shorten(a.float()).to(rows.dtype), shorten(b.float() * scale).to(rows.dtype)
+    to_b = scale * (rows.T @ (seen @ short_a.T)).float()
+    to_a = ((rows @ short_b).T @ seen).float()
+    return to_b.to(b.dtype), to_a.to(a.dtype)
+
+
+def _through(
+    to_v: Tensor, base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of the base, B, A and the magnitude, from that of the merged weight [outputs, inputs]."""
+    to_magnitude = None
+    if magnitude is not None:
+        v = added(base, b.detach(), a.detach(), scale)
+        norms = row_norms(v)
+        to_magnitude = ((to_v * v).sum(dim=-1) / norms).to(magnitude.dtype)
+        to_v = to_v * stretch(magnitude.detach(), norms)[..., None]
+    to_b = scale * (to_v @ shorten(a.float()).mT)
+    to_a = shorten(b.float() * scale).mT @ to_v
+    return to_v, to_b.to(b.dtype), to_a.to(a.dtype), to_magnitude
