@@ -247,7 +247,7 @@ def test_the_table_of_serving_is_that_of_the_result_file():
     columns = ("linears", "compiled", "eager", "prefill", "memory")
     cells = [[f"{row[name]:.2f}" if name in row else "" for name in columns] for row in report["rows"][1:]]
     rows = [f"| {row['recipe']} | {' | '.join(mine)} |" for row, mine in zip(report["rows"][1:], cells, strict=True)]
-    assert len(rows) > 20
+    assert len(rows) >= 20
     assert "\n".join(rows) in (ROOT / "docs" / "evidence" / "benchmarks.md").read_text(encoding="utf-8")
 
 
