@@ -73,7 +73,7 @@ def test_a_base_of_codes_stays_packed_and_only_the_adapter_trains(tmp_path, name
         assert np.array_equal(state[f"weights.{key}"], before[key])
     opened, engine = qkit.load(base, backend=name), qkit.backend(name)
     layers = {layer.path: layer.module for layer in engine.layers(opened)}
-    values = lambda layer: engine.to_numpy(engine.dequantize(engine.unpack(layers[layer])))  # noqa: E731
+    values = lambda layer: arithmetic.dithered(engine.unpack(layers[layer]).map(engine.to_numpy))  # noqa: E731
     merged, codes = merged_codes(values, path / "out"), codes_of(path / "out")
     assert all((codes[layer] == merged.get(layer, old)).all() for layer, old in codes_of(base).items())
 
