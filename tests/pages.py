@@ -30,6 +30,8 @@ FEW = {
     "compare": ["--length", "16"],
     "eval": ["--length", "16"],
 }
+#: And those of `plan`, where it measures.
+BUDGET = ["--length", "16"]
 #: Words of a script that say how long it trains.
 SHORT = {"max_steps=100": "max_steps=1", "max_length=256": "max_length=32"}
 #: Commands that no test runs: they fetch, install, or start a server of another program.
@@ -99,9 +101,14 @@ def run(text, *, engine="", left_out=()):
 def _run_command(line, engine):
     words = shlex.split(line, comments=True)
     if words[0] == "qkit":
-        few = FEW.get(words[1], [])
-        done = CliRunner().invoke(application, [*words[1:], *few, *(["--backend", engine] if few and engine else [])])
+        words, into = (words[:-2], words[-1]) if ">" in words else (words, None)
+        few = BUDGET if "--budget" in words else FEW.get(words[1], [])
+        done = CliRunner().invoke(
+            application, [*words[1:], *few, *(["--backend", engine] if few and engine and words[1] != "plan" else [])]
+        )
         assert done.exit_code == 0, (line, done.output, done.exception)
+        if into:
+            Path(into).write_text(done.stdout)
         return
     command = {
         "python": [sys.executable],

@@ -337,6 +337,14 @@ def test_a_pattern_of_a_recipe_matches_the_path_without_peft():
     assert len(prepared(qkit.prepare(torch.compile(build("torchao")), recipe))) == 7
 
 
+def test_a_head_of_a_model_that_names_no_backbone_stays_float():
+    made = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 1, "num_heads": 2, "vocab_size": 256}
+    model = transformers.AutoModelForQuestionAnswering.from_config(transformers.AutoConfig.for_model("t5", **made))
+    model = qkit.prepare(model, RECIPE)
+    assert prepared(model)
+    assert not [path for path in prepared(model) if "block" not in path]
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 def test_output_heads_stay_float_by_their_role(kind, wrapped):
@@ -369,15 +377,118 @@ def test_methods_of_peft_that_leave_the_grid_out_are_refused_before_the_first_st
         trainer(tmp_path, model, callbacks=[QatCallback(RECIPE)])
 
 
-@pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "OFT", "IA3", "VERA"])
-def test_adapters_of_peft_do_not_bypass_the_grid(method):
+METHODS = ["ADALORA", "BOFT", "DELORA", "GRALORA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "RANDLORA", "VERA"]
+MORE = {
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "ADALORA": {"total_step": 10, "init_r": 4, "target_r": 2},
+}
+
+
+def adapted(method, model, **options):
     peft = pytest.importorskip("peft")
-    more = {"feedforward_modules": ["down_proj"]} if method == "IA3" else {}
-    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["q_proj", "down_proj"], **more)
-    model = peft.get_peft_model(qkit.prepare(build("torchao"), RECIPE), config)
-    np.testing.assert_allclose(logits(model), logits(qkit.prepare(build("torchao"), RECIPE)), atol=1e-5)
-    merged = qkit.merge(model)
-    assert_exact(reference_codes(merged), codes(qkit.convert(merged)))
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    return peft.get_peft_model(model, config(target_modules=["q_proj", "down_proj"], **MORE.get(method, {}), **options))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(Failed to load the CUDA extension|Setting boft_n):UserWarning"
+)  # BOFT goes on without
+@pytest.mark.parametrize(
+    ("method", "order"), [*((one, "adapted first") for one in METHODS), ("LORA", "prepared first")]
+)
+def test_methods_of_peft_train_on_the_grid_and_ship_exactly(tmp_path, method, order):
+    """The grid is on the adapted layers alone, so that a method that left it out would have the losses of float."""
+    rule = qkit.Rule(("*.q_proj", "*.down_proj"), weight=qkit.Grid("int2", 64))
+    recipe = qkit.Recipe("adapted", (qkit.Rule(("lm_head",)), rule))
+
+    def run(callbacks):
+        torch.manual_seed(0)
+        base = qkit.prepare(build("torchao"), recipe) if callbacks and order == "prepared first" else build("torchao")
+        one = trainer(tmp_path, adapted(method, base), callbacks=callbacks, learning_rate=2e-2, max_steps=3)
+        one.train()
+        return one
+
+    on_grid, plain = run([QatCallback(recipe)]), run([])
+    assert losses(on_grid)[0] != pytest.approx(losses(plain)[0], abs=1e-5)
+    merged = qkit.merge(on_grid.model)
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert len(prepared(merged)) == 4
+    want, before = reference_codes(merged), reference_codes(qkit.prepare(build("torchao"), recipe))
+    assert any((want[path] != before[path]).any() for path in want) or method == "VERA"
+    assert_exact(want, codes(qkit.convert(merged)))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("LILY", {}, "which cannot be merged"),
+        ("BEFT", {}, "which cannot be merged .*no bias"),
+        ("POLY", {"n_tasks": 1, "r": 4}, "which cannot be merged"),
+        ("LORA", {"lora_bias": True}, "which cannot be merged .*no bias"),
+        ("LORA", {"alora_invocation_tokens": [1]}, "which cannot be merged .*aLoRA"),
+        ("LN_TUNING", {}, "ln_tuning.LNTuningLayer leaves it out"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own doubts
+def test_adapters_that_could_not_be_shipped_are_refused_before_the_first_step(tmp_path, method, options, message):
+    with pytest.raises((qkit.StageError, qkit.RecipeError), match=message):
+        qkit.prepare(adapted(method, build("torchao"), **options), RECIPE)
+    model = adapted(method, qkit.prepare(build("torchao"), RECIPE), **options)
+    with pytest.raises(qkit.StageError, match=message if method != "LN_TUNING" else "cannot see past ln_tuning"):
+        trainer(tmp_path, model, callbacks=[QatCallback(RECIPE)])
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_prompts_of_peft_train_beside_a_base_that_is_shipped_alone(tmp_path, method):
+    peft = pytest.importorskip("peft")
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", num_virtual_tokens=2)
+    recipe = qkit.Recipe("first", (qkit.Rule(("model.layers.0.*",), weight=qkit.Grid("int2", 64)),))
+    runs = []
+    for callbacks in ([QatCallback(recipe)], []):
+        torch.manual_seed(0)
+        runs.append(trainer(tmp_path, peft.get_peft_model(build("torchao"), config), callbacks=callbacks))
+        runs[-1].train()
+    assert losses(runs[0]) != losses(runs[1])
+    model = runs[0].model
+    assert len(prepared(model)) == 7
+    with pytest.raises(qkit.StageError, match=r"prompts of a PeftModelForCausalLM .*convert model\.get_base_model\(\)"):
+        qkit.merge(model)
+    with pytest.raises(qkit.StageError, match="is inside of a PeftModelForCausalLM"):
+        qkit.save(model, tmp_path / "out")
+    base = model.get_base_model()
+    assert_exact(reference_codes(base), codes(qkit.convert(base)))
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft's, of each norm that is no LayerNorm
+def test_the_merge_takes_norms_tokens_and_adapters_inside_of_copies(tmp_path):
+    peft = pytest.importorskip("peft")
+    norms = peft.get_peft_model(build("torchao"), peft.LNTuningConfig(target_modules=["input_layernorm"]))
+    tokens = lora(build("torchao"), trainable_token_indices=[1, 2])
+    copies = lora(build("torchao"), modules_to_save=["mlp"])
+    cases = [(norms, "ln_tuning", 3.0), (tokens, "trainable_tokens_delta", 0.5), (copies, "lora_B", 0.2)]
+    for model, part, step in cases:
+        model = qkit.prepare(model, "int8-g64")
+        with torch.no_grad():
+            for key, one in model.named_parameters():
+                if part in key:
+                    one.add_(step)
+        want = logits(model.eval())
+        moved = (logits(qkit.prepare(build("torchao"), "int8-g64").eval()) - want).abs().max()
+        merged = qkit.merge(model)
+        assert (logits(merged) - want).abs().max() < moved / 8  # rounding of merged weights
+        assert {key for key, _ in merged.named_parameters()} == {key for key, _ in build("torchao").named_parameters()}
+        out = qkit.save(qkit.convert(merged), tmp_path / part)
+        there = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+        np.testing.assert_allclose(logits(there), logits(merged), atol=1e-3)  # another order of sums
+
+
+def test_tokens_that_train_in_an_embedding_on_a_grid_are_refused(tmp_path):
+    both = qkit.Recipe("both", (qkit.Rule(("*",), kind="embedding", weight=qkit.Grid("int8", 64)),))
+    with pytest.raises(qkit.RecipeError, match="TrainableTokensLayer leaves it out"):
+        qkit.prepare(lora(build("torchao"), trainable_token_indices=[1, 2]), both)
+    model = lora(qkit.prepare(build("torchao"), both), trainable_token_indices=[1, 2])
+    with pytest.raises(qkit.StageError, match=r"cannot see past trainable_tokens\.TrainableTokensLayer"):
+        trainer(tmp_path, model, callbacks=[QatCallback(both)])
 
 
 def test_the_merge_takes_the_trained_copy_of_a_module():

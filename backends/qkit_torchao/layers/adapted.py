@@ -69,7 +69,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
         rule, weight = self.rule, self.weight
         if torch.compiler.is_compiling() or is_transformed() or not x.numel() or (self.kind and self._takes_codes(x)):
             return super().forward(x)
-        sharded.is_gathered(self)  # refuses a rounded weight
+        sharded.gathered(self)  # refuses a rounded weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x = self.slot(x, "input", rule.activation)
@@ -90,7 +90,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in the type of the base."""
-        sharded.is_gathered(self)  # refuses a rounded weight
+        sharded.gathered(self)  # refuses a rounded weight
         return self.merge_into(self.weight, self.weight.dtype)
 
     def _values(self, weight: Tensor, dtype: torch.dtype, *, cached: bool) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit_torchao.layers.sharded import is_shard
+from qkit_torchao.layers.sharded import class_of, is_shard
 from qkit_torchao.torch_private import FSDP_ATTRIBUTES
 
 HERE = "torch.distributed"
@@ -40,9 +40,7 @@ def _copied(module: nn.Module, whole: dict[int, Tensor], copies: dict[int, nn.Mo
     """`module` as it was before FSDP, with the tensors of `whole`, by the ids of their shards."""
     if id(module) in copies:
         return copies[id(module)]
-    cls: Any = type(module)
-    if cls.__module__.startswith(HERE) and len(cls.__bases__) == 2:  # FSDPLinear(FSDPModule, Linear)
-        cls = cls.__bases__[1]
+    cls = class_of(module)
     copy: nn.Module = cls.__new__(cls)
     copies[id(module)] = copy
     for key, value in module.__dict__.items():

@@ -11,6 +11,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 import processes  # noqa: E402
+import shards  # noqa: E402
 from processes import GRID, adam, batch, codes, net, ours, train, with_adapters  # noqa: E402
 
 import qkit  # noqa: E402
@@ -114,10 +115,78 @@ def test_a_sharded_model_is_switched_off(seen):
         assert torch.equal(seen[0]["disabled"], model(batch(0)[0]))
 
 
+ONE_GRID = (
+    "policy",
+    "sharded before",
+    "computed before",
+    "left whole",
+    "resharded to one",
+    "offloaded",
+    *shards.MESHES,
+)
+
+
+@pytest.mark.parametrize("case", ONE_GRID)
+def test_every_way_to_shard_trains_on_the_values_of_fp32_masters(seen, case):
+    model = shards.build(shards.Net, shards.GRID)
+    want = train(model, shards.adam(model), autocast=True)
+    for one in seen:
+        assert one["shards"][case]["wrong"] == 0
+        assert one["shards"][case]["count"] == 51 * 64 + 97 * 64 + 51 * 96
+        assert one["shards"][case]["losses"] == pytest.approx(want, rel=2e-3)  # sums are rounded to 8 bits elsewhere
+        assert one["shards"][case]["losses"] == one["shards"]["policy"]["losses"]
+
+
+@pytest.mark.parametrize("grid", shards.GRIDS, ids=str)
+@pytest.mark.parametrize("dim", ["outputs", "inputs"])
+def test_scales_of_rows_and_tensors_are_those_of_the_whole_weight(seen, grid, dim):
+    model = shards.build(shards.Net if dim == "outputs" else shards.Even, grid)
+    want = train(model, shards.adam(model), autocast=True)
+    for one in seen:
+        found = one["shards"][f"{grid}, along {dim}"]
+        assert found["wrong"] == 0
+        assert found["losses"] == pytest.approx(want, rel=3e-3)  # sums are rounded to 8 bits elsewhere
+
+
+def test_shards_along_inputs_have_whole_groups(seen):
+    assert all(one["shards"]["along inputs"]["wrong"] == 0 for one in seen)
+
+
+def test_layers_that_share_a_tensor_scale_share_it_over_processes(seen):
+    assert all(one["shards"]["fused"]["wrong"] == 0 for one in seen)
+
+
+def test_the_gradient_of_clipped_weights_is_masked_where_they_lie(seen):
+    model = shards.build(shards.Net, shards.GRID, ste="masked")
+    want = train(model, shards.adam(model), autocast=True)
+    for one in seen:
+        assert one["shards"]["masked"]["losses"] == pytest.approx(want, rel=2e-3)
+        assert one["shards"]["masked"]["losses"] != one["shards"]["policy"]["losses"]
+
+
+def test_without_a_policy_the_values_are_float32(seen):
+    assert all(one["shards"]["no policy"]["losses"] == one["adam"]["losses"] for one in seen)
+    assert all(one["shards"]["no policy"]["wrong"] == 0 for one in seen)
+
+
+def test_edits_and_assigned_states_are_quantized_and_checkpoints_are_plain(seen):
+    for one in seen:
+        edits = one["shards"]["edits"]
+        assert {edits["first"][0], edits["edited"][0], edits["assigned"][0]} == {0}
+        assert edits["plain"] == {"Tensor"}
+
+
+def test_a_policy_and_a_model_that_is_switched_off(seen):
+    model = shards.build(shards.Net, shards.GRID).to(torch.bfloat16)
+    with torch.no_grad(), qkit.disabled(model):
+        for one in model.parameters():
+            one.mul_(-2)
+        assert torch.equal(seen[0]["shards"]["edits"]["off"].bfloat16(), model(batch(0)[0]))
+
+
 @pytest.mark.parametrize(
     ("verb", "message"),
     [
-        ("prepare", "cannot prepare: tokens is sharded over processes; prepare the model first"),
         ("convert", "cannot convert: tokens is sharded over processes; call whole = qkit.gather"),
         ("save", "cannot save: tokens is sharded over processes; call whole = qkit.gather"),
         ("adapt", "cannot adapt: tokens is sharded over processes; adapt the model first and shard it then"),
