@@ -51,11 +51,13 @@ class _Adapted(nn.Module):
 
     def merge_into(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
+        sharded.want_own_types(self, *NAMES.values())
         return merge(w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """B, A and the magnitudes, which only DoRA has."""
+        sharded.want_own_types(self, *NAMES.values())
         return self.lora_B, self.lora_A, self.lora_magnitude
 
 

@@ -11,7 +11,7 @@ from qkit.engines.layer import Layer
 from qkit.experts import is_router
 from qkit.qtensor import dtype_of
 from qkit.rules import Kind
-from qkit_torchao.layers import sharded
+from qkit_torchao.layers import patched, sharded
 from qkit_torchao.layers.converted import PLAIN
 from qkit_torchao.layers.experts import Experts
 from qkit_torchao.layers.packed_experts import PackedExperts, buffers_of
@@ -91,6 +91,8 @@ def _is_layer(module: nn.Module) -> bool:
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     """See `Modules.replace`."""
     swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
+    for path, new in modules.items():
+        patched.rebind(new, model.get_submodule(path))
     for parent in list(model.modules()):
         for name, child in list(children(parent).items()):
             if id(child) in swaps:
@@ -148,6 +150,8 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         if kind == "embedding"
         else (module.out_features, module.in_features)
     )
+    if not isinstance(module, CONVERTED):
+        sharded.want_known(module)
     if isinstance(module, Prepared):
         adapter = getattr(module, "adapter", "")
         return Layer(
@@ -183,6 +187,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         obstacle = "its weight is computed from other parameters (weight_norm and the like)"
     elif (cls := sharded.class_of(module)) not in (nn.Linear, nn.Embedding) and not _is_known(cls, module):
         obstacle = f"{cls.__name__} is a subclass of {kind} that qkit does not know"
+    obstacle = obstacle or patched.why_not(module)
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
