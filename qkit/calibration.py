@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.load import load
-from qkit.drift import correct_block
+from qkit.drift import Aim, correct_block
 from qkit.engines.abilities import require
-from qkit.engines.blocks import Blocks, Hidden, Watches
+from qkit.engines.blocks import Blocks, Hidden, Learns, Lesson, Watches
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Builds
-from qkit.errors import ArtifactError, PlanError
+from qkit.errors import ArtifactError, GridError, PlanError
 from qkit.fitting.identity import identity
 from qkit.fitting.run import Run
-from qkit.fitting.statistics import AIM
+from qkit.fitting.statistics import AIM, LEARNED
 from qkit.grid import Grid
 from qkit.planning import plan
+from qkit.qtensor import QTensor
+from qkit.reference.rounding import dequantize
 from qkit.reference.steps import want_fitted
 from qkit.rules import Recipe, Rule
 from qkit.storage.read import read_folder
@@ -80,11 +83,16 @@ def calibrate_drift(
     engine: Builds,
     recipe: Recipe,
     batch: int = 8,
+    lesson: Lesson | None = None,
     tick: Tick = lambda name, done: None,
 ) -> Path:
     """As `calibrate`, for `solve` by one recipe: statistics of the inputs in the fitted model, and the weights to aim at.
 
-    The float model and the fitted one run side by side; see `qkit.drift`.
+    The float model and the fitted one run side by side; see `qkit.drift`. The solved codes of layers whose rule has
+    `rounding = "learned"` are those that their block begins to learn from; `round` takes the codes that it ends with.
+
+    Args:
+        lesson: how rounding is learned, by all layers if no rule names any. None: only where a rule wants it.
 
     Raises:
         PlanError, RunError, RangeError, ArtifactError, BackendError: as `calibrate`. PlanError also for recipes that quantize
@@ -103,18 +111,58 @@ def calibrate_drift(
             )
     for grid in dict.fromkeys(grids.values()):
         want_fitted(grid)
-    weights = {path: engine.to_numpy(engine.weight(layers[path].module)) for path in grids}
+    lesson, pupils = _pupils(lesson, rules, grids)
+    learner = require(engine, Learns) if pupils else None
     blocks, fitted = (engine.blocks(one, length=rows.shape[1]) for one in (model, twin))
-    settings = {"aims": {path: str(grid) for path, grid in grids.items()}}
-    run = Run(out, _about(folder, rows, engine), settings, batch=batch)
+    settings = {"aims": {path: str(grid) for path, grid in grids.items()}, "learn": sorted(pupils)}
+    about = _about(folder, rows, engine) | ({"lesson": asdict(lesson)} if lesson else {})
+    run = Run(out, about, settings, batch=batch)
     if not run.done:
         run.enter(blocks, rows, "states", "fitted")
     for number, where in enumerate(blocks.paths):
         if number >= run.done:
             mine = {path: grid for path, grid in grids.items() if path.startswith(f"{where}.")}
-            _correct(run, blocks, fitted, number, mine, weights)
+            weights = {path: engine.to_numpy(engine.weight(layers[path].module)) for path in mine}
+            learn = _learning(learner, fitted, number, run, lesson, pupils) if learner and lesson else None
+            _correct(run, blocks, fitted, number, mine, weights, learn)
         tick(where, len(rows))
     return run.finish(len(blocks.paths))
+
+
+def _pupils(
+    lesson: Lesson | None, rules: Mapping[str, Rule], grids: Mapping[str, Grid]
+) -> tuple[Lesson | None, frozenset[str]]:
+    """How rounding is learned, and by which layers.
+
+    Raises:
+        GridError: a layer has one scale for its whole weight.
+    """
+    named = frozenset(path for path in grids if rules[path].rounding == "learned")
+    if lesson is None and not named:
+        return None, named
+    pupils = named or frozenset(grids)
+    for path in pupils:
+        if grids[path].group == "tensor":
+            raise GridError(f"{path}: rounding is not learned on {grids[path]}, whose rows share a scale: take groups")
+    return lesson or Lesson(), pupils
+
+
+def _learning(
+    engine: Learns, fitted: Blocks, number: int, run: Run, lesson: Lesson, pupils: frozenset[str]
+) -> Callable[[Mapping[str, Aim]], dict[str, QTensor[NDArray[Any]]]]:
+    """A function that learns the rounding of a block whose layers have been fitted, and puts the values there."""
+
+    def learn(aims: Mapping[str, Aim]) -> dict[str, QTensor[NDArray[Any]]]:
+        starts = {path: aim.q for path, aim in aims.items() if path in pupils}
+        if not starts:
+            return {}
+        before, after = run.whole("fitted", number), run.whole("states", number + 1)
+        found = engine.learn(fitted, number, before, after, starts, lesson)
+        for path, q in found.items():
+            fitted.put(path, dequantize(q))
+        return found
+
+    return learn
 
 
 def _watch(run: Run, blocks: Blocks, number: int, watched: Mapping[str, Grid | None]) -> None:
@@ -133,19 +181,23 @@ def _correct(
     number: int,
     grids: Mapping[str, Grid],
     weights: Mapping[str, NDArray[Any]],
+    learn: Callable[[Mapping[str, Aim]], dict[str, QTensor[NDArray[Any]]]] | None,
 ) -> None:
-    """Fits one block of the fitted model, runs both models on, and writes the moments and aims of its layers."""
+    """Fits one block of the fitted model, runs both models on, and writes the moments, aims and learned codes of its layers."""
 
     def states() -> Iterator[tuple[Hidden, Hidden]]:
         return zip(run.states("states", number), run.states("fitted", number), strict=True)
 
     aims = correct_block(number, blocks, fitted, states, grids, weights) if grids else {}
-    for one, name in ((blocks, "states"), (fitted, "fitted")):
-        one.run(number, run.states(name, number), {}, put=_putting(run, name, number + 1))
-    tensors = {path: aim.moments for path, aim in aims.items() if aim.moments is not None}
-    tensors |= {path + AIM: aim.weight for path, aim in aims.items()}
+    blocks.run(number, run.states("states", number), {}, put=_putting(run, "states", number + 1))
+    learned = learn(aims) if learn else {}
+    fitted.run(number, run.states("fitted", number), {}, put=_putting(run, "fitted", number + 1))
+    tensors: dict[str, NDArray[Any]] = {path: aim.moments for path, aim in aims.items() if aim.moments is not None}
+    tensors |= {path + AIM: aim.weight for path, aim in aims.items() if path not in learned}
+    tensors |= {path + LEARNED + name: part for path, q in learned.items() for name, part in q.parts().items()}
     layers = {
         path: {"like": aim.like, "tokens": aim.tokens, "activation": None, "grid": str(grids[path]), "peak": aim.peak}
+        | ({"rounding": "learned"} if path in learned else {})
         for path, aim in aims.items()
     }
     run.write(number, tensors, layers)

@@ -60,11 +60,19 @@ class Coverage:
     rest_bits: int = 0
 
     @property
+    def numbers(self) -> int:
+        """How many numbers the model has; a tied weight counts once."""
+        return self.rest + sum(prod(row.shape) for row in self.rows if not row.tied)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all tensors, as `qkit plan` and `qkit inspect` count."""
+        return round((self.rest_bits + sum(row.bits * prod(row.shape) for row in self.rows if not row.tied)) / 8)
+
+    @property
     def bits_per_weight(self) -> float:
-        """Stored bits per number of the model, as `qkit plan` and `qkit inspect` count; a tied weight counts once."""
-        rows = [row for row in self.rows if not row.tied]
-        numbers = self.rest + sum(prod(row.shape) for row in rows)
-        return (self.rest_bits + sum(row.bits * prod(row.shape) for row in rows)) / numbers if numbers else 0.0
+        """Stored bits per number of the model."""
+        return 8 * self.nbytes / self.numbers if self.numbers else 0.0
 
     def __str__(self) -> str:
         cells = [

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qkit import fused
 from qkit.engines.blocks import Blocks, Hidden
 from qkit.grid import Grid
+from qkit.qtensor import QTensor
 from qkit.reference.fitting import fit
 from qkit.reference.moments import Moments
 from qkit.reference.rounding import dequantize
@@ -33,12 +34,14 @@ class Aim:
     Attributes:
         weight: the corrected weight [outputs, inputs].
         like: the layer with the moments of both.
+        q: its codes by `solve`.
         moments: E[x x'] of its inputs in the fitted model, or None where another layer has them.
         peak: of `nvfp4`, the largest magnitude of all weights that share the tensor scale.
         tokens: how many inputs there were.
     """
 
     weight: NDArray[np.float32]
+    q: QTensor[NDArray[Any]]
     like: str
     moments: NDArray[np.float32] | None
     peak: float | None
@@ -74,8 +77,9 @@ def correct_block(
         h, peaks = moments.astype(np.float32), _peaks(aimed, grids)
         known = Moments.of(h)
         for path, weight in aimed.items():
-            aims[path] = Aim(weight, group[0], h if path == group[0] else None, peaks.get(path), tokens)
-            fitted.put(path, dequantize(fit(weight, grids[path], known, method="solve", peak=peaks.get(path))))
+            q = fit(weight, grids[path], known, method="solve", peak=peaks.get(path))
+            aims[path] = Aim(weight, q, group[0], h if path == group[0] else None, peaks.get(path), tokens)
+            fitted.put(path, dequantize(q))
     return aims
 
 

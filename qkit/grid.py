@@ -10,6 +10,7 @@ from qkit.errors import GridError
 
 Group = int | Literal["row", "tensor"]
 LONGEST = 1 << 24  #: the longest group; no row of a model is longer
+SMALLEST = 16  #: the smallest group that an error message names
 NEAREST = 1 << 16  #: the most group sizes that an error message tries, to name one that divides
 
 INTEGER_RULES = tuple(name for name, rule in SCALE_RULES.items() if rule.kind == "integer")
@@ -123,10 +124,29 @@ class Grid:
             raise GridError(f"cannot quantize an array of shape {shape}: it has no last axis, or no elements")
         if self.group == "tensor":
             return (1,) * len(shape)
-        group = shape[-1] if self.group == "row" else int(self.group)
-        if shape[-1] % group:
-            raise GridError(f"{shape[-1]} inputs do not divide into groups of {group}: {_way_out(shape[-1], group)}")
-        return (*shape[:-1], shape[-1] // group)
+        if not self.divides(shape[-1]):
+            raise GridError(f"{shape[-1]} inputs do not divide into groups of {self.group}: {self._way_out(shape[-1])}")
+        return (*shape[:-1], 1 if self.group == "row" else shape[-1] // int(self.group))
+
+    def divides(self, inputs: int) -> bool:
+        """Whether a last axis of so many elements is a whole number of groups."""
+        return not isinstance(self.group, int) or inputs % self.group == 0
+
+    def smaller_groups(self, inputs: int) -> str:
+        """The groups in place of this grid's that a last axis of so many elements divides into, as words; empty: none.
+
+        Groups of small floats are those of their formats, so that there are no others. Under 16, scales would outweigh codes.
+        """
+        if self.element.kind == "float" or not isinstance(self.group, int):
+            return ""
+        largest = min(self.group - 1, inputs, NEAREST)
+        size = next((size for size in range(largest, SMALLEST - 1, -1) if inputs % size == 0), None)
+        return f'group {size} or "row"' if size else '"row"'
+
+    def _way_out(self, inputs: int) -> str:
+        if use := self.smaller_groups(inputs):
+            return f"use {use}"
+        return f"give it a multiple of {self.group} inputs, or leave it in float"
 
     def group_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of `shape` with the elements of each group along a new last axis: `scale_shape(shape)` and the group."""
@@ -206,9 +226,3 @@ def _default_rule(element: Element) -> str:
     if element.kind == "float":
         return "rceil"
     return "absmax" if element.bits == 8 else "signed"
-
-
-def _way_out(inputs: int, group: int) -> str:
-    largest = min(group - 1, inputs, NEAREST)
-    size = next((size for size in range(largest, 1, -1) if inputs % size == 0), None)
-    return f'use group {size} or "row"' if size else 'use "row"'

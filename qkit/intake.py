@@ -1,5 +1,7 @@
 """Files and JSON from outside: regular files only, size limits before reading, and values of bounded depth."""
 
+import codecs
+import io
 import json
 import os
 import signal
@@ -41,17 +43,21 @@ def check_regular(file: Path) -> int:
 
 
 def read_text(file: Path, *, most: int = TEXT_BYTES) -> str:
-    """The text of a regular file of at most `most` bytes.
+    """The text of a regular file of at most `most` bytes, without the byte-order mark that some editors put before it.
 
     Raises:
-        ArtifactError: the file is no regular file, or is longer.
+        ArtifactError: the file is no regular file, is longer, or is UTF-16.
         OSError: the file cannot be read.
         UnicodeDecodeError: the text is not UTF-8.
     """
     size = check_regular(file)
     if size > most:
         raise ArtifactError(f"{file} has {size:,} bytes, and qkit reads at most {most:,} there: fetch it again")
-    return file.read_text(encoding="utf-8")
+    data = file.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ArtifactError(f"{file} is text in UTF-16: save it as UTF-8")
+    with io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig") as stream:  # which reads all ends of lines as \n
+        return stream.read()
 
 
 def parse_json(text: str | bytes, *, parse_int: Callable[[str], float] = int) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from qkit import fused
 from qkit.conversion import pack_layers
 from qkit.engines.abilities import offers, require, want_honored
-from qkit.engines.elsewhere import Remembers
+from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
 from qkit.engines.protocol import Arrays, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
@@ -15,41 +15,56 @@ from qkit.engines.registry import backend_of
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.trainer import OFFSET_RATE, AdamWOptions
 from qkit.errors import FamilyWarning, StageError
+from qkit.overrides import overridden
 from qkit.planning import Planned, plan, warn_of_rest
 from qkit.rules import Recipe, Rule
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qkit.fitting.fits import Fit
-    from qkit.reference.fitting import Method
+    from qkit.fitting.fits import Fit, Method
 
 Model = TypeVar("Model")
 
 NOTE = "qkit_note"  #: attribute of a module that the recipe left alone: the reason
 
 
-def prepare(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays | None = None) -> Model:
+def prepare(
+    model: Model,
+    recipe: "str | Path | Recipe",
+    *,
+    skip_indivisible: bool = False,
+    backend: str | Arrays | None = None,
+) -> Model:
     """`model` ready for quantization-aware training: its layers compute with the values of the converted model.
 
     Works in place and returns the model; a model that is itself one layer gives a new one, of the engine's own class. Master
     weights stay the same parameters under the same names. Gradients pass straight through the rounding.
 
+    A torch model may be sharded by FSDP2 or tensor parallel already, but for experts and learned scales.
+
     Where peft or mlx-lm have put adapters, the layers inside them are prepared, under the paths that they had without them, and
     the factors of adapters stay float. Warns if the recipe quantizes less than half of the weights.
 
+    Args:
+        skip_indivisible: whether layers that do not divide into groups stay in float, whatever the recipe says.
+
     Raises:
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
-        StageError: the model is prepared, converted or sharded already; or it has a wrapper that qkit does not know.
+        PlanError: the recipe wants learned rounding, which training does not have.
+        StageError: the model is prepared or converted already; or experts or learned scales are sharded; or the model has a
+            wrapper that qkit does not know.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
-    want_whole(layers, "prepare")
     want_known(layers, "prepare")
-    planned = _plan_on(engine, layers, recipe, "prepare")
+    want_mergeable(engine, model, layers, "prepare")
+    planned = _plan_on(engine, layers, recipe, "prepare", skip_indivisible)
+    want_whole([item.layer for item in planned if item.rule and _needs_whole(item.rule)], "prepare")
     warn_of_family(engine, model)
     chosen = {item.layer.name: item.rule for item in planned if item.rule}
+    _want_none_learned([(item.layer, item.rule) for item in planned if item.rule])
     if any(_fuses(group, chosen) for group in fused.groups(chosen)):
         require(engine, Fuses)
     prepared = {item.layer.path: engine.prepare_layer(item.layer.module, item.rule) for item in planned if item.rule}
@@ -62,6 +77,7 @@ def convert(
     recipe: "str | Path | Recipe | None" = None,
     *,
     fit: "Fit | Method | None" = None,
+    skip_indivisible: bool = False,
     backend: str | Arrays | None = None,
 ) -> Model:
     """`model` with codes in place of weights. Prepared layers remember their rule; a recipe is for unprepared models.
@@ -70,12 +86,13 @@ def convert(
 
     Args:
         fit: how codes are chosen, of an unprepared model: `"search"`, or a `qkit.Fit` with statistics of the model.
+        skip_indivisible: as `prepare` takes it.
 
     Raises:
         StageError: an unprepared model needs a recipe, and a prepared one takes neither a recipe nor a fit. Or the model is
             converted, adapted or sharded; or another library has put wrappers around layers, or plain ones in their places.
         RecipeError, GridError: the recipe does not fit. As with every error, the model does not change.
-        PlanError: the statistics have nothing of any layer, or are of inputs on another grid.
+        PlanError: the statistics have nothing of any layer, or are of inputs on another grid; or rounding should be learned.
         RangeError: a weight is not finite.
         BackendError: no engine works on such a model, or the engine does not honour a key of the recipe.
     """
@@ -97,14 +114,23 @@ def convert(
             )
         planned = [Planned(layer, layer.rule) for layer in prepared]
     else:
-        planned = _plan_on(engine, layers, recipe, "convert")
+        planned = _plan_on(engine, layers, recipe, "convert", skip_indivisible)
     if recipe is not None:
         warn_of_family(engine, model)
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
+    if fit is None and not prepared:
+        _want_none_learned(chosen)
     packed = pack_layers(engine, model, chosen, _opened(fit, chosen) if fit else None)
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
+
+
+def want_mergeable(engine: Modules, model: Any, layers: Iterable[Layer], verb: str) -> None:
+    """Refuses adapters of other libraries that their own library cannot merge: the trained model could not be shipped."""
+    wrapped = any(layer.wrapper for layer in layers)
+    if wrapped and offers(engine, Restores) and (reason := engine.obstacle_to_merge(model)):
+        raise StageError(f"cannot {verb}: {reason}: use another adapter")
 
 
 def warn_of_family(engine: Modules, model: Any) -> None:
@@ -119,10 +145,19 @@ def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":
     return open_fit(fit, {layer.name: rule for layer, rule in chosen})
 
 
-def _plan_on(engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str) -> list[Planned]:
+def _want_none_learned(chosen: list[tuple[Layer, Rule]]) -> None:
+    if any(rule.rounding == "learned" for _, rule in chosen):
+        from qkit.fitting.fits import want_none_learned  # here, so that `import qkit` stays cheap
+
+        want_none_learned({layer.name: rule for layer, rule in chosen})
+
+
+def _plan_on(
+    engine: Modules, layers: list[Layer], recipe: "str | Path | Recipe", verb: str, skip_indivisible: bool
+) -> list[Planned]:
     """The plan for `layers` of a float model, by a recipe that `engine` honours."""
     _want_float(layers, verb)
-    found = find_recipe(recipe)
+    found = overridden(find_recipe(recipe), skip_indivisible=skip_indivisible)
     planned = plan(layers, found)
     want_honored(engine, found.rules, verb)
     warn_of_rest(planned, found)
@@ -197,6 +232,11 @@ def _want_float(layers: list[Layer], verb: str) -> None:
                 "call convert(model) without a recipe" if layer.stage == "prepared" else "load the float model again"
             )
             raise StageError(f"cannot {verb} with a recipe: {layer.path} is {layer.stage} already; {way_out}")
+
+
+def _needs_whole(rule: Rule) -> bool:
+    """Whether a layer has to be prepared before it is sharded: stacks of experts, and parameters that are not sharded yet."""
+    return rule.kind == "experts" or rule.scales == "learned"
 
 
 def _note(planned: list[Planned]) -> None:

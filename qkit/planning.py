@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from math import prod
 
 from qkit.engines.layer import Layer
-from qkit.errors import CoverageWarning, GridError, RecipeError
+from qkit.errors import CoverageWarning, RecipeError
 from qkit.grid import want_chosen
+from qkit.misfits import want_whole_groups, widths
 from qkit.parts import is_in
 from qkit.rules import Recipe, Rule
 
@@ -32,9 +33,10 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
 
     Raises:
         RecipeError: a rule that quantizes matches no layer, or matches one that cannot be quantized.
-        GridError: a layer does not divide into groups and the rule does not say "skip".
+        GridError: layers do not divide into groups and their rules do not say "skip"; the message lists them all.
     """
     planned = [_plan_layer(layer, recipe) for layer in layers]
+    want_whole_groups([width for item in planned if item.rule for width in widths(item.layer, item.rule)])
     owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
     planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
     spoken = {id(_rule_for(item.layer, recipe)) for item in planned if item.layer.kind != "other"}
@@ -90,17 +92,8 @@ def _plan_layer(layer: Layer, recipe: Recipe) -> Planned:
         raise RecipeError(
             f"{layer.path}: {layer.obstacle}; put a rule without weight before, that matches it, to leave it alone"
         )
-    for name, shape in layer.weights.items():
-        path = layer.path if name == "weight" else f"{layer.path}.{name}"
-        backwards = shape[::-1]  # outputs last
-        for grid, one in ((rule.weight, shape), (rule.activation, shape), (rule.output, backwards)):
-            try:
-                if grid:
-                    grid.scale_shape(one)
-            except GridError as error:
-                if rule.indivisible == "skip":
-                    return Planned(layer, None, f"skipped: {error}")
-                raise GridError(f'{path}: {error}, or indivisible = "skip"') from None
+    if rule.indivisible == "skip" and (misfit := next((one for one in widths(layer, rule) if not one.fits), None)):
+        return Planned(layer, None, f"skipped: {misfit}")
     return Planned(layer, rule)
 
 

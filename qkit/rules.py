@@ -1,8 +1,7 @@
 """Recipes: named, versioned lists of rules for the layers of a model, read from flat TOML. The first rule that matches wins."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from qkit.errors import GridError, RecipeError
 from qkit.grid import Grid, want_chosen, want_grid
 from qkit.parts import Part, is_in
+from qkit.tables import place, value_of, want_known
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -20,16 +20,15 @@ KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 Range = Literal["dynamic", "calibrated", "average"]
 Ste = Literal["identity", "masked"]
 Scales = Literal["rule", "learned"]
+Rounding = Literal["nearest", "learned"]
 SCHEMA = 1
-CORE_KEYS = ("match", "kind", "weight", "part", "indivisible")  #: keys of a rule that the core carries out
+CORE_KEYS = ("match", "kind", "weight", "part", "indivisible", "rounding")  #: keys of a rule that the core carries out
 PATTERNS = 1000  #: most patterns and rules of a recipe file: each is compared with each layer
 PATTERN = 1000  #: most characters of a pattern
 EXPERTS = "*.experts.*"  #: the pattern of a rule for experts that names none
 GRIDS = ("weight", "activation", "output")  #: keys of a rule that name a grid
-#: The other keys that may be left out.
-DEFAULTS = {"range": "dynamic", "ste": "identity", "scales": "rule", "part": "all", "indivisible": "error"}
+TYPES = {"kind": Kind, "range": Range, "ste": Ste, "scales": Scales, "rounding": Rounding, "part": Part}
 #: By key, the values that a rule takes.
-TYPES: Mapping[str, Any] = {"kind": Kind, "range": Range, "ste": Ste, "scales": Scales, "part": Part}
 CHOICES: Mapping[str, Sequence[str]] = {**{k: get_args(t) for k, t in TYPES.items()}, "indivisible": ("error", "skip")}
 
 
@@ -51,6 +50,7 @@ class Rule:
             value was clipped (`masked`).
         scales: where the scales of `weight` come from in training: the grid's own rule (`rule`), or they train beside the weight
             (`learned`, see `qkit.reference.learned`), whose gradient is then masked.
+        rounding: `nearest`, or `learned` from a text where nobody trains, see `qkit.calibration.calibrate_drift`.
         part: `all` of the model, or `language`: without towers of vision and audio, see `qkit.parts`.
         indivisible: for a weight that does not divide into groups: `error`, or `skip` the layer.
     """
@@ -63,6 +63,7 @@ class Rule:
     range: Range = "dynamic"
     ste: Ste = "identity"
     scales: Scales = "rule"
+    rounding: Rounding = "nearest"
     part: Part = "all"
     indivisible: Literal["error", "skip"] = "error"
 
@@ -80,6 +81,10 @@ class Rule:
         if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
             what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
             raise RecipeError(f'scales = "learned" {what}')
+        if self.rounding == "learned" and (not self.weight or self.kind != "linear" or self.weight.group == "tensor"):
+            raise RecipeError(
+                'rounding = "learned" is for linear layers with a weight grid of groups or rows: leave it out'
+            )
         if self.slots and not self.weight:
             raise RecipeError(f"a rule with an {' and an '.join(self.slots)} grid needs a weight grid")
         if self.slots and self.kind == "embedding":
@@ -107,8 +112,8 @@ class Rule:
     @property
     def engine_keys(self) -> dict[str, str]:
         """The keys that an engine has to honour for this rule, with their values: not `CORE_KEYS`, and not at their default."""
-        keys = {field.name: field.default for field in fields(self) if field.name not in CORE_KEYS}
-        return {key: str(getattr(self, key)) for key, default in keys.items() if getattr(self, key) != default}
+        keys = [(one.name, one.default) for one in fields(self) if one.name not in CORE_KEYS]
+        return {key: str(getattr(self, key)) for key, default in keys if getattr(self, key) != default}
 
     def matches(self, path: str, kind: Kind) -> bool:
         """Whether the rule applies to the layer at `path`."""
@@ -116,6 +121,10 @@ class Rule:
             return False
         paths = (path, f"{path}.") if kind == "experts" else (path,)
         return any(fnmatchcase(one, pattern) for one in paths for pattern in self.match)
+
+
+#: The keys that name no grid and may be left out.
+DEFAULTS = {one.name: one.default for one in fields(Rule) if isinstance(one.default, str) and one.name != "kind"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +157,7 @@ def read_recipe(file: "Path | Traversable") -> Recipe:
     from qkit.intake import read_text  # here, so that `import qkit` stays cheap
 
     try:
-        text = read_text(file) if isinstance(file, os.PathLike) else file.read_text(encoding="utf-8")
+        text = read_text(file) if isinstance(file, os.PathLike) else file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file}: {error}") from None
     return parse_recipe(text, name=file.name.removesuffix(".toml"), source=str(file))
@@ -178,7 +187,7 @@ def parse_recipe(text: str, *, name: str, source: str) -> Recipe:
 
 
 def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
-    """The recipe that a parsed TOML table describes.
+    """The recipe that a parsed TOML table describes. Rules without `indivisible` have that of the top.
 
     Raises:
         RecipeError: a key is unknown, missing or of the wrong type.
@@ -186,21 +195,24 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
 
     Messages begin with the place, `grids.w` or `rules[2]`, counted from 1.
     """
-    _only(table, ("schema", "version", "summary", "grids", "rules"), "the recipe")
+    want_known(table, ("schema", "version", "summary", "indivisible", "grids", "rules"), "the recipe")
     schema = table.get("schema")
     if type(schema) is not int or schema != SCHEMA:  # `true == 1`
         raise RecipeError(f"schema is {schema!r}: this version of qkit reads schema = {SCHEMA}")
     grids, rules = {}, []
-    for key, value in _get(table, "grids", dict, {}).items():
-        with _place(f"grids.{key}"):
+    for key, value in value_of(table, "grids", dict, {}).items():
+        with place(f"grids.{key}"):
             grids[key] = grid_from_table(value)
             want_chosen(grids[key])
-    for number, value in enumerate(_get(table, "rules", list, []), start=1):
-        with _place(f"rules[{number}]"):
-            rules.append(_rule(value, grids))
+    indivisible = value_of(table, "indivisible", str, DEFAULTS["indivisible"])
+    if indivisible not in CHOICES["indivisible"]:
+        raise RecipeError(f"indivisible is {indivisible!r}: choose one of {', '.join(CHOICES['indivisible'])}")
+    for number, value in enumerate(value_of(table, "rules", list, []), start=1):
+        with place(f"rules[{number}]"):
+            rules.append(_rule(value, grids, {**DEFAULTS, "indivisible": indivisible}))
     if len(rules) + sum(len(rule.match) for rule in rules) > PATTERNS:
         raise RecipeError(f"rules: they have more than {PATTERNS:,} patterns: write fewer, with * in them")
-    summary, version = _get(table, "summary", str, ""), _get(table, "version", int, 1)
+    summary, version = value_of(table, "summary", str, ""), value_of(table, "version", int, 1)
     used = {grid for rule in rules for grid in (rule.weight, *rule.slots.values())}
     for key, grid in grids.items():
         if grid not in used:
@@ -212,12 +224,12 @@ def grid_from_table(table: Any) -> Grid:
     """The grid that `{element, group, scale}` describes; `scale` may be left out."""
     if not isinstance(table, Mapping):
         raise RecipeError(f"{table!r} is no grid: want a table with element and group")
-    _only(table, ("element", "group", "scale"), "a grid")
+    want_known(table, ("element", "group", "scale"), "a grid")
     for want in ("element", "group"):
         if want not in table:
             raise RecipeError(f"{want} is missing")
-    scale = _get(table, "scale", str, "") if "scale" in table else None
-    return Grid(_get(table, "element", str, ""), table["group"], scale)
+    scale = value_of(table, "scale", str, "") if "scale" in table else None
+    return Grid(value_of(table, "element", str, ""), table["group"], scale)
 
 
 def grid_table(grid: Grid) -> dict[str, Any]:
@@ -240,18 +252,16 @@ def rule_table(rule: Rule) -> dict[str, Any]:
 def rule_from_table(table: Mapping[str, Any]) -> Rule:
     """The inverse of `rule_table`."""
     grids = {}
-    for slot in GRIDS:
-        if slot in table:
-            with _place(slot):
-                grids[slot] = grid_from_table(table[slot])
-    named = {slot: slot for slot in grids}
-    return _rule({**{key: value for key, value in table.items() if key not in grids}, **named}, grids)
+    for slot in [one for one in GRIDS if one in table]:
+        with place(slot):
+            grids[slot] = grid_from_table(table[slot])
+    return _rule({**table, **{slot: slot for slot in grids}}, grids)
 
 
-def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
+def _rule(table: Any, grids: Mapping[str, Grid], defaults: Mapping[str, str] = DEFAULTS) -> Rule:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{table!r} is no rule: write [[rules]]")
-    _only(table, ("match", "kind", *GRIDS, *DEFAULTS), "a rule")
+    want_known(table, ("match", "kind", *GRIDS, *DEFAULTS), "a rule")
     match = table.get("match", EXPERTS if table.get("kind") == "experts" else ())
     if not isinstance(match, (str, list, tuple)):
         raise RecipeError(f"match is {match!r}: give a pattern or a list of them")
@@ -260,38 +270,16 @@ def _rule(table: Any, grids: Mapping[str, Grid]) -> Rule:
         raise RecipeError(f"match has a pattern of more than {PATTERN:,} characters: write a shorter one")
     return Rule(
         match=patterns,
-        kind=cast(Kind, _get(table, "kind", str, "linear")),
+        kind=cast(Kind, value_of(table, "kind", str, "linear")),
         **cast(Any, {slot: _grid(table, slot, grids) for slot in GRIDS}),
-        **cast(Any, {key: _get(table, key, str, default) for key, default in DEFAULTS.items()}),
+        **cast(Any, {key: value_of(table, key, str, default) for key, default in defaults.items()}),
     )
 
 
 def _grid(table: Mapping[str, Any], slot: str, grids: Mapping[str, Grid]) -> Grid | None:
     if slot not in table:
         return None
-    name = _get(table, slot, str, "")
+    name = value_of(table, slot, str, "")
     if name not in grids:
         raise RecipeError(f"{slot} = {name!r} names no grid: there is {', '.join(grids) or 'none'}")
     return grids[name]
-
-
-@contextmanager
-def _place(name: str) -> Iterator[None]:
-    """Puts `name` before the message of an error inside the block."""
-    try:
-        yield
-    except (RecipeError, GridError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def _get(table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
-    value = table.get(key, default)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise RecipeError(f"{key} is {value!r}: want a {kind.__name__}")
-    return value
-
-
-def _only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise RecipeError(f"unknown key {key!r} in {where}: there is {', '.join(known)}")

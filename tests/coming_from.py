@@ -1,9 +1,9 @@
-"""The lines of other tools beside qkit's, which test_seeds.py runs. `python tests/coming_from.py` writes docs/coming-from.md."""
+"""The lines of other tools beside qkit's, which test_seeds.py runs. `python tests/coming_from.py` writes the page of them."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs/coming-from.md"
+PAGE = Path(__file__).parents[1] / "docs/how-to/coming-from.md"
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ LOADS = {
 
 
 def page():
-    """The text of docs/coming-from.md."""
+    """The text of docs/how-to/coming-from.md."""
     shown = [
         *(TORCHAO, INC, FORGATHER),
         [_filled(HOOK, bits=4, group=64), _filled(LOAD, recipe="int4-g64", table=LOADS["int4-g64"]), SCHEDULE, STUDIO],

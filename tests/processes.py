@@ -206,12 +206,17 @@ def run(rank, folder):
         "put": error(lambda: qkit.adapters.load(plain, f"{folder}/adapter")),
         "merge": error(lambda: qkit.merge(adapted)),
         "keep": error(lambda: qkit.adapters.save(adapted, f"{folder}/never")),
-        "prepare": error(lambda: qkit.prepare(shard(Net()), RECIPE)),
         "convert": error(lambda: qkit.convert(model)),
         "save": error(lambda: qkit.save(model, f"{folder}/never")),
     }
-    rounding = shard(net(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    rounding = shard(with_adapters(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     seen["errors"]["rounded"] = error(lambda: rounding(batch(0)[0]))
+    import parallel  # which imports this module
+    import shards
+
+    seen["shards"] = shards.observe(rank)
+    if find_spec("transformers") and find_spec("accelerate"):
+        seen["parallel"] = parallel.observe(rank, folder)
     torch.save(seen, f"{folder}/{rank}.pt")
     distributed.barrier()
     os._exit(0)  # gloo's threads now and then abort a process that takes them down, torch 2.13

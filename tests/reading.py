@@ -1,4 +1,4 @@
-"""Makes docs/reading.md: the sources that qkit reads, their comparisons, and the sentences about directories that are no models.
+"""Makes docs/reference/reading.md: the sources that qkit reads, comparisons, and sentences about directories that are no models.
 
 python tests/reading.py writes the page. `tests/files/test_reading_page.py` holds it to the code.
 """
@@ -19,7 +19,7 @@ from qkit.sources.decoded import DecodedArray
 from qkit.sources.refused import REFUSED
 from qkit.storage.other_models import sentence
 
-PAGE = Path(__file__).parents[1] / "docs" / "reading.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "reading.md"
 GOLDEN = Path(__file__).parent / "golden"
 GPTQ = {"quant_method": "gptq", "group_size": 64, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
@@ -79,7 +79,7 @@ The settings may lie in `config.json` (`quantization_config`, `quantization`, th
 `text_config`), in `hf_quant_config.json`, `quantize_config.json` or `quant_config.json`. Settings and tensors have to agree. A
 directory whose tensors look packed, and whose settings do not say how, is refused by name.
 
-A grid named `stored` or `affine` is a read grid; see "Read grids" in [numerics.md](../numerics.md). "Values" means that no
+A grid named `stored` or `affine` is a read grid; see "Read grids" in [numerics.md](../../numerics.md). "Values" means that no
 grid holds the codes: groups of several rows, or in the order of activations. qkit leaves out scales of inputs and
 caches, and says so.
 

@@ -1,6 +1,7 @@
 """Every private name of torch that this engine uses, as of torch 2.13. No other module has one; torchao's are in `containers`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
@@ -35,6 +36,13 @@ def float8_product(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, *, fa
         fast: whether sums may have fewer bits.
     """
     return torch._scaled_mm(x, w, x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+def keeping_version(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which `x` is filled without a trace in its version."""
+    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+    return _unsafe_preserve_version_counter(x)
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -75,17 +83,67 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def fsdp_parameters() -> Iterator[Any]:
-    """FSDP2's records of all parameters that it shards in this process."""
+def fsdp_parameters() -> Iterator[tuple[nn.Module, Any]]:
+    """FSDP2's records of all parameters that it shards in this process, each with the module that was given to FSDP."""
     from torch.distributed._composable_state import _get_module_state, _module_state_mapping
 
     for owner in list(_module_state_mapping):
         state: Any = _get_module_state(owner)
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for group in groups:
-            yield from () if group is None else group.fsdp_params
+            yield from () if group is None else ((owner, one) for one in group.fsdp_params)
 
 
 def gathered_tensor(record: Any) -> Any:
     """The gathered weight of one of `fsdp_parameters`; None where it is sharded."""
     return getattr(record, "_unsharded_param", None)
+
+
+def local_part(outer: Any) -> Tensor:
+    """The tensor in this process of a DTensor: the very object, of which `DTensor.to_local` may give a view."""
+    part: Tensor = outer._local_tensor
+    return part
+
+
+def is_going_back() -> bool:
+    """Whether autograd is at work in this thread, as where a checkpoint computes a forward again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def active_ddp() -> Any:
+    """The `DistributedDataParallel` whose forward runs; None where there is none."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def take_hooks(record: Any) -> None:
+    """Has one of `fsdp_parameters` look for hooks of its part, as FSDP does when it begins."""
+    if not hasattr(record, "_extensions_data"):
+        record._init_extensions()
+
+
+def users(record: Any) -> list[nn.Module]:
+    """The modules that have the parameter of one of `fsdp_parameters`."""
+    about = record._module_info
+    return [about.module, *about.shared_modules]
+
+
+class Managed:
+    """The mark that FSDP puts on modules, as an attribute of a class: it calls `see(module)` when FSDP sets the mark."""
+
+    def __init__(self, see: Callable[[Any], None]) -> None:
+        self.see = see
+
+    def __get__(self, module: Any, cls: Any = None) -> Any:
+        """The mark of `module`."""
+        if module is None or MANAGED not in module.__dict__:
+            raise AttributeError(MANAGED)
+        return module.__dict__[MANAGED]
+
+    def __set__(self, module: Any, value: Any) -> None:
+        """Sets the mark of `module`."""
+        module.__dict__[MANAGED] = value
+        self.see(module)

@@ -16,7 +16,7 @@ from qkit.engines.layer import Layer, want_bare, want_known, want_whole
 from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
-from qkit.pipeline import Model, fuse, surgeon
+from qkit.pipeline import Model, fuse, surgeon, want_mergeable
 from qkit.reference.merged import Floats, Update, dithered, row_norms
 
 
@@ -68,6 +68,7 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     layers = list(engine.layers(model))
     want_whole(layers, "merge")
     want_known(layers, "merge")
+    want_mergeable(engine, model, layers, "merge")
     bare: Any = model
     if any(layer.wrapper for layer in layers):
         _check_updates(layers)

@@ -39,8 +39,8 @@ class StoredRule:
 
 
 def stored_rule(rule: Rule) -> Rule:
-    """`rule` as an artifact states it: without the patterns that chose the layers."""
-    return replace(rule, match=("*",), part="all", indivisible="error")
+    """`rule` as an artifact states it: without the patterns that chose the layers, and the way to its codes."""
+    return replace(rule, match=("*",), part="all", indivisible="error", rounding="nearest")
 
 
 def group_paths(applied: Iterable[tuple[Rule, DType, str]]) -> list[StoredRule]:

@@ -6,9 +6,12 @@ from typing import Annotated
 import typer
 
 import qkit
-from qkit.cli.console import console
+from qkit.cli.console import Json, console, print_json
+from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
+from qkit.engines.blocks import Lesson
 from qkit.engines.protocol import Builds
+from qkit.overrides import overridden
 
 
 def calibrate(
@@ -32,11 +35,21 @@ def calibrate(
     drift: Annotated[
         bool, typer.Option("--drift", help="Correct, for --fit solve by this recipe, the drift of fitted blocks.")
     ] = False,
+    learn: Annotated[
+        bool,
+        typer.Option(
+            "--learn", help="Correct the drift, and learn which way to round, for --fit round by this recipe."
+        ),
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of --learn in each block.")] = Lesson().steps,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the windows in which --learn takes them.")] = 0,
+    skip_indivisible: SkipIndivisible = False,
     length: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="The most windows, at even distances in the text.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 8,
     backend: Annotated[str | None, typer.Option(help="The engine. Left out: the first that is ready.")] = None,
     device: Annotated[str | None, typer.Option(help="The device of the engine, such as cpu or cuda.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Run a float model on a text, and store the second moments of its layers' inputs; interrupted, it goes on where it was."""
     from qkit.calibration import calibrate as gather  # here, so that other commands start fast
@@ -46,11 +59,16 @@ def calibrate(
     engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
     rows = consecutive(read_alike([model], data).tokens, length=length - 1, windows=windows)
-    chosen = qkit.recipe(recipe) if recipe else None
-    if drift and not chosen:
-        raise typer.BadParameter("--drift is of one recipe: add --recipe")
-    if drift and chosen:
-        calibrate_drift(model, out, rows, engine=engine, batch=batch, recipe=chosen)
+    chosen = overridden(qkit.recipe(recipe), skip_indivisible=skip_indivisible) if recipe else None
+    if (drift or learn) and not chosen:
+        raise typer.BadParameter(f"--{'learn' if learn else 'drift'} is of one recipe: add --recipe")
+    wants = learn or (chosen is not None and any(rule.rounding == "learned" for rule in chosen.rules))
+    if chosen and (drift or wants):
+        lesson = Lesson(steps=steps, batch=batch, seed=seed) if wants else None
+        calibrate_drift(model, out, rows, engine=engine, batch=batch, recipe=chosen, lesson=lesson)
     else:
         gather(model, out, rows, engine=engine, batch=batch, recipe=chosen)
-    console.print(f"{out}: statistics of {rows.size:,} tokens", highlight=False)
+    if as_json:
+        print_json({"out": str(out), "tokens": int(rows.size), "windows": len(rows), "engine": engine.name})
+    else:
+        console.print(f"{out}: statistics of {rows.size:,} tokens", highlight=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from rich.table import Table
 import qkit
 from qkit.artifact.config import read_config
 from qkit.cli.console import All, Json, console, print_json, read_size, size
-from qkit.cli.quantize import CopyCode, Ignore, Jobs, Model, RecipeName, ShardSize, SkipIndivisible, Untie, warn
+from qkit.cli.quantize import CopyCode, Ignore, Jobs, Model, ShardSize, SkipIndivisible, Untie, warn
 from qkit.overrides import check_ignored, overridden
 from qkit.path_patterns import collapse
 from qkit.processes import cores
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 def plan(
     model: Model,
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file. Needed without --budget.")
+    ] = None,
     ignore: Ignore = None,
     skip_indivisible: SkipIndivisible = False,
     copy_code: CopyCode = False,
@@ -35,7 +38,7 @@ def plan(
         bool, typer.Option("--train", help="Add the memory of training: full, and adapters of either kind.")
     ] = False,
     batch: Annotated[int, typer.Option(help="With --train: sequences in a micro-batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens in a sequence, with --train.")] = 512,
+    length: Annotated[int, typer.Option(help="Tokens in a sequence, with --train or --budget.")] = 512,
     dtype: Annotated[str, typer.Option(help="With --train: the type of the master weights.")] = "float32",
     optimizer: Annotated[
         str, typer.Option(help="With --train: adamw, adam, lion, muon, momentum or sgd; qkit train has adamw.")
@@ -45,10 +48,41 @@ def plan(
         bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
     ] = False,
     backend: Annotated[str, typer.Option(help="The engine. With --train: torchao or mlx.")] = "torchao",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Print a recipe that gives each layer one of --grids: 3.5bpw, bits per quantized weight, or 8GB in all.",
+        ),
+    ] = None,
+    grids: Annotated[str, typer.Option("--grids", help="With --budget: recipes to choose from, with commas.")] = "",
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A text file, or a shell pattern in quotes. Repeat for more. With --budget."),
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option("--stats", help="With --budget: statistics of qkit calibrate. Else it gathers its own."),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With --budget: measure each layer's KL divergence, and estimate nothing.")
+    ] = False,
+    windows: Annotated[int, typer.Option(min=1, help="With --budget: the most windows of text.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="With --budget: of the labels that the model draws.")] = 0,
+    device: Annotated[str, typer.Option(help="With --budget: the device of the engine.")] = "cpu",
     all_rows: All = False,
     as_json: Json = False,
 ) -> None:
     """List a model's tensors with their grids under a recipe, and the output size. Reads headers only."""
+    if budget is not None:
+        from qkit.cli.budget import print_budget  # here, so that other commands start fast
+
+        where: dict[str, Any] = {"backend": backend, "device": device}
+        how: dict[str, Any] = {"exact": exact, "length": length, "windows": windows, "seed": seed}
+        print_budget(model, budget=budget, grids=grids, data=data or [], stats=stats, **how, **where)
+        return
+    if recipe is None:
+        raise typer.BadParameter("name a recipe with --recipe, or a budget with --budget")
     chosen = overridden(qkit.recipe(recipe), ignore=ignore or (), skip_indivisible=skip_indivisible)
     made = make_plan(model, chosen, shard_bytes=read_size(shard_size), copy_code=copy_code, untie=untie)
     check_ignored(ignore or (), [row.path for row in made.rows if row.path])

@@ -26,14 +26,13 @@ from qkit.formats.compressed_tensors import layout
 from qkit.installation import how_to_install
 from qkit.planning import plan
 from qkit.qtensor import QTensor
-from qkit.report.place import PICTURE, REPORT, SOFTWARE, check_report
+from qkit.report.place import PICTURE, REPORT, check_report
 from qkit.rules import Recipe
 from qkit.storage.destination import check_directory, destination
 from qkit.storage.marks import check_own, remove
 from qkit.storage.staging import replaced_file
 from qkit.training import Run, train_model
 from qkit.training.checkpoint import newest
-from qkit.training.curve import smooth
 from qkit.training.folder import LOG, read_log, run_folder_of
 from qkit.training.run import FLOAT
 
@@ -85,11 +84,12 @@ class Result:
 
     @property
     def recovered(self) -> float | None:
-        """The share of the cost of quantizing (PTQ less float, both trained as long) that training on the grid won back.
+        """The share of the cost of quantizing (PTQ, trained as long, less float) that training on the grid won back.
 
-        None: quantizing cost nothing.
+        The cost is counted from the better float model: one that training longer made worse is no baseline. None: quantizing
+        cost nothing.
         """
-        cost = self.longer_ptq_loss - self.longer_float_loss
+        cost = self.longer_ptq_loss - min(self.float_loss, self.longer_float_loss)
         return (self.longer_ptq_loss - self.qat_loss) / cost if cost > 0 else None
 
 
@@ -175,33 +175,6 @@ def compare(
                 equal += int((q.parts()[name] == array).sum())
                 compared += array.size
     return equal, compared
-
-
-def draw(result: Result, file: Path) -> None:
-    """Writes the loss curves as a PNG; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    start = 0
-    for name, curve in result.curves.items():
-        steps, losses = np.array(curve).T
-        axes.plot(steps + start, smooth(losses), label=f"{name}, training text")
-        start = start or int(steps[-1])
-    for name, loss, color in (
-        ("float, longer", result.longer_float_loss, "C1"),
-        ("PTQ", result.longer_ptq_loss, "C3"),
-        ("QAT", result.qat_loss, "C2"),
-    ):
-        axes.axhline(loss, color=color, linestyle=":", label=f"{name}, held-out text: {loss:.3f}")
-    axes.set_title(f"{result.recipe} on {result.backend}", loc="left")
-    top = max(result.ptq_loss, result.qat_loss)
-    axes.set(
-        xlabel="step", ylabel="loss, nats per byte", ylim=(min(result.float_loss, result.qat_loss) * 0.85, top * 1.25)
-    )
-    axes.legend(fontsize="small")
-    with replaced_file(file) as aside:
-        figure.savefig(aside, dpi=120, metadata=SOFTWARE)
 
 
 def _check_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TypeGuard, TypeVar
 
-from qkit.engines.blocks import Watches
+from qkit.engines.blocks import Learns, Scores, Watches
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
@@ -27,6 +27,8 @@ ACTIONS: dict[type, str] = {
     Translates: "read files under other names than the model's",
     Deploys: "convert layers in one pass",
     Watches: "run the blocks of a model by themselves",
+    Learns: "learn rounding",
+    Scores: "score the weights of a model",
     Restores: "give layers back to other programs",
     Remembers: "say where a model came from",
 }

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from qkit.engines.protocol import Builds
 from qkit.grid import Grid
+from qkit.qtensor import QTensor
 
 Hidden = NDArray[np.float32]  #: the states [batch, length, width] between two blocks
 
@@ -81,5 +82,60 @@ class Watches(Builds, Protocol):
 
         Raises:
             BackendError: the model has no list of blocks, or its blocks take more from the tokens than the states.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """How the rounding of a block is learned.
+
+    Attributes:
+        steps: of sign descent; none keep the codes as they are.
+        batch: windows of one step.
+        seed: of their order.
+        reach: of an offset whose gradients always agree, in units of half the distance of two codes; as much of a scale's factor.
+    """
+
+    steps: int = 120
+    batch: int = 8
+    seed: int = 0
+    reach: float = 1.0
+
+
+class Learns(Watches, Protocol):
+    """Language models whose blocks learn which way to round."""
+
+    def learn(
+        self,
+        blocks: Any,
+        number: int,
+        states: Hidden,
+        wanted: Hidden,
+        starts: Mapping[str, QTensor[NDArray[Any]]],
+        lesson: Lesson,
+    ) -> dict[str, QTensor[NDArray[Any]]]:
+        """Codes and scales of layers with which a block comes as near to its `wanted` outputs as any that were tried.
+
+        Args:
+            blocks: of `Watches.blocks`.
+            number: of the block.
+            states: before the block, [windows, length, width].
+            wanted: states after it, of the same shape.
+            starts: codes and scales to begin with, by path of a layer.
+        """
+        ...
+
+
+class Scores(Watches, Protocol):
+    """Language models whose weights' importance is known."""
+
+    def squared_gradients(
+        self, model: Any, rows: NDArray[np.int32], paths: Collection[str], *, seed: int
+    ) -> dict[str, NDArray[np.float32]]:
+        """The diagonal of the Fisher information of the weights of layers of a float model, for each token, by path.
+
+        The mean, over `rows` [windows, length], of the square of the gradient of a window's log-probability, with labels that the
+        model draws from its own distribution by `seed`, divided by `length`.
         """
         ...

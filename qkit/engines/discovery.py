@@ -97,7 +97,7 @@ def ask(plugin: object) -> Brought:
         if name in recipes or name in unreadable:
             raise BackendError(f"qkit_recipes: two files for a recipe {name!r}")
         try:
-            recipes[name] = file.read_text(encoding="utf-8")
+            recipes[name] = file.read_text(encoding="utf-8-sig")
         except Exception as error:  # a file may fail in any way; it disables only itself
             unreadable[name] = explain(error)
     names = [spec.name for spec in answers["qkit_backends"]]

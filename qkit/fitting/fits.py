@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
@@ -13,12 +13,17 @@ from qkit.errors import ArtifactError, GridError, PlanError
 from qkit.fitting.statistics import Statistics, open_statistics
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit.reference.fitting import ROUNDS, Method, fit
+from qkit.reference.fitting import ROUNDS, fit
 from qkit.reference.moments import DAMPING, Moments
 from qkit.reference.steps import want_fitted
 from qkit.rules import Rule
 from qkit.storage.read import Stored
 
+Method = Literal["search", "solve", "round"]
+NOT_LEARNED = (
+    'its rounding is to be "learned", which needs a text: run qkit calibrate --learn with the recipe, and quantize with --fit '
+    "round --stats STATS"
+)
 KEPT = 1  #: prepared moments in memory at once: those of a wide layer take several times their matrix
 
 
@@ -27,11 +32,12 @@ class Fit:
     """How codes are chosen instead of by the rule of their grid.
 
     Attributes:
-        method: `search` or `solve`; see `qkit.fit`. Layers without statistics are fitted by search, all inputs alike.
-        statistics: those of the model, an opened directory of `qkit calibrate`, or its path; `solve` needs them.
+        method: `search` or `solve`, see `qkit.fit`; or `round`: codes whose rounding `qkit calibrate --learn` has learned. Layers
+            without statistics are fitted by search, all inputs alike.
+        statistics: those of the model, an opened directory of `qkit calibrate`, or its path; only `search` goes without.
 
     Raises:
-        PlanError: no such method, or `solve` without statistics.
+        PlanError: no such method; or `solve` or `round` without statistics, or `round` with those that learned nothing.
         ArtifactError: the directory is unsound.
     """
 
@@ -41,18 +47,23 @@ class Fit:
     def __init__(self, method: Method, statistics: Statistics | str | Path | None = None) -> None:
         if method not in get_args(Method):
             raise PlanError(f"no method {method!r} of fitting: choose one of {', '.join(get_args(Method))}")
-        if method == "solve" and statistics is None:
-            raise PlanError("solve needs statistics of the model: run qkit calibrate first, or fit by search")
+        if method != "search" and statistics is None:
+            raise PlanError(f"{method} needs statistics of the model: run qkit calibrate first, or fit by search")
         opened = open_statistics(statistics) if isinstance(statistics, (str, Path)) else statistics
+        if method == "round" and opened and not opened.lesson:
+            raise PlanError(
+                f"{opened.folder} has no learned rounding: run qkit calibrate with --learn and a recipe, or fit by solve"
+            )
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "statistics", opened)
 
     def describe(self) -> dict[str, Any]:
         """The metadata of an artifact with such codes."""
         about: dict[str, Any] = {"method": self.method}
-        if self.method == "solve":
+        if self.method != "search":
             about |= {"damping": DAMPING, "rounds": ROUNDS}
         if self.statistics:
+            about |= {"lesson": self.statistics.lesson} if self.method == "round" else {}
             about |= {"statistics": self.statistics.digest}
             about |= {"drift": "corrected"} if self.statistics.corrected else {}
         return about
@@ -61,8 +72,10 @@ class Fit:
         """Checks the statistics against the rules of layers, by path; returns the layers that they have nothing of.
 
         Raises:
-            PlanError: they have nothing of any layer, or are of another grid than the rule's, of inputs or weights.
+            PlanError: they have nothing of any layer, or are of another grid than the rule's, of inputs or weights; or the
+                rounding of a layer should be learned and is not.
         """
+        self._check_learned(rules)
         if self.statistics is None:
             return []
         known = self.statistics.paths & rules.keys()
@@ -79,12 +92,19 @@ class Fit:
                     f"{f'rounds them to {wanted}' if wanted else 'does not round them'}: calibrate with --recipe"
                 )
             grid = self.statistics.grid(path)
-            if grid is not None and (self.method != "solve" or grid != str(rules[path].weight)):
+            under = "round" if self.statistics.lesson else "solve"
+            if grid is not None and (self.method != under or grid != str(rules[path].weight)):
                 raise PlanError(
-                    f"{path}: these statistics correct the drift of {grid} under solve, not of {rules[path].weight} under "
-                    f"{self.method}: calibrate for this recipe, or without --drift"
+                    f"{path}: these statistics correct the drift of {grid} under {under}, not of {rules[path].weight} under "
+                    f"{self.method}: calibrate for this recipe, or without --drift and --learn"
                 )
         return sorted(rules.keys() - known)
+
+    def _check_learned(self, rules: Mapping[str, Rule]) -> None:
+        for path, rule in rules.items():
+            there = self.statistics is not None and path in self.statistics.paths and self.statistics.learned(path)
+            if rule.rounding == "learned" and not there:
+                raise PlanError(f"{path}: {NOT_LEARNED}")
 
     def quantize(
         self, w: NDArray[Any], grid: Grid, *, path: str, peak: float | None, first: int = 0
@@ -102,6 +122,9 @@ class Fit:
             return fit(w, grid, peak=peak)
         if self.method == "search":
             return fit(w, grid, self.statistics.moments(path).diagonal(), peak=peak)
+        learned = self.statistics.codes(path)
+        if learned is not None:
+            return _rows_of(learned, grid, w, first, path)
         known, aim = _moments(self.statistics, self.statistics.like(path)), self.statistics.aim(path)
         if aim is None:
             return fit(w, grid, known, method="solve", peak=peak)
@@ -142,11 +165,12 @@ def check_fit(
         PlanError: the scales of a grid follow from no rule; or see `Fit.check`.
         ArtifactError: the statistics are of another model.
     """
+    rules = {path: rule for rule, paths in chosen for path in paths}
     if fit is None:
+        want_none_learned(rules)
         return ()
     if fit.statistics is not None:
         fit.statistics.check_model(tensors, folder)
-    rules = {path: rule for rule, paths in chosen for path in paths}
     try:
         want_all_fitted(rules.values())
     except GridError as error:
@@ -167,6 +191,17 @@ def open_fit(fit: Fit | Method, rules: Mapping[str, Rule]) -> Fit:
     return opened
 
 
+def want_none_learned(rules: Mapping[str, Rule]) -> None:
+    """Refuses layers, by path, whose rounding should be learned, where nothing is fitted.
+
+    Raises:
+        PlanError: there is one.
+    """
+    for path, rule in rules.items():
+        if rule.rounding == "learned":
+            raise PlanError(f"{path}: {NOT_LEARNED}")
+
+
 def want_all_fitted(rules: Iterable[Rule]) -> None:
     """Refuses rules with a weight grid whose scales follow from no rule.
 
@@ -185,6 +220,18 @@ def summary(without: Iterable[str], fit: Fit) -> str:
         return ""
     more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
     return f"fitted by search, since {fit.statistics.folder} has no statistics of them: {paths[0]}{more}"
+
+
+def _rows_of(
+    learned: Mapping[str, NDArray[Any]], grid: Grid, w: NDArray[Any], first: int, path: str
+) -> QTensor[NDArray[Any]]:
+    """The learned codes of rows `w` of a weight, from row `first` on."""
+    parts = {name: part[first : first + len(w)] if part.ndim else part for name, part in learned.items()}
+    if parts["codes"].shape != w.shape:
+        raise ArtifactError(
+            f"{path}: its learned codes are of shape {list(learned['codes'].shape)}, which is another: calibrate again"
+        )
+    return QTensor(grid=grid, dtype=dtype_of(w), **parts)
 
 
 _prepared: OrderedDict[tuple[str, str], Moments] = OrderedDict()  # by digest and layer; the last two, of equal inputs

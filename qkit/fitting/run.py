@@ -69,6 +69,11 @@ class Run:
         found = np.load(self._states(name, number), mmap_mode="r")
         return (found[start : start + self._batch] for start in range(0, len(found), self._batch))
 
+    def whole(self, name: str, number: int) -> Hidden:
+        """All states before block `number`, mapped."""
+        found: Hidden = np.load(self._states(name, number), mmap_mode="r")
+        return found
+
     def put(self, name: str, number: int, start: int, part: Hidden, *, shape: tuple[int, ...] | None = None) -> None:
         """Writes states before block `number`, from row `start` on; with the first row, a new file of the shape of the last."""
         file = self._states(name, number)
@@ -79,9 +84,7 @@ class Run:
         states[start : start + len(part)] = part
         states.flush()
 
-    def write(
-        self, number: int, tensors: Mapping[str, NDArray[np.float32]], layers: Mapping[str, Mapping[str, Any]]
-    ) -> None:
+    def write(self, number: int, tensors: Mapping[str, NDArray[Any]], layers: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes the file of a block: its tensors, and what `statistics` wants to know of its layers.
 
         Raises:
@@ -90,7 +93,7 @@ class Run:
         from safetensors.numpy import save_file
 
         for name, array in tensors.items():
-            if not np.isfinite(array).all():
+            if array.dtype == np.float32 and not np.isfinite(array).all():
                 raise RangeError(
                     f"{name}: its inputs hold NaN or infinity, or numbers whose squares do: find their origin"
                 )

@@ -19,6 +19,7 @@ from qkit.storage.read import MissingError, Stored, inside, read_file
 NOTE = "statistics.json"
 VERSION = 1
 AIM = ".aim"  #: ends the name of a weight to fit in place of a layer's own
+LEARNED = ".learned."  #: between the path of a layer and the name of a part of its learned codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,25 @@ class Statistics:
             raise ArtifactError(f"{self.folder / file} has no matrix {name}: calibrate again")
         return found.mapped()
 
+    def codes(self, path: str) -> dict[str, NDArray[Any]] | None:
+        """The learned parts of the layer at `path` by name, as of a `QTensor`, mapped read-only; None: nothing is learned.
+
+        Raises:
+            ArtifactError: its file is unsound.
+        """
+        if not self.learned(path):
+            return None
+        file = self.about["layers"][path]["file"]
+        mine, prefix = _tensors(inside(self.folder, file)), path + LEARNED
+        found = {name.removeprefix(prefix): one.mapped() for name, one in mine.items() if name.startswith(prefix)}
+        if not {"codes", "scales"} <= found.keys():
+            raise ArtifactError(f"{self.folder / file} has no codes of {path}: calibrate again")
+        return found
+
+    def learned(self, path: str) -> bool:
+        """Whether the rounding of the layer at `path` is learned."""
+        return self.about["layers"][path].get("rounding") == "learned"
+
     def like(self, path: str) -> str:
         """The layer whose moments are those of `path`."""
         return str(self.about["layers"][path]["like"])
@@ -87,6 +107,12 @@ class Statistics:
         """The largest magnitude of the aims that share the tensor scale of the layer at `path`, under `nvfp4`."""
         peak = self.about["layers"][path].get("peak")
         return None if peak is None else float(peak)
+
+    @property
+    def lesson(self) -> dict[str, Any] | None:
+        """How the rounding of layers was learned: steps, batch and seed; None: it was not."""
+        found = self.about.get("lesson")
+        return dict(found) if isinstance(found, dict) else None
 
     @property
     def corrected(self) -> bool:

@@ -35,7 +35,7 @@ def describe_source(command: str, *, backend: str, device: str, files: Sequence[
         command=command,
         backend=backend,
         device=device,
-        versions={"qkit": qkit.__version__, "python": platform.python_version(), **_installed()},
+        versions=installed(),
         machine={"system": platform.system(), "processor": platform.machine()},
         files=tuple(files),
         tokens_per_byte=tokens_per_byte,
@@ -47,8 +47,9 @@ def to_json(found: Comparison, source: About) -> str:
     return json.dumps({"about": asdict(source), **asdict(found)}, indent=2) + "\n"
 
 
-def _installed() -> dict[str, str]:
-    found = {}
+def installed() -> dict[str, str]:
+    """The versions of qkit, Python and the packages that a measurement depends on."""
+    found = {"qkit": qkit.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

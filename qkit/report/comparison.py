@@ -1,6 +1,6 @@
 """The four-way comparison of models: float, quantized, trained on the grid, and the trained one deployed on another grid."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,18 @@ from numpy.typing import NDArray
 
 from qkit import pipeline
 from qkit.artifact.config import read_config
+from qkit.coverage_table import coverage
+from qkit.engines.abilities import want_honored
 from qkit.engines.protocol import Builds
-from qkit.errors import RecipeError
-from qkit.evaluation import Evaluation, evaluate, open_model
+from qkit.errors import QkitError, RecipeError
+from qkit.evaluation import evaluate, open_model
+from qkit.planning import plan
 from qkit.reference.packing import Packed
 from qkit.report.code_changes import CodeChange, compare_codes, packed_weights
-from qkit.report.findings import Comparison, Measured, Premium
-from qkit.report.intervals import mean, recovered
+from qkit.report.estimates import LONGER, Found, Row, baseline, premium, rows_of
+from qkit.report.findings import Comparison
 from qkit.report.master_weights import fill_with_values, model_of_checkpoint, recipe_of_layers
+from qkit.report.measured import Measurement, Measurements
 from qkit.rules import Recipe, rule_table
 
 Progress = Callable[
@@ -56,42 +60,65 @@ class Sources:
         return untrained + (untrained + (self.qat is not None)) * (1 + len(self.deploy))
 
 
-def compare(engine: Builds, sources: Sources, rows: NDArray[np.int32], *, progress: Progress) -> Comparison:
+def compare(
+    engine: Builds,
+    sources: Sources,
+    rows: NDArray[np.int32],
+    *,
+    progress: Progress,
+    measurements: Measurements | None = None,
+) -> Comparison:
     """The comparison of `sources` on `rows` [windows, length + 1]. At most the float model and one other are in memory.
 
+    Checks that every recipe fits the float model before the first measurement.
+
+    Args:
+        measurements: those of an earlier run, which are taken over, and where each new one is written.
+
     Raises:
-        RecipeError: a layer of `qat` or `ptq` is on another grid than the recipe says.
+        RecipeError: a layer of `qat` or `ptq` is on another grid than the recipe says, or a recipe does not fit the model.
         QkitError: there are fewer than two windows; or see `open_model`, `convert` and `evaluate`.
     """
-    return _Work(engine, sources, rows, progress).comparison()
+    if len(rows) < 2:
+        raise QkitError("an interval needs at least 2 windows of text: give more text, or a shorter length")
+    return _Work(engine, sources, rows, progress, measurements or Measurements(None, {})).comparison()
 
 
 class _Work:
-    """Opens the models one after another, and stores the losses and packed weights of each."""
+    """Opens the models one after another, and stores the measurements and packed weights of each."""
 
-    def __init__(self, engine: Builds, sources: Sources, rows: NDArray[np.int32], progress: Progress) -> None:
+    def __init__(
+        self,
+        engine: Builds,
+        sources: Sources,
+        rows: NDArray[np.int32],
+        progress: Progress,
+        measurements: Measurements,
+    ) -> None:
         self.engine, self.sources, self.rows, self.progress = engine, sources, rows, progress
-        self.found: dict[str, tuple[str, str, Evaluation]] = {}  # by the row's name: grid, source, measurement
+        self.measurements = measurements
+        self.found: Found = {}
         self.weights: dict[str, dict[str, Packed]] = {}
         self.teacher = open_model(engine, sources.floats)
         self.recipe = self._recipe()
+        self._check_fits()
 
     def comparison(self) -> Comparison:
         sources, name = self.sources, self.recipe.name
-        base = "float, longer" if sources.longer else "float"
-        self._measure("float", "", str(sources.floats), self.teacher)
+        self._measure("float", "", str(sources.floats), sources.floats, lambda: self.teacher)
         if sources.longer:
-            self._measure(base, "", str(sources.longer), open_model(self.engine, sources.longer))
+            self._measure(LONGER, "", str(sources.longer), sources.longer, partial(self._open, sources.longer))
         self._untrained(name)
         if sources.qat:
             self._trained(name)
+        base = baseline(self.found)
         grids = [name, *(recipe.name for recipe in sources.deploy)]
         return Comparison(
             recipe=name,
             recipes=tuple(map(_table, (self.recipe, *sources.deploy))),
             baseline=base,
-            rows=tuple(self._rows(base)),
-            premiums=tuple(self._premium(grid, base) for grid in grids) if sources.qat else (),
+            rows=tuple(rows_of(self.found, base)),
+            premiums=tuple(premium(self.found, grid, home=name, base=base) for grid in grids) if sources.qat else (),
             trained=tuple(compare_codes(self.weights["PTQ"], self.weights["QAT"])) if sources.qat else (),
             deployed={grid: tuple(self._deployed(grid)) for grid in grids[1:]} if sources.qat else {},
             masters=self._masters_name() if sources.qat and (sources.deploy or sources.master_weights) else "",
@@ -103,40 +130,75 @@ class _Work:
 
     def _recipe(self) -> Recipe:
         """The recipe of `sources`, or else that of the trained model. Checks before any work that the trained model is on it."""
-        recipe, qat = self.sources.recipe, self.sources.qat
+        recipe, qat, ptq = self.sources.recipe, self.sources.qat, self.sources.ptq
         if qat is not None:
             model = open_model(self.engine, qat)
             recipe = recipe or recipe_of_layers(self.engine, model)
             self._check_grids("QAT", model, recipe)
         if recipe is None:
             raise RecipeError("neither a recipe nor a trained model is given: name one of them")
+        if ptq is not None:
+            self._check_grids("PTQ", open_model(self.engine, ptq), recipe)
         names = [recipe.name, *(other.name for other in self.sources.deploy)]
         for name in names:
             if names.count(name) > 1:
                 raise RecipeError(f"two of the recipes are called {name!r}: rename one of the files, or leave it away")
         return recipe
 
+    def _check_fits(self) -> None:
+        """Raises RecipeError, before any measurement, if `convert` would refuse one of the recipes; it names all of them."""
+        sources = self.sources
+        home = sources.ptq is None or sources.longer or (sources.qat and sources.master_weights)
+        layers = list(self.engine.layers(self.teacher))
+        refused = []
+        for recipe in ([self.recipe] if home else []) + list(sources.deploy):
+            try:
+                for item in plan(layers, recipe):
+                    if item.rule and item.rule.range != "dynamic":
+                        raise RecipeError(
+                            f"{item.layer.path}: range = {item.rule.range!r} takes its scales from training, and a float "
+                            "model that is converted has none: name a quantized directory by --ptq"
+                        )
+                want_honored(self.engine, recipe.rules, "convert")
+            except QkitError as error:
+                refused.append(f"recipe {recipe.name!r} does not fit {sources.floats}: {error}")
+        if refused:
+            raise RecipeError("; ".join(refused))
+
+    def _open(self, directory: Path) -> Any:
+        return open_model(self.engine, directory)
+
+    def _converted(self, directory: Path, recipe: Recipe) -> Any:
+        return pipeline.convert(self._open(directory), recipe, backend=self.engine)
+
     def _untrained(self, name: str) -> None:
         """Measures the untrained models: `floats`, and `longer` if there is one, quantized on every grid."""
         origins = {"PTQ": self.sources.floats} | ({"longer PTQ": self.sources.longer} if self.sources.longer else {})
         for row, directory in origins.items():
+            keep = row == "PTQ" and self.sources.qat is not None
             if row == "PTQ" and self.sources.ptq:
-                model, source = open_model(self.engine, self.sources.ptq), str(self.sources.ptq)
+                ptq = self.sources.ptq
+                self._measure(row, name, str(ptq), ptq, partial(self._open, ptq), keep=keep)
             else:
-                model = pipeline.convert(open_model(self.engine, directory), self.recipe, backend=self.engine)
-                source = f"{directory}, quantized"
-            self._check_grids(row, model, self.recipe)
-            self._measure(row, name, source, model, keep=True)
+                self._measure_on(row, directory, self.recipe, keep=keep)
             for recipe in self.sources.deploy:
-                other = pipeline.convert(open_model(self.engine, directory), recipe, backend=self.engine)
-                self._measure(f"{row} on {recipe.name}", recipe.name, f"{directory}, quantized", other)
+                self._measure_on(f"{row} on {recipe.name}", directory, recipe)
+
+    def _measure_on(self, row: str, directory: Path, recipe: Recipe, *, keep: bool = False) -> None:
+        make, source = partial(self._converted, directory, recipe), f"{directory}, quantized"
+        self._measure(row, recipe.name, source, directory, make, recipe=recipe, keep=keep)
 
     def _trained(self, name: str) -> None:
-        assert self.sources.qat is not None
-        self._measure("QAT", name, str(self.sources.qat), open_model(self.engine, self.sources.qat), keep=True)
+        qat = self.sources.qat
+        assert qat is not None
+        self._measure("QAT", name, str(qat), qat, partial(self._open, qat), keep=True)
+        masters, origin = self._masters_name(), self.sources.master_weights or qat
         for recipe in self.sources.deploy:
-            deployed = pipeline.convert(self._open_master_weights(), recipe, backend=self.engine)
-            self._measure(f"QAT on {recipe.name}", recipe.name, self._masters_name(), deployed, keep=True)
+            make = partial(self._deploy, recipe)
+            self._measure(f"QAT on {recipe.name}", recipe.name, masters, origin, make, recipe=recipe, keep=True)
+
+    def _deploy(self, recipe: Recipe) -> Any:
+        return pipeline.convert(self._open_master_weights(), recipe, backend=self.engine)
 
     def _open_master_weights(self) -> Any:
         assert self.sources.qat is not None
@@ -158,10 +220,31 @@ class _Work:
         numbers = sum(change.numbers for change in found)
         return numbers - sum(change.flipped or 0 for change in found), numbers
 
-    def _measure(self, name: str, grid: str, source: str, model: Any, *, keep: bool = False) -> None:
-        self.progress(name, 0)
-        step = partial(self.progress, name)
-        self.found[name] = (grid, source, evaluate(self.engine, model, self.rows, teacher=self.teacher, tick=step))
+    def _measure(
+        self,
+        name: str,
+        grid: str,
+        source: str,
+        origin: Path,
+        make: Callable[[], Any],
+        *,
+        recipe: Recipe | None = None,
+        keep: bool = False,
+    ) -> None:
+        """Measures the model that `make` returns, unless an earlier run has; `keep` stores its packed weights."""
+        key = self.measurements.key(origin, recipe)
+        one = self.measurements.known(name, key)
+        model = make() if one is None or keep else None
+        if one is None:
+            self.progress(name, 0)
+            step = partial(self.progress, name)
+            evaluation = evaluate(self.engine, model, self.rows, teacher=self.teacher, tick=step)
+            size = coverage(model, backend=self.engine)
+            one = Measurement(evaluation, size.bits_per_weight, size.nbytes)
+            self.measurements.add(name, key, one)
+        else:
+            self.progress(name, len(self.rows))
+        self.found[name] = Row(grid, source, one)
         if keep:
             self.weights[name] = packed_weights(self.engine, model)
 
@@ -180,29 +263,6 @@ class _Work:
                     f"{name}: {layer.path} is on {held[0]} with inputs on {held[1]}, and recipe {recipe.name!r} says "
                     f"{said[0]} and {said[1]}: name the recipe it was made with"
                 )
-
-    def _rows(self, base: str) -> Iterator[Measured]:
-        zero = self.found[base][2].losses
-        for name, (grid, source, one) in self.found.items():
-            assert one.kl is not None
-            assert one.agreement is not None
-            yield Measured(
-                name,
-                grid,
-                source,
-                mean(one.losses),
-                mean(one.losses - zero),
-                one.perplexity,
-                float(one.kl.mean()),
-                float(one.agreement.mean()),
-            )
-
-    def _premium(self, grid: str, base: str) -> Premium:
-        trained = "" if grid == self.recipe.name else f" on {grid}"
-        untrained = ("longer PTQ" if self.sources.longer else "PTQ") + trained
-        floats, ptq, qat, home = (self.found[name][2].losses for name in (base, untrained, f"QAT{trained}", "QAT"))
-        moved = mean(qat - home) if trained else None
-        return Premium(grid, mean(ptq - qat), moved, recovered(floats, ptq, qat))
 
     def _deployed(self, grid: str) -> list[CodeChange]:
         return compare_codes(self.weights["QAT"], self.weights[f"QAT on {grid}"])

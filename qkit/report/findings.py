@@ -18,6 +18,7 @@ class Measured:
         source: the directory that the model comes from, and how.
         loss: nats per token, and its interval.
         above: the loss less that of the baseline float model, paired, in nats per token.
+        bits, nbytes: stored bits per number of the model, and bytes of all its tensors, as `qkit.coverage` counts.
         kl, agreement: divergence from the model of the float directory, and share of equal likeliest tokens.
     """
 
@@ -29,6 +30,8 @@ class Measured:
     perplexity: float
     kl: float
     agreement: float
+    bits: float
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +40,18 @@ class Premium:
 
     Attributes:
         grid: the recipe the weights are deployed on.
-        training: PTQ less QAT, on this grid: positive where training helped.
+        training: by the untrained baseline, `PTQ` and `longer PTQ`, its loss less that of QAT, on this grid: positive where
+            training saves.
         deployment: QAT on this grid less QAT on the grid it was trained for: positive where the change of grid costs. None on
             the trained grid.
-        recovered: the share of the loss of quantizing on this grid that training wins back. None: quantizing costs nothing.
+        recovered: by the same baselines, the share of the cost of quantizing that training wins back: the cost is the loss of
+            the untrained baseline less that of `Comparison.baseline`. None: quantizing costs nothing.
     """
 
     grid: str
-    training: Estimate
+    training: Mapping[str, Estimate]
     deployment: Estimate | None
-    recovered: Estimate | None
+    recovered: Mapping[str, Estimate | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,8 @@ class Comparison:
     Attributes:
         recipe: the name of the recipe that `qat` was trained for.
         recipes: this recipe and those of the other grids, in full, as tables.
-        baseline: the name of the row that losses are counted from: `float`, or `float, longer`.
+        baseline: the name of the row that losses are counted from: of `float` and `float, longer` the one with the lower
+            loss, so that no share grows by float training that overfitted.
         rows: `float`; with a longer one, `float, longer`; for each grid `PTQ` and `QAT`, the trained grid first.
         premiums: one for each grid, the trained one first; empty without a trained model.
         trained: PTQ to QAT, layer by layer; empty without a trained model.

@@ -6,13 +6,25 @@ from pathlib import Path
 from string import Template
 
 from qkit.report.about import About, to_json
-from qkit.report.charts import Bar, bars, columns
+from qkit.report.charts import Bar, Point, bars, columns, points
 from qkit.report.code_changes import CodeChange
 from qkit.report.findings import Comparison
 from qkit.report.footer import footer
+from qkit.report.markup import both, figure, table
 from qkit.report.place import check_report
 from qkit.report.style import CSS
-from qkit.report.text import nats, nats_between, share, share_between, summary, tone
+from qkit.report.text import (
+    nats,
+    nats_between,
+    share,
+    share_between,
+    size,
+    summary,
+    tone,
+    turned,
+    verdict,
+    verdict_between,
+)
 from qkit.storage.staging import replaced_file
 
 PAGE = Template("""<!doctype html>
@@ -39,14 +51,6 @@ $footer
 </body>
 </html>
 """)
-
-LEGEND = {
-    "float": "float",
-    "ptq": "quantized without training (PTQ)",
-    "longer": "the same, of the float model trained longer",
-    "qat": "trained on the grid (QAT)",
-    "moved": "trained, deployed on another grid",
-}
 
 
 def render_page(found: Comparison, source: About, *, title: str) -> str:
@@ -84,10 +88,13 @@ def _figures(found: Comparison) -> str:
         return ""
     home, *others = found.premiums
     tiles = [
-        ("PTQ loss recovered", share(home.recovered), share_between(home.recovered)),
-        ("training premium, nats", nats(home.training), nats_between(home.training)),
+        *((f"of the cost of {name} won back", share(one), share_between(one)) for name, one in home.recovered.items()),
         *(
-            (f"deployment premium on {other.grid}", nats(other.deployment), nats_between(other.deployment))
+            (f"training, over {name}, nats", verdict(turned(gain)), verdict_between(turned(gain)))
+            for name, gain in home.training.items()
+        ),
+        *(
+            (f"deploying on {other.grid}, nats", verdict(other.deployment), verdict_between(other.deployment))
             for other in others
             if other.deployment
         ),
@@ -112,12 +119,14 @@ def _losses(found: Comparison, source: About) -> str:
     rows = [
         [
             row.name,
-            _both(nats(row.loss), nats_between(row.loss)),
-            _both(nats(row.above), nats_between(row.above)) if row.name != found.baseline else "",
+            both(nats(row.loss), nats_between(row.loss)),
+            both(nats(row.above), nats_between(row.above)) if row.name != found.baseline else "",
             f"{row.perplexity:.3f}",
             f"{row.loss.value * source.tokens_per_byte / 0.6931471805599453:.4f}",
             f"{row.kl:.5f}",
             f"{row.agreement:.1%}",
+            f"{row.bits:.2f}",
+            size(row.nbytes),
         ]
         for row in found.rows
     ]
@@ -129,42 +138,68 @@ def _losses(found: Comparison, source: About) -> str:
         "bits per byte",
         "KL from float",
         "same token",
+        "bits per weight",
+        "size",
     ]
     unit, base = "nats per token", f"Loss above {found.baseline}"
     made = "".join(f"<li>{escape(row.name)}: {escape(row.source)}</li>" for row in found.rows)
     charts = [
-        _figure("Loss", unit, bars(whole, title="Loss", unit=unit, digits=4), tones),
-        _figure(base, f"{unit}, paired window by window", bars(above, title=base, unit=unit, digits=4), tones),
+        figure("Loss", unit, bars(whole, title="Loss", unit=unit, digits=4), tones),
+        figure(base, f"{unit}, paired window by window", bars(above, title=base, unit=unit, digits=4), tones),
+        _sizes(found, tones),
     ]
     return f"""<section aria-labelledby="losses"><h2 id="losses">Losses</h2>
 <p class="note">{escape(note)}. Lines over the bars are 95 % intervals: windows of text drawn anew, the same for every model.</p>
-{"".join(charts)}{_table("Every model", head, rows)}
+{"".join(charts)}{table("Every model", head, rows)}
 <details><summary>Source of each model</summary><ul class="note">{made}</ul></details></section>"""
 
 
+def _sizes(found: Comparison, tones: Sequence[str]) -> str:
+    largest = max(row.nbytes for row in found.rows)
+    unit, many = next(
+        (unit, many) for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if largest >= many or unit == "kB"
+    )
+    spots = [
+        Point(row.name, row.nbytes / many, row.loss.value, one) for row, one in zip(found.rows, tones, strict=True)
+    ]
+    chart = points(spots, title="Size and loss", across=unit, up="nats per token")
+    return figure(
+        "Size and loss", f"nats per token, over {unit} of all tensors: best is below on the left", chart, tones
+    )
+
+
 def _premiums(found: Comparison) -> str:
+    untrained = list(found.premiums[0].training)
     rows = [
         [
             premium.grid + (" (trained for)" if premium.deployment is None else ""),
-            _both(nats(premium.training), nats_between(premium.training)),
-            "" if premium.deployment is None else _both(nats(premium.deployment), nats_between(premium.deployment)),
-            _both(share(premium.recovered), share_between(premium.recovered)),
+            *(both(verdict(turned(one)), verdict_between(turned(one))) for one in premium.training.values()),
+            ""
+            if premium.deployment is None
+            else both(verdict(premium.deployment), verdict_between(premium.deployment)),
+            *(both(share(one), share_between(one)) for one in premium.recovered.values()),
         ]
         for premium in found.premiums
     ]
     note = (
-        "The training premium is the gain of training on one deploy grid: the loss of PTQ less that of QAT, both on that grid. "
-        "The deployment premium is the cost of another grid: the loss of the trained weights on that grid, less their loss on "
-        "the grid they were trained for."
+        "Training is compared with each untrained baseline on one grid: the loss of QAT less that of "
+        f"{' or '.join(untrained)}, all on that grid. Deploying compares the trained weights on a grid with the same weights on "
+        "the grid they were trained for. The share won back is of the cost of quantizing: the loss of the untrained baseline "
+        f"less that of {found.baseline}, the better float model."
     )
     masters = f"Weights on the other grids: {found.masters}. " if found.deployed else ""
     if found.masters_equal:
         equal, numbers = found.masters_equal
         whose = "their codes" if found.deployed else f"the codes of {found.masters}"
         masters += f"On the trained grid, {equal:,} of {numbers:,} of {whose} equal those of the trained model."
-    head = ["deployed on", "training premium", "deployment premium", "recovered"]
+    head = [
+        "deployed on",
+        *(f"training, over {name}" for name in untrained),
+        f"deploying, over {found.recipe}",
+        *(f"won back of {name}'s cost" for name in untrained),
+    ]
     return f"""<section aria-labelledby="premiums"><h2 id="premiums">Training and deployment apart</h2>
-<p class="note">{escape(note)}</p>{_table("Premiums, nats per token", head, rows)}
+<p class="note">{escape(note)}</p>{table("Costs and savings, nats per token", head, rows)}
 <p class="note">{escape(masters)}</p></section>"""
 
 
@@ -183,7 +218,7 @@ def _code_changes(found: Comparison) -> str:
         name: [change.error for change in changes] for name, changes in series.items() if len(changes) == len(names)
     }
     charts = [
-        _figure(
+        figure(
             caption, unit, columns(some, names, title=caption, tones=_tones(some, series, tones)), [], list(some), tones
         )
         for caption, unit, some in (
@@ -221,45 +256,7 @@ def _change_table(name: str, changes: Sequence[CodeChange]) -> str:
         ]
         for change in changes
     ]
-    return _table(name, ["layer", "weights", "flipped", "share", "mean distance, steps", "relative distance"], rows)
-
-
-def _figure(
-    caption: str,
-    unit: str,
-    chart: str,
-    tones: Sequence[str],
-    names: Sequence[str] = (),
-    colors: Sequence[str] = (),
-) -> str:
-    known = {LEGEND[tone]: tone for tone in tones} or dict(zip(names, colors, strict=False))
-    items = "".join(
-        f'<li><svg viewBox="0 0 11 11" aria-hidden="true"><rect class="{color}" width="11" height="11" rx="2"/></svg>'
-        f"{escape(name)}</li>"
-        for name, color in known.items()
-    )
-    return (
-        f"<figure><figcaption>{escape(caption)}<span>{escape(unit)}</span></figcaption>{chart}"
-        f'<ul class="legend">{items}</ul></figure>'
-    )
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table. Escapes the first cell of each row, a name; the others are markup of this module, or numbers."""
-    tops = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    name = escape(caption)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table><caption>{name}</caption>'
-        f"<thead><tr>{tops}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _both(value: str, interval: str) -> str:
-    return f"{escape(value)}<small>{escape(interval)}</small>" if interval else escape(value)
+    return table(name, ["layer", "weights", "flipped", "share", "mean distance, steps", "relative distance"], rows)
 
 
 def _flipped(changes: Sequence[CodeChange]) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qkit.errors import ArtifactError
+from qkit.report.measured import FILE, MARKER
 from qkit.storage.destination import check_replaced_file
 
-SOFTWARE = {"Software": "qkit"}  #: metadata of a picture
 HEAD = 4096  #: leading bytes of a file in which qkit looks for its own marker
 
 PICTURE = b"Software\0qkit"
@@ -14,6 +14,7 @@ REPORT = {
     "report.html": b'<meta name="generator" content="qkit">',
     "report.json": b'"tokens_per_byte"',
     "report.png": PICTURE,
+    FILE: f'"{MARKER}"'.encode(),
 }
 
 

@@ -1,5 +1,6 @@
 """Numbers and sentences for people: the same in the table, the picture and the page."""
 
+from qkit.report.estimates import LONGER
 from qkit.report.findings import Comparison, Measured
 from qkit.report.intervals import Estimate
 
@@ -38,22 +39,54 @@ def tone(row: Measured, found: Comparison) -> str:
     return "longer" if row.name.startswith("longer") else "ptq"
 
 
+def size(nbytes: int) -> str:
+    """Bytes in powers of ten."""
+    for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= many:
+            return f"{nbytes / many:.2f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def verdict(cost: Estimate) -> str:
+    """A difference of two losses in words: `costs 0.0123`, or `saves 0.0123` where the loss is lower."""
+    return f"{'saves' if cost.value < 0 else 'costs'} {abs(cost.value):.4f}"
+
+
+def verdict_between(cost: Estimate) -> str:
+    """The interval of `verdict`, with its sign."""
+    ends = (-cost.high, -cost.low) if cost.value < 0 else (cost.low, cost.high)
+    return minus(f"{ends[0]:.4f} to {ends[1]:.4f}") + (", not clear of zero" if cost.low <= 0 <= cost.high else "")
+
+
+def turned(gain: Estimate) -> Estimate:
+    """A gain as a cost."""
+    return Estimate(-gain.value, -gain.high, -gain.low)
+
+
 def summary(found: Comparison) -> str:
-    """The main results, in a sentence or two."""
+    """The main results, a sentence each."""
+    said = _longer(found)
     if not found.premiums:
-        return f"{found.recipe} without training; losses are counted from {found.baseline}."
+        return f"{found.recipe} without training; losses are counted from {found.baseline}.{said}"
     home, *others = found.premiums
-    if home.recovered is None:
-        text = f"On {found.recipe}, quantizing costs nothing that can be told from zero on this text"
+    gains = " and ".join(f"{verdict(turned(gain))} over {name}" for name, gain in home.training.items())
+    text = f"Training on {found.recipe} {gains}, in nats per token. "
+    shares = {name: one for name, one in home.recovered.items() if one is not None}
+    if shares:
+        won = " and ".join(f"{share(one)} ({share_between(one)}) over {name}" for name, one in shares.items())
+        text += f"Of the cost of quantizing, counted from {found.baseline}, it wins back {won}."
     else:
-        text = (
-            f"Training on {found.recipe} won back {share(home.recovered)} ({share_between(home.recovered)}) of the cost of "
-            "quantizing without training"
-        )
+        text += f"Quantizing costs nothing over {found.baseline} that can be told from zero on this text."
     for other in others:
         if other.deployment is not None:
-            verb = "adds" if other.deployment.value >= 0 else "takes"
-            text += (
-                f"; deploying the same weights on {other.grid} {verb} {abs(other.deployment.value):.4f} nats per token"
-            )
-    return text + "."
+            text += f" Deploying the trained weights on {other.grid} {verdict(other.deployment)} over {found.recipe}."
+    return text + said
+
+
+def _longer(found: Comparison) -> str:
+    """A sentence on the float model that was trained longer, where it got worse by that."""
+    for row in found.rows:
+        if row.name == LONGER and found.baseline != LONGER:
+            worse = verdict(row.above).removeprefix("costs ")
+            return f" {LONGER} is worse than float by {worse}: the additional training overfitted, and is no baseline."
+    return ""

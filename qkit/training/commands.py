@@ -16,6 +16,7 @@ from qkit.engines.registry import backend as choose
 from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.tuning import Command, Quantizer, RunsCommands
 from qkit.errors import QkitError, RunError
+from qkit.overrides import overridden
 from qkit.rules import Recipe
 from qkit.storage.read import read_folder
 from qkit.training.folder import check_out, locked, run_folder_of
@@ -35,7 +36,13 @@ class Shipped:
 
 
 def run_mlx_lora(
-    model: Path | None, out: Path | None, recipe: str | None, arguments: Sequence[str], *, packed: bool = False
+    model: Path | None,
+    out: Path | None,
+    recipe: str | None,
+    arguments: Sequence[str],
+    *,
+    packed: bool = False,
+    skip_indivisible: bool = False,
 ) -> Shipped:
     """Trains a model by `mlx_lm.lora`, or by `mlx_lm_lora.train`, and saves it.
 
@@ -45,6 +52,7 @@ def run_mlx_lora(
         recipe: a name or a file. None: the grid that mlx-lm-lora's own options name, see `recipe_of`.
         arguments: of the command. It is mlx-lm-lora's if an option that only it has is among them.
         packed: whether adapters train on packed codes, and not on prepared weights.
+        skip_indivisible: see `overridden`.
 
     Raises:
         RunError: the command refuses its arguments, or quantizes the model as well as the recipe.
@@ -55,6 +63,7 @@ def run_mlx_lora(
     command = engine.read_command(arguments)
     model, out = model or command.model, out or command.place
     chosen, schedule, packed = _grid(command, recipe, packed)
+    chosen = overridden(chosen, skip_indivisible=skip_indivisible)
     read_folder(model)  # its headers: a directory that is not there is named before any work
     check_out(out, replace=False)
     sums: dict[str, int] = {}

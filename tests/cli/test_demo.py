@@ -10,7 +10,7 @@ from tables import TRAINERS as ENGINES
 
 import qkit
 from qkit.cli.demo import _table
-from qkit.demo import run
+from qkit.demo import picture, run
 from qkit.demo.other_programs import READERS, loss_in
 from qkit.demo.report import another
 from qkit.engines import registry
@@ -90,11 +90,11 @@ def test_the_demo_goes_the_whole_way(name, tmp_path):
     assert result.qat_loss == pytest.approx(qkit.backend(name).loss(reopened(tmp_path, name), unseen()), abs=1e-6)
     equal, numbers = report["masters_equal"]
     assert equal == numbers > 10_000
-    assert (tmp_path / "report.html").read_text().count('role="img"') == 4
+    assert (tmp_path / "report.html").read_text().count('role="img"') == 5
     assert result.outside == pytest.approx(dict.fromkeys(("transformers", "mlx-lm"), result.qat_loss), abs=1e-5)
     assert json.loads((tmp_path / "result.json").read_text())["backend"] == name
     pytest.importorskip("matplotlib")
-    run.draw(result, tmp_path / "losses.png")
+    picture.draw(result, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 

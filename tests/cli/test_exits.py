@@ -91,7 +91,7 @@ def test_every_code_is_in_the_help_and_on_the_page_of_files(capsys):
 
     from qkit.cli.application import application
 
-    page = (Path(__file__).parents[2] / "docs" / "files-and-formats.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md").read_text()
     assert ends(lambda: application(["--help"], prog_name="qkit")) == 0
     said = " ".join(capsys.readouterr().out.split())
     for code, meaning in MEANINGS.items():

@@ -1,4 +1,4 @@
-"""`docs/models.md` and README's sentence about models, made from the gate's table: `python tests/families/page.py`."""
+"""`docs/evidence/models.md` and README's sentence about models, made from the gate's table: `python tests/families/page.py`."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from gate import READERS, RECIPES
 from qkit.artifact import known
 
 ROOT = Path(__file__).parents[2]
-PAGE, README = ROOT / "docs/models.md", ROOT / "README.md"
+PAGE, README = ROOT / "docs/evidence/models.md", ROOT / "README.md"
 SIGNS = {"equal": "=", "none": "·", "": "×"}
 HEAD = """# Models
 
@@ -47,8 +47,8 @@ def summary() -> str:
     others = sum(all(_good(row, reader, "int4") for reader in READERS[2:]) for row in rows.values())
     counted = f"Of {len(rows)} checkpoints of {len(known.table()['types'])} model types"
     return (
-        f"{counted}, {own} open equal on both of qkit's engines under `int4-g32`, and {others} in transformers, by default and "
-        "dequantized, and in mlx-lm, where the reader has such a model."
+        f"{counted}, {own} open equal on both of qkit's engines under `int4-g32`. In transformers, by default and dequantized, "
+        f"and in mlx-lm, {others} do, counting those that the reader lacks."
     )
 
 

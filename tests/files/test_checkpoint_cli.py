@@ -180,7 +180,8 @@ def test_exit_codes(folder, tmp_path):
     assert "is the model itself" in qkit("quantize", folder, folder, "-r", "int4-g64").stderr
     done = qkit("plan", folder, "-r", "int4-g128")
     assert done.returncode == 5
-    assert done.stderr.startswith("qkit: model.layers.0.mlp.gate_proj: 64 inputs do not divide into groups of 128")
+    assert done.stderr.startswith("qkit: model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj, ")
+    assert "model.layers.1.mlp.up_proj: 64 inputs do not divide into groups of 128: " in done.stderr
     assert qkit("quantize", tmp_path / "nowhere", out, "-r", "int4-g64").returncode == 5
 
 

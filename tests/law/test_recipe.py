@@ -157,3 +157,28 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_rules_survive_their_table(name: str) -> None:
     for rule in qkit.recipe(name).rules:
         assert rule_from_table(rule_table(rule)) == rule
+
+
+def test_indivisible_at_the_top_is_that_of_every_rule_without_one(tmp_path: Path) -> None:
+    top = GOOD.replace("version = 3", 'version = 3\nindivisible = "skip"')
+    assert [rule.indivisible for rule in read_recipe(write(tmp_path, top)).rules] == ["skip", "skip"]
+    own = top.replace('weight = "w"', 'weight = "w"\nindivisible = "error"')
+    assert [rule.indivisible for rule in read_recipe(write(tmp_path, own)).rules] == ["skip", "error"]
+    with pytest.raises(RecipeError, match=r"mine\.toml: indivisible is 'pad': choose one of error, skip"):
+        read_recipe(write(tmp_path, top.replace('"skip"', '"pad"')))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_read_over(tmp_path: Path, newline: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", newline).encode())
+    assert read_recipe(file) == read_recipe(write(tmp_path, GOOD))
+    assert qkit.recipe(file).version == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_another_encoding_is_named_with_the_way_out(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(("\ufeff" if encoding == "utf-16-be" else "").encode(encoding) + GOOD.encode(encoding))
+    with pytest.raises(RecipeError, match="is text in UTF-16: save it as UTF-8"):
+        read_recipe(file)

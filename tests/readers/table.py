@@ -1,4 +1,4 @@
-"""The table of docs/readers.md, from results.json: recipes by readers, the largest difference over the models."""
+"""The table of docs/evidence/readers.md, from results.json: recipes by readers, the largest difference over the models."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ import records
 
 from recipes import MODELS, READERS, RECIPES, tried
 
-PAGE = Path(__file__).parents[2] / "docs" / "readers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "readers.md"
 BEGIN, END = "<!-- rows of tests/readers/run.py -->\n", "<!-- end of rows -->\n"
 
 

@@ -1,4 +1,4 @@
-"""The table of docs/readers.md is the one that `make test-readers` measured, and nothing in it is wrong."""
+"""The table of docs/evidence/readers.md is the one that `make test-readers` measured, and nothing in it is wrong."""
 
 import sys
 from pathlib import Path

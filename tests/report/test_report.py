@@ -15,10 +15,24 @@ from typer.testing import CliRunner
 import qkit
 from qkit import Grid, Recipe, Rule
 from qkit.cli.application import application
-from qkit.evaluation import consecutive, evaluate, open_model
+from qkit.evaluation import Evaluation, consecutive, evaluate, open_model
 from qkit.formats.packed import pack
-from qkit.report import Sources, compare, compare_codes, describe_source, evaluate_matrix, mean, recovered, render_page
+from qkit.report import (
+    Comparison,
+    Sources,
+    compare,
+    compare_codes,
+    describe_source,
+    evaluate_matrix,
+    mean,
+    recovered,
+    render_page,
+)
+from qkit.report.estimates import Row, baseline, premium
+from qkit.report.estimates import rows_of as measured_rows
 from qkit.report.master_weights import model_of_checkpoint, newest_checkpoint
+from qkit.report.measured import Measurement, Measurements, setting_of
+from qkit.report.text import summary
 
 TEXT = bytes(np.random.default_rng(1).integers(0, 256, 250).astype(np.uint8))
 ROWS = consecutive(np.frombuffer(TEXT, np.uint8).astype(np.int32), length=20)
@@ -84,7 +98,7 @@ def test_rows_are_the_losses_of_the_models(made, found):
     for name, model in want.items():
         loss = evaluate(engine, model, ROWS).loss
         assert rows[name].loss.value == loss
-        assert rows[name].above.value == pytest.approx(loss - rows["float, longer"].loss.value, abs=1e-12)  # sums
+        assert rows[name].above.value == pytest.approx(loss - rows[found.baseline].loss.value, abs=1e-12)  # sums
     assert (rows["float"].kl, rows["float"].agreement) == (0.0, 1.0)
     assert rows["QAT"].kl > 0
 
@@ -93,10 +107,11 @@ def test_premiums_are_differences_of_rows(found):
     loss = {row.name: row.loss.value for row in found.rows}
     home, other = found.premiums
     assert (home.grid, home.deployment, other.grid) == (TRAINED, None, OTHER)
-    assert home.training.value == pytest.approx(loss["longer PTQ"] - loss["QAT"])
-    assert other.training.value == pytest.approx(loss[f"longer PTQ on {OTHER}"] - loss[f"QAT on {OTHER}"])
+    for name in ("PTQ", "longer PTQ"):
+        assert home.training[name].value == pytest.approx(loss[name] - loss["QAT"])
+        assert other.training[name].value == pytest.approx(loss[f"{name} on {OTHER}"] - loss[f"QAT on {OTHER}"])
     assert other.deployment.value == pytest.approx(loss[f"QAT on {OTHER}"] - loss["QAT"])
-    for one in (home.training, other.training, other.deployment):
+    for one in (*home.training.values(), *other.training.values(), other.deployment):
         assert one.low < one.value < one.high
 
 
@@ -195,6 +210,159 @@ def test_a_matrix_deploys_each_model_on_each_grid(made):
     square = evaluate_matrix(engine, models, grids, ROWS)
     assert square["masters"][TRAINED].loss == evaluate(engine, open_model(engine, place / "qat"), ROWS).loss
     assert len({one.loss for row in square.values() for one in row.values()}) == 4
+
+
+# costs and savings, and the honest baseline
+
+
+def rows_of(**losses):
+    """A comparison whose models have these losses on 40 windows; `_on_` stands for a second grid."""
+    draw = np.random.default_rng(0)
+    text = 0.01 * draw.standard_normal(40)
+    named = {name.replace("_", " ").replace("longer float", "float, longer"): loss for name, loss in losses.items()}
+    rows = {}
+    for name, loss in named.items():
+        grid = "" if name.startswith("float") else "other" if " on " in name else "home"
+        one = Evaluation(loss + text, 20, np.zeros(40), np.ones(40))
+        rows[name] = Row(grid, "here", Measurement(one, 4.25, 1000))
+    base = baseline(rows)
+    grids = ["home", *["other"] * any(row.grid == "other" for row in rows.values())]
+    return Comparison(
+        recipe="home",
+        recipes=(),
+        baseline=base,
+        rows=tuple(measured_rows(rows, base)),
+        premiums=tuple(premium(rows, grid, home="home", base=base) for grid in grids),
+        trained=(),
+        deployed={},
+        masters="",
+        masters_equal=None,
+        tokens=800,
+        windows=40,
+        length=20,
+    )
+
+
+@pytest.mark.parametrize(("moved", "said"), [(1.42, "saves 0.6800"), (2.78, "costs 0.6800")])
+def test_the_verdict_says_what_the_table_says(moved, said):
+    found = rows_of(float=1.0, PTQ=3.0, QAT=2.1, PTQ_on_other=3.0, QAT_on_other=moved)
+    assert f"Deploying the trained weights on other {said} over home." in summary(found)
+    assert "Training on home saves 0.9000 over PTQ" in summary(found)
+    assert "takes" not in summary(found)
+    assert "costs 0.9000 over PTQ" in summary(rows_of(float=1.0, PTQ=2.1, QAT=3.0))
+
+
+def test_both_baselines_are_named_and_shown():
+    found = rows_of(float=1.0, longer_float=0.9, PTQ=2.0, longer_PTQ=1.8, QAT=1.4)
+    (home,) = found.premiums
+    assert {name: round(one.value, 9) for name, one in home.training.items()} == {"PTQ": 0.6, "longer PTQ": 0.4}
+    assert "saves 0.6000 over PTQ and saves 0.4000 over longer PTQ" in summary(found)
+    page = render_page(found, describe_source("x", backend="", device="", files=[], tokens_per_byte=1.0), title="t")
+    for name in ("PTQ", "longer PTQ"):
+        assert f"training, over {name}" in page
+        assert f"of the cost of {name} won back" in page
+
+
+def test_a_float_model_that_overfitted_is_no_baseline():
+    """Training it longer made it worse, 1.5 after 1.0: counted from it, QAT would have won back 150 %."""
+    found = rows_of(float=1.0, longer_float=1.5, PTQ=2.0, longer_PTQ=2.1, QAT=1.2)
+    assert found.baseline == "float"
+    assert found.premiums[0].recovered["PTQ"].value == pytest.approx(0.8)
+    assert found.premiums[0].recovered["longer PTQ"].value == pytest.approx(0.9 / 1.1)
+    assert "float, longer is worse than float by 0.5000" in summary(found)
+    assert rows_of(float=1.5, longer_float=1.0, PTQ=2.0, longer_PTQ=2.0, QAT=1.2).baseline == "float, longer"
+
+
+# nothing is measured in vain
+
+
+@pytest.mark.parametrize(
+    ("unfit", "said"),
+    [
+        (recipe("odd", Grid("int4", 96)), "do not divide into groups of 96"),
+        (
+            Recipe("nowhere", (Rule(("no.such",), weight=Grid("int4", 64)), Rule(("*",), weight=Grid("int4", 32)))),
+            "is first for no",
+        ),
+        (
+            Recipe("static", (Rule(("*",), "linear", Grid("int4", 64), Grid("int8", "tensor"), range="calibrated"),)),
+            "--ptq",
+        ),
+    ],
+)
+def test_every_recipe_is_checked_before_a_model_is_measured(made, unfit, said):
+    engine, place = made
+    measured = []
+    sources = Sources(place / "float", qkit.recipe(TRAINED), (qkit.recipe(OTHER), unfit))
+    with pytest.raises(qkit.RecipeError, match=f"recipe '{unfit.name}' does not fit .*{said}"):
+        compare(engine, sources, ROWS, progress=lambda row, windows: measured.append(row))
+    assert measured == []
+
+
+def test_one_window_is_refused_before_a_model_is_measured(made):
+    engine, place = made
+    measured = []
+    with pytest.raises(qkit.QkitError, match="at least 2 windows"):
+        compare(
+            engine,
+            Sources(place / "float", qkit.recipe(TRAINED)),
+            ROWS[:1],
+            progress=lambda row, windows: measured.append(row),
+        )
+    assert measured == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, qkit.RangeError])
+def test_what_was_measured_is_kept_and_goes_on(made, tmp_path, monkeypatch, failure):
+    engine, place = made
+    arguments = ["compare", place / "float", "--recipe", TRAINED, "--qat", place / "qat", "--data", place / "text"]
+    arguments = list(map(str, [*arguments, "--length", 20, "--backend", engine.name, "--out", tmp_path / "out"]))
+    measured = []
+
+    def counted(engine, model, rows, **options):
+        if len(measured) == 2 and options.get("fail", True) and not (tmp_path / "again").exists():
+            raise failure("no more")
+        measured.append(model)
+        return evaluate(engine, model, rows, **options)
+
+    monkeypatch.setattr("qkit.report.comparison.evaluate", counted)
+    stopped = CliRunner().invoke(application, arguments)
+    assert stopped.exit_code != 0
+    assert "measured so far, in nats per token: float " in stopped.stderr
+    assert "PTQ" in stopped.stderr
+    assert not (tmp_path / "out" / "report.json").exists()
+    (tmp_path / "again").touch()
+    done = CliRunner().invoke(application, arguments)
+    assert done.exit_code == 0, done.output
+    assert len(measured) == 3  # float, PTQ; then QAT alone
+    once = json.loads((tmp_path / "out" / "report.json").read_text())
+    fresh = CliRunner().invoke(application, [*arguments[:-1], str(tmp_path / "fresh"), "--json"])
+    assert json.loads(fresh.stdout)["rows"] == once["rows"]
+
+
+def test_another_text_or_model_is_measured_anew(made, tmp_path):
+    engine, place = made
+
+    def count(rows, origin):
+        """How many models are measured in the same folder."""
+        measured = []
+        setting = setting_of(engine.name, "", place / "float", rows, {})
+        sources = Sources(place / "float", qkit.recipe(TRAINED), longer=place / origin)
+        kept = Measurements(tmp_path / "measured.json", setting)
+        compare(engine, sources, rows, progress=lambda row, n: None if n else measured.append(row), measurements=kept)
+        return measured
+
+    assert len(count(ROWS, "longer")) == 4
+    assert count(ROWS, "longer") == []
+    assert count(ROWS, "masters") == ["float, longer", "longer PTQ"]
+    assert len(count(ROWS[:5], "masters")) == 4
+
+
+def test_a_damaged_record_is_measured_anew(tmp_path):
+    file = tmp_path / "measured.json"
+    for text in ("", "[1]", '{"qkit_measured": 1, "rows": {"float": {"key": 1}}}', '{"qkit_measured": 9, "rows": {}}'):
+        file.write_text(text)
+        assert Measurements(file, {}).known("float", "1") is None
 
 
 # intervals
@@ -327,7 +495,7 @@ def test_the_page_is_whole_and_asks_for_nothing(made, found):
     assert "http:" not in text
     assert "https:" not in text
     charts = [attrs for tag, attrs in tags.tags if tag == "svg" and attrs.get("role") == "img"]
-    assert len(charts) == 4
+    assert len(charts) == 5
     assert all(attrs["aria-label"] for attrs in charts)
     tables = [tag for tag, _ in tags.tags if tag in ("table", "caption")]
     assert tables == ["table", "caption"] * 4

@@ -27,6 +27,19 @@ onload = () => {
     colors: [...new Set([...page.querySelectorAll("svg[role=img] rect")].map(one => inside.getComputedStyle(one).fill))],
     paper: inside.getComputedStyle(page.body).backgroundColor,
     wider: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    outside: [...page.querySelectorAll("svg text, td, th, dd, li, h1")].filter(one => {
+      const {left, right, width} = one.getBoundingClientRect();
+      return width && (left < -0.5 || right > page.documentElement.clientWidth + 0.5);
+    }).map(one => one.textContent),
+    apart: [...page.querySelectorAll("svg[role=img]")].map(chart => {
+      const names = [...chart.querySelectorAll("text.name, text.point")].map(one => one.getBoundingClientRect());
+      const over = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3;
+      return names.some((a, i) => names.some((b, j) => i < j && over(a, b)));
+    }),
+    above: [...page.querySelectorAll("text.name")].map(one => one.getBoundingClientRect().bottom),
+    bodies: [...page.querySelectorAll("svg[role=img] rect[rx]")].map(one => one.getBoundingClientRect().top),
+    named: [...page.querySelectorAll("svg svg text")].map(one => one.textContent),
+    letters: [...page.querySelectorAll("svg[role=img] text")].map(one => parseFloat(inside.getComputedStyle(one).fontSize)),
     asked: inside.performance.getEntriesByType("resource").map(one => one.name),
   });
 };
@@ -51,12 +64,12 @@ def comparison(layers):
         recipes=({"name": "int3-g32", "version": 1, "rules": []},),
         baseline="float",
         rows=tuple(
-            Measured(name, grid, "made here", estimate(loss), estimate(loss - 2.0), 7.4, 0.01, 0.9)
+            Measured(name, grid, "made here", estimate(loss), estimate(loss - 2.0), 7.4, 0.01, 0.9, 3.5, 700_000)
             for name, grid, loss in rows
         ),
         premiums=(
-            Premium("int3-g32", estimate(0.2), None, estimate(0.66)),
-            Premium("int3-g64", estimate(-0.05), estimate(0.15), None),
+            Premium("int3-g32", {"PTQ": estimate(0.2)}, None, {"PTQ": estimate(0.66)}),
+            Premium("int3-g64", {"PTQ": estimate(-0.05)}, estimate(0.15), {"PTQ": None}),
         ),
         trained=moved,
         deployed={"int3-g64": moved},
@@ -68,11 +81,13 @@ def comparison(layers):
     )
 
 
-def browse(folder, *options):
+def browse(folder, *options, width=1000, layers=30):
     """The findings of the harness, and the output of the browser."""
     source = About("qkit compare", "torchao", "cpu", {"qkit": "0"}, {"system": "Linux"}, ("text",), 1.0)
-    (folder / "report.html").write_text(render_page(comparison(30), source, title="A <report>"), encoding="utf-8")
-    (folder / "harness.html").write_text(HARNESS.replace("PAGE", "report.html"), encoding="utf-8")
+    (folder / "report.html").write_text(render_page(comparison(layers), source, title="A <report>"), encoding="utf-8")
+    (folder / "harness.html").write_text(
+        HARNESS.replace("PAGE", "report.html").replace("1000", str(width), 1), encoding="utf-8"
+    )
     command = [
         *(
             BROWSER,
@@ -97,6 +112,7 @@ def test_the_charts_are_drawn_and_nothing_is_asked_for(tmp_path):
     assert [chart["label"].partition(",")[0] for chart in found["charts"]] == [
         "Loss",
         "Loss above float",
+        "Size and loss",
         "Codes flipped",
         "Values moved",
     ]
@@ -113,6 +129,24 @@ def test_the_charts_are_drawn_and_nothing_is_asked_for(tmp_path):
     assert len(found["colors"]) == 4
     assert "rgb(0, 0, 0)" not in found["colors"]  # what has no color is black
     assert found["wider"] == 0  # the page itself does not scroll sideways
+
+
+@pytest.mark.parametrize("layers", [7, 30])
+@pytest.mark.parametrize("width", [320, 375, 1000])
+def test_nothing_is_cut_at_any_width(tmp_path, width, layers):
+    """Names are above their bars and of a size to read, cells wrap, and no number of an axis is cut."""
+    found, _ = browse(tmp_path, width=width, layers=layers)
+    assert found["wider"] == 0
+    assert found["outside"] == []
+    assert not any(found["apart"])
+    assert min(found["letters"]) >= 12
+    assert len(found["above"]) == len(found["bodies"]) == 7
+    assert all(name <= body + 4 for name, body in zip(found["above"], found["bodies"], strict=True))
+
+
+def test_layers_have_their_names_below_the_columns(tmp_path):
+    found, _ = browse(tmp_path, layers=7)
+    assert found["named"] == [f"{n}.mlp.down_proj" for n in range(1, 8)] * 2
 
 
 def test_the_page_is_dark_where_the_reader_is(tmp_path):

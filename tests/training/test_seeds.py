@@ -1,4 +1,4 @@
-"""Every statement of other tools on training holds with qkit, in no more lines; docs/coming-from.md shows these lines."""
+"""Every statement of other tools on training holds with qkit, in no more lines; docs/how-to/coming-from.md shows these lines."""
 
 import json
 import re

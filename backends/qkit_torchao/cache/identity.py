@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qkit.engines.kept import Kept
+from qkit_torchao.cache.shard import Shard
 from qkit_torchao.kernels import graphs
 from qkit_torchao.torch_private import version
 
@@ -38,16 +39,19 @@ class KeptOfTensor(Kept[T]):
 
 
 def state(weight: Tensor) -> tuple[Any, ...]:
-    """The state of `weight`: version, address, type, device, count of all optimizers' steps (-1 if frozen), captured graph."""
+    """The state of `weight`: version, address, type, device, count of all optimizers' steps (-1 if frozen), captured graph.
+
+    Optimizers step the sharded weight, so that neither the version of a `Shard` nor its `requires_grad` shows that it trains.
+    """
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_count_step)
-    device = weight.device
+    device, is_part = weight.device, type(weight) is Shard
     return (
-        version(weight),
+        weight.changes() if is_part else version(weight),  # type: ignore[attr-defined]
         weight.data_ptr(),
         weight.dtype,
         device,
-        _steps_taken if weight.requires_grad else -1,
+        _steps_taken if is_part or weight.requires_grad else -1,
         graphs.number(device) if device.type == "cuda" else 0,
     )
 

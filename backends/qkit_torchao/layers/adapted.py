@@ -52,11 +52,13 @@ class _Adapted(nn.Module):
 
     def merge_into(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
+        sharded.want_own_types(self, *NAMES.values())
         return merge(w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """B, A and the magnitudes, which only DoRA has."""
+        sharded.want_own_types(self, *NAMES.values())
         return self.lora_B, self.lora_A, self.lora_magnitude
 
 
@@ -70,7 +72,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
         rule, weight = self.rule, self.weight
         if torch.compiler.is_compiling() or is_transformed() or not x.numel() or (self.kind and self._takes_codes(x)):
             return super().forward(x)
-        sharded.is_gathered(self)  # refuses a rounded weight
+        sharded.gathered(self)  # refuses a rounded weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x = self.slot(x, "input", rule.activation)
@@ -91,7 +93,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in the type of the base."""
-        sharded.is_gathered(self)  # refuses a rounded weight
+        sharded.gathered(self)  # refuses a rounded weight
         return self.merge_into(self.weight, self.weight.dtype)
 
     def _values(self, weight: Tensor, dtype: torch.dtype, *, cached: bool) -> Tensor:

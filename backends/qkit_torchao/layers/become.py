@@ -1,23 +1,45 @@
 """Modules of another class with the same contents, and moves of modules that keep some types."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from qkit.reference.learned import NAMES
-from qkit_torchao.torch_private import apply, remove_buffers, remove_parameters, set_buffer
+from qkit_torchao.torch_private import MANAGED, apply, remove_buffers, remove_parameters, set_buffer
 
 #: Attributes of prepared layers.
 PREPARED = ("mode", "calibrating", "frozen", "fused", "simple", "kind", "grid_name", "slot_names", "values_buffer")
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> Any:
-    """A module of another class with the parameters, buffers, hooks and mode of `module`."""
+    """A module of another class with the parameters, buffers, hooks and mode of `module`.
+
+    FSDP2 refers to the modules whose weights it shards: such a module itself gets the class.
+    """
+    if MANAGED in module.__dict__:
+        before = type(module)
+        wrapper: Any = before.__bases__[0]
+        module.__class__ = _under(wrapper, cls) if is_wrapped(before) else cls  # type: ignore[arg-type]  # a class is hashable
+        return module
     other = cls.__new__(cls)
     attributes = module.__dict__.items()
     other.__dict__.update({key: one.copy() if isinstance(one, (dict, set)) else one for key, one in attributes})
     return other
+
+
+def is_wrapped(cls: type) -> bool:
+    """Whether `cls` is the class that FSDP makes of another, as FSDPLinear(FSDPModule, Linear)."""
+    bases = cls.__bases__
+    return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed")
+
+
+@cache
+def _under(wrapper: Any, cls: Any) -> Any:
+    """The class by which FSDP wraps `cls`, by the name that FSDP gives it."""
+    prefix = wrapper.__name__.removesuffix("Module")
+    return type(f"{prefix}{cls.__name__}", (wrapper, cls), {"__module__": wrapper.__module__})
 
 
 def forget_preparation(layer: Any) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qkit.fused import shares
 from qkit_torchao.cache import values
+from qkit_torchao.layers import shard_first
 
 
 def fuse(layers: Sequence[Any]) -> None:
@@ -26,7 +27,7 @@ def partners(layer: Any) -> tuple[Tensor, ...]:
 
 def drop(layer: Any) -> None:
     """Drops the cached values of a layer, and those that depend on its weight."""
-    values.drop(layer.weight)
+    shard_first.drop(layer.weight)
     if layer.fused and shares(layer.rule.weight):
         for other in layer.fused:
-            values.drop(other.weight)
+            shard_first.drop(other.weight)

@@ -13,9 +13,10 @@ from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.learned import initial, steps, to_parameters
 from qkit_torchao.cache import values
-from qkit_torchao.layers import prepared
+from qkit_torchao.layers import prepare
 from qkit_torchao.layers.become import become, forget_preparation
-from qkit_torchao.layers.prepared import FakeEmbedding, FakeLinear, Prepared
+from qkit_torchao.layers.prepare import FakeEmbedding
+from qkit_torchao.layers.prepared import FakeLinear, Prepared
 from qkit_torchao.layers.straight_through import masked
 
 
@@ -63,10 +64,8 @@ def prepare_layer(module: nn.Module, rule: Rule) -> Any:
     """See `Modules.prepare_layer`. Ranges begin with the values of the grid's rule, and train if the weight does."""
     assert rule.weight is not None
     if rule.scales == "rule":
-        return prepared.prepare_layer(module, rule)
-    layer = prepared.prepare_layer(
-        module, rule, LearnedEmbedding if isinstance(module, nn.Embedding) else LearnedLinear
-    )
+        return prepare.prepare_layer(module, rule)
+    layer = prepare.prepare_layer(module, rule, LearnedEmbedding if isinstance(module, nn.Embedding) else LearnedLinear)
     for name, value in zip(names(rule.weight), initial(layer.weight.detach(), rule.weight), strict=True):
         layer.register_parameter(name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
     return layer

@@ -15,12 +15,11 @@ from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import values
-from qkit_torchao.layers import fused, operators, products, sharded, slots, straight_through
-from qkit_torchao.layers.become import apply_but_keep, become
+from qkit_torchao.layers import fused, operators, parallel, products, sharded, slots, straight_through
+from qkit_torchao.layers.become import apply_but_keep
 from qkit_torchao.layers.execution import why_no_kernel
 from qkit_torchao.layers.gates import gate
-from qkit_torchao.layers.scaled_embedding import scaled
-from qkit_torchao.torch_private import is_any_autocast_enabled, is_transformed
+from qkit_torchao.torch_private import MANAGED, Managed, is_any_autocast_enabled, is_transformed
 
 
 class Prepared(nn.Module):
@@ -55,6 +54,11 @@ class Prepared(nn.Module):
     simple: bool
 
     @property
+    def multiplies_codes(self) -> bool:
+        """Whether a kernel may multiply codes of the weight, so that its values are not enough."""
+        return bool(self.kind) and self.gate.is_cuda
+
+    @property
     def weight_grid(self) -> Grid:
         """The grid of the weight, which every rule of a prepared layer has."""
         assert self.rule.weight is not None
@@ -71,8 +75,9 @@ class Prepared(nn.Module):
 
     def switch_mode(self, mode: Mode) -> None:
         """See `Modules.switch_mode`."""
+        sharded.release(self)
         self.mode, self.calibrating = mode, mode == "calibrating"
-        _settle(self)
+        settle(self)
         self.gate = gate(self.gate.device, on=mode != "off")
         if self.frozen:
             (values.thaw if mode == "off" else values.freeze)(self.weight)
@@ -86,13 +91,14 @@ class Prepared(nn.Module):
                 f"values on {self.weight_grid} cannot be frozen, since these weights {why}: use interval 1"
             )
         self.frozen = on
-        _settle(self)
+        settle(self)
         (values.freeze if on and self.mode != "off" else values.thaw)(self.weight)
 
     def regrid(self, rule: Rule) -> None:
         """See `Trains.regrid`."""
-        _put_on(self, rule)
-        _settle(self)
+        sharded.release(self)
+        put_on(self, rule)
+        settle(self)
         (values.freeze if self.frozen and self.mode != "off" else values.thaw)(self.weight)
 
     def clear_ranges(self) -> None:
@@ -102,7 +108,12 @@ class Prepared(nn.Module):
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
-        return self._values(self.weight, dtype, cached=not (self.caches and sharded.is_gathered(self)))
+        sharded.want_partitioned_by_none(self.weight)
+        if (how := sharded.gathered(self)) == "values":
+            return self.weight.to(dtype)
+        if not how and sharded.is_shard(self.weight):
+            return parallel.weight_values(self, dtype)  # type: ignore[no-any-return]
+        return self._values(self.weight, dtype, cached=not how)
 
     def _values(self, weight: Tensor, dtype: torch.dtype, *, cached: bool) -> Tensor:
         grid, ste = self.weight_grid, self.rule.ste
@@ -135,6 +146,8 @@ class Prepared(nn.Module):
         return torch.where(self.gate, self._quantized(x, name, grid), x)
 
     def _quantized(self, x: Tensor, name: str, grid: Grid) -> Tensor:
+        if sharded.is_shard(x):
+            return parallel.on_grid(self, x, name, grid)
         if self.rule.range == "dynamic":
             return straight_through.shared(x, grid, taker=self, ste=self.rule.ste)
         static = slots.seen_scales(self, x, name, grid)
@@ -145,6 +158,9 @@ class Prepared(nn.Module):
         for name in static_names(self.rule):
             state_dict.setdefault(f"{prefix}{name}_range", self.get_buffer(f"{name}_range"))
         super()._load_from_state_dict(state_dict, prefix, *more)
+        if self.gate.is_meta and not self.weight.is_meta:  # the state was assigned to a model without memory
+            self.gate = gate(self.weight.device, on=self.mode != "off")
+        sharded.install(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As any module; a copy has its own buffer of values."""
@@ -152,7 +168,7 @@ class Prepared(nn.Module):
         self._renew_buffer()
 
     def _renew_buffer(self) -> None:
-        if self.values_buffer is not None:
+        if self.values_buffer is not None:  # of a layer that is not sharded
             self.values_buffer = values.buffer(self.weight, self.weight_grid, self.gate)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -160,8 +176,12 @@ class Prepared(nn.Module):
         apply_but_keep(self, fn, recurse, [f"{name}_range" for name in static_names(self.rule)])
         self.gate = gate(self.gate.device, on=self.mode != "off")
         self._renew_buffer()
-        _reserve(self)
+        reserve_codes(self)
+        sharded.install(self)
         return self
+
+
+setattr(Prepared, MANAGED, Managed(sharded.install))
 
 
 class FakeLinear(Prepared, nn.Linear):
@@ -173,6 +193,7 @@ class FakeLinear(Prepared, nn.Linear):
 
     - eager, training, on, cached values current, all dynamic, no autocast: `straight_through.multiply_values`, with these values
     - CUDA, mode on, and a kernel multiplies codes of both sides once converted: `products.multiply_codes`
+    - FSDP gathered values for this call, or the layer is tensor parallel: `F.linear`, on values of parts of the weight
     - FSDP gathered the weight for this call: `operators.multiply_values`, on values that are not cached
     - compiled, in training: `operators.multiply_values`, on cached values in `values_buffer`
     - else `F.linear`: on the weight where the mode is off; on values computed for this call where scales are learned, adapters
@@ -190,11 +211,16 @@ class FakeLinear(Prepared, nn.Linear):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x = self.slot(x, "input", rule.activation)
-        gathered = self.caches and sharded.is_gathered(self)
+        sharded.want_partitioned_by_none(weight)
+        gathered = sharded.gathered(self)
         if gathered:
             self.values_buffer = None  # it is of the size of the whole weight
+        if gathered == "values" or sharded.is_shard(weight):
+            narrow = None if self.bias is None else self.bias.to(dtype)
+            found = weight.to(dtype) if gathered == "values" else self.weight_values(dtype)
+            return self.slot(F.linear(x.to(dtype), found, narrow), "output", rule.output)
         compiled = self.caches and torch.compiler.is_compiling() and self.training
-        if gathered or compiled:
+        if (gathered and self.caches) or compiled:
             options = self.gate, self.weight_grid, self.grid_name, rule.ste, dtype
             more: Any = {"cached": not gathered, "buffer": self.values_buffer, "partners": [*fused.partners(self)]}
             y = operators.multiply_values(x, weight, self.bias, *options, **more)
@@ -243,54 +269,25 @@ class FakeLinear(Prepared, nn.Linear):
 
     def _multiply_codes(self, x: Tensor) -> Tensor:
         static = slots.seen_scales(self, x, "input", self.rule.activation)
-        cached = not sharded.is_gathered(self) and self.training
+        cached = not sharded.gathered(self) and self.training
         grids = self.grid_name, self.slot_names["input"]
         return products.multiply_codes(x, self.weight, self.bias, grids, self.rule.ste, cached=cached, **static)
 
 
-class FakeEmbedding(Prepared, nn.Embedding):
-    """An embedding that looks up its weight's quantized values; see `FakeLinear`."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [...] -> [..., width]."""
-        options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
-        frozen = self.training and self.frozen
-        if torch.compiler.is_compiling() and self.caches and self.weight_grid.by_rows and not frozen:
-            rows = F.embedding(tokens, self.weight, *options)
-            on_grid = straight_through.fake_quantize(rows, self.weight_grid, ste=self.rule.ste)
-            return scaled(self, torch.where(self.gate, on_grid, rows))
-        return scaled(self, F.embedding(tokens, self.weight_values(self.weight.dtype), *options))
-
-
-def prepare_layer(module: nn.Module, rule: Rule, cls: type[nn.Module] | None = None) -> Any:
-    """The training form of a float Linear or Embedding: same parameters, hooks and mode, other class."""
-    assert rule.weight is not None
-    layer = become(module, cls or (FakeEmbedding if isinstance(module, nn.Embedding) else FakeLinear))
-    _put_on(layer, rule)
-    device = layer.weight.device
-    layer.register_buffer("gate", gate(device, on=True), persistent=False)
-    for name in static_names(rule):
-        layer.register_buffer(f"{name}_range", torch.tensor(ranges.EMPTY, device=device))
-    layer.mode, layer.calibrating, layer.frozen = "on", False, False
-    _settle(layer)
-    layer.values_buffer = values.buffer(layer.weight, rule.weight, layer.gate) if layer.caches else None
-    _reserve(layer)
-    return layer
-
-
-def _reserve(layer: Any) -> None:
+def reserve_codes(layer: Any) -> None:
     """Computes codes before a graph is captured, for layers that multiply them; see `values.codes_of`."""
-    if layer.weight.is_cuda and layer.kind:
+    if layer.weight.is_cuda and layer.kind and not sharded.is_sharded(layer):
         values.codes_of(layer.weight, layer.weight_grid)
 
 
-def _put_on(layer: Any, rule: Rule) -> None:
+def put_on(layer: Any, rule: Rule) -> None:
+    """Puts `layer` on the grids of `rule`."""
     assert rule.weight is not None
     layer.rule, layer.grid_name, layer.kind = rule, str(rule.weight), products.kind(rule.weight, rule.activation)
     layer.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
 
 
-def _settle(layer: Any) -> None:
+def settle(layer: Any) -> None:
     """Computes `simple`, which does not change between two calls: whether the layer only multiplies dynamic values."""
     layer.simple = layer.mode == "on" and not (layer.frozen or layer.kind) and layer.rule.range == "dynamic"
 

@@ -114,6 +114,10 @@ class TorchBlocks:
         """See `Blocks.put`."""
         self._model.get_parameter(f"{path}.weight").copy_(torch.from_numpy(values))
 
+    def called(self, number: int) -> tuple[nn.Module, Call]:
+        """A block, and everything that it takes besides states."""
+        return self._blocks[number], self._calls[number]
+
     def _record(self, tokens: Tensor) -> list[Call]:
         """The arguments of every block but for the states, of a run on `tokens`."""
         found: dict[int, Call] = {}

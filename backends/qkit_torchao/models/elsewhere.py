@@ -11,9 +11,11 @@ from qkit_torchao.layers.learned_experts import restore_experts
 from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.models import wrappers
 from qkit_torchao.models.blocks import Watching
+from qkit_torchao.models.learning import Learning
+from qkit_torchao.models.scoring import Scoring
 
 
-class Elsewhere(Watching):
+class Elsewhere(Watching, Learning, Scoring):
     """Models that other programs have opened or wrapped, or get back."""
 
     def save_as_artifact(self, model: nn.Module) -> nn.Module:
@@ -34,6 +36,10 @@ class Elsewhere(Watching):
     def unwrap(self, model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
         """See `qkit.engines.elsewhere.Restores.unwrap`; what peft has put around layers."""
         return wrappers.unwrap(model)
+
+    def obstacle_to_merge(self, model: nn.Module) -> str:
+        """See `qkit.engines.elsewhere.Restores.obstacle_to_merge`; by a trial on a copy."""
+        return wrappers.obstacle_to_merge(model)
 
     def knows(self, model: nn.Module) -> bool:
         """See `qkit.engines.elsewhere.Remembers.knows`; transformers' models."""

@@ -1,0 +1,169 @@
+"""Cases of test_torch_sharded.py about values that FSDP2 gathers in the place of weights; of two processes, see `processes`."""
+
+import io
+
+import torch
+from processes import Net, batch, shard, train
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import Shard
+
+import qkit
+from qkit import Grid, Recipe, Rule
+
+GRID = Grid("int4", 32)
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+GRIDS = (Grid("int4", "row"), Grid("int8", "tensor"), Grid("e2m1", 16, "nvfp4"), Grid("int4", 16, "minmax"))
+
+
+class Even(nn.Module):
+    """An embedding and two layers, whose rows and inputs divide by two."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(52, 64)
+        self.first = nn.Sequential(nn.Linear(64, 128), nn.ReLU())
+        self.second = nn.Sequential(nn.Linear(128, 52, bias=False))
+
+    def forward(self, ids):
+        return self.second(self.first(self.tokens(ids)))
+
+
+class Block(nn.Module):
+    """Layers that share the tensor scale of an nvfp4 grid, as servers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, 33) for _ in range(3))
+
+    def forward(self, x):
+        return self.q_proj(x) + self.k_proj(x) + self.v_proj(x)
+
+
+class Fused(nn.Module):
+    """An embedding, a block of fused layers, and a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(51, 64)
+        self.first = Block()
+        self.second = nn.Sequential(nn.Linear(33, 51, bias=False))
+        with torch.no_grad():
+            self.first.k_proj.weight.mul_(37)
+
+    def forward(self, ids):
+        return self.second(self.first(self.tokens(ids)))
+
+
+def recipe(grid, **more):
+    rules = (
+        Rule(("second.*",)),
+        Rule(("*",), weight=grid, **more),
+        Rule(("*",), kind="embedding", weight=grid, **more),
+    )
+    return Recipe("test", rules if grid.scale == "nvfp4" else rules[1:])
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def build(kind, grid, **more):
+    torch.manual_seed(0)
+    return qkit.prepare(kind(), recipe(grid, **more))
+
+
+def each_fsdp(model, verb):
+    for module in model.modules():
+        if hasattr(module, verb):
+            getattr(module, verb)()
+
+
+def wrong_values(model, grid, dtype):
+    """How many gathered weights are not `dtype` of the values of the master weights, and how many were compared."""
+    each_fsdp(model, "reshard")
+    whole = {name: one.full_tensor().detach().clone() for name, one in model.named_parameters()}
+    on_grid = [layer.path for layer in qkit.backend("torchao").layers(model) if layer.stage == "prepared"]
+    names = {path: f"{path}.weight" for path in on_grid}
+    peak = None
+    if grid.scale == "nvfp4" and "first.q_proj" in names:
+        peak = max(float(whole[f"first.{name}.weight"].abs().max()) for name in ("q_proj", "k_proj", "v_proj"))
+    each_fsdp(model, "unshard")
+    bad = count = 0
+    for path, name in names.items():
+        shared = peak if path.startswith("first.") and peak else None
+        q = qkit.backend("torchao").quantize(whole[name], grid, peak=shared)
+        want = qkit.dequantize(q).to(dtype)
+        bad += int((model.get_parameter(name).detach() != want).sum())
+        count += want.numel()
+    each_fsdp(model, "reshard")
+    return bad, count
+
+
+def seen_of(kind, grid, rank, *, late="", more=None, **options):
+    """Losses and wrong values of a run; `late`: whether the model is prepared after it was sharded, or has computed, too."""
+    if late:
+        torch.manual_seed(0)
+        model = shard(kind(), **options)
+        if late == "computed":
+            model(batch(0)[0])
+        assert qkit.prepare(model, recipe(grid, **(more or {}))) is model
+    else:
+        model = shard(build(kind, grid, **(more or {})), **options)
+    losses = train(model, adam(model), rank)
+    model.train()
+    bad, count = wrong_values(model, grid, torch.bfloat16 if "mp_policy" in options else torch.float32)
+    return {"losses": losses, "wrong": bad, "count": count}
+
+
+def along(dim):
+    """Options of FSDP2 by which weights are split along `dim`."""
+    return {"shard_placement_fn": lambda one: Shard(dim) if one.dim() > 1 else None}
+
+
+def observe(rank):
+    """All of it, in process `rank`: by case."""
+    pairs = {name: init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")) for name, shape in MESHES.items()}
+    seen = {
+        "policy": seen_of(Net, GRID, rank, mp_policy=BF16),
+        "no policy": seen_of(Net, GRID, rank),
+        "sharded before": seen_of(Net, GRID, rank, late="sharded", mp_policy=BF16),
+        "computed before": seen_of(Net, GRID, rank, late="computed", mp_policy=BF16),
+        "left whole": seen_of(Net, GRID, rank, late="computed", mp_policy=BF16, reshard_after_forward=False),
+        "resharded to one": seen_of(Net, GRID, rank, mp_policy=BF16, reshard_after_forward=1),
+        "offloaded": seen_of(Net, GRID, rank, mp_policy=BF16, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+        "masked": seen_of(Net, GRID, rank, mp_policy=BF16, more={"ste": "masked"}),
+        "fused": seen_of(Fused, Grid("e2m1", 16, "nvfp4"), rank, mp_policy=BF16),
+        "along inputs": seen_of(Even, GRID, rank, mp_policy=BF16, **along(1)),
+    }
+    seen |= {name: seen_of(Net, GRID, rank, mp_policy=BF16, mesh=mesh) for name, mesh in pairs.items()}
+    for grid in GRIDS:
+        seen[f"{grid}, along outputs"] = seen_of(Net, grid, rank, mp_policy=BF16)
+        seen[f"{grid}, along inputs"] = seen_of(Even, grid, rank, mp_policy=BF16, **along(1))
+    return seen | changed(rank)
+
+
+MESHES = {"replicated": (2, 1), "sharded in a mesh of two axes": (1, 2)}
+
+
+def changed(rank):
+    """What follows changes of the weights that no optimizer makes, and losses of the marks of parts."""
+    model = shard(build(Net, GRID), mp_policy=BF16)
+    first = wrong_values(model, GRID, torch.bfloat16)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.mul_(-2)
+    edited = wrong_values(model, GRID, torch.bfloat16)
+    state = {name: one.detach().clone() for name, one in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assigned = wrong_values(model, GRID, torch.bfloat16)
+    stream = io.BytesIO()
+    torch.save({name: one.to_local() for name, one in model.state_dict().items()}, stream)
+    stream.seek(0)
+    plain = {type(one).__name__ for one in torch.load(stream, weights_only=True).values()}
+    model(batch(0)[0])
+    with qkit.disabled(model):
+        off = model(batch(0)[0]).detach()
+    distributed.barrier()
+    return {"edits": {"first": first, "edited": edited, "assigned": assigned, "plain": plain, "off": off}}
