@@ -1,5 +1,6 @@
 """No silent seam: Trainer, peft, mlx-lm and averages of weights around prepared models. Each test is a fault that was found."""
 
+import copy
 import json
 import re
 import subprocess
@@ -294,6 +295,41 @@ def test_adapters_of_mlx_lm_are_merged_when_told_to(dora):
     assert not [path for path in masters if path.endswith(".linear")]
     want = {path: qkit.quantize(w, rules[path]).codes for path, w in masters.items()}
     assert_exact(want, codes(qkit.convert(model), "mlx"))
+
+
+def patched():
+    nn = pytest.importorskip("mlx.nn")
+
+    class Patched(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.lora_down = inner, nn.Linear(32, 4, bias=False)
+
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    return {"Patched": Patched, "Around": Around, "Sequential": nn.Sequential}
+
+
+@pytest.mark.parametrize("name", ["Patched", "Around", "Sequential"])
+def test_a_wrapper_of_mlx_that_qkit_does_not_know_is_refused_by_name(tmp_path, name):
+    model = qkit.prepare(small("mlx"), "int4-g32")
+    attention = model.layers[0].self_attn
+    attention.q_proj = patched()[name](attention.q_proj)
+    for verb in (qkit.convert, qkit.merge, lambda one: qkit.save(one, tmp_path / "out")):
+        with pytest.raises(qkit.StageError, match=f"q_proj.*is inside of a {name}; qkit cannot see past {name}"):
+            verb(model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_adapter_on_a_float_model_of_mlx_is_refused_by_name():
+    model = small("mlx")
+    attention = model.layers[0].self_attn
+    attention.q_proj = patched()["Patched"](attention.q_proj)
+    with pytest.raises(qkit.StageError, match=r"cannot prepare: .* is inside of a Patched"):
+        qkit.prepare(model, "int4-g32")
 
 
 # 3, 4, 6: peft
@@ -699,6 +735,115 @@ def test_weights_that_are_copied_in_while_a_model_evaluates_are_seen(recipe, com
         twin.load_state_dict(model.state_dict())
         want = logits(torch.compile(twin.eval(), backend="aot_eager") if compiled else twin.eval())
         assert torch.equal(logits(run), want)
+
+
+def moved_copies(model):
+    return [one.detach() * 0.5 + 0.01 for one in model.parameters()]
+
+
+def _averaged(model, wanted):
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)).eval()
+    logits(average)
+    for _ in range(2):
+        with torch.no_grad():
+            for one, value in zip(model.parameters(), wanted, strict=True):
+                one.copy_(value)
+        average.update_parameters(model)
+        logits(average)
+    return average, average.module
+
+
+def _timm(model, wanted):
+    """ModelEmaV3: a copy in evaluation mode, whose parameters move by one call for all of them."""
+    average = copy.deepcopy(model).eval()
+    logits(average)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), wanted, weight=0.5)
+    return average, average
+
+
+def _diffusers(model, wanted):
+    """EMAModel.store, copy_to and restore, and copy_to again."""
+    stored = [one.detach().cpu().clone() for one in model.parameters()]
+    for values in (wanted, stored, wanted):
+        for one, value in zip(model.parameters(), values, strict=True):
+            one.data.copy_(value.to(one.device).data)
+        logits(model)
+    return model, model
+
+
+def _foreach(model, wanted):
+    """diffusers' EMAModel with foreach."""
+    torch._foreach_copy_([one.data for one in model.parameters()], wanted)
+    return model, model
+
+
+def _swapped(model, wanted):
+    for one, value in zip(model.parameters(), wanted, strict=True):
+        one.data = value.clone()
+    return model, model
+
+
+@pytest.mark.parametrize("average", [_averaged, _timm, _diffusers, _foreach, _swapped], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("recipe", [RECIPE, "int8-dynamic-act-int8-weight", "mxfp4-a16-learned", "mixture"])
+def test_averages_of_each_library_are_seen_in_evaluation(recipe, average):
+    def made():
+        if recipe != "mixture":
+            return qkit.prepare(build("torchao"), recipe).eval()
+        made = {"num_local_experts": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        config = transformers.AutoConfig.for_model(
+            "mixtral", vocab_size=256, hidden_size=64, intermediate_size=64, **made
+        )
+        torch.manual_seed(0)
+        return qkit.prepare(transformers.AutoModelForCausalLM.from_config(config), RECIPE).eval()
+
+    model = made()
+    before = logits(model)
+    ran, holder = average(model, moved_copies(model))
+    twin = made()
+    twin.load_state_dict(holder.state_dict())
+    assert torch.equal(logits(ran), logits(twin))
+    assert not torch.equal(logits(ran), before)
+
+
+@pytest.mark.parametrize("order", ["qkit first", "accelerate first"])
+def test_the_loop_of_accelerate_trains_on_the_grid_and_ships_exactly(tmp_path, order):
+    accelerate = pytest.importorskip("accelerate")
+
+    def run(prepare):
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = prepare(build("torchao")) if order == "qkit first" else build("torchao")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        loader = torch.utils.data.DataLoader(data(), batch_size=2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        model = model if order == "qkit first" else prepare(model)
+        seen = []
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append(loss.item())
+        accelerator.save_state(tmp_path / "state")
+        want = logits(model)
+        with torch.no_grad():
+            for one in model.parameters():
+                one.mul_(0.5)
+        accelerator.load_state(tmp_path / "state")
+        assert torch.equal(logits(model), want)
+        return accelerator.unwrap_model(model), seen
+
+    (model, on_grid), (_, plain) = run(lambda one: qkit.prepare(one, RECIPE)), run(lambda one: one)
+    assert on_grid != plain
+    want = reference_codes(model)
+    assert_exact(want, codes(qkit.convert(model)))
+    out = qkit.save(model.eval(), tmp_path / "out")
+    there = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    np.testing.assert_allclose(logits(there), logits(model), atol=1e-3)  # another order of sums
 
 
 # 12: the share of a model

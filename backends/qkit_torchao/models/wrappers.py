@@ -203,11 +203,8 @@ def _merge(levels: list[Any]) -> None:
 
 def _levels(module: Any) -> list[Any]:
     """`module` and the wrappers in it, down to the layer, the outermost first; none where it is no adapter."""
-    found = []
-    while (held := _held(module)) is not None:
-        found.append(module)
-        module = held
-    return found
+    held = _held(module)
+    return [] if held is None else [module, *_levels(held)]
 
 
 def _held(module: Any) -> nn.Module | None:
