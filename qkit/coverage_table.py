@@ -90,6 +90,11 @@ class Coverage:
         ]
         return "\n".join([*lines, f"{self.bits_per_weight:.2f} bits per weight"])
 
+    def _repr_html_(self) -> str:
+        from qkit.notebook import show_coverage  # here, so that `import qkit` stays cheap
+
+        return show_coverage(self)
+
 
 def coverage(model: Any, *, backend: str | Arrays | None = None) -> Coverage:
     """For every layer of `model` its grid and how it runs, or the reason why the recipe left it alone."""

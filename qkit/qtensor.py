@@ -80,6 +80,11 @@ class QTensor(Generic[Array]):
         """The same value with `function` applied to each array: to another framework, or to another device."""
         return QTensor(grid=self.grid, dtype=self.dtype, **{n: function(a) for n, a in self.parts().items()})
 
+    def _repr_html_(self) -> str:
+        from qkit.notebook import show_qtensor  # here, so that `import qkit` stays cheap
+
+        return show_qtensor(self)
+
 
 def _why(name: str) -> str:
     owners = {

@@ -147,6 +147,11 @@ class Recipe:
         names = (path, *["lm_head"] * head)
         return next((rule for rule in self.rules if any(rule.matches(name, kind) for name in names)), None)
 
+    def _repr_html_(self) -> str:
+        from qkit.notebook import show_recipe  # here, so that `import qkit` stays cheap
+
+        return show_recipe(self)
+
 
 def read_recipe(file: "Path | Traversable") -> Recipe:
     """The recipe in a TOML file; its name is the file's.

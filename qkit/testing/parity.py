@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qkit import reference
 from qkit.engines.protocol import Arrays
 from qkit.grid import Grid
+from qkit.notebook import show_parity
 from qkit.qtensor import DType
 from qkit.testing.hard_tensors import COUPLED_SHAPE, coupled, random, tensors
 
@@ -47,6 +48,16 @@ class Parity:
     def exact(self) -> bool:
         """Whether everything was compared and nothing differs."""
         return not (self.error or self.codes or self.scales or self.values)
+
+    def _repr_html_(self) -> str:
+        return show_parity([self])
+
+
+class ParityTable(list[Parity]):
+    """The results of several comparisons, such as `ParityTable(compare_many(...))`: a table in notebooks."""
+
+    def _repr_html_(self) -> str:
+        return show_parity(self)
 
 
 def compare(engine: Arrays, grid: Grid, *, dtype: DType, compiled: bool, size: int) -> Parity:
