@@ -37,7 +37,8 @@ class Float32Scales(Shown):
             self.change_dtype(TYPES[value.dtype])
         else:
             raise StageError(
-                f"{name} of a {type(self).__name__} are {current.dtype}, and {value.dtype} ones were put in their place"
+                f"{name} of a {type(self).__name__} are {current.dtype}, and {value.dtype} ones were put in their "
+                "place: give arrays of their own type"
             )
 
     def widened(self, name: str) -> Any:
