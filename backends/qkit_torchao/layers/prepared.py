@@ -109,6 +109,7 @@ class Prepared(Shown):
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
+        sharded.want_partitioned_by_none(self.weight)
         if (how := sharded.gathered(self)) == "values":
             return self.weight.to(dtype)
         if not how and sharded.is_shard(self.weight):
@@ -211,6 +212,7 @@ class FakeLinear(Prepared, nn.Linear):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x = self.slot(x, "input", rule.activation)
+        sharded.want_partitioned_by_none(weight)
         gathered = sharded.gathered(self)
         if gathered:
             self.values_buffer = None  # it is of the size of the whole weight
