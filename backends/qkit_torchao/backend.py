@@ -190,9 +190,7 @@ class TorchaoBackend(Elsewhere, Mixtures, Tuning):
                 raise ArtifactError(f"{name} is in the file, and not in the model: {surgery.ALIKE}")
             want, dtype = state[name], str(state[name].dtype).rpartition(".")[2]
             if array.shape != tuple(want.shape):
-                raise ArtifactError(
-                    f"{name} is {list(array.shape)}, and {list(want.shape)} in the model: {surgery.ALIKE}"
-                )
+                raise ArtifactError(f"{name} is {list(array.shape)}, the model's {list(want.shape)}: {surgery.ALIKE}")
             if array.dtype.name != dtype and (dtype != "float32" or array.dtype.name not in ("float16", "bfloat16")):
                 raise ArtifactError(f"{name} is {array.dtype} in the file and {dtype} in the model: cast the model")
         with torch.no_grad():
