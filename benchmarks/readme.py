@@ -21,7 +21,7 @@ from recover import texts
 
 RECIPES = ("int4-g32", "int3-g32", "int2-g32")
 SHOWN = "int2-g32"  #: the recipe of the report
-TRAIN = ("--batch", "4", "--length", "128", "--learning-rate", "3e-4", "--seed", "0")
+TRAIN = ("--batch", "8", "--length", "128", "--learning-rate", "2e-4", "--seed", "0")
 EVAL = ("--length", "256", "--windows", "48")
 NEW, REPEATS = 64, 5  #: tokens of one answer, and answers
 
@@ -76,9 +76,9 @@ def _prepare(folder: Path, steps: int, common: tuple[str, ...]) -> None:
     for name, bytes_ in zip(("text.txt", "held-out.txt"), texts(), strict=True):
         (folder / name).write_bytes(bytes(bytes_.astype("uint8")))
     data = ("--data", "text.txt")
-    few = (folder / "held-out.txt").read_bytes()[:4096]  # for the curve of training; the table is of the whole
+    few = (folder / "held-out.txt").read_bytes()[:8192]  # for the curve of training; the table is of the whole
     (folder / "few.txt").write_bytes(few)
-    watched = ("--held-out", "few.txt", "--evaluate-every", str(steps // 6))
+    watched = ("--held-out", "few.txt", "--evaluate-every", str(steps // 2))
     training = (*data, *common, "--steps", str(steps), *TRAIN, *watched)
     if not (folder / "longer").exists():
         _qkit(folder, "train", "model", "longer", "--recipe", "float", *training)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import typer
 
@@ -37,7 +37,7 @@ def _command(name: str, command: Any) -> str:
         f"## qkit {name}\n",
         f"{_cell(command.help)}\n",
         f"```text\n{usage} [OPTIONS]\n```\n",
-        "| | |",
+        "| argument or option | meaning |",
         "|---|---|",
     ]
     for one in command.params:
@@ -74,7 +74,10 @@ def _table(name: str, kind: type) -> str:
 
 
 def _type(kind: Any) -> str:
-    return kind if isinstance(kind, str) else getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+    if isinstance(kind, str):
+        return kind
+    plain = isinstance(kind, type) and not get_args(kind)
+    return kind.__name__ if plain else re.sub(r"\w+\.(?=\w)", "", str(kind)).replace("NoneType", "None")
 
 
 def _plain(value: Any) -> str:
@@ -100,6 +103,7 @@ def attributes(kind: type) -> dict[str, str]:
 def gallery() -> str:
     """Every recipe with its bits per weight, and every pair of an element and a scale rule with a picture of its levels."""
     found = [qkit.recipe(name) for name in qkit.recipes()]
+    assert found, "no recipes: install qkit, so that its plugins are known"
     lines = ["| recipe | weight | input | bits per weight |", "|---|---|---|---|"]
     grids: dict[tuple[str, str], list[str]] = {}
     for recipe in found:

@@ -45,7 +45,7 @@ def picture(element: str, scale: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">'
         f"<title>{element}, {scale}: {clipped}</title>"
         f'<g font-family="sans-serif" font-size="11" fill="#777">{numbers}'
-        f'<text x="{WIDTH - 2}" y="11" text-anchor="end">{clipped}</text></g>'
+        f'<text x="2" y="11">{clipped}</text></g>'
         f'<path d="M{MARGIN} {axis}H{WIDTH - MARGIN}" stroke="#999"/>'
         f'<path d="{ticks}" stroke="#4f6bed" stroke-width="{1.6 if len(found) < 40 else 0.8}"/>'
         f'<path d="{ends}" fill="#d9622b"/></svg>\n'

@@ -49,7 +49,8 @@ def first_update(module: Any, r: int, dropout: float, scale: float) -> Update:
     *experts, outputs, width = module["weight"].shape
     inputs = getattr(module, "inputs", width)  # packed words are fewer
     a = mx.random.uniform(-1 / sqrt(inputs), 1 / sqrt(inputs), (*experts, r, inputs))
-    return Update(np.array(a), np.zeros((*experts, outputs, r), np.float32), float(scale))
+    packed = "scales" in module  # a base of codes
+    return Update(np.array(a), np.zeros((*experts, outputs, r), np.float32), float(scale), dithered=packed)
 
 
 class Readable(nn.Module):

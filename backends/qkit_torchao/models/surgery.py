@@ -179,6 +179,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
             execution=how.text,
             tied=tied,
             adapter=getattr(module, "adapter", ""),
+            mode=getattr(module, "mode", "on"),
         )
     obstacle = ""
     if getattr(module, "max_norm", None) is not None:
