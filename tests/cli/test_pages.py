@@ -235,7 +235,9 @@ def test_the_conformance_figures_are_those_of_the_result_files():
         assert f"{row['passed']:,} laws" in VERIFICATION
 
 
-@pytest.mark.parametrize(("name", "least"), [("serve-8b", 20), ("serve-8b-more", 3), ("serve-8b-32", 4), ("serve-1b", 5)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("serve-8b", 20), ("serve-8b-more", 3), ("serve-8b-32", 4), ("serve-1b", 5)]
+)
 def test_the_tables_of_serving_are_those_of_the_result_files(name, least):
     report = json.loads((RESULTS / "h200" / f"{name}.json").read_text(encoding="utf-8"))
     columns = ("linears", "compiled", "eager", "prefill", "memory")
