@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export PYTHONHASHSEED = 0
 
-.PHONY: demo test test-all test-families test-size test-readers families test-install lint docs wheels wheels-published bench \
+.PHONY: demo test test-all test-families test-size test-readers families test-install lint docs pages wheels wheels-published bench \
 	recipes clean
 
 demo: $(VENV)/ready
@@ -35,13 +35,21 @@ families: $(VENV)/ready
 	$(BIN)/python tests/families/write.py
 	$(BIN)/python tests/families/page.py
 
-# That every extra resolves on every Python and platform, against the package index alone.
+# That every extra resolves on every Python and platform and does its job, and that the tutorials go from a new environment to a served
+# model, against the package index alone.
 test-install: $(VENV)/ready
-	$(BIN)/python -m pytest -m network tests/cli/test_install.py
+	$(BIN)/python -m pytest -m network tests/cli/test_install.py tests/cli/test_tutorials.py
 
 # The pages of docs/ as a site in site/; a warning ends it.
 docs: $(VENV)/ready
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pictures of grids, and the pages that tests write.
+pages: $(VENV)/ready
+	$(BIN)/python docs/pictures.py
+	$(BIN)/python tests/reading.py
+	$(BIN)/python tests/coming_from.py
+	$(BIN)/python tests/families/page.py
 
 # In dist/: the source, the wheel without kernels for any machine, and on Linux the wheel of this machine under a tag that PyPI takes.
 wheels: $(VENV)/ready

@@ -53,9 +53,11 @@ def fit(
     The law computes them on the host in fp64, for every engine: equal arguments give equal codes on all engines and machines.
 
     Args:
-        w, grid, backend: as for `quantize`.
-        moments: E[x x'] [n, n] of the inputs that the weight multiplies, an array of any framework; `search` takes its diagonal
-            [n], too, or None.
+        w: as for `quantize`.
+        grid: as for `quantize`.
+        backend: as for `quantize`.
+        moments: E[x x'] `[n, n]` of the inputs that the weight multiplies, an array of any framework; `search` takes its diagonal
+            `[n]`, too, or None.
         method: `search` tries scales. `solve` also chooses codes whose errors make up for one another; it needs `moments`.
 
     Raises:

@@ -9,10 +9,10 @@ _exact: ContextVar[bool] = ContextVar("exact", default=False)
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Inside, converted layers on the CPU decode their codes at every call, and so compute the bits of prepared layers.
+    """Inside, converted layers of torch decode their codes at every call, and so compute the bits of prepared layers.
 
-    Outside, torch multiplies a few tokens by the codes themselves. That is faster, and sums in another order: outputs are within
-    1e-3 of abs(x) @ abs(w) in bfloat16, 1e-6 in float32. More tokens at once are always multiplied exactly.
+    Outside, one token on the CPU, and up to 64 on CUDA, are multiplied by the codes themselves. That is faster, and sums in
+    another order: outputs are within 1e-3 of abs(x) @ abs(w) in bfloat16, 1e-6 in float32. More tokens are multiplied exactly.
 
     >>> with exact():
     ...     is_exact()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 SOFTWARE: Final = {"Software": "qkit"}  #: metadata of a picture
 INK, SOFT, LINE, PAPER = "#1f2328", "#5e6670", "#e3e0d9", "#fbfaf7"
 COLORS: Final = {"float": "#8b939d", "ptq": "#c77d1e", "longer": "#e3bd8a", "qat": "#12786f", "moved": "#7456b3"}
+#: Colors of things that have none of their own.
+SERIES: Final = ("#12786f", "#c77d1e", "#7456b3", "#b4557f", "#3b76b8", "#8a8d2e", "#8b939d", "#1f2328")
 DOTS: Final = 140  #: per inch
 NAMES: Final = 2.4  #: inches left of a plot that the names of bars take at most
 LETTERS: Final = 14.0  #: letters of a note in an inch
@@ -60,4 +62,4 @@ def add_legend(figure: "Figure", axes: "Axes") -> None:
 def save_picture(figure: "Figure", file: Path) -> None:
     """Writes the picture as a PNG, with the same bytes for the same content."""
     with replaced_file(file) as aside:
-        figure.savefig(aside, dpi=DOTS, metadata=SOFTWARE)
+        figure.savefig(aside, dpi=DOTS, metadata=SOFTWARE, format="png")

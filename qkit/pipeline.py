@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from qkit import fused
 from qkit.conversion import pack_layers
 from qkit.engines.abilities import offers, require, want_honored
-from qkit.engines.elsewhere import Remembers
+from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
 from qkit.engines.protocol import Arrays, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
@@ -59,6 +59,7 @@ def prepare(
     engine = surgeon(model, backend)
     layers = list(engine.layers(model))
     want_known(layers, "prepare")
+    want_mergeable(engine, model, layers, "prepare")
     planned = _plan_on(engine, layers, recipe, "prepare", skip_indivisible)
     want_whole([item.layer for item in planned if item.rule and _needs_whole(item.rule)], "prepare")
     warn_of_family(engine, model)
@@ -123,6 +124,13 @@ def convert(
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
+
+
+def want_mergeable(engine: Modules, model: Any, layers: Iterable[Layer], verb: str) -> None:
+    """Refuses adapters of other libraries that their own library cannot merge: the trained model could not be shipped."""
+    wrapped = any(layer.wrapper for layer in layers)
+    if wrapped and offers(engine, Restores) and (reason := engine.obstacle_to_merge(model)):
+        raise StageError(f"cannot {verb}: {reason}: use another adapter")
 
 
 def warn_of_family(engine: Modules, model: Any) -> None:

@@ -64,7 +64,7 @@ def products(grid, dtype):
         assert all(torch.equal(part, want.parts()[name]) for name, part in held.parts().items())
     assert torch.equal(model[0].weight, rounding.dequantize(want))
     values, worst = rounding.dequantize(want).double(), 0.0
-    for rows in (1, 3, 19, 67):
+    for rows in (1, 2, 3, 19, 67):
         x = torch.randn(rows, INPUTS).to(dtype)
         exact = nn.functional.linear(x.double(), values, bias).detach()
         y = model(x[None])[0].detach()
@@ -204,7 +204,8 @@ def main(name: str) -> None:
     choose.why_not_packed = lambda device: ""  # as on a GPU
     choose.word_kernels = lambda device: cuda_words
     nvrtc.why_not = lambda: ""
-    cuda_words.PRODUCT, cuda_words.ARRANGEMENT = HostKernel(cuda_words.PRODUCT), HostKernel(cuda_words.ARRANGEMENT)
+    for name_of_kernel in ("PRODUCT", "FEW_ROWS", "ARRANGEMENT"):
+        setattr(cuda_words, name_of_kernel, HostKernel(getattr(cuda_words, name_of_kernel)))
     cuda_words.processors_of = lambda device: 1
     dtype = getattr(torch, name)
     for grid in GRIDS if name == "bfloat16" else GRIDS[1::4]:

@@ -211,9 +211,13 @@ def run(rank, folder):
     }
     rounding = shard(with_adapters(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     seen["errors"]["rounded"] = error(lambda: rounding(batch(0)[0]))
-    import shards  # which imports this module
+    import parallel  # which imports this module
+    import shards
 
     seen["shards"] = shards.observe(rank)
+    seen["not finite"] = shards.saved(rank, folder)
+    if find_spec("transformers") and find_spec("accelerate"):
+        seen["parallel"] = parallel.observe(rank, folder)
     torch.save(seen, f"{folder}/{rank}.pt")
     distributed.barrier()
     os._exit(0)  # gloo's threads now and then abort a process that takes them down, torch 2.13

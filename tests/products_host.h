@@ -6,6 +6,7 @@
 #define DEVICE static inline
 #define ENTRY static void
 #define __shared__ static
+#define SHARED(name) static u32x4 name[4096]
 #define __syncthreads() pthread_barrier_wait(&everyone)
 struct alignas(16) u32x4 { unsigned x, y, z, w; };
 struct Three { unsigned x, y, z; };
@@ -23,6 +24,8 @@ DEVICE u32 bytes_of(u32 a, u32 b, u32 selector) {
     return d;
 }
 DEVICE u32 turned(u32 word, int right) { right &= 31; return right ? word >> right | word << (32 - right) : word; }
+DEVICE u32 masked(u32 word, u32 mask, u32 more) { return word & mask | more; }
+DEVICE u32 flipped(u32 word, u32 mask, u32 more) { return word & mask ^ more; }
 DEVICE float as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 DEVICE u32 bits_of(float f) { u32 b; memcpy(&b, &f, 4); return b; }
 DEVICE float product(float a, float b) { return a * b; }
@@ -36,6 +39,9 @@ DEVICE u32 minus(u32 a, u32 b) { return shorts(low16(a) - low16(b), high16(a) - 
 DEVICE u32 times(u32 a, u32 b) { return shorts(low16(a) * low16(b), high16(a) * high16(b)); }
 DEVICE u32 halves(float low, float high) { return rounded_f16(low) | (u32)rounded_f16(high) << 16; }
 template <int size> DEVICE void copy(void *to, const void *from) { memcpy(to, from, size); }
+DEVICE void let_next_begin() {}
+DEVICE void await_previous() {}
+DEVICE void bring(const void *, u32) {}
 DEVICE void close_copies() {}
 template <int later> DEVICE void await_copies() {}
 DEVICE float from_lane(float f, int mask) {
@@ -73,16 +79,23 @@ DEVICE void mma(float *c, const u32 *a, u32 b0, u32 b1) {
 }
 
 #include KERNELS
+#ifdef KEEPS
+typedef u16 X;
+#define ENTERED multiply_few
+#else
+typedef void X;
+#define ENTERED multiply
+#endif
 
-#if XS != 2
-extern "C" void launch_arrange(int programs, int, const u16 *x, u32x4 *out, u32 inputs, u32 count, u32 words, u32 all) {
+#ifdef ARRANGES
+extern "C" void launch(int programs, int, const u16 *x, u32x4 *out, u32 inputs, u32 count, u32 words, u32 all) {
     for (int bx = 0; bx < programs; bx++)
         for (unsigned i = 0; i < 32 * WARPS; i++) {
             threadIdx = {i, 0, 0}, blockIdx = {(u32)bx, 0, 0};
             arrange(x, out, inputs, count, words, all);
         }
 }
-#endif
+#else
 
 struct Given {
     const void *x; const u32 *codes; const u8 *scales, *zeros; const float *power; const void *bias; void *out;
@@ -93,14 +106,14 @@ static Three program;
 
 static void *run(void *lane) {
     threadIdx = {(u32)(u64)lane, 0, 0}, blockIdx = program;
-    multiply(
-        call.x, call.codes, call.scales, call.zeros, call.power, call.bias, call.out, call.experts, call.outputs, call.inputs,
+    ENTERED(
+        (const X *)call.x, call.codes, call.scales, call.zeros, call.power, call.bias, call.out, call.experts, call.outputs, call.inputs,
         call.count, call.words, call.stride, call.groups, call.powers
     );
     return 0;
 }
 
-extern "C" void launch_multiply(
+extern "C" void launch(
     u32 programs, u32 more, const void *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power,
     const void *bias, void *out, const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups,
     u32 powers
@@ -116,3 +129,4 @@ extern "C" void launch_multiply(
             for (u64 i = 0; i < 32 * WARPS; i++) pthread_join(lanes[i], 0);
         }
 }
+#endif

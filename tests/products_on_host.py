@@ -1,4 +1,4 @@
-"""Runs `products.cu` on a CPU, compiled as C++: a stand-in for `nvrtc.Kernel`, with its signature."""
+"""Runs `products.cu` and `few.cu` on a CPU, compiled as C++: a stand-in for `nvrtc.Kernel`, with its signature."""
 
 import ctypes
 import shutil
@@ -16,26 +16,27 @@ class HostKernel:
 
     def __init__(self, kernel: nvrtc.Kernel) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="qkit-products-"))
-        self._name, self._kinds = kernel.name, kernel.kinds
+        self._kernel = kernel
         self._compiled: dict = {}
 
-    def __call__(self, constants, programs, threads, arguments) -> None:
+    def __call__(self, constants, programs, threads, arguments, *, memory=0) -> None:
         """As `nvrtc.Kernel.__call__`."""
         known = dict(constants)
         assert threads == 32 * known["WARPS"]
         if constants not in self._compiled:
             self._compiled[constants] = self.compile(known)
-        given = (kind(one) for kind, one in zip(self._kinds, arguments, strict=True))
+        given = (kind(one) for kind, one in zip(self._kernel.kinds, arguments, strict=True))
         self._compiled[constants](*programs, *given)
 
     def compile(self, constants):
         """The function, compiled with `constants`."""
         library = self._folder / f"{len(self._compiled)}.so"
-        source = Path(nvrtc.__file__).with_name("products.cu")
         flags = [f"-D{name}={int(value)}" for name, value in constants.items()]
+        if self._kernel.name == "arrange":
+            flags.append("-DARRANGES")
         command = [
-            COMPILER, "-std=c++17", "-O0", "-shared", "-fPIC", "-pthread", "-w", *flags, f'-DKERNELS="{source}"',
+            COMPILER, "-std=c++17", "-O0", "-shared", "-fPIC", "-pthread", "-w", *flags, f'-DKERNELS="{self._kernel.path}"',
             "-x", "c++", Path(__file__).with_name("products_host.h"), "-o", library,
         ]  # fmt: skip
         subprocess.run(command, check=True)
-        return getattr(ctypes.CDLL(str(library)), f"launch_{self._name}")
+        return ctypes.CDLL(str(library)).launch

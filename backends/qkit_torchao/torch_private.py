@@ -105,6 +105,28 @@ def local_part(outer: Any) -> Tensor:
     return part
 
 
+def is_going_back() -> bool:
+    """Whether autograd is at work in this thread, as where a checkpoint computes a forward again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def active_ddp() -> Any:
+    """The `DistributedDataParallel` whose forward runs; None where there is none."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def place_of(outer: Any) -> tuple[slice, ...]:
+    """Where the tensor in this process of a DTensor lies in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, begin = compute_local_shape_and_global_offset(outer.shape, outer.device_mesh, outer.placements)
+    return tuple(slice(a, a + n) for a, n in zip(begin, shape, strict=True))
+
+
 def take_hooks(record: Any) -> None:
     """Has one of `fsdp_parameters` look for hooks of its part, as FSDP does when it begins."""
     if not hasattr(record, "_extensions_data"):

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from qkit.cli.demo import demo
 from qkit.cli.diff import diff
 from qkit.cli.eval import eval_
 from qkit.cli.export import export
+from qkit.cli.groups import Grouped, example_of
 from qkit.cli.import_ import import_
 from qkit.cli.inspect import inspect
 from qkit.cli.merge import merge
@@ -33,6 +35,7 @@ EPILOG = "Exit codes: " + ". ".join(f"{code}: {meaning}" for code, meaning in ME
 
 application = typer.Typer(
     name="qkit",
+    cls=Grouped,
     help="Train on the grid you ship, prove it, run it anywhere.",
     epilog=EPILOG,
     no_args_is_help=True,
@@ -40,15 +43,31 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (backends, recipes, plan, calibrate, quantize, inspect, verify, warmup, parity, train, teach, demo):
-    application.command()(command)
-application.command("mlx-lora", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(mlx_lora)
-application.command()(export)
-application.command("import")(import_)
-application.command()(diff)
-application.command()(merge)
-application.command("eval")(eval_)
-application.command()(compare)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "recipes": recipes,
+    "plan": plan,
+    "calibrate": calibrate,
+    "quantize": quantize,
+    "train": train,
+    "teach": teach,
+    "merge": merge,
+    "mlx-lora": mlx_lora,
+    "eval": eval_,
+    "compare": compare,
+    "diff": diff,
+    "inspect": inspect,
+    "verify": verify,
+    "export": export,
+    "import": import_,
+    "backends": backends,
+    "parity": parity,
+    "warmup": warmup,
+    "demo": demo,
+}
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  #: mlx-lora gives options on to another command
+for name, command in COMMANDS.items():
+    settings = PASSED_ON if name == "mlx-lora" else {}
+    application.command(name, epilog=example_of(name), context_settings=settings)(command)
 
 
 def main() -> None:

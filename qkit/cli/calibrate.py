@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import qkit
-from qkit.cli.console import console
+from qkit.cli.console import Json, console, print_json
 from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
 from qkit.engines.blocks import Lesson
@@ -49,6 +49,7 @@ def calibrate(
     batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 8,
     backend: Annotated[str | None, typer.Option(help="The engine. Left out: the first that is ready.")] = None,
     device: Annotated[str | None, typer.Option(help="The device of the engine, such as cpu or cuda.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Run a float model on a text, and store the second moments of its layers' inputs; interrupted, it goes on where it was."""
     from qkit.calibration import calibrate as gather  # here, so that other commands start fast
@@ -67,4 +68,7 @@ def calibrate(
         calibrate_drift(model, out, rows, engine=engine, batch=batch, recipe=chosen, lesson=lesson)
     else:
         gather(model, out, rows, engine=engine, batch=batch, recipe=chosen)
-    console.print(f"{out}: statistics of {rows.size:,} tokens", highlight=False)
+    if as_json:
+        print_json({"out": str(out), "tokens": int(rows.size), "windows": len(rows), "engine": engine.name})
+    else:
+        console.print(f"{out}: statistics of {rows.size:,} tokens", highlight=False)

@@ -1,6 +1,7 @@
 """The output of the command line: tables for people, JSON for machines, and errors on their own stream."""
 
 import json
+import os
 import re
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-PAPER = 140  #: columns of an output that is not a terminal
+PAPER = 140  #: columns of an output that is not a terminal, where COLUMNS does not say
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def _is_terminal() -> bool:
 
 
 #: No markup: the output often has the user's own text, and `*.[a-z]_proj` is a pattern. `Text` gives color.
-console = _Console(width=None if _is_terminal() else PAPER, markup=False, emoji=False)
+console = _Console(width=None if _is_terminal() or "COLUMNS" in os.environ else PAPER, markup=False, emoji=False)
 errors = _Console(stderr=True, markup=False, emoji=False)
 
 

@@ -1,6 +1,7 @@
 """`qkit demo`: the main job from end to end, shown as it happens. The work is in `qkit.demo.run`."""
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qkit.cli.console import console
+from qkit.cli.console import Json, console, errors, print_json
 from qkit.installation import ENGINE, how_to_install
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def demo(
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file, to train for.")
     ] = "int2-g64",
+    as_json: Json = False,
 ) -> None:
     """Train a small Llama, quantize it, train it on its grid, open it on another engine: three minutes."""
     from qkit.demo.preset import PRESETS
@@ -35,7 +37,7 @@ def demo(
         TextColumn("{task.fields[loss]}", markup=False),
     )
     with ExitStack() as stack:
-        bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=errors if as_json else console)
         tasks: dict[str, TaskID] = {}
 
         def progress(stage: str, step: int, steps: int, loss: float) -> None:
@@ -46,6 +48,14 @@ def demo(
             bars.update(tasks[stage], completed=step, loss=f"loss {loss:.3f}")
 
         result = run(backend=backend, recipe=recipe, folder=out, progress=progress)
+    drawn = find_spec("matplotlib") is not None
+    if drawn:
+        from qkit.demo.picture import draw
+
+        draw(result, out / "losses.png")
+    if as_json:
+        print_json({**asdict(result), "recovered": result.recovered})
+        return
     console.print(_table(result))
     if result.backend in PRESETS:
         console.print(f"a smaller model than on other backends: {result.backend} is slow on a Linux CPU")
@@ -55,13 +65,8 @@ def demo(
     console.print(
         f"{out / 'report.html'}: the comparison as a page, with its charts; report.json beside it has the numbers"
     )
-    if find_spec("matplotlib"):
-        from qkit.demo.picture import draw
-
-        draw(result, out / "losses.png")
-        console.print(f"{out / 'losses.png'}: the loss curves")
-    else:
-        console.print(f"no picture: {how_to_install(ENGINE)}", markup=False)
+    picture = f"{out / 'losses.png'}: the loss curves" if drawn else f"no picture: {how_to_install(ENGINE)}"
+    console.print(picture, markup=False)
 
 
 def _table(result: "Result") -> Table:

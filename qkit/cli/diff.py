@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from qkit.cli.console import Json, console, print_json
+from qkit.cli.console import Json, console, errors, print_json
+from qkit.storage.destination import check_replaced_file
 
 if TYPE_CHECKING:
     from qkit.exchange.diff import Difference
@@ -18,12 +19,20 @@ DIFFERENT = 1
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="A model directory, in any layout that qkit reads.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another model directory.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="A PNG of the errors of each layer of B from A; needs matplotlib.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two models, code by code and scale by scale. Exit code 0: equal; 1: different."""
+    """Compare two models, code by code, with the errors of each layer. Exit code 0: equal; 1: different.
+
+    Errors are those of B's values from A's, so name the float model first: MSE, SQNR, cosine and the largest one.
+    """
     from qkit.exchange.diff import compare  # here, so that other commands start fast
     from qkit.exchange.import_model import read_model
 
+    if picture:
+        check_replaced_file(picture)
     found = list(compare(read_model(first), read_model(second)))
     different = [row for row in found if not row.equal]
     totals = {name: sum(getattr(row, name) for row in found) for name in ("codes", "scales", "values")}
@@ -32,6 +41,11 @@ def diff(
         print_json({"equal": not different, **totals, "tensors": tensors})
     else:
         _show(found, different, totals)
+    if picture:
+        from qkit.exchange.picture import draw
+
+        draw(found, picture, title=f"{second.name} from {first.name}: the error of each layer")
+        errors.print(f"{picture}: the errors of each layer", highlight=False, soft_wrap=True)
     if different:
         raise typer.Exit(DIFFERENT)
 
@@ -43,9 +57,24 @@ def _show(found: "list[Difference]", different: "list[Difference]", totals: dict
             counts = (f"{count:,}" if count else "" for count in (row.codes, row.scales, row.values))
             table.add_row(row.name, row.compared, *counts, f"{row.numbers:,}", row.detail)
         console.print(table)
+        if any(row.error for row in different):
+            console.print(_error_table(different))
     numbers = sum(row.numbers for row in found)
     by_values = [row for row in found if row.compared == "values" and row.detail]
     counted = ", ".join(f"{count:,} {name}" for name, count in totals.items())
     console.print(f"{len(different):,} of {len(found):,} tensors differ: {counted}, of {numbers:,} numbers")
     if by_values:
         console.print(f"{len(by_values):,} compared by their values, since only one side holds them on that grid")
+
+
+def _error_table(different: "list[Difference]") -> Table:
+    """The errors of B from A, weight by weight."""
+    table = Table("layer", "MSE", "SQNR, dB", "cosine", "largest error")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in different:
+        if one := row.error:
+            decibels = "infinite" if one.sqnr is None else f"{one.sqnr:.2f}"
+            cells = (f"{one.mse:.3e}", decibels, f"{one.cosine:.6f}", f"{one.largest:.3e}")
+            table.add_row(row.name.removesuffix(".weight"), *cells)
+    return table

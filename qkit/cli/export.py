@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qkit.cli.console import console
+from qkit.cli.console import Json, console, print_json
 from qkit.errors import ArtifactError
 from qkit.storage.destination import check_directory, check_file
 
@@ -45,6 +45,7 @@ def export(
         Fallback | None, typer.Option(help="gguf: weights that no type of GGUF holds become these floats, one by one.")
     ] = None,
     without_tokenizer: WithoutTokenizer = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model for another program: the same codes under other names, exactly, or not at all."""
     from qkit.exchange import export_model, write_model  # here, as the next two, so that other commands start fast
@@ -74,6 +75,10 @@ def export(
         notes = [f"{path} as its values: mlx-lm would split its codes and quantize them again" for path in as_values]
     else:
         export_model.export_dense(source, out)
+    if as_json:
+        counts = {"quantized_weights": len(source.weights), "other_tensors": len(source.tensors)}
+        print_json({"out": str(out), "to": to.value, **counts, "notes": [*source.notes, *notes]})
+        return
     console.print(
         f"{out}: {len(source.weights)} quantized weights, {len(source.tensors)} other tensors, for {to.value}"
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qkit.cli.console import console
+from qkit.cli.console import Json, console, print_json
 from qkit.cli.export import WeightsOnly
 from qkit.storage.destination import check_directory
 
@@ -18,6 +18,7 @@ def import_(
         bool,
         typer.Option("--minmax", help="Read weights of mlx-lm whose biases are whole numbers of scales as minmax."),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model that another tool quantized as an artifact, with the same codes, or refuse it by name."""
     from qkit.exchange.import_model import read_model, to_artifact  # here, so that other commands start fast
@@ -28,6 +29,10 @@ def import_(
     if weights_only:
         source = without_activations(source)
     to_artifact(source, out)
+    if as_json:
+        counts = {"quantized_weights": len(source.weights), "other_tensors": len(source.tensors)}
+        print_json({"out": str(out), **counts, "notes": list(source.notes)})
+        return
     for note in source.notes:
         console.print(note, highlight=False, markup=False)
     console.print(f"{out}: {len(source.weights)} quantized weights and {len(source.tensors)} other tensors")

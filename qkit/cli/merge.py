@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import qkit
-from qkit.cli.console import console, errors
+from qkit.cli.console import Json, console, errors, print_json
 from qkit.cli.eval import Engine
 from qkit.pipeline import surgeon
 from qkit.storage.destination import check_directory
@@ -27,6 +27,7 @@ def merge(
         ),
     ] = None,
     backend: Engine = None,
+    as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, on the grid.
 
@@ -46,10 +47,15 @@ def merge(
     if recipe is not None:
         model = qkit.convert(model)
     qkit.save(model, out, source=base)
-    if not formats.read(adapter).base:
+    known = bool(formats.read(adapter).base)
+    if not known:
         errors.print(
             f"{adapter} has no note by qkit, so it may be trained beside the grid: then the merge moves the loss; compare it by "
             "qkit eval",
             highlight=False,
         )
-    console.print(f"{out}: {merged} adapters merged, {qkit.coverage(model).bits_per_weight:.2f} bits per weight")
+    bits = qkit.coverage(model).bits_per_weight
+    if as_json:
+        print_json({"out": str(out), "adapters": merged, "exact": known, "bits_per_weight": bits})
+    else:
+        console.print(f"{out}: {merged} adapters merged, {bits:.2f} bits per weight")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qkit.cli.console import console
+from qkit.cli.console import Json, console, print_json
 from qkit.cli.quantize import SkipIndivisible
 
 #: A command line of the tools themselves begins so. Its `--model` and `--adapter-path` are the model and the artifact.
@@ -33,6 +33,7 @@ def mlx_lora(
     packed: Annotated[
         bool, typer.Option("--packed", help="Train adapters on packed codes, as on a model loaded in few bits.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train by mlx_lm.lora, or by mlx_lm_lora.train where an option is its own. All other options are that command's.
 
@@ -46,6 +47,10 @@ def mlx_lora(
         shipped = run_mlx_lora(None, None, recipe, words[len(begin[0].split()) :], **options)
     else:
         shipped = run_mlx_lora(Path(model), Path(out), recipe, context.args, **options)
+    if as_json:
+        counts = {"quantized_layers": shipped.quantized_layers, "changed_layers": shipped.changed_layers}
+        print_json({"out": str(shipped.folder), **counts})
+        return
     console.print(
         f"{shipped.folder}: the artifact; {shipped.changed_layers:,} of {shipped.quantized_layers:,} layers have changed codes",
         highlight=False,

@@ -4,12 +4,12 @@ import gc
 import re
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import qkit
-from qkit.cli.console import console, errors, read_size, size
+from qkit.cli.console import Json, console, errors, print_json, read_size, size
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
 from qkit.fitting.fits import Fit, Method, summary
@@ -80,6 +80,7 @@ def quantize(
         typer.Option("--stats", metavar="STATS", help="Statistics of qkit calibrate. --fit solve and round need them."),
     ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Put OUT together when all its parts are written.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Quantize a model's directory, tensor by tensor; interrupted, the same command goes on where it was."""
     mine = read_part(part) if part else None
@@ -100,9 +101,14 @@ def quantize(
         join_parts(plan, out)
     if mine and not finish:
         files = mine.files(plan.layout)
+        if as_json:
+            print_json({"out": str(out), "part": str(mine), "files": list(files), "of": len(plan.layout.sizes)})
+            return
         console.print(
             f"{out}: part {mine} is written, {len(files)} of {len(plan.layout.sizes)} weights files", highlight=False
         )
+    elif as_json:
+        print_json(_as_table(plan, out, nbytes))
     else:
         _report(plan, out, nbytes)
 
@@ -159,6 +165,17 @@ def _check_room(nbytes: int, place: Destination) -> None:
         raise qkit.PlanError(
             f"{place.requested} needs {size(nbytes)}, and {home} has {size(free)} free: make room, or go elsewhere"
         )
+
+
+def _as_table(plan: Plan, out: Path, nbytes: int) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "layers": sum(bool(row.rule) for row in plan.rows),
+        "bytes": nbytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "not_copied": list(plan.left_behind),
+        "warnings": [str(one) for one in plan.caveats],
+    }
 
 
 def _report(plan: Plan, out: Path, nbytes: int) -> None:

@@ -1,5 +1,6 @@
 """`qkit recipes [NAME]`: lists the recipes, or shows one in full."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -8,22 +9,35 @@ from rich.table import Table
 from rich.text import Text
 
 import qkit
-from qkit.cli.console import Json, console, errors, print_json
+from qkit.cli.console import Json, console, errors, print_json, size
 from qkit.engines.registry import ALIASES, DIFFERENCES, left_out
 from qkit.grid import Grid
 from qkit.rules import Recipe, rule_table
+from qkit.runs_on import runs_on
+from qkit.suggestions import MACHINES, TYPICAL, bits_of, read_machine, suggest
 
-NAMES = 80  #: columns for names and grids; the summary gets the rest
-TYPICAL = (4096, 4096)  #: shape of the weight for which the table shows bits per weight
+SUMMARY = 110  #: from so many columns on, the table has summaries, too
+LEFT_OF_SUMMARY = 76  #: columns for all that is beside them
 
 
 def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A recipe, an alias or a TOML file. Left out: all recipes.")
     ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="TEXT", help='Suggest recipes for a machine, its memory and a model: "cuda, 24 GB, 8B".'
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the recipes, or show one in full."""
+    """List the recipes, or show one in full, or suggest some for a machine."""
+    if name is not None and machine is not None:
+        raise typer.BadParameter("--for looks through all recipes: leave NAME out")
+    if machine is not None:
+        _suggest(machine, as_json=as_json)
+        return
     if name is not None:
         recipe = qkit.recipe(name)
         if as_json:
@@ -37,15 +51,42 @@ def recipes(
     if as_json:
         print_json([_as_table(recipe) for recipe in found])
         return
-    rows = [(recipe.name, *_main_rule(recipe), recipe.summary) for recipe in found]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(("recipe", "weight", "activation", "bits")):
-        table.add_column(heading, min_width=max(len(row[i]) for row in rows), no_wrap=True)
-    table.add_column("summary", no_wrap=True, overflow="ellipsis", max_width=max(console.width - NAMES, 1))
-    for row in rows:
-        table.add_row(*row)
+    table.add_column("recipe", overflow="fold")
+    table.add_column("bits", justify="right", no_wrap=True)
+    table.add_column("runs natively in", no_wrap=True)
+    wide = console.width >= SUMMARY
+    if wide:
+        table.add_column("summary", no_wrap=True, overflow="ellipsis", max_width=console.width - LEFT_OF_SUMMARY)
+    for recipe in found:
+        cells = (recipe.name, f"{bits_of(recipe):.2f}", ", ".join(runs_on(recipe)))
+        table.add_row(*cells, *([recipe.summary] if wide else []))
     console.print(table)
+    console.print(
+        "Bits are stored bits per weight of most layers. qkit itself runs every recipe on CUDA, CPUs and Macs.",
+        highlight=False,
+    )
     console.print("aliases: " + ", ".join(f"{alias} = {target}" for alias, target in ALIASES.items()), highlight=False)
+
+
+def _suggest(text: str, *, as_json: bool) -> None:
+    asked = read_machine(text)
+    found = suggest(asked)
+    if as_json:
+        print_json({"for": asdict(asked), "recipes": [asdict(one) for one in found]})
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("recipe", overflow="fold")
+    for heading in ("bits", "weights, about", "left of the memory"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        table.add_row(one.recipe, f"{one.bits:.2f}", size(one.nbytes), size(one.left))
+    console.print(table)
+    console.print(
+        f"For {MACHINES[asked.name]}, most bits first: the first of them loses least, the last leaves most room. Sizes assume a "
+        f"vocabulary of 128,000; `qkit plan MODEL -r {found[0].recipe}` counts every byte.",
+        highlight=False,
+    )
 
 
 def _show(recipe: Recipe, *, asked_for: str) -> None:
@@ -59,12 +100,6 @@ def _show(recipe: Recipe, *, asked_for: str) -> None:
     console.print(table)
 
 
-def _main_rule(recipe: Recipe) -> tuple[str, str, str]:
-    """Weight, activation and bits of the last rule that quantizes, which most layers follow."""
-    rule = [rule for rule in recipe.rules if rule.weight][-1]
-    return str(rule.weight), str(rule.activation or ""), _bits(rule.weight)
-
-
 def _bits(grid: Grid | None) -> str:
     return f"{grid.bits_per_weight(TYPICAL):.2f}" if grid else ""
 
@@ -74,5 +109,7 @@ def _as_table(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "version": recipe.version,
         "summary": recipe.summary,
+        "bits_per_weight": bits_of(recipe),
+        "runs_natively_in": list(runs_on(recipe)),
         "rules": [rule_table(rule) for rule in recipe.rules],
     }

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qkit.cli.console import console, errors
+from qkit.cli.console import Json, console, errors, print_json
 from qkit.cli.eval import Device, Engine
 
 
@@ -30,8 +30,9 @@ def teach(
     length: Annotated[int | None, typer.Option(help="Tokens in a sequence, as in the later runs [512].")] = None,
     backend: Engine = None,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Write a teacher's largest logits on a text, for `qkit train ... --set distillation.teacher=FILE` on any engine."""
+    """Write a teacher's largest logits on a text, for `qkit train --set distillation.teacher=FILE` on any engine."""
     from qkit.training import read_run, run_from_table, teach  # here, so that other commands start fast
 
     given = {"data": data, "held_out": held_out, "length": length, "backend": backend, "device": device}
@@ -43,4 +44,7 @@ def teach(
     with bar:
         task = bar.add_task("", total=None)
         teach(run, file, top=top, tick=lambda done, of: bar.update(task, completed=done, total=of))
+    if as_json:
+        print_json({"file": str(file), "top": top, "length": run.length, "bytes": file.stat().st_size})
+        return
     console.print(f"{file}: the {top} largest logits at every position, for sequences of {run.length}", highlight=False)

@@ -6,21 +6,27 @@ from typing import Annotated
 import typer
 
 import qkit
-from qkit.cli.console import console, errors
+from qkit.cli.console import Json, console, errors, print_json
 
 
 def verify(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A directory that `qkit quantize` or `qkit.save` wrote.")
     ],
+    as_json: Json = False,
 ) -> None:
     """Read every byte of an artifact, and compare it with the digests that were written with it."""
     from qkit.artifact.verify import verify as find_problems  # here, as the next, so that other commands start fast
     from qkit.processes import cores
 
     problems = list(find_problems(folder, workers=cores()))
+    if as_json:
+        print_json({"folder": str(folder), "whole": not problems, "problems": [str(one) for one in problems]})
     for problem in problems:
         errors.print(str(problem), highlight=False, soft_wrap=True)
     if problems:
-        raise qkit.VerificationError(f"{folder} is not what was written: {len(problems)} problem(s), named above")
-    console.print(f"{folder} is whole", highlight=False)
+        raise qkit.VerificationError(
+            f"{folder} is not what was written: {len(problems)} problem(s), named above: fetch or quantize it again"
+        )
+    if not as_json:
+        console.print(f"{folder} is whole", highlight=False)

@@ -8,7 +8,7 @@ import numpy as np
 import typer
 
 import qkit
-from qkit.cli.console import console
+from qkit.cli.console import Json, console, print_json
 from qkit.cli.eval import Device, Engine
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer
@@ -30,6 +30,7 @@ def warmup(
     ],
     backend: Engine = None,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Run each kind of layer of an artifact once, so that no kernel is compiled while the model serves."""
     engine = require(qkit.backend(backend), Builds)
@@ -37,9 +38,16 @@ def warmup(
     modules = require(engine, Modules)
     kinds = list(_kinds(modules, qkit.load(folder, backend=engine)))
     for layer, dtype in kinds:
-        console.print(f"compiling for {_words(layer)}: {layer.execution}", highlight=False, soft_wrap=True)
+        if not as_json:
+            console.print(f"compiling for {_words(layer)}: {layer.execution}", highlight=False, soft_wrap=True)
         for rows in ROWS:
             modules.run_layer(layer.module, _input(layer, rows, dtype))
+    if as_json:
+        warm = [
+            {"path": one.path, "shape": list(one.shape), "dtype": dtype, "runs": one.execution} for one, dtype in kinds
+        ]
+        print_json({"folder": str(folder), "kinds": warm})
+        return
     console.print(f"{folder} is warm: {len(kinds)} kinds of layers", highlight=False, soft_wrap=True)
 
 

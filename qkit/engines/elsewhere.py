@@ -26,6 +26,10 @@ class Restores(Modules, Protocol):
         """
         ...
 
+    def obstacle_to_merge(self, model: Any) -> str:
+        """Why an adapter of another library cannot be merged, with the path of its layer; empty where all can."""
+        ...
+
 
 class Remembers(Modules, Protocol):
     """The Hugging Face directory that a model came from."""

@@ -18,6 +18,10 @@ class Distillation:
     Both distributions are at `temperature`; its square preserves the size of gradients (Hinton et al. 2015, arXiv 1503.02531).
     Where only some of the teacher's logits are known, both distributions cover these tokens only. A student that equals its
     teacher then has a gradient of zero.
+
+    Attributes:
+        temperature: divides the logits of both before the divergence.
+        weight: 0 learns from the text alone, 1 from the teacher alone.
     """
 
     temperature: float = 1.0

@@ -1,7 +1,7 @@
 """Comparison of two model directories, tensor by tensor: missing tensors, and different codes, scales or values."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.snapshot import Snapshot, StoredWeight
+from qkit.exchange.distance import Distance, measure
 from qkit.formats import dense
 from qkit.formats.packed import join
+from qkit.qtensor import DTYPES
 from qkit.reference import packing
 from qkit.reference.packing import Packed
 
@@ -30,6 +32,7 @@ class Difference:
         scales: number of different scales and zero points.
         values: number of values with different bits.
         detail: the two grids, shapes or types, where they differ.
+        error: the distance of the second directory's values from the first's, where two weights of one shape are not equal.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Difference:
     scales: int = 0
     values: int = 0
     detail: str = ""
+    error: Distance | None = None
 
     @property
     def equal(self) -> bool:
@@ -70,6 +74,18 @@ def _named(snapshot: Snapshot) -> dict[str, StoredWeight | NDArray[Any]]:
 
 
 def _compare(name: str, a: StoredWeight | NDArray[Any], b: StoredWeight | NDArray[Any]) -> Difference:
+    found = _differing(name, a, b)
+    if found.equal or a.shape != b.shape or len(a.shape) < 2:
+        return found
+    one, other = (x.read() if isinstance(x, StoredWeight) else x for x in (a, b))
+    if not all(
+        isinstance(x, Packed) or np.issubdtype(x.dtype, np.floating) or x.dtype.name in DTYPES for x in (one, other)
+    ):
+        return found
+    return replace(found, error=measure((_values(one, *rows), _values(other, *rows)) for rows in _rows(a.shape)))
+
+
+def _differing(name: str, a: StoredWeight | NDArray[Any], b: StoredWeight | NDArray[Any]) -> Difference:
     numbers = prod(a.shape)
     if a.shape != b.shape:
         return Difference(name, "shape", numbers, detail=f"{list(a.shape)}, {list(b.shape)}")

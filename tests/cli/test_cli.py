@@ -58,7 +58,7 @@ def test_every_recipe_is_listed() -> None:
 def test_recipes_as_json() -> None:
     rows = json.loads(runner.invoke(application, ["recipes", "--json"]).stdout)
     assert [row["name"] for row in rows] == qkit.recipes()
-    assert rows[0].keys() == {"name", "version", "summary", "rules"}
+    assert rows[0].keys() == {"name", "version", "summary", "bits_per_weight", "runs_natively_in", "rules"}
 
 
 def test_an_alias_says_what_it_resolves_to() -> None:

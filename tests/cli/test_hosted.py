@@ -39,7 +39,7 @@ def test_the_jobs_of_hosted_ci_are_these():
         "make wheels-published",
         "make test-install",
     }
-    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test\nmake docs")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda file: file.stem)

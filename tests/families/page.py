@@ -47,8 +47,8 @@ def summary() -> str:
     others = sum(all(_good(row, reader, "int4") for reader in READERS[2:]) for row in rows.values())
     counted = f"Of {len(rows)} checkpoints of {len(known.table()['types'])} model types"
     return (
-        f"{counted}, {own} open equal on both of qkit's engines under `int4-g32`, and {others} in transformers, by default and "
-        "dequantized, and in mlx-lm, where the reader has such a model."
+        f"{counted}, {own} open equal on both of qkit's engines under `int4-g32`. In transformers, by default and dequantized, "
+        f"and in mlx-lm, {others} do, counting those that the reader lacks."
     )
 
 

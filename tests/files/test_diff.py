@@ -14,8 +14,11 @@ from typer.testing import CliRunner
 from qkit.artifact.verify import verify
 from qkit.cli.application import application
 from qkit.exchange.diff import compare
+from qkit.exchange.distance import measure
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model
+from qkit.formats.packed import unpack
+from qkit.reference import dequantize
 from qkit.storage.arrays import read_file
 
 runner = CliRunner()
@@ -126,6 +129,76 @@ def test_digests_follow_the_content_and_not_the_container(folder, tmp_path):
 
     before, after = of["qkit"].digests(), edited(folder, tmp_path / "out", flip).digests()
     assert [key for key in before if before[key] != after[key]] == [name]
+
+
+# errors of values
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int8-g64", "mxfp4-a16", "nvfp4-a16"])
+def test_each_layer_has_its_errors_from_the_float_model(tmp_path, name):
+    """Every sum against NumPy's own, on the values of the reference."""
+    quantized(tmp_path, name)
+    floats, after = read_model(tmp_path / "float"), read_model(tmp_path / "qkit")
+    rows = {row.name: row for row in compare(floats, after)}
+    assert {f"{path}.weight" for path in after.weights} == {row.name for row in rows.values() if row.error}
+    for path, weight in after.weights.items():
+        a = np.array(floats.tensors[f"{path}.weight"], np.float64)
+        b = np.array(dequantize(unpack(weight.read())), np.float64)
+        one = rows[f"{path}.weight"].error
+        assert one.mse == pytest.approx(((a - b) ** 2).mean(), rel=1e-9)
+        assert one.sqnr == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), rel=1e-9)
+        assert one.cosine == pytest.approx((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-9)
+        assert one.largest == np.abs(a - b).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "mse", "sqnr", "cosine", "largest"),
+    [
+        ([3.0, 4.0], [3.0, 4.0], 0.0, None, 1.0, 0.0),
+        ([3.0, 4.0], [0.0, 0.0], 12.5, 0.0, 0.0, 4.0),
+        ([0.0, 0.0], [0.0, 0.0], 0.0, None, 1.0, 0.0),
+        ([0.0, 0.0], [1.0, 0.0], 0.5, None, 0.0, 1.0),
+        ([1.0, 0.0], [-1.0, 0.0], 2.0, 10 * np.log10(1 / 4), -1.0, 2.0),
+    ],
+)
+def test_errors_of_small_tensors(a, b, mse, sqnr, cosine, largest):
+    found = measure([(np.array(a, np.float32), np.array(b, np.float32))])
+    assert (found.mse, found.largest) == (mse, largest)
+    assert found.sqnr == (None if sqnr is None else pytest.approx(sqnr))
+    assert found.cosine == pytest.approx(cosine)
+
+
+def test_errors_are_those_of_the_whole_tensor_however_it_is_cut():
+    draw = np.random.default_rng(0)
+    a, b = draw.standard_normal((2, 96, 64)).astype(np.float32)
+    whole, cut = measure([(a, b)]), measure([(a[:31], b[:31]), (a[31:], b[31:])])
+    for name in ("mse", "sqnr", "cosine", "largest"):
+        assert getattr(cut, name) == pytest.approx(getattr(whole, name), rel=1e-12)
+
+
+def test_types_that_differ_have_errors_too(folder, tmp_path):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float16)
+
+    (row,) = unequal(read_model(folder / "mlx"), edited(folder, tmp_path / "out", change))
+    assert row.compared == "type"
+    assert 0 < row.error.largest < 1e-2
+
+
+def test_diff_shows_the_errors_and_draws_them(tmp_path):
+    quantized(tmp_path, "int4-g64")
+    command = ["diff", str(tmp_path / "float"), str(tmp_path / "qkit")]
+    told = json.loads(runner.invoke(application, [*command, "--json"]).output)
+    (row,) = (row for row in told["tensors"] if row["name"] == f"{UP}.weight")
+    assert row["error"].keys() == {"mse", "sqnr", "cosine", "largest"}
+    done = runner.invoke(application, command)
+    assert done.exit_code == 1
+    (line,) = (line for line in done.output.splitlines() if f" {UP} " in line)
+    assert f"{row['error']['sqnr']:.2f}" in line
+    assert f"{row['error']['mse']:.3e}" in line
+    pytest.importorskip("matplotlib")
+    done = runner.invoke(application, [*command, "--picture", str(tmp_path / "errors.png")])
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
 
 
 # the commands

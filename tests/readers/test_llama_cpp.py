@@ -1,4 +1,4 @@
-"""README's path to llama.cpp as it stands, up to the server's answer; and llama.cpp's tokens beside the tokenizer's own.
+"""The path to llama.cpp as it stands, up to the server's answer; and llama.cpp's tokens beside the tokenizer's own.
 
 The server is `llama-server` where there is one, else PyPI's packaged build in the environment `llama.cpp` of `$QKIT_READERS`.
 """
@@ -21,8 +21,8 @@ from qkit.cli.application import application
 pytestmark = pytest.mark.readers
 HERE = Path(__file__).parent
 HOME = Path(os.environ.get("QKIT_READERS", ".readers")).absolute()
-README = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
-SERVE = README.partition("## Serve it")[2].partition("\n## ")[0]
+PAGE = (HERE.parents[1] / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
+SERVE = PAGE.partition("\n## ")[0]
 LINES = re.search(r"^\$ qkit quantize model/ small/.*?(?=^```)", SERVE, re.DOTALL | re.MULTILINE)[0].splitlines()
 TEXTS = [
     "import os",

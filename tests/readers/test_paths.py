@@ -1,4 +1,4 @@
-"""The README's paths to vLLM's and mlx-lm's answers, command by command; that to llama.cpp's is in `test_llama_cpp`."""
+"""The The paths to vLLM's and mlx-lm's answers, command by command; that to llama.cpp's is in `test_llama_cpp`."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from qkit.cli.application import application
 sys.path.insert(0, str(Path(__file__).parent))
 import run as readers
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-COMMANDS = re.findall(r"^\$ (.+?)\s*(?:#.*)?$", README.partition("## Serve it")[2].partition("\n## ")[0], re.MULTILINE)
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text()
+COMMANDS = re.findall(r"^\$ (.+?)\s*(?:#.*)?$", PAGE.partition("\n## ")[0], re.MULTILINE)
 pytestmark = pytest.mark.readers
 
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from models import TOKENS, build, make
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import qkit
@@ -246,19 +248,67 @@ def test_preferences_without_roles_are_refused_by_name(tmp_path):
     assert "a message without a role" in str(done.exception)
 
 
-@needs_other
-def test_an_adapter_file_of_another_base_is_refused_by_name(tmp_path):
-    import mlx.core as mx
+TOOLS = [
+    pytest.param(["--fine-tune-type", "lora"], id="mlx_lm"),
+    pytest.param(["--train-type", "lora"], id="mlx_lm_lora", marks=needs_other),
+]
 
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("model.layers.0.self_attn.q_proj.lora_a", r"\[128, 8\]"), ("model.layers.9.x.lora_a", "missing")],
+)
+def test_an_adapter_file_of_another_base_is_refused_by_name(tmp_path, tool, name, what):
+    mx = pytest.importorskip("mlx.core")
     given = data(tmp_path)
-    mx.save_safetensors(
-        str(tmp_path / "other.safetensors"), {"model.layers.0.self_attn.q_proj.lora_a": mx.zeros((7, 8))}
-    )
-    done = mlx_lora(
-        tmp_path, *given, "--train-type", "lora", "--resume-adapter-file", str(tmp_path / "other.safetensors")
-    )
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), {name: mx.zeros((7, 8))})
+    done = mlx_lora(tmp_path, *given, *tool, "--resume-adapter-file", str(tmp_path / "other.safetensors"))
     assert isinstance(done.exception, qkit.RunError), (done.output, done.exception)
-    assert "is for another base: its model.layers.0.self_attn.q_proj.lora_a is [7, 8]" in str(done.exception)
+    assert re.search(rf"is for another base: its {name} is \[7, 8\], and the model's is {what}", str(done.exception))
+    assert "Iter 1" not in done.output
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("packed", [[], ["--packed"]], ids=["prepared", "packed"])
+def test_adapters_go_on_with_their_base_and_no_other_of_the_same_shapes(tmp_path, tool, packed):
+    pytest.importorskip("mlx_lm")
+    given = [*data(tmp_path), *tool, *packed]
+    assert mlx_lora(tmp_path, *given).exit_code == 0
+    (found,) = tmp_path.glob("out.run/adapters/adapters.safetensors")
+    shutil.move(found.parent, tmp_path / "first")
+    shutil.rmtree(tmp_path / "out")
+    again = [*given, "--resume-adapter-file", str(tmp_path / "first/adapters.safetensors")]
+    done = mlx_lora(tmp_path, *again)
+    assert done.exit_code == 0, (done.output, done.exception)
+    shutil.rmtree(tmp_path / "out")
+    weights = tmp_path / "model/model.safetensors"
+    moved = {name: array * np.float32(1.5) for name, array in load_file(weights).items()}
+    save_file(moved, weights, metadata={"format": "pt"})
+    done = mlx_lora(tmp_path, *again)
+    assert isinstance(done.exception, qkit.RunError), (done.output, done.exception)
+    assert re.search(
+        "is for another base: it was trained on weights with digest [0-9a-f]{32}, and", str(done.exception)
+    )
+    assert "Iter 1" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_mlx_lm_itself_are_checked_against_the_model_that_they_name(tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    given = [*data(tmp_path), "--fine-tune-type", "lora"]
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    weights = tmp_path / "other/model.safetensors"
+    save_file({name: x * np.float32(1.5) for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    (tmp_path / "theirs").mkdir()
+    names = {"lora_a": mx.zeros((128, 8)), "lora_b": mx.zeros((8, 128))}
+    file = tmp_path / "theirs/adapters.safetensors"
+    mx.save_safetensors(str(file), {f"model.layers.1.self_attn.q_proj.{name}": x for name, x in names.items()})
+    for base in ("other", "model"):
+        (file.parent / "adapter_config.json").write_text(json.dumps({"model": str(tmp_path / base)}))
+        done = mlx_lora(tmp_path, *given, "--resume-adapter-file", str(file))
+        assert (done.exit_code == 0) == (base == "model"), (done.output, done.exception)
+        assert base == "model" or "is for another base: it was trained on weights" in str(done.exception)
 
 
 @pytest.mark.parametrize(("scheme", "grid"), [("int4", "int4-g128"), ("fp8-fp8", "e4m3"), ("int8-int4", "int4-g32")])

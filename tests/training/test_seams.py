@@ -1,5 +1,6 @@
 """No silent seam: Trainer, peft, mlx-lm and averages of weights around prepared models. Each test is a fault that was found."""
 
+import copy
 import json
 import re
 import subprocess
@@ -296,6 +297,41 @@ def test_adapters_of_mlx_lm_are_merged_when_told_to(dora):
     assert_exact(want, codes(qkit.convert(model), "mlx"))
 
 
+def patched():
+    nn = pytest.importorskip("mlx.nn")
+
+    class Patched(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.lora_down = inner, nn.Linear(32, 4, bias=False)
+
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    return {"Patched": Patched, "Around": Around, "Sequential": nn.Sequential}
+
+
+@pytest.mark.parametrize("name", ["Patched", "Around", "Sequential"])
+def test_a_wrapper_of_mlx_that_qkit_does_not_know_is_refused_by_name(tmp_path, name):
+    model = qkit.prepare(small("mlx"), "int4-g32")
+    attention = model.layers[0].self_attn
+    attention.q_proj = patched()[name](attention.q_proj)
+    for verb in (qkit.convert, qkit.merge, lambda one: qkit.save(one, tmp_path / "out")):
+        with pytest.raises(qkit.StageError, match=f"q_proj.*is inside of a {name}; qkit cannot see past {name}"):
+            verb(model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_adapter_on_a_float_model_of_mlx_is_refused_by_name():
+    model = small("mlx")
+    attention = model.layers[0].self_attn
+    attention.q_proj = patched()["Patched"](attention.q_proj)
+    with pytest.raises(qkit.StageError, match=r"cannot prepare: .* is inside of a Patched"):
+        qkit.prepare(model, "int4-g32")
+
+
 # 3, 4, 6: peft
 
 
@@ -337,6 +373,14 @@ def test_a_pattern_of_a_recipe_matches_the_path_without_peft():
     assert len(prepared(qkit.prepare(torch.compile(build("torchao")), recipe))) == 7
 
 
+def test_a_head_of_a_model_that_names_no_backbone_stays_float():
+    made = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 1, "num_heads": 2, "vocab_size": 256}
+    model = transformers.AutoModelForQuestionAnswering.from_config(transformers.AutoConfig.for_model("t5", **made))
+    model = qkit.prepare(model, RECIPE)
+    assert prepared(model)
+    assert not [path for path in prepared(model) if "block" not in path]
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
 def test_output_heads_stay_float_by_their_role(kind, wrapped):
@@ -369,15 +413,118 @@ def test_methods_of_peft_that_leave_the_grid_out_are_refused_before_the_first_st
         trainer(tmp_path, model, callbacks=[QatCallback(RECIPE)])
 
 
-@pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "OFT", "IA3", "VERA"])
-def test_adapters_of_peft_do_not_bypass_the_grid(method):
+METHODS = ["ADALORA", "BOFT", "DELORA", "GRALORA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "RANDLORA", "VERA"]
+MORE = {
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "ADALORA": {"total_step": 10, "init_r": 4, "target_r": 2},
+}
+
+
+def adapted(method, model, **options):
     peft = pytest.importorskip("peft")
-    more = {"feedforward_modules": ["down_proj"]} if method == "IA3" else {}
-    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["q_proj", "down_proj"], **more)
-    model = peft.get_peft_model(qkit.prepare(build("torchao"), RECIPE), config)
-    np.testing.assert_allclose(logits(model), logits(qkit.prepare(build("torchao"), RECIPE)), atol=1e-5)
-    merged = qkit.merge(model)
-    assert_exact(reference_codes(merged), codes(qkit.convert(merged)))
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    return peft.get_peft_model(model, config(target_modules=["q_proj", "down_proj"], **MORE.get(method, {}), **options))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(Failed to load the CUDA extension|Setting boft_n):UserWarning"
+)  # BOFT goes on without
+@pytest.mark.parametrize(
+    ("method", "order"), [*((one, "adapted first") for one in METHODS), ("LORA", "prepared first")]
+)
+def test_methods_of_peft_train_on_the_grid_and_ship_exactly(tmp_path, method, order):
+    """The grid is on the adapted layers alone, so that a method that left it out would have the losses of float."""
+    rule = qkit.Rule(("*.q_proj", "*.down_proj"), weight=qkit.Grid("int2", 64))
+    recipe = qkit.Recipe("adapted", (qkit.Rule(("lm_head",)), rule))
+
+    def run(callbacks):
+        torch.manual_seed(0)
+        base = qkit.prepare(build("torchao"), recipe) if callbacks and order == "prepared first" else build("torchao")
+        one = trainer(tmp_path, adapted(method, base), callbacks=callbacks, learning_rate=2e-2, max_steps=3)
+        one.train()
+        return one
+
+    on_grid, plain = run([QatCallback(recipe)]), run([])
+    assert losses(on_grid)[0] != pytest.approx(losses(plain)[0], abs=1e-5)
+    merged = qkit.merge(on_grid.model)
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert len(prepared(merged)) == 4
+    want, before = reference_codes(merged), reference_codes(qkit.prepare(build("torchao"), recipe))
+    assert any((want[path] != before[path]).any() for path in want) or method == "VERA"
+    assert_exact(want, codes(qkit.convert(merged)))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("LILY", {}, "which cannot be merged"),
+        ("BEFT", {}, "which cannot be merged .*no bias"),
+        ("POLY", {"n_tasks": 1, "r": 4}, "which cannot be merged"),
+        ("LORA", {"lora_bias": True}, "which cannot be merged .*no bias"),
+        ("LORA", {"alora_invocation_tokens": [1]}, "which cannot be merged .*aLoRA"),
+        ("LN_TUNING", {}, "ln_tuning.LNTuningLayer leaves it out"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own doubts
+def test_adapters_that_could_not_be_shipped_are_refused_before_the_first_step(tmp_path, method, options, message):
+    with pytest.raises((qkit.StageError, qkit.RecipeError), match=message):
+        qkit.prepare(adapted(method, build("torchao"), **options), RECIPE)
+    model = adapted(method, qkit.prepare(build("torchao"), RECIPE), **options)
+    with pytest.raises(qkit.StageError, match=message if method != "LN_TUNING" else "cannot see past ln_tuning"):
+        trainer(tmp_path, model, callbacks=[QatCallback(RECIPE)])
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_prompts_of_peft_train_beside_a_base_that_is_shipped_alone(tmp_path, method):
+    peft = pytest.importorskip("peft")
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", num_virtual_tokens=2)
+    recipe = qkit.Recipe("first", (qkit.Rule(("model.layers.0.*",), weight=qkit.Grid("int2", 64)),))
+    runs = []
+    for callbacks in ([QatCallback(recipe)], []):
+        torch.manual_seed(0)
+        runs.append(trainer(tmp_path, peft.get_peft_model(build("torchao"), config), callbacks=callbacks))
+        runs[-1].train()
+    assert losses(runs[0]) != losses(runs[1])
+    model = runs[0].model
+    assert len(prepared(model)) == 7
+    with pytest.raises(qkit.StageError, match=r"prompts of a PeftModelForCausalLM .*convert model\.get_base_model\(\)"):
+        qkit.merge(model)
+    with pytest.raises(qkit.StageError, match="is inside of a PeftModelForCausalLM"):
+        qkit.save(model, tmp_path / "out")
+    base = model.get_base_model()
+    assert_exact(reference_codes(base), codes(qkit.convert(base)))
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft's, of each norm that is no LayerNorm
+def test_the_merge_takes_norms_tokens_and_adapters_inside_of_copies(tmp_path):
+    peft = pytest.importorskip("peft")
+    norms = peft.get_peft_model(build("torchao"), peft.LNTuningConfig(target_modules=["input_layernorm"]))
+    tokens = lora(build("torchao"), trainable_token_indices=[1, 2])
+    copies = lora(build("torchao"), modules_to_save=["mlp"])
+    cases = [(norms, "ln_tuning", 3.0), (tokens, "trainable_tokens_delta", 0.5), (copies, "lora_B", 0.2)]
+    for model, part, step in cases:
+        model = qkit.prepare(model, "int8-g64")
+        with torch.no_grad():
+            for key, one in model.named_parameters():
+                if part in key:
+                    one.add_(step)
+        want = logits(model.eval())
+        moved = (logits(qkit.prepare(build("torchao"), "int8-g64").eval()) - want).abs().max()
+        merged = qkit.merge(model)
+        assert (logits(merged) - want).abs().max() < moved / 8  # rounding of merged weights
+        assert {key for key, _ in merged.named_parameters()} == {key for key, _ in build("torchao").named_parameters()}
+        out = qkit.save(qkit.convert(merged), tmp_path / part)
+        there = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+        np.testing.assert_allclose(logits(there), logits(merged), atol=1e-3)  # another order of sums
+
+
+def test_tokens_that_train_in_an_embedding_on_a_grid_are_refused(tmp_path):
+    both = qkit.Recipe("both", (qkit.Rule(("*",), kind="embedding", weight=qkit.Grid("int8", 64)),))
+    with pytest.raises(qkit.RecipeError, match="TrainableTokensLayer leaves it out"):
+        qkit.prepare(lora(build("torchao"), trainable_token_indices=[1, 2]), both)
+    model = lora(qkit.prepare(build("torchao"), both), trainable_token_indices=[1, 2])
+    with pytest.raises(qkit.StageError, match=r"cannot see past trainable_tokens\.TrainableTokensLayer"):
+        trainer(tmp_path, model, callbacks=[QatCallback(both)])
 
 
 def test_the_merge_takes_the_trained_copy_of_a_module():
@@ -588,6 +735,115 @@ def test_weights_that_are_copied_in_while_a_model_evaluates_are_seen(recipe, com
         twin.load_state_dict(model.state_dict())
         want = logits(torch.compile(twin.eval(), backend="aot_eager") if compiled else twin.eval())
         assert torch.equal(logits(run), want)
+
+
+def moved_copies(model):
+    return [one.detach() * 0.5 + 0.01 for one in model.parameters()]
+
+
+def _averaged(model, wanted):
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)).eval()
+    logits(average)
+    for _ in range(2):
+        with torch.no_grad():
+            for one, value in zip(model.parameters(), wanted, strict=True):
+                one.copy_(value)
+        average.update_parameters(model)
+        logits(average)
+    return average, average.module
+
+
+def _timm(model, wanted):
+    """ModelEmaV3: a copy in evaluation mode, whose parameters move by one call for all of them."""
+    average = copy.deepcopy(model).eval()
+    logits(average)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), wanted, weight=0.5)
+    return average, average
+
+
+def _diffusers(model, wanted):
+    """EMAModel.store, copy_to and restore, and copy_to again."""
+    stored = [one.detach().cpu().clone() for one in model.parameters()]
+    for values in (wanted, stored, wanted):
+        for one, value in zip(model.parameters(), values, strict=True):
+            one.data.copy_(value.to(one.device).data)
+        logits(model)
+    return model, model
+
+
+def _foreach(model, wanted):
+    """diffusers' EMAModel with foreach."""
+    torch._foreach_copy_([one.data for one in model.parameters()], wanted)
+    return model, model
+
+
+def _swapped(model, wanted):
+    for one, value in zip(model.parameters(), wanted, strict=True):
+        one.data = value.clone()
+    return model, model
+
+
+@pytest.mark.parametrize("average", [_averaged, _timm, _diffusers, _foreach, _swapped], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("recipe", [RECIPE, "int8-dynamic-act-int8-weight", "mxfp4-a16-learned", "mixture"])
+def test_averages_of_each_library_are_seen_in_evaluation(recipe, average):
+    def made():
+        if recipe != "mixture":
+            return qkit.prepare(build("torchao"), recipe).eval()
+        made = {"num_local_experts": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        config = transformers.AutoConfig.for_model(
+            "mixtral", vocab_size=256, hidden_size=64, intermediate_size=64, **made
+        )
+        torch.manual_seed(0)
+        return qkit.prepare(transformers.AutoModelForCausalLM.from_config(config), RECIPE).eval()
+
+    model = made()
+    before = logits(model)
+    ran, holder = average(model, moved_copies(model))
+    twin = made()
+    twin.load_state_dict(holder.state_dict())
+    assert torch.equal(logits(ran), logits(twin))
+    assert not torch.equal(logits(ran), before)
+
+
+@pytest.mark.parametrize("order", ["qkit first", "accelerate first"])
+def test_the_loop_of_accelerate_trains_on_the_grid_and_ships_exactly(tmp_path, order):
+    accelerate = pytest.importorskip("accelerate")
+
+    def run(prepare):
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = prepare(build("torchao")) if order == "qkit first" else build("torchao")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        loader = torch.utils.data.DataLoader(data(), batch_size=2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        model = model if order == "qkit first" else prepare(model)
+        seen = []
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append(loss.item())
+        accelerator.save_state(tmp_path / "state")
+        want = logits(model)
+        with torch.no_grad():
+            for one in model.parameters():
+                one.mul_(0.5)
+        accelerator.load_state(tmp_path / "state")
+        assert torch.equal(logits(model), want)
+        return accelerator.unwrap_model(model), seen
+
+    (model, on_grid), (_, plain) = run(lambda one: qkit.prepare(one, RECIPE)), run(lambda one: one)
+    assert on_grid != plain
+    want = reference_codes(model)
+    assert_exact(want, codes(qkit.convert(model)))
+    out = qkit.save(model.eval(), tmp_path / "out")
+    there = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    np.testing.assert_allclose(logits(there), logits(model), atol=1e-3)  # another order of sums
 
 
 # 12: the share of a model

@@ -28,6 +28,10 @@ class Elsewhere(Watching):
         """See `qkit.engines.elsewhere.Restores.unwrap`; what mlx-lm has put around layers."""
         return surgery.unwrap(model)
 
+    def obstacle_to_merge(self, model: nn.Module) -> str:
+        """See `qkit.engines.elsewhere.Restores.obstacle_to_merge`; all adapters of mlx-lm have a merge."""
+        return ""
+
     def knows(self, model: nn.Module) -> bool:
         """See `qkit.engines.elsewhere.Remembers.knows`; mlx-lm's models."""
         return type(model).__module__.startswith("mlx_lm.")

@@ -5,17 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import yaml
-from mlx.utils import tree_flatten
 
 from qkit.engines.tuning import Command, Quantizer
 from qkit.errors import BackendError, RunError
 from qkit.installation import how_to_install
 from qkit.training.records import messages_of
 from qkit.training.rows import read_rows
+from qkit_mlx.training import resumed
 from qkit_mlx.training.tuning import any_device
 
 Prepare = Callable[[nn.Module], nn.Module]
@@ -131,6 +130,10 @@ def _train(tool: Any, options: Any, prepare: Prepare, follow: Follow) -> nn.Modu
     """The model, trained by mlx-lm, whose command puts its adapters on by itself."""
     model, tokenizer = _load(options, "mlx_lm.lora")
     train, valid, _ = _data(tool, options, tokenizer)
+    base = options.qkit_base = resumed.digest(model)  # the command writes its options beside the adapters
+    if options.resume_adapter_file:
+        resumed.check_base(options.resume_adapter_file, base, digest_of=_digest_of)
+        resumed.check_shapes(options.resume_adapter_file, _adapters(options))
     model = prepare(model)
     tool.train_model(options, model, train, valid)
     return model
@@ -147,13 +150,18 @@ def _train_other(tool: Any, options: Any, prepare: Prepare, follow: Follow) -> n
     compares = mode in REFERENCES or (mode == "dsla" and options.dsla_loss == "dpo")
     reference = tool.load_reference_model(options) if compares else None
     judge, words = tool.load_judge_model(options, reference) if mode in JUDGED else (None, None)
+    base = resumed.digest(model)
+    if options.resume_adapter_file:
+        resumed.check_base(options.resume_adapter_file, base, digest_of=_digest_of)
     model = prepare(model)
     lora = tool.build_lora_config(options)
     if lora:
         model.freeze()
         layers = len(model.layers) if lora["num_layers"] in (None, -1) else lora["num_layers"]
         linear_to_lora_layers(model, layers, lora, use_dora=lora["use_dora"])
-    _check_resumed(options, model)
+    if options.resume_adapter_file:
+        resumed.check_shapes(options.resume_adapter_file, model)
+    resumed.note_base(Path(options.adapter_path), base)
     callback = None
     if follow:
         callback = _Follower(follow(model), options.gradient_accumulation_steps)
@@ -225,22 +233,23 @@ def _unreadable(options: Any, where: str, error: Exception) -> RunError:
     )
 
 
-def _check_resumed(options: Any, model: nn.Module) -> None:
-    """Refuses a file of adapters for another model, from which MLX would take nothing without a word."""
-    if not options.resume_adapter_file:
-        return
-    try:
-        found: Any = mx.load(options.resume_adapter_file)
-    except (RuntimeError, ValueError) as error:
-        raise RunError(f"--resume-adapter-file {options.resume_adapter_file}: {error}") from None
-    known: Any = dict(tree_flatten(model.parameters()))
-    for name, array in found.items():
-        if name not in known or known[name].shape != array.shape:
-            what = list(known[name].shape) if name in known else "missing"
-            raise RunError(
-                f"--resume-adapter-file {options.resume_adapter_file} is for another base: its {name} is {list(array.shape)}, "
-                f"and the model's is {what}: take the base and the options that it was trained with"
-            )
+def _digest_of(folder: str) -> str:
+    from mlx_lm.utils import load
+
+    return resumed.digest(load(folder, lazy=True)[0])
+
+
+def _adapters(options: Any) -> nn.Module:
+    """The float model with the adapters that mlx-lm's command would put on, whose arrays nobody computes."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load
+
+    model: nn.Module = load(options.model, lazy=True)[0]
+    if options.fine_tune_type != "full":
+        model.freeze()
+        dora = options.fine_tune_type == "dora"
+        linear_to_lora_layers(model, options.num_layers, options.lora_parameters, use_dora=dora)
+    return model
 
 
 class _Follower:

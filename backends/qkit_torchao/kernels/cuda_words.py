@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkit.exactness import is_exact
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 from qkit_torchao.arithmetic.packing import Laid
 from qkit_torchao.kernels import nvrtc, triton_tiles, triton_unpack, triton_words
 from qkit_torchao.kernels.cuda import INTERPRETED, device_of
+from qkit_torchao.kernels.geometry import Constants, geometry, kept, product_geometry, rows_of_few
 from qkit_torchao.kernels.launches import Kernel
 
 FEW = 4  #: the most rows of codes that are multiplied by codes: torch's products take more
@@ -23,31 +25,9 @@ ACROSS = 1024  #: outputs of a row that a program scales
 TILE = 1024  #: pairs of columns of a row that a program decodes
 SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 bits
 ALIGNED = 16  #: bytes that are read at once
-Constants = tuple[tuple[str, int], ...]
-#: By number, as `products.cu` has them: types of x, elements, and scales.
+#: By number, as `codes.cuh` has them: types of x, and of scales.
 KINDS_OF_X = (torch.bfloat16, torch.float16, torch.float32)
-ELEMENTS = ("integer", "e2m1", "e4m3", "e5m2")
 KINDS = (torch.bfloat16, "e8m0", "e4m3", torch.float32, torch.float16)
-
-
-@cache
-def geometry(grid: Grid, inputs: int) -> dict[str, Any]:
-    """The constants of weights on `grid` with `inputs` columns."""
-    high, *low = words.PLANES[grid.element.bits]
-    unit = words.unit(grid, inputs)
-    units = -(-inputs // unit)
-    number = isinstance(grid.group, int)
-    return {
-        "INPUTS": inputs,
-        "ELEMENT": "integer" if grid.element.kind == "integer" else grid.element.name,
-        "HIGH": high,
-        "LOW": low[0] if low else 0,
-        "UNIT": unit,
-        "UNITS": units,
-        "GROUP": grid.group if number else units * unit,
-        "GROUPS": inputs // int(grid.group) if number else int(grid.group == "row"),
-        "SCALES": "float" if grid.element.kind == "integer" else "e4m3" if grid.scale == "nvfp4" else "e8m0",
-    }
 
 
 def why_not_multiplies() -> str:
@@ -57,7 +37,7 @@ def why_not_multiplies() -> str:
 
 def multiplies(x: Tensor) -> bool:
     """Whether `multiply` takes x [rows, inputs]."""
-    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not why_not_multiplies()
+    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not is_exact() and not why_not_multiplies()
 
 
 def multiply(
@@ -67,7 +47,7 @@ def multiply(
     """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `choose.why_not_few` accepts.
 
     Rows of 16 bits are multiplied on tensor cores by values that are rounded to their type, as `values` rounds them; those of
-    float32 by exact ones.
+    float32, and one or two of bfloat16, by exact ones.
 
     Args:
         codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
@@ -84,8 +64,10 @@ def multiply(
     aligned = x.data_ptr() % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
     one = experts is not None or x.dtype == torch.float32  # eight rows at a time
     eights = 1 if one else 1 << max(0, (count - 1) // EIGHT).bit_length()
+    each = 1 if experts is not None else count  # rows of a program
+    few = x.dtype == torch.bfloat16 and each <= rows_of_few(grid, inputs)
     constants, numbers, shared = product_geometry(
-        grid, inputs, outputs, stride, eights, aligned, processors_of(x.device)
+        grid, inputs, outputs, stride, 0 if few else eights, aligned, processors_of(x.device), each if few else 0
     )
     scaled = KINDS.index(geometry(grid, inputs)["SCALES"] if scales.dtype == torch.uint8 else scales.dtype)
     rows = count if experts is not None else -(-count // (EIGHT * eights))
@@ -96,9 +78,10 @@ def multiply(
         tensors = x, codes, scales, zeros, power, bias, out, experts
         addresses = [0 if one is None else one.data_ptr() for one in tensors]
         more = int(power is not None and power.numel() > 1)
-        PRODUCT(
+        (FEW_ROWS if few else PRODUCT)(
             (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
             (*addresses, outputs, inputs, count, *numbers, more),
+            memory=kept(grid, inputs, each) if ("KEEPS", 1) in constants else 0,
         )  # fmt: skip
     return out
 
@@ -114,39 +97,6 @@ def _arranged(x: Tensor, constants: Constants, shared: dict[str, int], across: i
         constants, (programs, 1), shared["threads"], (x.data_ptr(), out.data_ptr(), inputs, count, across, whole)
     )
     return out
-
-
-@cache
-def product_geometry(
-    grid: Grid, inputs: int, outputs: int, stride: int, eights: int, aligned: bool, processors: int
-) -> tuple[Constants, tuple[int, int, int], dict[str, int]]:
-    """The constants of `products.cu` that follow from a weight; its last numbers; outputs and threads of a program."""
-    known = geometry(grid, inputs)
-    unit, high = known["UNIT"], known["HIGH"]
-    across = known["UNITS"] * unit * high // 32
-    safe = not aligned or inputs % unit != 0 or across % 4 != 0 or stride % 4 != 0
-    tiles = 1 if eights < 4 else 2
-    constants = {
-        "HIGH": high, "LOW": known["LOW"], "ELEMENT": ELEMENTS.index(known["ELEMENT"]), "UNIT": unit,
-        "RATIO": grid.group // unit if isinstance(grid.group, int) else 0, "EIGHTS": eights, "TILES": tiles,
-        "WARPS": _warps(across // 16, -(-outputs // (16 * tiles)), eights, processors, planes=2 if known["LOW"] else 1),
-        "SAFE": safe, "WHOLE": not safe and across % 16 == 0,
-    }  # fmt: skip
-    shared = {"outputs": 16 * tiles, "threads": 32 * constants["WARPS"]}
-    return tuple(constants.items()), (across, stride, known["GROUPS"]), shared
-
-
-def _warps(blocks: int, programs: int, eights: int, processors: int, *, planes: int) -> int:
-    """Warps of each of `programs`, for rows of so many blocks of words. Those that were fastest on an H200.
-
-    Two planes need twice the memory for copies, which holds two of each warp up to `most`.
-    """
-    if eights == 1 and programs > 2 * processors:
-        return 4 if blocks >= 32 else 2  # a warp has some eight blocks
-    if eights == 1:
-        return 16 if blocks >= 64 or (blocks >= 32 and programs < processors) else 8
-    most, resident = (8, 28) if eights == 2 else (min(32 // eights, 8 // planes), 8)
-    return next((n for n in (8, 4) if n <= most and programs * n <= processors * resident and n <= blocks), 2)
 
 
 @cache
@@ -246,7 +196,8 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7)
+PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7, early=True)
+FEW_ROWS = nvrtc.Kernel("few.cu", "multiply_few", PRODUCT.kinds, early=True)
 ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
 _codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)
 _values, _decode = Kernel(triton_unpack.decode), Kernel(triton_tiles.decode)

@@ -5,6 +5,7 @@
 
 import ctypes
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
@@ -15,6 +16,7 @@ import torch
 
 from qkit.errors import BackendError
 
+INCLUDED = re.compile(r'^#include "(.*)"$', re.MULTILINE)
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int  #: kinds of arguments
 OPTIONS = ("--std=c++17", "--diag-suppress=177")  #: a constant that one variant does not need is no fault
 
@@ -34,17 +36,21 @@ def why_not() -> str:
 
 
 class Kernel:
-    """The function `name` of a file of CUDA C++ in this folder.
+    """The function `name` of a file of CUDA C++ in this folder, which may include others of them.
 
     Args:
         kinds: of its arguments, `POINTER` or `NUMBER`.
+        early: whether it may begin before the kernel before it ends, for which it waits itself ("programmatic dependent
+            launch" in the CUDA programming guide).
 
     Attributes:
-        name, kinds: as given.
+        path: of the file.
+        name, kinds, early: as given.
     """
 
-    def __init__(self, file: str, name: str, kinds: tuple[type, ...]) -> None:
-        self.name, self.kinds, self._file = name, kinds, Path(__file__).with_name(file)
+    def __init__(self, file: str, name: str, kinds: tuple[type, ...], *, early: bool = False) -> None:
+        self.name, self.kinds, self.path = name, kinds, Path(__file__).with_name(file)
+        self.early = early
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -53,12 +59,15 @@ class Kernel:
         programs: tuple[int, int],
         threads: int,
         arguments: tuple[int, ...],
+        *,
+        memory: int = 0,
     ) -> None:
         """Launches `programs` of `threads` on torch's current device and stream.
 
         Args:
             constants: macros; the function is compiled once for each choice of them, and for each kind of device.
             arguments: addresses, 0 for none, and numbers.
+            memory: bytes of dynamic shared memory, up to `MOST_MEMORY`.
 
         Raises:
             BackendError: NVRTC or the driver refuse.
@@ -69,21 +78,39 @@ class Kernel:
         function = self._compiled.get((device, constants))
         if function is None:
             function = self._compiled[device, constants] = self._load(dict(constants), device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _done(
-            driver.cuLaunchKernel(
-                function, *programs, 1, threads, 1, 1, 0, stream, (arguments, self.kinds), 0
-            )
-        )  # fmt: skip
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *programs, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = memory
+        config.hStream = torch.cuda.current_stream(device).cuda_stream
+        if self.early:
+            config.attrs, config.numAttrs = [_early()], 1
+        _done(driver.cuLaunchKernelEx(config, function, (arguments, self.kinds), 0))
 
     def _load(self, constants: Mapping[str, int], device: int) -> Any:
         from cuda.bindings import driver
 
         major, minor = torch.cuda.get_device_capability(device)
-        code = _code(self._file.read_text(), f"sm_{major}{minor}", tuple(sorted(constants.items())))
+        code = _code(source_of(self.path), f"sm_{major}{minor}", tuple(sorted(constants.items())))
         (module,) = _done(driver.cuModuleLoadData(code))
         (function,) = _done(driver.cuModuleGetFunction(module, self.name.encode()))
         return function
+
+
+@cache
+def _early() -> Any:
+    """The attribute of a launch that may begin early."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def source_of(path: Path) -> str:
+    """The text of a file, with those that it includes by name."""
+    return INCLUDED.sub(lambda found: source_of(path.with_name(found[1])), path.read_text())
 
 
 def _code(source: str, target: str, constants: tuple[tuple[str, int], ...]) -> bytes:

@@ -2,7 +2,7 @@
 
 Codes are packed without gaps where there are kernels; few rows are multiplied by them, more by their values, which one pass
 decodes. On CUDA, where both sides are int8 or e4m3, codes are multiplied, and scales applied afterwards. On the CPU more than one
-token, and all of them within `qkit.exact()`, are multiplied by values, and have the bits of the prepared model.
+token, and everywhere all of them within `qkit.exact()`, are multiplied by values, and have the bits of the prepared model.
 """
 
 from collections.abc import Callable

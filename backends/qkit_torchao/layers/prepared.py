@@ -19,10 +19,11 @@ from qkit_torchao.layers import fused, operators, parallel, products, sharded, s
 from qkit_torchao.layers.become import apply_but_keep
 from qkit_torchao.layers.execution import why_no_kernel
 from qkit_torchao.layers.gates import gate
+from qkit_torchao.layers.shown import Shown
 from qkit_torchao.torch_private import MANAGED, Managed, is_any_autocast_enabled, is_transformed
 
 
-class Prepared(nn.Module):
+class Prepared(Shown):
     """The common part of prepared layers: a rule, ranges of static activations, and a gate.
 
     The gate is a bool tensor that turns quantization on. Compiled code reads it, so that a switch compiles nothing anew, unless
@@ -108,6 +109,7 @@ class Prepared(nn.Module):
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
+        sharded.want_partitioned_by_none(self.weight)
         if (how := sharded.gathered(self)) == "values":
             return self.weight.to(dtype)
         if not how and sharded.is_shard(self.weight):
@@ -210,12 +212,14 @@ class FakeLinear(Prepared, nn.Linear):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         x = self.slot(x, "input", rule.activation)
+        sharded.want_partitioned_by_none(weight)
         gathered = sharded.gathered(self)
         if gathered:
             self.values_buffer = None  # it is of the size of the whole weight
         if gathered == "values" or sharded.is_shard(weight):
             narrow = None if self.bias is None else self.bias.to(dtype)
-            return self.slot(F.linear(x.to(dtype), self.weight_values(dtype), narrow), "output", rule.output)
+            found = weight.to(dtype) if gathered == "values" else self.weight_values(dtype)
+            return self.slot(F.linear(x.to(dtype), found, narrow), "output", rule.output)
         compiled = self.caches and torch.compiler.is_compiling() and self.training
         if (gathered and self.caches) or compiled:
             options = self.gate, self.weight_grid, self.grid_name, rule.ste, dtype

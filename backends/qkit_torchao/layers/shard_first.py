@@ -6,11 +6,13 @@ layers on different grids share are gathered as they are, and every process quan
 
 from typing import Any
 from weakref import ref
+from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from qkit.engines.kept import Store
+from qkit.errors import StageError
 from qkit.fused import shares
 from qkit_torchao.cache import identity, values
 from qkit_torchao.cache.identity import KeptOfTensor
@@ -18,7 +20,15 @@ from qkit_torchao.cache.shard import Shard, become_shard
 from qkit_torchao.layers import spread
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.straight_through import masked
-from qkit_torchao.torch_private import fsdp_parameters, gathered_tensor, local_part, take_hooks, users, version
+from qkit_torchao.torch_private import (
+    fsdp_parameters,
+    gathered_tensor,
+    local_part,
+    parameter,
+    take_hooks,
+    users,
+    version,
+)
 
 
 class LayerSource:
@@ -27,23 +37,33 @@ class LayerSource:
     Attributes:
         layers: weak references to them.
         outer: a weak reference to the sharded parameter.
+        agreed: the rule of the layer that all processes have.
+        found: the class of the first layer when `alike` was computed, and the result; None where a layer has changed since.
         others: weak references to the sharded weights that share the tensor scale; None before they are looked for.
         memory: by type, the padded tensor to gather, and a view of it for the values of the shard.
     """
 
     def __init__(self, layers: list[Any], outer: Any) -> None:
         self.layers, self.outer = [ref(layer) for layer in layers], ref(outer)
+        self.found: tuple[type, bool] | None = None
+        self.agreed: Any = None
         self.others: list[ref[Any]] | None = None
         self.memory: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def gathers(self) -> bool:
         """See `Source.gathers`. After a forward FSDP may have parts of the gathered values, and gathers them as they are."""
-        layers, outer = [layer() for layer in self.layers], self.outer()
-        if outer is None or not _alike(layers):
+        first, outer = self.layers[0](), self.outer()
+        if outer is None or not self.alike():
             return False
-        first: Any = layers[0]
-        registered = first.weight
-        return not hasattr(registered, "device_mesh") or registered.device_mesh == outer.device_mesh
+        registered: Any = None if first is None else parameter(first, "weight")
+        return registered is outer or getattr(registered, "device_mesh", outer.device_mesh) == outer.device_mesh
+
+    def alike(self) -> bool:
+        """Whether all layers of the weight compute with the same values, which depend on the weight alone."""
+        first = self.layers[0]()
+        if self.found is None or self.found[0] is not type(first):
+            self.found = type(first), _alike([layer() for layer in self.layers])
+        return self.found[1]
 
     def version(self) -> int:
         """See `Source.version`."""
@@ -64,6 +84,7 @@ class LayerSource:
         layer, outer = self.layers[0](), self.outer()
         assert layer is not None
         assert outer is not None
+        self._want_one_rule(layer, outer)
         padded, target = self._memory(shard, rows, dtype)
         partners = self._partners(layer)
         if spread.depends_on_others(outer, layer.weight_grid):
@@ -76,8 +97,31 @@ class LayerSource:
         elif shard.numel():
             if not layer.training:
                 values.drop(shard)
-            values.of(shard, layer.weight_grid, gate(shard.device, on=layer.mode != "off"), dtype, into=target)
+            on = gate(shard.device, on=layer.mode != "off")
+            if values.current(shard, layer.weight_grid, on, target) is None:
+                values.of(shard, layer.weight_grid, on, dtype, into=target)
         return target, padded
+
+    def _want_one_rule(self, layer: Any, outer: Any) -> None:
+        """Refuses processes whose layers have different rules; asks them once for each rule.
+
+        Raises:
+            StageError: the message has the rule of this process.
+        """
+        rule = layer.rule
+        if rule is self.agreed:
+            return
+        text = f"{rule.weight} @ {rule.activation} -> {rule.output}, {rule.ste}, {rule.range}"
+        number = torch.tensor([1, -1], device=outer.device) * crc32(text.encode())
+        both = number.clone()
+        for place in range(outer.device_mesh.ndim):
+            distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=outer.device_mesh.get_group(place))
+        if not torch.equal(both, number):
+            raise StageError(
+                f"processes disagree on the rule of a weight {list(outer.shape)}, which is {text} in this one: "
+                "prepare the model by the same recipe in every process"
+            )
+        self.agreed = rule
 
     def unclipped(self, outer: Any) -> Tensor | None:
         """Where the part of `outer` is not clipped, if the layers pass no gradient elsewhere; else None."""
@@ -129,8 +173,8 @@ def install(layer: Any) -> None:
 
 def holds_values(record: Any) -> bool:
     """Whether the weight that FSDP gathered, of one of `fsdp_parameters`, holds values, and not master weights."""
-    part = local_part(record.sharded_param)
-    return isinstance(part, Shard) and _alike([layer() for layer in part.source.layers])  # type: ignore[attr-defined]
+    part: Any = local_part(record.sharded_param)
+    return isinstance(part, Shard) and part.source.alike()  # type: ignore[attr-defined]
 
 
 def drop(weight: Tensor) -> None:
@@ -143,11 +187,24 @@ def drop(weight: Tensor) -> None:
             kept.drop()
 
 
+def groups_of(layer: Any) -> list[Any]:
+    """The groups of processes over which FSDP2 shards or copies the weight of `layer`."""
+    for _, record in fsdp_parameters():
+        if layer in users(record):
+            mesh = record.sharded_param.device_mesh
+            return [mesh.get_group(number) for number in range(mesh.ndim)]
+    return []
+
+
 def release(layer: Any) -> None:
     """Frees the weight of `layer` that FSDP has gathered, since the layer will compute with other values of it."""
     for owner, record in fsdp_parameters():
-        if gathered_tensor(record) is layer.weight and layer in users(record):
-            owner.reshard()  # type: ignore[operator]
+        if layer in users(record):
+            part: Any = local_part(record.sharded_param)
+            if isinstance(part, Shard):
+                part.source.found = None  # type: ignore[attr-defined]
+            if gathered_tensor(record) is layer.weight:
+                owner.reshard()  # type: ignore[operator]
 
 
 _kept: Store[KeptOfTensor[Tensor]] = Store()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qkit.errors import StageError
 from qkit_torchao.layers import shard_first
 from qkit_torchao.layers.become import is_wrapped
-from qkit_torchao.torch_private import MANAGED, fsdp_parameters, gathered_tensor
+from qkit_torchao.torch_private import MANAGED, active_ddp, fsdp_parameters, gathered_tensor, parameter, users
 
 
 def is_managed(module: nn.Module) -> bool:
@@ -23,7 +23,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return cls.__bases__[1] if is_wrapped(cls) else cls  # type: ignore[no-any-return]
 
 
-def is_shard(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor | None) -> bool:
     """Whether `tensor` is spread over processes."""
     return hasattr(tensor, "full_tensor")
 
@@ -45,6 +45,66 @@ def release(layer: Any) -> None:
         shard_first.release(layer)
 
 
+def groups_of_data(layer: nn.Module) -> list[Any]:
+    """The groups of processes that compute with `layer` on other parts of a batch: under FSDP2 and DDP."""
+    if is_managed(layer):
+        return shard_first.groups_of(layer)
+    active = None if torch.compiler.is_compiling() else active_ddp()
+    return [] if active is None else [active.process_group]
+
+
+def want_partitioned_by_none(weight: Any) -> None:
+    """Refuses a weight that DeepSpeed's ZeRO-3 has partitioned.
+
+    Raises:
+        StageError: the message names the way out.
+    """
+    if hasattr(weight, "ds_id"):
+        raise StageError(
+            f"DeepSpeed ZeRO-3 has partitioned a weight {list(getattr(weight, 'ds_shape', weight.shape))}, so that no layer sees "
+            "its master weight: train with ZeRO-1, ZeRO-2, or torch.distributed.fsdp.fully_shard"
+        )
+
+
+def want_known(module: Any) -> None:
+    """Refuses a layer whose weight is spread over processes by something other than FSDP2 and tensor parallelism.
+
+    Raises:
+        StageError: the message names it.
+    """
+    weight = parameter(module, "weight")
+    want_partitioned_by_none(weight)
+    if is_managed(module) and not any(module in users(record) for _, record in fsdp_parameters()):
+        raise StageError(_other_than_fsdp2(weight))
+
+
+def want_own_types(module: nn.Module, *names: str) -> None:
+    """Refuses parameters that FSDP has gathered in another type than they have.
+
+    Raises:
+        StageError: the message names one of them.
+    """
+    if not is_managed(module):
+        return
+    for name in names:
+        one = parameter(module, name)
+        record = next((record for _, record in fsdp_parameters() if gathered_tensor(record) is one), None)
+        if one is not None and record is not None and record.sharded_param.dtype != one.dtype:
+            raise StageError(
+                f"FSDP rounds {name} from {_name(record.sharded_param.dtype)} to {_name(one.dtype)}, so that training would "
+                "see another merged weight than deployment: leave param_dtype out, and run under "
+                f'torch.autocast("{one.device.type}", {one.dtype})'
+            )
+
+
+def _other_than_fsdp2(weight: Tensor | None) -> str:
+    shape = None if weight is None else list(weight.shape)
+    return (
+        f"a weight {shape} was gathered by something other than FSDP2, as FSDP1 does, whose master weights qkit cannot see: "
+        "shard the prepared model with torch.distributed.fsdp.fully_shard"
+    )
+
+
 Gathered = Literal["", "values", "masters"]
 
 
@@ -60,10 +120,7 @@ def gathered(module: nn.Module) -> Gathered:
     weight: Any = module.weight
     found = _found(module)
     if found is None:
-        raise StageError(
-            f"a weight {list(weight.shape)} was gathered by something other than FSDP2, whose master weights qkit cannot see: "
-            "shard the prepared model with torch.distributed.fsdp.fully_shard"
-        )
+        raise StageError(_other_than_fsdp2(weight))
     how: Gathered
     how, master = found
     if how == "masters" and master != weight.dtype:

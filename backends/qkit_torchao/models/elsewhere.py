@@ -37,6 +37,10 @@ class Elsewhere(Watching, Learning, Scoring):
         """See `qkit.engines.elsewhere.Restores.unwrap`; what peft has put around layers."""
         return wrappers.unwrap(model)
 
+    def obstacle_to_merge(self, model: nn.Module) -> str:
+        """See `qkit.engines.elsewhere.Restores.obstacle_to_merge`; by a trial on a copy."""
+        return wrappers.obstacle_to_merge(model)
+
     def knows(self, model: nn.Module) -> bool:
         """See `qkit.engines.elsewhere.Remembers.knows`; transformers' models."""
         return hasattr(getattr(model, "config", None), "to_json_string")

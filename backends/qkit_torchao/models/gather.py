@@ -9,10 +9,14 @@ from qkit_torchao.layers.sharded import class_of, is_shard
 from qkit_torchao.torch_private import FSDP_ATTRIBUTES
 
 HERE = "torch.distributed"
+CHECKPOINTS, WRAPPED = "CheckpointWrapper", "_checkpoint_wrapped_module"  #: torch's module that recomputes another one
 
 
 def gather(model: nn.Module) -> nn.Module | None:
-    """See `Modules.gather`. The whole model is on the CPU and has the class, the attributes and the hooks that it had before."""
+    """See `Modules.gather`. The whole model is on the CPU and has the class, the attributes and the hooks that it had before.
+
+    Wrappers that recompute a module going back are left out.
+    """
     module: Any
     for module in model.modules():
         if hasattr(module, "reshard"):  # a forward may have left weights whole, perhaps rounded
@@ -41,6 +45,8 @@ def _copied(module: nn.Module, whole: dict[int, Tensor], copies: dict[int, nn.Mo
     if id(module) in copies:
         return copies[id(module)]
     cls = class_of(module)
+    if cls.__name__ == CHECKPOINTS and hasattr(module, WRAPPED):  # names of files must not have its part
+        return _copied(getattr(module, WRAPPED), whole, copies)
     copy: nn.Module = cls.__new__(cls)
     copies[id(module)] = copy
     for key, value in module.__dict__.items():

@@ -11,7 +11,7 @@ from qkit.engines.layer import Layer
 from qkit.experts import is_router
 from qkit.qtensor import dtype_of
 from qkit.rules import Kind
-from qkit_torchao.layers import sharded
+from qkit_torchao.layers import patched, sharded
 from qkit_torchao.layers.converted import PLAIN
 from qkit_torchao.layers.experts import Experts
 from qkit_torchao.layers.packed_experts import PackedExperts, buffers_of
@@ -19,10 +19,11 @@ from qkit_torchao.layers.prepared import Prepared
 from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.layers.scaled_embedding import is_scaled
 from qkit_torchao.layers.stacks import Stack, shapes_of, stacks_of
-from qkit_torchao.models.wrappers import CONVERTED, Place, heads, mark, places
+from qkit_torchao.models.wrappers import CONVERTED, Place, heads, is_wrapper, mark, places
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
 
+ALIKE = "is it another architecture?"  #: the way out where tensors of a file and of a model differ
 SAME = ("FalconLinear",)  #: names of subclasses in transformers that compute what their base computes
 
 
@@ -33,7 +34,8 @@ def layers(model: nn.Module) -> Iterator[Layer]:
     for layer in _layers(model, found):
         place = found[id(layer.module)]
         if layer.kind == "other":
-            yield layer
+            wrapper = "" if place.part else place.wrapper
+            yield with_fields(layer, wrapper=wrapper, unknown=bool(wrapper) and place.unknown)
             continue
         bare = place.bare if place.bare != layer.path else ""
         head = id(layer.module) in roles
@@ -44,6 +46,7 @@ def layers(model: nn.Module) -> Iterator[Layer]:
             unknown=place.unknown,
             lost=place.lost,
             head=head,
+            obstacle=layer.obstacle or place.obstacle,
             dtype=_dtype(layer),
         )
 
@@ -62,7 +65,7 @@ def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:
     first: dict[int, str] = {}
     seen: dict[int, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, CONVERTED):
+        if _is_layer(module) and not isinstance(module, CONVERTED):
             seen.setdefault(id(module.weight), path)
     known = facts({"model_type": getattr(getattr(model, "config", None), "model_type", None)})
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
@@ -73,16 +76,24 @@ def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:
         place = found[id(module)]
         part = f"a part of a {place.wrapper}, which stays float" if place.part else ""
         why = part or why_not(place.bare, known) or _why_not(place.bare, module, read=id(module) in unread)
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not why:
+        if _is_layer(module) and not why:
             yield _layer(path, module, tied=_owner(path, module, first))
         else:
             why = why or f"{type(module).__name__} is no linear layer"
-            yield from _others(path, module, seen, why, but={stack.name for stack in stacks})
+            least = 1 if place.wrapper and not place.part else 2  # a wrapper of a norm is to be seen, too
+            yield from _others(path, module, seen, why, least, but={stack.name for stack in stacks})
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether `module` is a layer; some adapters of peft's are subclasses of the layer that they wrap."""
+    return isinstance(module, (nn.Linear, nn.Embedding)) and not is_wrapper(module)
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     """See `Modules.replace`."""
     swaps = {id(model.get_submodule(path)): new for path, new in modules.items()}
+    for path, new in modules.items():
+        patched.rebind(new, model.get_submodule(path))
     for parent in list(model.modules()):
         for name, child in list(children(parent).items()):
             if id(child) in swaps:
@@ -140,6 +151,8 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         if kind == "embedding"
         else (module.out_features, module.in_features)
     )
+    if not isinstance(module, CONVERTED):
+        sharded.want_known(module)
     if isinstance(module, Prepared):
         adapter = getattr(module, "adapter", "")
         return Layer(
@@ -167,6 +180,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
             execution=how.text,
             tied=tied,
             adapter=getattr(module, "adapter", ""),
+            mode=getattr(module, "mode", "on"),
         )
     obstacle = ""
     if getattr(module, "max_norm", None) is not None:
@@ -175,6 +189,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
         obstacle = "its weight is computed from other parameters (weight_norm and the like)"
     elif (cls := sharded.class_of(module)) not in (nn.Linear, nn.Embedding) and not _is_known(cls, module):
         obstacle = f"{cls.__name__} is a subclass of {kind} that qkit does not know"
+    obstacle = obstacle or patched.why_not(module)
     return Layer(path, kind, shape, module, tied=tied, obstacle=obstacle, sharded=sharded.is_sharded(module))
 
 
@@ -226,11 +241,11 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def _others(
-    path: str, module: nn.Module, seen: dict[int, str], why: str, *, but: Collection[str] = ()
+    path: str, module: nn.Module, seen: dict[int, str], why: str, least: int, *, but: Collection[str] = ()
 ) -> Iterator[Layer]:
-    """Weights of a module that no rule covers. A weight that another module has too is tied to it; `seen` has their paths."""
+    """Weights of a module that no rule covers, of `least` axes or more. `seen` has the paths of those in other modules, too."""
     for name, parameter in module.named_parameters(path, recurse=False):
-        if parameter.dim() > 1 and name.rpartition(".")[2] not in but:
+        if parameter.dim() >= least and parameter.numel() and name.rpartition(".")[2] not in but:
             owner = seen.setdefault(id(parameter), name)
             tied = "" if owner in (name, path) else owner
             yield Layer(name, "other", tuple(parameter.shape), module, tied=tied, obstacle=why)

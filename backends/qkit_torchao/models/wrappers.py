@@ -1,7 +1,9 @@
 """Modules of other libraries around layers: peft's adapters and copies, compiled and parallel models. Nothing imports them."""
 
 import re
+import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +23,18 @@ MARK = "qkit_grids"  #: attribute of a module: the names of those children that 
 
 #: Methods of peft 0.21 whose layers multiply with the weight of the layer that they wrap, instead of calling it.
 READERS = ("frod", "glora", "hra", "shira", "supertuning")
+REPLACERS = (
+    "ln_tuning",
+    "trainable_tokens",
+)  #: those whose layers leave it out, and are for norms and embeddings in float
+
+HELD = ("base_layer", "token_adapter")  #: attributes of peft's wrappers: the module inside
+PROMPTS = "prompt_encoder"  #: attribute of peft's model that has learned prompts in place of adapters
 
 #: The parts of a path that wrappers put in: peft's, torch.compile's, FSDP's, and those of models in models, at the beginning.
 OUTER = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|base_model\.model|pretrained_model)(\.|$))+")
 INNER = re.compile(
-    r"\.(base_layer|original_module|modules_to_save\.[^.]+|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
+    r"\.(base_layer|token_adapter|original_module|modules_to_save\.[^.]+|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
 )
 
 
@@ -39,6 +48,7 @@ class Place:
         unknown: whether qkit does not know that class, or cannot see past it.
         part: whether it is a part of the wrapper's own, such as a factor of LoRA, and not the layer inside.
         lost: whether it took the place of a layer on a grid.
+        obstacle: why it has to stay in float where it is; empty where it has not.
     """
 
     bare: str
@@ -46,6 +56,7 @@ class Place:
     unknown: bool = False
     part: bool = False
     lost: bool = False
+    obstacle: str = ""
 
 
 def places(model: nn.Module) -> dict[int, Place]:
@@ -53,20 +64,25 @@ def places(model: nn.Module) -> dict[int, Place]:
     found: dict[int, Place] = {}
     marked: set[str] = set()
     inside: dict[str, tuple[Place, nn.Module]] = {}
+    prompted = ""
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
         above, holder = inside.get(parent, (Place(""), model))
         wrapper, unknown = above.wrapper, above.unknown
+        if _has_prompts(module):
+            wrapper, prompted = _name(module), f"{path}.base_model." if path else "base_model."
         part = above.part or (path != "" and _is_part(holder, name))
         ours = isinstance(module, (Prepared, *CONVERTED))
         lost = path in marked and type(module) in (nn.Linear, nn.Embedding)
         if not ours and not part:
             if is_wrapper(module):
-                wrapper, unknown = _name(module), unknown or _reads_weight(module)
+                wrapper, unknown = _name(module), unknown or _is_of(module, READERS)
             elif _adapts(module) or (path in marked and not lost):
                 wrapper, unknown = _name(module), True
         marked.update(f"{path}.{child}" if path else child for child in getattr(module, MARK, ()))
-        found[id(module)] = Place(bare_path(path), wrapper, unknown, part, lost)
+        bare = bare_path(path.removeprefix(prompted)) if prompted else bare_path(path)
+        obstacle = f"{wrapper} leaves it out" if _is_of(holder, REPLACERS) and not part else ""
+        found[id(module)] = Place(bare, wrapper, unknown or bool(obstacle and ours), part, lost, obstacle)
         inside[path] = found[id(module)], module
     return found
 
@@ -79,16 +95,18 @@ def bare_path(path: str) -> str:
 def heads(model: nn.Module, found: dict[int, Place]) -> set[int]:
     """The ids of the output heads, and of the modules in them: of a transformers model, all that is not in its backbone."""
     ids: set[int] = set()
+    known = False
     for module in model.modules():
         prefix = getattr(module, "base_model_prefix", "")
         if isinstance(prefix, str) and hasattr(module, "get_output_embeddings"):
+            known = True
             backbone = getattr(module, prefix, None) if prefix else None
             if isinstance(backbone, nn.Module):
                 inner = {id(one) for one in backbone.modules()}
                 ids |= {id(one) for one in module.modules() if id(one) not in inner}
             head: Any = _output_embeddings(module)
             ids |= {id(one) for one in head.modules()} if isinstance(head, nn.Module) else set()
-    ids |= {key for key, place in found.items() if ids and is_head_path(place.bare)}
+    ids |= {key for key, place in found.items() if known and is_head_path(place.bare)}
     return ids
 
 
@@ -100,8 +118,34 @@ def mark(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether `module` is one of peft's: an adapter around `base_layer`, or the copy of a module that trains."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module) or _is_copy(module)
+    """Whether `module` is one of peft's: an adapter around a layer, or the copy of a module that trains."""
+    return _held(module) is not None or _is_copy(module)
+
+
+def obstacle_to_merge(model: nn.Module) -> str:
+    """Why peft cannot merge an adapter of `model`, with its path; empty where it can. Tries it on a copy of one of each kind."""
+    tried = set()
+    for path, module in model.named_modules():
+        levels = _levels(module)
+        base: Any = _held(levels[-1]) if levels else None
+        kind = (*map(type, levels), type(base), getattr(base, "bias", None) is None)
+        if (
+            not levels
+            or kind in tried
+            or isinstance(base, CONVERTED)
+            or any(one.is_meta for one in module.parameters())
+        ):
+            continue
+        tried.add(kind)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _merge(_levels(deepcopy(module)))
+        except Exception as error:  # whatever a method of peft's raises: the user reads its own words
+            return (
+                f"{path} is inside of a {_name(module)}, which cannot be merged ({str(error) or type(error).__name__})"
+            )
+    return ""
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
@@ -112,27 +156,16 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
     Raises:
         StageError: an adapter on a converted layer is no LoRA or DoRA on a linear layer, or there are several.
     """
+    for module in model.modules():
+        if _has_prompts(module):
+            raise StageError(
+                f"cannot merge: the prompts of a {_name(module)} are no weights: save them by model.save_pretrained(folder), and "
+                "convert model.get_base_model()"
+            )
     updates: dict[str, Update] = {}
-    taken: list[tuple[nn.Module, str, nn.Module]] = []
-    for parent, name, child in list(_wrappers(model)):
-        of_peft: Any = child
-        if _is_copy(child):
-            taken.append((parent, name, _active_copy(of_peft)))
-            continue
-        base = of_peft.base_layer
-        while is_wrapper(base):
-            base = base.base_layer
-        if isinstance(base, CONVERTED):
-            path = next(path for path, one in model.named_modules() if one is base)
-            if (update := _update(of_peft, path)) is not None:
-                updates[bare_path(path)] = update
-        elif of_peft.active_adapters:
-            of_peft.merge()
-        if isinstance(base, Prepared):
-            base.train(base.training)  # drops the values of before
-        taken.append((parent, name, base))
-    for parent, name, child in taken:
-        children(parent)[name] = child
+    while found := list(_wrappers(model)):  # a copy may have adapters inside
+        for parent, name, child in found:
+            children(parent)[name] = _taken_off(model, child, updates)
     whole: Any = model
     bare: nn.Module = whole.get_base_model() if hasattr(model, "get_base_model") else model
     for note in ("peft_config", "active_adapter"):  # as peft's own merge_and_unload leaves the model
@@ -141,6 +174,42 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, dict[str, Update]]:
     if getattr(bare, "_hf_peft_config_loaded", False):
         setattr(bare, "_hf_peft_config_loaded", False)  # noqa: B010  transformers' own mark
     return bare, updates
+
+
+def _taken_off(model: nn.Module, wrapper: nn.Module, updates: dict[str, Update]) -> nn.Module:
+    """The module inside of a wrapper, with its adapters merged; those of a converted layer are put into `updates`."""
+    if _is_copy(wrapper):
+        return _active_copy(wrapper)
+    levels = _levels(wrapper)
+    base = _held(levels[-1])
+    if isinstance(base, CONVERTED):
+        path = next(path for path, one in model.named_modules() if one is base)
+        if (update := _update(levels, path)) is not None:
+            updates[bare_path(path)] = update
+    else:
+        _merge(levels)
+        base = _held(levels[-1])  # some methods put another module there
+    assert base is not None
+    if isinstance(base, Prepared):
+        base.train(base.training)  # drops the values of before
+    return base
+
+
+def _merge(levels: list[Any]) -> None:
+    for one in reversed(levels):  # each merges into the innermost module
+        if hasattr(one, "merge") and one.active_adapters:
+            one.merge()
+
+
+def _levels(module: Any) -> list[Any]:
+    """`module` and the wrappers in it, down to the layer, the outermost first; none where it is no adapter."""
+    held = _held(module)
+    return [] if held is None else [module, *_levels(held)]
+
+
+def _held(module: Any) -> nn.Module | None:
+    """The module inside of an adapter of peft's."""
+    return next((one for name in HELD if isinstance(one := getattr(module, name, None), nn.Module)), None)
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -157,7 +226,14 @@ def _is_part(parent: nn.Module, name: str) -> bool:
     """Whether the child `name` of a wrapper, or of a module in it, is the wrapper's own."""
     if _is_copy(parent):
         return name not in ("original_module", "modules_to_save")
-    return is_wrapper(parent) and name != "base_layer"
+    if _has_prompts(parent):
+        return name == PROMPTS
+    return is_wrapper(parent) and name not in HELD
+
+
+def _has_prompts(module: nn.Module) -> bool:
+    """Whether `module` is a model of peft's that learns prompts, and has no adapters."""
+    return isinstance(getattr(module, PROMPTS, None), nn.Module) and hasattr(module, "get_base_model")
 
 
 def _is_copy(module: nn.Module) -> bool:
@@ -180,7 +256,7 @@ def _adapts(module: nn.Module) -> bool:
         *(name for name, _ in module.named_parameters(recurse=False)),
         *(name for name, _ in module.named_children()),
     ]
-    return any(name.lower().startswith("lora_") for name in names)
+    return any(name.lower().startswith(("lora_", "adaption_")) for name in names)
 
 
 def _name(module: nn.Module) -> str:
@@ -189,9 +265,9 @@ def _name(module: nn.Module) -> str:
     return f"{parts[2]}.{name}" if parts[:2] == ["peft", "tuners"] and len(parts) > 3 else name
 
 
-def _reads_weight(module: nn.Module) -> bool:
-    """Whether a wrapper multiplies with the weight of its layer itself, and so leaves the grid out."""
-    return type(module).__module__.startswith(tuple(f"peft.tuners.{method}." for method in READERS))
+def _is_of(module: nn.Module, methods: tuple[str, ...]) -> bool:
+    """Whether `module` is a layer of one of these methods of peft's."""
+    return type(module).__module__.startswith(tuple(f"peft.tuners.{method}." for method in methods))
 
 
 def _output_embeddings(module: Any) -> Any:
@@ -201,10 +277,11 @@ def _output_embeddings(module: Any) -> Any:
         return None
 
 
-def _update(wrapper: Any, path: str) -> Update | None:
+def _update(levels: list[Any], path: str) -> Update | None:
     """The adapter of peft's on a converted layer; None where it is switched off."""
+    wrapper = levels[0]
     names = [name for name in wrapper.active_adapters if name in getattr(wrapper, "lora_A", {})]
-    if wrapper.merged or is_wrapper(wrapper.base_layer) or len(names) > 1 or "lora_A" not in children(wrapper):
+    if len(levels) > 1 or wrapper.merged or len(names) > 1 or "lora_A" not in children(wrapper):
         raise StageError(
             f"cannot merge: {path} is converted, and its {type(wrapper).__name__} is not one LoRA or DoRA: leave one on it"
         )

@@ -17,7 +17,7 @@ from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_known
 from qkit.engines.protocol import Trains
 from qkit.errors import StageError
-from qkit.pipeline import surgeon
+from qkit.pipeline import surgeon, want_mergeable
 from qkit.planning import plan
 from qkit.reference.learned import is_learned, is_offset
 from qkit.rules import Recipe, Rule
@@ -121,10 +121,12 @@ class QatCallback(TrainerCallback):
 
     def _prepare(self, model: nn.Module) -> None:
         engine = _engine(model)
-        want_known(engine.layers(model), "train")
-        if any(layer.stage == "prepared" for layer in engine.layers(model)):
+        layers = list(engine.layers(model))
+        want_known(layers, "train")
+        want_mergeable(engine, model, layers, "train")
+        if any(layer.stage == "prepared" for layer in layers):
             if model not in self._own:
-                self._check_grids(list(engine.layers(model)))
+                self._check_grids(layers)
         elif qkit.prepare(model, self.recipe, backend=engine) is not model:
             raise StageError("a model that is itself one layer is replaced: prepare it before its trainer is made")
         self._own.add(model)

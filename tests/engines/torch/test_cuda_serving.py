@@ -49,6 +49,16 @@ def test_every_recipe_runs_natively_and_agrees_with_its_prepared_layer(recipe, r
     assert ((prepared - converted).float().abs() <= 1e-3 * bound + 2**-7 * converted.float().abs()).all()
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("recipe", PACKED)
+def test_exact_gives_the_bits_of_the_prepared_layer(recipe, rows):
+    model = qkit.prepare(linear(outputs=512), recipe).eval()
+    x = torch.randn(rows, 1536, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad(), qkit.exact():
+        prepared = model(x)
+        assert torch.equal(qkit.convert(model)(x), prepared)
+
+
 @pytest.mark.parametrize("recipe", PACKED)
 def test_packed_codes_are_those_of_quantize_wherever_they_go(recipe, tmp_path):
     model = linear(outputs=512)

@@ -48,17 +48,34 @@ def test_kernels_on_packed_codes_multiply_what_decodes_bit_for_bit(dtype, least)
 @pytest.mark.parametrize("outputs", [1024, 4096, 14336])
 @pytest.mark.parametrize("element", ["int3", "int4"], ids=["two planes", "one plane"])
 def test_products_of_large_layers_compile_with_the_memory_that_a_program_has(element, outputs, eights):
-    from qkit_torchao.kernels import cuda_words
+    from qkit_torchao.kernels import cuda_words, geometry
 
     grid = qkit.Grid(element, 64)
     stride = 4096 * grid.element.bits // 32
-    constants, _, _ = cuda_words.product_geometry(grid, 4096, outputs, stride, eights, True, 132)
+    constants, _, _ = geometry.product_geometry(grid, 4096, outputs, stride, eights, True, 132)
     known = dict(constants)
     copies = known["WARPS"] * 2 * known["TILES"] * 32 * (32 if known["LOW"] else 16)
     sums = known["WARPS"] * 16 * known["TILES"] * 8 * eights * 4
     assert (copies * 2 if eights > 1 else 0) <= 48 * 1024  # one copy is on its way while another is read
     assert sums <= 48 * 1024
     host = products_on_host.HostKernel(cuda_words.PRODUCT)
+    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
+
+
+@pytest.mark.skipif(products_on_host.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("outputs", [1024, 4096, 14336])
+@pytest.mark.parametrize("element", ["int3", "int4", "int8"])
+def test_products_of_one_row_compile_with_the_memory_that_a_program_has(element, outputs):
+    from qkit_torchao.kernels import cuda_words, geometry
+
+    grid = qkit.Grid(element, 64)
+    stride = 14336 * grid.element.bits // 32
+    constants, _, _ = geometry.product_geometry(grid, 14336, outputs, stride, 0, True, 132, 1)
+    known = dict(constants)
+    kept = 32 * 16 + 14336 * 2 if known["KEEPS"] else 0
+    assert kept + known["WARPS"] * 16 * known["TILES"] * 2 * 4 <= 48 * 1024
+    assert known["KEEPS"] == (element == "int4" and outputs == 4096)
+    host = products_on_host.HostKernel(cuda_words.FEW_ROWS)
     host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
 
 

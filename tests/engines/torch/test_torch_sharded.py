@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
+import parallel  # noqa: E402
 import processes  # noqa: E402
 import shards  # noqa: E402
 from processes import GRID, adam, batch, codes, net, ours, train, with_adapters  # noqa: E402
@@ -182,6 +183,102 @@ def test_a_policy_and_a_model_that_is_switched_off(seen):
         for one in model.parameters():
             one.mul_(-2)
         assert torch.equal(seen[0]["shards"]["edits"]["off"].bfloat16(), model(batch(0)[0]))
+
+
+@pytest.mark.parametrize("number", range(len(shards.SAVED)))
+def test_parts_are_saved_to_the_bytes_of_the_whole(seen, folder, number):
+    whole, parts = (Path(folder) / f"{kind}-{number}" for kind in ("whole", "parts"))
+    files = sorted(file.name for file in whole.iterdir())
+    assert files == sorted(file.name for file in parts.iterdir())
+    assert "model.safetensors" in files
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in files)
+
+
+def test_a_weight_that_is_not_finite_is_refused_in_every_process(seen, folder):
+    assert {one["not finite"] for one in seen} == {
+        "first.0.weight has numbers that are not finite: no code stands for them"
+    }
+    assert not [file for file in Path(folder).iterdir() if "never" in file.name]
+
+
+def _parallel(seen):
+    if "parallel" not in seen[0]:
+        pytest.skip("transformers or accelerate is not installed")
+    return [one["parallel"] for one in seen]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("grid", ["int4-g32-signed", "int8-row-absmax", "int8-tensor-absmax", "e2m1-g16-nvfp4"])
+def test_a_tensor_parallel_plan_trains_the_codes_of_one_process(seen, grid, late):
+    torch.manual_seed(0)
+    model = qkit.prepare(shards.Even(), shards.recipe(qkit.Grid.parse(grid)))
+    want = parallel.steps(model, parallel.of_tokens)
+    for one in _parallel(seen):
+        assert one[f"plan, {grid}, {late}"]["losses"] == pytest.approx(want, rel=NEAR)
+    mine, theirs = parallel.codes(model), _parallel(seen)[0][f"plan, {grid}, {late}"]["codes"]
+    assert mine.keys() == theirs.keys()
+    equal = torch.cat([(mine[path] == theirs[path]).flatten() for path in mine]).double().mean()
+    assert equal > 0.999  # products are summed in another order
+
+
+@pytest.mark.parametrize("name", parallel.ACTIVE)
+def test_inputs_are_quantized_whole_where_a_plan_splits_them(seen, name):
+    torch.manual_seed(0)
+    want = parallel.steps(qkit.prepare(shards.Even(), name), parallel.of_tokens)
+    for one in _parallel(seen):
+        assert one[f"plan, {name}, True"]["losses"] == pytest.approx(want, rel=NEAR)
+
+
+@pytest.mark.parametrize("name", parallel.ACTIVE)
+def test_transformers_own_plan_trains_on_the_grid(seen, name, tmp_path):
+    observed = _parallel(seen)
+    want = parallel.steps(qkit.prepare(parallel.llama(tmp_path), name), parallel.of_language)
+    for one in observed:
+        assert one[f"auto, {name}"] == pytest.approx(
+            want, rel=1e-4
+        )  # products are summed in another order, many layers deep
+    float_losses = parallel.steps(parallel.llama(tmp_path), parallel.of_language)
+    assert want[0] != pytest.approx(float_losses[0], rel=1e-5)  # that test would see a plan without a grid
+
+
+def test_transformers_trainer_trains_with_fsdp2_and_bf16(seen, folder):
+    for one in _parallel(seen):
+        losses = one["trainer"]
+        assert len(losses["plain"]) == 3
+        assert losses["plain"] == losses["RAM"] == losses["checkpoints"]
+    files = sorted(Path(folder).glob("trained-*/model.safetensors"))
+    assert len(files) == 2 * len(parallel.SETTINGS)  # gathered, and saved by parts
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_ranges_that_average_see_the_inputs_of_all_processes(seen):
+    one, other = (found["right"] for found in _parallel(seen))
+    for kind in ("ranges", "ranges of FSDP2"):
+        assert one[kind].keys() == {"first.0.input_range", "second.0.input_range"}
+        assert all(torch.equal(value, other[kind][name]) for name, value in one[kind].items())
+    assert one["converted"]
+    assert other["converted"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("split groups", "GridError: a plan splits groups of 128: a weight .52, 128. .* 64 in each"),
+        ("other recipes", "StageError: processes disagree on the rule of a weight .52, 64."),
+        ("learned", "StageError: FSDP rounds master weights .* depend on more than the weight"),
+        ("learned late", "StageError: cannot prepare: tokens is sharded over processes"),
+        ("rounded factors", "StageError: FSDP rounds lora_A from float32 to bfloat16"),
+        ("partitioned", "StageError: DeepSpeed ZeRO-3 has partitioned a weight .128, 64."),
+        ("prepare partitioned", "StageError: DeepSpeed ZeRO-3 has partitioned a weight .128, 64."),
+        ("FSDP1, True", "StageError: a weight .52, 64. was gathered by something other than FSDP2, as FSDP1 does"),
+        ("FSDP1, False", "StageError: a weight .52, 64. was gathered by something other than FSDP2, as FSDP1 does"),
+        ("FSDP1 first, True", "StageError: a weight .* was gathered by something other than FSDP2"),
+        ("FSDP1 first, False", "StageError: a weight .* was gathered by something other than FSDP2"),
+    ],
+)
+def test_bad_distribution_is_refused_by_name(seen, case, message):
+    for one in _parallel(seen):
+        assert re.match(message, one["refused"][case])
 
 
 @pytest.mark.parametrize(
