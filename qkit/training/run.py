@@ -64,7 +64,7 @@ class Run:
         checkpoint_every, evaluate_every: numbers of steps. None: evaluates before the first and after the last step.
         load_best_model_at_end: whether the artifact has the weights of the evaluation with the lowest loss, not the last ones.
             Evaluations are on the recipe's grid, and the one before the first step counts.
-        early_stopping_patience: how many evaluations in a row without a better one end it; from the first step on the recipe's grid.
+        early_stopping_patience: how many evaluations in a row without a better one end it, from the first on the own grid.
         early_stopping_threshold: how much lower than the best loss before, in nats, an evaluation must be to count as better.
         gradient_checkpointing, compile: see `qkit.engines.trainer.TrainerOptions`.
         replace: whether an artifact of qkit's in `out` may be replaced.

@@ -80,7 +80,7 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], 
             log.add({"event": event, "step": step, **more})
             tell({"event": event, "step": step, **more})
 
-        start = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": 0, "backend": engine.name}
+        start = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": len(unseen), "backend": engine.name}
         record("resume" if began else "start", began, **start, run=run_table(run))
         clock, asked = perf_counter(), _Asked(stop, run.quantization.interval)
         options = _options(run, engine, model, source, rows, place, record, asked, clock, began)
