@@ -248,7 +248,7 @@ def read_run(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: {error}") from None
     except RecursionError:
-        raise RunError(f"{file}: it is nested too deep") from None
+        raise RunError(f"{file}: it is nested too deep: write flat tables") from None
     return table
 
 
