@@ -176,7 +176,7 @@ def _put(table: dict[str, Any], text: str) -> None:
     for part in outer:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise typer.BadParameter(f"{text!r}: {part} is no table")
+            raise typer.BadParameter(f"{text!r}: {part} has a value already, and is no table: leave one of them out")
     table[last] = _value(name, value)
 
 

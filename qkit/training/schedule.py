@@ -126,7 +126,9 @@ def switching(engine: Trains, model: Any, schedule: Schedule) -> Callable[[int],
     layers = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
     layers = [layer for layer in layers if fnmatchcase(layer.path, schedule.match)]
     if not layers and schedule != Schedule():
-        raise RunError(f"quantization: no prepared layer matches {schedule.match!r}")
+        raise RunError(
+            f"quantization: no prepared layer matches {schedule.match!r}: give a pattern of their paths, such as '*'"
+        )
     _check_able(layers, schedule)
     known: dict[str, Mode] = {layer.path: layer.mode for layer in layers}
     rules = {layer.path: layer.rule for layer in layers}

@@ -21,6 +21,7 @@ from qkit_torchao.layers.decoded import decoded
 from qkit_torchao.layers.execution import Execution, choose_execution
 from qkit_torchao.layers.packed_product import Parts, decode_packed, spread_packed
 from qkit_torchao.layers.scaled_embedding import scaled
+from qkit_torchao.layers.shown import Shown
 from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters, set_parameter
 
@@ -33,7 +34,7 @@ PLAIN = (
 )  #: buffers of a converted layer that has no torchao tensor
 
 
-class _Packed(nn.Module):
+class _Packed(Shown):
     """The common part of converted layers.
 
     Attributes:
