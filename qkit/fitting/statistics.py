@@ -87,7 +87,7 @@ class Statistics:
 
     def learned(self, path: str) -> bool:
         """Whether the rounding of the layer at `path` is learned."""
-        return self.about["layers"][path].get("rounding") == "learned"
+        return bool(self.about["layers"][path].get("rounding") == "learned")
 
     def like(self, path: str) -> str:
         """The layer whose moments are those of `path`."""

@@ -113,9 +113,11 @@ class _Layer:
         units = (
             dequantize(q).astype(np.float64).reshape(shape) / s[..., None]
         )  # exact: the values are products of few bits
-        place = {"device": device, "dtype": torch.float32}
-        self._s, self._z = torch.tensor(s[..., None], **place), torch.tensor(z[..., None], **place)
-        self._start = torch.tensor(units, **place)
+        self._s, self._z = (
+            torch.tensor(s[..., None], dtype=torch.float32, device=device),
+            torch.tensor(z[..., None], dtype=torch.float32, device=device),
+        )
+        self._start = torch.tensor(units, dtype=torch.float32, device=device)
         self._gap = _gap(self._start, q.grid.element)
         self.offset = torch.zeros_like(self._start).requires_grad_()
         self.factor = torch.ones_like(self._s).requires_grad_()
