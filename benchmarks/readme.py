@@ -19,7 +19,7 @@ import fit_model
 import measure
 from recover import texts
 
-RECIPES = ("int4-g32", "int3-g32", "int2-g32")
+RECIPES = ("int4-g32", "int2-g32")
 SHOWN = "int2-g32"  #: the recipe of the report
 TRAIN = ("--batch", "8", "--length", "128", "--learning-rate", "2e-4", "--seed", "0")
 EVAL = ("--length", "256", "--windows", "48")
