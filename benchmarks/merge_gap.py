@@ -118,8 +118,10 @@ def ours(kind: str) -> Callable[[Any], tuple[Any, Callable[[Any], Any]]]:
 def trained_codes(engine: Any, model: Any) -> dict[str, np.ndarray]:
     """The codes of the merged weights that qkit's adapted layers compute with, by the reference; none for other adapters."""
     adapted = [layer for layer in engine.layers(model) if layer.adapter]
-    bases = {layer.path: next(base_weights(engine, layer, "weight")) for layer in adapted}
-    updated = {layer.path: merged(bases[layer.path], engine.adapter_update(layer.module)) for layer in adapted}
+    updated = {}
+    for layer in adapted:
+        update = engine.adapter_update(layer.module)
+        updated[layer.path] = merged(next(base_weights(engine, layer, "weight", spread=update.dithered)), update)
     return {layer.path: qkit.quantize(updated[layer.path], layer.rule.weight).codes for layer in adapted}
 
 

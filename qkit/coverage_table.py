@@ -90,6 +90,24 @@ class Coverage:
         ]
         return "\n".join([*lines, f"{self.bits_per_weight:.2f} bits per weight"])
 
+    def _repr_html_(self) -> str:
+        from qkit.notebook import table  # here, so that `import qkit` stays cheap
+
+        rows = (
+            (
+                row.path,
+                "x".join(map(str, row.shape)),
+                row.weight,
+                row.activation,
+                row.output,
+                f"{row.bits:.2f}",
+                row.state + (f", tied to {row.tied}" if row.tied else ""),
+            )
+            for row in self.rows
+        )
+        caption = f"{self.bits_per_weight:.2f} bits per weight, {self.nbytes:,} bytes"
+        return table(caption, ("layer", "shape", "weight", "activation", "output", "bits", "state"), rows)
+
 
 def coverage(model: Any, *, backend: str | Arrays | None = None) -> Coverage:
     """For every layer of `model` its grid and how it runs, or the reason why the recipe left it alone."""

@@ -204,13 +204,15 @@ def whole(block: str, members: Iterable[Member]) -> dict[str, tuple[int, int, in
             found.setdefault(projection, {})[number] = member.shape
     if not {"up_proj", "down_proj"} <= found.keys():
         missing = " and ".join({"up_proj", "down_proj"} - found.keys())
-        raise ValueError(f"{block} has no {missing}")
+        raise ValueError(f"{block} has no {missing}: a shard is missing, or fetch the model again")
     count = 1 + max(number for numbers in found.values() for number in numbers)
     for projection, numbers in found.items():
         for absent in set(range(count)) - numbers.keys():
-            raise ValueError(f"{block}.{absent}.{projection} is missing, and the block has {count} experts")
+            raise ValueError(
+                f"{block}.{absent}.{projection} is missing, and the block has {count} experts: fetch it again"
+            )
         if len(set(numbers.values())) > 1:
-            raise ValueError(f"the experts of {block} have a {projection} of several shapes")
+            raise ValueError(f"the experts of {block} have a {projection} of several shapes: fetch the model again")
     return {name: (count, *found[name][0]) for name in PROJECTIONS if name in found}
 
 

@@ -48,7 +48,8 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
         if rule.weight and id(rule) not in spoken:
             raise RecipeError(
                 f"recipe {recipe.name!r}: the rule for {rule.kind} {', '.join(rule.match)} is first for no layer of this "
-                f"model, which has {_paths(planned)}{_others(planned)}"
+                f"model, which has {_paths(planned)}{_others(planned)}: mend its "
+                "pattern, or put it before the rule that takes them"
             )
     return planned
 

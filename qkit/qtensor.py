@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from math import prod
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from qkit.errors import DTypeError, GridError
 from qkit.grid import Grid, want_grid
@@ -58,7 +59,9 @@ class QTensor(Generic[Array]):
                 raise GridError(f"{self.grid} {'needs' if wanted else 'has no'} {name}: {_why(name)}")
         for part in (self.zeros, self.biases):
             if part is not None and shape_of(part) != want:
-                raise GridError(f"zero points or biases of shape {shape_of(part)} do not fit scales of {want}")
+                raise GridError(
+                    f"zero points or biases of shape {shape_of(part)} do not fit scales of {want}: give one for each scale"
+                )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,6 +82,17 @@ class QTensor(Generic[Array]):
     def map(self, function: Callable[[Array], Other]) -> "QTensor[Other]":
         """The same value with `function` applied to each array: to another framework, or to another device."""
         return QTensor(grid=self.grid, dtype=self.dtype, **{n: function(a) for n, a in self.parts().items()})
+
+    def _repr_html_(self) -> str:
+        from qkit.notebook import table  # here, so that `import qkit` stays cheap
+
+        bits = self.grid.bits_per_weight(self.shape)
+        caption = f"{self.grid}, {self.dtype} {list(self.shape)}, {bits:.2f} bits per weight"
+        rows = (
+            (name, str(array.dtype).rpartition(".")[2], str(list(shape_of(array))), f"{prod(shape_of(array)):,}")
+            for name, array in cast("dict[str, Any]", self.parts()).items()
+        )
+        return table(caption, ("part", "type", "shape", "numbers"), rows)
 
 
 def _why(name: str) -> str:

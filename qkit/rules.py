@@ -138,14 +138,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.version < 1:
-            raise RecipeError(f"version is {self.version}: versions count from 1")
+            raise RecipeError(f"version is {self.version}: give a whole number from 1 on")
         if not any(rule.weight for rule in self.rules):
-            raise RecipeError(f"recipe {self.name!r} has no rule with a weight grid: nothing would be quantized")
+            raise RecipeError(
+                f"recipe {self.name!r} has no rule with a weight grid: nothing would be quantized: give a rule one"
+            )
 
     def rule_for(self, path: str, kind: Kind, *, head: bool = False) -> Rule | None:
         """The first rule that matches, if any. A layer that is an output `head` also goes by the path `lm_head`."""
         names = (path, *["lm_head"] * head)
         return next((rule for rule in self.rules if any(rule.matches(name, kind) for name in names)), None)
+
+    def _repr_html_(self) -> str:
+        from qkit.notebook import table  # here, so that `import qkit` stays cheap
+
+        caption = f"{self.name}, version {self.version}: {self.summary}".rstrip(": ")
+        head = ("layers", "kind", "weight", "activation", "output")
+        return table(caption, head, ((", ".join(one.match), one.kind, *map(str, _grids_of(one))) for one in self.rules))
+
+
+def _grids_of(rule: Rule) -> "tuple[Grid | str, ...]":
+    return rule.weight or "left alone", rule.activation or "", rule.output or ""
 
 
 def read_recipe(file: "Path | Traversable") -> Recipe:
@@ -179,7 +192,7 @@ def parse_recipe(text: str, *, name: str, source: str) -> Recipe:
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from None
     except RecursionError:
-        raise RecipeError(f"{source}: it is nested too deep") from None
+        raise RecipeError(f"{source}: it is nested too deep: write flat tables") from None
     try:
         return recipe_from_table(table, name=name)
     except (RecipeError, GridError) as error:
@@ -216,7 +229,7 @@ def recipe_from_table(table: Mapping[str, Any], *, name: str) -> Recipe:
     used = {grid for rule in rules for grid in (rule.weight, *rule.slots.values())}
     for key, grid in grids.items():
         if grid not in used:
-            raise RecipeError(f"grids.{key}: not used by any rule")
+            raise RecipeError(f"grids.{key}: not used by any rule: name it in one, or remove it")
     return Recipe(name=name, rules=tuple(rules), version=version, summary=summary)
 
 

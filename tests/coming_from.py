@@ -58,6 +58,61 @@ TORCHAO = [
     _torchao("Float8DynamicActivationFloat8WeightConfig", "", "float8-dynamic-act-float8-weight"),
 ]
 
+TORCHAO_LORA = Seed(
+    "torchao: QATConfig with LoRA",
+    """from peft import LoraConfig, get_peft_model
+from torchao.quantization import Int4WeightOnlyConfig, quantize_
+from torchao.quantization.qat import QATConfig
+
+base_config = Int4WeightOnlyConfig(group_size=128)
+quantize_(model, QATConfig(base_config, step="prepare"))
+model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+train(model)
+model = model.merge_and_unload()
+quantize_(model, QATConfig(base_config, step="convert"))""",
+    """import qkit
+
+model = qkit.adapt(qkit.prepare(model, "int4-weight-only"), qkit.Adapter(match=("*q_proj",)))
+train(model)
+model = qkit.convert(qkit.merge(model))""",
+    "Here the adapter is inside of the grid, and its merge changes no logit. peft's own adapters work on a prepared model, too: "
+    "see [LoRA](lora.md).",
+    "Its lines up to the training run in the test; its `convert` needs kernels of a GPU.",
+)
+
+TORCHAO_SCHEDULE = Seed(
+    "torchao: fake quantization off for the first steps",
+    """from torchao.quantization import Int4WeightOnlyConfig, quantize_
+from torchao.quantization.qat import QATConfig, linear
+
+quantize_(model, QATConfig(Int4WeightOnlyConfig(group_size=128), step="prepare"))
+model.apply(linear.disable_linear_fake_quant)
+train(model)
+model.apply(linear.enable_linear_fake_quant)
+train(model)""",
+    """import qkit
+
+model = qkit.prepare(model, "int4-weight-only")
+qkit.disable(model)
+train(model)
+qkit.enable(model)
+train(model)""",
+    'In transformers\' Trainer: `QatCallback("int4-weight-only", start=100)`.',
+    "Both run in the test.",
+)
+
+TORCHAO_AFTER = Seed(
+    "torchao: quantize_ without training",
+    """from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+quantize_(model, Int8WeightOnlyConfig())""",
+    """import qkit
+
+model = qkit.convert(model, "int8-row")""",
+    "torchao also quantizes the output head; the recipe leaves it in float.",
+    "Both run in the test.",
+)
+
 
 def _inc(theirs, ours):
     return Seed(
@@ -96,7 +151,8 @@ trainer = Trainer(args=args, model_init=model_factory, train_dataset=data, callb
 trainer.train()""",
         "Forgather's recipe strings are names of qkit's recipes. To finalize: "
         '`qkit.convert(trainer.model).save_pretrained("out")`, safetensors that transformers opens.',
-        "Its lines were not run: it is not on PyPI.",
+        "Its own lines were not run: it is not on PyPI. torchao's configuration, which its source names for the string, runs in "
+        "the test: qkit's rounding error is within 10 % of that of torchao's quantizer, and the codes differ, since scales do.",
     )
 
 
@@ -117,7 +173,7 @@ model = qkit.prepare(model, "int{bits}-g{group}")
 train(model, optimizer, data, args=TrainingArgs(iters=4, batch_size=2))""",
     "No layer of MLX has the grid of the hook; its scale rule is `absmax`, as in `int4-g64-absmax`. `qkit.convert(model)` ships "
     "the grid that was trained. train_sft trains a prepared model, too.",
-    "Its trainer runs in the test, where mlx-lm-lora is installed.",
+    "Its trainer runs in the test.",
 )
 
 LOAD = Seed(
@@ -142,8 +198,41 @@ SCHEDULE = Seed(
     "qkit train model out -r int4-g32 --data text.txt --set quantization.start=3 --set quantization.interval=2 --backend mlx",
     "In transformers' Trainer: `QatCallback(recipe, start=2, interval=2)`. Its own line works after `qkit mlx-lora`, too: see "
     "the next section.",
-    "Its parser and its trainer run in the test, where mlx-lm-lora is installed.",
+    "Its parser and its trainer run in the test.",
 )
+
+FINALIZE = Seed(
+    "Forgather: finalize --quantize, after training or without it",
+    "forgather finalize run out --quantize int4-weight-only",
+    "qkit quantize run out -r int4-weight-only",
+    "`run` is a checkpoint of a prepared model, which has the names of the float model, or a float model. The codes are those of "
+    "`qkit.convert(trainer.model)`. Forgather writes `.bin`, and qkit safetensors.",
+    "Its own line was not run: it is not on PyPI.",
+)
+
+COMPARE = Seed(
+    "Forgather: float, quantized afterwards, and trained on the grid, evaluated",
+    """forgather finalize float ptq --quantize int4-weight-only
+forgather finalize run qat --quantize int4-weight-only
+forgather eval float
+forgather eval ptq
+forgather eval qat""",
+    "qkit compare float --qat qat --data text.txt --out report",
+    "One command measures all three on the same windows, and writes a page.",
+    "Its own lines were not run: it is not on PyPI, and its page says that its `eval` does not open such files yet.",
+)
+
+METHODS = [
+    Seed(
+        f"mlx-lm-lora: --train-mode {mode}",
+        f"mlx_lm_lora.train --train --train-mode {mode} --model model --data data --adapter-path out --load-in-4bits",
+        f"qkit mlx-lora mlx_lm_lora.train --train --train-mode {mode} --model model --data data --adapter-path out "
+        "--load-in-4bits",
+        "Or `qkit train model out -r int4-g32 --method " + mode + " --data rows.jsonl`, on MLX and on torch.",
+        "mlx-lm-lora's parser and trainer run in the test.",
+    )
+    for mode in ("sft", "dpo", "orpo")
+]
 
 STUDIO = Seed(
     "MLX-LoRA-Studio and mlx-lm-lora: a command line as it is",
@@ -152,7 +241,7 @@ STUDIO = Seed(
     "--qat-bits 4",
     "The studio writes such lines. `--qat-bits` and `--qat-group-size` name the grid, as in `int4-g64-absmax`; `--load-in-4bits` "
     "and its kin train adapters on packed codes. `out` is then the artifact.",
-    "Its parser and its trainer run in the test, where mlx-lm-lora is installed.",
+    "Its parser and its trainer run in the test.",
 )
 
 MLX_LM = Seed(
@@ -209,7 +298,9 @@ plugins: [qkit.integrations.axolotl.QkitPlugin]
 qkit:
   recipe: int4-g32""",
     "The plugin trains on the grid and writes the artifact into `OUTPUT_DIR/qkit`. `qat` and `qkit` together are refused.",
-    "axolotl itself loads and trains the second block in `tests/training/test_axolotl.py`, where it is installed.",
+    "axolotl 0.19.0 itself loads the plugin and trains the second block in `tests/training/test_axolotl.py`, where it is "
+    "installed. That ran on a CPU, with newer libraries than axolotl pins: transformers 5.23.0, peft 0.21.2, accelerate 1.15.0, "
+    "datasets 5.2.0 and torchao 0.18.0.",
 )
 
 BITS = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64)]
@@ -224,8 +315,15 @@ LOADS = {
 def page():
     """The text of docs/how-to/coming-from.md."""
     shown = [
-        *(TORCHAO, INC, FORGATHER),
-        [_filled(HOOK, bits=4, group=64), _filled(LOAD, recipe="int4-g64", table=LOADS["int4-g64"]), SCHEDULE, STUDIO],
+        [*TORCHAO, TORCHAO_LORA, TORCHAO_SCHEDULE, TORCHAO_AFTER],
+        *(INC, [*FORGATHER, FINALIZE, COMPARE]),
+        [
+            _filled(HOOK, bits=4, group=64),
+            _filled(LOAD, recipe="int4-g64", table=LOADS["int4-g64"]),
+            SCHEDULE,
+            STUDIO,
+            *METHODS,
+        ],
         [MLX_LM, TRL, UNSLOTH, AXOLOTL],
     ]
     parts = [

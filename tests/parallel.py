@@ -90,8 +90,8 @@ def refused(act):
 
 def by_trainer(folder, name, rank):
     """Losses of transformers' Trainer with FSDP2 and bf16, which accelerate offers on GPUs only, so that its state is set."""
+    import qkit_torchao
     from accelerate import DistributedType, FullyShardedDataParallelPlugin
-    from qkit_torchao import QatCallback
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
     wishes = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **SETTINGS[name]}
@@ -108,12 +108,13 @@ def by_trainer(folder, name, rank):
     )
     data = [{"input_ids": ids, "labels": ids} for step in range(3) for ids in batch(step)[0]]
     model = LlamaForCausalLM.from_pretrained(f"{folder}/llama")
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[QatCallback("int4-g32")])
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[qkit_torchao.QatCallback("int4-g32")])
     plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
     plugin.set_mixed_precision("bf16")
     state = trainer.accelerator.state
     state.fsdp_plugin, state.distributed_type, trainer.is_fsdp_enabled = plugin, DistributedType.FSDP, True
     trainer.train()
+    qkit_torchao.save_sharded(trainer.model, f"{folder}/trained-{name}-parts")
     whole = qkit.gather(trainer.model)
     if whole is not None:
         qkit.save(qkit.convert(whole), f"{folder}/trained-{name}")

@@ -215,6 +215,7 @@ def run(rank, folder):
     import shards
 
     seen["shards"] = shards.observe(rank)
+    seen["not finite"] = shards.saved(rank, folder)
     if find_spec("transformers") and find_spec("accelerate"):
         seen["parallel"] = parallel.observe(rank, folder)
     torch.save(seen, f"{folder}/{rank}.pt")

@@ -144,7 +144,36 @@ def observe(rank):
     return seen | changed(rank)
 
 
+SAVED = (
+    (Net, GRID, {}),
+    (Net, Grid("int4", 16, "minmax"), {}),
+    (Net, Grid("int8", "tensor"), {}),
+    (Fused, Grid("e2m1", 16, "nvfp4"), {}),
+    (Even, GRID, along(1)),
+    (Even, Grid("e4m3", "row"), along(1)),
+)
 MESHES = {"replicated": (2, 1), "sharded in a mesh of two axes": (1, 2)}
+
+
+def saved(rank, folder):
+    """Artifacts of shards beside those of the gathered model; and the message about a weight that is not finite."""
+    import qkit_torchao
+
+    for number, (kind, grid, options) in enumerate(SAVED):
+        model = shard(build(kind, grid), mp_policy=BF16, **options)
+        model(batch(0)[0])
+        qkit_torchao.save_sharded(model, f"{folder}/parts-{number}")
+        whole = qkit.gather(model)
+        if whole is not None:
+            qkit.save(qkit.convert(whole), f"{folder}/whole-{number}")
+    if rank == 1:
+        with torch.no_grad():
+            model.first[0].weight.to_local()[-1, 0] = torch.inf
+    try:
+        qkit_torchao.save_sharded(model, f"{folder}/never")
+    except qkit.RangeError as refusal:
+        return str(refusal)
+    return None
 
 
 def changed(rank):

@@ -9,12 +9,19 @@ from qkit.engines.protocol import BackendSpec
 from qkit.installation import how_to_install
 
 if TYPE_CHECKING:
+    from qkit_torchao.models.save_parts import save_sharded
     from qkit_torchao.training.schemes import QatArguments, qat_scheme
     from qkit_torchao.training.transformers import QatCallback
 
-__all__ = ["QatArguments", "QatCallback", "qat_scheme", "qkit_backends"]
+__all__ = ["QatArguments", "QatCallback", "qat_scheme", "qkit_backends", "save_sharded"]
 
-LATE = {"QatCallback": "transformers", "QatArguments": "schemes", "qat_scheme": "schemes"}  #: modules of `training`
+#: Modules of the names that are imported late.
+LATE = {
+    "QatCallback": "training.transformers",
+    "QatArguments": "training.schemes",
+    "qat_scheme": "training.schemes",
+    "save_sharded": "models.save_parts",
+}
 
 
 @hookimpl
@@ -32,7 +39,7 @@ def qkit_backends() -> Iterable[BackendSpec]:
 
 
 def __getattr__(name: str) -> Any:
-    """The names that need transformers, at their first use. Not in `dir()`: pluggy reads all names that stand there."""
+    """The names that need torch or transformers, at their first use. Not in `dir()`: pluggy reads all names that stand there."""
     if name not in LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"qkit_torchao.training.{LATE[name]}"), name)
+    return getattr(import_module(f"qkit_torchao.{LATE[name]}"), name)

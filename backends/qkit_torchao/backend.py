@@ -184,13 +184,13 @@ class TorchaoBackend(Elsewhere, Mixtures, Tuning):
         filled = {id(state[name]) for name in tensors if name in state}
         for name, tensor in state.items():
             if id(tensor) not in filled:
-                raise ArtifactError(f"nothing was found to fill {name!r} with")
+                raise ArtifactError(f"{name} is in the model, and not in the file: {surgery.ALIKE}")
         for name, array in tensors.items():
             if name not in state:
-                raise ArtifactError(f"the model has no parameter or buffer {name!r}")
+                raise ArtifactError(f"{name} is in the file, and not in the model: {surgery.ALIKE}")
             want, dtype = state[name], str(state[name].dtype).rpartition(".")[2]
             if array.shape != tuple(want.shape):
-                raise ArtifactError(f"{name} is {list(array.shape)} in the file and {list(want.shape)} in the model")
+                raise ArtifactError(f"{name} is {list(array.shape)}, the model's {list(want.shape)}: {surgery.ALIKE}")
             if array.dtype.name != dtype and (dtype != "float32" or array.dtype.name not in ("float16", "bfloat16")):
                 raise ArtifactError(f"{name} is {array.dtype} in the file and {dtype} in the model: cast the model")
         with torch.no_grad():

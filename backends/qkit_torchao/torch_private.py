@@ -119,6 +119,14 @@ def active_ddp() -> Any:
     return DistributedDataParallel._get_active_ddp_module()
 
 
+def place_of(outer: Any) -> tuple[slice, ...]:
+    """Where the tensor in this process of a DTensor lies in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, begin = compute_local_shape_and_global_offset(outer.shape, outer.device_mesh, outer.placements)
+    return tuple(slice(a, a + n) for a, n in zip(begin, shape, strict=True))
+
+
 def take_hooks(record: Any) -> None:
     """Has one of `fsdp_parameters` look for hooks of its part, as FSDP does when it begins."""
     if not hasattr(record, "_extensions_data"):

@@ -18,6 +18,9 @@ class Adapter:
         kind: `lora` (Hu et al., 2021), or `dora` (Liu et al., 2024), which also trains the length of every row.
         match: shell patterns for the dotted path of a layer; one that matches is enough.
         seed: the seed of A's first values. B starts at zero, so that training starts from the base weights.
+        beside: for `qkit train` on packed codes: the share of the steps that trains the product beside the decoded base, before
+            the rest trains on the grid.
+        factor: for `qkit train` on packed codes: multiplies the learning rate of the steps on the grid.
     """
 
     rank: int = 8
@@ -25,6 +28,8 @@ class Adapter:
     kind: Kind = "lora"
     match: tuple[str, ...] = ("*",)
     seed: int = 0
+    beside: float = 0.25
+    factor: float = 2.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -35,6 +40,12 @@ class Adapter:
             raise QkitError(f"adapter alpha is {self.alpha!r}: give a positive number, such as twice the rank")
         if type(self.seed) is not int or self.seed < 0:
             raise QkitError(f"adapter seed is {self.seed!r}: give a whole number from 0 on")
+        if type(self.beside) not in (int, float) or not 0 <= self.beside < 1:
+            raise QkitError(
+                f"adapter beside is {self.beside!r}: give a share of the steps from 0 on, below 1, such as 0.25"
+            )
+        if type(self.factor) not in (int, float) or not 0 < self.factor < float("inf"):
+            raise QkitError(f"adapter factor is {self.factor!r}: give a positive number, such as 2")
         if (
             type(self.match) is not tuple
             or not self.match

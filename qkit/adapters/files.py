@@ -1,5 +1,6 @@
 """save and load: a model's adapters, in the files of peft and mlx-lm. The base model of an adapter is checked on loading."""
 
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def save(
     for layer in layers:
         updates |= _updates(engine, layer)
     notes = {
-        path: _note(engine, layer, name)
+        path: {**_note(engine, layer, name), "dithered": updates[path].dithered}
         for layer in layers
         for path, name in paths_of(layer).items()
         if path in updates
@@ -95,7 +96,9 @@ def load(model: Model, folder: str | Path, *, backend: str | Arrays | None = Non
         layer, name = by_path[path]
         if reason := obstacle(layer, layers):
             raise ArtifactError(f"{folder}: {path} cannot take an adapter: {reason}")
-        _check_base(engine, layer, name, update, found.base.get(path), folder)
+        noted = found.base.get(path)
+        _check_base(engine, layer, name, update, noted, folder)
+        updates[path] = replace(update, dithered=layer.stage == "converted" and bool(noted and noted.get("dithered")))
     return put(engine, model, updates)
 
 

@@ -86,16 +86,16 @@ def read(folder: Path) -> Found:
         array = one.mapped().astype(np.float32)
         arrays.setdefault(path, {})[part] = array.T.copy() if turned and array.ndim == 2 else array
     if not arrays:
-        raise ArtifactError(f"{file} holds no adapter")
+        raise ArtifactError(f"{file} holds no adapter: name a folder that peft, mlx-lm or qkit wrote")
     if here[0] == "peft":
         arrays = expert_files.parted(arrays, config, file)
     scale = _peft_scales(config, folder) if here[0] == "peft" else _mlx_scales(config, folder)
     updates = {}
     for path, parts in arrays.items():
         if missing := [part for part in ("a", "b", *(["magnitude"] * scale.dora)) if part not in parts]:
-            raise ArtifactError(f"{file}: {path} lacks its {', '.join(missing)}")
+            raise ArtifactError(f"{file}: {path} lacks its {', '.join(missing)}: fetch it again")
         if "magnitude" in parts and not scale.dora:
-            raise ArtifactError(f"{file}: {path} has a magnitude, and {CONFIG} does not speak of DoRA")
+            raise ArtifactError(f"{file}: {path} has a magnitude, and {CONFIG} has no use_dora: fetch both again")
         try:
             updates[path] = Update(scale=scale(path, parts["a"].shape[-2]), **parts)
         except QkitError as error:
@@ -180,7 +180,8 @@ def _peft_scales(config: Mapping[str, Any], folder: Path) -> _Scales:
     file = folder / CONFIG
     if config.get("peft_type") != "LORA":
         raise ArtifactError(
-            f"{file}: peft_type is {config.get('peft_type')!r}: qkit knows LORA, with or without use_dora"
+            f"{file}: peft_type is {config.get('peft_type')!r}: qkit knows LORA, with or without use_dora: "
+            "merge it with peft first"
         )
     for key in PLAIN:
         if config.get(key):
@@ -214,7 +215,7 @@ def _mlx_scales(config: Mapping[str, Any], folder: Path) -> _Scales:
     file = folder / CONFIG
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise ArtifactError(f"{file}: fine_tune_type is {kind!r}: qkit knows lora and dora")
+        raise ArtifactError(f"{file}: fine_tune_type is {kind!r}: qkit knows lora and dora: fuse it with mlx-lm first")
     scale = _table(config, "lora_parameters", file).get("scale")
     return _Scales(dora=kind == "dora", fixed=_number(scale, "lora_parameters.scale", file))
 

@@ -17,7 +17,7 @@ from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
 from qkit.pipeline import Model, fuse, surgeon, want_mergeable
-from qkit.reference.merged import Floats, Update, row_norms
+from qkit.reference.merged import Floats, Update, dithered, row_norms
 
 
 def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None) -> Model:
@@ -127,7 +127,7 @@ def _both(updates: Mapping[str, Update], layer: Layer) -> Mapping[str, Update]:
     if not fused.shares(layer.rule.weight) or len(absent) != 1 or len(pair) == 1:
         return updates
     given = next(updates[name] for name in pair if name in updates)
-    nothing = Update(np.zeros_like(given.a), np.zeros_like(given.b), given.scale)
+    nothing = Update(np.zeros_like(given.a), np.zeros_like(given.b), given.scale, dithered=given.dithered)
     return {**updates, absent[0]: nothing}
 
 
@@ -156,8 +156,10 @@ def adapted(engine: Modules, model: Any) -> list[Layer]:
     raise StageError("no layer of this model has an adapter: call qkit.adapt(model, qkit.Adapter()) first")
 
 
-def base_weights(engine: Modules, layer: Layer, name: str) -> Iterator[Floats]:
+def base_weights(engine: Modules, layer: Layer, name: str, *, spread: bool = False) -> Iterator[Floats]:
     """The base of adapters on the weight `name` of `layer`, [outputs, inputs]: the master weight, or the values of the codes.
+
+    With `spread`, these are spread within their cells, as `Update.dithered` says: see `reference.merged.dithered`.
 
     Of experts one after the other, so that all of them are never in memory as values.
     """
@@ -170,7 +172,9 @@ def base_weights(engine: Modules, layer: Layer, name: str) -> Iterator[Floats]:
     else:
         codes = [engine.unpack(layer.module) if layer.stage == "converted" else engine.weight(layer.module)]
     for one in codes:
-        if layer.stage == "converted":
+        if layer.stage == "converted" and spread:
+            yield dithered(one.map(lambda array: np.asarray(engine.to_numpy(array))))
+        elif layer.stage == "converted":
             yield np.asarray(engine.to_numpy(engine.dequantize(replace(one, dtype="float32"))))
         else:
             yield engine.to_numpy(one).astype(np.float32)
@@ -230,7 +234,8 @@ def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]
         b = np.zeros((*experts, outputs, adapter.rank), np.float32)
         magnitude = None
         if adapter.kind == "dora":
-            magnitude = np.concatenate([row_norms(one) for one in base_weights(engine, layer, name)])
+            bases = base_weights(engine, layer, name, spread=layer.stage == "converted")
+            magnitude = np.concatenate([row_norms(one) for one in bases])
             magnitude = magnitude.reshape(*experts, outputs)
-        first[path] = Update(a, b, adapter.alpha / adapter.rank, magnitude)
+        first[path] = Update(a, b, adapter.alpha / adapter.rank, magnitude, dithered=layer.stage == "converted")
     return first

@@ -204,7 +204,7 @@ def check_parts(found: Mapping[str, Stored], stored: StoredRule, *, path: str) -
     want = compressed_tensors.contents(grid, dtype=stored.dtype, shape=shape, form=form, kind=scale_kind(found))
     for name, (kind, full) in want.items():
         if name not in found:
-            raise ArtifactError(f"{name} is missing")
+            raise ArtifactError(f"{name} is missing: quantize it again, or fetch it again")
         slot = found[name].slot
         if (DTYPES[slot.dtype][0], slot.shape) != (kind, full):
             raise ArtifactError(f"{name} is {slot.dtype} {list(slot.shape)}, where {grid} has {kind} {list(full)}")

@@ -154,7 +154,8 @@ def _take(
     """The codes and static scales of the layer at `path`. Removes their tensors from `arrays`."""
     layer, grid = layers.get(path), stored.rule.weight
     if layer is None or grid is None:
-        raise ArtifactError(f"{folder}: the model has no layer {path!r} to hold its codes")
+        way_out = "load into the model of its config.json"
+        raise ArtifactError(f"{folder}: the model has no layer {path!r} to hold its codes: {way_out}")
     if layer.stage == "converted" or layer.obstacle or layer.tied:
         raise ArtifactError(f"{folder}: {path} cannot take its codes: {_why_not(layer)}")
     try:

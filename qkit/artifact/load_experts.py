@@ -105,7 +105,9 @@ def _static(folder: Path, arrays: Arrays, layer: Layer, places: Mapping[Place, s
         for name, array in checked.items():
             before = found.setdefault(name_of(name, projection), {}).setdefault(number, array)
             if not np.array_equal(before, array):
-                raise ArtifactError(f"{folder}: {path}: {name} of gate and up differ, and they have one input")
+                raise ArtifactError(
+                    f"{folder}: {path}: {name} of gate and up differ, and they have one input: quantize the model again"
+                )
     count = layer.shape[0]
     return {name: np.concatenate([one[number] for number in range(count)]) for name, one in found.items()}
 

@@ -134,7 +134,9 @@ def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredR
                 f"{key} of its quantization_config is not that of the {KEY} metadata: quantize or save it again"
             )
     if stated["quantization"]:
-        raise ArtifactError("config.json has MLX's quantization, and the files are in compressed-tensors' layout")
+        raise ArtifactError(
+            "config.json has MLX's quantization, and the files are in compressed-tensors' layout: fetch the directory again"
+        )
 
 
 def kind_of(layer: Layer) -> Kind:
@@ -150,10 +152,13 @@ def _parse(folder: Path, text: str, layout: str) -> list[StoredRule]:
         if described.get("layout", "compressed-tensors") != layout:
             raise ArtifactError(f"{folder} is an export for {described['layout']}: qkit import makes an artifact of it")
         if described["numerics"] != NUMERICS:
-            raise ArtifactError(f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}")
+            raise ArtifactError(
+                f"{folder} follows numerics {described['numerics']}; this qkit reads {NUMERICS}: "
+                "quantize again, or take the qkit that wrote it"
+            )
         if unknown := sorted(described.keys() - KEYS):
             raise ArtifactError(
-                f"{folder}: the {KEY} metadata have {', '.join(unknown)}, which this qkit does not know"
+                f"{folder}: the {KEY} metadata have {', '.join(unknown)}, which this qkit does not know: take a newer one"
             )
         rules, seen = list[StoredRule](), set[str]()
         for table in described["rules"]:

@@ -1,7 +1,7 @@
 """`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from qkit.formats.packed import join
 from qkit.pipeline import surgeon
 from qkit.qtensor import DTYPES, DType, QTensor
 from qkit.reference.ranges import static_contents
+from qkit.rules import Rule
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import check_directory, destination
 from qkit.storage.layout import SHARD_BYTES
@@ -67,7 +68,7 @@ def save(
         LockedError: another process writes `folder`.
     """
     engine = surgeon(model, backend)
-    folder, origin = Path(folder), _origin(engine, model, source)
+    folder, origin = Path(folder), origin_of(engine, model, source)
     config = engine.config(model) if source is None else read_config(Path(source))
     if origin is not None and origin.resolve() == destination(folder).path:
         raise ArtifactError(
@@ -79,15 +80,7 @@ def save(
     found = contents(engine, model, config, dtype=dtype)
     for text in found.served:
         warnings.warn(f"{VLLM}: {text}", ServerWarning, stacklevel=2)
-    single = has_single(found.tensors)
-    config = quantized_config(config, found.rules, left_alone=found.left_alone, single_experts=single)
-    write_directory(
-        folder,
-        [array_stream(name, array) for name, array in found.tensors.items()],
-        metadata={KEY: describe(found.rules)},
-        files=companions(origin, config=config),
-        shard_bytes=shard_bytes,
-    )
+    write(folder, found, config, origin, shard_bytes=shard_bytes)
     return folder
 
 
@@ -106,6 +99,21 @@ class Contents:
     rules: list[StoredRule]
     left_alone: list[str]
     served: tuple[str, ...]
+
+
+def write(
+    folder: Path, found: Contents, config: Mapping[str, Any] | None, origin: Path | None, *, shard_bytes: int
+) -> None:
+    """Writes an artifact of these contents; see `save`."""
+    single = has_single(found.tensors)
+    config = quantized_config(config, found.rules, left_alone=found.left_alone, single_experts=single)
+    write_directory(
+        folder,
+        [array_stream(name, array) for name, array in found.tensors.items()],
+        metadata={KEY: describe(found.rules)},
+        files=companions(origin, config=config),
+        shard_bytes=shard_bytes,
+    )
 
 
 def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, dtype: DType | None = None) -> Contents:
@@ -143,9 +151,27 @@ def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, d
             for (number, projection), path in paths_of(layer.path, layer.projections, config).items():
                 mine = static_of(scales, number, projection, layer.rule)
                 tensors |= {join(path, name): array for name, array in mine.items()}
+    return assemble(layers, tensors, converted, config)
+
+
+def assemble(
+    layers: Sequence[Layer],
+    tensors: dict[str, NDArray[Any]],
+    converted: Sequence[tuple[str, Rule, QTensor[NDArray[Any]]]],
+    config: Mapping[str, Any] | None,
+    *,
+    lay: Callable[[str, NDArray[Any]], NDArray[Any]] = lambda name, array: array,
+) -> Contents:
+    """The contents of an artifact of converted layers.
+
+    Args:
+        tensors: the other tensors, by their names in files.
+        converted: path, rule and weight of each.
+        lay: where each tensor of a weight lies until it is written, by its name in files.
+    """
     for path, rule, q in converted:
         for name, array in compressed_tensors.to_tensors(q, compressed_tensors.form_of(rule)).items():
-            tensors[join(path, name)] = array
+            tensors[join(path, name)] = lay(join(path, name), array)
         tensors |= {join(path, name): array for name, array in compressed_tensors.server_tensors(rule).items()}
     rules = group_paths((rule, q.dtype, path) for path, rule, q in converted)
     left_alone = [layer.path for layer in layers if layer.kind == "linear" and (layer.stage == "float" or layer.tied)]
@@ -161,7 +187,7 @@ def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, d
     return Contents(tensors, rules, left_alone, tuple(sentences(rules, tied=tied, tensor_scales=shared)))
 
 
-def _origin(engine: Modules, model: Any, source: str | Path | None) -> Path | None:
+def origin_of(engine: Modules, model: Any, source: str | Path | None) -> Path | None:
     """The directory that the model comes from: `source`, or the one that the model remembers if it is still there."""
     if source is not None:
         return Path(source)

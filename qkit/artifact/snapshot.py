@@ -121,7 +121,7 @@ def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snaps
     if layout == "mlx":
         if (family := FAMILIES.get(str((config or {}).get("model_type")))) and family.shifts:
             raise ArtifactError(
-                f"{folder} is an export for mlx-lm of a model whose norms it changes: import what it is made of"
+                f"{folder} is an export for mlx-lm of a model whose norms it changes: import the model that it was exported from"
             )
         added = set(map(str, about(metadata).get("added") or ()))
         replaced = about(metadata).get("replaced")

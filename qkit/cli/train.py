@@ -68,7 +68,7 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch [8].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a sequence [512].")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches in a step [1].")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The peak learning rate [1e-5].")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The peak learning rate [1e-5; adapters 2e-4].")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant [linear].")] = None,
     warmup: Annotated[str | None, typer.Option(help="A share of the steps, or a number of steps [0.03].")] = None,
     offset_learning_rate: Annotated[
@@ -176,7 +176,7 @@ def _put(table: dict[str, Any], text: str) -> None:
     for part in outer:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise typer.BadParameter(f"{text!r}: {part} is no table")
+            raise typer.BadParameter(f"{text!r}: {part} has a value already, and is no table: leave one of them out")
     table[last] = _value(name, value)
 
 

@@ -25,6 +25,8 @@ def verify(
     for problem in problems:
         errors.print(str(problem), highlight=False, soft_wrap=True)
     if problems:
-        raise qkit.VerificationError(f"{folder} is not what was written: {len(problems)} problem(s), named above")
+        raise qkit.VerificationError(
+            f"{folder} is not what was written: {len(problems)} problem(s), named above: fetch or quantize it again"
+        )
     if not as_json:
         console.print(f"{folder} is whole", highlight=False)

@@ -102,6 +102,13 @@ class Layer:
         return self.bare or self.path
 
 
+def grids_of(rule: Rule) -> str:
+    """The grids of a rule as text, for the `repr` of a layer: of weight, input and output, and whether scales are learned."""
+    weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight or "float")
+    text = " @ ".join(filter(None, (weight, str(rule.activation or ""))))
+    return f"grid={text} -> {rule.output}" if rule.output else f"grid={text}"
+
+
 def want_merged(layers: Iterable[Layer], verb: str) -> None:
     """Refuses layers with adapters: their own weights do not contain the adapter."""
     for layer in layers:

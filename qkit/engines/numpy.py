@@ -41,7 +41,9 @@ class NumpyBackend:
             BackendError: any other device.
         """
         if device != "cpu":
-            raise BackendError(f"backend {self.name!r} has no device {device!r}, only the cpu")
+            raise BackendError(
+                f"backend {self.name!r} has no device {device!r}, only the cpu: leave the device out, or choose another backend"
+            )
         return self
 
     def quantize(self, w: Any, grid: Grid, *, peak: float | None = None) -> QTensor[Any]:

@@ -62,7 +62,7 @@ def consecutive(tokens: NDArray[np.int32], *, length: int, windows: int | None =
         QkitError: the text is shorter than one window, or `length` or `windows` is less than 1.
     """
     if length < 1 or (windows is not None and windows < 1):
-        raise QkitError(f"length is {length} and windows {windows}: both count from 1")
+        raise QkitError(f"length is {length} and windows {windows}: give whole numbers from 1 on")
     rows = (tokens.size - 1) // length
     if rows < 1:
         raise QkitError(
@@ -96,7 +96,8 @@ def evaluate(
     losses, kl, agreement = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not np.isfinite(losses).all():
         raise QkitError(
-            f"the loss is not a number in {np.count_nonzero(~np.isfinite(losses))} of {losses.size} windows"
+            f"the loss is not a number in {np.count_nonzero(~np.isfinite(losses))} of {losses.size} windows: its "
+            "logits overflow, so take a wider type or another recipe"
         )
     length = rows.shape[1] - 1
     return Evaluation(losses, length) if teacher is None else Evaluation(losses, length, kl, agreement)
@@ -119,8 +120,8 @@ def _measure(
     """Loss, divergence and agreement of each window; the last two are zeros without a teacher."""
     if teacher is not None and teacher.shape != logits.shape:
         raise QkitError(
-            f"the model has a vocabulary of {logits.shape[-1]} and the teacher one of {teacher.shape[-1]}: they cannot be "
-            "compared token by token"
+            f"the model has a vocabulary of {logits.shape[-1]} and the teacher one of {teacher.shape[-1]}: take a "
+            "teacher with the same tokenizer"
         )
     windows, length, vocabulary = logits.shape
     found = np.zeros((3, windows * length))

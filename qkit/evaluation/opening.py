@@ -42,7 +42,8 @@ def read_alike(directories: Sequence[Path], patterns: Sequence[str]) -> Text:
     for directory, other in zip(directories[1:], others, strict=True):
         if not np.array_equal(first.tokens, other.tokens):
             raise QkitError(
-                f"{directory} reads the text as other tokens than {directories[0]}: losses per token cannot be compared"
+                f"{directory} reads the text as other tokens than {directories[0]}: losses per token cannot be "
+                "compared: name models with one tokenizer"
             )
     return first
 

@@ -56,9 +56,13 @@ def stacks_of(weights: Mapping[str, StoredWeight], config: Mapping[str, Any]) ->
             out.setdefault(place, {})[number] = weight
     for place, experts in out.items():
         if missing := set(range(len(experts))) - experts.keys():
-            raise ArtifactError(f"{place}: expert {min(missing)} is missing: mlx-lm has all experts in one tensor")
+            raise ArtifactError(
+                f"{place}: expert {min(missing)} is missing, and mlx-lm has all experts in one tensor: export --to dense"
+            )
         if len({(one.rule.weight, one.dtype, one.shape, one.kind) for one in experts.values()}) > 1:
-            raise ArtifactError(f"{place}: the experts are on several grids, and mlx-lm has one for all of a stack")
+            raise ArtifactError(
+                f"{place}: the experts are on several grids, and mlx-lm has one for all of a stack: export --to dense"
+            )
     return out
 
 
@@ -99,7 +103,9 @@ def _float_stacks(tensors: Tensors, config: Mapping[str, Any]) -> Iterable[Strea
         ordered = sorted(parts, key=lambda part: part[0])
         _, _, array, shape = ordered[0]
         if [part[0] for part in ordered] != list(range(len(ordered))) or any(part[3] != shape for part in ordered):
-            raise ArtifactError(f"{place}: experts are missing or differ: mlx-lm has all of them in one tensor")
+            raise ArtifactError(
+                f"{place}: experts are missing or differ, and mlx-lm has all of them in one tensor: export --to dense"
+            )
         slot = Slot(f"{place}.weight", TYPE_NAMES[array.dtype.name], (len(ordered), *shape))
         yield Stream(slot, _float_blocks([part[1] for part in ordered]))
 

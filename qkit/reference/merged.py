@@ -11,14 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.element import MIN_SCALE
+from qkit.element import MIN_SCALE, Element
 from qkit.errors import QkitError
+from qkit.qtensor import QTensor
+from qkit.reference import rounding
 
 Kind = Literal["lora", "dora"]
 KINDS: tuple[Kind, ...] = ("lora", "dora")
 Floats = NDArray[np.float32]
 
 DROPPED = 12  #: of float32's 24 significant bits
+DITHER = 0xC13FA9A9, 0x91E10DA5  #: 2^32 by the powers of 1/1.3247...: Roberts' sequence, of even gaps in two dimensions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +35,7 @@ class Update:
         b: float32 [outputs, rank].
         scale: the factor of the product.
         magnitude: `dora` only: float32 [outputs], the length of each row of the merged weight.
+        dithered: whether the base is codes, whose values are spread within their cells before the product is added: `dithered`.
 
     Raises:
         QkitError: shapes do not fit each other, or a value is not finite.
@@ -41,6 +45,7 @@ class Update:
     b: Floats
     scale: float
     magnitude: Floats | None = None
+    dithered: bool = False
 
     def __post_init__(self) -> None:
         fits = self.a.ndim == self.b.ndim and self.a.ndim in (2, 3) and self.a.shape[-2] == self.b.shape[-1]
@@ -85,6 +90,61 @@ def merged(w: NDArray[Any], update: Update) -> Floats:
     if update.magnitude is None:
         return v
     return v * (update.magnitude / row_norms(v))[..., None]
+
+
+def dithered(q: QTensor[NDArray[Any]]) -> Floats:
+    """The values [outputs, inputs] of `q`, float32, each moved by `dither` times the distance to its neighbor on the grid.
+
+    A value stays in its cell: it rounds to its code. So a small update moves a share of the codes as large as itself, in place of
+    none. The largest of a group do not move, since the rules find scales by them; on a read grid all move.
+    """
+    codes = q.codes.reshape(q.grid.group_shape(q.shape))
+    d = dither(q.shape).reshape(codes.shape)
+    if q.grid.element.kind == "float":
+        v, moved = _moved_floats(codes, d, q.grid.element)
+    else:
+        v = codes.astype(np.float32)
+        v = v if q.zeros is None else v - rounding.each(q.zeros.astype(np.float32))
+        moved = v + d
+    if not q.grid.read:
+        moved = np.where(_outermost(v, symmetric=q.grid.symmetric), v, moved)
+    values = moved * rounding.each(rounding.scale_values(q))
+    if q.biases is not None:
+        values = values + rounding.each(q.biases.astype(np.float32))
+    return values.reshape(q.shape)
+
+
+def dither(shape: tuple[int, ...]) -> Floats:
+    """Multiples of 2^-9 between -1/2 and 1/2, exclusive, for [outputs, inputs]: evenly spread, and the same for every weight."""
+    rows, columns = (
+        (np.arange(n, dtype=np.uint64) * np.uint64(step)).astype(np.uint32)
+        for n, step in zip(shape, DITHER, strict=True)
+    )
+    levels = (rows[:, None] + columns) >> np.uint32(24)
+    return (levels.astype(np.float32) * np.float32(2) - np.float32(255)) * np.float32(2.0**-9)
+
+
+def _outermost(v: Floats, *, symmetric: bool) -> NDArray[np.bool_]:
+    if symmetric:
+        return np.abs(v) == np.abs(v).max(axis=-1, keepdims=True)
+    return (v == v.max(axis=-1, keepdims=True)) | (v == v.min(axis=-1, keepdims=True))
+
+
+def _moved_floats(codes: NDArray[Any], d: Floats, element: Element) -> tuple[Floats, Floats]:
+    """The values of codes of small floats, and the same moved towards the neighbor on the side of `d`."""
+    table = magnitudes(element)
+    code, last = codes & (1 << (element.bits - 1)) - 1, len(table) - 1
+    sign = np.where(codes >> (element.bits - 1) & 1, np.float32(-1), np.float32(1))
+    size, along = table[code], d * sign
+    up, down = table[np.minimum(code + 1, last)] - size, size - table[np.maximum(code, 1) - 1]
+    gap = np.where(((along > 0) & (code < last)) | (code == 0), up, down)
+    return sign * size, sign * (size + along * gap)
+
+
+def magnitudes(element: Element) -> Floats:
+    """The values of the positive codes of a small float, in order, up to the largest."""
+    values = rounding.float_values(np.arange(1 << (element.bits - 1), dtype=np.uint8), element)
+    return values[values <= element.largest]
 
 
 def product(b: Floats, a: Floats) -> Floats:

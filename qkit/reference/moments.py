@@ -93,4 +93,4 @@ def _check(moments: NDArray[Any], diagonal: Doubles) -> None:
         root = np.sqrt(diagonal)
         apart = np.abs(moments - moments.T).astype(np.float64)
         if (apart > SYMMETRY * root[:, None] * root).any():
-            raise RangeError("moments are not symmetric: E[x x'] is")
+            raise RangeError("moments are not symmetric, as E[x x'] is: sum x x' over the inputs of the layer")

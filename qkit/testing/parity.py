@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qkit import reference
 from qkit.engines.protocol import Arrays
 from qkit.grid import Grid
+from qkit.notebook import table
 from qkit.qtensor import DType
 from qkit.testing.hard_tensors import COUPLED_SHAPE, coupled, random, tensors
 
@@ -47,6 +48,28 @@ class Parity:
     def exact(self) -> bool:
         """Whether everything was compared and nothing differs."""
         return not (self.error or self.codes or self.scales or self.values)
+
+    def _repr_html_(self) -> str:
+        return ParityTable([self])._repr_html_()
+
+
+class ParityTable(list[Parity]):
+    """The results of several comparisons, such as `ParityTable(compare_many(...))`: a table in notebooks."""
+
+    def _repr_html_(self) -> str:
+        rows = (
+            (
+                str(one.grid),
+                one.backend + (" compiled" if one.compiled else ""),
+                one.dtype,
+                *(f"{count:,}" for count in (one.codes, one.scales, one.values, one.compared)),
+                "equal" if one.exact else one.error or "differs",
+            )
+            for one in self
+        )
+        exact = sum(one.exact for one in self)
+        head = ("grid", "engine", "type", "codes", "scales", "values", "compared", "")
+        return table(f"{exact:,} of {len(self):,} comparisons with the reference are equal", head, rows)
 
 
 def compare(engine: Arrays, grid: Grid, *, dtype: DType, compiled: bool, size: int) -> Parity:

@@ -58,7 +58,7 @@ def explain(run: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
         return f"{begin}. The first losses are those of weights that were only rounded to it (PTQ)."
     return (
         f"{begin}. Held-out losses are on the grid from step 0 on, where the weights are only rounded to it (PTQ): "
-        f"{before[0]:.4f}. Training starts from there."
+        f"{before[0]:.4f}."
     )
 
 

@@ -140,5 +140,5 @@ def read_bytes(files: Iterable[Path], *, limit: int) -> Tokens:
         parts.append(np.frombuffer(file.read_bytes(), np.uint8))
         size += parts[-1].size
     if not size:
-        raise QkitError("there is no text to train on: every file is empty or missing")
+        raise QkitError("there is no text to train on: every file is empty or missing: give data")
     return np.concatenate(parts)[:limit].astype(np.int32)

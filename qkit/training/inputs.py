@@ -86,7 +86,10 @@ def teacher_of(engine: Builds, folder: Path, source: Snapshot) -> Any:
     """
     theirs, ours = ((config or {}).get("vocab_size") for config in (read_config(folder), source.config))
     if theirs != ours:
-        raise RunError(f"the teacher {folder} has a vocabulary of {theirs}, and {source.folder} one of {ours}")
+        raise RunError(
+            f"the teacher {folder} has a vocabulary of {theirs}, and {source.folder} one of {ours}: take one with "
+            "the same tokenizer"
+        )
     return load(folder, backend=engine)
 
 

@@ -17,6 +17,7 @@ from qkit.exchange.import_model import read_model
 from qkit.rules import Rule
 from qkit.switches import calibrating
 from qkit.training import checkpoint
+from qkit.training.beside import factor_at, steps_beside, switching_parts
 from qkit.training.best import Evaluations, best_step, evaluations_of, waited
 from qkit.training.data import Sequences
 from qkit.training.finish import Outcome, finish, held_out_loss
@@ -212,13 +213,27 @@ def _train(
     if parts.is_out_of_patience(evaluations):  # it was killed after its last step
         record("early_stop", began)
         return began, spent
+    layers = list(parts.engine.layers(parts.model))
+    beside = steps_beside(run.adapter, layers, run.steps)
+    schedule, part = (
+        switching(parts.engine, parts.model, run.quantization),
+        switching_parts(parts.engine, layers, beside),
+    )
+
+    def before_step(step: int) -> None:
+        schedule(step)
+        part(step)
+
     steps = train(
         parts.trainer,
         parts.order,
         first=began + 1,
         last=run.steps,
-        rate=lambda step: rate(step, peak=run.learning_rate, steps=run.steps or 1, warmup=warmup, shape=run.schedule),
-        before=switching(parts.engine, parts.model, run.quantization),
+        rate=lambda step: (
+            rate(step, peak=run.learning_rate, steps=run.steps or 1, warmup=warmup, shape=run.schedule)
+            * factor_at(run.adapter, layers, beside, step)
+        ),
+        before=before_step,
     )
     try:
         clock = perf_counter()

@@ -58,7 +58,9 @@ def build_float_model(engine: Builds, source: Snapshot, *, dtype: str) -> Any:
         ArtifactError, BackendError: see `Modules.fill` and `Builds.build`.
     """
     if source.config is None:
-        raise RunError(f"{source.folder} has no config.json: qkit train builds the model by it")
+        raise RunError(
+            f"{source.folder} has no config.json: qkit train builds the model by it, so name a whole directory"
+        )
     tensors = {name: array for name, array in source.tensors.items() if name not in _static(source)}
     for path, held in source.weights.items():
         q = replace(unpack(held.read()), dtype="float32")

@@ -19,6 +19,10 @@ from qkit.training.schedule import Schedule, schedule_from_table, schedule_table
 FLOAT = "float"  #: the name, in place of a recipe, of training without one
 
 
+RATES = {False: 1e-5, True: 2e-4}  #: default learning rates: of all weights, and of adapters
+UNSET: Any = None  #: stands for the default until a run knows whether it has an adapter
+
+
 @dataclass(frozen=True, slots=True)
 class Teaching:
     """The source of a teacher's logits, a model's directory or a file of `teach`, and their part in the loss."""
@@ -48,7 +52,8 @@ class Run:
         backend, device: None: the first engine that is ready, and its default device.
         steps: optimizer steps. None: once over the data.
         batch, length, accumulation: sequences in a micro-batch, tokens in each, micro-batches in a step.
-        learning_rate, schedule, warmup: the peak; its shape; a share of the steps (0.03) or a number of them (20).
+        learning_rate, schedule, warmup: the peak, by default 2e-4 for adapters and 1e-5 else; its shape; a share of the steps
+            (0.03) or a number of them (20).
         offset_learning_rate: the peak for learned zero points and exponent offsets, whose unit is a whole code or power of two;
             it rises and falls with `learning_rate`. 0 leaves them at the values of the grid's own rule.
         weight_decay: of matrices. The default is 0: decay of master weights also shrinks the scales of their groups.
@@ -90,7 +95,7 @@ class Run:
     batch: int = 8
     length: int = 512
     accumulation: int = 1
-    learning_rate: float = 1e-5
+    learning_rate: float = UNSET
     schedule: Shape = "linear"
     warmup: float | int = 0.03
     offset_learning_rate: float = OFFSET_RATE
@@ -113,6 +118,8 @@ class Run:
     distillation: Teaching | None = None
 
     def __post_init__(self) -> None:
+        if self.learning_rate is UNSET:
+            object.__setattr__(self, "learning_rate", RATES[self.adapter is not None])
         for key, wanted in (("data", "file names"), ("held_out", "file names"), ("ignore", "patterns")):
             files = getattr(self, key)
             _want(key, files, isinstance(files, tuple) and all(isinstance(f, str) and f for f in files), wanted)
@@ -240,7 +247,7 @@ def read_run(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: {error}") from None
     except RecursionError:
-        raise RunError(f"{file}: it is nested too deep") from None
+        raise RunError(f"{file}: it is nested too deep: write flat tables") from None
     return table
 
 

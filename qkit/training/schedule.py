@@ -126,7 +126,9 @@ def switching(engine: Trains, model: Any, schedule: Schedule) -> Callable[[int],
     layers = [layer for layer in engine.layers(model) if layer.stage == "prepared"]
     layers = [layer for layer in layers if fnmatchcase(layer.path, schedule.match)]
     if not layers and schedule != Schedule():
-        raise RunError(f"quantization: no prepared layer matches {schedule.match!r}")
+        raise RunError(
+            f"quantization: no prepared layer matches {schedule.match!r}: give a pattern of their paths, such as '*'"
+        )
     _check_able(layers, schedule)
     known: dict[str, Mode] = {layer.path: layer.mode for layer in layers}
     rules = {layer.path: layer.rule for layer in layers}
@@ -151,7 +153,7 @@ def switching(engine: Trains, model: Any, schedule: Schedule) -> Callable[[int],
 
 @contextmanager
 def on_own_grids(engine: Trains, model: Any, rules: Mapping[str, Rule | None]) -> Iterator[None]:
-    """Lets every prepared layer quantize by its rule in `rules`, by path, inside of the block, as after conversion.
+    """Lets every prepared layer quantize by its rule in `rules`, by path, inside of the block, as converted; adapters, too.
 
     The schedule's mode and grid of each layer come back after it.
     """
@@ -160,6 +162,8 @@ def on_own_grids(engine: Trains, model: Any, rules: Mapping[str, Rule | None]) -
         rule = rules.get(layer.path)
         if layer.stage == "prepared" and rule and (layer.mode == "off" or layer.rule != rule):
             moved.append((layer, rule))
+        elif layer.adapter and layer.stage == "converted" and layer.rule and layer.mode == "off":
+            moved.append((layer, layer.rule))
     for layer, rule in moved:
         _put(engine, layer, rule, "on")
     try:

@@ -54,7 +54,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
         files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         files = [file for file in files if Path(file).is_file()]
         if not files:
-            raise RunError(f"data: {pattern!r} stands for no file")
+            raise RunError(f"data: {pattern!r} stands for no file: give a path, or a pattern in quotes")
         found.update(dict.fromkeys(map(Path, files)))
     for file in found:
         if file.is_file() and not file.stat().st_size:
@@ -91,7 +91,8 @@ def read_text(
     largest = int(tokens.max(initial=-1))
     if largest >= vocabulary:
         raise RunError(
-            f"{folder}: the text has token {largest}, and the model a vocabulary of {vocabulary}: its tokenizer is another's"
+            f"{folder}: the text has token {largest}, and the model a vocabulary of {vocabulary}: put the "
+            "tokenizer of this model there"
         )
     if largest < 0:
         raise RunError(f"there are no tokens in {name}: give more text")

@@ -20,6 +20,7 @@ from qkit.engines.trainer import AdamWOptions
 from qkit.engines.tuning import TuneOptions, Tunes
 from qkit.errors import DivergedError, RunError
 from qkit.exchange.import_model import read_model
+from qkit.training.beside import factor_at, steps_beside, switching_parts
 from qkit.training.checkpoint import Checkpoint
 from qkit.training.finish import Outcome, finish
 from qkit.training.folder import Log, check_out, check_same, locked, run_folder_of
@@ -145,6 +146,14 @@ def _options(
         speed = {"tokens_per_second": tokens * taken / spent, "seconds_left": spent / taken * (steps - step)}
         record("step", step, loss=loss, learning_rate=learning_rate, tokens=tokens, **speed)
 
+    layers = list(engine.layers(model))
+    beside = steps_beside(run.adapter, layers, steps)
+    schedule, part = switching(engine, model, run.quantization), switching_parts(engine, layers, beside)
+
+    def before(step: int) -> None:
+        schedule(step)
+        part(step)
+
     if len(rows) < run.batch:
         raise RunError(f"the data has {len(rows)} rows, fewer than a batch of {run.batch}: lower batch, or give more")
     return TuneOptions(
@@ -165,8 +174,11 @@ def _options(
         optimizer=AdamWOptions(
             run.learning_rate, run.betas, weight_decay=run.weight_decay, offset_learning_rate=run.offset_learning_rate
         ),
-        rate=lambda step: rate(step, peak=run.learning_rate, steps=steps, warmup=warmup, shape=run.schedule),
-        before=None if run.quantization == Schedule() else switching(engine, model, run.quantization),
+        rate=lambda step: (
+            rate(step, peak=run.learning_rate, steps=steps, warmup=warmup, shape=run.schedule)
+            * factor_at(run.adapter, layers, beside, step)
+        ),
+        before=None if run.quantization == Schedule() and not beside else before,
         record=take,
         place=place,
         checkpoint_every=run.checkpoint_every,

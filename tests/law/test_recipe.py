@@ -94,7 +94,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         ("schema = 1", "schema = 1.0", r"schema is 1\.0"),
         ("version = 3", 'version = "3"', "version is '3': want a int"),
         ("version = 3", "version = true", "version is True"),
-        ("version = 3", "version = 0", "version is 0: versions count from 1"),
+        ("version = 3", "version = 0", "version is 0: give a whole number from 1 on"),
         ("version = 3", "version = -3", "version is -3"),
         ("summary", "sumary", "unknown key 'sumary' in the recipe"),
         ('element = "int4"', 'element = "int7"', r"grids\.w: unknown element 'int7'"),

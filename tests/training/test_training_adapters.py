@@ -12,10 +12,11 @@ from tables import TRAINERS as ENGINES
 import qkit
 from qkit import adapters, reference
 from qkit.adapters import formats
+from qkit.errors import UnchangedWarning
 from qkit.reference import merged as arithmetic
 from qkit.report.master_weights import model_of_checkpoint, newest_checkpoint
 from qkit.training import run_from_table, train_model
-from qkit.training.folder import run_folder_of
+from qkit.training.folder import LOG, read_log, run_folder_of
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs an engine that trains")
 LORA = {"rank": 4, "match": "*.mlp.*", "seed": 3}
@@ -73,7 +74,7 @@ def test_a_base_of_codes_stays_packed_and_only_the_adapter_trains(tmp_path, name
         assert np.array_equal(state[f"weights.{key}"], before[key])
     opened, engine = qkit.load(base, backend=name), qkit.backend(name)
     layers = {layer.path: layer.module for layer in engine.layers(opened)}
-    values = lambda layer: engine.to_numpy(engine.dequantize(engine.unpack(layers[layer])))  # noqa: E731
+    values = lambda layer: arithmetic.dithered(engine.unpack(layers[layer]).map(engine.to_numpy))  # noqa: E731
     merged, codes = merged_codes(values, path / "out"), codes_of(path / "out")
     assert all((codes[layer] == merged.get(layer, old)).all() for layer, old in codes_of(base).items())
 
@@ -130,3 +131,36 @@ def test_the_masters_under_an_adapter_are_not_taken_for_trained_ones(tmp_path):
     assert newest_checkpoint(path / "out") is None
     with pytest.raises(qkit.ArtifactError, match="holds adapters, and master weights that were not trained"):
         model_of_checkpoint(qkit.backend(ENGINES[0]), last(path / "out"), {})
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_on_codes_trains_beside_them_and_then_on_the_grid_at_its_own_rate(tmp_path, name):
+    path = folder(tmp_path)
+    base = str(quantized(path, name))
+    run = {"schedule": "constant", "warmup": 0, "steps": 8, "evaluate_every": 1, "learning_rate": 1e-3}
+    outcome = train(path, backend=name, model=base, recipe=None, adapter={**LORA, "beside": 0.5, "factor": 3}, **run)
+    events = read_log(run_folder_of(path / "out") / LOG)
+    rates = [event["learning_rate"] for event in events if event["event"] == "step"]
+    assert rates == pytest.approx([1e-3] * 4 + [3e-3] * 4, rel=1e-12)
+    assert outcome.held_out_saved == pytest.approx(outcome.held_out_after, rel=1e-6)
+
+
+@pytest.mark.parametrize("beside", [-0.1, 1, "half"])
+def test_a_share_beside_the_base_is_refused_by_name(beside):
+    with pytest.raises(qkit.QkitError, match=r"adapter beside is .* give a share of the steps"):
+        qkit.Adapter(beside=beside)
+
+
+def test_adapters_have_a_default_rate_of_their_own(tmp_path):
+    plain = {"model": "m", "out": "o", "data": ["d"]}
+    assert run_from_table(plain).learning_rate == 1e-5
+    assert run_from_table({**plain, "adapter": {"rank": 4}}).learning_rate == 2e-4
+    assert run_from_table({**plain, "adapter": {"rank": 4}, "learning_rate": 3e-3}).learning_rate == 3e-3
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_of_adapters_that_changes_no_code_warns(tmp_path, name):
+    path = folder(tmp_path)
+    base = str(quantized(path, name))
+    with pytest.warns(UnchangedWarning, match="training changed no code of 6 layers"):
+        train(path, backend=name, model=base, recipe=None, learning_rate=1e-12, steps=2)

@@ -91,7 +91,7 @@ def test_a_tokenizer_sees_the_ends_of_lines_that_the_file_has(tmp_path):
     [
         (
             {"size": 9, "text": b"w1 w7"},
-            r"the text has token 7, and the model a vocabulary of 5: its tokenizer is another's",
+            r"the text has token 7, and the model a vocabulary of 5: put the tokenizer",
         ),
         ({"size": 5, "text": b" \n"}, r"there are no tokens in .*a\.txt"),
         ({"broken": "{}"}, r"tokenizer\.json: not a tokenizer that tokenizers opens"),

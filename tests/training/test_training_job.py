@@ -209,7 +209,7 @@ def words(size):
         ({"model/tokenizer.json": "{}"}, r"tokenizer\.json: not a tokenizer that tokenizers opens"),
         (
             {"model/tokenizer.json": words(300), "text.txt": "w1 w299 " * 99},
-            r"the text has token 299, and the model a vocabulary of 256: its tokenizer is another's",
+            r"the text has token 299, and the model a vocabulary of 256: put the tokenizer",
         ),
     ],
     ids=["short", "empty", "unknown tokenizer", "broken tokenizer", "vocabulary"],

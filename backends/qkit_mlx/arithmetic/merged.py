@@ -1,12 +1,14 @@
 """`qkit/reference/merged.py` in MLX: the merged weight of a layer and its adapter, and the gradient. Arrays only."""
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-from qkit.element import MIN_SCALE
-from qkit.qtensor import DType
-from qkit.reference.merged import DROPPED
+from qkit.element import MIN_SCALE, Element
+from qkit.qtensor import DType, QTensor
+from qkit.reference import merged as law
+from qkit.reference.merged import DITHER, DROPPED
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.scale_rules import bits
 
@@ -61,6 +63,55 @@ def to_w(to_v: mx.array, w: mx.array, a: mx.array, b: mx.array, m: mx.array | No
 def added(w: mx.array, b: mx.array, a: mx.array, scale: float) -> mx.array:
     """V = W + scale * B A, in float32; B [outputs, rank], A [rank, inputs]."""
     return w.astype(mx.float32) + product(shorten(b.astype(mx.float32) * scale), shorten(a.astype(mx.float32)))
+
+
+def dithered(q: QTensor[mx.array]) -> mx.array:
+    """The values [outputs, inputs] of `q`, float32, each moved within its cell."""
+    codes = q.codes.reshape(q.grid.group_shape(q.shape))
+    d = dither(q.shape).reshape(codes.shape)
+    if q.grid.element.kind == "float":
+        v, moved = _moved_floats(codes, d, q.grid.element)
+    else:
+        v = codes.astype(mx.float32)
+        v = v if q.zeros is None else v - rounding.each(q.zeros.astype(mx.float32))
+        moved = v + d
+    if not q.grid.read:
+        moved = mx.where(_outermost(v, symmetric=q.grid.symmetric), v, moved)
+    values = moved * rounding.each(rounding.scale_values(q))
+    if q.biases is not None:
+        values = values + rounding.each(q.biases.astype(mx.float32))
+    return values.reshape(q.shape)
+
+
+def dither(shape: tuple[int, ...]) -> mx.array:
+    """Multiples of 2^-9 between -1/2 and 1/2, exclusive, for [outputs, inputs]."""
+    rows, columns = (
+        mx.arange(n, dtype=mx.uint32) * mx.array(step, mx.uint32) for n, step in zip(shape, DITHER, strict=True)
+    )
+    levels = (rows[:, None] + columns) >> 24
+    return (levels.astype(mx.float32) * 2 - 255) * 2.0**-9
+
+
+def _outermost(v: mx.array, *, symmetric: bool) -> mx.array:
+    if symmetric:
+        return mx.abs(v) == mx.abs(v).max(axis=-1, keepdims=True)
+    return (v == v.max(axis=-1, keepdims=True)) | (v == v.min(axis=-1, keepdims=True))
+
+
+def _moved_floats(codes: mx.array, d: mx.array, element: Element) -> tuple[mx.array, mx.array]:
+    table = _magnitudes(element)
+    wide = codes.astype(mx.int32)
+    code, last = wide & (1 << (element.bits - 1)) - 1, len(table) - 1
+    sign = mx.where((wide >> (element.bits - 1) & 1) != 0, mx.array(-1.0), mx.array(1.0))
+    size, along = table[code], d * sign
+    up, down = table[mx.minimum(code + 1, last)] - size, size - table[mx.maximum(code, 1) - 1]
+    gap = mx.where(((along > 0) & (code < last)) | (code == 0), up, down)
+    return sign * size, sign * (size + along * gap)
+
+
+@cache
+def _magnitudes(element: Element) -> mx.array:
+    return mx.array(law.magnitudes(element))
 
 
 def product(b: mx.array, a: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, dtype_of
 from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding, stored
-from qkit_mlx.arithmetic.merged import merged
+from qkit_mlx.arithmetic.merged import dithered, merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
@@ -24,7 +24,7 @@ from qkit_mlx.layers import adapted_experts, experts, fused
 from qkit_mlx.layers.adapted_product import Merging, multiply
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
-from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes
+from qkit_mlx.layers.prepared import GATES, FakeLinear, evaluate_packed, quantizes
 from qkit_mlx.layers.straight_through import fake_quantize
 from qkit_mlx.mlx_private import frozen_names
 
@@ -111,7 +111,7 @@ class _AdaptedConverted(_Adapted):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., inputs] -> [..., outputs]."""
-        if self.training:
+        if self.training or not quantizes(self):
             return self._run_prepared(x)
         bias = [self["bias"]] if "bias" in self else []
         return evaluate_packed(
@@ -119,8 +119,13 @@ class _AdaptedConverted(_Adapted):
         )
 
     def merged(self) -> mx.array:
-        """The merged weight [outputs, inputs], in float32."""
-        return self.merge_into(rounding.dequantize(replace(unpack(self), dtype="float32")), "float32")
+        """The merged weight [outputs, inputs] that the grid rounds, in float32."""
+        return self.merge_into(self.base(), "float32")
+
+    def base(self) -> mx.array:
+        """The decoded base, in float32; spread within the cells of its codes, if the adapter wants it so and the layer is on."""
+        q = replace(unpack(self), dtype="float32")
+        return dithered(q) if self.lora_dithered else rounding.dequantize(q)
 
     def pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
         """The converted layer, without an adapter, with the codes of `weight`."""
@@ -133,7 +138,7 @@ class _AdaptedConverted(_Adapted):
         return pack_linear(q, self.rule, bias=bias, static=static)
 
     def _run_prepared(self, x: mx.array) -> mx.array:
-        if not x.size:
+        if not x.size:  # a layer that no token reaches
             return self._run_packed(x)
         y = multiply(self._on_grid(x, self.rule.activation, "input"), self.factors, self.get("bias"), self._merging())
         return self._on_grid(y, self.rule.output, "output")
@@ -156,7 +161,7 @@ class _AdaptedConverted(_Adapted):
         return function
 
     def _merging(self) -> Merging:
-        def base() -> mx.array:
+        def decoded() -> mx.array:
             return rounding.dequantize(replace(unpack(self), dtype="float32"))
 
         def on_grid(merged: mx.array) -> mx.array:
@@ -170,7 +175,11 @@ class _AdaptedConverted(_Adapted):
             return rounding.unclipped(merged, grid, peak=fused.peak(self, merged))
 
         grid = self.grid
-        return Merging(self, CODES, base, self.lora_scale, "float32", self.rule.ste, on_grid, unclipped)
+        if not quantizes(self):
+            return Merging(
+                self, CODES, decoded, self.lora_scale, "float32", "identity", lambda merged: merged, unclipped
+            )
+        return Merging(self, CODES, self.base, self.lora_scale, "float32", self.rule.ste, on_grid, unclipped)
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
         if grid is None:
@@ -191,6 +200,8 @@ def adapt(module: Any, update: Update) -> Any:
     if isinstance(module, CONVERTED):
         layer = become(module, AdaptedPacked if isinstance(module, PackedLinear) else AdaptedPlain)
         layer.cached_peak = LastValue()
+        layer.lora_dithered, layer["_gate"] = update.dithered, mx.zeros((), GATES[True])
+        layer.calibrating = False
     else:
         layer = become(module, AdaptedLinear)
     layer.freeze(recurse=False)
@@ -206,7 +217,7 @@ def adapter_update(module: Any) -> Update:
     a, b, m = (np.array(module[name].astype(mx.float32)) if name in module else None for name in NAMES)
     assert a is not None
     assert b is not None
-    return Update(a.T.copy(), b.T.copy(), module.lora_scale, m)
+    return Update(a.T.copy(), b.T.copy(), module.lora_scale, m, getattr(module, "lora_dithered", False))
 
 
 def merge_adapter(module: Any) -> Any:

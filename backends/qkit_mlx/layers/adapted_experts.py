@@ -14,7 +14,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding, stored
-from qkit_mlx.arithmetic.merged import merged
+from qkit_mlx.arithmetic.merged import dithered, merged
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers import experts
@@ -132,7 +132,8 @@ class _AdaptedCodes(AdaptedStack, SwitchCodes):
 
     def merged(self, expert: int) -> mx.array:
         """The merged weight [outputs, inputs] of one expert, in float32."""
-        base = rounding.dequantize(replace(self.unpack(expert), dtype="float32"))
+        q = replace(self.unpack(expert), dtype="float32")
+        base = dithered(q) if self.lora_dithered else rounding.dequantize(q)
         return self.merge_into(base, "float32", [one[expert] for one in self.factors])
 
     def values_of(self, expert: int) -> mx.array:
@@ -215,7 +216,7 @@ def updates_of(module: Any) -> dict[str, Update]:
             assert a is not None
             assert b is not None
             a, b = np.ascontiguousarray(a.swapaxes(1, 2)), np.ascontiguousarray(b.swapaxes(1, 2))
-            found[name] = Update(a, b, part.lora_scale, m)
+            found[name] = Update(a, b, part.lora_scale, m, getattr(part, "lora_dithered", False))
     return found
 
 
@@ -227,6 +228,7 @@ def merge_adapter(module: Any) -> nn.Module:
 def _adapted(part: Any, update: Update) -> Any:
     if isinstance(part, CONVERTED_STACKS):
         layer = become(part, AdaptedPackedSwitch if isinstance(part, PackedSwitchLinear) else AdaptedPlainSwitch)
+        layer.lora_dithered = update.dithered
     else:
         layer = become(part, AdaptedSwitchLinear)
         layer.cached_values = LastValue()

@@ -3,12 +3,12 @@
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from qkit.errors import StageError
 from qkit.qtensor import DTYPES, DType
 from qkit.reference import learned
 from qkit_mlx.arithmetic import rounding
+from qkit_mlx.layers.shown import Shown
 
 RANGES = ("input_range", "output_range")
 #: The arrays that no cast may round (R11).
@@ -21,7 +21,7 @@ def _is_read(module: Any) -> bool:
     return grid is not None and grid.read
 
 
-class Float32Scales(nn.Module):
+class Float32Scales(Shown):
     """A module that keeps its scales in float32, or in the type of their file. A cast of the model changes its `dtype` instead.
 
     `set_dtype`, `apply` and `update` of a model write into its modules as into dicts. `__setitem__` therefore sees all casts.
@@ -37,7 +37,8 @@ class Float32Scales(nn.Module):
             self.change_dtype(TYPES[value.dtype])
         else:
             raise StageError(
-                f"{name} of a {type(self).__name__} are {current.dtype}, and {value.dtype} ones were put in their place"
+                f"{name} of a {type(self).__name__} are {current.dtype}, and {value.dtype} ones were put in their "
+                "place: give arrays of their own type"
             )
 
     def widened(self, name: str) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 
 from qkit.errors import StageError
 from qkit.reference.merged import Update
+from qkit_mlx.layers.shown import Shown
 from qkit_mlx.mlx_private import is_read_by
 
 DORA = "mlx_lm.tuner.dora"  #: the module of layers that read the weight of another layer and multiply it themselves
@@ -49,10 +50,11 @@ def first_update(module: Any, r: int, dropout: float, scale: float) -> Update:
     *experts, outputs, width = module["weight"].shape
     inputs = getattr(module, "inputs", width)  # packed words are fewer
     a = mx.random.uniform(-1 / sqrt(inputs), 1 / sqrt(inputs), (*experts, r, inputs))
-    return Update(np.array(a), np.zeros((*experts, outputs, r), np.float32), float(scale))
+    packed = "scales" in module  # a base of codes
+    return Update(np.array(a), np.zeros((*experts, outputs, r), np.float32), float(scale), dithered=packed)
 
 
-class Readable(nn.Module):
+class Readable(Shown):
     """A prepared layer whose master weight mlx-lm's DoRA reads on the grid, since DoRA does not call the layer."""
 
     rule: Any

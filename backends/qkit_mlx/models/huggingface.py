@@ -25,7 +25,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
             otherwise.
     """
     if "model_type" not in config:
-        raise BackendError("the configuration has no model_type: mlx-lm finds the architecture by it")
+        raise BackendError("the configuration has no model_type: mlx-lm finds the architecture by it, so add it")
     if why := WRONG.get(config["model_type"]):
         raise BackendError(
             f"mlx-lm computes another {config['model_type']!r} than transformers: {why}; use another engine"

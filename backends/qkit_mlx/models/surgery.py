@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.engines.layer import Layer, is_head_path
+from qkit.engines.layer import Layer, Mode, is_head_path
 from qkit.errors import ArtifactError, BackendError
 from qkit.experts import is_router
 from qkit.qtensor import dtype_of
@@ -18,7 +18,7 @@ from qkit_mlx.layers import latent
 from qkit_mlx.layers.adapted import NAMES
 from qkit_mlx.layers.converted import CONVERTED, STORED, PlainEmbedding
 from qkit_mlx.layers.converted_experts import CONVERTED_STACKS
-from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of
+from qkit_mlx.layers.prepared import FakeEmbedding, FakeLinear, mode_of, quantizes
 from qkit_mlx.models import groups, names
 from qkit_mlx.models.groups import join
 from qkit_mlx.models.wrappers import Place, mark, places, unwrapped
@@ -219,7 +219,13 @@ def _layer(path: str, module: Any) -> Layer | None:
     if isinstance(module, CONVERTED):
         shape = (module["weight"].shape[0], module.inputs)
         execution, adapter = module.execution, getattr(module, "adapter", "")
-        how = {"native": execution.native, "execution": execution.text, "adapter": adapter}
+        mode: Mode = "on" if not adapter or quantizes(module) else "off"
+        how: dict[str, Any] = {
+            "native": execution.native,
+            "execution": execution.text,
+            "adapter": adapter,
+            "mode": mode,
+        }
         return Layer(path, kind, shape, module, "converted", module.rule, **how)
     if isinstance(module, (FakeLinear, FakeEmbedding)):
         adapter, mode = getattr(module, "adapter", ""), mode_of(module)

@@ -73,7 +73,9 @@ def unwrapped(modules: Iterable[tuple[str, Any]]) -> tuple[dict[str, nn.Module],
         inner: Any = _inner(module)
         if isinstance(inner, CONVERTED):
             if "linear" not in module:
-                raise StageError(f"cannot merge: {path} is a converted embedding, and adapters are for linear layers")
+                raise StageError(
+                    f"cannot merge: {path} is a converted embedding, and adapters are for linear layers: remove the one on it"
+                )
             updates[path] = _update(module)
         elif isinstance(inner, OURS):
             inner["weight"] = module.fuse().weight.astype(inner["weight"].dtype)

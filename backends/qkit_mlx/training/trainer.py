@@ -207,7 +207,9 @@ def _nats(scores: mx.array, tokens: mx.array) -> mx.array:
 def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: mx.array) -> NDArray[Any]:
     if name not in state or state[name].shape != tuple(parameter.shape):
         found = list(state[name].shape) if name in state else "missing"
-        raise ArtifactError(f"{name} is {found} in the checkpoint, and {list(parameter.shape)} in the model")
+        raise ArtifactError(
+            f"{name} is {found} in the checkpoint, and {list(parameter.shape)} in the model: resume with that model"
+        )
     return state[name]
 
 

@@ -1,17 +1,75 @@
 """The law of the merged weight (`qkit.reference.merged`) in torch, function by function; arrays only."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qkit.element import MIN_SCALE
-from qkit.reference.merged import DROPPED
+from qkit.element import MIN_SCALE, Element
+from qkit.qtensor import QTensor
+from qkit.reference import merged as law
+from qkit.reference.merged import DITHER, DROPPED
+from qkit_torchao.arithmetic import rounding
+from qkit_torchao.arithmetic.read_scales import alone
 from qkit_torchao.arithmetic.scale_rules import bits
 
 
 def added(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     """V = W + scale * B A, in float32."""
     return w.float() + product(shorten(b.float() * scale), shorten(a.float()))
+
+
+def dithered(q: QTensor[Tensor]) -> Tensor:
+    """The values [outputs, inputs] of `q`, float32, each moved within its cell."""
+    codes = q.codes.reshape(q.grid.group_shape(q.shape))
+    d = dither(tuple(q.shape), codes.device).reshape(codes.shape)
+    if q.grid.element.kind == "float":
+        v, moved = _moved_floats(codes, d, q.grid.element)
+    else:
+        v = codes.float()
+        v = v if q.zeros is None else v - rounding.each(q.zeros.float())
+        moved = v + d
+    if not q.grid.read:
+        moved = torch.where(_outermost(v, symmetric=q.grid.symmetric), v, moved)
+    values = moved * rounding.each(rounding.scale_values(q))
+    if q.biases is not None:
+        values = alone("add", values, rounding.each(q.biases.float()))
+    return values.reshape(q.shape)
+
+
+def dither(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Multiples of 2^-9 between -1/2 and 1/2, exclusive, for [outputs, inputs]."""
+    rows, columns = (
+        torch.arange(n, device=device, dtype=torch.int64) * step & 0xFFFFFFFF
+        for n, step in zip(shape, DITHER, strict=True)
+    )
+    rows, columns = (
+        one.sub(1 << 31).to(torch.int32) for one in (rows, columns)
+    )  # the sum wraps, as that of 32 bits without sign
+    levels = (rows[:, None] + columns) >> 24 & 0xFF
+    return (levels.float() * 2 - 255) * 2.0**-9
+
+
+def _outermost(v: Tensor, *, symmetric: bool) -> Tensor:
+    if symmetric:
+        return v.abs() == v.abs().amax(dim=-1, keepdim=True)
+    return (v == v.amax(dim=-1, keepdim=True)) | (v == v.amin(dim=-1, keepdim=True))
+
+
+def _moved_floats(codes: Tensor, d: Tensor, element: Element) -> tuple[Tensor, Tensor]:
+    table = _magnitudes(element).to(codes.device)
+    code, last = codes.int() & (1 << (element.bits - 1)) - 1, len(table) - 1
+    sign = torch.where((codes.int() >> (element.bits - 1) & 1) != 0, -1.0, 1.0)
+    size, along = table[code], d * sign
+    up, down = table[(code + 1).clamp_max(last)] - size, size - table[code.clamp_min(1) - 1]
+    gap = torch.where(((along > 0) & (code < last)) | (code == 0), up, down)
+    return sign * size, sign * (size + along * gap)
+
+
+@cache
+def _magnitudes(element: Element) -> Tensor:
+    return torch.from_numpy(law.magnitudes(element))
 
 
 def product(b: Tensor, a: Tensor) -> Tensor:

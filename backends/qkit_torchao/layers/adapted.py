@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkit.engines.layer import Mode
 from qkit.reference.merged import Update
 from qkit_torchao.arithmetic import rounding, stored
 from qkit_torchao.kernels import choose
@@ -115,30 +116,45 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
     """
 
     fused: tuple[Any, ...] = ()
+    mode: Mode = "on"
+    lora_dithered: bool
+
+    def switch_mode(self, mode: Mode) -> None:
+        """`off`: the layer computes with the decoded base and the product beside it, until `on` puts their sum on the grid."""
+        self.mode = mode
+
+    def base(self) -> Tensor:
+        """The decoded base [outputs, inputs], in float32; spread within the cells of its codes, if the adapter wants it so."""
+        return converted.spread_values(self) if self.lora_dithered else self._decoded_base()
+
+    def _decoded_base(self) -> Tensor:
+        return converted.values(self, torch.float32)
 
     def merged(self) -> Tensor:
-        """The merged weight [outputs, inputs], in float32."""
-        return self.merge_into(converted.values(self, torch.float32), torch.float32)
+        """The merged weight [outputs, inputs] that the grid rounds, in float32."""
+        return self.merge_into(self.base(), torch.float32)
+
+    def _values(self) -> Tensor:
+        if self.mode == "off":
+            return self.merge_into(self._decoded_base(), torch.float32)
+        return self._on_grid(self.merged())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
         grid, activation = self.rule.weight, self.rule.activation
         assert grid is not None
         dtype = rounding.DTYPE[self.dtype]
-        if activation and self.execution.both and x.numel():
+        if activation and self.execution.both and x.numel() and self.mode != "off":
             merged = self.merged()
             static = static_scales(self, "input", activation)
             y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
         elif torch.compiler.is_compiling() or is_transformed() or not x.numel():
-            y = F.linear(slot(self, x, "input", activation), self._on_grid(self.merged()).to(dtype), self.bias)
+            y = F.linear(slot(self, x, "input", activation), self._values().to(dtype), self.bias)
         else:
             y = multiply(slot(self, x, "input", activation), None, self.factors, self.bias, self._merging(), dtype)
         return slot(self, y, "output", self.rule.output)
 
     def _merging(self) -> Merging:
-        def base() -> Tensor:
-            return converted.values(self, torch.float32)
-
         def on_grid(merged: Tensor) -> Tensor:
             if grid.read:
                 return stored.fake_requantize(merged, converted.unpack(self))
@@ -151,7 +167,9 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
         grid = self.rule.weight
         assert grid is not None
-        return Merging(base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped)
+        if self.mode == "off":
+            return Merging(self._decoded_base, self.lora_scale, torch.float32, "identity", torch.detach, unclipped)
+        return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped)
 
     def _on_grid(self, merged: Tensor) -> Tensor:
         grid, ste = self.rule.weight, self.rule.ste
@@ -175,6 +193,8 @@ def adapt(module: Any, update: Update) -> Any:
         trained = None if array is None else nn.Parameter(torch.tensor(array, device=device))
         adapted.register_parameter(own, trained)
     adapted.lora_scale = update.scale
+    if isinstance(adapted, AdaptedPacked):
+        adapted.lora_dithered = update.dithered
     return adapted
 
 
@@ -186,7 +206,7 @@ def adapter_update(module: Any) -> Update:
     )
     assert a is not None
     assert b is not None
-    return Update(a, b, module.lora_scale, magnitude)
+    return Update(a, b, module.lora_scale, magnitude, getattr(module, "lora_dithered", False))
 
 
 def merge_adapter(module: Any) -> Any:
@@ -220,5 +240,7 @@ def train_only_adapters(model: nn.Module) -> None:
 
 def _without_adapter(layer: Any) -> Any:
     remove_parameters(layer, *NAMES.values())
-    del layer.lora_scale
+    for name in ("lora_scale", "lora_dithered", "mode"):
+        if (name in layer.__dict__ and not isinstance(layer, FakeLinear)) or name == "lora_scale":
+            del layer.__dict__[name]
     return layer

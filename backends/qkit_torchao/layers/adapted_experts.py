@@ -11,6 +11,7 @@ from qkit.fused import shares
 from qkit.qtensor import QTensor
 from qkit.reference.merged import Update
 from qkit_torchao.arithmetic import rounding, stored
+from qkit_torchao.arithmetic.merged import dithered
 from qkit_torchao.layers import onto_stored, straight_through
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.computed_experts import ComputedExperts
@@ -31,9 +32,11 @@ class Adapted(Experts):
 
     Attributes:
         lora_scales: the factor of the product, by projection; a projection that is not there has no adapter.
+        lora_dithered: the projections whose base is spread within the cells of its codes.
     """
 
     lora_scales: dict[str, float]
+    lora_dithered: frozenset[str]
 
     @property
     def adapter(self) -> str:
@@ -93,7 +96,8 @@ class AdaptedPackedExperts(Adapted, PackedExperts):
         """The merged weights of one expert by projection, [outputs, inputs], in float32."""
         out = {}
         for name in stack.projections:
-            base = rounding.dequantize(replace(self.quantized(name, expert), dtype="float32"))
+            q = replace(self.quantized(name, expert), dtype="float32")
+            base = dithered(q) if name in self.lora_dithered else rounding.dequantize(q)
             out[name] = self.merge_into(base, name, torch.float32, expert)
         return out
 
@@ -112,6 +116,7 @@ def adapt(module: Any, updates: Mapping[str, Update]) -> Any:
             trained = None if array is None else nn.Parameter(torch.tensor(array, device=device))
             layer.register_parameter(f"{name}_{end}", trained)
         layer.lora_scales[name] = updates[name].scale
+    layer.lora_dithered = frozenset(name for name, update in updates.items() if update.dithered)
     return layer
 
 
@@ -124,7 +129,7 @@ def updates_of(module: Adapted) -> dict[str, Update]:
         )
         assert a is not None
         assert b is not None
-        found[name] = Update(a, b, scale, magnitude)
+        found[name] = Update(a, b, scale, magnitude, name in module.lora_dithered)
     return found
 
 
@@ -171,7 +176,7 @@ def _without_adapter(module: Any, kind: type[Experts]) -> Any:
     layer = become(module, _class(kind, module))
     names = projections_of(layer.stacks)
     remove_parameters(layer, *(f"{name}_{end}" for name in names for end in NAMES.values()))
-    for name in ("lora_scales", "found"):
+    for name in ("lora_scales", "lora_dithered", "found"):
         layer.__dict__.pop(name, None)
     return layer
 

@@ -12,14 +12,16 @@ from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.ranges import static_contents
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding
+from qkit_torchao.arithmetic.merged import dithered
 from qkit_torchao.arithmetic.packing import Laid, lay, unlay
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers
 from qkit_torchao.layers.become import apply_but_keep, become, forget_preparation
 from qkit_torchao.layers.decoded import decoded
 from qkit_torchao.layers.execution import Execution, choose_execution
-from qkit_torchao.layers.packed_product import Parts, decode_packed
+from qkit_torchao.layers.packed_product import Parts, decode_packed, spread_packed
 from qkit_torchao.layers.scaled_embedding import scaled
+from qkit_torchao.layers.shown import Shown
 from qkit_torchao.layers.slots import slot
 from qkit_torchao.torch_private import parameter, remove_buffers, remove_parameters, set_parameter
 
@@ -32,7 +34,7 @@ PLAIN = (
 )  #: buffers of a converted layer that has no torchao tensor
 
 
-class _Packed(nn.Module):
+class _Packed(Shown):
     """The common part of converted layers.
 
     Attributes:
@@ -144,6 +146,13 @@ def values(module: Any, dtype: torch.dtype) -> Tensor:
     if module.execution.layout == "words" and not module.rule.weight.read:
         return decode_packed(module.parts(), module.grid_name, _shape(module)[1], dtype)
     return rounding.dequantize(replace(unpack(module), dtype=str(dtype).rpartition(".")[2]))  # type: ignore[arg-type]
+
+
+def spread_values(module: Any) -> Tensor:
+    """The values of a converted layer [outputs, inputs], float32, spread within the cells of their codes."""
+    if module.execution.layout == "words" and not module.rule.weight.read:
+        return spread_packed(module.parts(), module.grid_name, _shape(module)[1])
+    return dithered(replace(unpack(module), dtype="float32"))
 
 
 def _laid(module: Any) -> Laid:

@@ -10,12 +10,13 @@ from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit.rules import Rule
 from qkit_torchao.layers import straight_through
+from qkit_torchao.layers.shown import Shown
 from qkit_torchao.layers.stacks import Stack
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}  #: those that `class_of` made
 
 
-class Experts(nn.Module):
+class Experts(Shown):
     """The common part of prepared and converted experts: a class made for that of the module, which reads its weights elsewhere.
 
     Attributes:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qkit_torchao.arithmetic.merged import dithered
+from qkit_torchao.arithmetic.packing import Laid, unlay
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers.operators import named
 
@@ -27,6 +29,12 @@ def multiply_packed(x: Tensor, parts: Parts, bias: Tensor | None, grid: str) -> 
 def decode_packed(parts: Parts, grid: str, inputs: int, dtype: torch.dtype) -> Tensor:
     """The values [outputs, inputs] of packed codes, rounded once to `dtype`."""
     values: Tensor = torch.ops.qkit.unpacked(*parts, grid, inputs, dtype)
+    return values
+
+
+def spread_packed(parts: Parts, grid: str, inputs: int) -> Tensor:
+    """The values [outputs, inputs] of packed codes, float32, spread within their cells: see `arithmetic.merged.dithered`."""
+    values: Tensor = torch.ops.qkit.spread(*parts, grid, inputs)
     return values
 
 
@@ -59,12 +67,21 @@ def _unpacked(
     return choose.values(codes, scales, zeros, power, named(grid), inputs=inputs, dtype=dtype)
 
 
+def _spread(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, grid: str, inputs: int
+) -> Tensor:
+    laid = Laid(codes, scales, zeros, power, named(grid), "float32", (codes.shape[0], inputs), None)
+    return dithered(unlay(laid))
+
+
 _CODES = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? power"
 _library = torch.library.Library("qkit", "FRAGMENT")  # see `operators`
 _library.define(f"packed(Tensor x, {_CODES}, Tensor? bias, str grid) -> Tensor")
 _library.impl("packed", _packed, "CompositeExplicitAutograd")
 _library.define(f"unpacked({_CODES}, str grid, int inputs, ScalarType dtype) -> Tensor")
 _library.impl("unpacked", _unpacked, "CompositeExplicitAutograd")
+_library.define(f"spread({_CODES}, str grid, int inputs) -> Tensor")
+_library.impl("spread", _spread, "CompositeExplicitAutograd")
 
 
 def _packed_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
@@ -76,6 +93,11 @@ def _unpacked_fake(codes: Tensor, *more: Any) -> Tensor:
     return codes.new_empty((codes.shape[0], inputs), dtype=dtype)
 
 
+def _spread_fake(codes: Tensor, *more: Any) -> Tensor:
+    return codes.new_empty((codes.shape[0], more[-1]), dtype=torch.float32)
+
+
+torch.library.register_fake("qkit::spread", _spread_fake, lib=_library)
 torch.library.register_fake("qkit::packed", _packed_fake, lib=_library)
 torch.library.register_fake("qkit::unpacked", _unpacked_fake, lib=_library)
 

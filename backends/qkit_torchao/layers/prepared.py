@@ -19,10 +19,11 @@ from qkit_torchao.layers import fused, operators, parallel, products, sharded, s
 from qkit_torchao.layers.become import apply_but_keep
 from qkit_torchao.layers.execution import why_no_kernel
 from qkit_torchao.layers.gates import gate
+from qkit_torchao.layers.shown import Shown
 from qkit_torchao.torch_private import MANAGED, Managed, is_any_autocast_enabled, is_transformed
 
 
-class Prepared(nn.Module):
+class Prepared(Shown):
     """The common part of prepared layers: a rule, ranges of static activations, and a gate.
 
     The gate is a bool tensor that turns quantization on. Compiled code reads it, so that a switch compiles nothing anew, unless

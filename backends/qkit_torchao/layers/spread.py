@@ -61,11 +61,15 @@ def unclipped(local: Tensor, outer: Any, grid: Grid, *, partners: Sequence[tuple
     return _cut(rounding.unclipped(completed, grid, peak=peak), local)
 
 
-def quantize(local: Tensor, outer: Any, grid: Grid, *, partners: Sequence[tuple[Tensor, Any]] = ()) -> QTensor[Tensor]:
-    """Codes and scales of `local`, which is not empty; see `values`."""
+def quantize(
+    local: Tensor, outer: Any, grid: Grid, *, partners: Sequence[tuple[Tensor, Any]] = ()
+) -> QTensor[Tensor] | None:
+    """Codes and scales of `local`, None where it is empty; see `values`."""
     if not depends_on_others(outer, grid):
-        return choose.quantize(local, grid)
+        return choose.quantize(local, grid) if local.numel() else None
     completed, peak = _completed(local, outer, grid, partners)
+    if not local.numel():
+        return None
     q = choose.quantize(completed, grid, peak=peak)
     return replace(q, codes=_cut(q.codes, local))
 

@@ -23,6 +23,7 @@ from qkit_torchao.models.wrappers import CONVERTED, Place, heads, is_wrapper, ma
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
 
+ALIKE = "is it another architecture?"  #: the way out where tensors of a file and of a model differ
 SAME = ("FalconLinear",)  #: names of subclasses in transformers that compute what their base computes
 
 
@@ -179,6 +180,7 @@ def _layer(path: str, module: Any, *, tied: str) -> Layer:
             execution=how.text,
             tied=tied,
             adapter=getattr(module, "adapter", ""),
+            mode=getattr(module, "mode", "on"),
         )
     obstacle = ""
     if getattr(module, "max_norm", None) is not None:

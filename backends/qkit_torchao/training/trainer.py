@@ -218,7 +218,9 @@ def _optimizer(
 def _moment(state: Mapping[str, NDArray[Any]], name: str, parameter: Tensor) -> NDArray[Any]:
     if name not in state or state[name].shape != tuple(parameter.shape):
         found = list(state[name].shape) if name in state else "missing"
-        raise ArtifactError(f"{name} is {found} in the checkpoint, and {list(parameter.shape)} in the model")
+        raise ArtifactError(
+            f"{name} is {found} in the checkpoint, and {list(parameter.shape)} in the model: resume with that model"
+        )
     return state[name]
 
 

@@ -1,5 +1,6 @@
 """Adapters: one law of the merged weight on every engine, and nothing lost by merging."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -48,7 +49,7 @@ def adapted(name, recipe, kind, *, base, **changes):
     updates = {layer.path: engine.adapter_update(layer.module) for layer in engine.layers(model) if layer.adapter}
     for path, one in updates.items():
         b = (random.standard_normal(one.b.shape) * 0.05).astype(np.float32)
-        updates[path] = Update(one.a, b, one.scale, one.magnitude)
+        updates[path] = replace(one, b=b)
     return engine, put(engine, qkit.merge(model), updates)
 
 
@@ -137,7 +138,10 @@ def check_merge(engine, model, *, start):
     want = {}
     for layer in engine.layers(model):
         if layer.adapter:
-            merged = arithmetic.merged(next(base_weights(engine, layer, "weight")), engine.adapter_update(layer.module))
+            merged = arithmetic.merged(
+                next(base_weights(engine, layer, "weight", spread=layer.stage == "converted")),
+                engine.adapter_update(layer.module),
+            )
             if layer.stage == "prepared":  # its master is stored in the model's type
                 merged = merged.astype(engine.to_numpy(engine.weight(layer.module)).dtype)
             want |= {

@@ -177,7 +177,8 @@ def test_adapters_share_the_scale_of_the_merged_weights(name, kind, base):
     for layer in engine.layers(model):
         if layer.adapter:
             merged[layer.path] = law_of_merged(
-                next(base_weights(engine, layer, "weight")), engine.adapter_update(layer.module)
+                next(base_weights(engine, layer, "weight", spread=layer.stage == "converted")),
+                engine.adapter_update(layer.module),
             )
     adapted = logits(name, model)
     model = qkit.merge(model)

@@ -41,7 +41,8 @@ def gradients(model, loss):
 def plain(layer, x):
     """The layer's output with the rounding of its values as a constant; torch itself differentiates it."""
     engine = qkit.backend("torchao")
-    w = next(qkit.adapters.surgery.base_weights(engine, next(iter(engine.layers(layer))), "weight"))
+    (known,) = engine.layers(layer)
+    w = next(qkit.adapters.surgery.base_weights(engine, known, "weight", spread=known.stage == "converted"))
     v = torch.from_numpy(w) + layer.lora_scale * layer.lora_B @ layer.lora_A
     if layer.lora_magnitude is not None:
         v = layer.lora_magnitude[:, None] * v / v.detach().norm(dim=1, keepdim=True)

@@ -42,6 +42,7 @@ def test_converted_experts_compute_what_prepared_ones_do(name, recipe, implement
             torch.testing.assert_close(other(*args), out, **NEAR)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_token_waits_for_no_host_under_grouped_products():
     _, converted = pair("qwen3_moe", "int4-g32", "grouped_mm")
     layer = next(one.module for one in qkit.backend("torchao").layers(converted) if one.kind == "experts")

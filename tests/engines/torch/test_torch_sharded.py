@@ -185,6 +185,22 @@ def test_a_policy_and_a_model_that_is_switched_off(seen):
         assert torch.equal(seen[0]["shards"]["edits"]["off"].bfloat16(), model(batch(0)[0]))
 
 
+@pytest.mark.parametrize("number", range(len(shards.SAVED)))
+def test_parts_are_saved_to_the_bytes_of_the_whole(seen, folder, number):
+    whole, parts = (Path(folder) / f"{kind}-{number}" for kind in ("whole", "parts"))
+    files = sorted(file.name for file in whole.iterdir())
+    assert files == sorted(file.name for file in parts.iterdir())
+    assert "model.safetensors" in files
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in files)
+
+
+def test_a_weight_that_is_not_finite_is_refused_in_every_process(seen, folder):
+    assert {one["not finite"] for one in seen} == {
+        "first.0.weight has numbers that are not finite: no code stands for them"
+    }
+    assert not [file for file in Path(folder).iterdir() if "never" in file.name]
+
+
 def _parallel(seen):
     if "parallel" not in seen[0]:
         pytest.skip("transformers or accelerate is not installed")
@@ -231,7 +247,7 @@ def test_transformers_trainer_trains_with_fsdp2_and_bf16(seen, folder):
         assert len(losses["plain"]) == 3
         assert losses["plain"] == losses["RAM"] == losses["checkpoints"]
     files = sorted(Path(folder).glob("trained-*/model.safetensors"))
-    assert len(files) == len(parallel.SETTINGS)
+    assert len(files) == 2 * len(parallel.SETTINGS)  # gathered, and saved by parts
     assert len({file.read_bytes() for file in files}) == 1
 
 
