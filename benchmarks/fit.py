@@ -4,13 +4,18 @@ A model of fit_model.py is calibrated on the files that it was trained on, for e
 files. Share: 1 - KL of the fitted codes / KL of the rule's codes of the same recipe. Search without data has no seed.
 
 Usage: python benchmarks/fit.py MODEL [--seeds N] [--drift-seeds N] [--windows N] [--length N] [--unseen N]
-       [--recipe NAME ...] [--backend NAME] [--out FILE.json]
+       [--recipe NAME ...] [--learn NAME ...] [--steps N] [--environments FOLDER] [--peer NAME ...] [--peer-seeds N]
+       [--backend NAME] [--out FILE.json]
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,15 +25,29 @@ from fit_model import held_out
 from measure import Report, spread
 from numpy.typing import NDArray
 from recover import texts
+from safetensors.numpy import load_file
 
 import qkit
 from qkit.calibration import calibrate, calibrate_drift
-from qkit.evaluation import evaluate
-from qkit.fitting.fits import Fit
+from qkit.engines.blocks import Lesson
+from qkit.fitting.fits import Fit, Method
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
 RECIPES = ("int4-g32", "int3-g32", "int2-g32", "mxfp4-a16", "nvfp4-a16")
+ENVIRONMENTS = {
+    "llm-compressor RTN": "llmc",
+    "llm-compressor GPTQ": "llmc",
+    "AutoRound 200": "autoround",
+    "mlx-lm gptq": "mlx-lm",
+}
+METHODS: tuple[Method, ...] = ("search", "solve")
+LACKS = {"AutoRound 200": ("int3-g32", "nvfp4-a16"), "mlx-lm gptq": ("int3-g32", "mxfp4-a16", "nvfp4-a16")}
+
+
+def takes(peer: str, recipe: str) -> bool:
+    """Whether another program has the grid of a recipe."""
+    return recipe not in LACKS.get(peer, ())
 
 
 class Bench:
@@ -39,15 +58,32 @@ class Bench:
         self.engine = qkit.backend(given.backend)
         self.teacher = qkit.load(given.model, backend=self.engine)
         self.rows = held_out(given.unseen, given.length)
+        self.wanted = self.log_probabilities(self.teacher)
 
     def statistics(self, seed: int) -> Path:
         """Statistics of windows that depend on the seed."""
         return calibrate(self.given.model, self.place / f"stats-{seed}", self.windows(seed), engine=self.engine)
 
-    def corrected(self, seed: int, recipe: str) -> Path:
-        """Statistics of the same windows that correct the drift of a recipe."""
-        out, chosen = self.place / f"drift-{seed}-{recipe}", qkit.recipe(recipe)
-        return calibrate_drift(self.given.model, out, self.windows(seed), engine=self.engine, recipe=chosen)
+    def made(self, recipe: str, seed: int, lesson: Lesson | None) -> tuple[float, float]:
+        """As `measure`, with corrected drift, and learned rounding where there is a lesson; its time is in the seconds."""
+        out, begin = self.place / f"made-{self.count}", time.process_time()
+        calibrate_drift(
+            self.given.model, out, self.windows(seed), engine=self.engine, recipe=qkit.recipe(recipe), lesson=lesson
+        )
+        seconds = time.process_time() - begin
+        kl, more = self.measure(recipe, Fit("round" if lesson else "solve", out))
+        return kl, seconds + more
+
+    def log_probabilities(self, model: Any) -> NDArray[np.float64]:
+        """Of a model on the unseen windows, [windows, length, vocabulary]."""
+        blocks = np.array_split(self.rows[:, :-1], -(-len(self.rows) // 8))
+        scores = np.concatenate([self.engine.logits(model, block) for block in blocks]).astype(np.float64)
+        scores -= scores.max(axis=-1, keepdims=True)
+        return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+
+    def divergence(self, model: Any) -> float:
+        """Mean KL divergence of the float model from `model`."""
+        return float((np.exp(self.wanted) * (self.wanted - self.log_probabilities(model))).sum(axis=-1).mean())
 
     def windows(self, seed: int) -> NDArray[np.int32]:
         """Windows of the text that the model was trained on."""
@@ -62,17 +98,41 @@ class Bench:
         plan = make_plan(self.given.model, qkit.recipe(recipe), fit=how)
         quantize_directory(plan, out, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
         seconds = time.process_time() - begin
-        found = evaluate(self.engine, qkit.load(out, backend=self.engine), self.rows, teacher=self.teacher)
-        assert found.kl is not None
-        return float(found.kl.mean()), seconds
+        return self.divergence(qkit.load(out, backend=self.engine)), seconds
+
+    def peer(self, name: str, recipe: str, seed: int) -> tuple[float, float]:
+        """As `measure`, of another program in its own environment, on the same windows as ours."""
+        windows, out = self.place / "windows.npy", self.place / "peer.safetensors"
+        np.save(windows, self.windows(seed))
+        words = [Path(__file__).with_name("fit_peers.py"), name, self.given.model, windows, recipe, out]
+        python = self.given.environments / ENVIRONMENTS[name] / "bin" / "python"
+        quiet = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "USE_HUB_KERNELS": "0"}
+        done = subprocess.run([python, "-P", *words], env=quiet, capture_output=True, text=True, check=True)
+        model = qkit.load(self.given.model, backend=self.engine)
+        blocks = self.engine.blocks(model, length=self.given.length)
+        for path, values in load_file(out).items():
+            blocks.put(path.removesuffix(".weight"), values)
+        return self.divergence(model), float(json.loads(done.stdout.splitlines()[-1])["CPU seconds"])
 
 
 def main() -> int:
     """Measures every recipe and method, and reports a row for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    for name, value in (("seeds", 3), ("drift-seeds", 3), ("windows", 64), ("length", 256), ("unseen", 40)):
+    whole = {
+        "seeds": 3,
+        "drift-seeds": 3,
+        "peer-seeds": 3,
+        "windows": 64,
+        "length": 256,
+        "unseen": 40,
+        "steps": Lesson().steps,
+    }
+    for name, value in whole.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--learn", nargs="*", default=["int4-g32", "int2-g32"], help="recipes that learn rounding")
+    parser.add_argument("--environments", type=Path, help="folder of environments: llmc, autoround, mlx-lm")
+    parser.add_argument("--peer", nargs="*", default=list(ENVIRONMENTS))
     parser.add_argument("--recipe", nargs="+", default=list(RECIPES))
     parser.add_argument("--backend", default="torchao")
     parser.add_argument("--out", type=Path)
@@ -88,17 +148,35 @@ def main() -> int:
         for recipe in given.recipe:
             rule, seconds = bench.measure(recipe, None)
             report.add({"recipe": recipe, "method": "rule", "KL": rule, "CPU seconds": round(seconds, 2)})
-            tried = {"search, no data": [Fit("search")]}
-            tried |= {method: [Fit(method, folder) for folder in stats] for method in ("search", "solve")}  # type: ignore[arg-type]
-            if given.drift_seeds:
-                tried["solve, drift"] = [Fit("solve", bench.corrected(n, recipe)) for n in range(given.drift_seeds)]
-            for name, fits in tried.items():
-                found = [bench.measure(recipe, how) for how in fits]
+            for name, measures in tried(bench, recipe, stats).items():
+                found = [measure() for measure in measures]
                 shares = [100 * (1 - kl / rule) for kl, _ in found]
                 took = spread([seconds for _, seconds in found], 2)
-                report.add({"recipe": recipe, "method": name, "share": spread(shares, 1), "CPU seconds": took})
+                kls = spread([kl for kl, _ in found], 6)
+                report.add(
+                    {"recipe": recipe, "method": name, "share": spread(shares, 1), "KL": kls, "CPU seconds": took}
+                )
     report.finish()
     return 0
+
+
+def tried(bench: Bench, recipe: str, stats: list[Path]) -> dict[str, list[Callable[[], tuple[float, float]]]]:
+    """Of each method, a measurement for each seed."""
+    given = bench.given
+    found: dict[str, list[Callable[[], tuple[float, float]]]] = {
+        "search, no data": [partial(bench.measure, recipe, Fit("search"))]
+    }
+    for method in METHODS:
+        found[method] = [partial(bench.measure, recipe, Fit(method, folder)) for folder in stats]
+    found["solve, drift"] = [partial(bench.made, recipe, seed, None) for seed in range(given.drift_seeds)]
+    if recipe in given.learn:
+        lesson = Lesson(steps=given.steps)
+        found["round"] = [partial(bench.made, recipe, seed, lesson) for seed in range(given.drift_seeds)]
+    if given.environments:
+        for name in given.peer:
+            if takes(name, recipe):
+                found[name] = [partial(bench.peer, name, recipe, seed) for seed in range(given.peer_seeds)]
+    return {name: measures for name, measures in found.items() if measures}
 
 
 if __name__ == "__main__":

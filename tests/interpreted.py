@@ -7,9 +7,10 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
 import numpy as np
 import torch
+from qkit_torchao.arithmetic import merged as arithmetic
 from qkit_torchao.arithmetic import packing, rounding
 from qkit_torchao.backend import TorchaoBackend
-from qkit_torchao.kernels import cuda
+from qkit_torchao.kernels import cuda, cuda_merge
 
 from qkit import reference
 from qkit.grid import Grid
@@ -86,6 +87,19 @@ def shared(dtype: str) -> bool:
     return all(right)
 
 
+def merged(grid: Grid) -> bool:
+    """Whether a base, plain and spread, and a product of factors have the sum of the law."""
+    w = torch.randn(70, 512, generator=torch.Generator().manual_seed(0))
+    w[1] = 0
+    b, a = (arithmetic.shorten(torch.randn(*shape)) for shape in ((70, 5), (5, 512)))
+    q = rounding.quantize(w, grid)
+    product = arithmetic.product(b, a)
+    plain = torch.equal(cuda_merge.added(w, b, a), w + product)
+    scales = {"scales": q.scales, "group": int(grid.group)}
+    spread = torch.equal(cuda_merge.added(rounding.dequantize(q), b, a, **scales), arithmetic.dithered(q) + product)
+    return plain and spread and cuda_merge.spreads(grid, 512)
+
+
 def main(dtype: str) -> None:
     """One grid for each element and rule, and what does not fit a tile; the others differ in constants only."""
     np.seterr(all="ignore")  # the interpreter computes in NumPy, also what is then not taken
@@ -98,6 +112,8 @@ def main(dtype: str) -> None:
         print(grid, "in", layout, "exact" if laid(grid, layout, dtype) else "not the codes of quantize", flush=True)
     for grid in (Grid("int3", 20000), Grid("int4", 8200, "minmax"), Grid("e4m3", 8208)):
         print(grid, "in parts", "exact" if long(grid, dtype) else "not the codes of quantize", flush=True)
+    for grid in (Grid("int4", 32), Grid("int8", 16, "absmax"), Grid("int2", 128), Grid("int3", 256)):
+        print(grid, "merged", "exact" if merged(grid) else "not the sum of the law", flush=True)
     print("shared peaks", "exact" if shared(dtype) else "not the values of the law", flush=True)
     row = Grid("int4", "row", "minmax")
     print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)

@@ -1,6 +1,7 @@
 """Methods of training at the seam: the core has the rows and the model, and the engine calls the library that trains."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -10,6 +11,29 @@ from qkit.engines.trainer import AdamWOptions
 
 Method = Literal["sft", "dpo", "orpo"]
 METHODS: Final[tuple[Method, ...]] = ("sft", "dpo", "orpo")
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Held:
+    """Evaluations on rows that are not trained on.
+
+    Attributes:
+        rows: as those of `TuneOptions`.
+        every: steps between two evaluations; the last step has one, too.
+        best: whether the model ends with the weights of the evaluation with the lowest loss.
+        patience, threshold: how many evaluations in a row without one lower by more than `threshold` end the training; None:
+            none do.
+        on_own_grids: evaluations are inside of this, so that a schedule does not touch them.
+        evaluated: called after each evaluation with the number of its step and its loss.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    every: int
+    best: bool
+    patience: int | None
+    threshold: float
+    on_own_grids: Callable[[], AbstractContextManager[None]]
+    evaluated: Callable[[int, float], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -28,6 +52,7 @@ class TuneOptions:
         checkpoint_every: steps between two checkpoints.
         checkpointed: called after each checkpoint with its step.
         stop: asked after each step with its number; where it says yes, a checkpoint ends the training.
+        held: evaluations; None: there are none.
     """
 
     method: Method
@@ -52,13 +77,15 @@ class TuneOptions:
     checkpoint_every: int
     checkpointed: Callable[[int], None]
     stop: Callable[[int], bool]
+    held: Held | None = None
 
 
 class Tunes(Trains, Protocol):
     """Methods of training that another library carries out: supervised fine-tuning and preferences."""
 
     def tune(self, model: Any, options: TuneOptions) -> None:
-        """Trains the prepared `model` in place. It has taken fewer than `options.steps` steps only where `options.stop` said yes.
+        """Trains the prepared `model` in place. It has taken fewer than `options.steps` steps only where `options.stop` said yes,
+        or evaluations ended it.
 
         Raises:
             BackendError: the library is missing, or cannot do as `options` say.

@@ -121,7 +121,7 @@ class Fit:
         if self.statistics is None or path not in self.statistics.paths:
             return fit(w, grid, peak=peak)
         if self.method == "search":
-            return fit(w, grid, self.statistics.moments(path).diagonal(), peak=peak)
+            return fit(w, grid, self.statistics.moments(path), peak=peak)
         learned = self.statistics.codes(path)
         if learned is not None:
             return _rows_of(learned, grid, w, first, path)

@@ -1,9 +1,9 @@
 """The law of fitted codes: scales and codes that lose less than the rule's, on the same grid and in the same bytes.
 
-`search` tries scales around the rule's, and keeps the one of least error, weighted by the mean squares of a layer's inputs where
-they are known. `solve` starts there, and chooses codes by the second moments of the inputs, H = E[x x'], so that the error of one
-weight makes up for that of others: first by the feedback of GPTQ (https://arxiv.org/abs/2210.17323, in the form of QuIP,
-https://arxiv.org/abs/2307.13304), then by rounds of descent: each scale and each code takes its best value given all others.
+`search` tries scales around the rule's, and keeps the one of least error, by the moments of a group's inputs where they are
+known; see `objectives`. `solve` starts there, and chooses codes by the second moments of all inputs, H = E[x x'], so that the
+error of one weight makes up for that of others: first by the feedback of GPTQ (https://arxiv.org/abs/2210.17323, in the form of
+QuIP, https://arxiv.org/abs/2307.13304), then by rounds of descent: each scale and code takes its best value given all others.
 
 Arithmetic is fp64, elementwise or by `products`, so that the same arguments give the same codes on every machine. Arrays lie on
 their side: inputs along the first axis, rows of the weight along the last. No row sees another.
@@ -21,6 +21,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
 from qkit.reference.moments import Moments, mean_squares
+from qkit.reference.objectives import Objective, blocks_of, objective
 from qkit.reference.products import Doubles, Halves, product, total
 from qkit.reference.steps import candidates, nearest, steps_of, storable, stored, want_fitted
 
@@ -43,7 +44,7 @@ def fit(
     """Fitted codes and scales of finite `w` [..., n], float32, bfloat16 or float16; every reader takes them as `quantize`'s.
 
     The error of a row is d H d', where d is the row less its values. Row by row, that of `search` is at most the rule's in the
-    diagonal of H, and that of `solve` at most that of `search` in H.
+    diagonal of H and in its blocks of groups, and that of `solve` at most that of `search` in H.
 
     Args:
         moments: E[x x'] [n, n] of the layer's inputs. `search` takes its diagonal [n], too; or None: all inputs weigh the same.
@@ -59,7 +60,8 @@ def fit(
     want_fitted(grid)
     first = rounding.quantize(w, grid, peak=peak)
     flat = w.reshape(-1, w.shape[-1]).astype(np.float64)
-    weights = mean_squares(moments, flat.shape[1])
+    mean_squares(moments, flat.shape[1])  # refuses bad ones before any work
+    blocks = blocks_of(moments, flat.shape[1], grid)
     known = Moments.of(moments) if method == "solve" and not isinstance(moments, Moments) else moments
     tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
     s, z = (a.reshape(-1) for a in steps_of(first))
@@ -67,8 +69,8 @@ def fit(
     units = np.empty(flat.shape)
     for rows, cells in _shares(flat.shape, grid):
         x = flat[rows]
-        h = _cells(np.broadcast_to(weights, x.shape), group)
-        found, s[cells], z[cells] = search(_cells(x, group), s[cells], z[cells], grid, weights=h, tensor=tensor)
+        aim = objective(moments, x.shape, grid, blocks)
+        found, s[cells], z[cells] = _search_rows(_cells(x, group), s[cells], z[cells], grid, aim, tensor, len(x))
         units[rows] = found.T.reshape(x.shape)
         if method == "solve":
             assert isinstance(known, Moments)
@@ -81,22 +83,41 @@ def fit(
     return stored(of_all, s.reshape(shape), z.reshape(shape), grid, first.tensor_scale, dtype_of(w))
 
 
+def _search_rows(
+    x: Doubles, s: Doubles, z: Doubles, grid: Grid, aim: Objective, tensor: float, rows: int
+) -> tuple[Doubles, Doubles, Doubles]:
+    """As `search`, for cells of `rows` rows; a row whose squares would rise above the rule's is searched by squares."""
+    found = search(x, s, z, grid, aim=aim, tensor=tensor)
+
+    def of_rows(d: Doubles) -> Doubles:
+        return total(aim.squares(d).reshape(rows if s.size > 1 else 1, -1).T)
+
+    worse = of_rows(found[0] * found[1] - x) > of_rows(nearest(x / s, z, grid) * s - x)
+    if worse.any():
+        some = np.repeat(worse, s.size // worse.size)
+        plain = Objective(aim.weights[:, some], None, power=2)
+        again = search(x[:, some], s[some], z[some], grid, aim=plain, tensor=tensor)
+        for all_of_them, mine in zip(found, again, strict=True):
+            all_of_them[..., some] = mine
+    return found
+
+
 def search(
-    x: Doubles, s: Doubles, z: Doubles, grid: Grid, *, weights: Doubles, tensor: float
+    x: Doubles, s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float
 ) -> tuple[Doubles, Doubles, Doubles]:
     """The units of cells `x` [group, cells] on the scales of least error, these scales, and their zero points.
 
     Args:
         s, z: the rule's, [cells].
-        weights: of the squared errors, shaped like `x`.
+        aim: the error to lower.
         tensor: NVFP4's scale of the tensor, else 1.
     """
     best = [nearest(x / s, z, grid), s, z]
-    least = total(weights * (best[0] * s - x) ** 2)
+    least = aim.error(best[0] * s - x)
 
     def keep_better(s: Doubles, z: Doubles) -> None:
         units = nearest(x / s, z, grid)
-        error = total(weights * (units * s - x) ** 2)
+        error = aim.error(units * s - x)
         better = error < least
         np.copyto(least, error, where=better)
         best[:] = (np.where(better, new, old) for new, old in zip((units, s, z), best, strict=True))
@@ -105,7 +126,7 @@ def search(
         keep_better(*tried)
     for _ in range(REFITS):
         units, s, z = best
-        keep_better(_refit(total(weights * x * units), total(weights * units * units), s, grid, tensor), z)
+        keep_better(_refit(*aim.quotient(x, units), s, grid, tensor), z)
     return best[0], best[1], best[2]
 
 

@@ -18,6 +18,7 @@ class Moments:
     """Second moments H = E[x x'] of inputs, with what `solve` derives from them. Layers with the same inputs share one.
 
     Attributes:
+        source: E[x x'] itself [n, n], as it was given.
         diagonal: mean squares [n].
         damping: the number that is added to each of them.
         parts: `products.halves` of H.
@@ -25,6 +26,7 @@ class Moments:
         upper: `products.unit_upper` of H + damping, inputs in this order.
     """
 
+    source: NDArray[Any]
     diagonal: Doubles
     damping: float
     parts: Halves
@@ -55,7 +57,7 @@ class Moments:
             raise RangeError(
                 "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
             ) from None
-        return cls(diagonal, damping, halves(h, axis=1), order, upper)
+        return cls(moments, diagonal, damping, halves(h, axis=1), order, upper)
 
 
 def mean_squares(moments: NDArray[Any] | Moments | None, n: int) -> Doubles:

@@ -15,28 +15,32 @@ from qkit.training.text import find, read_text, tokenize, vocabulary_of
 ANSWERS = ("chosen", "rejected")
 
 
-def tuning_rows(run: Run, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of `run`, in the form of `TuneOptions.rows`.
+def tuning_rows(run: Run, config: Mapping[str, Any], *, purpose: str = "train") -> list[Mapping[str, Any]]:
+    """The rows of `run.data`, in the form of `TuneOptions.rows`; of folders with splits those of the split for `purpose`.
 
     Raises:
         RunError: a row does not fit the method, has nothing to learn, or has no room for it within `run.length`.
         BackendError: see `read_text`.
     """
     if run.method == "sft":
-        return _tokens(run, config)
+        return _tokens(run, config, purpose)
     found: list[Mapping[str, Any]] = []
     for path in find(run.data):
         if not has_rows(path):
             raise RunError(
                 f"data: {path} is text, and method {run.method!r} wants rows with prompt, chosen and rejected"
             )
-        rows = [_preference(path, number, row, chat=run.chat) for number, row in enumerate(read_rows(path), start=1)]
+        rows = [
+            _preference(path, number, row, chat=run.chat)
+            for number, row in enumerate(read_rows(path, purpose=purpose), start=1)
+        ]
         found += _with_tokens(run, path, rows, vocabulary_of(run.model, config))
     return found
 
 
-def _tokens(run: Run, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    text = read_text(run.data, folder=run.model, config=config, loss_on=run.loss_on, chat=run.chat)
+def _tokens(run: Run, config: Mapping[str, Any], purpose: str) -> list[Mapping[str, Any]]:
+    how: dict[str, Any] = {"loss_on": run.loss_on, "chat": run.chat, "purpose": purpose}
+    text = read_text(run.data, folder=run.model, config=config, **how)
     learned = np.ones(text.tokens.shape, np.bool_) if text.learned is None else text.learned
     rows: list[Mapping[str, Any]] = []
     for number, (ids, mask) in enumerate(

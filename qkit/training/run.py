@@ -64,8 +64,7 @@ class Run:
         checkpoint_every, evaluate_every: numbers of steps. None: evaluates before the first and after the last step.
         load_best_model_at_end: whether the artifact has the weights of the evaluation with the lowest loss, not the last ones.
             Evaluations are on the recipe's grid, and the one before the first step counts.
-        early_stopping_patience: how many evaluations in a row without a better one end the run; None: none do. Counts from the
-            first step that trains on the recipe's grid.
+        early_stopping_patience: how many evaluations in a row without a better one end it, from the first on the own grid.
         early_stopping_threshold: how much lower than the best loss before, in nats, an evaluation must be to count as better.
         gradient_checkpointing, compile: see `qkit.engines.trainer.TrainerOptions`.
         replace: whether an artifact of qkit's in `out` may be replaced.
@@ -144,8 +143,8 @@ class Run:
             _want(key, number, _number(number) and 0 <= number < math.inf, "a number from 0 on")
         _want("method", self.method, self.method in (None, *METHODS), f"one of {', '.join(METHODS)}")
         _want("beta", self.beta, _number(self.beta) and 0 < self.beta < math.inf, "a number above 0")
-        if self.method and (self.distillation or self.held_out):
-            raise RunError(f"method = {self.method!r} takes neither a teacher nor held-out data: leave them out")
+        if self.method and self.distillation:
+            raise RunError(f"method = {self.method!r} takes no teacher: leave one of them out")
         _want("loss_on", self.loss_on, self.loss_on in (None, "all", "completions"), "all or completions")
         betas = (
             isinstance(self.betas, tuple)
@@ -178,8 +177,10 @@ class Run:
         """Refuses a best evaluation, or an end by evaluations, without evaluations to choose from."""
         best, patience = self.load_best_model_at_end, self.early_stopping_patience
         key = "load_best_model_at_end" if best else "early_stopping_patience" if patience else None
-        if key and self.method:
-            raise RunError(f"{key}: method = {self.method!r} evaluates nothing: leave one of them out")
+        if self.method and bool(self.held_out) != bool(self.evaluate_every):
+            raise RunError(
+                f"method = {self.method!r} evaluates on held_out, each evaluate_every steps: give both, or none"
+            )
         if key and self.evaluate_every is None:
             raise RunError(f"{key} needs evaluations to choose from: give evaluate_every, a number of steps")
         if self.early_stopping_threshold and patience is None:

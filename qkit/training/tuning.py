@@ -17,19 +17,20 @@ from qkit.code_changes import code_sums, count_changes, warn_of_no_change
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import AdamWOptions
-from qkit.engines.tuning import TuneOptions, Tunes
+from qkit.engines.tuning import Held, TuneOptions, Tunes
 from qkit.errors import DivergedError, RunError
 from qkit.exchange.import_model import read_model
 from qkit.training.beside import factor_at, steps_beside, switching_parts
+from qkit.training.best import best_step, evaluations_of
 from qkit.training.checkpoint import Checkpoint
 from qkit.training.finish import Outcome, finish
-from qkit.training.folder import Log, check_out, check_same, locked, run_folder_of
+from qkit.training.folder import Log, check_out, check_same, locked, read_log, run_folder_of
 from qkit.training.inputs import Tell, check_files, engine_of
 from qkit.training.model import build_float_model, describe, digest, dtype_of, open_to_train
 from qkit.training.preferences import tuning_rows
 from qkit.training.rates import rate, warmup_steps
 from qkit.training.run import Run, run_table
-from qkit.training.schedule import Schedule, switching
+from qkit.training.schedule import Schedule, on_own_grids, rules_by_path, switching
 
 SCRATCH = "library"  #: the folder of the library's checkpoints, in the run folder
 ABOUT = "run.json"  #: the run that these checkpoints are of
@@ -54,6 +55,11 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], 
     with locked(folder):
         source = read_model(run.model)
         rows = tuning_rows(run, source.config or {})
+        unseen = (
+            tuning_rows(replace(run, data=run.held_out), source.config or {}, purpose="held_out")
+            if run.held_out
+            else []
+        )
         model, recipe = open_to_train(engine, source, run)
         sums = code_sums(model, backend=engine)
         size = run.batch * run.accumulation
@@ -64,7 +70,7 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], 
             "run": run_table(run),
             "recipe": describe(recipe),
             "model": digest(source),
-            "text": sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+            "text": sha256(json.dumps([rows, unseen] if unseen else rows, sort_keys=True).encode()).hexdigest(),
         }
         place = folder / SCRATCH
         began = _begin(place, about, engine)
@@ -74,21 +80,42 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], 
             log.add({"event": event, "step": step, **more})
             tell({"event": event, "step": step, **more})
 
-        start = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": 0, "backend": engine.name}
+        start = {"steps": run.steps, "tokens": "tokenizer.json", "held_out": len(unseen), "backend": engine.name}
         record("resume" if began else "start", began, **start, run=run_table(run))
         clock, asked = perf_counter(), _Asked(stop, run.quantization.interval)
-        engine.tune(model, _options(run, engine, model, source, rows, place, record, asked, clock, began))
+        options = _options(run, engine, model, source, rows, place, record, asked, clock, began)
+        engine.tune(model, replace(options, held=_held(run, engine, model, unseen, record) if unseen else None))
         if asked.step:
             record("stop", asked.step)
             raise KeyboardInterrupt
+        events = read_log(log.file)
+        taken = max(event["step"] for event in events if event["event"] == "step")
+        if taken < run.steps:
+            record("early_stop", taken)
+        best = best_step(evaluations_of(events)) if run.load_best_model_at_end else None
         seconds, after = perf_counter() - clock, code_sums(model, backend=engine)
         few = np.arange(min(run.length, 16), dtype=np.int32)[None]
         outcome = finish(run, engine, model, few, log, seconds, dtype=dtype_of(source))
-        outcome = replace(outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after))
+        outcome = replace(
+            outcome, quantized_layers=len(sums), changed_layers=count_changes(sums, after), best_step=best
+        )
         warn_of_no_change(sums, after, rate=run.learning_rate, stacklevel=3)
-        record("end", run.steps, **asdict(outcome))
+        record("end", taken, **asdict(outcome))
         shutil.rmtree(place)
         return outcome
+
+
+def _held(run: Run, engine: Trains, model: Any, rows: list[Mapping[str, Any]], record: Callable[..., None]) -> Held:
+    rules = rules_by_path(engine, model)
+    return Held(
+        rows=rows,
+        every=run.evaluate_every or 1,
+        best=run.load_best_model_at_end,
+        patience=run.early_stopping_patience,
+        threshold=run.early_stopping_threshold,
+        on_own_grids=lambda: on_own_grids(engine, model, rules),
+        evaluated=lambda step, loss: record("evaluation", step, loss=loss),
+    )
 
 
 class _Asked:

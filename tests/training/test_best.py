@@ -208,7 +208,7 @@ def test_the_best_is_the_first_of_equals_and_never_no_number():
         ({"early_stopping_threshold": 0.1}, "early_stopping_threshold is for early_stopping_patience"),
         ({"early_stopping_threshold": -1.0}, "early_stopping_threshold is -1.0: want a number from 0 on"),
         ({"load_best_model_at_end": 1}, "load_best_model_at_end is 1: want true or false"),
-        ({**BEST, "method": "sft"}, "load_best_model_at_end: method = 'sft' evaluates nothing"),
+        ({**BEST, "method": "sft"}, "method = 'sft' evaluates on held_out, each evaluate_every steps: give both, or none"),
         (
             {**BEST, "evaluate_every": 2, "checkpoint_every": 6, "quantization": {"interval": 3}},
             "evaluate_every is 2, and quantization.interval 3: .* such as 3",

@@ -161,6 +161,58 @@ def test_a_method_that_was_interrupted_goes_on_to_the_same_bytes(tmp_path, metho
     assert not (run_folder_of(path / "out") / "library").exists()
 
 
+def evaluations(out):
+    return [(one["step"], one["loss"]) for one in read_log(run_folder_of(out) / LOG) if one["event"] == "evaluation"]
+
+
+@needs["torchao"]
+@pytest.mark.parametrize("more", [{}, {"adapter": {"rank": 4}}, {"quantization": {"start": 3}}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_artifact_of_a_method_has_the_best_evaluation(tmp_path, method, more):
+    """At this rate the loss on rows that are not learned soon rises; a run of the best step's length has the same codes."""
+    path = model(tmp_path)
+    unseen = [{key: f"{x}?" if key == "prompt" else f"so {x}" for key, x in row.items()} for row in rows_of(method)]
+    held = {"held_out": [jsonl(path / "unseen.jsonl", unseen)], "evaluate_every": 1, "load_best_model_at_end": True}
+    run = table(path, method, "torchao", **held, steps=6, learning_rate=5e-2, schedule="constant", **more)
+    outcome = train_model(run_from_table(run))
+    seen = evaluations(path / "out")
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert outcome.best_step == min(seen, key=lambda one: one[1])[0]
+    short = {key: x for key, x in run.items() if key not in held}
+    train_model(run_from_table({**short, "steps": outcome.best_step, "out": str(path / "short")}))
+    engine = qkit.backend("torchao")
+    best, other = (qkit.load(path / name, backend="torchao") for name in ("out", "short"))
+    assert np.array_equal(engine.logits(best, TOKENS), engine.logits(other, TOKENS))
+    patient = {**run, "early_stopping_patience": 1, "early_stopping_threshold": 10.0, "out": str(path / "early")}
+    early = train_model(run_from_table(patient))
+    assert early.steps == 2  # the first improves on nothing, the second not by 10 nats
+    kinds = [event["event"] for event in read_log(run_folder_of(path / "early") / LOG)]
+    assert kinds[-2:] == ["early_stop", "end"]
+
+
+@needs["torchao"]
+def test_an_interrupted_method_ships_the_same_best_evaluation(tmp_path):
+    path = model(tmp_path)
+    held = {"held_out": [jsonl(path / "unseen.jsonl", rows_of("sft")[:2])], "evaluate_every": 2}
+    run = table(path, "sft", "torchao", **held, load_best_model_at_end=True, steps=6, learning_rate=2e-2)
+    train_model(run_from_table({**run, "out": str(path / "whole")}))
+    asked = []
+    with pytest.raises(KeyboardInterrupt):
+        train_model(run_from_table(run), stop=lambda: asked.append(1) or asked[2:] != [])
+    train_model(run_from_table(run))
+    assert evaluations(path / "out") == evaluations(path / "whole")
+    assert contents(path / "out") == contents(path / "whole")
+
+
+@needs["mlx"]
+def test_a_best_evaluation_under_a_method_is_refused_on_mlx(tmp_path):
+    path = model(tmp_path)
+    held = {"held_out": [jsonl(path / "unseen.jsonl", rows_of("sft"))], "evaluate_every": 2}
+    with pytest.raises(qkit.BackendError, match="mlx-lm-lora has no best checkpoint and no early stopping"):
+        train_model(run_from_table(table(path, "sft", "mlx", **held, load_best_model_at_end=True)))
+    assert not (path / "out").exists()
+
+
 @needs["torchao"]
 def test_the_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     path = model(tmp_path)
@@ -229,7 +281,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_where_trl_needs_one(tmp_p
         ("dpo", {"prompt": "2" * 40, "chosen": "4", "rejected": "5"}, {}, "tokens before its answers, and length is 32"),
         ("sft", {"prompt": "2?", "completion": ""}, {}, "has an empty completion"),
         ("sft", {"prompt": "2" * 40, "completion": "4"}, {}, "no token to learn within length 32"),
-        ("sft", {"text": "2?"}, {"distillation": {"teacher": "model"}}, "neither a teacher nor held-out data"),
+        ("sft", {"text": "2?"}, {"distillation": {"teacher": "model"}}, "method = 'sft' takes no teacher"),
         ("ppo", {"text": "2?"}, {}, "method is 'ppo': want one of sft, dpo, orpo"),
         ("dpo", {"prompt": "2?", "chosen": "4", "rejected": "5"}, {}, "fewer than a batch of 2"),
         ("dpo", {"prompt": [{"content": "2?"}], "chosen": "4", "rejected": "5"}, {}, "a message without a role"),

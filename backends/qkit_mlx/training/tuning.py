@@ -31,6 +31,11 @@ class Tuning:
             raise BackendError(
                 f"method {options.method!r} needs mlx-lm-lora ({error}): {how_to_install('train-mlx')}"
             ) from None
+        if options.held is not None:
+            raise BackendError(
+                "held_out: mlx-lm-lora has no best checkpoint and no early stopping: leave held_out and evaluate_every out, or "
+                "train without a method, or on torch"
+            )
         if options.autocast:
             raise BackendError("autocast: MLX has none: leave it out, and choose dtype = 'float32' or 'bfloat16'")
         rates = mx.array([options.rate(step) for step in range(1, options.steps + 1)])

@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from qkit.engines.kept import Kept
 from qkit_torchao.cache.shard import Shard
 from qkit_torchao.kernels import graphs
-from qkit_torchao.torch_private import version
+from qkit_torchao.torch_private import is_transformed, version
 
 T = TypeVar("T")
 
@@ -54,6 +54,11 @@ def state(weight: Tensor) -> tuple[Any, ...]:
         _steps_taken if is_part or weight.requires_grad else -1,
         graphs.number(device) if device.type == "cuda" else 0,
     )
+
+
+def cannot_cache(weight: Tensor) -> bool:
+    """Whether no version shows the changes of `weight`, or cached values may not be written: under torch.func's transforms."""
+    return weight.is_inference() or is_transformed()
 
 
 def refuse_older(weights: list[Tensor]) -> None:

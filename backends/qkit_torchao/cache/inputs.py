@@ -1,5 +1,7 @@
 """Cached values of quantized inputs, for all layers that get the same tensor. No arithmetic."""
 
+from typing import Any
+
 from torch import Tensor
 
 from qkit.engines.kept import Kept, Store
@@ -17,4 +19,13 @@ class Input(Kept[Tensor]):
     takers: set[int]
 
 
+class CodedInput(Kept[Any]):
+    """The codes, steps and values of one input; see `Input`."""
+
+    __slots__ = ("takers",)
+
+    takers: set[int]
+
+
 inputs: Store[Input] = Store()
+coded: Store[CodedInput] = Store()

@@ -11,6 +11,7 @@ from qkit.engines.layer import Mode
 from qkit.reference.merged import Update
 from qkit_torchao.arithmetic import rounding, stored
 from qkit_torchao.kernels import choose
+from qkit_torchao.kernels.merge import spreads
 from qkit_torchao.layers import adapted_experts, converted, fused, onto_stored, products, sharded, straight_through
 from qkit_torchao.layers.adapted_product import Merging, multiply
 from qkit_torchao.layers.become import become
@@ -169,7 +170,17 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         assert grid is not None
         if self.mode == "off":
             return Merging(self._decoded_base, self.lora_scale, torch.float32, "identity", torch.detach, unclipped)
+        if self._spread_by_kernel():
+            spread = self.get_buffer("scales"), int(grid.group)
+            return Merging(
+                self._decoded_base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped, spread
+            )
         return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped)
+
+    def _spread_by_kernel(self) -> bool:
+        plain = self.lora_dithered and self.lora_magnitude is None and self.execution.layout == "words"
+        assert self.rule.weight is not None
+        return plain and spreads(self.rule.weight, self.get_buffer("scales"), self.in_features)
 
     def _on_grid(self, merged: Tensor) -> Tensor:
         grid, ste = self.rule.weight, self.rule.ste

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from qkit.rules import Ste
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
+from qkit_torchao.kernels import merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Merging:
         ste: of the grid. `identity` where the layer is off.
         on_grid: the values of a merged weight, without a gradient; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
+        spread: scales and length of the groups of the base, where a kernel spreads it; else None, and `base` is spread already.
     """
 
     base: Callable[[], Tensor] | None
@@ -35,6 +37,7 @@ class Merging:
     ste: Ste
     on_grid: Callable[[Tensor], Tensor]
     unclipped: Callable[[Tensor], Tensor]
+    spread: tuple[Tensor, int] | None = None
 
 
 def multiply(
@@ -108,7 +111,7 @@ def _base(merging: Merging, w: Tensor | None) -> Tensor:
 
 def _merged(base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging) -> Tensor:
     with torch.autocast(base.device.type, enabled=False):
-        v = added(base, b.detach(), a.detach(), merging.scale)
+        v = merge.added(base, b.detach(), a.detach(), merging.scale, merging.spread)
         if magnitude is not None:
             v = v * stretch(magnitude.detach(), row_norms(v))[..., None]
         return stored(v, merging.dtype)

@@ -15,12 +15,14 @@ from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import values
+from qkit_torchao.cache.identity import cannot_cache
 from qkit_torchao.layers import fused, operators, parallel, products, sharded, slots, straight_through
 from qkit_torchao.layers.become import apply_but_keep
 from qkit_torchao.layers.execution import why_no_kernel
 from qkit_torchao.layers.gates import gate
+from qkit_torchao.layers.shared_codes import multiply_shared
 from qkit_torchao.layers.shown import Shown
-from qkit_torchao.torch_private import MANAGED, Managed, is_any_autocast_enabled, is_transformed
+from qkit_torchao.torch_private import MANAGED, Managed, is_any_autocast_enabled
 
 
 class Prepared(Shown):
@@ -56,8 +58,8 @@ class Prepared(Shown):
 
     @property
     def multiplies_codes(self) -> bool:
-        """Whether a kernel may multiply codes of the weight, so that its values are not enough."""
-        return bool(self.kind) and self.gate.is_cuda
+        """Whether a kernel may multiply integer codes, whose values in 16 bits are rounded; those of floats are exact."""
+        return self.kind == "int8" and self.gate.is_cuda
 
     @property
     def weight_grid(self) -> Grid:
@@ -261,7 +263,7 @@ class FakeLinear(Prepared, nn.Linear):
         Python reads the mode here, so compiled code is compiled once more after a switch: products of integers and of floats
         are two kernels, and no tensor chooses between them.
         """
-        if self.weight.device.type != "cuda":
+        if self.weight.device.type != "cuda" or sharded.is_shard(self.weight) or sharded.gathered(self) == "values":
             return False
         if self.mode != "on" or x.dtype != self.weight.dtype or not x.numel():
             return False
@@ -271,6 +273,9 @@ class FakeLinear(Prepared, nn.Linear):
     def _multiply_codes(self, x: Tensor) -> Tensor:
         static = slots.seen_scales(self, x, "input", self.rule.activation)
         cached = not sharded.gathered(self) and self.training
+        if cached and not (torch.compiler.is_compiling() or cannot_cache(self.weight)):
+            pair: Any = self.weight_grid, self.rule.activation
+            return multiply_shared(x, self.weight, self.bias, pair, self.rule.ste, taker=self, **static)
         grids = self.grid_name, self.slot_names["input"]
         return products.multiply_codes(x, self.weight, self.bias, grids, self.rule.ste, cached=cached, **static)
 
@@ -291,8 +296,3 @@ def put_on(layer: Any, rule: Rule) -> None:
 def settle(layer: Any) -> None:
     """Computes `simple`, which does not change between two calls: whether the layer only multiplies dynamic values."""
     layer.simple = layer.mode == "on" and not (layer.frozen or layer.kind) and layer.rule.range == "dynamic"
-
-
-def cannot_cache(weight: Tensor) -> bool:
-    """Whether no version shows the changes of `weight`, or cached values may not be written: under torch.func's transforms."""
-    return weight.is_inference() or is_transformed()

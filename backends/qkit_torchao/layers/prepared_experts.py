@@ -13,13 +13,12 @@ from qkit.grid import Grid
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import identity
-from qkit_torchao.cache.identity import KeptOfTensor
+from qkit_torchao.cache.identity import KeptOfTensor, cannot_cache
 from qkit_torchao.layers import sharded, slots, straight_through
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, ranges_of
 from qkit_torchao.layers.experts import Experts, class_of
 from qkit_torchao.layers.gates import gate
-from qkit_torchao.layers.prepared import cannot_cache
 from qkit_torchao.layers.stack_gradients import stacked, with_gradient
 from qkit_torchao.layers.stacks import Stack, stacks_of
 from qkit_torchao.torch_private import parameter, remove_buffers

@@ -1,8 +1,8 @@
 """Methods of training that TRL carries out on a prepared model: supervised fine-tuning, DPO and ORPO."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Tuning:
         try:
             with _quiet():
                 from datasets import Dataset, disable_progress_bars, enable_progress_bars
-                from transformers import AutoTokenizer, PrinterCallback
+                from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback
                 from transformers.utils import logging
 
                 trainer, config = _trainer_of(options.method)
@@ -44,8 +44,16 @@ class Tuning:
         optimizer = self.adamw(model, options.optimizer)
         scheduler = LambdaLR(optimizer, lambda step: options.rate(step + 1) / options.optimizer.learning_rate)
         columns = ("input_ids", "completion_mask") if options.method == "sft" else ("prompt", "chosen", "rejected")
-        rows = Dataset.from_list([{name: row[name] for name in columns} for row in options.rows])
-        more = {"ref_model": options.reference} if options.method == "dpo" else {}
+        rows, unseen = (
+            Dataset.from_list([{name: row[name] for name in columns} for row in found])
+            for found in (options.rows, options.held.rows if options.held else options.rows)
+        )
+        more: dict[str, Any] = {"ref_model": options.reference} if options.method == "dpo" else {}
+        callbacks = [_steps(options)]
+        if options.held:
+            more["eval_dataset"] = unseen
+        if options.held and options.held.patience:
+            callbacks.append(EarlyStoppingCallback(options.held.patience, options.held.threshold))
         disable_progress_bars()
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # of each checkpoint
@@ -55,11 +63,13 @@ class Tuning:
                 args=config(**_arguments(model, options)),
                 train_dataset=rows,
                 processing_class=tokenizer,
-                callbacks=[_steps(options)],
+                callbacks=callbacks,
                 optimizers=(optimizer, scheduler),
                 **more,
             )
             made.remove_callback(PrinterCallback)
+            if options.held:
+                made.evaluate = _inside(options.held.on_own_grids, made.evaluate)
             done = self.tuned(options.place)
             made.train(resume_from_checkpoint=str(_checkpoint(options.place, done)) if done else None)
         finally:
@@ -71,6 +81,14 @@ class Tuning:
         """See `Tunes.tuned`; a checkpoint of the Trainer's, complete once it has its state."""
         found = (file.parent.name.removeprefix("checkpoint-") for file in place.glob("checkpoint-*/trainer_state.json"))
         return max((int(step) for step in found if step.isdigit()), default=0)
+
+
+def _inside(context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:
+    def inside(*arguments: Any, **named: Any) -> Any:
+        with context():
+            return function(*arguments, **named)
+
+    return inside
 
 
 def _checkpoint(place: Path, step: int) -> Path:
@@ -110,6 +128,17 @@ def _arguments(model: nn.Module, options: TuneOptions) -> dict[str, Any]:
         "report_to": [],
         "disable_tqdm": True,
     }
+    if held := options.held:
+        made |= {
+            "eval_strategy": "steps",
+            "eval_steps": held.every,
+            "per_device_eval_batch_size": options.batch,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "restore_callback_states_from_checkpoint": True,
+        }
+        if held.best or held.patience:  # the Trainer remembers the best evaluation that has a checkpoint
+            made |= {"load_best_model_at_end": held.best, "save_steps": held.every}
     if options.method == "sft":
         return {**made, "completion_only_loss": True, "packing": options.packing, "packing_strategy": "wrapped"}
     return {**made, "beta": options.beta}
@@ -130,12 +159,17 @@ def _steps(options: TuneOptions) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if state.global_step >= options.steps:
-                control.should_save = False  # the artifact follows
+                control.should_evaluate = options.held is not None
+                control.should_save = options.held is not None and options.held.best  # else the artifact follows
             elif options.stop(state.global_step):
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             options.checkpointed(state.global_step)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
+            if options.held is not None:
+                options.held.evaluated(state.global_step, float(metrics["eval_loss"]))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if "loss" in (logs or {}):

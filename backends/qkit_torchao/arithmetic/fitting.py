@@ -1,0 +1,348 @@
+"""The law of fitted codes on a torch device: `qkit.reference.fitting`, function by function, in fp64, with the same codes.
+
+Products are exact, see `qkit.reference.products`; everything else is elementwise, one operation at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qkit import element as constants
+from qkit.element import Element
+from qkit.errors import GridError, RangeError
+from qkit.grid import Grid
+from qkit.qtensor import QTensor, dtype_of
+from qkit.reference import rounding
+from qkit.reference.fitting import COLUMNS, REFITS, ROUNDS
+from qkit.reference.moments import DAMPING, mean_squares
+from qkit.reference.objectives import WIDEST
+from qkit.reference.products import BITS, BLOCK, LONGEST
+from qkit.reference.steps import BLOCK_CODES, LEAST, LEAST_OF_WIDE, MOST, STEPS, steps_of, stored, want_fitted
+
+Halves = tuple[Tensor, Tensor]
+E4M3 = Element("e4m3", "float", 8, 448.0, mantissa=3, min_exponent=-6)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMoments:
+    """`qkit.reference.moments.Moments` on a device."""
+
+    source: Tensor
+    diagonal: Tensor
+    damping: float
+    parts: Halves
+    order: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, moments: NDArray[Any], device: torch.device) -> "DeviceMoments":
+        """Those of `moments` [n, n].
+
+        Raises:
+            GridError, RangeError: as `qkit.fit`.
+        """
+        diagonal = mean_squares(moments, len(moments))
+        h = torch.tensor(np.asarray(moments), device=device).double()
+        h, on_device = (h + h.T) / 2, torch.tensor(diagonal, device=device)
+        damping = DAMPING * float(_total(on_device)) / len(h)
+        order = torch.argsort(-on_device, stable=True)
+        damped = h[order][:, order]
+        damped.diagonal().add_(damping)
+        return cls(h, on_device, damping, _halves(h, 1), order, _unit_upper(damped))
+
+
+@torch.no_grad()
+def solve_on(
+    w: NDArray[Any],
+    grid: Grid,
+    moments: NDArray[Any] | DeviceMoments,
+    *,
+    device: torch.device,
+    peak: float | None = None,
+) -> QTensor[NDArray[Any]]:
+    """As `qkit.fit(w, grid, moments, method="solve", peak=peak)` for `w` [outputs, inputs], with all rows at once on a device.
+
+    Raises:
+        GridError, RangeError: as `qkit.fit`. GridError also for one scale for all rows.
+    """
+    want_fitted(grid)
+    if grid.group == "tensor" or w.ndim != 2:
+        raise GridError(f"{grid} of {w.shape} is fitted by qkit.fit alone: want rows with scales of their own")
+    known = moments if isinstance(moments, DeviceMoments) else DeviceMoments.of(moments, device)
+    first = rounding.quantize(w, grid, peak=peak)
+    tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
+    s, z = (torch.tensor(a.reshape(-1), device=device) for a in steps_of(first))
+    group = grid.group_shape(w.shape)[-1]
+    x = torch.tensor(w.astype(np.float32), device=device).double()
+    units, s = _search(_cells(x, group), s, z, grid, known, tensor, x.shape)
+    side, found = x.T.contiguous(), units.T.reshape(x.shape).T.contiguous()
+    scales, zeros = (a.reshape(x.shape[0], -1).T.contiguous() for a in (s, z))
+    found, scales = _solve(side, found, scales, zeros, known, grid, tensor)
+    shape = first.scales.shape
+    on_host = [a.T.reshape(-1).cpu().numpy() for a in (scales, zeros)]
+    values = found.T.contiguous().cpu().numpy().reshape(w.shape)
+    return stored(values, on_host[0].reshape(shape), on_host[1].reshape(shape), grid, first.tensor_scale, dtype_of(w))
+
+
+def _search(
+    x: Tensor, s: Tensor, z: Tensor, grid: Grid, known: DeviceMoments, tensor: float, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """Units of cells [group, cells], and their scales."""
+    if grid.scale == "minmax":
+        raise GridError(f"{grid} is fitted by qkit.fit alone: its zero points move with its scales")
+    rows, n = shape
+    group = len(x)
+    weights = known.diagonal.expand(rows, n).reshape(-1, group).T.contiguous()
+    blocks = None
+    if group <= WIDEST:
+        places = torch.arange(n, device=x.device).reshape(-1, group)
+        blocks = _halves(known.source[places[:, :, None], places[:, None, :]], 2)
+
+    def times(d: Tensor) -> Tensor:
+        if blocks is None:
+            return weights * d
+        high, low = blocks
+        by_group = d.reshape(group, -1, len(high)).permute(2, 0, 1).contiguous()
+        top, rest = _halves(by_group, 1)
+        found = high @ top + (high @ rest + low @ top)
+        return found.permute(1, 2, 0).reshape(d.shape)
+
+    def squares(d: Tensor) -> Tensor:
+        return _total(weights * d * d)
+
+    def error(d: Tensor) -> Tensor:
+        return squares(d) if blocks is None else _total(d * times(d))
+
+    def run(by_squares: bool) -> tuple[Tensor, Tensor]:
+        measure = squares if by_squares else error
+        best = [_nearest(x / s, z, grid), s.clone()]
+        least = measure(best[0] * s - x)
+
+        def keep(tried: Tensor) -> None:
+            nonlocal least
+            units = _nearest(x / tried, z, grid)
+            found = measure(units * tried - x)
+            better = found < least
+            least = torch.where(better, found, least)
+            best[:] = [torch.where(better, new, old) for new, old in zip((units, tried), best, strict=True)]
+
+        for tried in _candidates(x, s, grid, tensor):
+            keep(tried)
+        for _ in range(REFITS):
+            weighted = weights * best[0] if by_squares else times(best[0])
+            keep(_refit(_total(x * weighted), _total(best[0] * weighted), best[1], grid, tensor))
+        return best[0], best[1]
+
+    units, found = run(False)
+    if blocks is not None:
+        rule = _nearest(x / s, z, grid) * s - x
+        worse = _total(squares(units * found - x).reshape(rows, -1).T.contiguous()) > _total(
+            squares(rule).reshape(rows, -1).T.contiguous()
+        )
+        if bool(worse.any()):
+            plain, some = run(True), worse.repeat_interleave(n // group)
+            units, found = (torch.where(some, new, old) for new, old in zip(plain, (units, found), strict=True))
+    return units, found
+
+
+def _solve(
+    x: Tensor, units: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid, tensor: float
+) -> tuple[Tensor, Tensor]:
+    at = torch.arange(len(x), device=x.device) // (len(x) // len(s))
+    fed = _feed(x, s, z, known, grid)
+    closer = _error(x - fed * s[at], known, known.damping) < _error(x - units * s[at], known, known.damping)
+    v, new = torch.where(closer, fed, units), s.clone()
+    errors = x - v * new[at]
+    residual = _product(known.parts, errors) + known.damping * errors
+    for _ in range(ROUNDS):
+        if not _descend(v, new, z, residual, known, grid, tensor):
+            break
+    worse = _error(x - v * new[at], known, 0.0) > _error(x - units * s[at], known, 0.0)
+    return torch.where(worse, units, v), torch.where(worse, s, new)
+
+
+def _feed(x: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid) -> Tensor:
+    n, order = len(x), known.order
+    places, x = (order // (n // len(s))).tolist(), x[order]
+    errors, units = torch.zeros_like(x), torch.empty_like(x)
+    for start in range(0, n, COLUMNS):
+        end = min(start + COLUMNS, n)
+        before = known.upper[:start, start:end].T.contiguous()
+        wanted = x[start:end] + _product(before, errors[:start]) if start else x[:end].clone()
+        for j in range(start, end):
+            step = s[places[j]]
+            units[j] = _nearest(wanted[j - start] / step, z[places[j]], grid)
+            errors[j] = x[j] - units[j] * step
+            wanted[j - start + 1 :] += known.upper[j, j + 1 : end, None] * errors[j]
+    back = torch.empty_like(x)
+    back[order] = units
+    return back
+
+
+def _descend(
+    units: Tensor, s: Tensor, z: Tensor, residual: Tensor, known: DeviceMoments, grid: Grid, tensor: float
+) -> bool:
+    high, low = known.parts
+    n, group, changed = len(units), len(units) // len(s), False
+    for start in range(0, n, width := max(group, COLUMNS // group * group)):
+        window = slice(start, min(start + width, n))
+        r, moved = residual[window].clone(), torch.zeros_like(residual[window])
+        for first in range(0, len(r), group):
+            here, place = slice(first, first + group), slice(start + first, start + first + group)
+            mine = place.start // group
+            within = (high[place, place], low[place, place])
+            moved[here] = _rescale(units[place], s[mine], r[here], within, known.damping, grid, tensor)
+            curvature = known.diagonal[place] + known.damping
+            moved[here] += _recode(units[place], s[mine], z[mine], r[here], within, curvature, grid)
+            if first + group < len(r):
+                beyond = slice(place.stop, window.stop)
+                r[first + group :] -= _product((high[beyond, place], low[beyond, place]), moved[here])
+        if bool(moved.any()):
+            residual -= _product((high[:, window], low[:, window]), moved)
+            residual[window] -= known.damping * moved
+            changed = True
+    return changed
+
+
+def _rescale(units: Tensor, s: Tensor, r: Tensor, within: Halves, damping: float, grid: Grid, tensor: float) -> Tensor:
+    curvature = _total(units * (_product(within, units) + damping * units))
+    new = _refit(curvature * s + _total(units * r), curvature, s, grid, tensor)
+    moved = units * (new - s)
+    r -= _product(within, moved) + damping * moved
+    s.copy_(new)
+    return moved
+
+
+def _recode(units: Tensor, s: Tensor, z: Tensor, r: Tensor, within: Halves, curvature: Tensor, grid: Grid) -> Tensor:
+    moved, (high, low) = torch.zeros_like(units), within
+    for start in range(0, len(units), COLUMNS):
+        end = min(start + COLUMNS, len(units))
+        h = high[start:end, start:end] + low[start:end, start:end]
+        for j in range(start, end):
+            new = _nearest(units[j] + r[j] / (curvature[j] * s), z, grid)
+            moved[j] = (new - units[j]) * s
+            units[j] = new
+            r[j + 1 : end] -= h[j - start + 1 :, j - start, None] * moved[j]
+        if end < len(units):
+            r[end:] -= _product((high[end:, start:end], low[end:, start:end]), moved[start:end])
+    return moved
+
+
+def _refit(numerator: Tensor, denominator: Tensor, s: Tensor, grid: Grid, tensor: float) -> Tensor:
+    return _storable(torch.where(denominator > 0, numerator / denominator, s), s, grid, tensor)
+
+
+def _error(d: Tensor, known: DeviceMoments, damping: float) -> Tensor:
+    return _total(d * (_product(known.parts, d) + damping * d))
+
+
+def _candidates(x: Tensor, s: Tensor, grid: Grid, tensor: float) -> Iterator[Tensor]:
+    peak = x.abs().amax(0)
+    if grid.scale == "nvfp4":
+        values = torch.tensor(rounding.e4m3_values(np.arange(127, dtype=np.uint8)).astype(np.float64), device=x.device)
+        code = torch.searchsorted(values, s / tensor)
+        for offset in BLOCK_CODES:
+            yield values[(code + offset).clamp(1, 126)] * tensor
+    elif grid.element.kind == "float":
+        floor = torch.frexp(peak).exponent.long() - 1 - grid.element.max_exponent
+        for offset in (0, 1):
+            yield _storable(_power(floor + offset), s, grid, tensor)
+    else:
+        least = LEAST.get(grid.element.bits, LEAST_OF_WIDE)
+        for step in range(STEPS):
+            scale = peak * ((least + step * ((MOST - least) / (STEPS - 1))) / -grid.element.lowest)
+            for sign in (1, -1) if grid.scale == "signed" else (1,):
+                yield _storable(sign * scale, s, grid, 1.0)
+
+
+def _storable(wanted: Tensor, s: Tensor, grid: Grid, tensor: float) -> Tensor:
+    fits = torch.isfinite(wanted) & ((wanted > 0) | (grid.scale == "signed"))
+    wanted = torch.where(fits, wanted, s)
+    if grid.scale == "nvfp4":
+        return _nearest_float((wanted / tensor).clamp(constants.MIN_BLOCK_SCALE, 448.0), E4M3) * tensor
+    if grid.element.kind == "float":
+        mantissa, e = torch.frexp(wanted)
+        code = torch.where(mantissa < 0.75, e - 1, e).long() + 127
+        return _power(code.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE) - 127)
+    near = wanted.clamp(-constants.LIMIT, constants.LIMIT).float().bfloat16().double()
+    least = torch.where(near < 0, -constants.MIN_SCALE, constants.MIN_SCALE).double()
+    return torch.where(near.abs() < constants.MIN_SCALE, least, near)
+
+
+def _nearest(y: Tensor, z: Tensor, grid: Grid) -> Tensor:
+    element = grid.element
+    if element.kind == "float":
+        return _nearest_float(y, element)
+    if grid.symmetric:
+        return y.round().clamp(element.lowest, element.highest)
+    return torch.minimum(torch.maximum(y.round(), -z), element.levels - z)
+
+
+def _nearest_float(y: Tensor, element: Element) -> Tensor:
+    floor = (y.abs().view(torch.int64) >> 52) - 1023  # of log2, from the bits
+    step = _power(floor.clamp_min(element.min_exponent) - element.mantissa)
+    return ((y / step).round() * step).clamp(-element.largest, element.largest)
+
+
+def _power(e: Tensor) -> Tensor:
+    """2^e for integers, exactly."""
+    return ((e.long() + 1023) << 52).view(torch.float64)
+
+
+def _cells(x: Tensor, group: int) -> Tensor:
+    return x.reshape(-1, group).T.contiguous()
+
+
+def _halves(a: Tensor, dim: int) -> Halves:
+    unit = _power(torch.frexp(a.abs().amax(dim, keepdim=True)).exponent - BITS)
+    high = (a / unit).round() * unit
+    unit = unit * 2.0**-BITS
+    return high, ((a - high) / unit).round() * unit
+
+
+def _product(a: Tensor | Halves, b: Tensor) -> Tensor:
+    high, low = a if isinstance(a, tuple) else _halves(a, 1)
+    total = torch.zeros(len(high), b.shape[1], dtype=torch.float64, device=b.device)
+    for start in range(0, len(b), LONGEST):
+        of = slice(start, start + LONGEST)
+        top, rest = _halves(b[of], 0)
+        total += high[:, of] @ top + (high[:, of] @ rest + low[:, of] @ top)
+    return total
+
+
+def _total(x: Tensor) -> Tensor:
+    n = len(x)
+    size = 1 << (n - 1).bit_length()
+    while size > 1:
+        size //= 2
+        if n > size:
+            x, n = torch.cat([x[: n - size] + x[size:n], x[n - size : size]]), size
+    return x[0]
+
+
+def _unit_upper(h: Tensor) -> Tensor:
+    a, n = h.flip(0, 1).contiguous(), len(h)
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        panel = a[start:, start:end].T.contiguous()
+        for j in range(end - start):
+            column = panel[j, j + 1 :] / panel[j, j]
+            panel[j + 1 :, j + 1 :] -= panel[j, j + 1 : end - start][:, None] * column
+            panel[j, j + 1 :] = column
+        pivots = panel.diagonal()[:, None].clone()
+        if not bool((pivots > 0).all()):
+            raise RangeError(
+                "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
+            )
+        a[start:, start:end] = panel.T
+        rest = panel[:, end - start :]
+        if end < n:
+            a[end:, end:] -= _product((rest * pivots).T.contiguous(), rest)
+    lower = torch.tril(a, -1)
+    lower.diagonal().fill_(1)
+    return lower.flip(0, 1).contiguous()

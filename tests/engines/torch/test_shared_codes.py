@@ -1,0 +1,78 @@
+"""Products of codes in eager training, which layers take on CUDA: their kernels run on the CPU, too."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+
+import qkit  # noqa: E402
+from qkit import Grid  # noqa: E402
+
+GRIDS = [
+    (Grid("int8", "row", "midmax"), Grid("int8", "row")),
+    (Grid("int8", "row", "midmax"), Grid("int8", "row", "minmax")),
+    (Grid("int4", "row"), Grid("int8", "tensor")),
+]
+
+
+def leaves(dtype=torch.float32):
+    drawn = torch.Generator().manual_seed(0)
+    shapes = (2, 17, 64), (32, 64), (32,)
+    return [torch.randn(shape, generator=drawn).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("grids", GRIDS, ids=lambda pair: f"{pair[0]} @ {pair[1]}")
+@pytest.mark.parametrize("ste", ["identity", "masked"])
+def test_a_shared_product_is_that_of_the_operation(grids, ste):
+    from qkit_torchao.layers.products import multiply_codes
+    from qkit_torchao.layers.shared_codes import multiply_shared
+
+    given = {}
+    if grids[1].group == "tensor":
+        q = qkit.quantize(torch.tensor([-1.5, 2.0]), grids[1])
+        given = {"scales": q.scales, "zeros": q.zeros}
+    results = []
+    for shared in (True, False):
+        x, weight, bias = leaves()
+        if shared:
+            y = multiply_shared(x, weight, bias, grids, ste, taker=object(), **given)
+        else:
+            y = multiply_codes(x, weight, bias, tuple(map(str, grids)), ste, **given)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, weight.grad, bias.grad])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_input_is_quantized_once_for_all_layers_of_a_pass(monkeypatch):
+    from qkit_torchao.layers import shared_codes
+
+    x, weight, bias = leaves()
+    x = x * 1  # an input that another module has computed
+    counted = []
+    quantized = shared_codes.quantized
+    monkeypatch.setattr(shared_codes, "quantized", lambda *a, **k: counted.append(1) or quantized(*a, **k))
+    takers = object(), object(), object()
+    outputs = [shared_codes.multiply_shared(x, weight, bias, GRIDS[0], "identity", taker=one) for one in takers]
+    assert len(counted) == 1
+    assert torch.equal(outputs[0], outputs[2])
+    shared_codes.multiply_shared(x, weight, bias, GRIDS[0], "identity", taker=takers[0])  # another pass
+    assert len(counted) == 2
+    with torch.no_grad():
+        x.mul_(2)
+    after = shared_codes.multiply_shared(x, weight, bias, GRIDS[0], "identity", taker=takers[1])
+    assert len(counted) == 3
+    assert not torch.equal(after, outputs[1])
+
+
+def test_a_weight_that_was_stepped_is_quantized_anew():
+    from qkit_torchao.layers.products import multiply_codes
+    from qkit_torchao.layers.shared_codes import multiply_shared
+
+    x, weight, bias = leaves()
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    for _ in range(3):
+        y = multiply_shared(x, weight, bias, GRIDS[0], "identity", taker=object())
+        want = multiply_codes(x, weight, bias, tuple(map(str, GRIDS[0])), "identity", cached=False)
+        assert torch.equal(y, want)
+        y.sum().backward()
+        optimizer.step()
