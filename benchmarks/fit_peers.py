@@ -51,12 +51,17 @@ def _llmcompressor(model: Path, windows: np.ndarray, modifier: Any) -> Values:
     import torch
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from llmcompressor import oneshot
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rows = [{"input_ids": torch.tensor(row).long(), "attention_mask": torch.ones(len(row)).long()} for row in windows]
-    oneshot(model=found, dataset=DataLoader(rows, batch_size=BATCH), recipe=modifier, num_calibration_samples=len(rows))
+    words = WordLevel({str(number): number for number in range(found.config.vocab_size)}, unk_token="0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))  # it wants one, and has nothing to do for it
+    data = DataLoader(rows, batch_size=BATCH)
+    oneshot(model=found, dataset=data, recipe=modifier, processor=tokenizer, num_calibration_samples=len(rows))
     values = {}
     for path, module in found.named_modules():
         scheme = getattr(module, "quantization_scheme", None)

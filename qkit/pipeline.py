@@ -1,5 +1,6 @@
 """prepare, convert, gather and adamw, on any engine. A recipe that does not fit is refused before the model changes."""
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -8,7 +9,7 @@ from qkit import fused
 from qkit.conversion import pack_layers
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.elsewhere import Remembers, Restores
-from qkit.engines.layer import Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
+from qkit.engines.layer import FIT, Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
 from qkit.engines.protocol import Arrays, Fuses, Modules, Trains
 from qkit.engines.registry import backend as choose
 from qkit.engines.registry import backend_of
@@ -120,7 +121,10 @@ def convert(
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
     if fit is None and not prepared:
         _want_none_learned(chosen)
-    packed = pack_layers(engine, model, chosen, _opened(fit, chosen) if fit else None)
+    opened = _opened(fit, chosen) if fit else None
+    packed = pack_layers(engine, model, chosen, opened)
+    for module in packed.values() if opened else ():
+        setattr(module, FIT, json.dumps(opened.describe(), sort_keys=True) if opened else "")
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))

@@ -12,7 +12,7 @@ from qkit import fused
 from qkit.adapters.adapter import Adapter
 from qkit.engines.abilities import require
 from qkit.engines.elsewhere import Restores
-from qkit.engines.layer import Layer, want_bare, want_known, want_whole
+from qkit.engines.layer import FIT, Layer, want_bare, want_known, want_whole
 from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
@@ -79,6 +79,8 @@ def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
     else:
         adapted(engine, model)
     merged = {layer.path: engine.merge_adapter(layer.module) for layer in engine.layers(bare) if layer.adapter}
+    for module in merged.values():
+        setattr(module, FIT, "")  # the merge chose its codes by the rule
     return cast(Model, fuse(engine, engine.replace(bare, merged)))
 
 

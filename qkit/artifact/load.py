@@ -1,5 +1,6 @@
 """`load`: a Hugging Face directory in compressed-tensors layout to a model on any engine."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 from qkit.artifact.config import CONFIG, float_config, read_config
 from qkit.artifact.foreign import check_float
 from qkit.artifact.load_experts import stack_experts, take_experts
-from qkit.artifact.metadata import KEY, StoredRule, kind_of, read_rules
+from qkit.artifact.metadata import KEY, StoredRule, fit_of, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.elsewhere import Remembers
-from qkit.engines.layer import Layer
+from qkit.engines.layer import FIT, Layer
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Builds, Modules
 from qkit.engines.registry import backend as choose
@@ -83,6 +84,9 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
             packed[path] = require(engine, Mixes).pack_experts(layer.module, q, rule, static=static)
         elif path in taken:
             packed[path] = engine.pack(layer.module, taken[path].q, taken[path].rule, static=taken[path].static)
+    fit = fit_of(metadata)
+    for module in packed.values() if fit else ():
+        setattr(module, FIT, json.dumps(fit, sort_keys=True))
     return engine.replace(model, packed)
 
 

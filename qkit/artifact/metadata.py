@@ -105,6 +105,12 @@ def fit_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("method"), str) else None
 
 
+def fit_text(fit: Mapping[str, Any]) -> str:
+    """How codes were chosen, in words: the method and its settings."""
+    settings = [f"{key} {value}" for key, value in sorted(fit.items()) if key != "method"]
+    return f"fitted by {', '.join([str(fit['method']), *settings])}"
+
+
 def check_quantization(config: Mapping[str, Any] | None, rules: Sequence[StoredRule]) -> None:
     """Compares the `quantization_config`, which other programs read, with the rules in the metadata.
 

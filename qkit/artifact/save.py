@@ -1,5 +1,6 @@
 """`save`: a model on any engine to a Hugging Face directory in compressed-tensors layout."""
 
+import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from qkit.artifact.servers import VLLM, sentences
 from qkit.artifact.transformers_experts import has_single
 from qkit.engines.abilities import offers, require
 from qkit.engines.elsewhere import Remembers
-from qkit.engines.layer import Layer, want_bare, want_merged, want_none_lost, want_whole
+from qkit.engines.layer import FIT, Layer, want_bare, want_merged, want_none_lost, want_whole
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays, Modules
 from qkit.errors import ArtifactError, ServerWarning, StageError
@@ -77,7 +78,7 @@ def save(
     if source is not None and config is None:
         raise ArtifactError(f"the source {origin} has no config.json: name the model's own Hugging Face directory")
     check_directory(folder)
-    found = contents(engine, model, config, dtype=dtype)
+    found = replace(contents(engine, model, config, dtype=dtype), fit=_fit_of_layers(engine.layers(model)))
     for text in found.served:
         warnings.warn(f"{VLLM}: {text}", ServerWarning, stacklevel=2)
     write(folder, found, config, origin, shard_bytes=shard_bytes)
@@ -93,12 +94,14 @@ class Contents:
         rules: the rules of its layers.
         left_alone: the paths of linear layers that stay float.
         served: how vLLM differs; see `servers.sentences`.
+        fit: how the codes were chosen; None: by the rule of their grid.
     """
 
     tensors: dict[str, NDArray[Any]]
     rules: list[StoredRule]
     left_alone: list[str]
     served: tuple[str, ...]
+    fit: Mapping[str, Any] | None = None
 
 
 def write(
@@ -110,10 +113,16 @@ def write(
     write_directory(
         folder,
         [array_stream(name, array) for name, array in found.tensors.items()],
-        metadata={KEY: describe(found.rules)},
+        metadata={KEY: describe(found.rules, fit=found.fit)},
         files=companions(origin, config=config),
         shard_bytes=shard_bytes,
     )
+
+
+def _fit_of_layers(layers: Iterable[Layer]) -> dict[str, Any] | None:
+    """How the codes of converted layers were chosen; None where they were not fitted, or not all alike."""
+    known = {getattr(layer.module, FIT, "") for layer in layers if layer.rule and layer.stage == "converted"}
+    return dict(json.loads(known.pop())) if len(known) == 1 and all(known) else None
 
 
 def contents(engine: Modules, model: Any, config: Mapping[str, Any] | None, *, dtype: DType | None = None) -> Contents:

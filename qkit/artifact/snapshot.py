@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.config import read_config
-from qkit.artifact.metadata import about, layout_of, read_rules
+from qkit.artifact.metadata import about, fit_of, layout_of, read_rules
 from qkit.artifact.mlx_experts import expert_parts, without_stacks
 from qkit.errors import ArtifactError, GridError
 from qkit.experts import expert_of
@@ -64,6 +64,7 @@ class Snapshot:
         weights: quantized weights, by the path of their layer.
         tensors: all other tensors, by name.
         notes: sentences for the user about what was read, without their full stops.
+        fit: how the codes were chosen, as its metadata say; None: by the rule of their grid, or nobody says.
         sealed: the digests that the seal of the directory states of mapped tensors, where nobody has compared them yet.
     """
 
@@ -75,6 +76,7 @@ class Snapshot:
     tensors: Tensors
     sealed: KnownDigests | None = None
     notes: tuple[str, ...] = ()
+    fit: Mapping[str, Any] | None = None
 
     @property
     def tied(self) -> bool:
@@ -141,7 +143,9 @@ def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snaps
             weights[path] = stored_weight(folder, path, layout, parts, rule=one.rule, dtype=one.dtype, shape=shape)
     if layout == "mlx":
         tensors = without_stacks(tensors, mixed, known or {})
-    return Snapshot(folder, layout if weights else "float", False, known, weights, tensors, sealed)
+    return Snapshot(
+        folder, layout if weights else "float", False, known, weights, tensors, sealed, fit=fit_of(metadata)
+    )
 
 
 def stored_weight(

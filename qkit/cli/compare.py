@@ -171,6 +171,9 @@ def _premiums(found: "Comparison") -> None:
                 moved = (verdict(one.deployment), verdict_between(one.deployment))
                 table.add_row(one.grid, f"QAT with QAT on {found.recipe}", *moved, "", "")
         console.print(table)
+    for row in found.rows:
+        if "fitted by" in row.source:
+            console.print(f"{row.name}: {row.source}", highlight=False)
     if found.masters_equal:
         equal, numbers = found.masters_equal
         console.print(f"codes of {found.masters}, equal to those of the trained model: {equal:,} of {numbers:,}")

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qkit.artifact.inspect import Group, Inspection, inspect_directory
+from qkit.artifact.metadata import fit_text
 from qkit.artifact.servers import VLLM
 from qkit.cli.console import All, Json, console, print_json, size
 from qkit.path_patterns import collapse
@@ -48,8 +49,7 @@ def inspect(
     if found.tied:
         console.print(f"{found.tied} is also the output head", highlight=False)
     if found.fit:
-        settings = [f"{key} {value}" for key, value in sorted(found.fit.items()) if key != "method"]
-        console.print(f"fitted by {', '.join([found.fit['method'], *settings])}", highlight=False, markup=False)
+        console.print(fit_text(found.fit), highlight=False, markup=False)
     for text in found.served:
         console.print(f"{VLLM}: {text}", highlight=False, markup=False)
     files = ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in found.files.items())

@@ -102,6 +102,9 @@ class Layer:
         return self.bare or self.path
 
 
+FIT = "qkit_fit"  #: attribute of a converted module whose codes were fitted: how, as JSON
+
+
 def grids_of(rule: Rule) -> str:
     """The grids of a rule as text, for the `repr` of a layer: of weight, input and output, and whether scales are learned."""
     weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight or "float")

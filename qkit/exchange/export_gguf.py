@@ -4,6 +4,7 @@ Read off gguf 0.19 (`tensor_mapping.py`, `gguf_writer.py`) and transformers 5.23
 `modeling_gguf_pytorch_utils.py`). The one computed value is 1 + w of Gemma's norms, in float32, as transformers computes it.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -101,6 +102,8 @@ def export_gguf(
         writer: Any = gguf.GGUFWriter(aside, architecture.name)
         try:
             _describe(writer, numbers, architecture)
+            if source.fit:
+                writer.add_string("qkit.fit", json.dumps(dict(source.fit), sort_keys=True))
             _put_vocabulary(writer, vocabulary)
             _write(writer, tensors)
             if source.sealed:

@@ -60,7 +60,11 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
         *tensor_streams(source.tensors, names, family),
         *(stream for path in values for stream in weight_streams(path, source.weights[path], dense)),
     ]
-    about = {**json.loads(describe(rules_of(replace(source, weights=kept)))), "layout": "mlx", **changes}
+    about = {
+        **json.loads(describe(rules_of(replace(source, weights=kept)), fit=source.fit)),
+        "layout": "mlx",
+        **changes,
+    }
     rest = replace(source, weights=plain, tensors={})
     write_model(
         rest, out, mlx_lm, about=about, config=config, shard_bytes=shard_bytes, more=streams, bring=leave_to_system

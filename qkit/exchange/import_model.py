@@ -112,7 +112,7 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
     ]
     single = has_single(source.tensors)
     config = quantized_config(source.config, rules_of(source), left_alone=left_alone, single_experts=single)
-    about = json.loads(describe(rules_of(source)))
+    about = json.loads(describe(rules_of(source), fit=source.fit))
     write_model(source, out, compressed_tensors, about=about, config=config, shard_bytes=shard_bytes)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qkit import pipeline
 from qkit.artifact.config import read_config
+from qkit.artifact.metadata import fit_of, fit_text
 from qkit.coverage_table import coverage
 from qkit.engines.abilities import want_honored
 from qkit.engines.protocol import Builds
@@ -24,6 +25,7 @@ from qkit.report.findings import Comparison
 from qkit.report.master_weights import fill_with_values, model_of_checkpoint, recipe_of_layers
 from qkit.report.measured import Measurement, Measurements
 from qkit.rules import Recipe, rule_table
+from qkit.storage.read import read_folder
 
 Progress = Callable[
     [str, int], None
@@ -178,7 +180,7 @@ class _Work:
             keep = row == "PTQ" and self.sources.qat is not None
             if row == "PTQ" and self.sources.ptq:
                 ptq = self.sources.ptq
-                self._measure(row, name, str(ptq), ptq, partial(self._open, ptq), keep=keep)
+                self._measure(row, name, _source(ptq), ptq, partial(self._open, ptq), keep=keep)
             else:
                 self._measure_on(row, directory, self.recipe, keep=keep)
             for recipe in self.sources.deploy:
@@ -191,7 +193,7 @@ class _Work:
     def _trained(self, name: str) -> None:
         qat = self.sources.qat
         assert qat is not None
-        self._measure("QAT", name, str(qat), qat, partial(self._open, qat), keep=True)
+        self._measure("QAT", name, _source(qat), qat, partial(self._open, qat), keep=True)
         masters, origin = self._masters_name(), self.sources.master_weights or qat
         for recipe in self.sources.deploy:
             make = partial(self._deploy, recipe)
@@ -270,3 +272,9 @@ class _Work:
 
 def _table(recipe: Recipe) -> dict[str, Any]:
     return {"name": recipe.name, "version": recipe.version, "rules": [rule_table(rule) for rule in recipe.rules]}
+
+
+def _source(directory: Path) -> str:
+    """A directory, and how its codes were chosen where that is not by the rule of their grid."""
+    fit = fit_of(read_folder(directory)[1])
+    return f"{directory}, {fit_text(fit)}" if fit else str(directory)
