@@ -19,7 +19,7 @@ import fit_model
 import measure
 from recover import texts
 
-RECIPES = ("int4-g32", "int3-g32", "int2-g32")
+RECIPES = ("int4-g32", "int2-g32")
 SHOWN = "int2-g32"  #: the recipe of the report
 TRAIN = ("--batch", "8", "--length", "128", "--learning-rate", "2e-4", "--seed", "0")
 EVAL = ("--length", "256", "--windows", "48")
@@ -136,15 +136,23 @@ def table(result: dict[str, Any]) -> str:
     """The README's table of a result."""
     rows = {row["recipe"]: row for row in result["rows"]}
     float_, longer = rows["float"], rows["longer"]
-    lines = ["| recipe | file | loss: PTQ | loss: QAT | tokens/s |", "|---|---|---|---|---|"]
+    lines = ["| recipe | bits | file | loss: PTQ | loss: QAT | tokens/s |", "|---|---|---|---|---|---|"]
     pair = f"{float_['loss']:.3f} | {longer['loss']:.3f}"
-    lines.append(f"| float32; trained as long as QAT | {float_['megabytes']:.1f} MB | {pair} | {_rate(float_)} |")
+    lines.append(f"| float32; trained as long as QAT | 32 | {float_['megabytes']:.1f} MB | {pair} | {_rate(float_)} |")
     lines += [
-        f"| `{name}` | {row['megabytes']:.1f} MB | {row['ptq']:.3f} | {row['qat']:.3f} | {_rate(row)} |"
+        f"| `{name}` | {_bits(name):.1f} | {row['megabytes']:.1f} MB | {row['ptq']:.3f} | {row['qat']:.3f} | {_rate(row)} |"
         for name, row in rows.items()
         if "ptq" in row
     ]
     return "\n".join(lines)
+
+
+def _bits(recipe: str) -> float:
+    """Bits per weight, of a layer of the model."""
+    import qkit
+
+    (grid,) = {rule.weight for rule in qkit.recipe(recipe).rules if rule.weight}
+    return grid.bits_per_weight((192, 192))
 
 
 def _rate(row: dict[str, Any]) -> str:

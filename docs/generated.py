@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -140,6 +141,19 @@ def messages() -> str:
     return "\n".join(parts)
 
 
+def results() -> str:
+    """Every result file of the benchmarks with the command that made it, and its machine."""
+    lines = ["| result | command | machine |", "|---|---|---|"]
+    for file in sorted((ROOT / "benchmarks" / "results").rglob("*.json")):
+        made = json.loads(file.read_text(encoding="utf-8"))
+        machine = made["machine"]
+        name = str(machine.get("gpu") or machine.get("processor") or file.parent.name)
+        lines.append(
+            f"| `{file.relative_to(ROOT / 'benchmarks' / 'results')}` | `{_cell(made['command'])}` | {_cell(name)} |"
+        )
+    return "\n".join(lines)
+
+
 def raised() -> Iterator[tuple[str, str]]:
     """Class and message of each error that the code raises with a message of its own; names stand in capitals for values."""
     errors = {name for name in qkit.__all__ if name.endswith("Error")}
@@ -189,4 +203,5 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "run file": run_file,
     "gallery": gallery,
     "messages": messages,
+    "results": results,
 }

@@ -11,9 +11,11 @@ from qkit.streaming.plan import Plan
 SIZES: Final = {"float32": 4, "bfloat16": 2}
 #: Numbers that an optimizer stores for each that it trains, in the type of the weights.
 OPTIMIZERS: Final = {"adamw": 2.0, "adam": 2.0, "lion": 1.0, "muon": 1.0, "momentum": 1.0, "sgd": 0.0}
-#: By engine, copies of a quantized weight that a layer with an adapter holds for the backward pass: on a prepared base (the sum
-#: and its values), and on packed codes (the decoded base as well). Measured on a CPU; MLX frees some of them earlier.
-COPIES: Final = {"torchao": (2.1, 2.5), "mlx": (1.2, 1.4)}
+#: By engine, copies of all quantized weights that layers with adapters hold at the peak: on a prepared base (sum and values),
+#: and on packed codes (the decoded base as well). Measured on a CPU. On torch none wait for the backward pass.
+COPIES: Final = {"torchao": (0.0, 0.0), "mlx": (1.2, 1.4)}
+#: By engine, float32 copies of the largest weight that its layer with an adapter holds while it computes, on either base.
+AT_ONCE: Final = {"torchao": (5.0, 7.0), "mlx": (0.0, 0.0)}
 LOGITS: Final = 4  #: float32 copies of the logits: themselves, their logarithms, and the gradients of both
 
 
@@ -81,7 +83,11 @@ def training_memory(
     packed = sum(slot.nbytes for row in stored if row.rule for slot in row.slots)
     trained = sum(rank * sum(row.shape[-2:]) for row in stored if row.rule and row.kind == "linear")
     forward = activations(plan, config, batch=batch, length=length, size=size, engine=engine, recompute=recompute)
-    copies = [count * quantized * size for count in COPIES[engine]]
+    largest = max((prod(row.shape[-2:]) for row in stored if row.rule and row.kind == "linear"), default=0)
+    copies = [
+        count * quantized * size + once * largest * 4
+        for count, once in zip(COPIES[engine], AT_ONCE[engine], strict=True)
+    ]
     small = (trained * size, states * trained * size)
     rest = (numbers - quantized + trained) * size
     return [

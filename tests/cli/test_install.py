@@ -65,6 +65,14 @@ def test_the_code_names_extras_that_there_are() -> None:
     assert {"cuda", "mac", "train-torch"} <= named <= EXTRAS.keys()
 
 
+def test_the_pages_name_extras_that_there_are() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    named = {one for page in pages for one in re.findall(r"'\.\[([\w,-]+)\]'", page.read_text(encoding="utf-8"))}
+    assert {"train-torch", "mac"} <= named <= EXTRAS.keys()
+    table = (ROOT / "docs" / "start" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| [^|]+ \| `([\w-]+)` \|", table, re.M)) == EXTRAS.keys()
+
+
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for jobs; see `tests/jobs.py`."""

@@ -53,6 +53,21 @@ ENGINE_OF = {"docs/start/mac.md": "mlx"}
 LEFT_OUT = ("run.toml", "mlx-lora", "theirs", "--install-completion", "gguf", "drift/")
 
 
+def test_the_readme_is_short_and_its_first_screen_says_who_what_how_good_and_how_to_install():
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 135
+    first = "\n".join(lines[:32])
+    for part in ("ships exactly the model that it trained", "report.png", "tokens/s", "## Install", "pip install"):
+        assert part in first, part
+
+
+def test_the_table_of_the_readme_is_that_of_the_result_file():
+    import readme
+
+    made = readme.table(json.loads((RESULTS / "cpu" / "readme.json").read_text(encoding="utf-8")))
+    assert f"readme.json -->\n{made}\n<!-- end of table -->" in PAGES["README.md"]
+
+
 def test_the_count_of_comparisons_in_the_readme_is_that_of_the_result_files():
     cells = [row.split("|") for row in parity_table()]
     count = sum(int(row[4].replace(",", "")) for row in cells if row[1].strip() != "numpy")

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qkit_torchao.torch_private import keeping_version, version, without_subclasses
+from qkit_torchao.torch_private import keeping_version, local_part, version, without_subclasses
 
 #: torch makes new local parts by these, from old ones: the new one is a `Shard`, too.
 CARRIED = frozenset({Tensor.new_zeros, Tensor.narrow, Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory})
@@ -20,8 +20,8 @@ class Source(Protocol):
     def version(self) -> int:
         """The count of in-place changes of the whole, sharded weight: those of its parts do not count all of them."""
 
-    def local(self, shard: "Shard", ranks: int, policy: Any) -> Tensor:
-        """The tensor to gather for `shard`, padded as FSDP pads it."""
+    def local(self, shard: "Shard", rows: int, policy: Any) -> Tensor:
+        """The tensor to gather for `shard`, padded to `rows` as FSDP pads it."""
 
 
 class Shard(Tensor):
@@ -48,7 +48,7 @@ class Shard(Tensor):
             raise AttributeError("fsdp_pre_all_gather")
 
         def gather(mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> Any:
-            return (self.source.local(self, mesh.size(), policy),), None
+            return (self.source.local(self, -(-outer_size[0] // mesh.size()), policy),), None
 
         return gather
 
@@ -90,6 +90,7 @@ def _gathered(outputs: Any, metadata: Any, dtype: Any, *, out: Tensor | None = N
     (values,) = outputs
     if out is None:
         return values, (values,)
+    out = local_part(out) if hasattr(out, "device_mesh") else out  # of a tensor parallel weight
     if out.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
         with torch.no_grad(), keeping_version(out):
             out.copy_(values.view(-1)[: out.numel()].view(out.shape))

@@ -70,11 +70,9 @@ class LayerSource:
         outer = self.outer()
         return 0 if outer is None else version(outer)
 
-    def local(self, shard: Shard, ranks: int, policy: Any) -> Tensor:
+    def local(self, shard: Shard, rows: int, policy: Any) -> Tensor:
         """See `Source.local`: the values of `shard`."""
-        outer = self.outer()
-        assert outer is not None
-        return self.values(shard, -(-outer.shape[0] // ranks), policy.param_dtype or shard.dtype)[1]
+        return self.values(shard, rows, policy.param_dtype or shard.dtype)[1]
 
     def values(self, shard: Shard, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The values of `shard` in `dtype`, and the memory of `rows` rows that they begin.

@@ -38,7 +38,8 @@ def test_a_gpu_computes_with_the_values_of_the_law(recipe, kind, base):
     )
     values = reference.fake_quantize(merged, layer.rule.weight)
     assert np.array_equal(model(torch.eye(256, device="cuda")).detach().cpu().numpy().T, values)  # a sum of one number
-    codes = engine.to_numpy(engine.unpack(next(iter(engine.layers(qkit.convert(qkit.merge(model))))).module).codes)
+    deployed = qkit.merge(model) if base == "converted" else qkit.convert(qkit.merge(model))
+    codes = engine.to_numpy(engine.unpack(next(iter(engine.layers(deployed))).module).codes)
     assert np.array_equal(codes, reference.quantize(merged, layer.rule.weight).codes)
 
 
