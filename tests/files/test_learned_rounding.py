@@ -125,7 +125,9 @@ def test_the_same_text_gives_the_same_statistics_on_one_engine(
     model: Path, stats: dict[str, Path], tmp_path: Path
 ) -> None:
     again = learned(model, tmp_path / "again", qkit.recipe("int2-g32"))
-    other = learned(model, tmp_path / "other", qkit.recipe("int2-g32"), lesson=Lesson(steps=40, batch=4, seed=2, reach=0.5))
+    other = learned(
+        model, tmp_path / "other", qkit.recipe("int2-g32"), lesson=Lesson(steps=40, batch=4, seed=2, reach=0.5)
+    )
     assert contents(again) == contents(stats["int2-g32"])
     assert contents(other) != contents(again)
 
