@@ -97,7 +97,8 @@ def read(folder: Path) -> Found:
         if "magnitude" in parts and not scale.dora:
             raise ArtifactError(f"{file}: {path} has a magnitude, and {CONFIG} has no use_dora: fetch both again")
         try:
-            updates[path] = Update(scale=scale(path, parts["a"].shape[-2]), **parts)
+            factors: Any = parts
+            updates[path] = Update(scale=scale(path, parts["a"].shape[-2]), **factors)
         except QkitError as error:
             raise ArtifactError(f"{file}: {path}: {error}") from None
     return Found(updates, _noted(metadata, file))

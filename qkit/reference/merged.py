@@ -125,9 +125,10 @@ def dither(shape: tuple[int, ...]) -> Floats:
 
 
 def _outermost(v: Floats, *, symmetric: bool) -> NDArray[np.bool_]:
-    if symmetric:
-        return np.abs(v) == np.abs(v).max(axis=-1, keepdims=True)
-    return (v == v.max(axis=-1, keepdims=True)) | (v == v.min(axis=-1, keepdims=True))
+    found: NDArray[np.bool_] = np.abs(v) == np.abs(v).max(axis=-1, keepdims=True)
+    if not symmetric:
+        found = (v == v.max(axis=-1, keepdims=True)) | (v == v.min(axis=-1, keepdims=True))
+    return found
 
 
 def _moved_floats(codes: NDArray[Any], d: Floats, element: Element) -> tuple[Floats, Floats]:

@@ -60,7 +60,8 @@ def multiply(x: mx.array, factors: Sequence[mx.array], bias: mx.array | None, me
         to_x = (cotangent @ values).astype(x.dtype)
         rows, seen = cotangent.reshape(-1, cotangent.shape[-1]), x.reshape(-1, x.shape[-1])
         if several == 2 and merging.ste == "identity":
-            gradients = _by_rank(rows, seen, *factors, merging.scale)
+            a, b = factors
+            gradients = _by_rank(rows, seen, a, b, merging.scale)
         else:
             to_v = (rows.T @ seen).astype(mx.float32)
             if merging.ste == "masked":

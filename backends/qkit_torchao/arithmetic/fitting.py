@@ -14,17 +14,17 @@ from torch import Tensor
 
 from qkit import element as constants
 from qkit.element import Element
-from qkit.errors import GridError, RangeError
+from qkit.errors import GridError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
 from qkit.reference.fitting import COLUMNS, REFITS, ROUNDS
 from qkit.reference.moments import DAMPING, mean_squares
 from qkit.reference.objectives import WIDEST
-from qkit.reference.products import BITS, BLOCK, LONGEST
 from qkit.reference.steps import BLOCK_CODES, LEAST, LEAST_OF_WIDE, MOST, STEPS, steps_of, stored, want_fitted
+from qkit_torchao.arithmetic import exact_products
+from qkit_torchao.arithmetic.exact_products import Halves
 
-Halves = tuple[Tensor, Tensor]
 E4M3 = Element("e4m3", "float", 8, 448.0, mantissa=3, min_exponent=-6)
 
 
@@ -49,11 +49,11 @@ class DeviceMoments:
         diagonal = mean_squares(moments, len(moments))
         h = torch.tensor(np.asarray(moments), device=device).double()
         h, on_device = (h + h.T) / 2, torch.tensor(diagonal, device=device)
-        damping = DAMPING * float(_total(on_device)) / len(h)
+        damping = DAMPING * float(exact_products.total(on_device)) / len(h)
         order = torch.argsort(-on_device, stable=True)
         damped = h[order][:, order]
         damped.diagonal().add_(damping)
-        return cls(h, on_device, damping, _halves(h, 1), order, _unit_upper(damped))
+        return cls(h, on_device, damping, exact_products.halves(h, 1), order, exact_products.unit_upper(damped))
 
 
 @torch.no_grad()
@@ -101,22 +101,22 @@ def _search(
     blocks = None
     if group <= WIDEST:
         places = torch.arange(n, device=x.device).reshape(-1, group)
-        blocks = _halves(known.source[places[:, :, None], places[:, None, :]], 2)
+        blocks = exact_products.halves(known.source[places[:, :, None], places[:, None, :]], 2)
 
     def times(d: Tensor) -> Tensor:
         if blocks is None:
             return weights * d
         high, low = blocks
         by_group = d.reshape(group, -1, len(high)).permute(2, 0, 1).contiguous()
-        top, rest = _halves(by_group, 1)
+        top, rest = exact_products.halves(by_group, 1)
         found = high @ top + (high @ rest + low @ top)
         return found.permute(1, 2, 0).reshape(d.shape)
 
     def squares(d: Tensor) -> Tensor:
-        return _total(weights * d * d)
+        return exact_products.total(weights * d * d)
 
     def error(d: Tensor) -> Tensor:
-        return squares(d) if blocks is None else _total(d * times(d))
+        return squares(d) if blocks is None else exact_products.total(d * times(d))
 
     def run(by_squares: bool) -> tuple[Tensor, Tensor]:
         measure = squares if by_squares else error
@@ -135,15 +135,19 @@ def _search(
             keep(tried)
         for _ in range(REFITS):
             weighted = weights * best[0] if by_squares else times(best[0])
-            keep(_refit(_total(x * weighted), _total(best[0] * weighted), best[1], grid, tensor))
+            keep(
+                _refit(
+                    exact_products.total(x * weighted), exact_products.total(best[0] * weighted), best[1], grid, tensor
+                )
+            )
         return best[0], best[1]
 
     units, found = run(False)
     if blocks is not None:
         rule = _nearest(x / s, z, grid) * s - x
-        worse = _total(squares(units * found - x).reshape(rows, -1).T.contiguous()) > _total(
-            squares(rule).reshape(rows, -1).T.contiguous()
-        )
+        worse = exact_products.total(
+            squares(units * found - x).reshape(rows, -1).T.contiguous()
+        ) > exact_products.total(squares(rule).reshape(rows, -1).T.contiguous())
         if bool(worse.any()):
             plain, some = run(True), worse.repeat_interleave(n // group)
             units, found = (torch.where(some, new, old) for new, old in zip(plain, (units, found), strict=True))
@@ -158,7 +162,7 @@ def _solve(
     closer = _error(x - fed * s[at], known, known.damping) < _error(x - units * s[at], known, known.damping)
     v, new = torch.where(closer, fed, units), s.clone()
     errors = x - v * new[at]
-    residual = _product(known.parts, errors) + known.damping * errors
+    residual = exact_products.product(known.parts, errors) + known.damping * errors
     for _ in range(ROUNDS):
         if not _descend(v, new, z, residual, known, grid, tensor):
             break
@@ -173,7 +177,7 @@ def _feed(x: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid) -> 
     for start in range(0, n, COLUMNS):
         end = min(start + COLUMNS, n)
         before = known.upper[:start, start:end].T.contiguous()
-        wanted = x[start:end] + _product(before, errors[:start]) if start else x[:end].clone()
+        wanted = x[start:end] + exact_products.product(before, errors[:start]) if start else x[:end].clone()
         for j in range(start, end):
             step = s[places[j]]
             units[j] = _nearest(wanted[j - start] / step, z[places[j]], grid)
@@ -201,19 +205,19 @@ def _descend(
             moved[here] += _recode(units[place], s[mine], z[mine], r[here], within, curvature, grid)
             if first + group < len(r):
                 beyond = slice(place.stop, window.stop)
-                r[first + group :] -= _product((high[beyond, place], low[beyond, place]), moved[here])
+                r[first + group :] -= exact_products.product((high[beyond, place], low[beyond, place]), moved[here])
         if bool(moved.any()):
-            residual -= _product((high[:, window], low[:, window]), moved)
+            residual -= exact_products.product((high[:, window], low[:, window]), moved)
             residual[window] -= known.damping * moved
             changed = True
     return changed
 
 
 def _rescale(units: Tensor, s: Tensor, r: Tensor, within: Halves, damping: float, grid: Grid, tensor: float) -> Tensor:
-    curvature = _total(units * (_product(within, units) + damping * units))
-    new = _refit(curvature * s + _total(units * r), curvature, s, grid, tensor)
+    curvature = exact_products.total(units * (exact_products.product(within, units) + damping * units))
+    new = _refit(curvature * s + exact_products.total(units * r), curvature, s, grid, tensor)
     moved = units * (new - s)
-    r -= _product(within, moved) + damping * moved
+    r -= exact_products.product(within, moved) + damping * moved
     s.copy_(new)
     return moved
 
@@ -229,7 +233,7 @@ def _recode(units: Tensor, s: Tensor, z: Tensor, r: Tensor, within: Halves, curv
             units[j] = new
             r[j + 1 : end] -= h[j - start + 1 :, j - start, None] * moved[j]
         if end < len(units):
-            r[end:] -= _product((high[end:, start:end], low[end:, start:end]), moved[start:end])
+            r[end:] -= exact_products.product((high[end:, start:end], low[end:, start:end]), moved[start:end])
     return moved
 
 
@@ -238,7 +242,7 @@ def _refit(numerator: Tensor, denominator: Tensor, s: Tensor, grid: Grid, tensor
 
 
 def _error(d: Tensor, known: DeviceMoments, damping: float) -> Tensor:
-    return _total(d * (_product(known.parts, d) + damping * d))
+    return exact_products.total(d * (exact_products.product(known.parts, d) + damping * d))
 
 
 def _candidates(x: Tensor, s: Tensor, grid: Grid, tensor: float) -> Iterator[Tensor]:
@@ -251,7 +255,7 @@ def _candidates(x: Tensor, s: Tensor, grid: Grid, tensor: float) -> Iterator[Ten
     elif grid.element.kind == "float":
         floor = torch.frexp(peak).exponent.long() - 1 - grid.element.max_exponent
         for offset in (0, 1):
-            yield _storable(_power(floor + offset), s, grid, tensor)
+            yield _storable(exact_products.power(floor + offset), s, grid, tensor)
     else:
         least = LEAST.get(grid.element.bits, LEAST_OF_WIDE)
         for step in range(STEPS):
@@ -268,7 +272,7 @@ def _storable(wanted: Tensor, s: Tensor, grid: Grid, tensor: float) -> Tensor:
     if grid.element.kind == "float":
         mantissa, e = torch.frexp(wanted)
         code = torch.where(mantissa < 0.75, e - 1, e).long() + 127
-        return _power(code.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE) - 127)
+        return exact_products.power(code.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE) - 127)
     near = wanted.clamp(-constants.LIMIT, constants.LIMIT).float().bfloat16().double()
     least = torch.where(near < 0, -constants.MIN_SCALE, constants.MIN_SCALE).double()
     return torch.where(near.abs() < constants.MIN_SCALE, least, near)
@@ -285,64 +289,9 @@ def _nearest(y: Tensor, z: Tensor, grid: Grid) -> Tensor:
 
 def _nearest_float(y: Tensor, element: Element) -> Tensor:
     floor = (y.abs().view(torch.int64) >> 52) - 1023  # of log2, from the bits
-    step = _power(floor.clamp_min(element.min_exponent) - element.mantissa)
+    step = exact_products.power(floor.clamp_min(element.min_exponent) - element.mantissa)
     return ((y / step).round() * step).clamp(-element.largest, element.largest)
-
-
-def _power(e: Tensor) -> Tensor:
-    """2^e for integers, exactly."""
-    return ((e.long() + 1023) << 52).view(torch.float64)
 
 
 def _cells(x: Tensor, group: int) -> Tensor:
     return x.reshape(-1, group).T.contiguous()
-
-
-def _halves(a: Tensor, dim: int) -> Halves:
-    unit = _power(torch.frexp(a.abs().amax(dim, keepdim=True)).exponent - BITS)
-    high = (a / unit).round() * unit
-    unit = unit * 2.0**-BITS
-    return high, ((a - high) / unit).round() * unit
-
-
-def _product(a: Tensor | Halves, b: Tensor) -> Tensor:
-    high, low = a if isinstance(a, tuple) else _halves(a, 1)
-    total = torch.zeros(len(high), b.shape[1], dtype=torch.float64, device=b.device)
-    for start in range(0, len(b), LONGEST):
-        of = slice(start, start + LONGEST)
-        top, rest = _halves(b[of], 0)
-        total += high[:, of] @ top + (high[:, of] @ rest + low[:, of] @ top)
-    return total
-
-
-def _total(x: Tensor) -> Tensor:
-    n = len(x)
-    size = 1 << (n - 1).bit_length()
-    while size > 1:
-        size //= 2
-        if n > size:
-            x, n = torch.cat([x[: n - size] + x[size:n], x[n - size : size]]), size
-    return x[0]
-
-
-def _unit_upper(h: Tensor) -> Tensor:
-    a, n = h.flip(0, 1).contiguous(), len(h)
-    for start in range(0, n, BLOCK):
-        end = min(start + BLOCK, n)
-        panel = a[start:, start:end].T.contiguous()
-        for j in range(end - start):
-            column = panel[j, j + 1 :] / panel[j, j]
-            panel[j + 1 :, j + 1 :] -= panel[j, j + 1 : end - start][:, None] * column
-            panel[j, j + 1 :] = column
-        pivots = panel.diagonal()[:, None].clone()
-        if not bool((pivots > 0).all()):
-            raise RangeError(
-                "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
-            )
-        a[start:, start:end] = panel.T
-        rest = panel[:, end - start :]
-        if end < n:
-            a[end:, end:] -= _product((rest * pivots).T.contiguous(), rest)
-    lower = torch.tril(a, -1)
-    lower.diagonal().fill_(1)
-    return lower.flip(0, 1).contiguous()

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkit.engines.layer import Mode
+from qkit.grid import Grid
 from qkit.reference.merged import Update
+from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding, stored
 from qkit_torchao.kernels import choose
 from qkit_torchao.kernels.merge import spreads
@@ -156,6 +158,8 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         return slot(self, y, "output", self.rule.output)
 
     def _merging(self) -> Merging:
+        grid = _grid(self.rule)
+
         def on_grid(merged: Tensor) -> Tensor:
             if grid.read:
                 return stored.fake_requantize(merged, converted.unpack(self))
@@ -166,8 +170,6 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
                 return stored.unclipped(merged, converted.unpack(self))
             return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
 
-        grid = self.rule.weight
-        assert grid is not None
         if self.mode == "off":
             return Merging(self._decoded_base, self.lora_scale, torch.float32, "identity", torch.detach, unclipped)
         if self._spread_by_kernel():
@@ -255,3 +257,8 @@ def _without_adapter(layer: Any) -> Any:
         if (name in layer.__dict__ and not isinstance(layer, FakeLinear)) or name == "lora_scale":
             del layer.__dict__[name]
     return layer
+
+
+def _grid(rule: Rule) -> Grid:
+    assert rule.weight is not None
+    return rule.weight
