@@ -13,6 +13,7 @@ from tables import TRAINERS
 from typer.testing import CliRunner
 
 import qkit
+import qkit.cli.console  # before a call that sets COLUMNS, which it reads once
 from qkit.cli.application import application
 from qkit.cli.groups import GROUPS
 from qkit.demo import preset
