@@ -21,7 +21,7 @@ from recover import texts
 
 RECIPES = ("int4-g32", "int2-g32")
 SHOWN = "int2-g32"  #: the recipe of the report
-TRAIN = ("--batch", "8", "--length", "128", "--learning-rate", "2e-4", "--seed", "0")
+TRAIN = ("--batch", "8", "--length", "256", "--learning-rate", "5e-4", "--seed", "0")
 EVAL = ("--length", "256", "--windows", "48")
 NEW, REPEATS = 64, 5  #: tokens of one answer, and answers
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Measures, or prints the table of a result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)

@@ -15,6 +15,7 @@ from qkit.errors import UnchangedWarning
 from qkit.experts import quantize_experts
 from qkit.pipeline import surgeon
 from qkit.reference.learned import learned_codes, names
+from qkit.rules import Rule
 
 Sums = Mapping[str, int]
 
@@ -24,6 +25,13 @@ def code_sums(model: Any, *, backend: str | Arrays | None = None) -> dict[str, i
     engine = surgeon(model, backend)
     layers = [layer for layer in engine.layers(model) if layer.stage == "prepared" or layer.adapter]
     return {layer.path: _sum(engine, model, layer) for layer in layers if not layer.tied and not layer.sharded}
+
+
+def sum_of_codes(engine: Arrays, w: Any, rule: Rule | None) -> int:
+    """A checksum of the codes of `w` [outputs, inputs] under `rule`, whose scales are not learned."""
+    assert rule is not None
+    assert rule.weight is not None
+    return zlib.crc32(np.ascontiguousarray(engine.to_numpy(engine.quantize(w, rule.weight).codes)).data)
 
 
 def count_changes(before: Sums, after: Sums) -> int:
@@ -58,5 +66,5 @@ def _sum(engine: Modules, model: Any, layer: Layer) -> int:
         ranges = {name: engine.to_numpy(tensors[prefix + name]) for name in names(layer.rule.weight)}
         codes = learned_codes(engine.to_numpy(engine.weight(module)), layer.rule.weight, ranges, path=layer.path).codes
     else:
-        codes = engine.to_numpy(engine.quantize(engine.weight(module), layer.rule.weight).codes)
+        return sum_of_codes(engine, engine.weight(module), layer.rule)
     return zlib.crc32(np.ascontiguousarray(codes).data)

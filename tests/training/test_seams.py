@@ -899,6 +899,22 @@ def test_training_that_changes_no_code_warns(tmp_path):
         one.train()
 
 
+@pytest.mark.parametrize("adapted_first", [True, False])
+def test_adapters_of_peft_that_change_no_code_warn(tmp_path, adapted_first):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    for rate, warns in ((1e-9, True), (1e-1, False)):
+        model = build("torchao")
+        model = peft.get_peft_model(model if adapted_first else qkit.prepare(model, "int2-g64"), config)
+        one = trainer(tmp_path, model, callbacks=[QatCallback("int2-g64")], learning_rate=rate)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            one.train()
+        told = [str(one.message) for one in seen if one.category is UnchangedWarning]
+        assert len(told) == warns
+        assert all("changed no code of 4 layers" in one for one in told)
+
+
 # regrid and unprepare
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 import qkit
-from qkit.code_changes import code_sums, warn_of_no_change
+from qkit.code_changes import code_sums, sum_of_codes, warn_of_no_change
 from qkit.coverage_table import Coverage
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_known
@@ -91,7 +91,7 @@ class QatCallback(TrainerCallback):
         engine, self._left = _engine(model), []
         self._before = switching(engine, model, self.schedule)
         self._rules = {layer.path: layer.rule for layer in engine.layers(model)}
-        self._sums = code_sums(model, backend=engine) if _trains_weights(engine, model) else {}
+        self._sums = _sums(engine, model)
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, model: Any = None, **more: Any) -> None:
         """Puts the layers on the grids of the next step."""
@@ -116,8 +116,7 @@ class QatCallback(TrainerCallback):
         self._leave(model, evaluates=True)
         self._left = []
         if self._sums:
-            after = code_sums(model, backend=_engine(model))
-            warn_of_no_change(self._sums, after, rate=args.learning_rate, stacklevel=2)
+            warn_of_no_change(self._sums, _sums(_engine(model), model), rate=args.learning_rate, stacklevel=2)
 
     def _prepare(self, model: nn.Module) -> None:
         engine = _engine(model)
@@ -175,6 +174,27 @@ def _trains_weights(engine: Trains, model: nn.Module) -> bool:
     """Whether the weights of prepared layers train, and not adapters beside them alone."""
     prepared = [layer.module for layer in engine.layers(model) if layer.stage == "prepared"]
     return any(one.requires_grad for module in prepared for one in module.parameters(recurse=False))
+
+
+def _sums(engine: Trains, model: nn.Module) -> dict[str, int]:
+    """Checksums of the codes that would ship; where only LoRA of peft's trains, of the layers that it is merged into."""
+    if _trains_weights(engine, model):
+        return code_sums(model, backend=engine)
+    layers = {
+        id(layer.module): layer for layer in engine.layers(model) if layer.stage == "prepared" and not layer.sharded
+    }
+    found = {}
+    for wrapper in model.modules():
+        layer, factors = layers.get(id(getattr(wrapper, "base_layer", None))), getattr(wrapper, "lora_A", None)
+        if layer is None or not factors or any(getattr(wrapper, "use_dora", {}).values()):
+            continue
+        merge: Any = wrapper
+        w = engine.weight(layer.module).detach()
+        for name in merge.active_adapters:
+            if name in factors:
+                w = w + merge.get_delta_weight(name).detach().to(w)
+        found[layer.path] = sum_of_codes(engine, w, layer.rule)
+    return found
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
