@@ -67,7 +67,7 @@ def base(steps: int) -> nn.Module:
 
 
 def fit(model: nn.Module, text: Tensor, *, rate: float, steps: int, seed: int, before: Callable[[int], float]) -> None:
-    """Trains what is not frozen by AdamW; a warm-up, then a cosine to a tenth. `before` returns the factor of a step's rate."""
+    """Trains the free parameters by AdamW: a warm-up, then a cosine to a tenth. `before` returns the factor of a step's rate."""
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
     starts = torch.from_numpy(np.random.default_rng(seed).integers(0, len(text) - LENGTH - 1, (steps, BATCH)))
@@ -119,7 +119,7 @@ def decoded(model: nn.Module, recipe: str) -> nn.Module:
 
 
 def losses(model: nn.Module, way: str, recipe: str, texts: tuple[Tensor, Tensor], **how: Any) -> dict[str, float]:
-    """Trains a copy of `model` in one way; the losses of what it leaves."""
+    """Trains a copy of `model` in one way; the losses of the models that result."""
     text, unseen = texts
     seed, steps = how["seed"], how["steps"]
     plain: Callable[[int], float] = lambda step: 1.0  # noqa: E731

@@ -9,8 +9,6 @@ Usage: python -P benchmarks/fit_time.py [--device cuda] [--grid int4|int2|nvfp4|
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ sys.path.append(str(Path(__file__).parent))  # -P leaves it out, since kernels.p
 
 import numpy as np
 import torch
+from clock import seconds
 from measure import Report, spread
 from numpy.typing import NDArray
 from qkit_torchao.arithmetic.fitting import DeviceMoments, solve_on
@@ -46,17 +45,6 @@ def drawn(n: int, device: torch.device) -> Floats:
     x = torch.randn(2 * n, n, generator=random, device=device) + torch.randn(n, generator=random, device=device)
     x = x * torch.randn(n, generator=random, device=device).exp()
     return (x.T @ x / len(x)).cpu().numpy()
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a run, to its end on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def theirs(weights: list[Floats], h: Floats, device: torch.device, bits: int) -> None:
@@ -95,11 +83,11 @@ def main() -> int:
                 solve_on(w, grid, known, device=device)
 
         row: dict[str, Any] = {"layers": ", ".join(name for name, _ in layers), "inputs": n}
-        row["solve, seconds"] = spread([timed(ours, device) for _ in range(given.repeats)], 3)
+        row["solve, seconds"] = spread([seconds(ours, device) for _ in range(given.repeats)], 3)
         if grid.element.kind == "integer":
             try:
                 loop = [
-                    timed(lambda w=weights, h=h: theirs(w, h, device, grid.element.bits), device)
+                    seconds(lambda w=weights, h=h: theirs(w, h, device, grid.element.bits), device)
                     for _ in range(given.repeats)
                 ]
                 row["llm-compressor GPTQ, seconds"] = spread(loop, 3)

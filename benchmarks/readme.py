@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _prepare(folder: Path, steps: int, common: tuple[str, ...]) -> None:
-    """Makes what is not there yet: the model, its text, statistics, and each recipe's two directories."""
+    """Makes the directories that are missing: the model, its text, statistics, and each recipe's two directories."""
     if not (folder / "model" / "config.json").exists():
         fit_model.make(folder / "model", size="1.7m", steps=1200, batch=16)
     for name, bytes_ in zip(("text.txt", "held-out.txt"), texts(), strict=True):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import captured, seconds
 from measure import Report, spread
 from torch import distributed, nn
 from train_scale_rows import REAL, TINY, WIDE, Row, Variant, rows
@@ -137,35 +138,6 @@ def step_of(variant: Variant, size: dict[str, int], device: torch.device, ranks:
 
     step.model = model  # type: ignore[attr-defined]
     return step
-
-
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], Any]:
-    """Replays of `step` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay(_: Any = step) -> None:  # holds what the graph reads
-        graph.replay()
-
-    return replay
-
-
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one step, by the clock, until the device has ended it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def ready(variant: Variant, size: dict[str, int], device: torch.device, ranks: int) -> tuple[Callable[[], Any], int]:

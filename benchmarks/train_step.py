@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import captured
 from measure import Report, spread
 from small_llama import Llama, Size
 from torch.nn import functional as F
@@ -140,25 +141,6 @@ def peer(model: torch.nn.Module, name: str) -> None:
     inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if name == "int8-int4" else None
     quantize_(model, QATConfig(activation_config=inputs, weight_config=weights, step="prepare"))
     model.lm_head = head
-
-
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """Replays of `step` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(4):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay(_: Any = step) -> None:  # holds what the graph reads
-        graph.replay()
-
-    return replay
 
 
 def seconds(run: Callable[[], Any], times: int, device: str) -> float:

@@ -1,12 +1,12 @@
 // One or two rows of bfloat16 x times packed codes, see `codes.cuh`. `cuda_words` launches this, `nvrtc` compiles it.
 //
-// Instructions are what limits one row, so codes are multiplied before their scales. `mma` sums over the codes of four lanes, which
+// The count of instructions limits one row, so codes are multiplied before their scales. `mma` sums over the codes of four lanes, which
 // have groups of their own; but of its eight columns, x needs one. So lane t of those has columns 2 t and 2 t + 1, where all
 // other lanes have zeros: they sum the codes of its group, times x. Those are two rows of x, or two groups of four words.
 // Integers enter as 128 + code, without a subtraction; a row of ones finds the sum of x, which takes 128 and zero points away.
 //
 // Constants beside those of `codes.cuh`, XS being 0 and EIGHTS 1:
-//   BRINGS: whether weights are brought to the second cache before the kernel before this one ends.
+//   BRINGS: whether weights are brought to the second cache while the predecessor in the stream still runs.
 //   KEEPS: whether a program keeps x in shared memory.
 
 #include "codes.cuh"

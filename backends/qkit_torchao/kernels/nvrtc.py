@@ -40,8 +40,8 @@ class Kernel:
 
     Args:
         kinds: of its arguments, `POINTER` or `NUMBER`.
-        early: whether it may begin before the kernel before it ends, for which it waits itself ("programmatic dependent
-            launch" in the CUDA programming guide).
+        early: whether it may begin while its predecessor in the stream still runs; it waits for that by itself ("programmatic
+            dependent launch" in the CUDA programming guide). Devices before compute capability 9.0 ignore it.
 
     Attributes:
         path: of the file.
@@ -67,7 +67,7 @@ class Kernel:
         Args:
             constants: macros; the function is compiled once for each choice of them, and for each kind of device.
             arguments: addresses, 0 for none, and numbers.
-            memory: bytes of dynamic shared memory, up to `MOST_MEMORY`.
+            memory: bytes of dynamic shared memory; with the static ones at most 48 KiB.
 
         Raises:
             BackendError: NVRTC or the driver refuse.
@@ -83,18 +83,24 @@ class Kernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = memory
         config.hStream = torch.cuda.current_stream(device).cuda_stream
-        if self.early:
+        if self.early and capability(device) >= (9, 0):
             config.attrs, config.numAttrs = [_early()], 1
         _done(driver.cuLaunchKernelEx(config, function, (arguments, self.kinds), 0))
 
     def _load(self, constants: Mapping[str, int], device: int) -> Any:
         from cuda.bindings import driver
 
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = capability(device)
         code = _code(source_of(self.path), f"sm_{major}{minor}", tuple(sorted(constants.items())))
         (module,) = _done(driver.cuModuleLoadData(code))
         (function,) = _done(driver.cuModuleGetFunction(module, self.name.encode()))
         return function
+
+
+@cache
+def capability(device: int) -> tuple[int, int]:
+    """The compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Models that FSDP2 has sharded over processes: which weights are shards, and what is gathered of them."""
+"""Models that FSDP2 has sharded over processes: the weights that are shards, and the values that are gathered of them."""
 
 import weakref
 from typing import Any, Literal

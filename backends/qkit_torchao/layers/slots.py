@@ -23,7 +23,9 @@ def seen_scales(layer: Any, x: Tensor, name: str, grid: Grid | None) -> dict[str
     seen = layer.get_buffer(f"{name}_range")
     averages = layer.training and layer.rule.range == "average" and not layer.calibrating
     groups = sharded.groups_of_data(layer) if averages and isinstance(layer, nn.Module) else []
-    if torch.compiler.is_compiling() or not is_going_back():  # a checkpoint computes again what it has seen
+    if (
+        torch.compiler.is_compiling() or not is_going_back()
+    ):  # a checkpoint computes again, from inputs that were counted
         if layer.calibrating and x.numel():
             seen.copy_(ranges.wider(seen, ranges.extremes(x)))
         elif averages and (x.numel() or groups):

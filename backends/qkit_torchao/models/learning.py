@@ -104,7 +104,7 @@ class _Lessons:
 
 
 class _Layer:
-    """What one layer learns: an offset for each weight, and a factor for each scale that is more than a power of two."""
+    """The learned parts of one layer: an offset for each weight, and a factor for each scale that is more than a power of two."""
 
     def __init__(self, q: QTensor[NDArray[Any]], device: torch.device) -> None:
         self._grid, self._q = q.grid, q

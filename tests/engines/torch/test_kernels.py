@@ -79,6 +79,33 @@ def test_products_of_one_row_compile_with_the_memory_that_a_program_has(element,
     host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
 
 
+@pytest.mark.parametrize(("capability", "attributes"), [((8, 0), 0), ((8, 9), 0), ((9, 0), 1), ((10, 0), 1)])
+def test_kernels_begin_early_only_on_devices_that_can(monkeypatch, capability, attributes):
+    from qkit_torchao.kernels import nvrtc
+
+    launched = []
+    driver = SimpleNamespace(
+        CUlaunchConfig=lambda: SimpleNamespace(numAttrs=0),
+        CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace()),
+        CUlaunchAttributeID=SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6),
+        cuLaunchKernelEx=lambda config, *_: launched.append(config) or (0,),
+    )
+    package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
+    bindings.driver = driver
+    monkeypatch.setitem(sys.modules, "cuda", package)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr(nvrtc.Kernel, "_load", lambda *_: None)
+    nvrtc.capability.cache_clear()
+    try:
+        nvrtc.Kernel("few.cu", "multiply_few", (), early=True)((), (1, 1), 32, ())
+    finally:
+        nvrtc.capability.cache_clear()
+    assert [config.numAttrs for config in launched] == [attributes]
+
+
 def test_without_nvrtc_the_way_out_is_named(monkeypatch):
     from qkit_torchao.kernels import nvrtc
 
