@@ -42,7 +42,12 @@ class Form(Protocol):
 
 @runtime_checkable
 class Valued(Protocol):
-    """A form whose values another package decodes, so that no grid holds its codes."""
+    """How the stored parts of a weight lie whose values another package decodes, so that no grid holds its codes."""
+
+    @property
+    def name(self) -> str:
+        """As of `Form`."""
+        ...
 
     def values(self, parts: Tensors, rows: slice) -> NDArray[np.float32]:
         """The values of some rows [rows, inputs], float32."""
@@ -59,7 +64,7 @@ class Encoded(Stored):
         transposed: whether `slot` has the inputs before the outputs, as stacks of experts do in some models.
     """
 
-    form: Form
+    form: Form | Valued
     parts: Mapping[str, Stored]
     transposed: bool = False
 
@@ -78,8 +83,12 @@ class Encoded(Stored):
         """The codes of some rows.
 
         Raises:
-            ArtifactError: a part has a value that is no code or scale.
+            ArtifactError: a part has a value that is no code or scale; or the form has values only, see `Valued`.
         """
+        if isinstance(self.form, Valued):
+            raise ArtifactError(
+                f"{self.file}: {self.slot.name}: no grid holds the codes of {self.form.name}: read its values"
+            )
         mapped = {name: part.mapped() for name, part in self.parts.items()}
         try:
             return self.form.codes(mapped, rows, matrix)

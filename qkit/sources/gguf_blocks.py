@@ -96,22 +96,8 @@ class GgufValues:
 
     @property
     def name(self) -> str:
-        """See `Form`."""
+        """See `Valued`."""
         return f"GGUF {self.kind}"
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """See `Form`."""
-        return 0, 0
-
-    @property
-    def scales_in(self) -> str:
-        """See `Form`."""
-        return "blocks"
-
-    def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
-        """Never called: see `values`."""
-        raise NotImplementedError(self.kind)
 
     def values(self, parts: Tensors, rows: slice) -> NDArray[np.float32]:
         """The values of some rows, float32."""

@@ -15,17 +15,19 @@ from qkit.qtensor import DType, QTensor
 from qkit.reference.packing import Packed
 from qkit.sources.encoded import Encoded, Valued
 from qkit.sources.law import NAN, Codes
+from qkit.storage.read import Stored
 
 MX_GROUP = 32  #: codes that share an E8M0 scale in MXFP4 and MXFP8
 
 
 def grid_of(encoded: Encoded) -> Grid | None:
     """The grid that holds the codes of `encoded` as they are; None where groups have several rows, or are not contiguous."""
-    if isinstance(encoded.form, Valued):
+    form = encoded.form
+    if isinstance(form, Valued):
         return None
     rows, n = encoded.matrix
     sample = encoded.codes(slice(0, 1))
-    down, along = (min(one, size) for one, size in zip(encoded.form.block, (rows, n), strict=True))
+    down, along = (min(one, size) for one, size in zip(form.block, (rows, n), strict=True))
     if sample.groups is not None or (down != 1 and (down, along) != (rows, n)):
         return None
     group: Group = along
@@ -33,7 +35,7 @@ def grid_of(encoded: Encoded) -> Grid | None:
         group = "row" if down == 1 else "tensor"
     elif n % along:
         return None
-    return Grid(sample.element, group, _rule(sample, encoded, group))
+    return Grid(sample.element, group, _rule(sample, encoded.parts[form.scales_in], group))
 
 
 def packed_weight(encoded: Encoded, grid: Grid, dtype: DType, *, rows: slice = slice(None), matrix: int = 0) -> Packed:
@@ -80,7 +82,7 @@ def member_rows(member: Member, projection: str) -> slice:
     return slice(place * member.shape[0], (place + 1) * member.shape[0])
 
 
-def _rule(sample: Codes, encoded: Encoded, group: Group) -> str:
+def _rule(sample: Codes, scales: Stored, group: Group) -> str:
     if sample.offsets is not None:
         return "affine"
     if sample.element.startswith("int"):
@@ -90,6 +92,6 @@ def _rule(sample: Codes, encoded: Encoded, group: Group) -> str:
         return "stored-nvfp4" if sample.divisor is None else "stored-nvfp4-inverse"
     if kind not in ("uint8", "float8_e8m0fnu"):
         return "stored"
-    stored: NDArray[Any] = encoded.parts[encoded.form.scales_in].mapped()
+    stored: NDArray[Any] = scales.mapped()
     own = group == MX_GROUP or (sample.element == "e4m3" and not isinstance(group, int))  # files have a place for these
     return "rceil" if own and (stored.view(np.uint8) > 0).all() else "stored-e8m0"

@@ -1,6 +1,7 @@
 """GGUF files as models of transformers: names, rows and norms turned back; values equal to those that gguf decodes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from qkit.exchange.export_gguf import export_gguf
 from qkit.exchange.import_model import read_model, to_artifact
 from qkit.exchange.load_any import load_any
 from qkit.formats.packed import unpack
+from qkit.sources.encoded import Encoded
+from qkit.sources.gguf_blocks import GgufValues
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
@@ -110,6 +113,12 @@ def test_every_type_of_block_has_the_values_of_gguf(kind, tmp_path):
     assert bool(found.weights) == (kind in ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "Q4_1", "MXFP4", "NVFP4"))
     to_artifact(found, tmp_path / "own")
     assert np.array_equal(values(read_model(tmp_path / "own"))["model.layers.0.mlp.up_proj.weight"], ours)
+
+
+def test_values_without_codes_say_so():
+    weight = SimpleNamespace(form=GgufValues("Q4_K"), file="m.gguf", slot=SimpleNamespace(name="w"))
+    with pytest.raises(qkit.ArtifactError, match=r"m\.gguf: w: no grid holds the codes of GGUF Q4_K: read its values"):
+        Encoded.codes(weight)
 
 
 def finite(raw, kind, size):
