@@ -65,29 +65,29 @@ def fit(
     known = Moments.of(moments) if method == "solve" and not isinstance(moments, Moments) else moments
     tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
     s, z = (a.reshape(-1) for a in steps_of(first))
-    group, shape = grid.group_shape(w.shape)[-1], first.scales.shape
+    shape = first.scales.shape
     units = np.empty(flat.shape)
-    for rows, cells in _shares(flat.shape, grid):
+    for rows, of in _shares(flat.shape, grid):
         x = flat[rows]
-        aim = objective(moments, x.shape, grid, blocks)
-        found, s[cells], z[cells] = _search_rows(_cells(x, group), s[cells], z[cells], grid, aim, tensor, len(x))
+        aim = objective(moments, x, grid, blocks)
+        found, s[of], z[of] = _search_rows(s[of], z[of], grid, aim, tensor, len(x))
         units[rows] = found.T.reshape(x.shape)
         if method == "solve":
             assert isinstance(known, Moments)
             on_side = x.T.copy(), units[rows].T.copy()
-            found, steps = solve(*on_side, *_steps(s[cells], z[cells], on_side[0], grid), known, grid, tensor, rounds)
+            found, steps = solve(*on_side, *_steps(s[of], z[of], on_side[0], grid), known, grid, tensor, rounds)
             units[rows] = found.T
             if grid.group != "tensor":
-                s[cells] = steps.T.reshape(-1)
+                s[of] = steps.T.reshape(-1)
     of_all = units.reshape(w.shape)
     return stored(of_all, s.reshape(shape), z.reshape(shape), grid, first.tensor_scale, dtype_of(w))
 
 
 def _search_rows(
-    x: Doubles, s: Doubles, z: Doubles, grid: Grid, aim: Objective, tensor: float, rows: int
+    s: Doubles, z: Doubles, grid: Grid, aim: Objective, tensor: float, rows: int
 ) -> tuple[Doubles, Doubles, Doubles]:
-    """As `search`, for cells of `rows` rows; a row whose squares would rise above the rule's is searched by squares."""
-    found = search(x, s, z, grid, aim=aim, tensor=tensor)
+    """As `search`, for the cells of `rows` rows; a row whose squares would rise above the rule's is searched by squares."""
+    x, found = aim.x, search(s, z, grid, aim=aim, tensor=tensor)
 
     def of_rows(d: Doubles) -> Doubles:
         return total(aim.squares(d).reshape(rows if s.size > 1 else 1, -1).T)
@@ -95,23 +95,22 @@ def _search_rows(
     worse = of_rows(found[0] * found[1] - x) > of_rows(nearest(x / s, z, grid) * s - x)
     if worse.any():
         some = np.repeat(worse, s.size // worse.size)
-        plain = Objective(aim.weights[:, some], None, power=2)
-        again = search(x[:, some], s[some], z[some], grid, aim=plain, tensor=tensor)
+        plain = Objective(x[:, some], aim.weights[:, some], None, pull=0.0)
+        again = search(s[some], z[some], grid, aim=plain, tensor=tensor)
         for all_of_them, mine in zip(found, again, strict=True):
             all_of_them[..., some] = mine
     return found
 
 
-def search(
-    x: Doubles, s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float
-) -> tuple[Doubles, Doubles, Doubles]:
-    """The units of cells `x` [group, cells] on the scales of least error, these scales, and their zero points.
+def search(s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float) -> tuple[Doubles, Doubles, Doubles]:
+    """The units [group, cells] on the scales of least error, these scales, and their zero points.
 
     Args:
         s, z: the rule's, [cells].
-        aim: the error to lower.
+        aim: the error to lower, with the values of the cells.
         tensor: NVFP4's scale of the tensor, else 1.
     """
+    x = aim.x
     best = [nearest(x / s, z, grid), s, z]
     least = aim.error(best[0] * s - x)
 
@@ -126,7 +125,7 @@ def search(
         keep_better(*tried)
     for _ in range(REFITS):
         units, s, z = best
-        keep_better(_refit(*aim.quotient(x, units), s, grid, tensor), z)
+        keep_better(_refit(*aim.quotient(units), s, grid, tensor), z)
     return best[0], best[1], best[2]
 
 
@@ -250,11 +249,6 @@ def _steps(s: Doubles, z: Doubles, x: Doubles, grid: Grid) -> tuple[Doubles, Dou
     if grid.group == "tensor":
         return np.broadcast_to(s, (1, x.shape[1])), np.broadcast_to(z, (1, x.shape[1]))
     return s.reshape(x.shape[1], -1).T, z.reshape(x.shape[1], -1).T
-
-
-def _cells(x: Doubles, group: int) -> Doubles:
-    """[rows, n] -> [group, rows * groups]."""
-    return np.ascontiguousarray(x.reshape(-1, group).T)
 
 
 def _shares(shape: tuple[int, ...], grid: Grid) -> Iterator[tuple[slice, slice]]:

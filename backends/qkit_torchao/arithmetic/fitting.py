@@ -3,7 +3,7 @@
 Products are exact, see `qkit.reference.products`; everything else is elementwise, one operation at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
 from qkit.reference.fitting import COLUMNS, REFITS, ROUNDS
 from qkit.reference.moments import DAMPING, mean_squares
-from qkit.reference.objectives import WIDEST
+from qkit.reference.objectives import WIDEST, pull_of
 from qkit.reference.steps import BLOCK_CODES, LEAST, LEAST_OF_WIDE, MOST, STEPS, steps_of, stored, want_fitted
 from qkit_torchao.arithmetic import exact_products
 from qkit_torchao.arithmetic.exact_products import Halves
@@ -112,14 +112,27 @@ def _search(
         found = high @ top + (high @ rest + low @ top)
         return found.permute(1, 2, 0).reshape(d.shape)
 
+    along, pull = times(x), pull_of(grid)
+    size = exact_products.total(x * along)
+    size = torch.where(size > 0, size, 1.0)
+
     def squares(d: Tensor) -> Tensor:
         return exact_products.total(weights * d * d)
 
     def error(d: Tensor) -> Tensor:
-        return squares(d) if blocks is None else exact_products.total(d * times(d))
+        part = exact_products.total(d * along)
+        return exact_products.total(d * times(d)) + pull * (part * part / size)
 
-    def run(by_squares: bool) -> tuple[Tensor, Tensor]:
-        measure = squares if by_squares else error
+    def best_scale(units: Tensor, s: Tensor) -> Tensor:
+        part = exact_products.total(units * along)
+        own = exact_products.total(units * times(units)) + pull * (part * part / size)
+        return _refit((1 + pull) * part, own, s, grid, tensor)
+
+    def best_scale_by_squares(units: Tensor, s: Tensor) -> Tensor:
+        weighted = weights * units
+        return _refit(exact_products.total(x * weighted), exact_products.total(units * weighted), s, grid, tensor)
+
+    def run(measure: Callable[[Tensor], Tensor], refit: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         best = [_nearest(x / s, z, grid), s.clone()]
         least = measure(best[0] * s - x)
 
@@ -134,23 +147,17 @@ def _search(
         for tried in _candidates(x, s, grid, tensor):
             keep(tried)
         for _ in range(REFITS):
-            weighted = weights * best[0] if by_squares else times(best[0])
-            keep(
-                _refit(
-                    exact_products.total(x * weighted), exact_products.total(best[0] * weighted), best[1], grid, tensor
-                )
-            )
+            keep(refit(*best))
         return best[0], best[1]
 
-    units, found = run(False)
-    if blocks is not None:
-        rule = _nearest(x / s, z, grid) * s - x
-        worse = exact_products.total(
-            squares(units * found - x).reshape(rows, -1).T.contiguous()
-        ) > exact_products.total(squares(rule).reshape(rows, -1).T.contiguous())
-        if bool(worse.any()):
-            plain, some = run(True), worse.repeat_interleave(n // group)
-            units, found = (torch.where(some, new, old) for new, old in zip(plain, (units, found), strict=True))
+    def by_rows(of_cells: Tensor) -> Tensor:
+        return exact_products.total(of_cells.reshape(rows, -1).T.contiguous())
+
+    units, found = run(error, best_scale)
+    worse = by_rows(squares(units * found - x)) > by_rows(squares(_nearest(x / s, z, grid) * s - x))
+    if bool(worse.any()):
+        plain, some = run(squares, best_scale_by_squares), worse.repeat_interleave(n // group)
+        units, found = (torch.where(some, new, old) for new, old in zip(plain, (units, found), strict=True))
     return units, found
 
 
