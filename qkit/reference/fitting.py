@@ -44,7 +44,7 @@ def fit(
     """Fitted codes and scales of finite `w` [..., n], float32, bfloat16 or float16; every reader takes them as `quantize`'s.
 
     The error of a row is d H d', where d is the row less its values. Row by row, that of `search` is at most the rule's in the
-    diagonal of H and in its blocks of groups, and that of `solve` at most that of `search` in H.
+    diagonal of H, and that of `solve` at most that of `search` in H.
 
     Args:
         moments: E[x x'] [n, n] of the layer's inputs. `search` takes its diagonal [n], too; or None: all inputs weigh the same.
@@ -86,29 +86,33 @@ def fit(
 def _search_rows(
     s: Doubles, z: Doubles, grid: Grid, aim: Objective, tensor: float, rows: int
 ) -> tuple[Doubles, Doubles, Doubles]:
-    """As `search`, for the cells of `rows` rows; a row whose squares would rise above the rule's is searched by squares."""
+    """As `search`, for the cells of `rows` rows; in a row whose squares would rise above the rule's, those of no cell rise."""
     x, found = aim.x, search(s, z, grid, aim=aim, tensor=tensor)
+    by_rule = aim.squares(nearest(x / s, z, grid) * s - x)
 
-    def of_rows(d: Doubles) -> Doubles:
-        return total(aim.squares(d).reshape(rows if s.size > 1 else 1, -1).T)
+    def of_rows(squares: Doubles) -> Doubles:
+        return total(squares.reshape(rows if s.size > 1 else 1, -1).T)
 
-    worse = of_rows(found[0] * found[1] - x) > of_rows(nearest(x / s, z, grid) * s - x)
+    worse = of_rows(aim.squares(found[0] * found[1] - x)) > of_rows(by_rule)
     if worse.any():
         some = np.repeat(worse, s.size // worse.size)
-        plain = Objective(x[:, some], aim.weights[:, some], None, pull=0.0)
-        again = search(s[some], z[some], grid, aim=plain, tensor=tensor)
-        for all_of_them, mine in zip(found, again, strict=True):
-            all_of_them[..., some] = mine
+        mine = Objective(x[:, some], aim.weights[:, some], aim.blocks, aim.damping, aim.pull)
+        again = search(s[some], z[some], grid, aim=mine, tensor=tensor, most=by_rule[some])
+        for all_of_them, better in zip(found, again, strict=True):
+            all_of_them[..., some] = better
     return found
 
 
-def search(s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float) -> tuple[Doubles, Doubles, Doubles]:
+def search(
+    s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float, most: Doubles | None = None
+) -> tuple[Doubles, Doubles, Doubles]:
     """The units [group, cells] on the scales of least error, these scales, and their zero points.
 
     Args:
         s, z: the rule's, [cells].
         aim: the error to lower, with the values of the cells.
         tensor: NVFP4's scale of the tensor, else 1.
+        most: squares [cells] that no scale may exceed.
     """
     x = aim.x
     best = [nearest(x / s, z, grid), s, z]
@@ -118,6 +122,8 @@ def search(s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float)
         units = nearest(x / s, z, grid)
         error = aim.error(units * s - x)
         better = error < least
+        if most is not None:
+            better &= aim.squares(units * s - x) <= most
         np.copyto(least, error, where=better)
         best[:] = (np.where(better, new, old) for new, old in zip((units, s, z), best, strict=True))
 

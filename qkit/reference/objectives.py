@@ -1,7 +1,7 @@
 """The error that `search` lowers: what the differences d of a group's values x cost, with and without knowledge of its inputs.
 
 d' B d + PULL (d' B x)^2 / x' B x. B is the block of the group in the moments of the inputs, where two errors may make up for each
-other; or their mean squares; or one for every input. The second term counts the part of d that lies along x. Errors of groups
+other, or their mean squares; or one for every input. The second term counts the part of d that lies along x. Errors of groups
 are independent but for this part: the best scale for each group alone clips, so that all of them shrink, and a layer with them.
 """
 
@@ -18,6 +18,8 @@ from qkit.reference.products import Doubles, Halves, halves, total
 #: Of integers by bits, and of others; small floats clip little, and have none. Chosen on text that no figure is measured on.
 PULL = {2: 3.0}
 PULL_OF_WIDE = 1.0
+#: Of the mean square of all inputs, added to that of each, by bits: a group knows nothing of the errors of others. Else 0.
+DAMPING = {2: 1.0}
 WIDEST = 256  #: inputs of a group whose block is used; those of wider ones count by their mean squares
 
 
@@ -29,6 +31,7 @@ class Objective:
         x: the values [group, cells].
         weights: of squares, [group, cells].
         blocks: `products.halves` of the moments of each group's inputs, [groups, group, group]; None where they are not known.
+        damping: what B has more on its diagonal than these blocks or weights.
         pull: the weight of errors along x.
         along: B x [group, cells].
         size: x' B x of each cell, one where it is zero.
@@ -37,6 +40,7 @@ class Objective:
     x: Doubles
     weights: Doubles
     blocks: Halves | None
+    damping: float
     pull: float
     along: Doubles = field(init=False)
     size: Doubles = field(init=False)
@@ -64,13 +68,13 @@ class Objective:
     def _times(self, d: Doubles) -> Doubles:
         """Each cell's B times `d`, with the same bits everywhere; see `products`."""
         if self.blocks is None:
-            return self.weights * d
+            return self.weights * d + self.damping * d
         high, low = self.blocks
         groups, group = high.shape[:2]
         by_group = np.ascontiguousarray(d.reshape(group, -1, groups).transpose(2, 0, 1))
         top, rest = halves(by_group, axis=1)
         found = high @ top + (high @ rest + low @ top)
-        return np.ascontiguousarray(found.transpose(1, 2, 0)).reshape(d.shape)
+        return np.ascontiguousarray(found.transpose(1, 2, 0)).reshape(d.shape) + self.damping * d
 
 
 def objective(moments: NDArray[Any] | Moments | None, x: Doubles, grid: Grid, blocks: Halves | None) -> Objective:
@@ -82,7 +86,15 @@ def objective(moments: NDArray[Any] | Moments | None, x: Doubles, grid: Grid, bl
     group = grid.group_shape(x.shape)[-1]
     diagonal = mean_squares(moments, x.shape[-1])
     weights = cells(np.broadcast_to(diagonal, x.shape), group)
-    return Objective(cells(x, group), weights, blocks, pull_of(grid))
+    damping = 0.0 if moments is None else damping_of(grid, diagonal)
+    return Objective(cells(x, group), weights, blocks, damping, pull_of(grid))
+
+
+def damping_of(grid: Grid, diagonal: Doubles) -> float:
+    """What the blocks of known inputs have more on their diagonal, given their mean squares [n]."""
+    if grid.element.kind == "float":
+        return 0.0
+    return DAMPING.get(grid.element.bits, 0.0) * float(total(diagonal)) / len(diagonal)
 
 
 def pull_of(grid: Grid) -> float:
