@@ -79,9 +79,9 @@ class LayerSource:
         """
         layer, dtype = self.layers[0](), policy.param_dtype or shard.dtype
         known, rule, mode, on, target, padded = self.latest
-        if known is dtype and layer is not None and rule is layer.rule and mode == layer.mode and layer.training:
-            if values.current(shard, layer.weight_grid, on, target) is not None:
-                return padded  # type: ignore[no-any-return]
+        same = known is dtype and layer is not None and rule is layer.rule and mode == layer.mode and layer.training
+        if same and values.current(shard, rule.weight, on, target) is not None:
+            return padded  # type: ignore[no-any-return]
         return self.values(shard, rows, dtype)[1]
 
     def values(self, shard: Shard, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
