@@ -36,7 +36,8 @@ BUDGET = ["--length", "16"]
 SHORT = {"max_steps=100": "max_steps=1", "max_length=256": "max_length=32"}
 #: Commands that no test runs: they fetch, install, or start a server of another program.
 ELSEWHERE = re.compile(
-    r"(pip|hf|git|make|vllm|llama-server|curl|mkdir|cd|\.|python3|~/vllm-env/bin/\w+) |qkit (parity|demo|warmup|backends --probe)"
+    r"(pip|hf|git|make|vllm|llama-server|mlx_lm\.server|curl|mkdir|cd|\.|python3|~/vllm-env/bin/\w+) "
+    r"|qkit (parity|demo|warmup|backends --probe)"
 )
 
 

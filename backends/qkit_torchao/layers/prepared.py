@@ -216,7 +216,7 @@ class FakeLinear(Prepared, nn.Linear):
         x = self.slot(x, "input", rule.activation)
         sharded.want_partitioned_by_none(weight)
         gathered = sharded.gathered(self)
-        if gathered:
+        if gathered and self.values_buffer is not None:
             self.values_buffer = None  # it is of the size of the whole weight
         if gathered == "values" or sharded.is_shard(weight):
             narrow = None if self.bias is None else self.bias.to(dtype)
