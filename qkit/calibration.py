@@ -124,7 +124,7 @@ def calibrate_drift(
             mine = {path: grid for path, grid in grids.items() if path.startswith(f"{where}.")}
             weights = {path: engine.to_numpy(engine.weight(layers[path].module)) for path in mine}
             learn = _learning(learner, fitted, number, run, lesson, pupils) if learner and lesson else None
-            _correct(run, blocks, fitted, number, mine, weights, learn)
+            _correct(engine, run, blocks, fitted, number, mine, weights, learn)
         tick(where, len(rows))
     return run.finish(len(blocks.paths))
 
@@ -175,6 +175,7 @@ def _watch(run: Run, blocks: Blocks, number: int, watched: Mapping[str, Grid | N
 
 
 def _correct(
+    engine: Watches,
     run: Run,
     blocks: Blocks,
     fitted: Blocks,
@@ -188,7 +189,7 @@ def _correct(
     def states() -> Iterator[tuple[Hidden, Hidden]]:
         return zip(run.states("states", number), run.states("fitted", number), strict=True)
 
-    aims = correct_block(number, blocks, fitted, states, grids, weights) if grids else {}
+    aims = correct_block(number, blocks, fitted, states, grids, weights, engine) if grids else {}
     blocks.run(number, run.states("states", number), {}, put=_putting(run, "states", number + 1))
     learned = learn(aims) if learn else {}
     fitted.run(number, run.states("fitted", number), {}, put=_putting(run, "fitted", number + 1))
