@@ -14,7 +14,7 @@ from qkit.storage.read import Stored
 
 #: Ends of the names of scales that belong to inputs, outputs and caches, not to weights.
 MOVING: Final = (
-    *("input_scale", "input_zero_point", "input_global_scale", "input_scale_inv", "activation_scale"),
+    *("input_scale_ub", "input_scale", "input_zero_point", "input_global_scale", "input_scale_inv", "activation_scale"),
     *("output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale"),
     *("k_zero_point", "v_zero_point", "k_global_scale", "v_global_scale"),
 )
