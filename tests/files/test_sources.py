@@ -268,7 +268,7 @@ UNSIGNED = (
 #: Those whose codes no grid of qkit's holds.
 VALUES = (
     *("gptq-4-order", "bnb-nf4", "bnb-nf4-double", "bnb-fp4", "bnb-int8", "modelopt-fp8-blocks"),
-    *("modelopt-int8-smooth", "modelopt-int4-awq", "modelopt-w4a8-nvfp4"),
+    *("modelopt-int8-smooth", "modelopt-w4a8-nvfp4"),
 )
 
 
