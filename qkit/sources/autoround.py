@@ -27,10 +27,10 @@ def auto_round(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | Non
     if kind not in TYPES:
         raise ArtifactError(f"data_type is {shown(kind)}: of AutoRound's, qkit reads int, {', '.join(TYPES)}")
     match settings.get("weight_block_size"):
-        case [int(down), int(along)] if min(down, along) > 0:
-            block = down, along
         case None:
             block = None
+        case [int(down), int(along)] if min(down, along) > 0:
+            block = down, along
         case other:
             raise ArtifactError(f"weight_block_size is {shown(other)}: want two numbers above 0")
     found = {}

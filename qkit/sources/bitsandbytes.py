@@ -62,15 +62,18 @@ class Table4:
         runs = np.arange(first, last) // self.run
         scales = self._scales(parts, runs[0], runs[-1] + 1)
         table = parts["weight.quant_map"].reshape(-1).astype(np.float32)
-        return (table[codes] * scales[runs - runs[0]]).reshape(stop - begin, self.inputs)
+        found: NDArray[np.float32] = table[codes] * scales[runs - runs[0]]
+        return found.reshape(stop - begin, self.inputs)
 
     def _scales(self, parts: Arrays, begin: int, stop: int) -> NDArray[np.float32]:
         some = parts["weight.absmax"].reshape(-1)[begin:stop]
         if not self.outer:
-            return some.astype(np.float32)
+            plain: NDArray[np.float32] = some.astype(np.float32)
+            return plain
         table = parts["weight.nested_quant_map"].reshape(-1).astype(np.float32)
         outer = parts["weight.nested_absmax"].reshape(-1).astype(np.float32)[np.arange(begin, stop) // self.outer]
-        return table[some] * outer + np.float32(self.offset)
+        found: NDArray[np.float32] = table[some] * outer + np.float32(self.offset)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any, Final
 from qkit.errors import ArtifactError
 from qkit.formats.packed import join
 from qkit.qtensor import DTYPES, DType
-from qkit.sources.encoded import Encoded, Form
+from qkit.sources.encoded import Encoded, Form, Valued
 from qkit.storage import layout
 from qkit.storage.layout import TYPE_NAMES, Slot
 from qkit.storage.read import Stored
@@ -52,7 +52,7 @@ def encoded(
     shape: tuple[int, ...],
     *,
     dtype: DType,
-    form: Form,
+    form: Form | Valued,
     parts: Mapping[str, Stored],
     codes: str,
     transposed: bool = False,
