@@ -87,17 +87,29 @@ def shared(dtype: str) -> bool:
     return all(right)
 
 
-def merged(grid: Grid) -> bool:
-    """Whether a base, plain and spread, and a product of factors have the sum of the law."""
-    w = torch.randn(70, 512, generator=torch.Generator().manual_seed(0))
+def merged(grid: Grid, dtype: str) -> bool:
+    """Whether bases, plain, packed and spread, and a product of factors have the sum and the values of the law."""
+    drawn, kind = torch.Generator().manual_seed(0), getattr(torch, dtype)
+    w = torch.randn(70, 512, generator=drawn).to(kind)
     w[1] = 0
-    b, a = (arithmetic.shorten(torch.randn(*shape)) for shape in ((70, 5), (5, 512)))
-    q = rounding.quantize(w, grid)
-    product = arithmetic.product(b, a)
-    plain = torch.equal(cuda_merge.added(w, b, a), w + product)
-    scales = {"scales": q.scales, "group": int(grid.group)}
-    spread = torch.equal(cuda_merge.added(rounding.dequantize(q), b, a, **scales), arithmetic.dithered(q) + product)
-    return plain and spread and cuda_merge.spreads(grid, 512)
+    b, a = (torch.randn(*shape, generator=drawn) * 0.1 for shape in ((70, 5), (5, 512)))
+    sums = arithmetic.stored(arithmetic.added(w, b, a, 0.3), kind)
+    right = [torch.equal(cuda_merge.merged(w, b, a, 0.3, kind), sums)]
+    if cuda_merge.quantizes(grid, 512):
+        found = cuda_merge.merged(w, b, a, 0.3, kind, grid=grid, on_grid=True, out=torch.bfloat16)
+        right.append(torch.equal(found, rounding.rounded(sums, grid).to(torch.bfloat16)))
+    q = rounding.quantize(w.float(), grid)
+    laid = packing.lay(q, "words")
+    parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale
+    for spread in (False, True) if cuda_merge.spreads(grid, 512) else (False,):
+        base = arithmetic.dithered(q) if spread else rounding.dequantize(q)
+        want = arithmetic.added(base, b, a, 0.3)
+        options = {"grid": grid, "spread": spread}
+        right.append(torch.equal(cuda_merge.merged(parts, b, a, 0.3, torch.float32, **options), want))
+        if cuda_merge.quantizes(grid, 512):
+            found = cuda_merge.merged(parts, b, a, 0.3, torch.float32, **options, on_grid=True)
+            right.append(torch.equal(found, rounding.rounded(want, grid)))
+    return all(right) and cuda_merge.takes(grid, 512)
 
 
 def main(dtype: str) -> None:
@@ -112,8 +124,15 @@ def main(dtype: str) -> None:
         print(grid, "in", layout, "exact" if laid(grid, layout, dtype) else "not the codes of quantize", flush=True)
     for grid in (Grid("int3", 20000), Grid("int4", 8200, "minmax"), Grid("e4m3", 8208)):
         print(grid, "in parts", "exact" if long(grid, dtype) else "not the codes of quantize", flush=True)
-    for grid in (Grid("int4", 32), Grid("int8", 16, "absmax"), Grid("int2", 128), Grid("int3", 256)):
-        print(grid, "merged", "exact" if merged(grid) else "not the sum of the law", flush=True)
+    few = [
+        Grid("int4", 32),
+        Grid("int8", 16, "absmax"),
+        Grid("int2", 128),
+        Grid("int3", 256),
+        Grid("int4", 64, "minmax"),
+    ]
+    for grid in [*few, Grid("e2m1", 32, "even"), Grid("e2m1", 16, "nvfp4"), Grid("e4m3", 32, "rceil")]:
+        print(grid, "merged", "exact" if merged(grid, dtype) else "not the values of the law", flush=True)
     print("shared peaks", "exact" if shared(dtype) else "not the values of the law", flush=True)
     row = Grid("int4", "row", "minmax")
     print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)

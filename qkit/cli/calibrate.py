@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import qkit
+from qkit.cli.completing import engine_names, recipe_names
 from qkit.cli.console import Json, console, print_json
 from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
@@ -30,6 +31,7 @@ def calibrate(
             "--recipe",
             "-r",
             help="A recipe, an alias or a TOML file: one that quantizes inputs, or whose drift to correct.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     drift: Annotated[
@@ -47,7 +49,9 @@ def calibrate(
     length: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="The most windows, at even distances in the text.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 8,
-    backend: Annotated[str | None, typer.Option(help="The engine. Left out: the first that is ready.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="The engine. Left out: the first that is ready.", autocompletion=engine_names)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="The device of the engine, such as cpu or cuda.")] = None,
     as_json: Json = False,
 ) -> None:

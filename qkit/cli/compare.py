@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 import qkit
+from qkit.cli.completing import recipe_names
 from qkit.cli.console import Json, console, errors, print_json
 from qkit.cli.eval import Data, Device, Engine, Length, Windows
 from qkit.cli.progress import counting
@@ -37,6 +38,7 @@ def compare(
             "--recipe",
             "-r",
             help="A recipe, an alias or a TOML file. Left out: the rules of --qat's layers.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     skip_indivisible: SkipIndivisible = False,

@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qkit.cli.completing import engine_names, recipe_names
 from qkit.cli.console import Json, console, errors, print_json
 from qkit.installation import ENGINE, how_to_install
 
@@ -19,11 +20,17 @@ if TYPE_CHECKING:
 
 def demo(
     backend: Annotated[
-        str | None, typer.Option(help="The engine. Left out: torchao or mlx, the first that is ready.")
+        str | None,
+        typer.Option(
+            help="The engine. Left out: torchao or mlx, the first that is ready.", autocompletion=engine_names
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the artifact, the report and the picture go.")] = Path("qkit-demo"),
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file, to train for.")
+        str,
+        typer.Option(
+            "--recipe", "-r", help="A recipe, an alias or a TOML file, to train for.", autocompletion=recipe_names
+        ),
     ] = "int2-g64",
     as_json: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 import qkit
+from qkit.cli.completing import engine_names
 from qkit.cli.console import Json, console, print_json
 from qkit.cli.progress import counting
 from qkit.engines.abilities import require
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from qkit.evaluation import Evaluation
 
 Data = Annotated[list[str], typer.Option("--data", help="A text file, or a shell pattern in quotes. Repeat for more.")]
-Engine = Annotated[str | None, typer.Option(help="The engine. Left out: the first that is ready.")]
+Engine = Annotated[
+    str | None, typer.Option(help="The engine. Left out: the first that is ready.", autocompletion=engine_names)
+]
 Device = Annotated[str | None, typer.Option(help="The device of the engine, such as cpu or cuda.")]
 Length = Annotated[int, typer.Option(help="Tokens predicted in one window.")]
 Windows = Annotated[int | None, typer.Option(help="The most windows, at even distances. Left out: the whole text.")]

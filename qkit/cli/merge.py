@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import qkit
+from qkit.cli.completing import recipe_names
 from qkit.cli.console import Json, console, errors, print_json
 from qkit.cli.eval import Engine
 from qkit.pipeline import surgeon
@@ -24,6 +25,7 @@ def merge(
             "--recipe",
             "-r",
             help="A recipe, an alias or a TOML file. Left out: the artifact's own.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     backend: Engine = None,

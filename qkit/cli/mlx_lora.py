@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qkit.cli.completing import recipe_names
 from qkit.cli.console import Json, console, print_json
 from qkit.cli.quantize import SkipIndivisible
 
@@ -27,6 +28,7 @@ def mlx_lora(
             "--recipe",
             "-r",
             help="A recipe, an alias or a TOML file. Left out: the grid of --qat-bits or --load-in-4bits.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     skip_indivisible: SkipIndivisible = False,

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qkit
+from qkit.cli.completing import engine_names, recipe_names
 from qkit.cli.console import Json, Type, console, errors, print_json
 from qkit.engines.protocol import Arrays
 from qkit.grid import Grid
@@ -26,10 +27,14 @@ MISMATCH = 1
 
 def parity(
     recipe: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE", help="Recipes to compare on. Left out: all of them.")
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE", help="Recipes to compare on. Left out: all of them.", autocompletion=recipe_names
+        ),
     ] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backends to compare. Left out: all that are ready.")
+        list[str] | None,
+        typer.Option(help="Backends to compare. Left out: all that are ready.", autocompletion=engine_names),
     ] = None,
     device: Annotated[
         str | None,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import qkit
 from qkit.artifact.config import read_config
+from qkit.cli.completing import engine_names, recipe_names
 from qkit.cli.console import All, Json, console, print_json, read_size, size
 from qkit.cli.quantize import CopyCode, Ignore, Jobs, Model, ShardSize, SkipIndivisible, Untie, warn
 from qkit.overrides import check_ignored, overridden
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 def plan(
     model: Model,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file. Needed without --budget.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe, an alias or a TOML file. Needed without --budget.",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     ignore: Ignore = None,
     skip_indivisible: SkipIndivisible = False,
@@ -47,7 +54,9 @@ def plan(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --train: recompute activations.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="The engine. With --train: torchao or mlx.")] = "torchao",
+    backend: Annotated[
+        str, typer.Option(help="The engine. With --train: torchao or mlx.", autocompletion=engine_names)
+    ] = "torchao",
     budget: Annotated[
         str | None,
         typer.Option(

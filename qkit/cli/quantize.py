@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import qkit
+from qkit.cli.completing import engine_names, recipe_names
 from qkit.cli.console import Json, console, errors, print_json, read_size, size
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
@@ -24,7 +25,9 @@ from qkit.streaming.plan import Plan, make_plan
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A Hugging Face directory: safetensors and a config.json.")
 ]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file.", autocompletion=recipe_names)
+]
 CopyCode = Annotated[
     bool, typer.Option("--copy-code", help="Copy the directory's Python files too. qkit never runs them.")
 ]
@@ -62,7 +65,9 @@ def quantize(
     recipe: RecipeName,
     ignore: Ignore = None,
     skip_indivisible: SkipIndivisible = False,
-    backend: Annotated[str, typer.Option(help="The engine. Every engine makes the same codes.")] = "numpy",
+    backend: Annotated[
+        str, typer.Option(help="The engine. Every engine makes the same codes.", autocompletion=engine_names)
+    ] = "numpy",
     device: Annotated[str, typer.Option(help="The device of the engine, such as cpu or cuda.")] = "cpu",
     copy_code: CopyCode = False,
     untie: Untie = False,

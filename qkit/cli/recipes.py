@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qkit
+from qkit.cli.completing import recipe_names
 from qkit.cli.console import Json, console, errors, print_json, size
 from qkit.engines.registry import ALIASES, DIFFERENCES, left_out
 from qkit.grid import Grid
@@ -22,7 +23,12 @@ LEFT_OF_SUMMARY = 76  #: columns for all that is beside them
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A recipe, an alias or a TOML file. Left out: all recipes.")
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A recipe, an alias or a TOML file. Left out: all recipes.",
+            autocompletion=recipe_names,
+        ),
     ] = None,
     machine: Annotated[
         str | None,

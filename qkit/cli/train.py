@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from qkit.cli.completing import recipe_names
 from qkit.cli.console import console, errors
 from qkit.cli.eval import Device, Engine
 from qkit.cli.quantize import Ignore, SkipIndivisible
@@ -34,6 +35,7 @@ def train(
             "--recipe",
             "-r",
             help="A recipe, an alias or a TOML file; 'float' for none. Left out: MODEL's own.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     ignore: Ignore = None,

@@ -112,7 +112,7 @@ def store(packed: Packed) -> Tensors:
     zeros = np.float32(-grid.element.lowest) if packed.zeros is None else packed.zeros.astype(np.float32)
     kind = _scale_type(grid, packed.dtype)
     biases = spread(-zeros * packed.scales, rows, columns)
-    return {**out, "scales": out["scales"].astype(kind), "biases": biases.astype(kind)}
+    return {**out, "scales": _as_type(out["scales"], kind), "biases": _as_type(biases, kind)}
 
 
 def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, shape: tuple[int, ...]) -> Packed:
@@ -234,6 +234,14 @@ def _scale_type(grid: Grid, dtype: DType) -> str:
     rounds code * scale before it adds the bias, so above 4 bits values would be off by up to a step (R11).
     """
     return "bfloat16" if dtype == "bfloat16" and grid.symmetric and grid.element.bits <= NARROW_BITS else "float32"
+
+
+def _as_type(numbers: NDArray[np.float32], kind: str) -> NDArray[Any]:
+    """Numbers of 8 significant bits as bfloat16, which is the upper half of their patterns; others stay float32."""
+    if kind != "bfloat16":
+        return numbers
+    halves = np.ascontiguousarray(numbers).view("<u2")[..., 1::2]  # a third of the time of a cast
+    return np.ascontiguousarray(halves).view(kind)
 
 
 def _folded(packed: Packed) -> NDArray[np.uint8]:

@@ -35,16 +35,16 @@ class KnownDigests:
         """Names of the arrays whose digests nobody has carried on."""
         return [name for name in self._digests if name in self._left]
 
-    def carry(self, block: bytes | memoryview) -> str | None:
-        """The stated digest of the array of exactly these bytes, for the seal of their copy; None where there is no such array.
+    def carry(self, block: bytes | memoryview) -> tuple[str, Stored] | None:
+        """The stated digest of the array of exactly these bytes, for the seal of their copy, and their place in a file.
 
-        Nobody compares it here: whoever verifies the copy does.
+        None where there is no such array. Nobody compares the digest here: whoever verifies the copy does.
         """
         name = self._names.get(_place(np.frombuffer(block, np.uint8)))
         if name is None:
             return None
         self._left.discard(name)
-        return self._digests[name]
+        return self._digests[name], self._stored[name]
 
     def compare(self, names: Iterable[str]) -> None:
         """Digests the arrays of these names, on all cores, and compares them.

@@ -1,16 +1,22 @@
 """Writing the bytes of tensors to their places in files that exist. Several processes may write, each its own tensors."""
 
 import ctypes
+import errno
 import hashlib
 import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from qkit.errors import ArtifactError
 from qkit.storage.layout import Place
+from qkit.storage.read import Stored
 
 CHUNK = 1 << 20
 PIECE = 1 << 18  #: bytes that are digested and written together
+SPAN = 1 << 26  #: bytes that the system copies in one call, so that Ctrl-C has an effect
+#: Errors of systems and pairs of disks that copy nothing between two files: the bytes are written instead.
+UNABLE = frozenset((errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM))
 
 
 class TensorWriter:
@@ -45,6 +51,35 @@ class TensorWriter:
         except OSError as error:  # the system's own error does not name the file
             raise OSError(error.errno, error.strerror, str(self._folder / place.file)) from None
         return len(data)
+
+    def copy(self, name: str, stored: Stored) -> bool:
+        """Copies tensor `name` from its place in a file, and digests nothing. Returns whether the system can.
+
+        The bytes do not pass through this process, which costs half the time of a write from a mapped file.
+
+        Raises:
+            OSError: the disk is full, and so on; the error names the file.
+            ArtifactError: the file has become shorter.
+        """
+        place, done = self._places[name], 0
+        if not hasattr(os, "copy_file_range") or not place.nbytes:
+            return False
+        source = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while done < place.nbytes:
+                size = min(SPAN, place.nbytes - done)
+                here, there = stored.begin + done, place.begin + done
+                moved = os.copy_file_range(source, self._open(place.file), size, here, there)
+                if not moved:
+                    raise ArtifactError(f"{stored.file} has become shorter: fetch it again")
+                done += moved
+        except OSError as error:
+            if error.errno in UNABLE:
+                return False
+            raise OSError(error.errno, error.strerror, str(self._folder / place.file)) from None
+        finally:
+            os.close(source)
+        return True
 
     def digest(self, name: str) -> str:
         """SHA-256 of tensor `name`, after all its bytes are written."""

@@ -66,8 +66,10 @@ def write_directory(
                 for name in names:
                     offset, nbytes, digest = 0, layout.places[name].nbytes, None
                     for block in by_name[name].blocks():
-                        digest = known.carry(block) if known and len(block) == nbytes else None
-                        offset += writer.write(name, block, offset=offset, digest=digest)
+                        carried = known.carry(block) if known and len(block) == nbytes else None
+                        digest = carried[0] if carried else None
+                        if not (carried and writer.copy(name, carried[1])):
+                            offset += writer.write(name, block, offset=offset, digest=digest)
                     output.close(name, digest=digest or writer.digest(name))
             finally:
                 writer.close()

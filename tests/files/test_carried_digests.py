@@ -1,6 +1,8 @@
 """Exports of changed bytes: an export refuses those that it computes with, and carries on the digests of those that it copies."""
 
+import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,19 +13,21 @@ import qkit
 from qkit.artifact.verify import verify
 from qkit.cli.application import application
 from qkit.exchange.export_model import export_mlx
-from qkit.exchange.import_model import read_model
+from qkit.exchange.import_model import open_model, read_model
 from qkit.storage.known_digests import KnownDigests
-from qkit.storage.read import read_folder
+from qkit.storage.layout import Slot
+from qkit.storage.read import Stored, read_folder
 
 
 def test_a_digest_is_carried_by_exactly_the_bytes_that_have_it():
     arrays = {"a": np.arange(8, dtype=np.int16), "b": np.zeros(8, np.int16)}
-    known = KnownDigests(arrays, {"a": "of a"}, {})
+    place = Stored(Slot("a", "I16", (8,)), Path("model.safetensors"), 64)
+    known = KnownDigests(arrays, {"a": "of a"}, {"a": place})
     data = arrays["a"].view(np.uint8).data
     others = [data[2:], data[:8], bytes(data), arrays["b"].data]
     assert [known.carry(block) for block in others] == [None] * 4
     assert known.left == ["a"]
-    assert known.carry(data) == "of a"
+    assert known.carry(data) == ("of a", place)
     assert known.left == []
 
 
@@ -90,3 +94,61 @@ def test_an_artifact_is_on_the_disk_when_it_appears_and_an_export_is_left_to_the
     weights = [folder, tmp_path / "mlx", tmp_path / "dense"]
     files = [*(one / "model.safetensors" for one in weights), tmp_path / "gguf"]
     assert [file.stat().st_ino in synced for file in files] == [True, False, False, False]
+
+
+def contents(folder):
+    """The bytes of all files of a directory, by name."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def refuse(number):
+    def copy_file_range(*_):
+        raise OSError(number, os.strerror(number))
+
+    return copy_file_range
+
+
+def trickle(source, target, size, begin, place):
+    """Copies at most seven bytes, as a system may."""
+    return os.pwrite(target, os.pread(source, min(size, 7), begin), place)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_an_export_has_the_same_bytes_where_the_system_copies_nothing_between_files(number, tmp_path, monkeypatch):
+    folder = quantized(tmp_path, "int4-g64", dtype="bfloat16")
+    export_mlx(open_model(folder), tmp_path / "copied")
+    monkeypatch.setattr(os, "copy_file_range", refuse(number))
+    export_mlx(open_model(folder), tmp_path / "written")
+    monkeypatch.setattr(os, "copy_file_range", trickle)
+    export_mlx(open_model(folder), tmp_path / "trickled")
+    monkeypatch.delattr(os, "copy_file_range")
+    export_mlx(open_model(folder), tmp_path / "elsewhere")
+    first = contents(tmp_path / "copied")
+    assert all(contents(tmp_path / name) == first for name in ("written", "trickled", "elsewhere"))
+    assert list(verify(tmp_path / "copied")) == []
+
+
+def test_unchanged_codes_do_not_pass_through_the_process(tmp_path, monkeypatch):
+    moved, real = [], os.copy_file_range
+
+    def counted(*arguments):
+        moved.append(real(*arguments))
+        return moved[-1]
+
+    folder = quantized(tmp_path, "int4-g64", dtype="bfloat16")
+    stored, _ = read_folder(folder)
+    codes = sum(one.slot.nbytes for name, one in stored.items() if name.endswith("weight_packed"))
+    monkeypatch.setattr(os, "copy_file_range", counted)
+    export_mlx(open_model(folder), tmp_path / "mlx")
+    assert sum(moved) >= codes > 0
+
+
+def test_a_full_disk_and_a_shorter_source_are_errors_of_a_copy_that_leave_nothing(tmp_path, monkeypatch):
+    folder = quantized(tmp_path, "int4-g64", dtype="bfloat16")
+    monkeypatch.setattr(os, "copy_file_range", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"No space left.*model\.safetensors"):
+        export_mlx(open_model(folder), tmp_path / "mlx")
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    with pytest.raises(qkit.ArtifactError, match="has become shorter: fetch it again"):
+        export_mlx(open_model(folder), tmp_path / "mlx")
+    assert not (tmp_path / "mlx").exists()

@@ -1,4 +1,4 @@
-"""Makes and trains the models that readers open: `python make_models.py FOLDER`. Real text, and tokenizers trained on it.
+"""Makes and trains the models that readers open: `python make_models.py FOLDER [NAME ...]`. Text and tokenizers are real.
 
 A Llama and a Gemma 3 with tokenizers like SentencePiece's, and a Qwen3 with tied embeddings and a byte-level BPE. They are small,
 with widths that the kernels of servers take. The text is the source of Python's standard library.
@@ -7,6 +7,7 @@ with widths that the kernels of servers take. The text is the source of Python's
 import json
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -66,10 +67,10 @@ def text() -> str:
     return "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)[:2_000_000]
 
 
-def make(folder: Path) -> None:
-    """Makes those of the models that `folder` does not have yet."""
+def make(folder: Path, names: Iterable[str] = CONFIGS) -> None:
+    """Makes those of the models `names` that `folder` does not have yet."""
     corpus = text()
-    for name in CONFIGS:
+    for name in names:
         if not (folder / name / "config.json").exists():
             tokenizer = make_tokenizer(name, corpus)
             tokenizer.save_pretrained(folder / name)
@@ -158,4 +159,4 @@ def train(name, tokenizer, corpus):
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    make(Path(sys.argv[1]), sys.argv[2:] or CONFIGS)

@@ -1,6 +1,7 @@
 """The local part of a weight that FSDP2 shards, as a tensor that tells FSDP what to gather in its place. No arithmetic."""
 
-from typing import Any, Protocol
+from inspect import Signature, signature
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -47,10 +48,7 @@ class Shard(Tensor):
         if not self.source.gathers():
             raise AttributeError("fsdp_pre_all_gather")
 
-        def gather(mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> Any:
-            return (self.source.local(self, -(-outer_size[0] // mesh.size()), policy),), None
-
-        return gather
+        return _Gather(self)
 
     @property
     def fsdp_post_all_gather(self) -> Any:
@@ -72,6 +70,25 @@ class Shard(Tensor):
         copy: Tensor = _plain(self).clone()
         memo[id(self)] = copy
         return copy
+
+
+class _Gather:
+    """FSDP2's first hook. It brings its own signature: FSDP asks for it at every gather, and finding it takes long."""
+
+    __slots__ = ("shard",)
+    __signature__: ClassVar[Signature]
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+
+    def __call__(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> Any:
+        with without_subclasses():  # a call for each attribute of a `Shard` would cost more than the attribute
+            return (self.shard.source.local(self.shard, -(-outer_size[0] // mesh.size()), policy),), None
+
+
+_Gather.__signature__ = signature(_Gather.__call__).replace(
+    parameters=list(signature(_Gather.__call__).parameters.values())[1:]
+)
 
 
 def become_shard(tensor: Tensor, source: Source) -> None:

@@ -1,35 +1,42 @@
 """Picks the code that adds a base and a product of factors: one pass on CUDA, else `arithmetic.merged`. The bits are the same."""
 
+import torch
 from torch import Tensor
 
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import merged
 from qkit_torchao.kernels import choose
 
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  #: packed codes, scales, zeros and tensor scale
 
-def added(w: Tensor, b: Tensor, a: Tensor, scale: float, spread: tuple[Tensor, int] | None = None) -> Tensor:
-    """`merged.added(w, b, a, scale)`; with `spread`, of the base `merged.dithered`, of which `w` is the decoded one.
 
-    Args:
-        spread: the scales [outputs, groups] of the base, and the length of a group, if `spreads` is true.
-    """
-    if not _in_one_pass(w):
+def added(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """`merged.added(w, b, a, scale)`."""
+    if w.dim() != 2 or not w.numel() or not _has_kernels(w):
         return merged.added(w, b, a, scale)
     from qkit_torchao.kernels import cuda_merge
 
-    short = merged.shorten(b.float() * scale), merged.shorten(a.float())
-    scales, group = spread or (None, 1)
-    return cuda_merge.added(w, *short, scales=scales, group=group)
+    return cuda_merge.merged(w, b, a, scale, torch.float32)
 
 
-def spreads(grid: Grid, like: Tensor, inputs: int) -> bool:
-    """Whether `added` spreads a base on `grid`, on the device of `like`."""
-    if not _in_one_pass(like, dimensions=like.dim()):
+def is_one_pass(grid: Grid, like: Tensor, inputs: int, *, spread: bool) -> bool:
+    """Whether `values` takes a base on `grid`, on the device of `like`; with `spread`, one that is spread."""
+    if not _has_kernels(like):
         return False
     from qkit_torchao.kernels import cuda_merge
 
-    return cuda_merge.spreads(grid, inputs)
+    return cuda_merge.quantizes(grid, inputs) and (not spread or cuda_merge.spreads(grid, inputs))
 
 
-def _in_one_pass(w: Tensor, *, dimensions: int = 2) -> bool:
-    return w.is_cuda and w.dim() == dimensions and w.numel() > 0 and not choose.why_no_triton(w.device)
+def values(
+    base: Tensor | Parts, b: Tensor, a: Tensor, scale: float, dtype: torch.dtype, grid: Grid, *, spread: bool, on: bool,
+    out: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The merged weight, rounded to `dtype`; if `on`, its values on `grid`, which `is_one_pass` accepts; rounded to `out`."""
+    from qkit_torchao.kernels import cuda_merge
+
+    return cuda_merge.merged(base, b, a, scale, dtype, grid=grid, spread=spread, on_grid=on, out=out)
+
+
+def _has_kernels(like: Tensor) -> bool:
+    return like.is_cuda and not choose.why_no_triton(like.device)

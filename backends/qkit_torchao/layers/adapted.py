@@ -12,14 +12,13 @@ from qkit.grid import Grid
 from qkit.reference.merged import Update
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding, stored
-from qkit_torchao.kernels import choose
-from qkit_torchao.kernels.merge import spreads
+from qkit_torchao.kernels import choose, merge
 from qkit_torchao.layers import adapted_experts, converted, fused, onto_stored, products, sharded, straight_through
 from qkit_torchao.layers.adapted_product import Merging, multiply
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear
 from qkit_torchao.layers.experts import Experts
-from qkit_torchao.layers.merged import merge
+from qkit_torchao.layers.merged import merge as merge_layer
 from qkit_torchao.layers.prepared import FakeLinear
 from qkit_torchao.layers.slots import seen_scales, slot, static_scales
 from qkit_torchao.torch_private import is_transformed, remove_parameters
@@ -56,7 +55,7 @@ class _Adapted(nn.Module):
     def merge_into(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
         sharded.want_own_types(self, *NAMES.values())
-        return merge(w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype)
+        return merge_layer(w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -89,10 +88,16 @@ class AdaptedLinear(_Adapted, FakeLinear):
         def unclipped(merged: Tensor) -> Tensor:
             return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
 
+        def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
+            assert w is not None
+            on = self.mode != "off"
+            return merge.values(w, b, a, self.lora_scale, dtype, grid, spread=False, on=on, out=out)
+
         grid, dtype = self.weight_grid, self.weight.dtype
+        kernel = at_once if merge.is_one_pass(grid, self.weight, self.in_features, spread=False) else None
         if self.mode == "off":
-            return Merging(None, self.lora_scale, dtype, "identity", torch.detach, unclipped)
-        return Merging(None, self.lora_scale, dtype, self.rule.ste, on_grid, unclipped)
+            return Merging(None, self.lora_scale, dtype, "identity", torch.detach, unclipped, kernel)
+        return Merging(None, self.lora_scale, dtype, self.rule.ste, on_grid, unclipped, kernel)
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs], in the type of the base."""
@@ -170,19 +175,22 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
                 return stored.unclipped(merged, converted.unpack(self))
             return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
 
-        if self.mode == "off":
-            return Merging(self._decoded_base, self.lora_scale, torch.float32, "identity", torch.detach, unclipped)
-        if self._spread_by_kernel():
-            spread = self.get_buffer("scales"), int(grid.group)
-            return Merging(
-                self._decoded_base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped, spread
+        def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
+            return merge.values(
+                self.parts(), b, a, self.lora_scale, torch.float32, grid, spread=spread, on=self.mode != "off", out=out
             )
-        return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped)
 
-    def _spread_by_kernel(self) -> bool:
-        plain = self.lora_dithered and self.lora_magnitude is None and self.execution.layout == "words"
-        assert self.rule.weight is not None
-        return plain and spreads(self.rule.weight, self.get_buffer("scales"), self.in_features)
+        off = self.mode == "off"
+        spread = self.lora_dithered and not off
+        words = self.execution.layout == "words" and merge.is_one_pass(
+            grid, self.get_buffer("scales"), self.in_features, spread=spread
+        )
+        kernel = at_once if words else None
+        if off:
+            return Merging(
+                self._decoded_base, self.lora_scale, torch.float32, "identity", torch.detach, unclipped, kernel
+            )
+        return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped, kernel)
 
     def _on_grid(self, merged: Tensor) -> Tensor:
         grid, ste = self.rule.weight, self.rule.ste

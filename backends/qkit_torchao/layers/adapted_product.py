@@ -28,7 +28,7 @@ class Merging:
         ste: of the grid. `identity` where the layer is off.
         on_grid: the values of a merged weight, without a gradient; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
-        spread: scales and length of the groups of the base, where a kernel spreads it; else None, and `base` is spread already.
+        at_once: one kernel: base, B, A and the type of the result -> the values; None where there is none.
     """
 
     base: Callable[[], Tensor] | None
@@ -37,7 +37,7 @@ class Merging:
     ste: Ste
     on_grid: Callable[[Tensor], Tensor]
     unclipped: Callable[[Tensor], Tensor]
-    spread: tuple[Tensor, int] | None = None
+    at_once: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] | None = None
 
 
 def multiply(
@@ -70,33 +70,26 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.merging, ctx.dtype = merging, dtype
         ctx.save_for_backward(x, w, b, a, magnitude)
-        merged = _merged(_base(merging, w), b, a, magnitude, merging)
-        return F.linear(x, merging.on_grid(merged).to(dtype), bias)
+        return F.linear(x, _values(w, b, a, magnitude, merging, dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, a, magnitude = ctx.saved_tensors
         gradient, merging = gradients[0], ctx.merging
         with torch.autocast(gradient.device.type, enabled=False):
-            to_x = to_w = to_bias = None
+            to_x = to_w = to_bias = to_magnitude = None
             rows, seen = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
-            dense = magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]
-            merged = None
-            if ctx.needs_input_grad[0] or dense:
-                base = _base(merging, w)
-                merged = _merged(base, b, a, magnitude, merging)
             if ctx.needs_input_grad[0]:
-                values = merging.on_grid(merged).to(ctx.dtype)
+                values = _values(w, b, a, magnitude, merging, ctx.dtype)
                 to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
-            if dense:
-                to_v = (rows.T @ seen).float()
+            if magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]:
+                to_v, base = (rows.T @ seen).float(), _base(merging, w)
                 if merging.ste == "masked":
-                    to_v = torch.where(merging.unclipped(merged), to_v, 0.0)
+                    to_v = torch.where(merging.unclipped(_merged(base, b, a, magnitude, merging)), to_v, 0.0)
                 to_w, to_b, to_a, to_magnitude = _through(to_v, base, b, a, magnitude, merging.scale)
                 to_w = to_w.to(w.dtype) if ctx.needs_input_grad[1] else None
             else:
                 to_b, to_a = _by_rank(rows, seen, b, a, merging.scale)
-                to_magnitude = None
             if ctx.needs_input_grad[5]:
                 to_bias = rows.sum(dim=0)
         return to_x, to_w, to_b, to_a, to_magnitude, to_bias, None, None
@@ -109,19 +102,33 @@ def _base(merging: Merging, w: Tensor | None) -> Tensor:
     return merging.base()
 
 
+def _values(
+    w: Tensor | None, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging, dtype: torch.dtype
+) -> Tensor:
+    if merging.at_once is not None and magnitude is None:
+        return merging.at_once(w, b.detach(), a.detach(), dtype)
+    return merging.on_grid(_merged(_base(merging, w), b, a, magnitude, merging)).to(dtype)
+
+
 def _merged(base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging) -> Tensor:
     with torch.autocast(base.device.type, enabled=False):
-        v = merge.added(base, b.detach(), a.detach(), merging.scale, merging.spread)
+        v = merge.added(base, b.detach(), a.detach(), merging.scale)
         if magnitude is not None:
             v = v * stretch(magnitude.detach(), row_norms(v))[..., None]
         return stored(v, merging.dtype)
 
 
 def _by_rank(rows: Tensor, seen: Tensor, b: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The gradients of B and A, from those of the output [n, outputs] and the input [n, inputs]."""
-    short_a, short_b = shorten(a.float()).to(rows.dtype), shorten(b.float() * scale).to(rows.dtype)
-    to_b = scale * (rows.T @ (seen @ short_a.T)).float()
-    to_a = ((rows @ short_b).T @ seen).float()
+    """The gradients of B and A, from those of the output [n, outputs] and the input [n, inputs].
+
+    Types of 16 bits have fewer digits than shortened factors, so that these are not shortened for them.
+    """
+    if rows.dtype == torch.float32:
+        short_a, short_b = shorten(a.float()) * scale, shorten(b.float() * scale)
+    else:
+        short_a, short_b = (a * scale).to(rows.dtype), (b * scale).to(rows.dtype)
+    to_b = rows.T @ (seen @ short_a.T)
+    to_a = (rows @ short_b).T @ seen
     return to_b.to(b.dtype), to_a.to(a.dtype)
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qkit.grid import Grid
-from qkit.qtensor import DType
+from qkit.qtensor import DType, QTensor
 from qkit.rules import Rule
 from qkit_torchao.arithmetic.packing import Layout
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import containers, products
 from qkit_torchao.layers.containers import Container
 from qkit_torchao.layers.packed_product import decode_packed, multiply_packed
+from qkit_torchao.layers.shared_codes import coded_input
 from qkit_torchao.layers.slots import slot, static_scales
 from qkit_torchao.torch_private import is_transformed
 
@@ -127,15 +128,20 @@ def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tupl
 
 
 def _int8(layer: Any, x: Tensor) -> Tensor:
-    codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
+    codes, steps = _codes_of(layer, x)
     y = products.int8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _float8(layer: Any, x: Tensor) -> Tensor:
-    codes, steps = products.quantized(x, layer.rule.activation, **static_scales(layer, "input", layer.rule.activation))
+    codes, steps = _codes_of(layer, x)
     y = products.float8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _codes_of(layer: Any, x: Tensor) -> tuple[QTensor[Tensor], Tensor]:
+    activation = layer.rule.activation
+    return coded_input(x, activation, taker=layer, **static_scales(layer, "input", activation))
 
 
 def _words(layer: Any, x: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Prepared(Shown):
         values_buffer: see `values.buffer`; None where the layer has none.
         frozen: whether the values are fixed between updates, see `freeze_values`.
         fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
-        simple: whether the layer only multiplies dynamic values, see `_settle`.
+        simple: whether the layer only multiplies dynamic values, see `settle`.
+        gathers_values: whether FSDP gathers values in the place of the weight, see `shard_first`.
     """
 
     caches: ClassVar[bool] = True
@@ -55,6 +56,7 @@ class Prepared(Shown):
     frozen: bool
     fused: "tuple[Prepared, ...]" = ()
     simple: bool
+    gathers_values: bool = False
 
     @property
     def multiplies_codes(self) -> bool:
@@ -216,7 +218,7 @@ class FakeLinear(Prepared, nn.Linear):
         x = self.slot(x, "input", rule.activation)
         sharded.want_partitioned_by_none(weight)
         gathered = sharded.gathered(self)
-        if gathered:
+        if gathered and self.values_buffer is not None:
             self.values_buffer = None  # it is of the size of the whole weight
         if gathered == "values" or sharded.is_shard(weight):
             narrow = None if self.bias is None else self.bias.to(dtype)

@@ -41,6 +41,7 @@ class LayerSource:
         found: the class of the first layer when `alike` was computed, and the result; None where a layer has changed since.
         others: weak references to the sharded weights that share the tensor scale; None before they are looked for.
         memory: by type, the padded tensor to gather, and a view of it for the values of the shard.
+        latest: the type, rule and mode of the last values that depend on the shard alone, their gate, and their `memory`.
     """
 
     def __init__(self, layers: list[Any], outer: Any) -> None:
@@ -49,6 +50,7 @@ class LayerSource:
         self.agreed: Any = None
         self.others: list[ref[Any]] | None = None
         self.memory: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self.latest: tuple[Any, ...] = (None, None, None, None, None, None)
 
     def gathers(self) -> bool:
         """See `Source.gathers`. After a forward FSDP may have parts of the gathered values, and gathers them as they are."""
@@ -62,7 +64,11 @@ class LayerSource:
         """Whether all layers of the weight compute with the same values, which depend on the weight alone."""
         first = self.layers[0]()
         if self.found is None or self.found[0] is not type(first):
-            self.found = type(first), _alike([layer() for layer in self.layers])
+            layers = [layer() for layer in self.layers]
+            self.found = type(first), _alike(layers)
+            for layer in layers:
+                if layer is not None and hasattr(layer, "gathers_values"):
+                    layer.gathers_values = self.found[1]
         return self.found[1]
 
     def version(self) -> int:
@@ -71,8 +77,16 @@ class LayerSource:
         return 0 if outer is None else version(outer)
 
     def local(self, shard: Shard, rows: int, policy: Any) -> Tensor:
-        """See `Source.local`: the values of `shard`."""
-        return self.values(shard, rows, policy.param_dtype or shard.dtype)[1]
+        """See `Source.local`: the values of `shard`.
+
+        FSDP gathers every weight twice a step on the thread that feeds the device, so that `latest` saves all but one check.
+        """
+        layer, dtype = self.layers[0](), policy.param_dtype or shard.dtype
+        known, rule, mode, on, target, padded = self.latest
+        same = known is dtype and layer is not None and rule is layer.rule and mode == layer.mode and layer.training
+        if same and values.current(shard, rule.weight, on, target) is not None:
+            return padded  # type: ignore[no-any-return]
+        return self.values(shard, rows, dtype)[1]
 
     def values(self, shard: Shard, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The values of `shard` in `dtype`, and the memory of `rows` rows that they begin.
@@ -98,6 +112,7 @@ class LayerSource:
             on = gate(shard.device, on=layer.mode != "off")
             if values.current(shard, layer.weight_grid, on, target) is None:
                 values.of(shard, layer.weight_grid, on, dtype, into=target)
+            self.latest = dtype, layer.rule, layer.mode, on, target, padded
         return target, padded
 
     def _want_one_rule(self, layer: Any, outer: Any) -> None:

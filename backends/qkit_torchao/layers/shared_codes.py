@@ -1,4 +1,4 @@
-"""Products of codes in eager training: an input is quantized once for all layers that get it, and going back decodes nothing.
+"""Codes of an input, quantized once for all layers that get it; and their products in eager training. Going back decodes nothing.
 
 `products.multiply_codes` computes the same numbers as operations that a compiler can pass on, which cost the host more.
 """
@@ -16,9 +16,11 @@ from qkit_torchao.cache.inputs import CodedInput, coded
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.products import float8, int8, quantized
 from qkit_torchao.layers.straight_through import PLAIN, through
-from qkit_torchao.torch_private import version
+from qkit_torchao.torch_private import is_transformed, version
 
-Coded = tuple[QTensor[Tensor], Tensor, Tensor]  #: codes, steps and values of an input
+Coded = tuple[
+    QTensor[Tensor], Tensor, Tensor | None
+]  #: codes and steps of an input, and its values where they are wanted
 
 
 def multiply_shared(
@@ -26,19 +28,27 @@ def multiply_shared(
 ) -> Tensor:
     """As `products.multiply_codes`, of a weight whose codes are cached, for the layer `taker`."""
     with torch.no_grad():
-        q, steps, on_grid = _coded(x.detach(), x, grids[1], taker, static)
+        q, steps, on_grid = _coded(x.detach(), x, grids[1], taker, static, values=True)
     y: Tensor = _Product.apply(x, weight, bias, q, steps, on_grid, grids, ste, static)  # type: ignore[no-untyped-call]
     return y
 
 
-def _coded(x: Tensor, owner: Tensor, grid: Grid, taker: object, static: dict[str, Any]) -> Coded:
+def coded_input(x: Tensor, grid: Grid, *, taker: object, **static: Any) -> tuple[QTensor[Tensor], Tensor]:
+    """As `products.quantized`, for the converted layer `taker`."""
+    if torch.compiler.is_compiling():
+        return quantized(x, grid, **static)
+    q, steps, _ = _coded(x, x, grid, taker, static, values=False)
+    return q, steps
+
+
+def _coded(x: Tensor, owner: Tensor, grid: Grid, taker: object, static: dict[str, Any], *, values: bool) -> Coded:
     """Codes, steps and values of `x`; where its scales are its own, the same for all takers in one forward pass.
 
     As in `straight_through.shared`, a layer that asks again starts another pass.
     """
-    if static or type(owner) not in PLAIN or owner.is_inference():
-        return _fresh(x, grid, static)
-    state = grid, version(owner), owner.data_ptr()
+    if static or type(owner) not in PLAIN or owner.is_inference() or is_transformed():
+        return _fresh(x, grid, static, values=values)
+    state = grid, values, version(owner), owner.data_ptr()
     kept = coded.of(owner)
     if kept is None:
         kept = CodedInput(owner, coded)
@@ -46,11 +56,11 @@ def _coded(x: Tensor, owner: Tensor, grid: Grid, taker: object, static: dict[str
         kept.takers.add(id(taker))
         return before  # type: ignore[no-any-return]
     kept.takers = {id(taker)}
-    return kept.put(_fresh(x, grid, static), state)  # type: ignore[no-any-return]
+    return kept.put(_fresh(x, grid, static, values=values), state)  # type: ignore[no-any-return]
 
 
-def _fresh(x: Tensor, grid: Grid, static: dict[str, Any]) -> Coded:
-    on_grid = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _fresh(x: Tensor, grid: Grid, static: dict[str, Any], *, values: bool) -> Coded:
+    on_grid = torch.empty_like(x, memory_format=torch.contiguous_format) if values else None
     return *quantized(x, grid, values=on_grid, **static), on_grid
 
 
@@ -65,7 +75,7 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         q: QTensor[Tensor],
         steps: Tensor,
-        on_grid: Tensor,
+        on_grid: Tensor | None,
         grids: tuple[Grid, Grid],
         ste: Ste,
         static: dict[str, Any],

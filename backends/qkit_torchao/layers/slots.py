@@ -39,9 +39,14 @@ def seen_scales(layer: Any, x: Tensor, name: str, grid: Grid | None) -> dict[str
 
 
 def slot(module: Any, x: Tensor, name: str, grid: Grid | None) -> Tensor:
-    """`x` in a converted layer, on the grid of the slot `name`, `input` or `output`, if there is one."""
+    """`x` in a converted layer, on the grid of the slot `name`, `input` or `output`, if there is one.
+
+    Layers that get the same input share its values, as in training, see `straight_through.shared`.
+    """
     if grid is None:
         return x
+    if name == "input" and module.rule.range == "dynamic":
+        return straight_through.shared(x, grid, taker=module, ste="identity")
     return straight_through.fake_quantize(x, grid, **static_scales(module, name, grid))
 
 

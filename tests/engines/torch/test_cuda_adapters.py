@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 RECIPES = ["int4-g32", "int4-g128-minmax", "int3-g32", "int2-g32", "int8-row", "mxfp4-a16", "nvfp4-a16"]
 
 
-def adapted(device, recipe, kind, *, base):
+def adapted(device, recipe, kind, *, base, dtype=torch.float32):
     """A layer with an adapter whose B is not zero."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(256, 96, bias=False))
+    model = torch.nn.Sequential(torch.nn.Linear(256, 96, bias=False)).to(dtype)
     model = qkit.prepare(model, recipe) if base == "prepared" else qkit.convert(model, recipe)
     model = qkit.adapt(model, qkit.Adapter(rank=5, kind=kind)).to(device)
     with torch.no_grad():
@@ -41,6 +41,19 @@ def test_a_gpu_computes_with_the_values_of_the_law(recipe, kind, base):
     deployed = qkit.merge(model) if base == "converted" else qkit.convert(qkit.merge(model))
     codes = engine.to_numpy(engine.unpack(next(iter(engine.layers(deployed))).module).codes)
     assert np.array_equal(codes, reference.quantize(merged, layer.rule.weight).codes)
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+@pytest.mark.parametrize("base", ["prepared", "converted"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recipe", [*RECIPES, "int8-g64", "mxfp8-a16"])
+def test_values_in_16_bits_are_those_of_a_cpu(recipe, dtype, base, mode):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = adapted(device, recipe, "lora", base=base, dtype=dtype)
+        model[0].switch_mode(mode)
+        found.append(model(torch.eye(256, device=device, dtype=dtype)).detach().cpu())  # a sum of one number
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("base", ["prepared", "converted"])

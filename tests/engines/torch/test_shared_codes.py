@@ -1,4 +1,4 @@
-"""Products of codes in eager training, which layers take on CUDA: their kernels run on the CPU, too."""
+"""Inputs that are quantized once for all layers; products of codes, which CUDA has: their kernels run on the CPU, too."""
 
 import pytest
 
@@ -62,6 +62,41 @@ def test_an_input_is_quantized_once_for_all_layers_of_a_pass(monkeypatch):
     after = shared_codes.multiply_shared(x, weight, bias, GRIDS[0], "identity", taker=takers[1])
     assert len(counted) == 3
     assert not torch.equal(after, outputs[1])
+
+
+@pytest.mark.parametrize("recipe", ["int8-dynamic-act-int4-weight", "nvfp4", "float8-dynamic-act-float8-weight"])
+def test_converted_layers_quantize_an_input_once(recipe, monkeypatch):
+    from qkit_torchao.kernels import choose
+
+    model = torch.nn.ModuleList(torch.nn.Linear(64, 32, bias=False) for _ in range(3))
+    with torch.no_grad():
+        model = qkit.convert(model, recipe)
+        counted = []
+        rounded = choose.rounded
+        monkeypatch.setattr(choose, "rounded", lambda *a, **k: counted.append(1) or rounded(*a, **k))
+        x = torch.randn(5, 64)
+        together = [layer(x) for layer in model]
+        assert len(counted) == 1
+        assert all(map(torch.equal, together, [layer(x.clone()) for layer in model]))
+        assert len(counted) == 4
+        model[0](x)  # another pass
+        assert len(counted) == 5
+
+
+def test_codes_of_an_input_are_those_of_each_converted_layer(monkeypatch):
+    from qkit_torchao.layers import shared_codes
+
+    x = torch.randn(5, 64)
+    alone = shared_codes.quantized(x, GRIDS[0][1])
+    counted = []
+    quantized = shared_codes.quantized
+    monkeypatch.setattr(shared_codes, "quantized", lambda *a, **k: counted.append(1) or quantized(*a, **k))
+    takers = object(), object()
+    for taker in takers:
+        q, steps = shared_codes.coded_input(x, GRIDS[0][1], taker=taker)
+        assert torch.equal(q.codes, alone[0].codes)
+        assert torch.equal(steps, alone[1])
+    assert len(counted) == 1
 
 
 def test_a_weight_that_was_stepped_is_quantized_anew():
