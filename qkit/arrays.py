@@ -50,7 +50,7 @@ def fit(
 ) -> QTensor[Any]:
     """Codes and scales of `w` that lose less than those of `quantize`, in the same bytes, for the same readers.
 
-    The law computes them on the host in fp64, for every engine: equal arguments give equal codes on all engines and machines.
+    Computed in fp64 by the law on the host, or with its bits on a GPU: equal arguments give equal codes everywhere.
 
     Args:
         w: as for `quantize`.
@@ -64,6 +64,7 @@ def fit(
         DTypeError, GridError, RangeError: as for `quantize`. GridError also for scales that follow from no rule and for moments
             that are missing or do not fit, and RangeError for moments that no inputs have.
     """
+    from qkit.fitting.inputs import Inputs  # here, as the next
     from qkit.reference.fitting import fit as law  # here, so that `import qkit` stays cheap
 
     grid = _grid(grid)
@@ -74,6 +75,8 @@ def fit(
     home = (
         engine.on(str(place)) if hasattr(place, "type") else engine
     )  # a torch.device; other frameworks have none to choose
+    if method == "solve" and known is not None and known.ndim == 2:
+        return Inputs(known, home).solve(engine.to_numpy(w), grid).map(home.from_numpy)
     return law(engine.to_numpy(w), grid, known, method=method).map(home.from_numpy)
 
 

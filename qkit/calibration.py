@@ -60,7 +60,7 @@ def calibrate(
         RangeError: inputs of a layer are not finite.
         ArtifactError, BackendError: the model does not open, or the engine cannot run its blocks by themselves.
     """
-    engine = require(engine, Watches)
+    engine = require(engine, Watches).mapping()
     model, layers = _open(engine, folder)
     grids = {path: rule.activation for path, rule in _rules(engine, model, recipe).items() if rule.activation}
     blocks = engine.blocks(model, length=rows.shape[1])
@@ -71,6 +71,7 @@ def calibrate(
     for number, where in enumerate(blocks.paths):
         if number >= run.done:
             _watch(run, blocks, number, {path: grids.get(path) for path in layers if path.startswith(f"{where}.")})
+        blocks.leave(number)
         tick(where, len(rows))
     return run.finish(len(blocks.paths))
 
@@ -99,7 +100,7 @@ def calibrate_drift(
             inputs.
         GridError: scales of a weight's grid follow from no rule.
     """
-    engine = require(engine, Watches)
+    engine = require(engine, Watches).mapping()
     model, layers = _open(engine, folder)
     twin, _ = _open(engine, folder)
     rules = _rules(engine, model, recipe)
@@ -124,7 +125,9 @@ def calibrate_drift(
             mine = {path: grid for path, grid in grids.items() if path.startswith(f"{where}.")}
             weights = {path: engine.to_numpy(engine.weight(layers[path].module)) for path in mine}
             learn = _learning(learner, fitted, number, run, lesson, pupils) if learner and lesson else None
-            _correct(run, blocks, fitted, number, mine, weights, learn)
+            _correct(engine, run, blocks, fitted, number, mine, weights, learn)
+        blocks.leave(number)
+        fitted.leave(number)
         tick(where, len(rows))
     return run.finish(len(blocks.paths))
 
@@ -175,6 +178,7 @@ def _watch(run: Run, blocks: Blocks, number: int, watched: Mapping[str, Grid | N
 
 
 def _correct(
+    engine: Watches,
     run: Run,
     blocks: Blocks,
     fitted: Blocks,
@@ -188,7 +192,7 @@ def _correct(
     def states() -> Iterator[tuple[Hidden, Hidden]]:
         return zip(run.states("states", number), run.states("fitted", number), strict=True)
 
-    aims = correct_block(number, blocks, fitted, states, grids, weights) if grids else {}
+    aims = correct_block(number, blocks, fitted, states, grids, weights, engine) if grids else {}
     blocks.run(number, run.states("states", number), {}, put=_putting(run, "states", number + 1))
     learned = learn(aims) if learn else {}
     fitted.run(number, run.states("fitted", number), {}, put=_putting(run, "fitted", number + 1))

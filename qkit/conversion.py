@@ -82,7 +82,8 @@ def _codes(
     w = engine.weight(layer.module)
     check(engine, w, rule.weight, name=f"{layer.path}.weight")
     if fit is not None:
-        return fit.quantize(engine.to_numpy(w), rule.weight, path=layer.name, peak=peak)
+        home = engine.on(str(w.device)) if hasattr(getattr(w, "device", None), "type") else engine  # as in `qkit.fit`
+        return fit.on(home).quantize(engine.to_numpy(w), rule.weight, path=layer.name, peak=peak)
     if not _learned(layer, rule):
         return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from qkit import fused
 from qkit.engines.blocks import Blocks, Hidden
+from qkit.engines.protocol import Arrays
+from qkit.fitting.inputs import Inputs
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.reference.fitting import fit
-from qkit.reference.moments import Moments
 from qkit.reference.rounding import dequantize
 
 DAMPING = 0.3  #: of the mean square of the inputs: a correction in directions without inputs would be noise
@@ -55,6 +55,7 @@ def correct_block(
     states: Callable[[], Iterable[tuple[Hidden, Hidden]]],
     grids: Mapping[str, Grid],
     weights: Mapping[str, NDArray[Any]],
+    engine: Arrays | None = None,
 ) -> dict[str, Aim]:
     """Fits the layers of block `number` of `fitted` one group after another, in place, and returns their aims.
 
@@ -62,6 +63,7 @@ def correct_block(
         states: gives batches of the states before the block, of the float model and of the fitted one.
         grids: of the weights of the layers to fit, by path.
         weights: the float weights of these layers.
+        engine: one that may solve on its device; see `Inputs`.
     """
     first = next(iter(states()))[0]
     out, shown = float_model.look(number, first, tuple(grids))
@@ -75,9 +77,9 @@ def correct_block(
             for path in group
         }
         h, peaks = moments.astype(np.float32), _peaks(aimed, grids)
-        known = Moments.of(h)
+        known = Inputs(h, engine)
         for path, weight in aimed.items():
-            q = fit(weight, grids[path], known, method="solve", peak=peaks.get(path))
+            q = known.solve(weight, grids[path], peak=peaks.get(path))
             aims[path] = Aim(weight, q, group[0], h if path == group[0] else None, peaks.get(path), tokens)
             fitted.put(path, dequantize(q))
     return aims

@@ -50,9 +50,12 @@ def _model(folder):
     return folder
 
 
-def furnish(folder):
-    """Puts a model, texts and conversations into `folder`, under the names that pages use."""
-    _model(folder / "model")
+def furnish(folder, *, model=None):
+    """Puts a model, texts and conversations into `folder`, under the names that pages use. `model` is one that is there."""
+    if model is None:
+        _model(folder / "model")
+    else:
+        (folder / "model").symlink_to(model)
     (folder / "big").symlink_to("model")
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text(TEXT[:3000])
@@ -62,6 +65,13 @@ def furnish(folder):
     for name in ("chat", "unseen"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": both}) + "\n" for both in turns))
     return folder
+
+
+def shortened(script):
+    """A script of a page that trains for a step only."""
+    for long, short in SHORT.items():
+        script = script.replace(long, short)
+    return script
 
 
 def steps(text):
@@ -85,9 +95,7 @@ def run(text, *, engine="", left_out=()):
     namespace, ran = {}, []
     for kind, name, body in steps(text):
         if kind == "file":
-            for long, short in SHORT.items():
-                body = body.replace(long, short)
-            Path(name).write_text(body)
+            Path(name).write_text(shortened(body))
         elif kind == "block":
             exec(compile(body, "page", "exec"), namespace)
         elif not ELSEWHERE.match(body) and not any(word in body for word in left_out):

@@ -8,6 +8,7 @@ from qkit.engines.blocks import Learns, Scores, Watches
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
+from qkit.engines.solving import Solves
 from qkit.engines.translation import Translates
 from qkit.errors import BackendError
 from qkit.installation import how_to_install
@@ -29,6 +30,7 @@ ACTIONS: dict[type, str] = {
     Watches: "run the blocks of a model by themselves",
     Learns: "learn rounding",
     Scores: "score the weights of a model",
+    Solves: "solve weights on their device",
     Restores: "give layers back to other programs",
     Remembers: "say where a model came from",
 }

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from qkit.engines.protocol import Arrays
 from qkit.errors import ArtifactError, GridError, PlanError
+from qkit.fitting.inputs import Inputs, solves
 from qkit.fitting.statistics import Statistics, open_statistics
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference.fitting import ROUNDS, fit
-from qkit.reference.moments import DAMPING, Moments
+from qkit.reference.moments import DAMPING
 from qkit.reference.steps import want_fitted
 from qkit.rules import Rule
 from qkit.storage.read import Stored
@@ -35,6 +36,7 @@ class Fit:
         method: `search` or `solve`, see `qkit.fit`; or `round`: codes whose rounding `qkit calibrate --learn` has learned. Layers
             without statistics are fitted by search, all inputs alike.
         statistics: those of the model, an opened directory of `qkit calibrate`, or its path; only `search` goes without.
+        engine: one that may solve on its device, with the same codes; see `on`.
 
     Raises:
         PlanError: no such method; or `solve` or `round` without statistics, or `round` with those that learned nothing.
@@ -43,8 +45,11 @@ class Fit:
 
     method: Method
     statistics: Statistics | None
+    engine: Arrays | None
 
-    def __init__(self, method: Method, statistics: Statistics | str | Path | None = None) -> None:
+    def __init__(
+        self, method: Method, statistics: Statistics | str | Path | None = None, engine: Arrays | None = None
+    ) -> None:
         if method not in get_args(Method):
             raise PlanError(f"no method {method!r} of fitting: choose one of {', '.join(get_args(Method))}")
         if method != "search" and statistics is None:
@@ -56,6 +61,15 @@ class Fit:
             )
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "statistics", opened)
+        object.__setattr__(self, "engine", engine)
+
+    def on(self, engine: Arrays) -> "Fit":
+        """This fit, solved by `engine` where it can."""
+        return Fit(self.method, self.statistics, engine)
+
+    def solves(self, grid: Grid) -> bool:
+        """Whether the engine, rather than the law on the host, solves weights on `grid`."""
+        return self.method == "solve" and solves(self.engine, grid)
 
     def describe(self) -> dict[str, Any]:
         """The metadata of an artifact with such codes."""
@@ -107,7 +121,13 @@ class Fit:
                 raise PlanError(f"{path}: {NOT_LEARNED}")
 
     def quantize(
-        self, w: NDArray[Any], grid: Grid, *, path: str, peak: float | None, first: int = 0
+        self,
+        w: NDArray[Any],
+        grid: Grid,
+        *,
+        path: str,
+        peak: float | None,
+        first: int = 0,
     ) -> QTensor[NDArray[Any]]:
         """Fitted codes and scales of rows `w` of the weight of the layer at `path`, or of its aim where drift is corrected.
 
@@ -125,15 +145,15 @@ class Fit:
         learned = self.statistics.codes(path)
         if learned is not None:
             return _rows_of(learned, grid, w, first, path)
-        known, aim = _moments(self.statistics, self.statistics.like(path)), self.statistics.aim(path)
+        known, aim = _inputs(self.statistics, self.statistics.like(path), self.engine), self.statistics.aim(path)
         if aim is None:
-            return fit(w, grid, known, method="solve", peak=peak)
+            return known.solve(w, grid, peak=peak)
         aimed = aim[first : first + len(w)]
         if aimed.shape != w.shape:
             raise ArtifactError(
                 f"{path}: the statistics aim at {list(aim.shape)}, which is another shape: calibrate again"
             )
-        return replace(fit(aimed, grid, known, method="solve", peak=self.statistics.peak(path)), dtype=dtype_of(w))
+        return replace(known.solve(aimed, grid, peak=self.statistics.peak(path)), dtype=dtype_of(w))
 
     def searching(self, engine: Arrays) -> "Searching":
         """The verbs of `engine` that experts are quantized with, by search."""
@@ -234,13 +254,15 @@ def _rows_of(
     return QTensor(grid=grid, dtype=dtype_of(w), **parts)
 
 
-_prepared: OrderedDict[tuple[str, str], Moments] = OrderedDict()  # by digest and layer; the last two, of equal inputs
+_prepared: OrderedDict[tuple[str, str, Arrays | None], Inputs] = (
+    OrderedDict()
+)  # by digest and layer; the last of equal inputs
 
 
-def _moments(statistics: Statistics, path: str) -> Moments:
-    key = statistics.digest, path
+def _inputs(statistics: Statistics, path: str, engine: Arrays | None) -> Inputs:
+    key = statistics.digest, path, engine
     if key not in _prepared:
         while len(_prepared) >= KEPT:
             _prepared.popitem(last=False)
-        _prepared[key] = Moments.of(statistics.moments(path))
+        _prepared[key] = Inputs(statistics.moments(path), engine)
     return _prepared[key]

@@ -44,7 +44,7 @@ def fit(
     """Fitted codes and scales of finite `w` [..., n], float32, bfloat16 or float16; every reader takes them as `quantize`'s.
 
     The error of a row is d H d', where d is the row less its values. Row by row, that of `search` is at most the rule's in the
-    diagonal of H and in its blocks of groups, and that of `solve` at most that of `search` in H.
+    diagonal of H, and that of `solve` at most that of `search` in H.
 
     Args:
         moments: E[x x'] [n, n] of the layer's inputs. `search` takes its diagonal [n], too; or None: all inputs weigh the same.
@@ -65,53 +65,56 @@ def fit(
     known = Moments.of(moments) if method == "solve" and not isinstance(moments, Moments) else moments
     tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
     s, z = (a.reshape(-1) for a in steps_of(first))
-    group, shape = grid.group_shape(w.shape)[-1], first.scales.shape
+    shape = first.scales.shape
     units = np.empty(flat.shape)
-    for rows, cells in _shares(flat.shape, grid):
+    for rows, of in _shares(flat.shape, grid):
         x = flat[rows]
-        aim = objective(moments, x.shape, grid, blocks)
-        found, s[cells], z[cells] = _search_rows(_cells(x, group), s[cells], z[cells], grid, aim, tensor, len(x))
+        aim = objective(moments, x, grid, blocks)
+        found, s[of], z[of] = _search_rows(s[of], z[of], grid, aim, tensor, len(x))
         units[rows] = found.T.reshape(x.shape)
         if method == "solve":
             assert isinstance(known, Moments)
             on_side = x.T.copy(), units[rows].T.copy()
-            found, steps = solve(*on_side, *_steps(s[cells], z[cells], on_side[0], grid), known, grid, tensor, rounds)
+            found, steps = solve(*on_side, *_steps(s[of], z[of], on_side[0], grid), known, grid, tensor, rounds)
             units[rows] = found.T
             if grid.group != "tensor":
-                s[cells] = steps.T.reshape(-1)
+                s[of] = steps.T.reshape(-1)
     of_all = units.reshape(w.shape)
     return stored(of_all, s.reshape(shape), z.reshape(shape), grid, first.tensor_scale, dtype_of(w))
 
 
 def _search_rows(
-    x: Doubles, s: Doubles, z: Doubles, grid: Grid, aim: Objective, tensor: float, rows: int
+    s: Doubles, z: Doubles, grid: Grid, aim: Objective, tensor: float, rows: int
 ) -> tuple[Doubles, Doubles, Doubles]:
-    """As `search`, for cells of `rows` rows; a row whose squares would rise above the rule's is searched by squares."""
-    found = search(x, s, z, grid, aim=aim, tensor=tensor)
+    """As `search`, for the cells of `rows` rows; in a row whose squares would rise above the rule's, those of no cell rise."""
+    x, found = aim.x, search(s, z, grid, aim=aim, tensor=tensor)
+    by_rule = aim.squares(nearest(x / s, z, grid) * s - x)
 
-    def of_rows(d: Doubles) -> Doubles:
-        return total(aim.squares(d).reshape(rows if s.size > 1 else 1, -1).T)
+    def of_rows(squares: Doubles) -> Doubles:
+        return total(squares.reshape(rows if s.size > 1 else 1, -1).T)
 
-    worse = of_rows(found[0] * found[1] - x) > of_rows(nearest(x / s, z, grid) * s - x)
+    worse = of_rows(aim.squares(found[0] * found[1] - x)) > of_rows(by_rule)
     if worse.any():
         some = np.repeat(worse, s.size // worse.size)
-        plain = Objective(aim.weights[:, some], None, power=2)
-        again = search(x[:, some], s[some], z[some], grid, aim=plain, tensor=tensor)
-        for all_of_them, mine in zip(found, again, strict=True):
-            all_of_them[..., some] = mine
+        mine = Objective(x[:, some], aim.weights[:, some], aim.blocks, aim.damping, aim.pull)
+        again = search(s[some], z[some], grid, aim=mine, tensor=tensor, most=by_rule[some])
+        for all_of_them, better in zip(found, again, strict=True):
+            all_of_them[..., some] = better
     return found
 
 
 def search(
-    x: Doubles, s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float
+    s: Doubles, z: Doubles, grid: Grid, *, aim: Objective, tensor: float, most: Doubles | None = None
 ) -> tuple[Doubles, Doubles, Doubles]:
-    """The units of cells `x` [group, cells] on the scales of least error, these scales, and their zero points.
+    """The units [group, cells] on the scales of least error, these scales, and their zero points.
 
     Args:
         s, z: the rule's, [cells].
-        aim: the error to lower.
+        aim: the error to lower, with the values of the cells.
         tensor: NVFP4's scale of the tensor, else 1.
+        most: squares [cells] that no scale may exceed.
     """
+    x = aim.x
     best = [nearest(x / s, z, grid), s, z]
     least = aim.error(best[0] * s - x)
 
@@ -119,6 +122,8 @@ def search(
         units = nearest(x / s, z, grid)
         error = aim.error(units * s - x)
         better = error < least
+        if most is not None:
+            better &= aim.squares(units * s - x) <= most
         np.copyto(least, error, where=better)
         best[:] = (np.where(better, new, old) for new, old in zip((units, s, z), best, strict=True))
 
@@ -126,7 +131,7 @@ def search(
         keep_better(*tried)
     for _ in range(REFITS):
         units, s, z = best
-        keep_better(_refit(*aim.quotient(x, units), s, grid, tensor), z)
+        keep_better(_refit(*aim.quotient(units), s, grid, tensor), z)
     return best[0], best[1], best[2]
 
 
@@ -250,11 +255,6 @@ def _steps(s: Doubles, z: Doubles, x: Doubles, grid: Grid) -> tuple[Doubles, Dou
     if grid.group == "tensor":
         return np.broadcast_to(s, (1, x.shape[1])), np.broadcast_to(z, (1, x.shape[1]))
     return s.reshape(x.shape[1], -1).T, z.reshape(x.shape[1], -1).T
-
-
-def _cells(x: Doubles, group: int) -> Doubles:
-    """[rows, n] -> [group, rows * groups]."""
-    return np.ascontiguousarray(x.reshape(-1, group).T)
 
 
 def _shares(shape: tuple[int, ...], grid: Grid) -> Iterator[tuple[slice, slice]]:

@@ -1,11 +1,11 @@
-"""The errors that `search` lowers: what the differences of a group's values cost, with and without knowledge of its inputs.
+"""The error that `search` lowers: what the differences d of a group's values x cost, with and without knowledge of its inputs.
 
-Without inputs, powers: of integers of few bits, large differences, those of clipped weights, count for more than in squares.
-With the mean squares of inputs, weighted squares. With their moments, d' H d for the block H of the group, where two errors may
-make up for each other.
+d' B d + PULL (d' B x)^2 / x' B x. B is the block of the group in the moments of the inputs, where two errors may make up for each
+other, or their mean squares; or one for every input. The second term counts the part of d that lies along x. Errors of groups
+are independent but for this part: the best scale for each group alone clips, so that all of them shrink, and a layer with them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,11 @@ from qkit.grid import Grid
 from qkit.reference.moments import Moments, mean_squares
 from qkit.reference.products import Doubles, Halves, halves, total
 
-#: Of integers by bits, where nothing is known of inputs; else squares. They are the best on the model of benchmarks/fit_model.py.
-POWERS = {2: 4, 3: 3}
+#: Of integers by bits, and of others; small floats clip little, and have none. Chosen on text that no figure is measured on.
+PULL = {2: 3.0}
+PULL_OF_WIDE = 1.0
+#: Of the mean square of all inputs, added to that of each, by bits: a group knows nothing of the errors of others. Else 0.
+DAMPING = {2: 1.0}
 WIDEST = 256  #: inputs of a group whose block is used; those of wider ones count by their mean squares
 
 
@@ -25,14 +28,27 @@ class Objective:
     """The error of the values of cells, and the best scale for given units.
 
     Attributes:
+        x: the values [group, cells].
         weights: of squares, [group, cells].
         blocks: `products.halves` of the moments of each group's inputs, [groups, group, group]; None where they are not known.
-        power: of the differences that counts, 2, 3 or 4.
+        damping: what B has more on its diagonal than these blocks or weights.
+        pull: the weight of errors along x.
+        along: B x [group, cells].
+        size: x' B x of each cell, one where it is zero.
     """
 
+    x: Doubles
     weights: Doubles
     blocks: Halves | None
-    power: int
+    damping: float
+    pull: float
+    along: Doubles = field(init=False)
+    size: Doubles = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "along", self._times(self.x))
+        size = total(self.x * self.along)
+        object.__setattr__(self, "size", np.where(size > 0, size, 1.0))
 
     def squares(self, d: Doubles) -> Doubles:
         """The weighted sum of squares of differences [group, cells]."""
@@ -40,41 +56,55 @@ class Objective:
 
     def error(self, d: Doubles) -> Doubles:
         """The error of each cell."""
-        if self.blocks is not None:
-            return total(d * self._times(d))
-        if self.power == 2:
-            return self.squares(d)
-        return total(np.abs(d) * d * d if self.power == 3 else d * d * (d * d))
+        part = total(d * self.along)
+        return total(d * self._times(d)) + self.pull * (part * part / self.size)
 
-    def quotient(self, x: Doubles, units: Doubles) -> tuple[Doubles, Doubles]:
+    def quotient(self, units: Doubles) -> tuple[Doubles, Doubles]:
         """Numerator and denominator of the scale of least error for given units."""
-        weighted = self.weights * units if self.blocks is None else self._times(units)
-        return total(x * weighted), total(units * weighted)
+        part = total(units * self.along)
+        own = total(units * self._times(units))
+        return (1 + self.pull) * part, own + self.pull * (part * part / self.size)
 
     def _times(self, d: Doubles) -> Doubles:
-        """Each cell's block times its differences, with the same bits everywhere; see `products`."""
-        assert self.blocks is not None
+        """Each cell's B times `d`, with the same bits everywhere; see `products`."""
+        if self.blocks is None:
+            return self.weights * d + self.damping * d
         high, low = self.blocks
         groups, group = high.shape[:2]
         by_group = np.ascontiguousarray(d.reshape(group, -1, groups).transpose(2, 0, 1))
         top, rest = halves(by_group, axis=1)
         found = high @ top + (high @ rest + low @ top)
-        return np.ascontiguousarray(found.transpose(1, 2, 0)).reshape(d.shape)
+        return np.ascontiguousarray(found.transpose(1, 2, 0)).reshape(d.shape) + self.damping * d
 
 
-def objective(
-    moments: NDArray[Any] | Moments | None, shape: tuple[int, int], grid: Grid, blocks: Halves | None
-) -> Objective:
-    """That of `search` for rows [rows, n] of a weight.
+def objective(moments: NDArray[Any] | Moments | None, x: Doubles, grid: Grid, blocks: Halves | None) -> Objective:
+    """That of `search` for rows `x` [rows, n] of a weight.
 
     Raises:
         GridError, RangeError: as `fit`.
     """
-    group = grid.group_shape(shape)[-1]
-    weights = np.broadcast_to(mean_squares(moments, shape[-1]), shape)
-    cells = np.ascontiguousarray(weights.reshape(-1, group).T)
-    power = POWERS.get(grid.element.bits, 2) if moments is None and grid.element.kind == "integer" else 2
-    return Objective(cells, blocks, power)
+    group = grid.group_shape(x.shape)[-1]
+    diagonal = mean_squares(moments, x.shape[-1])
+    weights = cells(np.broadcast_to(diagonal, x.shape), group)
+    damping = 0.0 if moments is None else damping_of(grid, diagonal)
+    return Objective(cells(x, group), weights, blocks, damping, pull_of(grid))
+
+
+def damping_of(grid: Grid, diagonal: Doubles) -> float:
+    """What the blocks of known inputs have more on their diagonal, given their mean squares [n]."""
+    if grid.element.kind == "float":
+        return 0.0
+    return DAMPING.get(grid.element.bits, 0.0) * float(total(diagonal)) / len(diagonal)
+
+
+def pull_of(grid: Grid) -> float:
+    """The weight of errors along the values of a cell."""
+    return PULL.get(grid.element.bits, PULL_OF_WIDE) if grid.element.kind == "integer" else 0.0
+
+
+def cells(x: Doubles, group: int) -> Doubles:
+    """[rows, n] -> [group, rows * groups]."""
+    return np.ascontiguousarray(x.reshape(-1, group).T)
 
 
 def blocks_of(moments: NDArray[Any] | Moments | None, n: int, grid: Grid) -> Halves | None:

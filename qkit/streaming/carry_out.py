@@ -69,12 +69,13 @@ def quantize_directory(
         rows = rows_of(plan, missing)
         tick("", sum(row.stored.slot.nbytes for row in rows_of(plan, output.layout.places.keys() - missing)))
         rows.sort(key=lambda row: -row.stored.slot.nbytes)  # the largest first, so that all processes end together
-        in_numpy = engine.name == "numpy" or plan.fit is not None  # the law fits on the host, whatever the engine
+        fit = plan.fit.on(engine) if plan.fit else None
+        in_numpy = engine.name == "numpy" or (fit is not None and not _solves(fit, plan))
         work = partial(
             _make,
             folder=output.aside,
             quantize=_quantize_here if in_numpy else partial(_quantize_on, engine),
-            fit=plan.fit,
+            fit=fit,
         )
         places = output.layout.places
         tasks = ((row, {slot.name: places[slot.name] for slot in row.slots if slot.name in places}) for row in rows)
@@ -95,6 +96,11 @@ def join_parts(plan: Plan, folder: Path) -> None:
 def rows_of(plan: Plan, names: Collection[str]) -> list[Row]:
     """The rows that make tensors of `names`."""
     return [row for row in plan.rows if any(slot.name in names for slot in row.slots)]
+
+
+def _solves(fit: Fit, plan: Plan) -> bool:
+    """Whether the engine of `fit` solves any weight of `plan`; else the law fits on the host, whatever the engine."""
+    return any(fit.solves(row.rule.weight) for row in plan.rows if row.rule and row.rule.weight)
 
 
 def _whole(plan: Plan, folder: Path) -> Whole:
@@ -235,7 +241,7 @@ def _fitted(
     """As `_blocks`, with fitted codes."""
     peak = max(map(abs, weight.extremes(shared=True))) if grid.scale == "nvfp4" else None
     blocks = weight.blocks()
-    if grid.group == "tensor":  # one scale for all rows
+    if grid.group == "tensor" or fit.solves(grid):  # one scale for all rows; a device takes all rows at once
         blocks = iter([(0, np.concatenate([w.copy() for _, w in blocks]))])
     for begin, w in blocks:
         yield begin, compressed_tensors.store(pack(fit.quantize(w, grid, path=path, peak=peak, first=begin)), form)

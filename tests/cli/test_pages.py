@@ -32,7 +32,7 @@ ENGINES = {status.name for status in qkit.backends() if status.ready}
 
 #: Pages whose commands run, and the engines and libraries that they need.
 RUN = {
-    "README.md": ("trl", "mlx_lm"),
+    "README.md": ("trl", "mlx_lm", "gguf"),
     "docs/start/ptq.md": ("gguf",),
     "docs/start/cuda.md": ("trl",),
     "docs/start/mac.md": ("mlx_lm",),

@@ -20,7 +20,7 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
 from qkit.reference.fitting import COLUMNS, REFITS, ROUNDS
 from qkit.reference.moments import DAMPING, mean_squares
-from qkit.reference.objectives import WIDEST
+from qkit.reference.objectives import WIDEST, damping_of, pull_of
 from qkit.reference.steps import BLOCK_CODES, LEAST, LEAST_OF_WIDE, MOST, STEPS, steps_of, stored, want_fitted
 from qkit_torchao.arithmetic import exact_products
 from qkit_torchao.arithmetic.exact_products import Halves
@@ -102,55 +102,58 @@ def _search(
     if group <= WIDEST:
         places = torch.arange(n, device=x.device).reshape(-1, group)
         blocks = exact_products.halves(known.source[places[:, :, None], places[:, None, :]], 2)
+    damping = damping_of(grid, known.diagonal.cpu().numpy())
 
     def times(d: Tensor) -> Tensor:
         if blocks is None:
-            return weights * d
+            return weights * d + damping * d
         high, low = blocks
         by_group = d.reshape(group, -1, len(high)).permute(2, 0, 1).contiguous()
         top, rest = exact_products.halves(by_group, 1)
         found = high @ top + (high @ rest + low @ top)
-        return found.permute(1, 2, 0).reshape(d.shape)
+        return found.permute(1, 2, 0).reshape(d.shape) + damping * d
+
+    along, pull = times(x), pull_of(grid)
+    size = (found := exact_products.total(x * along)).where(found > 0, 1.0)
 
     def squares(d: Tensor) -> Tensor:
         return exact_products.total(weights * d * d)
 
     def error(d: Tensor) -> Tensor:
-        return squares(d) if blocks is None else exact_products.total(d * times(d))
+        part = exact_products.total(d * along)
+        return exact_products.total(d * times(d)) + pull * (part * part / size)
 
-    def run(by_squares: bool) -> tuple[Tensor, Tensor]:
-        measure = squares if by_squares else error
+    def run(most: Tensor | None) -> tuple[Tensor, Tensor]:
         best = [_nearest(x / s, z, grid), s.clone()]
-        least = measure(best[0] * s - x)
+        least = error(best[0] * s - x)
 
         def keep(tried: Tensor) -> None:
             nonlocal least
             units = _nearest(x / tried, z, grid)
-            found = measure(units * tried - x)
-            better = found < least
+            d = units * tried - x
+            found = error(d)
+            better = found < least if most is None else (found < least) & (squares(d) <= most)
             least = torch.where(better, found, least)
             best[:] = [torch.where(better, new, old) for new, old in zip((units, tried), best, strict=True)]
 
         for tried in _candidates(x, s, grid, tensor):
             keep(tried)
         for _ in range(REFITS):
-            weighted = weights * best[0] if by_squares else times(best[0])
-            keep(
-                _refit(
-                    exact_products.total(x * weighted), exact_products.total(best[0] * weighted), best[1], grid, tensor
-                )
-            )
+            units, scale = best
+            part = exact_products.total(units * along)
+            own = exact_products.total(units * times(units)) + pull * (part * part / size)
+            keep(_refit((1 + pull) * part, own, scale, grid, tensor))
         return best[0], best[1]
 
-    units, found = run(False)
-    if blocks is not None:
-        rule = _nearest(x / s, z, grid) * s - x
-        worse = exact_products.total(
-            squares(units * found - x).reshape(rows, -1).T.contiguous()
-        ) > exact_products.total(squares(rule).reshape(rows, -1).T.contiguous())
-        if bool(worse.any()):
-            plain, some = run(True), worse.repeat_interleave(n // group)
-            units, found = (torch.where(some, new, old) for new, old in zip(plain, (units, found), strict=True))
+    def by_rows(of_cells: Tensor) -> Tensor:
+        return exact_products.total(of_cells.reshape(rows, -1).T.contiguous())
+
+    units, found = run(None)
+    by_rule = squares(_nearest(x / s, z, grid) * s - x)
+    worse = by_rows(squares(units * found - x)) > by_rows(by_rule)
+    if bool(worse.any()):
+        again, some = run(by_rule), worse.repeat_interleave(n // group)
+        units, found = (torch.where(some, new, old) for new, old in zip(again, (units, found), strict=True))
     return units, found
 
 

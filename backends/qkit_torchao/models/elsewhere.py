@@ -6,6 +6,7 @@ from torch import nn
 
 from qkit.engines.protocol import Modules
 from qkit.reference.merged import Update
+from qkit_torchao.arithmetic.solving import Solving
 from qkit_torchao.layers import learned
 from qkit_torchao.layers.learned_experts import restore_experts
 from qkit_torchao.layers.prepared_experts import FakeExperts
@@ -15,7 +16,7 @@ from qkit_torchao.models.learning import Learning
 from qkit_torchao.models.scoring import Scoring
 
 
-class Elsewhere(Watching, Learning, Scoring):
+class Elsewhere(Watching, Learning, Scoring, Solving):
     """Models that other programs have opened or wrapped, or get back."""
 
     def save_as_artifact(self, model: nn.Module) -> nn.Module:

@@ -1,13 +1,24 @@
-"""`solve` on a torch device has the codes and scales of the law, to the bit."""
+"""`solve` on a torch device has the codes and scales of the law, to the bit, and is taken there."""
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models import make
 from qkit_torchao.arithmetic.fitting import DeviceMoments, solve_on
+from qkit_torchao.backend import TorchaoBackend
 
+import qkit
+from qkit.calibration import calibrate, calibrate_drift
 from qkit.errors import GridError, RangeError
 from qkit.grid import Grid
 from qkit.reference.fitting import fit
+from qkit.streaming.carry_out import quantize_directory
+from qkit.streaming.plan import make_plan
+
+pytestmark = pytest.mark.filterwarnings("ignore::qkit.errors.FewTokensWarning")
 
 GRIDS = [
     *(Grid(element, 32) for element in ("int2", "int3", "int4", "int8", "e2m1", "e4m3")),
@@ -41,3 +52,79 @@ def test_other_grids_and_moments_are_refused() -> None:
     h[0, 1] = h[1, 0] = 5
     with pytest.raises(RangeError, match="a negative direction"):
         DeviceMoments.of(h, torch.device("cpu"))
+
+
+class OnDevice(TorchaoBackend):
+    """The engine as it is on a GPU, on the device at hand; it counts the weights that it solves."""
+
+    solved = 0
+
+    def solves(self, grid: Grid) -> bool:
+        return grid.group != "tensor" and grid.scale != "minmax"
+
+    def solve(self, w: Any, grid: Grid, moments: Any, *, peak: float | None = None) -> qkit.QTensor[Any]:
+        type(self).solved += 1
+        return super().solve(w, grid, moments, peak=peak)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(make(tmp_path_factory.mktemp("float") / "model", "llama"))
+
+
+@pytest.fixture(scope="module")
+def stats(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = np.random.default_rng(3).integers(0, 200, (20, 128)).astype(np.int32)
+    return calibrate(model, tmp_path_factory.mktemp("stats") / "stats", rows, engine=TorchaoBackend())
+
+
+@pytest.mark.parametrize("recipe", ["int3-g32", "nvfp4-a16"])
+def test_directories_that_a_device_solves_have_the_same_bytes(
+    recipe: str, model: Path, stats: Path, tmp_path: Path
+) -> None:
+    plan, found = make_plan(model, qkit.recipe(recipe), fit=qkit.Fit("solve", stats)), []
+    for engine in (qkit.backend("numpy"), OnDevice()):
+        OnDevice.solved, out = 0, tmp_path / engine.name
+        quantize_directory(plan, out, engine=engine, workers=2, tick=lambda *_: None)
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+    assert OnDevice.solved == sum(row.rule is not None for row in plan.rows)
+
+
+def test_layers_and_arrays_are_solved_on_their_device(model: Path, stats: Path) -> None:
+    OnDevice.solved, engine = 0, OnDevice()
+    made = [
+        qkit.convert(qkit.load(model, backend="torchao"), "int4-g32", fit=qkit.Fit("solve", stats), backend=one)
+        for one in (engine, TorchaoBackend())
+    ]
+    assert OnDevice.solved
+    for one, other in zip(*(engine.tensors(each).values() for each in made), strict=True):
+        assert torch.equal(one, other)
+    w, h = torch.randn(8, 64), np.eye(64, dtype=np.float32) + 0.5
+    before = OnDevice.solved
+    assert torch.equal(
+        qkit.fit(w, "int3-g32", h, method="solve", backend=engine).codes,
+        qkit.fit(w, "int3-g32", h, method="solve").codes,
+    )
+    assert OnDevice.solved == before + 1
+
+
+def test_drift_is_solved_on_the_device(model: Path, tmp_path: Path) -> None:
+    rows = np.random.default_rng(3).integers(0, 200, (4, 128)).astype(np.int32)
+    OnDevice.solved, found = 0, []
+    for engine in (OnDevice(), TorchaoBackend()):
+        out = calibrate_drift(
+            model, tmp_path / type(engine).__name__, rows, engine=engine, recipe=qkit.recipe("int4-g32")
+        )
+        found.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert found[0] == found[1]
+    assert OnDevice.solved
+
+
+def test_only_a_gpu_is_asked() -> None:
+    engine = TorchaoBackend()
+    assert not engine.solves(Grid("int4", 32))
+    engine.device = torch.device("cuda")
+    assert engine.solves(Grid("int4", 32))
+    assert not engine.solves(Grid("int4", "tensor"))
+    assert not engine.solves(Grid("int4", 32, "minmax"))

@@ -1,0 +1,34 @@
+"""The verbs of `qkit.engines.solving.Solves`."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from qkit.grid import Grid
+from qkit.qtensor import QTensor
+from qkit_torchao.arithmetic.fitting import DeviceMoments, solve_on
+
+
+class Solving:
+    """Solves weights on a GPU.
+
+    Attributes:
+        device: of new tensors.
+    """
+
+    device: torch.device
+
+    def solves(self, grid: Grid) -> bool:
+        """See `Solves.solves`: on a GPU, grids whose rows have scales of their own, without zero points."""
+        return self.device.type == "cuda" and grid.group != "tensor" and grid.scale != "minmax"
+
+    def prepare_moments(self, moments: NDArray[Any]) -> DeviceMoments:
+        """See `Solves.prepare_moments`."""
+        return DeviceMoments.of(moments, self.device)
+
+    def solve(
+        self, w: NDArray[Any], grid: Grid, moments: DeviceMoments, *, peak: float | None = None
+    ) -> QTensor[NDArray[Any]]:
+        """See `Solves.solve`."""
+        return solve_on(w, grid, moments, device=self.device, peak=peak)
