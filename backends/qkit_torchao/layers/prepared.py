@@ -39,7 +39,8 @@ class Prepared(Shown):
         values_buffer: see `values.buffer`; None where the layer has none.
         frozen: whether the values are fixed between updates, see `freeze_values`.
         fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
-        simple: whether the layer only multiplies dynamic values, see `_settle`.
+        simple: whether the layer only multiplies dynamic values, see `settle`.
+        gathers_values: whether FSDP gathers values in the place of the weight, see `shard_first`.
     """
 
     caches: ClassVar[bool] = True
@@ -55,6 +56,7 @@ class Prepared(Shown):
     frozen: bool
     fused: "tuple[Prepared, ...]" = ()
     simple: bool
+    gathers_values: bool = False
 
     @property
     def multiplies_codes(self) -> bool:
