@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 HOME = Path(os.environ.get("QKIT_READERS", ".readers")).absolute()
 PAGE = (HERE.parents[1] / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
 SERVE = PAGE.partition("\n## ")[0]
-LINES = re.search(r"^\$ qkit quantize model/ small/.*?(?=^```)", SERVE, re.DOTALL | re.MULTILINE)[0].splitlines()
+LINES = re.search(r"^qkit quantize model/ small/.*?(?=^```)", SERVE, re.DOTALL | re.MULTILINE)[0].splitlines()
 TEXTS = [
     "import os",
     "def f(x):\n    return x + 1\n",
@@ -41,7 +41,7 @@ TEXTS = [
 def test_the_path_of_the_readme_ends_in_an_answer(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(HOME / "models" / model)
-    quantize, export, serve, ask = [shlex.split(line.removeprefix("$ "), comments=True) for line in LINES]
+    quantize, export, serve, ask = [shlex.split(line, comments=True) for line in LINES]
     for words in (quantize, export):
         done = CliRunner().invoke(application, words[1:])
         assert done.exit_code == 0, (done.output, done.exception)
