@@ -212,9 +212,11 @@ def run(rank, folder):
     rounding = shard(with_adapters(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     seen["errors"]["rounded"] = error(lambda: rounding(batch(0)[0]))
     import parallel  # which imports this module
+    import resumed
     import shards
 
     seen["shards"] = shards.observe(rank)
+    seen["resumed"] = resumed.observe(rank, folder)
     seen["not finite"] = shards.saved(rank, folder)
     if find_spec("transformers") and find_spec("accelerate"):
         seen["parallel"] = parallel.observe(rank, folder)

@@ -12,6 +12,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import parallel  # noqa: E402
 import processes  # noqa: E402
+import resumed  # noqa: E402
 import shards  # noqa: E402
 from processes import GRID, adam, batch, codes, net, ours, train, with_adapters  # noqa: E402
 
@@ -199,6 +200,18 @@ def test_a_weight_that_is_not_finite_is_refused_in_every_process(seen, folder):
         "first.0.weight has numbers that are not finite: no code stands for them"
     }
     assert not [file for file in Path(folder).iterdir() if "never" in file.name]
+
+
+@pytest.mark.parametrize("name", resumed.MADE)
+@pytest.mark.parametrize("way", resumed.WAYS)
+def test_a_run_goes_on_from_a_checkpoint_of_torchs_with_the_same_losses_and_codes(seen, way, name):
+    for one in seen:
+        whole, resumed_run = one["resumed"][f"{way}, {name}"]
+        assert resumed_run["losses"] == whole["losses"]
+        assert len(set(whole["losses"])) == 4
+    whole, resumed_run = seen[0]["resumed"][f"{way}, {name}"]
+    assert whole["codes"].keys() == resumed_run["codes"].keys() == {"tokens", "first.0", "second.0"}
+    assert all(torch.equal(codes, resumed_run["codes"][path]) for path, codes in whole["codes"].items())
 
 
 def _parallel(seen):
