@@ -78,7 +78,9 @@ def plan(
     ] = False,
     windows: Annotated[int, typer.Option(min=1, help="With --budget: the most windows of text.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="With --budget: of the labels that the model draws.")] = 0,
-    device: Annotated[str, typer.Option(help="With --budget: the device of the engine.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="The device of the engine: with --budget by default cpu, with --train cuda.")
+    ] = None,
     all_rows: All = False,
     as_json: Json = False,
 ) -> None:
@@ -86,7 +88,7 @@ def plan(
     if budget is not None:
         from qkit.cli.budget import print_budget  # here, so that other commands start fast
 
-        where: dict[str, Any] = {"backend": backend, "device": device}
+        where: dict[str, Any] = {"backend": backend, "device": device or "cpu"}
         how: dict[str, Any] = {"exact": exact, "length": length, "windows": windows, "seed": seed}
         print_budget(model, budget=budget, grids=grids, data=data or [], stats=stats, **how, **where)
         return
@@ -103,6 +105,7 @@ def plan(
         from qkit.training.memory import training_memory  # here, so that other commands start fast
 
         options: dict[str, Any] = {"dtype": dtype, "optimizer": optimizer, "rank": rank, "engine": backend}
+        options["device"] = device or "cuda"
         memory = training_memory(made, config, batch=batch, length=length, recompute=gradient_checkpointing, **options)
     if as_json:
         told = {"training_memory": [{**asdict(one), "total": one.total} for one in memory]} if train else {}

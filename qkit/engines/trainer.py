@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 #: Default learning rate of the parameters that `reference.learned.is_offset` names. A value changes after half a unit: 17 steps.
 OFFSET_RATE = 3e-2
+#: The most logits that a head computes at a time, where an engine computes its loss in chunks: 128 MB in float32.
+LOGITS = 2**25
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
+from qkit.engines.layer import is_head_path
+from qkit.engines.trainer import LOGITS as AT_A_TIME
 from qkit.errors import RunError
 from qkit.streaming.plan import Plan
 
@@ -14,9 +16,17 @@ OPTIMIZERS: Final = {"adamw": 2.0, "adam": 2.0, "lion": 1.0, "muon": 1.0, "momen
 #: By engine, copies of all quantized weights that layers with adapters hold at the peak: on a prepared base (sum and values),
 #: and on packed codes (the decoded base as well). Measured on a CPU. On torch none wait for the backward pass.
 COPIES: Final = {"torchao": (0.0, 0.0), "mlx": (1.2, 1.4)}
-#: By engine, float32 copies of the largest weight that its layer with an adapter holds while it computes, on either base.
-AT_ONCE: Final = {"torchao": (5.0, 7.0), "mlx": (0.0, 0.0)}
+#: By engine and device, copies of a weight that its layer with an adapter holds while it computes, in float32 and in the type
+#: of the weights, on either base. Measured on a CPU; on CUDA one kernel makes the values.
+AT_ONCE: Final = {
+    ("torchao", "cpu"): ((5.0, 0.0), (3.0, 4.0)),
+    ("torchao", "cuda"): ((0.0, 1.0), (0.0, 1.0)),
+    **dict.fromkeys((("mlx", "cpu"), ("mlx", "cuda")), ((0.0, 0.0), (0.0, 0.0))),
+}
+BASES: Final = ("prepared weights", "packed codes")
+DEVICES: Final = ("cuda", "cpu")
 LOGITS: Final = 4  #: float32 copies of the logits: themselves, their logarithms, and the gradients of both
+CHUNK: Final = 2  #: as above, of a chunk of them; those of 16 bits have a copy of their own besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ def training_memory(
     optimizer: str = "adamw",
     rank: int = 8,
     engine: str = "torchao",
+    device: str = "cuda",
     recompute: bool = False,
 ) -> list[Memory]:
     """The memory of each way to train the model of `plan`: all weights, or adapters of `rank` on either base.
@@ -61,6 +72,7 @@ def training_memory(
         batch, length: sequences in a micro-batch, tokens in each.
         dtype: of the master weights.
         optimizer: a name in `OPTIMIZERS`.
+        device: `cpu`, or `cuda` for any GPU. On MLX all devices take as much.
         recompute: gradient checkpointing.
 
     Raises:
@@ -70,6 +82,7 @@ def training_memory(
         ("dtype", dtype, SIZES),
         ("optimizer", optimizer, OPTIMIZERS),
         ("backend", engine, COPIES),
+        ("device", device.partition(":")[0], DEVICES),
     ):
         if value not in known:
             raise RunError(f"{key} is {value!r}: want one of {', '.join(known)}")
@@ -83,24 +96,55 @@ def training_memory(
     packed = sum(slot.nbytes for row in stored if row.rule for slot in row.slots)
     trained = sum(rank * sum(row.shape[-2:]) for row in stored if row.rule and row.kind == "linear")
     forward = activations(plan, config, batch=batch, length=length, size=size, engine=engine, recompute=recompute)
-    largest = max((prod(row.shape[-2:]) for row in stored if row.rule and row.kind == "linear"), default=0)
-    copies = [
-        count * quantized * size + once * largest * 4
-        for count, once in zip(COPIES[engine], AT_ONCE[engine], strict=True)
-    ]
+    linear = [row for row in stored if row.rule and row.kind == "linear"]
+    largest, head = (
+        max((prod(row.shape[-2:]) for row in linear if is_head_path(row.path) == on_head), default=0)
+        for on_head in (False, True)
+    )
+    each = AT_ONCE[engine, device.partition(":")[0]]
+    at_once = [4 * in_float + size * in_own for in_float, in_own in each]
+    copies = [count * quantized * size for count in COPIES[engine]]
+    peaks = [forward.with_values(once * largest, once * head) for once in at_once]
     small = (trained * size, states * trained * size)
     rest = (numbers - quantized + trained) * size
+    _, full = forward.with_values(0, 0)
     return [
-        Memory("full", numbers * size, numbers * size, states * numbers * size, quantized * size, forward),
-        Memory("adapter on prepared weights", quantized * size + rest, *small, copies[0], forward),
-        Memory("adapter on packed codes", packed + rest, *small, copies[1], forward),
+        Memory("full", numbers * size, numbers * size, states * numbers * size, quantized * size, full),
+        *(
+            Memory(f"adapter on {base}", held + rest, *small, cached + values, needed)
+            for base, held, cached, (values, needed) in zip(
+                BASES, (quantized * size, packed), copies, peaks, strict=True
+            )
+        ),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Bytes of activations.
+
+    Attributes:
+        stored: everything that waits for the backward pass.
+        layer: of a layer that is recomputed, beside them; 0 where nothing is.
+        head: of the logits, beside them.
+    """
+
+    stored: float
+    layer: float
+    head: float
+
+    def with_values(self, layer: float, head: float) -> tuple[float, float]:
+        """The values and the activations at the peak: of a layer whose values take `layer` bytes, or of the head."""
+        return max(
+            ((layer, self.stored + self.layer), (head, self.stored + self.head)),
+            key=sum,
+        )
 
 
 def activations(
     plan: Plan, config: Mapping[str, Any], *, batch: int, length: int, size: int, engine: str, recompute: bool
-) -> float:
-    """Bytes of a forward pass of a decoder with gated feed-forward layers that the backward pass needs.
+) -> Forward:
+    """The activations of a decoder with gated feed-forward layers.
 
     For each token of a layer: both norms and both residuals (6 widths in float32); the inputs and outputs of the projections of
     attention; gate, up, their activation and product; on MLX the scores, too. Quantized inputs are stored beside the float ones.
@@ -116,8 +160,14 @@ def activations(
         each += (3 * width + inner) * size
     if engine == "mlx":
         each += 2 * heads * length * size
-    held = 2 * each + layers * width * size if recompute else layers * each  # recomputed: one layer, and its gradients
-    return batch * length * float(held + LOGITS * 4 * vocabulary)
+    tokens, logits = batch * length, LOGITS * 4.0 * batch * length * vocabulary
+    if engine == "torchao" and tokens * vocabulary > AT_A_TIME:
+        logits = (
+            CHUNK * 4 + 2 * (size % 4)
+        ) * AT_A_TIME + 3.0 * tokens * width * size  # the head's input, and gradients
+    if not recompute:
+        return Forward(tokens * layers * each, 0.0, logits)
+    return Forward(tokens * layers * width * size, tokens * float(each), logits)
 
 
 def _known(config: Mapping[str, Any], key: str) -> int:

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from models import make
 from tables import TRAINERS as ENGINES
@@ -75,7 +76,7 @@ def planned(folder, recipe, *more):
 def test_the_estimate_is_near_the_peak_of_a_run(tmp_path, name, way, recipe):
     make(tmp_path / "model", "llama", **SHAPE)
     make(tmp_path / "tiny", "llama")
-    more = ["--batch", "4", "--length", "256", "--backend", name]
+    more = ["--batch", "4", "--length", "256", "--backend", name, "--device", "cpu"]
     want = planned(tmp_path / "model", recipe, *more)[WAYS[way]]["total"]
     command = [
         sys.executable,
@@ -124,6 +125,7 @@ def test_people_see_a_table(tmp_path):
         (["--optimizer", "shampoo"], "optimizer is 'shampoo': want one of adamw"),
         (["--dtype", "int8"], "dtype is 'int8': want one of float32, bfloat16"),
         (["--backend", "numpy"], "backend is 'numpy': want one of torchao, mlx"),
+        (["--device", "tpu"], "device is 'tpu': want one of cuda, cpu"),
         (["--batch", "0"], "batch is 0: want a whole number from 1 on"),
     ],
 )
@@ -133,3 +135,50 @@ def test_a_choice_that_cannot_be_estimated_is_refused_by_name(tmp_path, more, me
         CliRunner().invoke(
             application, ["plan", str(tmp_path / "model"), "-r", "int4-g32", "--train", *more], catch_exceptions=False
         )
+
+
+WIDE = SHAPE | {
+    "hidden_size": 256,
+    "intermediate_size": 896,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VOCABULARY = 16384
+
+
+def most_allocated(act):
+    """The most bytes of tensors at once while `act` runs, beyond those before it: a sum over torch's own events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        act()
+    total = most = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            most = max(most, total)
+    return most
+
+
+@pytest.mark.skipif("torchao" not in ENGINES, reason="measures torch")
+@pytest.mark.parametrize("recipe", ["int4-g32", "int4-g32-all"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_of_a_run_that_recomputes_is_near_its_allocations(tmp_path, monkeypatch, recipe, dtype):
+    from qkit_torchao.training import head_loss
+
+    from qkit.engines.trainer import TrainerOptions
+    from qkit.training import memory
+
+    for module, name in ((head_loss, "LOGITS"), (memory, "AT_A_TIME")):
+        monkeypatch.setattr(module, name, 64 * VOCABULARY)  # as many rows of a small model as of a large one
+    make(tmp_path / "model", "llama", **WIDE | {"vocab_size": VOCABULARY, "num_hidden_layers": 6, "dtype": dtype})
+    more = ["--batch", "2", "--length", "512", "--device", "cpu", "--dtype", dtype, "--gradient-checkpointing"]
+    want = planned(tmp_path / "model", recipe, *more)[WAYS["packed"]]
+    engine = qkit.backend("torchao")
+    model = qkit.adapt(qkit.convert(qkit.load(tmp_path / "model", backend=engine), recipe), qkit.Adapter(rank=8))
+    trainer = engine.trainer(model, TrainerOptions(weight_decay=0.0, seed=0, recompute=True))
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 513)).astype(np.int32)
+    trainer.step([tokens], learning_rate=1e-4)
+    found = most_allocated(lambda: trainer.step([tokens], learning_rate=1e-4))
+    assert found == pytest.approx(want["values"] + want["activations"] + want["gradients"], rel=0.25)

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkit.engines.trainer import LOGITS
 from qkit.errors import StageError
 from qkit.grid import Grid
 from qkit_torchao.layers.sharded import is_managed, is_shard
 from qkit_torchao.torch_private import parameter
 
 IGNORED = -100  #: torch's own mark of a token that is not predicted
-LOGITS = (
-    2**25
-)  #: the most logits at a time: 128 MB in float32, and as much again in their own type and for their gradient
 
 Finish = Callable[[Tensor], Tensor]
 
