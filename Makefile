@@ -47,6 +47,7 @@ docs: $(VENV)/ready
 # The pictures of grids, and the pages that tests write.
 pages: $(VENV)/ready
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/fit_pictures.py
 	$(BIN)/python tests/reading.py
 	$(BIN)/python tests/coming_from.py
 	$(BIN)/python tests/families/page.py

@@ -47,11 +47,14 @@ def rows(ranks: int) -> list[Row]:
     """The table, for so many processes."""
     plain = Variant()
     if ranks > 1:
-        micro = replace(plain, micro=4)
+        micro, wide = replace(plain, micro=4), Variant(wide=True)
+        many = replace(wide, micro=4)
         return [
             Row("FSDP2, int4-g32, torch's AdamW", plain, Variant("int4-g32")),
             Row("FSDP2, int4-g32, qkit.adamw", plain, Variant("int4-g32", optimizer="qkit")),
             Row("FSDP2, int4-g32, 4 micro-batches", micro, replace(micro, recipe="int4-g32")),
+            Row("FSDP2, int4-g32, torch's AdamW, 8 B shape", wide, replace(wide, recipe="int4-g32")),
+            Row("FSDP2, int4-g32, 4 micro-batches, 8 B shape", many, replace(many, recipe="int4-g32")),
             Row("FSDP2, int8 activations and int4", plain, Variant(INT8)),
             Row("FSDP2, layers compiled, int4-g32", Variant(compiled="layers"), Variant("int4-g32", compiled="layers")),
             Row("FSDP2, torchao QAT int4", plain, Variant(peer="int4")),

@@ -79,8 +79,8 @@ def steps(text):
     for language, title, body in re.findall(
         r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE
     ):
-        if language == "console":
-            yield from (("command", "", line) for line in re.findall(r"^\$ (.+)$", body, flags=re.MULTILINE))
+        if language == "bash":
+            yield from (("command", "", line) for line in body.splitlines())
         elif language == "python":
             yield ("file", title, body) if title else ("block", "", body)
 

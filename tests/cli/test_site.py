@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import fit_pictures
 import generated
 import pictures
 import pytest
@@ -140,6 +141,11 @@ def test_the_list_of_messages_has_those_that_the_code_raises():
     assert "- backend NAME cannot " in text
     for name, _ in generated.raised():
         assert f"## {name}\n" in text
+
+
+def test_the_pictures_of_fits_are_those_of_the_code_and_the_results():
+    drawn = fit_pictures.drawn()
+    assert drawn == {file.name: file.read_text(encoding="utf-8") for file in fit_pictures.FOLDER.iterdir()}
 
 
 @pytest.mark.parametrize(("element", "scale"), sorted(generated.pictured() | pictures.SHOWN))
