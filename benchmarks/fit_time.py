@@ -1,7 +1,8 @@
 """The time of `solve` for the linear layers of one block of an 8 B Llama, on one GPU, beside llm-compressor's GPTQ loop.
 
 Weights and inputs are drawn. Layers with the same inputs share their moments, which `solve` prepares once; GPTQ's loop prepares
-them for each layer. llm-compressor is timed where it is installed. `--check` compares codes of some rows with those of the law.
+them for each layer. A plain GPTQ in fp32 of the same steps is timed everywhere, llm-compressor's where it is installed. `--check`
+compares codes of some rows with those of the law.
 
 Usage: python -P benchmarks/fit_time.py [--device cuda] [--grid int4|int2|nvfp4|mxfp4] [--repeats N] [--scale N] [--check ROWS]
        [--out FILE.json]
@@ -9,6 +10,7 @@ Usage: python -P benchmarks/fit_time.py [--device cuda] [--grid int4|int2|nvfp4|
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,27 @@ def theirs(weights: list[Floats], h: Floats, device: torch.device, bits: int) ->
         quantize_weight(one, torch.tensor(h, device=device)[None], scale, zero, None, given)
 
 
+def plain_gptq(weights: list[Floats], h: Floats, device: torch.device, bits: int) -> None:
+    """GPTQ (https://arxiv.org/abs/2210.17323) in fp32, column by column in blocks of 128, on scales of the largest values."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    for w in weights:
+        x, damped = torch.tensor(w, device=device), torch.tensor(h, device=device)
+        damped.diagonal().add_(0.01 * damped.diagonal().mean())
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+        scales = x.unflatten(-1, (-1, 32)).abs().amax(-1) / ((2**bits - 1) / 2)
+        for start in range(0, x.shape[1], 128):
+            end = min(start + 128, x.shape[1])
+            block, errors = x[:, start:end].clone(), torch.zeros_like(x[:, start:end])
+            for j in range(end - start):
+                step = scales[:, (start + j) // 32]
+                error = (block[:, j] - (block[:, j] / step).round().clamp(low, high) * step) / upper[
+                    start + j, start + j
+                ]
+                block[:, j:] -= error[:, None] * upper[start + j, start + j : end]
+                errors[:, j] = error
+            x[:, end:] -= errors @ upper[start:end, end:]
+
+
 def main() -> int:
     """Times each set of layers, and all of a block."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -85,6 +108,8 @@ def main() -> int:
         row: dict[str, Any] = {"layers": ", ".join(name for name, _ in layers), "inputs": n}
         row["solve, seconds"] = spread([seconds(ours, device) for _ in range(given.repeats)], 3)
         if grid.element.kind == "integer":
+            run = partial(plain_gptq, weights, h, device, grid.element.bits)
+            row["plain GPTQ in fp32, seconds"] = spread([seconds(run, device) for _ in range(given.repeats)], 3)
             try:
                 loop = [
                     seconds(lambda w=weights, h=h: theirs(w, h, device, grid.element.bits), device)

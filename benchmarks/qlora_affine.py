@@ -2,8 +2,11 @@
 
 A small Llama is trained in float on Python's own source and quantized by `mlx_lm.convert -q`. Both adapters then train on other
 text (the standard library's tests) by mlx-lm's own `train`. mlx-lm trains Q(W) + BA, and its `fuse` quantizes the sum by
-`mx.quantize`, with new scales and biases. qkit trains the sum on the stored scales and biases, and its merge changes codes only.
-The merged model is exported, opened in mlx-lm, and measured there too. Losses are nats per byte of held-out text.
+`mx.quantize`, with new scales and biases. qkit trains by the parts and the factor of `qkit train`: a quarter of the steps beside
+the base, the others with the sum on the stored scales and biases, at twice the rate. Its merge changes codes only. The merged
+model is exported, opened in mlx-lm, and measured there too. Losses are nats per byte of held-out text.
+
+Each row has mlx-lm twice: at the row's rate throughout (`mlx-lm`), and at the rates of qkit's steps (`mlx-lm, same rates`).
 
 Usage: python benchmarks/qlora_affine.py [--bits N ...] [--seed N ...] [--steps N] [--rate R] [--float-steps N] [--dtype NAME]
        [--out FILE.json]
@@ -12,7 +15,8 @@ Usage: python benchmarks/qlora_affine.py [--bits N ...] [--seed N ...] [--steps 
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import product
+from functools import partial
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +38,35 @@ import qkit
 from qkit.exchange.export_model import export_mlx
 from qkit.exchange.import_model import read_model, to_artifact
 from qkit.training import Sequences
+from qkit.training.beside import factor_at, steps_beside, switching_parts
 from qkit.training.data import Tokens
 
 Loss = Callable[[Any], float]
-Fit = Callable[[Any], None]
+Before = Callable[[int], None]
+Factor = Callable[[int], float]
+Fit = Callable[[Any, Factor], None]
 
 
-def batches(text: Sequences, *, seed: int) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
-    """A function in the place of mlx-lm's `iterate_batches`: the same batches for every model."""
+def batches(text: Sequences, before: Before, *, seed: int) -> Callable[..., Iterator[tuple[mx.array, mx.array]]]:
+    """A function in the place of mlx-lm's `iterate_batches`: the same batches for every model. Calls `before` for each step."""
 
     def iterate(**_: Any) -> Iterator[tuple[mx.array, mx.array]]:
         random = np.random.default_rng(seed)
-        while True:
+        for step in count(1):
             rows = text.rows(random.integers(0, len(text), SMALL.batch))
+            before(step)
             yield mx.array(rows), mx.array([[0, rows.shape[1]]] * len(rows))
 
     return iterate
 
 
-def fit(model: Any, text: Sequences, place: Path, *, seed: int, steps: int, rate: float) -> None:
-    """mlx-lm's own training of the adapters of `model`."""
+def fit(model: Any, factor: Factor, text: Sequences, place: Path, *, seed: int, steps: int, rate: float) -> None:
+    """mlx-lm's own training of the adapters of `model`, each step at `rate` times its `factor`."""
+
+    def before(step: int) -> None:
+        optimizer.learning_rate = rate * factor(step)
+
+    optimizer = optim.Adam(learning_rate=rate)
     arguments = TrainingArgs(
         batch_size=SMALL.batch,
         iters=steps,
@@ -61,7 +74,7 @@ def fit(model: Any, text: Sequences, place: Path, *, seed: int, steps: int, rate
         steps_per_report=steps,
         adapter_file=str(place / "a.safetensors"),
     )
-    train(model, optim.Adam(learning_rate=rate), None, args=arguments, iterate_batches=batches(text, seed=seed))
+    train(model, optimizer, None, args=arguments, iterate_batches=batches(text, before, seed=seed))
 
 
 def measure(unseen: Tokens) -> Loss:
@@ -79,8 +92,10 @@ def measure(unseen: Tokens) -> Loss:
     return loss
 
 
-def theirs(folder: Path, first: dict[str, mx.array], loss: Loss, fitted: Fit, scale: float) -> dict[str, float]:
-    """mlx-lm's adapters; merged as its `fuse` command does."""
+def theirs(
+    folder: Path, first: dict[str, mx.array], loss: Loss, fit_to: Callable[[Any], None], scale: float
+) -> tuple[float, float]:
+    """mlx-lm's adapters: the loss before and after they are merged as its `fuse` command does."""
     model = load(folder)
     model.freeze()
     made = []
@@ -90,10 +105,10 @@ def theirs(folder: Path, first: dict[str, mx.array], loss: Loss, fitted: Fit, sc
             layer.lora_a = first[path]
             made.append((path, layer))
     model.update_modules(tree_unflatten(made))
-    fitted(model)
+    fit_to(model)
     before = loss(model)
     model.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in made]))
-    return {"mlx-lm before": before, "mlx-lm after": loss(model)}
+    return before, loss(model)
 
 
 def load(folder: Path) -> Any:
@@ -101,14 +116,23 @@ def load(folder: Path) -> Any:
     return load_model(folder)[0]
 
 
-def ours(folder: Path, place: Path, loss: Loss, fitted: Fit, scale: float, seed: int) -> tuple[dict[str, float], Any]:
+def ours(
+    folder: Path, place: Path, loss: Loss, fitted: Fit, adapter: qkit.Adapter, steps: int
+) -> tuple[dict[str, float], Any]:
     """qkit's adapters on the same base; and the first A of each layer, by its path."""
-    model = qkit.load(folder, backend="mlx")
+    engine, model = qkit.backend("mlx"), qkit.load(folder, backend="mlx")
     untouched = loss(model)
-    model = qkit.adapt(model, qkit.Adapter(rank=RANK, alpha=scale * RANK, match=MATCH, seed=seed))
-    first = {layer.path: layer.module.lora_a for layer in qkit.backend("mlx").layers(model) if layer.adapter}
-    first = {path: mx.array(np.array(a)) for path, a in first.items()}
-    fitted(model)
+    model = qkit.adapt(model, adapter)
+    layers = [layer for layer in engine.layers(model) if layer.adapter]
+    first = {layer.path: mx.array(np.array(layer.module.lora_a)) for layer in layers}
+    last = steps_beside(adapter, layers, steps)
+    switch = switching_parts(engine, layers, last)
+
+    def factor(step: int) -> float:
+        switch(step)
+        return factor_at(adapter, layers, last, step)
+
+    fitted(model, factor)
     before = loss(model)
     model = qkit.merge(model)
     after = loss(model)
@@ -146,6 +170,11 @@ def main() -> None:
     report = Report(given.out, packages=("mlx-lm",), about={**about, "float steps": given.float_steps})
     text, unseen = other_text()
     loss = measure(unseen)
+    beside = int(qkit.Adapter().beside * given.steps)
+    factors: dict[str, Factor] = {
+        "mlx-lm": lambda step: 1.0,
+        "mlx-lm, same rates": lambda step: qkit.Adapter().factor if step > beside else 1.0,
+    }
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         base(place / "float", given.float_steps)
@@ -158,12 +187,16 @@ def main() -> None:
                 own = place / f"run {bits} {rate} {seed}"
                 own.mkdir()
 
-                def fitted(model: Any, own: Path = own, seed: int = seed, rate: float = rate) -> None:
-                    fit(model, text, own, seed=seed, steps=given.steps, rate=rate)
+                def fitted(model: Any, factor: Factor, own: Path = own, seed: int = seed, rate: float = rate) -> None:
+                    fit(model, factor, text, own, seed=seed, steps=given.steps, rate=rate)
 
-                mine, first = ours(artifact, own, loss, fitted, given.scale, seed)
+                adapter = qkit.Adapter(rank=RANK, alpha=given.scale * RANK, match=MATCH, seed=seed)
+                mine, first = ours(artifact, own, loss, fitted, adapter, given.steps)
                 row = {"bits": bits, "rate": rate, "seed": seed, **mine}
-                report.add({**row, **theirs(quantized, first, loss, fitted, given.scale)})
+                for name, factor in factors.items():
+                    found = theirs(quantized, first, loss, partial(fitted, factor=factor), given.scale)
+                    row |= {f"{name} before": found[0], f"{name} after": found[1]}
+                report.add(row)
     report.finish()
 
 

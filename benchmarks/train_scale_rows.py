@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 INT8 = "int8-dynamic-act-int4-weight"
 FLOAT8 = "float8-dynamic-act-float8-weight"
-REAL = {"hidden": 2048, "inner": 8192, "layers": 8, "heads": 16, "vocabulary": 32000, "batch": 4, "length": 1024}
-WIDE = {"hidden": 4096, "inner": 14336, "layers": 4, "heads": 32, "vocabulary": 32000, "batch": 4, "length": 1024}
+REAL = {"hidden": 2048, "inner": 8192, "layers": 16, "heads": 16, "vocabulary": 32000, "batch": 8, "length": 1024}
+WIDE = {"hidden": 4096, "inner": 14336, "layers": 4, "heads": 32, "vocabulary": 32000, "batch": 8, "length": 1024}
 TINY = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "vocabulary": 256, "batch": 2, "length": 32}
 
 
@@ -47,11 +47,14 @@ def rows(ranks: int) -> list[Row]:
     """The table, for so many processes."""
     plain = Variant()
     if ranks > 1:
-        micro = replace(plain, micro=4)
+        micro, wide = replace(plain, micro=4), Variant(wide=True)
+        many = replace(wide, micro=4)
         return [
             Row("FSDP2, int4-g32, torch's AdamW", plain, Variant("int4-g32")),
             Row("FSDP2, int4-g32, qkit.adamw", plain, Variant("int4-g32", optimizer="qkit")),
             Row("FSDP2, int4-g32, 4 micro-batches", micro, replace(micro, recipe="int4-g32")),
+            Row("FSDP2, int4-g32, torch's AdamW, 8 B shape", wide, replace(wide, recipe="int4-g32")),
+            Row("FSDP2, int4-g32, 4 micro-batches, 8 B shape", many, replace(many, recipe="int4-g32")),
             Row("FSDP2, int8 activations and int4", plain, Variant(INT8)),
             Row("FSDP2, layers compiled, int4-g32", Variant(compiled="layers"), Variant("int4-g32", compiled="layers")),
             Row("FSDP2, torchao QAT int4", plain, Variant(peer="int4")),

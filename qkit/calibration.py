@@ -60,7 +60,7 @@ def calibrate(
         RangeError: inputs of a layer are not finite.
         ArtifactError, BackendError: the model does not open, or the engine cannot run its blocks by themselves.
     """
-    engine = require(engine, Watches)
+    engine = require(engine, Watches).mapping()
     model, layers = _open(engine, folder)
     grids = {path: rule.activation for path, rule in _rules(engine, model, recipe).items() if rule.activation}
     blocks = engine.blocks(model, length=rows.shape[1])
@@ -71,6 +71,7 @@ def calibrate(
     for number, where in enumerate(blocks.paths):
         if number >= run.done:
             _watch(run, blocks, number, {path: grids.get(path) for path in layers if path.startswith(f"{where}.")})
+        blocks.leave(number)
         tick(where, len(rows))
     return run.finish(len(blocks.paths))
 
@@ -99,7 +100,7 @@ def calibrate_drift(
             inputs.
         GridError: scales of a weight's grid follow from no rule.
     """
-    engine = require(engine, Watches)
+    engine = require(engine, Watches).mapping()
     model, layers = _open(engine, folder)
     twin, _ = _open(engine, folder)
     rules = _rules(engine, model, recipe)
@@ -125,6 +126,8 @@ def calibrate_drift(
             weights = {path: engine.to_numpy(engine.weight(layers[path].module)) for path in mine}
             learn = _learning(learner, fitted, number, run, lesson, pupils) if learner and lesson else None
             _correct(engine, run, blocks, fitted, number, mine, weights, learn)
+        blocks.leave(number)
+        fitted.leave(number)
         tick(where, len(rows))
     return run.finish(len(blocks.paths))
 

@@ -1,5 +1,6 @@
-"""Ctrl-C while the command line imports its packages: one line and exit code 130, as later. Does nothing in other programs."""
+"""The command line imports its packages: Ctrl-C is one line and exit code 130, as later. Does nothing in other programs."""
 
+import gc
 import os
 import signal
 import sys
@@ -35,6 +36,23 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collects no garbage inside the block, and never looks again at the objects made there, if the process is the command line.
+
+    Imports leave no garbage. Looking for it took a quarter of the time in which a command starts.
+    """
+    if not _is_command_line() or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _end(signum: int, frame: FrameType | None) -> None:
     os.write(2, LINE.encode())
     os._exit(INTERRUPTED)
@@ -43,7 +61,7 @@ def _end(signum: int, frame: FrameType | None) -> None:
 def _is_command_line() -> bool:
     """Whether this process was started as `qkit` or as `python -m qkit`."""
     program = os.path.basename(getattr(sys, "argv", [""])[0])
-    if program == "-m":  # Python sets the name of the module when its package is imported
-        words = sys.orig_argv
+    words = sys.orig_argv
+    if program in ("-m", "__main__.py") and "-m" in words:  # Python names the file once the package is imported
         return words[words.index("-m") + 1 :][:1] == ["qkit"]
     return program in ("qkit", "qkit.exe")

@@ -50,9 +50,12 @@ def _model(folder):
     return folder
 
 
-def furnish(folder):
-    """Puts a model, texts and conversations into `folder`, under the names that pages use."""
-    _model(folder / "model")
+def furnish(folder, *, model=None):
+    """Puts a model, texts and conversations into `folder`, under the names that pages use. `model` is one that is there."""
+    if model is None:
+        _model(folder / "model")
+    else:
+        (folder / "model").symlink_to(model)
     (folder / "big").symlink_to("model")
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text(TEXT[:3000])
@@ -64,13 +67,20 @@ def furnish(folder):
     return folder
 
 
+def shortened(script):
+    """A script of a page that trains for a step only."""
+    for long, short in SHORT.items():
+        script = script.replace(long, short)
+    return script
+
+
 def steps(text):
     """Kind, name and text of each step of a page: `command`, `block`, or `file` with its name."""
     for language, title, body in re.findall(
         r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE
     ):
-        if language == "console":
-            yield from (("command", "", line) for line in re.findall(r"^\$ (.+)$", body, flags=re.MULTILINE))
+        if language == "bash":
+            yield from (("command", "", line) for line in body.splitlines())
         elif language == "python":
             yield ("file", title, body) if title else ("block", "", body)
 
@@ -85,9 +95,7 @@ def run(text, *, engine="", left_out=()):
     namespace, ran = {}, []
     for kind, name, body in steps(text):
         if kind == "file":
-            for long, short in SHORT.items():
-                body = body.replace(long, short)
-            Path(name).write_text(body)
+            Path(name).write_text(shortened(body))
         elif kind == "block":
             exec(compile(body, "page", "exec"), namespace)
         elif not ELSEWHERE.match(body) and not any(word in body for word in left_out):

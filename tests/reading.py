@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from foreign import BF16, E8M0, awq, fp8, gptq, nvfp4, rewritten
 
+from qkit.errors import QkitError
 from qkit.exchange.import_model import read_model
 from qkit.sources.decoded import DecodedArray
 from qkit.sources.refused import REFUSED
-from qkit.storage.other_models import sentence
+from qkit.storage.read import read_folder
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "reading.md"
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,7 +29,13 @@ FORMULA = "the published formula, written anew in the test"
 #: Files that other programs wrote, and the decoder that each was compared with.
 FILES = {
     "others/gptq-": "GPTQModel 7.7 (`dequantize_weight`)",
-    "others/auto-round": "none: read and finite; its codes are those of GPTQ or AWQ",
+    "others/auto-round-ct-": "compressed-tensors 0.20 (`decompress`)",
+    "others/auto-round-fp8-block": "transformers 5.23 (fp8, dequantized)",
+    "others/auto-round": "AutoRound 0.16 (its layers, or the decoder of its packing)",
+    "others/awq-": "AutoAWQ 0.2.9 (`dequantize_gemm`, `unpack_awq`)",
+    "others/bnb-": "bitsandbytes 0.50 (`dequantize_4bit`, `int8_vectorwise_dequant`)",
+    "others/modelopt-int4": "ModelOpt 0.47 (its packing, and the weights of its simulation)",
+    "others/modelopt-": "ModelOpt 0.47 (`quantization.qtensor`)",
     "others/ct-": "compressed-tensors 0.19 (`decompress`)",
     "llm-compressor/": "compressed-tensors 0.20 (`decompress`)",
 }
@@ -67,6 +74,7 @@ NO_MODELS = {
     "a diffusers directory": ("model_index.json",),
     "an ONNX directory": ("model.onnx",),
     "pickles only": ("config.json", "pytorch_model.bin"),
+    "a configuration without its weights": ("config.json",),
 }
 TEXT = """# Reading models that are quantized already
 
@@ -81,11 +89,14 @@ directory whose tensors look packed, and whose settings do not say how, is refus
 
 A grid named `stored` or `affine` is a read grid; see "Read grids" in [numerics.md](../../numerics.md). "Values" means that no
 grid holds the codes: groups of several rows, or in the order of activations. qkit leaves out scales of inputs and
-caches, and says so.
+caches, and says so. Factors of inputs (`pre_quant_scale`) are multiplied into the weight, whose layer then takes its inputs as
+they come.
 
 ## Sources
 
-The last column counts the values that a test compared, bit for bit. gpt-oss's experts (`*_blocks`, `*_scales`) equal those of
+The last column counts the values that a test compared, bit for bit. ModelOpt decodes e2m1's -0 as 0, and a product with a unit
+matrix, by which AutoRound's layers were asked, has no -0: there the sign of zero was not compared.
+gpt-oss's experts (`*_blocks`, `*_scales`) equal those of
 transformers' `convert_moe_packed_tensors` in the tests too.
 
 `qkit import FILE.gguf OUT` reads GGUF files of Llama, Qwen 2 and 3, and Gemma 1 to 3. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4 and
@@ -116,7 +127,7 @@ def page():
     for name, owner, model in rows():
         values = [array for array in model.tensors.values() if isinstance(array, DecodedArray)]
         grids = sorted({str(weight.rule.weight) for weight in model.weights.values()}) + ["values"] * bool(values)
-        count = sum(prod(one.shape) for one in (*values, *model.weights.values())) if owner[:4] != "none" else 0
+        count = sum(prod(one.shape) for one in (*values, *model.weights.values()))
         out.append(f"| {name} | {', '.join(grids)} | {owner} | {count:,} |\n")
     out.append("\n## Refused by name\n\n| `quant_method` | the sentence |\n|---|---|\n")
     out += [f"| {name} | {text} |\n" for name, text in REFUSED.items()]
@@ -127,7 +138,10 @@ def page():
             folder.mkdir()
             for file in files:
                 (folder / file).touch()
-            out.append(f"| {name} | {sentence(folder).replace(str(folder), 'DIR')} |\n")
+            try:
+                read_folder(folder)
+            except QkitError as error:
+                out.append(f"| {name} | {str(error).replace(str(folder), 'DIR')} |\n")
     return "".join(out)
 
 

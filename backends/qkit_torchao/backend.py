@@ -195,7 +195,7 @@ class TorchaoBackend(Elsewhere, Mixtures, Tuning):
                 raise ArtifactError(f"{name} is {array.dtype} in the file and {dtype} in the model: cast the model")
         with torch.no_grad():
             for name, array in tensors.items():
-                state[name].copy_(self.from_numpy(array))
+                self.give(state[name], array)
 
     def gather(self, model: nn.Module) -> nn.Module | None:
         """See `Modules.gather`."""
@@ -240,7 +240,7 @@ class TorchaoBackend(Elsewhere, Mixtures, Tuning):
         """See `Builds.build`; by transformers."""
         from qkit_torchao.models import huggingface
 
-        return huggingface.build(config).to(self.device)
+        return self.mapped(config) if self.maps else huggingface.build(config).to(self.device)
 
     def loss(self, model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_] | None = None) -> float:
         """See `Builds.loss`."""

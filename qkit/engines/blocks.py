@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,9 +73,17 @@ class Blocks(Protocol):
         """Gives the weight of a linear layer other values, rounded to its type."""
         ...
 
+    def leave(self, number: int) -> None:
+        """Lets go of the weights of a block, which does not run again."""
+        ...
+
 
 class Watches(Builds, Protocol):
     """Language models whose blocks run by themselves."""
+
+    def mapping(self) -> Self:
+        """This engine, for models to run block by block: where it can, weights stay in their files until a block runs."""
+        ...
 
     def blocks(self, model: Any, *, length: int) -> Blocks:
         """The blocks of a float model, for rows of `length` tokens without padding.

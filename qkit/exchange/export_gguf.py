@@ -20,6 +20,7 @@ from qkit.artifact.config import CONFIG, describing
 from qkit.artifact.families import HEAD
 from qkit.artifact.snapshot import LAYOUTS, Snapshot
 from qkit.errors import ArtifactError, BackendError
+from qkit.exchange.gguf_stacks import is_expert, stack_tensors
 from qkit.exchange.gguf_tensors import Tensor, float_tensor, rotary_order, rows_of, weight_tensor
 from qkit.formats.gguf import FLOATS
 from qkit.formats.gguf_config import Architecture, architecture_of, head_width, numbers_of
@@ -85,13 +86,15 @@ def export_gguf(
     names = gguf.get_tensor_name_map(index, numbers["block_count"])
     tensors: dict[str, Tensor] = {}
     fallbacks: dict[str, str] = {}
-    for name in sorted({*source.tensors, *(join(path, "weight") for path in source.weights)}):
+    stacks = stack_tensors(source, config, fallback=fallback)
+    single = {*source.tensors, *(join(path, "weight") for path in source.weights)}
+    for name in sorted({*stacks, *(name for name in single if not is_expert(source, name, config))}):
         if architecture.tied and name == join(HEAD, "weight") and source.tied:
             continue  # llama.cpp takes the embedding
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise ArtifactError(f"{name}: GGUF has no name for it in a {architecture.name!r}: export --to dense")
-        tensors[theirs] = _tensor(source, name, config, architecture, fallback=fallback)
+        tensors[theirs] = stacks.get(name) or _tensor(source, name, config, architecture, fallback=fallback)
         if tensors[theirs].fallback:
             fallbacks[name] = tensors[theirs].fallback
     for theirs, tensor in list(tensors.items()):

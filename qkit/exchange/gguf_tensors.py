@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.errors import ArtifactError
+from qkit.experts import is_router
 from qkit.formats import gguf as gguf_layout
 from qkit.formats.gguf import FLOATS
 from qkit.formats.gguf_config import Architecture, head_width
@@ -77,7 +78,7 @@ def weight_tensor(
         try:
             packed, memory = weight.read(), np.empty(2 * max(NUMBERS, weight.shape[-1]), np.uint8)
             for block in packed.blocks(NUMBERS) if order is None else _permuted(packed, order):
-                yield _float16(block) if reason else gguf_layout.store(block, kind, out=memory)
+                yield half_values(block) if reason else gguf_layout.store(block, kind, out=memory)
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from None
 
@@ -92,6 +93,10 @@ def float_tensor(name: str, array: NDArray[Any], order: NDArray[np.int64] | None
     """
     if array.dtype.name not in FLOATS:
         raise ArtifactError(f"{name} is {array.dtype.name}: qkit puts {', '.join(FLOATS)} into GGUF")
+    if array.ndim > 1 and is_router(
+        name.rpartition(".")[0]
+    ):  # in bfloat16, llama.cpp rounds inputs, and chooses other experts
+        return Tensor("F32", array.shape, lambda: [array.astype(np.float32)])
     if array.ndim > 1:
         return Tensor(
             FLOATS[array.dtype.name], array.shape, lambda: [array] if order is None else _rows(np.asarray(array), order)
@@ -136,7 +141,7 @@ def _rows(array: NDArray[Any], order: NDArray[np.int64]) -> Iterable[NDArray[Any
     return (array[order[start : start + step]] for start in range(0, len(order), step))
 
 
-def _float16(packed: Packed) -> NDArray[np.float16]:
+def half_values(packed: Packed) -> NDArray[np.float16]:
     """The values of a weight, each rounded to the nearest float16.
 
     Raises:

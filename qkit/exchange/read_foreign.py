@@ -72,9 +72,11 @@ def _on_own_grids(source: Source) -> dict[str, tuple[Grid | None, bool]]:
 
 
 def _own(source: Source, path: str, encoded: Encoded, grid: Grid) -> StoredWeight | None:
-    """The weight on a grid of qkit's own rules; None where its scales are none that qkit writes."""
+    """The weight on a grid of qkit's own rules; None where its scales are none that qkit writes, or of another type."""
     parts: Tensors = {name: part.mapped() for name, part in encoded.parts.items()}
-    dtype = _own_type(parts["weight_scale"], encoded)
+    dtype: DType = next(one for one in DTYPES if one == layout.DTYPES[encoded.slot.dtype][0])
+    if parts["weight_scale"].dtype.name in DTYPES and parts["weight_scale"].dtype.name != dtype:
+        return None  # such as scales in float16 of a bfloat16 model, which AutoRound writes
     stored = {**parts, "weight_scale": _widened(parts["weight_scale"], dtype)}
     rule = Rule(("*",), kind=kind_of_path(path), weight=grid)
     try:
@@ -127,12 +129,6 @@ def _reader(
             return packed_weight(encoded, grid, dtype, rows=rows, matrix=matrix)
 
     return read_weight
-
-
-def _own_type(scale: NDArray[Any], encoded: Encoded) -> DType:
-    """The type of a weight whose scales qkit may have written: that of the scales or, where these are codes, of the model."""
-    names = (scale.dtype.name, layout.DTYPES[encoded.slot.dtype][0])
-    return next(dtype for name in names for dtype in DTYPES if name == dtype)
 
 
 def _widened(scale: NDArray[Any], dtype: DType) -> NDArray[Any]:

@@ -29,6 +29,7 @@ class Architecture:
         scale_layers: the number of layers with which attention is scaled by the width of the model over its heads, and not by
             the width of a head; 0 where there is none.
         scaled: whether llama.cpp multiplies the products of all linear layers by the scale of a tensor, which NVFP4 needs.
+        normalized: whether the weights of a token's experts sum to one; None where no configuration says.
         keys: further numbers: GGUF's name without the architecture's, and the configuration's key.
     """
 
@@ -40,6 +41,7 @@ class Architecture:
     period: int = 0
     scale_layers: int = 0
     scaled: bool = False
+    normalized: bool | None = None
     keys: tuple[tuple[str, str], ...] = ()
 
 
@@ -51,11 +53,22 @@ _MULTIPLIERS: Final = (
     ("residual_scale", "residual_multiplier"),
     ("logit_scale", "logits_scaling"),
 )
+#: A file has one of the two counts of experts: transformers has saved either.
+_EXPERTS: Final = (
+    ("expert_count", "num_experts"),
+    ("expert_count", "num_local_experts"),
+    ("expert_used_count", "num_experts_per_tok"),
+)
+_WIDTH: Final = (("expert_feed_forward_length", "moe_intermediate_size"),)
+_SHARED: Final = (("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),)
 FLOATS: Final = {name for name, _ in (*_CAPS, *_MULTIPLIERS)} | {"attention.layer_norm_rms_epsilon"}
 ARCHITECTURES: Final = {
     "llama": Architecture("llama", interleaved=True, scaled=True),
     "mistral": Architecture("llama", interleaved=True, scaled=True),
+    "mixtral": Architecture("llama", interleaved=True, scaled=True, keys=_EXPERTS),
     "qwen2": Architecture("qwen2"),
+    "qwen2_moe": Architecture("qwen2moe", keys=(*_EXPERTS, *_WIDTH, *_SHARED), normalized=False),
+    "qwen3_moe": Architecture("qwen3moe", keys=(*_EXPERTS, *_WIDTH), normalized=True),
     "qwen3": Architecture("qwen3", scaled=True),
     "seed_oss": Architecture("seed_oss"),
     "smollm3": Architecture("smollm3", interleaved=True),
@@ -79,7 +92,7 @@ ARCHITECTURES: Final = {
 NO_ROPE: Final = 4  #: SmolLM3's layers of this number, and of its multiples, have no rope
 
 #: Types of models whose sliding window llama.cpp leaves out, so that their context ends where the window does.
-CAPPED: Final = ("mistral", "phi3")
+CAPPED: Final = ("mistral", "mixtral", "phi3")
 
 #: Numbers that every architecture has: the configuration's key, by GGUF's name without the architecture's.
 COUNTS: Final = {
@@ -125,6 +138,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             "no_rope_layers",
         ),
         (bool(config.get("clip_qkv")), "clip_qkv"),
+        *_of_mixtures(config, architecture),
         (
             architecture.name == "phi3" and head_width(config) * config["num_attention_heads"] != config["hidden_size"],
             "head_dim",
@@ -175,6 +189,19 @@ def head_width(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
+def _of_mixtures(config: Mapping[str, Any], architecture: Architecture) -> list[tuple[bool, str]]:
+    """Features of mixtures that llama.cpp computes otherwise: it normalizes always or never, and has experts in every layer."""
+    if architecture.normalized is None:
+        return []
+    normalized, step = bool(config.get("norm_topk_prob", False)), config.get("decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers")
+    return [
+        (normalized != architecture.normalized, f"norm_topk_prob {normalized}"),
+        (step != 1, f"decoder_sparse_step {step}"),
+        (bool(dense), f"mlp_only_layers {dense}"),
+    ]
+
+
 def _cap(config: Mapping[str, Any]) -> dict[str, Any]:
     window = config.get("sliding_window") if config.get("model_type") in CAPPED else None
     return {} if window is None else {"context_length": min(window, config["max_position_embeddings"])}
@@ -183,7 +210,8 @@ def _cap(config: Mapping[str, Any]) -> dict[str, Any]:
 def _foreign_window(config: Mapping[str, Any], architecture: Architecture) -> Any:
     """The sliding window that llama.cpp would leave out; None where there is none."""
     if architecture.period or (
-        architecture.name in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window")
+        architecture.name in ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")
+        and not config.get("use_sliding_window")
     ):
         return None
     return config.get("sliding_window")

@@ -60,12 +60,17 @@ def limits_of(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     heads, width = config.get("num_attention_heads"), config.get("head_dim")
     if kind == "mixtral" and width and heads and width * heads != config.get("hidden_size"):
         yield BOTH, f"it has no place for head_dim = {width!r} of a {kind!r}"
+    if text := ignored_window(config):
+        yield BOTH, text
+
+
+def ignored_window(config: Config) -> str:
+    """A sentence about a sliding window that mlx-lm ignores; empty where there is none, or no text is longer."""
+    kind = str(config.get("model_type"))
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
     slides = config.get("use_sliding_window", True) and "sliding_attention" in (
         config.get("layer_types") or ["sliding_attention"]
     )
     if kind in WINDOWLESS and slides and isinstance(window, int) and (not isinstance(longest, int) or window < longest):
-        yield (
-            BOTH,
-            f"it ignores the sliding window of a {kind!r}, so that texts of more than {window} tokens give other results",
-        )
+        return f"it ignores the sliding window of a {kind!r}, so that texts of more than {window} tokens give other results"
+    return ""

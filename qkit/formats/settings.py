@@ -47,10 +47,10 @@ CONFIG: Final[Mapping[str, Callable[[Any], bool]]] = {
     "quant_method": _anything,  # carried out: it chooses the reader
     "format": _anything,  # carried out
     "ignore": _anything,  # carried out: `check_ignored`
-    "quantization_status": _one_of(
-        None, "compressed"
-    ),  # with another status `weight` is float, and is quantized at every call
-    "kv_cache_scheme": _nothing,  # {} means int8 there
+    #: with another status `weight` is float, and is quantized at every call; of the old `frozen`, tensors tell
+    "quantization_status": _one_of(None, "compressed", "frozen"),
+    "kv_cache_scheme": _anything,  # left out, and said: `sources.source.quantized_caches`
+    "provider": _anything,  # harmless: the program that wrote it
     "moe_sparsity_config": _nothing,
     "sparsity_config": _dense,
     "transform_config": _without_transforms,

@@ -33,9 +33,15 @@ READ: Final = {
     "fp8": ("fp8", "scaled", "codes"),
     "mxfp4": ("mxfp4",),
     "modelopt": ("modelopt", "scaled"),
+    "auto-round": ("compressed-tensors", "scaled", "fp8"),
+    "quark": ("scaled",),
+    "bitsandbytes": ("bitsandbytes",),
 }
 #: Signs that tensors of a method may show besides.
-ALSO: Final = {"compressed-tensors": ("codes",), "mlx": ("codes",), "modelopt": ("codes", "fp8"), "mxfp4": ("codes",)}
+ALSO: Final = {
+    **dict.fromkeys(("compressed-tensors", "mlx", "mxfp4", "auto-round", "quark", "bitsandbytes"), ("codes",)),
+    "modelopt": ("codes", "fp8"),
+}
 #: Other names of methods: ModelOpt's with and without the format, AutoRound's with the layout that it packs in.
 ALIASES: Final = {
     "modelopt_fp4": "modelopt",
@@ -45,6 +51,8 @@ ALIASES: Final = {
     "intel/auto-round": "auto-round",
     "gptq_marlin": "gptq",
     "awq_marlin": "awq",
+    "fbgemm_fp8": "fp8",
+    "auto_round": "auto-round",
 }
 
 

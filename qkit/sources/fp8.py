@@ -1,6 +1,6 @@
-"""Files of fp8 and fp4 codes: DeepSeek's blocks and their like, ModelOpt's, and gpt-oss's experts.
+"""Files of fp8 and fp4 codes: DeepSeek's blocks and their like, and gpt-oss's experts.
 
-Read off transformers 5.23 (`finegrained_fp8.py`, `mxfp4.py`) and vLLM 0.32 (`fp8.py`, `modelopt.py`).
+Read off transformers 5.23 (`finegrained_fp8.py`, `fbgemm_fp8.py`, `mxfp4.py`) and vLLM 0.32 (`fp8.py`).
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,11 @@ ELEMENTS: Final = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "uint8": "e2m
 SCALES: Final = (*FLOATS, "float8_e8m0fnu", "uint8", "float8_e4m3fn")
 #: Ends of the names of scales, by the end of the weight's own name that they replace.
 SCALE_ENDS: Final = ("_scale_inv", "_scale")
+FACTORS: Final = {
+    "factor": "weight_scale_2",
+    "divisor": "weight_global_scale",
+}  #: scales for all, and their names in files
 MX: Final = 32  #: codes that share a scale in MXFP4
-#: ModelOpt's `quant_algo`s whose weights qkit reads.
-ALGORITHMS: Final = (
-    *("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "NVFP4", "MXFP8", "W4A16_NVFP4"),
-    "MIXED_PRECISION",
-)
 
 
 def fp8(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> dict[str, Encoded]:
@@ -47,34 +46,9 @@ def fp8(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> d
             continue
         parts = {"codes": tensors.pop(name), "scales": tensors.pop(scale)}
         try:
-            found[name] = _scaled(name, parts, block, dtype, title="fp8")
+            found[name] = scaled(name, parts, block, dtype, title="fp8")
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from None
-    return found
-
-
-def modelopt(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> dict[str, Encoded]:
-    """The weights of ModelOpt's unified checkpoints, by name. Removes their parts from `tensors`. Raises as `fp8`."""
-    inner = settings.get("quantization")
-    table = inner if isinstance(inner, Mapping) else settings
-    algorithm = str(table.get("quant_algo") or "").upper()
-    if algorithm not in ALGORITHMS:
-        raise ArtifactError(f"quant_algo is {shown(table.get('quant_algo'))}: qkit reads {', '.join(ALGORITHMS)}")
-    if name := next((name for name in tensors if name.endswith("pre_quant_scale")), ""):
-        raise ArtifactError(f"{name} multiplies the inputs of its layer, which qkit does not carry out")
-    found = {}
-    for name in sorted(tensors):
-        if not name.endswith("_scale") or (weight := name.removesuffix("_scale")) not in tensors:
-            continue
-        if kind_of(tensors[weight]) not in ELEMENTS:
-            continue
-        parts = {"codes": tensors.pop(weight), "scales": tensors.pop(name)}
-        if f"{weight}_scale_2" in tensors:
-            parts["factor"] = tensors.pop(f"{weight}_scale_2")
-        try:
-            found[weight] = _scaled(weight, parts, None, dtype, title=f"ModelOpt {algorithm}")
-        except ArtifactError as error:
-            raise ArtifactError(f"{weight}: {error}") from None
     return found
 
 
@@ -105,19 +79,27 @@ def _scale_name(name: str, tensors: Tensors) -> str | None:
     return next((one for one in names if one in tensors), None)
 
 
-def _scaled(name: str, parts: Tensors, block: tuple[int, int] | None, dtype: DType | None, *, title: str) -> Encoded:
-    """A weight of floats under scales of any shape: one, one per row, per group of a row, or per block."""
+def scaled(name: str, parts: Tensors, block: tuple[int, int] | None, dtype: DType | None, *, title: str) -> Encoded:
+    """A weight of floats under scales of any shape: one, one per row, per group of a row, or per block.
+
+    Args:
+        parts: `codes`, `scales`, and where there is one scale for all, `factor` or `divisor`.
+
+    Raises:
+        ArtifactError: the types or the shapes of the parts do not go together.
+    """
     kind = kind_of(parts["codes"])
     element, stored = ELEMENTS[kind], parts["codes"].slot.shape
     scale = check_part(parts, "scales", SCALES)
     if len(stored) not in (2, 3):
         raise ArtifactError(f"it has {len(stored)} axes: want a matrix, or a stack of them")
     shape = (*stored[:-1], stored[-1] * (2 if element == "e2m1" else 1))
-    down, along = _block(shape, scale.slot.shape, block)
-    if "factor" in parts and check_part(parts, "factor", ("float32",)).slot.shape not in ((), (1,)):
-        raise ArtifactError(f"weight_scale_2 is {list(parts['factor'].slot.shape)}: want one number")
-    if element == "e2m1" and "factor" not in parts and kind_of(scale) == "float8_e4m3fn":
-        raise ArtifactError("weight_scale_2 is missing: fetch the directory again")
+    down, along = block_of(shape, scale.slot.shape, block)
+    whole = next((one for one in FACTORS if one in parts), "")
+    if whole and check_part(parts, whole, ("float32",)).slot.shape not in ((), (1,)):
+        raise ArtifactError(f"{FACTORS[whole]} is {list(parts[whole].slot.shape)}: want one number")
+    if element == "e2m1" and not whole and kind_of(scale) == "float8_e4m3fn":
+        raise ArtifactError("weight_scale_2 or weight_global_scale is missing: fetch the directory again")
     size = "one scale" if (down, along) == shape[-2:] else f"blocks of {down} x {along}"
     form = Floats(
         f"{title}, {element}, {size}",
@@ -125,7 +107,8 @@ def _scaled(name: str, parts: Tensors, block: tuple[int, int] | None, dtype: DTy
         (down, along),
         "codes",
         "scales",
-        "factor" if "factor" in parts else "",
+        whole,
+        divides=whole == "divisor",
         stacked=len(stored) > 2,
     )
     return encoded(name, shape, dtype=dtype or _type(scale), form=form, parts=parts, codes="codes")
@@ -135,7 +118,7 @@ def _type(scale: Stored) -> DType:
     return want_type(scale, None)
 
 
-def _block(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int]:
+def block_of(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns that share a scale.
 
     Raises:
@@ -143,6 +126,8 @@ def _block(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, in
     """
     (rows, n), stack = shape[-2:], shape[:-2]
     flat = tuple(one for one in scales if one != 1) if len(scales) > len(shape) else scales
+    if len(scales) == len(shape) + 2 and scales[-3] == scales[-1] == 1:  # ModelOpt's blocks: [..., rows, 1, columns, 1]
+        flat = (*scales[:-3], scales[-2])
     if not stack and len([one for one in flat if one != 1]) == 0:
         return rows, n
     if flat in ((rows,), (rows, 1)):

@@ -11,13 +11,17 @@ from qkit.formats.packed import join
 from qkit.formats.settings import shown
 from qkit.qtensor import DType
 from qkit.sources.encoded import Encoded
-from qkit.sources.integers import Awq, Gptq, is_contiguous
+from qkit.sources.integers import Awq, AwqRows, Gptq, is_contiguous
 from qkit.sources.parts import FLOATS, Tensors, check_part, encoded, take, want_type
 
 PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
 BITS: Final = (2, 3, 4, 8)
 #: Versions of GPTQ's files by `checkpoint_format`: whether zero points are stored less one.
 LESS_ONE: Final = {"gptq": True, "": True, "gptq_v2": False}
+MIXED: Final = (
+    "dynamic",
+    "extra_config",
+)  #: settings that give some layers other bits or groups: GPTQModel's, AutoRound's
 #: Settings of GPTQ that change values or layers, and that qkit does not carry out.
 OTHERS: Final = ("adapter", "rotation", "kv_cache_scheme", "activation", "act_bits", "act_group_size")
 
@@ -49,16 +53,16 @@ def gptq(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> 
 def awq(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> dict[str, Encoded]:
     """The weights in AWQ's layout, by name. Removes their parts from `tensors`. Raises as `gptq`."""
     bits, version = settings.get("bits", settings.get("w_bit", 4)), str(settings.get("version") or "gemm").lower()
-    if bits != 4 or version != "gemm" or settings.get("zero_point", True) is not True:
+    if bits != 4 or version not in AWQ or settings.get("zero_point", True) is not True:
         raise ArtifactError(
             f"AWQ with bits {shown(bits)}, version {version!r}, zero_point {shown(settings.get('zero_point'))}: qkit reads 4 "
-            "bits, version 'gemm' with zero points"
+            f"bits, versions {' and '.join(AWQ)} with zero points"
         )
     found = {}
     for path in _paths(tensors):
         parts = take(tensors, path, PARTS)
         try:
-            found[join(path, "weight")] = _awq(path, parts, settings, dtype)
+            found[join(path, "weight")] = AWQ[version](path, parts, settings, dtype)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from None
     return found
@@ -76,18 +80,20 @@ def _gptq(path: str, parts: Tensors, settings: Mapping[str, Any], less_one: bool
     packed, outputs = words.slot.shape
     groups = scales.slot.shape[0]
     g_idx = parts.get("g_idx")
-    bits = settings.get("bits")
+    bits, mixed = settings.get("bits"), any(settings.get(key) for key in MIXED)
     if g_idx is not None:
-        bits = packed * 32 / max(g_idx.slot.shape[0], 1)  # of this layer: settings may give some layers others
-        if bits != settings.get("bits") and not settings.get("dynamic"):
-            raise ArtifactError(f"its tensors have {bits:g} bits, and the settings {shown(settings.get('bits'))}")
+        bits = packed * 32 / max(g_idx.slot.shape[0], 1)  # of this layer
+    elif mixed and len(scales.slot.shape) == 2:  # the zero points lie along the outputs, and tell
+        bits = next((one for one in BITS if _zeros_shape(parts) == (groups, -(-outputs * one // 32))), bits)
+    if bits != settings.get("bits") and not mixed:
+        raise ArtifactError(f"its tensors have {bits:g} bits, and the settings {shown(settings.get('bits'))}")
     if bits not in BITS:
         raise ArtifactError(f"bits is {shown(bits)}: qkit reads {', '.join(map(str, BITS))} of GPTQ")
     bits = int(bits)
     inputs = packed * 32 // bits
     group = -(-inputs // max(groups, 1))
     said = settings.get("group_size", group)
-    if said not in (group, -1) and not settings.get("dynamic"):
+    if said not in (group, -1) and not mixed:
         raise ArtifactError(f"group_size is {shown(said)}, and its {inputs} inputs have {groups} scales")
     check_part(parts, "scales", FLOATS, (groups, outputs))
     check_part(parts, "qzeros", ("int32", "uint32"), (groups, -(-outputs * bits // 32)))
@@ -104,6 +110,10 @@ def _gptq(path: str, parts: Tensors, settings: Mapping[str, Any], less_one: bool
     form = Gptq(bits, group, ordered, less_one)
     shape = (outputs, inputs)
     return encoded(join(path, "weight"), shape, dtype=want_type(scales, dtype), form=form, parts=parts, codes="qweight")
+
+
+def _zeros_shape(parts: Tensors) -> tuple[int, ...]:
+    return parts["qzeros"].slot.shape if "qzeros" in parts else ()
 
 
 def _awq(path: str, parts: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> Encoded:
@@ -127,3 +137,31 @@ def _awq(path: str, parts: Tensors, settings: Mapping[str, Any], dtype: DType | 
         parts=parts,
         codes="qweight",
     )
+
+
+def _awq_rows(path: str, parts: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> Encoded:
+    words = check_part(parts, "qweight", ("int32", "uint32"))
+    scales, zeros = check_part(parts, "scales", FLOATS), check_part(parts, "qzeros", ("int32", "uint32"))
+    if any(len(one.slot.shape) != 2 for one in (words, scales, zeros)):
+        raise ArtifactError(f"qweight is {list(words.slot.shape)}, scales are {list(scales.slot.shape)}: want two axes")
+    outputs, inputs = words.slot.shape[0], 8 * words.slot.shape[1]
+    said = settings.get("group_size", settings.get("q_group_size"))
+    group = inputs if said == -1 else said
+    if type(group) is not int or group < 1 or inputs % group:
+        raise ArtifactError(f"group_size is {shown(said)}, and it has {inputs} inputs")
+    places = zeros.slot.shape[1] * 8  # the numbers of groups are padded, see `calculate_zeros_width` of AutoAWQ
+    if places < inputs // group:
+        raise ArtifactError(f"its qzeros have {places} places, and there are {inputs // group} groups")
+    check_part(parts, "scales", FLOATS, (outputs, places))
+    check_part(parts, "qzeros", ("int32", "uint32"), (outputs, places // 8))
+    return encoded(
+        join(path, "weight"),
+        (outputs, inputs),
+        dtype=want_type(scales, dtype),
+        form=AwqRows(group),
+        parts=parts,
+        codes="qweight",
+    )
+
+
+AWQ: Final = {"gemm": _awq, "gemv": _awq_rows}  #: by `version`

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.element import ELEMENTS
-from qkit.errors import ArtifactError
+from qkit.errors import ArtifactError, GridError
 from qkit.experts import Member
 from qkit.formats.packed import check, pack
 from qkit.formats.read_layout import FINITE
@@ -21,7 +21,10 @@ MX_GROUP = 32  #: codes that share an E8M0 scale in MXFP4 and MXFP8
 
 
 def grid_of(encoded: Encoded) -> Grid | None:
-    """The grid that holds the codes of `encoded` as they are; None where groups have several rows, or are not contiguous."""
+    """The grid that holds the codes of `encoded` as they are.
+
+    None where groups have several rows, are not contiguous, or have a size that no grid has.
+    """
     form = encoded.form
     if isinstance(form, Valued):
         return None
@@ -35,7 +38,10 @@ def grid_of(encoded: Encoded) -> Grid | None:
         group = "row" if down == 1 else "tensor"
     elif n % along:
         return None
-    return Grid(sample.element, group, _rule(sample, encoded.parts[form.scales_in], group))
+    try:
+        return Grid(sample.element, group, _rule(sample, encoded.parts[form.scales_in], group))
+    except GridError:  # such as NVFP4's scales for 32 codes
+        return None
 
 
 def packed_weight(encoded: Encoded, grid: Grid, dtype: DType, *, rows: slice = slice(None), matrix: int = 0) -> Packed:

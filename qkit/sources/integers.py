@@ -1,6 +1,7 @@
-"""Weights of packed integers: GPTQ, AWQ and compressed-tensors, with zero points and groups in any order.
+"""Weights of packed integers: GPTQ, AWQ, compressed-tensors and ModelOpt, with zero points and groups in any order.
 
-Read off GPTQModel 7 and AutoGPTQ 0.7 (`qlinear`), AutoAWQ 0.2 (`packing_utils`) and compressed-tensors 0.20.
+Read off GPTQModel 7 and AutoGPTQ 0.7 (`qlinear`), AutoAWQ 0.2 (`packing_utils`, `gemv`), compressed-tensors 0.20 and
+ModelOpt 0.47.
 """
 
 from dataclasses import dataclass
@@ -110,6 +111,43 @@ class Awq:
 
 
 @dataclass(frozen=True, slots=True)
+class AwqRows:
+    """AWQ's `gemv` version: codes packed along the inputs in plain order, [outputs, inputs / 8]; its other parts are padded."""
+
+    group: int
+
+    @property
+    def name(self) -> str:
+        """See `Form`."""
+        return f"AWQ gemv, 4 bits, groups of {self.group}"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """See `Form`."""
+        return 1, self.group
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
+
+    def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
+        """See `Form`."""
+        words = np.ascontiguousarray(parts["qweight"][rows]).view(np.uint32)
+        n = 8 * words.shape[1]
+        groups = n // self.group
+        return Codes(
+            "int4",
+            packing.unpack(words, 4, n),
+            np.ascontiguousarray(parts["scales"][rows, :groups]),
+            (1, self.group),
+            zeros=packing.unpack(
+                np.ascontiguousarray(parts["qzeros"][rows, : -(-groups // 8)]).view(np.uint32), 4, groups
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
     """compressed-tensors' integers: a stream of bits for each row, or a byte for each code.
 
@@ -170,6 +208,48 @@ class Packed:
             return packing.unsigned(stored.reshape(shape).astype(np.int8), element)
         words = np.ascontiguousarray(stored.T).view(np.uint32)
         return np.ascontiguousarray(packing.unpack(words, self.bits, shape[0]).T)
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """ModelOpt's integers, with a sign: a byte for each code, or of 4 bits two rows in each byte, the first in the low bits.
+
+    Attributes:
+        title: of the layout.
+        bits: of a code, 8 or 4.
+        block: rows and columns that share a scale.
+        stacked: whether the tensors have one matrix for each expert.
+    """
+
+    title: str
+    bits: int
+    block: tuple[int, int]
+    stacked: bool = False
+
+    @property
+    def name(self) -> str:
+        """See `Form`."""
+        return f"{self.title}, int{self.bits}, {'a scale for each row' if self.bits == 8 else f'groups of {self.block[1]}'}"
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
+
+    def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
+        """See `Form`."""
+        stored, scales = (parts[name][matrix] if self.stacked else parts[name] for name in ("codes", "scales"))
+        count = len(stored) * 8 // self.bits
+        begin, stop, step = rows.indices(count)
+        wanted = np.arange(begin, stop, step)
+        if self.bits == 8:
+            found = np.ascontiguousarray(stored[begin:stop:step]).view(np.int8)
+        else:
+            both = stored[wanted // 2].view(np.uint8)
+            halves = np.where((wanted % 2 == 0)[:, None], both & np.uint8(15), both >> np.uint8(4))
+            found = ((halves ^ np.uint8(8)).astype(np.int8) - np.int8(8)).astype(np.int8)
+        scales = scales.reshape(1 if self.block[0] == count else count, -1)
+        return Codes(f"int{self.bits}", found, scales if len(scales) == 1 else scales[wanted], (1, self.block[1]))
 
 
 def is_contiguous(g_idx: NDArray[Any], group: int) -> bool:

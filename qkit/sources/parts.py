@@ -7,14 +7,14 @@ from typing import Any, Final
 from qkit.errors import ArtifactError
 from qkit.formats.packed import join
 from qkit.qtensor import DTYPES, DType
-from qkit.sources.encoded import Encoded, Form
+from qkit.sources.encoded import Encoded, Form, Valued
 from qkit.storage import layout
 from qkit.storage.layout import TYPE_NAMES, Slot
 from qkit.storage.read import Stored
 
 #: Ends of the names of scales that belong to inputs, outputs and caches, not to weights.
 MOVING: Final = (
-    *("input_scale", "input_zero_point", "input_global_scale", "input_scale_inv", "activation_scale"),
+    *("input_scale_ub", "input_scale", "input_zero_point", "input_global_scale", "input_scale_inv", "activation_scale"),
     *("output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale"),
     *("k_zero_point", "v_zero_point", "k_global_scale", "v_global_scale"),
 )
@@ -52,7 +52,7 @@ def encoded(
     shape: tuple[int, ...],
     *,
     dtype: DType,
-    form: Form,
+    form: Form | Valued,
     parts: Mapping[str, Stored],
     codes: str,
     transposed: bool = False,

@@ -6,22 +6,17 @@ PUBLISHER: Final = "take the float model, or the same model in a layout that qki
 
 #: By `quant_method`.
 REFUSED: Final = {
-    "bitsandbytes": "its codes are indices into tables (nf4, fp4) or rows with outliers in float (int8): "
-    "AutoModelForCausalLM.from_pretrained(DIR).dequantize() of transformers makes a float model of it",
     "aqlm": f"its codes are indices into learned codebooks: {PUBLISHER}",
     "vptq": f"its codes are indices into learned codebooks: {PUBLISHER}",
     "quanto": f"quanto's own classes decode it: {PUBLISHER}",
     "eetq": f"its weights lie in the order of one kernel: {PUBLISHER}",
     "higgs": f"its weights are rotated, and its codes are indices into a table: {PUBLISHER}",
     "hqq": f"its scales and zero points are quantized again, by HQQ's own classes: {PUBLISHER}",
-    "fbgemm_fp8": "its rows have upper bounds that change the activations: "
-    "AutoModelForCausalLM.from_pretrained(DIR).dequantize() of transformers makes a float model of it",
     "torchao": "its tensors are pickles or subclasses that torchao alone decodes: "
     "AutoModelForCausalLM.from_pretrained(DIR).dequantize() of transformers makes a float model of it",
     "gguf": "its weights are in a GGUF file: qkit import FILE.gguf OUT reads that",
     "bitnet": f"its layers normalize their inputs too: {PUBLISHER}",
     "spqr": f"its outliers are stored apart: {PUBLISHER}",
-    "quark": "open it with AMD Quark, and export it as float or as compressed-tensors",
     "fp_quant": f"its weights are rotated: {PUBLISHER}",
     "metal": f"its weights lie in the order of one kernel: {PUBLISHER}",
     "fouroversix": f"each of its blocks has a target of its own: {PUBLISHER}",

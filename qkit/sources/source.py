@@ -1,22 +1,39 @@
 """A model directory that any program wrote, as float tensors: stored ones, and those that its codes decode to."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qkit.errors import ArtifactError
+from qkit.formats.settings import shown
 from qkit.qtensor import DType
+from qkit.sources.autoround import auto_round
+from qkit.sources.bitsandbytes import bitsandbytes
 from qkit.sources.compressed import compressed
 from qkit.sources.detect import FLOAT, Detected, detect
 from qkit.sources.encoded import Encoded
-from qkit.sources.fp8 import fp8, modelopt, mxfp4
+from qkit.sources.fp8 import fp8, mxfp4
 from qkit.sources.gptq import awq, gptq
 from qkit.sources.marks import Types, parts_of
 from qkit.sources.mlx import mlx
-from qkit.sources.parts import MOVING, float_type, kind_of
+from qkit.sources.modelopt import modelopt
+from qkit.sources.parts import MOVING, Tensors, float_type, kind_of
+from qkit.sources.quark import quark
 from qkit.storage.read import Stored
+
+#: By method, the readers of whole directories that need settings and the type of the model only.
+READERS: Final[Mapping[str, Callable[[Tensors, Mapping[str, Any], DType | None], dict[str, Encoded]]]] = {
+    "gptq": gptq,
+    "awq": awq,
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+    "modelopt": modelopt,
+    "auto-round": auto_round,
+    "quark": quark,
+    "bitsandbytes": bitsandbytes,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +62,10 @@ class Source:
         """Sentences for whoever decodes the weights of a quantized model: which, and about scales that are left out."""
         forms = Counter(stored.form.name for stored in self.encoded.values())
         found = [f"{count:,} weights are decoded: {name}" for name, count in forms.items()]
+        if caches := quantized_caches(self.detected.settings):
+            found.append(
+                f"caches are quantized too by its settings ({caches}), which is left out: the weights are the same"
+            )
         if self.dropped:
             found.append(
                 f"{len(self.dropped):,} scales of inputs, outputs or caches are left out, such as {self.dropped[0]}: the weights "
@@ -74,6 +95,16 @@ def open_source(
         raise ArtifactError(f"{folder}: {error}") from None
 
 
+def quantized_caches(settings: Mapping[str, Any]) -> str:
+    """The key and the value with which settings quantize the caches of attention; empty where there is none."""
+    inner = settings.get("quantization")
+    for table in (settings, inner if isinstance(inner, Mapping) else {}):
+        for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            if table.get(key) is not None:
+                return f"{key} is {shown(table[key])}"
+    return ""
+
+
 def stored_types(stored: Mapping[str, Stored]) -> Types:
     """Types and shapes of stored tensors, by name."""
     return {name: (kind_of(one), one.slot.shape) for name, one in stored.items()}
@@ -86,8 +117,7 @@ def _decoded(folder: Path, detected: Detected, tensors: dict[str, Stored], kind_
     elif detected.method == "mlx":
         found = mlx(tensors, settings, dtype, config=detected.config or {})
     else:
-        readers = {"gptq": gptq, "awq": awq, "fp8": fp8, "mxfp4": mxfp4, "modelopt": modelopt}
-        found = readers[detected.method](tensors, settings, dtype)
+        found = READERS[detected.method](tensors, settings, dtype)
     dropped = tuple(sorted(name for name in tensors if name.rpartition(".")[2] in MOVING))
     for name in dropped:
         del tensors[name]

@@ -7,6 +7,7 @@ from math import prod
 
 from qkit.artifact.families import HEAD
 from qkit.errors import ArtifactError
+from qkit.experts import is_router
 from qkit.formats.gguf import FLOATS, SIZES, layout
 from qkit.formats.gguf_config import ARCHITECTURES
 from qkit.streaming.plan import Plan, Row
@@ -51,12 +52,15 @@ def gguf_plan(plan: Plan, config: Mapping[str, object]) -> GgufPlan | None:
     total, ends = 0, 0
     kinds: Counter[str] = Counter()
     fallbacks: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()  # GGUF has the experts of a block in one tensor for each projection
     for row in (row for row in plan.rows if row.slots):
         kind, reason = _kind(row)
         if reason:
             fallbacks[row.stored.slot.name] = reason
         elif row.rule and row.rule.weight:
-            kinds[kind] += 1
+            tensors = _tensors(row) - seen
+            seen |= tensors
+            kinds[kind] += len(tensors)
         nbytes = prod(row.stored.slot.shape) * SIZES[kind] // 64
         total += nbytes
         if not (row.rule and row.rule.weight) and (row.kind == "embedding" or row.path == HEAD):
@@ -64,12 +68,21 @@ def gguf_plan(plan: Plan, config: Mapping[str, object]) -> GgufPlan | None:
     return GgufPlan(total, dict(sorted(kinds.items())), fallbacks, ends)
 
 
+def _tensors(row: Row) -> set[tuple[str, str]]:
+    """The tensors of the file that hold the weight, or a part of it, by block and projection of experts."""
+    if row.member is None:
+        return {(row.stored.slot.name, "")}
+    return {(row.member.block, projection) for projection in row.member.projections}
+
+
 def _kind(row: Row) -> tuple[str, str]:
     """GGUF's type for a tensor, and the reason where no type holds its grid."""
     slot = row.stored.slot
     if row.rule is None or row.rule.weight is None:
+        if is_router(slot.name.rpartition(".")[0]):
+            return "F32", ""
         return (FLOATS.get(row.dtype, "F32") if len(slot.shape) > 1 else "F32"), ""
     try:
-        return layout(row.rule.weight, slot.shape[-1]), ""
+        return layout(row.rule.weight, row.shape[-1]), ""
     except ArtifactError as error:
         return "F16", str(error).partition(": ")[0]

@@ -1,6 +1,8 @@
 """Hosted CI runs the make targets that users run; the metadata of the package and of the citation agree."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -40,6 +42,29 @@ def test_the_jobs_of_hosted_ci_are_these():
         "make test-install",
     }
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test\nmake docs")
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("schema", "files"), [("vendor.github-workflows", WORKFLOWS), ("vendor.github-issue-forms", FORMS)]
+)
+def test_the_host_takes_the_files(schema, files):
+    """By the schemas that `check-jsonschema` has from the host's editors."""
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "tool",
+        "run",
+        "check-jsonschema",
+        "--builtin-schema",
+        schema,
+        *map(str, files),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and re.search("error sending request|dns error|tcp connect", done.stderr):
+        pytest.skip(f"the package index cannot be reached: {done.stderr[-300:]}")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda file: file.stem)

@@ -1,9 +1,7 @@
 """The result of `pip install -c constraints.txt`, and qkit's own words on how to install it."""
 
-import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,7 +12,6 @@ from shutil import copytree
 
 import pytest
 from jobs import JOBS, closure
-from models import make
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
@@ -32,8 +29,6 @@ PINS = {
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
 }
 TRITON = {"2.13.0": "3.7.1"}  #: by torch, what its wheels for Linux ask for; the resolution below checks it
-TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 PLATFORMS = {"x86_64-manylinux_2_35": "linux", "aarch64-apple-darwin": "macos"}
 
 
@@ -78,20 +73,6 @@ def test_the_pages_name_extras_that_there_are() -> None:
     assert set(re.findall(r"^\| [^|]+ \| `([\w-]+)` \|", table, re.M)) == EXTRAS.keys()
 
 
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for jobs; see `tests/jobs.py`."""
-    folder = tmp_path_factory.mktemp("job")
-    make(folder / "model", "llama")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    known = json.loads((folder / "model" / "tokenizer_config.json").read_text())
-    (folder / "model" / "tokenizer_config.json").write_text(json.dumps({**known, "eos_token": "!"}))
-    (folder / "text.txt").write_text("".join(f"{i} squared is {i * i}; " for i in range(200)))
-    turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i * i}"}] for i in range(8)]
-    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": both}) + "\n" for both in turns))
-    return folder
-
-
 @pytest.mark.parametrize("extra", JOBS)
 def test_an_extra_alone_does_its_job(extra: str, small_model: Path, tmp_path: Path) -> None:
     """With all else hidden from `import`, in this process's children too."""
@@ -106,32 +87,6 @@ def test_an_extra_alone_does_its_job(extra: str, small_model: Path, tmp_path: Pa
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "tests" / "jobs.py"), extra]
     done = subprocess.run(command, cwd=tmp_path / "job", env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
-@pytest.mark.network
-@pytest.mark.parametrize("extra", JOBS)
-def test_an_extra_installed_from_the_index_does_its_job(extra: str, small_model: Path, tmp_path: Path) -> None:
-    """A new environment with one extra; `$QKIT_PIP_OPTIONS` may name an index with torch for CPUs."""
-    copytree(small_model, tmp_path / "job")
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    what = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    options = [
-        "--quiet",
-        "--constraint",
-        str(ROOT / "constraints.txt"),
-        *shlex.split(os.environ.get("QKIT_PIP_OPTIONS", "")),
-    ]
-    done = subprocess.run([python, "-m", "pip", "install", *options, what], capture_output=True, text=True, check=False)
-    if done.returncode and re.search("NewConnectionError|Temporary failure in name resolution", done.stderr):
-        pytest.skip(f"the package index cannot be reached: {done.stderr[-300:]}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [python, str(ROOT / "tests" / "jobs.py"), extra],
-        cwd=tmp_path / "job", env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,15 @@ BLOCKS = {
     for name, text in CHECKED.items()
     if (blocks := re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
 }
-COMMANDS = {name: re.findall(r"^\$ (qkit .+)$", text, flags=re.MULTILINE) for name, text in CHECKED.items()}
+COMMANDS = {
+    name: [body for kind, _, body in pages.steps(text) if kind == "command" and body.startswith("qkit ")]
+    for name, text in CHECKED.items()
+}
 ENGINES = {status.name for status in qkit.backends() if status.ready}
 
 #: Pages whose commands run, and the engines and libraries that they need.
 RUN = {
-    "README.md": ("trl", "mlx_lm"),
+    "README.md": ("trl", "mlx_lm", "gguf"),
     "docs/start/ptq.md": ("gguf",),
     "docs/start/cuda.md": ("trl",),
     "docs/start/mac.md": ("mlx_lm",),
@@ -102,6 +106,14 @@ def test_the_blocks_of_a_page_run_from_the_first_to_the_last(page, tmp_path, mon
     namespace = {}
     for block in BLOCKS[page]:
         exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_block_of_commands_can_be_copied_whole_into_a_shell(page):
+    """Without prompts, which a shell takes for the name of a command."""
+    assert not re.search(r"^\s*\$ ", PAGES[page], flags=re.MULTILINE)
+    for block in re.findall(r"^```bash\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE):
+        assert subprocess.run(["bash", "-n"], input=block, text=True, check=False).returncode == 0, block
 
 
 def words_of(line):
@@ -269,7 +281,11 @@ def test_the_figures_of_mlx_steps_are_those_of_the_result_file():
 
 
 TARGETS = sorted(
-    {name for text in CHECKED.values() for name in re.findall(r"(?:^\$ |`)make ([a-z-]+)", text, flags=re.MULTILINE)}
+    {
+        name
+        for text in CHECKED.values()
+        for name in re.findall(r"(?:^|`)make ([a-z-]+)(?=`|$)", text, flags=re.MULTILINE)
+    }
 )
 
 

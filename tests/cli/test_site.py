@@ -1,12 +1,16 @@
 """The site: it builds without a warning, has every page once, and its generated parts and pictures are those of the code."""
 
+import html
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import fit_pictures
 import generated
 import pictures
 import pytest
@@ -17,6 +21,24 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 sys.path.insert(0, str(DOCS))
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+#: Loads each page in a frame, and says by how many pixels it is wider, and which of its pictures are missing.
+HARNESS = """<!doctype html><pre></pre><script>
+onload = async () => {
+  const found = {};
+  for (const page of PAGES) {
+    const frame = document.createElement("iframe");
+    frame.width = WIDTH; frame.height = 800; frame.src = page;
+    document.body.append(frame);
+    await new Promise(loaded => frame.onload = loaded);
+    const inside = frame.contentDocument;
+    const missing = [...inside.images].filter(one => !one.naturalWidth).map(one => one.getAttribute("src"));
+    found[page] = {over: inside.documentElement.scrollWidth - WIDTH, missing};
+    frame.remove();
+  }
+  document.querySelector("pre").textContent = JSON.stringify(found);
+};
+</script>"""
 
 
 def pages(part):
@@ -33,14 +55,44 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(found) == sorted(str(file.relative_to(DOCS)) for file in DOCS.rglob("*.md"))
 
 
-@pytest.mark.skipif(not find_spec("mkdocs_autorefs"), reason="MkDocs is not installed")
-def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site, built without a warning."""
+    if not find_spec("mkdocs_autorefs"):
+        pytest.skip("MkDocs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_builds_without_a_warning(site):
     for part in ("qkit quantize", "--skip-indivisible"):
-        assert part in (tmp_path / "site" / "reference" / "cli" / "index.html").read_text(encoding="utf-8")
+        assert part in (site / "reference" / "cli" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
+@pytest.mark.parametrize("width", [375, 1280])
+def test_no_page_is_wider_than_its_window_and_every_picture_shows(site, width, tmp_path):
+    """Tables and blocks scroll inside of the page."""
+    pages_of_site = sorted(str(file.relative_to(site)) for file in site.rglob("index.html"))
+    harness = site / f"harness-{width}.html"
+    harness.write_text(HARNESS.replace("PAGES", json.dumps(pages_of_site)).replace("WIDTH", str(width)))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=120000",
+    ]
+    done = subprocess.run(
+        [BROWSER, *options, "--dump-dom", harness.as_uri()], capture_output=True, text=True, check=True
+    )
+    found = json.loads(html.unescape(re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)[1]))
+    assert found.keys() == set(pages_of_site)
+    assert {page: one for page, one in found.items() if one["over"] > 0 or one["missing"]} == {}
 
 
 @pytest.mark.parametrize("part", generated.PARTS)
@@ -89,6 +141,11 @@ def test_the_list_of_messages_has_those_that_the_code_raises():
     assert "- backend NAME cannot " in text
     for name, _ in generated.raised():
         assert f"## {name}\n" in text
+
+
+def test_the_pictures_of_fits_are_those_of_the_code_and_the_results():
+    drawn = fit_pictures.drawn()
+    assert drawn == {file.name: file.read_text(encoding="utf-8") for file in fit_pictures.FOLDER.iterdir()}
 
 
 @pytest.mark.parametrize(("element", "scale"), sorted(generated.pictured() | pictures.SHOWN))

@@ -1,6 +1,9 @@
 """Statistics of a model's inputs, and checkpoints and models whose codes are fitted by them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import make
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import qkit
@@ -317,3 +321,46 @@ def test_blocks_that_do_not_run_by_themselves_are_refused() -> None:
         engine.blocks(Odd(), length=4)
     with pytest.raises(qkit.BackendError, match="has no list of blocks"):
         engine.blocks(torch.nn.Sequential(torch.nn.Linear(4, 4)), length=4)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import numpy as np
+import qkit
+from qkit.calibration import calibrate, calibrate_drift
+from qkit.grid import Grid
+from qkit.rules import Recipe, Rule
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
+
+out, drift = Path(sys.argv[1]), sys.argv[2] == "drift"
+rows = np.random.default_rng(0).integers(0, 64, (5, 128)).astype(np.int32)
+engine, found = qkit.backend("torchao"), []
+tick = lambda *_: found.append(anonymous())
+first = Rule(("*.0.self_attn.q_proj",), weight=Grid("int8", 64))  # one layer, to be quick
+more = {"recipe": Recipe("first", rules=(first,))} if drift else {}
+warm = calibrate_drift if drift else calibrate
+warm(Path(sys.argv[3]), out / "warm", rows, engine=engine, **more)
+before = anonymous()
+warm(Path(sys.argv[4]), out / "stats", rows, engine=engine, tick=tick, **more)
+print(max(found) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells anonymous memory")
+@pytest.mark.parametrize("what", ["watch", "drift"])
+def test_memory_has_one_block_of_the_model(what: str, tmp_path: Path) -> None:
+    for blocks in (1, 20):
+        config = {"hidden_size": 320, "intermediate_size": 832, "num_attention_heads": 4, "num_key_value_heads": 4}
+        small = LlamaConfig(vocab_size=64, num_hidden_layers=blocks, max_position_embeddings=256, **config)
+        LlamaForCausalLM(small).save_pretrained(tmp_path / str(blocks))
+    model = (tmp_path / "20" / "model.safetensors").stat().st_size / 1e6  # MB; 4.8 of each block
+    command = [sys.executable, "-W", "ignore", "-c", MEASURED, tmp_path, what, tmp_path / "1", tmp_path / "20"]
+    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc keeps up to 64 MB of what is free
+    grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=given_back).stdout)
+    assert model > 90
+    assert grown < model / 2  # of two models, under drift

@@ -54,7 +54,35 @@ def mlx(weight, random):
 
 
 def bitsandbytes(weight, random):
-    return {"weight": np.zeros((2048, 1), np.uint8), "weight.absmax": np.ones(64, np.float32)}
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64]}
+    return {
+        "weight": random.integers(0, 256, (2048, 1)).astype(np.uint8),
+        "weight.absmax": np.ones(64, np.float32),
+        "weight.quant_map": np.linspace(-1, 1, 16).astype(np.float32),
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
+
+
+def rows8(weight, random):
+    codes = random.integers(-127, 128, (64, 64)).astype(np.int8)
+    return {"weight": codes, "SCB": np.ones(64, np.float32), "weight_format": np.zeros((), np.uint8)}
+
+
+def awq_rows(weight, random):
+    words = [random.integers(0, 2**31, (64, n)).astype(np.int32) for n in (8, 4)]
+    return {"qweight": words[0], "qzeros": words[1], "scales": np.ones((64, 32), np.float16)}
+
+
+def pairs_of_rows(*smooth, bits=4):
+    codes = {4: np.zeros((32, 64), np.uint8), 8: np.zeros((64, 64), np.int8)}[bits]
+    scales = np.ones((64, 2) if bits == 4 else 64, np.float32)
+    more = {name: np.ones(64, ml_dtypes.bfloat16) for name in smooth}
+    return lambda weight, random: {"weight": codes, "weight_scale": scales, **more}
+
+
+def mxfp4(scale="weight_scale", codes="weight"):
+    half, scales = np.zeros((64, 32), np.uint8), np.full((64, 2), 120, np.uint8)
+    return lambda weight, random: {codes: half, scale: scales}
 
 
 def one(name, array):
@@ -66,6 +94,7 @@ def floats(weight, random):
 
 
 E4M3 = np.zeros((64, 64), ml_dtypes.float8_e4m3fn)
+FLOAT = np.ones((), np.float32)
 GPTQ_PARTS, AWQ_PARTS, FP8_PARTS = gptq(4, 32), awq(32), fp8((32, 32))
 
 #: Tensors of a layer, keys of config.json, other files; and the text for its layout, or a part of the refusal.
@@ -123,6 +152,60 @@ READ = {
     ),
     "mlx": (mlx, {"quantization": MLX, "quantization_config": MLX}, {}, "MLX affine, 4 bits, groups of 32"),
     "mlx under one name": (mlx, {"quantization_config": MLX}, {}, "MLX affine"),
+    "compressed-tensors of 2024": (
+        packed,
+        {"quantization_config": {**COMPRESSED, "quantization_status": "frozen", "global_compression_ratio": 1.2}},
+        {},
+        "pack-quantized",
+    ),
+    "with quantized caches": (
+        packed,
+        {"quantization_config": {**COMPRESSED, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}},
+        {},
+        "pack-quantized",
+    ),
+    "bitsandbytes": (bitsandbytes, {"quantization_config": BNB}, {}, "bitsandbytes nf4, runs of 64"),
+    "bitsandbytes without a name": (bitsandbytes, {"quantization_config": {"load_in_4bit": True}}, {}, "nf4"),
+    "bitsandbytes, 8 bits": (
+        rows8,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {},
+        "bitsandbytes int8",
+    ),
+    "awq for another kernel": (awq_rows, {"quantization_config": {**AWQ, "version": "gemv"}}, {}, "AWQ gemv"),
+    **{
+        f"modelopt {algorithm}": (
+            parts,
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": algorithm}},
+            {},
+            text,
+        )
+        for algorithm, parts, text in (
+            ("W4A16_AWQ", pairs_of_rows("pre_quant_scale"), "int4, groups of 32, times pre_quant_scale"),
+            ("W4A8_AWQ", pairs_of_rows(), "int4, groups of 32"),
+            ("W8A8_SQ_PER_CHANNEL", pairs_of_rows("pre_quant_scale", bits=8), "int8, a scale for each row, times"),
+            ("W8A16", pairs_of_rows(bits=8), "int8, a scale for each row"),
+            ("mxfp4", mxfp4(), "e2m1, blocks of 1 x 32"),
+        )
+    },
+    "fbgemm": (
+        lambda weight, random: {"weight": E4M3, "weight_scale": np.ones((64, 1), np.float32), "input_scale_ub": FLOAT},
+        {"quantization_config": {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}},
+        {},
+        "fp8, e4m3, blocks of 1 x 64",
+    ),
+    "quark": (
+        fp8(None, name="weight_scale"),
+        {"quantization_config": {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}},
+        {},
+        "Quark, e4m3, one scale",
+    ),
+    "auto-round's mxfp4": (
+        mxfp4(codes="weight_packed"),
+        {"quantization_config": {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}},
+        {},
+        "AutoRound, e2m1, blocks of 1 x 32",
+    ),
 }
 REFUSED = {
     **{
@@ -151,14 +234,11 @@ REFUSED = {
             f"by {method}, which",
         )
         for method in (
-            "bitsandbytes",
             "hqq",
             "aqlm",
             "eetq",
             "quanto",
             "torchao",
-            "fbgemm_fp8",
-            "quark",
             "higgs",
             "vptq",
         )
@@ -196,20 +276,54 @@ REFUSED = {
         "contradict each other",
     ),
     "settings that are a text": (packed, {"quantization_config": "4bit"}, {}, "want an object"),
-    "load_in_4bit alone": (bitsandbytes, {"quantization_config": {"load_in_4bit": True}}, {}, "by bitsandbytes, which"),
+    "bitsandbytes of 2023": (
+        lambda weight, random: {"weight": np.zeros((2048, 1), np.uint8), "weight.absmax": np.ones(64, np.float32)},
+        {"quantization_config": BNB},
+        {},
+        "weight.quant_state is missing",
+    ),
+    "bitsandbytes for one kernel": (
+        lambda weight, random: {**rows8(weight, random), "weight_format": np.ones((), np.uint8)},
+        {"quantization_config": {"load_in_8bit": True}},
+        {},
+        "weight_format is not 0",
+    ),
+    "quark of integers": (
+        fp8(None, name="weight_scale"),
+        {"quantization_config": {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int4"}}}},
+        {},
+        'dtype is "int4": of Quark',
+    ),
+    "auto-round's mxint4": (
+        mxfp4(codes="weight_packed"),
+        {"quantization_config": {"quant_method": "auto-round", "bits": 4, "data_type": "mx_int"}},
+        {},
+        'data_type is "mx_int"',
+    ),
+    "a low rank beside the codes": (
+        nvfp4(),
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4_SVD"}},
+        {},
+        'quant_algo is "NVFP4_SVD"',
+    ),
     "gptq in a marlin's order": (
         GPTQ_PARTS,
         {"quantization_config": {**GPTQ, "checkpoint_format": "marlin"}},
         {},
         "checkpoint_format is 'marlin'",
     ),
-    "awq for another kernel": (AWQ_PARTS, {"quantization_config": {**AWQ, "version": "gemv"}}, {}, "version 'gemv'"),
+    "awq in the order of a kernel": (
+        AWQ_PARTS,
+        {"quantization_config": {**AWQ, "version": "gemv_fast"}},
+        {},
+        "version 'gemv_fast'",
+    ),
     "gptq of other bits": (GPTQ_PARTS, {"quantization_config": {**GPTQ, "bits": 8}}, {}, "4 bits, and the settings 8"),
     "a method of modelopt": (
         nvfp4(),
-        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}},
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "INT2"}},
         {},
-        'quant_algo is "W4A8_AWQ"',
+        'quant_algo is "INT2"',
     ),
 }
 

@@ -34,10 +34,9 @@ HARMLESS = {
 #: What changes numbers, by the key that has to be named.
 REFUSED = {
     "transform_config": HADAMARD,
-    "kv_cache_scheme": CACHE,
     "sparsity_config": {"format": "sparse-24-bitmask"},
     "moe_sparsity_config": {"method": "prune", "num_experts": [3]},
-    "quantization_status": "frozen",
+    "quantization_status": "calibration",
     "a_key_of_the_future": 0,
 }
 
@@ -141,15 +140,25 @@ ATTENTION = {"targets": ["re:.*self_attn$"], "input_activations": CACHE}
             lambda c: c.update(text_config={"quantization_config": {"bits": 4}}),
             r"text_config has a quantization_config",
         ),
-        (
-            lambda c: c["quantization_config"].update(kv_cache_scheme={}),
-            r"kv_cache_scheme is \{\}",
-        ),  # int8 to its reader
     ],
 )
 def test_what_changes_numbers_is_refused_at_every_level(edit, message, tmp_path):
     with pytest.raises(qkit.ArtifactError, match=message):
         read_model(told(tmp_path / "theirs", edit))
+
+
+@pytest.mark.parametrize("scheme", [CACHE, {}], ids=["fp8", "int8"])
+def test_quantized_caches_are_left_out_and_said(scheme, tmp_path):
+    folder = told(tmp_path / "theirs", lambda c: c["quantization_config"].update(kv_cache_scheme=scheme))
+    found = read_model(folder)
+    assert found.digest() == read_model(GOLDEN / "W4A16").digest()
+    assert any(f"kv_cache_scheme is {json.dumps(scheme)[:20]}" in note for note in found.notes)
+    assert any("kv_cache_scheme" in note for note in make_plan(folder, qkit.recipe("int4-g64")).notes)
+
+
+def test_a_status_of_2024_changes_no_number(tmp_path):
+    folder = told(tmp_path / "theirs", lambda c: c["quantization_config"].update(quantization_status="frozen"))
+    assert read_model(folder).digest() == read_model(GOLDEN / "W4A16").digest()
 
 
 def test_an_order_of_calibration_changes_no_number(tmp_path):
@@ -225,8 +234,6 @@ def test_every_key_of_the_installed_compressed_tensors_has_been_decided():
     assert quantization.QuantizationConfig.model_fields.keys() <= settings.CONFIG.keys()
     assert quantization.QuantizationScheme.model_fields.keys() == settings.GROUP.keys()
     assert quantization.QuantizationArgs.model_fields.keys() == settings.WEIGHTS.keys()
-    cache = quantization.QuantizationConfig.model_validate({"config_groups": {}, "kv_cache_scheme": {}}).kv_cache_scheme
-    assert (cache.num_bits, cache.type) == (8, "int")  # why {} is not nothing there
 
 
 # mlx-lm

@@ -55,12 +55,12 @@ def texts(count=16, length=32):
     return [" ".join(chr(97 + int(i)) for i in row) for row in rows]
 
 
-def finish(folder, values):
+def finish(folder, values, name=None):
     """Keeps the files that tests read, and the decoded values."""
     bits = {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in values.items()}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(bits.items())}
     (folder / "values.json").write_text(json.dumps(digests, indent=1) + "\n")
-    target = OUT / folder.name
+    target = OUT / (name or folder.name)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in KEPT:
@@ -95,39 +95,106 @@ def gptqmodel():
 
 
 def auto_round():
-    """AutoRound in the layouts of GPTQ and AWQ."""
+    """AutoRound in the layouts of GPTQ and AWQ, its own, fp8's and compressed-tensors'."""
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    for name, layout in (
-        ("auto-round-gptq", "auto_gptq"),
-        ("auto-round-awq", "auto_awq"),
-        ("auto-round", "auto_round"),
+    only = sys.argv[2:]
+    for name, scheme, layout, dtype in (
+        ("auto-round-gptq", "W4A16", "auto_gptq", torch.float16),
+        ("auto-round-awq", "W4A16", "auto_awq", torch.float16),
+        ("auto-round", "W4A16", "auto_round", torch.float16),
+        ("auto-round-own-awq", "W4A16", "auto_round:auto_awq", torch.float16),
+        ("auto-round-2", "W2A16", "auto_round", torch.float16),
+        ("auto-round-3", "W3A16", "auto_round", torch.float16),
+        ("auto-round-8", "W8A16", "auto_round", torch.float16),
+        ("auto-round-mixed", "W4A16_MIXED", "auto_round", torch.float16),
+        ("auto-round-mxfp4", "MXFP4", "auto_round", torch.bfloat16),
+        ("auto-round-mxfp8", "MXFP8", "auto_round", torch.bfloat16),
+        ("auto-round-nvfp4", "NVFP4", "auto_round", torch.bfloat16),
+        ("auto-round-fp8", "FP8_STATIC", "auto_round", torch.bfloat16),
+        ("auto-round-ct-fp8", "FP8_STATIC", "llm_compressor", torch.bfloat16),
+        ("auto-round-ct-mxfp4", "MXFP4", "llm_compressor", torch.bfloat16),
+        ("auto-round-ct-nvfp4", "NVFP4", "llm_compressor", torch.bfloat16),
+        ("auto-round-ct-int4", "W4A16", "llm_compressor", torch.bfloat16),
+        ("auto-round-fp8-block", "FP8_BLOCK", "fp8", torch.bfloat16),
     ):
-        source = float_model(torch.float16)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+        if only and name not in only:
+            continue
+        source = float_model(dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        given = {"group_size": 32, "sym": layout != "auto_awq"} if scheme.startswith("W") else {}
+        tokenizer = AutoTokenizer.from_pretrained(source)
         rounder = AutoRound(
             model,
-            AutoTokenizer.from_pretrained(source),
-            bits=4,
-            group_size=32,
-            sym=layout != "auto_awq",
+            tokenizer,
+            scheme=scheme,
             iters=0,
             disable_opt_rtn=True,
+            dataset=texts(),
+            seqlen=16,
+            nsamples=4,
+            **given,
         )
+        shutil.rmtree(WORK / name, ignore_errors=True)
         rounder.quantize_and_save(str(WORK / name), format=layout)
-        folder = next((one.parent for one in (WORK / name).rglob("model.safetensors")), WORK / name)
-        finish_at(folder, name)
+        folder = next(one.parent for one in (WORK / name).rglob("model.safetensors"))
+        finish(folder, as_loaded(folder, dtype), name)
 
 
-def finish_at(folder, name):
-    """Keeps the files of a program that makes a folder of its own; its values are those of the published formula."""
-    target = OUT / name
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for kept in KEPT:
-        if (folder / kept).exists():
-            shutil.copy(folder / kept, target / kept)
+def as_loaded(folder, dtype):
+    """The weights of the layers that transformers and AutoRound make of `folder`: decoded by the layers, or their answers to
+    the rows of a unit matrix.
+    """
+    file = folder / "config.json"
+    text = file.read_text()
+    if "awq" in text:  # its layers want other kernels than a CPU's; its packing undoes itself
+        from auto_round.export.export_to_awq.utils import dequantize_gemm
+        from safetensors.torch import load_file
+
+        x = load_file(folder / "model.safetensors")
+        paths = [name.removesuffix(".qweight") for name in x if name.endswith(".qweight")]
+        parts = {path: [x[f"{path}.{one}"] for one in ("qweight", "qzeros", "scales")] for path in paths}
+        return {f"{path}.weight": dequantize_gemm(*mine, 4, 32).T.contiguous() for path, mine in parts.items()}
+    config = json.loads(text)
+    settings = config["quantization_config"]
+    if settings["quant_method"] == "compressed-tensors":
+        return decompressed(folder, settings, dtype)
+    if (method := settings["quant_method"]) in ("gptq", "awq"):  # AutoRound's own layers open them under its own name
+        settings |= {"quant_method": "auto-round", "packing_format": f"auto_round:auto_{method}"}
+    if method == "fp8":
+        settings["dequantize"] = True
+    file.write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
+    file.write_text(text)
+    values = {}
+    for path, layer in model.named_modules():
+        if not path.endswith("_proj"):
+            continue
+        if hasattr(layer, "dequant_weight_online"):
+            values[f"{path}.weight"] = layer.dequant_weight_online().reshape(layer.out_features, -1).to(dtype)
+        elif type(layer) is torch.nn.Linear:
+            values[f"{path}.weight"] = layer.weight.detach().to(dtype)
+        else:
+            with torch.no_grad():
+                values[f"{path}.weight"] = layer(torch.eye(64, dtype=dtype)).T.contiguous()
+    return values
+
+
+def decompressed(folder, settings, dtype):
+    """The weights of a directory of one group in compressed-tensors' layouts, by its own decoder."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    given = QuantizationConfig.model_validate({name: one for name, one in settings.items() if name != "provider"})
+    [group] = given.config_groups.values()
+    decoder, values = BaseCompressor.get_value_from_registry(group.format or given.format), {}
+    for path in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
+        mine = {name.removeprefix(f"{path}."): one for name, one in tensors.items() if name.startswith(f"{path}.")}
+        values[f"{path}.weight"] = decoder.decompress(mine, group)["weight"].to(dtype)
+    return values
 
 
 def llm_compressor():

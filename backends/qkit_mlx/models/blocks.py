@@ -3,12 +3,12 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
 from qkit.engines.blocks import Hidden, Seen
@@ -26,7 +26,11 @@ class _Entered(Exception):
 
 
 class Watching:
-    """The verb of `qkit.engines.blocks.Watches`."""
+    """The verbs of `qkit.engines.blocks.Watches`."""
+
+    def mapping(self) -> Self:
+        """See `Watches.mapping`: MLX has its own memory, and copies weights there."""
+        return self
 
     def blocks(self, model: nn.Module, *, length: int) -> "MlxBlocks":
         """See `Watches.blocks`."""
@@ -100,6 +104,11 @@ class MlxBlocks:
         """See `Blocks.put`."""
         layer = next(layer.module for layer in surgery.layers(self._model) if layer.path == path)
         layer.weight = mx.array(values).astype(layer.weight.dtype)
+
+    def leave(self, number: int) -> None:
+        """See `Blocks.leave`."""
+        block = self._blocks[number]
+        block.update(tree_map(lambda one: mx.zeros(0, one.dtype), block.parameters()))
 
     @contextmanager
     def _watching(self, shows: Mapping[str, Callable[[mx.array, mx.array], None]]) -> Iterator[None]:

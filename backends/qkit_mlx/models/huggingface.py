@@ -1,6 +1,7 @@
 """Builds models of Hugging Face architectures, through mlx-lm. No other module imports mlx-lm."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -10,8 +11,9 @@ import mlx.nn as nn
 from mlx_lm.models.gpt_neox import MLP
 from mlx_lm.utils import _decode_tagged_floats, _get_classes
 
-from qkit.errors import BackendError, QkitError
+from qkit.errors import BackendError, FamilyWarning, QkitError
 from qkit.formats.mlx_families import FAMILIES, WRONG, Family, read_config
+from qkit.formats.mlx_limits import ignored_window
 from qkit_mlx.models.rope import check_rope
 
 CONFIG = "qkit_config"  #: the attribute of a model that holds its configuration
@@ -41,6 +43,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         rope = f" with {present['rope_parameters']}" if "rope_parameters" in present else ""
         raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
     check_rope(model, present)
+    if text := ignored_window(present):
+        warnings.warn(text.replace("it ", "mlx-lm ", 1), FamilyWarning, stacklevel=2)
     if family.approximates and present.get("hidden_act", family.approximates) == family.approximates:
         for module in model.modules():
             if type(module) is MLP:

@@ -49,11 +49,13 @@ def decoded(
 ):  # fmt: skip
     """A tile [BR, BC] of the base that packed codes are, in float32; `first`: its first column. `CODES`: see `cuda_merge`."""
     INPUTS: tl.constexpr = CODES[0]
+    ELEMENT: tl.constexpr = CODES[1]
     HIGH: tl.constexpr = CODES[2]
     LOW: tl.constexpr = CODES[3]
     UNIT: tl.constexpr = CODES[4]
     UNITS: tl.constexpr = CODES[5]
     GROUPS: tl.constexpr = CODES[6]
+    SCALES: tl.constexpr = CODES[7]
     PARTS: tl.constexpr = BC // GROUP
     rows = n[:, None].to(tl.int64)
     k = first // 2 + tl.arange(0, BC // 2)[None, :]
@@ -63,14 +65,14 @@ def decoded(
     if LOW > 0:
         low_even, low_odd = codes_at(codes + UNITS * UNIT * HIGH // 32, k, inside, LOW, UNIT)
         even, odd = even << LOW | low_even, odd << LOW | low_odd
-    v = tl.interleave(whole(even, 0.0, magic, CODES[1], HIGH), whole(odd, 0.0, magic, CODES[1], HIGH))
+    v = tl.interleave(whole(even, 0.0, magic, ELEMENT, HIGH), whole(odd, 0.0, magic, ELEMENT, HIGH))
     v = tl.reshape(v, (BR, PARTS, GROUP))
     tensor = 1.0
     if power is not None:
         tensor = tl.load(power)
     g = first // GROUP + tl.arange(0, PARTS)[None, :]
     known = there & (g < GROUPS)
-    if CODES[1] == "integer":
+    if ELEMENT == "integer":
         z = 2.0 ** (HIGH + LOW - 1)
         if zeros is not None:
             z = tl.load(zeros + rows * GROUPS + g, mask=known, other=0).to(tl.float32)[:, :, None]
@@ -84,7 +86,7 @@ def decoded(
         else:
             outermost = (v == tl.max(v, axis=2)[:, :, None]) | (v == tl.min(v, axis=2)[:, :, None])
         v = tl.where(outermost, v, v + d)
-    s = scale(scales + rows * GROUPS + g, known, tensor, CODES[7])
+    s = scale(scales + rows * GROUPS + g, known, tensor, SCALES)
     return tl.reshape(v * s[:, :, None], (BR, BC))
 
 

@@ -39,7 +39,8 @@ class Prepared(Shown):
         values_buffer: see `values.buffer`; None where the layer has none.
         frozen: whether the values are fixed between updates, see `freeze_values`.
         fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
-        simple: whether the layer only multiplies dynamic values, see `_settle`.
+        simple: whether the layer only multiplies dynamic values, see `settle`.
+        gathers_values: whether FSDP gathers values in the place of the weight, see `shard_first`.
     """
 
     caches: ClassVar[bool] = True
@@ -55,6 +56,7 @@ class Prepared(Shown):
     frozen: bool
     fused: "tuple[Prepared, ...]" = ()
     simple: bool
+    gathers_values: bool = False
 
     @property
     def multiplies_codes(self) -> bool:
@@ -209,6 +211,8 @@ class FakeLinear(Prepared, nn.Linear):
         if (current := self._current_values()) is not None:
             return self._multiply_current(x, current)
         weight, rule = self.weight, self.rule
+        if self.gathers_values and not (rule.activation or rule.output) and sharded.has_values(self, x):
+            return F.linear(x, weight, self.bias)  # on a slow host, the checks below take as long as the product
         if self.kind and self._takes_codes(x):
             return self.slot(self._multiply_codes(x), "output", rule.output)
         device = weight.device.type
@@ -232,10 +236,7 @@ class FakeLinear(Prepared, nn.Linear):
         return self.slot(y, "output", rule.output)
 
     def _current_values(self) -> Tensor | None:
-        """The cached values, where they are current and the layer needs nothing else; for eager training on a slow host.
-
-        It checks only conditions that can change between two calls.
-        """
+        """The cached values, where they are current and the layer needs nothing else. Checks only conditions that can change."""
         if torch.compiler.is_compiling() or not (self.simple and self.training) or is_any_autocast_enabled():
             return None
         weight, gate = self._parameters.get("weight"), self._buffers["gate"]

@@ -64,7 +64,11 @@ class LayerSource:
         """Whether all layers of the weight compute with the same values, which depend on the weight alone."""
         first = self.layers[0]()
         if self.found is None or self.found[0] is not type(first):
-            self.found = type(first), _alike([layer() for layer in self.layers])
+            layers = [layer() for layer in self.layers]
+            self.found = type(first), _alike(layers)
+            for layer in layers:
+                if layer is not None and hasattr(layer, "gathers_values"):
+                    layer.gathers_values = self.found[1]
         return self.found[1]
 
     def version(self) -> int:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from qkit.errors import StageError
 from qkit_torchao.layers import shard_first
 from qkit_torchao.layers.become import is_wrapped
-from qkit_torchao.torch_private import MANAGED, active_ddp, fsdp_parameters, gathered_tensor, parameter, users
+from qkit_torchao.torch_private import (
+    MANAGED,
+    active_ddp,
+    fsdp_parameters,
+    gathered_tensor,
+    is_any_autocast_enabled,
+    parameter,
+    users,
+)
 
 
 def is_managed(module: nn.Module) -> bool:
@@ -117,6 +125,8 @@ def gathered(module: nn.Module) -> Gathered:
     """
     if not is_managed(module):
         return ""
+    if torch.compiler.is_compiling() and getattr(module, "gathers_values", False):  # torch 2.11 cannot ask here
+        return "values"
     weight: Any = module.weight
     found = _found(module)
     if found is None:
@@ -131,6 +141,17 @@ def gathered(module: nn.Module) -> Gathered:
             "quantized values instead"
         )
     return how
+
+
+def has_values(module: Any, x: Tensor) -> bool:
+    """Whether FSDP gathered values of `module`, in the type of its input `x`, and nothing else changes them: quickly told."""
+    if torch.compiler.is_compiling() or is_any_autocast_enabled():
+        return False
+    weight, known = parameter(module, "weight"), _sources.get(module)
+    source: Any = known() if known else None
+    if source is None or weight is None or gathered_tensor(source) is not weight or weight.dtype != x.dtype:
+        return False
+    return shard_first.holds_values(source)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from qkit.engines.blocks import Hidden, Seen
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit_torchao.layers import straight_through
+from qkit_torchao.models import mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 STATES = "hidden_states"  #: the name under which some models give a block its states
@@ -23,20 +25,59 @@ class _Entered(Exception):
 
 
 class Watching:
-    """The verb of `qkit.engines.blocks.Watches`."""
+    """The verbs of `qkit.engines.blocks.Watches`.
+
+    Attributes:
+        device: of new tensors.
+        maps: whether float models are maps of their files.
+    """
+
+    device: torch.device
+    maps = False
+
+    def mapping(self) -> Self:
+        """See `Watches.mapping`."""
+        made = copy(self)
+        made.maps = True
+        return made
+
+    def from_numpy(self, x: NDArray[Any]) -> Tensor:
+        """See `Arrays.from_numpy`."""
+        raise NotImplementedError
+
+    def mapped(self, config: Mapping[str, Any]) -> nn.Module:
+        """As `Builds.build`, for a model whose weights will be maps."""
+        return mapped.build(config)
+
+    @torch.no_grad()
+    def give(self, tensor: Tensor, array: NDArray[Any]) -> None:
+        """Writes `array` to a tensor of a model, or makes the tensor a map of its file where models are maps."""
+        if self.maps:
+            mapped.give(tensor, array, self.from_numpy)
+        else:
+            tensor.copy_(self.from_numpy(array))
 
     def blocks(self, model: nn.Module, *, length: int) -> "TorchBlocks":
         """See `Watches.blocks`."""
-        return TorchBlocks(model, length=length, round_to=straight_through.fake_quantize)
+        device = self.device if self.maps else next(model.parameters()).device
+        return TorchBlocks(model, length=length, round_to=straight_through.fake_quantize, device=device)
 
 
 class TorchBlocks:
-    """See `qkit.engines.blocks.Blocks`. Everything that blocks take besides states is recorded once, from two rows of tokens."""
+    """See `qkit.engines.blocks.Blocks`. Everything that blocks take besides states is recorded once, from two rows of tokens.
 
-    def __init__(self, model: nn.Module, *, length: int, round_to: Callable[[Tensor, Grid], Tensor]) -> None:
+    Attributes:
+        device: that blocks run on.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, length: int, round_to: Callable[[Tensor, Grid], Tensor], device: torch.device
+    ) -> None:
         path, self._blocks = _list_of_blocks(model)
         self.paths = tuple(f"{path}.{number}" for number in range(len(self._blocks)))
-        self._model, self._round_to = model, round_to
+        self._model, self._round_to, self.device = model, round_to, device
+        if device != next(model.parameters()).device:
+            mapped.lend(model, self._blocks, device)
         first, second = (self._record(torch.full((1, length), token)) for token in (0, 1))
         for mine, other, where in zip(first, second, self.paths, strict=True):
             if not _same(mine, other):
@@ -79,7 +120,7 @@ class TorchBlocks:
         try:
             for one in states:
                 sums.forget()
-                x = torch.from_numpy(np.array(one)).to(weight.device, weight.dtype)
+                x = torch.from_numpy(np.array(one)).to(self.device, weight.dtype)
                 out = block(x, *rest, **given)
                 put(_to_numpy(out[0] if isinstance(out, tuple) else out))
         finally:
@@ -103,7 +144,7 @@ class TorchBlocks:
 
         hooks = [self._model.get_submodule(path).register_forward_hook(show(path)) for path in watched]
         try:
-            out = block(torch.from_numpy(np.array(states)).to(weight.device, weight.dtype), *rest, **given)
+            out = block(torch.from_numpy(np.array(states)).to(self.device, weight.dtype), *rest, **given)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -112,7 +153,13 @@ class TorchBlocks:
     @torch.no_grad()
     def put(self, path: str, values: NDArray[np.float32]) -> None:
         """See `Blocks.put`."""
-        self._model.get_parameter(f"{path}.weight").copy_(torch.from_numpy(values))
+        parameter = self._model.get_parameter(f"{path}.weight")
+        parameter.data = torch.from_numpy(values).to(parameter.device, parameter.dtype)
+
+    def leave(self, number: int) -> None:
+        """See `Blocks.leave`."""
+        for parameter in self._blocks[number].parameters():
+            parameter.data = parameter.data.new_empty(0)
 
     def called(self, number: int) -> tuple[nn.Module, Call]:
         """A block, and everything that it takes besides states."""
@@ -142,9 +189,8 @@ class TorchBlocks:
         return [found[number] for number in range(len(self._blocks))]
 
     def _run_model(self, tokens: Tensor) -> None:
-        device = next(self._model.parameters()).device
         known = {"use_cache": False} if hasattr(self._model, "config") else {}
-        self._model(tokens.long().to(device), **known)
+        self._model(tokens.long().to(self.device), **known)
 
 
 class _Sums:

@@ -1,6 +1,7 @@
 """Models by their Hugging Face configuration. Beside `names` and `training.transformers`, the only module with transformers."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, cast
 
@@ -45,6 +46,19 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # with a stranger's numbers, transformers fails in any way
         raise BackendError(f"transformers cannot build a {config.get('model_type')!r} model: {error}") from None
     return _with_float32(model, dtype).eval()
+
+
+def uninitialized() -> AbstractContextManager[None]:
+    """Within, models are built without values for their weights.
+
+    Raises:
+        BackendError: transformers is missing.
+    """
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        raise BackendError(f"building a torch model needs transformers: {how_to_install('cuda')}") from None
+    return cast(AbstractContextManager[None], no_init_weights())
 
 
 def save_as_artifact(model: Any, engine: Modules) -> None:

@@ -64,7 +64,7 @@ class _Lessons:
         self._block, (self._rest, self._given) = blocks.called(number)
         self._prefix, self._batch = f"{blocks.paths[number]}.", batch
         weight = next(self._block.parameters())
-        self._device, self._dtype = weight.device, weight.dtype
+        self._device, self._dtype = blocks.device, weight.dtype
         self._layers = {path: _Layer(start, self._device) for path, start in starts.items()}
 
     def step(self, states: Hidden, wanted: Hidden, rate: float) -> None:

@@ -1,0 +1,72 @@
+"""How the command line starts: it looks for no garbage in its imports, and other programs keep the collector as it is."""
+
+import gc
+import runpy
+import sys
+
+import pytest
+
+from qkit.startup import uncollected
+
+
+def start_as(monkeypatch, argv, *, words=()):
+    monkeypatch.setattr(sys, "argv", [*argv])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *(words or argv)])
+
+
+@pytest.fixture
+def frozen():
+    """How many objects the collector has set aside; none are left aside after the test."""
+    before = gc.get_freeze_count()
+    yield lambda: gc.get_freeze_count() - before
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["/bin/qkit", "plan"], ()),
+        (["-m", "plan"], ("-m", "qkit", "plan")),
+        (["/lib/qkit/__main__.py", "plan"], ("-m", "qkit", "plan")),
+    ],
+)
+def test_the_command_line_collects_nothing_while_it_imports(argv, words, monkeypatch, frozen):
+    start_as(monkeypatch, argv, words=words)
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert frozen() > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train.py"], ()),
+        (["/lib/other/__main__.py"], ("-m", "other")),
+        (["/app/__main__.py"], ("/app",)),  # python DIRECTORY
+    ],
+)
+def test_other_programs_keep_their_collector(argv, words, monkeypatch, frozen):
+    start_as(monkeypatch, argv, words=words)
+    with uncollected():
+        assert gc.isenabled()
+    assert frozen() == 0
+
+
+def test_a_program_without_a_collector_keeps_none(monkeypatch, frozen):
+    start_as(monkeypatch, ["qkit"])
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert frozen() == 0
+
+
+def test_the_module_is_the_command_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qkit", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("qkit", run_name="__main__")
+    assert capsys.readouterr().out.startswith("qkit ")
