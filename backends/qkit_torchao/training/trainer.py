@@ -14,9 +14,10 @@ from qkit.engines.protocol import Modules
 from qkit.engines.trainer import Distillation, TopLogits, TrainerOptions, count_learned
 from qkit.errors import ArtifactError, BackendError
 from qkit.reference.learned import is_learned, is_offset
+from qkit_torchao.training import head_loss
 from qkit_torchao.training.adamw import AdamW
+from qkit_torchao.training.head_loss import IGNORED
 
-IGNORED = -100  #: torch's own mark of a token that is not predicted
 ROWS = 16  #: sequences evaluated at a time
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}  #: neutral names, and AdamW's
 
@@ -127,9 +128,7 @@ def loss(model: nn.Module, tokens: NDArray[np.int32], *, mask: NDArray[np.bool_]
     ids = _ids(model, tokens)
     masks = [None] * len(ids.split(ROWS)) if mask is None else _mask(model, mask).split(ROWS)
     with evaluating(model):
-        parts = [
-            _nats(_logits(model, part[:, :-1]), part, one) for part, one in zip(ids.split(ROWS), masks, strict=True)
-        ]
+        parts = [_nats_of(model, part, one) for part, one in zip(ids.split(ROWS), masks, strict=True)]
     return float(torch.stack(parts).double().sum()) / (tokens[:, 1:].size if mask is None else int(mask.sum()))
 
 
@@ -156,10 +155,10 @@ def _objective(
     mask: Tensor | None = None,
 ) -> Tensor:
     """The loss of `ids` [batch, length + 1], summed over its tokens, or over those in `mask` [batch, length]."""
+    if distillation is None or teacher is None:
+        return _nats_of(model, ids, mask)
     scores = _logits(model, ids[:, :-1])
     nats = _nats(scores, ids, mask)
-    if distillation is None or teacher is None:
-        return nats
     student = scores if among is None else scores.gather(-1, among)
     learned = divergence(student, teacher, temperature=distillation.temperature, mask=mask)
     return (1 - distillation.weight) * nats + distillation.weight * learned
@@ -180,8 +179,18 @@ def _in_order() -> Iterator[None]:
 
 
 def _nats(scores: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
-    aims = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask, IGNORED)
+    aims = _aims(ids, mask)
     return F.cross_entropy(scores.float().flatten(0, 1), aims.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _nats_of(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _nats(_logits(model, ids[:, :-1]), ids, mask)
+    return head_loss.sum_of_nats(model, ids[:, :-1], _aims(ids, mask))
+
+
+def _aims(ids: Tensor, mask: Tensor | None) -> Tensor:
+    return ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask, IGNORED)
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
