@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 INT8 = "int8-dynamic-act-int4-weight"
 FLOAT8 = "float8-dynamic-act-float8-weight"
-REAL = {"hidden": 2048, "inner": 8192, "layers": 8, "heads": 16, "vocabulary": 32000, "batch": 4, "length": 1024}
-WIDE = {"hidden": 4096, "inner": 14336, "layers": 4, "heads": 32, "vocabulary": 32000, "batch": 4, "length": 1024}
+REAL = {"hidden": 2048, "inner": 8192, "layers": 16, "heads": 16, "vocabulary": 32000, "batch": 8, "length": 1024}
+WIDE = {"hidden": 4096, "inner": 14336, "layers": 4, "heads": 32, "vocabulary": 32000, "batch": 8, "length": 1024}
 TINY = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "vocabulary": 256, "batch": 2, "length": 32}
 
 

@@ -240,7 +240,7 @@ def _as_type(numbers: NDArray[np.float32], kind: str) -> NDArray[Any]:
     """Numbers of 8 significant bits as bfloat16, which is the upper half of their patterns; others stay float32."""
     if kind != "bfloat16":
         return numbers
-    halves = np.ascontiguousarray(numbers).view("<u2")[..., 1::2]  # a third of the time of a cast
+    halves = np.ascontiguousarray(numbers).view("<u2")[..., 1::2]  # 0.7 of the time of a cast
     return np.ascontiguousarray(halves).view(kind)
 
 

@@ -55,7 +55,7 @@ class TensorWriter:
     def copy(self, name: str, stored: Stored) -> bool:
         """Copies tensor `name` from its place in a file, and digests nothing. Returns whether the system can.
 
-        The bytes do not pass through this process, which costs half the time of a write from a mapped file.
+        The bytes do not pass through this process. It is the call that `cp` makes.
 
         Raises:
             OSError: the disk is full, and so on; the error names the file.

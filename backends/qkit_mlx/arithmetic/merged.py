@@ -65,10 +65,10 @@ def added(w: mx.array, b: mx.array, a: mx.array, scale: float) -> mx.array:
     return w.astype(mx.float32) + product(shorten(b.astype(mx.float32) * scale), shorten(a.astype(mx.float32)))
 
 
-def dithered(q: QTensor[mx.array]) -> mx.array:
-    """The values [outputs, inputs] of `q`, float32, each moved within its cell."""
+def dithered(q: QTensor[mx.array], *, first: int = 0) -> mx.array:
+    """The values [outputs, inputs] of `q`, float32, each moved within its cell. Its first row has the number `first`."""
     codes = q.codes.reshape(q.grid.group_shape(q.shape))
-    d = dither(q.shape).reshape(codes.shape)
+    d = dither(q.shape, first=first).reshape(codes.shape)
     if q.grid.element.kind == "float":
         v, moved = _moved_floats(codes, d, q.grid.element)
     else:
@@ -83,10 +83,11 @@ def dithered(q: QTensor[mx.array]) -> mx.array:
     return values.reshape(q.shape)
 
 
-def dither(shape: tuple[int, ...]) -> mx.array:
-    """Multiples of 2^-9 between -1/2 and 1/2, exclusive, for [outputs, inputs]."""
+def dither(shape: tuple[int, ...], *, first: int = 0) -> mx.array:
+    """Multiples of 2^-9 between -1/2 and 1/2, exclusive, for [outputs, inputs] from row `first` on."""
     rows, columns = (
-        mx.arange(n, dtype=mx.uint32) * mx.array(step, mx.uint32) for n, step in zip(shape, DITHER, strict=True)
+        mx.arange(begin, begin + n, dtype=mx.uint32) * mx.array(step, mx.uint32)
+        for begin, n, step in zip((first, 0), shape, DITHER, strict=True)
     )
     levels = (rows[:, None] + columns) >> 24
     return (levels.astype(mx.float32) * 2 - 255) * 2.0**-9

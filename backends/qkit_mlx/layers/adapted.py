@@ -94,8 +94,8 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
         grid, on = self.rule.weight, quantizes(self)
         return Merging(
-            self, ["weight"], lambda: self["weight"], self.lora_scale, dtype_of(self["weight"]),
-            self.rule.ste if on else "identity", on_grid, unclipped,
+            self, ["weight"], lambda _: self["weight"], self.lora_scale, dtype_of(self["weight"]),
+            self.rule.ste if on else "identity", not on or (grid is not None and grid.by_rows), on_grid, unclipped,
         )  # fmt: skip
 
     def merged(self) -> mx.array:
@@ -122,10 +122,10 @@ class _AdaptedConverted(_Adapted):
         """The merged weight [outputs, inputs] that the grid rounds, in float32."""
         return self.merge_into(self.base(), "float32")
 
-    def base(self) -> mx.array:
-        """The decoded base, in float32; spread within the cells of its codes, if the adapter wants it so and the layer is on."""
+    def base(self, first: int = 0) -> mx.array:
+        """The decoded base from row `first` on, in float32; spread within its cells, if the adapter wants it so."""
         q = replace(unpack(self), dtype="float32")
-        return dithered(q) if self.lora_dithered else rounding.dequantize(q)
+        return dithered(q, first=first) if self.lora_dithered else rounding.dequantize(q)
 
     def pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
         """The converted layer, without an adapter, with the codes of `weight`."""
@@ -161,7 +161,7 @@ class _AdaptedConverted(_Adapted):
         return function
 
     def _merging(self) -> Merging:
-        def decoded() -> mx.array:
+        def decoded(_: int) -> mx.array:
             return rounding.dequantize(replace(unpack(self), dtype="float32"))
 
         def on_grid(merged: mx.array) -> mx.array:
@@ -177,9 +177,10 @@ class _AdaptedConverted(_Adapted):
         grid = self.grid
         if not quantizes(self):
             return Merging(
-                self, CODES, decoded, self.lora_scale, "float32", "identity", lambda merged: merged, unclipped
+                self, CODES, decoded, self.lora_scale, "float32", "identity", True, lambda merged: merged, unclipped
             )
-        return Merging(self, CODES, self.base, self.lora_scale, "float32", self.rule.ste, on_grid, unclipped)
+        by_rows = grid.by_rows and not grid.read
+        return Merging(self, CODES, self.base, self.lora_scale, "float32", self.rule.ste, by_rows, on_grid, unclipped)
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
         if grid is None:

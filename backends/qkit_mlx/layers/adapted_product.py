@@ -7,7 +7,7 @@ Where the gradient passes straight through to a LoRA, it reaches the factors thr
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
 
@@ -16,6 +16,10 @@ from qkit.rules import Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import merged, shorten, through
 
+LARGE: Final = 2**20  #: numbers in a weight that is computed in blocks
+BLOCKS: Final = 16
+ALL: Final = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class Merging:
@@ -23,20 +27,22 @@ class Merging:
 
     Attributes:
         layer: the layer; its arrays `frozen` are those that the base is in.
-        base: the base [outputs, inputs] from the arrays of the layer.
+        base: the base [outputs, inputs] from the arrays of the layer, whose first row has the number that is its argument.
         scale: the factor of the product of a LoRA.
         dtype: of the merged weight.
         ste: of the grid; `identity` where the layer is off.
+        by_rows: whether `on_grid` takes some of the rows, too.
         on_grid: the values of a merged weight; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
     """
 
     layer: Any
     frozen: Sequence[str]
-    base: Callable[[], mx.array]
+    base: Callable[[int], mx.array]
     scale: float
     dtype: DType
     ste: Ste
+    by_rows: bool
     on_grid: Callable[[mx.array], mx.array]
     unclipped: Callable[[mx.array], mx.array]
 
@@ -46,17 +52,17 @@ def multiply(x: mx.array, factors: Sequence[mx.array], bias: mx.array | None, me
     several = len(factors)
 
     def forward(x: mx.array, *more: mx.array) -> mx.array:
-        factors, bias = [mx.stop_gradient(one) for one in more[:several]], more[several:]
-        values = rounding.to_dtype(_values(merging, factors), dtype_of(x)).T
+        factors, bias = [mx.stop_gradient(one) for one in mx.depends(more[:several], [x])], more[several:]
+        with _after(merging, [x]):
+            values = _values(merging, factors, dtype_of(x)).T
         return mx.addmm(bias[0], x, values) if bias else x @ values
 
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, *more = primals
         factors = mx.depends(more[:several], [cotangent])
-        with _after(merging, cotangent):
-            base = merging.base()
-            v = merged(base, *factors, scale=merging.scale, dtype=merging.dtype)
-            values = rounding.to_dtype(merging.on_grid(v), dtype_of(cotangent))
+        with _after(merging, [cotangent]):
+            values = _values(merging, factors, dtype_of(cotangent))
+            base = merging.base(0)  # MLX computes it only where the gradient needs it
         to_x = (cotangent @ values).astype(x.dtype)
         rows, seen = cotangent.reshape(-1, cotangent.shape[-1]), x.reshape(-1, x.shape[-1])
         if several == 2 and merging.ste == "identity":
@@ -65,7 +71,7 @@ def multiply(x: mx.array, factors: Sequence[mx.array], bias: mx.array | None, me
         else:
             to_v = (rows.T @ seen).astype(mx.float32)
             if merging.ste == "masked":
-                to_v = rounding.masked(to_v, merging.unclipped(v))
+                to_v = rounding.masked(to_v, merging.unclipped(_merged(merging, base, factors)))
             gradients = through(to_v, base, *factors, scale=merging.scale)
         to_bias = [rows.sum(axis=0)] if len(more) > several else []
         return (to_x, *gradients, *to_bias)
@@ -76,16 +82,43 @@ def multiply(x: mx.array, factors: Sequence[mx.array], bias: mx.array | None, me
     return answer
 
 
-def _values(merging: Merging, factors: Sequence[mx.array]) -> mx.array:
-    return merging.on_grid(merged(merging.base(), *factors, scale=merging.scale, dtype=merging.dtype))
+def _values(merging: Merging, factors: Sequence[mx.array], dtype: DType) -> mx.array:
+    """The values [outputs, inputs] in `dtype`. Large ones are computed in blocks of rows, one after another.
+
+    So only one block's temporary arrays are in memory, among them the decoded base. MLX would otherwise compute all at once.
+    """
+    blocks: list[mx.array] = []
+    a, b = factors[:2]
+    for rows in _blocks(merging, b.shape[-1], a.shape[0]):
+        with _after(merging, blocks[-1:], rows):
+            some = _of_rows(factors, rows)
+            v = _merged(merging, merging.base(rows.start), some)
+            blocks.append(rounding.to_dtype(merging.on_grid(v), dtype))
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
+
+
+def _merged(merging: Merging, base: mx.array, factors: Sequence[mx.array]) -> mx.array:
+    return merged(base, *factors, scale=merging.scale, dtype=merging.dtype)
+
+
+def _of_rows(factors: Sequence[mx.array], rows: slice) -> list[mx.array]:
+    """A, and the parts of B [rank, outputs] and of the magnitudes [outputs] that belong to `rows`."""
+    a, b, *m = factors
+    return [a, b[:, rows], *(one[rows] for one in m)]
+
+
+def _blocks(merging: Merging, outputs: int, inputs: int) -> list[slice]:
+    each = -(-outputs // BLOCKS) if merging.by_rows and outputs * inputs >= LARGE else outputs
+    return [slice(first, first + each) for first in range(0, outputs, each)]
 
 
 @contextmanager
-def _after(merging: Merging, gradient: mx.array) -> Iterator[None]:
-    """Has the layer's base wait for `gradient`, so that nothing decodes it before, and no compiler takes it for the forward's."""
+def _after(merging: Merging, waited: Sequence[mx.array], rows: slice = ALL) -> Iterator[None]:
+    """Has `rows` of the layer's base wait for `waited`, so that nothing decodes them before, and no compiler shares them."""
     layer = merging.layer
     before = {name: layer[name] for name in merging.frozen if name in layer}
-    for name, array in zip(before, mx.depends(list(before.values()), [gradient]), strict=True):
+    parts = [array[rows] if array.ndim else array for array in before.values()]
+    for name, array in zip(before, mx.depends(parts, list(waited)) if waited else parts, strict=True):
         layer[name] = array
     try:
         yield

@@ -143,9 +143,9 @@ def cached(weights: Iterable[Tensor]) -> dict[int, Values]:
 
 
 def codes_of(weight: Tensor, grid: Grid) -> Codes:
-    """The cached codes of finite `weight` on `grid`, and their steps in float32. Recomputed in place when the weight changes.
+    """The cached codes of finite `weight` on `grid`, and their steps in float32. Recomputed when the weight changes.
 
-    The memory of a captured graph is its own: layers call this once before one is captured.
+    The memory of a captured graph is its own: layers call this once before one is captured. From then on the memory stays.
     """
     kept = _codes.of(weight)
     if kept is None or kept.value is None or not _fits_codes(kept.value[0], weight, grid):
@@ -155,7 +155,7 @@ def codes_of(weight: Tensor, grid: Grid) -> Codes:
         return value
     with torch.inference_mode(False), torch.no_grad():
         value = fresh_codes(weight, grid)
-        if kept.value is not None:
+        if kept.value is not None and (kept.captured or stamp[-1]):
             value = _overwrite(kept.value, value)
     kept.seen, kept.captured = weight.detach(), kept.captured or bool(stamp[-1])
     return kept.put(value, stamp)

@@ -1,0 +1,89 @@
+"""Adapters in MLX: the merged weight of a large layer is computed in blocks of rows, with the same bits and little memory."""
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from qkit_mlx.layers import adapted_product  # noqa: E402
+
+import qkit  # noqa: E402
+
+RECIPES = ["int4-g32", "int3-g32", "mxfp4-a16", "nvfp4-a16"]
+WIDTH, PAIRS = 512, 4
+
+
+def adapted(base, recipe, kind, *, dithered):
+    """A layer of 70 rows, which 16 blocks do not divide, with an adapter whose B is not zero."""
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(64, 70))
+    model = qkit.prepare(model, recipe) if base == "prepared" else qkit.convert(model, recipe)
+    model = qkit.adapt(model, qkit.Adapter(rank=4, kind=kind))
+    (layer,) = model.layers
+    layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.1
+    layer.lora_dithered = dithered
+    model.train()
+    return model
+
+
+def outcome(model):
+    """The output, and the gradients of the factors."""
+    x = mx.random.normal((3, 64), key=mx.random.key(1))
+    gradients = nn.value_and_grad(model, lambda x: model(x).square().sum())(x)[1]
+    return {"y": np.array(model(x)), **{name: np.array(one) for name, one in tree_flatten(gradients)}}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(("base", "dithered"), [("prepared", False), ("converted", False), ("converted", True)])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_blocks_of_rows_change_no_bit(monkeypatch, recipe, base, dithered, kind):
+    want = outcome(adapted(base, recipe, kind, dithered=dithered))
+    monkeypatch.setattr(adapted_product, "LARGE", 1)
+    found = outcome(adapted(base, recipe, kind, dithered=dithered))
+    assert want.keys() == found.keys()
+    for name, one in want.items():
+        assert np.array_equal(found[name], one), name
+
+
+class Pairs(nn.Module):
+    """Eight layers of one million weights each."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = [(WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)] * PAIRS
+        self.layers = [nn.Linear(inputs, outputs, bias=False) for inputs, outputs in sizes]
+
+    def __call__(self, x):
+        for up, down in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = x + down(nn.relu(up(x)))
+        return x
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("base", ["prepared", "converted"])
+def test_no_merged_weight_waits_for_the_backward_pass(base, compiled):
+    model = (qkit.prepare if base == "prepared" else qkit.convert)(Pairs(), "int4-g32")
+    model = qkit.adapt(model, qkit.Adapter(rank=16))
+    model.train()
+    optimizer = optim.AdamW(1e-4)
+    optimizer.init(model.trainable_parameters())
+    gradient = nn.value_and_grad(model, lambda x: model(x).square().mean())
+
+    def update(x):
+        value, slopes = gradient(x)
+        optimizer.update(model, slopes)
+        return value
+
+    state = [model.state, optimizer.state]
+    step = mx.compile(update, inputs=state, outputs=state) if compiled else update
+    x = mx.random.normal((16, WIDTH))
+    mx.eval(x, state)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(step(x), state)
+    assert (
+        mx.get_peak_memory() - before < 6 * 4 * 4 * WIDTH * WIDTH
+    )  # six weights in float32; each of the model's eight has values
