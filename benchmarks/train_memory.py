@@ -7,11 +7,15 @@ import argparse
 import gc
 import json
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))  # -P leaves it out, since kernels.py here would hide a package of that name
+
 import numpy as np
 import torch
+from measure import Report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qkit
@@ -91,12 +95,8 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    rows = []
-
-    def tell(row):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-
+    about = {name: getattr(arguments, name) for name in ("shape", "batch", "length", "rank")}
+    report = Report(arguments.out, device=arguments.device, packages=["transformers"], about=about)
     for recipe in arguments.recipes:
         found = {}
         for layers in (*arguments.layers, WHOLE):
@@ -116,9 +116,8 @@ def main():
                 "peak_gb": None if found[layers] is None else round(found[layers] / 1e9, 3),
                 "estimate_gb": round(estimate(config, recipe, arguments) / 1e9, 3),
             }
-            tell({"recipe": recipe, "layers": layers, "extrapolated": layers == WHOLE, **gb})
-    if arguments.out:
-        arguments.out.write_text(json.dumps(rows, indent=1))
+            report.add({"recipe": recipe, "layers": layers, "extrapolated": layers == WHOLE, **gb})
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -263,7 +263,15 @@ def test_the_conformance_figures_are_those_of_the_result_files():
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("serve-8b", 20), ("serve-8b-more", 3), ("serve-8b-32", 4), ("serve-1b", 5)]
+    ("name", "least"),
+    [
+        ("serve-8b", 20),
+        ("serve-8b-more", 3),
+        ("serve-8b-32", 4),
+        ("serve-1b", 5),
+        ("serve-8b-activations", 6),
+        ("serve-8b-32-minmax", 4),
+    ],
 )
 def test_the_tables_of_serving_are_those_of_the_result_files(name, least):
     report = json.loads((RESULTS / "h200" / f"{name}.json").read_text(encoding="utf-8"))
@@ -271,6 +279,49 @@ def test_the_tables_of_serving_are_those_of_the_result_files(name, least):
     cells = [[f"{row[name]:.2f}" if name in row else "" for name in columns] for row in report["rows"][1:]]
     rows = [f"| {row['recipe']} | {' | '.join(mine)} |" for row, mine in zip(report["rows"][1:], cells, strict=True)]
     assert len(rows) >= least
+    assert "\n".join(rows) in (ROOT / "docs" / "evidence" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def scale_row(row):
+    standard, own = row["memory GB"]
+    return f"| {row['row']} | {row['ratio of medians']:.3f} | {own / standard:.2f} |"
+
+
+def adapter_row(row):
+    return (
+        f"| {row['way']} | {row['layer']} | {row['ms']:.0f} | {row['over lora']:.2f} | {row['memory over lora']:.2f} |"
+    )
+
+
+def memory_row(row):
+    return f"| {row['recipe']} | {row['layers']} | {row['peak_gb']:.2f} | {row['estimate_gb']:.2f} |"
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "least"),
+    [
+        ("h200/train_scale", scale_row, 13),
+        ("2xh200/train_scale", scale_row, 9),
+        ("h200/adapters_speed-1b", adapter_row, 3),
+        ("h200/adapters_speed-8b", adapter_row, 3),
+        ("h200/train_memory", memory_row, 6),
+    ],
+)
+def test_the_tables_of_training_are_those_of_the_result_files(name, line, least):
+    rows = [line(row) for row in json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]]
+    assert len(rows) >= least
+    assert "\n".join(rows) in (ROOT / "docs" / "evidence" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_cpu_serving_is_that_of_the_result_file():
+    found = json.loads((RESULTS / "cpu" / "serve.json").read_text(encoding="utf-8"))["rows"]
+    one, other = ({row["recipe"]: row for row in found if row["dtype"] == kind} for kind in ("bfloat16", "float32"))
+    rows = []
+    for name in (name for name in one if name != "float"):
+        cells = [one[name]["one token"], other[name]["one token"]]
+        cells += [one[name][key] for key in ("four rows", "prefill", "memory")]
+        rows.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    assert len(rows) >= 20
     assert "\n".join(rows) in (ROOT / "docs" / "evidence" / "benchmarks.md").read_text(encoding="utf-8")
 
 

@@ -142,6 +142,10 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         """The merged weight [outputs, inputs] that the grid rounds, in float32."""
         return self.merge_into(self.base(), torch.float32)
 
+    def values_of_merged(self) -> Tensor:
+        """The values of the merged weight [outputs, inputs], in the type of the layer, with their gradient."""
+        return self._values().to(rounding.DTYPE[self.dtype])
+
     def _values(self) -> Tensor:
         if self.mode == "off":
             return self.merge_into(self._decoded_base(), torch.float32)
@@ -157,7 +161,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             static = static_scales(self, "input", activation)
             y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
         elif torch.compiler.is_compiling() or is_transformed() or not x.numel():
-            y = F.linear(slot(self, x, "input", activation), self._values().to(dtype), self.bias)
+            y = F.linear(slot(self, x, "input", activation), self.values_of_merged(), self.bias)
         else:
             y = multiply(slot(self, x, "input", activation), None, self.factors, self.bias, self._merging(), dtype)
         return slot(self, y, "output", self.rule.output)

@@ -19,6 +19,7 @@ from qkit_torchao.layers.prepared import Prepared
 from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.layers.scaled_embedding import is_scaled
 from qkit_torchao.layers.stacks import Stack, shapes_of, stacks_of
+from qkit_torchao.models.fused_head import watch_head
 from qkit_torchao.models.wrappers import CONVERTED, Place, heads, is_wrapper, mark, places
 from qkit_torchao.torch_private import children
 from qkit_torchao.torch_private import parameter as own_parameter
@@ -104,6 +105,7 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
             sharded.release(new)
             sharded.install(new)
     _call_children(model)
+    watch_head(model)
     return swaps.get(id(model), model)
 
 

@@ -22,6 +22,7 @@ from qkit.planning import plan
 from qkit.reference.learned import is_learned, is_offset
 from qkit.rules import Recipe, Rule
 from qkit.training.schedule import Schedule, switching
+from qkit_torchao.models.fused_head import watch_head
 
 log = logging.get_logger(__name__)
 
@@ -129,6 +130,7 @@ class QatCallback(TrainerCallback):
         elif qkit.prepare(model, self.recipe, backend=engine) is not model:
             raise StageError("a model that is itself one layer is replaced: prepare it before its trainer is made")
         self._own.add(model)
+        watch_head(model)
         self.coverage = qkit.coverage(model)
         count = sum(layer.stage == "prepared" for layer in engine.layers(model))
         if not count:
