@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 PAPER = 140  #: columns of an output that is not a terminal, where COLUMNS does not say
+NAME = 32  #: the least columns for the names of layers, the longest of which in a Llama have as many
 
 
 @contextmanager

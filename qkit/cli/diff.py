@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
-from qkit.cli.console import Json, console, errors, print_json
+from qkit.cli.console import NAME, Json, console, errors, print_json
 from qkit.storage.destination import check_replaced_file
 
 if TYPE_CHECKING:
@@ -52,10 +53,16 @@ def diff(
 
 def _show(found: "list[Difference]", different: "list[Difference]", totals: dict[str, int]) -> None:
     if different:
-        table = Table("tensor", "compared", "codes", "scales", "values", "of", "")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("tensor", overflow="fold", min_width=NAME)
+        table.add_column("differ", justify="right")
+        table.add_column("of", justify="right")
+        table.add_column("compared by", overflow="fold")
         for row in different:
-            counts = (f"{count:,}" if count else "" for count in (row.codes, row.scales, row.values))
-            table.add_row(row.name, row.compared, *counts, f"{row.numbers:,}", row.detail)
+            counts = {"codes": row.codes, "scales": row.scales, "values": row.values}
+            differ = "\n".join(f"{count:,} {name}" for name, count in counts.items() if count)
+            how = f"{row.compared}: {row.detail}" if row.compared and row.detail else row.compared or row.detail
+            table.add_row(row.name.removesuffix(".weight"), differ, f"{row.numbers:,}", how)
         console.print(table)
         if any(row.error for row in different):
             console.print(_error_table(different))
@@ -69,9 +76,10 @@ def _show(found: "list[Difference]", different: "list[Difference]", totals: dict
 
 def _error_table(different: "list[Difference]") -> Table:
     """The errors of B from A, weight by weight."""
-    table = Table("layer", "MSE", "SQNR, dB", "cosine", "largest error")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold", min_width=NAME)
+    for heading in ("MSE", "SQNR, dB", "cosine", "largest"):
+        table.add_column(heading, justify="right")
     for row in different:
         if one := row.error:
             decibels = "infinite" if one.sqnr is None else f"{one.sqnr:.2f}"

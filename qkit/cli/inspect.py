@@ -10,7 +10,7 @@ from rich.table import Table
 from qkit.artifact.inspect import Group, Inspection, inspect_directory
 from qkit.artifact.metadata import fit_text
 from qkit.artifact.servers import VLLM
-from qkit.cli.console import All, Json, console, print_json, size
+from qkit.cli.console import NAME, All, Json, console, print_json, size
 from qkit.path_patterns import collapse
 from qkit.rules import rule_table
 
@@ -28,18 +28,17 @@ def inspect(
         print_json(_as_table(found))
         return
     if found.groups:
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for heading in ("layers", "count", "kind", "weight", "activation", "stored as", "bits"):
-            table.add_column(heading, overflow="fold", justify="right" if heading == "count" else "left")
+        rows = []
         for group in found.groups:
             rule, bits = group.stored.rule, f"{8 * group.nbytes / group.numbers:.2f}"
-            cells = (rule.kind, str(rule.weight), str(rule.activation or ""), group.format, bits)
+            cells = {"kind": rule.kind, "weight": str(rule.weight), "activation": str(rule.activation or "")}
+            cells |= {"stored as": group.format, "bits": bits}
             paths = group.stored.paths
             for name, count in (dict.fromkeys(paths, 1) if all_rows else collapse(paths)).items():
-                table.add_row(name, f"{count:,}", *cells)
-        console.print(table)
+                rows.append({"layers": name, "count": f"{count:,}", **cells})
+        _print_rows(rows, keep=("layers", "count", "weight", "bits"))
     elif found.foreign:
-        console.print(_foreign_table(found, all_rows))
+        _print_rows(_foreign_rows(found, all_rows), keep=("layers", "count", "stored as", "bits"))
     else:
         console.print("no quantized layers")
     if found.left_alone:
@@ -56,16 +55,30 @@ def inspect(
     console.print(f"{found.tensors} tensors, {found.bits_per_weight:.2f} bits per weight, in {files}", highlight=False)
 
 
-def _foreign_table(found: Inspection, all_rows: bool) -> Table:
+def _foreign_rows(found: Inspection, all_rows: bool) -> list[dict[str, str]]:
     """The weights that another program quantized."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("layers", "count", "kind", "stored as", "bits"):
-        table.add_column(heading, overflow="fold", justify="right" if heading == "count" else "left")
+    rows = []
     for group in found.foreign:
         names = dict.fromkeys(group.paths, 1) if all_rows else collapse(group.paths)
-        for name, count in names.items():
-            table.add_row(name, f"{count:,}", group.kind, group.form, f"{8 * group.nbytes / group.numbers:.2f}")
-    return table
+        cells = {"kind": group.kind, "stored as": group.form, "bits": f"{8 * group.nbytes / group.numbers:.2f}"}
+        rows += [{"layers": name, "count": f"{count:,}", **cells} for name, count in names.items()]
+    return rows
+
+
+def _print_rows(rows: list[dict[str, str]], *, keep: tuple[str, ...]) -> None:
+    """Prints a table. Columns that say the same of all layers are a line below it, but for those in `keep`."""
+    same = {
+        name: value for name, value in rows[0].items() if name not in keep and all(row[name] == value for row in rows)
+    }
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in (name for name in rows[0] if name not in same):
+        right, least = heading in ("count", "bits"), NAME if heading == "layers" else None
+        table.add_column(heading, overflow="fold", justify="right" if right else "left", min_width=least)
+    for row in rows:
+        table.add_row(*(value for name, value in row.items() if name not in same))
+    console.print(table)
+    if told := ", ".join(f"{name} {value}" for name, value in same.items() if value):
+        console.print(f"all layers: {told}", highlight=False)
 
 
 def _as_table(found: Inspection) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_diff_shows_the_errors_and_draws_them(tmp_path):
     assert row["error"].keys() == {"mse", "sqnr", "cosine", "largest"}
     done = runner.invoke(application, command)
     assert done.exit_code == 1
-    (line,) = (line for line in done.output.splitlines() if f" {UP} " in line)
+    *_, line = (line for line in done.output.splitlines() if f" {UP} " in line)
     assert f"{row['error']['sqnr']:.2f}" in line
     assert f"{row['error']['mse']:.3e}" in line
     pytest.importorskip("matplotlib")
@@ -229,13 +229,27 @@ def test_diff_shows_what_differs_and_exits_with_1(folder, tmp_path):
     command = ["diff", str(folder / "qkit"), str(tmp_path / "out")]
     done = runner.invoke(application, command)
     assert done.exit_code == 1
-    assert f"{UP}.weight" in done.output
+    assert f" {UP} " in done.output
     assert "1 of 21 tensors differ: 1 codes, 0 scales, 0 values" in done.output
     done = runner.invoke(application, [*command, "--json"])
     assert done.exit_code == 1
     found = json.loads(done.output)
     assert (found["equal"], found["codes"], found["scales"], found["values"]) == (False, 1, 0, 0)
     assert [row["name"] for row in found["tensors"] if not row["equal"]] == [f"{UP}.weight"]
+
+
+def test_names_of_layers_are_whole_at_80_columns(tmp_path, monkeypatch):
+    from qkit.cli.console import console
+
+    quantized(tmp_path, "int4-g32")
+    monkeypatch.setattr(console, "_width", 80)  # rich has no setter
+    for command in (
+        ["diff", str(tmp_path / "float"), str(tmp_path / "qkit")],
+        ["inspect", str(tmp_path / "qkit"), "--all"],
+    ):
+        lines = runner.invoke(application, command).output.splitlines()
+        assert any(line.startswith(f" {UP} ") for line in lines)
+        assert max(map(len, lines)) <= 80 or command[0] == "inspect"  # whose lists of other tensors a terminal wraps
 
 
 def test_a_float_model_is_compared_too(tmp_path):
