@@ -11,7 +11,7 @@ from qkit.formats.packed import join
 from qkit.formats.settings import shown
 from qkit.qtensor import DType
 from qkit.sources.encoded import Encoded
-from qkit.sources.fp8 import scaled
+from qkit.sources.fp8 import asked_block, scaled
 from qkit.sources.parts import Tensors, check_part
 
 TYPES: Final = ("fp", "fp8", "fp8_e4m3", "mx_fp", "nv_fp", "nv_fp4", "mx_fp_rceil")  #: `data_type`s that qkit reads
@@ -26,13 +26,7 @@ def auto_round(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | Non
     kind = settings.get("data_type")
     if kind not in TYPES:
         raise ArtifactError(f"data_type is {shown(kind)}: of AutoRound's, qkit reads int, {', '.join(TYPES)}")
-    match settings.get("weight_block_size"):
-        case None:
-            block = None
-        case [int(down), int(along)] if min(down, along) > 0:
-            block = down, along
-        case other:
-            raise ArtifactError(f"weight_block_size is {shown(other)}: want two numbers above 0")
+    block = asked_block(settings)
     found = {}
     ends = (".weight_scale", ".weight_scale_inv")
     for path in sorted({name.rpartition(".")[0] for name in tensors if name.endswith(ends)}):

@@ -25,19 +25,28 @@ FACTORS: Final = {
 MX: Final = 32  #: codes that share a scale in MXFP4
 
 
+def asked_block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a block that shares a scale; None where the settings name no block.
+
+    Raises:
+        ArtifactError: they are not two numbers above 0.
+    """
+    match settings.get("weight_block_size"):
+        case None:
+            return None
+        case [int(down), int(along)] if min(down, along) > 0:
+            return down, along
+        case other:
+            raise ArtifactError(f"weight_block_size is {shown(other)}: want two numbers above 0")
+
+
 def fp8(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> dict[str, Encoded]:
     """The weights of `quant_method: fp8`, by name. Removes their parts from `tensors`.
 
     Raises:
         ArtifactError: a setting or a part is not that of a layout that qkit reads; the message names it.
     """
-    match settings.get("weight_block_size"):
-        case None:
-            block = None
-        case [int(down), int(along)] if min(down, along) > 0:
-            block = down, along
-        case other:
-            raise ArtifactError(f"weight_block_size is {shown(other)}: want two numbers above 0")
+    block = asked_block(settings)
     found = {}
     for name in sorted(tensors):
         stored = tensors.get(name)

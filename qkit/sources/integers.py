@@ -19,8 +19,25 @@ from qkit.sources.law import Codes
 AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)  #: by column of eight, the place of its code in the word
 
 
+class Grouped:
+    """The common part of forms whose groups lie along rows, and whose scales are a part called `scales`."""
+
+    __slots__ = ()
+    group: int
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """See `Form`."""
+        return 1, self.group
+
+    @property
+    def scales_in(self) -> str:
+        """See `Form`."""
+        return "scales"
+
+
 @dataclass(frozen=True, slots=True)
-class Gptq:
+class Gptq(Grouped):
     """GPTQ: codes packed down the inputs, [inputs * bits / 32, outputs], zero points along the outputs.
 
     Attributes:
@@ -40,16 +57,6 @@ class Gptq:
         """See `Form`."""
         order = "" if self.ordered else ", groups in the order of activations"
         return f"GPTQ, {self.bits} bits, groups of {self.group}{order}"
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """See `Form`."""
-        return 1, self.group
-
-    @property
-    def scales_in(self) -> str:
-        """See `Form`."""
-        return "scales"
 
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """See `Form`."""
@@ -75,7 +82,7 @@ class Gptq:
 
 
 @dataclass(frozen=True, slots=True)
-class Awq:
+class Awq(Grouped):
     """AWQ's `gemm` version: codes packed along the outputs, [inputs, outputs / 8], eight to a word in AWQ's order."""
 
     group: int
@@ -84,16 +91,6 @@ class Awq:
     def name(self) -> str:
         """See `Form`."""
         return f"AWQ, 4 bits, groups of {self.group}"
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """See `Form`."""
-        return 1, self.group
-
-    @property
-    def scales_in(self) -> str:
-        """See `Form`."""
-        return "scales"
 
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """See `Form`."""
@@ -111,7 +108,7 @@ class Awq:
 
 
 @dataclass(frozen=True, slots=True)
-class AwqRows:
+class AwqRows(Grouped):
     """AWQ's `gemv` version: codes packed along the inputs in plain order, [outputs, inputs / 8]; its other parts are padded."""
 
     group: int
@@ -120,16 +117,6 @@ class AwqRows:
     def name(self) -> str:
         """See `Form`."""
         return f"AWQ gemv, 4 bits, groups of {self.group}"
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """See `Form`."""
-        return 1, self.group
-
-    @property
-    def scales_in(self) -> str:
-        """See `Form`."""
-        return "scales"
 
     def codes(self, parts: Tensors, rows: slice, matrix: int) -> Codes:
         """See `Form`."""

@@ -17,6 +17,7 @@ from qkit.formats.packed import join
 from qkit.qtensor import DType
 from qkit.reference import packing
 from qkit.sources.encoded import Encoded
+from qkit.sources.integers import Grouped
 from qkit.sources.law import Codes
 from qkit.sources.parts import FLOATS, Tensors, check_part, encoded, take, want_type
 
@@ -25,7 +26,7 @@ ELEMENTS: Final = {"mxfp4": "e2m1", "nvfp4": "e2m1", "mxfp8": "e4m3"}
 
 
 @dataclass(frozen=True, slots=True)
-class Mlx:
+class Mlx(Grouped):
     """MLX's words: a stream of bits for each row, with scales, and in mode `affine` with float biases.
 
     Attributes:
@@ -42,16 +43,6 @@ class Mlx:
     def name(self) -> str:
         """See `Form`."""
         return f"MLX {self.mode}, {self.bits} bits, groups of {self.group}"
-
-    @property
-    def block(self) -> tuple[int, int]:
-        """See `Form`."""
-        return 1, self.group
-
-    @property
-    def scales_in(self) -> str:
-        """See `Form`."""
-        return "scales"
 
     def codes(self, parts: Arrays, rows: slice, matrix: int) -> Codes:
         """See `Form`."""
