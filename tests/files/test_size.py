@@ -129,7 +129,8 @@ def test_plan_and_inspect_show_one_line_for_layers_and_branches_that_are_alike(t
     told = capsys.readouterr().out
     (line,) = (line for line in told.splitlines() if "gate_proj" in line)
     assert line.split()[0].startswith("model.layers.{0-2}.mlp.branches.{0-99}.gate_proj")
-    assert line.split()[1:3] == ["300", "linear"]
+    assert line.split()[1:3] == ["300", "int4-g64-signed"]
+    assert "all layers: kind linear" in told
     for command, arguments in ((plan_command.plan, (source, "int4-g64")), (inspect_command.inspect, (out,))):
         command(*arguments, all_rows=True)
         told = capsys.readouterr().out
