@@ -1,4 +1,4 @@
-"""The error that `search` lowers: what the differences d of a group's values x cost, with and without knowledge of its inputs.
+"""The error that `search` lowers: the cost of the differences d of a group's values x, with and without knowledge of its inputs.
 
 d' B d + PULL (d' B x)^2 / x' B x. B is the block of the group in the moments of the inputs, where two errors may make up for each
 other, or their mean squares; or one for every input. The second term counts the part of d that lies along x. Errors of groups
@@ -91,7 +91,7 @@ def objective(moments: NDArray[Any] | Moments | None, x: Doubles, grid: Grid, bl
 
 
 def damping_of(grid: Grid, diagonal: Doubles) -> float:
-    """What the blocks of known inputs have more on their diagonal, given their mean squares [n]."""
+    """The damping: a number added to the diagonal of the blocks of known inputs, given their mean squares [n]."""
     if grid.element.kind == "float":
         return 0.0
     return DAMPING.get(grid.element.bits, 0.0) * float(total(diagonal)) / len(diagonal)

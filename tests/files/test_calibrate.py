@@ -360,7 +360,7 @@ def test_memory_has_one_block_of_the_model(what: str, tmp_path: Path) -> None:
         LlamaForCausalLM(small).save_pretrained(tmp_path / str(blocks))
     model = (tmp_path / "20" / "model.safetensors").stat().st_size / 1e6  # MB; 4.8 of each block
     command = [sys.executable, "-W", "ignore", "-c", MEASURED, tmp_path, what, tmp_path / "1", tmp_path / "20"]
-    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc keeps up to 64 MB of what is free
+    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc keeps up to 64 MB of freed memory
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=given_back).stdout)
     assert model > 90
     assert grown < model / 2  # of two models, under drift

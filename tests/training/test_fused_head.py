@@ -1,4 +1,4 @@
-"""TRL's trainers read the weight of the output head, and never call it: what they read is what the head computes with."""
+"""TRL's trainers read the weight of the output head, and never call it: they read the values that the head computes with."""
 
 import copy
 

@@ -44,7 +44,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         raise BackendError(f"mlx-lm cannot build a {config['model_type']!r}{rope}: {error}") from None
     check_rope(model, present)
     if text := ignored_window(present):
-        warnings.warn(text.replace("it ", "mlx-lm ", 1), FamilyWarning, stacklevel=2)
+        warnings.warn(f"mlx-lm {text.removeprefix('it ')}", FamilyWarning, stacklevel=2)
     if family.approximates and present.get("hidden_act", family.approximates) == family.approximates:
         for module in model.modules():
             if type(module) is MLP:

@@ -1,4 +1,4 @@
-"""Float models whose weights are maps of their files: nothing is in memory but what runs. They are read, never written."""
+"""Float models whose weights are maps of their files: only the running block is in memory. They are read, never written."""
 
 import warnings
 from collections.abc import Callable, Mapping
