@@ -171,12 +171,9 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def values_of_merged(self) -> Tensor:
         """The values of the merged weight [outputs, inputs], in the type of the layer, with their gradient."""
-        return self._values().to(rounding.DTYPE[self.dtype])
-
-    def _values(self) -> Tensor:
-        if self.mode == "off":
-            return self.merge_into(self._beside(), torch.float32)
-        return self._on_grid(self.merged())
+        off = self.mode == "off"
+        values = self.merge_into(self._beside(), torch.float32) if off else self._on_grid(self.merged())
+        return values.to(rounding.DTYPE[self.dtype])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
@@ -198,10 +195,8 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         grid = _grid(self.rule)
 
         def on_grid(merged: Tensor) -> Tensor:
-            if self.lora_gains is not None:
+            if self.lora_gains is not None or grid.read:
                 return self._on_grid(merged)
-            if grid.read:
-                return stored.fake_requantize(merged, converted.unpack(self))
             return choose.rounded(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
 
         def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
@@ -276,7 +271,7 @@ def merge_adapter(module: Any) -> Any:
         weight = module.merged()
     if isinstance(module, AdaptedPacked):
         q = replace(module.new_codes(weight), dtype=module.dtype)
-        q = q if module.lora_gains is None else gain(q, module.lora_gains)
+        q = gain(q, module.lora_gains) if module.lora_gains is not None else q
         return _without_adapter(converted.pack(module, q, module.rule, static={}, owner=None))
     prepared = _without_adapter(become(module, FakeLinear))
     prepared.weight = nn.Parameter(weight, requires_grad=False)
