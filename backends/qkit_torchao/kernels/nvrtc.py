@@ -58,15 +58,18 @@ class Kernel:
         kinds: of its arguments, `POINTER` or `NUMBER`.
         early: whether it may begin while its predecessor in the stream still runs; it waits for that by itself ("programmatic
             dependent launch" in the CUDA programming guide). Devices before compute capability 9.0 ignore it.
+        options: of the compiler, beside `OPTIONS`.
 
     Attributes:
         path: of the file.
-        name, kinds, early: as given.
+        name, kinds, early, options: as given.
     """
 
-    def __init__(self, file: str, name: str, kinds: tuple[type, ...], *, early: bool = False) -> None:
+    def __init__(
+        self, file: str, name: str, kinds: tuple[type, ...], *, early: bool = False, options: tuple[str, ...] = ()
+    ) -> None:
         self.name, self.kinds, self.path = name, kinds, Path(__file__).with_name(file)
-        self.early = early
+        self.early, self.options = early, options
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -107,7 +110,8 @@ class Kernel:
         from cuda.bindings import driver
 
         major, minor = capability(device)
-        code = _code(source_of(self.path), f"sm_{major}{minor}", tuple(sorted(constants.items())))
+        options = *self.options, *(f"-D{name}={int(value)}" for name, value in sorted(constants.items()))
+        code = _code(source_of(self.path), f"sm_{major}{minor}", options)
         (module,) = _done(driver.cuModuleLoadData(code))
         (function,) = _done(driver.cuModuleGetFunction(module, self.name.encode()))
         return function
@@ -135,12 +139,12 @@ def source_of(path: Path) -> str:
     return INCLUDED.sub(lambda found: source_of(path.with_name(found[1])), path.read_text())
 
 
-def _code(source: str, target: str, constants: tuple[tuple[str, int], ...]) -> bytes:
+def _code(source: str, target: str, more: tuple[str, ...]) -> bytes:
     """Machine code, from the cache if it is there."""
     from cuda.bindings import nvrtc
 
     version = _done(nvrtc.nvrtcVersion())
-    options = [f"--gpu-architecture={target}", *OPTIONS, *(f"-D{name}={int(value)}" for name, value in constants)]
+    options = [f"--gpu-architecture={target}", *OPTIONS, *more]
     kept = cache_folder() / f"{sha256(repr((source, options, version)).encode()).hexdigest()}.cubin"
     try:
         return kept.read_bytes()
