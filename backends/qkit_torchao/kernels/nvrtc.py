@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -21,18 +22,33 @@ POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int  #: kinds of arguments
 OPTIONS = ("--std=c++17", "--diag-suppress=177")  #: a constant that one variant does not need is no fault
 
 
+log = logging.getLogger("qkit")
+
+
 @cache
-def why_not() -> str:
-    """Why nothing can be compiled, and the way out; empty where it can."""
+def why_not(device: torch.device) -> str:
+    """Why nothing can be compiled for the GPU `device`, and the way out; empty where it can."""
     try:
         from cuda.bindings import nvrtc
     except ImportError:
         return "cuda-bindings is not installed: pip install 'qkit-quant[cuda]'"
     try:
-        _done(nvrtc.nvrtcVersion())
+        version = _done(nvrtc.nvrtcVersion())
+        (known,) = _done(nvrtc.nvrtcGetSupportedArchs())
     except Exception as error:  # the package has several classes for a library that is not there
-        return f"NVRTC does not load ({str(error).partition(chr(10))[0]}): pip install nvidia-cuda-nvrtc"
+        return f"NVRTC does not load ({str(error).partition(chr(10))[0]}): pip install {_distribution()}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor not in known:
+        return (
+            f"NVRTC {'.'.join(map(str, version))} has no {torch.cuda.get_device_name(device)}, of compute capability "
+            f"{major}.{minor}: pip install --upgrade {_distribution()}"
+        )
     return ""
+
+
+def _distribution() -> str:
+    """The package that has NVRTC for torch's CUDA."""
+    return "nvidia-cuda-nvrtc" + ("-cu12" if (torch.version.cuda or "").startswith("12.") else "")
 
 
 class Kernel:
@@ -133,6 +149,7 @@ def _code(source: str, target: str, more: tuple[str, ...]) -> bytes:
     try:
         return kept.read_bytes()
     except OSError:
+        _tell()
         code = _compile(source, options)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +159,14 @@ def _code(source: str, target: str, more: tuple[str, ...]) -> bytes:
     except OSError:
         pass  # a home that cannot be written: the next process compiles again
     return code
+
+
+@cache
+def _tell() -> None:
+    """Says once that kernels are compiled, since that takes a second each."""
+    log.warning(
+        "qkit compiles its kernels for this GPU, once for each kind of layer: they are cached in %s", cache_folder()
+    )
 
 
 @cache
