@@ -264,7 +264,7 @@ def main(name: str) -> None:
     np.seterr(all="ignore")
     choose.why_not_packed = lambda device: ""  # as on a GPU
     choose.word_kernels = lambda device: cuda_words
-    nvrtc.why_not = lambda: ""
+    nvrtc.why_not = lambda device: ""
     for name_of_kernel in ("PRODUCT", "FEW_ROWS", "ARRANGEMENT"):
         setattr(cuda_words, name_of_kernel, HostKernel(getattr(cuda_words, name_of_kernel)))
     cuda_words.processors_of = lambda device: 1

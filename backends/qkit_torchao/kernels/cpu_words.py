@@ -19,7 +19,7 @@ from qkit_torchao.kernels.geometry import scales_of
 FEW = 1  #: the most rows that are multiplied without decoding: more have the bits of prepared layers
 
 
-def why_not_multiplies() -> str:
+def why_not_multiplies(device: torch.device) -> str:
     """Empty, since the C library that was built has the products."""
     return ""
 

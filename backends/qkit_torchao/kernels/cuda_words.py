@@ -30,14 +30,14 @@ KINDS_OF_X = (torch.bfloat16, torch.float16, torch.float32)
 KINDS = (torch.bfloat16, "e8m0", "e4m3", torch.float32, torch.float16, "any e8m0", "e4m3 times", "e4m3 over")
 
 
-def why_not_multiplies() -> str:
-    """Why `multiply` cannot be compiled, and the way out; empty where it can."""
-    return nvrtc.why_not()
+def why_not_multiplies(device: torch.device) -> str:
+    """Why `multiply` cannot be compiled for `device`, and the way out; empty where it can."""
+    return nvrtc.why_not(device)
 
 
 def multiplies(x: Tensor) -> bool:
     """Whether `multiply` takes x [rows, inputs]."""
-    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not is_exact() and not why_not_multiplies()
+    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not is_exact() and not why_not_multiplies(x.device)
 
 
 def multiply(
