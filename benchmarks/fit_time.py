@@ -3,7 +3,7 @@
 Weights and inputs are drawn. Both begin and end on the device. Layers with the same inputs share their moments, which `solve`
 prepares once. The loop is that of llm-compressor's eager form: a Cholesky factor for each layer, and blocks of 128 columns, one
 after the other, with integers of four bits on groups of 32, whatever grid `solve` has. `--check` compares codes of some rows with
-those of the law; on more than 8,192 inputs the law starts from the factors of the device. `--profile` prints the time of kernels.
+those of the law; on more than 2,048 inputs the law starts from the factors of the device. `--profile` prints the time of kernels.
 
 Usage: python -P benchmarks/fit_time.py [--device cuda] [--grids int4-g32,mxfp4] [--repeats N] [--scale N] [--check ROWS]
        [--profile] [--out FILE.json]
@@ -44,7 +44,7 @@ GRIDS = {
     "mxfp4": Grid("e2m1", 32, "even"),
 }
 BLOCK, DAMPING, GROUP = 128, 0.01, 32  # of the loop of GPTQ
-LARGEST = 8192  # inputs whose moments the law prepares itself
+LARGEST = 2048  # inputs whose moments the law prepares itself
 
 
 def drawn(n: int, device: torch.device) -> Tensor:

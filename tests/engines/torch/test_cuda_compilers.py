@@ -1,4 +1,4 @@
-"""Compilers of CUDA kernels, in new processes with empty caches: what `qkit warmup` leaves to compile, and a broken C compiler."""
+"""Compilers of CUDA kernels, in new processes with empty caches: what `qkit warmup` compiles, and a broken C compiler."""
 
 import os
 import subprocess
