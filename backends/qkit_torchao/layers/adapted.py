@@ -163,7 +163,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         """The codes of a merged weight, in float32, before its scales are multiplied with gains."""
         if (grid := _grid(self.rule)).read:
             return stored.requantize(merged, converted.unpack(self))
-        return rounding.quantize(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+        return rounding.quantize(merged, grid, peak=self._peak(merged))
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs] that the grid rounds, in float32."""
@@ -197,7 +197,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         def on_grid(merged: Tensor) -> Tensor:
             if self.lora_gains is not None or grid.read:
                 return self._on_grid(merged)
-            return choose.rounded(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+            return choose.rounded(merged, grid, peak=self._peak(merged))
 
         def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
             return merge.values(
@@ -213,13 +213,18 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             grid, self.get_buffer("scales"), self.in_features, spread=spread
         )
         kernel = at_once if words and self.lora_gains is None else None
-        base, ste, place = (self._beside, "identity", torch.detach) if off else (self.base, self.rule.ste, on_grid)
-        return Merging(base, self.lora_scale, torch.float32, ste, place, self._unclipped, kernel, slopes_of)
+        shared = (self.lora_scale, torch.float32)
+        if off:
+            return Merging(self._beside, *shared, "identity", torch.detach, self._unclipped, kernel, slopes_of)
+        return Merging(self.base, *shared, self.rule.ste, on_grid, self._unclipped, kernel, slopes_of)
 
     def _unclipped(self, merged: Tensor) -> Tensor:
         if (grid := _grid(self.rule)).read:
             return stored.unclipped(merged, converted.unpack(self))
-        return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+        return rounding.unclipped(merged, grid, peak=self._peak(merged))
+
+    def _peak(self, merged: Tensor) -> Tensor | None:
+        return straight_through.peak_of(merged, fused.partners(self))
 
     def _on_grid(self, merged: Tensor) -> Tensor:
         grid, ste = self.rule.weight, self.rule.ste
@@ -230,8 +235,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             return gained.values_of(merged, self.new_codes(finite), self.lora_gains, inside)
         if grid.read:
             return onto_stored.fake_requantize(merged, converted.unpack(self), ste=ste)
-        peak = straight_through.peak_of(merged, fused.partners(self))
-        return straight_through.fake_quantize(merged, grid, ste=ste, peak=peak)
+        return straight_through.fake_quantize(merged, grid, ste=ste, peak=self._peak(merged))
 
 
 def adapt(module: Any, update: Update) -> Any:
