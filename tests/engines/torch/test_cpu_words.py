@@ -16,6 +16,7 @@ pytest.importorskip("qkit_torchao")
 
 from qkit_torchao.arithmetic import packing, rounding  # noqa: E402
 from qkit_torchao.kernels import cpu_words  # noqa: E402
+from served import WITHIN, serve  # noqa: E402
 from torch import nn  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not built")
@@ -130,6 +131,13 @@ def test_transforms_of_torch_see_through_converted_layers():
     torch.testing.assert_close(torch.vmap(model)(x), model(x), rtol=1e-5, atol=1e-5)  # float32 sums
     jacobian = torch.func.jacrev(model)(x[0])
     torch.testing.assert_close(jacobian, model[0].weight.clone(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", qkit.recipes())
+def test_every_recipe_is_served_with_its_codes_and_the_outputs_of_its_prepared_layer(recipe):
+    runs, far = serve(recipe, "cpu", rows=(1, 3))
+    assert runs.startswith("native: ")
+    assert far <= WITHIN
 
 
 def read(q):
