@@ -64,19 +64,18 @@ def weight_tensor(
     plain = mapped(weight.parts, grid=weight.rule.weight, dtype=weight.dtype, shape=weight.shape)
     if plain is not None and (found := gguf_kind(plain)):
         return Tensor(found, weight.shape, lambda: gguf_blocks(plain, order))
-    kind, scale, reason = "F16", 1.0, ""
+    reason = ""
     try:
         gguf_layout.layout(weight.rule.weight, weight.shape[-1])  # before anything is read
         packed = weight.read()
         kind = gguf_layout.kind_of(packed)
         scale = 1.0 if packed.tensor_scale is None else float(packed.tensor_scale)
-        if scale != 1 and (weight.rule.kind == "embedding" or not architecture.scaled):
-            where = "an embedding" if weight.rule.kind == "embedding" else f"the layers of a {architecture.name!r}"
-            raise ArtifactError(f"llama.cpp ignores the scale of an {kind} tensor in {where}: {gguf_layout.WAY_OUT}")
+        if scale != 1 and (lost := architecture.why_no_scale(weight.rule.kind)):
+            raise ArtifactError(f"{lost}: {gguf_layout.WAY_OUT}")
     except ArtifactError as error:
         if fallback is None:
             raise ArtifactError(f"{name}: {error}") from None
-        reason = str(error).partition(": ")[0]
+        kind, scale, reason = "F16", 1.0, str(error).partition(": ")[0]
 
     def blocks() -> Iterable[NDArray[Any]]:
         try:

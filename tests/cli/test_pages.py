@@ -265,12 +265,8 @@ def test_the_conformance_figures_are_those_of_the_result_files():
 @pytest.mark.parametrize(
     ("name", "least"),
     [
-        ("serve-8b", 20),
-        ("serve-8b-more", 3),
-        ("serve-8b-32", 4),
-        ("serve-1b", 5),
-        ("serve-8b-activations", 6),
-        ("serve-8b-32-minmax", 4),
+        ("serve-8b", 23),
+        ("serve-1b", 17),
     ],
 )
 def test_the_tables_of_serving_are_those_of_the_result_files(name, least):
