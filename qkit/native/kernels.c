@@ -1,5 +1,5 @@
-/* The loops that a CPU spends its time in: quantizing, fake-quantizing and packing. `qkit/reference/` is the law: these loops do
-   its arithmetic in its order, one group at a time, and so compute its bits.
+/* The loops that a CPU spends its time in: quantizing, fake-quantizing and packing; `weights.h` begins those of packed codes.
+   `qkit/reference/` is the law: these loops do its arithmetic in its order, one group at a time, and so compute its bits.
 
    There are no intrinsics and no threads: compilers vectorize these loops, and callers split rows. Build with -O3
    -ffp-contract=off -fno-math-errno -fno-trapping-math, and never with -ffast-math. Constants come from `qkit/element.py`, in
