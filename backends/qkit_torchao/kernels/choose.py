@@ -108,7 +108,7 @@ def why_not_packed(device: torch.device) -> str:
 
 def packs(grid: Grid, device: torch.device) -> bool:
     """Whether converted layers on `device` have the codes of `grid` packed: kernels decode them there."""
-    return not why_not_packed(device) and (device.type != "cpu" or native.takes(grid))
+    return not why_not_packed(device) and (device.type != "cpu" or grid.read or native.takes(grid))
 
 
 @cache
@@ -138,7 +138,7 @@ def multiplies_experts(x: Tensor, grid: Grid) -> bool:
     if why_not_packed(x.device) or not hasattr(word_kernels(x.device), "codes_product"):
         return False
     small = grid.has_tensor_scale and x.dtype == torch.float16  # whose tensor scale may leave the range of float16
-    return grid.group != "tensor" and not grid.read and not small and not why_not_few(grid, x.shape[-1], x.device)
+    return grid.group != "tensor" and not small and not why_not_few(grid, x.shape[-1], x.device)
 
 
 def multiply(x: Tensor, *parts: Any, **more: Any) -> Tensor:

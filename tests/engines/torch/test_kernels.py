@@ -60,7 +60,7 @@ def test_products_of_large_layers_compile_with_the_memory_that_a_program_has(ele
     assert (copies * 2 if eights > 1 else 0) <= 48 * 1024  # one copy is on its way while another is read
     assert sums <= 48 * 1024
     host = products_on_host.HostKernel(cuda_words.PRODUCT)
-    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
+    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, "BIASES": 0, **known})
 
 
 @pytest.mark.skipif(products_on_host.COMPILER is None, reason="no C++ compiler")
@@ -77,7 +77,54 @@ def test_products_of_one_row_compile_with_the_memory_that_a_program_has(element,
     assert kept + known["WARPS"] * 16 * known["TILES"] * 2 * 4 <= 48 * 1024
     assert known["KEEPS"] == (element == "int4" and outputs == 4096)
     host = products_on_host.HostKernel(cuda_words.FEW_ROWS)
-    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
+    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, "BIASES": 0, **known})
+
+
+def test_biases_are_added_by_an_operation_of_its_own_and_tensor_scales_divide_exactly():
+    """Triton would join a product with a sum, and divides approximately: then values are not the law's."""
+    from qkit_torchao.kernels import triton_tiles, triton_unpack
+
+    for grid, biases, power in (
+        (qkit.Grid("int4", 64, "affine"), "*fp16", None),
+        (qkit.Grid("e2m1", 16, "stored-nvfp4-inverse"), None, "*fp32"),
+    ):
+        scales = "*u8" if power else "*fp16"
+        for kernel, tail in (
+            (triton_tiles.decode, ("bfloat16", 4, 256, False)),
+            (triton_unpack.decode, (16, 256, False)),
+        ):
+            text = assembly(kernel, grid, [scales, None, power, biases], tail)
+            assert "fma." not in text
+            assert ("add.rn.f32" in text) == bool(biases)
+            assert ("div.rn.f32" in text) == bool(power)
+            assert "div.full" not in text
+
+
+def assembly(kernel, grid, parts, tail):
+    """The assembly of a kernel that decodes codes on `grid`, for a GPU of compute capability 9.0."""
+    import triton
+    from qkit_torchao.kernels.geometry import geometry
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = [
+        "*i32",
+        *parts,
+        "*i32" if "bfloat16" in tail else "*fp32",
+        "i32",
+        "i32",
+        *geometry(grid, 4096).values(),
+        *tail,
+    ]
+    kinds = {
+        name: one if str(one)[:1] == "*" or one == "i32" else "constexpr"
+        for name, one in zip(kernel.arg_names, given, strict=True)
+    }
+    constants = {
+        (i,): one for i, (one, kind) in enumerate(zip(given, kinds.values(), strict=True)) if kind == "constexpr"
+    }
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 
 
 @pytest.mark.parametrize(("capability", "attributes"), [((8, 0), 0), ((8, 9), 0), ((9, 0), 1), ((10, 0), 1)])
