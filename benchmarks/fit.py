@@ -175,6 +175,7 @@ def main() -> int:
                         "recipe": recipe,
                         "method": name,
                         "seeds": len(found),
+                        "windows": given.windows,
                         "share": spread(shares, 1),
                         "KL": kls,
                         "CPU seconds": took,
