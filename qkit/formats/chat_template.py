@@ -20,7 +20,10 @@ _METHODS: Final = (
     "selectattr slice sort split startswith string strip title tojson upper values"
 )
 METHODS: Final = frozenset(_METHODS.split())
-FILTERS: Final = METHODS - {"format"} | {"count", "d", "trim"}  #: its `format` is that of Python's texts
+#: Its `format`, `slice` are methods of Python's texts and lists, and its `join` is none.
+FILTERS: Final = METHODS - {"format", "slice"} | {"count", "d", "trim"}
+#: Filters that take the name of a test or filter: how many positional arguments llama.cpp takes for another meaning.
+NAMING: Final = {"select": 1, "reject": 1, "selectattr": 2, "rejectattr": 2, "map": 1}
 _TESTS: Final = (
     "boolean callable defined divisibleby eq equalto even false float ge greaterthan gt in integer iterable "
     "lessthan lower lt mapping ne none number odd sameas sequence string test true undefined upper"
@@ -86,6 +89,8 @@ def _lacking(node: Any, nodes: Any) -> Iterator[str]:
         yield "a 'call' of an attribute"
     if isinstance(node, nodes.Filter) and node.name not in FILTERS:
         yield f"filter {node.name!r}"
+    if isinstance(node, nodes.Filter) and NAMING.get(node.name) == len(node.args):
+        yield f"filter {node.name!r} by the name of another one"
     if isinstance(node, nodes.Filter) and node.name == "replace" and len(node.args) + len(node.kwargs) > 2:
         yield "'replace' with a count"
     if isinstance(node, nodes.Call) and (node.dyn_args or node.dyn_kwargs):
@@ -104,7 +109,9 @@ def _lacking(node: Any, nodes: Any) -> Iterator[str]:
         yield f"function {node.node.name!r}"
     if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr):
         name = node.node.attr
-        yield from [f"method {name!r}"] if name in PYTHON - METHODS else []
+        yield from [f"method {name!r}"] if name in PYTHON - (METHODS - {"join"}) else []
+        if name in ("startswith", "endswith") and any(isinstance(one, nodes.Tuple) for one in node.args):
+            yield f"method {name!r} of several texts"
 
 
 def _may_hold(value: Any, nodes: Any) -> bool:

@@ -170,6 +170,9 @@ def test_an_ordinary_token_that_llama_cpp_takes_for_an_end_is_named(special, tmp
         ("{{ 7 // 2 }}{{ 2 ** 3 }}{{ '%d' % 3 }}", ["operator '//'", "operator '**'", "operator '%' of a text"]),
         ("{{ cycler(1) }}{{ range(3) }}{{ f(*x) }}", ["function 'cycler'", "a call with * or **"]),
         ("{{ '%s' | format(1) }}{{ x | replace('a', 'b', 1) }}", ["filter 'format'", "'replace' with a count"]),
+        ("{{ x | select('odd') }}{{ x | selectattr('a', 'equalto', 1) }}", ["filter 'select' by the name"]),
+        ("{{ x | map('upper') | join }}{{ x | map(attribute='a') }}", ["filter 'map' by the name"]),
+        ("{{ ', '.join(x) }}{{ x.startswith(('a', 'b')) }}", ["method 'join'", "method 'startswith' of several"]),
         ("{% macro f() %}{{ varargs }}{% endmacro %}", ["'varargs' of a macro"]),
         (
             "{% raw %}x{% endraw %}{%+ if 1 < 2 < 3 %}{% endif %}",
