@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from qkit.storage.read import map_tensors, read_folder
 CHUNK = 1 << 24  #: bytes that one call digests
 SCALES = ("weight_scale", "scales")  #: names of the scales of a weight, in either layout
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
+#: Ends of the names of tensors that values are computed from. Codes and floats only change places.
+COMPUTED = tuple(
+    f".{name}" for one in LAYOUTS.values() for name in one.NAMES if name not in ("weight", "weight_packed")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class StoredWeight:
             not sound.
         unknown: text for messages, where the layer also quantizes inputs or outputs by a rule that qkit does not have.
         kind: NumPy's name of the type of its scales, if they are floats on a read grid.
+        parts: its tensors as mapped, by the names of compressed-tensors; None where another layout has them. Nobody checked them.
     """
 
     rule: Rule
@@ -50,6 +55,7 @@ class StoredWeight:
     read: Callable[[], Packed]
     unknown: str = ""
     kind: str = ""
+    parts: Tensors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class Snapshot:
         tensors: all other tensors, by name.
         notes: sentences for the user about what was read, without their full stops.
         fit: how the codes were chosen, as its metadata say; None: by the rule of their grid, or nobody says.
+        files: contents of files that belong beside the weights and do not lie in the directory, by name.
         sealed: the digests that the seal of the directory states of mapped tensors, where nobody has compared them yet.
     """
 
@@ -77,6 +84,7 @@ class Snapshot:
     sealed: KnownDigests | None = None
     notes: tuple[str, ...] = ()
     fit: Mapping[str, Any] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -112,7 +120,7 @@ def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snaps
     """
     stored, metadata = read_folder(folder)
     tensors = map_tensors(stored)
-    sealed = KnownDigests(tensors, digests, stored) if digests else None
+    sealed = KnownDigests(tensors, digests, stored, computed=COMPUTED) if digests else None
     config, layout = read_config(folder), layout_of(metadata)
     rules = read_rules(folder, metadata, config, layout=layout)
     known = config and {name: value for name, value in config.items() if name not in QUANTIZATION}
@@ -178,7 +186,10 @@ def stored_weight(
             return packed
 
     kinds = (parts[name].dtype.name for name in SCALES if grid.read and name in parts)
-    return StoredWeight(rule, dtype, shape, read, kind=next((kind for kind in kinds if kind in DTYPES), ""))
+    mapped = parts if LAYOUTS[layout] is compressed_tensors else None
+    return StoredWeight(
+        rule, dtype, shape, read, kind=next((kind for kind in kinds if kind in DTYPES), ""), parts=mapped
+    )
 
 
 def take_parts(tensors: Tensors, path: str, layout: str) -> Tensors:

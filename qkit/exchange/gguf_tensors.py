@@ -13,6 +13,7 @@ from qkit.experts import is_router
 from qkit.formats import gguf as gguf_layout
 from qkit.formats.gguf import FLOATS
 from qkit.formats.gguf_config import Architecture, head_width
+from qkit.formats.mapped import gguf_blocks, gguf_kind, mapped
 from qkit.formats.packed import unpack
 from qkit.qtensor import QTensor
 from qkit.reference import dequantize
@@ -60,6 +61,9 @@ def weight_tensor(
         ArtifactError: no type of GGUF holds the weight, and there is no fallback.
     """
     assert weight.rule.weight is not None
+    plain = mapped(weight.parts, grid=weight.rule.weight, dtype=weight.dtype, shape=weight.shape)
+    if plain is not None and (found := gguf_kind(plain)):
+        return Tensor(found, weight.shape, lambda: gguf_blocks(plain, order))
     reason = ""
     try:
         gguf_layout.layout(weight.rule.weight, weight.shape[-1])  # before anything is read

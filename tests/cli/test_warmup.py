@@ -55,7 +55,7 @@ def test_every_variant_of_a_product_is_compiled(recipe, monkeypatch):
     monkeypatch.setattr(cuda_words.nvrtc, "why_not", lambda device: "")
     grid = qkit.recipe(recipe).rules[-1].weight
     laid = packing.lay(qkit.quantize(torch.randn(4224, 256), grid), "words")
-    parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale
+    parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale, laid.biases
 
     def variants(counts):
         met.clear()
