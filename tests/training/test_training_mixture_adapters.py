@@ -41,6 +41,6 @@ def test_a_run_with_adapters_on_experts_resumes_and_deploys_without_a_gap(backen
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert moved
     assert all(".experts." in path or path.endswith("o_proj") for path in moved)
-    assert sum(".experts." in path for path in moved) > 12
+    assert sum(".experts." in path for path in moved) >= 12  # every projection of every expert
     other = qkit.load(tmp_path / "whole", backend=backend)
     assert np.array_equal(engine.logits(one, TOKENS), engine.logits(other, TOKENS))
