@@ -261,9 +261,10 @@ COMMON: Mapping[str, Family] = {
         },
     ),
 }
+QUICK = ("NemotronH",)  #: whose files call blocks of experts otherwise than the model does
 FAMILIES: Mapping[str, Family] = {
     **COMMON,
     **{name: Family(cls, sizes) for name, (cls, sizes) in more.VARIANTS.items()},
-    **{name: Family(cls) for name, cls in more.plain().items()},
+    **{name: Family(cls, quick=name in QUICK) for name, cls in more.plain().items()},
     **{cls: Family(cls, sizes) for cls, sizes in more.SIZED.items()},
 }

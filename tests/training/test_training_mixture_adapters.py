@@ -25,7 +25,7 @@ def test_a_run_with_adapters_on_experts_resumes_and_deploys_without_a_gap(backen
     model = qkit.convert(qkit.load(tmp_path / "model", backend=backend), "int4-g32")
     qkit.save(model, tmp_path / "codes")
     run = table(tmp_path, backend=backend, steps=6, checkpoint_every=3, length=LENGTH, learning_rate=2e-2)
-    run["adapter"] = {"rank": 4, "match": ["*.experts", "*.o_proj"]}
+    run["adapter"] = {"rank": 4, "match": ["*.experts"]}
     if quantized:
         run = {**run, "model": str(tmp_path / "codes")}
         del run["recipe"]
@@ -39,8 +39,7 @@ def test_a_run_with_adapters_on_experts_resumes_and_deploys_without_a_gap(backen
     one = qkit.load(tmp_path / "out", backend=backend)
     before, after = codes_of(tmp_path / "codes"), codes_of(tmp_path / "out")
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
-    assert moved
-    assert all(".experts." in path or path.endswith("o_proj") for path in moved)
-    assert sum(".experts." in path for path in moved) >= 12  # every projection of every expert
+    assert all(".experts." in path for path in moved)
+    assert len(moved) >= 12  # every projection of every expert of a block
     other = qkit.load(tmp_path / "whole", backend=backend)
     assert np.array_equal(engine.logits(one, TOKENS), engine.logits(other, TOKENS))
