@@ -1,30 +1,33 @@
-"""The time of `solve` for the linear layers of one block of an 8 B Llama, on one GPU, beside llm-compressor's GPTQ loop.
+"""The time of `solve` for the linear layers of one block of an 8 B Llama, on one GPU, beside the loop of GPTQ in fp32.
 
-Weights and inputs are drawn. Layers with the same inputs share their moments, which `solve` prepares once; GPTQ's loop prepares
-them for each layer. A plain GPTQ in fp32 of the same steps is timed everywhere, llm-compressor's where it is installed. `--check`
-compares codes of some rows with those of the law.
+Weights and inputs are drawn. Both begin and end on the device. Layers with the same inputs share their moments, which `solve`
+prepares once. The loop is that of llm-compressor's eager form: a Cholesky factor for each layer, and blocks of 128 columns, one
+after the other, with integers of four bits on groups of 32, whatever grid `solve` has. `--check` compares codes of some rows with
+those of the law; on more than 2,048 inputs the law starts from the factors of the device. `--profile` prints the time of kernels.
 
-Usage: python -P benchmarks/fit_time.py [--device cuda] [--grid int4|int2|nvfp4|mxfp4] [--repeats N] [--scale N] [--check ROWS]
-       [--out FILE.json]
+Usage: python -P benchmarks/fit_time.py [--device cuda] [--grids int4-g32,mxfp4] [--repeats N] [--scale N] [--check ROWS]
+       [--profile] [--out FILE.json]
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # -P leaves it out, since kernels.py here would hide a package of that name
 
-import numpy as np
 import torch
 from clock import seconds
 from measure import Report, spread
-from numpy.typing import NDArray
-from qkit_torchao.arithmetic.fitting import DeviceMoments, solve_on
+from qkit_torchao.arithmetic.fitting import solve, solve_on
+from qkit_torchao.arithmetic.moments import DeviceMoments
+from torch import Tensor
 
 from qkit.grid import Grid
 from qkit.reference.fitting import fit
+from qkit.reference.moments import Moments
 
 SHAPES = [
     (4096, (("q_proj", 4096), ("k_proj", 1024), ("v_proj", 1024))),
@@ -33,99 +36,125 @@ SHAPES = [
     (14336, (("down_proj", 4096),)),
 ]
 GRIDS = {
-    "int4": Grid("int4", 32),
-    "int2": Grid("int2", 32),
+    "int4-g32": Grid("int4", 32),
+    "int4-g64": Grid("int4", 64),
+    "int4-g128": Grid("int4", 128),
+    "int2-g32": Grid("int2", 32),
     "nvfp4": Grid("e2m1", 16, "nvfp4"),
     "mxfp4": Grid("e2m1", 32, "even"),
 }
-Floats = NDArray[np.float32]
+BLOCK, DAMPING, GROUP = 128, 0.01, 32  # of the loop of GPTQ
+LARGEST = 2048  # inputs whose moments the law prepares itself
 
 
-def drawn(n: int, device: torch.device) -> Floats:
+def drawn(n: int, device: torch.device) -> Tensor:
     """Moments [n, n] of twice as many correlated inputs."""
     random = torch.Generator(device).manual_seed(n)
     x = torch.randn(2 * n, n, generator=random, device=device) + torch.randn(n, generator=random, device=device)
     x = x * torch.randn(n, generator=random, device=device).exp()
-    return (x.T @ x / len(x)).cpu().numpy()
+    return x.T @ x / len(x)
 
 
-def theirs(weights: list[Floats], h: Floats, device: torch.device, bits: int) -> None:
-    """llm-compressor's GPTQ loop, for symmetric groups of 32."""
-    from compressed_tensors.quantization import QuantizationArgs
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+def gptq(weights: list[Tensor], moments: Tensor) -> None:
+    """Values of each weight by GPTQ (https://arxiv.org/abs/2210.17323), step by step as llm-compressor's eager form."""
+    for weight in weights:
+        w, damped = weight.clone(), moments.clone()
+        damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+        scales = w.unflatten(-1, (-1, GROUP)).abs().amax(-1) / 7.5
+        columns = scales.repeat_interleave(GROUP, 1)
+        losses = torch.zeros(len(w), device=w.device)
+        for start in range(0, w.shape[1], BLOCK):
+            end = min(start + BLOCK, w.shape[1])
+            block, of_block, steps = w[:, start:end].clone(), upper[start:end, start:end], columns[:, start:end]
+            values, errors, squares = (torch.zeros_like(block) for _ in range(3))
+            for i in range(end - start):
+                of = block[:, i]
+                q = (of / steps[:, i]).round().clamp(-8, 7) * steps[:, i]
+                error = (of - q) / of_block[i, i]
+                values[:, i], errors[:, i], squares[:, i] = q, error, error.square()
+                block[:, i:] -= error[:, None] * of_block[i, i:]
+            w[:, start:end] = values
+            losses += squares.sum(1) / 2
+            w[:, end:] -= errors @ upper[start:end, end:]
 
-    given = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=32)
+
+def solved(weights: list[Tensor], moments: Tensor, grid: Grid) -> None:
+    """The same weights by `solve`."""
+    known = DeviceMoments.of(moments, moments.device)
     for w in weights:
-        one = torch.tensor(w, device=device)[None]
-        scale = one.unflatten(-1, (-1, 32)).abs().amax(-1) / ((2**bits - 1) / 2)
-        zero = torch.zeros_like(scale)
-        quantize_weight(one, torch.tensor(h, device=device)[None], scale, zero, None, given)
+        solve(w, grid, known)
 
 
-def plain_gptq(weights: list[Floats], h: Floats, device: torch.device, bits: int) -> None:
-    """GPTQ (https://arxiv.org/abs/2210.17323) in fp32, column by column in blocks of 128, on scales of the largest values."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    for w in weights:
-        x, damped = torch.tensor(w, device=device), torch.tensor(h, device=device)
-        damped.diagonal().add_(0.01 * damped.diagonal().mean())
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-        scales = x.unflatten(-1, (-1, 32)).abs().amax(-1) / ((2**bits - 1) / 2)
-        for start in range(0, x.shape[1], 128):
-            end = min(start + 128, x.shape[1])
-            block, errors = x[:, start:end].clone(), torch.zeros_like(x[:, start:end])
-            for j in range(end - start):
-                step = scales[:, (start + j) // 32]
-                error = (block[:, j] - (block[:, j] / step).round().clamp(low, high) * step) / upper[
-                    start + j, start + j
-                ]
-                block[:, j:] -= error[:, None] * upper[start + j, start + j : end]
-                errors[:, j] = error
-            x[:, end:] -= errors @ upper[start:end, end:]
+def peak_of(run: Callable[[], Any], device: torch.device) -> float | None:
+    """Gigabytes that a run allocates at most beside those that are there before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
+
+
+def differing(w: Tensor, moments: Tensor, grid: Grid) -> int:
+    """Codes and scales of rows `w` that are not those of the law."""
+    known, h = DeviceMoments.of(moments, w.device), moments.cpu().numpy()
+    law = h
+    if len(h) > LARGEST:
+        high, low, diagonal, order, upper = (
+            a.cpu().numpy() for a in (*known.parts, known.diagonal, known.order, known.upper)
+        )
+        law = Moments(h, diagonal, known.damping, (high, low), order, upper)
+    wanted = fit(w.cpu().numpy(), grid, law, method="solve")
+    found = solve_on(w.cpu().numpy(), grid, known, device=w.device)
+    return sum(int((part != found.parts()[name]).sum()) for name, part in wanted.parts().items())
 
 
 def main() -> int:
     """Times each set of layers, and all of a block."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--grid", choices=GRIDS, default="int4")
+    parser.add_argument("--grids", default="int4-g32,mxfp4", help=f"of {', '.join(GRIDS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", type=int, default=1, help="divides all shapes")
-    parser.add_argument("--check", type=int, default=0, help="rows of the first set whose codes are compared")
+    parser.add_argument("--check", type=int, default=0, help="rows of the first of each set that are compared")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    device, grid = torch.device(given.device), GRIDS[given.grid]
-    report = Report(given.out, device=device.type, packages=("llmcompressor", "qkit-quant"), about={"grid": str(grid)})
+    device, grids = torch.device(given.device), given.grids.split(",")
+    report = Report(given.out, device=device.type, packages=("torch", "qkit-quant"), about={"scale": given.scale})
+    whole = dict.fromkeys(["loop", *grids], 0.0)
     for width, layers in SHAPES:
-        n, random = width // given.scale, np.random.default_rng(width)
+        n, random = width // given.scale, torch.Generator(device).manual_seed(width)
         h = drawn(n, device)
-        weights = [random.standard_normal((rows // given.scale, n), np.float32) * 0.02 for _, rows in layers]
-
-        def ours(weights: list[Floats] = weights, h: Floats = h) -> None:
-            known = DeviceMoments.of(h, device)
-            for w in weights:
-                solve_on(w, grid, known, device=device)
-
+        weights = [torch.randn(rows // given.scale, n, generator=random, device=device) * 0.02 for _, rows in layers]
         row: dict[str, Any] = {"layers": ", ".join(name for name, _ in layers), "inputs": n}
-        row["solve, seconds"] = spread([seconds(ours, device) for _ in range(given.repeats)], 3)
-        if grid.element.kind == "integer":
-            run = partial(plain_gptq, weights, h, device, grid.element.bits)
-            row["plain GPTQ in fp32, seconds"] = spread([seconds(run, device) for _ in range(given.repeats)], 3)
-            try:
-                loop = [
-                    seconds(lambda w=weights, h=h: theirs(w, h, device, grid.element.bits), device)
-                    for _ in range(given.repeats)
-                ]
-                row["llm-compressor GPTQ, seconds"] = spread(loop, 3)
-            except ImportError as error:
-                row["llm-compressor GPTQ, seconds"] = f"not measured: {error}"
-        if device.type == "cuda":
-            row["peak memory, GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-            torch.cuda.reset_peak_memory_stats()
-        if given.check:
-            some = weights[0][: given.check]
-            law, found = fit(some, grid, h, method="solve"), solve_on(some, grid, h, device=device)
-            row["codes that differ"] = int((law.codes != found.codes).sum())
+
+        def timed(run: Callable[[], Any]) -> dict[str, Any]:
+            run()  # compiles
+            return spread([seconds(run, device) for _ in range(given.repeats)], 3)
+
+        loop = row["GPTQ's loop, seconds"] = timed(partial(gptq, weights, h))
+        whole["loop"] += loop["median"]
+        row["GPTQ's loop, peak GB"] = peak_of(partial(gptq, weights[:1], h), device)
+        for name in grids:
+            run = partial(solved, weights, h, GRIDS[name])
+            taken = row[f"{name}, seconds"] = timed(run)
+            row[f"{name}, over the loop"] = round(taken["median"] / loop["median"], 3)
+            row[f"{name}, peak GB"] = peak_of(run, device)
+            whole[name] += taken["median"]
+            if given.check:
+                row[f"{name}, not the law's"] = differing(weights[0][: given.check], h, GRIDS[name])
+            if given.profile:
+                with torch.profiler.profile() as kernels:
+                    run()
+                order = "cuda_time_total" if device.type == "cuda" else "cpu_time_total"
+                print(kernels.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=50))
         report.add(row)
+        del h, weights
+    ratios = {f"{name}, over the loop": round(whole[name] / whole["loop"], 3) for name in grids}
+    report.add({"layers": "all of a block", **{f"{name}, seconds": round(t, 3) for name, t in whole.items()}, **ratios})
     report.finish()
     return 0
 

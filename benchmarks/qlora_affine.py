@@ -1,12 +1,11 @@
 """QLoRA on a model that mlx-lm quantized: qkit's adapters beside mlx-lm's own, on the same base, batches, rank and optimizer.
 
 A small Llama is trained in float on Python's own source and quantized by `mlx_lm.convert -q`. Both adapters then train on other
-text (the standard library's tests) by mlx-lm's own `train`. mlx-lm trains Q(W) + BA, and its `fuse` quantizes the sum by
-`mx.quantize`, with new scales and biases. qkit trains by the parts and the factor of `qkit train`: a quarter of the steps beside
-the base, the others with the sum on the stored scales and biases, at twice the rate. Its merge changes codes only. The merged
-model is exported, opened in mlx-lm, and measured there too. Losses are nats per byte of held-out text.
-
-Each row has mlx-lm twice: at the row's rate throughout (`mlx-lm`), and at the rates of qkit's steps (`mlx-lm, same rates`).
+text (the standard library's tests) by mlx-lm's own `train`, with the same warm-up and cosine. mlx-lm trains Q(W) + BA, and its
+`fuse` quantizes the sum by `mx.quantize`, with new scales and biases. qkit trains as `qkit train` does: a quarter of the steps
+beside the base, the others with codes of the sum on the stored scales, and a gain of each row's scales throughout. Its merge
+changes codes and scales. The merged model is exported, opened in mlx-lm, and measured there too. Losses are nats per byte of
+held-out text.
 
 Usage: python benchmarks/qlora_affine.py [--bits N ...] [--seed N ...] [--steps N] [--rate R] [--float-steps N] [--dtype NAME]
        [--out FILE.json]
@@ -40,7 +39,9 @@ from qkit.exchange.import_model import read_model, to_artifact
 from qkit.training import Sequences
 from qkit.training.beside import factor_at, steps_beside, switching_parts
 from qkit.training.data import Tokens
+from qkit.training.rates import rate
 
+WARMUP = 10
 Loss = Callable[[Any], float]
 Before = Callable[[int], None]
 Factor = Callable[[int], float]
@@ -60,13 +61,13 @@ def batches(text: Sequences, before: Before, *, seed: int) -> Callable[..., Iter
     return iterate
 
 
-def fit(model: Any, factor: Factor, text: Sequences, place: Path, *, seed: int, steps: int, rate: float) -> None:
-    """mlx-lm's own training of the adapters of `model`, each step at `rate` times its `factor`."""
+def fit(model: Any, factor: Factor, text: Sequences, place: Path, *, seed: int, steps: int, peak: float) -> None:
+    """mlx-lm's own training of the adapters of `model`: a warm-up, then a cosine to zero, each step times its `factor`."""
 
     def before(step: int) -> None:
-        optimizer.learning_rate = rate * factor(step)
+        optimizer.learning_rate = rate(step, peak=peak, steps=steps, warmup=WARMUP, shape="cosine") * factor(step)
 
-    optimizer = optim.Adam(learning_rate=rate)
+    optimizer = optim.Adam(learning_rate=peak)
     arguments = TrainingArgs(
         batch_size=SMALL.batch,
         iters=steps,
@@ -166,15 +167,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    about = {"rank": RANK, "scale": given.scale, "steps": given.steps, "dtype": given.dtype}
+    about = {"rank": RANK, "scale": given.scale, "steps": given.steps, "warmup": WARMUP, "dtype": given.dtype}
     report = Report(given.out, packages=("mlx-lm",), about={**about, "float steps": given.float_steps})
     text, unseen = other_text()
     loss = measure(unseen)
-    beside = int(qkit.Adapter().beside * given.steps)
-    factors: dict[str, Factor] = {
-        "mlx-lm": lambda step: 1.0,
-        "mlx-lm, same rates": lambda step: qkit.Adapter().factor if step > beside else 1.0,
-    }
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         base(place / "float", given.float_steps)
@@ -183,20 +179,18 @@ def main() -> None:
             quantized, artifact = place / f"mlx {bits}", place / f"artifact {bits}"
             mlx_lm.convert(str(place / "float"), str(quantized), quantize=True, q_bits=bits, dtype=given.dtype)
             to_artifact(read_model(quantized), artifact)
-            for rate, seed in product(given.rate or [1e-3], given.seed or [1]):
-                own = place / f"run {bits} {rate} {seed}"
+            for peak, seed in product(given.rate or [1e-4, 3e-4, 1e-3], given.seed or [1, 2, 3]):
+                own = place / f"run {bits} {peak} {seed}"
                 own.mkdir()
 
-                def fitted(model: Any, factor: Factor, own: Path = own, seed: int = seed, rate: float = rate) -> None:
-                    fit(model, factor, text, own, seed=seed, steps=given.steps, rate=rate)
+                def fitted(model: Any, factor: Factor, own: Path = own, seed: int = seed, peak: float = peak) -> None:
+                    fit(model, factor, text, own, seed=seed, steps=given.steps, peak=peak)
 
                 adapter = qkit.Adapter(rank=RANK, alpha=given.scale * RANK, match=MATCH, seed=seed)
                 mine, first = ours(artifact, own, loss, fitted, adapter, given.steps)
-                row = {"bits": bits, "rate": rate, "seed": seed, **mine}
-                for name, factor in factors.items():
-                    found = theirs(quantized, first, loss, partial(fitted, factor=factor), given.scale)
-                    row |= {f"{name} before": found[0], f"{name} after": found[1]}
-                report.add(row)
+                before, after = theirs(quantized, first, loss, partial(fitted, factor=lambda step: 1.0), given.scale)
+                fused = {"mlx-lm before": before, "mlx-lm after": after}
+                report.add({"bits": bits, "rate": peak, "seed": seed, **mine, **fused})
     report.finish()
 
 

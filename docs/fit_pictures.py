@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qkit import reference
+from qkit import drift, reference
 from qkit.grid import Grid
 from qkit.reference.fitting import fit
 from qkit.reference.moments import DAMPING
+from qkit.reference.rounding import scale_values
+from qkit.report.fit_picture import LayerError, fit_svg
 
 FOLDER = Path(__file__).parent / "pictures" / "fit"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu"
@@ -53,6 +55,73 @@ def solved() -> str:
     )
 
 
+def drifted() -> str:
+    """The distance of the states from the float ones after each of six int3 blocks, solved without and with correction."""
+    random = np.random.default_rng(3)
+    x = random.standard_normal((2048, 64)).astype(np.float32) @ random.standard_normal((64, 64)).astype(np.float32) / 8
+    weights = [random.standard_normal((64, 64)).astype(np.float32) / 8 for _ in range(6)]
+    bars: dict[str, float] = {}
+    for corrects in (False, True):
+        float_states, states = x.astype(np.float64), x.astype(np.float64)
+        for number, w in enumerate(weights, start=1):
+            wanted, inputs = float_states + np.tanh(float_states) @ w.T, np.tanh(states)
+            h, aim = inputs.T @ inputs / len(inputs), w.astype(np.float64)
+            if corrects:
+                missing = (wanted - states - inputs @ aim.T).T @ inputs / len(inputs)
+                aim = aim + np.linalg.solve(h + np.eye(64) * drift.DAMPING * h.diagonal().mean(), missing.T).T
+            q = fit(aim.astype(np.float32), Grid("int3", 32), h.astype(np.float32), method="solve")
+            float_states, states = wanted, states + inputs @ reference.dequantize(q).astype(np.float64).T
+            apart = float(((states - float_states) ** 2).sum() / (float_states**2).sum())
+            bars[f"block {number}: solve{', corrected' if corrects else ''}"] = 100 * apart
+    return chart("how far the states of a toy are from the float ones", dict(sorted(bars.items())), "{:.2f} %")
+
+
+def learned() -> str:
+    """The error of a toy's block of two int2 layers, in units of the solved one, while sign descent moves offsets."""
+    random, grid = np.random.default_rng(4), Grid("int2", 32)
+    x = random.standard_normal((512, 32)) @ random.standard_normal((32, 32)) / 5
+    first, second = (random.standard_normal(shape).astype(np.float32) / 6 for shape in ((64, 32), (32, 64)))
+    wanted, inner = np.maximum(x @ first.T, 0) @ second.T, np.maximum(x @ first.T, 0)
+    q = [
+        fit(w, grid, (inputs.T @ inputs / len(x)).astype(np.float32), method="solve")
+        for w, inputs in ((first, x), (second, inner))
+    ]
+    steps = [np.repeat(scale_values(one), 32, axis=-1).astype(np.float64) for one in q]
+    codes, offsets, bars, whole = [one.codes.astype(np.float64) for one in q], [0.0, 0.0], dict[str, float](), 0.0
+    for step in range(121):
+        one, two = (
+            np.clip(np.rint(code + offset), -2, 1) * s for code, offset, s in zip(codes, offsets, steps, strict=True)
+        )
+        error = float(((np.maximum(x @ one.T, 0) @ two.T - wanted) ** 2).mean())
+        whole = whole or error
+        if not step % 20:
+            bars["solved codes" if not step else f"after {step} steps"] = error / whole
+        some = random.integers(0, len(x), 48)
+        before = x[some] @ one.T
+        hidden = np.maximum(before, 0)
+        d = hidden @ two.T - wanted[some]
+        slopes = ((d @ two * (before > 0)).T @ x[some] * steps[0], d.T @ hidden * steps[1])
+        rate = (
+            1.3 / 120 * (1 - step / 120)
+        )  # offsets whose slopes always agree move by two thirds of the distance of two codes
+        offsets = [offset - rate * np.sign(slope) for offset, slope in zip(offsets, slopes, strict=True)]
+    return chart("the error of a toy's block while its rounding learns", bars, "{:.3f} of the solved one's")
+
+
+def by_layer() -> str:
+    """The picture of `quantize --picture`, of two toy blocks on int3."""
+    random, errors = np.random.default_rng(6), []
+    for number in range(2):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            x = random.standard_normal((512, 64)) @ random.standard_normal((64, 64))
+            w, h = random.standard_normal((64, 64)).astype(np.float32), (x.T @ x / len(x)).astype(np.float32)
+            grid, whole = Grid("int3", 32), float(((w @ h) * w).sum())
+            found = (reference.quantize(w, grid), fit(w, grid, h, method="solve"))
+            shares = [float(((d @ h) * d).sum()) / whole for d in (w - reference.dequantize(q) for q in found)]
+            errors.append(LayerError(f"model.layers.{number}.{name}", *shares))
+    return fit_svg(errors, title="the error of each layer's outputs, int3")
+
+
 def won(method: str) -> str:
     """The divergence won back by a method, and by the one before it, on every recipe that was measured."""
     bars = {}
@@ -84,7 +153,8 @@ def chart(title: str, bars: dict[str, float], form: str) -> str:
 
 def drawn() -> dict[str, str]:
     """Every picture by its name."""
-    how = {"how-search.svg": searched(), "how-solve.svg": solved()}
+    how = {"how-search.svg": searched(), "how-solve.svg": solved(), "how-drift.svg": drifted()}
+    how |= {"how-round.svg": learned(), "layers.svg": by_layer()}
     return how | {f"{method}.svg": won(method) for method in METHODS}
 
 

@@ -1,6 +1,6 @@
 """The converted layers of a model: codes by the rule, learned or fitted, packed by the engine. See `qkit.pipeline`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qkit import fused
@@ -48,6 +48,33 @@ def pack_layers(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], f
             q = codes[layer.tied] if layer.tied in codes else engine.unpack(owner)
         packed[layer.path] = engine.pack(layer.module, q, rule, static=static[layer.path], owner=owner)
     return packed
+
+
+def prepared_codes(
+    engine: Modules, model: Any, chosen: Iterable[tuple[Layer, Rule]]
+) -> "Iterator[tuple[str, QTensor[NDArray[Any]]]]":
+    """The codes, in NumPy, that prepared layers would be packed with now, each by its path in files; layers must not be tied.
+
+    Raises:
+        RangeError: a weight is not finite.
+    """
+    from qkit.experts import quantize_experts  # here, so that `import qkit` stays cheap
+
+    chosen = list(chosen)
+    peaks = _peaks(engine, chosen)
+    for layer, rule in chosen:
+        if layer.kind != "experts":
+            yield layer.name, _in_numpy(engine, _codes(engine, model, layer, rule, peaks.get(layer.path), None))
+            continue
+        assert rule.weight is not None
+        weights = require(engine, Mixes).experts(layer.module)
+        if _learned(layer, rule):
+            each = _learned_experts(engine, layer, rule.weight, weights)
+        else:
+            each = quantize_experts(weights, rule.weight, engine)
+        for name, several in each.items():
+            for number, q in enumerate(several):
+                yield f"{layer.name}.{number}.{name}", _in_numpy(engine, q)
 
 
 def _deploy(engine: Modules, chosen: list[tuple[Layer, Rule]], static: dict[str, Any]) -> dict[str, Any]:
@@ -128,6 +155,10 @@ def _learned_experts(
             for number, one in enumerate(stack)
         ]
     return out
+
+
+def _in_numpy(engine: Modules, q: QTensor[Any]) -> "QTensor[NDArray[Any]]":
+    return q if hasattr(q.codes, "__array_interface__") else q.map(engine.to_numpy)  # the law's own are NumPy's
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:

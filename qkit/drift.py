@@ -1,9 +1,12 @@
 """Drift correction: the weights that a fitted model should aim at, since its states drift away from the float model's.
 
-Before a layer is solved, W' = W + E[d x'] (H + 0.3 mean diag H)^-1, where x are the inputs in the fitted model, H = E[x x'] their
+Before a layer is solved, W' = W + E[d x'] (H + 0.1 mean diag H)^-1, where x are the inputs in the fitted model, H = E[x x'] their
 moments, and d the difference of the outputs of the float model and the fitted one. For the layers that add to the states, d is
 the difference of the states after them, so that they take back the drift of all layers before (GPTAQ,
 https://arxiv.org/abs/2504.02692; LoaQ, https://arxiv.org/abs/2509.06297; Qronos, https://arxiv.org/abs/2505.11695).
+
+Tokens weigh as the inverse of the mean square of their float state after the block: the next norm divides by its root, so that an
+error counts as a share of the state.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +24,10 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.reference.rounding import dequantize
 
-DAMPING = 0.3  #: of the mean square of the inputs: a correction in directions without inputs would be noise
+DAMPING = 0.1  #: of the mean square of the inputs: a correction in directions without inputs would be noise
+FAINTEST = (
+    0.01  #: of the mean square of the states of a batch: a token whose state has less weighs as if it had so much
+)
 EQUAL = 1e-3  #: relative difference of states up to which a layer counts as added to them
 
 Shown = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  #: inputs and outputs [tokens, n] by path, in order
@@ -35,7 +41,7 @@ class Aim:
         weight: the corrected weight [outputs, inputs].
         like: the layer with the moments of both.
         q: its codes by `solve`.
-        moments: E[x x'] of its inputs in the fitted model, or None where another layer has them.
+        moments: weighted E[x x'] of its inputs in the fitted model, or None where another layer has them.
         peak: of `nvfp4`, the largest magnitude of all weights that share the tensor scale.
         tokens: how many inputs there were.
     """
@@ -116,23 +122,31 @@ def _sums(
     group: list[str],
     adding: tuple[str, str] | None,
 ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]], int]:
-    """E[x x'] of the inputs of a group in the fitted model; E[d x'] of each of its layers; and how many inputs there were."""
+    """Weighted E[x x'] of the inputs of a group in the fitted model, and E[d x'] of each of its layers; how many inputs."""
     moments: NDArray[np.float64] = np.zeros(())
     corrections: dict[str, NDArray[np.float64]] = {path: np.zeros(()) for path in group}
-    tokens = 0
+    tokens, weight = 0, 0.0
     for theirs, ours in states():
         (end, wanted), (own_end, found) = float_model.look(number, theirs, group), fitted.look(number, ours, group)
-        x = found[group[0]][0]
-        moments = moments + x.T @ x
-        tokens += len(x)
+        x, shares = found[group[0]][0], _shares(end)
+        weighted = shares[:, None] * x
+        moments = moments + weighted.T @ x
+        tokens, weight = tokens + len(x), weight + float(shares.sum())
         for path in group:
             d = wanted[path][1] - found[path][1]
             if adding and path == adding[0]:
                 d = d + (theirs - ours).reshape(d.shape)
             elif adding and path == adding[1]:
                 d = (end - own_end).reshape(d.shape)
-            corrections[path] = corrections[path] + d.T @ x
-    return moments / tokens, {path: total / tokens for path, total in corrections.items()}, tokens
+            corrections[path] = corrections[path] + d.T @ weighted
+    return moments / weight, {path: total / weight for path, total in corrections.items()}, tokens
+
+
+def _shares(states: Hidden) -> NDArray[np.float64]:
+    """The weights of tokens with float `states` [batch, length, width]; one for each where all states are zero."""
+    squares = np.square(states.reshape(-1, states.shape[-1]).astype(np.float64)).mean(axis=1)
+    mean = squares.mean()
+    return 1 / np.maximum(squares, FAINTEST * mean) if mean > 0 else np.ones(len(squares))
 
 
 def _peaks(aimed: Mapping[str, NDArray[np.float32]], grids: Mapping[str, Grid]) -> dict[str, float]:

@@ -51,6 +51,7 @@ STACKED: Final = (
         "openai_privacy_filter",
         "qwen3_vl_moe",
         "qwen3_vl_moe_text",
+        "minimax_m3_vl_text",
         "gemma4",
         "gemma4_text",
         "hy_v4",

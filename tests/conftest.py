@@ -5,7 +5,7 @@ The helpers beside this file are importable: `pythonpath` in pyproject.toml.
 
 import os
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
     os.environ.setdefault(_name, "1")  # before NumPy, torch or MLX; their processes inherit it
 os.environ.pop(
     "COLUMNS", None

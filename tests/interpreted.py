@@ -100,7 +100,7 @@ def merged(grid: Grid, dtype: str) -> bool:
         right.append(torch.equal(found, rounding.rounded(sums, grid).to(torch.bfloat16)))
     q = rounding.quantize(w.float(), grid)
     laid = packing.lay(q, "words")
-    parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale
+    parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale, laid.biases
     for spread in (False, True) if cuda_merge.spreads(grid, 512) else (False,):
         base = arithmetic.dithered(q) if spread else rounding.dequantize(q)
         want = arithmetic.added(base, b, a, 0.3)

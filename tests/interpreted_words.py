@@ -6,6 +6,7 @@ Triton's interpreter runs those of Triton; those of CUDA C++ are compiled as C++
 import copy
 import os
 import sys
+from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
@@ -17,6 +18,8 @@ from qkit_torchao.kernels import choose, cuda_words, nvrtc
 from torch import nn
 
 import qkit
+from qkit import reference
+from qkit.testing.read_tensors import read_tensor
 
 BE = qkit.backend("torchao")
 INPUTS, OUTPUTS = 192, 4
@@ -28,6 +31,15 @@ GRIDS = [
     *(qkit.Grid("int3", group) for group in ("row", "tensor")),
     qkit.Grid("int4", 96),  # groups of several units
     qkit.Grid("int4", 24),  # whose words have two scales: decoded
+]
+#: Every way in which kernels read scales, zero points and biases, and every width of codes.
+READ = [
+    *(qkit.Grid(f"int{bits}", 32, "affine") for bits in (2, 3, 4, 5, 6, 8)),
+    *(qkit.Grid(f"int{bits}", 64, "stored-zeros") for bits in (2, 4, 8)),
+    *(qkit.Grid(name, 32, "stored") for name in ("int4", "int8")),
+    *(qkit.Grid(name, group, "stored") for name, group in (("int4", "row"), ("e4m3", "row"), ("e4m3", "tensor"))),
+    *(qkit.Grid(name, 32, "stored-e8m0") for name in ("e2m1", "e4m3")),
+    *(qkit.Grid("e2m1", 16, name) for name in ("stored-nvfp4", "stored-nvfp4-inverse")),
 ]
 
 
@@ -49,6 +61,11 @@ def layer(grid, dtype, bias):
 def recipe(grid, kind="linear"):
     """One rule for every layer."""
     return qkit.Recipe("one", (qkit.Rule(match=("*",), weight=grid, kind=kind),))
+
+
+def rule(grid):
+    """A rule for every linear layer."""
+    return qkit.Rule(match=("*",), weight=grid)
 
 
 def products(grid, dtype):
@@ -80,6 +97,47 @@ def products(grid, dtype):
     return worst
 
 
+def bounded(q):
+    """`q` with scales and biases whose sums are finite, and of bfloat16 none that is subnormal, as Triton's interpreter wants."""
+    if q.grid.stored_scales == "e8m0":
+        return replace(q, scales=np.clip(q.scales, 100, 140))
+    return q.map(lambda array: array if array.dtype.kind in "iu" or not array.ndim else ordinary(array))
+
+
+def ordinary(numbers):
+    """Of moderate size, or 0."""
+    clipped = np.clip(numbers.astype(np.float32), -9, 9)
+    return np.where(np.abs(clipped) < 1e-30, 0, clipped).astype(numbers.dtype)
+
+
+def sizes_of(q):
+    """What errors of products are in proportion to: the sizes of values, and of biases, which may cancel the rest of a value."""
+    sizes = rounding.dequantize(q).double().abs()
+    if q.biases is not None:
+        sizes += 2 * q.biases.double().abs().repeat_interleave(q.shape[1] // q.biases.shape[1], dim=1)
+    return sizes
+
+
+def read_products(grid, dtype):
+    """As `products`, on a grid of files, whose scales have the type of x; nothing decodes with torch's operations."""
+    kind = str(dtype).rpartition(".")[2]
+    laws = [read_tensor(grid, "float32", "float32"), read_tensor(grid, "float16", "float16")]
+    given, worst = bounded(read_tensor(grid, kind, kind)), 0.0
+    for law in (*laws, given):
+        linear = BE.pack(nn.Linear(law.shape[1], law.shape[0], bias=False), law.map(BE.from_numpy), rule(grid))
+        assert linear.execution.native, linear.execution
+        want = torch.from_numpy(reference.dequantize(replace(law, dtype="float32"))).to(rounding.DTYPE[law.dtype])
+        assert torch.equal(linear.weight.isnan(), want.isnan())
+        assert torch.equal(linear.weight.nan_to_num(), want.nan_to_num()), (grid, law.dtype)
+        assert torch.equal(BE.unpack(linear).codes, torch.from_numpy(law.codes))
+    values, sizes = want.double(), sizes_of(given.map(BE.from_numpy))
+    for rows in (1, 2, 3, 19, 67):
+        x = torch.randn(rows, values.shape[1]).to(dtype)
+        error = (linear(x).double() - x.double() @ values.T).abs() / (x.double().abs() @ sizes.T).clamp_min(1e-30)
+        worst = max(worst, float(error.max()))
+    return worst
+
+
 def packed_by_kernel(grid):
     """Whether the kernel packs codes as torch's operations do."""
     q = rounding.quantize(weight(grid, torch.bfloat16), grid)
@@ -89,18 +147,21 @@ def packed_by_kernel(grid):
 
 def experts(grid):
     """The largest error of a product whose rows have experts of their own, over abs(x) @ abs(w)."""
-    qs = [rounding.quantize(weight(grid, torch.bfloat16) * (1 + i), grid) for i in range(3)]
+    if grid.read:
+        qs = [bounded(read_tensor(grid, "bfloat16", "float16")).map(BE.from_numpy) for _ in range(3)]
+        qs[1] = replace(qs[1], codes=qs[1].codes.flip(0), scales=qs[1].scales.flip(1))
+    else:
+        qs = [rounding.quantize(weight(grid, torch.bfloat16) * (1 + i), grid) for i in range(3)]
     laid = [packing.lay(q, "words") for q in qs]
     parts = [
         None if getattr(laid[0], name) is None else torch.stack([getattr(one, name) for one in laid])
-        for name in ("codes", "scales", "zeros")
+        for name in ("codes", "scales", "zeros", "tensor_scale", "biases")
     ]
-    x, chosen = torch.randn(5, INPUTS).bfloat16(), torch.tensor([2, 0, 1, 1, 2])
-    y = cuda_words.multiply(x, *parts, None, None, grid, experts=chosen)
+    x, chosen = torch.randn(5, qs[0].shape[1]).bfloat16(), torch.tensor([2, 0, 1, 1, 2])
+    y = cuda_words.multiply(x, *parts, None, grid, experts=chosen)
     values = torch.stack([rounding.dequantize(q).double() for q in qs])[chosen]
-    exact, bound = (
-        torch.einsum("rk,rnk->rn", a, b) for a, b in ((x.double(), values), (x.double().abs(), values.abs()))
-    )
+    sizes = torch.stack([sizes_of(q) for q in qs])[chosen]
+    exact, bound = (torch.einsum("rk,rnk->rn", a, b) for a, b in ((x.double(), values), (x.double().abs(), sizes)))
     return float(((y - exact).abs() / bound.clamp_min(1e-30)).max())
 
 
@@ -203,7 +264,7 @@ def main(name: str) -> None:
     np.seterr(all="ignore")
     choose.why_not_packed = lambda device: ""  # as on a GPU
     choose.word_kernels = lambda device: cuda_words
-    nvrtc.why_not = lambda: ""
+    nvrtc.why_not = lambda device: ""
     for name_of_kernel in ("PRODUCT", "FEW_ROWS", "ARRANGEMENT"):
         setattr(cuda_words, name_of_kernel, HostKernel(getattr(cuda_words, name_of_kernel)))
     cuda_words.processors_of = lambda device: 1
@@ -222,6 +283,13 @@ def main(name: str) -> None:
             and grid.group != "tensor"
             and not choose.why_not_few(grid, INPUTS, torch.device("cpu"))
         ):
+            worst = experts(grid)
+            print(grid, "experts", "near" if worst < 2**-8 else f"off by {worst:.1e}", flush=True)
+    for grid in READ if name == "bfloat16" else READ[::5]:
+        worst = read_products(grid, dtype)
+        near = worst < 2**-8 and (name != "float32" or worst < 1e-6)
+        print(grid, name, "near" if near else f"off by {worst:.1e}", flush=True)
+        if grid.group != "tensor":
             worst = experts(grid)
             print(grid, "experts", "near" if worst < 2**-8 else f"off by {worst:.1e}", flush=True)
     for grid in (qkit.Grid("int4", 32), qkit.Grid("e2m1", 16, "nvfp4")):

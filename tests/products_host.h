@@ -29,6 +29,8 @@ DEVICE u32 flipped(u32 word, u32 mask, u32 more) { return word & mask ^ more; }
 DEVICE float as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 DEVICE u32 bits_of(float f) { u32 b; memcpy(&b, &f, 4); return b; }
 DEVICE float product(float a, float b) { return a * b; }
+DEVICE float quotient(float a, float b) { return a / b; }
+DEVICE float plus(float a, float b) { return a + b; }
 DEVICE u16 rounded_bf16(float f) { u32 b = bits_of(f); return (b + 0x7FFF + (b >> 16 & 1)) >> 16; }
 DEVICE u16 rounded_f16(float f) { _Float16 h = f; u16 d; memcpy(&d, &h, 2); return d; }
 DEVICE float of_f16(u16 h) { _Float16 f; memcpy(&f, &h, 2); return f; }
@@ -98,7 +100,7 @@ extern "C" void launch(int programs, int, const u16 *x, u32x4 *out, u32 inputs, 
 #else
 
 struct Given {
-    const void *x; const u32 *codes; const u8 *scales, *zeros; const float *power; const void *bias; void *out;
+    const void *x; const u32 *codes; const u8 *scales, *zeros; const float *power; const u8 *biases; const void *bias; void *out;
     const i64 *experts; u32 outputs, inputs, count, words, stride, groups, powers;
 };
 static Given call;
@@ -107,18 +109,18 @@ static Three program;
 static void *run(void *lane) {
     threadIdx = {(u32)(u64)lane, 0, 0}, blockIdx = program;
     ENTERED(
-        (const X *)call.x, call.codes, call.scales, call.zeros, call.power, call.bias, call.out, call.experts, call.outputs, call.inputs,
-        call.count, call.words, call.stride, call.groups, call.powers
+        (const X *)call.x, call.codes, call.scales, call.zeros, call.power, call.biases, call.bias, call.out, call.experts, call.outputs,
+        call.inputs, call.count, call.words, call.stride, call.groups, call.powers
     );
     return 0;
 }
 
 extern "C" void launch(
     u32 programs, u32 more, const void *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power,
-    const void *bias, void *out, const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups,
+    const u8 *biases, const void *bias, void *out, const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups,
     u32 powers
 ) {
-    call = {x, codes, scales, zeros, power, bias, out, experts, outputs, inputs, count, words, stride, groups, powers};
+    call = {x, codes, scales, zeros, power, biases, bias, out, experts, outputs, inputs, count, words, stride, groups, powers};
     pthread_barrier_init(&everyone, 0, 32 * WARPS);
     for (int w = 0; w < WARPS; w++) pthread_barrier_init(&warps[w], 0, 32);
     for (u32 by = 0; by < more; by++)

@@ -35,8 +35,8 @@ class HostKernel:
         if self._kernel.name == "arrange":
             flags.append("-DARRANGES")
         command = [
-            COMPILER, "-std=c++17", "-O0", "-shared", "-fPIC", "-pthread", "-w", *flags, f'-DKERNELS="{self._kernel.path}"',
-            "-x", "c++", Path(__file__).with_name("products_host.h"), "-o", library,
+            COMPILER, "-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w", *flags,
+            f'-DKERNELS="{self._kernel.path}"', "-x", "c++", Path(__file__).with_name("products_host.h"), "-o", library,
         ]  # fmt: skip
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(library)).launch

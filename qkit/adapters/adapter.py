@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from qkit.errors import QkitError
 from qkit.reference.merged import KINDS, Kind
+
+Scales = Literal["learned", "stored"]
+SCALES: tuple[Scales, ...] = ("learned", "stored")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class Adapter:
         beside: for `qkit train` on packed codes: the share of the steps that trains the product beside the decoded base, before
             the rest trains on the grid.
         factor: for `qkit train` on packed codes: multiplies the learning rate of the steps on the grid.
+        scales: of layers of codes: `learned` trains a gain of each row's scales beside the factors, see `qkit.reference.gains`;
+            `stored` leaves scales to the file, or to the rule of the grid. None learns those of read grids, where it can.
     """
 
     rank: int = 8
@@ -30,6 +35,7 @@ class Adapter:
     seed: int = 0
     beside: float = 0.25
     factor: float = 2.0
+    scales: Scales | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,6 +52,8 @@ class Adapter:
             )
         if type(self.factor) not in (int, float) or not 0 < self.factor < float("inf"):
             raise QkitError(f"adapter factor is {self.factor!r}: give a positive number, such as 2")
+        if self.scales not in (None, *SCALES):
+            raise QkitError(f"adapter scales is {self.scales!r}: choose one of {', '.join(SCALES)}, or leave it out")
         if (
             type(self.match) is not tuple
             or not self.match

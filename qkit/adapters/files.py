@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qkit.adapters import expert_files, formats
-from qkit.adapters.surgery import able, adapted, base_weights, obstacle, paths_of, put
+from qkit.adapters.surgery import able, adapted, base_weights, obstacle, paths_of, put, why_no_gains
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_whole
 from qkit.engines.mixtures import TrainsExperts
@@ -31,7 +31,8 @@ def save(
     """Writes the adapters of `model`, with a note of the base weights and grids that they were trained on.
 
     peft and mlx-lm add an adapter to the base's weights and do not round the sum. Their outputs are near to those of the
-    trained model, and not the same.
+    trained model, and not the same. They pass by the gains of scales (`qkit_gains`), so that outputs differ more where scales
+    were learned: merge such an adapter by qkit.
 
     Args:
         layout: `peft` or `mlx-lm`, whose names and files are used.
@@ -118,6 +119,8 @@ def _check_base(
         raise ArtifactError(
             f"{folder} is for another base: its {path} is {list(update.shape)}, and the model's is {list(shape)}"
         )
+    if update.gains is not None and (reason := why_no_gains(layer)):
+        raise ArtifactError(f"{folder} has gains of scales for {path}, which cannot learn them: {reason}")
     if noted is None:
         return
     here = _note(engine, layer, name)

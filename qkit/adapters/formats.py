@@ -35,8 +35,14 @@ ENDINGS: dict[Layout, dict[str, tuple[str, bool]]] = {
         "lora_A.weight": ("a", False),
         "lora_B.weight": ("b", False),
         "lora_magnitude_vector": ("magnitude", False),
+        "qkit_gains": ("gains", False),
     },
-    "mlx-lm": {"lora_a": ("a", True), "lora_b": ("b", True), "m": ("magnitude", False)},
+    "mlx-lm": {
+        "lora_a": ("a", True),
+        "lora_b": ("b", True),
+        "m": ("magnitude", False),
+        "qkit_gains": ("gains", False),
+    },
 }
 
 #: Keys of peft's configuration that change the computation of an adapter. qkit reads adapters without them.

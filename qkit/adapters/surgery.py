@@ -17,6 +17,7 @@ from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
 from qkit.pipeline import Model, fuse, surgeon, want_mergeable
+from qkit.reference.gains import takes_gains
 from qkit.reference.merged import Floats, Update, dithered, row_norms
 
 
@@ -207,6 +208,20 @@ def obstacle(layer: Layer, layers: Iterable[Layer]) -> str:
     return ""
 
 
+def why_no_gains(layer: Layer) -> str:
+    """Why the scales of `layer` cannot train beside the factors of its adapter; empty if they can."""
+    grid = layer.rule.weight if layer.rule else None
+    if layer.kind != "linear":
+        return f"it is {layer.kind}, and only linear layers do: leave it out, or leave out scales"
+    if grid is None or layer.stage != "converted":
+        return 'it has no codes yet, and its scales follow from its weight: use a recipe with scales = "learned"'
+    if not takes_gains(grid):
+        return f"on {grid} a row has no floats for scales: leave it out, or leave out scales"
+    if layer.rule and layer.rule.activation:
+        return f"its inputs are on {layer.rule.activation}, and codes are multiplied: leave it out, or leave out scales"
+    return ""
+
+
 def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
     """The quantized linear layers and experts that `adapter` matches.
 
@@ -221,6 +236,8 @@ def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
     for layer in chosen or matching:
         if reason := obstacle(layer, layers):
             raise StageError(f"{layer.path or 'the model'} cannot take an adapter: {reason}")
+        if adapter.scales == "learned" and (reason := why_no_gains(layer)):
+            raise StageError(f"{layer.path or 'the model'} cannot learn its scales: {reason}")
     return chosen
 
 
@@ -234,10 +251,13 @@ def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]
         random = np.random.default_rng([adapter.seed, crc32(path.encode())])  # whatever order an engine has layers in
         a = random.uniform(-(inputs**-0.5), inputs**-0.5, (*experts, adapter.rank, inputs)).astype(np.float32)
         b = np.zeros((*experts, outputs, adapter.rank), np.float32)
-        magnitude = None
+        magnitude = gains = None
+        wanted = adapter.scales == "learned" or (adapter.scales is None and layer.rule and layer.rule.weight.read)
+        if wanted and not why_no_gains(layer):
+            gains = np.zeros(outputs, np.float32)
         if adapter.kind == "dora":
             bases = base_weights(engine, layer, name, spread=layer.stage == "converted")
             magnitude = np.concatenate([row_norms(one) for one in bases])
             magnitude = magnitude.reshape(*experts, outputs)
-        first[path] = Update(a, b, adapter.alpha / adapter.rank, magnitude, dithered=layer.stage == "converted")
+        first[path] = Update(a, b, adapter.alpha / adapter.rank, magnitude, layer.stage == "converted", gains)
     return first

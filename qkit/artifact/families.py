@@ -27,8 +27,12 @@ HEADS = (HEAD, "head", "embed_out", "proj_out")  #: last parts of the paths of o
 WITH_HEAD = re.compile("ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|ForPreTraining")
 HIDDEN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
-#: By model type: paths in the files, and their names in transformers.
-RENAMED = {"gpt_neox": {"embed_out": HEAD}}
+#: By model type: paths in the files, and their names in transformers, whose own renaming takes `weight` alone and no codes.
+RENAMED = {
+    "gpt_neox": {"embed_out": HEAD},
+    "deepseek_v4": {"head": HEAD, "embed": "model.embed_tokens"},
+    **{kind: {"model.llm.unembed": HEAD} for kind in ("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text")},
+}
 #: By model type: layers with a transposed weight (transformers' Conv1D), which no engine quantizes.
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}
 

@@ -28,6 +28,10 @@ from qkit.storage.read import map_tensors, read_folder
 CHUNK = 1 << 24  #: bytes that one call digests
 SCALES = ("weight_scale", "scales")  #: names of the scales of a weight, in either layout
 LAYOUTS: dict[str, Any] = {"compressed-tensors": compressed_tensors, "mlx": mlx_lm}
+#: Ends of the names of tensors that values are computed from. Codes and floats only change places.
+COMPUTED = tuple(
+    f".{name}" for one in LAYOUTS.values() for name in one.NAMES if name not in ("weight", "weight_packed")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class StoredWeight:
             not sound.
         unknown: text for messages, where the layer also quantizes inputs or outputs by a rule that qkit does not have.
         kind: NumPy's name of the type of its scales, if they are floats on a read grid.
+        parts: its tensors as mapped, by the names of compressed-tensors; None where another layout has them. Nobody checked them.
     """
 
     rule: Rule
@@ -50,6 +55,7 @@ class StoredWeight:
     read: Callable[[], Packed]
     unknown: str = ""
     kind: str = ""
+    parts: Tensors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snaps
     """
     stored, metadata = read_folder(folder)
     tensors = map_tensors(stored)
-    sealed = KnownDigests(tensors, digests, stored) if digests else None
+    sealed = KnownDigests(tensors, digests, stored, computed=COMPUTED) if digests else None
     config, layout = read_config(folder), layout_of(metadata)
     rules = read_rules(folder, metadata, config, layout=layout)
     known = config and {name: value for name, value in config.items() if name not in QUANTIZATION}
@@ -178,7 +184,10 @@ def stored_weight(
             return packed
 
     kinds = (parts[name].dtype.name for name in SCALES if grid.read and name in parts)
-    return StoredWeight(rule, dtype, shape, read, kind=next((kind for kind in kinds if kind in DTYPES), ""))
+    mapped = parts if LAYOUTS[layout] is compressed_tensors else None
+    return StoredWeight(
+        rule, dtype, shape, read, kind=next((kind for kind in kinds if kind in DTYPES), ""), parts=mapped
+    )
 
 
 def take_parts(tensors: Tensors, path: str, layout: str) -> Tensors:

@@ -52,7 +52,7 @@ def export(
     from qkit.exchange.export_gguf import export_gguf
     from qkit.exchange.import_model import open_model, read_model
     from qkit.formats.gguf_tokenizer import read_vocabulary
-    from qkit.formats.mlx_limits import ignored_window
+    from qkit.formats.mlx_limits import limits_of
 
     if to is not Target.gguf and (fallback or without_tokenizer):
         raise ArtifactError(
@@ -74,7 +74,7 @@ def export(
     elif to is Target.mlx:
         as_values = export_model.export_mlx(source, out)
         notes = [f"{path} as its values: mlx-lm would split its codes and quantize them again" for path in as_values]
-        notes += [f"mlx-lm: {text}" for text in [ignored_window(source.config or {})] if text]
+        notes += [f"mlx-lm: {text}" for readers, text in limits_of(source.config or {}) if "mlx-lm" in readers]
     else:
         export_model.export_dense(source, out)
     if as_json:

@@ -17,7 +17,7 @@ from qkit.fitting.fits import Fit, Method, summary
 from qkit.overrides import check_ignored, overridden
 from qkit.planning import TOWERS
 from qkit.processes import cores
-from qkit.storage.destination import Destination, check_directory, destination, existing_parent
+from qkit.storage.destination import Destination, check_directory, check_replaced_file, destination, existing_parent
 from qkit.storage.parts import Part
 from qkit.streaming.carry_out import check_apart, join_parts, quantize_directory, rows_of
 from qkit.streaming.plan import Plan, make_plan
@@ -84,6 +84,10 @@ def quantize(
         Path | None,
         typer.Option("--stats", metavar="STATS", help="Statistics of qkit calibrate. --fit solve and round need them."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="SVG", help="With --fit, a picture of each layer's error by the rule, and fitted."),
+    ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Put OUT together when all its parts are written.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -91,6 +95,10 @@ def quantize(
     mine = read_part(part) if part else None
     if stats and not fit:
         raise typer.BadParameter("--stats belongs to --fit: add --fit search or --fit solve")
+    if picture and (not fit or part):
+        raise typer.BadParameter(f"--picture {'wants all parts: add it with --finish' if fit else 'belongs to --fit'}")
+    if picture:
+        check_replaced_file(picture)
     how = Fit(fit, stats) if fit else None
     check_apart(out, model)
     place = check_directory(out)
@@ -104,6 +112,8 @@ def quantize(
         _write(plan, place, engine, jobs or cores(), mine, nbytes)
     if finish:
         join_parts(plan, out)
+    if picture and how:
+        _draw(plan, out, how, picture)
     if mine and not finish:
         files = mine.files(plan.layout)
         if as_json:
@@ -181,6 +191,13 @@ def _as_table(plan: Plan, out: Path, nbytes: int) -> dict[str, Any]:
         "not_copied": list(plan.left_behind),
         "warnings": [str(one) for one in plan.caveats],
     }
+
+
+def _draw(plan: Plan, out: Path, fit: Fit, picture: Path) -> None:
+    from qkit.report.fit_picture import draw_fit, layer_errors  # here, so that the command starts fast
+
+    draw_fit(list(layer_errors(plan.folder, out, fit)), picture, title=f"{out.name}: the error of each layer's outputs")
+    errors.print(f"{picture}: the errors of each layer, by the rule and fitted", highlight=False, soft_wrap=True)
 
 
 def _report(plan: Plan, out: Path, nbytes: int) -> None:

@@ -38,6 +38,12 @@ def train(
             autocompletion=recipe_names,
         ),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="A quantized directory of MODEL, such as a fitted one: training begins with its very codes and scales."
+        ),
+    ] = None,
     ignore: Ignore = None,
     skip_indivisible: SkipIndivisible = False,
     data: Annotated[
@@ -114,6 +120,7 @@ def train(
     given = {
         "out": out,
         "recipe": recipe,
+        "init": init,
         "ignore": ignore or None,
         "skip_indivisible": skip_indivisible or None,
         "data": data,

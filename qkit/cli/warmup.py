@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -13,15 +13,11 @@ from qkit.cli.eval import Device, Engine
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Builds, Modules
+from qkit.errors import ArtifactError
 from qkit.qtensor import DType
 
-ROWS = (
-    1,
-    16,
-    32,
-    64,
-    65,
-)  #: counts of rows whose kernels differ: up to 64 are multiplied by codes, in eights; more decode them
+#: Counts of rows whose kernels differ: few rows have kernels of their own, up to 64 are multiplied in eights, more are decoded.
+ROWS = (1, 2, 4, 16, 32, 64, 65)
 
 
 def warmup(
@@ -36,12 +32,18 @@ def warmup(
     engine = require(qkit.backend(backend), Builds)
     engine = engine.on(device) if device else engine
     modules = require(engine, Modules)
-    kinds = list(_kinds(modules, qkit.load(folder, backend=engine)))
+    model = qkit.load(folder, backend=engine)
+    kinds = list(_kinds(modules, model))
+    if not kinds:
+        raise ArtifactError(f"{folder} has no quantized layers, and so no kernels to compile: qkit quantize makes some")
     for layer, dtype in kinds:
         if not as_json:
             console.print(f"compiling for {_words(layer)}: {layer.execution}", highlight=False, soft_wrap=True)
-        for rows in ROWS:
+        for rows in ROWS if layer.kind != "experts" else ():
             modules.run_layer(layer.module, _input(layer, rows, dtype))
+    if any(layer.kind == "experts" for layer, _ in kinds):  # their inputs are those that a router chose
+        for rows in ROWS:
+            engine.logits(model, np.zeros((1, rows), dtype=np.int32))
     if as_json:
         warm = [
             {"path": one.path, "shape": list(one.shape), "dtype": dtype, "runs": one.execution} for one, dtype in kinds
@@ -55,8 +57,8 @@ def _kinds(engine: Modules, model: Any) -> Iterator[tuple[Layer, DType]]:
     """The first converted layer of each kind, and the type of its values."""
     seen = set()
     for layer in engine.layers(model):
-        if layer.stage == "converted" and layer.kind in ("linear", "embedding"):
-            dtype = engine.unpack(layer.module).dtype
+        if layer.stage == "converted":
+            dtype = cast(DType, layer.dtype or engine.unpack(layer.module).dtype)
             key = layer.kind, layer.shape, str(layer.rule), dtype
             if key not in seen:
                 seen.add(key)
@@ -64,8 +66,7 @@ def _kinds(engine: Modules, model: Any) -> Iterator[tuple[Layer, DType]]:
 
 
 def _words(layer: Layer) -> str:
-    outputs, inputs = layer.shape
-    return f"{layer.path} and its like, {outputs} x {inputs}"
+    return f"{layer.path} and its like, {' x '.join(map(str, layer.shape))}"
 
 
 def _input(layer: Layer, rows: int, dtype: DType) -> Any:

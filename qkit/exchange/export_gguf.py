@@ -18,7 +18,7 @@ import numpy as np
 
 from qkit.artifact.config import CONFIG, describing
 from qkit.artifact.families import HEAD
-from qkit.artifact.snapshot import LAYOUTS, Snapshot
+from qkit.artifact.snapshot import COMPUTED, Snapshot
 from qkit.errors import ArtifactError, BackendError
 from qkit.exchange.gguf_stacks import is_expert, stack_tensors
 from qkit.exchange.gguf_tensors import Tensor, float_tensor, rotary_order, rows_of, weight_tensor
@@ -35,10 +35,6 @@ from qkit.storage.swap import leave_to_system
 from qkit.storage.tensor_writer import reserve, write_all
 
 NO_TOKENIZER = "without a tokenizer: llama.cpp opens the file, and takes no text"
-#: Ends of the names of tensors that values are computed from. Codes and floats only change places.
-COMPUTED = tuple(
-    f".{name}" for one in LAYOUTS.values() for name in one.NAMES if name not in ("weight", "weight_packed")
-)
 BLOCKS = 2  #: GGUF's version of the layouts of its blocks
 
 

@@ -12,6 +12,7 @@ from qkit.exchange.gguf_tensors import NUMBERS, Tensor, half_values
 from qkit.experts import expert_of, member_of
 from qkit.formats import gguf as gguf_layout
 from qkit.formats.gguf import FLOATS
+from qkit.formats.gguf_config import Architecture, architecture_of
 
 WAY_OUT = "export --to dense"
 Blocks = Callable[[], Iterable[NDArray[Any]]]
@@ -36,7 +37,10 @@ def stack_tensors(source: Snapshot, config: Mapping[str, Any], *, fallback: str 
         raise ArtifactError(
             f"{name}: some experts are quantized and some are not, and GGUF has all in one tensor: {WAY_OUT}"
         )
-    out = {name: _quantized(name, _in_order(name, experts), fallback) for name, experts in quantized.items()}
+    architecture = architecture_of(config)
+    out = {
+        name: _quantized(name, _in_order(name, experts), architecture, fallback) for name, experts in quantized.items()
+    }
     for name, parts in floats.items():
         ordered = _in_order(name, parts)
         kind, shape, _ = ordered[0]
@@ -55,7 +59,7 @@ def is_expert(source: Snapshot, name: str, config: Mapping[str, Any]) -> bool:
     return member_of(name, source.tensors[name].shape, config) is not None
 
 
-def _quantized(name: str, experts: list[StoredWeight], fallback: str | None) -> Tensor:
+def _quantized(name: str, experts: list[StoredWeight], architecture: Architecture, fallback: str | None) -> Tensor:
     first = experts[0]
     grid = first.rule.weight
     assert grid is not None
@@ -64,8 +68,8 @@ def _quantized(name: str, experts: list[StoredWeight], fallback: str | None) -> 
     kind, reason = "F16", ""
     try:
         held = gguf_layout.layout(grid, first.shape[-1])  # before anything is read
-        if grid.has_tensor_scale:
-            raise ArtifactError(f"GGUF's {held} of experts has no place for the scale of each: {gguf_layout.WAY_OUT}")
+        if grid.has_tensor_scale and (no_scale := architecture.why_no_scale(first.rule.kind)):
+            raise ArtifactError(f"{no_scale}: {gguf_layout.WAY_OUT}")
         kinds = {gguf_layout.kind_of(one.read()) for one in experts}
         kind = kinds.pop() if len(kinds) == 1 else held
     except ArtifactError as error:

@@ -13,6 +13,7 @@ from qkit.experts import is_router
 from qkit.formats import gguf as gguf_layout
 from qkit.formats.gguf import FLOATS
 from qkit.formats.gguf_config import Architecture, head_width
+from qkit.formats.mapped import gguf_blocks, gguf_kind, mapped
 from qkit.formats.packed import unpack
 from qkit.qtensor import QTensor
 from qkit.reference import dequantize
@@ -60,19 +61,21 @@ def weight_tensor(
         ArtifactError: no type of GGUF holds the weight, and there is no fallback.
     """
     assert weight.rule.weight is not None
-    kind, scale, reason = "F16", 1.0, ""
+    plain = mapped(weight.parts, grid=weight.rule.weight, dtype=weight.dtype, shape=weight.shape)
+    if plain is not None and (found := gguf_kind(plain)):
+        return Tensor(found, weight.shape, lambda: gguf_blocks(plain, order))
+    reason = ""
     try:
         gguf_layout.layout(weight.rule.weight, weight.shape[-1])  # before anything is read
         packed = weight.read()
         kind = gguf_layout.kind_of(packed)
         scale = 1.0 if packed.tensor_scale is None else float(packed.tensor_scale)
-        if scale != 1 and (weight.rule.kind == "embedding" or not architecture.scaled):
-            where = "an embedding" if weight.rule.kind == "embedding" else f"the layers of a {architecture.name!r}"
-            raise ArtifactError(f"llama.cpp ignores the scale of an {kind} tensor in {where}: {gguf_layout.WAY_OUT}")
+        if scale != 1 and (lost := architecture.why_no_scale(weight.rule.kind)):
+            raise ArtifactError(f"{lost}: {gguf_layout.WAY_OUT}")
     except ArtifactError as error:
         if fallback is None:
             raise ArtifactError(f"{name}: {error}") from None
-        reason = str(error).partition(": ")[0]
+        kind, scale, reason = "F16", 1.0, str(error).partition(": ")[0]
 
     def blocks() -> Iterable[NDArray[Any]]:
         try:

@@ -14,7 +14,8 @@ from qkit.artifact.companions import companions
 from qkit.artifact.metadata import KEY, StoredRule, group_paths
 from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.errors import ArtifactError
-from qkit.formats import compressed_tensors, dense
+from qkit.formats import compressed_tensors, dense, mlx_lm
+from qkit.formats.mapped import mapped, mlx_tensors
 from qkit.formats.packed import Tensors, join
 from qkit.rules import Rule, rule_table
 from qkit.sources.decoded import DecodedArray
@@ -154,9 +155,17 @@ class _Stored:
         return made[name]
 
     def _make(self) -> Tensors:
+        if self._layout is mlx_lm and (plain := _mapped(self._weight)) is not None:
+            return plain
         with _locating(self._path):
             made: Tensors = self._layout.store(self._weight.read(), **_form(self._weight, self._layout))
             return made
+
+
+def _mapped(weight: StoredWeight) -> Tensors | None:
+    assert weight.rule.weight is not None
+    plain = mapped(weight.parts, grid=weight.rule.weight, dtype=weight.dtype, shape=weight.shape)
+    return None if plain is None else mlx_tensors(plain)
 
 
 def _dense_blocks(path: str, weight: StoredWeight) -> Callable[[], Iterable[memoryview]]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from numpy.typing import NDArray
 
 from qkit.engines.protocol import Arrays
-from qkit.errors import ArtifactError, GridError, PlanError
+from qkit.errors import ArtifactError, GridError, PlanError, RangeError
 from qkit.fitting.inputs import Inputs, solves
 from qkit.fitting.statistics import Statistics, open_statistics
 from qkit.grid import Grid
@@ -140,20 +140,28 @@ class Fit:
         """
         if self.statistics is None or path not in self.statistics.paths:
             return fit(w, grid, peak=peak)
+        try:
+            return self._by_statistics(w, grid, self.statistics, path, peak, first)
+        except RangeError as error:
+            raise RangeError(f"{path}: {error}") from None
+
+    def _by_statistics(
+        self, w: NDArray[Any], grid: Grid, known: Statistics, path: str, peak: float | None, first: int
+    ) -> QTensor[NDArray[Any]]:
         if self.method == "search":
-            return fit(w, grid, self.statistics.moments(path), peak=peak)
-        learned = self.statistics.codes(path)
+            return fit(w, grid, known.moments(path), peak=peak)
+        learned = known.codes(path)
         if learned is not None:
             return _rows_of(learned, grid, w, first, path)
-        known, aim = _inputs(self.statistics, self.statistics.like(path), self.engine), self.statistics.aim(path)
+        inputs, aim = _inputs(known, known.like(path), self.engine), known.aim(path)
         if aim is None:
-            return known.solve(w, grid, peak=peak)
+            return inputs.solve(w, grid, peak=peak)
         aimed = aim[first : first + len(w)]
         if aimed.shape != w.shape:
             raise ArtifactError(
                 f"{path}: the statistics aim at {list(aim.shape)}, which is another shape: calibrate again"
             )
-        return replace(known.solve(aimed, grid, peak=self.statistics.peak(path)), dtype=dtype_of(w))
+        return replace(inputs.solve(aimed, grid, peak=known.peak(path)), dtype=dtype_of(w))
 
     def searching(self, engine: Arrays) -> "Searching":
         """The verbs of `engine` that experts are quantized with, by search."""

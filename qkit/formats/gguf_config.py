@@ -44,6 +44,15 @@ class Architecture:
     normalized: bool | None = None
     keys: tuple[tuple[str, str], ...] = ()
 
+    def why_no_scale(self, kind: str) -> str:
+        """Why llama.cpp does not multiply by the scale of a tensor under a rule of this kind; empty where it does."""
+        if kind == "experts":
+            return "GGUF's NVFP4 of experts has no place for the scale of each"
+        if kind != "embedding" and self.scaled:
+            return ""
+        where = "an embedding" if kind == "embedding" else f"the layers of a {self.name!r}"
+        return f"llama.cpp ignores the scale of an NVFP4 tensor in {where}"
+
 
 _GELU: Final = "gelu_pytorch_tanh"
 _CAPS: Final = tuple((name, name) for name in ("attn_logit_softcapping", "final_logit_softcapping"))

@@ -10,6 +10,7 @@ from qkit.errors import ArtifactError
 from qkit.experts import PROJECTIONS, expert_of
 from qkit.formats import settings
 from qkit.formats.mlx_families import FAMILIES, Family, read_config
+from qkit.formats.mlx_limits import BOTH, limits_of
 from qkit.formats.mlx_lm import AFFINE, MODES, Container, layout
 from qkit.grid import Grid
 from qkit.reference import packing
@@ -38,11 +39,9 @@ def model_config(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
         BackendError: mlx-lm computes another rotary embedding; see `spell_rope`.
     """
     family, known = family_of(config), {**config, "tie_word_embeddings": tied}
-    if family.approximates and config.get("hidden_act", family.approximates) == family.approximates:
-        raise ArtifactError(
-            f"mlx-lm's {config['model_type']} approximates its {family.approximates}, which moves logits by 2e-4: export --to "
-            "dense"
-        )
+    for readers, text in limits_of(config):
+        if readers == BOTH:
+            raise ArtifactError(f"mlx-lm cannot compute this model: {text}: export --to dense")
     return {**known, **read_config(known, family=family)}
 
 

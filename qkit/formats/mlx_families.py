@@ -35,7 +35,6 @@ class Family:
         biases: whether files join the biases of gate and up, whose outputs stand in turn.
         ignored: ends of names of tensors that it does not read, although results depend on them.
         language: the type of its language model, whose settings stand in `text_config`; empty where it is one itself.
-        approximates: the `hidden_act` that it approximates, which moves logits by some 2e-4; empty where it computes all.
         shifts: whether mlx-lm changes the numbers of other tensors where experts are stored one by one.
     """
 
@@ -50,7 +49,6 @@ class Family:
     ignored: tuple[str, ...] = ()
     shifts: bool = False
     language: str = ""
-    approximates: str = ""
 
 
 def read_config(config: Config, *, family: Family) -> dict[str, Any]:
@@ -179,6 +177,11 @@ def _yarn(config: Config) -> dict[str, Any]:
     return {} if scaled else {"rope_scaling": {"type": "yarn", "factor": 1.0}}  # it takes no other type; this is none
 
 
+def _cap(config: Config) -> dict[str, Any]:
+    key = "final_logit_softcapping"
+    return {key: config[key]} if key in config else {}  # null is none, and a missing key is not
+
+
 def _apertus(config: Config) -> dict[str, Any]:
     return {"mlp_bias": False, "post_norm": False, "qk_norm": True}  # transformers has no other
 
@@ -196,7 +199,6 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gpt_neox": Family(
         frozenset({"rotary_emb_base", "rotary_pct"}),
         _four_times,
-        approximates="gelu",
         modules=NEOX,
         names=((r"^lm_head\.", "embed_out.", r"^embed_out\.", "lm_head."),),
     ),
@@ -232,7 +234,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "solar_open": Family(LLAMA_PARTIAL, _all_rotary),
     "mellum": Family(frozenset({"rope_parameters"}), _count),
     "minimax_m2": Family(THETA, _rotary),
-    "gemma4_text": Family(frozenset({"rope_parameters", "partial_rotary_factor", "sliding_window_pattern"})),
+    "gemma4_text": Family(frozenset({"rope_parameters", "partial_rotary_factor", "sliding_window_pattern"}), _cap),
     **dict.fromkeys(("llava", "mistral3"), Family(names=TOWERS)),
     "gemma3": Family(keys=_outer_vocabulary, names=TOWERS, language="gemma3_text"),
     "gemma4": Family(keys=_outer_vocabulary, names=NESTED_NAMES, language="gemma4_text"),
@@ -270,5 +272,6 @@ WRONG: Final[Mapping[str, str]] = {
     "llama4_text": "it has no experts",
     "mamba2": "0.5 of the largest logit",
     "minimax": "its attention is that of minimax_m2",
+    "minimax_m3_vl": "0.5 of the largest logit",
     "olmo": "it wants the package ai2-olmo, and other names",
 }

@@ -4,9 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qkit.formats.mlx_activations import MENDED, is_near, other_activation
+from qkit.formats.mlx_families import FAMILIES
+
 Config = Mapping[str, Any]
 BOTH: Final = ("qkit, MLX", "mlx-lm")
 ENGINE: Final = ("qkit, MLX",)
+MLX_LM: Final = ("mlx-lm",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +37,11 @@ class Limit:
 
 TIED, UNTIED = Limit("tie_word_embeddings", (True,)), Limit("tie_word_embeddings", (False,))
 BIASES = Limit("attention_bias", (True,))
+CAPS = (Limit("final_logit_softcapping", (None,)), Limit("attn_logit_softcapping", (None,)))
 LIMITS: Final[Mapping[str, tuple[Limit, ...]]] = {
     "qwen3": (BIASES,),
     "gemma": (UNTIED, BIASES),
-    "gemma2": (UNTIED, BIASES),
+    "gemma2": (UNTIED, BIASES, *CAPS),
     "phi": (TIED, Limit("qk_layernorm", (True,))),
     "stablelm": (TIED,),
     "glm4": (TIED,),
@@ -47,8 +52,10 @@ LIMITS: Final[Mapping[str, tuple[Limit, ...]]] = {
     "deepseek_v2": (Limit("q_lora_rank", (None,), ENGINE),),
     "deepseek_v3": (Limit("q_lora_rank", (None,), ENGINE),),
 }
-#: Types whose sliding windows mlx-lm ignores: every token sees all before it.
+#: Types whose sliding windows mlx-lm ignores: every token sees all before it. qkit's MLX engine gives them their windows.
 WINDOWLESS: Final = ("mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
+SOMETIMES: Final = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")  #: those that slide where `use_sliding_window` says so
+LISTED: Final = ("qwen2", "qwen2_moe", "qwen3")  #: those whose layers slide one by one, by `layer_types`
 
 
 def limits_of(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -61,16 +68,57 @@ def limits_of(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if kind == "mixtral" and width and heads and width * heads != config.get("hidden_size"):
         yield BOTH, f"it has no place for head_dim = {width!r} of a {kind!r}"
     if text := ignored_window(config):
-        yield BOTH, text
+        yield MLX_LM, text
+    kind, inner = language(config)
+    if kind in FAMILIES and (text := other_activation(inner, kind)):
+        yield MLX_LM if kind in MENDED and is_near(inner, kind) else BOTH, text
+
+
+def without_place(config: Config) -> Iterator[str]:
+    """Sentences about the settings of `config` that qkit's MLX engine has no place for either."""
+    return (text for readers, text in limits_of(config) if ENGINE[0] in readers)
+
+
+def language(config: Config) -> tuple[str, Config]:
+    """The type in mlx-lm of the language model that `config` describes, and its own settings."""
+    kind = str(config.get("model_type"))
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return (FAMILIES[kind].language or kind) if kind in FAMILIES else kind, config
+    return (FAMILIES[kind].language if kind in FAMILIES else "") or str(inner.get("model_type")), inner
+
+
+def sliding_layers(config: Config) -> tuple[int, list[bool]]:
+    """The length of the sliding window that mlx-lm ignores, and for each layer whether it has one; (0, []) without any.
+
+    The rules of transformers 5.23 for each type of `WINDOWLESS`, read off its `configuration_*.py`.
+    """
+    kind, config = language(config)
+    window = config.get("sliding_window")
+    count = int(config.get("num_hidden_layers") or 0)
+    if kind not in WINDOWLESS or (kind in SOMETIMES and not config.get("use_sliding_window")):
+        return 0, []
+    if "sliding_window" not in config and kind in (*SOMETIMES, "mistral"):
+        window = 4096  # transformers' default
+    if not isinstance(window, int) or window <= 0:
+        return 0, []
+    kinds = config.get("layer_types") if kind in LISTED else None
+    if kinds is not None:
+        slides = [one == "sliding_attention" for one in kinds]
+    elif kind == "qwen2_moe":
+        slides = [i % 2 == 0 and i < config.get("max_window_layers", 28) for i in range(count)]
+    elif kind in LISTED:
+        slides = [i >= config.get("max_window_layers", 28) for i in range(count)]
+    else:
+        slides = [True] * count
+    return (window, slides) if any(slides) else (0, [])
 
 
 def ignored_window(config: Config) -> str:
     """A sentence about a sliding window that mlx-lm ignores; empty where there is none, or no text is longer."""
-    kind = str(config.get("model_type"))
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
-    slides = config.get("use_sliding_window", True) and "sliding_attention" in (
-        config.get("layer_types") or ["sliding_attention"]
-    )
-    if kind in WINDOWLESS and slides and isinstance(window, int) and (not isinstance(longest, int) or window < longest):
-        return f"it ignores the sliding window of a {kind!r}, so that texts of more than {window} tokens give other results"
-    return ""
+    window, _ = sliding_layers(config)
+    kind, inner = language(config)
+    longest = inner.get("max_position_embeddings")
+    if not window or (isinstance(longest, int) and window >= longest):
+        return ""
+    return f"it ignores the sliding window of a {kind!r}, so that texts of more than {window} tokens give other results"

@@ -5,7 +5,7 @@ The kernels declare their elements and scale rules, see `takes` and `packs`; the
 """
 
 from qkit.native.arrays import extremes, fake_quantize, pack, quantize, quantize_packed, use_threads
-from qkit.native.blocks import halves, interleave
+from qkit.native.blocks import halves, interleave, repeated, scaled_blocks, span
 from qkit.native.library import available, packs, takes
 
 __all__ = [
@@ -18,6 +18,9 @@ __all__ = [
     "packs",
     "quantize",
     "quantize_packed",
+    "repeated",
+    "scaled_blocks",
+    "span",
     "takes",
     "use_threads",
 ]

@@ -1,9 +1,11 @@
 """Blocks of codes, each after its scales, as GGUF stores them. One thread: the callers work on several weights at one time."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.native.library import function
+from qkit.native.library import TYPES, function
 
 
 def halves(scales: NDArray[np.float32], *, repeat: int) -> NDArray[np.float16]:
@@ -51,4 +53,51 @@ def interleave(
         raise ValueError(f"out has {out.nbytes} bytes: {length} contiguous ones are to be written")
     sizes = blocks, head, codes // run, run
     function("qkit_interleave")(words.ctypes.data, heads.ctypes.data, *sizes, bits, flip, out.ctypes.data)
+    return out
+
+
+def scaled_blocks(
+    words: NDArray[np.uint32], scales: NDArray[Any], *, repeat: int, bits: int, out: NDArray[np.uint8]
+) -> None:
+    """Packed integers of 4 or 8 bits and their scales as blocks of GGUF's Q4_0 or Q8_0, in one pass over memory.
+
+    Args:
+        words: contiguous whole rows of codes without padding.
+        scales: contiguous bfloat16 of the groups of these rows, each a float16 too.
+        repeat: blocks of 32 codes in a group.
+        out: contiguous, as long as all blocks.
+
+    Raises:
+        ValueError: a size does not fit the others.
+        BackendError: the library was not built.
+    """
+    count = scales.size * repeat
+    if words.nbytes != count * 4 * bits or out.nbytes != count * (4 * bits + 2):
+        raise ValueError(f"{count} blocks of {bits} bits: not {words.nbytes} bytes of codes in {out.nbytes}")
+    function("qkit_blocks")(words.ctypes.data, scales.ctypes.data, scales.size, repeat, bits, out.ctypes.data)
+
+
+def span(scales: NDArray[Any]) -> tuple[float, float]:
+    """The least and the largest magnitude of contiguous `scales` in bfloat16; NaN as the largest where one is NaN.
+
+    Raises:
+        BackendError: the library was not built.
+    """
+    found = np.empty(2, np.uint16)
+    function("qkit_spans")(scales.ctypes.data, scales.size, found.ctypes.data, found.ctypes.data + 2)
+    least, most = (found.astype(np.uint32) << 16).view(np.float32)
+    return float(least), float(most)
+
+
+def repeated(scales: NDArray[Any], *, repeat: int, factor: float, kind: str) -> NDArray[Any]:
+    """Contiguous `scales` [rows, n] in bfloat16 times `factor`, each `repeat` times, as `kind`: [rows, n * repeat].
+
+    Args:
+        factor: a power of two, with its sign, so that the products are exact.
+
+    Raises:
+        BackendError: the library was not built.
+    """
+    out = np.empty((scales.shape[0], scales.shape[1] * repeat), kind)
+    function("qkit_repeated")(scales.ctypes.data, scales.size, repeat, factor, TYPES.index(kind), out.ctypes.data)
     return out

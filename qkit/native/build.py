@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` and `products.c` into its own folder. Imports nothing of qkit, so that a build can run it first.
+"""Compiles the C sources beside it into its own folder. Imports nothing of qkit, so that a build can run it first.
 
 Usage: python qkit/native/build.py
 """
@@ -13,8 +13,12 @@ from tempfile import TemporaryDirectory
 
 SOURCE = Path(__file__).with_name("kernels.c")
 #: Each source with the flag that it has besides: the law rounds every operation once, and a product may contract two.
-SOURCES = {SOURCE: "-ffp-contract=off", SOURCE.with_name("products.c"): "-ffp-contract=fast"}
-HEADER = SOURCE.with_name("numbers.h")
+SOURCES = {
+    SOURCE: "-ffp-contract=off",
+    SOURCE.with_name("values.c"): "-ffp-contract=off",
+    SOURCE.with_name("products.c"): "-ffp-contract=fast",
+}
+HEADERS = (SOURCE.with_name("numbers.h"), SOURCE.with_name("weights.h"))
 #: The name is not one that Python takes for a module; only `library.py` opens the file.
 LIBRARY = Path(__file__).with_name("kernels.compiled")
 
@@ -29,7 +33,7 @@ def compiler() -> str | None:
 
 def digest() -> str:
     """SHA-256 of the sources and of the flags. A library holds its own, and one of another version is not used."""
-    texts = b"".join(path.read_bytes() for path in (*SOURCES, HEADER))
+    texts = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
     return hashlib.sha256(texts + " ".join((*FLAGS, *SOURCES.values())).encode()).hexdigest()
 
 

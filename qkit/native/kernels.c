@@ -1,5 +1,5 @@
-/* The loops that a CPU spends its time in: quantizing, fake-quantizing and packing. `qkit/reference/` is the law: these loops do
-   its arithmetic in its order, one group at a time, and so compute its bits.
+/* The loops that a CPU spends its time in: quantizing, fake-quantizing and packing; `weights.h` begins those of packed codes.
+   `qkit/reference/` is the law: these loops do its arithmetic in its order, one group at a time, and so compute its bits.
 
    There are no intrinsics and no threads: compilers vectorize these loops, and callers split rows. Build with -O3
    -ffp-contract=off -fno-math-errno -fno-trapping-math, and never with -ffast-math. Constants come from `qkit/element.py`, in
@@ -448,5 +448,67 @@ EXPORT int32_t qkit_interleave(const uint8_t *words, const uint8_t *heads, int64
         octets(words, heads, blocks, head, runs * run, flip, out);
     else
         return UNKNOWN;
+    return DONE;
+}
+
+/* Blocks of a tensor that are written together: their scales fit on the stack. */
+enum { HEADS = 2048 };
+
+/* The scales of integers in bfloat16, each for `repeat` blocks of 32 codes of `width` bits, and their codes: GGUF's Q4_0, Q8_0.
+   Scales are float16 exactly; see `qkit_spans`. */
+EXPORT int32_t qkit_blocks(const uint8_t *words, const uint16_t *scales, int64_t groups, int64_t repeat, int32_t width,
+                           uint8_t *out)
+{
+    uint16_t heads[HEADS];
+    int64_t codes = 4 * width, length = codes + 2, filled = 0, left = repeat;
+    if (width != 4 && width != 8)
+        return UNKNOWN;
+    while (groups) {
+        uint16_t code = half_code(load(scales, 0, BFLOAT16));
+        while (left && filled < HEADS) {
+            heads[filled++] = code;
+            left--;
+        }
+        if (!left) {
+            scales++;
+            groups--;
+            left = repeat;
+        }
+        if (filled == HEADS || !groups) {
+            if (width == 4)
+                qkit_interleave(words, (const uint8_t *)heads, filled, 2, 1, 32, 4, 0, out);
+            else
+                qkit_interleave(words, (const uint8_t *)heads, filled, 2, 1, 32, 8, 0x80, out);
+            words += codes * filled;
+            out += length * filled;
+            filled = 0;
+        }
+    }
+    return DONE;
+}
+
+/* The least and the largest magnitude of `n` scales in bfloat16: a NaN is larger than any number. */
+EXPORT int32_t qkit_spans(const uint16_t *scales, int64_t n, uint16_t *least, uint16_t *most)
+{
+    uint16_t low = 0x7FFF, high = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t magnitude = scales[i] & 0x7FFF;
+        low = magnitude < low ? magnitude : low;
+        high = magnitude > high ? magnitude : high;
+    }
+    *least = low;
+    *most = high;
+    return DONE;
+}
+
+/* `scales` in bfloat16 times `factor`, a power of two, `repeat` times each, as `type`: MLX's scales and biases. */
+EXPORT int32_t qkit_repeated(const uint16_t *scales, int64_t n, int64_t repeat, float factor, int32_t type, void *out)
+{
+    if (repeat == 1)
+        for (int64_t i = 0; i < n; i++)
+            store(out, i, load(scales, i, BFLOAT16) * factor, type);
+    else
+        for (int64_t i = 0; i < n * repeat; i++)
+            store(out, i, load(scales, i / repeat, BFLOAT16) * factor, type);
     return DONE;
 }

@@ -45,6 +45,9 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "qkit_multiply": (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
     "qkit_decode": (c_void_p, c_int32, c_void_p, c_void_p),
     "qkit_halves": (c_void_p, c_int64, c_int64, c_void_p),
+    "qkit_blocks": (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_void_p),
+    "qkit_spans": (c_void_p, c_int64, c_void_p, c_void_p),
+    "qkit_repeated": (c_void_p, c_int64, c_int64, c_float, c_int32, c_void_p),
     "qkit_interleave": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int32, c_uint8, c_void_p),
 }
 

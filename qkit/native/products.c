@@ -1,14 +1,7 @@
-/* Weights of packed codes: their products with few rows, and their values. Codes lie in 32-bit words, a word of a plane after the
-   other, as `qkit_torchao/arithmetic/words.py` describes; codes are unsigned from 0 on.
+/* Products of packed codes with few rows: sums in float32 of the exact values of codes, in an order that no number of threads
+   changes. Eight lanes are a vector that compilers of any processor know; this file may contract a * b + c. */
 
-   Values have the bits of the law. Products are sums in float32 of the exact values of codes, in an order that no number of
-   threads changes. Eight lanes are a vector that compilers of any processor know; this file may contract a * b + c. */
-
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "numbers.h"
+#include "weights.h"
 
 #define LANES 8
 #define MOST 4 /* rows that share one pass over the codes */
@@ -17,53 +10,7 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
-enum { DONE, UNKNOWN };
 enum { SIGNED_CODES, UNSIGNED_CODES, SMALL_FLOATS, NORMAL_FLOATS, E2M1 };
-enum { FLOAT_SCALES, BFLOAT16_SCALES, E8M0_SCALES, E4M3_SCALES };
-
-struct weight { /* [outputs, inputs] */
-    const uint32_t *codes;
-    const void *scales;
-    const uint8_t *zeros; /* NULL for symmetric grids; as many as scales */
-    int64_t outputs, inputs, group, groups; /* groups of a row; 0 where the tensor has one scale */
-    int32_t integer, high, low; /* widths of the planes; `low` is 0 where there is one */
-    int32_t unit, scale_type;
-    int32_t mantissa, min_exponent;
-    float power; /* the scale of the tensor, or 1 */
-};
-
-struct team { /* of OpenMP, whose threads the caller has already: NULL for one thread */
-    void (*run)(void (*)(void *), void *, unsigned, unsigned);
-    int (*rank)(void);
-    int (*size)(void);
-    int32_t threads;
-};
-
-INLINE int64_t at_least(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-INLINE int64_t words_of(const struct weight *w, int32_t width)
-{
-    return at_least(w->inputs, w->unit) * w->unit * width / 32;
-}
-
-INLINE int64_t words_of_row(const struct weight *w)
-{
-    return words_of(w, w->high) + (w->low ? words_of(w, w->low) : 0);
-}
-
-/* The scale of a group, in float32. */
-INLINE float scale_at(const struct weight *w, int64_t i)
-{
-    static const struct small e4m3 = {3, -6, 8, 448.0f};
-    if (w->scale_type == FLOAT_SCALES)
-        return ((const float *)w->scales)[i];
-    if (w->scale_type == BFLOAT16_SCALES)
-        return from_bits((uint32_t)((const uint16_t *)w->scales)[i] << 16);
-    uint8_t code = ((const uint8_t *)w->scales)[i];
-    return w->scale_type == E8M0_SCALES ? power((int32_t)code - 127) : decoded_small(code, e4m3) * w->power;
-}
-
-/* Products */
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
 #define EXPORT_PRODUCT __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -86,6 +33,15 @@ INLINE void arrange(const void *x, int64_t row, int type, const struct weight *w
     }
 }
 
+/* The sum of a row that is in the order of codes over those of one word. */
+INLINE float sum_of_word(const float *arranged, int64_t word, int64_t each)
+{
+    float total = 0.0f;
+    for (int64_t i = 0; i < each; i++)
+        total += arranged[word / LANES * LANES * each + i * LANES + word % LANES];
+    return total;
+}
+
 /* The number of each group of an output, `groups` of them, in `out` for each word of the first plane. */
 INLINE void spread(const float *groups, int64_t count, int64_t span, int64_t padded, float *out)
 {
@@ -105,19 +61,16 @@ INLINE void spread(const float *groups, int64_t count, int64_t span, int64_t pad
         out[i] = 0.0f;
 }
 
-/* The scales of an output, or its zeros, in float32. `table` has the values of all codes of e4m3. */
+/* The scales of an output, in float32. `table` has the scales of all bytes. */
 INLINE void scales_of(const struct weight *w, int64_t first, int64_t groups, const float *table, float *out)
 {
     const uint8_t *codes = (const uint8_t *)w->scales + first;
-    if (w->scale_type == E4M3_SCALES)
+    if (w->scale_type > FLOAT16_SCALES)
         for (int64_t g = 0; g < groups; g++)
             out[g] = table[codes[g]];
-    else if (w->scale_type == E8M0_SCALES)
-        for (int64_t g = 0; g < groups; g++)
-            out[g] = power((int32_t)codes[g] - 127);
     else
         for (int64_t g = 0; g < groups; g++)
-            out[g] = scale_at(w, first + g);
+            out[g] = load(w->scales, first + g, w->scale_type);
 }
 
 /* Where eight words of the first plane find their codes of the second: in which of its words, and how far up. Two words beside
@@ -223,7 +176,8 @@ INLINE words loaded_twice(const uint32_t *from, int64_t there)
 }
 
 INLINE void dot(const uint32_t *codes, int64_t count, int width, int low, const struct lanes *lanes, int kind, uint32_t flip,
-                struct small e, const float *x, int64_t stride, int rows, const float *scales, const float *zeros, float *sums)
+                struct small e, const float *x, int64_t stride, int rows, const float *scales, const float *zeros, const float *biases,
+                const float *x_sums, int64_t padded, float *sums)
 {
     floats total[MOST] = {};
     const int each = 32 / width;
@@ -258,6 +212,12 @@ INLINE void dot(const uint32_t *codes, int64_t count, int width, int low, const 
             CODES(kind)
         for (int row = 0; row < rows; row++)
             total[row] += (part[0][row] + part[1][row]) * scale;
+        for (int row = 0; biases && row < rows; row++) {
+            floats bias, of_x;
+            memcpy(&bias, biases + first, sizeof bias);
+            memcpy(&of_x, x_sums + row * padded + first, sizeof of_x);
+            total[row] += of_x * bias;
+        }
     }
     for (int row = 0; row < rows; row++)
         sums[row] += sum(total[row]);
@@ -275,7 +235,8 @@ INLINE uint32_t repeated(uint32_t code, int width)
 struct product {
     const struct weight *w;
     const float *x; /* rows in the order of the codes of the first plane */
-    const float *table; /* the values of scales in e4m3 */
+    const float *x_sums; /* rows of the sums of x over each word of the first plane */
+    const float *table;  /* the scales of all bytes */
     int64_t stride;
     int64_t rows, padded;
     const void *bias;
@@ -285,16 +246,16 @@ struct product {
 };
 
 INLINE void row_of(const struct product *p, const uint32_t *codes, const struct lanes *lanes, const float *scales,
-                   const float *zeros, float *sums)
+                   const float *zeros, const float *biases, float *sums)
 {
     const struct weight *w = p->w;
-    int width = w->high, low = w->low, kind = !w->integer ? SMALL_FLOATS : zeros ? UNSIGNED_CODES : SIGNED_CODES;
+    int width = w->high, low = w->low, kind = !w->integer ? SMALL_FLOATS : zeros || biases ? UNSIGNED_CODES : SIGNED_CODES;
     int64_t count = words_of(w, width);
     uint32_t flip = kind == SIGNED_CODES ? repeated(1u << (width - 1), width) : 0;
     const struct small none = {0}, e2m1 = {1, 0, 4, 6.0f}, e4m3 = {3, -6, 8, 448.0f}, e5m2 = {2, -14, 8, 57344.0f};
 #define DOT(WIDTH, LOW, KIND, ROWS, E)                                                  \
     dot(codes, count, WIDTH, LOW, lanes, KIND, flip, E, p->x, p->stride, ROWS, scales, \
-        KIND == UNSIGNED_CODES ? zeros : NULL, sums)
+        KIND == UNSIGNED_CODES ? zeros : NULL, KIND == UNSIGNED_CODES ? biases : NULL, p->x_sums, p->padded, sums)
 #define ROWS_OF(WIDTH, LOW, KIND, E)             \
     do {                                         \
         if (p->rows == 1)                        \
@@ -329,8 +290,8 @@ EXPORT_PRODUCT int32_t qkit_multiply_part(const struct product *p, int64_t begin
     const struct weight *w = p->w;
     int64_t stride = words_of_row(w), padded = p->padded, each = 32 / w->high;
     int64_t groups = w->groups ? w->groups : 1, span = w->groups > 1 ? w->group / each : padded;
-    float *scales = malloc(sizeof(float) * (padded * 2 + groups)), *zeros = w->zeros ? scales + padded : NULL;
-    float *few = scales + 2 * padded;
+    float *scales = malloc(sizeof(float) * (padded * 3 + groups)), *zeros = w->zeros ? scales + padded : NULL;
+    float *biases = w->biases ? scales + 2 * padded : NULL, *few = scales + 3 * padded;
     if (!scales)
         return UNKNOWN;
     struct lanes lanes = w->low ? lanes_of(w->unit / each, w->high, w->low) : (struct lanes){0};
@@ -344,8 +305,12 @@ EXPORT_PRODUCT int32_t qkit_multiply_part(const struct product *p, int64_t begin
                 few[g] = (float)w->zeros[first + g];
             if (zeros)
                 spread(few, groups, span, padded, zeros);
+            for (int64_t g = 0; biases && g < groups; g++)
+                few[g] = load(w->biases, first + g, w->bias_type);
+            if (biases)
+                spread(few, groups, span, padded, biases);
         }
-        row_of(p, w->codes + output * stride, &lanes, scales, zeros, sums);
+        row_of(p, w->codes + output * stride, &lanes, scales, zeros, biases, sums);
         float bias = p->bias ? load(p->bias, output, p->type) : 0.0f;
         for (int64_t row = 0; row < p->rows; row++)
             store(p->out, row * w->outputs + output, sums[row] + bias, p->type);
@@ -368,18 +333,20 @@ EXPORT int32_t qkit_multiply(const struct weight *w, const void *x, int64_t rows
 {
     int64_t size = type == FLOAT32 ? 4 : 2, padded = at_least(words_of(w, w->high), LANES) * LANES;
     int64_t stride = padded * (32 / w->high);
-    float *arranged = calloc(MOST * stride, sizeof(float)), table[256];
+    float *arranged = calloc(MOST * (stride + padded), sizeof(float)), *x_sums = arranged + MOST * stride, table[256];
     if (!arranged)
         return UNKNOWN;
-    const struct small e4m3 = {3, -6, 8, 448.0f};
-    for (uint32_t code = 0; w->scale_type == E4M3_SCALES && code < 256; code++)
-        table[code] = decoded_small(code, e4m3) * w->power;
-    struct product p = {w, arranged, table, stride, 0, padded, bias, NULL, type, 0, team};
+    for (uint32_t code = 0; w->scale_type > FLOAT16_SCALES && code < 256; code++)
+        table[code] = scale_of_byte(w, (uint8_t)code);
+    struct product p = {w, arranged, x_sums, table, stride, 0, padded, bias, NULL, type, 0, team};
     for (int64_t first = 0; first < rows; first += MOST) {
         p.rows = rows - first < MOST ? rows - first : MOST;
         p.out = (char *)out + first * w->outputs * size;
-        for (int64_t row = 0; row < p.rows; row++)
+        for (int64_t row = 0; row < p.rows; row++) {
             arrange(x, first + row, type, w, arranged + row * stride);
+            for (int64_t word = 0; w->biases && word < padded; word++)
+                x_sums[row * padded + word] = sum_of_word(arranged + row * stride, word, 32 / w->high);
+        }
         if (team->run && team->threads > 1)
             team->run(multiply_share, &p, (unsigned)team->threads, 0);
         else
@@ -387,122 +354,4 @@ EXPORT int32_t qkit_multiply(const struct weight *w, const void *x, int64_t rows
     }
     free(arranged);
     return p.failed ? UNKNOWN : DONE;
-}
-
-/* Values */
-
-/* The codes of a row, a byte each; `codes` has room for whole units. */
-INLINE void unpack(const struct weight *w, const uint32_t *row, uint8_t *codes)
-{
-    int64_t units = at_least(w->inputs, w->unit);
-#define PLANE(WIDTH, UNIT, JOIN)                                                                              \
-    for (int64_t u = 0; u < units; u++)                                                                       \
-        for (int p = 0; p < 16 / WIDTH; p++)                                                                  \
-            for (int i = 0; i < UNIT * WIDTH / 32; i++) {                                                     \
-                uint32_t pair = row[u * (UNIT * WIDTH / 32) + i] >> (2 * WIDTH * p);                          \
-                uint16_t two = (uint16_t)((pair & ((1u << WIDTH) - 1)) | (pair >> WIDTH & ((1u << WIDTH) - 1)) << 8); \
-                uint16_t *to = (uint16_t *)(codes + u * UNIT) + p * (UNIT * WIDTH / 32) + i;                  \
-                *to = (uint16_t)(JOIN ? *to << WIDTH | two : two);                                            \
-            }
-#define UNITS(WIDTH, JOIN)              \
-    {                                   \
-        if (w->unit == 16 && WIDTH > 1) \
-            PLANE(WIDTH, 16, JOIN)      \
-        else if (w->unit == 32)         \
-            PLANE(WIDTH, 32, JOIN)      \
-        else if (w->unit == 64)         \
-            PLANE(WIDTH, 64, JOIN)      \
-        else                            \
-            PLANE(WIDTH, 128, JOIN)     \
-    }
-    if (w->high == 2)
-        UNITS(2, 0)
-    else if (w->high == 4)
-        UNITS(4, 0)
-    else
-        UNITS(8, 0)
-    row += words_of(w, w->high);
-    if (w->low == 1)
-        UNITS(1, 1)
-    else if (w->low == 2)
-        UNITS(2, 1)
-}
-
-INLINE void values(const struct weight *w, const uint8_t *codes, int64_t n, float scale, float zero, int type, void *out)
-{
-#define INTEGER_VALUE(I) store(out, I, ((float)codes[I] - zero) * scale, type)
-#define SMALL_VALUE(I) store(out, I, decoded_small(codes[I], e) * scale, type)
-#define SMALL(MANTISSA, EXPONENT, WIDTH)                               \
-    {                                                                  \
-        struct small e = {MANTISSA, EXPONENT, WIDTH, 0.0f};            \
-        for (int64_t i = 0; i < n; i++)                                \
-            SMALL_VALUE(i);                                            \
-    }
-    if (w->integer)
-        for (int64_t i = 0; i < n; i++)
-            INTEGER_VALUE(i);
-    else if (w->mantissa == 1)
-        SMALL(1, 0, 4)
-    else if (w->mantissa == 3)
-        SMALL(3, -6, 8)
-    else
-        SMALL(2, -14, 8)
-}
-
-INLINE void decode_row(const struct weight *w, int64_t output, uint8_t *codes, int type, char *out)
-{
-    int64_t size = type == FLOAT32 ? 4 : 2, groups = w->groups ? w->groups : 1;
-    int64_t first = w->groups ? output * groups : 0, n = groups > 1 ? w->group : w->inputs;
-    unpack(w, w->codes + output * words_of_row(w), codes);
-    for (int64_t g = 0; g < groups; g++) {
-        float middle = w->integer ? (float)(1 << (w->high + w->low - 1)) : 0.0f;
-        float zero = w->zeros ? (float)w->zeros[first + g] : middle;
-        values(w, codes + g * n, n, scale_at(w, first + g), zero, type, out + g * n * size);
-    }
-}
-
-struct decoding {
-    const struct weight *w;
-    void *out;
-    int32_t type, failed;
-    const struct team *team;
-};
-
-/* The values of the outputs from `begin` to `end`. */
-EXPORT int32_t qkit_decode_part(const struct decoding *d, int64_t begin, int64_t end)
-{
-    const struct weight *w = d->w;
-    uint8_t *codes = malloc(at_least(w->inputs, w->unit) * w->unit);
-    if (!codes)
-        return UNKNOWN;
-    for (int64_t output = begin; output < end; output++) {
-        char *out = (char *)d->out + output * w->inputs * (d->type == FLOAT32 ? 4 : 2);
-        if (d->type == FLOAT32)
-            decode_row(w, output, codes, FLOAT32, out);
-        else if (d->type == BFLOAT16)
-            decode_row(w, output, codes, BFLOAT16, out);
-        else
-            decode_row(w, output, codes, FLOAT16, out);
-    }
-    free(codes);
-    return DONE;
-}
-
-static void decode_share(void *job)
-{
-    struct decoding *d = job;
-    int64_t rank = d->team->rank(), size = d->team->size(), n = d->w->outputs;
-    if (qkit_decode_part(d, n * rank / size, n * (rank + 1) / size) != DONE)
-        d->failed = 1;
-}
-
-/* The values [outputs, inputs] of the weight, rounded once to `type`. */
-EXPORT int32_t qkit_decode(const struct weight *w, int32_t type, void *out, const struct team *team)
-{
-    struct decoding d = {w, out, type, 0, team};
-    if (team->run && team->threads > 1)
-        team->run(decode_share, &d, (unsigned)team->threads, 0);
-    else
-        d.failed = qkit_decode_part(&d, 0, w->outputs) != DONE;
-    return d.failed ? UNKNOWN : DONE;
 }

@@ -1,4 +1,4 @@
-"""Products with packed codes, and their values: the functions of products.c, on memory that callers name by its address.
+"""Products with packed codes, and their values: products.c and values.c, on memory that callers name by its address.
 
 OpenMP's threads are used where the process has loaded its runtime, as torch does on Linux; elsewhere, the caller's thread alone.
 """
@@ -9,23 +9,27 @@ from functools import lru_cache
 
 from qkit.native.library import TYPES, function
 
-SCALES = ("float32", "bfloat16", "e8m0", "e4m3")  #: types of scales, in the order of the enum in products.c
+#: Types of scales, in the order of the enum in weights.h.
+SCALES = ("float32", "bfloat16", "float16", "e8m0", "any e8m0", "e4m3", "e4m3 times", "e4m3 over")
 SHARE = 1 << 16  #: fewest codes that are worth a thread
 
 
+INTEGERS = ("integer", "high", "low", "unit", "scale_type", "bias_type")
+
+
 class Weight(ctypes.Structure):
-    """`struct weight` of products.c."""
+    """`struct weight` of weights.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("codes", "scales", "zeros")),
+        *((name, c_void_p) for name in ("codes", "scales", "zeros", "biases")),
         *((name, c_int64) for name in ("outputs", "inputs", "group", "groups")),
-        *((name, c_int32) for name in ("integer", "high", "low", "unit", "scale_type", "mantissa", "min_exponent")),
+        *((name, c_int32) for name in (*INTEGERS, "mantissa", "min_exponent")),
         ("power", c_float),
     )
 
 
 class Team(ctypes.Structure):
-    """`struct team` of products.c."""
+    """`struct team` of weights.h."""
 
     _fields_ = (("run", c_void_p), ("rank", c_void_p), ("size", c_void_p), ("threads", c_int32))
 

@@ -65,6 +65,15 @@ def initial(w: NDArray[Any], grid: Grid) -> dict[str, Floats]:
     return {"weight_scale": scale, "weight_zero": zero}
 
 
+def parameters_of(q: QTensor[NDArray[Any]]) -> dict[str, Floats]:
+    """The parameters that give the values of `q` the codes and scales of `q`: the inverse of `quantize`. Not for `nvfp4`."""
+    if q.grid.element.kind == "float":
+        by_rule = rounding.scale_code(amax(rounding.group(rounding.dequantize(q), q.grid)), q.grid)
+        return {"weight_offset": q.scales.astype(np.float32) - by_rule.astype(np.float32)}
+    zeros = {} if q.zeros is None else {"weight_zero": q.zeros.astype(np.float32)}
+    return {"weight_scale": q.scales, **zeros}
+
+
 def steps(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats]) -> tuple[Floats, Floats | None]:
     """The fp32 step of each group of `w`, and its zero point under `minmax`: the parameters after rounding and limits.
 

@@ -36,6 +36,7 @@ class Update:
         scale: the factor of the product.
         magnitude: `dora` only: float32 [outputs], the length of each row of the merged weight.
         dithered: whether the base is codes, whose values are spread within their cells before the product is added: `dithered`.
+        gains: float32 [outputs], of a base of codes alone: they multiply the scales of each row, see `qkit.reference.gains`.
 
     Raises:
         QkitError: shapes do not fit each other, or a value is not finite.
@@ -46,6 +47,7 @@ class Update:
     scale: float
     magnitude: Floats | None = None
     dithered: bool = False
+    gains: Floats | None = None
 
     def __post_init__(self) -> None:
         fits = self.a.ndim == self.b.ndim and self.a.ndim in (2, 3) and self.a.shape[-2] == self.b.shape[-1]
@@ -53,10 +55,9 @@ class Update:
             raise QkitError(
                 f"an adapter's A is {self.a.shape} and its B {self.b.shape}: want [rank, inputs], [outputs, rank]"
             )
-        if self.magnitude is not None and self.magnitude.shape != self.b.shape[:-1]:
-            raise QkitError(
-                f"an adapter's magnitude is {self.magnitude.shape} and its B {self.b.shape}: want [outputs]"
-            )
+        for name, one in (("magnitude is", self.magnitude), ("gains are", self.gains)):
+            if one is not None and one.shape != self.b.shape[:-1]:
+                raise QkitError(f"an adapter's {name} {one.shape} and its B {self.b.shape}: want [outputs]")
         if not np.isfinite(self.scale) or not all(np.isfinite(array).all() for array in self.parts().values()):
             raise QkitError("an adapter holds a NaN or an infinity: find what made it before you use it")
 
@@ -77,7 +78,7 @@ class Update:
 
     def parts(self) -> dict[str, Floats]:
         """The arrays by name, without the absent one."""
-        named: dict[str, Any] = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        named: dict[str, Any] = {"a": self.a, "b": self.b, "magnitude": self.magnitude, "gains": self.gains}
         return {name: array for name, array in named.items() if array is not None}
 
 

@@ -82,8 +82,18 @@ def mean_squares(moments: NDArray[Any] | Moments | None, n: int) -> Doubles:
     return found
 
 
-def _check(moments: NDArray[Any], diagonal: Doubles) -> None:
-    if not np.isfinite(moments).all():
+def want_moments(finite: bool, diagonal: Doubles, symmetric: bool) -> None:
+    """Refuses moments that cannot be E[x x'] of inputs.
+
+    Args:
+        finite: whether all are finite.
+        diagonal: mean squares [n].
+        symmetric: whether h_ij and h_ji differ by no more than `SYMMETRY`.
+
+    Raises:
+        RangeError: the message says why.
+    """
+    if not finite:
         raise RangeError("moments hold NaN or infinity: an input of the layer was not finite; find its origin")
     if diagonal.min() < 0:
         raise RangeError(f"moments hold a mean square of {diagonal.min():g}: a square is not negative")
@@ -91,8 +101,14 @@ def _check(moments: NDArray[Any], diagonal: Doubles) -> None:
         raise RangeError(
             "moments are zero everywhere: no token has reached the layer; search without moments, or give more data"
         )
-    if moments.ndim == 2:
-        root = np.sqrt(diagonal)
+    if not symmetric:
+        raise RangeError("moments are not symmetric, as E[x x'] is: sum x x' over the inputs of the layer")
+
+
+def _check(moments: NDArray[Any], diagonal: Doubles) -> None:
+    finite, symmetric = bool(np.isfinite(moments).all()), True
+    if finite and moments.ndim == 2:
+        root = np.sqrt(np.maximum(diagonal, 0))
         apart = np.abs(moments - moments.T).astype(np.float64)
-        if (apart > SYMMETRY * root[:, None] * root).any():
-            raise RangeError("moments are not symmetric, as E[x x'] is: sum x x' over the inputs of the layer")
+        symmetric = not (apart > SYMMETRY * root[:, None] * root).any()
+    want_moments(finite, diagonal, symmetric)

@@ -21,11 +21,18 @@ class KnownDigests:
         arrays: contiguous arrays that nobody changes, such as mapped tensors, by name.
         digests: the SHA-256 that the seal states, by name of the array.
         stored: the file of each array by name, for messages.
+        computed: ends of the names of arrays from which other tensors are computed.
     """
 
     def __init__(
-        self, arrays: Mapping[str, NDArray[Any]], digests: Mapping[str, str], stored: Mapping[str, Stored]
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        digests: Mapping[str, str],
+        stored: Mapping[str, Stored],
+        *,
+        computed: tuple[str, ...] = (),
     ) -> None:
+        self._computed = computed
         self._arrays, self._digests, self._stored = {name: arrays[name] for name in digests}, digests, stored
         self._names = {_place(arrays[name]): name for name in digests if arrays[name].nbytes}
         self._left = set(digests)
@@ -38,12 +45,14 @@ class KnownDigests:
     def carry(self, block: bytes | memoryview) -> tuple[str, Stored] | None:
         """The stated digest of the array of exactly these bytes, for the seal of their copy, and their place in a file.
 
-        None where there is no such array. Nobody compares the digest here: whoever verifies the copy does.
+        None where there is no such array. Nobody compares the digest here: whoever verifies the copy does. The numbers that
+        `computed` names stay in `left`, since other tensors are computed from them.
         """
         name = self._names.get(_place(np.frombuffer(block, np.uint8)))
         if name is None:
             return None
-        self._left.discard(name)
+        if not name.endswith(self._computed):
+            self._left.discard(name)
         return self._digests[name], self._stored[name]
 
     def compare(self, names: Iterable[str]) -> None:

@@ -23,10 +23,12 @@ class Caveat:
     Attributes:
         reader: name of the reader, as the table has it; empty where the caveat is about all.
         text: a sentence without its full stop.
+        tabled: whether a small model of the family failed so, without a known cause.
     """
 
     reader: str
     text: str
+    tabled: bool = False
 
     def __str__(self) -> str:
         return f"{self.reader}: {self.text}" if self.reader else self.text
@@ -127,5 +129,12 @@ def _of_family(config: Mapping[str, Any], recipe: str) -> Iterable[Caveat]:
         found.update((reader, cell) for reader, cell in row[recipe].items() if cell not in GOOD)
     way = "" if DEQUANTIZED in found or recipe == "mixed" else "; open it with dequantize=True"
     for reader, cell in found.items():
-        text = f"a small model of this family does not open there under such a recipe{way if reader == TRANSFORMERS else ''}"
-        yield Caveat(reader, f"{text} ({TRIED}: {cell})")
+        text = f"{_outcome(cell)} under such a recipe{way if reader == TRANSFORMERS else ''}"
+        yield Caveat(reader, f"a small model of this family {text} ({TRIED}: {cell})", tabled=True)
+
+
+def _outcome(cell: str) -> str:
+    word = cell.partition(":")[0]
+    return {"warned": "opens there with other values", "differs in float": "is another model there"}.get(
+        word, "does not open there"
+    )

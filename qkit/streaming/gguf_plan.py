@@ -9,7 +9,7 @@ from qkit.artifact.families import HEAD
 from qkit.errors import ArtifactError
 from qkit.experts import is_router
 from qkit.formats.gguf import FLOATS, SIZES, layout
-from qkit.formats.gguf_config import ARCHITECTURES
+from qkit.formats.gguf_config import ARCHITECTURES, Architecture
 from qkit.streaming.plan import Plan, Row
 
 
@@ -22,19 +22,24 @@ class GgufPlan:
         kinds: how many quantized weights have each of GGUF's types.
         fallbacks: names of the quantized weights that need `--fallback f16`, and the reasons.
         float_ends: bytes of the embedding and of the head, where they are not quantized and other weights are.
+        needs_weights_only: the first layer whose inputs or outputs are quantized, which GGUF does not state; else empty.
     """
 
     nbytes: int
     kinds: Mapping[str, int]
     fallbacks: Mapping[str, str]
     float_ends: int
+    needs_weights_only: str = ""
 
     def __str__(self) -> str:
         parts = [f"{count} {kind}" for kind, count in self.kinds.items()]
         if self.fallbacks:
             name, reason = next(iter(self.fallbacks.items()))
             parts.append(f"{len(self.fallbacks)} that need --fallback f16 ({name}: {reason})")
-        text = f"as GGUF: {', '.join(parts)}; {self.nbytes:,} bytes"
+        how = ""
+        if self.needs_weights_only:
+            how = f", which holds weights alone, with --weights-only, since {self.needs_weights_only} quantizes more"
+        text = f"as GGUF{how}: {', '.join(parts)}; {self.nbytes:,} bytes"
         if self.float_ends:
             text += f", of which embedding and head, left float, are {self.float_ends / self.nbytes:.0%}"
             text += ": recipes whose names end in -all quantize them"
@@ -47,14 +52,15 @@ def gguf_plan(plan: Plan, config: Mapping[str, object]) -> GgufPlan | None:
     Args:
         config: `config.json` of the model.
     """
-    if config.get("model_type") not in ARCHITECTURES or not any(row.rule and row.rule.weight for row in plan.rows):
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None or not any(row.rule and row.rule.weight for row in plan.rows):
         return None
     total, ends = 0, 0
     kinds: Counter[str] = Counter()
     fallbacks: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()  # GGUF has the experts of a block in one tensor for each projection
     for row in (row for row in plan.rows if row.slots):
-        kind, reason = _kind(row)
+        kind, reason = _kind(row, architecture)
         if reason:
             fallbacks[row.stored.slot.name] = reason
         elif row.rule and row.rule.weight:
@@ -65,7 +71,8 @@ def gguf_plan(plan: Plan, config: Mapping[str, object]) -> GgufPlan | None:
         total += nbytes
         if not (row.rule and row.rule.weight) and (row.kind == "embedding" or row.path == HEAD):
             ends += nbytes
-    return GgufPlan(total, dict(sorted(kinds.items())), fallbacks, ends)
+    more = (row.path for row in plan.rows if row.rule and row.rule.weight and (row.rule.activation or row.rule.output))
+    return GgufPlan(total, dict(sorted(kinds.items())), fallbacks, ends, next(more, ""))
 
 
 def _tensors(row: Row) -> set[tuple[str, str]]:
@@ -75,14 +82,16 @@ def _tensors(row: Row) -> set[tuple[str, str]]:
     return {(row.member.block, projection) for projection in row.member.projections}
 
 
-def _kind(row: Row) -> tuple[str, str]:
-    """GGUF's type for a tensor, and the reason where no type holds its grid."""
+def _kind(row: Row, architecture: Architecture) -> tuple[str, str]:
+    """GGUF's type for a tensor, and the reason where no type holds its grid, or its scale unless that is 1."""
     slot = row.stored.slot
     if row.rule is None or row.rule.weight is None:
         if is_router(slot.name.rpartition(".")[0]):
             return "F32", ""
         return (FLOATS.get(row.dtype, "F32") if len(slot.shape) > 1 else "F32"), ""
     try:
-        return layout(row.rule.weight, row.shape[-1]), ""
+        kind = layout(row.rule.weight, row.shape[-1])
+        reason = architecture.why_no_scale(row.rule.kind) if row.rule.weight.has_tensor_scale else ""
+        return ("F16", reason) if reason else (kind, "")
     except ArtifactError as error:
         return "F16", str(error).partition(": ")[0]

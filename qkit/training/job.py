@@ -13,10 +13,10 @@ from qkit.code_changes import code_sums, count_changes, warn_of_no_change
 from qkit.engines.protocol import Trains
 from qkit.engines.trainer import Trainer, TrainerOptions
 from qkit.errors import DivergedError, RunError
-from qkit.exchange.import_model import read_model
 from qkit.rules import Rule
 from qkit.switches import calibrating
 from qkit.training import checkpoint
+from qkit.training.begin import source_of
 from qkit.training.beside import factor_at, steps_beside, switching_parts
 from qkit.training.best import Evaluations, best_step, evaluations_of, waited
 from qkit.training.data import Sequences
@@ -62,7 +62,7 @@ def train_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[],
     check_files(run)
     engine, folder = engine_of(run), run_folder_of(run.out)
     with locked(folder):
-        source = read_model(run.model)
+        source = source_of(run)
         model, recipe = open_to_train(engine, source, run)
         sums = code_sums(model, backend=engine)
         data, unseen, kind = text_of(run, source)

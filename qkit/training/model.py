@@ -25,6 +25,7 @@ from qkit.pipeline import prepare
 from qkit.qtensor import DTYPES, DType
 from qkit.reference.ranges import static_contents
 from qkit.rules import Recipe, Rule, rule_table
+from qkit.training.begin import take_codes
 from qkit.training.run import FLOAT, Run
 
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -34,19 +35,22 @@ def open_to_train(engine: Builds, source: Snapshot, run: Run) -> tuple[Any, Reci
     """The model in `source`, ready for `run`, and its recipe; None without one.
 
     The master weights are in `run.dtype`, on the grids of the run's recipe, or of `source` if it has none. With an adapter and
-    without a recipe, a quantized `source` stays packed, with numbers of its own type.
+    without a recipe, a quantized `source` stays packed, with numbers of its own type. With `run.init`, training begins with the
+    codes of `source`.
 
     Raises:
-        RunError: see `build_float_model` and `prepare_model`.
+        RunError: see `build_float_model`, `prepare_model` and `take_codes`.
         StageError: the adapter does not fit a layer.
         ArtifactError, BackendError, RecipeError, GridError: as their causes.
     """
-    if run.adapter and run.recipe is None and source.weights:
+    if run.adapter and run.recipe is None and source.weights and run.init is None:
         model = load_any(source, engine)
         return adapt(model, run.adapter, backend=engine), _own(engine, model, source)
     model = build_float_model(engine, source, dtype=run.dtype)
     skip, ignore = run.skip_indivisible, run.ignore
     model, chosen = prepare_model(engine, model, source, run.recipe, ignore=ignore, skip_indivisible=skip)
+    if run.init is not None:
+        take_codes(engine, model, source)
     return (adapt(model, run.adapter, backend=engine) if run.adapter else model), chosen
 
 

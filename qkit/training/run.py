@@ -38,13 +38,13 @@ class Run:
     Attributes:
         model: a Hugging Face directory, float or quantized. Training of a quantized one starts from its values.
         out: the directory of the artifact. Checkpoints and the log go beside it, into `OUT.run`.
-        method: `sft`, `dpo` or `orpo`: TRL carries out the steps on torch, and mlx-lm-lora on MLX. None: qkit does, on the next
-            token.
+        init: a quantized directory of `model`, fitted or not, with whose very codes and scales training begins.
+        method: `sft`, `dpo` or `orpo`: TRL carries out the steps on torch, mlx-lm-lora on MLX. None: qkit, on the next token.
         beta: of `dpo` and `orpo`, as in these libraries.
         data, held_out: files, shell patterns and folders with a dataset. Without `held_out`, one sequence in twenty of `data`, at
             most 64.
         loss_on: `completions` learns completions and the assistant's turns alone; None does so for prompts with completions only.
-        chat: whether prompts and completions that are texts are turns of a conversation, as mlx-lm has them.
+        chat: whether prompts and completions that are texts are turns of a conversation, as in mlx-lm.
         packing: whether sequences are cut from rows one after another; else each row is a sequence, filled up to `length`.
         recipe: a name or a TOML file; `float` trains without one; None takes the rules of a quantized `model`.
         ignore: shell patterns of layers that stay in float whatever the recipe says.
@@ -79,6 +79,7 @@ class Run:
     model: Path
     out: Path
     data: tuple[str, ...]
+    init: Path | None = None
     held_out: tuple[str, ...] = ()
     method: Method | None = None
     beta: float = 0.1
@@ -167,11 +168,10 @@ class Run:
                 f"quantization.ramp ends at step {ramp[-1][0]}, and steps is {self.steps}: leave steps to the recipe"
             )
         if self.autocast and self.dtype != "float32":
-            raise RunError(
-                f"autocast is for float32 master weights, and dtype is {self.dtype!r}: leave one of them out"
-            )
-        if self.adapter and self.recipe == FLOAT:
-            raise RunError(f"adapter: an adapter is trained on a grid, and recipe is {FLOAT!r}: name another recipe")
+            raise RunError(f"autocast is for float32 master weights, and dtype is {self.dtype!r}: leave one out")
+        for key, needs in (("init", "codes are on"), ("adapter", "an adapter is trained on")):
+            if getattr(self, key) and self.recipe == FLOAT:
+                raise RunError(f"{key}: {needs} a grid, and recipe is {FLOAT!r}: name another recipe")
 
     def _check_evaluations(self) -> None:
         """Refuses a best evaluation, or an end by evaluations, without evaluations to choose from."""
@@ -201,7 +201,7 @@ def run_from_table(table: Mapping[str, Any]) -> Run:
         if key not in table:
             raise RunError(f"{key} is missing: a run needs model, out and data")
     made = dict(table)
-    for key in ("model", "out"):
+    for key in sorted({"model", "out", "init"} & made.keys()):
         _want(key, made[key], isinstance(made[key], (str, Path)) and bool(str(made[key])), "a folder")
         made[key] = Path(made[key])
     for key in ("data", "held_out", "ignore", "betas"):
@@ -224,9 +224,9 @@ def run_from_table(table: Mapping[str, Any]) -> Run:
 def run_table(run: Run) -> dict[str, Any]:
     """The inverse of `run_from_table`: every key that is not None, as plain values for files."""
     table = {key: value for key, value in asdict(run).items() if value is not None}
-    table |= {"model": str(run.model), "out": str(run.out), "data": list(run.data), "held_out": list(run.held_out)}
-    table["ignore"] = list(run.ignore)
-    table |= {"betas": list(run.betas), "quantization": schedule_table(run.quantization)}
+    table |= {key: str(table[key]) for key in ("model", "out", "init") if key in table}
+    table |= {key: list(table[key]) for key in ("data", "held_out", "ignore", "betas")}
+    table["quantization"] = schedule_table(run.quantization)
     if run.adapter:
         table["adapter"] = {**asdict(run.adapter), "match": list(run.adapter.match)}
     if run.distillation:

@@ -19,7 +19,7 @@ from qkit.engines.protocol import Trains
 from qkit.engines.trainer import AdamWOptions
 from qkit.engines.tuning import Held, TuneOptions, Tunes
 from qkit.errors import DivergedError, RunError
-from qkit.exchange.import_model import read_model
+from qkit.training.begin import source_of
 from qkit.training.beside import factor_at, steps_beside, switching_parts
 from qkit.training.best import best_step, evaluations_of
 from qkit.training.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def tune_model(run: Run, *, tell: Tell = lambda event: None, stop: Callable[[], 
     check_files(run)
     engine, folder = require(engine_of(run), Tunes), run_folder_of(run.out)
     with locked(folder):
-        source = read_model(run.model)
+        source = source_of(run)
         rows = tuning_rows(run, source.config or {})
         unseen = (
             tuning_rows(replace(run, data=run.held_out), source.config or {}, purpose="held_out")

@@ -31,7 +31,7 @@ MAY = {
 }
 WITH_GGUF = {"qkit/exchange/export_gguf.py", "qkit/sources/gguf_file.py", "qkit/sources/gguf_blocks.py"}
 ONLY_IN = {
-    "mlx_lm": {"huggingface.py", "mlx_lora.py"},
+    "mlx_lm": {"huggingface.py", "mended.py", "mlx_lora.py"},
     "transformers": {"huggingface.py", "names.py", "transformers.py", "tuning.py"},
     "torchao": {"containers.py"},
 }

@@ -1,7 +1,6 @@
 """A directory opened as its users open it: in transformers, in qkit on each engine, in mlx-lm; the results are plain arrays."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import transformers
 from qkit_torchao.models.surgery import CONVERTED
 
 import qkit
-from qkit.errors import FamilyWarning
+from qkit.experts import expert_of
 
 TOKENS = np.array([[1, 5, 12, 9, 3, 44, 2, 7]], np.int32)
 LENGTH = 64  #: of a sound, in frames of the encoder's own positions
@@ -64,7 +63,7 @@ def _values(module: Any) -> torch.Tensor | None:
 
 
 def _experts(model: Any, found: dict[str, Any]) -> None:
-    """Puts the weights of all experts of a block, by projection, in place of the tensors that stack them."""
+    """Puts the weights of all experts of a block, by projection, in place of the tensors that stack them, or of single ones."""
     engine = qkit.backend("torchao")
     for layer in engine.layers(model):
         if layer.kind != "experts":
@@ -77,6 +76,11 @@ def _experts(model: Any, found: dict[str, Any]) -> None:
         else:
             values = engine.experts(layer.module)
         found.update((f"{layer.path}: {key}", value) for key, value in values.items())
+    single: dict[str, dict[int, Any]] = {}
+    for name in list(found):
+        if (place := expert_of(name.removesuffix(".weight"))) and name.endswith(".weight"):
+            single.setdefault(f"{place[0]}: {place[2]}", {})[place[1]] = found.pop(name)
+    found.update((name, torch.stack([mine[number] for number in sorted(mine)])) for name, mine in single.items())
 
 
 def in_transformers(folder: Path, **arguments: Any) -> Any:
@@ -105,22 +109,24 @@ def in_qkit(folder: Path) -> Any:
 
 def on_mlx(folder: Path) -> np.ndarray:
     """Logits of the model in `folder` on qkit's MLX engine."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FamilyWarning)  # of windows that are longer than `TOKENS`
-        model = qkit.load(folder, backend="mlx")
-    return qkit.backend("mlx").logits(model, TOKENS)
+    return qkit.backend("mlx").logits(qkit.load(folder, backend="mlx"), TOKENS)
 
 
 def in_mlx_lm(folder: Path) -> np.ndarray:
     """Logits of the model in `folder`, exported, in mlx-lm."""
-    import mlx.core as mx
-    from mlx_lm.utils import load_model
-
     from qkit.artifact.snapshot import read_own
     from qkit.exchange.export_model import export_mlx
 
     export_mlx(read_own(folder), folder.parent / "mlx")
-    model, _ = load_model(folder.parent / "mlx")
+    return float_in_mlx_lm(folder.parent / "mlx")
+
+
+def float_in_mlx_lm(folder: Path) -> np.ndarray:
+    """Logits of the model in `folder` in mlx-lm, as the directory is."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
     return np.array(model(mx.array(TOKENS)).astype(mx.float32))
 
 

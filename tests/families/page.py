@@ -4,13 +4,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gate import READERS, RECIPES
+from gate import GOOD, READERS, RECIPES, WORDS, word
 
 from qkit.artifact import known
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs/evidence/models.md", ROOT / "README.md"
-SIGNS = {"equal": "=", "none": "·", "": "×"}
+SIGNS = {
+    "equal": "=",
+    "none": "·",
+    "refused": "×",
+    "fails": "×",
+    "warned": "≠",
+    "differs in float": "f",
+    "wrong": "wrong",
+}
 HEAD = """# Models
 
 `make test-families` makes a small model of each family with transformers' own classes, with the tensor names and companions of
@@ -18,15 +26,22 @@ published checkpoints. It quantizes the directory with three recipes, opens the 
 with the float model whose weights are the codes' values: every weight in torch, bit for bit, and logits or hidden states
 everywhere, to a tolerance that `tests/families/gate.py` gives with its reason. `make test` runs a dozen of the rows.
 
-- The three signs of a cell are for `int4-g32`, for a recipe with 8 bits in the first block and 4 in the others, and for
-  `int4-g32-all`, which has embeddings and the output head on the grid.
-- `=` equal. `·` the reader has no such model. `×` the reader does not open it, or opens another model. For each `×`, `qkit plan`
-  and `qkit quantize` refuse the model, or warn by the name of the reader, before any work.
+The three signs of a cell are for `int4-g32`, for a recipe with 8 bits in the first block and 4 in the others, and for
+`int4-g32-all`, which has embeddings and the output head on the grid. A sign is one or two words of the gate:
+
+"""
+TAIL = """
+For each sign but `=` and `·`, `qkit plan` and `qkit quantize` refuse the model, or warn by the name of the reader, before any
+work. A cell in which neither holds is `wrong`, and so is one in which qkit itself opens other values. One such cell fails the
+gate.
+
 - "dequantized" is transformers with `CompressedTensorsConfig(dequantize=True)`. In transformers 5.23, it reads every layer by the
   first grid of the configuration, and fails or gives other weights where a recipe has several. The default reads several grids
   right. It has no embeddings of codes, so a recipe that quantizes embeddings opens with `dequantize=True` alone.
 - Some classes of transformers initialize weights that codes have replaced, and fail by default: T5, Mamba, ModernBERT and others.
   They open with `dequantize=True`.
+- mlx-lm ignores the sliding windows of Mistral, Mixtral, Phi-3, Phi-MoE, Qwen2, Qwen3 and StarCoder2, and one form of gelu in
+  GPT-NeoX, GPTBigCode, Gemma and StarCoder2. qkit's MLX engine computes both.
 - A model type that is not in this table gets a warning: the names and shapes of its tensors alone say which of them are layers.
 
 """
@@ -37,7 +52,17 @@ def page() -> str:
     rows: dict[str, Any] = known.table()["rows"]
     lines = [f"| family | {' | '.join(READERS)} |", f"|---|{'---|' * len(READERS)}"]
     lines += [f"| {name} | {' | '.join(_cell(rows[name], reader) for reader in READERS)} |" for name in rows]
-    return HEAD + wrapped(summary()) + "\n\n" + "\n".join(lines) + "\n"
+    return HEAD + words() + TAIL + wrapped(summary()) + "\n\n" + "\n".join(lines) + "\n"
+
+
+def words() -> str:
+    """A table of the words of the gate: sign, meaning, and the number of cells."""
+    cells = [
+        word(cell) for row in known.table()["rows"].values() for recipe in RECIPES for cell in row[recipe].values()
+    ]
+    lines = ["| sign | word | a cell says so when | cells |", "|---|---|---|---|"]
+    lines += [f"| `{SIGNS[one]}` | {one} | {meaning} | {cells.count(one):,} |" for one, meaning in WORDS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def summary() -> str:
@@ -53,11 +78,11 @@ def summary() -> str:
 
 
 def _good(row: dict[str, Any], reader: str, recipe: str) -> bool:
-    return row[recipe].get(reader) in ("equal", "none")
+    return row[recipe].get(reader) in GOOD
 
 
 def _cell(row: dict[str, Any], reader: str) -> str:
-    return " ".join(SIGNS.get(row[recipe].get(reader, ""), SIGNS[""]) for recipe in RECIPES)
+    return " ".join(SIGNS[word(row[recipe].get(reader, "refused"))] for recipe in RECIPES)
 
 
 def readme(text: str) -> str:
@@ -69,10 +94,10 @@ def readme(text: str) -> str:
 def wrapped(text: str, width: int = 130) -> str:
     """`text` in lines of at most `width` characters."""
     lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width:
+    for part in text.split():
+        if len(lines[-1]) + len(part) + 1 > width:
             lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
+        lines[-1] = f"{lines[-1]} {part}".strip()
     return "\n".join(lines)
 
 

@@ -339,7 +339,7 @@ def anonymous():
 
 out, drift = Path(sys.argv[1]), sys.argv[2] == "drift"
 rows = np.random.default_rng(0).integers(0, 64, (5, 128)).astype(np.int32)
-engine, found = qkit.backend("torchao"), []
+engine, found = qkit.backend(sys.argv[5]), []
 tick = lambda *_: found.append(anonymous())
 first = Rule(("*.0.self_attn.q_proj",), weight=Grid("int8", 64))  # one layer, to be quick
 more = {"recipe": Recipe("first", rules=(first,))} if drift else {}
@@ -352,14 +352,15 @@ print(max(found) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells anonymous memory")
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("what", ["watch", "drift"])
-def test_memory_has_one_block_of_the_model(what: str, tmp_path: Path) -> None:
+def test_memory_has_one_block_of_the_model(what: str, name: str, tmp_path: Path) -> None:
     for blocks in (1, 20):
         config = {"hidden_size": 320, "intermediate_size": 832, "num_attention_heads": 4, "num_key_value_heads": 4}
         small = LlamaConfig(vocab_size=64, num_hidden_layers=blocks, max_position_embeddings=256, **config)
         LlamaForCausalLM(small).save_pretrained(tmp_path / str(blocks))
     model = (tmp_path / "20" / "model.safetensors").stat().st_size / 1e6  # MB; 4.8 of each block
-    command = [sys.executable, "-W", "ignore", "-c", MEASURED, tmp_path, what, tmp_path / "1", tmp_path / "20"]
+    command = [sys.executable, "-W", "ignore", "-c", MEASURED, tmp_path, what, tmp_path / "1", tmp_path / "20", name]
     given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc keeps up to 64 MB of freed memory
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=given_back).stdout)
     assert model > 90

@@ -202,8 +202,8 @@ def test_the_table_of_rotary_names_is_mlx_lm_s(kind):
     ("changes", "why"),
     [
         ({"model_type": "phimoe", "attention_bias": False}, "phimoe has biases everywhere"),
-        ({"model_type": "gpt_neox", "intermediate_size": 512, "hidden_act": "gelu"}, "approximates its gelu"),
-        ({"model_type": "gpt_neox", "intermediate_size": 96}, "four times the hidden size"),
+        ({"hidden_act": "gelu"}, "it computes silu in a 'llama' and not gelu, as hidden_act asks: export --to dense"),
+        ({"model_type": "gpt_neox", "intermediate_size": 96, "hidden_act": "gelu"}, "four times the hidden size"),
         ({"model_type": "olmo3", "layer_types": ["sliding_attention"] * 2}, "wants a layer of full attention"),
         ({"model_type": "falcon_h1"}, "reads a 'falcon_h1'.* is not known"),
     ],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from models import make
-from runs import TEXT, table
+from runs import TEXT, stopping, table
 from tables import TRAINERS as ENGINES
 
 import qkit
@@ -16,33 +16,47 @@ mlx_lm = pytest.importorskip("mlx_lm")
 mx = pytest.importorskip("mlx.core")
 
 
-def run_of(path, *, imported, **changes):
+def run_of(path, *, imported, scales="learned", **changes):
     mlx_lm.convert(str(make(path / "float", "llama")), str(path / "model"), quantize=True, q_bits=4)
     (path / "text.txt").write_text(TEXT)
     if imported:
         to_artifact(read_model(path / "model"), path / "artifact")
         changes |= {"model": str(path / "artifact")}
-    adapter = {"rank": 4, "match": "*_proj", "seed": 3}
+    adapter = {"rank": 4, "match": "*_proj", "seed": 3, "scales": scales}
     return run_from_table(table(path, recipe=None, adapter=adapter, learning_rate=1e-2, steps=20, **changes))
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("imported", [False, True])
-def test_a_run_trains_adapters_on_stored_scales_and_merges_into_codes(tmp_path, name, imported):
-    outcome = train_model(run_of(tmp_path, imported=imported, backend=name))
+@pytest.mark.parametrize(("imported", "scales"), [(False, "learned"), (True, "learned"), (True, "stored")])
+def test_a_run_trains_adapters_and_scales_and_merges_into_codes(tmp_path, name, imported, scales):
+    outcome = train_model(run_of(tmp_path, imported=imported, scales=scales, backend=name))
     assert outcome.held_out_after < outcome.held_out_before
     assert outcome.held_out_saved == pytest.approx(outcome.held_out_after, rel=1e-6)
     assert outcome.forward_difference == 0.0
     base, made = read_model(tmp_path / "model"), read_model(tmp_path / "out")
     rows = {row.name: row for row in compare(base, made)}
     assert sum(row.codes for row in rows.values())
-    assert not any(row.scales or row.values for row in rows.values())
+    assert any(row.scales for row in rows.values()) == (scales == "learned")
+    assert not any(row.values for row in rows.values())
     export_mlx(made, tmp_path / "exported")
     theirs, _ = mlx_lm.load(str(tmp_path / "exported"))
     tokens = np.frombuffer(TEXT.encode()[:33], np.uint8).astype(np.int32)[None]
     opened = qkit.load(tmp_path / "out", backend="mlx")
     ours = qkit.backend("mlx").logits(opened, tokens)
     assert np.abs(np.array(theirs(mx.array(tokens))) - ours).max() <= 1e-5 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_that_learns_scales_and_is_resumed_is_the_uninterrupted_one(tmp_path, name):
+    for place in ("whole", "halves"):
+        (tmp_path / place).mkdir()
+    whole = run_of(tmp_path / "whole", imported=True, backend=name, checkpoint_every=3)
+    train_model(whole)
+    halves = run_of(tmp_path / "halves", imported=True, backend=name, checkpoint_every=3)
+    with stopping(9) as tell:
+        train_model(halves, tell=tell)
+    train_model(halves)
+    assert read_model(whole.out).digest() == read_model(halves.out).digest()
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -13,9 +13,10 @@ import numpy as np
 
 from qkit.errors import StageError
 from qkit.grid import Grid
-from qkit.qtensor import DType, dtype_of
+from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding, stored
+from qkit_mlx.arithmetic.gains import gained, slopes
 from qkit_mlx.arithmetic.merged import dithered, merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
@@ -28,7 +29,9 @@ from qkit_mlx.layers.prepared import GATES, FakeLinear, evaluate_packed, quantiz
 from qkit_mlx.layers.straight_through import fake_quantize
 from qkit_mlx.mlx_private import frozen_names
 
-NAMES = ("lora_a", "lora_b", "m")  #: of the parameters of an adapter
+FACTORS = ("lora_a", "lora_b", "m")  #: names of the parameters that the merged weight follows from
+GAINS = "lora_gains"
+NAMES = (*FACTORS, GAINS)  #: of the parameters of an adapter
 CODES = ("weight", "scales", "biases", "zeros", "tensor_scale")  #: of the arrays of a converted base
 
 
@@ -61,7 +64,7 @@ class _Adapted(nn.Module):
     @property
     def factors(self) -> list[mx.array]:
         """A, B and, of DoRA, the magnitudes."""
-        return [self[name] for name in NAMES if name in self]
+        return [self[name] for name in FACTORS if name in self]
 
     def merge_into(self, w: mx.array, dtype: DType) -> mx.array:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
@@ -113,9 +116,9 @@ class _AdaptedConverted(_Adapted):
         """x [..., inputs] -> [..., outputs]."""
         if self.training or not quantizes(self):
             return self._run_prepared(x)
-        bias = [self["bias"]] if "bias" in self else []
+        parameters = [self[name] for name in (*NAMES, "bias") if name in self]
         return evaluate_packed(
-            self._with_parameters(self._run_packed), self._with_parameters(self._run_prepared), x, *self.factors, *bias
+            self._with_parameters(self._run_packed), self._with_parameters(self._run_prepared), x, *parameters
         )
 
     def merged(self) -> mx.array:
@@ -129,19 +132,23 @@ class _AdaptedConverted(_Adapted):
 
     def pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
         """The converted layer, without an adapter, with the codes of `weight`."""
-        if self.grid.read:
-            q = stored.requantize(weight, unpack(self))
-        else:
-            q = choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
-        q = replace(q, dtype=self.dtype)
+        q = self._codes(weight)
+        q = replace(gained(q, self[GAINS]) if GAINS in self else q, dtype=self.dtype)
         static = {name: self[name] for name in STORED if name in self and name not in ("bias", *NAMES)}
         return pack_linear(q, self.rule, bias=bias, static=static)
 
     def _run_prepared(self, x: mx.array) -> mx.array:
         if not x.size:  # a layer that no token reaches
             return self._run_packed(x)
-        y = multiply(self._on_grid(x, self.rule.activation, "input"), self.factors, self.get("bias"), self._merging())
+        x, merging = self._on_grid(x, self.rule.activation, "input"), self._merging()
+        y = multiply(x, self.factors, self.get("bias"), merging, gains=self.get(GAINS))
         return self._on_grid(y, self.rule.output, "output")
+
+    def _codes(self, weight: mx.array) -> QTensor[mx.array]:
+        """The codes of `weight`, before its scales are multiplied with gains."""
+        if self.grid.read:
+            return stored.requantize(weight, unpack(self))
+        return choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
 
     def _run_packed(self, x: mx.array) -> mx.array:
         return self.pack(self.merged(), self.get("bias"))(x)
@@ -161,10 +168,15 @@ class _AdaptedConverted(_Adapted):
         return function
 
     def _merging(self) -> Merging:
-        def decoded(_: int) -> mx.array:
-            return rounding.dequantize(replace(unpack(self), dtype="float32"))
+        def decoded(_: int, *gains: mx.array) -> mx.array:
+            q = replace(unpack(self), dtype="float32")
+            return rounding.dequantize(gained(q, *gains) if gains else q)
 
-        def on_grid(merged: mx.array) -> mx.array:
+        def on_grid(merged: mx.array, *gains: mx.array) -> mx.array:
+            if gains:
+                finite = mx.isfinite(merged)
+                q = self._codes(mx.where(finite, merged, 0.0))
+                return mx.where(finite, rounding.dequantize(gained(replace(q, dtype="float32"), *gains)), mx.nan)
             if grid.read:
                 return stored.fake_requantize(merged, unpack(self))
             return fake_quantize(merged, grid, peak=fused.peak(self, merged))
@@ -174,13 +186,19 @@ class _AdaptedConverted(_Adapted):
                 return stored.unclipped(merged, unpack(self))
             return rounding.unclipped(merged, grid, peak=fused.peak(self, merged))
 
+        def base(first: int, *_: mx.array) -> mx.array:
+            return self.base(first)
+
         grid = self.grid
         if not quantizes(self):
             return Merging(
-                self, CODES, decoded, self.lora_scale, "float32", "identity", True, lambda merged: merged, unclipped
-            )
-        by_rows = grid.by_rows and not grid.read
-        return Merging(self, CODES, self.base, self.lora_scale, "float32", self.rule.ste, by_rows, on_grid, unclipped)
+                self, CODES, decoded, self.lora_scale, "float32", "identity", True, lambda merged, *_: merged, unclipped,
+                lambda _: slopes(unpack(self)),
+            )  # fmt: skip
+        return Merging(
+            self, CODES, base, self.lora_scale, "float32", self.rule.ste, grid.by_rows and not grid.read, on_grid, unclipped,
+            lambda merged: slopes(self._codes(merged)),
+        )  # fmt: skip
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
         if grid is None:
@@ -209,16 +227,18 @@ def adapt(module: Any, update: Update) -> Any:
     layer.lora_a, layer.lora_b = mx.array(update.a.T), mx.array(update.b.T)
     if update.magnitude is not None:
         layer.m = mx.array(update.magnitude)
+    if update.gains is not None:
+        layer[GAINS] = mx.array(update.gains)
     layer.lora_scale = update.scale
     return layer
 
 
 def adapter_update(module: Any) -> Update:
     """See the protocol's `adapter_update`."""
-    a, b, m = (np.array(module[name].astype(mx.float32)) if name in module else None for name in NAMES)
+    a, b, m, gains = (np.array(module[name].astype(mx.float32)) if name in module else None for name in NAMES)
     assert a is not None
     assert b is not None
-    return Update(a.T.copy(), b.T.copy(), module.lora_scale, m, getattr(module, "lora_dithered", False))
+    return Update(a.T.copy(), b.T.copy(), module.lora_scale, m, getattr(module, "lora_dithered", False), gains)
 
 
 def merge_adapter(module: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 from qkit.qtensor import DType, dtype_of
+from qkit.reference.gains import UNIT
 from qkit.rules import Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import merged, shorten, through
@@ -27,42 +28,53 @@ class Merging:
 
     Attributes:
         layer: the layer; its arrays `frozen` are those that the base is in.
-        base: the base [outputs, inputs] from the arrays of the layer, whose first row has the number that is its argument.
+        base: the base [outputs, inputs] from the arrays of the layer, whose first row has the number that is its argument; and
+            from gains, if scales train while the product is beside it.
         scale: the factor of the product of a LoRA.
         dtype: of the merged weight.
         ste: of the grid; `identity` where the layer is off.
         by_rows: whether `on_grid` takes some of the rows, too.
-        on_grid: the values of a merged weight; the weight itself where the layer is off.
+        on_grid: the values of a merged weight, and of gains if scales train; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
+        slopes: of the values of a merged weight along the factors of its scales, for the gradient of gains.
     """
 
     layer: Any
     frozen: Sequence[str]
-    base: Callable[[int], mx.array]
+    base: Callable[..., mx.array]
     scale: float
     dtype: DType
     ste: Ste
     by_rows: bool
-    on_grid: Callable[[mx.array], mx.array]
+    on_grid: Callable[..., mx.array]
     unclipped: Callable[[mx.array], mx.array]
+    slopes: Callable[[mx.array], mx.array] | None = None
 
 
-def multiply(x: mx.array, factors: Sequence[mx.array], bias: mx.array | None, merging: Merging) -> mx.array:
-    """x [..., inputs] times the values, in the type of `x`, of the base merged with `factors` (A, B, magnitudes), plus `bias`."""
-    several = len(factors)
+def multiply(
+    x: mx.array, factors: Sequence[mx.array], bias: mx.array | None, merging: Merging, *, gains: mx.array | None = None
+) -> mx.array:
+    """x [..., inputs] times the values, in the type of `x`, of the base merged with `factors` (A, B, magnitudes), plus `bias`.
+
+    Args:
+        gains: those of the rows [outputs], if scales train.
+    """
+    several, scaled = len(factors), [] if gains is None else [gains]
+    trained = several + len(scaled)
 
     def forward(x: mx.array, *more: mx.array) -> mx.array:
-        factors, bias = [mx.stop_gradient(one) for one in mx.depends(more[:several], [x])], more[several:]
+        parts, bias = [mx.stop_gradient(one) for one in mx.depends(more[:trained], [x])], more[trained:]
         with _after(merging, [x]):
-            values = _values(merging, factors, dtype_of(x)).T
+            values = _values(merging, parts[:several], parts[several:], dtype_of(x)).T
         return mx.addmm(bias[0], x, values) if bias else x @ values
 
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, *more = primals
-        factors = mx.depends(more[:several], [cotangent])
+        parts = mx.depends(more[:trained], [cotangent])
+        factors, gains = parts[:several], parts[several:]
         with _after(merging, [cotangent]):
-            values = _values(merging, factors, dtype_of(cotangent))
-            base = merging.base(0)  # MLX computes it only where the gradient needs it
+            values = _values(merging, factors, gains, dtype_of(cotangent))
+            base = merging.base(0, *gains)  # MLX computes it only where the gradient needs it
         to_x = (cotangent @ values).astype(x.dtype)
         rows, seen = cotangent.reshape(-1, cotangent.shape[-1]), x.reshape(-1, x.shape[-1])
         if several == 2 and merging.ste == "identity":
@@ -73,16 +85,23 @@ def multiply(x: mx.array, factors: Sequence[mx.array], bias: mx.array | None, me
             if merging.ste == "masked":
                 to_v = rounding.masked(to_v, merging.unclipped(_merged(merging, base, factors)))
             gradients = through(to_v, base, *factors, scale=merging.scale)
-        to_bias = [rows.sum(axis=0)] if len(more) > several else []
-        return (to_x, *gradients, *to_bias)
+        to_bias = [rows.sum(axis=0)] if len(more) > trained else []
+        return (to_x, *gradients, *[to_gains(base, factors, rows, seen, one) for one in gains], *to_bias)
+
+    def to_gains(
+        base: mx.array, factors: Sequence[mx.array], rows: mx.array, seen: mx.array, gains: mx.array
+    ) -> mx.array:
+        assert merging.slopes is not None
+        moved = seen @ merging.slopes(_merged(merging, base, factors)).astype(seen.dtype).T
+        return (UNIT * (rows * moved).astype(mx.float32).sum(axis=0)).astype(gains.dtype)
 
     function: Any = mx.custom_function(forward)
     function.vjp(backward)
-    answer: mx.array = function(x, *factors, *([] if bias is None else [bias]))
+    answer: mx.array = function(x, *factors, *scaled, *([] if bias is None else [bias]))
     return answer
 
 
-def _values(merging: Merging, factors: Sequence[mx.array], dtype: DType) -> mx.array:
+def _values(merging: Merging, factors: Sequence[mx.array], gains: Sequence[mx.array], dtype: DType) -> mx.array:
     """The values [outputs, inputs] in `dtype`. Large ones are computed in blocks of rows, one after another.
 
     So only one block's temporary arrays are in memory, among them the decoded base. MLX would otherwise compute all at once.
@@ -91,9 +110,9 @@ def _values(merging: Merging, factors: Sequence[mx.array], dtype: DType) -> mx.a
     a, b = factors[:2]
     for rows in _blocks(merging, b.shape[-1], a.shape[0]):
         with _after(merging, blocks[-1:], rows):
-            some = _of_rows(factors, rows)
-            v = _merged(merging, merging.base(rows.start), some)
-            blocks.append(rounding.to_dtype(merging.on_grid(v), dtype))
+            some, scaled = _of_rows(factors, rows), [one[rows] for one in gains]
+            v = _merged(merging, merging.base(rows.start, *scaled), some)
+            blocks.append(rounding.to_dtype(merging.on_grid(v, *scaled), dtype))
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
 
 

@@ -29,7 +29,7 @@ PER_GROUP = ("scales", "zeros", "biases")  #: arrays of a `QTensor` that have a 
 #: Arrays of a converted layer, besides those of its weight.
 STORED = (
     *("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point"),
-    *("lora_a", "lora_b", "m"),  # of an adapter
+    *("lora_a", "lora_b", "m", "lora_gains"),  # of an adapter
 )
 
 

@@ -78,10 +78,10 @@ def tensors(model: nn.Module) -> dict[str, mx.array]:
     return names.joined({name: container[key] for name, container, key in _slots(model)}, model)
 
 
-def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = ()) -> None:
+def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = (), within: str = "") -> None:
     """Writes `arrays` to the places of `tensors(model)`, except the names in `without`; casts half precision up to float32.
 
-    If the names differ, the model's own `sanitize` translates them first.
+    If the names differ, the model's own `sanitize` translates them first. Only names that begin with `within` are written.
 
     Raises:
         ArtifactError: a name, a shape or a type does not fit, or a name is missing. Nothing was written then.
@@ -109,7 +109,8 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
                 f"{name} is {arrays[name].dtype} in the file and {container[key].dtype} in the model: cast the model"
             )
     for name, (container, key) in slots.items():
-        container[key] = arrays[name].astype(container[key].dtype)
+        if name.startswith(within):
+            container[key] = arrays[name].astype(container[key].dtype)
 
 
 def _fits(dtype: mx.Dtype, want: mx.Dtype) -> bool:

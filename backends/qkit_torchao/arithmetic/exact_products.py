@@ -29,7 +29,7 @@ def product(a: Tensor | Halves, b: Tensor) -> Tensor:
     for start in range(0, len(b), LONGEST):
         of = slice(start, start + LONGEST)
         top, rest = halves(b[of], 0)
-        total += high[:, of] @ top + (high[:, of] @ rest + low[:, of] @ top)
+        total += high[:, of] @ top + (high[:, of] @ rest).addmm_(low[:, of], top)  # that sum is exact, too
     return total
 
 

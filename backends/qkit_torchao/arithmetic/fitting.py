@@ -1,10 +1,10 @@
-"""The law of fitted codes on a torch device: `qkit.reference.fitting`, function by function, in fp64, with the same codes.
+"""The law of fitted codes on a torch device: `qkit.reference.fitting`, in fp64, with the same codes.
 
-Products are exact, see `qkit.reference.products`; everything else is elementwise, one operation at a time.
+Products are exact, see `qkit.reference.products`; everything else is elementwise, one operation at a time. The loops over inputs
+are in `column_loops`, and in `kernels.cuda_fit` for GPUs.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,50 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qkit import element as constants
-from qkit.element import Element
 from qkit.errors import GridError
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
-from qkit.reference import rounding
-from qkit.reference.fitting import COLUMNS, REFITS, ROUNDS
-from qkit.reference.moments import DAMPING, mean_squares
-from qkit.reference.objectives import WIDEST, damping_of, pull_of
-from qkit.reference.steps import BLOCK_CODES, LEAST, LEAST_OF_WIDE, MOST, STEPS, steps_of, stored, want_fitted
-from qkit_torchao.arithmetic import exact_products
-from qkit_torchao.arithmetic.exact_products import Halves
+from qkit.reference.fitting import ROUNDS
+from qkit.reference.steps import want_fitted
+from qkit_torchao.arithmetic import column_loops, exact_products, rounding
+from qkit_torchao.arithmetic.moments import DeviceMoments
 
-E4M3 = Element("e4m3", "float", 8, 448.0, mantissa=3, min_exponent=-6)
+SHARE = 1 << 14  #: rows that are fitted at once
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceMoments:
-    """`qkit.reference.moments.Moments` on a device."""
-
-    source: Tensor
-    diagonal: Tensor
-    damping: float
-    parts: Halves
-    order: Tensor
-    upper: Tensor
-
-    @classmethod
-    def of(cls, moments: NDArray[Any], device: torch.device) -> "DeviceMoments":
-        """Those of `moments` [n, n].
-
-        Raises:
-            GridError, RangeError: as `qkit.fit`.
-        """
-        diagonal = mean_squares(moments, len(moments))
-        h = torch.tensor(np.asarray(moments), device=device).double()
-        h, on_device = (h + h.T) / 2, torch.tensor(diagonal, device=device)
-        damping = DAMPING * float(exact_products.total(on_device)) / len(h)
-        order = torch.argsort(-on_device, stable=True)
-        damped = h[order][:, order]
-        damped.diagonal().add_(damping)
-        return cls(h, on_device, damping, exact_products.halves(h, 1), order, exact_products.unit_upper(damped))
-
-
-@torch.no_grad()
 def solve_on(
     w: NDArray[Any],
     grid: Grid,
@@ -65,236 +32,93 @@ def solve_on(
     device: torch.device,
     peak: float | None = None,
 ) -> QTensor[NDArray[Any]]:
-    """As `qkit.fit(w, grid, moments, method="solve", peak=peak)` for `w` [outputs, inputs], with all rows at once on a device.
+    """As `qkit.fit(w, grid, moments, method="solve", peak=peak)` for `w` [outputs, inputs], on a device.
 
     Raises:
         GridError, RangeError: as `qkit.fit`. GridError also for one scale for all rows.
     """
-    want_fitted(grid)
-    if grid.group == "tensor" or w.ndim != 2:
-        raise GridError(f"{grid} of {w.shape} is fitted by qkit.fit alone: want rows with scales of their own")
     known = moments if isinstance(moments, DeviceMoments) else DeviceMoments.of(moments, device)
+    of_all = None if peak is None else torch.tensor(peak, dtype=torch.float32, device=device)
+    x = torch.tensor(np.asarray(w, np.float32), device=device)
+    found = solve(x, grid, known, peak=of_all).map(lambda part: part.cpu().numpy())
+    return replace(found, dtype=dtype_of(w))
+
+
+@torch.no_grad()
+def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = None) -> QTensor[Tensor]:
+    """As `solve_on`, for a weight that lies on the device of the moments, as its result does."""
+    want_fitted(grid)
+    if grid.group == "tensor" or grid.scale == "minmax" or w.ndim != 2:
+        raise GridError(f"{grid} of {tuple(w.shape)} is fitted by qkit.fit alone: want rows with scales of their own")
+    if w.shape[1] != len(known.diagonal):
+        raise GridError(f"moments of {len(known.diagonal)} inputs do not fit a weight of {w.shape[1]} inputs")
     first = rounding.quantize(w, grid, peak=peak)
     tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
-    s, z = (torch.tensor(a.reshape(-1), device=device) for a in steps_of(first))
-    group = grid.group_shape(w.shape)[-1]
-    x = torch.tensor(w.astype(np.float32), device=device).double()
-    units, s = _search(_cells(x, group), s, z, grid, known, tensor, x.shape)
-    side, found = x.T.contiguous(), units.T.reshape(x.shape).T.contiguous()
-    scales, zeros = (a.reshape(x.shape[0], -1).T.contiguous() for a in (s, z))
-    found, scales = _solve(side, found, scales, zeros, known, grid, tensor)
-    shape = first.scales.shape
-    on_host = [a.T.reshape(-1).cpu().numpy() for a in (scales, zeros)]
-    values = found.T.contiguous().cpu().numpy().reshape(w.shape)
-    return stored(values, on_host[0].reshape(shape), on_host[1].reshape(shape), grid, first.tensor_scale, dtype_of(w))
+    steps = rounding.scale_values(first).double()
+    parts = []
+    for some in range(0, len(w), SHARE):
+        x, s = (a[some : some + SHARE].T.contiguous() for a in (w.double(), steps))
+        z = torch.zeros_like(s)
+        made = loops_for(x, grid)(x, z, grid, known, tensor)
+        units, s = _solve(made, x, s, known)
+        parts.append(_stored(units.T, s.T, grid, tensor))
+    codes, scales = (torch.cat(every) for every in zip(*parts, strict=True))
+    return replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
 
 
-def _search(
-    x: Tensor, s: Tensor, z: Tensor, grid: Grid, known: DeviceMoments, tensor: float, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
-    """Units of cells [group, cells], and their scales."""
-    if grid.scale == "minmax":
-        raise GridError(f"{grid} is fitted by qkit.fit alone: its zero points move with its scales")
-    rows, n = shape
-    group = len(x)
-    weights = known.diagonal.expand(rows, n).reshape(-1, group).T.contiguous()
-    blocks = None
-    if group <= WIDEST:
-        places = torch.arange(n, device=x.device).reshape(-1, group)
-        blocks = exact_products.halves(known.source[places[:, :, None], places[:, None, :]], 2)
-    damping = damping_of(grid, known.diagonal.cpu().numpy())
+def loops_for(x: Tensor, grid: Grid) -> type[column_loops.Loops]:
+    """The loops over the inputs of `x`: those of kernels where there are some."""
+    if x.is_cuda:
+        from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
 
-    def times(d: Tensor) -> Tensor:
-        if blocks is None:
-            return weights * d + damping * d
-        high, low = blocks
-        by_group = d.reshape(group, -1, len(high)).permute(2, 0, 1).contiguous()
-        top, rest = exact_products.halves(by_group, 1)
-        found = high @ top + (high @ rest + low @ top)
-        return found.permute(1, 2, 0).reshape(d.shape) + damping * d
-
-    along, pull = times(x), pull_of(grid)
-    size = (found := exact_products.total(x * along)).where(found > 0, 1.0)
-
-    def squares(d: Tensor) -> Tensor:
-        return exact_products.total(weights * d * d)
-
-    def error(d: Tensor) -> Tensor:
-        part = exact_products.total(d * along)
-        return exact_products.total(d * times(d)) + pull * (part * part / size)
-
-    def run(most: Tensor | None) -> tuple[Tensor, Tensor]:
-        best = [_nearest(x / s, z, grid), s.clone()]
-        least = error(best[0] * s - x)
-
-        def keep(tried: Tensor) -> None:
-            nonlocal least
-            units = _nearest(x / tried, z, grid)
-            d = units * tried - x
-            found = error(d)
-            better = found < least if most is None else (found < least) & (squares(d) <= most)
-            least = torch.where(better, found, least)
-            best[:] = [torch.where(better, new, old) for new, old in zip((units, tried), best, strict=True)]
-
-        for tried in _candidates(x, s, grid, tensor):
-            keep(tried)
-        for _ in range(REFITS):
-            units, scale = best
-            part = exact_products.total(units * along)
-            own = exact_products.total(units * times(units)) + pull * (part * part / size)
-            keep(_refit((1 + pull) * part, own, scale, grid, tensor))
-        return best[0], best[1]
-
-    def by_rows(of_cells: Tensor) -> Tensor:
-        return exact_products.total(of_cells.reshape(rows, -1).T.contiguous())
-
-    units, found = run(None)
-    by_rule = squares(_nearest(x / s, z, grid) * s - x)
-    worse = by_rows(squares(units * found - x)) > by_rows(by_rule)
-    if bool(worse.any()):
-        again, some = run(by_rule), worse.repeat_interleave(n // group)
-        units, found = (torch.where(some, new, old) for new, old in zip(again, (units, found), strict=True))
-    return units, found
+        if cuda_fit.takes(grid, len(x)) and not nvrtc.why_not():
+            return cuda_fit.Loops
+    return column_loops.Loops
 
 
-def _solve(
-    x: Tensor, units: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid, tensor: float
-) -> tuple[Tensor, Tensor]:
-    at = torch.arange(len(x), device=x.device) // (len(x) // len(s))
-    fed = _feed(x, s, z, known, grid)
-    closer = _error(x - fed * s[at], known, known.damping) < _error(x - units * s[at], known, known.damping)
-    v, new = torch.where(closer, fed, units), s.clone()
-    errors = x - v * new[at]
-    residual = exact_products.product(known.parts, errors) + known.damping * errors
+def _solve(loops: column_loops.Loops, x: Tensor, s: Tensor, known: DeviceMoments) -> tuple[Tensor, Tensor]:
+    """Units [inputs, rows] and scales [groups, rows], from the scales of the rule."""
+    group = len(x) // len(s)
+
+    def values(units: Tensor, s: Tensor) -> Tensor:
+        return (units.reshape(len(s), group, -1) * s[:, None]).reshape(units.shape)
+
+    def weighted(d: Tensor) -> Tensor:
+        return exact_products.product(known.parts, d)
+
+    searched, rule = loops.search(s)
+    d = x - values(searched, rule)
+    product = weighted(d)
+    damped, plain = (exact_products.total(d * (product + damping * d)) for damping in (known.damping, 0.0))
+    residual = product + known.damping * d
+    fed = loops.feed(rule)
+    d = x - values(fed, rule)
+    product = weighted(d)
+    closer = exact_products.total(d * (product + known.damping * d)) < damped
+    units, s = torch.where(closer, fed, searched), rule.clone()
+    residual = torch.where(closer, product + known.damping * d, residual)
+    del fed, product
     for _ in range(ROUNDS):
-        if not _descend(v, new, z, residual, known, grid, tensor):
+        if not loops.descend(units, s, residual):
             break
-    worse = _error(x - v * new[at], known, 0.0) > _error(x - units * s[at], known, 0.0)
-    return torch.where(worse, units, v), torch.where(worse, s, new)
+    d = x - values(units, s)
+    worse = exact_products.total(d * (weighted(d) + 0.0 * d)) > plain
+    return torch.where(worse, searched, units), torch.where(worse, rule, s)
 
 
-def _feed(x: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid) -> Tensor:
-    n, order = len(x), known.order
-    places, x = (order // (n // len(s))).tolist(), x[order]
-    errors, units = torch.zeros_like(x), torch.empty_like(x)
-    for start in range(0, n, COLUMNS):
-        end = min(start + COLUMNS, n)
-        before = known.upper[:start, start:end].T.contiguous()
-        wanted = x[start:end] + exact_products.product(before, errors[:start]) if start else x[:end].clone()
-        for j in range(start, end):
-            step = s[places[j]]
-            units[j] = _nearest(wanted[j - start] / step, z[places[j]], grid)
-            errors[j] = x[j] - units[j] * step
-            wanted[j - start + 1 :] += known.upper[j, j + 1 : end, None] * errors[j]
-    back = torch.empty_like(x)
-    back[order] = units
-    return back
-
-
-def _descend(
-    units: Tensor, s: Tensor, z: Tensor, residual: Tensor, known: DeviceMoments, grid: Grid, tensor: float
-) -> bool:
-    high, low = known.parts
-    n, group, changed = len(units), len(units) // len(s), False
-    for start in range(0, n, width := max(group, COLUMNS // group * group)):
-        window = slice(start, min(start + width, n))
-        r, moved = residual[window].clone(), torch.zeros_like(residual[window])
-        for first in range(0, len(r), group):
-            here, place = slice(first, first + group), slice(start + first, start + first + group)
-            mine = place.start // group
-            within = (high[place, place], low[place, place])
-            moved[here] = _rescale(units[place], s[mine], r[here], within, known.damping, grid, tensor)
-            curvature = known.diagonal[place] + known.damping
-            moved[here] += _recode(units[place], s[mine], z[mine], r[here], within, curvature, grid)
-            if first + group < len(r):
-                beyond = slice(place.stop, window.stop)
-                r[first + group :] -= exact_products.product((high[beyond, place], low[beyond, place]), moved[here])
-        if bool(moved.any()):
-            residual -= exact_products.product((high[:, window], low[:, window]), moved)
-            residual[window] -= known.damping * moved
-            changed = True
-    return changed
-
-
-def _rescale(units: Tensor, s: Tensor, r: Tensor, within: Halves, damping: float, grid: Grid, tensor: float) -> Tensor:
-    curvature = exact_products.total(units * (exact_products.product(within, units) + damping * units))
-    new = _refit(curvature * s + exact_products.total(units * r), curvature, s, grid, tensor)
-    moved = units * (new - s)
-    r -= exact_products.product(within, moved) + damping * moved
-    s.copy_(new)
-    return moved
-
-
-def _recode(units: Tensor, s: Tensor, z: Tensor, r: Tensor, within: Halves, curvature: Tensor, grid: Grid) -> Tensor:
-    moved, (high, low) = torch.zeros_like(units), within
-    for start in range(0, len(units), COLUMNS):
-        end = min(start + COLUMNS, len(units))
-        h = high[start:end, start:end] + low[start:end, start:end]
-        for j in range(start, end):
-            new = _nearest(units[j] + r[j] / (curvature[j] * s), z, grid)
-            moved[j] = (new - units[j]) * s
-            units[j] = new
-            r[j + 1 : end] -= h[j - start + 1 :, j - start, None] * moved[j]
-        if end < len(units):
-            r[end:] -= exact_products.product((high[end:, start:end], low[end:, start:end]), moved[start:end])
-    return moved
-
-
-def _refit(numerator: Tensor, denominator: Tensor, s: Tensor, grid: Grid, tensor: float) -> Tensor:
-    return _storable(torch.where(denominator > 0, numerator / denominator, s), s, grid, tensor)
-
-
-def _error(d: Tensor, known: DeviceMoments, damping: float) -> Tensor:
-    return exact_products.total(d * (exact_products.product(known.parts, d) + damping * d))
-
-
-def _candidates(x: Tensor, s: Tensor, grid: Grid, tensor: float) -> Iterator[Tensor]:
-    peak = x.abs().amax(0)
+def _stored(units: Tensor, s: Tensor, grid: Grid, tensor: float) -> tuple[Tensor, Tensor]:
+    """The codes and scales of units [rows, inputs] on scales [rows, groups]; see `steps.stored`."""
     if grid.scale == "nvfp4":
-        values = torch.tensor(rounding.e4m3_values(np.arange(127, dtype=np.uint8)).astype(np.float64), device=x.device)
-        code = torch.searchsorted(values, s / tensor)
-        for offset in BLOCK_CODES:
-            yield values[(code + offset).clamp(1, 126)] * tensor
-    elif grid.element.kind == "float":
-        floor = torch.frexp(peak).exponent.long() - 1 - grid.element.max_exponent
-        for offset in (0, 1):
-            yield _storable(exact_products.power(floor + offset), s, grid, tensor)
-    else:
-        least = LEAST.get(grid.element.bits, LEAST_OF_WIDE)
-        for step in range(STEPS):
-            scale = peak * ((least + step * ((MOST - least) / (STEPS - 1))) / -grid.element.lowest)
-            for sign in (1, -1) if grid.scale == "signed" else (1,):
-                yield _storable(sign * scale, s, grid, 1.0)
-
-
-def _storable(wanted: Tensor, s: Tensor, grid: Grid, tensor: float) -> Tensor:
-    fits = torch.isfinite(wanted) & ((wanted > 0) | (grid.scale == "signed"))
-    wanted = torch.where(fits, wanted, s)
-    if grid.scale == "nvfp4":
-        return _nearest_float((wanted / tensor).clamp(constants.MIN_BLOCK_SCALE, 448.0), E4M3) * tensor
+        return _float_bits(units, grid), (s / tensor).to(torch.float8_e4m3fn).view(torch.uint8)
     if grid.element.kind == "float":
-        mantissa, e = torch.frexp(wanted)
-        code = torch.where(mantissa < 0.75, e - 1, e).long() + 127
-        return exact_products.power(code.clamp(constants.MIN_SCALE_CODE, constants.MAX_SCALE_CODE) - 127)
-    near = wanted.clamp(-constants.LIMIT, constants.LIMIT).float().bfloat16().double()
-    least = torch.where(near < 0, -constants.MIN_SCALE, constants.MIN_SCALE).double()
-    return torch.where(near.abs() < constants.MIN_SCALE, least, near)
+        return _float_bits(units, grid), rounding.exponent(s.float())
+    return units.to(torch.int8), s.float()
 
 
-def _nearest(y: Tensor, z: Tensor, grid: Grid) -> Tensor:
+def _float_bits(units: Tensor, grid: Grid) -> Tensor:
     element = grid.element
-    if element.kind == "float":
-        return _nearest_float(y, element)
-    if grid.symmetric:
-        return y.round().clamp(element.lowest, element.highest)
-    return torch.minimum(torch.maximum(y.round(), -z), element.levels - z)
-
-
-def _nearest_float(y: Tensor, element: Element) -> Tensor:
-    floor = (y.abs().view(torch.int64) >> 52) - 1023  # of log2, from the bits
-    step = exact_products.power(floor.clamp_min(element.min_exponent) - element.mantissa)
-    return ((y / step).round() * step).clamp(-element.largest, element.largest)
-
-
-def _cells(x: Tensor, group: int) -> Tensor:
-    return x.reshape(-1, group).T.contiguous()
+    if element.name != "e2m1":
+        return units.to(rounding.FLOAT8[element.name]).view(torch.uint8)
+    magnitudes = torch.tensor(constants.E2M1_VALUES[:8], dtype=torch.float64, device=units.device)
+    code = torch.searchsorted(magnitudes, units.abs().contiguous()).to(torch.uint8)
+    return code | (torch.signbit(units).to(torch.uint8) << 3)

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit_torchao.arithmetic.fitting import DeviceMoments, solve_on
+from qkit_torchao.arithmetic.fitting import solve_on
+from qkit_torchao.arithmetic.moments import DeviceMoments
 
 
 class Solving:

@@ -23,7 +23,7 @@ from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.kernels import cpu, cpu_words
 from qkit_torchao.kernels.tables import Target
 
-COMPILERS = ("gcc", "clang", "cc")  #: that Triton looks for, besides the one that CC names
+COMPILERS = ("gcc", "clang")  #: that Triton looks for, besides the one that CC names
 CAPABILITY = (8, 0)  #: the least of GPUs whose kernels read and write bfloat16
 
 
@@ -79,10 +79,8 @@ def lays_out(w: Tensor, grid: Grid) -> bool:
 
 def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid:
     """See `cuda.laid_out`; for tensors that `lays_out` accepts, in any layout."""
-    kernels = _cuda()
-    assert kernels is not None
     plain: Layout = "bytes" if layout == "words" else layout
-    laid: Laid = kernels.laid_out(w, grid, plain, broken=broken, number=number)
+    laid: Laid = _cuda().laid_out(w, grid, plain, broken=broken, number=number)
     if layout == "words":
         from qkit_torchao.kernels import cuda_words
 
@@ -110,7 +108,7 @@ def why_not_packed(device: torch.device) -> str:
 
 def packs(grid: Grid, device: torch.device) -> bool:
     """Whether converted layers on `device` have the codes of `grid` packed: kernels decode them there."""
-    return not why_not_packed(device) and (device.type != "cpu" or native.takes(grid))
+    return not why_not_packed(device) and (device.type != "cpu" or grid.read or native.takes(grid))
 
 
 @cache
@@ -122,7 +120,9 @@ def why_no_triton(device: torch.device) -> str:
         return "Triton finds no C compiler: install gcc, or name one in CC"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {'.'.join(map(str, CAPABILITY))}"
-    return ""
+    from qkit_torchao.kernels import triton_trial
+
+    return triton_trial.why_not(device)
 
 
 def multiplies(x: Tensor, grid: Grid) -> bool:
@@ -138,7 +138,7 @@ def multiplies_experts(x: Tensor, grid: Grid) -> bool:
     if why_not_packed(x.device) or not hasattr(word_kernels(x.device), "codes_product"):
         return False
     small = grid.has_tensor_scale and x.dtype == torch.float16  # whose tensor scale may leave the range of float16
-    return grid.group != "tensor" and not grid.read and not small and not why_not_few(grid, x.shape[-1], x.device)
+    return grid.group != "tensor" and not small and not why_not_few(grid, x.shape[-1], x.device)
 
 
 def multiply(x: Tensor, *parts: Any, **more: Any) -> Tensor:
@@ -159,7 +159,7 @@ def why_not_few(grid: Grid, inputs: int, device: torch.device) -> str:
         return f"inputs are read in pairs, and there are {inputs}"
     if not words.has_one_scale(grid, inputs):
         return f"groups of {grid.group} are no multiples of {words.unit(grid, inputs)}"
-    why_not: str = word_kernels(device).why_not_multiplies()
+    why_not: str = word_kernels(device).why_not_multiplies(device)
     return why_not
 
 
@@ -256,14 +256,12 @@ def _kernels(w: Tensor) -> ModuleType | None:
     if torch.compiler.is_compiling():
         return None
     if w.is_cuda:
-        return _cuda()
+        return None if why_no_triton(w.device) else _cuda()
     return cpu if w.device.type == "cpu" and cpu.available() else None
 
 
 @cache
-def _cuda() -> ModuleType | None:
-    if not find_spec("triton"):
-        return None
+def _cuda() -> ModuleType:
     from qkit_torchao.kernels import cuda
 
     return cuda

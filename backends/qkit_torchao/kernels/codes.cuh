@@ -9,8 +9,10 @@
 //   XS: the type of x: 0 bfloat16, 1 float16, 2 float32.
 //   HIGH, LOW: widths of the planes, LOW 0 where there is one.
 //   ELEMENT: 0 integer, 1 e2m1, 2 e4m3, 3 e5m2.
-//   SCALES: 0 bfloat16, 1 e8m0, 2 e4m3, 3 float32, 4 float16.
+//   SCALES: 0 bfloat16, 1 e8m0, 2 e4m3 under a power of two, 3 float32, 4 float16; of files alone: 5 any code of e8m0, 6 and 7 e4m3
+//     times a float32 and over one.
 //   ZEROS: whether there are zero points.
+//   BIASES: 0 if there are none, else their type as that of scales, and one more. Codes of such integers are from 0 on.
 //   UNIT: columns of a unit. RATIO: units of a group; 0 where a row is one group.
 //   EIGHTS: rows of x over eight. TILES, WARPS: see above.
 //   SAFE: whether columns, words or addresses may be odd, so that nothing is read at once.
@@ -33,6 +35,8 @@ DEVICE u32 turned(u32 word, int right) { return __funnelshift_r(word, word, righ
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 bits_of(float f) { return __float_as_uint(f); }
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float plus(float a, float b) { return __fadd_rn(a, b); }  // never one operation with the product before
 // word & mask | more, and word & mask ^ more, as one instruction each, where the compiler makes two of constants.
 DEVICE u32 masked(u32 word, u32 mask, u32 more) { u32 d; asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(word), "r"(mask), "r"(more)); return d; }
 DEVICE u32 flipped(u32 word, u32 mask, u32 more) { u32 d; asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(word), "r"(mask), "r"(more)); return d; }
@@ -96,6 +100,8 @@ constexpr u32 PAIRS = 16 / HIGH;             // pairs of columns of a word, and 
 constexpr u32 ROWS = 2 * TILES;              // outputs of a lane
 constexpr u32 WIDE = 8 * EIGHTS;             // rows of x
 constexpr u32 BITS = HIGH + LOW;
+constexpr u32 MIDDLE = BIASES ? 0 : 1u << (BITS - 1);  // the code of 0 where there are no zero points
+constexpr bool SHORT_SCALES = SCALES < 3 || SCALES == 5;  // whether scales are bfloat16 numbers
 constexpr u32 TOGETHER = WORDS >= 4 ? (LOWS < 4 ? LOWS : 4) : SCALED * LOWS;  // words of the low plane of four words
 constexpr u32 ROOM = 49152 / (WARPS * ROWS * 32 * (LOW ? 32 : 16));  // stages for which there is memory
 constexpr u32 STEP = 16 * WARPS;               // words of a row from one block of a warp to its next
@@ -108,7 +114,7 @@ struct Four { u32 words[4], odds[4]; };
 
 // Codes i and i + 16 / HIGH as bfloat16, exact, less `zero`: of integers, 128 + zero in both halves, or 2^23 + zero for 8 bits.
 DEVICE u32 number(u32 word, u32 odds, u32 i, u32 zero) {
-#if ELEMENT == 0 && HIGH == 8 && !ZEROS  // 128 and seven bits, less 256, or less 128 where the eighth is set
+#if ELEMENT == 0 && HIGH == 8 && !ZEROS && !BIASES  // 128 and seven bits, less 256, or less 128 where the eighth is set
     word = turned(word, 8 * i);
     return minus(masked(word, 0x007F007F, 0x43004300), flipped(word, 0x00800080, 0x43804380));
 #elif ELEMENT == 0 && HIGH == 8
@@ -128,7 +134,7 @@ DEVICE u32 number(u32 word, u32 odds, u32 i, u32 zero) {
 #endif
 }
 
-// What `number` takes away: `z` is the zero point, or half of the count of codes.
+// What `number` takes away: `z` is the zero point, or `MIDDLE`.
 DEVICE u32 zero_of(u32 z) {
 #if HIGH == 8
     return 0x4B000000 | z;
@@ -140,15 +146,14 @@ DEVICE u32 zero_of(u32 z) {
 DEVICE float low_of(u32 pair) { return as_float(pair << 16); }
 DEVICE float high_of(u32 pair) { return as_float(pair & 0xFFFF0000); }
 
-// A register of codes times their scale, rounded once to the type of x.
-DEVICE u32 scaled(u32 codes, float s) {
-#if XS == 0 && SCALES < 3
-    return times(codes, bytes_of(bits_of(s), 0, 0x3232));  // such a scale is a bfloat16
-#elif XS == 0
-    return shorts(product(low_of(codes), s), product(high_of(codes), s));
-#else
-    return halves(product(low_of(codes), s), product(high_of(codes), s));
-#endif
+// A code times its scale, plus its bias, as a float32.
+DEVICE float value(float code, float s, float b) { return BIASES ? plus(product(code, s), b) : product(code, s); }
+
+// A register of values, rounded once to the type of x.
+DEVICE u32 scaled(u32 codes, float s, float b) {
+    if (XS == 0 && SHORT_SCALES && !BIASES) return times(codes, bytes_of(bits_of(s), 0, 0x3232));
+    float low = value(low_of(codes), s, b), high = value(high_of(codes), s, b);
+    return XS == 0 ? shorts(low, high) : halves(low, high);
 }
 
 // Reading ---------------------------------------------------------------------------------------------------------------------
@@ -157,16 +162,13 @@ DEVICE u32 scaled(u32 codes, float s) {
 struct Part { u32x4 words[LOW ? 2 : 1]; };
 
 constexpr u32 SIZE = SCALES == 0 || SCALES == 4 ? 2 : SCALES == 3 ? 4 : 1;  // bytes of a scale
+constexpr u32 BIAS_SIZE = BIASES == 4 ? 4 : 2;  // of a bias
 
-DEVICE u32 raw_scale(const u8 *scales, u32 at) {
-#if SCALES == 0 || SCALES == 4
-    return ((const u16 *)scales)[at];
-#elif SCALES == 3
-    return ((const u32 *)scales)[at];
-#else
-    return scales[at];
-#endif
+template <u32 size> DEVICE u32 raw(const u8 *numbers, u32 at) {
+    return size == 4 ? ((const u32 *)numbers)[at] : size == 2 ? ((const u16 *)numbers)[at] : numbers[at];
 }
+
+DEVICE u32 raw_scale(const u8 *scales, u32 at) { return raw<SIZE>(scales, at); }
 
 DEVICE float scale_of(u32 s, float tensor) {
 #if SCALES == 0
@@ -177,10 +179,15 @@ DEVICE float scale_of(u32 s, float tensor) {
     return as_float(s);
 #elif SCALES == 4
     return of_f16(s);
+#elif SCALES == 5  // 2^-127 is subnormal, and the last code is no number
+    return as_float(s == 0 ? 0x400000 : s == 255 ? 0x7FC00000 : s << 23);
 #else  // as a float16, whose exponents have a bias that is 8 more
-    return product(of_f16(s << 8 & 0x8000 | s << 7 & 0x3F80) * 256.0f, tensor);
+    float block = of_f16(s << 8 & 0x8000 | s << 7 & 0x3F80) * 256.0f;
+    return SCALES == 7 ? quotient(block, tensor) : product(block, tensor);
 #endif
 }
+
+DEVICE float bias_of(u32 b) { return BIASES == 1 ? as_float(b << 16) : BIASES == 5 ? of_f16(b) : as_float(b); }
 
 // Begins to copy four words, from `first` on of a row whose high plane has `count`, and those of the low plane that belong to them.
 DEVICE void fetch(Part *to, const u32 *words, const u32 *lows, u32 first, u32 count) {

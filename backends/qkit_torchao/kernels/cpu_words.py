@@ -12,12 +12,14 @@ from torch import Tensor
 from qkit.exactness import is_exact
 from qkit.grid import Grid
 from qkit.native import products
+from qkit.native.library import TYPES
 from qkit_torchao.arithmetic import rounding, words
+from qkit_torchao.kernels.geometry import scales_of
 
 FEW = 1  #: the most rows that are multiplied without decoding: more have the bits of prepared layers
 
 
-def why_not_multiplies() -> str:
+def why_not_multiplies(device: torch.device) -> str:
     """Empty, since the C library that was built has the products."""
     return ""
 
@@ -39,15 +41,20 @@ def _constants(grid: Grid, outputs: int, inputs: int) -> tuple[Any, ...]:
 
 
 def _weight(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, grid: Grid, inputs: int
-) -> products.Weight:
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, biases: Tensor | None, grid: Grid, inputs: int
+) -> products.Weight:  # fmt: skip
     e = grid.element
-    bytes_hold = "e4m3" if grid.scale == "nvfp4" else "e8m0"
-    kind = products.SCALES.index(bytes_hold if scales.dtype == torch.uint8 else str(scales.dtype).rpartition(".")[2])
+    kind = scales_of(grid) if scales.dtype == torch.uint8 else _name(scales.dtype)
+    addresses = [None if one is None else one.data_ptr() for one in (codes, scales, zeros, biases)]
+    types = products.SCALES.index(kind), 0 if biases is None else TYPES.index(_name(biases.dtype))
+    tensor = 1.0 if power is None else float(power)
     return products.Weight(
-        codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(),
-        *_constants(grid, codes.shape[0], inputs), kind, e.mantissa, e.min_exponent, 1.0 if power is None else float(power),
-    )  # fmt: skip
+        *addresses, *_constants(grid, codes.shape[0], inputs), *types, e.mantissa, e.min_exponent, tensor
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def multiply(
@@ -56,6 +63,7 @@ def multiply(
     scales: Tensor,
     zeros: Tensor | None,
     power: Tensor | None,
+    biases: Tensor | None,
     bias: Tensor | None,
     grid: Grid,
 ) -> Tensor:
@@ -63,18 +71,19 @@ def multiply(
     x = x.contiguous()
     out = torch.empty(len(x), codes.shape[0], dtype=x.dtype)
     products.multiply(
-        _weight(codes, scales, zeros, power, grid, x.shape[1]), x.data_ptr(), rows=len(x),
-        dtype=str(x.dtype).rpartition(".")[2], bias=None if bias is None else bias.data_ptr(), out=out.data_ptr(),
+        _weight(codes, scales, zeros, power, biases, grid, x.shape[1]), x.data_ptr(), rows=len(x), dtype=_name(x.dtype),
+        bias=None if bias is None else bias.data_ptr(), out=out.data_ptr(),
         threads=torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def values(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, grid: Grid, *, inputs: int, dtype: torch.dtype
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, biases: Tensor | None, grid: Grid, *,
+    inputs: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """As `cuda_words.values`."""
     out = torch.empty(codes.shape[0], inputs, dtype=dtype)
-    weight = _weight(codes, scales, zeros, power, grid, inputs)
-    products.decode(weight, out.data_ptr(), dtype=str(dtype).rpartition(".")[2], threads=torch.get_num_threads())
+    weight = _weight(codes, scales, zeros, power, biases, grid, inputs)
+    products.decode(weight, out.data_ptr(), dtype=_name(dtype), threads=torch.get_num_threads())
     return out

@@ -17,7 +17,7 @@ LONGEST = 512  #: the longest group that a tile holds
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SPREADABLE = 24 - 8 - 9  #: bits of codes that are exact in float32 with nine more, times a scale
 
-Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  #: see `layers.packed_product`
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  #: see `layers.packed_product`
 
 
 def takes(grid: Grid, inputs: int) -> bool:
@@ -53,7 +53,7 @@ def merged(
     outputs, inputs = b.shape[0], a.shape[1]
     first, *rest = (base,) if isinstance(base, Tensor) else base
     assert isinstance(first, Tensor)
-    scales, zeros, power = rest or (None, None, None)
+    scales, zeros, power, _ = rest or (None,) * 4  # no biases, since `takes` refuses read grids
     codes: tuple[Any, ...] | None = None
     group = 2
     if grid is not None:

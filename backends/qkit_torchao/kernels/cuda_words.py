@@ -27,22 +27,22 @@ SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  #: types of 16 b
 ALIGNED = 16  #: bytes that are read at once
 #: By number, as `codes.cuh` has them: types of x, and of scales.
 KINDS_OF_X = (torch.bfloat16, torch.float16, torch.float32)
-KINDS = (torch.bfloat16, "e8m0", "e4m3", torch.float32, torch.float16)
+KINDS = (torch.bfloat16, "e8m0", "e4m3", torch.float32, torch.float16, "any e8m0", "e4m3 times", "e4m3 over")
 
 
-def why_not_multiplies() -> str:
-    """Why `multiply` cannot be compiled, and the way out; empty where it can."""
-    return nvrtc.why_not()
+def why_not_multiplies(device: torch.device) -> str:
+    """Why `multiply` cannot be compiled for `device`, and the way out; empty where it can."""
+    return nvrtc.why_not(device)
 
 
 def multiplies(x: Tensor) -> bool:
     """Whether `multiply` takes x [rows, inputs]."""
-    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not is_exact() and not why_not_multiplies()
+    return 0 < len(x) <= (MOST if x.dtype in SHORT else EIGHT) and not is_exact() and not why_not_multiplies(x.device)
 
 
 def multiply(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, bias: Tensor | None, grid: Grid,
-    *, experts: Tensor | None = None,
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, biases: Tensor | None,
+    bias: Tensor | None, grid: Grid, *, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [rows, inputs] times packed codes -> [rows, outputs], for grids and widths that `choose.why_not_few` accepts.
 
@@ -50,9 +50,9 @@ def multiply(
     float32, and one or two of bfloat16, by exact ones.
 
     Args:
-        codes, scales, zeros, power: of a converted layer, in the layout `words`: codes int32 [outputs, words].
+        codes, scales, zeros, power, biases: of a converted layer, in the layout `words`: codes int32 [outputs, words].
         bias: [outputs], of the type of x.
-        experts: integers [rows]: then codes are [experts, outputs, words], as are scales, zeros and biases, and row r is
+        experts: integers [rows]: then codes are [experts, outputs, words], as are the others, and row r is
             multiplied by those of `experts[r]`. That is the grouped product of a mixture of experts for few tokens: repeat a
             token for each of its experts. For many tokens of an expert, see `values` of `codes[expert]`.
     """
@@ -71,16 +71,17 @@ def multiply(
     )
     scaled = KINDS.index(geometry(grid, inputs)["SCALES"] if scales.dtype == torch.uint8 else scales.dtype)
     rows = count if experts is not None else -(-count // (EIGHT * eights))
-    first = ("XS", KINDS_OF_X.index(x.dtype)), ("SCALES", scaled), ("ZEROS", zeros is not None)
+    more = 0 if biases is None else KINDS.index(biases.dtype) + 1
+    first = ("XS", KINDS_OF_X.index(x.dtype)), ("SCALES", scaled), ("ZEROS", zeros is not None), ("BIASES", more)
     with device_of(x):
         if eights > 1:
             x = _arranged(x, (*first, *constants), shared, numbers[0], rows)
-        tensors = x, codes, scales, zeros, power, bias, out, experts
+        tensors = x, codes, scales, zeros, power, biases, bias, out, experts
         addresses = [0 if one is None else one.data_ptr() for one in tensors]
-        more = int(power is not None and power.numel() > 1)
+        powers = int(power is not None and power.numel() > 1)
         (FEW_ROWS if few else PRODUCT)(
             (*first, *constants), (-(-outputs // shared["outputs"]), rows), shared["threads"],
-            (*addresses, outputs, inputs, count, *numbers, more),
+            (*addresses, outputs, inputs, count, *numbers, powers),
             memory=kept(grid, inputs, each) if ("KEEPS", 1) in constants else 0,
         )  # fmt: skip
     return out
@@ -110,6 +111,7 @@ def values(
     scales: Tensor,
     zeros: Tensor | None,
     power: Tensor | None,
+    biases: Tensor | None,
     grid: Grid,
     *,
     inputs: int,
@@ -118,7 +120,7 @@ def values(
     """The values [outputs, inputs] of packed codes int32 [outputs, words], as `rounding.dequantize` rounds them, in one pass."""
     outputs = codes.shape[0]
     out = torch.empty(outputs, inputs, dtype=dtype, device=codes.device)
-    tensors = codes, scales, zeros, power, out
+    tensors = codes, scales, zeros, power, biases, out
     key = ("values", grid, dtype, outputs, inputs, codes.device, _kinds(tensors))
     if dtype in SHORT and words.has_one_scale(grid, inputs) and inputs % words.unit(grid, inputs) == 0:
         tile = TILE * words.PLANES[grid.element.bits][0] // 16
@@ -126,7 +128,7 @@ def values(
         with device_of(codes):
             _decode(
                 key, -(-outputs // 4) * across,
-                (*tensors[:4], out.view(torch.int32), outputs, triton_words.MAGIC, *geometry(grid, inputs).values(),
+                (*tensors[:5], out.view(torch.int32), outputs, triton_words.MAGIC, *geometry(grid, inputs).values(),
                  SHORT[dtype], 4, tile, INTERPRETED), warps=4,
             )  # fmt: skip
         return out
@@ -196,7 +198,7 @@ def _kinds(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     return tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
 
 
-PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 8 + (nvrtc.NUMBER,) * 7, early=True)
+PRODUCT = nvrtc.Kernel("products.cu", "multiply", (nvrtc.POINTER,) * 9 + (nvrtc.NUMBER,) * 7, early=True)
 FEW_ROWS = nvrtc.Kernel("few.cu", "multiply_few", PRODUCT.kinds, early=True)
 ARRANGEMENT = nvrtc.Kernel("products.cu", "arrange", (nvrtc.POINTER,) * 2 + (nvrtc.NUMBER,) * 4)
 _codes, _scaled = Kernel(triton_words.codes_product), Kernel(triton_words.scaled)

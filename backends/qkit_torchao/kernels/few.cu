@@ -3,7 +3,8 @@
 // The count of instructions limits one row, so codes are multiplied before their scales. `mma` sums over the codes of four lanes, which
 // have groups of their own; but of its eight columns, x needs one. So lane t of those has columns 2 t and 2 t + 1, where all
 // other lanes have zeros: they sum the codes of its group, times x. Those are two rows of x, or two groups of four words.
-// Integers enter as 128 + code, without a subtraction; a row of ones finds the sum of x, which takes 128 and zero points away.
+// Integers enter as 128 + code, without a subtraction; a row of ones finds the sum of x, which takes 128 and zero points away, and
+// by which biases are multiplied.
 //
 // Constants beside those of `codes.cuh`, XS being 0 and EIGHTS 1:
 //   BRINGS: whether weights are brought to the second cache while the predecessor in the stream still runs.
@@ -29,8 +30,8 @@ DEVICE u32 operand(u32 word, u32 odds, u32 i, u32 zero) {
 // Two rows without `experts` only where units have four words or more. Arguments as those of `multiply`. Dynamic shared memory
 // holds x, in whole blocks, for KEEPS.
 ENTRY multiply_few(
-    const u16 *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const void *bias, void *out,
-    const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
+    const u16 *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const u8 *biases, const void *bias,
+    void *out, const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
 ) {
     __shared__ float sums[WARPS][8 * ROWS][2];
 #if KEEPS
@@ -50,10 +51,10 @@ ENTRY multiply_few(
     u64 skipped = experts ? blockIdx.y : 0, above = experts ? experts[skipped] * outputs : 0;
     float tensor = power ? power[experts && powers ? experts[skipped] : 0] : 1.0f;
     const u32 *high[ROWS], *low[ROWS];
-    const u8 *scale[ROWS], *offset[ROWS];
+    const u8 *scale[ROWS], *offset[ROWS], *added[ROWS];
     Part next[ROWS];
-    u32 raw[ROWS][SCALED], off[ROWS][SCALED];
-    // Begins to read four words of each row, from number `first` on, with their scales and zero points.
+    u32 factor[ROWS][SCALED], off[ROWS][SCALED], more[ROWS][SCALED];
+    // Begins to read four words of each row, from number `first` on, with their scales, zero points and biases.
     auto begin_to_read = [&]() {
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++) fetch(next + r, high[r], low[r], first, words);
@@ -63,8 +64,9 @@ ENTRY multiply_few(
             if (RATIO && !WHOLE && group >= groups) group = 0;
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
-                raw[r][e] = raw_scale(scale[r], group);
+                factor[r][e] = raw_scale(scale[r], group);
                 if (ZEROS) off[r][e] = offset[r][group];
+                if (BIASES) more[r][e] = raw<BIAS_SIZE>(added[r], group);
             }
         }
     };
@@ -74,7 +76,7 @@ ENTRY multiply_few(
         u64 row = above + (o < outputs ? o : outputs - 1);
         high[r] = codes + row * stride + first;
         low[r] = codes + row * stride + words + first / WORDS * LOWS + (LOWS >= 4 ? first % (LOW ? LOWS : 1) : 0);
-        scale[r] = scales + row * groups * SIZE, offset[r] = zeros + row * groups;
+        scale[r] = scales + row * groups * SIZE, offset[r] = zeros + row * groups, added[r] = biases + row * groups * BIAS_SIZE;
     }
     if (warp < blocks) begin_to_read();
     // Lanes that fill columns of `mma`: with the first half of their loads, and with the second.
@@ -106,7 +108,7 @@ ENTRY multiply_few(
 #endif
         }
         Four now[ROWS];
-        float s[ROWS][SCALED];
+        float s[ROWS][SCALED], bias_of_group[ROWS][SCALED];
         u32 zero[ROWS][SCALED];
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++) {
@@ -114,8 +116,9 @@ ENTRY multiply_few(
             high[r] += STEP, low[r] += STEP * LOW / HIGH;
 #pragma unroll
             for (u32 e = 0; e < SCALED; e++) {
-                s[r][e] = scale_of(raw[r][e], tensor);
-                zero[r][e] = ZEROS ? off[r][e] : 1 << BITS - 1;
+                s[r][e] = scale_of(factor[r][e], tensor);
+                bias_of_group[r][e] = BIASES ? bias_of(more[r][e]) : 0;
+                zero[r][e] = ZEROS ? off[r][e] : MIDDLE;
             }
         }
         first += STEP, from += STEP * (32 / HIGH);
@@ -132,7 +135,7 @@ ENTRY multiply_few(
             registers(b, loads, q);
 #pragma unroll
             for (u32 half = 0; half < 2; half++) {
-                if (SHIFTED) mma(x_sums, ones, b[2 * half], b[2 * half + 1]);
+                if (SHIFTED || BIASES) mma(x_sums, ones, b[2 * half], b[2 * half + 1]);
 #pragma unroll
                 for (u32 m = 0; m < TILES; m++) {
                     u32 a[4];
@@ -153,6 +156,7 @@ ENTRY multiply_few(
                 u32 u = SCALED == 2 ? e : 0;
                 if (SHIFTED) sum -= as_float(0x43000000 | zero[r][u] << 16) * x_sums[e];  // 128 and the zero point
                 total[r][e] += s[r][u] * sum;
+                if (BIASES) total[r][e] += bias_of_group[r][u] * x_sums[e];
             }
     }
 #pragma unroll

@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+from qkit.element import READ_RULES
 from qkit.grid import Grid
 from qkit_torchao.arithmetic import words
 
@@ -30,8 +31,17 @@ def geometry(grid: Grid, inputs: int) -> dict[str, Any]:
         "UNITS": units,
         "GROUP": grid.group if number else units * unit,
         "GROUPS": inputs // int(grid.group) if number else int(grid.group == "row"),
-        "SCALES": "float" if grid.element.kind == "integer" else "e4m3" if grid.scale == "nvfp4" else "e8m0",
+        "SCALES": scales_of(grid),
     }
+
+
+def scales_of(grid: Grid) -> str:
+    """How a kernel finds the step of a group: from a `float`, or from a byte; bytes of files may be any, see `codes.cuh`."""
+    if grid.stored_scales == "float" or not grid.read:
+        return grid.stored_scales
+    if grid.stored_scales == "e8m0":
+        return "any e8m0"
+    return "e4m3 over" if READ_RULES[grid.scale].inverse else "e4m3 times"
 
 
 @cache

@@ -7,7 +7,7 @@ from qkit.grid import Grid
 from qkit_torchao.arithmetic import merged
 from qkit_torchao.kernels import choose
 
-Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  #: packed codes, scales, zeros and tensor scale
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  #: see `layers.packed_product`
 
 
 def added(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:

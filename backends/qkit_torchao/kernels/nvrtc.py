@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -21,18 +22,33 @@ POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int  #: kinds of arguments
 OPTIONS = ("--std=c++17", "--diag-suppress=177")  #: a constant that one variant does not need is no fault
 
 
+log = logging.getLogger("qkit")
+
+
 @cache
-def why_not() -> str:
-    """Why nothing can be compiled, and the way out; empty where it can."""
+def why_not(device: torch.device) -> str:
+    """Why nothing can be compiled for the GPU `device`, and the way out; empty where it can."""
     try:
         from cuda.bindings import nvrtc
     except ImportError:
         return "cuda-bindings is not installed: pip install 'qkit-quant[cuda]'"
     try:
-        _done(nvrtc.nvrtcVersion())
+        version = _done(nvrtc.nvrtcVersion())
+        (known,) = _done(nvrtc.nvrtcGetSupportedArchs())
     except Exception as error:  # the package has several classes for a library that is not there
-        return f"NVRTC does not load ({str(error).partition(chr(10))[0]}): pip install nvidia-cuda-nvrtc"
+        return f"NVRTC does not load ({str(error).partition(chr(10))[0]}): pip install {_distribution()}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor not in known:
+        return (
+            f"NVRTC {'.'.join(map(str, version))} has no {torch.cuda.get_device_name(device)}, of compute capability "
+            f"{major}.{minor}: pip install --upgrade {_distribution()}"
+        )
     return ""
+
+
+def _distribution() -> str:
+    """The package that has NVRTC for torch's CUDA."""
+    return "nvidia-cuda-nvrtc" + ("-cu12" if (torch.version.cuda or "").startswith("12.") else "")
 
 
 class Kernel:
@@ -42,15 +58,18 @@ class Kernel:
         kinds: of its arguments, `POINTER` or `NUMBER`.
         early: whether it may begin while its predecessor in the stream still runs; it waits for that by itself ("programmatic
             dependent launch" in the CUDA programming guide). Devices before compute capability 9.0 ignore it.
+        options: of the compiler, beside `OPTIONS`.
 
     Attributes:
         path: of the file.
-        name, kinds, early: as given.
+        name, kinds, early, options: as given.
     """
 
-    def __init__(self, file: str, name: str, kinds: tuple[type, ...], *, early: bool = False) -> None:
+    def __init__(
+        self, file: str, name: str, kinds: tuple[type, ...], *, early: bool = False, options: tuple[str, ...] = ()
+    ) -> None:
         self.name, self.kinds, self.path = name, kinds, Path(__file__).with_name(file)
-        self.early = early
+        self.early, self.options = early, options
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -91,7 +110,8 @@ class Kernel:
         from cuda.bindings import driver
 
         major, minor = capability(device)
-        code = _code(source_of(self.path), f"sm_{major}{minor}", tuple(sorted(constants.items())))
+        options = *self.options, *(f"-D{name}={int(value)}" for name, value in sorted(constants.items()))
+        code = _code(source_of(self.path), f"sm_{major}{minor}", options)
         (module,) = _done(driver.cuModuleLoadData(code))
         (function,) = _done(driver.cuModuleGetFunction(module, self.name.encode()))
         return function
@@ -119,16 +139,17 @@ def source_of(path: Path) -> str:
     return INCLUDED.sub(lambda found: source_of(path.with_name(found[1])), path.read_text())
 
 
-def _code(source: str, target: str, constants: tuple[tuple[str, int], ...]) -> bytes:
+def _code(source: str, target: str, more: tuple[str, ...]) -> bytes:
     """Machine code, from the cache if it is there."""
     from cuda.bindings import nvrtc
 
     version = _done(nvrtc.nvrtcVersion())
-    options = [f"--gpu-architecture={target}", *OPTIONS, *(f"-D{name}={int(value)}" for name, value in constants)]
+    options = [f"--gpu-architecture={target}", *OPTIONS, *more]
     kept = cache_folder() / f"{sha256(repr((source, options, version)).encode()).hexdigest()}.cubin"
     try:
         return kept.read_bytes()
     except OSError:
+        _tell()
         code = _compile(source, options)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +159,14 @@ def _code(source: str, target: str, constants: tuple[tuple[str, int], ...]) -> b
     except OSError:
         pass  # a home that cannot be written: the next process compiles again
     return code
+
+
+@cache
+def _tell() -> None:
+    """Says once that kernels are compiled, since that takes a second each."""
+    log.warning(
+        "qkit compiles its kernels for this GPU, once for each kind of layer: they are cached in %s", cache_folder()
+    )
 
 
 @cache

@@ -1,6 +1,6 @@
 // Rows of x times packed codes, see `codes.cuh`. `cuda_words` launches this, `nvrtc` compiles it.
 //
-// Codes become values of the weight: times their scales, and rounded as those are.
+// Codes become values of the weight: times their scales, plus their biases, and rounded as those are.
 
 #include "codes.cuh"
 
@@ -27,8 +27,8 @@ ENTRY arrange(const u16 *x, u32x4 *out, u32 inputs, u32 count, u32 words, u32 al
 // `experts`, row blockIdx.y by the codes of its own. `words`: of the high plane, a row. `groups`: scales of a row. `powers`: whether
 // experts have scales of their own beside those. `power`, `bias`, `experts`: may be null.
 ENTRY multiply(
-    const void *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const void *bias, void *out,
-    const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
+    const void *x, const u32 *codes, const u8 *scales, const u8 *zeros, const float *power, const u8 *biases, const void *bias,
+    void *out, const i64 *experts, u32 outputs, u32 inputs, u32 count, u32 words, u32 stride, u32 groups, u32 powers
 ) {
     constexpr int parts = EIGHTS == 1 ? 16 : WARPS * STAGES * ROWS * 32 * sizeof(Part), totals = WARPS * 8 * ROWS * WIDE * sizeof(float);
     __shared__ u32x4 memory[(parts > totals ? parts : totals) / 16];
@@ -53,14 +53,14 @@ ENTRY multiply(
     }
     float tensor = power ? power[experts && powers ? experts[skipped] : 0] : 1.0f;
     const u32 *high[ROWS], *low[ROWS];
-    const u8 *scale[ROWS], *offset[ROWS];
+    const u8 *scale[ROWS], *offset[ROWS], *added[ROWS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
         u32 o = begin + 8 * r + g;
         u64 row = above + (o < outputs ? o : outputs - 1);
         high[r] = codes + row * stride + first;
         low[r] = codes + row * stride + words + first / WORDS * LOWS + (LOWS >= 4 ? first % (LOW ? LOWS : 1) : 0);
-        scale[r] = scales + row * groups * SIZE, offset[r] = zeros + row * groups;
+        scale[r] = scales + row * groups * SIZE, offset[r] = zeros + row * groups, added[r] = biases + row * groups * BIAS_SIZE;
     }
 #if XS == 2
     float total[ROWS][WIDE] = {};
@@ -79,7 +79,7 @@ ENTRY multiply(
     for (u32 block = warp; block < blocks; block += WARPS, first += STEP) {
         await_copies<STAGES - 2>();
         Four now[ROWS];
-        float s[ROWS][SCALED];
+        float s[ROWS][SCALED], b[ROWS][SCALED];
         u32 zero[ROWS][SCALED];
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++) {
@@ -89,11 +89,8 @@ ENTRY multiply(
                 u32 at = RATIO && (!SAFE || first + e * WORDS < words) ? (first / WORDS + e) / (RATIO ? RATIO : 1) : 0;
                 if (!WHOLE && !SAFE && first >= words) at = 0;
                 s[r][e] = scale_of(raw_scale(scale[r], at), tensor);
-#if ZEROS
-                zero[r][e] = zero_of(offset[r][at]);
-#else
-                zero[r][e] = zero_of(1 << BITS - 1);
-#endif
+                b[r][e] = BIASES ? bias_of(raw<BIAS_SIZE>(added[r], at)) : 0;
+                zero[r][e] = zero_of(ZEROS ? offset[r][at] : MIDDLE);
             }
         }
         u32 free = stage ? stage - 1 : STAGES - 1;
@@ -125,7 +122,7 @@ ENTRY multiply(
                         float f = column < inputs ? ((const float *)x)[(skipped + n) * inputs + column] : 0;
 #pragma unroll
                         for (u32 r = 0; r < ROWS; r++)
-                            total[r][n] += product(half ? high_of(both[r]) : low_of(both[r]), s[r][e]) * f;
+                            total[r][n] += value(half ? high_of(both[r]) : low_of(both[r]), s[r][e], b[r][e]) * f;
                     }
                 }
             }
@@ -148,19 +145,19 @@ ENTRY multiply(
                 for (u32 e = 0; e < 4; e++) {
                     u32 j = (4 * q + e) / PAIRS, i = (4 * q + e) % PAIRS, u = WORDS < 4 ? j / WORDS : 0;
                     u32 exact = number(now[r].words[j], now[r].odds[j], i, zero[r][u]);
-                    a[r / 2][e / 2][e % 2 * 2 + r % 2] = scaled(exact, s[r][u]);
+                    a[r / 2][e / 2][e % 2 * 2 + r % 2] = scaled(exact, s[r][u], b[r][u]);
                 }
 #pragma unroll
             for (u32 n = 0; n < EIGHTS; n++) {
-                u32 b[4];
+                u32 d[4];
 #if EIGHTS == 1
-                registers(b, loads, q);
+                registers(d, loads, q);
 #else
                 u32x4 all = from[(q * EIGHTS + n) * 32];
-                b[0] = all.x, b[1] = all.y, b[2] = all.z, b[3] = all.w;
+                d[0] = all.x, d[1] = all.y, d[2] = all.z, d[3] = all.w;
 #endif
 #pragma unroll
-                for (u32 m = 0; m < TILES; m++) mma(c[m][n], a[m][0], b[0], b[1]), mma(c[m][n], a[m][1], b[2], b[3]);
+                for (u32 m = 0; m < TILES; m++) mma(c[m][n], a[m][0], d[0], d[1]), mma(c[m][n], a[m][1], d[2], d[3]);
             }
         }
 #endif

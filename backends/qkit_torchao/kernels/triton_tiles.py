@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from qkit_torchao.kernels.triton_arithmetic import narrow
-from qkit_torchao.kernels.triton_words import bias_of, low_words, number, place, scale
+from qkit_torchao.kernels.triton_unpack import bias
+from qkit_torchao.kernels.triton_words import bias_of, low_words, number, place, plus, scale
 
 
 @triton.jit(do_not_specialize=["magic"])
 def decode(
-    codes, scales, zeros, power, out, outputs, magic, INPUTS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr,
+    codes, scales, zeros, power, biases, out, outputs, magic, INPUTS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr,
     LOW: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
     KIND: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -27,22 +28,23 @@ def decode(
     t = tl.program_id(0) % across * BW + tl.arange(0, BW)[None, :]
     known = (n < outputs) & (t < UNITS * WORDS)
     words, more, s, z = tile(codes, scales, zeros, power, n, t, known, HIGH, LOW, UNIT, UNITS, GROUP, GROUPS, SCALES)
+    b = bias(biases, n.to(tl.int64) * GROUPS + t // WORDS * UNIT // GROUP, known)
     TYPE: tl.constexpr = tl.bfloat16 if KIND == "bfloat16" else tl.float16
-    CENTERED: tl.constexpr = zeros is None
-    p0 = two(words, more, s, z, 0, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
-    p1 = two(words, more, s, z, 1, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    CENTERED: tl.constexpr = zeros is None and biases is None
+    p0 = two(words, more, s, z, b, 0, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    p1 = two(words, more, s, z, b, 1, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
     if HIGH == 8:
         pairs = tl.join(p0, p1)
     else:
-        p2 = two(words, more, s, z, 2, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
-        p3 = two(words, more, s, z, 3, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+        p2 = two(words, more, s, z, b, 2, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+        p3 = two(words, more, s, z, b, 3, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
         if HIGH == 4:
             pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))
         else:
-            p4 = two(words, more, s, z, 4, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
-            p5 = two(words, more, s, z, 5, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
-            p6 = two(words, more, s, z, 6, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
-            p7 = two(words, more, s, z, 7, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            p4 = two(words, more, s, z, b, 4, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            p5 = two(words, more, s, z, b, 5, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            p6 = two(words, more, s, z, b, 6, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+            p7 = two(words, more, s, z, b, 7, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
             evens, odds = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
             pairs = tl.join(evens, odds)
     COUNT: tl.constexpr = 16 // HIGH
@@ -57,12 +59,12 @@ def decode(
 
 @triton.jit
 def two(
-    words, more, s, z, k: tl.constexpr, magic, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    words, more, s, z, b, k: tl.constexpr, magic, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     CENTERED: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The values of codes 2k and 2k + 1 of each word, in one int32."""
-    even = short(words, more, s, z, 2 * k, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
-    odd = short(words, more, s, z, 2 * k + 1, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    even = short(words, more, s, z, b, 2 * k, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
+    odd = short(words, more, s, z, b, 2 * k + 1, magic, ELEMENT, HIGH, LOW, CENTERED, TYPE, INTERPRETED)
     low, high = even.to(tl.int16, bitcast=True).to(tl.int32), odd.to(tl.int16, bitcast=True).to(tl.int32)
     return (low & 0xFFFF) | (high << 16)
 
@@ -91,7 +93,7 @@ def tile(
 
 @triton.jit
 def short(
-    words, more, s, z, i: tl.constexpr, magic, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    words, more, s, z, b, i: tl.constexpr, magic, ELEMENT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     CENTERED: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The value of code `i` of each word, rounded once to `TYPE`."""
@@ -99,4 +101,4 @@ def short(
     f = f * (
         place(i, ELEMENT, HIGH, LOW) * bias_of(ELEMENT)
     )  # exact, as the next, where factors of scales might not be
-    return narrow((f if CENTERED else f - z) * s, TYPE, INTERPRETED)
+    return narrow(plus((f if CENTERED else f - z) * s, b, INTERPRETED), TYPE, INTERPRETED)

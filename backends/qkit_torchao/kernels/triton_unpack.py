@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from qkit_torchao.kernels.triton_arithmetic import narrow
-from qkit_torchao.kernels.triton_words import bias_of, half, scale, small
+from qkit_torchao.kernels.triton_words import bias_of, half, plus, scale, small
 
 
 @triton.jit(do_not_specialize=["magic"])
 def decode(
-    codes, scales, zeros, power, out, outputs, magic, INPUTS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr,
+    codes, scales, zeros, power, biases, out, outputs, magic, INPUTS: tl.constexpr, ELEMENT: tl.constexpr, HIGH: tl.constexpr,
     LOW: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -31,14 +31,17 @@ def decode(
     scales += rows * GROUPS
     if zeros is not None:
         zeros += rows * GROUPS
+    if biases is not None:
+        biases += rows * GROUPS
+    MIDDLE: tl.constexpr = 0.0 if biases is not None else 2.0 ** (HIGH + LOW - 1)
     g = 2 * k // GROUP
-    s, z = scale(scales + g, there, tensor, SCALES), zero_point(zeros, g, there, HIGH + LOW)
-    x = whole(even, z, magic, ELEMENT, HIGH) * s
+    s, z = scale(scales + g, there, tensor, SCALES), zero_point(zeros, g, there, MIDDLE)
+    x = plus(whole(even, z, magic, ELEMENT, HIGH) * s, bias(biases, g, there), INTERPRETED)
     if GROUP % 2:
         g = (2 * k + 1) // GROUP
         there = there & (2 * k + 1 < INPUTS)
-        s, z = scale(scales + g, there, tensor, SCALES), zero_point(zeros, g, there, HIGH + LOW)
-    y = whole(odd, z, magic, ELEMENT, HIGH) * s
+        s, z = scale(scales + g, there, tensor, SCALES), zero_point(zeros, g, there, MIDDLE)
+    y = plus(whole(odd, z, magic, ELEMENT, HIGH) * s, bias(biases, g, there), INTERPRETED)
     column = 2 * first + tl.arange(0, 2 * BK)[None, :]
     both = narrow(tl.interleave(x, y), out.dtype.element_ty, INTERPRETED)
     tl.store(out + rows * INPUTS + column, both, mask=(n[:, None] < outputs) & (column < INPUTS))
@@ -56,12 +59,21 @@ def codes_at(codes, k, there, BITS: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def zero_point(zeros, g, there, BITS: tl.constexpr):
-    """The zero points of groups; where there are none, half of the count of codes."""
-    z = 2.0 ** (BITS - 1)
+def zero_point(zeros, g, there, MIDDLE: tl.constexpr):
+    """The zero points of groups; where there are none, `MIDDLE`."""
+    z = MIDDLE
     if zeros is not None:
         z = tl.load(zeros + g, mask=there, other=0).to(tl.float32)
     return z
+
+
+@triton.jit
+def bias(biases, g, there):
+    """The biases of groups, if there are any."""
+    b = None
+    if biases is not None:
+        b = tl.load(biases + g, mask=there, other=0).to(tl.float32)
+    return b
 
 
 @triton.jit

@@ -84,15 +84,38 @@ def small(words, ELEMENT: tl.constexpr):
 
 @triton.jit
 def scale(address, there, tensor, SCALES: tl.constexpr):
-    """Scales as float32: `bfloat16`, or bytes that are exponents (`e8m0`) or `e4m3`, the latter times that of the tensor."""
+    """Scales as float32: of floats, or of bytes that are exponents (`e8m0`) or `e4m3`, the latter times or over the tensor's.
+
+    `any e8m0`: 0 is the subnormal 2^-127, and 255 is no number.
+    """
     s = tl.load(address, mask=there, other=0)
     if SCALES == "e8m0":
         s = (s.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    elif SCALES == "e4m3":
+    elif SCALES == "any e8m0":
+        u = s.to(tl.int32)
+        u = tl.where(u == 0, 0x400000, tl.where(u == 255, 0x7FC00000, u << 23))
+        s = u.to(tl.float32, bitcast=True)
+    elif SCALES == "e4m3 over":
+        s = half(small(s.to(tl.int32) << 8, "e4m3"), 0) * 256.0
+        s = tl.div_rn(s, tl.broadcast_to(tensor, s.shape))
+    elif SCALES == "e4m3" or SCALES == "e4m3 times":
         s = half(small(s.to(tl.int32) << 8, "e4m3"), 0) * 256.0 * tensor
     else:
         s = s.to(tl.float32)
     return s
+
+
+@triton.jit
+def plus(x, b, INTERPRETED: tl.constexpr):
+    """x + b; `x` where there is no `b`. The compiler would join a sum that it can see with the product before."""
+    if b is not None:
+        if INTERPRETED:
+            x = x + b
+        else:
+            x = tl.inline_asm_elementwise(
+                "add.rn.f32 $0, $1, $2;", "=f,f,f", [x, b], dtype=tl.float32, is_pure=True, pack=1
+            )
+    return x
 
 
 @triton.jit(do_not_specialize=["count"])

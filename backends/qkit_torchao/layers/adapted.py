@@ -9,11 +9,23 @@ from torch.nn import functional as F
 
 from qkit.engines.layer import Mode
 from qkit.grid import Grid
+from qkit.qtensor import QTensor
 from qkit.reference.merged import Update
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding, stored
+from qkit_torchao.arithmetic.gains import gained as gain
+from qkit_torchao.arithmetic.gains import slopes
 from qkit_torchao.kernels import choose, merge
-from qkit_torchao.layers import adapted_experts, converted, fused, onto_stored, products, sharded, straight_through
+from qkit_torchao.layers import (
+    adapted_experts,
+    converted,
+    fused,
+    gained,
+    onto_stored,
+    products,
+    sharded,
+    straight_through,
+)
 from qkit_torchao.layers.adapted_product import Merging, multiply
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear
@@ -23,7 +35,12 @@ from qkit_torchao.layers.prepared import FakeLinear
 from qkit_torchao.layers.slots import seen_scales, slot, static_scales
 from qkit_torchao.torch_private import is_transformed, remove_parameters
 
-NAMES = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude"}  #: of parameters, by the names of `Update`
+NAMES = {
+    "a": "lora_A",
+    "b": "lora_B",
+    "magnitude": "lora_magnitude",
+    "gains": "lora_gains",
+}  #: of parameters, by the names of `Update`
 
 
 class _Adapted(nn.Module):
@@ -32,6 +49,7 @@ class _Adapted(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
+    lora_gains: nn.Parameter | None
     lora_scale: float
 
     def own_weight(self) -> Tensor:
@@ -133,10 +151,19 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def base(self) -> Tensor:
         """The decoded base [outputs, inputs], in float32; spread within the cells of its codes, if the adapter wants it so."""
-        return converted.spread_values(self) if self.lora_dithered else self._decoded_base()
+        return converted.spread_values(self) if self.lora_dithered else converted.values(self, torch.float32)
 
-    def _decoded_base(self) -> Tensor:
-        return converted.values(self, torch.float32)
+    def _beside(self) -> Tensor:
+        """The decoded base that the product is beside in the first part of a run; its scales times the gains."""
+        if self.lora_gains is None:
+            return converted.values(self, torch.float32)
+        return gained.values(converted.unpack(self), self.lora_gains)
+
+    def new_codes(self, merged: Tensor) -> QTensor[Tensor]:
+        """The codes of a merged weight, in float32, before its scales are multiplied with gains."""
+        if (grid := _grid(self.rule)).read:
+            return stored.requantize(merged, converted.unpack(self))
+        return rounding.quantize(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs] that the grid rounds, in float32."""
@@ -144,12 +171,9 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def values_of_merged(self) -> Tensor:
         """The values of the merged weight [outputs, inputs], in the type of the layer, with their gradient."""
-        return self._values().to(rounding.DTYPE[self.dtype])
-
-    def _values(self) -> Tensor:
-        if self.mode == "off":
-            return self.merge_into(self._decoded_base(), torch.float32)
-        return self._on_grid(self.merged())
+        off = self.mode == "off"
+        values = self.merge_into(self._beside(), torch.float32) if off else self._on_grid(self.merged())
+        return values.to(rounding.DTYPE[self.dtype])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
@@ -163,42 +187,47 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         elif torch.compiler.is_compiling() or is_transformed() or not x.numel():
             y = F.linear(slot(self, x, "input", activation), self.values_of_merged(), self.bias)
         else:
-            y = multiply(slot(self, x, "input", activation), None, self.factors, self.bias, self._merging(), dtype)
+            x, merging = slot(self, x, "input", activation), self._merging()
+            y = multiply(x, None, self.factors, self.bias, merging, dtype, gains=self.lora_gains)
         return slot(self, y, "output", self.rule.output)
 
     def _merging(self) -> Merging:
         grid = _grid(self.rule)
 
         def on_grid(merged: Tensor) -> Tensor:
-            if grid.read:
-                return stored.fake_requantize(merged, converted.unpack(self))
+            if self.lora_gains is not None or grid.read:
+                return self._on_grid(merged)
             return choose.rounded(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
-
-        def unclipped(merged: Tensor) -> Tensor:
-            if grid.read:
-                return stored.unclipped(merged, converted.unpack(self))
-            return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
 
         def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
             return merge.values(
                 self.parts(), b, a, self.lora_scale, torch.float32, grid, spread=spread, on=self.mode != "off", out=out
             )
 
+        def slopes_of(merged: Tensor) -> Tensor:
+            return slopes(converted.unpack(self) if off else self.new_codes(merged))
+
         off = self.mode == "off"
         spread = self.lora_dithered and not off
         words = self.execution.layout == "words" and merge.is_one_pass(
             grid, self.get_buffer("scales"), self.in_features, spread=spread
         )
-        kernel = at_once if words else None
-        if off:
-            return Merging(
-                self._decoded_base, self.lora_scale, torch.float32, "identity", torch.detach, unclipped, kernel
-            )
-        return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, unclipped, kernel)
+        kernel = at_once if words and self.lora_gains is None else None
+        base, ste, place = (self._beside, "identity", torch.detach) if off else (self.base, self.rule.ste, on_grid)
+        return Merging(base, self.lora_scale, torch.float32, ste, place, self._unclipped, kernel, slopes_of)
+
+    def _unclipped(self, merged: Tensor) -> Tensor:
+        if (grid := _grid(self.rule)).read:
+            return stored.unclipped(merged, converted.unpack(self))
+        return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
 
     def _on_grid(self, merged: Tensor) -> Tensor:
         grid, ste = self.rule.weight, self.rule.ste
         assert grid is not None
+        if self.lora_gains is not None:
+            finite = torch.where(torch.isfinite(merged), merged, 0.0).detach()
+            inside = self._unclipped(finite) if ste == "masked" else None
+            return gained.values_of(merged, self.new_codes(finite), self.lora_gains, inside)
         if grid.read:
             return onto_stored.fake_requantize(merged, converted.unpack(self), ste=ste)
         peak = straight_through.peak_of(merged, fused.partners(self))
@@ -225,13 +254,13 @@ def adapt(module: Any, update: Update) -> Any:
 
 def adapter_update(module: Any) -> Update:
     """See `Adapts.adapter_update`."""
-    a, b, magnitude = (
+    a, b, magnitude, gains = (
         None if one is None else one.detach().float().cpu().numpy().copy()
-        for one in (module.lora_A, module.lora_B, module.lora_magnitude)
+        for one in (getattr(module, own) for own in NAMES.values())
     )
     assert a is not None
     assert b is not None
-    return Update(a, b, module.lora_scale, magnitude, getattr(module, "lora_dithered", False))
+    return Update(a, b, module.lora_scale, magnitude, getattr(module, "lora_dithered", False), gains)
 
 
 def merge_adapter(module: Any) -> Any:
@@ -241,13 +270,8 @@ def merge_adapter(module: Any) -> Any:
     with torch.no_grad():
         weight = module.merged()
     if isinstance(module, AdaptedPacked):
-        grid = module.rule.weight
-        assert grid is not None
-        if grid.read:
-            q = stored.requantize(weight, converted.unpack(module))
-        else:
-            q = rounding.quantize(weight, grid, peak=straight_through.peak_of(weight, fused.partners(module)))
-        q = replace(q, dtype=module.dtype)
+        q = replace(module.new_codes(weight), dtype=module.dtype)
+        q = gain(q, module.lora_gains) if module.lora_gains is not None else q
         return _without_adapter(converted.pack(module, q, module.rule, static={}, owner=None))
     prepared = _without_adapter(become(module, FakeLinear))
     prepared.weight = nn.Parameter(weight, requires_grad=False)

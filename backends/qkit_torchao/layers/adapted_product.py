@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qkit.reference.gains import UNIT
 from qkit.rules import Ste
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
 from qkit_torchao.kernels import merge
@@ -28,6 +29,7 @@ class Merging:
         ste: of the grid. `identity` where the layer is off.
         on_grid: the values of a merged weight, without a gradient; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
+        slopes: of the values of a merged weight along the factors of its scales, for the gradient of gains; None without gains.
         at_once: one kernel: base, B, A and the type of the result -> the values; None where there is none.
     """
 
@@ -38,6 +40,7 @@ class Merging:
     on_grid: Callable[[Tensor], Tensor]
     unclipped: Callable[[Tensor], Tensor]
     at_once: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] | None = None
+    slopes: Callable[[Tensor], Tensor] | None = None
 
 
 def multiply(
@@ -47,9 +50,15 @@ def multiply(
     bias: Tensor | None,
     merging: Merging,
     dtype: torch.dtype,
+    *,
+    gains: Tensor | None = None,
 ) -> Tensor:
-    """x [..., inputs] times the values, in `dtype`, of base `w` [outputs, inputs] and factors B, A, magnitude; plus `bias`."""
-    y: Tensor = _Product.apply(x, w, *factors, bias, merging, dtype)  # type: ignore[no-untyped-call]
+    """x [..., inputs] times the values, in `dtype`, of base `w` [outputs, inputs] and factors B, A, magnitude; plus `bias`.
+
+    Args:
+        gains: those that the functions of `merging` read, if scales train; their gradient goes there.
+    """
+    y: Tensor = _Product.apply(x, w, *factors, gains, bias, merging, dtype)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -64,6 +73,7 @@ class _Product(torch.autograd.Function):
         b: Tensor,
         a: Tensor,
         magnitude: Tensor | None,
+        gains: Tensor | None,
         bias: Tensor | None,
         merging: Merging,
         dtype: torch.dtype,
@@ -77,11 +87,14 @@ class _Product(torch.autograd.Function):
         x, w, b, a, magnitude = ctx.saved_tensors
         gradient, merging = gradients[0], ctx.merging
         with torch.autocast(gradient.device.type, enabled=False):
-            to_x = to_w = to_bias = to_magnitude = None
+            to_x = to_w = to_bias = to_magnitude = to_gains = None
             rows, seen = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
             if ctx.needs_input_grad[0]:
                 values = _values(w, b, a, magnitude, merging, ctx.dtype)
                 to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
+            if ctx.needs_input_grad[5]:
+                slopes = merging.slopes(_merged(_base(merging, w), b, a, magnitude, merging))
+                to_gains = UNIT * (rows.float() * (seen @ slopes.to(seen.dtype).T)).sum(dim=0)
             if magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]:
                 to_v, base = (rows.T @ seen).float(), _base(merging, w)
                 if merging.ste == "masked":
@@ -90,9 +103,9 @@ class _Product(torch.autograd.Function):
                 to_w = to_w.to(w.dtype) if ctx.needs_input_grad[1] else None
             else:
                 to_b, to_a = _by_rank(rows, seen, b, a, merging.scale)
-            if ctx.needs_input_grad[5]:
+            if ctx.needs_input_grad[6]:
                 to_bias = rows.sum(dim=0)
-        return to_x, to_w, to_b, to_a, to_magnitude, to_bias, None, None
+        return to_x, to_w, to_b, to_a, to_magnitude, to_gains, to_bias, None, None
 
 
 def _base(merging: Merging, w: Tensor | None) -> Tensor:

@@ -56,8 +56,7 @@ class _Packed(Shown):
 
     def parts(self) -> Parts:
         """The plain arrays of the codes."""
-        codes, scales, zeros, tensor_scale, _ = (getattr(self, name, None) for name in PLAIN)
-        return codes, scales, zeros, tensor_scale  # type: ignore[return-value]  # there are codes and scales
+        return tuple(getattr(self, name, None) for name in PLAIN)  # type: ignore[return-value]  # there are codes and scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the codes and keeps the scales as they are: a cast changes only the type that values are rounded to."""
@@ -143,14 +142,14 @@ def unpack(module: Any) -> QTensor[Tensor]:
 
 def values(module: Any, dtype: torch.dtype) -> Tensor:
     """The values of a converted layer [outputs, inputs], rounded once to `dtype`."""
-    if module.execution.layout == "words" and not module.rule.weight.read:
+    if module.execution.layout == "words" and choose.packs(module.rule.weight, module.codes.device):
         return decode_packed(module.parts(), module.grid_name, _shape(module)[1], dtype)
     return rounding.dequantize(replace(unpack(module), dtype=str(dtype).rpartition(".")[2]))  # type: ignore[arg-type]
 
 
 def spread_values(module: Any) -> Tensor:
     """The values of a converted layer [outputs, inputs], float32, spread within the cells of their codes."""
-    if module.execution.layout == "words" and not module.rule.weight.read:
+    if module.execution.layout == "words":
         return spread_packed(module.parts(), module.grid_name, _shape(module)[1])
     return dithered(replace(unpack(module), dtype="float32"))
 

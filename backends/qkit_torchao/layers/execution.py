@@ -57,12 +57,12 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
     """How a converted layer under `rule`, with a weight of `shape`, runs on `device`."""
     grid = rule.weight
     assert grid is not None
-    if grid.read:
-        return Execution(False, "by torch from packed codes; no kernel takes the scales of files", "words")
     packs = choose.packs(grid, device)
+    if grid.read and rule.kind != "embedding":
+        return _packed(grid, shape[1], device) if packs else _decoded_by_torch(device)
     if rule.kind == "embedding":
         text = "rows are decoded as they are looked up"
-        return Execution(False, text, "words") if packs else _plain(text, grid)
+        return Execution(False, text, "words") if packs or grid.read else _plain(text, grid)
     why_not = why_no_kernel(rule, device=device, dtype=dtype, shape=shape)
     if not why_not and grid.element.kind == "integer":
         return _in_container(
@@ -94,6 +94,10 @@ def _packed(grid: Grid, inputs: int, device: torch.device) -> Execution:
     if on_cpu:
         text = "C kernels on packed codes: products of one token; for more, and in qkit.exact(), one pass decodes for torch"
     return Execution(True, text, "words", multiply=_words)
+
+
+def _decoded_by_torch(device: torch.device) -> Execution:
+    return Execution(False, f"by torch from packed codes; {choose.why_not_packed(device)}", "words")
 
 
 def _in_container(text: str, container: Container, *, native: bool = False, **how: Any) -> Execution:

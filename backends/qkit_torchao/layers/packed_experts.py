@@ -79,10 +79,11 @@ class PackedExperts(Experts):
         made = []
         for name in stack.projections:
             parts = self.stored(name)
-            power = parts.get("tensor_scale")
-            y = choose.multiply(
-                x, parts["codes"], parts["scales"], parts.get("zeros"), None, None, self.grid, experts=experts
-            )
+            power, of_kernel = parts.get("tensor_scale"), None
+            if self.grid.read:  # whose steps a float32 that is no power of two rounds
+                power, of_kernel = None, power
+            more = parts.get("zeros"), of_kernel, parts.get("biases"), None
+            y = choose.multiply(x, parts["codes"], parts["scales"], *more, self.grid, experts=experts)
             made.append(y if power is None else y * power[experts, None].to(y.dtype))
         return stack.join_products(made)
 
@@ -91,7 +92,7 @@ class PackedExperts(Experts):
         if not self.in_words or not choose.packs(self.grid, codes.device):
             return choose.dequantize(self.quantized(projection, expert))
         parts = {name: one[expert] for name, one in self.stored(projection).items()}
-        named = (parts.get(name) for name in ("scales", "zeros", "tensor_scale"))
+        named = (parts.get(name) for name in PARTS[1:])
         dtype = rounding.DTYPE[self.dtype]
         return choose.values(parts["codes"], *named, self.grid, inputs=inputs, dtype=dtype)
 
@@ -142,7 +143,6 @@ def put_codes(layer: PackedExperts, q: Mapping[str, Sequence[QTensor[Tensor]]]) 
     """Stores the codes and scales of all experts, by projection, in `layer`: in words, where kernels of the device read these."""
     grid, first = layer.grid, next(iter(q.values()))[0]
     fits = (
-        not grid.read,
         choose.packs(grid, first.codes.device),
         *(_fits(grid, each[0].shape[-1]) for each in q.values()),
     )

@@ -16,8 +16,8 @@ from qkit_torchao.kernels import choose
 from qkit_torchao.layers.operators import named
 
 Parts = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None
-]  #: codes, scales, zeros and tensor scale in the layout `words`
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
+]  #: codes, scales, zeros, tensor scale and biases in the layout `words`
 
 
 def multiply_packed(x: Tensor, parts: Parts, bias: Tensor | None, grid: str) -> Tensor:
@@ -44,14 +44,17 @@ def _packed(
     scales: Tensor,
     zeros: Tensor | None,
     power: Tensor | None,
+    biases: Tensor | None,
     bias: Tensor | None,
     grid: str,
 ) -> Tensor:
     rows, on = x.reshape(-1, x.shape[-1]), named(grid)
     if choose.multiplies(rows, on):
-        y = choose.multiply(rows, codes, scales, zeros, power, bias, on)
+        y = choose.multiply(rows, codes, scales, zeros, power, biases, bias, on)
     else:
-        y = F.linear(rows, choose.values(codes, scales, zeros, power, on, inputs=x.shape[-1], dtype=x.dtype), bias)
+        y = F.linear(
+            rows, choose.values(codes, scales, zeros, power, biases, on, inputs=x.shape[-1], dtype=x.dtype), bias
+        )
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
 
@@ -60,21 +63,28 @@ def _unpacked(
     scales: Tensor,
     zeros: Tensor | None,
     power: Tensor | None,
+    biases: Tensor | None,
     grid: str,
     inputs: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return choose.values(codes, scales, zeros, power, named(grid), inputs=inputs, dtype=dtype)
+    return choose.values(codes, scales, zeros, power, biases, named(grid), inputs=inputs, dtype=dtype)
 
 
 def _spread(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, power: Tensor | None, grid: str, inputs: int
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    power: Tensor | None,
+    biases: Tensor | None,
+    grid: str,
+    inputs: int,
 ) -> Tensor:
-    laid = Laid(codes, scales, zeros, power, named(grid), "float32", (codes.shape[0], inputs), None)
+    laid = Laid(codes, scales, zeros, power, named(grid), "float32", (codes.shape[0], inputs), biases)
     return dithered(unlay(laid))
 
 
-_CODES = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? power"
+_CODES = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? power, Tensor? biases"
 _library = torch.library.Library("qkit", "FRAGMENT")  # see `operators`
 _library.define(f"packed(Tensor x, {_CODES}, Tensor? bias, str grid) -> Tensor")
 _library.impl("packed", _packed, "CompositeExplicitAutograd")
@@ -112,9 +122,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
         to_x = gradient @ decode_packed(ctx.saved_tensors, ctx.grid, ctx.inputs, ctx.dtype)
-    if ctx.biased and ctx.needs_input_grad[5]:
+    if ctx.biased and ctx.needs_input_grad[6]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0)
-    return to_x, None, None, None, None, to_bias, None
+    return to_x, None, None, None, None, None, to_bias, None
 
 
 torch.library.register_autograd("qkit::packed", _backward, setup_context=_setup, lib=_library)

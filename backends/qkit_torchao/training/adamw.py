@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         parameters = list(params)
         flat = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
-        self.in_kernels = bool(find_spec("triton")) and all(p.is_cuda and not is_shard(p) for p in flat)
+        self.in_kernels = all(p.is_cuda and not choose.why_no_triton(p.device) and not is_shard(p) for p in flat)
         options = {"capturable": True, "foreach": True} if self.in_kernels else {"fused": True}
         self.written: list[Values] = []
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)

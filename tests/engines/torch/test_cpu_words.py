@@ -1,18 +1,22 @@
 """Converted layers on the CPU: C kernels on packed codes multiply one token, and decode for more with the prepared bits."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import qkit
-from qkit import native
+from qkit import native, reference
 from qkit.exactness import is_exact
+from qkit.testing.read_tensors import read_grids, read_tensor, read_tensors
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("qkit_torchao")
 
 from qkit_torchao.arithmetic import packing, rounding  # noqa: E402
 from qkit_torchao.kernels import cpu_words  # noqa: E402
+from served import WITHIN, serve  # noqa: E402
 from torch import nn  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not built")
@@ -35,7 +39,7 @@ def parts(grid, dtype, *, outputs=37, inputs=384):
     torch.manual_seed(0)
     q = rounding.quantize((torch.randn(outputs, inputs) * 0.02).to(dtype), grid)
     laid = packing.lay(q, "words")
-    return q, (laid.codes, laid.scales, laid.zeros, laid.tensor_scale)
+    return q, (laid.codes, laid.scales, laid.zeros, laid.tensor_scale, laid.biases)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,3 +131,67 @@ def test_transforms_of_torch_see_through_converted_layers():
     torch.testing.assert_close(torch.vmap(model)(x), model(x), rtol=1e-5, atol=1e-5)  # float32 sums
     jacobian = torch.func.jacrev(model)(x[0])
     torch.testing.assert_close(jacobian, model[0].weight.clone(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", qkit.recipes())
+def test_every_recipe_is_served_with_its_codes_and_the_outputs_of_its_prepared_layer(recipe):
+    runs, far = serve(recipe, "cpu", rows=(1, 3))
+    assert runs.startswith("native: ")
+    assert far <= WITHIN
+
+
+def read(q):
+    """A tensor on a read grid in torch, and its packed parts."""
+    q = q.map(qkit.backend("torchao").from_numpy)
+    laid = packing.lay(q, "words")
+    return q, (laid.codes, laid.scales, laid.zeros, laid.tensor_scale, laid.biases)
+
+
+@pytest.mark.parametrize("grid", read_grids(), ids=str)
+def test_read_grids_decode_bit_for_bit_and_multiply_as_their_values(grid):
+    for number, given in enumerate(read_tensors(grid)):
+        q, packed = read(given)
+        dtype = rounding.DTYPE[q.dtype]
+        with np.errstate(over="ignore"):
+            law = torch.from_numpy(reference.dequantize(replace(given, dtype="float32"))).to(dtype)
+        made = cpu_words.values(*packed, grid, inputs=q.shape[1], dtype=dtype)
+        assert torch.equal(made.isnan(), law.isnan())
+        assert torch.equal(made.nan_to_num(), law.nan_to_num()), (q.dtype, q.scales.dtype)
+        if number % 4 == 0:
+            bounded = given if grid.stored_scales != "e8m0" else replace(given, scales=np.clip(given.scales, 80, 170))
+            assert near(*read(bounded))
+
+
+def near(q, packed):
+    """Whether products of one and two rows are those of the values; rows with huge scales are left out."""
+    grid, values = q.grid, rounding.dequantize(replace(q, dtype="float32")).double()
+    used = values.abs().amax(dim=1) < 1e20
+    sizes = values.abs()
+    if q.biases is not None:  # a bias may cancel the rest of a value
+        sizes = sizes + 2 * q.biases.double().repeat_interleave(q.shape[1] // q.biases.shape[1], dim=1).abs()
+    for rows in (1, 2):
+        x = torch.randn(rows, q.shape[1])
+        y = cpu_words.multiply(x, *packed, None, grid).double()
+        wrong = (y - x.double() @ values.T).abs() > 2e-6 * (x.double().abs() @ sizes.T)  # float32 sums
+        if wrong[:, used].any():
+            return False
+    return bool(used.sum() > 1)
+
+
+@pytest.mark.parametrize("name", ["affine", "stored", "stored-zeros", "stored-e8m0", "stored-nvfp4-inverse"])
+def test_a_layer_on_a_read_grid_has_no_gaps_and_decodes_in_one_pass(name, monkeypatch):
+    grid = next(grid for grid in read_grids() if grid.scale == name and isinstance(grid.group, int))
+    q, _ = read(read_tensor(grid, "float32", "float16"))
+    if grid.stored_scales == "e8m0":
+        q = replace(q, scales=q.scales.clamp(100, 140))
+    linear = nn.Linear(q.shape[1], q.shape[0], bias=False)
+    layer = qkit.backend("torchao").pack(linear, q, qkit.Rule(("*",), weight=grid))
+    assert layer.codes.nbytes * 8 == q.shape[0] * q.shape[1] * grid.element.bits
+    assert "C kernels on packed codes" in layer.execution.text
+    monkeypatch.setattr(rounding, "dequantize", None)  # nothing decodes with torch's operations
+    values = torch.from_numpy(reference.dequantize(q.map(qkit.backend("torchao").to_numpy)))
+    for rows in (1, 5):
+        x = torch.randn(rows, q.shape[1])
+        torch.testing.assert_close(layer(x), x @ values.T, rtol=1e-4, atol=float(values.abs().max()) * 1e-4)  # sums
+    assert torch.equal(layer.weight, values)
+    assert torch.equal(layer.half().weight, values.half())

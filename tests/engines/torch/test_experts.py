@@ -72,6 +72,41 @@ def assert_equal(found: QTensor, wanted: QTensor):
         assert np.array_equal(ENGINE.to_numpy(found.parts()[name]), part), name
 
 
+@pytest.mark.parametrize(
+    "grid", ["int4-g32-affine", "int3-g32-affine", "int4-g32-stored-zeros", "e2m1-g32-stored-e8m0"]
+)
+def test_experts_on_read_grids_lie_without_gaps_and_decode_to_the_law(grid):
+    model, grid = make(next(iter(MODELS))), qkit.Grid.parse(grid)
+    drawn = np.random.default_rng(0)
+    for layer in blocks(model).values():
+        found, want = {}, {}
+        for name, stacked in ENGINE.experts(layer.module).items():
+            qs = [as_read(grid, tuple(one.shape), drawn) for one in stacked]
+            found[name], want[name] = [q.map(ENGINE.from_numpy) for q in qs], qs
+        packed = ENGINE.pack_experts(layer.module, found, qkit.Rule(("*",), kind="experts", weight=grid))
+        assert packed.in_words
+        codes = sum(packed.stored(name)["codes"].nbytes for name in want)
+        assert codes * 8 == grid.element.bits * sum(q.codes.size for qs in want.values() for q in qs)
+        for stack in packed.stacks:
+            for expert in range(stack.shape[0]):
+                values = [torch.from_numpy(reference.dequantize(want[name][expert])) for name in stack.projections]
+                assert torch.equal(packed.decoded(stack, expert).float(), stack.join(iter(values)))
+        for name, qs in ENGINE.unpack_experts(packed).items():
+            for one, q in zip(qs, want[name], strict=True):
+                assert_equal(one, q)
+
+
+def as_read(grid, shape, drawn):
+    """Random codes and scales on a read grid."""
+    groups = grid.scale_shape(shape)
+    floats = drawn.uniform(0.01, 0.02, groups).astype(np.float16)
+    scales = drawn.integers(118, 124, groups).astype(np.uint8) if grid.stored_scales == "e8m0" else floats
+    codes = drawn.integers(0, grid.element.levels + 1, shape).astype(np.uint8)
+    zeros = drawn.integers(0, grid.element.levels + 1, groups).astype(np.uint8) if grid.has_zeros else None
+    biases = drawn.uniform(-0.1, 0, groups).astype(np.float16) if grid.has_biases else None
+    return QTensor(codes, scales, grid, "float32", zeros=zeros, biases=biases)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_prepared_converted_saved_and_loaded_models_compute_the_same(name, implementation, tmp_path):

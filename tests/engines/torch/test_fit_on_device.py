@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from models import make
-from qkit_torchao.arithmetic.fitting import DeviceMoments, solve_on
+from qkit_torchao.arithmetic.fitting import solve_on
+from qkit_torchao.arithmetic.moments import DeviceMoments
 from qkit_torchao.backend import TorchaoBackend
 
 import qkit

@@ -5,6 +5,7 @@ The interpreter divides where the kernels do not; what they do instead is counte
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,11 +13,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="torch is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
-import products_on_host
+import products_on_host  # noqa: E402
 
-import qkit
+import qkit  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 
@@ -59,7 +60,7 @@ def test_products_of_large_layers_compile_with_the_memory_that_a_program_has(ele
     assert (copies * 2 if eights > 1 else 0) <= 48 * 1024  # one copy is on its way while another is read
     assert sums <= 48 * 1024
     host = products_on_host.HostKernel(cuda_words.PRODUCT)
-    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
+    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, "BIASES": 0, **known})
 
 
 @pytest.mark.skipif(products_on_host.COMPILER is None, reason="no C++ compiler")
@@ -76,7 +77,54 @@ def test_products_of_one_row_compile_with_the_memory_that_a_program_has(element,
     assert kept + known["WARPS"] * 16 * known["TILES"] * 2 * 4 <= 48 * 1024
     assert known["KEEPS"] == (element == "int4" and outputs == 4096)
     host = products_on_host.HostKernel(cuda_words.FEW_ROWS)
-    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, **known})
+    host.compile({"XS": 0, "SCALES": 0, "ZEROS": 0, "BIASES": 0, **known})
+
+
+def test_biases_are_added_by_an_operation_of_its_own_and_tensor_scales_divide_exactly():
+    """Triton would join a product with a sum, and divides approximately: then values are not the law's."""
+    from qkit_torchao.kernels import triton_tiles, triton_unpack
+
+    for grid, biases, power in (
+        (qkit.Grid("int4", 64, "affine"), "*fp16", None),
+        (qkit.Grid("e2m1", 16, "stored-nvfp4-inverse"), None, "*fp32"),
+    ):
+        scales = "*u8" if power else "*fp16"
+        for kernel, tail in (
+            (triton_tiles.decode, ("bfloat16", 4, 256, False)),
+            (triton_unpack.decode, (16, 256, False)),
+        ):
+            text = assembly(kernel, grid, [scales, None, power, biases], tail)
+            assert "fma." not in text
+            assert ("add.rn.f32" in text) == bool(biases)
+            assert ("div.rn.f32" in text) == bool(power)
+            assert "div.full" not in text
+
+
+def assembly(kernel, grid, parts, tail):
+    """The assembly of a kernel that decodes codes on `grid`, for a GPU of compute capability 9.0."""
+    import triton
+    from qkit_torchao.kernels.geometry import geometry
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = [
+        "*i32",
+        *parts,
+        "*i32" if "bfloat16" in tail else "*fp32",
+        "i32",
+        "i32",
+        *geometry(grid, 4096).values(),
+        *tail,
+    ]
+    kinds = {
+        name: one if str(one)[:1] == "*" or one == "i32" else "constexpr"
+        for name, one in zip(kernel.arg_names, given, strict=True)
+    }
+    constants = {
+        (i,): one for i, (one, kind) in enumerate(zip(given, kinds.values(), strict=True)) if kind == "constexpr"
+    }
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 
 
 @pytest.mark.parametrize(("capability", "attributes"), [((8, 0), 0), ((8, 9), 0), ((9, 0), 1), ((10, 0), 1)])
@@ -116,14 +164,67 @@ def test_without_nvrtc_the_way_out_is_named(monkeypatch):
     bindings.nvrtc = SimpleNamespace(nvrtcVersion=missing)
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    gpu = torch.device("cuda", 0)
     nvrtc.why_not.cache_clear()
     try:
-        assert nvrtc.why_not() == ("NVRTC does not load (libnvrtc.so.13 is not found): pip install nvidia-cuda-nvrtc")
+        for cuda, package in (("13.0", "nvidia-cuda-nvrtc"), ("12.8", "nvidia-cuda-nvrtc-cu12")):
+            monkeypatch.setattr(torch.version, "cuda", cuda)
+            assert nvrtc.why_not(gpu) == f"NVRTC does not load (libnvrtc.so.13 is not found): pip install {package}"
+            nvrtc.why_not.cache_clear()
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-        nvrtc.why_not.cache_clear()
-        assert "pip install 'qkit-quant[cuda]'" in nvrtc.why_not()
+        assert "pip install 'qkit-quant[cuda]'" in nvrtc.why_not(gpu)
     finally:
         nvrtc.why_not.cache_clear()
+
+
+def test_a_gpu_that_nvrtc_does_not_know_is_named_and_gets_no_products(monkeypatch):
+    from qkit_torchao.kernels import choose, cuda_words, nvrtc
+    from qkit_torchao.layers import execution
+
+    package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
+    bindings.nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0), nvrtcGetSupportedArchs=lambda: (0, [80, 90, 120]))
+    monkeypatch.setitem(sys.modules, "cuda", package)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA New")
+    monkeypatch.setattr(choose, "why_not_packed", lambda device: "")
+    monkeypatch.setattr(choose, "word_kernels", lambda device: cuda_words)
+    rule, gpu = qkit.recipe("int4-g32").rules[-1], torch.device("cuda", 0)
+    for capability, native in (((9, 0), True), ((13, 1), False)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
+        nvrtc.why_not.cache_clear()
+        execution.choose_execution.cache_clear()
+        try:
+            made = execution.choose_execution(rule, device=gpu, dtype="bfloat16", shape=(64, 64))
+        finally:
+            nvrtc.why_not.cache_clear()
+            execution.choose_execution.cache_clear()
+        assert made.native == native
+    way_out = "NVRTC 13.0 has no NVIDIA New, of compute capability 13.1: pip install --upgrade nvidia-cuda-nvrtc"
+    assert made.text == f"by one pass of a Triton kernel over packed codes, then cuBLAS; {way_out}"
+    assert made.layout == "words"
+
+
+def test_a_gpu_that_triton_does_not_know_is_named_and_its_weights_are_quantized_by_torch(monkeypatch):
+    from qkit_torchao.kernels import choose, triton_trial
+
+    def fails(*_, **__):
+        raise RuntimeError("no such target: sm_131\nand more")
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (13, 1))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA New")
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    monkeypatch.setattr(choose, "which", lambda name: name)
+    monkeypatch.setattr(triton_trial, "nothing", SimpleNamespace(warmup=fails))
+    weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    choose.why_no_triton.cache_clear()
+    try:
+        assert "compiles nothing for NVIDIA New (no such target: sm_131): pip install" in choose.why_not_packed(
+            weight.device
+        )
+        assert not choose.lays_out(weight, qkit.Grid("int4", 32))
+        assert not choose.packs(qkit.Grid("int4", 32), weight.device)
+    finally:
+        choose.why_no_triton.cache_clear()
 
 
 def test_a_mended_reciprocal_is_the_rounded_one_of_every_mantissa_of_8_bits():

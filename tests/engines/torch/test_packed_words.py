@@ -1,5 +1,7 @@
 """The layout of packed codes, by torch's operations, and the reasons for which no kernel takes them. Kernels: test_kernels.py."""
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -70,6 +72,8 @@ def test_reasons_name_the_way_out(monkeypatch):
     monkeypatch.setattr(choose, "find_spec", lambda name: name)
     monkeypatch.setattr(choose, "which", lambda name: None)
     assert choose.why_not_packed(GPU) == "Triton finds no C compiler: install gcc, or name one in CC"
+    on_gpu = SimpleNamespace(is_cuda=True, device=GPU)
+    assert not choose.lays_out(on_gpu, qkit.Grid("int4", 32))  # nor does it compile what quantizes
     choose.why_no_triton.cache_clear()
     monkeypatch.setattr(choose, "which", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

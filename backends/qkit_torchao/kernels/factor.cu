@@ -1,0 +1,68 @@
+// The panels of `exact_products.unit_upper`, and what follows a product of halves, in fp64, with the bits of the law. `cuda_fit`
+// launches this, `nvrtc` compiles it.
+//
+// A panel [BLOCK, rows] has BLOCK (a macro) columns of a symmetric matrix, on their side. The last one may have fewer.
+
+#include "doubles.cuh"
+
+// Eliminates the panel's own columns, in one program: `before` [BLOCK, BLOCK] gets its rows as they are before their division.
+ENTRY eliminate(double *panel, double *before, double *pivots, u32 rows, u32 count) {
+    __shared__ double kept[BLOCK][BLOCK];
+    for (u32 c = threadIdx.x; c < count; c += blockDim.x)
+        for (u32 r = 0; r < count; r++) kept[r][c] = panel[(u64)r * rows + c];
+    __syncthreads();
+    for (u32 j = 0; j < count; j++) {
+        const double pivot = kept[j][j];
+        for (u32 c = threadIdx.x; c < count; c += blockDim.x) {
+            before[j * BLOCK + c] = kept[j][c];
+            if (c == j) pivots[j] = pivot;
+            if (c <= j) continue;
+            const double found = kept[j][c] / pivot;
+            for (u32 r = j + 1; r < count; r++) kept[r][c] = kept[r][c] - kept[j][r] * found;
+            panel[(u64)j * rows + c] = found;
+        }
+        __syncthreads();
+    }
+}
+
+// Eliminates the columns from the rows below, from number BLOCK on. left [rows - BLOCK, 2 BLOCK], parts [3 BLOCK, rows - BLOCK]:
+// the halves of the product that updates the rest of the matrix.
+ENTRY eliminate_below(double *panel, const double *before, const double *pivots, double *left, double *parts, u32 rows) {
+    const u32 c = blockIdx.x * ROWS + threadIdx.x, many = rows - BLOCK;
+    if (c >= many) return;
+    double v[BLOCK], peak = 0, largest = 0;
+    panel += BLOCK + c, left += (u64)c * 2 * BLOCK, parts += c;
+#pragma unroll
+    for (u32 j = 0; j < BLOCK; j++) v[j] = panel[(u64)j * rows];
+#pragma unroll
+    for (u32 j = 0; j < BLOCK; j++) {
+        v[j] = v[j] / pivots[j];
+#pragma unroll
+        for (u32 r = j + 1; r < BLOCK; r++) v[r] = v[r] - before[j * BLOCK + r] * v[j];
+        panel[(u64)j * rows] = v[j];
+        peak = larger(peak, fabs(v[j])), largest = larger(largest, fabs(v[j] * pivots[j]));
+    }
+    const int e = exponent_above(peak), of_left = exponent_above(largest);
+#pragma unroll
+    for (u32 j = 0; j < BLOCK; j++) {
+        double top, rest;
+        halve(v[j], e, top, rest);
+        parts[(u64)j * many] = parts[(u64)(2 * BLOCK + j) * many] = top, parts[(u64)(BLOCK + j) * many] = rest;
+        halve(v[j] * pivots[j], of_left, left[j], left[BLOCK + j]);
+    }
+}
+
+// from [:, :columns] -= a + b, of which rows lie `stride` apart; in rows start to start + count, damping times `moved`, too.
+ENTRY subtract(
+    double *from, const double *a, const double *b, const double *moved, const double *damping, u32 stride, u32 columns, u32 start, u32 count
+) {
+    const u32 column = blockIdx.x * ROWS * 8 + threadIdx.x, i = blockIdx.y;
+    for (u32 k = 0; k < 8; k++) {
+        const u32 at = column + k * ROWS;
+        if (at >= columns) return;
+        const u64 there = (u64)i * columns + at;
+        double now = from[(u64)i * stride + at] - (a[there] + b[there]);
+        if (i - start < count) now = now - *damping * moved[there - (u64)start * columns];
+        from[(u64)i * stride + at] = now;
+    }
+}
