@@ -81,7 +81,7 @@ def test_products_of_one_row_compile_with_the_memory_that_a_program_has(element,
 
 
 def test_biases_are_added_by_an_operation_of_its_own_and_tensor_scales_divide_exactly():
-    """Triton would join a product with a sum, and divides approximately: then values are not the law's."""
+    """Triton would join a product with a sum, multiply float16 as such, and divide approximately: other values than the law's."""
     from qkit_torchao.kernels import triton_tiles, triton_unpack
 
     for grid, biases, power in (
@@ -95,6 +95,7 @@ def test_biases_are_added_by_an_operation_of_its_own_and_tensor_scales_divide_ex
         ):
             text = assembly(kernel, grid, [scales, None, power, biases], tail)
             assert "fma." not in text
+            assert "mul.f16" not in text
             assert ("add.rn.f32" in text) == bool(biases)
             assert ("div.rn.f32" in text) == bool(power)
             assert "div.full" not in text
