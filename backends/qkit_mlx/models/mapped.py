@@ -27,7 +27,7 @@ class Files:
     def arrays(self) -> dict[str, mx.array]:
         """New arrays of all tensors."""
         opened: dict[str, Any] = {}
-        found = {}
+        found: dict[str, Any] = {}
         for name, tensor in self._tensors.items():
             file = _file_of(tensor)
             if file is not None and file not in opened:

@@ -71,7 +71,7 @@ def loops_for(x: Tensor, grid: Grid) -> type[column_loops.Loops]:
     if x.is_cuda:
         from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
 
-        if cuda_fit.takes(grid, len(x)) and not nvrtc.why_not():
+        if cuda_fit.takes(grid, len(x)) and not nvrtc.why_not(x.device):
             return cuda_fit.Loops
     return column_loops.Loops
 

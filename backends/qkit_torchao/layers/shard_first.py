@@ -47,7 +47,7 @@ class LayerSource:
     """
 
     def __init__(self, layers: list[Any], outer: Any, record: Any = None) -> None:
-        self.member = None if record is None else Member(record)
+        self.member: Member | None = None if record is None else Member(record)
         self.layers, self.outer = [ref(layer) for layer in layers], ref(outer)
         self.found: tuple[type, bool] | None = None
         self.agreed: Any = None
@@ -195,7 +195,7 @@ def holds_values(record: Any) -> bool:
     if not isinstance(part, Shard):
         return False
     source: Any = part.source
-    return source.alike() and (source.member is None or source.member.holds_values(part))  # type: ignore[no-any-return]
+    return source.alike() and (source.member is None or source.member.holds_values(part))
 
 
 def drop(weight: Tensor) -> None:

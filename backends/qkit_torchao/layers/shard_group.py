@@ -18,7 +18,7 @@ from qkit_torchao.torch_private import copied, fsdp_groups, is_going_back, local
 class Gathered(Protocol):
     """The source of a shard, see `shard_first.LayerSource`."""
 
-    member: "Member"
+    member: "Member | None"
     layers: list[Any]
 
     def gathers(self) -> bool:
@@ -51,9 +51,10 @@ class Member:
         first, record = None if self.first is None else self.first(), self.record()
         if first is None or record is None or copied(record) is not self.flat[0]:
             return False
-        asked: Any = first.member.record()
+        asked: Any = None if first.member is None else first.member.record()
         shard: Any = None if asked is None else local_part(asked.sharded_param)
-        return type(shard) is AskedShard and shard.source is first
+        source: Any = shard.source if type(shard) is AskedShard else None
+        return source is first
 
 
 def refresh_others(first: Gathered, policy: Any) -> None:
@@ -61,7 +62,7 @@ def refresh_others(first: Gathered, policy: Any) -> None:
 
     Going back it gathers what it gathered in the forward pass.
     """
-    record = first.member.record()
+    record = None if first.member is None else first.member.record()
     if record is None or is_going_back():
         return
     for other in _after(record):
@@ -82,11 +83,13 @@ def _refresh(record: Any, part: Shard, first: Gathered, policy: Any) -> None:
             become_shard(part, source)
         return
     padded = source.local(part, record.padded_sharded_param_size[0], policy)
-    if member.flat[1] is not padded:
-        member.flat = padded.view(-1), padded
-    if copied(record) is not member.flat[0]:
+    flat = member.flat[0]
+    if flat is None or member.flat[1] is not padded:
+        flat = padded.view(-1)
+        member.flat = flat, padded
+    if copied(record) is not flat:
         member.masters = copied(record)
-        set_copied(record, member.flat[0])
+        set_copied(record, flat)
     if type(part) is not Shard:
         become_shard(part, source, asked=False)
     if member.first is None or member.first() is not first:
