@@ -4,6 +4,7 @@ import io
 
 import torch
 from processes import Net, batch, shard, train
+from qkit_torchao.torch_private import local_part
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -207,7 +208,7 @@ def together(rank):
 
     def look(name, grid=GRID):
         losses = train(model, adam(model), rank)  # a weight whose values are not renewed does not follow its master
-        asked = sum(hasattr(layer.weight._local_tensor, "fsdp_pre_all_gather") for layer in layers)
+        asked = sum(hasattr(local_part(layer.weight), "fsdp_pre_all_gather") for layer in layers)
         seen[name] = losses, asked, *wrong_values(model, grid, torch.bfloat16)
 
     look("trained")
