@@ -74,7 +74,7 @@ def refresh_others(first: Gathered, policy: Any) -> None:
 def _refresh(record: Any, part: Shard, first: Gathered, policy: Any) -> None:
     source: Any = part.source
     member: Member = source.member
-    follows = type(part) is Shard or _may_follow(record, source)  # one that follows is asked again when its grid changes
+    follows = type(part) is Shard or _may_follow(record, source)  # a change of the grid makes it an `AskedShard`
     if not (source.gathers() and follows):
         if member.first is not None:
             member.first = None
