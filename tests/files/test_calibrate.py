@@ -138,6 +138,19 @@ def test_every_path_gives_the_codes_of_the_law(recipe: str, model: Path, stats: 
                 assert (reference.scale_values(q) == reference.scale_values(law)).all(), (name, path)
 
 
+@pytest.mark.skipif(len(ENGINES) < 2, reason="needs two engines")
+def test_the_same_text_gives_each_engine_statistics_of_its_own(model: Path, stats: Path, tmp_path: Path) -> None:
+    other = open_statistics(calibrate(model, tmp_path / "mlx", TOKENS, engine=qkit.backend("mlx")))
+    mine = open_statistics(stats)
+    assert other.about["data"] == mine.about["data"]
+    assert other.digest != mine.digest  # engines sum in other orders
+    path = "model.layers.1.mlp.down_proj"
+    assert np.abs(other.moments(path) - mine.moments(path)).max() < 1e-4 * np.abs(mine.moments(path)).max()
+    for known in (mine, other):  # which of the two a directory is of can be told
+        out = quantize(model, tmp_path / known.digest, "int2-g32", Fit("solve", known))
+        assert (inspect_directory(out).fit or {})["statistics"] == known.digest
+
+
 def test_search_needs_no_statistics(model: Path, tmp_path: Path) -> None:
     out = quantize(model, tmp_path / "out", "int2-g32", Fit("search"))
     engine = qkit.backend("torchao")
