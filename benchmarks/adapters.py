@@ -7,12 +7,14 @@ prose, of:
 - `float, quantized`: peft's LoRA on the float model, merged, and quantized
 - `kept`: QLoRA, peft's LoRA on the decoded base; deployed as codes with the adapter beside them, in float
 - `quantized again`: the same, merged and quantized again
+- `kept, same rates`, `quantized again, same rates`: the same, each step at the rate of `packed`, whose last part has a factor
 - `packed`: `qkit.adapt` on codes, merged, by the parts and the factor of `qkit train` (`qkit.training.beside`)
+- `scales`: the same with `Adapter(scales="learned")`
 - `prepared`: `qkit.adapt` on the prepared model, merged and converted
 - `full`: all weights of the prepared model, converted
 
 Usage: python benchmarks/adapters.py [--recipe NAME ...] [--rate R ...] [--seed N ...] [--way NAME ...] [--steps N]
-       [--float-steps N] [--out FILE.json]
+       [--float-steps N] [--factor F] [--out FILE.json]
 """
 
 import argparse
@@ -21,6 +23,7 @@ import math
 import sysconfig
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ RANK, ALPHA = 16, 32.0
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTER = qkit.Adapter(rank=RANK, alpha=ALPHA, match=("*_proj",))
 ENGINE = qkit.backend("torchao")
-WAYS = ("float", "qlora", "packed", "prepared", "full")
+WAYS = ("float", "qlora", "same rates", "packed", "scales", "prepared", "full")
 
 
 def code() -> Tensor:
@@ -121,19 +124,20 @@ def decoded(model: nn.Module, recipe: str) -> nn.Module:
 def losses(model: nn.Module, way: str, recipe: str, texts: tuple[Tensor, Tensor], **how: Any) -> dict[str, float]:
     """Trains a copy of `model` in one way; the losses of the models that result."""
     text, unseen = texts
-    seed, steps = how["seed"], how["steps"]
-    plain: Callable[[int], float] = lambda step: 1.0  # noqa: E731
-    if way in ("float", "qlora"):
-        made = in_peft(copy.deepcopy(model) if way == "float" else decoded(model, recipe), seed)
-        fit(made, text, before=plain, **how)
+    factor, how = how["factor"], {name: how[name] for name in ("rate", "steps", "seed")}
+    adapter = replace(ADAPTER, seed=how["seed"], factor=factor, scales="learned" if way == "scales" else "stored")
+    last = int(adapter.beside * how["steps"])
+    if way in ("float", "qlora", "same rates"):
+        made = in_peft(copy.deepcopy(model) if way == "float" else decoded(model, recipe), how["seed"])
+        fit(made, text, before=lambda step: factor if way == "same rates" and step > last else 1.0, **how)
         kept = measure(made, unseen)
         again = measure(qkit.convert(made.merge_and_unload(), recipe), unseen)
-        return {"float, quantized": again} if way == "float" else {"kept": kept, "quantized again": again}
-    adapter = qkit.Adapter(rank=RANK, alpha=ALPHA, match=ADAPTER.match, seed=seed)
-    if way == "packed":
+        own = ", same rates" * (way == "same rates")
+        return {"float, quantized": again} if way == "float" else {f"kept{own}": kept, f"quantized again{own}": again}
+    if way in ("packed", "scales"):
         made = qkit.adapt(qkit.convert(copy.deepcopy(model), recipe), adapter)
         layers = list(ENGINE.layers(made))
-        last = steps_beside(adapter, layers, steps)
+        assert steps_beside(adapter, layers, how["steps"]) == last
         switch = switching_parts(ENGINE, layers, last)
 
         def before(step: int) -> float:
@@ -141,10 +145,10 @@ def losses(model: nn.Module, way: str, recipe: str, texts: tuple[Tensor, Tensor]
             return factor_at(adapter, layers, last, step)
 
         fit(made, text, before=before, **how)
-        return {"packed before merging": measure(made, unseen), "packed": measure(qkit.merge(made), unseen)}
+        return {f"{way} before merging": measure(made, unseen), way: measure(qkit.merge(made), unseen)}
     made = qkit.prepare(copy.deepcopy(model), recipe)
     made = qkit.adapt(made, adapter) if way == "prepared" else made
-    fit(made, text, before=plain, **how)
+    fit(made, text, before=lambda step: 1.0, **how)
     return {way: measure(qkit.convert(qkit.merge(made) if way == "prepared" else made), unseen)}
 
 
@@ -156,10 +160,11 @@ def main() -> None:
     parser.add_argument("--way", action="append", choices=WAYS, default=[])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--float-steps", type=int, default=1200)
+    parser.add_argument("--factor", type=float, default=ADAPTER.factor)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    about = {"rank": RANK, "alpha": ALPHA, "steps": given.steps, "beside": ADAPTER.beside, "factor": ADAPTER.factor}
+    about = {"rank": RANK, "alpha": ALPHA, "steps": given.steps, "beside": ADAPTER.beside, "factor": given.factor}
     report = Report(given.out, packages=("peft",), about={**about, "float steps": given.float_steps})
     model, texts = base(given.float_steps), prose()
     for recipe in given.recipe or ["int4-g32"]:
@@ -167,7 +172,8 @@ def main() -> None:
             for seed in given.seed or [1, 2, 3]:
                 row: dict[str, Any] = {"recipe": recipe, "rate": rate, "seed": seed}
                 for way in given.way or WAYS:
-                    row |= losses(model, way, recipe, texts, rate=rate, steps=given.steps, seed=seed)
+                    how = {"rate": rate, "steps": given.steps, "seed": seed, "factor": given.factor}
+                    row |= losses(model, way, recipe, texts, **how)
                 report.add(row)
     report.finish()
 

@@ -163,11 +163,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, action="append", default=[])
     parser.add_argument("--scale", type=float, default=20.0)  # mlx-lm's default
+    parser.add_argument(
+        "--factor", type=float, default=1.0
+    )  # of qkit's rate on the grid: the rates of both are the same
     parser.add_argument("--float-steps", type=int, default=600)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    about = {"rank": RANK, "scale": given.scale, "steps": given.steps, "warmup": WARMUP, "dtype": given.dtype}
+    about = {
+        "rank": RANK,
+        "scale": given.scale,
+        "factor": given.factor,
+        "steps": given.steps,
+        "warmup": WARMUP,
+        "dtype": given.dtype,
+    }
     report = Report(given.out, packages=("mlx-lm",), about={**about, "float steps": given.float_steps})
     text, unseen = other_text()
     loss = measure(unseen)
@@ -186,7 +196,7 @@ def main() -> None:
                 def fitted(model: Any, factor: Factor, own: Path = own, seed: int = seed, peak: float = peak) -> None:
                     fit(model, factor, text, own, seed=seed, steps=given.steps, peak=peak)
 
-                adapter = qkit.Adapter(rank=RANK, alpha=given.scale * RANK, match=MATCH, seed=seed)
+                adapter = qkit.Adapter(rank=RANK, alpha=given.scale * RANK, match=MATCH, seed=seed, factor=given.factor)
                 mine, first = ours(artifact, own, loss, fitted, adapter, given.steps)
                 before, after = theirs(quantized, first, loss, partial(fitted, factor=lambda step: 1.0), given.scale)
                 fused = {"mlx-lm before": before, "mlx-lm after": after}

@@ -123,7 +123,7 @@ def main() -> None:
         grid = qkit.Grid.parse(text)
         qs = [quantized(grid, shape, GRIDS[text]) for shape in shapes]
         layers = [
-            engine.pack(nn.Linear(k, n, bias=False, device="meta"), q, qkit.Rule(("*",), weight=grid))
+            engine.pack(nn.Linear(k, n, bias=False, device="cuda"), q, qkit.Rule(("*",), weight=grid))
             for q, (n, k) in zip(qs, shapes, strict=True)
         ]
         row = {"grid": text, **over(base, layers), "how": layers[0].execution.text}

@@ -23,7 +23,7 @@ from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers import adapted, converted, experts, fused, latent, learned, prepared, straight_through
-from qkit_mlx.models import groups, places, surgery
+from qkit_mlx.models import groups, mapped, places, surgery
 from qkit_mlx.models.elsewhere import Elsewhere
 from qkit_mlx.models.mixtures import Mixtures
 from qkit_mlx.training import trainer
@@ -177,8 +177,11 @@ class MlxBackend(Elsewhere, Mixtures, Tuning):
         return surgery.tensors(model)
 
     def fill(self, model: nn.Module, tensors: Mapping[str, NDArray[Any]], *, without: Collection[str] = ()) -> None:
-        """See `Modules.fill`."""
-        surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()}, without=without)
+        """See `Modules.fill`; where models are maps, arrays are not read yet."""
+        if self.maps and not without:
+            mapped.fill(model, mapped.Files(tensors, self.from_numpy))
+        else:
+            surgery.fill(model, {name: self.from_numpy(array) for name, array in tensors.items()}, without=without)
 
     def gather(self, model: nn.Module) -> nn.Module:
         """See `Modules.gather`: MLX's models are whole."""

@@ -222,6 +222,13 @@ def why_no_gains(layer: Layer) -> str:
     return ""
 
 
+def _learns_scales(adapter: Adapter, layer: Layer) -> bool:
+    """Whether the scales of `layer` train: those of a file, unless `adapter` says otherwise."""
+    grid = layer.rule.weight if layer.rule else None
+    read = grid is not None and grid.read
+    return (adapter.scales == "learned" or (adapter.scales is None and read)) and not why_no_gains(layer)
+
+
 def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
     """The quantized linear layers and experts that `adapter` matches.
 
@@ -252,8 +259,7 @@ def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]
         a = random.uniform(-(inputs**-0.5), inputs**-0.5, (*experts, adapter.rank, inputs)).astype(np.float32)
         b = np.zeros((*experts, outputs, adapter.rank), np.float32)
         magnitude = gains = None
-        wanted = adapter.scales == "learned" or (adapter.scales is None and layer.rule and layer.rule.weight.read)
-        if wanted and not why_no_gains(layer):
+        if _learns_scales(adapter, layer):
             gains = np.zeros(outputs, np.float32)
         if adapter.kind == "dora":
             bases = base_weights(engine, layer, name, spread=layer.stage == "converted")

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Snapshot:
         tensors: all other tensors, by name.
         notes: sentences for the user about what was read, without their full stops.
         fit: how the codes were chosen, as its metadata say; None: by the rule of their grid, or nobody says.
+        files: contents of files that belong beside the weights and do not lie in the directory, by name.
         sealed: the digests that the seal of the directory states of mapped tensors, where nobody has compared them yet.
     """
 
@@ -83,6 +84,7 @@ class Snapshot:
     sealed: KnownDigests | None = None
     notes: tuple[str, ...] = ()
     fit: Mapping[str, Any] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:

@@ -50,7 +50,10 @@ def read_foreign(source: Source, stored: Mapping[str, Stored]) -> Snapshot:
     floats = {name: one for name, one in source.tensors.items() if not isinstance(one, Encoded)}
     tensors = {**read.map_tensors(floats), **values}
     method = source.detected.method if weights else FLOAT
-    return Snapshot(source.folder, method, True, source.detected.config, weights, tensors, notes=_notes(source, values))
+    notes = _notes(source, values)
+    return Snapshot(
+        source.folder, method, True, source.detected.config, weights, tensors, notes=notes, files=source.files
+    )
 
 
 def _notes(source: Source, values: Mapping[str, DecodedArray]) -> tuple[str, ...]:

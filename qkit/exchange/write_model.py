@@ -66,7 +66,7 @@ def write_model(
         Path(out),
         streams,
         metadata={"format": "pt"} if about is None else {KEY: json.dumps(about, sort_keys=True)},
-        files=companions(source.folder, config=config),
+        files={**source.files, **companions(source.folder, config=config)},
         shard_bytes=shard_bytes,
         known=source.sealed,
         bring=bring,

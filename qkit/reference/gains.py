@@ -40,7 +40,7 @@ def gained(q: QTensor[NDArray[Any]], gains: Floats) -> QTensor[NDArray[Any]]:
     """
     before = q.scales.astype(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        factors = np.clip(np.float32(1) + np.float32(UNIT) * gains, *map(np.float32, LIMITS))
+        factors = np.clip(np.float32(1) + np.float32(UNIT) * gains, np.float32(LIMITS[0]), np.float32(LIMITS[1]))
         largest = np.float32(LARGEST[stored_type(q)])
         s = np.clip(before * factors[:, None], -largest, largest)
         if q.grid.read:

@@ -12,6 +12,8 @@ import numpy as np
 from qkit.errors import ArtifactError, BackendError
 from qkit.formats.gguf_config import ARCHITECTURES, COUNTS, Architecture, architecture_of, head_width, numbers_of
 from qkit.formats.gguf_rope import rope_tables
+from qkit.formats.gguf_tokenizer import SPM_MODEL, TOKENIZER
+from qkit.formats.gguf_tokenizer_files import tokenizer_files
 from qkit.installation import how_to_install
 from qkit.qtensor import DType
 from qkit.sources.detect import Detected
@@ -36,6 +38,7 @@ LAYER: Final = (
     *(f"self_attn.{one}" for one in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *(f"mlp.{one}" for one in ("gate_proj", "up_proj", "down_proj")),
 )
+TOKENIZERS: Final = (TOKENIZER, SPM_MODEL)
 FLOATS: Final[Mapping[str, DType]] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LLAMA3: Final = {
     "rope_type": "llama3",
@@ -106,7 +109,19 @@ def _open(file: Path, fields: Mapping[str, Any], found: dict[str, Any]) -> Sourc
             file, one, ours[theirs], shapes[theirs], config=config, architecture=architecture, dtype=dtype, scale=scale
         )
     detected = Detected("gguf", {}, file.name, config)
-    return Source(file.parent, detected, tensors, ())
+    files, said = _tokenizer(file, fields)
+    return Source(file.parent, detected, tensors, (), files, said)
+
+
+def _tokenizer(file: Path, fields: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The files of the tokenizer in the keys of `file`, unless one lies beside it; and a sentence on where it came from."""
+    if beside := next((name for name in TOKENIZERS if (file.parent / name).exists()), ""):
+        return {}, (f"the tokenizer is {beside}, which lies beside the file",)
+    try:
+        files = tokenizer_files(fields)
+    except ArtifactError as error:
+        return {}, (f"{error}: put the model's own tokenizer.json beside the file; the output has no tokenizer",)
+    return files, () if files else ("the file has no tokenizer: put the model's own tokenizer.json beside it",)
 
 
 def _tensor(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,12 +45,16 @@ class Source:
         detected: how it is quantized.
         tensors: all tensors of the float model, by name, in transformers' names; `Encoded` those that are stored as codes.
         dropped: names of scales that belong to inputs, outputs or caches, which the weights do not need.
+        files: contents of files that belong beside the weights and do not lie in the directory, by name.
+        said: sentences for whoever reads the model, besides those that `notes` finds.
     """
 
     folder: Path
     detected: Detected
     tensors: Mapping[str, Stored]
     dropped: tuple[str, ...]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
 
     @property
     def encoded(self) -> dict[str, Encoded]:
@@ -71,7 +75,7 @@ class Source:
                 f"{len(self.dropped):,} scales of inputs, outputs or caches are left out, such as {self.dropped[0]}: the weights "
                 "are the same, and other logits"
             )
-        return tuple(found)
+        return (*found, *self.said)
 
 
 def open_source(

@@ -7,7 +7,8 @@ import pytest
 from checkpoints import quantized
 from models import make
 from safetensors.numpy import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from small_tokenizers import BYTE_LEVEL, SPLITS, by_bytes, by_pieces, saved
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from typer.testing import CliRunner
 
 import qkit
@@ -21,56 +22,6 @@ from qkit.formats.gguf_tokenizer import read_vocabulary
 from qkit.formats.packed import unpack
 
 gguf = pytest.importorskip("gguf")
-
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-TEXTS = ["the cat and the hat", "a cat sat on a mat, then the hat sat", "thin 123 things"]
-BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-
-def by_bytes(splits, *, size=260, **options):
-    """A byte-level tokenizer that is trained on a few texts, with ChatML's two tokens."""
-    made = Tokenizer(models.BPE(**options))
-    made.pre_tokenizer, made.decoder = splits, decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    made.train_from_iterator(TEXTS, trainer)
-    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return made
-
-
-def by_pieces(merges, letters="abc▁", *, prefix=False):
-    """A tokenizer with SentencePiece's bytes and these merges."""
-    texts = ["<unk>", "<s>", "</s>", *BYTES, *letters, *dict.fromkeys(left + right for left, right in merges)]
-    vocabulary = {text: i for i, text in enumerate(texts)}
-    made = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    made.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
-    )
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<unk>", "<s>", "</s>")])
-    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return made
-
-
-def saved(folder, made, **settings):
-    folder.mkdir(exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": int(1e30), **settings}))
-    return folder
-
-
-def split(pattern):
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTE_LEVEL])
-
-
-SPLITS = {
-    **{name: (split(pattern), {"ignore_merges": whole}) for (pattern, whole), name in PATTERNS.items()},
-    "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), {}),
-    "smollm": (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-        {},
-    ),
-}
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -167,6 +118,25 @@ def test_an_ordinary_token_that_llama_cpp_takes_for_an_end_is_named(special, tmp
         ("{% do x.append(1) %}", ["statement 'do'"]),
         ("{% if x is escaped %}{{ x.zfill(3) }}{% endif %}", ["test 'escaped'", "method 'zfill'"]),
         ("{% if %}", ["line 1"]),
+        ("{{ 7 // 2 }}{{ 2 ** 3 }}{{ '%d' % 3 }}", ["operator '//'", "operator '**'", "operator '%' of a text"]),
+        ("{{ cycler(1) }}{{ range(3) }}{{ f(*x) }}", ["function 'cycler'", "a call with * or **"]),
+        ("{{ '%s' | format(1) }}{{ x | replace('a', 'b', 1) }}", ["filter 'format'", "'replace' with a count"]),
+        ("{{ x | select('odd') }}{{ x | selectattr('a', 'equalto', 1) }}", ["filter 'select' by the name"]),
+        ("{{ x | map('upper') | join }}{{ x | map(attribute='a') }}", ["filter 'map' by the name"]),
+        ("{{ ', '.join(x) }}{{ x.startswith(('a', 'b')) }}", ["method 'join'", "method 'startswith' of several"]),
+        ("{% macro f() %}{{ varargs }}{% endmacro %}", ["'varargs' of a macro"]),
+        (
+            "{% raw %}x{% endraw %}{%+ if 1 < 2 < 3 %}{% endif %}",
+            ["statement 'raw'", "mark '{%+'", "comparisons in a chain"],
+        ),
+        (
+            "{% for x, (y, z) in m recursive %}{{ loop(x) }}{% endfor %}",
+            ["a recursive loop", "a loop that unpacks in depth"],
+        ),
+        ("{% for x in m %}{{ loop.cycle(1, 2) }}{{ loop.nextitem }}{% endfor %}", ["'loop.cycle'"]),
+        ("{{ '\\u2581' }}{{ '\\n' }}{{ 1e3 }}", [r"escape '\\u'", "number 1e3"]),
+        ("{{ x | tojson(sort_keys=True, ensure_ascii=False) }}", ["'tojson' with sort_keys"]),
+        ("{% set a | upper %}x{% endset %}{% set b %}{% endset %}", ["a filter of 'set'"]),
     ],
 )
 def test_features_that_llama_cpp_lacks_are_named(template, lacking):

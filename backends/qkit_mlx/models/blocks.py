@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import partial
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from qkit.engines.blocks import Hidden, Seen
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit_mlx.layers import straight_through
-from qkit_mlx.models import surgery
+from qkit_mlx.models import mapped, surgery
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 LAYERS = "layers"  #: mlx-lm's name for the blocks, of the model and inside it
@@ -26,11 +27,19 @@ class _Entered(Exception):
 
 
 class Watching:
-    """The verbs of `qkit.engines.blocks.Watches`."""
+    """The verbs of `qkit.engines.blocks.Watches`.
+
+    Attributes:
+        maps: whether the arrays of float models are read from their files when they are needed.
+    """
+
+    maps = False
 
     def mapping(self) -> Self:
-        """See `Watches.mapping`: MLX has its own memory, and copies weights there."""
-        return self
+        """See `Watches.mapping`."""
+        made = copy(self)
+        made.maps = True
+        return made
 
     def blocks(self, model: nn.Module, *, length: int) -> "MlxBlocks":
         """See `Watches.blocks`."""
@@ -126,7 +135,12 @@ class MlxBlocks:
 
         def record(number: int, states: mx.array, *rest: Any, **given: Any) -> Any:
             found[number] = (rest, given)
-            return blocks[number](states, *rest, **given)
+            out = blocks[number](states, *rest, **given)
+            mx.eval(out)
+            stand_ins, self._blocks[:] = list(self._blocks), blocks  # the model's arrays are found by their paths
+            mapped.forget(self._model, self.paths[number])
+            self._blocks[:] = stand_ins
+            return out
 
         blocks = list(self._blocks)
         mx.eval(self._run_model(tokens, record))

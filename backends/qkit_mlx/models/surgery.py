@@ -83,11 +83,11 @@ def tensors(model: nn.Module) -> dict[str, mx.array]:
     return names.joined({name: container[key] for name, container, key in _slots(model)}, model)
 
 
-def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = ()) -> None:
+def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = (), within: str = "") -> None:
     """Writes `arrays` to the places of `tensors(model)`, except the names in `without`; casts half precision up to float32.
 
-    If the names differ, the model's own `sanitize` translates them first. In a model whose configuration says half precision,
-    float32 is cast, or stays, as in transformers.
+    If the names differ, the model's own `sanitize` translates them first. Only names that begin with `within` are written. In a
+    model whose configuration says half precision, float32 is cast, or stays, as in transformers.
 
     Raises:
         ArtifactError: a name, a shape or a type does not fit, or a name is missing. Nothing was written then.
@@ -116,10 +116,9 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
                 f"{name} is {arrays[name].dtype} in the file and {container[key].dtype} in the model: cast the model"
             )
     for name, (container, key) in slots.items():
-        if arrays[name].dtype == mx.float32 and stays_float32(name, getattr(model, "qkit_config", None)):
-            container[key] = arrays[name]
-        else:
-            container[key] = arrays[name].astype(container[key].dtype)
+        if name.startswith(within):
+            stays = arrays[name].dtype == mx.float32 and stays_float32(name, getattr(model, "qkit_config", None))
+            container[key] = arrays[name] if stays else arrays[name].astype(container[key].dtype)
 
 
 def _fits(dtype: mx.Dtype, want: mx.Dtype, model: nn.Module) -> bool:

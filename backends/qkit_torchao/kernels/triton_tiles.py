@@ -9,7 +9,7 @@ import triton.language as tl
 
 from qkit_torchao.kernels.triton_arithmetic import narrow
 from qkit_torchao.kernels.triton_unpack import bias
-from qkit_torchao.kernels.triton_words import bias_of, low_words, number, place, plus, scale
+from qkit_torchao.kernels.triton_words import bias_of, low_words, number, place, scale, value
 
 
 @triton.jit(do_not_specialize=["magic"])
@@ -101,4 +101,4 @@ def short(
     f = f * (
         place(i, ELEMENT, HIGH, LOW) * bias_of(ELEMENT)
     )  # exact, as the next, where factors of scales might not be
-    return narrow(plus((f if CENTERED else f - z) * s, b, INTERPRETED), TYPE, INTERPRETED)
+    return narrow(value(f if CENTERED else f - z, s, b, INTERPRETED), TYPE, INTERPRETED)

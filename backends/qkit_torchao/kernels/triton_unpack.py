@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from qkit_torchao.kernels.triton_arithmetic import narrow
-from qkit_torchao.kernels.triton_words import bias_of, half, plus, scale, small
+from qkit_torchao.kernels.triton_words import bias_of, half, scale, small, value
 
 
 @triton.jit(do_not_specialize=["magic"])
@@ -36,12 +36,12 @@ def decode(
     MIDDLE: tl.constexpr = 0.0 if biases is not None else 2.0 ** (HIGH + LOW - 1)
     g = 2 * k // GROUP
     s, z = scale(scales + g, there, tensor, SCALES), zero_point(zeros, g, there, MIDDLE)
-    x = plus(whole(even, z, magic, ELEMENT, HIGH) * s, bias(biases, g, there), INTERPRETED)
+    x = value(whole(even, z, magic, ELEMENT, HIGH), s, bias(biases, g, there), INTERPRETED)
     if GROUP % 2:
         g = (2 * k + 1) // GROUP
         there = there & (2 * k + 1 < INPUTS)
         s, z = scale(scales + g, there, tensor, SCALES), zero_point(zeros, g, there, MIDDLE)
-    y = plus(whole(odd, z, magic, ELEMENT, HIGH) * s, bias(biases, g, there), INTERPRETED)
+    y = value(whole(odd, z, magic, ELEMENT, HIGH), s, bias(biases, g, there), INTERPRETED)
     column = 2 * first + tl.arange(0, 2 * BK)[None, :]
     both = narrow(tl.interleave(x, y), out.dtype.element_ty, INTERPRETED)
     tl.store(out + rows * INPUTS + column, both, mask=(n[:, None] < outputs) & (column < INPUTS))

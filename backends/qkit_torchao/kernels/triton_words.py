@@ -106,8 +106,18 @@ def scale(address, there, tensor, SCALES: tl.constexpr):
 
 
 @triton.jit
-def plus(x, b, INTERPRETED: tl.constexpr):
-    """x + b; `x` where there is no `b`. The compiler would join a sum that it can see with the product before."""
+def value(x, s, b, INTERPRETED: tl.constexpr):
+    """x * s, plus `b` where there is one, in float32 and each rounded once.
+
+    The compiler would join a product with a sum, and make a product of float16 where both factors and the result are such.
+    """
+    if INTERPRETED:
+        x = x * s
+    else:
+        x, s = tl.broadcast(x, s)
+        x = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, s], dtype=tl.float32, is_pure=True, pack=1
+        )
     if b is not None:
         if INTERPRETED:
             x = x + b

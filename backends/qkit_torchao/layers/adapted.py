@@ -163,7 +163,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         """The codes of a merged weight, in float32, before its scales are multiplied with gains."""
         if (grid := _grid(self.rule)).read:
             return stored.requantize(merged, converted.unpack(self))
-        return rounding.quantize(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+        return rounding.quantize(merged, grid, peak=self._peak(merged))
 
     def merged(self) -> Tensor:
         """The merged weight [outputs, inputs] that the grid rounds, in float32."""
@@ -177,8 +177,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
-        grid, activation = self.rule.weight, self.rule.activation
-        assert grid is not None
+        grid, activation = _grid(self.rule), self.rule.activation
         dtype = rounding.DTYPE[self.dtype]
         if activation and self.execution.both and x.numel() and self.mode != "off":
             merged = self.merged()
@@ -195,43 +194,42 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         grid = _grid(self.rule)
 
         def on_grid(merged: Tensor) -> Tensor:
-            if self.lora_gains is not None or grid.read:
+            if gains is not None or grid.read:
                 return self._on_grid(merged)
-            return choose.rounded(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+            return choose.rounded(merged, grid, peak=self._peak(merged))
 
         def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
             return merge.values(
-                self.parts(), b, a, self.lora_scale, torch.float32, grid, spread=spread, on=self.mode != "off", out=out
+                self.parts(), b, a, self.lora_scale, torch.float32, grid, spread=spread, on=not off, out=out
             )
 
-        def slopes_of(merged: Tensor) -> Tensor:
-            return slopes(converted.unpack(self) if off else self.new_codes(merged))
-
-        off = self.mode == "off"
+        off, gains = self.mode == "off", self.lora_gains
         spread = self.lora_dithered and not off
-        words = self.execution.layout == "words" and merge.is_one_pass(
-            grid, self.get_buffer("scales"), self.in_features, spread=spread
-        )
-        kernel = at_once if words and self.lora_gains is None else None
-        base, ste, place = (self._beside, "identity", torch.detach) if off else (self.base, self.rule.ste, on_grid)
-        return Merging(base, self.lora_scale, torch.float32, ste, place, self._unclipped, kernel, slopes_of)
+        words = self.execution.layout == "words" and gains is None
+        one_pass = words and merge.is_one_pass(grid, self.get_buffer("scales"), self.in_features, spread=spread)
+        kernel = at_once if one_pass else None
+        more = self._unclipped, kernel, lambda w: slopes(converted.unpack(self) if off else self.new_codes(w))
+        if off:
+            return Merging(self._beside, self.lora_scale, torch.float32, "identity", torch.detach, *more)
+        return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, *more)
 
     def _unclipped(self, merged: Tensor) -> Tensor:
         if (grid := _grid(self.rule)).read:
             return stored.unclipped(merged, converted.unpack(self))
-        return rounding.unclipped(merged, grid, peak=straight_through.peak_of(merged, fused.partners(self)))
+        return rounding.unclipped(merged, grid, peak=self._peak(merged))
+
+    def _peak(self, merged: Tensor) -> Tensor | None:
+        return straight_through.peak_of(merged, fused.partners(self))
 
     def _on_grid(self, merged: Tensor) -> Tensor:
-        grid, ste = self.rule.weight, self.rule.ste
-        assert grid is not None
+        grid, ste = _grid(self.rule), self.rule.ste
         if self.lora_gains is not None:
             finite = torch.where(torch.isfinite(merged), merged, 0.0).detach()
             inside = self._unclipped(finite) if ste == "masked" else None
             return gained.values_of(merged, self.new_codes(finite), self.lora_gains, inside)
         if grid.read:
             return onto_stored.fake_requantize(merged, converted.unpack(self), ste=ste)
-        peak = straight_through.peak_of(merged, fused.partners(self))
-        return straight_through.fake_quantize(merged, grid, ste=ste, peak=peak)
+        return straight_through.fake_quantize(merged, grid, ste=ste, peak=self._peak(merged))
 
 
 def adapt(module: Any, update: Update) -> Any:

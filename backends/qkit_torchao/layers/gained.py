@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qkit.qtensor import QTensor
+from qkit.reference.gains import UNIT
 from qkit_torchao.arithmetic import rounding
-from qkit_torchao.arithmetic.gains import UNIT, gained, slopes
+from qkit_torchao.arithmetic.gains import gained, slopes
 
 
 def values(q: QTensor[Tensor], gains: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_products_of_one_row_compile_with_the_memory_that_a_program_has(element,
 
 
 def test_biases_are_added_by_an_operation_of_its_own_and_tensor_scales_divide_exactly():
-    """Triton would join a product with a sum, and divides approximately: then values are not the law's."""
+    """Triton would join a product with a sum, multiply float16 as such, and divide approximately: other values than the law's."""
     from qkit_torchao.kernels import triton_tiles, triton_unpack
 
     for grid, biases, power in (
@@ -95,6 +95,7 @@ def test_biases_are_added_by_an_operation_of_its_own_and_tensor_scales_divide_ex
         ):
             text = assembly(kernel, grid, [scales, None, power, biases], tail)
             assert "fma." not in text
+            assert "mul.f16" not in text
             assert ("add.rn.f32" in text) == bool(biases)
             assert ("div.rn.f32" in text) == bool(power)
             assert "div.full" not in text
@@ -140,6 +141,7 @@ def test_kernels_begin_early_only_on_devices_that_can(monkeypatch, capability, a
     )
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.driver = driver
+    package.bindings = bindings
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
@@ -162,13 +164,19 @@ def test_without_nvrtc_the_way_out_is_named(monkeypatch):
 
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.nvrtc = SimpleNamespace(nvrtcVersion=missing)
+    package.bindings = bindings
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     gpu = torch.device("cuda", 0)
     nvrtc.why_not.cache_clear()
     try:
-        for cuda, package in (("13.0", "nvidia-cuda-nvrtc"), ("12.8", "nvidia-cuda-nvrtc-cu12")):
+        for cuda, version, package in (
+            ("13.0", "13.2.0", "nvidia-cuda-nvrtc"),
+            ("12.8", "12.9.1", "nvidia-cuda-nvrtc-cu12"),
+            ("12.8", "13.2.0", "'cuda-bindings==12.*'"),
+        ):
             monkeypatch.setattr(torch.version, "cuda", cuda)
+            bindings.__version__ = version
             assert nvrtc.why_not(gpu) == f"NVRTC does not load (libnvrtc.so.13 is not found): pip install {package}"
             nvrtc.why_not.cache_clear()
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
@@ -183,6 +191,8 @@ def test_a_gpu_that_nvrtc_does_not_know_is_named_and_gets_no_products(monkeypatc
 
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0), nvrtcGetSupportedArchs=lambda: (0, [80, 90, 120]))
+    bindings.__version__ = "13.0.1"
+    package.bindings = bindings
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA New")
