@@ -3,7 +3,9 @@
 A model of fit_model.py is calibrated on the files that it was trained on, for each seed on other windows, and measured on unseen
 files. Share: 1 - KL of the fitted codes / KL of the rule's codes of the same recipe. Search without data has no seed.
 
-Usage: python benchmarks/fit.py MODEL [--seeds N] [--drift-seeds N] [--windows N] [--length N] [--unseen N]
+With `--keep`, each measurement lies in a file of FOLDER: the same command goes on where it was, and several share the work.
+
+Usage: python benchmarks/fit.py MODEL [--keep FOLDER] [--seeds N] [--drift-seeds N] [--windows N] [--length N] [--unseen N]
        [--recipe NAME ...] [--learn NAME ...] [--steps N] [--environments FOLDER] [--peer NAME ...] [--peer-seeds N]
        [--backend NAME] [--out FILE.json]
 """
@@ -45,6 +47,9 @@ METHODS: tuple[Method, ...] = ("search", "solve")
 LACKS = {"AutoRound 200": ("int3-g32", "nvfp4-a16"), "mlx-lm gptq": ("int3-g32", "mxfp4-a16", "nvfp4-a16")}
 
 
+Measure = Callable[[], tuple[float, float]]  #: the mean KL divergence of a model from the float one, and CPU seconds
+
+
 def takes(peer: str, recipe: str) -> bool:
     """Whether another program has the grid of a recipe."""
     return recipe not in LACKS.get(peer, ())
@@ -60,9 +65,12 @@ class Bench:
         self.rows = held_out(given.unseen, given.length)
         self.wanted = self.log_probabilities(self.teacher)
 
-    def statistics(self, seed: int) -> Path:
-        """Statistics of windows that depend on the seed."""
-        return calibrate(self.given.model, self.place / f"stats-{seed}", self.windows(seed), engine=self.engine)
+    def fitted(self, recipe: str, method: Method, seed: int) -> tuple[float, float]:
+        """As `measure`, by statistics of windows that depend on the seed."""
+        stats = self.place / f"stats-{seed}"
+        if not stats.exists():
+            calibrate(self.given.model, stats, self.windows(seed), engine=self.engine)
+        return self.measure(recipe, Fit(method, stats))
 
     def made(self, recipe: str, seed: int, lesson: Lesson | None) -> tuple[float, float]:
         """As `measure`, with corrected drift, and learned rounding where there is a lesson; its time is in the seconds."""
@@ -73,6 +81,18 @@ class Bench:
         seconds = time.process_time() - begin
         kl, more = self.measure(recipe, Fit("round" if lesson else "solve", out))
         return kl, seconds + more
+
+    def kept(self, name: str, measure: Measure) -> tuple[float, float]:
+        """A measurement, from its file where it was taken before."""
+        if self.given.keep is None:
+            return measure()
+        file = self.given.keep / f"{name.replace(' ', '-')}-{self.given.windows}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            kl, seconds = measure()
+            file.write_text(json.dumps([kl, seconds]), encoding="utf-8")
+        kl, seconds = json.loads(file.read_text(encoding="utf-8"))
+        return kl, seconds
 
     def log_probabilities(self, model: Any) -> NDArray[np.float64]:
         """Of a model on the unseen windows, [windows, length, vocabulary]."""
@@ -135,6 +155,7 @@ def main() -> int:
     parser.add_argument("--peer", nargs="*", default=list(ENVIRONMENTS))
     parser.add_argument("--recipe", nargs="+", default=list(RECIPES))
     parser.add_argument("--backend", default="torchao")
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     training = given.model / "training.json"
@@ -142,32 +163,44 @@ def main() -> int:
     report = Report(given.out, about=about)
     with TemporaryDirectory() as place:
         bench = Bench(given, Path(place))
-        begin = time.process_time()
-        stats = [bench.statistics(seed) for seed in range(given.seeds)]
-        report.about["CPU seconds of a calibration"] = round((time.process_time() - begin) / max(given.seeds, 1), 1)
         for recipe in given.recipe:
             rule, seconds = bench.measure(recipe, None)
             report.add({"recipe": recipe, "method": "rule", "KL": rule, "CPU seconds": round(seconds, 2)})
-            for name, measures in tried(bench, recipe, stats).items():
-                found = [measure() for measure in measures]
+            for name, found in taken(bench, recipe, tried(bench, recipe)).items():
                 shares = [100 * (1 - kl / rule) for kl, _ in found]
                 took = spread([seconds for _, seconds in found], 2)
                 kls = spread([kl for kl, _ in found], 6)
                 report.add(
-                    {"recipe": recipe, "method": name, "share": spread(shares, 1), "KL": kls, "CPU seconds": took}
+                    {
+                        "recipe": recipe,
+                        "method": name,
+                        "seeds": len(found),
+                        "windows": given.windows,
+                        "share": spread(shares, 1),
+                        "KL": kls,
+                        "CPU seconds": took,
+                    }
                 )
     report.finish()
     return 0
 
 
-def tried(bench: Bench, recipe: str, stats: list[Path]) -> dict[str, list[Callable[[], tuple[float, float]]]]:
+def taken(bench: Bench, recipe: str, methods: dict[str, list[Measure]]) -> dict[str, list[tuple[float, float]]]:
+    """The measurements of each method, turn by turn: every method with the first seed, then with the second."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    for seed in range(max(len(measures) for measures in methods.values())):
+        for name, measures in methods.items():
+            if seed < len(measures):
+                found[name].append(bench.kept(f"{recipe} {name} {seed}", measures[seed]))
+    return found
+
+
+def tried(bench: Bench, recipe: str) -> dict[str, list[Measure]]:
     """Of each method, a measurement for each seed."""
     given = bench.given
-    found: dict[str, list[Callable[[], tuple[float, float]]]] = {
-        "search, no data": [partial(bench.measure, recipe, Fit("search"))]
-    }
+    found: dict[str, list[Measure]] = {"search, no data": [partial(bench.measure, recipe, Fit("search"))]}
     for method in METHODS:
-        found[method] = [partial(bench.measure, recipe, Fit(method, folder)) for folder in stats]
+        found[method] = [partial(bench.fitted, recipe, method, seed) for seed in range(given.seeds)]
     found["solve, drift"] = [partial(bench.made, recipe, seed, None) for seed in range(given.drift_seeds)]
     if recipe in given.learn:
         lesson = Lesson(steps=given.steps)

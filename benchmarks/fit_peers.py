@@ -130,11 +130,31 @@ def mlx_gptq(model: Path, windows: np.ndarray, recipe: str) -> Values:
     return values
 
 
+def gptqmodel(model: Path, windows: np.ndarray, recipe: str) -> Values:
+    """GPTQModel's GPTQ."""
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({str(number): number for number in range(256)}, unk_token="0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="0", pad_token="0")
+    how = QuantizeConfig(bits=BITS[recipe], group_size=32, sym=True, desc_act=False)
+    found = GPTQModel.load(str(model), how, device="cpu", dtype=torch.float32, tokenizer=tokenizer)
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
+    found.quantize(rows, batch_size=BATCH, tokenizer=tokenizer)
+    return {
+        path: module.dequantize_weight().T for path, module in found.model.named_modules() if hasattr(module, "qweight")
+    }
+
+
 PEERS: dict[str, Callable[[Path, np.ndarray, str], Values]] = {
     "llm-compressor RTN": llmcompressor_rtn,
     "llm-compressor GPTQ": llmcompressor_gptq,
     "AutoRound 200": autoround,
     "mlx-lm gptq": mlx_gptq,
+    "GPTQModel": gptqmodel,
 }
 
 

@@ -6,7 +6,7 @@ after the other, with integers of four bits on groups of 32, whatever grid `solv
 those of the law; on more than 2,048 inputs the law starts from the factors of the device. `--profile` prints the time of kernels.
 
 Usage: python -P benchmarks/fit_time.py [--device cuda] [--grids int4-g32,mxfp4] [--repeats N] [--scale N] [--check ROWS]
-       [--profile] [--out FILE.json]
+       [--streams N] [--profile] [--out FILE.json]
 """
 
 import argparse
@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parent))  # -P leaves it out, since kernels.p
 import torch
 from clock import seconds
 from measure import Report, spread
+from qkit_torchao.arithmetic import fitting
 from qkit_torchao.arithmetic.fitting import solve, solve_on
 from qkit_torchao.arithmetic.moments import DeviceMoments
 from torch import Tensor
@@ -119,11 +120,18 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", type=int, default=1, help="divides all shapes")
     parser.add_argument("--check", type=int, default=0, help="rows of the first of each set that are compared")
+    parser.add_argument("--streams", type=int, default=fitting.STREAMS, help="of a GPU, which fit rows side by side")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     device, grids = torch.device(given.device), given.grids.split(",")
-    report = Report(given.out, device=device.type, packages=("torch", "qkit-quant"), about={"scale": given.scale})
+    fitting.STREAMS = given.streams
+    report = Report(
+        given.out,
+        device=device.type,
+        packages=("torch", "qkit-quant"),
+        about={"scale": given.scale, "streams": given.streams},
+    )
     whole = dict.fromkeys(["loop", *grids], 0.0)
     for width, layers in SHAPES:
         n, random = width // given.scale, torch.Generator(device).manual_seed(width)

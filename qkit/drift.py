@@ -129,7 +129,7 @@ def _sums(
     for theirs, ours in states():
         (end, wanted), (own_end, found) = float_model.look(number, theirs, group), fitted.look(number, ours, group)
         x, shares = found[group[0]][0], _shares(end)
-        weighted = shares[:, None] * x
+        weighted = (shares[:, None] * x).astype(np.float32)
         moments = moments + weighted.T @ x
         tokens, weight = tokens + len(x), weight + float(shares.sum())
         for path in group:

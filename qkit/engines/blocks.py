@@ -105,7 +105,7 @@ class Lesson:
         reach: of an offset whose gradients always agree, in units of half the distance of two codes; as much of a scale's factor.
     """
 
-    steps: int = 120
+    steps: int = 32
     batch: int = 8
     seed: int = 0
     reach: float = 1.0

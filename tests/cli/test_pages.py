@@ -278,6 +278,23 @@ def test_the_tables_of_serving_are_those_of_the_result_files(name, least):
     assert "\n".join(rows) in (ROOT / "docs" / "evidence" / "benchmarks.md").read_text(encoding="utf-8")
 
 
+def test_the_bars_of_serving_are_kept_where_the_page_says_so():
+    report = json.loads((RESULTS / "h200" / "serve-8b.json").read_text(encoding="utf-8"))
+    rows = {row["recipe"]: row for row in report["rows"][1:] if not row["recipe"].startswith("torchao")}
+    assert all(row["prefill"] <= 1.12 for row in rows.values())
+    eager = set()
+    for name, row in rows.items():
+        rule = qkit.recipe(name).rules[-1]
+        if rule.activation is None:
+            few = 0.68 if rule.weight.element.kind == "float" else 0.60
+            bar = few if rule.weight.element.bits <= 4 else 0.80
+            assert round(row["linears"], 2) <= bar, name
+            assert round(row["compiled"], 2) <= bar, name
+            if rule.weight.element.bits in (4, 8):
+                eager |= {(rule.weight.element.bits, round(row["eager"], 2) <= bar)}
+    assert eager == {(4, False), (8, True)}
+
+
 def scale_row(row):
     standard, own = row["memory GB"]
     return f"| {row['row']} | {row['ratio of medians']:.3f} | {own / standard:.2f} |"

@@ -91,6 +91,23 @@ def test_codes_are_those_of_the_law_for_the_aims(
     assert (shared == {None}) == (recipe != "nvfp4-a16")
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_tokens_weigh_as_the_next_norm_sees_their_states(name: str, model: Path, stats: dict[str, Path]) -> None:
+    known, engine = open_statistics(stats[f"{name} int3-g32"]), qkit.backend("torchao")
+    blocks = engine.blocks(qkit.load(model, backend="torchao"), length=TOKENS.shape[1])
+    path, total, weight = "model.layers.0.self_attn.q_proj", np.zeros(()), 0.0
+    for start in range(0, len(TOKENS), 8):
+        states = blocks.enter(TOKENS[start : start + 8])
+        after, shown = blocks.look(0, states, (path,))
+        squares = np.square(after.reshape(-1, after.shape[-1]).astype(np.float64)).mean(axis=1)
+        shares, x = 1 / np.maximum(squares, 0.01 * squares.mean()), shown[path][0].astype(np.float64)
+        total, weight = total + (shares[:, None] * x).T @ x, weight + shares.sum()
+    want = total / weight
+    assert np.abs(known.moments(path) - want).max() <= 1e-5 * np.abs(want).max()  # sums of fp32
+    flat = sum(x.T @ x for x in [shown[path][0].astype(np.float64)])
+    assert np.abs(flat / flat.trace() - want / want.trace()).max() > 1e-3 * np.abs(want / want.trace()).max()
+
+
 def test_an_interrupted_correction_ends_with_the_same_bytes(
     model: Path, stats: dict[str, Path], tmp_path: Path
 ) -> None:

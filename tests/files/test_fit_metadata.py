@@ -13,6 +13,7 @@ import qkit
 from qkit.artifact.inspect import inspect_directory
 from qkit.artifact.metadata import fit_of
 from qkit.cli.application import application
+from qkit.fitting.statistics import open_statistics
 from qkit.storage.read import read_folder
 
 RUNNER = CliRunner()
@@ -77,3 +78,31 @@ def test_compare_shows_the_fit(tmp_path, name):
     )
     assert "fitted by search" in done.stdout
     assert "fitted by search" in (tmp_path / "report" / "report.html").read_text()
+
+
+SOLVED = ("solve", "damping 0.01", "rounds 6", "statistics ")  #: words about a solved directory, before the digest
+
+
+@pytest.mark.filterwarnings("ignore::qkit.errors.FewTokensWarning")
+@pytest.mark.parametrize("name", BUILDERS[:1])
+def test_compare_verify_and_inspect_show_method_damping_and_digest(tmp_path, name):
+    qkit.save(small(name), tmp_path / "float")
+    (tmp_path / "text.txt").write_text(TEXT)
+    texts = ("--data", tmp_path / "text.txt", "--length", 16)
+    run("calibrate", tmp_path / "float", tmp_path / "stats", *texts, "--backend", name)
+    words = ("quantize", tmp_path / "float", tmp_path / "ptq", "-r", "int4-g32", "--fit", "solve", "--stats")
+    run(*words, tmp_path / "stats")
+    digest = open_statistics(tmp_path / "stats").digest
+    arguments = ("compare", tmp_path / "float", "--recipe", "int4-g32", "--ptq", tmp_path / "ptq", "--backend", name)
+    for said in (
+        run(*arguments, *texts, "--windows", 2, "--out", tmp_path / "report").stdout,
+        (tmp_path / "report" / "report.html").read_text(),
+        run("verify", tmp_path / "ptq").stdout,
+        run("inspect", tmp_path / "ptq").stdout,
+    ):
+        whole = " ".join(said.split()).replace(" ", "")  # a narrow terminal breaks lines anywhere
+        assert all(word.replace(" ", "") in whole for word in SOLVED)
+        assert digest in whole
+    assert json.loads(run("verify", tmp_path / "ptq", "--json").stdout)["fit"]["statistics"] == digest
+    run("quantize", tmp_path / "float", tmp_path / "plain", "-r", "int4-g32")
+    assert run("verify", tmp_path / "plain").stdout.strip().endswith("is whole")

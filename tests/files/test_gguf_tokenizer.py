@@ -118,6 +118,25 @@ def test_an_ordinary_token_that_llama_cpp_takes_for_an_end_is_named(special, tmp
         ("{% do x.append(1) %}", ["statement 'do'"]),
         ("{% if x is escaped %}{{ x.zfill(3) }}{% endif %}", ["test 'escaped'", "method 'zfill'"]),
         ("{% if %}", ["line 1"]),
+        ("{{ 7 // 2 }}{{ 2 ** 3 }}{{ '%d' % 3 }}", ["operator '//'", "operator '**'", "operator '%' of a text"]),
+        ("{{ cycler(1) }}{{ range(3) }}{{ f(*x) }}", ["function 'cycler'", "a call with * or **"]),
+        ("{{ '%s' | format(1) }}{{ x | replace('a', 'b', 1) }}", ["filter 'format'", "'replace' with a count"]),
+        ("{{ x | select('odd') }}{{ x | selectattr('a', 'equalto', 1) }}", ["filter 'select' by the name"]),
+        ("{{ x | map('upper') | join }}{{ x | map(attribute='a') }}", ["filter 'map' by the name"]),
+        ("{{ ', '.join(x) }}{{ x.startswith(('a', 'b')) }}", ["method 'join'", "method 'startswith' of several"]),
+        ("{% macro f() %}{{ varargs }}{% endmacro %}", ["'varargs' of a macro"]),
+        (
+            "{% raw %}x{% endraw %}{%+ if 1 < 2 < 3 %}{% endif %}",
+            ["statement 'raw'", "mark '{%+'", "comparisons in a chain"],
+        ),
+        (
+            "{% for x, (y, z) in m recursive %}{{ loop(x) }}{% endfor %}",
+            ["a recursive loop", "a loop that unpacks in depth"],
+        ),
+        ("{% for x in m %}{{ loop.cycle(1, 2) }}{{ loop.nextitem }}{% endfor %}", ["'loop.cycle'"]),
+        ("{{ '\\u2581' }}{{ '\\n' }}{{ 1e3 }}", [r"escape '\\u'", "number 1e3"]),
+        ("{{ x | tojson(sort_keys=True, ensure_ascii=False) }}", ["'tojson' with sort_keys"]),
+        ("{% set a | upper %}x{% endset %}{% set b %}{% endset %}", ["a filter of 'set'"]),
     ],
 )
 def test_features_that_llama_cpp_lacks_are_named(template, lacking):

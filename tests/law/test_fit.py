@@ -185,6 +185,20 @@ def test_engines_fit_the_same_codes() -> None:
             assert (engine.to_numpy(qkit.dequantize(found)) == reference.dequantize(law)).all()
 
 
+def test_moments_that_differ_in_their_last_bits_may_give_other_codes() -> None:
+    """Engines sum a text in other orders: the same text does not promise the same codes, and the error stays the same."""
+    w, h, grid = weight(512, 128), inputs(128), Grid("int2", 32)
+    last = (
+        np.random.default_rng(2).integers(-128, 129, h.shape).astype(np.int32)
+    )  # as sums of fp32 in two orders differ
+    other = (h.view(np.int32) + np.triu(last) + np.triu(last, 1).T).view(np.float32)
+    one, two = (fit(w, grid, moments, method="solve") for moments in (h, other))
+    flips = (one.codes != two.codes).sum(axis=1)
+    assert flips.max() > 1  # one flip changes those that make up for it
+    assert errors(w, two, h).sum() == pytest.approx(errors(w, one, h).sum(), rel=1e-2)
+    assert same(fit(w, grid, h.copy(), method="solve"), one)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_types_of_16_bits_are_fitted_as_their_values(dtype: str) -> None:
     w = weight(8, 64).astype(reference.rounding.DTYPE[dtype])

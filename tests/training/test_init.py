@@ -135,6 +135,29 @@ def test_codes_of_the_rule_s_own_scales_need_no_learned_ones(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_master_weights_in_bfloat16_begin_with_the_same_codes(name: str, tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    by_rule, learned = (recipe(tmp_path / f"{n}.toml", "int8", 32, "signed", learned=n == "l") for n in "rl")
+    out = fitted(path / "model", path / "fitted", by_rule)
+    assert same_codes(name, qkit.convert(begun(path, name, out, learned, dtype="bfloat16")), out) == 14
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint_and_not_from_the_codes(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    by_rule, learned = (recipe(tmp_path / f"{n}.toml", "int2", 32, "signed", learned=n == "l") for n in "rl")
+    out = fitted(path / "model", path / "fitted", by_rule)
+    given = {"init": str(out), "recipe": learned, "steps": 8, "checkpoint_every": 4}
+    train_model(run_from_table(table(path, out=str(path / "whole"), **given)))
+    asked = iter([False] * 4 + [True] * 9)
+    stopped = run_from_table(table(path, out=str(path / "twice"), **given))
+    with pytest.raises(KeyboardInterrupt):
+        train_model(stopped, stop=lambda: next(asked))
+    train_model(stopped)
+    whole, twice = ((path / one / "model.safetensors").read_bytes() for one in ("whole", "twice"))
+    assert whole == twice
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_experts_begin_with_their_codes(name: str, tmp_path: Path) -> None:
     model = Path(make(tmp_path / "model", "mixtral"))
     (tmp_path / "text.txt").write_text("some text, " * 200)

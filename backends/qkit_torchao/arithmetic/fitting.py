@@ -4,6 +4,7 @@ Products are exact, see `qkit.reference.products`; everything else is elementwis
 are in `column_loops`, and in `kernels.cuda_fit` for GPUs.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,9 @@ from qkit.reference.steps import want_fitted
 from qkit_torchao.arithmetic import column_loops, exact_products, rounding
 from qkit_torchao.arithmetic.moments import DeviceMoments
 
-SHARE = 1 << 14  #: rows that are fitted at once
+SHARE = 1 << 14  #: rows that are fitted at once, at most
+STREAMS = 2  #: of a GPU, which fit rows side by side
+FEWEST = 1024  #: rows of one of them
 
 
 def solve_on(
@@ -52,18 +55,30 @@ def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = 
         raise GridError(f"{grid} of {tuple(w.shape)} is fitted by qkit.fit alone: want rows with scales of their own")
     if w.shape[1] != len(known.diagonal):
         raise GridError(f"moments of {len(known.diagonal)} inputs do not fit a weight of {w.shape[1]} inputs")
-    first = rounding.quantize(w, grid, peak=peak)
+    first = rounding.quantize(w := w.detach(), grid, peak=peak)
     tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
     steps = rounding.scale_values(first).double()
-    parts = []
-    for some in range(0, len(w), SHARE):
-        x, s = (a[some : some + SHARE].T.contiguous() for a in (w.double(), steps))
-        z = torch.zeros_like(s)
-        made = loops_for(x, grid)(x, z, grid, known, tensor)
-        units, s = _solve(made, x, s, known)
-        parts.append(_stored(units.T, s.T, grid, tensor))
-    codes, scales = (torch.cat(every) for every in zip(*parts, strict=True))
+
+    def share(rows: slice) -> tuple[Tensor, ...]:
+        x, s = (a[rows].T.double().contiguous() for a in (w, steps))
+        loops = loops_for(x, grid)(x, torch.zeros_like(s), grid, known, tensor)
+        units, s = _solve(loops, x, s, known)
+        return _stored(units.T, s.T, grid, tensor)
+
+    codes, scales = (torch.cat(every) for every in zip(*_shares(share, w), strict=True))
     return replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
+
+
+def _shares(work: Callable[[slice], tuple[Tensor, ...]], w: Tensor) -> list[tuple[Tensor, ...]]:
+    """The results of `work` for all rows of `w`, of which no row sees another."""
+    streams = STREAMS if w.is_cuda and len(w) >= STREAMS * FEWEST else 1
+    many = min(SHARE, -(-len(w) // streams))
+    parts = [slice(start, start + many) for start in range(0, len(w), many)]
+    if streams == 1:
+        return [work(part) for part in parts]
+    from qkit_torchao.kernels.streams import side_by_side  # here: it is for CUDA machines only
+
+    return side_by_side(work, parts, w.device, streams=streams)
 
 
 def loops_for(x: Tensor, grid: Grid) -> type[column_loops.Loops]:
@@ -71,7 +86,7 @@ def loops_for(x: Tensor, grid: Grid) -> type[column_loops.Loops]:
     if x.is_cuda:
         from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
 
-        if cuda_fit.takes(grid, len(x)) and not nvrtc.why_not():
+        if cuda_fit.takes(grid, len(x)) and not nvrtc.why_not(x.device):
             return cuda_fit.Loops
     return column_loops.Loops
 

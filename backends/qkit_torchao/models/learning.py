@@ -23,7 +23,7 @@ from qkit.reference.rounding import dequantize
 from qkit.reference.steps import steps_of, stored
 from qkit_torchao.models.blocks import TorchBlocks
 
-CHECKS = 5  #: times that the error of all windows is measured while a block learns
+CHECKS = 2  #: times that the error of all windows is measured while a block learns
 FACTORS = 0.5, 1.5  #: limits of the factor of a scale
 
 
