@@ -10,6 +10,7 @@ from models import make
 import qkit
 from qkit import reference
 from qkit.exchange.diff import compare
+from qkit.exchange.export_gguf import export_gguf
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model, to_artifact
 from qkit.formats.packed import unpack
@@ -60,6 +61,31 @@ def test_every_mode_of_mlx_lm_goes_into_an_artifact_and_back_byte_by_byte(mode, 
         q = replace(unpack(held.read()), dtype="float32")
         assert np.array_equal(reference.dequantize(q), decoded_by_mlx(before, path, stated)), path
         assert options_of(path, again) == options_of(path, stated)
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"dtype": "float16", "q_group_size": 32}, {"Q4_1": 14}),
+        ({"dtype": "float16", "q_group_size": 32, "q_bits": 5}, {"Q5_1": 14}),
+        ({"dtype": "float16", "q_group_size": 64}, {"Q4_1": 14}),
+        ({"dtype": "bfloat16", "q_group_size": 32}, {"Q4_1": 14}),  # their scales are float16 numbers, too
+        ({"dtype": "float16", "q_group_size": 32, "q_bits": 3}, None),
+    ],
+    ids=str,
+)
+def test_gguf_holds_scales_and_biases_that_are_float16_numbers_or_the_layer_is_named(options, kinds, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    source, file = read_model(converted(tmp_path, **options)), tmp_path / "m.gguf"
+    if kinds is None:
+        with pytest.raises(qkit.ArtifactError, match=r"(down_proj|embed_tokens|lm_head)[^:]*: .*export --to dense"):
+            export_gguf(source, file)
+        return
+    found = export_gguf(source, file).kinds
+    assert found.keys() == kinds.keys()
+    stored = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in gguf.GGUFReader(file).tensors}
+    want = reference.dequantize(replace(unpack(source.weights["model.layers.0.mlp.up_proj"].read()), dtype="float32"))
+    assert np.array_equal(stored["blk.0.ffn_up.weight"], want)
 
 
 def decoded_by_mlx(tensors, path, stated):
