@@ -16,6 +16,7 @@ TITLES: Final = {
     "hqq": "HQQ",
     "aqlm": "AQLM or VPTQ",
     "quanto": "quanto",
+    "torchao": "torchao",
     "eetq": "EETQ",
     "quantizers": "ModelOpt before its export",
     "codes": "an unknown program",
@@ -44,6 +45,9 @@ ENDS: Final = {
     "codebooks": "aqlm",
     "centroids": "aqlm",
     "weight_scales": "eetq",
+    "_weight_qdata": "torchao",
+    "_weight_scale": "torchao",
+    "_weight_zero_point": "torchao",
 }
 FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 PACKED: Final = ("uint8", "int8", "int16", "uint16", "int32", "uint32")

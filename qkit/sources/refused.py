@@ -12,8 +12,6 @@ REFUSED: Final = {
     "eetq": f"its weights lie in the order of one kernel: {PUBLISHER}",
     "higgs": f"its weights are rotated, and its codes are indices into a table: {PUBLISHER}",
     "hqq": f"its scales and zero points are quantized again, by HQQ's own classes: {PUBLISHER}",
-    "torchao": "its tensors are pickles or subclasses that torchao alone decodes: "
-    "AutoModelForCausalLM.from_pretrained(DIR).dequantize() of transformers makes a float model of it",
     "gguf": "its weights are in a GGUF file: qkit import FILE.gguf OUT reads that",
     "bitnet": f"its layers normalize their inputs too: {PUBLISHER}",
     "spqr": f"its outliers are stored apart: {PUBLISHER}",
