@@ -393,6 +393,15 @@ REFUSED |= {
         "its codes are uint8, and its scales float32",
     ),
     "mlx, biases of other groups": (uneven, {"quantization": MLX}, {}, r"biases (is|are).*\[64, 3\]"),
+    **{
+        f"mlx, {kind}": (
+            mlx,
+            {"quantization": MLX, "quantization_config": MLX, "model_type": kind},
+            {},
+            f"how mlx-lm renames the tensors of a '{kind}' is not known",
+        )
+        for kind in ("deepseek_v3", "qwen2_vl", "gemma3")
+    },
     "HQQ without settings": (rows_of_hqq, {}, {}, r"HQQ.*" + UNSAID),
     "HQQ": (rows_of_hqq, {"quantization_config": {"quant_method": "hqq"}}, {}, "quantized by hqq"),
     "two kinds of layers": (two_kinds, {"quantization_config": GPTQ}, {}, r"up_proj\.b: group_size is 32"),
