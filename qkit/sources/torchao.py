@@ -55,17 +55,17 @@ class Bytes(Grouped):
     def codes(self, parts: Arrays, rows: slice, matrix: int) -> Codes:
         """See `Form`."""
         element = ELEMENTS[f"int{self.bits}"]
-        found = [np.ascontiguousarray(parts[name][rows]) for name in ("codes", "scales")]
-        zeros = np.ascontiguousarray(parts["zeros"][rows]) if "zeros" in parts else np.zeros(found[1].shape, np.int8)
-        for title, one in (("codes", found[0]), ("zero points", zeros)):
+        codes, scales = (np.ascontiguousarray(parts[name][rows]) for name in ("codes", "scales"))
+        zeros = np.ascontiguousarray(parts["zeros"][rows]) if "zeros" in parts else np.zeros(scales.shape, np.int8)
+        for title, one in (("codes", codes), ("zero points", zeros)):
             if one.min() < element.lowest or one.max() > element.highest:
                 raise ArtifactError(f"its {title} are no integers of {self.bits} bits: fetch the directory again")
         if not self.asymmetric and zeros.any():
             raise ArtifactError("it has zero points, and its settings say that it has none: fetch the directory again")
         if not self.asymmetric:
-            return Codes(element.name, *found, (1, self.group))
-        codes, zeros = packing.unsigned(found[0], element), packing.unsigned(zeros, element)
-        return Codes(element.name, codes, found[1], (1, self.group), zeros=zeros)
+            return Codes(element.name, codes, scales, (1, self.group))
+        codes, zeros = packing.unsigned(codes, element), packing.unsigned(zeros, element)
+        return Codes(element.name, codes, scales, (1, self.group), zeros=zeros)
 
 
 def torchao(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> dict[str, Encoded]:
