@@ -110,9 +110,10 @@ transformers' `convert_moe_packed_tensors` in the tests too.
 
 `qkit import FILE.gguf OUT` reads GGUF files of Llama, Qwen 2 and 3, and Gemma 1 to 3. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4 and
 NVFP4 stay codes; K-quants and all others become their values, equal to those of gguf 0.19. A tokenizer that lies beside the
-file is copied. Otherwise it is rebuilt from the file's keys (`llama`, and `gpt2` with splits that qkit knows), and transformers opens it.
-`inspect`, `verify`, `eval`, `compare`, `plan`, `quantize`, `diff` and `export` take the file itself, and decode or import it in a
-temporary directory. `train` wants the directory of `import`, from which a run can go on later. Mixtures of experts are refused.
+file is copied. Otherwise it is rebuilt from the file's keys (`llama`, and `gpt2` with splits that qkit knows), and transformers
+opens it. `inspect`, `verify`, `eval`, `compare`, `plan`, `quantize`, `diff` and `export` take the file itself, and decode or
+import it in a temporary directory. `train` wants the directory of `import`, from which a run can go on later. Mixtures of
+experts are refused.
 
 Of mlx-lm's models, those with transformers' names are read, 26 types. Others are refused by their type before any work:
 DeepSeek V3, whose `kv_b_proj` mlx-lm splits in two and quantizes along another axis, models with vision, and renamed families.
