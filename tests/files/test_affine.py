@@ -151,17 +151,29 @@ def test_families_tied_heads_and_stacks_of_experts_too(family, tmp_path):
 
 @pytest.mark.parametrize("engine", ["torchao", "mlx"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("mode", ["4 bits", "mixed_3_6", "float16"])
-def test_an_adapter_on_such_a_base_merges_into_codes_alone_without_a_gap(mode, kind, engine, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "scales"),
+    [
+        ("4 bits", "learned"),
+        ("mixed_3_6", "learned"),
+        ("float16", "learned"),
+        ("float32", "learned"),
+        ("4 bits", "stored"),
+    ],
+)
+def test_an_adapter_on_such_a_base_merges_into_codes_and_scales_without_a_gap(mode, scales, kind, engine, tmp_path):
     to_artifact(read_model(converted(tmp_path, **MODES[mode])), tmp_path / "artifact")
     model, mine = qkit.load(tmp_path / "artifact", backend=engine), qkit.backend(engine)
     before = {layer.path: numpy_of(mine, layer) for layer in mine.layers(model) if layer.rule}
-    model = qkit.adapt(model, qkit.Adapter(match=("*_proj",), rank=4, kind=kind))
+    model = qkit.adapt(model, qkit.Adapter(match=("*_proj",), rank=4, kind=kind, scales=scales))
     untouched = {layer.path: mine.adapter_update(layer.module) for layer in mine.layers(model) if layer.adapter}
     random = np.random.default_rng(3)
     for layer in mine.layers(model):
         if layer.adapter:
-            set_b(layer.module, random.standard_normal(untouched[layer.path].b.shape).astype(np.float32) * 0.05, engine)
+            b = random.standard_normal(untouched[layer.path].b.shape).astype(np.float32) * 0.05
+            set_parameter(layer.module, "b", b, engine)
+            if scales == "learned":
+                set_parameter(layer.module, "gains", random.standard_normal(len(b)).astype(np.float32) * 0.05, engine)
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     adapted = mine.logits(model, tokens)
     model = qkit.merge(model)
@@ -174,7 +186,8 @@ def test_an_adapter_on_such_a_base_merges_into_codes_alone_without_a_gap(mode, k
             for name, part in first.parts().items():
                 same = np.array_equal(q.parts()[name], part)
                 changed += name == "codes" and not same
-                assert same or (name == "codes" and layer.path in untouched), (layer.path, name)
+                moved = ("codes", "scales") if scales == "learned" else ("codes",)
+                assert same == (name not in moved or layer.path not in untouched), (layer.path, name)
     assert changed == len(untouched)
     qkit.save(model, tmp_path / "merged", source=tmp_path / "artifact")
     again = qkit.load(tmp_path / "merged", backend=engine)
@@ -200,11 +213,13 @@ def numpy_of(engine, layer):
     return engine.unpack(layer.module).map(engine.to_numpy)
 
 
-def set_b(module, b, engine):
+def set_parameter(module, name, array, engine):
+    """Puts `array` in the place of B or of the gains of an adapted layer."""
     if engine == "mlx":
-        module.lora_b = mx.array(b.T)
+        module[f"lora_{name}"] = mx.array(array.T)
     else:
-        module.lora_B.data.copy_(pytest.importorskip("torch").from_numpy(b))
+        parameter = {"b": "lora_B", "gains": "lora_gains"}[name]
+        getattr(module, parameter).data.copy_(pytest.importorskip("torch").from_numpy(array))
 
 
 @pytest.mark.parametrize("engine", ["torchao", "mlx"])

@@ -4,7 +4,6 @@ Products are exact, see `qkit.reference.products`; everything else is elementwis
 are in `column_loops`, and in `kernels.cuda_fit` for GPUs.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +21,7 @@ from qkit.reference.steps import want_fitted
 from qkit_torchao.arithmetic import column_loops, exact_products, rounding
 from qkit_torchao.arithmetic.moments import DeviceMoments
 
-SHARE = 1 << 14  #: rows that are fitted at once, at most
-STREAMS = 2  #: of a GPU, which fit rows side by side
-FEWEST = 1024  #: rows of one of them
+SHARE = 1 << 14  #: rows that are fitted at once
 
 
 def solve_on(
@@ -59,26 +56,14 @@ def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = 
     tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
     steps = rounding.scale_values(first).double()
 
-    def share(rows: slice) -> tuple[Tensor, ...]:
-        x, s = (a[rows].T.double().contiguous() for a in (w, steps))
+    parts = []
+    for start in range(0, len(w), SHARE):
+        x, s = (a[start : start + SHARE].T.double().contiguous() for a in (w, steps))
         loops = loops_for(x, grid)(x, torch.zeros_like(s), grid, known, tensor)
         units, s = _solve(loops, x, s, known)
-        return _stored(units.T, s.T, grid, tensor)
-
-    codes, scales = (torch.cat(every) for every in zip(*_shares(share, w), strict=True))
+        parts.append(_stored(units.T, s.T, grid, tensor))
+    codes, scales = (torch.cat(every) for every in zip(*parts, strict=True))
     return replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
-
-
-def _shares(work: Callable[[slice], tuple[Tensor, ...]], w: Tensor) -> list[tuple[Tensor, ...]]:
-    """The results of `work` for all rows of `w`, of which no row sees another."""
-    streams = STREAMS if w.is_cuda and len(w) >= STREAMS * FEWEST else 1
-    many = min(SHARE, -(-len(w) // streams))
-    parts = [slice(start, start + many) for start in range(0, len(w), many)]
-    if streams == 1:
-        return [work(part) for part in parts]
-    from qkit_torchao.kernels.streams import side_by_side  # here: it is for CUDA machines only
-
-    return side_by_side(work, parts, w.device, streams=streams)
 
 
 def loops_for(x: Tensor, grid: Grid) -> type[column_loops.Loops]:
