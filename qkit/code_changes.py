@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qkit.conversion import learned_expert_codes
 from qkit.engines.abilities import offers, require
 from qkit.engines.layer import Layer
 from qkit.engines.mixtures import Mixes
@@ -54,11 +55,10 @@ def _sum(engine: Modules, model: Any, layer: Layer) -> int:
     assert layer.rule is not None
     assert layer.rule.weight is not None
     module = layer.module
-    if layer.kind == "experts":
-        found = quantize_experts(require(engine, Mixes).experts(module), layer.rule.weight, engine)
-        return zlib.crc32(b"".join(engine.to_numpy(q.codes).tobytes() for each in found.values() for q in each))
     if layer.adapter and offers(engine, Adapts):
         module = engine.merge_adapter(module)
+    if layer.kind == "experts":
+        return _sum_of_experts(require(engine, Mixes), module, layer)
     if layer.stage == "converted":
         codes = engine.to_numpy(engine.unpack(module).codes)
     elif layer.rule.scales == "learned":
@@ -68,3 +68,17 @@ def _sum(engine: Modules, model: Any, layer: Layer) -> int:
     else:
         return sum_of_codes(engine, engine.weight(module), layer.rule)
     return zlib.crc32(np.ascontiguousarray(codes).data)
+
+
+def _sum_of_experts(engine: Mixes, module: Any, layer: Layer) -> int:
+    assert layer.rule is not None
+    assert layer.rule.weight is not None
+    if layer.stage == "converted":
+        found = engine.unpack_experts(module)
+    elif layer.rule.scales == "learned":
+        found = learned_expert_codes(engine, layer, layer.rule.weight, engine.experts(module))
+    else:
+        found = quantize_experts(engine.experts(module), layer.rule.weight, engine)
+    codes = (q.codes for each in found.values() for q in each)
+    arrays = (one if isinstance(one, np.ndarray) else engine.to_numpy(one) for one in codes)
+    return zlib.crc32(b"".join(array.tobytes() for array in arrays))

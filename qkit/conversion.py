@@ -35,7 +35,7 @@ def pack_layers(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], f
     by_rule = [(layer, rule) for layer, rule in chosen if layer.path not in peaks]
     packed = {} if fit else _deploy(engine, by_rule, static)
     codes: dict[str, QTensor[Any]] = {}
-    for layer, rule in chosen:
+    for layer, rule in sorted(chosen, key=lambda one: bool(one[0].tied)):  # owners of shared weights first
         if layer.path in packed:
             continue
         if layer.kind == "experts":
@@ -69,7 +69,7 @@ def prepared_codes(
         assert rule.weight is not None
         weights = require(engine, Mixes).experts(layer.module)
         if _learned(layer, rule):
-            each = _learned_experts(engine, layer, rule.weight, weights)
+            each = learned_expert_codes(engine, layer, rule.weight, weights)
         else:
             each = quantize_experts(weights, rule.weight, engine)
         for name, several in each.items():
@@ -129,13 +129,13 @@ def _pack_experts(
     for name, w in weights.items():
         check(engine, w, rule.weight, name=f"{layer.path}.{name}")
     if _learned(layer, rule):
-        q = _learned_experts(engine, layer, rule.weight, weights)
+        q = learned_expert_codes(engine, layer, rule.weight, weights)
     else:
         q = quantize_experts(weights, rule.weight, engine if fit is None else fit.searching(engine))
     return mixing.pack_experts(layer.module, q, rule, static=static)
 
 
-def _learned_experts(
+def learned_expert_codes(
     engine: Modules, layer: Layer, grid: "Grid", weights: "Mapping[str, Any]"
 ) -> "dict[str, list[QTensor[Any]]]":
     """The codes of each expert's projections on the scales that they have learned."""

@@ -93,13 +93,16 @@ def check_values(value: Any) -> None:
     """
     level = [value]
     for depth in range(DEPTH + 1):
+        if depth == DEPTH and any(type(one) in (dict, list) for one in level):
+            raise ValueError(f"it is nested deeper than {DEPTH} levels")
         inner: list[Any] = []
-        for one in level:
-            if isinstance(one, (dict, list)):
-                if depth == DEPTH:
-                    raise ValueError(f"it is nested deeper than {DEPTH} levels")
-                inner.extend(one.values() if isinstance(one, dict) else one)
-            elif isinstance(one, int) and abs(one) >= INTEGER:
+        for one in level:  # by their exact types, as parsers make them: headers of large models have 100,000 values
+            kind = type(one)
+            if kind is dict:
+                inner.extend(one.values())
+            elif kind is list:
+                inner.extend(one)
+            elif kind is int and not -INTEGER < one < INTEGER:
                 raise ValueError(f"it holds an integer of {one.bit_length()} bits")
         level = inner
 

@@ -4,6 +4,7 @@ import io
 
 import torch
 from processes import Net, batch, shard, train
+from qkit_torchao.torch_private import local_part
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -71,7 +72,7 @@ def adam(model):
 
 def build(kind, grid, **more):
     torch.manual_seed(0)
-    return qkit.prepare(kind(), recipe(grid, **more))
+    return qkit.prepare(kind(), recipe(grid, **more), skip_indivisible=kind is Fused)
 
 
 def each_fsdp(model, verb):
@@ -135,13 +136,14 @@ def observe(rank):
         "offloaded": seen_of(Net, GRID, rank, mp_policy=BF16, offload_policy=CPUOffloadPolicy(pin_memory=False)),
         "masked": seen_of(Net, GRID, rank, mp_policy=BF16, more={"ste": "masked"}),
         "fused": seen_of(Fused, Grid("e2m1", 16, "nvfp4"), rank, mp_policy=BF16),
+        "block": seen_of(Fused, GRID, rank, mp_policy=BF16),
         "along inputs": seen_of(Even, GRID, rank, mp_policy=BF16, **along(1)),
     }
     seen |= {name: seen_of(Net, GRID, rank, mp_policy=BF16, mesh=mesh) for name, mesh in pairs.items()}
     for grid in GRIDS:
         seen[f"{grid}, along outputs"] = seen_of(Net, grid, rank, mp_policy=BF16)
         seen[f"{grid}, along inputs"] = seen_of(Even, grid, rank, mp_policy=BF16, **along(1))
-    return seen | changed(rank)
+    return seen | changed(rank) | {"together": together(rank)}
 
 
 SAVED = (
@@ -196,3 +198,26 @@ def changed(rank):
         off = model(batch(0)[0]).detach()
     distributed.barrier()
     return {"edits": {"first": first, "edited": edited, "assigned": assigned, "plain": plain, "off": off}}
+
+
+def together(rank):
+    """Of a block whose weights are gathered together: how many FSDP asks for, and wrong values, after each kind of change."""
+    model = shard(build(Fused, GRID), mp_policy=BF16)
+    layers = [model.first.q_proj, model.first.k_proj, model.first.v_proj]
+    seen = {}
+
+    def look(name, grid=GRID):
+        losses = train(model, adam(model), rank)  # a weight whose values are not renewed does not follow its master
+        asked = sum(hasattr(local_part(layer.weight), "fsdp_pre_all_gather") for layer in layers)
+        seen[name] = losses, asked, *wrong_values(model, grid, torch.bfloat16)
+
+    look("trained")
+    for name in ("q_proj", "k_proj"):
+        each_fsdp(model, "reshard")
+        state = {f"first.{name}.weight": model.first.get_parameter(f"{name}.weight").detach().clone().mul_(-2)}
+        model.load_state_dict(state, assign=True, strict=False)
+        look(f"{name} assigned")
+    each_fsdp(model, "reshard")
+    qkit.regrid(model, Recipe("test", (Rule(("second.*",)), *recipe(Grid("int4", 16)).rules)))
+    look("another grid", Grid("int4", 16))
+    return seen

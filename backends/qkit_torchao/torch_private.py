@@ -83,15 +83,30 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def fsdp_parameters() -> Iterator[tuple[nn.Module, Any]]:
-    """FSDP2's records of all parameters that it shards in this process, each with the module that was given to FSDP."""
+def fsdp_groups() -> Iterator[tuple[nn.Module, list[Any]]]:
+    """FSDP2's records of the parameters that it gathers together, each list with the module that was given to FSDP."""
     from torch.distributed._composable_state import _get_module_state, _module_state_mapping
 
     for owner in list(_module_state_mapping):
         state: Any = _get_module_state(owner)
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for group in groups:
-            yield from () if group is None else ((owner, one) for one in group.fsdp_params)
+        yield from ((owner, group.fsdp_params) for group in groups if group is not None)
+
+
+def fsdp_parameters() -> Iterator[tuple[nn.Module, Any]]:
+    """FSDP2's records of all parameters that it shards in this process, each with the module that was given to FSDP."""
+    for owner, group in fsdp_groups():
+        yield from ((owner, record) for record in group)
+
+
+def copied(record: Any) -> Any:
+    """The tensor that FSDP copies for one of `fsdp_parameters` when it gathers and no hook tells it what."""
+    return record._sharded_param_data
+
+
+def set_copied(record: Any, tensor: Tensor) -> None:
+    """Has FSDP copy `tensor`, see `copied`."""
+    record._sharded_param_data = tensor
 
 
 def gathered_tensor(record: Any) -> Any:

@@ -31,8 +31,8 @@ def save(
     """Writes the adapters of `model`, with a note of the base weights and grids that they were trained on.
 
     peft and mlx-lm add an adapter to the base's weights and do not round the sum. Their outputs are near to those of the
-    trained model, and not the same. They pass by the gains of scales (`qkit_gains`), so that outputs differ more where scales
-    were learned: merge such an adapter by qkit.
+    trained model, and not the same. They pass by the gains of scales, which are in a file of their own, so that outputs
+    differ more where scales were learned: merge such an adapter by qkit.
 
     Args:
         layout: `peft` or `mlx-lm`, whose names and files are used.
@@ -49,7 +49,11 @@ def save(
     for layer in layers:
         updates |= _updates(engine, layer)
     notes = {
-        path: {**_note(engine, layer, name), "dithered": updates[path].dithered}
+        path: {
+            **_note(engine, layer, name),
+            "dithered": updates[path].dithered,
+            **({} if updates[path].gains is None else {"gains": True}),
+        }
         for layer in layers
         for path, name in paths_of(layer).items()
         if path in updates

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from qkit.storage.staging import write_files
 Layout = Literal["peft", "mlx-lm"]
 CONFIG = "adapter_config.json"
 WEIGHTS: dict[Layout, str] = {"peft": "adapter_model.safetensors", "mlx-lm": "adapters.safetensors"}
+GAINS = "qkit_gains.safetensors"  #: gains of scales by path, in a file of their own: mlx-lm refuses tensors that it does not know
 KEY = "qkit"  #: metadata key of the weights
 PREFIX = "base_model.model."  #: of peft's names
 
@@ -35,14 +36,8 @@ ENDINGS: dict[Layout, dict[str, tuple[str, bool]]] = {
         "lora_A.weight": ("a", False),
         "lora_B.weight": ("b", False),
         "lora_magnitude_vector": ("magnitude", False),
-        "qkit_gains": ("gains", False),
     },
-    "mlx-lm": {
-        "lora_a": ("a", True),
-        "lora_b": ("b", True),
-        "m": ("magnitude", False),
-        "qkit_gains": ("gains", False),
-    },
+    "mlx-lm": {"lora_a": ("a", True), "lora_b": ("b", True), "m": ("magnitude", False)},
 }
 
 #: Keys of peft's configuration that change the computation of an adapter. qkit reads adapters without them.
@@ -107,7 +102,8 @@ def read(folder: Path) -> Found:
             updates[path] = Update(scale=scale(path, parts["a"].shape[-2]), **factors)
         except QkitError as error:
             raise ArtifactError(f"{file}: {path}: {error}") from None
-    return Found(updates, _noted(metadata, file))
+    noted = _noted(metadata, file)
+    return Found({path: _with_gains(folder, path, update, noted) for path, update in updates.items()}, noted)
 
 
 def write(
@@ -144,7 +140,22 @@ def write(
 
     config = (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
     weights = save(tensors, metadata={KEY: json.dumps(base, sort_keys=True)})
-    write_files(folder, {CONFIG: config, WEIGHTS[layout]: weights})
+    gains = {path: update.gains for path, update in updates.items() if update.gains is not None}
+    write_files(folder, {CONFIG: config, WEIGHTS[layout]: weights, **({GAINS: save(gains)} if gains else {})})
+
+
+def _with_gains(folder: Path, path: str, update: Update, noted: Mapping[str, Any]) -> Update:
+    """`update` with its gains, if the note says that it has some."""
+    if not noted.get(path, {}).get("gains"):
+        return update
+    file = folder / GAINS
+    stored = read_file(inside(folder, GAINS))[0] if file.exists() else {}
+    if path not in stored:
+        raise ArtifactError(f"{file} lacks the gains of {path}, which it was trained with: fetch it again")
+    try:
+        return replace(update, gains=stored[path].mapped().astype(np.float32))
+    except QkitError as error:
+        raise ArtifactError(f"{file}: {path}: {error}") from None
 
 
 def _named(name: str, layout: Layout, file: Path) -> tuple[str, str, bool]:

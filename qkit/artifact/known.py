@@ -25,8 +25,9 @@ def facts(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
     `prefixes`: beginnings of paths in published files, and the same in transformers' model. `apart`: patterns of transformers'
     layers whose weights have no tensor of their own in the files. `kinds`: see `kind_of`, by pattern. `read`: patterns of
-    layers whose weights other modules read. `heads`: patterns of linear layers of output heads, by their role. `tied`:
-    whether embedding and output head are one weight where the configuration does not say.
+    layers whose weights other modules read. `heads`: patterns of linear layers of output heads, by their role. `fp32`: parts of
+    names of tensors that stay float32 in models of half precision. `tied`: whether embedding and output head are one weight
+    where the configuration does not say.
     """
     found: Mapping[str, Any] = table()["types"].get(str((config or {}).get("model_type")), {})
     return found
@@ -44,6 +45,15 @@ def kind_of(path: str, config: Mapping[str, Any] | None) -> str | None:
         return why
     found: str | None = known.get("kinds", {}).get(pattern_of(path))
     return found
+
+
+def stays_float32(name: str, config: Mapping[str, Any] | None) -> bool:
+    """Whether transformers leaves the tensor `name` in float32 in a model of half precision; of pictures and text, too."""
+    inner = (config or {}).get("text_config")
+    parts = [
+        part for one in (config, inner if isinstance(inner, Mapping) else None) for part in facts(one).get("fp32", ())
+    ]
+    return any(re.search(rf"(?:^|\.){re.escape(part)}(?:\.|$)", name) for part in parts)
 
 
 def is_known_head(path: str, config: Mapping[str, Any] | None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.artifact.known import model_path
 from qkit.artifact.metadata import StoredRule
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer
@@ -41,7 +42,7 @@ def take_experts(
         if one.rule.kind != "experts":
             continue
         for place, places in blocks_of(one.paths).items():
-            block = module_name(f"{place}.", config)[:-1]
+            block = _block_of(place, layers, config)
             if block in out:
                 raise ArtifactError(f"{folder}: the experts of {block} are on several grids: quantize the model again")
             layer = _layer(folder, layers, block, places)
@@ -63,7 +64,7 @@ def stack_experts(
     """
     single = blocks_of(name.removesuffix(".weight") for name in arrays if name.endswith(".weight"))
     for place, places in single.items():
-        block = module_name(f"{place}.", config)[:-1]
+        block = _block_of(place, layers, config)
         if block not in layers or layers[block].kind != "experts":
             continue
         layer = _layer(folder, layers, block, places)
@@ -77,6 +78,13 @@ def stack_experts(
                     )
             weights[name] = np.stack(parts)
         arrays.update(require(engine, Mixes).stack_experts(layer, weights))
+
+
+def _block_of(place: str, layers: Mapping[str, Layer], config: Mapping[str, Any] | None) -> str:
+    """The path in the model of the experts at `place` in files."""
+    named = module_name(f"{place}.", config)[:-1]
+    other = model_path(place, config)
+    return other if named not in layers and other in layers else named
 
 
 def _layer(folder: Path, layers: Mapping[str, Layer], block: str, places: Mapping[Place, str]) -> Layer:

@@ -6,7 +6,7 @@ from typing import Final
 from qkit import fused
 from qkit.artifact.metadata import StoredRule
 from qkit.formats.compressed_tensors import form_of
-from qkit.formats.read_layout import OWN, PACKED
+from qkit.formats.read_layout import BYTES, OWN, PACKED
 from qkit.rules import Rule
 
 VLLM: Final = "vLLM"
@@ -27,9 +27,9 @@ def sentences(
     for one in rules:
         if one.rule.kind == "embedding" and tied:
             found[f"does not open a tied head of codes: --untie writes the head as a weight of its own {TRIED}"] = None
-        for text in (_closed(one.rule), _other_arithmetic(one.rule)):
-            if text:
-                found[f"{text} {TRIED}"] = None
+        closed = _closed(one.rule)
+        for text in [closed] if closed else _other_arithmetic(one.rule):
+            found[f"{text} {TRIED}"] = None
     return found
 
 
@@ -57,20 +57,56 @@ def _closed(rule: Rule) -> str:
         return f"does not open {grid}: it has no integers on one scale"
     if form == PACKED and bits not in BITS:
         return f"does not open {grid}: it has no integers of {bits} bits"
-    moving = rule.activation is not None and rule.activation.element.kind == "integer"
-    if form == PACKED and moving and not (rule.activation and rule.activation.symmetric):
-        return f"does not open {grid} with inputs on {rule.activation}"
+    if rule.activation is None:
+        return ""
+    wrong = form in (PACKED, BYTES) and not _multiplies_codes(rule, form)
+    if wrong or (grid.scale == "nvfp4" and rule.activation.scale != "nvfp4"):
+        return f"does not open {grid} with inputs on {rule.activation}, {rule.range}"
     return ""
 
 
-def _other_arithmetic(rule: Rule) -> str:
-    """How vLLM's arithmetic under `rule` differs from qkit's; empty where it does not."""
+def _multiplies_codes(rule: Rule, form: str) -> bool:
+    """Whether vLLM has a scheme for integers in `form` with the inputs of `rule`; see its `_get_scheme_from_parts`."""
+    grid, activation = rule.weight, rule.activation
+    assert grid is not None
+    assert activation is not None
+    if activation.element.kind != "integer":
+        return False
+    bits, byte = activation.element.bits, activation.element.bits == 8
+    if rule.range != "dynamic":
+        whole = form == BYTES and grid.element.bits == 8
+        return byte and activation.group == "tensor" and (whole or _rounds_outputs(rule))
+    if form == BYTES:
+        return byte and activation.group == "row"
+    return activation.symmetric and bits in (4, 8) and activation.group != "tensor"
+
+
+def _rounds_outputs(rule: Rule) -> bool:
+    """Whether vLLM rounds outputs under `rule`: around integers, with static scales of inputs and outputs."""
+    grid, slots = rule.weight, (rule.activation, rule.output)
+    assert grid is not None
+    held = grid.element.name in ("int2", "int4", "int8") and grid.symmetric and grid.group != "tensor"
+    static = all(
+        one is not None and one.symmetric and (one.element.name, one.group) == ("int8", "tensor") for one in slots
+    )
+    return held and static and rule.range != "dynamic"
+
+
+def _other_arithmetic(rule: Rule) -> Iterable[str]:
+    """The differences of vLLM's arithmetic under `rule` from qkit's."""
     grid, activation = rule.weight, rule.activation
     assert grid is not None
     if form_of(rule).startswith("mx"):
-        return "rounds inputs or not by the kind of the GPU, whatever the recipe says: MX formats have no other setting there"
-    if activation is None:
-        return ""
-    if activation.scale == "nvfp4":
-        return "divides inputs by a tensor scale of 1, where qkit's follows each input"
-    return "rounds inputs by its own rule, with scales of 24 bits, where qkit's have 8 or are powers of two"
+        yield "rounds inputs or not by the kind of the GPU, whatever the recipe says: MX formats have no other setting there"
+    elif activation is None:
+        pass
+    elif activation.scale == "nvfp4" == grid.scale:
+        yield "divides inputs by a tensor scale of 1, where qkit's follows each input"
+    elif grid.element.kind == "float" and activation.element.kind == "integer":
+        yield f"leaves inputs as they are beside {grid}, where qkit rounds them to {activation}"
+    elif grid.element.kind == "float" and (activation.element.name != "e4m3" or isinstance(activation.group, int)):
+        yield f"rounds inputs to e4m3 by token, where qkit rounds them to {activation}"
+    else:
+        yield "rounds inputs by its own rule, with scales of 24 bits, where qkit's have 8 or are powers of two"
+    if rule.output and not _rounds_outputs(rule):
+        yield f"leaves outputs as they are, where qkit rounds them to {rule.output}"

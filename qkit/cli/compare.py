@@ -16,6 +16,7 @@ import qkit
 from qkit.cli.completing import recipe_names
 from qkit.cli.console import Json, console, errors, print_json
 from qkit.cli.eval import Data, Device, Engine, Length, Windows
+from qkit.cli.opened import values_of
 from qkit.cli.progress import counting
 from qkit.cli.quantize import SkipIndivisible
 from qkit.engines.abilities import require
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def compare(
-    floats: Annotated[Path, typer.Argument(metavar="FLOAT", help="The float model's directory.")],
+    floats: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FLOAT", help="The float model's directory; of a quantized one, its values.", callback=values_of
+        ),
+    ],
     data: Data,
     out: Annotated[Path, typer.Option(help="Where report.html, report.json and report.png go.")],
     recipe: Annotated[

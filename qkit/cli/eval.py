@@ -10,6 +10,7 @@ from rich.table import Table
 import qkit
 from qkit.cli.completing import engine_names
 from qkit.cli.console import Json, console, print_json
+from qkit.cli.opened import all_opened, opened
 from qkit.cli.progress import counting
 from qkit.engines.abilities import require
 from qkit.engines.protocol import Builds
@@ -27,9 +28,16 @@ Windows = Annotated[int | None, typer.Option(help="The most windows, at even dis
 
 
 def eval_(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="Model directories, float or quantized.")],
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR", help="Model directories, float or quantized, or GGUF files.", callback=all_opened
+        ),
+    ],
     data: Data,
-    teacher: Annotated[Path | None, typer.Option(help="A directory to measure the distance from.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="A directory to measure the distance from.", callback=opened)
+    ] = None,
     backend: Engine = None,
     device: Device = None,
     length: Length = 256,

@@ -11,6 +11,7 @@ from qkit.artifact.inspect import Group, Inspection, inspect_directory
 from qkit.artifact.metadata import fit_text
 from qkit.artifact.servers import VLLM
 from qkit.cli.console import NAME, All, Json, console, print_json, size
+from qkit.cli.opened import opened
 from qkit.path_patterns import collapse
 from qkit.rules import rule_table
 
@@ -18,7 +19,9 @@ FEW = 6  #: the most patterns that a line lists in full
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact, or any model's directory.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An artifact, any model's directory, or a GGUF file.", callback=opened)
+    ],
     all_rows: All = False,
     as_json: Json = False,
 ) -> None:

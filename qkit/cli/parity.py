@@ -52,13 +52,13 @@ def parity(
     as_json: Json = False,
 ) -> None:
     """Count the codes, scales and values in which backends differ from the reference; exit 1 if any does."""
-    from qkit.cli.probing import probe_all, show_probes  # here, so that other commands start fast
+    from qkit.cli.probing import placed, probe_all, show_probes  # here, so that other commands start fast
 
     rows = _every_row() if every and not recipe else _rows(recipe or qkit.recipes())
     names = backend or [status.name for status in qkit.backends() if status.ready]
     engines = [qkit.backend(name) for name in names]
     if device is not None:
-        engines = [engine.on(device) for engine in engines]
+        engines = [engine.on(device) for engine in engines] if backend else placed(engines, device)
     modes = [False, True] if every and compiled is None else [bool(compiled)]
     dtypes = [name for name in DTYPES if name in (dtype or DTYPES)]
     work = _work(engines, dtypes, modes)

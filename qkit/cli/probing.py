@@ -1,6 +1,7 @@
 """The table of recipes and engines that `qkit backends --probe` and `qkit parity --all` show."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -9,10 +10,12 @@ from rich.text import Text
 from qkit.cli.console import console, errors
 from qkit.engines.abilities import offers
 from qkit.engines.protocol import Arrays, Modules
+from qkit.errors import BackendError
 from qkit.qtensor import DType
 from qkit.rules import Recipe
 from qkit.testing.probe import Probe, probe, worst
 
+Engine = TypeVar("Engine", bound=Arrays)
 COLORS = {"native": "green", "decoded": "yellow", "missing": "red"}
 
 
@@ -23,15 +26,34 @@ def probe_all(
     recipes, dtypes = list(recipes), list(dtypes)
     found: list[Probe] = []
     description = TextColumn("{task.description}", markup=False)
-    placed = [engine.on(device) if device else engine for engine in engines if offers(engine, Modules)]
+    able = [engine for engine in engines if offers(engine, Modules)]
     with Progress(SpinnerColumn(), description, console=errors, transient=True) as progress:
         task = progress.add_task("", total=None)
-        for engine in placed:
+        for engine in placed(able, device) if device else able:
             for recipe in recipes:
                 progress.update(task, description=f"{engine.name} {recipe.name}")
                 for dtype in dtypes:
                     found += probe(engine, recipe, dtype=dtype, device=device or "")
     return found
+
+
+def placed(engines: Iterable[Engine], device: str) -> list[Engine]:
+    """Those of `engines` that work on `device`, there. Names the others on standard error.
+
+    Raises:
+        BackendError: none does.
+    """
+    there, refused = [], []
+    for engine in engines:
+        try:
+            there.append(engine.on(device))
+        except BackendError as error:
+            refused.append(f"{engine.name}: {error}")
+    if not there:
+        raise BackendError(f"no engine works on {device!r}: {'; '.join(refused)}")
+    for reason in refused:
+        errors.print(f"left out: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return there
 
 
 def show_probes(probes: list[Probe]) -> None:

@@ -11,6 +11,7 @@ import typer
 import qkit
 from qkit.cli.completing import engine_names, recipe_names
 from qkit.cli.console import Json, console, errors, print_json, read_size, size
+from qkit.cli.opened import decoded
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
 from qkit.fitting.fits import Fit, Method, summary
@@ -23,7 +24,8 @@ from qkit.streaming.carry_out import check_apart, join_parts, quantize_directory
 from qkit.streaming.plan import Plan, make_plan
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A Hugging Face directory: safetensors and a config.json.")
+    Path,
+    typer.Argument(metavar="MODEL", help="A Hugging Face directory: safetensors and a config.json.", callback=decoded),
 ]
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe, an alias or a TOML file.", autocompletion=recipe_names)

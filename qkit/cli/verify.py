@@ -7,11 +7,13 @@ import typer
 
 import qkit
 from qkit.cli.console import Json, console, errors, print_json
+from qkit.cli.opened import opened
 
 
 def verify(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A directory that `qkit quantize` or `qkit.save` wrote.")
+        Path,
+        typer.Argument(metavar="DIR", help="A directory that `qkit quantize` or `qkit.save` wrote.", callback=opened),
     ],
     as_json: Json = False,
 ) -> None:

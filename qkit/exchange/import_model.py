@@ -69,6 +69,8 @@ def open_model(folder: str | Path) -> Snapshot:
     `read_model`.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return read_model(folder)
     stored, metadata = read.read_folder(folder)
     if KEY not in metadata:
         return read_model(folder)

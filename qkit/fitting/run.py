@@ -6,7 +6,6 @@ stops goes on behind the last one, and ends with the same bytes.
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from qkit.engines.blocks import Blocks, Hidden
 from qkit.errors import FewTokensWarning, PlanError, RangeError, RunError
-from qkit.fitting.statistics import file_digest, write_note
+from qkit.fitting.statistics import NOTE, file_digest, write_note
 
 FEW = 20  #: tokens for each input of a block; fewer are too few for the codes to be as good as they can be
 NAME = "run.json"
@@ -36,18 +35,21 @@ class Run:
         Raises:
             PlanError: `out`, or another directory in the place of the run, is there already.
         """
-        if out.exists():
+        text = json.dumps({**about, **settings, "batch": batch}, sort_keys=True)
+        ended = _reads(out / NAME) == text  # but for the last step of `finish`
+        if out.exists() and not ended:
             raise PlanError(f"{out} is there already: remove it, or choose another place")
         self._out, self._about, self._batch, self.done = out, about, batch, 0
-        self._aside = out.with_name(f"{out.name}.part")
-        mine, text = self._aside / NAME, json.dumps({**about, **settings, "batch": batch}, sort_keys=True)
-        if self._aside.exists():
-            if not mine.is_file():
-                raise PlanError(f"{self._aside} is there already, and is no run of calibrate: move it away")
-            if mine.read_text(encoding="utf-8") != text:  # of another model, text or engine
-                shutil.rmtree(self._aside)
+        self._aside = out if ended else out.with_name(f"{out.name}.part")
+        mine = self._aside / NAME
         self._aside.mkdir(parents=True, exist_ok=True)
-        mine.write_text(text, encoding="utf-8")
+        others = [file for file in self._aside.iterdir() if file != mine]
+        if others and not mine.is_file():
+            raise PlanError(f"{self._aside} is there already, and is no run of calibrate: move it away")
+        if _reads(mine) != text:
+            for file in others:  # of another model, text or engine; their note goes last
+                file.unlink()
+            mine.write_text(text, encoding="utf-8")
         while self._file(self.done).exists():
             self.done += 1
 
@@ -106,16 +108,19 @@ class Run:
         aside.rename(file)
 
     def finish(self, count: int) -> Path:
-        """Makes the run of `count` blocks the output, and returns it."""
-        files, layers = dict[str, str](), dict[str, Any]()
-        for file in map(self._file, range(count)):
-            files[file.name] = file_digest(file)
-            told = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-            layers |= {path: {**one, "file": file.name} for path, one in told.items()}
-        write_note(self._aside, {**self._about, "files": files, "layers": layers})
-        for rest in (*self._aside.glob("*.npy"), *self._aside.glob("block-*.json"), self._aside / NAME):
+        """Makes the run of `count` blocks the output, and returns it. The note comes before anything is removed, whole."""
+        if not (self._aside / NOTE).exists():
+            files, layers = dict[str, str](), dict[str, Any]()
+            for file in map(self._file, range(count)):
+                files[file.name] = file_digest(file)
+                told = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+                layers |= {path: {**one, "file": file.name} for path, one in told.items()}
+            write_note(self._aside, {**self._about, "files": files, "layers": layers})
+        for rest in (*self._aside.glob("*.npy"), *self._aside.glob("block-*.json"), *self._aside.glob("*.new")):
             rest.unlink()
-        self._aside.rename(self._out)
+        if self._aside != self._out:
+            self._aside.rename(self._out)
+        (self._out / NAME).unlink()
         return self._out
 
     def _file(self, number: int) -> Path:
@@ -123,6 +128,11 @@ class Run:
 
     def _states(self, name: str, number: int) -> Path:
         return self._aside / f"{name}-{number % 2}.npy"
+
+
+def _reads(file: Path) -> str | None:
+    """The text of a file, if there is one."""
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _want_tokens(tokens: int, width: int) -> None:

@@ -172,9 +172,11 @@ def file_digest(file: Path) -> str:
 
 
 def write_note(folder: Path, about: Mapping[str, Any]) -> None:
-    """Writes the note of a directory of statistics, the same bytes for the same content."""
+    """Writes the note of a directory of statistics at once, the same bytes for the same content."""
     text = json.dumps({"version": VERSION, **about}, sort_keys=True, indent=1)
-    (folder / NOTE).write_text(text + "\n", encoding="utf-8")
+    aside = folder / f"{NOTE}.new"
+    aside.write_text(text + "\n", encoding="utf-8")
+    aside.replace(folder / NOTE)
 
 
 @lru_cache(maxsize=64)

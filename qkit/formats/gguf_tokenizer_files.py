@@ -117,6 +117,9 @@ def _table(
     ]
     falls_back = any(kind == BYTE for *_, kind in pieces)
     unknown = next((text for _, text, kind in pieces if kind == UNKNOWN), None)
+    vocabulary = {text: i for i, text, _ in pieces}
+    if len(vocabulary) < len(pieces):
+        raise ValueError("two tokens have one text")
     model = {
         "type": "BPE",
         "dropout": None,
@@ -126,11 +129,9 @@ def _table(
         "fuse_unk": falls_back,
         "byte_fallback": falls_back,
         "ignore_merges": pre in SPLITS and SPLITS[pre][1],
-        "vocab": {text: i for i, text, _ in pieces},
+        "vocab": vocabulary,
         "merges": [list(pair) for pair in merges],
     }
-    if len(model["vocab"]) < len(pieces):
-        raise ValueError("two tokens have one text")
     added = [_added(*piece) for piece in pieces if piece[2] in (CONTROL, USER_DEFINED, UNKNOWN)]
     return {
         "version": "1.0",

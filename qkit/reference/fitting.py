@@ -29,7 +29,8 @@ Method = Literal["search", "solve"]
 ROUNDS = 6  #: of descent, at most
 REFITS = 2  #: of scales, to the codes that `search` found
 SHARE = 1 << 17  #: values of a weight that are fitted at once
-COLUMNS = 128  #: inputs that change before all others are updated
+COLUMNS = 128  #: inputs that change before others of their window are updated
+WINDOW = 512  #: inputs that change before all others are updated
 
 
 def fit(
@@ -187,24 +188,43 @@ def _descend(
     """
     high, low = known.parts
     n, group, changed = len(units), len(units) // len(s), False
-    for start in range(0, n, width := max(group, COLUMNS // group * group)):
+    for start in range(0, n, width := max(group, WINDOW // group * group)):
         window = slice(start, min(start + width, n))
-        r, moved = residual[window].copy(), np.zeros(residual[window].shape)
-        for first in range(0, len(r), group):
-            here, after = slice(first, first + group), slice(first + group, None)
-            place = slice(start + first, start + first + group)
-            of_group = units[place], s[place.start // group], z[place.start // group]
-            within = (high[place, place], low[place, place])
-            moved[here] = _rescale(*of_group[:2], r[here], within, known.damping, grid, tensor)
-            moved[here] += _recode(*of_group, r[here], within, known.diagonal[place] + known.damping, grid)
-            if len(r[after]):
-                beyond = slice(place.stop, window.stop)
-                r[after] -= product((high[beyond, place], low[beyond, place]), moved[here])
+        moved = _descend_window(units, s, z, residual[window].copy(), window, known, grid, tensor)
         if moved.any():
             residual -= product((high[:, window], low[:, window]), moved)
             residual[window] -= known.damping * moved
             changed = True
     return changed
+
+
+def _descend_window(
+    units: Doubles, s: Doubles, z: Doubles, r: Doubles, window: slice, known: Moments, grid: Grid, tensor: float
+) -> Doubles:
+    """Moves the scales and units of a window, whose residual is `r` [inputs, rows]; returns how far its values moved."""
+    high, low = known.parts
+    group, moved = len(units) // len(s), np.zeros(r.shape)
+    for first in range(0, len(r), width := max(group, COLUMNS // group * group)):
+        part = slice(first, min(first + width, len(r)))
+        own = r[part].copy()
+        for at in range(0, len(own), group):
+            here, after = slice(at, at + group), slice(at + group, None)
+            begin = window.start + first + at
+            place = slice(begin, begin + group)
+            of_group = units[place], s[begin // group], z[begin // group]
+            within = (high[place, place], low[place, place])
+            move = _rescale(*of_group[:2], own[here], within, known.damping, grid, tensor)
+            move += _recode(*of_group, own[here], within, known.diagonal[place] + known.damping, grid)
+            moved[first + at : first + at + group] = move
+            if len(own[after]):
+                beyond = slice(place.stop, window.start + part.stop)
+                own[after] -= product((high[beyond, place], low[beyond, place]), move)
+        if part.stop < len(r):
+            beyond, mine = (
+                slice(window.start + a, window.start + b) for a, b in ((part.stop, len(r)), (first, part.stop))
+            )
+            r[part.stop :] -= product((high[beyond, mine], low[beyond, mine]), moved[part])
+    return moved
 
 
 def _rescale(

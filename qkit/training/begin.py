@@ -21,6 +21,8 @@ from qkit.experts import expert_of
 from qkit.qtensor import QTensor
 from qkit.reference.learned import parameters_of
 from qkit.reference.rounding import scale_values
+from qkit.storage.other_models import gguf
+from qkit.storage.read import MissingError
 from qkit.training.run import Run
 
 Codes = Mapping[str, QTensor[NDArray[Any]]]  #: by path of a layer, or of one projection of one expert
@@ -30,9 +32,12 @@ def source_of(run: Run) -> Snapshot:
     """The model that a run trains: that of `run.init`, checked against the float one, or `run.model` where there is none.
 
     Raises:
+        MissingError: `run.model` is a file: a run goes on from its directory later.
         RunError: the two are not of one model, or `run.model` is quantized, too.
         ArtifactError: as `read_model`.
     """
+    if run.model.is_file():
+        raise MissingError(gguf(run.model))
     source = read_model(run.model)
     if run.init is None:
         return source

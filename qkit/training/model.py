@@ -25,6 +25,7 @@ from qkit.pipeline import prepare
 from qkit.qtensor import DTYPES, DType
 from qkit.reference.ranges import static_contents
 from qkit.rules import Recipe, Rule, rule_table
+from qkit.sources.decoded import DecodedArray
 from qkit.training.begin import take_codes
 from qkit.training.run import FLOAT, Run
 
@@ -133,7 +134,12 @@ def dtype_of(source: Snapshot) -> DType:
 def _own(engine: Builds, model: Any, source: Snapshot) -> Recipe:
     """The rules of the layers of `source`, path by path. A tied head is on the grid of the embedding."""
     if not source.weights:
-        raise RunError(f"{source.folder} is a float model: name a recipe, or {FLOAT!r} to train without one")
+        decoded: list[Any] = [array for array in source.tensors.values() if isinstance(array, DecodedArray)]
+        what = "is a float model"
+        if decoded:
+            form = decoded[0].encoded.form.name
+            what = f"has {len(decoded)} quantized weights ({form}) that no grid of qkit holds, and is trained by their values"
+        raise RunError(f"{source.folder} {what}: name a recipe, or {FLOAT!r} to train without one")
     paths: dict[Rule, list[str]] = {}
     for path, held in source.weights.items():
         if held.unknown:

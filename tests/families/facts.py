@@ -23,7 +23,8 @@ def facts(model: Any, folder: Path) -> dict[str, Any]:
     `prefixes`: beginnings of paths in the files, and in the model. `apart`: patterns of layers of the model whose weights have no
     tensor of their own in the files. `kinds`: what layers of the files are whose names suggest something else. `read`: patterns
     of layers of the model whose weights other modules read, or change. `tied`: whether embedding and output head are one weight
-    where the configuration is silent. `heads`: patterns of layers of output heads whose names do not say so.
+    where the configuration is silent. `heads`: patterns of layers of output heads whose names do not say so. `fp32`: parts of
+    names of tensors that stay float32 in models of half precision.
     """
     engine = qkit.backend("torchao")
     slots = {name: one.slot for name, one in read_folder(folder)[0].items()}
@@ -57,6 +58,7 @@ def facts(model: Any, folder: Path) -> dict[str, Any]:
                 if layer.head and layer.kind == "linear" and not is_head_path(layer.path)
             }
         ),
+        "fp32": sorted(model._keep_in_fp32_modules_strict or ()),  # noqa: SLF001  transformers has no public name
         "tied": bool(_default(model, "tie_word_embeddings")),
     }
     return {key: value for key, value in known.items() if value}

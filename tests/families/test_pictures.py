@@ -28,6 +28,17 @@ def given(name):
         tokens = torch.tensor([[1, 152, PICTURE, 153, 9, 3, 44]])
         pixels = torch.randn(4, 3 * 2 * 16 * 16, generator=drawing)
         more = {"image_grid_thw": torch.tensor([[1, 2, 2]]), "mm_token_type_ids": (tokens == PICTURE).long()}
+    elif name == "Mllama":  # one tile of four; every token sees it
+        tokens, tiles = torch.tensor([[1, 5, PICTURE, 9, 3, 44]]), 4
+        pixels = torch.randn(1, 1, tiles, 3, 32, 32, generator=drawing)
+        more = {
+            "aspect_ratio_ids": torch.tensor([[1]]),
+            "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+            "cross_attention_mask": torch.tensor([1, 0, 0, 0]).expand(1, 6, 1, tiles),
+        }
+    elif name in ("Idefics 3", "SmolVLM"):  # four patches, shuffled into one token
+        tokens, more = torch.tensor([[1, 5, PICTURE, 9, 3, 44]]), {}
+        pixels = torch.randn(1, 1, 3, 32, 32, generator=drawing)
     else:
         tokens = torch.tensor([[1, 5, *[PICTURE] * 4, 9, 3, 44]])
         pixels = torch.randn(1, 3, 32, 32, generator=drawing)
@@ -37,7 +48,13 @@ def given(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["Llava", *(pytest.param(one, marks=pytest.mark.families) for one in ("Qwen2-VL", "PaliGemma", "Gemma 3"))],
+    [
+        "Llava",
+        *(
+            pytest.param(one, marks=pytest.mark.families)
+            for one in ("Qwen2-VL", "PaliGemma", "Gemma 3", "Mllama", "Idefics 3", "SmolVLM")
+        ),
+    ],
 )
 def test_logits_of_a_picture_are_those_of_the_values(name, tmp_path):
     family: Family = replace(FAMILIES[name], sizes={**FAMILIES[name].sizes, **SIZES.get(name, {})})

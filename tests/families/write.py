@@ -26,7 +26,7 @@ def types() -> dict[str, Any]:
             model = make(family, Path(place))
             mine = found.setdefault(
                 model.config.model_type,
-                {"prefixes": {}, "apart": [], "kinds": {}, "read": [], "heads": [], "tied": False},
+                {"prefixes": {}, "apart": [], "kinds": {}, "read": [], "heads": [], "fp32": [], "tied": False},
             )
             try:
                 more = facts(model, Path(place))
@@ -34,7 +34,7 @@ def types() -> dict[str, Any]:
                 print(family.architecture, "has no facts:", repr(error)[:200])
                 continue
         mine["prefixes"].update(more.get("prefixes", {}))
-        for key in ("apart", "read", "heads"):
+        for key in ("apart", "read", "heads", "fp32"):
             mine[key] = sorted({*mine[key], *more.get(key, [])})
         mine["kinds"].update(more.get("kinds", {}))
         mine["tied"] = more.get("tied", False)

@@ -10,6 +10,7 @@ from models import make
 import qkit
 from qkit import reference
 from qkit.exchange.diff import compare
+from qkit.exchange.export_gguf import export_gguf
 from qkit.exchange.export_model import export_dense, export_mlx
 from qkit.exchange.import_model import read_model, to_artifact
 from qkit.formats.packed import unpack
@@ -60,6 +61,31 @@ def test_every_mode_of_mlx_lm_goes_into_an_artifact_and_back_byte_by_byte(mode, 
         q = replace(unpack(held.read()), dtype="float32")
         assert np.array_equal(reference.dequantize(q), decoded_by_mlx(before, path, stated)), path
         assert options_of(path, again) == options_of(path, stated)
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"dtype": "float16", "q_group_size": 32}, {"Q4_1": 14}),
+        ({"dtype": "float16", "q_group_size": 32, "q_bits": 5}, {"Q5_1": 14}),
+        ({"dtype": "float16", "q_group_size": 64}, {"Q4_1": 14}),
+        ({"dtype": "bfloat16", "q_group_size": 32}, {"Q4_1": 14}),  # their scales are float16 numbers, too
+        ({"dtype": "float16", "q_group_size": 32, "q_bits": 3}, None),
+    ],
+    ids=str,
+)
+def test_gguf_holds_scales_and_biases_that_are_float16_numbers_or_the_layer_is_named(options, kinds, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    source, file = read_model(converted(tmp_path, **options)), tmp_path / "m.gguf"
+    if kinds is None:
+        with pytest.raises(qkit.ArtifactError, match=r"(down_proj|embed_tokens|lm_head)[^:]*: .*export --to dense"):
+            export_gguf(source, file)
+        return
+    found = export_gguf(source, file).kinds
+    assert found.keys() == kinds.keys()
+    stored = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in gguf.GGUFReader(file).tensors}
+    want = reference.dequantize(replace(unpack(source.weights["model.layers.0.mlp.up_proj"].read()), dtype="float32"))
+    assert np.array_equal(stored["blk.0.ffn_up.weight"], want)
 
 
 def decoded_by_mlx(tensors, path, stated):
@@ -125,17 +151,29 @@ def test_families_tied_heads_and_stacks_of_experts_too(family, tmp_path):
 
 @pytest.mark.parametrize("engine", ["torchao", "mlx"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("mode", ["4 bits", "mixed_3_6", "float16"])
-def test_an_adapter_on_such_a_base_merges_into_codes_alone_without_a_gap(mode, kind, engine, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "scales"),
+    [
+        ("4 bits", "learned"),
+        ("mixed_3_6", "learned"),
+        ("float16", "learned"),
+        ("float32", "learned"),
+        ("4 bits", "stored"),
+    ],
+)
+def test_an_adapter_on_such_a_base_merges_into_codes_and_scales_without_a_gap(mode, scales, kind, engine, tmp_path):
     to_artifact(read_model(converted(tmp_path, **MODES[mode])), tmp_path / "artifact")
     model, mine = qkit.load(tmp_path / "artifact", backend=engine), qkit.backend(engine)
     before = {layer.path: numpy_of(mine, layer) for layer in mine.layers(model) if layer.rule}
-    model = qkit.adapt(model, qkit.Adapter(match=("*_proj",), rank=4, kind=kind))
+    model = qkit.adapt(model, qkit.Adapter(match=("*_proj",), rank=4, kind=kind, scales=scales))
     untouched = {layer.path: mine.adapter_update(layer.module) for layer in mine.layers(model) if layer.adapter}
     random = np.random.default_rng(3)
     for layer in mine.layers(model):
         if layer.adapter:
-            set_b(layer.module, random.standard_normal(untouched[layer.path].b.shape).astype(np.float32) * 0.05, engine)
+            b = random.standard_normal(untouched[layer.path].b.shape).astype(np.float32) * 0.05
+            set_parameter(layer.module, "b", b, engine)
+            if scales == "learned":
+                set_parameter(layer.module, "gains", random.standard_normal(len(b)).astype(np.float32) * 0.05, engine)
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     adapted = mine.logits(model, tokens)
     model = qkit.merge(model)
@@ -148,7 +186,8 @@ def test_an_adapter_on_such_a_base_merges_into_codes_alone_without_a_gap(mode, k
             for name, part in first.parts().items():
                 same = np.array_equal(q.parts()[name], part)
                 changed += name == "codes" and not same
-                assert same or (name == "codes" and layer.path in untouched), (layer.path, name)
+                moved = ("codes", "scales") if scales == "learned" else ("codes",)
+                assert same == (name not in moved or layer.path not in untouched), (layer.path, name)
     assert changed == len(untouched)
     qkit.save(model, tmp_path / "merged", source=tmp_path / "artifact")
     again = qkit.load(tmp_path / "merged", backend=engine)
@@ -174,11 +213,13 @@ def numpy_of(engine, layer):
     return engine.unpack(layer.module).map(engine.to_numpy)
 
 
-def set_b(module, b, engine):
+def set_parameter(module, name, array, engine):
+    """Puts `array` in the place of B or of the gains of an adapted layer."""
     if engine == "mlx":
-        module.lora_b = mx.array(b.T)
+        module[f"lora_{name}"] = mx.array(array.T)
     else:
-        module.lora_B.data.copy_(pytest.importorskip("torch").from_numpy(b))
+        parameter = {"b": "lora_B", "gains": "lora_gains"}[name]
+        getattr(module, parameter).data.copy_(pytest.importorskip("torch").from_numpy(array))
 
 
 @pytest.mark.parametrize("engine", ["torchao", "mlx"])

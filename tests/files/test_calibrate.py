@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import qkit
 from qkit import reference
 from qkit.artifact.inspect import inspect_directory
 from qkit.artifact.metadata import KEY
-from qkit.calibration import calibrate
+from qkit.calibration import calibrate, calibrate_drift
 from qkit.cli.application import application
 from qkit.engines.abilities import offers
 from qkit.engines.blocks import Watches
@@ -99,6 +100,71 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     calibrate(model, tmp_path / "stats", TOKENS, engine=engine)
     assert not seen
     assert contents(tmp_path / "stats") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob("*.part"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+import safetensors.numpy
+import qkit
+from qkit.calibration import calibrate, calibrate_drift
+from qkit.fitting import run
+
+model, out, name, where, drift, rows = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:6], np.load(sys.argv[6])
+left = {"states": 5, "moments": 2, "note": 1, "cleared": 1, "renamed": 1}[where]
+
+def killing(function):
+    def called(*args, **more):
+        global left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **more)
+    return called
+
+def ending(self, target):
+    done = rename(self, target)
+    if self.name.endswith(".part"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+
+rename = Path.rename
+if where == "states":
+    run.Run.put = killing(run.Run.put)
+elif where == "moments":  # the second block's, after its note
+    safetensors.numpy.save_file = killing(safetensors.numpy.save_file)
+elif where == "note":
+    Path.replace = killing(Path.replace)
+elif where == "cleared":
+    Path.rename = lambda self, to: os.kill(os.getpid(), signal.SIGKILL) if self.suffix == ".part" else rename(self, to)
+else:
+    Path.rename = ending
+if drift == "drift":
+    calibrate_drift(model, out, rows, engine=qkit.backend(name), recipe=qkit.recipe("int4-g32"))
+else:
+    calibrate(model, out, rows, engine=qkit.backend(name))
+"""
+KILLS = [("torchao", where, "plain") for where in ("states", "moments", "note", "cleared", "renamed")]
+KILLS += [("torchao", "states", "drift"), ("mlx", "states", "plain"), ("mlx", "moments", "drift")]
+
+
+@pytest.mark.parametrize(("name", "where", "drift"), [kill for kill in KILLS if kill[0] in ENGINES])
+def test_a_killed_run_ends_with_the_same_bytes(name: str, where: str, drift: str, model: Path, tmp_path: Path) -> None:
+    rows, out, engine = TOKENS[:, :64].copy(), tmp_path / "stats", qkit.backend(name)
+    np.save(tmp_path / "rows.npy", rows)
+    given = [model, out, name, where, drift, tmp_path / "rows.npy"]
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, *given], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert out.exists() == (where == "renamed")
+    recipe = qkit.recipe("int4-g32")
+    for place in (out, tmp_path / "whole"):
+        if drift == "drift":
+            calibrate_drift(model, place, rows, engine=engine, recipe=recipe)
+        else:
+            calibrate(model, place, rows, engine=engine)
+    assert contents(out) == contents(tmp_path / "whole")
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 import qkit
 from qkit.artifact.inspect import inspect_directory
+from qkit.artifact.metadata import StoredRule
+from qkit.artifact.servers import sentences
 from qkit.artifact.verify import verify
 from qkit.exchange.diff import compare
 from qkit.exchange.export_model import export_dense
@@ -183,3 +185,49 @@ def test_an_untied_head_is_a_weight_of_its_own_with_the_same_logits(recipe, tmp_
 def test_a_model_without_a_tied_head_cannot_be_untied(tmp_path):
     with pytest.raises(qkit.PlanError, match="has no tied output head: leave --untie out"):
         make_plan(make(tmp_path / "float", "llama"), qkit.recipe("int4-g32"), untie=True)
+
+
+INT8, TENSOR = qkit.Grid("int8", "row"), qkit.Grid("int8", "tensor")
+ROUNDS, LEAVES = (
+    "rounds inputs by its own rule",
+    "leaves outputs as they are, where qkit rounds them to int8-tensor-absmax",
+)
+
+
+@pytest.mark.parametrize(
+    ("weight", "more", "said"),
+    [
+        ("int4-g32-signed", {"activation": INT8}, [ROUNDS]),
+        (
+            "int4-g32-signed",
+            {"activation": TENSOR},
+            ["does not open int4-g32-signed with inputs on int8-tensor-absmax, dynamic"],
+        ),
+        ("int4-g32-signed", {"activation": qkit.Grid("int4", "row")}, ["does not open"]),
+        ("int4-g32-signed", {"activation": qkit.Grid("e4m3", "row")}, ["does not open"]),
+        ("int3-g64-signed", {"activation": qkit.Grid("int4", "row")}, [ROUNDS]),
+        ("int3-g64-signed", {"activation": TENSOR, "range": "calibrated"}, ["does not open"]),
+        ("int8-row-absmax", {"activation": TENSOR, "range": "calibrated"}, [ROUNDS]),
+        ("int8-row-absmax", {"activation": INT8, "output": TENSOR}, [ROUNDS, LEAVES]),
+        ("int4-row-signed", {"activation": TENSOR, "output": TENSOR, "range": "calibrated"}, [ROUNDS]),
+        ("int8-g64-absmax", {"output": TENSOR, "range": "calibrated"}, [LEAVES]),
+        ("e2m1-g16-nvfp4", {"activation": INT8}, ["does not open e2m1-g16-nvfp4 with inputs on int8-row-absmax"]),
+        (
+            "e4m3-row-rceil",
+            {"activation": INT8},
+            ["leaves inputs as they are beside e4m3-row-rceil, where qkit rounds them"],
+        ),
+        (
+            "e4m3-row-rceil",
+            {"activation": qkit.Grid("e2m1", 32)},
+            ["rounds inputs to e4m3 by token, where qkit rounds them"],
+        ),
+        ("e4m3-row-rceil", {"activation": qkit.Grid("e4m3", "row")}, [ROUNDS]),
+    ],
+)
+def test_rules_of_every_kind_are_told_as_vllm_takes_them(weight, more, said):
+    """As vLLM 0.32's `_get_scheme_from_parts` answered for each."""
+    rule = qkit.Rule(("*",), weight=qkit.Grid.parse(weight), **more)
+    found = list(sentences([StoredRule(rule, "float32", ("a",))], tied=False))
+    assert len(found) == len(said)
+    assert all(text.startswith(start) for text, start in zip(found, said, strict=True)), found

@@ -11,6 +11,7 @@ from qkit.exchange.diff import compare
 from qkit.exchange.export_model import export_mlx
 from qkit.exchange.import_model import read_model, to_artifact
 from qkit.training import run_from_table, train_model
+from qkit.training.folder import run_folder_of
 
 mlx_lm = pytest.importorskip("mlx_lm")
 mx = pytest.importorskip("mlx.core")
@@ -38,6 +39,11 @@ def test_a_run_trains_adapters_and_scales_and_merges_into_codes(tmp_path, name, 
     assert sum(row.codes for row in rows.values())
     assert any(row.scales for row in rows.values()) == (scales == "learned")
     assert not any(row.values for row in rows.values())
+    if imported:  # from the files of the adapter, too
+        model = qkit.load(tmp_path / "artifact", backend=name)
+        again = qkit.merge(qkit.adapters.load(model, run_folder_of(tmp_path / "out") / "adapter"))
+        qkit.save(again, tmp_path / "again", source=tmp_path / "artifact")
+        assert read_model(tmp_path / "again").digest() == made.digest()
     export_mlx(made, tmp_path / "exported")
     theirs, _ = mlx_lm.load(str(tmp_path / "exported"))
     tokens = np.frombuffer(TEXT.encode()[:33], np.uint8).astype(np.int32)[None]

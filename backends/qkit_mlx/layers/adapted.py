@@ -196,7 +196,7 @@ class _AdaptedConverted(_Adapted):
                 lambda _: slopes(unpack(self)),
             )  # fmt: skip
         return Merging(
-            self, CODES, base, self.lora_scale, "float32", self.rule.ste, grid.by_rows and not grid.read, on_grid, unclipped,
+            self, CODES, base, self.lora_scale, "float32", self.rule.ste, grid.by_rows, on_grid, unclipped,
             lambda merged: slopes(self._codes(merged)),
         )  # fmt: skip
 

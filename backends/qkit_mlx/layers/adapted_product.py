@@ -85,15 +85,12 @@ def multiply(
             if merging.ste == "masked":
                 to_v = rounding.masked(to_v, merging.unclipped(_merged(merging, base, factors)))
             gradients = through(to_v, base, *factors, scale=merging.scale)
+        to_gains = []
+        for one in gains:
+            with _after(merging, [to_x]):
+                to_gains.append(_to_gains(merging, factors, one, rows, seen))
         to_bias = [rows.sum(axis=0)] if len(more) > trained else []
-        return (to_x, *gradients, *[to_gains(base, factors, rows, seen, one) for one in gains], *to_bias)
-
-    def to_gains(
-        base: mx.array, factors: Sequence[mx.array], rows: mx.array, seen: mx.array, gains: mx.array
-    ) -> mx.array:
-        assert merging.slopes is not None
-        moved = seen @ merging.slopes(_merged(merging, base, factors)).astype(seen.dtype).T
-        return (UNIT * (rows * moved).astype(mx.float32).sum(axis=0)).astype(gains.dtype)
+        return (to_x, *gradients, *to_gains, *to_bias)
 
     function: Any = mx.custom_function(forward)
     function.vjp(backward)
@@ -102,7 +99,31 @@ def multiply(
 
 
 def _values(merging: Merging, factors: Sequence[mx.array], gains: Sequence[mx.array], dtype: DType) -> mx.array:
-    """The values [outputs, inputs] in `dtype`. Large ones are computed in blocks of rows, one after another.
+    """The values [outputs, inputs] in `dtype`."""
+
+    def values(v: mx.array, _: slice, *scaled: mx.array) -> mx.array:
+        return rounding.to_dtype(merging.on_grid(v, *scaled), dtype)
+
+    return _by_blocks(merging, factors, gains, values)
+
+
+def _to_gains(
+    merging: Merging, factors: Sequence[mx.array], gains: mx.array, rows: mx.array, seen: mx.array
+) -> mx.array:
+    """The gradient of the gains [outputs], from that of the output [n, outputs] and the input [n, inputs]."""
+
+    def gradient(v: mx.array, some: slice, _: mx.array) -> mx.array:
+        assert merging.slopes is not None
+        moved = rows[:, some] * (seen @ merging.slopes(v).astype(seen.dtype).T)
+        return (UNIT * moved.astype(mx.float32).sum(axis=0)).astype(gains.dtype)
+
+    return _by_blocks(merging, factors, [gains], gradient)
+
+
+def _by_blocks(
+    merging: Merging, factors: Sequence[mx.array], gains: Sequence[mx.array], function: Callable[..., mx.array]
+) -> mx.array:
+    """`function` of the merged weight, the rows that it has, and their gains. Large ones are computed in blocks, one by one.
 
     So only one block's temporary arrays are in memory, among them the decoded base. MLX would otherwise compute all at once.
     """
@@ -112,7 +133,7 @@ def _values(merging: Merging, factors: Sequence[mx.array], gains: Sequence[mx.ar
         with _after(merging, blocks[-1:], rows):
             some, scaled = _of_rows(factors, rows), [one[rows] for one in gains]
             v = _merged(merging, merging.base(rows.start, *scaled), some)
-            blocks.append(rounding.to_dtype(merging.on_grid(v, *scaled), dtype))
+            blocks.append(function(v, rows, *scaled))
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
 
 

@@ -27,14 +27,14 @@ class Files:
     def arrays(self) -> dict[str, mx.array]:
         """New arrays of all tensors."""
         opened: dict[str, Any] = {}
-        found = {}
+        found: dict[str, mx.array] = {}
         for name, tensor in self._tensors.items():
             file = _file_of(tensor)
             if file is not None and file not in opened:
                 opened[file] = mx.load(file)
-            array = opened[file].get(name) if file is not None else None
-            same = array is not None and tuple(array.shape) == tensor.shape and _named(array) == tensor.dtype.name
-            found[name] = array if same else self._copied(tensor)
+            array: mx.array | None = opened[file].get(name) if file is not None else None
+            same = array is not None and array.shape == tensor.shape and _named(array) == tensor.dtype.name
+            found[name] = array if array is not None and same else self._copied(tensor)
         return found
 
 

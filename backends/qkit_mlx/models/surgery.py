@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qkit.artifact.known import stays_float32
 from qkit.engines.layer import Layer, Mode, is_head_path
 from qkit.errors import ArtifactError, BackendError
 from qkit.experts import is_router
@@ -70,6 +71,10 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     return modules.get("", model)
 
 
+#: Buffers that old files hold under every layer, and that are computed.
+COMPUTED = ("inv_freq", "position_ids")
+
+
 def tensors(model: nn.Module) -> dict[str, mx.array]:
     """Every stored array by name, each once, except the quantized weights of converted layers.
 
@@ -81,7 +86,8 @@ def tensors(model: nn.Module) -> dict[str, mx.array]:
 def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collection[str] = (), within: str = "") -> None:
     """Writes `arrays` to the places of `tensors(model)`, except the names in `without`; casts half precision up to float32.
 
-    If the names differ, the model's own `sanitize` translates them first. Only names that begin with `within` are written.
+    If the names differ, the model's own `sanitize` translates them first. Only names that begin with `within` are written. In a
+    model whose configuration says half precision, float32 is cast, or stays, as in transformers.
 
     Raises:
         ArtifactError: a name, a shape or a type does not fit, or a name is missing. Nothing was written then.
@@ -93,6 +99,7 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
     slots = {
         name: (container, key) for name, container, key in _slots(model) if name not in missing
     }  # `sanitize` drops heads
+    arrays = {name: array for name, array in arrays.items() if name in slots or name.rpartition(".")[2] not in COMPUTED}
     for name in [*slots, *arrays]:
         if name not in arrays:
             raise ArtifactError(f"{name} is missing: the model has it, and the artifact does not")
@@ -104,17 +111,21 @@ def fill(model: nn.Module, arrays: Mapping[str, mx.array], *, without: Collectio
         want, shape = tuple(container[key].shape), tuple(arrays[name].shape)
         if want != shape:
             raise ArtifactError(f"{name} has shape {shape}, and the model wants {want}: is it another architecture?")
-        if not _fits(arrays[name].dtype, container[key].dtype):
+        if not _fits(arrays[name].dtype, container[key].dtype, model):
             raise ArtifactError(
                 f"{name} is {arrays[name].dtype} in the file and {container[key].dtype} in the model: cast the model"
             )
     for name, (container, key) in slots.items():
         if name.startswith(within):
-            container[key] = arrays[name].astype(container[key].dtype)
+            stays = arrays[name].dtype == mx.float32 and stays_float32(name, getattr(model, "qkit_config", None))
+            container[key] = arrays[name] if stays else arrays[name].astype(container[key].dtype)
 
 
-def _fits(dtype: mx.Dtype, want: mx.Dtype) -> bool:
-    return dtype == want or (want == mx.float32 and dtype in (mx.bfloat16, mx.float16))
+def _fits(dtype: mx.Dtype, want: mx.Dtype, model: nn.Module) -> bool:
+    config = getattr(model, "qkit_config", None) or {}
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    cast = dtype == mx.float32 and said in ("bfloat16", "float16") and want == getattr(mx, said)
+    return dtype == want or cast or (want == mx.float32 and dtype in (mx.bfloat16, mx.float16))
 
 
 # Walking. An MLX module is a dict of arrays, modules, lists and dicts; the same module may be registered twice.

@@ -13,7 +13,7 @@ from qkit import element as constants
 from qkit.element import Element
 from qkit.grid import Grid
 from qkit.reference import rounding
-from qkit.reference.fitting import COLUMNS, REFITS
+from qkit.reference.fitting import COLUMNS, REFITS, WINDOW
 from qkit.reference.objectives import WIDEST, damping_of, pull_of
 from qkit.reference.steps import BLOCK_CODES, LEAST, LEAST_OF_WIDE, MOST, STEPS
 from qkit_torchao.arithmetic import exact_products
@@ -145,24 +145,41 @@ def _descend(
 ) -> bool:
     high, low = known.parts
     n, group, changed = len(units), len(units) // len(s), False
-    for start in range(0, n, width := max(group, COLUMNS // group * group)):
+    for start in range(0, n, width := max(group, WINDOW // group * group)):
         window = slice(start, min(start + width, n))
-        r, moved = residual[window].clone(), torch.zeros_like(residual[window])
-        for first in range(0, len(r), group):
-            here, place = slice(first, first + group), slice(start + first, start + first + group)
-            mine = place.start // group
-            within = (high[place, place], low[place, place])
-            moved[here] = _rescale(units[place], s[mine], r[here], within, known.damping, grid, tensor)
-            curvature = known.diagonal[place] + known.damping
-            moved[here] += _recode(units[place], s[mine], z[mine], r[here], within, curvature, grid)
-            if first + group < len(r):
-                beyond = slice(place.stop, window.stop)
-                r[first + group :] -= exact_products.product((high[beyond, place], low[beyond, place]), moved[here])
+        moved = _descend_window(units, s, z, residual[window].clone(), window, known, grid, tensor)
         if bool(moved.any()):
             residual -= exact_products.product((high[:, window], low[:, window]), moved)
             residual[window] -= known.damping * moved
             changed = True
     return changed
+
+
+def _descend_window(
+    units: Tensor, s: Tensor, z: Tensor, r: Tensor, window: slice, known: DeviceMoments, grid: Grid, tensor: float
+) -> Tensor:
+    high, low = known.parts
+    group, moved = len(units) // len(s), torch.zeros_like(r)
+    for first in range(0, len(r), width := max(group, COLUMNS // group * group)):
+        part = slice(first, min(first + width, len(r)))
+        own = r[part].clone()
+        for at in range(0, len(own), group):
+            here, begin = slice(at, at + group), window.start + first + at
+            place, mine = slice(begin, begin + group), begin // group
+            within = (high[place, place], low[place, place])
+            move = _rescale(units[place], s[mine], own[here], within, known.damping, grid, tensor)
+            curvature = known.diagonal[place] + known.damping
+            move += _recode(units[place], s[mine], z[mine], own[here], within, curvature, grid)
+            moved[first + at : first + at + group] = move
+            if at + group < len(own):
+                beyond = slice(place.stop, window.start + part.stop)
+                own[at + group :] -= exact_products.product((high[beyond, place], low[beyond, place]), move)
+        if part.stop < len(r):
+            beyond, done = (
+                slice(window.start + a, window.start + b) for a, b in ((part.stop, len(r)), (first, part.stop))
+            )
+            r[part.stop :] -= exact_products.product((high[beyond, done], low[beyond, done]), moved[part])
+    return moved
 
 
 def _rescale(units: Tensor, s: Tensor, r: Tensor, within: Halves, damping: float, grid: Grid, tensor: float) -> Tensor:

@@ -62,6 +62,6 @@ def unit_upper(h: Tensor) -> Tensor:
     if h.is_cuda:
         from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
 
-        if not nvrtc.why_not():
+        if not nvrtc.why_not(h.device):
             return cuda_fit.unit_upper(h)
     return exact_products.unit_upper(h)

@@ -5,8 +5,6 @@ of U columns is U b / 32 words; code i of word w is column 2 W (i // 2) + 2 w + 
 A row is its words of the first plane, then those of the second. Columns are padded to whole units, with code 0.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +23,6 @@ LONGEST = 128  #: columns of the longest unit
 SHORTEST = 32  #: of the shortest whose planes are whole words, whatever their width; 16 do for four bits and more
 
 
-@cache
 def unit(grid: Grid, inputs: int) -> int:
     """Columns of a unit of rows of `inputs`: where it can be, a divisor of a group, so that a word has one scale."""
     group = grid.group if isinstance(grid.group, int) else inputs

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qkit.engines.kept import Kept
-from qkit_torchao.cache.shard import Shard
+from qkit_torchao.cache.shard import SHARDS
 from qkit_torchao.kernels import graphs
 from qkit_torchao.torch_private import is_transformed, version
 
@@ -45,7 +45,7 @@ def state(weight: Tensor) -> tuple[Any, ...]:
     """
     global _hook
     _hook = _hook or register_optimizer_step_post_hook(_count_step)
-    device, is_part = weight.device, type(weight) is Shard
+    device, is_part = weight.device, type(weight) in SHARDS
     return (
         weight.changes() if is_part else version(weight),  # type: ignore[attr-defined]
         weight.data_ptr(),

@@ -26,7 +26,7 @@ class Source(Protocol):
 
 
 class Shard(Tensor):
-    """The local part of a sharded weight. FSDP2 gathers the values of its `source` in its place.
+    """The local part of a sharded weight. FSDP2 gathers the values of its `source` in its place, see `shard_group`.
 
     Everything but `CARRIED` makes plain tensors of it, so that neither checkpoints nor optimizers meet its class.
     """
@@ -41,21 +41,6 @@ class Shard(Tensor):
             if func in CARRIED and isinstance(args[0], Shard):
                 become_shard(result, args[0].source)
         return result
-
-    @property
-    def fsdp_pre_all_gather(self) -> Any:
-        """FSDP2's first hook: the tensors to gather, and nothing for the second hook."""
-        if not self.source.gathers():
-            raise AttributeError("fsdp_pre_all_gather")
-
-        return _Gather(self)
-
-    @property
-    def fsdp_post_all_gather(self) -> Any:
-        """FSDP2's second hook: the gathered values are the weight."""
-        if not self.source.gathers():
-            raise AttributeError("fsdp_post_all_gather")
-        return _gathered
 
     def changes(self) -> int:
         """Grows with every in-place change that torch counts, of this part or of the whole weight."""
@@ -72,13 +57,35 @@ class Shard(Tensor):
         return copy
 
 
+class AskedShard(Shard):
+    """A shard that FSDP2 asks for the tensor to gather, by its two hooks."""
+
+    @property
+    def fsdp_pre_all_gather(self) -> Any:
+        """FSDP2's first hook: the tensors to gather, and nothing for the second hook."""
+        if not self.source.gathers():
+            raise AttributeError("fsdp_pre_all_gather")
+
+        return _Gather(self)
+
+    @property
+    def fsdp_post_all_gather(self) -> Any:
+        """FSDP2's second hook: the gathered values are the weight."""
+        if not self.source.gathers():
+            raise AttributeError("fsdp_post_all_gather")
+        return _gathered
+
+
+SHARDS = (Shard, AskedShard)
+
+
 class _Gather:
     """FSDP2's first hook. It brings its own signature: FSDP asks for it at every gather, and finding it takes long."""
 
     __slots__ = ("shard",)
     __signature__: ClassVar[Signature]
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: AskedShard) -> None:
         self.shard = shard
 
     def __call__(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> Any:
@@ -91,10 +98,10 @@ _Gather.__signature__ = signature(_Gather.__call__).replace(
 )
 
 
-def become_shard(tensor: Tensor, source: Source) -> None:
+def become_shard(tensor: Tensor, source: Source, *, asked: bool = True) -> None:
     """Makes the plain `tensor` a `Shard`, in place; FSDP and optimizers keep the object that they know."""
-    if type(tensor) in (Tensor, Shard):
-        tensor.__class__ = Shard
+    if type(tensor) in (Tensor, *SHARDS):
+        tensor.__class__ = AskedShard if asked else Shard
         tensor.source = source  # type: ignore[attr-defined]
 
 

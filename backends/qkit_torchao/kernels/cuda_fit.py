@@ -11,7 +11,7 @@ from qkit import element as constants
 from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.reference import rounding
-from qkit.reference.fitting import COLUMNS
+from qkit.reference.fitting import COLUMNS, WINDOW
 from qkit.reference.objectives import damping_of, pull_of
 from qkit.reference.products import BLOCK, LONGEST
 from qkit.reference.steps import LEAST, LEAST_OF_WIDE, MOST, STEPS
@@ -124,14 +124,33 @@ class Loops(column_loops.Loops):
         """See `column_loops.Loops.descend`."""
         (n, rows), (high, low) = units.shape, self._known.parts
         changed = torch.zeros(1, dtype=torch.int32, device=units.device)
-        moved, split = units.new_empty(COLUMNS, rows), units.new_empty(3 * COLUMNS, rows)
-        for start in range(0, n, COLUMNS):
-            count = min(COLUMNS, n - start)
-            given = units, s, self._z, residual, high, low, self._known.diagonal, self._facts, moved, split, changed
-            _launch(DESCEND, self._constants, (-(-rows // ROWS), 1), given, (rows, n, start, count))
-            left = torch.cat([high[:, start : start + count], low[:, start : start + count]], 1)
+        moved, parts = units.new_empty(WINDOW, rows), units.new_empty(3 * COLUMNS, rows)
+        for start in range(0, n, WINDOW):
+            end = min(start + WINDOW, n)
+            r = residual[start:end].clone()
+            for first in range(start, end, COLUMNS):
+                after, at = min(first + COLUMNS, end), first - start
+                given = (
+                    units,
+                    s,
+                    self._z,
+                    r[at:],
+                    high,
+                    low,
+                    self._known.diagonal,
+                    self._facts,
+                    moved[at:],
+                    parts,
+                    changed,
+                )
+                _launch(DESCEND, self._constants, (-(-rows // ROWS), 1), given, (rows, n, first, after - first))
+                if after < end:
+                    left = torch.cat([high[after:end, first:after], low[after:end, first:after]], 1)
+                    _subtract(r[after - start :], left, parts[: 3 * (after - first)], after - first)
+            top, rest = halves(moved[: end - start], 0)
+            left = torch.cat([high[:, start:end], low[:, start:end]], 1)
             window = moved, self._facts[DAMPING:], start
-            _subtract(residual, left, split[: 3 * count], count, window)
+            _subtract(residual, left, torch.cat([top, rest, top]), end - start, window)
         return bool(changed)
 
 

@@ -12,7 +12,7 @@
 
 #include "doubles.cuh"
 
-constexpr u32 WIDTH = 128;  // inputs of a window, which change before all others are updated
+constexpr u32 WIDTH = 128;  // inputs that change before others are updated
 constexpr u32 STEPS = 20;  // scales of integers to try
 constexpr u32 AHEAD = GROUP <= 32 ? GROUP : 8;  // of a loop over a group, steps at once: registers have no room for long ones
 
@@ -254,8 +254,9 @@ ENTRY feed(
         halve(errors[i * stride], e, top[i * stride], rest[i * stride]);
 }
 
-// A window of `fitting._descend`. high, low [inputs, inputs]; moved [count, rows]: how far values moved; parts [3 count, rows]: the high
-// halves of that, the low ones, and the high ones; `changed` gets a one if any did.
+// A part of a window of `fitting._descend`: `count` inputs from `start` on, as are the rows of residual, moved and parts. high, low
+// [inputs, inputs]; moved [count, rows]: how far values moved; parts [3 count, rows]: the high halves of that, the low ones, and the
+// high ones; `changed` gets a one if any did.
 ENTRY descend(
     double *units, double *s, const double *zeros, const double *residual, const double *high, const double *low, const double *diagonal,
     const Facts *known, double *moved, double *parts, u32 *changed, u32 rows, u32 inputs, u32 start, u32 count
@@ -265,7 +266,7 @@ ENTRY descend(
     if (row >= rows) return;
     const Facts &facts = *known;
     const u64 stride = rows, corner = (u64)start * inputs + start;
-    units += start * stride + row, residual += start * stride + row, moved += row, parts += row;
+    units += start * stride + row, residual += row, moved += row, parts += row;
     s += start / GROUP * stride + row, zeros += start / GROUP * stride + row, high += corner, low += corner, diagonal += start;
     for (u32 i = 0; i < count; i++) kept[i][lane] = residual[i * stride];
     Halves halves;

@@ -29,26 +29,27 @@ log = logging.getLogger("qkit")
 def why_not(device: torch.device) -> str:
     """Why nothing can be compiled for the GPU `device`, and the way out; empty where it can."""
     try:
+        from cuda import bindings
         from cuda.bindings import nvrtc
     except ImportError:
         return "cuda-bindings is not installed: pip install 'qkit-quant[cuda]'"
+    has, wants = (
+        str(text).partition(".")[0] for text in (bindings.__version__, torch.version.cuda or bindings.__version__)
+    )
+    package = "nvidia-cuda-nvrtc" + ("-cu12" if has == "12" else "")
     try:
         version = _done(nvrtc.nvrtcVersion())
         (known,) = _done(nvrtc.nvrtcGetSupportedArchs())
     except Exception as error:  # the package has several classes for a library that is not there
-        return f"NVRTC does not load ({str(error).partition(chr(10))[0]}): pip install {_distribution()}"
+        missing = package if has == wants else f"'cuda-bindings=={wants}.*'"  # torch brings NVRTC of its own CUDA
+        return f"NVRTC does not load ({str(error).partition(chr(10))[0]}): pip install {missing}"
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor not in known:
         return (
             f"NVRTC {'.'.join(map(str, version))} has no {torch.cuda.get_device_name(device)}, of compute capability "
-            f"{major}.{minor}: pip install --upgrade {_distribution()}"
+            f"{major}.{minor}: pip install --upgrade {package}"
         )
     return ""
-
-
-def _distribution() -> str:
-    """The package that has NVRTC for torch's CUDA."""
-    return "nvidia-cuda-nvrtc" + ("-cu12" if (torch.version.cuda or "").startswith("12.") else "")
 
 
 class Kernel:

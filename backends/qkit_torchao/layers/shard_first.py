@@ -16,9 +16,10 @@ from qkit.errors import StageError
 from qkit.fused import shares
 from qkit_torchao.cache import identity, values
 from qkit_torchao.cache.identity import KeptOfTensor
-from qkit_torchao.cache.shard import Shard, become_shard
+from qkit_torchao.cache.shard import AskedShard, Shard, become_shard
 from qkit_torchao.layers import spread
 from qkit_torchao.layers.gates import gate
+from qkit_torchao.layers.shard_group import Member, refresh_others
 from qkit_torchao.layers.straight_through import masked
 from qkit_torchao.torch_private import (
     fsdp_parameters,
@@ -42,9 +43,11 @@ class LayerSource:
         others: weak references to the sharded weights that share the tensor scale; None before they are looked for.
         memory: by type, the padded tensor to gather, and a view of it for the values of the shard.
         latest: the type, rule and mode of the last values that depend on the shard alone, their gate, and their `memory`.
+        member: its place among the weights that FSDP gathers together; None where FSDP does not know the weight.
     """
 
-    def __init__(self, layers: list[Any], outer: Any) -> None:
+    def __init__(self, layers: list[Any], outer: Any, record: Any = None) -> None:
+        self.member: Member | None = None if record is None else Member(record)
         self.layers, self.outer = [ref(layer) for layer in layers], ref(outer)
         self.found: tuple[type, bool] | None = None
         self.agreed: Any = None
@@ -81,6 +84,8 @@ class LayerSource:
 
         FSDP gathers every weight twice a step on the thread that feeds the device, so that `latest` saves all but one check.
         """
+        if type(shard) is AskedShard and self.member is not None:
+            refresh_others(self, policy)
         layer, dtype = self.layers[0](), policy.param_dtype or shard.dtype
         known, rule, mode, on, target, padded = self.latest
         same = known is dtype and layer is not None and rule is layer.rule and mode == layer.mode and layer.training
@@ -187,7 +192,10 @@ def install(layer: Any) -> None:
 def holds_values(record: Any) -> bool:
     """Whether the weight that FSDP gathered, of one of `fsdp_parameters`, holds values, and not master weights."""
     part: Any = local_part(record.sharded_param)
-    return isinstance(part, Shard) and part.source.alike()  # type: ignore[attr-defined]
+    if not isinstance(part, Shard):
+        return False
+    source: Any = part.source
+    return source.alike() and (source.member is None or source.member.holds_values(part))
 
 
 def drop(weight: Tensor) -> None:
@@ -215,6 +223,7 @@ def release(layer: Any) -> None:
         if layer in users(record):
             part: Any = local_part(record.sharded_param)
             if isinstance(part, Shard):
+                become_shard(part, part.source)
                 part.source.found = None  # type: ignore[attr-defined]
             if gathered_tensor(record) is layer.weight:
                 owner.reshard()  # type: ignore[operator]
@@ -229,7 +238,7 @@ def _install(record: Any, outer: Any, layers: list[Any]) -> None:
         return
     if not _alike(layers) or spread.splits_groups(part, outer, layers[0].weight_grid):
         return
-    source = LayerSource(layers, outer)
+    source = LayerSource(layers, outer, record)
     become_shard(part, source)
     take_hooks(record)
     if outer.requires_grad:

@@ -6,6 +6,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 from models import build
+from safetensors.numpy import load_file, save_file
 from tables import BUILDERS as ENGINES
 
 import qkit
@@ -201,6 +202,40 @@ def test_files_of_an_adapter_hold_its_gains(name, tmp_path):
 
 
 @known_engines
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (None, r"qkit_gains\.safetensors lacks the gains of model\.layers"),
+        (lambda gains: gains[1:], r"qkit_gains\.safetensors: model\.layers\S+: an adapter's gains are"),
+        (lambda gains: gains * np.float32("nan"), r"qkit_gains\.safetensors: model\.layers\S+: an adapter holds a NaN"),
+        (b"no safetensors", r"qkit_gains\.safetensors"),
+    ],
+)
+def test_a_folder_without_the_gains_that_it_was_saved_with_is_refused(name, damage, says, tmp_path):
+    _, model = trained(name, "affine", parts=())
+    adapters.save(model, tmp_path)
+    file = tmp_path / "qkit_gains.safetensors"
+    held = load_file(file)
+    file.unlink()
+    if isinstance(damage, bytes):
+        file.write_bytes(damage)
+    elif damage:
+        save_file({path: np.ascontiguousarray(damage(one)) for path, one in held.items()}, file)
+    with pytest.raises(qkit.ArtifactError, match=says):
+        adapters.load(bases(name, "affine")[1], tmp_path)
+
+
+@known_engines
+def test_an_adapter_without_gains_in_the_place_of_one_with_gains_has_none(name, tmp_path):
+    _, model = trained(name, "affine")
+    adapters.save(model, tmp_path)
+    engine, base = bases(name, "affine")
+    adapters.save(qkit.adapt(base, Adapter(rank=4, scales="stored")), tmp_path)
+    opened = adapters.load(bases(name, "affine")[1], tmp_path)
+    assert all(engine.adapter_update(one.module).gains is None for one in engine.layers(opened) if one.adapter)
+
+
+@known_engines
 def test_gains_for_a_base_that_cannot_have_them_are_refused(name, tmp_path):
     _, model = trained(name, "")
     adapters.save(model, tmp_path)
@@ -251,3 +286,42 @@ def test_a_wish_that_makes_no_sense_is_refused():
             1.0,
             gains=np.zeros(len(q.codes) + 1, np.float32),
         )
+
+
+@pytest.mark.skipif("torchao" not in KNOWN, reason="needs torch")
+@pytest.mark.parametrize("base", ["", "affine"])
+@pytest.mark.parametrize("mode", ["off", "on"])
+@pytest.mark.parametrize("ste", ["identity", "masked"])
+def test_compiled_code_has_the_outputs_and_gradients_of_eager_code(base, mode, ste):
+    import torch
+
+    _, model = trained("torchao", base, parts=(mode,))
+    layer = next(layer for layer in qkit.backend("torchao").layers(model) if layer.adapter)
+    module, x = (
+        layer.module.train(),
+        torch.from_numpy(TOKENS[:, :1].astype(np.float32) @ np.ones((1, layer.shape[1]), np.float32)),
+    )
+    module.rule = replace(module.rule, ste=ste)
+
+    def outcome(function):
+        module.zero_grad()
+        y = function(x)
+        (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
+        return [y.detach(), *(one.grad.clone() for one in module.adapter_parameters())]
+
+    eager, compiled = outcome(module), outcome(torch.compile(module, backend="aot_eager"))
+    assert len(eager) == 4
+    for some, others in zip(eager, compiled, strict=True):
+        np.testing.assert_allclose(some, others, rtol=0, atol=1e-5 * some.abs().max())  # sums in another order
+
+
+@pytest.mark.skipif("torchao" not in KNOWN, reason="needs torch")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft 0.21 on transformers 5
+def test_peft_and_mlx_lm_open_such_an_adapter_without_its_gains(tmp_path):
+    peft = pytest.importorskip("peft")
+    tuner = pytest.importorskip("mlx_lm.tuner.utils")
+    _, model = trained("torchao", "affine")
+    for layout in ("peft", "mlx-lm"):
+        adapters.save(model, tmp_path / layout, layout=layout)
+    peft.PeftModel.from_pretrained(build("torchao"), tmp_path / "peft")
+    tuner.load_adapters(build("mlx"), str(tmp_path / "mlx-lm"))

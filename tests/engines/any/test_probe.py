@@ -87,3 +87,25 @@ def test_parity_of_everything_probes_layers_too():
         ("mxfp4", t) for t in ("float32", "bfloat16", "float16")
     ]
     assert all(row["exact"] for row in rows)
+
+
+@pytest.mark.skipif("torchao" not in ENGINES, reason="torch")
+@pytest.mark.parametrize("command", [["backends", "--probe"], ["parity", "int4-g64", "--size", "10"]])
+def test_engines_that_do_not_work_on_the_device_are_left_out_by_name(command, monkeypatch):
+    """A GPU machine with MLX for CPUs, too: each engine has devices of its own."""
+
+    def elsewhere(self, device):
+        raise qkit.BackendError(f"no {device} here")
+
+    monkeypatch.setattr(qkit, "recipes", lambda: ["int4-g64"])
+    for name in (*ENGINES, "numpy"):
+        if name != "torchao":
+            monkeypatch.setattr(type(qkit.backend(name)), "on", elsewhere)
+    done = runner.invoke(application, [*command, "--device", "cpu"])
+    assert done.exit_code == 0
+    assert ("left out: numpy: no cpu here" in done.output) == (command[0] == "parity")
+    assert "torchao" in done.stdout
+    monkeypatch.setattr(type(qkit.backend("torchao")), "on", elsewhere)
+    refused = runner.invoke(application, [*command, "--device", "cpu"])
+    assert isinstance(refused.exception, qkit.BackendError)
+    assert "no engine works on 'cpu'" in str(refused.exception)

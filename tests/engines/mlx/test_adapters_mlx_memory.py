@@ -1,5 +1,7 @@
 """Adapters in MLX: the merged weight of a large layer is computed in blocks of rows, with the same bits and little memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,22 +13,43 @@ from mlx.utils import tree_flatten  # noqa: E402
 from qkit_mlx.layers import adapted_product  # noqa: E402
 
 import qkit  # noqa: E402
+from qkit.testing.read_tensors import read_tensor  # noqa: E402
 
 RECIPES = ["int4-g32", "int3-g32", "mxfp4-a16", "nvfp4-a16"]
 WIDTH, PAIRS = 512, 4
 
 
-def adapted(base, recipe, kind, *, dithered):
+def adapted(base, recipe, kind, *, dithered, scales=None):
     """A layer of 70 rows, which 16 blocks do not divide, with an adapter whose B is not zero."""
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(64, 70))
-    model = qkit.prepare(model, recipe) if base == "prepared" else qkit.convert(model, recipe)
-    model = qkit.adapt(model, qkit.Adapter(rank=4, kind=kind))
+    own = "int4-g32" if base == "read" else recipe
+    model = qkit.prepare(model, own) if base == "prepared" else qkit.convert(model, own)
+    if base == "read":
+        (layer,) = qkit.backend("mlx").layers(model)
+        model.layers[0] = qkit.backend("mlx").pack(layer.module, *read(recipe, layer.rule))
+    model = qkit.adapt(model, qkit.Adapter(rank=4, kind=kind, scales=scales))
     (layer,) = model.layers
+    if "lora_gains" in layer:
+        layer.lora_gains = mx.random.normal(layer.lora_gains.shape) * 0.1
     layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.1
     layer.lora_dithered = dithered
     model.train()
     return model
+
+
+def read(grid, rule):
+    """A weight of that layer on a read grid, and its rule."""
+    q = read_tensor(qkit.Grid.parse(grid), "float32", "float16")
+    random = np.random.default_rng(7)
+    parts = {name: np.resize(one, (70, one.shape[-1] // 2)) for name, one in q.parts().items() if one.ndim}
+    for name, one in parts.items():  # scales of the size of a model's
+        if one.dtype == np.float16:
+            parts[name] = (random.standard_normal(one.shape) * 0.1).astype(np.float16)
+        elif name == "scales":
+            parts[name] = random.integers(120, 126, one.shape).astype(np.uint8)
+    q = replace(q, **parts)
+    return q.map(qkit.backend("mlx").from_numpy), replace(rule, weight=q.grid)
 
 
 def outcome(model):
@@ -46,6 +69,29 @@ def test_blocks_of_rows_change_no_bit(monkeypatch, recipe, base, dithered, kind)
     assert want.keys() == found.keys()
     for name, one in want.items():
         assert np.array_equal(found[name], one), name
+
+
+@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize(
+    ("base", "name", "scales"),
+    [
+        ("converted", "int4-g32", "learned"),
+        *(("read", f"int4-g32-{kind}", "learned") for kind in ("affine", "stored", "stored-zeros")),
+        ("read", "e2m1-g32-stored-e8m0", "stored"),
+        ("read", "e4m3-g32-stored", "learned"),
+    ],
+)
+def test_nor_where_scales_are_those_of_a_file_or_learned(monkeypatch, base, name, scales, off):
+    made = []
+    for large in (adapted_product.LARGE, 1):
+        monkeypatch.setattr(adapted_product, "LARGE", large)
+        model = adapted(base, name, "lora", dithered=True, scales=scales)
+        if off:
+            qkit.backend("mlx").switch_mode(model.layers[0], "off")
+        made.append(outcome(model))
+    assert made[0].keys() == made[1].keys()
+    for part, one in made[0].items():
+        assert np.array_equal(made[1][part], one), part
 
 
 class Pairs(nn.Module):

@@ -141,6 +141,7 @@ def test_kernels_begin_early_only_on_devices_that_can(monkeypatch, capability, a
     )
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.driver = driver
+    package.bindings = bindings
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
@@ -163,13 +164,19 @@ def test_without_nvrtc_the_way_out_is_named(monkeypatch):
 
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.nvrtc = SimpleNamespace(nvrtcVersion=missing)
+    package.bindings = bindings
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     gpu = torch.device("cuda", 0)
     nvrtc.why_not.cache_clear()
     try:
-        for cuda, package in (("13.0", "nvidia-cuda-nvrtc"), ("12.8", "nvidia-cuda-nvrtc-cu12")):
+        for cuda, version, package in (
+            ("13.0", "13.2.0", "nvidia-cuda-nvrtc"),
+            ("12.8", "12.9.1", "nvidia-cuda-nvrtc-cu12"),
+            ("12.8", "13.2.0", "'cuda-bindings==12.*'"),
+        ):
             monkeypatch.setattr(torch.version, "cuda", cuda)
+            bindings.__version__ = version
             assert nvrtc.why_not(gpu) == f"NVRTC does not load (libnvrtc.so.13 is not found): pip install {package}"
             nvrtc.why_not.cache_clear()
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
@@ -184,6 +191,8 @@ def test_a_gpu_that_nvrtc_does_not_know_is_named_and_gets_no_products(monkeypatc
 
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0), nvrtcGetSupportedArchs=lambda: (0, [80, 90, 120]))
+    bindings.__version__ = "13.0.1"
+    package.bindings = bindings
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA New")

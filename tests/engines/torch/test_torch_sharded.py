@@ -158,6 +158,16 @@ def test_layers_that_share_a_tensor_scale_share_it_over_processes(seen):
     assert all(one["shards"]["fused"]["wrong"] == 0 for one in seen)
 
 
+def test_weights_that_are_gathered_together_are_asked_for_once_and_follow_every_change(seen):
+    for one in seen:
+        assert one["shards"]["block"]["wrong"] == 0
+        found = one["shards"]["together"]
+        assert found.keys() == {"trained", "q_proj assigned", "k_proj assigned", "another grid"}
+        for losses, asked, wrong, count in found.values():
+            assert (asked, wrong, count) == (1, 0, 51 * 64 + 3 * 33 * 64)
+            assert losses[0] != pytest.approx(losses[-1], rel=NEAR)
+
+
 def test_the_gradient_of_clipped_weights_is_masked_where_they_lie(seen):
     model = shards.build(shards.Net, shards.GRID, ste="masked")
     want = train(model, shards.adam(model), autocast=True)

@@ -1,0 +1,45 @@
+"""Adapters on experts in whole runs: resumed to the same bytes, merged and reloaded without a gap, on every engine."""
+
+import numpy as np
+import pytest
+from models import make
+from runs import LENGTH, TEXT, codes_of, losses, same_run, stopping, table
+from tables import MODULES
+
+import qkit
+from qkit.training import run_from_table, train_model
+
+pytest.importorskip("transformers")
+
+ENGINES = [name for name in ("torchao", "mlx") if name in MODULES]
+TOKENS = np.random.default_rng(5).integers(0, 256, (2, 20)).astype(np.int32)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["prepared", "from codes"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_run_with_adapters_on_experts_resumes_and_deploys_without_a_gap(backend, family, quantized, tmp_path):
+    engine = qkit.backend(backend)
+    make(tmp_path / "model", family)
+    (tmp_path / "text.txt").write_text(TEXT)
+    model = qkit.convert(qkit.load(tmp_path / "model", backend=backend), "int4-g32")
+    qkit.save(model, tmp_path / "codes")
+    run = table(tmp_path, backend=backend, steps=6, checkpoint_every=3, length=LENGTH, learning_rate=2e-2)
+    run["adapter"] = {"rank": 4, "match": ["*.experts"]}
+    if quantized:
+        run = {**run, "model": str(tmp_path / "codes")}
+        del run["recipe"]
+    with stopping(3) as tell:
+        train_model(run_from_table(run), tell=tell)
+    train_model(run_from_table(run))
+    train_model(run_from_table({**run, "out": str(tmp_path / "whole")}))
+    assert same_run(tmp_path / "out", tmp_path / "whole")
+    found = losses(tmp_path / "out")
+    assert found[-1] < found[0]
+    one = qkit.load(tmp_path / "out", backend=backend)
+    before, after = codes_of(tmp_path / "codes"), codes_of(tmp_path / "out")
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert all(".experts." in path for path in moved)
+    assert len(moved) >= 12  # every projection of every expert of a block
+    other = qkit.load(tmp_path / "whole", backend=backend)
+    assert np.array_equal(engine.logits(one, TOKENS), engine.logits(other, TOKENS))
