@@ -17,7 +17,7 @@ from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference import rounding
 from qkit.reference.scale_rules import Floats, round_to_bfloat16
 
-UNIT = 1.0  #: a scale is multiplied by 1 + UNIT * gain; a power of two, so that this product is exact
+UNIT = 2.0  #: a scale is multiplied by 1 + UNIT * gain; a power of two, so that this product is exact
 LIMITS = 0.5, 2.0  #: of that factor, so that no scale changes its sign or becomes zero
 SMALLEST = 2.0**-125  #: scales below it stay as they are: some devices have no subnormal numbers
 #: The largest number of each type of scales.
