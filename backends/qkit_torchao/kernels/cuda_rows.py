@@ -1,0 +1,49 @@
+"""Products of many rows of int8 codes on CUDA: tiles by the device, and launches. The device code is in `triton_rows`."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qkit_torchao.kernels import triton_rows
+from qkit_torchao.kernels.cuda import INTERPRETED, device_of
+from qkit_torchao.kernels.launches import Kernel
+
+ALIGNED = 16  #: bytes; Triton compiles another form for addresses and counts that are multiples
+BAND = 8  #: tiles of rows that share codes in the cache
+LARGE = (128, 256, 128, 8)  #: rows, outputs, inputs and warps of a tile: 144 KB of shared memory in three stages
+SMALL = (64, 128, 64, 4)
+
+
+def rows_product(
+    x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """int8 x [rows, inputs] times int8 codes [outputs, inputs], exact, times steps [rows, 1] and scales [outputs or 1], plus bias.
+
+    In float32 and in this order after the sums; rounded once to `dtype`.
+    """
+    (count, inputs), outputs = x.shape, codes.shape[0]
+    out = torch.empty(count, outputs, dtype=dtype, device=x.device)
+    tensors = x.contiguous(), codes.contiguous(), steps.contiguous(), scales.contiguous(), bias, out
+    rows, across, deep, warps = _tile(x.device)
+    aligned = tuple(None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors)
+    one = scales.numel() == 1
+    key = (x.device, inputs, one, outputs % ALIGNED == 0, aligned)
+    with device_of(x):
+        _product(
+            key, -(-count // rows) * -(-outputs // across),
+            (*tensors, count, outputs, inputs, one, rows, across, deep, BAND, INTERPRETED), warps=warps,
+        )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=16)
+def _tile(device: torch.device) -> tuple[int, int, int, int]:
+    if INTERPRETED:
+        return SMALL
+    rows, across, deep, _ = LARGE
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return LARGE if shared >= 3 * (rows + across) * deep else SMALL
+
+
+_product = Kernel(triton_rows.rows_product)
