@@ -1,6 +1,7 @@
 """Products of many rows of int8 codes on CUDA: tiles by the device, and launches. The device code is in `triton_rows`."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ SMALL = (64, 128, 64, 4)
 def rows_product(
     x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """int8 x [rows, inputs] times int8 codes [outputs, inputs], exact, times steps [rows, 1] and scales [outputs or 1], plus bias.
+    """int8 x [rows, inputs] by int8 codes [outputs, inputs], exact, times steps [rows, 1] and scales [outputs or 1], plus bias.
 
     In float32 and in this order after the sums; rounded once to `dtype`.
     """
@@ -42,7 +43,8 @@ def _tile(device: torch.device) -> tuple[int, int, int, int]:
     if INTERPRETED:
         return SMALL
     rows, across, deep, _ = LARGE
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin
     return LARGE if shared >= 3 * (rows + across) * deep else SMALL
 
 

@@ -16,7 +16,7 @@ def rows_product(
 ):  # fmt: skip
     """out [count, outputs] = the sums of x [count, INPUTS] * codes [outputs, INPUTS], * steps * scales + bias, rounded once.
 
-    Sums are int32 and exact; the rest is float32, in this order, as in `triton_words.scaled`. `ONE`: one scale serves all outputs.
+    Sums are int32 and exact; the rest is float32, in this order, as in `triton_words.scaled`. `ONE`: one scale for all outputs.
     Programs go through bands of `BAND` tiles of rows, which share codes in the cache.
     """
     tall, wide = tl.cdiv(count, BM), tl.cdiv(outputs, BN)
