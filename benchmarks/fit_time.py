@@ -2,11 +2,12 @@
 
 Weights and inputs are drawn. Both begin and end on the device. Layers with the same inputs share their moments, which `solve`
 prepares once. The loop is that of llm-compressor's eager form: a Cholesky factor for each layer, and blocks of 128 columns, one
-after the other, with integers of four bits on groups of 32, whatever grid `solve` has. `--check` compares codes of some rows with
+after the other, with integers of four bits on groups of 32, whatever grid `solve` has. "Without its columns" has the factors and
+products alone: no form of the loop, such as llm-compressor's own kernel, takes less. `--check` compares codes of some rows with
 those of the law; on more than 2,048 inputs the law starts from the factors of the device. `--profile` prints the time of kernels.
 
 Usage: python -P benchmarks/fit_time.py [--device cuda] [--grids int4-g32,mxfp4] [--repeats N] [--scale N] [--check ROWS]
-       [--streams N] [--profile] [--out FILE.json]
+       [--profile] [--out FILE.json]
 """
 
 import argparse
@@ -21,7 +22,6 @@ sys.path.append(str(Path(__file__).parent))  # -P leaves it out, since kernels.p
 import torch
 from clock import seconds
 from measure import Report, spread
-from qkit_torchao.arithmetic import fitting
 from qkit_torchao.arithmetic.fitting import solve, solve_on
 from qkit_torchao.arithmetic.moments import DeviceMoments
 from torch import Tensor
@@ -56,21 +56,25 @@ def drawn(n: int, device: torch.device) -> Tensor:
     return x.T @ x / len(x)
 
 
-def gptq(weights: list[Tensor], moments: Tensor) -> None:
-    """Values of each weight by GPTQ (https://arxiv.org/abs/2210.17323), step by step as llm-compressor's eager form."""
+def gptq(weights: list[Tensor], moments: Tensor, *, columns: bool = True) -> None:
+    """Values of each weight by GPTQ (https://arxiv.org/abs/2210.17323), step by step as llm-compressor's eager form.
+
+    Args:
+        columns: whether columns are rounded; else only factors and products are computed, which any form of the loop needs.
+    """
     for weight in weights:
         w, damped = weight.clone(), moments.clone()
         damped.diagonal().add_(DAMPING * damped.diagonal().mean())
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         upper = torch.linalg.cholesky(inverse, upper=True)
         scales = w.unflatten(-1, (-1, GROUP)).abs().amax(-1) / 7.5
-        columns = scales.repeat_interleave(GROUP, 1)
+        of_columns = scales.repeat_interleave(GROUP, 1)
         losses = torch.zeros(len(w), device=w.device)
         for start in range(0, w.shape[1], BLOCK):
             end = min(start + BLOCK, w.shape[1])
-            block, of_block, steps = w[:, start:end].clone(), upper[start:end, start:end], columns[:, start:end]
+            block, of_block, steps = w[:, start:end].clone(), upper[start:end, start:end], of_columns[:, start:end]
             values, errors, squares = (torch.zeros_like(block) for _ in range(3))
-            for i in range(end - start):
+            for i in range(end - start) if columns else ():
                 of = block[:, i]
                 q = (of / steps[:, i]).round().clamp(-8, 7) * steps[:, i]
                 error = (of - q) / of_block[i, i]
@@ -120,19 +124,17 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", type=int, default=1, help="divides all shapes")
     parser.add_argument("--check", type=int, default=0, help="rows of the first of each set that are compared")
-    parser.add_argument("--streams", type=int, default=fitting.STREAMS, help="of a GPU, which fit rows side by side")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     device, grids = torch.device(given.device), given.grids.split(",")
-    fitting.STREAMS = given.streams
     report = Report(
         given.out,
         device=device.type,
         packages=("torch", "qkit-quant"),
-        about={"scale": given.scale, "streams": given.streams},
+        about={"scale": given.scale},
     )
-    whole = dict.fromkeys(["loop", *grids], 0.0)
+    whole = dict.fromkeys(["loop", "without columns", *grids], 0.0)
     for width, layers in SHAPES:
         n, random = width // given.scale, torch.Generator(device).manual_seed(width)
         h = drawn(n, device)
@@ -145,6 +147,8 @@ def main() -> int:
 
         loop = row["GPTQ's loop, seconds"] = timed(partial(gptq, weights, h))
         whole["loop"] += loop["median"]
+        floor = row["GPTQ without its columns, seconds"] = timed(partial(gptq, weights, h, columns=False))
+        whole["without columns"] += floor["median"]
         row["GPTQ's loop, peak GB"] = peak_of(partial(gptq, weights[:1], h), device)
         for name in grids:
             run = partial(solved, weights, h, GRIDS[name])

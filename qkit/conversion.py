@@ -35,7 +35,7 @@ def pack_layers(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], f
     by_rule = [(layer, rule) for layer, rule in chosen if layer.path not in peaks]
     packed = {} if fit else _deploy(engine, by_rule, static)
     codes: dict[str, QTensor[Any]] = {}
-    for layer, rule in chosen:
+    for layer, rule in sorted(chosen, key=lambda one: bool(one[0].tied)):  # owners of shared weights first
         if layer.path in packed:
             continue
         if layer.kind == "experts":

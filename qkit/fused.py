@@ -9,13 +9,15 @@ from typing import Final
 
 from qkit.grid import Grid
 
-#: Last names of layers that vLLM 0.32 fuses, of its `packed_modules_mapping`, where they lie beside one another.
+#: Last names of layers that vLLM 0.32 fuses, of its `packed_modules_mapping`, where they lie beside one another. Linear attention
+#: of OLMo and of Bailing has a gate in the first group; models of pictures have the last of the fourth, and the sixth.
 FUSED: Final = (
-    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj"),
     ("query", "key", "value"),
     ("wq", "wk", "wv"),
-    ("gate_proj", "up_proj"),
+    ("gate_proj", "up_proj", "dense_h_to_4h"),
     ("w1", "w3"),
+    ("fc1", "fc3"),
     ("c_fc_0", "c_fc_1"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"),

@@ -34,7 +34,7 @@ class Adapter:
     match: tuple[str, ...] = ("*",)
     seed: int = 0
     beside: float = 0.25
-    factor: float = 2.0
+    factor: float = 1.0
     scales: Scales | None = None
 
     def __post_init__(self) -> None:

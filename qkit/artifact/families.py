@@ -122,6 +122,8 @@ def tied_head(layers: Collection[Layer], config: Mapping[str, Any]) -> Layer | N
     if says is None:
         says = facts(config).get("tied", not is_known(config))
     if not says:
+        if any(layer.head and layer.shape[0] == embedding.shape[0] for layer in layers):
+            return None  # under a name of its own
         raise PlanError(
             f"{HEAD}.weight is missing, and config.json does not tie it to {embedding.path}: fetch it again"
         )

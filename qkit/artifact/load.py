@@ -73,7 +73,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     packed: dict[str, Any] = {}
-    for path, layer in layers.items():
+    for path, layer in sorted(layers.items(), key=lambda one: bool(one[1].tied)):  # owners of shared weights first
         if layer.kind != "other":
             setattr(layer.module, NOTE, "float in the artifact")
         if layer.tied and layer.tied in taken:

@@ -26,6 +26,7 @@ from qkit.cli.parity import parity
 from qkit.cli.plan import plan
 from qkit.cli.quantize import quantize
 from qkit.cli.recipes import recipes
+from qkit.cli.smooth import smooth
 from qkit.cli.teach import teach
 from qkit.cli.train import train
 from qkit.cli.verify import verify
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": recipes,
     "plan": plan,
     "calibrate": calibrate,
+    "smooth": smooth,
     "quantize": quantize,
     "train": train,
     "teach": teach,

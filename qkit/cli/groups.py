@@ -10,6 +10,7 @@ GROUPS: Final = {
         "recipes": 'qkit recipes --for "cuda, 24 GB, 8B"',
         "plan": "qkit plan model/ -r int4-g64",
         "calibrate": "qkit calibrate model/ stats/ --data text.txt",
+        "smooth": "qkit smooth model/ smoothed/ --stats stats/",
         "quantize": "qkit quantize model/ quantized/ -r int4-g64",
     },
     "train": {

@@ -1,6 +1,7 @@
 """The table of recipes and engines that `qkit backends --probe` and `qkit parity --all` show."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -14,6 +15,7 @@ from qkit.qtensor import DType
 from qkit.rules import Recipe
 from qkit.testing.probe import Probe, probe, worst
 
+Engine = TypeVar("Engine", bound=Arrays)
 COLORS = {"native": "green", "decoded": "yellow", "missing": "red"}
 
 
@@ -35,7 +37,7 @@ def probe_all(
     return found
 
 
-def placed(engines: Iterable[Arrays], device: str) -> list[Arrays]:
+def placed(engines: Iterable[Engine], device: str) -> list[Engine]:
     """Those of `engines` that work on `device`, there. Names the others on standard error.
 
     Raises:

@@ -38,7 +38,7 @@ class GgufPlan:
             parts.append(f"{len(self.fallbacks)} that need --fallback f16 ({name}: {reason})")
         how = ""
         if self.needs_weights_only:
-            how = f", which holds weights alone, with --weights-only, since {self.needs_weights_only} quantizes more"
+            how = f" with --weights-only, since {self.needs_weights_only} quantizes more than its weight"
         text = f"as GGUF{how}: {', '.join(parts)}; {self.nbytes:,} bytes"
         if self.float_ends:
             text += f", of which embedding and head, left float, are {self.float_ends / self.nbytes:.0%}"

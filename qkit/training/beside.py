@@ -1,7 +1,8 @@
 """The two parts of training adapters on packed codes: first beside the decoded base, then on the grid.
 
 A base that lies on its grid rounds small updates away. So the first part of a run trains the product of an adapter beside the
-decoded base, as QLoRA does. In the second part the layers compute with the grid's values of the sum, and the rate is multiplied.
+decoded base, as QLoRA does. In the second part the layers compute with the grid's values of the sum, at the rate times the factor
+of the adapter.
 """
 
 from collections.abc import Callable

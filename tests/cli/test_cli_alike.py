@@ -40,6 +40,7 @@ MISSING = {
     "compare": (NOWHERE, "-r", "int4-g64", "--data", "text.txt", "--out", "out"),
     "mlx-lora": (NOWHERE, "out", "-r", "int4-g64"),
     "calibrate": (NOWHERE, "out", "--data", "text.txt"),
+    "smooth": (NOWHERE, "out", "--stats", NOWHERE),
 }
 
 

@@ -70,6 +70,7 @@ def place(tmp_path_factory):
     for command in (
         ["quantize", root / "model", root / "quantized", "-r", "int4-g32"],
         ["export", root / "quantized", root / "mlx", "--to", "mlx"],
+        ["calibrate", root / "model", root / "stats", "--data", root / "text.txt", "--length", 16, "--backend", engine],
         ["train", root / "model", root / "trained", *adapter, *run],
     ):
         done = RUNNER.invoke(application, list(map(str, command)))
@@ -82,6 +83,7 @@ LINES = {
     "recipes": "",
     "plan": "MODEL -r int4-g32",
     "calibrate": "MODEL OUT --data TEXT --length 16 --windows 300 --backend ENGINE",
+    "smooth": "MODEL OUT --stats STATS",
     "quantize": "MODEL OUT -r int4-g32",
     "teach": "MODEL OUT --data TEXT --length 16 --backend ENGINE",
     "merge": "MODEL ADAPTER OUT -r int4-g32 --backend ENGINE",
@@ -103,7 +105,12 @@ LINES = {
 def test_json_is_all_of_standard_output(place, tmp_path, monkeypatch, name):
     root, engine = place
     words = {"MODEL": root / "model", "QUANTIZED": root / "quantized", "MLX": root / "mlx", "TEXT": root / "text.txt"}
-    words |= {"ADAPTER": root / "trained.run" / "adapter", "OUT": tmp_path / "out", "ENGINE": engine}
+    words |= {
+        "ADAPTER": root / "trained.run" / "adapter",
+        "STATS": root / "stats",
+        "OUT": tmp_path / "out",
+        "ENGINE": engine,
+    }
     tiny = preset.Preset(64, 1, 128, 2, 32, float_steps=3, float_rate=1e-3, more_steps=2, more_rate=1e-3)
     monkeypatch.setitem(preset.PRESETS, engine, tiny)
     done = RUNNER.invoke(application, [name, *(str(words.get(word, word)) for word in LINES[name].split()), "--json"])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -9,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("mlx_lm")
 
 from catalogue import COMMON, FAMILIES, make
-from openings import in_mlx_lm_at_all
+from openings import in_mlx_lm_at_all, run
 
 import qkit
 from qkit.artifact.config import read_config
@@ -44,3 +45,17 @@ def test_files_and_engines_agree_on_heads(name, tmp_path):
         return
     on_mlx = {layer.path.removeprefix("language_model.") for layer in qkit.backend("mlx").layers(opened) if layer.head}
     assert on_mlx - tied == on_torch
+
+
+@pytest.mark.parametrize("name", ["CamembertForMaskedLM", "RoBERTa"])
+def test_an_embedding_owns_its_tied_head_in_whatever_order_a_model_has_both(name, tmp_path):
+    model = make(FAMILIES[name], tmp_path / "in")
+    model = qkit.prepare(model, "int4-g32-all")
+    logits = [run(model)]
+    model = qkit.convert(model)
+    logits.append(run(model))
+    owners = {layer.path: layer.tied for layer in qkit.backend("torchao").layers(model) if layer.kind == "embedding"}
+    assert owners["roberta.embeddings.word_embeddings"] == ""
+    qkit.save(model, tmp_path / "out")
+    logits.append(run(qkit.load(tmp_path / "out", backend="torchao")))
+    assert all(np.array_equal(logits[0], one) for one in logits)

@@ -69,3 +69,21 @@ def test_scales_that_would_lose_bits_are_refused_by_name_before_anything_is_writ
     with pytest.raises(qkit.ArtifactError, match=r"k_proj: \d+ block scales are no e4m3 under the tensor scale"):
         to_artifact(old, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("linear_attn.q_proj", "linear_attn.k_proj", "linear_attn.v_proj", "linear_attn.g_proj"),
+        ("attention.query", "attention.key", "attention.value"),
+        ("experts.3.gate_proj", "experts.3.up_proj"),
+        ("block_sparse_moe.experts.0.w1", "block_sparse_moe.experts.0.w3"),
+        ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    ],
+)
+def test_layers_that_vllm_fuses_are_one_group(names):
+    paths = [f"model.layers.0.{name}" for name in names]
+    others = ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
+    assert fused.groups([*others, *paths]) == [tuple(paths)]

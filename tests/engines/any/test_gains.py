@@ -6,6 +6,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 from models import build
+from safetensors.numpy import load_file, save_file
 from tables import BUILDERS as ENGINES
 
 import qkit
@@ -201,11 +202,26 @@ def test_files_of_an_adapter_hold_its_gains(name, tmp_path):
 
 
 @known_engines
-def test_a_folder_without_the_gains_that_it_was_saved_with_is_refused(name, tmp_path):
-    _, model = trained(name, "affine")
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (None, r"qkit_gains\.safetensors lacks the gains of model\.layers"),
+        (lambda gains: gains[1:], r"qkit_gains\.safetensors: model\.layers\S+: an adapter's gains are"),
+        (lambda gains: gains * np.float32("nan"), r"qkit_gains\.safetensors: model\.layers\S+: an adapter holds a NaN"),
+        (b"no safetensors", r"qkit_gains\.safetensors"),
+    ],
+)
+def test_a_folder_without_the_gains_that_it_was_saved_with_is_refused(name, damage, says, tmp_path):
+    _, model = trained(name, "affine", parts=())
     adapters.save(model, tmp_path)
-    (tmp_path / "qkit_gains.safetensors").unlink()
-    with pytest.raises(qkit.ArtifactError, match=r"qkit_gains\.safetensors lacks the gains of model\.layers"):
+    file = tmp_path / "qkit_gains.safetensors"
+    held = load_file(file)
+    file.unlink()
+    if isinstance(damage, bytes):
+        file.write_bytes(damage)
+    elif damage:
+        save_file({path: np.ascontiguousarray(damage(one)) for path, one in held.items()}, file)
+    with pytest.raises(qkit.ArtifactError, match=says):
         adapters.load(bases(name, "affine")[1], tmp_path)
 
 
