@@ -12,8 +12,9 @@ from qkit_torchao.kernels.launches import Kernel
 
 ALIGNED = 16  #: bytes; Triton compiles another form for addresses and counts that are multiples
 BAND = 8  #: tiles of rows that share codes in the cache
-LARGE = (128, 256, 128, 8)  #: rows, outputs, inputs and warps of a tile: 144 KB of shared memory in three stages
-SMALL = (64, 128, 64, 4)
+LARGE = (128, 128, 128, 8)  #: rows, outputs, inputs and warps of a tile: 96 KB of shared memory in three stages
+NARROW = (64, 128, 128, 4)  #: for products of fewer tiles than the device has processors
+SMALL = (64, 128, 64, 4)  #: for devices of less shared memory
 
 
 def rows_product(
@@ -26,10 +27,10 @@ def rows_product(
     (count, inputs), outputs = x.shape, codes.shape[0]
     out = torch.empty(count, outputs, dtype=dtype, device=x.device)
     tensors = x.contiguous(), codes.contiguous(), steps.contiguous(), scales.contiguous(), bias, out
-    rows, across, deep, warps = _tile(x.device)
+    rows, across, deep, warps = _tile(x.device, count, outputs)
     aligned = tuple(None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors)
     one = scales.numel() == 1
-    key = (x.device, inputs, one, outputs % ALIGNED == 0, aligned)
+    key = (x.device, rows, inputs, one, outputs % ALIGNED == 0, aligned)
     with device_of(x):
         _product(
             key, -(-count // rows) * -(-outputs // across),
@@ -38,14 +39,21 @@ def rows_product(
     return out
 
 
-@lru_cache(maxsize=16)
-def _tile(device: torch.device) -> tuple[int, int, int, int]:
+def _tile(device: torch.device, count: int, outputs: int) -> tuple[int, int, int, int]:
     if INTERPRETED:
         return SMALL
+    shared, processors = _limits(device)
     rows, across, deep, _ = LARGE
+    if shared < 3 * (rows + across) * deep:
+        return SMALL
+    return LARGE if -(-count // rows) * -(-outputs // across) >= processors else NARROW
+
+
+@lru_cache(maxsize=16)
+def _limits(device: torch.device) -> tuple[int, int]:
+    """The most bytes of shared memory of a program, and how many programs run at a time."""
     properties: Any = torch.cuda.get_device_properties(device)
-    shared = properties.shared_memory_per_block_optin
-    return LARGE if shared >= 3 * (rows + across) * deep else SMALL
+    return properties.shared_memory_per_block_optin, properties.multi_processor_count
 
 
 _product = Kernel(triton_rows.rows_product)
