@@ -78,10 +78,19 @@ NO_MODELS = {
 }
 TEXT = """# Reading models that are quantized already
 
-`qkit inspect`, `import`, `export`, `diff`, `eval`, `plan`, `quantize` and `train` take directories that other programs quantized.
+`qkit inspect`, `import`, `export`, `diff`, `eval`, `compare`, `plan`, `quantize` and `train` take directories that other programs
+quantized.
 `qkit import DIR OUT` makes an artifact, with the same codes where a grid holds them, and with the decoded values of the other
 weights. It counts these weights. `qkit quantize` decodes block by block, and says that the weights are then quantized twice.
-`qkit.load` and `qkit merge` take the artifact that `import` makes.
+`qkit compare` measures its values as the float model. `qkit.load`, `qkit verify` and `qkit merge` take the artifact that `import`
+makes.
+
+`qkit export --to mlx` and `--to gguf` write the same codes, or name the first layer that the target does not hold: MLX's affine
+weights come back byte by byte; GGUF takes groups of 32 and more with scales that are float16 numbers (Q4_0, Q4_1, Q5_0, Q5_1,
+Q8_0). Layers on read grids run from packed codes, by CUDA kernels on a GPU and by C kernels on a CPU.
+
+Weights in fp8 with blocks of several rows have no grid. `import` writes their values, a float model, and `train` wants a recipe
+for it: an adapter on such a base would have no codes to be merged into.
 
 The settings may lie in `config.json` (`quantization_config`, `quantization`, the old `compression_config`, or nested as in
 `text_config`), in `hf_quant_config.json`, `quantize_config.json` or `quant_config.json`. Settings and tensors have to agree. A
@@ -100,8 +109,18 @@ gpt-oss's experts (`*_blocks`, `*_scales`) equal those of
 transformers' `convert_moe_packed_tensors` in the tests too.
 
 `qkit import FILE.gguf OUT` reads GGUF files of Llama, Qwen 2 and 3, and Gemma 1 to 3. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4 and
-NVFP4 stay codes; K-quants and all others become their values, equal to those of gguf 0.19. The tokenizer has to lie beside the
-file: qkit copies it, and makes none of the file's own. Mixtures of experts are refused.
+NVFP4 stay codes; K-quants and all others become their values, equal to those of gguf 0.19. A tokenizer that lies beside the
+file is copied. Otherwise it is rebuilt from the file's keys (`llama`, and `gpt2` with splits that qkit knows), and transformers
+opens it. `inspect`, `verify`, `eval`, `compare`, `plan`, `quantize`, `diff` and `export` take the file itself, and decode or
+import it in a temporary directory. `train` wants the directory of `import`, from which a run can go on later. Mixtures of
+experts are refused.
+
+Of mlx-lm's models, those with transformers' names are read, 26 types. Others are refused by their type before any work:
+DeepSeek V3, whose `kv_b_proj` mlx-lm splits in two and quantizes along another axis, models with vision, and renamed families.
+
+Of torchao's tensors, those with a byte for each code are read (`Int8WeightOnlyConfig`, `IntxWeightOnlyConfig`,
+`Float8WeightOnlyConfig`), from safetensors. `tests/files/test_torchao_source.py` compares all 294,912 values of six kinds, in
+three types, with torchao's own.
 
 | source | read as | compared with | values |
 |---|---|---|---|

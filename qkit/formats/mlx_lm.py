@@ -176,6 +176,10 @@ def grid_of(tensors: Mapping[str, NDArray[Any]], container: Container, *, dtype:
         if container.mode == "nvfp4":
             return Grid(element, group, "nvfp4" if (tensors["scales"] & 0x7F > 0).all() else "stored-nvfp4")
         return Grid(element, group, None if (tensors["scales"] > 0).all() else "stored-e8m0")
+    wanted = tensors["scales"].shape
+    if "biases" not in tensors or tensors["biases"].shape != wanted:
+        found = list(tensors["biases"].shape) if "biases" in tensors else "missing"
+        raise ArtifactError(f"biases are {found}, and scales {list(wanted)}: fetch the directory again")
     element, scales = f"int{container.bits}", tensors["scales"].astype(np.float32)
     lowest = np.float32(-(1 << (container.bits - 1)))
     symmetric = bool((tensors["biases"].astype(np.float32) == lowest * scales).all())

@@ -36,10 +36,13 @@ READ: Final = {
     "auto-round": ("compressed-tensors", "scaled", "fp8"),
     "quark": ("scaled",),
     "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
 }
 #: Signs that tensors of a method may show besides.
 ALSO: Final = {
-    **dict.fromkeys(("compressed-tensors", "mlx", "mxfp4", "auto-round", "quark", "bitsandbytes"), ("codes",)),
+    **dict.fromkeys(
+        ("compressed-tensors", "mlx", "mxfp4", "auto-round", "quark", "bitsandbytes", "torchao"), ("codes",)
+    ),
     "modelopt": ("codes", "fp8"),
 }
 #: Other names of methods: ModelOpt's with and without the format, AutoRound's with the layout that it packs in.

@@ -15,6 +15,8 @@ from qkit.sources.parts import FLOATS, Tensors, check_part, encoded, kind_of, wa
 from qkit.storage.read import Stored
 
 ELEMENTS: Final = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "uint8": "e2m1", "int8": "e2m1"}
+BYTES: Final = ("uint8", "int8")  #: types of bytes that hold two codes of e2m1
+SMALL: Final = ("float8_e8m0fnu", "uint8", "float8_e4m3fn")  #: types of the scales of such codes
 SCALES: Final = (*FLOATS, "float8_e8m0fnu", "uint8", "float8_e4m3fn")
 #: Ends of the names of scales, by the end of the weight's own name that they replace.
 SCALE_ENDS: Final = ("_scale_inv", "_scale")
@@ -55,6 +57,9 @@ def fp8(tensors: Tensors, settings: Mapping[str, Any], dtype: DType | None) -> d
             continue
         parts = {"codes": tensors.pop(name), "scales": tensors.pop(scale)}
         try:
+            if kind_of(parts["codes"]) in BYTES and kind_of(parts["scales"]) not in SMALL:
+                kinds = kind_of(parts["codes"]), kind_of(parts["scales"])
+                raise ArtifactError(f"its codes are {kinds[0]}, and its scales {kinds[1]}: want codes in float8_e4m3fn")
             found[name] = scaled(name, parts, block, dtype, title="fp8")
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from None

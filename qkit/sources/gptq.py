@@ -93,7 +93,7 @@ def _gptq(path: str, parts: Tensors, settings: Mapping[str, Any], less_one: bool
     inputs = packed * 32 // bits
     group = -(-inputs // max(groups, 1))
     said = settings.get("group_size", group)
-    if said not in (group, -1) and not mixed:
+    if not (said == group or (said == -1 and groups == 1) or mixed):
         raise ArtifactError(f"group_size is {shown(said)}, and its {inputs} inputs have {groups} scales")
     check_part(parts, "scales", FLOATS, (groups, outputs))
     check_part(parts, "qzeros", ("int32", "uint32"), (groups, -(-outputs * bits // 32)))
@@ -125,7 +125,7 @@ def _awq(path: str, parts: Tensors, settings: Mapping[str, Any], dtype: DType | 
     outputs = words.slot.shape[1] * 8
     said = settings.get("group_size", settings.get("q_group_size"))
     group = inputs // groups if groups and inputs % groups == 0 else 0
-    if not group or (said not in (None, -1, group)):
+    if not group or not (said in (None, group) or (said == -1 and groups == 1)):
         raise ArtifactError(f"group_size is {shown(said)}, and its {inputs} inputs have {groups} scales")
     check_part(parts, "scales", FLOATS, (groups, outputs))
     check_part(parts, "qzeros", ("int32", "uint32"), (groups, outputs // 8))

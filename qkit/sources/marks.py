@@ -16,6 +16,7 @@ TITLES: Final = {
     "hqq": "HQQ",
     "aqlm": "AQLM or VPTQ",
     "quanto": "quanto",
+    "torchao": "torchao",
     "eetq": "EETQ",
     "quantizers": "ModelOpt before its export",
     "codes": "an unknown program",
@@ -44,9 +45,14 @@ ENDS: Final = {
     "codebooks": "aqlm",
     "centroids": "aqlm",
     "weight_scales": "eetq",
+    "_weight_qdata": "torchao",
+    "_weight_scale": "torchao",
+    "_weight_zero_point": "torchao",
 }
 FLOAT8: Final = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 PACKED: Final = ("uint8", "int8", "int16", "uint16", "int32", "uint32")
+#: Ends of the names of tensors of integers in float models: places, masks, kinds of tokens.
+BUFFERS: Final = ("position_ids", "position_index", "token_type_ids", "bias", "mask", "input_ids")
 #: Ends of the names of weights, besides `weight` itself: those of experts, in one tensor for all.
 WEIGHTS: Final = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "weight")
 
@@ -68,7 +74,15 @@ def parts_of(types: Types) -> set[str]:
 
 
 def _marks(name: str, types: Types) -> Iterator[str]:
-    kind, shape = types[name]
+    known = list(_named(name, types))
+    yield from known
+    if not known and _holds_codes(name, types):
+        yield "codes"
+
+
+def _named(name: str, types: Types) -> Iterator[str]:
+    """The layouts whose names of tensors `name` has."""
+    kind, _ = types[name]
     path, _, end = name.rpartition(".")
     if end in ENDS:
         yield ENDS[end]
@@ -78,12 +92,18 @@ def _marks(name: str, types: Types) -> Iterator[str]:
         yield "quantizers"
     if path.endswith("weight") and end in ("_data", "_scale", "_zeropoint"):
         yield "quanto"
-    if end == "scales" and types.get(f"{path}.weight", ("",))[0] == "uint32":
-        yield "mlx"
+    if end == "scales" and f"{path}.weight" in types:
+        yield "mlx" if types[f"{path}.weight"][0] == "uint32" else "codes"
     if end.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in types and kind == "uint8":
         yield "mxfp4"
-    if kind in FLOAT8 or (kind in PACKED and end in WEIGHTS and len(shape) > 1):
+    if kind in FLOAT8 or (kind in PACKED and end in WEIGHTS and len(types[name][1]) > 1):
         yield "codes"
+
+
+def _holds_codes(name: str, types: Types) -> bool:
+    """Whether a tensor of any name is a matrix of short integers, or a stack of them, and no buffer that float models have."""
+    kind, shape = types[name]
+    return kind in PACKED and len(shape) in (2, 3) and min(shape) > 1 and not name.endswith(BUFFERS)
 
 
 def types_of(arrays: Mapping[str, Any]) -> Types:

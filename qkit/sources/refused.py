@@ -8,12 +8,10 @@ PUBLISHER: Final = "take the float model, or the same model in a layout that qki
 REFUSED: Final = {
     "aqlm": f"its codes are indices into learned codebooks: {PUBLISHER}",
     "vptq": f"its codes are indices into learned codebooks: {PUBLISHER}",
-    "quanto": f"quanto's own classes decode it: {PUBLISHER}",
+    "quanto": f"transformers saves no such model, and quanto's own classes decode what quanto saves: {PUBLISHER}",
     "eetq": f"its weights lie in the order of one kernel: {PUBLISHER}",
     "higgs": f"its weights are rotated, and its codes are indices into a table: {PUBLISHER}",
-    "hqq": f"its scales and zero points are quantized again, by HQQ's own classes: {PUBLISHER}",
-    "torchao": "its tensors are pickles or subclasses that torchao alone decodes: "
-    "AutoModelForCausalLM.from_pretrained(DIR).dequantize() of transformers makes a float model of it",
+    "hqq": f"its zero points are floats that no grid has, and its values those of HQQ's own kernels in 16 bits: {PUBLISHER}",
     "gguf": "its weights are in a GGUF file: qkit import FILE.gguf OUT reads that",
     "bitnet": f"its layers normalize their inputs too: {PUBLISHER}",
     "spqr": f"its outliers are stored apart: {PUBLISHER}",

@@ -21,6 +21,7 @@ from qkit.sources.mlx import mlx
 from qkit.sources.modelopt import modelopt
 from qkit.sources.parts import MOVING, Tensors, float_type, kind_of
 from qkit.sources.quark import quark
+from qkit.sources.torchao import torchao
 from qkit.storage.read import Stored
 
 #: By method, the readers of whole directories that need settings and the type of the model only.
@@ -33,6 +34,7 @@ READERS: Final[Mapping[str, Callable[[Tensors, Mapping[str, Any], DType | None],
     "auto-round": auto_round,
     "quark": quark,
     "bitsandbytes": bitsandbytes,
+    "torchao": torchao,
 }
 
 

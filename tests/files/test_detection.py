@@ -238,7 +238,6 @@ REFUSED = {
             "aqlm",
             "eetq",
             "quanto",
-            "torchao",
             "higgs",
             "vptq",
         )
@@ -324,6 +323,105 @@ REFUSED = {
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "INT2"}},
         {},
         'quant_algo is "INT2"',
+    ),
+}
+
+
+def halves(kind, *, name="weight", **more):
+    """Codes of a short type of integer under any name, and what stands beside them."""
+    return lambda weight, random: {name: random.integers(0, 100, (64, 32)).astype(kind), **more}
+
+
+def with_scales(weight, random):
+    return {"weight": weight, "scales": np.ones((64, 2), np.float16)}
+
+
+def uneven(weight, random):
+    return {**mlx(weight, random), "biases": np.ones((64, 3), np.float16)}
+
+
+def rows_of_hqq(weight, random):
+    words = random.integers(0, 256, (32, 64)).astype(np.uint8)
+    return {"W_q": words, "scale": np.ones((128, 1), np.float16), "zero": np.ones((128, 1), np.float16)}
+
+
+def two_kinds(weight, random):
+    return {f"{path}.{name}": one for path, parts in (("a", GPTQ_PARTS(weight, random)), ("b", AWQ_PARTS(weight, random)))
+            for name, one in parts.items()}  # fmt: skip
+
+
+UNSAID = "config.json does not say of which kind"
+REFUSED |= {
+    "three levels down": (GPTQ_PARTS, {"thinker_config": {"text_config": {"quantization_config": GPTQ}}}, {}, UNSAID),
+    "nested, of another width": (
+        GPTQ_PARTS,
+        {"quantization_config": GPTQ, "text_config": {"quantization_config": {**GPTQ, "bits": 8}}},
+        {},
+        "contradict each other",
+    ),
+    "settings that are null": (packed, {"quantization_config": None}, {}, UNSAID),
+    "settings that are empty": (GPTQ_PARTS, {"quantization_config": {}}, {}, UNSAID),
+    "settings in a list": (GPTQ_PARTS, {"quantization_config": [GPTQ]}, {}, "want an object"),
+    "a method that is a number": (
+        GPTQ_PARTS,
+        {"quantization_config": {**GPTQ, "quant_method": 4}},
+        {},
+        "quantized by 4",
+    ),
+    "a width in quotes": (GPTQ_PARTS, {"quantization_config": {**GPTQ, "bits": "4"}}, {}, 'the settings "4"'),
+    "one group said, two there": (
+        GPTQ_PARTS,
+        {"quantization_config": {**GPTQ, "group_size": -1}},
+        {},
+        "group_size is -1, and its 64 inputs have 2 scales",
+    ),
+    "one group said, two there, awq": (
+        AWQ_PARTS,
+        {"quantization_config": {**AWQ, "group_size": -1}},
+        {},
+        "group_size is -1, and its 64 inputs have 2 scales",
+    ),
+    "groups of nothing": (GPTQ_PARTS, {"quantization_config": {**GPTQ, "group_size": 0}}, {}, "group_size is 0"),
+    "codes under a name of nobody's": (halves(np.uint8, name="weight_q4"), {}, {}, UNSAID),
+    "codes of 16 bits": (halves(np.uint16, scale=FLOAT), {}, {}, UNSAID),
+    "a stack of codes": (one("experts_q", np.ones((2, 64, 32), np.int8)), {}, {}, UNSAID),
+    "scales beside floats": (with_scales, {}, {}, UNSAID),
+    "bytes that are no float8": (
+        halves(np.uint8, weight_scale=np.ones((64, 1), np.float32)),
+        {"quantization_config": {"quant_method": "fp8"}},
+        {},
+        "its codes are uint8, and its scales float32",
+    ),
+    "mlx, biases of other groups": (uneven, {"quantization": MLX}, {}, r"biases (is|are).*\[64, 3\]"),
+    **{
+        f"mlx, {kind}": (
+            mlx,
+            {"quantization": MLX, "quantization_config": MLX, "model_type": kind},
+            {},
+            f"how mlx-lm renames the tensors of a '{kind}' is not known",
+        )
+        for kind in ("deepseek_v3", "qwen2_vl", "gemma3")
+    },
+    "HQQ without settings": (rows_of_hqq, {}, {}, r"HQQ.*" + UNSAID),
+    "HQQ": (rows_of_hqq, {"quantization_config": {"quant_method": "hqq"}}, {}, "quantized by hqq"),
+    "two kinds of layers": (two_kinds, {"quantization_config": GPTQ}, {}, r"up_proj\.b: group_size is 32"),
+    "no key of modelopt's": (
+        nvfp4(),
+        {},
+        {"hf_quant_config.json": {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": None}}},
+        UNSAID,
+    ),
+    "all layers ignored, and one packed": (
+        packed,
+        {"quantization_config": {**COMPRESSED, "ignore": ["re:.*"]}},
+        {},
+        "ignores it by",
+    ),
+    "torchao without its parts": (
+        floats,
+        {"quantization_config": {"quant_method": "torchao"}},
+        {},
+        "no tensor is part of a weight quantized so",
     ),
 }
 
