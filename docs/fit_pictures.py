@@ -125,10 +125,11 @@ def by_layer() -> str:
 def won(method: str) -> str:
     """The divergence won back by a method, and by the one before it, on every recipe that was measured."""
     bars = {}
-    for file in ("fit.json", "fit-learned.json") if method == "round" else ("fit.json",):
-        for row in json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]:
-            if row["method"] in METHODS[method] and (method != "round" or file == "fit-learned.json"):
-                bars[f"{row['recipe']}: {row['method']}"] = max(row["share"]["median"], 0.0)
+    rows = json.loads((RESULTS / "fit.json").read_text(encoding="utf-8"))["rows"]
+    recipes = [row["recipe"] for row in rows if row["method"] == METHODS[method][1]]
+    for row in rows:
+        if row["method"] in METHODS[method] and row["recipe"] in recipes:
+            bars[f"{row['recipe']}: {row['method']}"] = max(row["share"]["median"], 0.0)
     return chart(f"percent of rounding's divergence that {method} wins back", bars, "{:.0f}")
 
 

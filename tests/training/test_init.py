@@ -70,7 +70,7 @@ def same_codes(name: str, model: Any, folder: Path) -> int:
         if layer.stage == "converted" and layer.kind == "experts":
             each = engine.unpack_experts(layer.module)
             found |= {f"{layer.name}.{n}.{part}": q for part, several in each.items() for n, q in enumerate(several)}
-        elif layer.stage == "converted":
+        elif layer.stage == "converted" and not layer.tied:
             found[layer.name] = engine.unpack(layer.module)
     found = {_usual(path): q for path, q in found.items()}
     stored = {_usual(path): held for path, held in read_model(folder).weights.items()}
@@ -127,11 +127,14 @@ def test_solved_codes_are_trained_from_where_they_are(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_codes_of_the_rule_s_own_scales_need_no_learned_ones(name: str, tmp_path: Path) -> None:
-    path = folder(tmp_path)
-    plan = make_plan(path / "model", qkit.recipe("int4-g32"))
+@pytest.mark.parametrize(("known", "tied", "count"), [("int4-g32", False, 14), ("int4-g32-all", True, 15)])
+def test_codes_of_the_rule_s_own_scales_need_no_learned_ones(
+    name: str, known: str, tied: bool, count: int, tmp_path: Path
+) -> None:
+    path = folder(tmp_path, tie_word_embeddings=tied)
+    plan = make_plan(path / "model", qkit.recipe(known))
     out = quantize_directory(plan, path / "out", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
-    assert same_codes(name, qkit.convert(begun(path, name, out, None)), out) == 14
+    assert same_codes(name, qkit.convert(begun(path, name, out, None)), out) == count
 
 
 @pytest.mark.parametrize("name", ENGINES)

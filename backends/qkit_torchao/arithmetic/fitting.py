@@ -48,30 +48,32 @@ def solve_on(
 def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = None) -> QTensor[Tensor]:
     """As `solve_on`, for a weight that lies on the device of the moments, as its result does."""
     want_fitted(grid)
-    if grid.group == "tensor" or grid.scale == "minmax" or w.ndim != 2:
+    loops = loops_for(w, grid) if w.ndim == 2 else None
+    if grid.group == "tensor" or loops is None or (grid.scale == "minmax" and loops is column_loops.Loops):
         raise GridError(f"{grid} of {tuple(w.shape)} is fitted by qkit.fit alone: want rows with scales of their own")
     if w.shape[1] != len(known.diagonal):
         raise GridError(f"moments of {len(known.diagonal)} inputs do not fit a weight of {w.shape[1]} inputs")
     first = rounding.quantize(w := w.detach(), grid, peak=peak)
     tensor = 1.0 if first.tensor_scale is None else float(first.tensor_scale)
     steps = rounding.scale_values(first).double()
+    zeros = torch.zeros_like(steps) if first.zeros is None else first.zeros.double()
 
     parts = []
     for start in range(0, len(w), SHARE):
-        x, s = (a[start : start + SHARE].T.double().contiguous() for a in (w, steps))
-        loops = loops_for(x, grid)(x, torch.zeros_like(s), grid, known, tensor)
-        units, s = _solve(loops, x, s, known)
-        parts.append(_stored(units.T, s.T, grid, tensor))
-    codes, scales = (torch.cat(every) for every in zip(*parts, strict=True))
-    return replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
+        x, s, z = (a[start : start + SHARE].T.double().contiguous() for a in (w, steps, zeros))
+        units, s = _solve(loops(x, z, grid, known, tensor), x, s, known)
+        parts.append((*_stored(units.T, s.T, z.T, grid, tensor), z.T.to(torch.uint8)))
+    codes, scales, offsets = (torch.cat(every) for every in zip(*parts, strict=True))
+    found = replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
+    return found if first.zeros is None else replace(found, zeros=offsets.reshape(first.scales.shape))
 
 
-def loops_for(x: Tensor, grid: Grid) -> type[column_loops.Loops]:
-    """The loops over the inputs of `x`: those of kernels where there are some."""
-    if x.is_cuda:
+def loops_for(w: Tensor, grid: Grid) -> type[column_loops.Loops]:
+    """The loops over the inputs of `w` [outputs, inputs]: those of kernels where there are some."""
+    if w.is_cuda:
         from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
 
-        if cuda_fit.takes(grid, len(x)) and not nvrtc.why_not(x.device):
+        if cuda_fit.takes(grid, w.shape[1]) and not nvrtc.why_not(w.device):
             return cuda_fit.Loops
     return column_loops.Loops
 
@@ -106,12 +108,14 @@ def _solve(loops: column_loops.Loops, x: Tensor, s: Tensor, known: DeviceMoments
     return torch.where(worse, searched, units), torch.where(worse, rule, s)
 
 
-def _stored(units: Tensor, s: Tensor, grid: Grid, tensor: float) -> tuple[Tensor, Tensor]:
-    """The codes and scales of units [rows, inputs] on scales [rows, groups]; see `steps.stored`."""
+def _stored(units: Tensor, s: Tensor, z: Tensor, grid: Grid, tensor: float) -> tuple[Tensor, Tensor]:
+    """The codes and scales of units [rows, inputs] on scales and zero points [rows, groups]; see `steps.stored`."""
     if grid.scale == "nvfp4":
         return _float_bits(units, grid), (s / tensor).to(torch.float8_e4m3fn).view(torch.uint8)
     if grid.element.kind == "float":
         return _float_bits(units, grid), rounding.exponent(s.float())
+    if not grid.symmetric:
+        return (units.reshape(*s.shape, -1) + z[:, :, None]).reshape(units.shape).to(torch.uint8), s.float()
     return units.to(torch.int8), s.float()
 
 

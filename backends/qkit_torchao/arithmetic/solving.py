@@ -21,8 +21,15 @@ class Solving:
     device: torch.device
 
     def solves(self, grid: Grid) -> bool:
-        """See `Solves.solves`: on a GPU, grids whose rows have scales of their own, without zero points."""
-        return self.device.type == "cuda" and grid.group != "tensor" and grid.scale != "minmax"
+        """See `Solves.solves`: on a GPU, grids whose rows have scales of their own; with zero points, where kernels take them."""
+        if self.device.type != "cuda" or grid.group == "tensor":
+            return False
+        return grid.scale != "minmax" or (isinstance(grid.group, int) and self._has_kernels(grid, grid.group))
+
+    def _has_kernels(self, grid: Grid, inputs: int) -> bool:
+        from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
+
+        return cuda_fit.takes(grid, inputs) and not nvrtc.why_not(self.device)
 
     def prepare_moments(self, moments: NDArray[Any]) -> DeviceMoments:
         """See `Solves.prepare_moments`."""

@@ -25,6 +25,8 @@ GRIDS = [
     Grid("e2m1", 16, "nvfp4"),
     Grid("e4m3", 64),
     Grid("e5m2", 32),
+    Grid("int4", 32, "minmax"),
+    Grid("int2", 64, "minmax"),
 ]
 
 
@@ -37,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KERNELS:
         monkeypatch.setattr(cuda_fit, name, HostKernel(getattr(cuda_fit, name), folder))
-    monkeypatch.setattr(fitting, "loops_for", lambda x, grid: cuda_fit.Loops)
+    monkeypatch.setattr(fitting, "loops_for", lambda w, grid: cuda_fit.Loops)
     monkeypatch.setattr(moments, "unit_upper", cuda_fit.unit_upper)
 
 
