@@ -112,7 +112,7 @@ def ignored(paths: Iterable[str], *, but: Iterable[str]) -> list[str]:
             found.append(f"re:^{_pattern(shape)}$")
         else:
             found.append(rf"re:(.*\.)?{_pattern(tail)}$")
-    return sorted(found)
+    return sorted(set(found))  # one pattern may stand for layers under two names
 
 
 def _shape(path: str) -> str:

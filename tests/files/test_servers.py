@@ -98,6 +98,7 @@ FLOAT = [f"model.layers.{i}.mlp.gate" for i in range(40)]
         (FLOAT[:2], ["draft.layers.0.mlp.gate"], [r"re:^model\.layers\.\d+\.mlp\.gate$"]),
         (["a.0", "a.1"], ["b.0"], [r"re:(.*\.)?a\.\d+$"]),
         (["0", "1"], ["2.x"], [r"re:(.*\.)?\d+$"]),
+        (["a.b.0.c", "a.b.1.c", "d.a.b.0.c", "d.a.b.1.c"], ["e.0.c"], [r"re:(.*\.)?b\.\d+\.c$"]),  # under two names
     ],
 )
 def test_ignore_lists_float_layers_by_pattern_and_no_other_layer(left_alone, quantized, entries):

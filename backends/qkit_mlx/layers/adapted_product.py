@@ -114,8 +114,9 @@ def _to_gains(
 
     def gradient(v: mx.array, some: slice, _: mx.array) -> mx.array:
         assert merging.slopes is not None
-        moved = rows[:, some] * (seen @ merging.slopes(v).astype(seen.dtype).T)
-        return (UNIT * moved.astype(mx.float32).sum(axis=0)).astype(gains.dtype)
+        moved = seen @ merging.slopes(v).astype(seen.dtype).T
+        total = (rows[:, some].astype(mx.float32) * moved.astype(mx.float32)).sum(axis=0)
+        return (UNIT * total).astype(gains.dtype)
 
     return _by_blocks(merging, factors, [gains], gradient)
 

@@ -59,9 +59,9 @@ def test_every_engine_multiplies_scales_as_the_law(name, grid):
             assert gains.any() or want.scales.tobytes() == q.scales.tobytes()
 
 
-@pytest.mark.parametrize("grid", [grid for grid in OWN if grid.scale != "midmax"], ids=str)
+@pytest.mark.parametrize("grid", [grid for grid in OWN if grid.scale in ("signed", "absmax")], ids=str)
 def test_values_on_scaled_rows_keep_codes_and_scales_when_they_are_quantized_again(grid):
-    """So that an artifact of them is like any other, and adapters can go on from it."""
+    """So that adapters can go on from an artifact of them. Under the other rules no values have their own scales again."""
     w = np.random.default_rng(6).standard_normal((6, 128)).astype(np.float32)
     q = law.gained(reference.quantize(w, grid), gains_of(6))
     again = reference.quantize(reference.dequantize(q), grid)
