@@ -49,8 +49,17 @@ LLAMA = (Norm("input_layernorm", QKV), Norm("post_attention_layernorm", GATED))
 GEMMA = (Norm("input_layernorm", QKV, 1.0), Norm("post_attention_layernorm", GATED, 1.0))
 GEMMA_2 = (Norm("input_layernorm", QKV, 1.0), Norm("pre_feedforward_layernorm", GATED, 1.0))
 OPT = (Norm("self_attn_layer_norm", QKV), Norm("final_layer_norm", ("fc1",)))
+PHI_3 = (Norm("input_layernorm", ("self_attn.qkv_proj",)), Norm("post_attention_layernorm", ("mlp.gate_up_proj",)))
+NEOX = (
+    Norm("input_layernorm", ("attention.query_key_value",)),
+    Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+)
+#: By type of the model. Of a mixture of experts, the norm before a router stays as it is: its readers are other ones.
 FAMILIES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite"), LLAMA),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), LLAMA),
+    "phi3": PHI_3,
+    "gpt_neox": NEOX,
     "gemma": GEMMA,
     **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA_2),
     "opt": OPT,
@@ -89,10 +98,11 @@ def smooth(folder: Path, out: Path, statistics: Statistics, *, strength: float) 
     if not 0 <= strength <= 1:
         raise PlanError(f"a strength of {strength:g} is outside 0 to 1: take 0.5")
     check_apart(out, folder)
+    config = read_config(folder) or {}
+    norms = _norms(config)
     stored, metadata = read_folder(folder)
     statistics.check_model(stored, folder)
-    config = read_config(folder) or {}
-    found = _find(config, stored, statistics, strength)
+    found = _find(norms, stored, statistics, strength)
     changes = {f"{one.norm}.{part}": (one, part) for one in found for part in ("weight", "bias")}
     changes |= {f"{path}.weight": (one, "reader") for one in found for path in one.readers}
     streams = []
@@ -103,17 +113,21 @@ def smooth(folder: Path, out: Path, statistics: Statistics, *, strength: float) 
     return found
 
 
-def _find(
-    config: Mapping[str, Any], stored: Mapping[str, Stored], statistics: Statistics, strength: float
-) -> tuple[Smoothed, ...]:
-    """The norms of a model that can be smoothed, with their powers of two."""
+def _norms(config: Mapping[str, Any]) -> tuple[Norm, ...]:
     kind = str(config.get("model_type"))
     if kind not in FAMILIES or not config.get("do_layer_norm_before", True):
         raise PlanError(
             f"cannot smooth a {kind!r}: its norms and their readers are not known; known are {', '.join(FAMILIES)}"
         )
+    return FAMILIES[kind]
+
+
+def _find(
+    norms: tuple[Norm, ...], stored: Mapping[str, Stored], statistics: Statistics, strength: float
+) -> tuple[Smoothed, ...]:
+    """The norms of a model that can be smoothed, with their powers of two."""
     found = []
-    for norm in FAMILIES[kind]:
+    for norm in norms:
         ending = f".{norm.name}.weight"
         for block in (name.removesuffix(ending) for name in stored if name.endswith(ending)):
             readers = tuple(f"{block}.{name}" for name in norm.readers)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from products_on_host import HostKernel
 from qkit_torchao.arithmetic import packing, rounding
-from qkit_torchao.kernels import choose, cuda_words, nvrtc
+from qkit_torchao.kernels import choose, cuda_rows, cuda_words, nvrtc
 from torch import nn
 
 import qkit
@@ -235,6 +235,20 @@ def scaled_once():
     return all(found)
 
 
+def many_rows():
+    """Whether many rows of int8 codes are multiplied, and scaled, to the bits of an exact product that is scaled afterwards."""
+    same = []
+    for count, outputs, inputs in ((65, 48, 64), (200, 130, 136), (129, 264, 72)):  # edges of tiles in each direction
+        x, codes = (torch.randint(-128, 128, (n, inputs), dtype=torch.int8) for n in (count, outputs))
+        steps, bias = torch.rand(count, 1), torch.randn(outputs)
+        product = (x.long() @ codes.long().T).to(torch.int32)
+        for scales in (torch.rand(outputs, 1), torch.rand(1, 1)):
+            for one in (None, bias.bfloat16()):
+                want = cuda_words.scaled(product, steps, scales, one, torch.bfloat16)
+                same.append(torch.equal(cuda_rows.rows_product(x, steps, codes, scales, one, torch.bfloat16), want))
+    return all(same)
+
+
 def tied(grid):
     """Whether an embedding and its head share one packed copy, and compute rows and products of the same values."""
 
@@ -296,6 +310,7 @@ def main(name: str) -> None:
         worst = block(grid)
         print(grid, "block", "near" if worst < 2**-7 else f"off by {worst:.1e}", flush=True)
     print("scaled", "exact" if scaled_once() else "otherwise", flush=True)
+    print("many rows", "exact" if many_rows() else "otherwise", flush=True)
     print("both sides", "exact" if both_sides() else "differ", flush=True)
     print(
         "tied",

@@ -88,6 +88,10 @@ def layout(grid: Grid, inputs: int) -> Container:
             f"integers want {', '.join(map(str, AFFINE_BITS))} bits and groups that {AFFINE_GROUPS[-1]} divides, small floats "
             f"e2m1 or e4m3 in groups of {MX_GROUP}"
         )
+        if grid.read:
+            size = (
+                "of grids of other programs it holds its own alone, affine, and e8m0 and e4m3 scales of e2m1 and e4m3"
+            )
         raise ArtifactError(
             f"MLX holds no rows of {inputs} on {grid}: {size}; export --to dense, or leave the layer float"
         )

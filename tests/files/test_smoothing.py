@@ -1,12 +1,13 @@
 """Smoothed models have the function of the model, and lose less where inputs are quantized."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from models import make
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import qkit
@@ -19,22 +20,39 @@ from qkit.smoothing import smooth, summary
 pytestmark = pytest.mark.filterwarnings("ignore::qkit.errors.FewTokensWarning")
 
 TOKENS = np.random.default_rng(3).integers(0, 200, (8, 96)).astype(np.int32)
-EXACT = ("llama", "mistral", "qwen2", "qwen3", "opt")
+EXACT = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "phi3",
+    "gpt_neox",
+    "opt",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")  # whose routers read a norm, too
 ROUNDED = ("gemma", "gemma2", "gemma3_text")  # 1 + w
 OUTLIERS = (3, 40, 77)
 
 
 def rough(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """A model whose norms and biases are no ones and zeros, with some large inputs, as trained models have them."""
-    if family == "opt":
-        config = OPTConfig(
-            vocab_size=256, hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=128,
-            max_position_embeddings=128,
-        )  # fmt: skip
-        model = OPTForCausalLM(config)
+    torch.manual_seed(0)
+    common = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    wide = {"intermediate_size": 256, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+    others = {
+        "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 128},
+        "granite": wide | {"attention_multiplier": 0.2, "residual_multiplier": 0.5},
+        "phi3": wide,
+    }
+    if family in others:
+        config = AutoConfig.for_model(family, **common, **others[family])
+        model = AutoModelForCausalLM.from_config(config)
     else:
         model = AutoModelForCausalLM.from_pretrained(make(folder.with_name("plain"), family))
-    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -42,6 +60,8 @@ def rough(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path
             if name.endswith(("norm.weight", "layernorm.weight", "layer_norm.weight")) and parameter.shape[0] >= 128:
                 parameter[list(OUTLIERS)] = 40.0
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+                parameter[:, list(OUTLIERS)] /= 40
+            if name.endswith(("qkv_proj.weight", "gate_up_proj.weight", "query_key_value.weight", "h_to_4h.weight")):
                 parameter[:, list(OUTLIERS)] /= 40
     model.to(dtype).save_pretrained(folder)
     return folder
@@ -57,9 +77,9 @@ def smoothed(model: Path, out: Path) -> Path:
     stats = calibrate(model, out.with_name("stats"), TOKENS, engine=qkit.backend("torchao"))
     found = smooth(model, out, open_statistics(stats), strength=0.5)
     spans = [high / low for low, high in summary(found).values()]
-    assert len(spans) % 2 == 0
-    assert len(spans) >= 4
-    assert max(spans) >= 16  # the large inputs are divided by more
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    assert len(spans) == config["num_hidden_layers"] * (1 if config["model_type"] in MIXTURES else 2)
+    assert min(spans) >= 16  # the large inputs are divided by more
     return out
 
 
@@ -92,10 +112,11 @@ def test_quantized_inputs_lose_less(tmp_path: Path) -> None:
 def test_wrong_models_and_strengths_are_refused(tmp_path: Path) -> None:
     model = Path(make(tmp_path / "model", "llama"))
     stats = open_statistics(calibrate(model, tmp_path / "stats", TOKENS, engine=qkit.backend("torchao")))
-    mixture = Path(make(tmp_path / "mixture", "mixtral"))
-    own = open_statistics(calibrate(mixture, tmp_path / "own", TOKENS, engine=qkit.backend("torchao")))
-    with pytest.raises(PlanError, match="cannot smooth a 'mixtral'"):
-        smooth(mixture, tmp_path / "out", own, strength=0.5)
+    odd = Path(make(tmp_path / "odd", "gpt_oss"))
+    with pytest.raises(
+        PlanError, match="cannot smooth a 'gpt_oss': its norms and their readers are not known; known are"
+    ):
+        smooth(odd, tmp_path / "out", stats, strength=0.5)
     with pytest.raises(PlanError, match="a strength of 2 is outside 0 to 1"):
         smooth(model, tmp_path / "out", stats, strength=2)
     with pytest.raises(ArtifactError, match="is the model itself"):

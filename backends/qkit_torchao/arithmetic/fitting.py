@@ -48,7 +48,9 @@ def solve_on(
 def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = None) -> QTensor[Tensor]:
     """As `solve_on`, for a weight that lies on the device of the moments, as its result does."""
     want_fitted(grid)
-    loops = loops_for(w, grid) if w.ndim == 2 else None
+    from qkit_torchao.kernels import fits  # here: it imports this package
+
+    loops = fits.loops(w, grid) if w.ndim == 2 else None
     if grid.group == "tensor" or loops is None or (grid.scale == "minmax" and loops is column_loops.Loops):
         raise GridError(f"{grid} of {tuple(w.shape)} is fitted by qkit.fit alone: want rows with scales of their own")
     if w.shape[1] != len(known.diagonal):
@@ -66,16 +68,6 @@ def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = 
     codes, scales, offsets = (torch.cat(every) for every in zip(*parts, strict=True))
     found = replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
     return found if first.zeros is None else replace(found, zeros=offsets.reshape(first.scales.shape))
-
-
-def loops_for(w: Tensor, grid: Grid) -> type[column_loops.Loops]:
-    """The loops over the inputs of `w` [outputs, inputs]: those of kernels where there are some."""
-    if w.is_cuda:
-        from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
-
-        if cuda_fit.takes(grid, w.shape[1]) and not nvrtc.why_not(w.device):
-            return cuda_fit.Loops
-    return column_loops.Loops
 
 
 def _solve(loops: column_loops.Loops, x: Tensor, s: Tensor, known: DeviceMoments) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ class DeviceMoments:
         Raises:
             GridError, RangeError: as `qkit.fit`.
         """
+        from qkit_torchao.kernels import fits  # here: it imports this package
+
         given = torch.as_tensor(moments, device=device)
         if given.dim() != 2 or given.shape[0] != given.shape[1]:
             raise GridError(f"moments of shape {tuple(given.shape)} are not E[x x'] of inputs: want [inputs, inputs]")
@@ -45,23 +47,9 @@ class DeviceMoments:
         order = torch.argsort(-diagonal, stable=True)
         damped = h[order][:, order]
         damped.diagonal().add_(damping)
-        return cls(h, diagonal, damping, exact_products.halves(h, 1), order, unit_upper(damped))
+        return cls(h, diagonal, damping, exact_products.halves(h, 1), order, fits.unit_upper(damped))
 
     def blocks(self, group: int) -> Halves:
         """The halves of the moments of the inputs of each group, [groups, group, group]."""
         places = torch.arange(len(self.source), device=self.source.device).reshape(-1, group)
         return exact_products.halves(self.source[places[:, :, None], places[:, None, :]], 2)
-
-
-def unit_upper(h: Tensor) -> Tensor:
-    """`exact_products.unit_upper`, by kernels where there are some.
-
-    Raises:
-        RangeError: as that.
-    """
-    if h.is_cuda:
-        from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
-
-        if not nvrtc.why_not(h.device):
-            return cuda_fit.unit_upper(h)
-    return exact_products.unit_upper(h)

@@ -27,9 +27,9 @@ class Solving:
         return grid.scale != "minmax" or (isinstance(grid.group, int) and self._has_kernels(grid, grid.group))
 
     def _has_kernels(self, grid: Grid, inputs: int) -> bool:
-        from qkit_torchao.kernels import cuda_fit, nvrtc  # here: they are for CUDA machines only
+        from qkit_torchao.kernels import fits  # here: it imports this package
 
-        return cuda_fit.takes(grid, inputs) and not nvrtc.why_not(self.device)
+        return fits.has_kernels(grid, inputs, self.device)
 
     def prepare_moments(self, moments: NDArray[Any]) -> DeviceMoments:
         """See `Solves.prepare_moments`."""

@@ -195,6 +195,20 @@ def codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
     return cuda_words.codes_product(x, codes, zeros)
 
 
+def multiplies_rows(x: Tensor) -> bool:
+    """Whether `rows_product` takes int8 codes x [rows, inputs]: more rows than `codes_product` takes, on such a GPU."""
+    return x.is_cuda and len(x) > 0 and not _few_rows(len(x)) and _compiles(x.device)
+
+
+def rows_product(
+    x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """See `cuda_rows.rows_product`."""
+    from qkit_torchao.kernels import cuda_rows
+
+    return cuda_rows.rows_product(x, steps, codes, scales, bias, dtype)
+
+
 def scaled(product: Tensor, steps: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A product [rows, outputs] of codes times the steps of its rows and the scales of its outputs, plus bias, as `dtype`."""
     if product.is_cuda and product.numel() and not torch.compiler.is_compiling() and _compiles(product.device):

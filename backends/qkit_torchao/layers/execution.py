@@ -65,9 +65,9 @@ def choose_execution(rule: Rule, *, device: torch.device, dtype: DType, shape: t
         return Execution(False, text, "words") if packs or grid.read else _plain(text, grid)
     why_not = why_no_kernel(rule, device=device, dtype=dtype, shape=shape)
     if not why_not and grid.element.kind == "integer":
-        return _in_container(
-            "torch._int_mm on the codes of both sides", containers.INTEGER, native=True, multiply=_int8, both=True
-        )
+        kernel = "torch._int_mm" if choose.why_no_triton(device) else "a Triton kernel"
+        text = f"{kernel} on the codes of both sides"
+        return _in_container(text, containers.INTEGER, native=True, multiply=_int8, both=True)
     if not why_not:
         kernel = "torch._scaled_mm on the codes of both sides"
         return _in_container(kernel, containers.FLOAT8_ROWS, native=True, multiply=_float8, both=True)

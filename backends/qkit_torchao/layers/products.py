@@ -74,6 +74,9 @@ def int8(
         zeros = None if x.zeros is None else shift(x.zeros, x.grid.element).reshape(-1).expand(len(codes)).contiguous()
         few: Tensor = torch.ops.qkit.codes_product(codes, weight, zeros)
         return choose.scaled(few, steps, scale, bias, dtype)
+    if x.zeros is None and choose.multiplies_rows(codes):
+        many: Tensor = torch.ops.qkit.rows_product(codes, steps, weight, scale, bias, dtype)
+        return many
     padded = F.pad(codes, (0, 0, 0, max(0, INT8_ROWS - len(codes))))
     product = int_product(padded, weight.T)[: len(codes)]
     if x.zeros is not None:
@@ -111,6 +114,25 @@ def _codes_product_fake(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tenso
 
 
 torch.library.register_fake("qkit::codes_product", _codes_product_fake, lib=_library)
+
+
+def _rows_product(
+    x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return choose.rows_product(x, steps, codes, scales, bias, dtype)
+
+
+def _rows_product_fake(
+    x: Tensor, steps: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=dtype)
+
+
+_library.define(
+    "rows_product(Tensor x, Tensor steps, Tensor codes, Tensor scales, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_library.impl("rows_product", _rows_product, "CompositeExplicitAutograd")
+torch.library.register_fake("qkit::rows_product", _rows_product_fake, lib=_library)
 
 
 def _quantize_static(w: Tensor, grid: Grid, *, scales: Tensor, zeros: Tensor | None = None) -> QTensor[Tensor]:

@@ -1,5 +1,7 @@
 """Adapters, learned scales, output grids and static ranges of experts, on every engine that has mixtures."""
 
+import zlib
+
 import numpy as np
 import pytest
 from alike import equal
@@ -8,6 +10,7 @@ from tables import MODULES
 
 import qkit
 from qkit import Adapter, Grid, Recipe, Rule, adapters
+from qkit.code_changes import code_sums
 from qkit.engines.trainer import TrainerOptions
 from qkit.storage.arrays import read_file
 
@@ -201,3 +204,24 @@ def test_unprepare_gives_float_experts_back(backend, family, scales, sources):
     model = qkit.unprepare(model)
     assert set(engine.tensors(model)) == names
     assert equal(engine.logits(model, TOKENS), logits)
+
+
+@pytest.mark.parametrize("scales", ["rule", "learned", "adapted"])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_sums_of_codes_are_those_of_the_experts_that_deploy(backend, scales, sources):
+    engine = qkit.backend(backend)
+    rule = {"scales": "learned"} if scales == "learned" else {}
+    model = qkit.prepare(qkit.load(sources["mixtral"], backend=backend), recipe(**rule))
+    if scales == "adapted":
+        model = qkit.adapt(model, Adapter(rank=4, match=("*.experts",)))
+    before = code_sums(model)
+    trained(engine, model, steps=3)
+    after = code_sums(model)
+    experts = {layer.path for layer in engine.layers(model) if layer.kind == "experts"}
+    assert experts <= {path for path in before if before[path] != after[path]}
+    model = qkit.convert(qkit.merge(model) if scales == "adapted" else model)
+    for layer in engine.layers(model):
+        if layer.kind == "experts":
+            each = engine.unpack_experts(layer.module).values()
+            codes = b"".join(engine.to_numpy(q.codes).tobytes() for mine in each for q in mine)
+            assert zlib.crc32(codes) == after[layer.path]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from fit_on_host import COMPILER, HostKernel
-from qkit_torchao.arithmetic import exact_products, fitting, moments
-from qkit_torchao.kernels import cuda_fit, nvrtc
+from qkit_torchao.arithmetic import exact_products, fitting
+from qkit_torchao.kernels import cuda_fit, fits, nvrtc
 
 import qkit.reference.products
 from qkit.errors import RangeError
@@ -39,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KERNELS:
         monkeypatch.setattr(cuda_fit, name, HostKernel(getattr(cuda_fit, name), folder))
-    monkeypatch.setattr(fitting, "loops_for", lambda w, grid: cuda_fit.Loops)
-    monkeypatch.setattr(moments, "unit_upper", cuda_fit.unit_upper)
+    monkeypatch.setattr(fits, "loops", lambda w, grid: cuda_fit.Loops)
+    monkeypatch.setattr(fits, "unit_upper", cuda_fit.unit_upper)
 
 
 def drawn(n: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
