@@ -27,9 +27,10 @@ def probe_all(
     found: list[Probe] = []
     description = TextColumn("{task.description}", markup=False)
     able = [engine for engine in engines if offers(engine, Modules)]
+    there = placed(able, device) if device else able  # before the progress begins, so that a refusal is a line alone
     with Progress(SpinnerColumn(), description, console=errors, transient=True) as progress:
         task = progress.add_task("", total=None)
-        for engine in placed(able, device) if device else able:
+        for engine in there:
             for recipe in recipes:
                 progress.update(task, description=f"{engine.name} {recipe.name}")
                 for dtype in dtypes:
