@@ -21,9 +21,9 @@ test-all: test
 test-families: $(VENV)/ready
 	$(BIN)/python -m pytest tests/families -m "families or not families"
 
-# Checkpoints of 50,000 tensors: time and memory.
+# Checkpoints of 50,000 tensors, and calibration: time, memory, and kills of long runs.
 test-size: $(VENV)/ready
-	$(BIN)/python -m pytest -m size tests/files/test_size.py
+	$(BIN)/python -m pytest -m size tests/files/test_size.py tests/files/test_calibrate.py tests/files/test_fit_bad_input.py
 
 # Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
 # An environment that is there: make test-readers READERS='--environment vllm=DIR --environment llama.cpp=DIR'

@@ -303,7 +303,7 @@ def main(name: str) -> None:
         worst = read_products(grid, dtype)
         near = worst < 2**-8 and (name != "float32" or worst < 1e-6)
         print(grid, name, "near" if near else f"off by {worst:.1e}", flush=True)
-        if grid.group != "tensor":
+        if grid in READ[::4] and grid.group != "tensor":
             worst = experts(grid)
             print(grid, "experts", "near" if worst < 2**-8 else f"off by {worst:.1e}", flush=True)
     for grid in (qkit.Grid("int4", 32), qkit.Grid("e2m1", 16, "nvfp4")):

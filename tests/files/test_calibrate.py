@@ -431,8 +431,10 @@ print(max(found) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells anonymous memory")
-@pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("what", ["watch", "drift"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.size] if name == "mlx" else []) for name in ENGINES]
+)
+@pytest.mark.parametrize("what", ["watch", pytest.param("drift", marks=pytest.mark.size)])  # half a minute
 def test_memory_has_one_block_of_the_model(what: str, name: str, tmp_path: Path) -> None:
     for blocks in (1, 20):
         config = {"hidden_size": 320, "intermediate_size": 832, "num_attention_heads": 4, "num_key_value_heads": 4}
