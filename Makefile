@@ -23,7 +23,7 @@ test-families: $(VENV)/ready
 
 # Checkpoints of 50,000 tensors, and calibration: time, memory, and kills of long runs.
 test-size: $(VENV)/ready
-	$(BIN)/python -m pytest -m size tests/files/test_size.py tests/files/test_calibrate.py tests/files/test_fit_bad_input.py
+	$(BIN)/python -m pytest -m size tests/files tests/engines/torch/test_kernels.py
 
 # Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
 # An environment that is there: make test-readers READERS='--environment vllm=DIR --environment llama.cpp=DIR'

@@ -35,7 +35,10 @@ def test_kernels_are_the_reference_bit_for_bit(dtype):
 
 
 @pytest.mark.skipif(products_on_host.COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 40), ("float16", 10), ("float32", 10)])
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [("bfloat16", 40), *(pytest.param(other, 10, marks=pytest.mark.size) for other in ("float16", "float32"))],
+)
 def test_kernels_on_packed_codes_multiply_what_decodes_bit_for_bit(dtype, least):
     script = SCRIPT.with_name("interpreted_words.py")
     done = subprocess.run([sys.executable, str(script), dtype], capture_output=True, text=True, check=True)
