@@ -4,7 +4,7 @@ import io
 
 import torch
 from processes import Net, batch, shard, train
-from qkit_torchao.torch_private import local_part
+from qkit_torchao.torch_private import copied, fsdp_parameters, local_part, users
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -220,4 +220,7 @@ def together(rank):
     each_fsdp(model, "reshard")
     qkit.regrid(model, Recipe("test", (Rule(("second.*",)), *recipe(Grid("int4", 16)).rules)))
     look("another grid", Grid("int4", 16))
-    return seen
+    record = next(one for _, one in fsdp_parameters() if layers[1] in users(one))
+    before = copied(record).data_ptr() == local_part(layers[1].weight).data_ptr()
+    layers[1].switch_mode("off")  # another class of layer may follow: FSDP must not go on copying values
+    return seen | {"masters": (before, copied(record).data_ptr() == local_part(layers[1].weight).data_ptr())}

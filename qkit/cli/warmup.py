@@ -18,6 +18,7 @@ from qkit.qtensor import DType
 
 #: Counts of rows whose kernels differ: few rows have kernels of their own, up to 64 are multiplied in eights, more are decoded.
 ROWS = (1, 2, 4, 16, 32, 64, 65)
+MANY = 2049  #: rows, besides, of layers that quantize their inputs: products of codes have another kernel for so many
 
 
 def warmup(
@@ -39,7 +40,7 @@ def warmup(
     for layer, dtype in kinds:
         if not as_json:
             console.print(f"compiling for {_words(layer)}: {layer.execution}", highlight=False, soft_wrap=True)
-        for rows in ROWS if layer.kind != "experts" else ():
+        for rows in _rows(layer):
             modules.run_layer(layer.module, _input(layer, rows, dtype))
     if any(layer.kind == "experts" for layer, _ in kinds):  # their inputs are those that a router chose
         for rows in ROWS:
@@ -63,6 +64,13 @@ def _kinds(engine: Modules, model: Any) -> Iterator[tuple[Layer, DType]]:
             if key not in seen:
                 seen.add(key)
                 yield layer, dtype
+
+
+def _rows(layer: Layer) -> tuple[int, ...]:
+    """Counts of rows that `layer` runs by itself."""
+    if layer.kind == "experts":
+        return ()
+    return (*ROWS, MANY) if layer.rule is not None and layer.rule.activation else ROWS
 
 
 def _words(layer: Layer) -> str:

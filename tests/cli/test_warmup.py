@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import qkit
 from qkit.cli.application import application
-from qkit.cli.warmup import ROWS
+from qkit.cli.warmup import MANY, ROWS
 from qkit.errors import ArtifactError
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -66,3 +66,30 @@ def test_every_variant_of_a_product_is_compiled(recipe, monkeypatch):
         return set(met)
 
     assert variants(ROWS) == variants(range(1, 70))
+
+
+@pytest.mark.parametrize("outputs", [128, 1024, 4096, 32000])
+def test_every_tile_of_many_rows_is_compiled(outputs, monkeypatch):
+    """A prefill is longer than `ROWS`, and its product of int8 codes has a tile of its own."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from qkit_torchao.kernels import cuda_rows
+
+    monkeypatch.setattr(cuda_rows, "INTERPRETED", False)
+    monkeypatch.setattr(cuda_rows, "_limits", lambda device: (227 * 1024, 132))
+
+    def tiles(counts):
+        return {cuda_rows._tile(torch.device("cuda"), count, outputs) for count in counts}  # noqa: SLF001
+
+    assert tiles(count for count in (*ROWS, MANY) if count > 64) == tiles(range(65, 1 << 15, 61))
+
+
+def test_layers_that_quantize_inputs_run_with_many_rows(tmp_path, monkeypatch):
+    make_model(tmp_path / "model", "llama")
+    recipe = "int8-dynamic-act-int8-weight"
+    RUNNER.invoke(application, ["quantize", str(tmp_path / "model"), str(tmp_path / "out"), "--recipe", recipe])
+    kind, seen = type(qkit.backend("torchao")), set()
+    run = kind.run_layer
+    monkeypatch.setattr(kind, "run_layer", lambda self, module, x: seen.add(len(x)) or run(self, module, x))
+    done = RUNNER.invoke(application, ["warmup", str(tmp_path / "out"), "--backend", "torchao"])
+    assert done.exit_code == 0, done.exception
+    assert seen == {*ROWS, MANY}

@@ -13,7 +13,8 @@ from qkit_torchao.kernels.launches import Kernel
 ALIGNED = 16  #: bytes; Triton compiles another form for addresses and counts that are multiples
 BAND = 8  #: tiles of rows that share codes in the cache
 LARGE = (128, 128, 128, 8)  #: rows, outputs, inputs and warps of a tile: 96 KB of shared memory in three stages
-NARROW = (64, 128, 128, 4)  #: for products of fewer tiles than the device has processors
+NARROW = (64, 128, 128, 4)  #: for at most `MANY` rows, in fewer tiles than the device has processors
+MANY = 2048
 SMALL = (64, 128, 64, 4)  #: for devices of less shared memory
 
 
@@ -46,7 +47,7 @@ def _tile(device: torch.device, count: int, outputs: int) -> tuple[int, int, int
     rows, across, deep, _ = LARGE
     if shared < 3 * (rows + across) * deep:
         return SMALL
-    return LARGE if -(-count // rows) * -(-outputs // across) >= processors else NARROW
+    return LARGE if count > MANY or -(-count // rows) * -(-outputs // across) >= processors else NARROW
 
 
 @lru_cache(maxsize=16)

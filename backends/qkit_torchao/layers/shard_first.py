@@ -223,8 +223,11 @@ def release(layer: Any) -> None:
         if layer in users(record):
             part: Any = local_part(record.sharded_param)
             if isinstance(part, Shard):
-                become_shard(part, part.source)
-                part.source.found = None  # type: ignore[attr-defined]
+                source: Any = part.source
+                become_shard(part, source)
+                source.found = None
+                if source.member is not None:
+                    source.member.release()
             if gathered_tensor(record) is layer.weight:
                 owner.reshard()  # type: ignore[operator]
 

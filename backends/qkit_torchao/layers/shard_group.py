@@ -35,7 +35,8 @@ class Member:
         record: a weak reference to FSDP's record of the weight.
         first: the source that FSDP is asked for this weight, too; None where the weight has hooks of its own.
         flat: the values that the record refers to, and the padded tensor whose view they are.
-        masters: what the record referred to before.
+        masters: the tensor that the record referred to before.
+        after: weak references to the records that FSDP gathers after this one; None before they are looked for.
     """
 
     def __init__(self, record: Any) -> None:
@@ -43,6 +44,14 @@ class Member:
         self.first: ref[Gathered] | None = None
         self.flat: tuple[Tensor | None, Tensor | None] = (None, None)
         self.masters: Tensor | None = None
+        self.after: list[ref[Any]] | None = None
+
+    def release(self) -> None:
+        """Has FSDP copy master weights again, until the next `refresh_others`."""
+        record = self.record()
+        if record is not None and self.masters is not None and copied(record) is self.flat[0]:
+            set_copied(record, self.masters)
+        self.first = None
 
     def holds_values(self, part: Shard) -> bool:
         """Whether FSDP gathers values of `part`: it asks for them, or asks the first weight, which still knows this one."""
@@ -60,12 +69,11 @@ class Member:
 def refresh_others(first: Gathered, policy: Any) -> None:
     """Has FSDP copy current values of the weights that it gathers after that of `first`, which it has asked.
 
-    Going back it gathers what it gathered in the forward pass.
+    The backward pass gathers the values of the forward pass.
     """
-    record = None if first.member is None else first.member.record()
-    if record is None or is_going_back():
+    if first.member is None or is_going_back():
         return
-    for other in _after(record):
+    for other in _after(first.member):
         part: Any = local_part(other.sharded_param)
         if isinstance(part, Shard):
             _refresh(other, part, first, policy)
@@ -73,13 +81,13 @@ def refresh_others(first: Gathered, policy: Any) -> None:
 
 def _refresh(record: Any, part: Shard, first: Gathered, policy: Any) -> None:
     source: Any = part.source
-    member: Member = source.member
+    member: Member | None = source.member
+    if member is None:
+        return
     follows = type(part) is Shard or _may_follow(record, source)  # a change of the grid makes it an `AskedShard`
     if not (source.gathers() and follows):
         if member.first is not None:
-            member.first = None
-            if copied(record) is member.flat[0] and member.masters is not None:
-                set_copied(record, member.masters)
+            member.release()
             become_shard(part, source)
         return
     padded = source.local(part, record.padded_sharded_param_size[0], policy)
@@ -109,10 +117,11 @@ def _may_follow(record: Any, source: Any) -> bool:
     )
 
 
-def _after(record: Any) -> list[Any]:
-    """The records that FSDP gathers after `record`, in its order."""
-    for _, group in fsdp_groups():
-        for place, one in enumerate(group):
-            if one is record:
-                return group[place + 1 :]
-    return []
+def _after(member: Member) -> list[Any]:
+    """The records that FSDP gathers after that of `member`, in its order. They are looked for once: FSDP's groups stay."""
+    if member.after is None:
+        mine = member.record()
+        group = next((group for _, group in fsdp_groups() if any(one is mine for one in group)), [])
+        place = next((place for place, one in enumerate(group) if one is mine), len(group))
+        member.after = [ref(one) for one in group[place + 1 :]]
+    return [record for one in member.after if (record := one()) is not None]

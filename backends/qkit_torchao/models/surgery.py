@@ -70,7 +70,7 @@ def _layers(model: nn.Module, found: dict[int, Place]) -> Iterator[Layer]:
             seen.setdefault(id(module.weight), path)
     known = facts({"model_type": getattr(getattr(model, "config", None), "model_type", None)})
     unread = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    for path, module in model.named_modules():  # an embedding owns what it shares, in whatever order a model has both
+    for path, module in model.named_modules():  # an embedding owns a shared weight, also where its head comes first
         if isinstance(module, nn.Embedding) and _is_layer(module):
             _owner(path, module, first)
     for path, module in model.named_modules():

@@ -161,7 +161,8 @@ def test_layers_that_share_a_tensor_scale_share_it_over_processes(seen):
 def test_weights_that_are_gathered_together_are_asked_for_once_and_follow_every_change(seen):
     for one in seen:
         assert one["shards"]["block"]["wrong"] == 0
-        found = one["shards"]["together"]
+        found = dict(one["shards"]["together"])
+        assert found.pop("masters") == (False, True)
         assert found.keys() == {"trained", "q_proj assigned", "k_proj assigned", "another grid"}
         for losses, asked, wrong, count in found.values():
             assert (asked, wrong, count) == (1, 0, 51 * 64 + 3 * 33 * 64)
