@@ -82,7 +82,7 @@ TEXT = """# Reading models that are quantized already
 quantized.
 `qkit import DIR OUT` makes an artifact, with the same codes where a grid holds them, and with the decoded values of the other
 weights. It counts these weights. `qkit quantize` decodes block by block, and says that the weights are then quantized twice.
-`qkit compare` measures its values as the float model. `qkit.load`, `qkit verify` and `qkit merge` take the artifact that `import`
+`qkit compare` measures the values of such a model as the float model. `qkit.load`, `qkit verify` and `qkit merge` take the artifact that `import`
 makes.
 
 `qkit export --to mlx` and `--to gguf` write the same codes, or name the first layer that the target does not hold: MLX's affine
