@@ -82,8 +82,8 @@ TEXT = """# Reading models that are quantized already
 quantized.
 `qkit import DIR OUT` makes an artifact, with the same codes where a grid holds them, and with the decoded values of the other
 weights. It counts these weights. `qkit quantize` decodes block by block, and says that the weights are then quantized twice.
-`qkit compare` measures the values of such a model as the float model. `qkit.load`, `qkit verify` and `qkit merge` take the artifact that `import`
-makes.
+`qkit compare` measures the values of such a model as the float model. `qkit.load`, `qkit verify` and
+`qkit merge` take the artifact that `import` makes.
 
 `qkit export --to mlx` and `--to gguf` write the same codes, or name the first layer that the target does not hold: MLX's affine
 weights come back byte by byte; GGUF takes groups of 32 and more with scales that are float16 numbers (Q4_0, Q4_1, Q5_0, Q5_1,
