@@ -140,7 +140,8 @@ def _fit_experts(
     engine: Modules, model: Any, layer: Layer, grid: "Grid", weights: "Mapping[str, Any]", fit: "Fit"
 ) -> "dict[str, list[QTensor[Any]]]":
     """The fitted codes of each expert's projections, by the statistics of each expert."""
-    from qkit.experts import fit_experts, paths_of  # here, so that `import qkit` stays cheap
+    from qkit.expert_fits import fit_experts  # here, so that `import qkit` stays cheap
+    from qkit.experts import paths_of
 
     def fitted(w: Any, path: str, peak: float | None) -> QTensor[Any]:
         return fit.on(_home(engine, w)).quantize(engine.to_numpy(w), grid, path=path, peak=peak)

@@ -14,7 +14,8 @@ from qkit.engines.blocks import Blocks, Hidden, Mixture, Seen
 from qkit.engines.layer import Layer
 from qkit.engines.mixtures import Mixes
 from qkit.engines.protocol import Arrays
-from qkit.experts import fit_experts, paths_of
+from qkit.expert_fits import fit_experts
+from qkit.experts import paths_of
 from qkit.fitting.inputs import Inputs
 from qkit.grid import Grid
 from qkit.qtensor import QTensor

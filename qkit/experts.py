@@ -5,7 +5,7 @@ one tensor stacks all of them. In models the experts of a block are one layer of
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -241,25 +241,6 @@ def quantize_experts(weights: Weights, grid: Grid, engine: Quantizes) -> Codes:
     for name, weight in weights.items():
         if name not in out:
             out[name] = [engine.quantize(one, grid) for one in weight]
-    return out
-
-
-def fit_experts(
-    weights: Weights,
-    grid: Grid,
-    paths: Mapping[tuple[int, str], str],
-    magnitude: Callable[[Any], float],
-    fit: Callable[[Any, str, float | None], QTensor[Any]],
-) -> Codes:
-    """As `quantize_experts`, with codes that `fit` finds for each matrix, its path in files, and the peak that it shares."""
-    out: Codes = {name: [] for name in weights}
-    pair = [name for name in ("gate_proj", "up_proj") if name in weights]
-    for (number, name), path in sorted(
-        paths.items()
-    ):  # those of one expert after another: gate and up have the same inputs
-        together = pair if name in pair else [name]
-        peak = max(magnitude(weights[one][number]) for one in together) if shares(grid) else None
-        out[name].append(fit(weights[name][number], path, peak))
     return out
 
 

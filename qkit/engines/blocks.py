@@ -92,7 +92,8 @@ class Blocks(Protocol):
         """The gradient, with respect to states after the last block, of the log-probability of labels that the model draws.
 
         Args:
-            labels: numbers in [0, 1), one for each token: a label is the first whose cumulative probability is greater.
+            labels: numbers in [0, 1), one for each token: a label is the first whose cumulative probability is greater. A
+                classifier draws one label for a row, by its first number. Zeros come from models without such an output.
         """
         ...
 

@@ -27,10 +27,10 @@ def solve_rows(
 
     Args:
         w: the weight to come near to.
-        metric: F [outputs, outputs]; None: no row makes up for another.
+        metric: F [outputs, outputs]; None or zeros: no row makes up for another.
         peak: as for `Inputs.solve`.
     """
-    if metric is None or grid.group == "tensor":
+    if metric is None or grid.group == "tensor" or not metric.any():
         return w, known.solve(w, grid, peak=peak)
     order = np.argsort(-metric.diagonal(), kind="stable")
     upper = _upper(metric[np.ix_(order, order)].astype(np.float64))

@@ -115,7 +115,8 @@ from qkit.drift_calibration import calibrate_drift
 from qkit.fitting import run
 
 model, out, name, where, drift, rows = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:6], np.load(sys.argv[6])
-left = {"states": 5, "moments": 2, "note": 1, "cleared": 1, "renamed": 1}[where]
+left = {"states": 5, "moments": 2, "metric": 2, "note": 1, "cleared": 1, "renamed": 1}[where]
+left += 2 * (where == "moments" and drift == "drift")  # after the metrics of both blocks
 
 def killing(function):
     def called(*args, **more):
@@ -137,6 +138,8 @@ if where == "states":
     run.Run.put = killing(run.Run.put)
 elif where == "moments":  # the second block's, after its note
     safetensors.numpy.save_file = killing(safetensors.numpy.save_file)
+elif where == "metric":
+    run.Run.save = killing(run.Run.save)
 elif where == "note":
     Path.replace = killing(Path.replace)
 elif where == "cleared":
@@ -149,7 +152,12 @@ else:
     calibrate(model, out, rows, engine=qkit.backend(name))
 """
 KILLS = [("torchao", where, "plain") for where in ("states", "moments", "note", "cleared", "renamed")]
-KILLS += [("torchao", "states", "drift"), ("mlx", "states", "plain"), ("mlx", "moments", "drift")]
+KILLS += [
+    ("torchao", "states", "drift"),
+    ("torchao", "metric", "drift"),
+    ("mlx", "states", "plain"),
+    ("mlx", "moments", "drift"),
+]
 
 
 @pytest.mark.parametrize(("name", "where", "drift"), [kill for kill in KILLS if kill[0] in ENGINES])

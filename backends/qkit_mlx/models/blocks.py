@@ -54,6 +54,7 @@ class MlxBlocks:
         path, self._blocks = _list_of_blocks(model)
         self.paths = tuple(f"{path}.{number}" for number in range(len(self._blocks)))
         self._model, self._round_to = model, round_to
+        self._layers = {layer.path: layer.module for layer in surgery.layers(model)}  # now: blocks lose their weights
         first, second = (self._record(mx.full((1, length), token)) for token in (0, 1))
         for mine, other, where in zip(first, second, self.paths, strict=True):
             if not _same(mine, other):
@@ -87,10 +88,9 @@ class MlxBlocks:
         block, (rest, given) = self._blocks[number], self._calls[number]
         dtype = _dtype(block)
         sums = Sums(self._round_to)
-        stacks = {layer.path: layer.module for layer in surgery.layers(self._model) if layer.path in experts}
         with (
             self._watching({path: partial(sums.see, path, grid) for path, grid in watched.items()}),
-            expert_inputs.watching([(stacks[path], mixture) for path, mixture in experts.items()], sums.add),
+            expert_inputs.watching([(self._layers[path], mixture) for path, mixture in experts.items()], sums.add),
         ):
             for one in states:
                 sums.forget()
@@ -144,9 +144,10 @@ class MlxBlocks:
         def run(x: mx.array, *added: mx.array) -> mx.array:
             taps.update(zip(watched, added, strict=True))
             out = block(x, *rest, **given)
-            return out[0] if isinstance(out, tuple) else out
+            found: mx.array = out[0] if isinstance(out, tuple) else out
+            return found
 
-        own = {layer.path: layer.module for layer in surgery.layers(self._model) if layer.path in watched}
+        own = {path: self._layers[path] for path in watched}
         none = [mx.zeros((*x.shape[:-1], own[path].weight.shape[0]), x.dtype) for path in watched]
         surgery.replace(self._model, {path: _Tapped(own[path], path, taps) for path in own})
         try:
@@ -159,12 +160,12 @@ class MlxBlocks:
 
     def put(self, path: str, values: NDArray[np.float32]) -> None:
         """See `Blocks.put`."""
-        layer = next(layer.module for layer in surgery.layers(self._model) if layer.path == path)
+        layer = self._layers[path]
         layer.weight = mx.array(values).astype(layer.weight.dtype)
 
     def put_experts(self, path: str, values: Mapping[str, NDArray[np.float32]]) -> None:
         """See `Blocks.put_experts`."""
-        block = next(layer.module for layer in surgery.layers(self._model) if layer.path == path)
+        block = self._layers[path]
         for name, part in expert_inputs.parts(block).items():
             part.weight = mx.array(values[name]).astype(part.weight.dtype)
 
@@ -180,7 +181,7 @@ class MlxBlocks:
     @contextmanager
     def _watching(self, shows: Mapping[str, Callable[[mx.array, mx.array], None]]) -> Iterator[None]:
         """Within, each layer of `shows` calls its function with its inputs and outputs."""
-        own = {layer.path: layer.module for layer in surgery.layers(self._model) if layer.path in shows}
+        own = {path: self._layers[path] for path in shows}
         surgery.replace(self._model, {path: _Watched(own[path], shows[path]) for path in own})
         try:
             yield

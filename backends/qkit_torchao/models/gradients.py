@@ -43,9 +43,12 @@ class Gradients:
             x = torch.from_numpy(np.array(row[None])).to(self.device, weight.dtype).requires_grad_()
             with torch.enable_grad():
                 out = self.model_after(x, tokens)
-                scores = (out.logits if hasattr(out, "logits") else out)[0].float().log_softmax(-1)
+                logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+                if logits is None:
+                    return np.zeros(states.shape, np.float32)
+                scores = logits.flatten(0, -2).float().log_softmax(-1)
                 sums = scores.detach().exp().cumsum(-1)
-                wanted = torch.from_numpy(mine).to(self.device)[:, None] * sums[:, -1:]
+                wanted = torch.from_numpy(mine[: len(scores)]).to(self.device)[:, None] * sums[:, -1:]
                 drawn = torch.searchsorted(sums, wanted, right=True).clamp_max(scores.shape[-1] - 1)
                 (gradient,) = torch.autograd.grad(scores.gather(-1, drawn).sum(), x)
             found.append(_to_numpy(gradient))
