@@ -263,12 +263,16 @@ def compute_values(
 
 
 def step_adamw(
-    weights: list[Tensor], states: list[dict[str, Tensor]], targets: list[Target | None], **hyper: Any
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    targets: list[Target | None],
+    **hyper: Any,
 ) -> None:
     """See `cuda_adamw.step`; on CUDA with Triton."""
     from qkit_torchao.kernels import cuda_adamw
 
-    cuda_adamw.step(weights, states, targets, **hyper)
+    cuda_adamw.step(weights, gradients, states, targets, **hyper)
 
 
 def adamw_target(weight: Tensor, values: Tensor, grid: Grid, gate: Tensor) -> Target | None:
