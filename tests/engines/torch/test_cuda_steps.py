@@ -105,7 +105,7 @@ def test_adamw_steps_shards_as_torchs_does_and_writes_what_is_gathered(mesh, rec
         if name == "whole":
             continue
         launches = names(lambda: losses(model, optimizer, steps=1))  # noqa: B023
-        assert sum(one.startswith("adamw_of_many") for one in launches) == (0 if name == "torch" else 3)
+        assert any(one.startswith("adamw_of_many") for one in launches) == (name == "ours")
         if recipe == "int4-g32":  # values of its parts are those of a launch, unless AdamW has written them
             assert sum(one.startswith("values_of_many") for one in launches) == (1 if name == "torch" else 0)
         state = optimizer.state[model.up[0].weight]
