@@ -7,7 +7,7 @@ from processes import Net, batch, shard, train
 from qkit_torchao.torch_private import copied, fsdp_parameters, local_part, users
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 import qkit
@@ -164,6 +164,7 @@ def gathered_codes(rank):
             bad, count = wrong_values(model, grid, torch.bfloat16)
             with qkit.disabled(model):
                 off = model(batch(0)[0]).detach()
+            each_fsdp(model, "reshard")
             given = [
                 one.numel() * one.element_size()
                 for _, record in fsdp_parameters()
@@ -194,7 +195,7 @@ def refused_codes():
     for name, model in {
         "float": shard(Even(), mp_policy=BF16),
         "whole": build(Even, GRID),
-        "uneven": shard(qkit.prepare(nn.Sequential(nn.Linear(64, 33)), recipe(GRID)), mp_policy=BF16),
+        "uneven": fully_shard(qkit.prepare(nn.Sequential(nn.Linear(64, 33)), "int4-g32"), mp_policy=BF16),
         "of tensors": shard(build(Even, Grid("int8", "tensor")), mp_policy=BF16),
     }.items():
         try:

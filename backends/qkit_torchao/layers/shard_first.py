@@ -22,6 +22,7 @@ from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.shard_group import Member, refresh_others
 from qkit_torchao.layers.straight_through import masked
 from qkit_torchao.torch_private import (
+    forget_gathered,
     fsdp_parameters,
     gathered_tensor,
     local_part,
@@ -44,10 +45,11 @@ class LayerSource:
         memory: by type, the padded tensor to gather, and a view of it for the values of the shard.
         latest: the type, rule and mode of the last values that depend on the shard alone, their gate, and their `memory`.
         member: its place among the weights that FSDP gathers together; None where FSDP does not know the weight.
-        packs: whether FSDP gathers packed codes, see `shard_codes`.
+        packs: whether FSDP gathers packed codes, see `shard_codes`, unless the layer is off; and `packed`, whether it did last.
     """
 
     packs: bool = False
+    packed: bool = False
 
     def __init__(self, layers: list[Any], outer: Any, record: Any = None) -> None:
         self.member: Member | None = None if record is None else Member(record)
@@ -87,7 +89,12 @@ class LayerSource:
         if self.member is not None:
             refresh_others(self, policy)
         layer, outer = self.layers[0](), self.outer()
-        if not self.packs or layer is None or outer is None or layer.mode == "off":
+        packed = self.packs and layer is not None and outer is not None and layer.mode != "off"
+        if packed != self.packed:
+            self.packed, record = packed, None if self.member is None else self.member.record()
+            if record is not None:
+                forget_gathered(record)
+        if not packed:
             return (self.local(shard, rows, policy),), None
         self._want_one_rule(layer, outer)
         return shard_codes.encoded(shard, layer)

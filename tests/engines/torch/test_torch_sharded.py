@@ -285,6 +285,22 @@ def test_transformers_own_plan_trains_on_the_grid(seen, name, tmp_path):
     assert want[0] != pytest.approx(float_losses[0], rel=1e-5)  # that test would see a plan without a grid
 
 
+@pytest.mark.parametrize("kind", parallel.CONFIGURED)
+def test_transformers_distributed_config_trains_on_the_grid(seen, folder, kind, tmp_path):
+    observed = _parallel(seen)
+    if "configured" not in observed[0]:
+        pytest.skip("transformers has no distributed_config")
+    want = parallel.steps(qkit.prepare(parallel.llama(tmp_path), "int4-g32"), parallel.of_language)
+    for one in observed:
+        found = one["configured"][kind]
+        near = {"mixed": 2e-3, "tensors": 1e-4}.get(kind, NEAR)  # products are in bfloat16, or summed in another order
+        assert found["losses"] == pytest.approx(want, rel=near)
+        assert found.get("wrong", 0) == 0
+    whole, parts = (folder / f"configured-{kind}-{name}" / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.exists()
+    assert kind == "tensors" or parts.read_bytes() == whole.read_bytes()
+
+
 def test_transformers_trainer_trains_with_fsdp2_and_bf16(seen, folder):
     for one in _parallel(seen):
         losses = one["trainer"]
