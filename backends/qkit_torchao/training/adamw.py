@@ -73,13 +73,12 @@ class AdamW(torch.optim.AdamW):
 
     def _launch(self, weights: list[Tensor], hyper: dict[str, Any]) -> None:
         """Steps `weights`, which have one counter of steps."""
-        states = [{name: _own(one) for name, one in self.state[weight].items()} for weight in weights]
-        parts, gradients = [_own(weight) for weight in weights], [_own(weight.grad) for weight in weights]
+        there = [weight for weight in weights if _own(weight).numel()]  # of few rows, some process has none
+        if not there:
+            return
+        states = [{name: _own(one) for name, one in self.state[weight].items()} for weight in there]
+        parts, gradients = [_own(weight) for weight in there], [_own(weight.grad) for weight in there]
         with without_subclasses():
-            there = [number for number, part in enumerate(parts) if part.numel()]  # of few rows, some process has none
-            parts, gradients, states = ([some[number] for number in there] for some in (parts, gradients, states))
-            if not parts:
-                return
             cached = {} if torch.cuda.is_current_stream_capturing() else values.cached(parts)
             targets = [_target(part, cached.get(id(part))) for part in parts]
             choose.step_adamw(parts, gradients, states, targets, **hyper)
