@@ -151,7 +151,7 @@ class Lesson:
         reach: of an offset whose gradients always agree, in units of half the distance of two codes; as much of a scale's factor.
     """
 
-    steps: int = 32
+    steps: int = 16
     batch: int = 8
     seed: int = 0
     reach: float = 1.0
