@@ -16,7 +16,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding, stored
-from qkit_mlx.arithmetic.gains import gained, slopes
+from qkit_mlx.arithmetic.gains import gained
 from qkit_mlx.arithmetic.merged import dithered, merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
@@ -193,11 +193,11 @@ class _AdaptedConverted(_Adapted):
         if not quantizes(self):
             return Merging(
                 self, CODES, decoded, self.lora_scale, "float32", "identity", True, lambda merged, *_: merged, unclipped,
-                lambda _: slopes(unpack(self)),
+                lambda _: unpack(self),
             )  # fmt: skip
         return Merging(
             self, CODES, base, self.lora_scale, "float32", self.rule.ste, grid.by_rows, on_grid, unclipped,
-            lambda merged: slopes(self._codes(merged)),
+            self._codes,
         )  # fmt: skip
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:

@@ -14,7 +14,6 @@ from qkit.reference.merged import Update
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding, stored
 from qkit_torchao.arithmetic.gains import gained as gain
-from qkit_torchao.arithmetic.gains import slopes
 from qkit_torchao.kernels import choose, merge
 from qkit_torchao.layers import (
     adapted_experts,
@@ -208,7 +207,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
         words = self.execution.layout == "words" and gains is None
         one_pass = words and merge.is_one_pass(grid, self.get_buffer("scales"), self.in_features, spread=spread)
         kernel = at_once if one_pass else None
-        more = self._unclipped, kernel, lambda w: slopes(converted.unpack(self) if off else self.new_codes(w))
+        more = self._unclipped, kernel, lambda w: converted.unpack(self) if off else self.new_codes(w)
         if off:
             return Merging(self._beside, self.lora_scale, torch.float32, "identity", torch.detach, *more)
         return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, *more)

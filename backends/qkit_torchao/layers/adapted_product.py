@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qkit.reference.gains import UNIT
+from qkit.qtensor import QTensor
 from qkit.rules import Ste
+from qkit_torchao.arithmetic.gains import to_gains
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
 from qkit_torchao.kernels import merge
 
@@ -29,7 +30,7 @@ class Merging:
         ste: of the grid. `identity` where the layer is off.
         on_grid: the values of a merged weight, without a gradient; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
-        slopes: of the values of a merged weight along the factors of its scales, for the gradient of gains; None without gains.
+        codes: those of a merged weight, before gains, for the gradient of these; None without gains.
         at_once: one kernel: base, B, A and the type of the result -> the values; None where there is none.
     """
 
@@ -40,7 +41,7 @@ class Merging:
     on_grid: Callable[[Tensor], Tensor]
     unclipped: Callable[[Tensor], Tensor]
     at_once: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] | None = None
-    slopes: Callable[[Tensor], Tensor] | None = None
+    codes: Callable[[Tensor], QTensor[Tensor]] | None = None
 
 
 def multiply(
@@ -79,22 +80,22 @@ class _Product(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.merging, ctx.dtype = merging, dtype
-        ctx.save_for_backward(x, w, b, a, magnitude)
+        ctx.save_for_backward(x, w, b, a, magnitude, gains)
         return F.linear(x, _values(w, b, a, magnitude, merging, dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, a, magnitude = ctx.saved_tensors
+        x, w, b, a, magnitude, gains = ctx.saved_tensors
         gradient, merging = gradients[0], ctx.merging
         with torch.autocast(gradient.device.type, enabled=False):
-            to_x = to_w = to_bias = to_magnitude = to_gains = None
+            to_x = to_w = to_bias = to_magnitude = of_gains = None
             rows, seen = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
             if ctx.needs_input_grad[0]:
                 values = _values(w, b, a, magnitude, merging, ctx.dtype)
                 to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
             if ctx.needs_input_grad[5]:
-                slopes = merging.slopes(_merged(_base(merging, w), b, a, magnitude, merging))
-                to_gains = UNIT * (rows.float() * (seen @ slopes.to(seen.dtype).T)).sum(dim=0)
+                codes = merging.codes(_merged(_base(merging, w), b, a, magnitude, merging))
+                of_gains = to_gains(rows, seen, codes, gains).to(gains.dtype)
             if magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]:
                 to_v, base = (rows.T @ seen).float(), _base(merging, w)
                 if merging.ste == "masked":
@@ -105,7 +106,7 @@ class _Product(torch.autograd.Function):
                 to_b, to_a = _by_rank(rows, seen, b, a, merging.scale)
             if ctx.needs_input_grad[6]:
                 to_bias = rows.sum(dim=0)
-        return to_x, to_w, to_b, to_a, to_magnitude, to_gains, to_bias, None, None
+        return to_x, to_w, to_b, to_a, to_magnitude, of_gains, to_bias, None, None
 
 
 def _base(merging: Merging, w: Tensor | None) -> Tensor:
