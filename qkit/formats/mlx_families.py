@@ -242,7 +242,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen3_vl": Family(names=NESTED_NAMES, language="qwen3"),
 }
 
-#: Types of models whose tensors mlx-lm leaves as they are in files, besides stacked experts: imports from mlx-lm.
+#: Types of models whose tensors mlx-lm leaves as they are in files, besides stacks of experts and heads: imports from mlx-lm.
 SAME_NAMES: Final = frozenset(
     (
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3", "phi", "stablelm"),
@@ -259,7 +259,7 @@ SAME_NAMES: Final = frozenset(
             "qwen2_moe",
             "qwen3_moe",
         ),
-        *("olmoe", "dots1", "glm4_moe", "deepseek_v2"),
+        *("olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
     )
 )
 
