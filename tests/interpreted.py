@@ -46,6 +46,24 @@ def long(grid: Grid, dtype: str) -> bool:
     return same and torch.equal(cuda.values(w, grid), rounding.rounded(w, grid))
 
 
+def together(grid: Grid, dtype: str) -> bool:
+    """Whether codes, scales and steps of several weights, overwritten in one launch, are those of each alone."""
+    drawn, kind, width = torch.Generator().manual_seed(0), getattr(torch, dtype), 8208 if grid.group == "row" else 512
+    weights = [torch.randn(rows, width, generator=drawn).to(kind) for rows in (3, 1, 18)]
+    weights[0][1], weights[2][5], weights[2][7, 3] = 0, weights[2][5] * 2.0**-60, torch.nan
+    wanted, targets = [], []
+    for w in weights:
+        steps = torch.zeros(grid.scale_shape(tuple(w.shape)))
+        wanted.append((cuda.quantize(w, grid, steps=steps), steps))
+        q = cuda.quantize(torch.ones_like(w), grid)
+        targets.append((q, torch.zeros_like(steps)))
+    assert all(cuda.quantizes_together(w, grid) for w in weights)
+    cuda.quantize_into(weights, targets, grid)
+    parts = [(q.codes, q.scales, steps) for q, steps in targets], [(q.codes, q.scales, steps) for q, steps in wanted]
+    pairs = [pair for made, want in zip(*parts, strict=True) for pair in zip(made, want, strict=True)]
+    return all(torch.equal(torch.nan_to_num(one.float()), torch.nan_to_num(other.float())) for one, other in pairs)
+
+
 def laid(grid: Grid, layout: packing.Layout, dtype: str) -> bool:
     """Whether codes that a kernel lays out are those of `quantize`, laid out, and a group without codes is told of."""
     w = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
@@ -133,6 +151,8 @@ def main(dtype: str) -> None:
     ]
     for grid in [*few, Grid("e2m1", 32, "even"), Grid("e2m1", 16, "nvfp4"), Grid("e4m3", 32, "rceil")]:
         print(grid, "merged", "exact" if merged(grid, dtype) else "not the values of the law", flush=True)
+    for grid in (Grid("e4m3", "row"), Grid("int8", "row", "midmax"), Grid("int4", 32), Grid("e2m1", 32, "even")):
+        print(grid, "together", "exact" if together(grid, dtype) else "not the codes of each alone", flush=True)
     print("shared peaks", "exact" if shared(dtype) else "not the values of the law", flush=True)
     row = Grid("int4", "row", "minmax")
     print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)

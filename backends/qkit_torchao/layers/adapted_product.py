@@ -1,7 +1,7 @@
 """The product of a layer with an adapter, which stores nothing of the size of its weight for the backward pass.
 
 The backward pass computes the merged weight and its values again, from the base, which does not change, and the factors. Where
-the gradient passes straight through to a LoRA, it reaches the factors through products of their rank, as in peft.
+the gradient passes straight through, it reaches the factors through products of their rank, as in peft.
 """
 
 from collections.abc import Callable
@@ -96,7 +96,12 @@ class _Product(torch.autograd.Function):
             if ctx.needs_input_grad[5]:
                 codes = merging.codes(_merged(_base(merging, w), b, a, magnitude, merging))
                 of_gains = to_gains(rows, seen, codes, gains).to(gains.dtype)
-            if magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]:
+            if magnitude is not None and merging.ste != "masked" and not ctx.needs_input_grad[1]:
+                stretched, to_magnitude = _through_magnitude(
+                    rows, seen, _base(merging, w), b, a, magnitude, merging.scale
+                )
+                to_b, to_a = _by_rank(stretched, seen, b, a, merging.scale)
+            elif magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]:
                 to_v, base = (rows.T @ seen).float(), _base(merging, w)
                 if merging.ste == "masked":
                     to_v = torch.where(merging.unclipped(_merged(base, b, a, magnitude, merging)), to_v, 0.0)
@@ -144,6 +149,20 @@ def _by_rank(rows: Tensor, seen: Tensor, b: Tensor, a: Tensor, scale: float) -> 
     to_b = rows.T @ (seen @ short_a.T)
     to_a = (rows @ short_b).T @ seen
     return to_b.to(b.dtype), to_a.to(a.dtype)
+
+
+def _through_magnitude(
+    rows: Tensor, seen: Tensor, base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Of DoRA: the gradient of the output [n, outputs] times magnitudes over the lengths of rows; and the magnitudes' gradient.
+
+    The lengths multiply rows of the weight, so that the gradients of B and A go through products of their rank.
+    """
+    v = merge.added(base, b.detach(), a.detach(), scale)
+    norms = row_norms(v)
+    moved = seen @ v.to(seen.dtype).T
+    to_magnitude = (rows.float() * moved).sum(dim=0) / norms
+    return rows * stretch(magnitude.detach(), norms).to(rows.dtype), to_magnitude.to(magnitude.dtype)
 
 
 def _through(
