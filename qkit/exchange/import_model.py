@@ -21,7 +21,7 @@ from qkit.exchange.shared_scales import share_scales
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
 from qkit.experts import is_router, paths_of
 from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
-from qkit.formats.mlx_families import SAME_NAMES
+from qkit.formats.mlx_types import SAME_NAMES
 from qkit.formats.packed import Tensors, join
 from qkit.formats.settings import check_remaining
 from qkit.grid import Grid

@@ -11,7 +11,7 @@ import numpy as np
 
 from qkit.errors import ArtifactError
 from qkit.formats import mlx_config
-from qkit.formats.mlx_families import SAME_NAMES
+from qkit.formats.mlx_types import SAME_NAMES
 from qkit.formats.packed import Tensors as Arrays
 from qkit.formats.packed import join
 from qkit.qtensor import DType
