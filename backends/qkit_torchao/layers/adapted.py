@@ -199,16 +199,21 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             return choose.rounded(merged, grid, peak=self._peak(merged))
 
         def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
-            return merge.values(
-                self.parts(), b, a, self.lora_scale, torch.float32, grid, spread=spread, on=not off, out=out
-            )
+            return merge.values(self.parts(), b, a, *kinds, spread=spread, on=not off, out=out, gains=scaled)
+
+        def along(b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
+            if off:
+                return converted.values(self, out)
+            return merge.values(self.parts(), b, a, *kinds, spread=spread, on=True, out=out)
 
         off, gains = self.mode == "off", self.lora_gains
-        spread = self.lora_dithered and not off
-        words = self.execution.layout == "words" and gains is None
-        one_pass = words and merge.is_one_pass(grid, self.get_buffer("scales"), self.in_features, spread=spread)
-        kernel = at_once if one_pass else None
-        more = self._unclipped, kernel, lambda w: slopes(converted.unpack(self) if off else self.new_codes(w))
+        scaled = None if gains is None else gains.detach()
+        spread, gained_too = self.lora_dithered and not off, gains is not None
+        kinds = self.lora_scale, torch.float32, grid
+        like, options = self.get_buffer("scales"), {"spread": spread, "gained": gained_too}
+        one_pass = self.execution.layout == "words" and merge.is_one_pass(grid, like, self.in_features, **options)
+        kernel, slope = (at_once, along) if one_pass else (None, None)
+        more = self._unclipped, kernel, lambda w: slopes(converted.unpack(self) if off else self.new_codes(w)), slope
         if off:
             return Merging(self._beside, self.lora_scale, torch.float32, "identity", torch.detach, *more)
         return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, *more)

@@ -31,6 +31,7 @@ class Merging:
         unclipped: where a merged weight is not clipped, for `masked`.
         slopes: of the values of a merged weight along the factors of its scales, for the gradient of gains; None without gains.
         at_once: one kernel: base, B, A and the type of the result -> the values; None where there is none.
+        slopes_at_once: one kernel: B, A and the type of the result -> `slopes`; None where there is none.
     """
 
     base: Callable[[], Tensor] | None
@@ -41,6 +42,7 @@ class Merging:
     unclipped: Callable[[Tensor], Tensor]
     at_once: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] | None = None
     slopes: Callable[[Tensor], Tensor] | None = None
+    slopes_at_once: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None
 
 
 def multiply(
@@ -93,8 +95,8 @@ class _Product(torch.autograd.Function):
                 values = _values(w, b, a, magnitude, merging, ctx.dtype)
                 to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
             if ctx.needs_input_grad[5]:
-                slopes = merging.slopes(_merged(_base(merging, w), b, a, magnitude, merging))
-                to_gains = UNIT * (rows.float() * (seen @ slopes.to(seen.dtype).T)).sum(dim=0)
+                slopes = _slopes(w, b, a, magnitude, merging, seen.dtype)
+                to_gains = UNIT * (rows.float() * (seen @ slopes.T)).sum(dim=0)
             if magnitude is not None and merging.ste != "masked" and not ctx.needs_input_grad[1]:
                 stretched, to_magnitude = _through_magnitude(
                     rows, seen, _base(merging, w), b, a, magnitude, merging.scale
@@ -126,6 +128,15 @@ def _values(
     if merging.at_once is not None and magnitude is None:
         return merging.at_once(w, b.detach(), a.detach(), dtype)
     return merging.on_grid(_merged(_base(merging, w), b, a, magnitude, merging)).to(dtype)
+
+
+def _slopes(
+    w: Tensor | None, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging, dtype: torch.dtype
+) -> Tensor:
+    if merging.slopes_at_once is not None and magnitude is None:
+        return merging.slopes_at_once(b.detach(), a.detach(), dtype)
+    assert merging.slopes is not None
+    return merging.slopes(_merged(_base(merging, w), b, a, magnitude, merging)).to(dtype)
 
 
 def _merged(base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging) -> Tensor:
