@@ -1,13 +1,14 @@
 """Time and memory of a step of adapters on a Llama of transformers: LoRA in bfloat16, and qkit's on prepared and on packed codes.
 
 `lora` is the reference: peft's own LoRA where peft is installed, else a layer with peft's arithmetic (each row says which).
+`lora-chunks` is the same with logits in chunks, `qkit_torchao.chunk_loss`, as qkit's ways have them and `qkit train` has them.
 `bitsandbytes` is that LoRA on NF4, where it is installed; `torchao` is the same on torchao's int4 weights, if it has a kernel.
 Each way is built alone, and takes turns with the others: all ways, then all again backwards. Times are medians by the clock of
 whole steps (forward, backward, AdamW of the factors), the device waited for. Memory is the peak of the allocator in a step, and
-`model` the bytes allocated before it.
+`model` the bytes allocated before it: those of the projections, of the other weights, and of the factors with AdamW's moments.
 
 Usage: python benchmarks/adapters_speed.py [--size 1b|8b|tiny] [--layers N] [--batch N] [--length N] [--rank N] [--recipe NAME]
-       [--steps N] [--turns N] [--device cuda] [--way NAME ...] [--out FILE.json]
+       [--steps N] [--turns N] [--checkpointing] [--device cuda] [--way NAME ...] [--out FILE.json]
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import qkit_torchao
 import torch
 from measure import Report
 from torch import Tensor, nn
@@ -92,8 +94,8 @@ def with_lora(model: nn.Module, rank: int) -> tuple[nn.Module, str]:
 def build(way: str, given: argparse.Namespace) -> tuple[nn.Module, str]:
     """The model of a way, and the name of its layers."""
     model = float_model(given, given.device)
-    if way == "lora":
-        return with_lora(model, given.rank)
+    if way in ("lora", "lora-chunks"):
+        return with_lora(qkit_torchao.chunk_loss(model) if way == "lora-chunks" else model, given.rank)
     if way == "bitsandbytes":
         return with_lora(in_nf4(model), given.rank)
     if way == "torchao":
@@ -106,7 +108,7 @@ def build(way: str, given: argparse.Namespace) -> tuple[nn.Module, str]:
     adapter = qkit.Adapter(rank=given.rank, alpha=2.0 * given.rank, match=MATCH)
     recipe = qkit.recipe(given.recipe)
     made = qkit.prepare(model, recipe) if way == "prepared" else qkit.convert(model, recipe)
-    return qkit.adapt(made, adapter), "qkit"
+    return qkit_torchao.chunk_loss(qkit.adapt(made, adapter)), "qkit"
 
 
 def in_nf4(model: nn.Module) -> nn.Module:
@@ -146,7 +148,29 @@ def measure(model: nn.Module, given: argparse.Namespace) -> dict[str, float]:
         wait()
         times.append(1000 * (perf_counter() - begin))
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    return {"ms": statistics.median(times[3:]), "peak GB": peak / 1e9, "model GB": held / 1e9}
+    return {
+        "ms": statistics.median(times[3:]),
+        "peak GB": peak / 1e9,
+        "model GB": held / 1e9,
+        **accounts(model, optimizer),
+    }
+
+
+def accounts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The bytes of a model and its optimizer between two steps, by their use."""
+    trained = {one.data_ptr() for one in model.parameters() if one.requires_grad}
+    sizes = dict.fromkeys(("projections GB", "other weights GB", "factors and AdamW GB"), 0.0)
+    for path, one in (*model.named_parameters(), *model.named_buffers()):
+        projection = any(f".{name}." in path for name in PROJECTIONS)
+        use = (
+            "factors and AdamW GB"
+            if one.data_ptr() in trained
+            else f"{'projections' if projection else 'other weights'} GB"
+        )
+        sizes[use] += one.nbytes / 1e9
+    moments = [one for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor)]
+    sizes["factors and AdamW GB"] += sum(one.nbytes for one in moments) / 1e9
+    return sizes
 
 
 def main() -> None:
@@ -159,13 +183,22 @@ def main() -> None:
     parser.add_argument("--recipe", default="int4-g32")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true", help="compute each layer again in the backward pass")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--way", action="append", default=[])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     beside = ["torchao"] + ["bitsandbytes"] * bool(find_spec("bitsandbytes"))
-    ways = given.way or ["lora", "prepared", "packed", *(beside if given.device.startswith("cuda") else [])]
-    shape = {key: getattr(given, key) for key in ("size", "layers", "batch", "length", "rank", "recipe")}
+    ways = given.way or [
+        "lora",
+        "lora-chunks",
+        "prepared",
+        "packed",
+        *(beside if given.device.startswith("cuda") else []),
+    ]
+    shape = {
+        key: getattr(given, key) for key in ("size", "layers", "batch", "length", "rank", "recipe", "checkpointing")
+    }
     report = Report(given.out, device=given.device, packages=("transformers", "peft", "bitsandbytes"), about=shape)
     found: dict[str, list[dict[str, float]]] = {}
     layers: dict[str, str] = {}
@@ -173,6 +206,8 @@ def main() -> None:
         for way in ways[:: -1 if turn % 2 else 1]:
             try:
                 model, layers[way] = build(way, given)
+                if given.checkpointing:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
                 found.setdefault(way, []).append(measure(model, given))
             except (ImportError, RuntimeError, NotImplementedError, AssertionError, ValueError) as error:  # of a peer's
                 if way not in ("torchao", "bitsandbytes"):

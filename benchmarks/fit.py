@@ -30,7 +30,8 @@ from recover import texts
 from safetensors.numpy import load_file
 
 import qkit
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
+from qkit.drift_calibration import calibrate_drift
 from qkit.engines.blocks import Lesson
 from qkit.fitting.fits import Fit, Method
 from qkit.streaming.carry_out import quantize_directory
@@ -42,9 +43,14 @@ ENVIRONMENTS = {
     "llm-compressor GPTQ": "llmc",
     "AutoRound 200": "autoround",
     "mlx-lm gptq": "mlx-lm",
+    "GPTQModel": "gptq",
 }
 METHODS: tuple[Method, ...] = ("search", "solve")
-LACKS = {"AutoRound 200": ("int3-g32", "nvfp4-a16"), "mlx-lm gptq": ("int3-g32", "mxfp4-a16", "nvfp4-a16")}
+LACKS = {
+    "AutoRound 200": ("int3-g32", "nvfp4-a16"),
+    "mlx-lm gptq": ("int3-g32", "mxfp4-a16", "nvfp4-a16"),
+    "GPTQModel": ("mxfp4-a16", "nvfp4-a16"),
+}
 
 
 Measure = Callable[[], tuple[float, float]]  #: the mean KL divergence of a model from the float one, and CPU seconds
@@ -67,10 +73,14 @@ class Bench:
 
     def fitted(self, recipe: str, method: Method, seed: int) -> tuple[float, float]:
         """As `measure`, by statistics of windows that depend on the seed."""
+        return self.measure(recipe, Fit(method, self.statistics(seed)))
+
+    def statistics(self, seed: int) -> Path:
+        """Statistics of windows that depend on the seed."""
         stats = self.place / f"stats-{seed}"
         if not stats.exists():
             calibrate(self.given.model, stats, self.windows(seed), engine=self.engine)
-        return self.measure(recipe, Fit(method, stats))
+        return stats
 
     def made(self, recipe: str, seed: int, lesson: Lesson | None) -> tuple[float, float]:
         """As `measure`, with corrected drift, and learned rounding where there is a lesson; its time is in the seconds."""
@@ -151,7 +161,7 @@ def main() -> int:
     for name, value in whole.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learn", nargs="*", default=["int4-g32", "int2-g32"], help="recipes that learn rounding")
-    parser.add_argument("--environments", type=Path, help="folder of environments: llmc, autoround, mlx-lm")
+    parser.add_argument("--environments", type=Path, help="folder of environments: llmc, autoround, mlx-lm, gptq")
     parser.add_argument("--peer", nargs="*", default=list(ENVIRONMENTS))
     parser.add_argument("--recipe", nargs="+", default=list(RECIPES))
     parser.add_argument("--backend", default="torchao")

@@ -1,8 +1,8 @@
-"""The peak memory of a training step of eight layers on MLX: `qkit.adapt` beside mlx-lm's LoRA, on one converted base.
+"""The peak memory of a training step of eight layers on MLX: `qkit.adapt` beside mlx-lm's LoRA or DoRA, on one converted base.
 
 The layers are alternately [4 n, n] and [n, 4 n]. Both ways have the same codes and see the same rows.
 
-Usage: python benchmarks/mlx_memory.py [--hidden N] [--rows N] [--recipe NAME] [--out FILE.json]
+Usage: python benchmarks/mlx_memory.py [--hidden N] [--rows N] [--recipe NAME] [--kind lora|dora] [--out FILE.json]
 """
 
 import argparse
@@ -14,12 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from measure import Report
+from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 import qkit
 
 LAYERS, RANK, STEPS = 8, 16, 3
-WAYS = ("mlx-lm LoRA", "qkit.adapt")
+PEER = {"lora": LoRALinear, "dora": DoRALinear}
 
 
 class Blocks(nn.Module):
@@ -41,10 +42,10 @@ def build(way: str, given: argparse.Namespace) -> nn.Module:
     mx.random.seed(0)
     model: Any = qkit.convert(Blocks(given.hidden), given.recipe)
     if way == "qkit.adapt":
-        model = qkit.adapt(model, qkit.Adapter(rank=RANK))
+        model = qkit.adapt(model, qkit.Adapter(rank=RANK, kind=given.kind))
     else:
         model.freeze()
-        model.layers = [LoRALinear.from_base(layer, r=RANK) for layer in model.layers]
+        model.layers = [PEER[given.kind].from_base(layer, r=RANK) for layer in model.layers]
     model.train()
     return model  # type: ignore[no-any-return]
 
@@ -78,10 +79,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--recipe", default="int4-g32")
+    parser.add_argument("--kind", choices=tuple(PEER), default="lora")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    report = Report(given.out, about={"hidden": given.hidden, "rows": given.rows, "recipe": given.recipe})
-    for way in WAYS:
+    report = Report(
+        given.out, about={"hidden": given.hidden, "rows": given.rows, "recipe": given.recipe, "kind": given.kind}
+    )
+    for way in (f"mlx-lm {given.kind}", "qkit.adapt"):
         for compiled in (False, True):
             before, most = peak(build(way, given), given, compiled=compiled)
             mode = "compiled" if compiled else "eager"

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import qkit_torchao
 import torch
 from clock import captured, seconds
 from measure import Report, spread
@@ -93,6 +94,8 @@ def build(variant: Variant, size: dict[str, int], device: torch.device, ranks: i
         model = qkit.adapt(model, qkit.Adapter(rank=16))
     if variant.peer:
         put_peer(model, variant.peer)
+    if variant.chunks:
+        qkit_torchao.chunk_loss(model)
     model.train()
     if variant.checkpoints:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -21,6 +21,7 @@ class Variant:
         lora: nothing, `plain`, `prepared` or `converted`: adapters on such a base.
         micro: micro-batches of a step.
         graph: whether a CUDA graph replays the step.
+        chunks: whether logits are computed in chunks, as `qkit train` does.
     """
 
     recipe: str = ""
@@ -32,6 +33,7 @@ class Variant:
     micro: int = 1
     wide: bool = False
     graph: bool = False
+    chunks: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def rows(ranks: int) -> list[Row]:
         ]
     saving = Variant(checkpoints=True)
     whole = Variant(compiled="model")
-    lora = Variant(lora="plain")
+    lora, codes = Variant(lora="plain"), Variant("int4-g32", lora="converted")
+    saving_lora = replace(lora, checkpoints=True)
+    chunked_lora = replace(saving_lora, chunks=True)
     wide = Variant(wide=True)
     return [
         Row("int4-g32, torch's AdamW", plain, Variant("int4-g32")),
@@ -81,7 +85,10 @@ def rows(ranks: int) -> list[Row]:
         Row("int8 activations and int4, checkpointing", saving, replace(saving, recipe=INT8)),
         Row("torchao QAT int8 activations, checkpointing", saving, replace(saving, peer="int8-int4")),
         Row("adapters on a prepared base, over LoRA", lora, Variant("int4-g32", lora="prepared")),
-        Row("adapters on a converted base, over LoRA in bf16", lora, Variant("int4-g32", lora="converted")),
+        Row("adapters on a converted base, over LoRA in bf16", lora, codes),
+        Row("adapters on a converted base, logits in chunks, over LoRA in bf16", lora, replace(codes, chunks=True)),
+        Row("the same, checkpointing", saving_lora, replace(codes, checkpoints=True, chunks=True)),
+        Row("the same, over LoRA with logits in chunks", chunked_lora, replace(codes, checkpoints=True, chunks=True)),
         Row("whole model compiled, int4-g32", whole, replace(whole, recipe="int4-g32")),
         Row("whole model compiled, int8 activations", whole, replace(whole, recipe=INT8)),
         Row("whole model compiled, float8 both sides", whole, replace(whole, recipe=FLOAT8)),

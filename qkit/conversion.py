@@ -39,7 +39,7 @@ def pack_layers(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], f
         if layer.path in packed:
             continue
         if layer.kind == "experts":
-            packed[layer.path] = _pack_experts(engine, layer, rule, static[layer.path], fit)
+            packed[layer.path] = _pack_experts(engine, model, layer, rule, static[layer.path], fit)
             continue
         owner = packed[layer.tied] if layer.tied else None
         if owner is None:
@@ -109,8 +109,7 @@ def _codes(
     w = engine.weight(layer.module)
     check(engine, w, rule.weight, name=f"{layer.path}.weight")
     if fit is not None:
-        home = engine.on(str(w.device)) if hasattr(getattr(w, "device", None), "type") else engine  # as in `qkit.fit`
-        return fit.on(home).quantize(engine.to_numpy(w), rule.weight, path=layer.name, peak=peak)
+        return fit.on(_home(engine, w)).quantize(engine.to_numpy(w), rule.weight, path=layer.name, peak=peak)
     if not _learned(layer, rule):
         return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
@@ -119,7 +118,7 @@ def _codes(
 
 
 def _pack_experts(
-    engine: Modules, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]", fit: "Fit | None"
+    engine: Modules, model: Any, layer: Layer, rule: Rule, static: "Mapping[str, NDArray[Any]]", fit: "Fit | None"
 ) -> Any:
     from qkit.experts import quantize_experts  # here, so that `import qkit` stays cheap
 
@@ -130,9 +129,30 @@ def _pack_experts(
         check(engine, w, rule.weight, name=f"{layer.path}.{name}")
     if _learned(layer, rule):
         q = learned_expert_codes(engine, layer, rule.weight, weights)
+    elif fit is not None:
+        q = _fit_experts(engine, model, layer, rule.weight, weights, fit)
     else:
-        q = quantize_experts(weights, rule.weight, engine if fit is None else fit.searching(engine))
+        q = quantize_experts(weights, rule.weight, engine)
     return mixing.pack_experts(layer.module, q, rule, static=static)
+
+
+def _fit_experts(
+    engine: Modules, model: Any, layer: Layer, grid: "Grid", weights: "Mapping[str, Any]", fit: "Fit"
+) -> "dict[str, list[QTensor[Any]]]":
+    """The fitted codes of each expert's projections, by the statistics of each expert."""
+    from qkit.expert_fits import fit_experts  # here, so that `import qkit` stays cheap
+    from qkit.experts import paths_of
+
+    def fitted(w: Any, path: str, peak: float | None) -> QTensor[Any]:
+        return fit.on(_home(engine, w)).quantize(engine.to_numpy(w), grid, path=path, peak=peak)
+
+    paths = paths_of(layer.name, layer.projections, engine.config(model))
+    return fit_experts(weights, grid, paths, engine.magnitude, fitted)
+
+
+def _home(engine: Modules, w: Any) -> Modules:
+    """The engine on the device of a weight, as in `qkit.fit`."""
+    return engine.on(str(w.device)) if hasattr(getattr(w, "device", None), "type") else engine
 
 
 def learned_expert_codes(

@@ -20,6 +20,7 @@ from qkit import fused
 from qkit.engines.blocks import Blocks, Hidden
 from qkit.engines.protocol import Arrays
 from qkit.fitting.inputs import Inputs
+from qkit.fitting.rows import solve_rows
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.reference.rounding import dequantize
@@ -61,6 +62,7 @@ def correct_block(
     states: Callable[[], Iterable[tuple[Hidden, Hidden]]],
     grids: Mapping[str, Grid],
     weights: Mapping[str, NDArray[Any]],
+    metrics: Mapping[str, NDArray[np.float32]],
     engine: Arrays | None = None,
 ) -> dict[str, Aim]:
     """Fits the layers of block `number` of `fitted` one group after another, in place, and returns their aims.
@@ -69,6 +71,7 @@ def correct_block(
         states: gives batches of the states before the block, of the float model and of the fitted one.
         grids: of the weights of the layers to fit, by path.
         weights: the float weights of these layers.
+        metrics: of their outputs, see `qkit.metric`; rows of layers without one are solved apart.
         engine: one that may solve on its device; see `Inputs`.
     """
     first = next(iter(states()))[0]
@@ -85,8 +88,8 @@ def correct_block(
         h, peaks = moments.astype(np.float32), _peaks(aimed, grids)
         known = Inputs(h, engine)
         for path, weight in aimed.items():
-            q = known.solve(weight, grids[path], peak=peaks.get(path))
-            aims[path] = Aim(weight, q, group[0], h if path == group[0] else None, peaks.get(path), tokens)
+            aim, q = solve_rows(weight, grids[path], known, metrics.get(path), peak=peaks.get(path))
+            aims[path] = Aim(aim, q, group[0], h if path == group[0] else None, peaks.get(path), tokens)
             fitted.put(path, dequantize(q))
     return aims
 

@@ -121,7 +121,7 @@ def convert(
     chosen = [(item.layer, item.rule) for item in planned if item.rule]
     if fit is None and not prepared:
         _want_none_learned(chosen)
-    opened = _opened(fit, chosen) if fit else None
+    opened = _opened(fit, chosen, engine.config(model)) if fit else None
     packed = pack_layers(engine, model, chosen, opened)
     for module in packed.values() if opened else ():
         setattr(module, FIT, json.dumps(opened.describe(), sort_keys=True) if opened else "")
@@ -143,10 +143,15 @@ def warn_of_family(engine: Modules, model: Any) -> None:
         warnings.warn(text, FamilyWarning, stacklevel=3)
 
 
-def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]]) -> "Fit":
-    from qkit.fitting.fits import open_fit  # here, so that `import qkit` stays cheap
+def _opened(fit: "Fit | Method", chosen: list[tuple[Layer, Rule]], config: Mapping[str, Any] | None) -> "Fit":
+    from qkit.experts import paths_of  # here, so that `import qkit` stays cheap
+    from qkit.fitting.fits import open_fit
 
-    return open_fit(fit, {layer.name: rule for layer, rule in chosen})
+    rules: dict[str, Rule] = {}
+    for layer, rule in chosen:
+        experts = paths_of(layer.name, layer.projections, config).values() if layer.kind == "experts" else ()
+        rules |= dict.fromkeys(experts or (layer.name,), rule)
+    return open_fit(fit, rules)
 
 
 def _want_none_learned(chosen: list[tuple[Layer, Rule]]) -> None:

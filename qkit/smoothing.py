@@ -149,7 +149,7 @@ def _exponents(
 ) -> NDArray[np.int32]:
     """Exponents of the powers of two next to s, less their mean; zero for inputs or weights of zeros."""
     for path in paths:
-        if path not in statistics.paths:
+        if not statistics.has(path):
             raise PlanError(f"{statistics.folder} has no statistics of {path}: calibrate the whole model")
         if statistics.activation(path) is not None or statistics.grid(path) is not None:
             raise PlanError(

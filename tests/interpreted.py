@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from qkit_torchao.arithmetic import merged as arithmetic
 from qkit_torchao.arithmetic import packing, rounding
+from qkit_torchao.arithmetic.gains import gained
 from qkit_torchao.backend import TorchaoBackend
 from qkit_torchao.kernels import cuda, cuda_merge
 
@@ -44,6 +46,24 @@ def long(grid: Grid, dtype: str) -> bool:
     made, want = cuda.quantize(w, grid), rounding.quantize(w, grid)
     same = all(torch.equal(made.parts()[name], part) for name, part in want.parts().items())
     return same and torch.equal(cuda.values(w, grid), rounding.rounded(w, grid))
+
+
+def together(grid: Grid, dtype: str) -> bool:
+    """Whether codes, scales and steps of several weights, overwritten in one launch, are those of each alone."""
+    drawn, kind, width = torch.Generator().manual_seed(0), getattr(torch, dtype), 8208 if grid.group == "row" else 512
+    weights = [torch.randn(rows, width, generator=drawn).to(kind) for rows in (3, 1, 18)]
+    weights[0][1], weights[2][5], weights[2][7, 3] = 0, weights[2][5] * 2.0**-60, torch.nan
+    wanted, targets = [], []
+    for w in weights:
+        steps = torch.zeros(grid.scale_shape(tuple(w.shape)))
+        wanted.append((cuda.quantize(w, grid, steps=steps), steps))
+        q = cuda.quantize(torch.ones_like(w), grid)
+        targets.append((q, torch.zeros_like(steps)))
+    assert all(cuda.quantizes_together(w, grid) for w in weights)
+    cuda.quantize_into(weights, targets, grid)
+    parts = [(q.codes, q.scales, steps) for q, steps in targets], [(q.codes, q.scales, steps) for q, steps in wanted]
+    pairs = [pair for made, want in zip(*parts, strict=True) for pair in zip(made, want, strict=True)]
+    return all(torch.equal(torch.nan_to_num(one.float()), torch.nan_to_num(other.float())) for one, other in pairs)
 
 
 def laid(grid: Grid, layout: packing.Layout, dtype: str) -> bool:
@@ -101,6 +121,8 @@ def merged(grid: Grid, dtype: str) -> bool:
     q = rounding.quantize(w.float(), grid)
     laid = packing.lay(q, "words")
     parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale, laid.biases
+    gains = torch.randn(70, generator=drawn) * 0.2
+    gains[3:6] = torch.tensor([3.0, -3.0, 0.0])  # beyond the limits
     for spread in (False, True) if cuda_merge.spreads(grid, 512) else (False,):
         base = arithmetic.dithered(q) if spread else rounding.dequantize(q)
         want = arithmetic.added(base, b, a, 0.3)
@@ -109,6 +131,12 @@ def merged(grid: Grid, dtype: str) -> bool:
         if cuda_merge.quantizes(grid, 512):
             found = cuda_merge.merged(parts, b, a, 0.3, torch.float32, **options, on_grid=True)
             right.append(torch.equal(found, rounding.rounded(want, grid)))
+        if cuda_merge.takes_gains(grid, 512):
+            found = cuda_merge.merged(parts, b, a, 0.3, torch.float32, **options, on_grid=True, gains=gains)
+            law = rounding.dequantize(gained(rounding.quantize(want, grid), gains))
+            beside = arithmetic.added(rounding.dequantize(gained(replace(q, dtype="float32"), gains)), b, a, 0.3)
+            made = cuda_merge.merged(parts, b, a, 0.3, torch.float32, grid=grid, gains=gains)
+            right += [torch.equal(found, law), torch.equal(made, beside)]
     return all(right) and cuda_merge.takes(grid, 512)
 
 
@@ -133,6 +161,8 @@ def main(dtype: str) -> None:
     ]
     for grid in [*few, Grid("e2m1", 32, "even"), Grid("e2m1", 16, "nvfp4"), Grid("e4m3", 32, "rceil")]:
         print(grid, "merged", "exact" if merged(grid, dtype) else "not the values of the law", flush=True)
+    for grid in (Grid("e4m3", "row"), Grid("int8", "row", "midmax"), Grid("int4", 32), Grid("e2m1", 32, "even")):
+        print(grid, "together", "exact" if together(grid, dtype) else "not the codes of each alone", flush=True)
     print("shared peaks", "exact" if shared(dtype) else "not the values of the law", flush=True)
     row = Grid("int4", "row", "minmax")
     print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)

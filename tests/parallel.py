@@ -1,5 +1,7 @@
 """Cases of test_torch_sharded.py about tensor parallelism, transformers' Trainer and bad input; of two processes."""
 
+from importlib.util import find_spec
+
 import torch
 from processes import batch, shard
 from shards import BF16, GRID, Even, build, recipe
@@ -18,6 +20,15 @@ SETTINGS = {
     "RAM": {"cpu_ram_efficient_loading": True},
     "checkpoints": {"activation_checkpointing": True},
     "plain": {},
+}
+
+
+#: arguments of transformers' `DistributedConfig`
+CONFIGURED = {
+    "shards": {"fsdp_size": 2},
+    "mixed": {"fsdp_size": 2, "fsdp_mixed_precision": True},
+    "replicas": {"fsdp_size": 1, "dp_replicate_size": 2},
+    "tensors": {"tp_size": 2},
 }
 
 
@@ -80,6 +91,40 @@ def of_plan(name, mesh, *, late):
     return {"losses": losses, "codes": codes(whole) if whole is not None else None}
 
 
+def configured(folder, name, rank):
+    """Runs of a model that transformers' `distributed_config` spreads as it loads: by the size that the config names."""
+    import qkit_torchao
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    found = {}
+    for kind, sizes in CONFIGURED.items():
+        model = LlamaForCausalLM.from_pretrained(f"{folder}/llama", distributed_config=DistributedConfig(**sizes))
+        model = qkit.prepare(model, name)
+        found[kind] = {"losses": steps(model, of_language)}
+        if "fsdp_size" in sizes:
+            model.train()
+            found[kind]["wrong"] = wrong_in(model.model.layers[0])
+            qkit_torchao.save_sharded(model, f"{folder}/configured-{kind}-parts")
+        whole = qkit.gather(model)
+        if whole is not None:
+            qkit.save(qkit.convert(whole), f"{folder}/configured-{kind}-whole")
+    return found
+
+
+def wrong_in(block):
+    """How many gathered weights of a sharded `block` are not the values of their masters, in the type that is gathered."""
+    block.reshard()
+    names = [f"{path}.weight" for path, layer in block.named_modules() if hasattr(layer, "weight_grid")]
+    whole = {name: block.get_parameter(name).full_tensor().detach() for name in names}
+    block.unshard()
+    pairs = [(block.get_parameter(name), qkit.fake_quantize(one, GRID)) for name, one in whole.items()]
+    assert len(pairs) == 7
+    wrong = sum(int((gathered != values.to(gathered.dtype)).sum()) for gathered, values in pairs)
+    block.reshard()
+    return wrong
+
+
 def refused(act):
     try:
         act()
@@ -138,6 +183,8 @@ def observe(rank, folder):
     for name in ACTIVE:
         model = LlamaForCausalLM.from_pretrained(f"{folder}/llama", tp_plan="auto", device_mesh=mesh)
         seen[f"auto, {name}"] = steps(qkit.prepare(model, name), of_language)
+    if find_spec("transformers.distributed.configuration_utils"):
+        seen["configured"] = configured(folder, "int4-g32", rank)
     seen["trainer"] = {name: by_trainer(folder, name, rank) for name in SETTINGS}
     return seen | {"refused": refusals(rank, mesh), "right": right(rank)}
 

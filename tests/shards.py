@@ -7,7 +7,7 @@ from processes import Net, batch, shard, train
 from qkit_torchao.torch_private import copied, fsdp_parameters, local_part, users
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 import qkit
@@ -143,7 +143,66 @@ def observe(rank):
     for grid in GRIDS:
         seen[f"{grid}, along outputs"] = seen_of(Net, grid, rank, mp_policy=BF16)
         seen[f"{grid}, along inputs"] = seen_of(Even, grid, rank, mp_policy=BF16, **along(1))
-    return seen | changed(rank) | {"together": together(rank)}
+    return seen | changed(rank) | {"together": together(rank), "codes": gathered_codes(rank)}
+
+
+PACKED = (GRID, Grid("int3", 32), Grid("int4", 16, "minmax"), Grid("e2m1", 32, "even"), Grid("e4m3", "row"))
+
+
+def gathered_codes(rank):
+    """By grid, runs that gather values and codes: losses, wrong values, and bytes that a process gives for one gather."""
+    import qkit_torchao
+
+    seen = {}
+    for grid in PACKED:
+        for packed in (False, True):
+            model = shard(build(Even, grid), mp_policy=BF16)
+            if packed:
+                assert qkit_torchao.gather_codes(model) is model
+            losses = train(model, adam(model), rank)
+            model.train()
+            bad, count = wrong_values(model, grid, torch.bfloat16)
+            with qkit.disabled(model):
+                off = model(batch(0)[0]).detach()
+            each_fsdp(model, "reshard")
+            given = [
+                one.numel() * one.element_size()
+                for _, record in fsdp_parameters()
+                if record.sharded_param.dim() > 1 and any(record is own for own in records(model))
+                for one in record.all_gather_inputs
+            ]
+            seen[f"{grid}, {packed}"] = {
+                "losses": losses,
+                "wrong": bad,
+                "count": count,
+                "off": off,
+                "bytes": sum(given),
+            }
+    seen["refused"] = refused_codes()
+    return seen
+
+
+def records(model):
+    mine = {id(module) for module in model.modules()}
+    return [record for _, record in fsdp_parameters() if any(id(user) in mine for user in users(record))]
+
+
+def refused_codes():
+    """The messages about models whose codes cannot be gathered."""
+    import qkit_torchao
+
+    found = {}
+    for name, model in {
+        "float": shard(Even(), mp_policy=BF16),
+        "whole": build(Even, GRID),
+        "uneven": fully_shard(qkit.prepare(nn.Sequential(nn.Linear(64, 33)), "int4-g32"), mp_policy=BF16),
+        "of tensors": shard(build(Even, Grid("int8", "tensor")), mp_policy=BF16),
+    }.items():
+        try:
+            found[name] = f"gathers {type(qkit_torchao.gather_codes(model)).__name__}"
+        except qkit.StageError as refusal:
+            found[name] = str(refusal)
+    return found
 
 
 SAVED = (

@@ -9,18 +9,20 @@ from qkit.engines.protocol import BackendSpec
 from qkit.installation import how_to_install
 
 if TYPE_CHECKING:
+    from qkit_torchao.models.gather_codes import gather_codes
     from qkit_torchao.models.save_parts import save_sharded
     from qkit_torchao.training.head_loss import chunk_loss
     from qkit_torchao.training.schemes import QatArguments, qat_scheme
     from qkit_torchao.training.transformers import QatCallback
 
-__all__ = ["QatArguments", "QatCallback", "chunk_loss", "qat_scheme", "qkit_backends", "save_sharded"]
+__all__ = ["QatArguments", "QatCallback", "chunk_loss", "gather_codes", "qat_scheme", "qkit_backends", "save_sharded"]
 
 #: Modules of the names that are imported late.
 LATE = {
     "QatCallback": "training.transformers",
     "QatArguments": "training.schemes",
     "chunk_loss": "training.head_loss",
+    "gather_codes": "models.gather_codes",
     "qat_scheme": "training.schemes",
     "save_sharded": "models.save_parts",
 }

@@ -115,6 +115,11 @@ def set_copied(record: Any, tensor: Tensor) -> None:
     record._sharded_param_data = tensor
 
 
+def forget_gathered(record: Any) -> None:
+    """Has FSDP allocate anew what it gathers for one of `fsdp_parameters`, whose hook will give other tensors than before."""
+    record.all_gather_outputs = []
+
+
 def gathered_tensor(record: Any) -> Any:
     """The gathered weight of one of `fsdp_parameters`; None where it is sharded."""
     return getattr(record, "_unsharded_param", None)

@@ -23,7 +23,7 @@ from qkit.qtensor import DTYPES, DType
 from qkit.reference.packing import Packed
 from qkit.rules import Rule
 from qkit.storage.known_digests import KnownDigests
-from qkit.storage.read import map_tensors, read_folder
+from qkit.storage.read import Stored, map_tensors, read_folder
 
 CHUNK = 1 << 24  #: bytes that one call digests
 SCALES = ("weight_scale", "scales")  #: names of the scales of a weight, in either layout
@@ -109,16 +109,22 @@ class Snapshot:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_own(folder: Path, *, digests: Mapping[str, str] | None = None) -> Snapshot:
+def read_own(
+    folder: Path,
+    *,
+    digests: Mapping[str, str] | None = None,
+    headers: tuple[Mapping[str, Stored], Mapping[str, str]] | None = None,
+) -> Snapshot:
     """The content of a directory that qkit wrote: an artifact, or an export for another program. Checks no digest.
 
     Args:
         digests: SHA-256 of tensors by name that the snapshot states as `sealed`.
+        headers: what `read_folder` returned; None reads them here.
 
     Raises:
         ArtifactError: the metadata are not readable, `config.json` contradicts them, or a weight is not sound.
     """
-    stored, metadata = read_folder(folder)
+    stored, metadata = headers or read_folder(folder)
     tensors = map_tensors(stored)
     sealed = KnownDigests(tensors, digests, stored, computed=COMPUTED) if digests else None
     config, layout = read_config(folder), layout_of(metadata)

@@ -1,36 +1,15 @@
-"""The `qkit` application: its commands and its version."""
+"""The `qkit` application: its options, and the version. Its commands are in `qkit.cli.groups`."""
 
 import os
 import warnings
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import qkit
-from qkit.cli.backends import backends
 from qkit.cli.boundary import DEBUG, MEANINGS, run
-from qkit.cli.calibrate import calibrate
-from qkit.cli.compare import compare
 from qkit.cli.console import show_warning
-from qkit.cli.demo import demo
-from qkit.cli.diff import diff
-from qkit.cli.eval import eval_
-from qkit.cli.export import export
-from qkit.cli.groups import Grouped, example_of
-from qkit.cli.import_ import import_
-from qkit.cli.inspect import inspect
-from qkit.cli.merge import merge
-from qkit.cli.mlx_lora import mlx_lora
-from qkit.cli.parity import parity
-from qkit.cli.plan import plan
-from qkit.cli.quantize import quantize
-from qkit.cli.recipes import recipes
-from qkit.cli.smooth import smooth
-from qkit.cli.teach import teach
-from qkit.cli.train import train
-from qkit.cli.verify import verify
-from qkit.cli.warmup import warmup
+from qkit.cli.groups import Grouped
 
 EPILOG = "Exit codes: " + ". ".join(f"{code}: {meaning}" for code, meaning in MEANINGS.items()) + "."
 
@@ -44,32 +23,6 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-COMMANDS: dict[str, Callable[..., None]] = {
-    "recipes": recipes,
-    "plan": plan,
-    "calibrate": calibrate,
-    "smooth": smooth,
-    "quantize": quantize,
-    "train": train,
-    "teach": teach,
-    "merge": merge,
-    "mlx-lora": mlx_lora,
-    "eval": eval_,
-    "compare": compare,
-    "diff": diff,
-    "inspect": inspect,
-    "verify": verify,
-    "export": export,
-    "import": import_,
-    "backends": backends,
-    "parity": parity,
-    "warmup": warmup,
-    "demo": demo,
-}
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  #: mlx-lora gives options on to another command
-for name, command in COMMANDS.items():
-    settings = PASSED_ON if name == "mlx-lora" else {}
-    application.command(name, epilog=example_of(name), context_settings=settings)(command)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def calibrate(
 ) -> None:
     """Run a float model on a text, and store the second moments of its layers' inputs; interrupted, it goes on where it was."""
     from qkit.calibration import calibrate as gather  # here, so that other commands start fast
-    from qkit.calibration import calibrate_drift
+    from qkit.drift_calibration import calibrate_drift
     from qkit.evaluation import consecutive, read_alike
 
     engine = require(qkit.backend(backend), Builds)

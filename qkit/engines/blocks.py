@@ -29,6 +29,22 @@ class Seen:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Experts whose inputs are watched, each projection of each expert by itself.
+
+    Attributes:
+        grid: that inputs are rounded to first, if any.
+        paths: in files, by the number of the expert and its projection.
+    """
+
+    grid: Grid | None
+    paths: Mapping[tuple[int, str], str]
+
+
+NO_EXPERTS: Mapping[str, Mixture] = {}
+
+
 class Blocks(Protocol):
     """The blocks of one language model.
 
@@ -49,14 +65,17 @@ class Blocks(Protocol):
         watched: Mapping[str, Grid | None],
         *,
         put: Callable[[Hidden], None],
+        experts: Mapping[str, Mixture] = NO_EXPERTS,
     ) -> dict[str, Seen]:
         """Runs a block on each of `states`, and gives its outputs to `put` in the same order.
 
         Args:
             watched: paths of linear layers of the block, each with the grid that its inputs are rounded to first, if any.
+            experts: of the block, by the path of their layer.
 
         Returns:
-            The inputs of the watched layers; a layer that did not run is not among them.
+            The inputs of the watched layers, and of experts by their paths in files. A layer that did not run is not among
+            them, nor is an expert that no token reached, or whose class shows no inputs.
         """
         ...
 
@@ -69,8 +88,35 @@ class Blocks(Protocol):
         """
         ...
 
+    def draw(self, states: Hidden, labels: NDArray[np.float32]) -> Hidden:
+        """The gradient, with respect to states after the last block, of the log-probability of labels that the model draws.
+
+        Args:
+            labels: numbers in [0, 1), one for each token: a label is the first whose cumulative probability is greater. A
+                classifier draws one label for a row, by its first number. Zeros come from models without such an output.
+        """
+        ...
+
+    def pull(
+        self, number: int, states: Hidden, gradient: Hidden, watched: Collection[str]
+    ) -> tuple[Hidden, dict[str, NDArray[np.float32]]]:
+        """The gradient with respect to the states before a block, given that of its outputs; and those of outputs of layers.
+
+        Args:
+            watched: paths of linear layers of the block; gradients of their outputs are [tokens, outputs].
+        """
+        ...
+
     def put(self, path: str, values: NDArray[np.float32]) -> None:
         """Gives the weight of a linear layer other values, rounded to its type."""
+        ...
+
+    def put_experts(self, path: str, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """Gives experts other weights [experts, outputs, inputs], by projection, rounded to their type."""
+        ...
+
+    def rest(self, number: int) -> None:
+        """Lets go of the weights of a block until it runs again, where they are in its model's files."""
         ...
 
     def leave(self, number: int) -> None:

@@ -15,13 +15,12 @@ from qkit.experts import expert_of
 from qkit.formats import dense, mlx_config, mlx_lm
 from qkit.formats.mlx_families import Family
 from qkit.formats.settings import QUANTIZATION
-from qkit.storage.layout import SHARD_BYTES
 from qkit.storage.swap import leave_to_system
 
 LATENT = ".kv_b_proj"  #: end of the path of the layer that mlx-lm splits in a family that is `latent`
 
 
-def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> list[str]:
+def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int | None = None) -> list[str]:
     """Writes `source` as a directory that mlx-lm opens: the same packed words under other names.
 
     Returns:
@@ -72,7 +71,7 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BY
     return values
 
 
-def export_dense(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def export_dense(source: Snapshot, out: str | Path, *, shard_bytes: int | None = None) -> None:
     """Writes `source` as a float model: the dequantized weights, in the type that they had before.
 
     Raises:

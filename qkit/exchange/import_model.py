@@ -59,7 +59,9 @@ def read_model(folder: str | Path, *, minmax: bool = False) -> Snapshot:
         return read_foreign(open_gguf(folder), {})
     stored, metadata = read.read_folder(folder)
     check_seal(folder, stored, digests=True)
-    return read_own(folder) if KEY in metadata else _read_other(folder, stored, minmax=minmax)
+    return (
+        read_own(folder, headers=(stored, metadata)) if KEY in metadata else _read_other(folder, stored, minmax=minmax)
+    )
 
 
 def open_model(folder: str | Path) -> Snapshot:
@@ -74,7 +76,7 @@ def open_model(folder: str | Path) -> Snapshot:
     stored, metadata = read.read_folder(folder)
     if KEY not in metadata:
         return read_model(folder)
-    return read_own(folder, digests=check_seal(folder, stored, digests=False))
+    return read_own(folder, digests=check_seal(folder, stored, digests=False), headers=(stored, metadata))
 
 
 def _read_other(folder: Path, stored: Mapping[str, read.Stored], *, minmax: bool) -> Snapshot:

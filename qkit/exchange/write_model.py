@@ -21,7 +21,7 @@ from qkit.rules import Rule, rule_table
 from qkit.sources.decoded import DecodedArray
 from qkit.storage.arrays import array_stream
 from qkit.storage.destination import destination
-from qkit.storage.layout import TYPE_NAMES, Slot
+from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
 from qkit.storage.swap import bring_to_disk
 from qkit.storage.write import Stream, write_directory
 
@@ -40,7 +40,7 @@ def write_model(
     *,
     about: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
-    shard_bytes: int,
+    shard_bytes: int | None,
     more: Iterable[Stream] = (),
     bring: Callable[[int], None] = bring_to_disk,
 ) -> None:
@@ -50,7 +50,7 @@ def write_model(
         layout: module of `qkit.formats` that stores the weights.
         about: content of qkit's metadata key; None for a directory that qkit will not recognize as its own.
         config: content of the `config.json`; None writes none.
-        shard_bytes: most bytes of tensors in one file.
+        shard_bytes: most bytes of tensors in one file; None: about as many as in the files of `source`.
         more: tensors to write besides.
         bring: brings the bytes of an open file to the disk; see `Output`.
 
@@ -67,10 +67,16 @@ def write_model(
         streams,
         metadata={"format": "pt"} if about is None else {KEY: json.dumps(about, sort_keys=True)},
         files={**source.files, **companions(source.folder, config=config)},
-        shard_bytes=shard_bytes,
+        shard_bytes=shard_bytes or _shard_bytes(source.folder),
         known=source.sealed,
         bring=bring,
     )
+
+
+def _shard_bytes(folder: Path) -> int:
+    """Most bytes of a file of `folder` if there are several: as many files can be written at one time."""
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")] if folder.is_dir() else []
+    return min(max(sizes), SHARD_BYTES) if len(sizes) > 1 else SHARD_BYTES
 
 
 def rules_of(source: Snapshot) -> list[StoredRule]:

@@ -116,7 +116,7 @@ class Fit:
 
     def _check_learned(self, rules: Mapping[str, Rule]) -> None:
         for path, rule in rules.items():
-            there = self.statistics is not None and path in self.statistics.paths and self.statistics.learned(path)
+            there = self.statistics is not None and self.statistics.has(path) and self.statistics.learned(path)
             if rule.rounding == "learned" and not there:
                 raise PlanError(f"{path}: {NOT_LEARNED}")
 
@@ -138,7 +138,7 @@ class Fit:
         Raises:
             GridError, RangeError, ArtifactError: see `reference.fit` and `Statistics.moments`.
         """
-        if self.statistics is None or path not in self.statistics.paths:
+        if self.statistics is None or not self.statistics.has(path):
             return fit(w, grid, peak=peak)
         try:
             return self._by_statistics(w, grid, self.statistics, path, peak, first)
@@ -162,22 +162,6 @@ class Fit:
                 f"{path}: the statistics aim at {list(aim.shape)}, which is another shape: calibrate again"
             )
         return replace(inputs.solve(aimed, grid, peak=known.peak(path)), dtype=dtype_of(w))
-
-    def searching(self, engine: Arrays) -> "Searching":
-        """The verbs of `engine` that experts are quantized with, by search."""
-        return Searching(engine)
-
-
-class Searching:
-    """Quantizes arrays of an engine by search, all inputs alike: for experts, whose inputs nobody watches."""
-
-    def __init__(self, engine: Arrays) -> None:
-        self._engine = engine
-        self.magnitude = engine.magnitude
-
-    def quantize(self, w: Any, grid: Grid, *, peak: float | None = None) -> QTensor[Any]:
-        """As `Arrays.quantize`."""
-        return fit(self._engine.to_numpy(w), grid, peak=peak).map(self._engine.from_numpy)
 
 
 def check_fit(
@@ -242,12 +226,24 @@ def want_all_fitted(rules: Iterable[Rule]) -> None:
 
 
 def summary(without: Iterable[str], fit: Fit) -> str:
-    """A sentence on layers without statistics, or nothing."""
-    paths = list(without)
-    if not paths or fit.statistics is None:
+    """A sentence on layers without statistics, and one on experts with too few tokens; or nothing."""
+    if fit.statistics is None:
         return ""
-    more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
-    return f"fitted by search, since {fit.statistics.folder} has no statistics of them: {paths[0]}{more}"
+    paths, few, folder = list(without), fit.statistics.few, fit.statistics.folder
+    unknown, scarce = [path for path in paths if path not in few], [path for path in paths if path in few]
+    found = []
+    if unknown:
+        found.append(f"fitted by search, since {folder} has no statistics of them: {_first(unknown)}")
+    if scarce:
+        found.append(
+            f"fitted by search, since fewer tokens than inputs reached them in {folder} ({few[scarce[0]]:,} the first): "
+            f"{_first(scarce)}"
+        )
+    return "\n".join(found)
+
+
+def _first(paths: list[str]) -> str:
+    return paths[0] + (f" and {len(paths) - 1:,} more" if len(paths) > 1 else "")
 
 
 def _rows_of(

@@ -86,6 +86,29 @@ class Run:
         states[start : start + len(part)] = part
         states.flush()
 
+    def drop(self, name: str) -> None:
+        """Removes states of that name before all blocks."""
+        for number in (0, 1):
+            self._states(name, number).unlink(missing_ok=True)
+
+    def save(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Writes tensors that the run alone needs, whole or not at all."""
+        from safetensors.numpy import save_file
+
+        aside = self._own(name).with_suffix(".new")
+        save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, aside)
+        aside.rename(self._own(name))
+
+    def has(self, name: str) -> bool:
+        """Whether `save` has written them."""
+        return self._own(name).exists()
+
+    def load(self, name: str) -> dict[str, NDArray[Any]]:
+        """The tensors that `save` has written."""
+        from safetensors.numpy import load_file
+
+        return load_file(self._own(name))
+
     def write(self, number: int, tensors: Mapping[str, NDArray[Any]], layers: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes the file of a block: its tensors, and what `statistics` wants to know of its layers.
 
@@ -116,8 +139,9 @@ class Run:
                 told = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
                 layers |= {path: {**one, "file": file.name} for path, one in told.items()}
             write_note(self._aside, {**self._about, "files": files, "layers": layers})
-        for rest in (*self._aside.glob("*.npy"), *self._aside.glob("block-*.json"), *self._aside.glob("*.new")):
-            rest.unlink()
+        for pattern in ("*.npy", "block-*.json", "*.new", "*.own"):
+            for rest in self._aside.glob(pattern):
+                rest.unlink()
         if self._aside != self._out:
             self._aside.rename(self._out)
         (self._out / NAME).unlink()
@@ -125,6 +149,9 @@ class Run:
 
     def _file(self, number: int) -> Path:
         return self._aside / f"block-{number:05}.safetensors"
+
+    def _own(self, name: str) -> Path:
+        return self._aside / f"{name}.own"
 
     def _states(self, name: str, number: int) -> Path:
         return self._aside / f"{name}-{number % 2}.npy"

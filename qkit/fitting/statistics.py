@@ -32,7 +32,8 @@ class Statistics:
         model: `identity` of the float model.
         about: the note: `data` (a digest), `tokens`, `length`, `windows`, `engine`, `files`, and `layers` by path. Of a layer:
             `like`, the layer with the moments of both; `file`; `tokens`; `activation`, the grid that inputs were rounded to; and
-            with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`.
+            with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`. Experts that too few tokens reached have
+            `few` and nothing else to know.
     """
 
     folder: Path
@@ -43,7 +44,17 @@ class Statistics:
     @property
     def paths(self) -> frozenset[str]:
         """The layers with statistics."""
-        return frozenset(self.about["layers"])
+        return frozenset(path for path, layer in self.about["layers"].items() if not layer.get("few"))
+
+    def has(self, path: str) -> bool:
+        """Whether there are statistics of the layer at `path`."""
+        layer = self.about["layers"].get(path)
+        return layer is not None and not layer.get("few")
+
+    @property
+    def few(self) -> dict[str, int]:
+        """The experts without statistics, since fewer tokens than they have inputs reached them, with the numbers of tokens."""
+        return {path: int(layer["tokens"]) for path, layer in self.about["layers"].items() if layer.get("few")}
 
     def moments(self, path: str) -> NDArray[np.float32]:
         """E[x x'] [n, n] of the inputs of the layer at `path`, mapped read-only; layers with the same inputs share one file.
@@ -51,7 +62,7 @@ class Statistics:
         Raises:
             ArtifactError: there is no such layer, or its file is unsound.
         """
-        if path not in self.about["layers"]:
+        if not self.has(path):
             raise ArtifactError(f"{self.folder} has no statistics of {path}: fit it by search")
         return self._matrix(path, self.like(path))
 

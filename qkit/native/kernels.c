@@ -459,29 +459,32 @@ enum { HEADS = 2048 };
 EXPORT int32_t qkit_blocks(const uint8_t *words, const uint16_t *scales, int64_t groups, int64_t repeat, int32_t width,
                            uint8_t *out)
 {
-    uint16_t heads[HEADS];
-    int64_t codes = 4 * width, length = codes + 2, filled = 0, left = repeat;
+    uint16_t halves[HEADS], heads[HEADS];
+    int64_t codes = 4 * width, length = codes + 2;
+    int64_t most = repeat < HEADS ? HEADS / repeat : 1, each = repeat < HEADS ? repeat : HEADS;
     if (width != 4 && width != 8)
         return UNKNOWN;
-    while (groups) {
-        uint16_t code = half_code(load(scales, 0, BFLOAT16));
-        while (left && filled < HEADS) {
-            heads[filled++] = code;
-            left--;
-        }
-        if (!left) {
-            scales++;
-            groups--;
-            left = repeat;
-        }
-        if (filled == HEADS || !groups) {
+    for (int64_t n; groups; groups -= n, scales += n) {
+        n = groups < most ? groups : most;
+        for (int64_t i = 0; i < n; i++) /* this loop and the next vectorize */
+            halves[i] = half_code(load(scales, i, BFLOAT16));
+        if (each == 2)
+            for (int64_t i = 0; i < n; i++) {
+                uint32_t both = halves[i] * 0x10001u;
+                memcpy(heads + 2 * i, &both, 4);
+            }
+        else
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t k = 0; k < each; k++)
+                    heads[i * each + k] = halves[i];
+        for (int64_t left = n * repeat, some; left; left -= some) { /* more than once only where all heads are one */
+            some = left < HEADS ? left : HEADS;
             if (width == 4)
-                qkit_interleave(words, (const uint8_t *)heads, filled, 2, 1, 32, 4, 0, out);
+                qkit_interleave(words, (const uint8_t *)heads, some, 2, 1, 32, 4, 0, out);
             else
-                qkit_interleave(words, (const uint8_t *)heads, filled, 2, 1, 32, 8, 0x80, out);
-            words += codes * filled;
-            out += length * filled;
-            filled = 0;
+                qkit_interleave(words, (const uint8_t *)heads, some, 2, 1, 32, 8, 0x80, out);
+            words += codes * some;
+            out += length * some;
         }
     }
     return DONE;

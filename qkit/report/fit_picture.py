@@ -95,7 +95,7 @@ def fit_svg(errors: Sequence[LayerError], *, title: str) -> str:
 def _known(fit: Fit, path: str) -> tuple[NDArray[np.float32] | None, NDArray[np.float64] | None]:
     """The weight that a fit aimed at, and the moments of the inputs of the layer; None where there are none."""
     found = fit.statistics
-    if found is None or path not in found.paths:
+    if found is None or not found.has(path):
         return None, None
     return found.aim(path) if not found.learned(path) else None, found.moments(path).astype(np.float64)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Final, TypeVar
 
 Item = TypeVar("Item")
@@ -23,6 +24,20 @@ def batches(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[li
             batch, left = [], BYTES
     if batch:
         yield batch
+
+
+def in_turn(
+    items: Iterable[Item], nbytes: Callable[[Item], int], *, group: Callable[[Item], str]
+) -> Iterator[list[Item]]:
+    """As `batches`, each of items of one group, and from the groups in turn.
+
+    With the group of its file for each tensor, threads write different files: a system lets one at a time write into a file.
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(group(item), []).append(item)
+    turns = zip_longest(*(batches(members, nbytes) for members in groups.values()))
+    return (batch for turn in turns for batch in turn if batch)
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

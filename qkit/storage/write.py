@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any
 
 from qkit.errors import ArtifactError, QkitError
 from qkit.storage import swap
-from qkit.storage.batches import batches, in_threads
+from qkit.storage.batches import in_threads, in_turn
 from qkit.storage.destination import check_place, destination
 from qkit.storage.known_digests import KnownDigests
 from qkit.storage.layout import INDEX, SHARD_BYTES, Layout, Slot, lay_out
@@ -61,8 +62,7 @@ def write_directory(
     with Output(folder, layout, files=files, fingerprint=fingerprint, bring=bring) as output:
 
         def write(names: Sequence[str]) -> None:
-            writer = TensorWriter(output.aside, layout.places)
-            try:
+            with closing(TensorWriter(output.aside, layout.places)) as writer:
                 for name in names:
                     offset, nbytes, digest = 0, layout.places[name].nbytes, None
                     for block in by_name[name].blocks():
@@ -71,11 +71,10 @@ def write_directory(
                         if not (carried and writer.copy(name, carried[1])):
                             offset += writer.write(name, block, offset=offset, digest=digest)
                     output.close(name, digest=digest or writer.digest(name))
-            finally:
-                writer.close()
 
-        missing = set(output.missing)  # in the order of the streams: neighbors may share their work
-        in_threads(write, batches((n for n in by_name if n in missing), lambda name: layout.places[name].nbytes))
+        missing, places = set(output.missing), layout.places
+        names = (name for name in by_name if name in missing)  # neighbors may share their work
+        in_threads(write, in_turn(names, lambda name: places[name].nbytes, group=lambda name: places[name].file))
         if known:
             known.compare(known.left)
 

@@ -138,7 +138,7 @@ def test_a_narrow_output_prints_every_character_in_some_way(tmp_path):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("module", ["numpy", "typer", "qkit.cli.train"])
+@pytest.mark.parametrize("module", ["numpy", "typer", "qkit.cli.recipes"])
 def test_ctrl_c_while_the_command_line_starts_is_one_line(module):
     """The interrupt comes at the import of a module, the same one every time."""
     code = f"""

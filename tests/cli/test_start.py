@@ -2,10 +2,12 @@
 
 import gc
 import runpy
+import subprocess
 import sys
 
 import pytest
 
+from qkit.cli.groups import Commands
 from qkit.startup import uncollected
 
 
@@ -70,3 +72,18 @@ def test_the_module_is_the_command_line_too(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_module("qkit", run_name="__main__")
     assert capsys.readouterr().out.startswith("qkit ")
+
+
+def test_a_command_is_imported_when_it_is_asked_for():
+    code = "import sys; import qkit.cli; print(*sorted({'numpy', 'qkit.streaming', 'qkit.cli.quantize'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_every_command_of_the_groups_has_its_module():
+    found = Commands()
+    assert len(found) == len(list(found)) == len(set(found))
+    assert [found[name].name for name in found] == list(found)
+    assert found["plan"] is found["plan"]
+    with pytest.raises(KeyError):
+        found["quantise"]

@@ -20,8 +20,9 @@ import qkit
 from qkit import reference
 from qkit.artifact.inspect import inspect_directory
 from qkit.artifact.metadata import KEY
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
 from qkit.cli.application import application
+from qkit.drift_calibration import calibrate_drift
 from qkit.engines.abilities import offers
 from qkit.engines.blocks import Watches
 from qkit.errors import ArtifactError, FewTokensWarning, PlanError, RangeError, RunError, StageError
@@ -109,11 +110,13 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import qkit
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
+from qkit.drift_calibration import calibrate_drift
 from qkit.fitting import run
 
 model, out, name, where, drift, rows = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:6], np.load(sys.argv[6])
-left = {"states": 5, "moments": 2, "note": 1, "cleared": 1, "renamed": 1}[where]
+left = {"states": 5, "moments": 2, "metric": 2, "note": 1, "cleared": 1, "renamed": 1}[where]
+left += 2 * (where == "moments" and drift == "drift")  # after the metrics of both blocks
 
 def killing(function):
     def called(*args, **more):
@@ -135,6 +138,8 @@ if where == "states":
     run.Run.put = killing(run.Run.put)
 elif where == "moments":  # the second block's, after its note
     safetensors.numpy.save_file = killing(safetensors.numpy.save_file)
+elif where == "metric":
+    run.Run.save = killing(run.Run.save)
 elif where == "note":
     Path.replace = killing(Path.replace)
 elif where == "cleared":
@@ -147,7 +152,12 @@ else:
     calibrate(model, out, rows, engine=qkit.backend(name))
 """
 KILLS = [("torchao", where, "plain") for where in ("states", "moments", "note", "cleared", "renamed")]
-KILLS += [("torchao", "states", "drift"), ("mlx", "states", "plain"), ("mlx", "moments", "drift")]
+KILLS += [
+    ("torchao", "states", "drift"),
+    ("torchao", "metric", "drift"),
+    ("mlx", "states", "plain"),
+    ("mlx", "moments", "drift"),
+]
 
 
 @pytest.mark.parametrize(("name", "where", "drift"), [kill for kill in KILLS if kill[0] in ENGINES])
@@ -261,35 +271,6 @@ def test_statistics_of_quantized_inputs(model: Path, stats: Path, tmp_path: Path
     assert make_plan(model, recipe, fit=Fit("solve", own)).by_search == ()
     with pytest.raises(PlanError, match="the recipe does not round them"):
         make_plan(model, qkit.recipe("int4-g32"), fit=Fit("solve", own))
-
-
-def test_experts_are_fitted_by_search_and_named(tmp_path: Path) -> None:
-    mixture = Path(make(tmp_path / "model", "mixtral"))
-    stats = calibrate(mixture, tmp_path / "stats", TOKENS, engine=qkit.backend("torchao"))
-    ran = CliRunner().invoke(
-        application,
-        ["quantize", str(mixture), str(tmp_path / "out"), "-r", "int4-g32", "--fit", "solve", "--stats", str(stats)],
-    )
-    assert ran.exit_code == 0, ran.output
-    assert "fitted by search, since" in ran.output.replace("\n", " ")
-    assert ".experts." in ran.output
-    codes = {}
-    for fitted in (qkit.load(tmp_path / "out", backend="torchao"), qkit.load(mixture, backend="torchao")):
-        if not codes:
-            codes = _experts(fitted)
-        else:
-            again = _experts(qkit.convert(fitted, "int4-g32", fit=Fit("solve", stats)))
-            assert codes
-            assert all((codes[name] == again[name]).all() for name in codes)
-
-
-def _experts(model: Any) -> dict[str, Any]:
-    return {
-        f"{layer.path}.{name}": np.stack([np.asarray(one.codes) for one in q])
-        for layer in qkit.backend("torchao").layers(model)
-        if layer.kind == "experts"
-        for name, q in qkit.backend("torchao").unpack_experts(layer.module).items()
-    }
 
 
 # Bad input
@@ -407,7 +388,8 @@ import sys
 from pathlib import Path
 import numpy as np
 import qkit
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
+from qkit.drift_calibration import calibrate_drift
 from qkit.grid import Grid
 from qkit.rules import Recipe, Rule
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 import qkit
 from qkit import reference
 from qkit.artifact.inspect import inspect_directory
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
 from qkit.cli.application import application
+from qkit.drift_calibration import calibrate_drift
 from qkit.engines.abilities import offers
 from qkit.engines.blocks import Watches
 from qkit.errors import PlanError

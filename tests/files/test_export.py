@@ -20,8 +20,11 @@ from qkit.formats.mlx_families import FAMILIES
 from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
 from qkit.storage.arrays import read_file
+from qkit.storage.batches import BYTES, in_turn
 from qkit.storage.read import read_folder
 from qkit.storage.seal import digests_of, read_seal
+from qkit.streaming.carry_out import quantize_directory
+from qkit.streaming.plan import make_plan
 
 
 def same(a, b):
@@ -257,3 +260,23 @@ def test_exports_know_their_companions(tmp_path):
     export_mlx(read_model(folder), tmp_path / "mlx")
     names = {entry.name for entry in (tmp_path / "mlx").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+
+
+def test_an_export_of_several_files_is_several_files(tmp_path):
+    export_dense(read_model(quantized(tmp_path, "int4-g64")), tmp_path / "split", shard_bytes=60_000)
+    source = tmp_path / "artifact"
+    plan = make_plan(tmp_path / "split", qkit.recipe("int4-g64"), shard_bytes=20_000)
+    quantize_directory(plan, source, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
+    most = max(file.stat().st_size for file in source.glob("*.safetensors"))
+    export_mlx(read_model(source), tmp_path / "mlx")
+    stored = read_folder(tmp_path / "mlx")[0].values()
+    files = {one.file for one in stored}
+    assert len(files) > 2
+    assert all(sum(one.slot.nbytes for one in stored if one.file == file) <= most for file in files)
+    assert read_model(tmp_path / "mlx").digests() == read_model(source).digests()
+
+
+def test_threads_take_the_files_in_turn():
+    sizes = {"a1": BYTES, "a2": BYTES, "b1": 1, "b2": BYTES, "c1": 1}
+    turns = [*in_turn(sizes, sizes.__getitem__, group=lambda name: name[0])]
+    assert turns == [["a1"], ["b1", "b2"], ["c1"], ["a2"]]

@@ -12,8 +12,9 @@ import qkit
 from qkit import reference
 from qkit.artifact.inspect import inspect_directory
 from qkit.artifact.metadata import read_rules
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
 from qkit.cli.application import application
+from qkit.drift_calibration import calibrate_drift
 from qkit.engines.blocks import Lesson
 from qkit.errors import ArtifactError, BackendError, GridError, PlanError, RecipeError
 from qkit.fitting.fits import Fit

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 import qkit
 from qkit import reference
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
 from qkit.cli.application import application
+from qkit.drift_calibration import calibrate_drift
 from qkit.fitting.fits import Fit
 from qkit.fitting.statistics import open_statistics
 from qkit.reference.fitting import fit

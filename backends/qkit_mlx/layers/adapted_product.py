@@ -1,7 +1,7 @@
 """The product of a layer with an adapter, which stores nothing of the size of its weight for the backward pass.
 
 The backward pass computes the merged weight and its values again, from the base and the factors, once its gradient is there.
-Where the gradient passes straight through to a LoRA, it reaches the factors through products of their rank, as in mlx-lm.
+Where the gradient passes straight through, it reaches the factors through products of their rank, as in mlx-lm.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from qkit.qtensor import DType, dtype_of
 from qkit.reference.gains import UNIT
 from qkit.rules import Ste
 from qkit_mlx.arithmetic import rounding
-from qkit_mlx.arithmetic.merged import merged, shorten, through
+from qkit_mlx.arithmetic.merged import added, merged, row_norms, shorten, through
 
 LARGE: Final = 2**20  #: numbers in a weight that is computed in blocks
 BLOCKS: Final = 16
@@ -77,9 +77,14 @@ def multiply(
             base = merging.base(0, *gains)  # MLX computes it only where the gradient needs it
         to_x = (cotangent @ values).astype(x.dtype)
         rows, seen = cotangent.reshape(-1, cotangent.shape[-1]), x.reshape(-1, x.shape[-1])
-        if several == 2 and merging.ste == "identity":
-            a, b = factors
-            gradients = _by_rank(rows, seen, a, b, merging.scale)
+        if merging.ste == "identity":
+            a, b, *m = factors
+            stretched, to_m = rows, []
+            if m:
+                with _after(merging, [to_x]):
+                    stretch, gradient = _to_magnitudes(merging, mx.depends(factors, [to_x]), rows, seen)
+                stretched, to_m = rows * stretch.astype(rows.dtype), [gradient]
+            gradients = _by_rank(stretched, seen, a, b, merging.scale) + to_m
         else:
             to_v = (rows.T @ seen).astype(mx.float32)
             if merging.ste == "masked":
@@ -88,7 +93,7 @@ def multiply(
         to_gains = []
         for one in gains:
             with _after(merging, [to_x]):
-                to_gains.append(_to_gains(merging, factors, one, rows, seen))
+                to_gains.append(_to_gains(merging, mx.depends(factors, [to_x]), one, rows, seen))
         to_bias = [rows.sum(axis=0)] if len(more) > trained else []
         return (to_x, *gradients, *to_gains, *to_bias)
 
@@ -119,6 +124,30 @@ def _to_gains(
         return (UNIT * total).astype(gains.dtype)
 
     return _by_blocks(merging, factors, [gains], gradient)
+
+
+def _to_magnitudes(
+    merging: Merging, factors: Sequence[mx.array], rows: mx.array, seen: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Of DoRA: the magnitudes over the lengths of rows [outputs], float32; and the gradient of the magnitudes.
+
+    The lengths multiply rows of the weight, so that the gradients of A and B go through products of their rank.
+    """
+
+    def both(v: mx.array, some: slice) -> mx.array:
+        norms = row_norms(v)
+        moved = seen @ v.astype(seen.dtype).T
+        total = (rows[:, some].astype(mx.float32) * moved.astype(mx.float32)).sum(axis=0)
+        return mx.stack([magnitudes[some].astype(mx.float32) / norms, total / norms], axis=-1)
+
+    a, b, magnitudes = factors
+    blocks: list[mx.array] = []
+    for some in _blocks(merging, b.shape[-1], a.shape[0]):
+        with _after(merging, blocks[-1:], some):
+            part = b[:, some].swapaxes(-1, -2)
+            blocks.append(both(added(merging.base(some.start), part, a.swapaxes(-1, -2), merging.scale), some))
+    stretch, gradient = mx.concatenate(blocks).T
+    return stretch, gradient.astype(magnitudes.dtype)
 
 
 def _by_blocks(

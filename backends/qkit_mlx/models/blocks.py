@@ -12,11 +12,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
-from qkit.engines.blocks import Hidden, Seen
+from qkit.engines.blocks import NO_EXPERTS, Hidden, Mixture, Seen
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit_mlx.layers import straight_through
-from qkit_mlx.models import mapped, surgery
+from qkit_mlx.models import expert_inputs, mapped, surgery
+from qkit_mlx.models.sums import Sums
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 LAYERS = "layers"  #: mlx-lm's name for the blocks, of the model and inside it
@@ -53,6 +54,7 @@ class MlxBlocks:
         path, self._blocks = _list_of_blocks(model)
         self.paths = tuple(f"{path}.{number}" for number in range(len(self._blocks)))
         self._model, self._round_to = model, round_to
+        self._layers = {layer.path: layer.module for layer in surgery.layers(model)}  # now: blocks lose their weights
         first, second = (self._record(mx.full((1, length), token)) for token in (0, 1))
         for mine, other, where in zip(first, second, self.paths, strict=True):
             if not _same(mine, other):
@@ -80,12 +82,16 @@ class MlxBlocks:
         watched: Mapping[str, Grid | None],
         *,
         put: Callable[[Hidden], None],
+        experts: Mapping[str, Mixture] = NO_EXPERTS,
     ) -> dict[str, Seen]:
         """See `Blocks.run`."""
         block, (rest, given) = self._blocks[number], self._calls[number]
         dtype = _dtype(block)
-        sums = _Sums(self._round_to)
-        with self._watching({path: partial(sums.see, path, grid) for path, grid in watched.items()}):
+        sums = Sums(self._round_to)
+        with (
+            self._watching({path: partial(sums.see, path, grid) for path, grid in watched.items()}),
+            expert_inputs.watching([(self._layers[path], mixture) for path, mixture in experts.items()], sums.add),
+        ):
             for one in states:
                 sums.forget()
                 out = block(mx.array(np.array(one)).astype(dtype), *rest, **given)
@@ -109,10 +115,63 @@ class MlxBlocks:
         found = {path: (_to_numpy(x), _to_numpy(y)) for path, (x, y) in shown.items()}
         return _to_numpy(out[0] if isinstance(out, tuple) else out), found
 
+    def draw(self, states: Hidden, labels: NDArray[np.float32]) -> Hidden:
+        """See `Blocks.draw`; one window after another, since their scores are long."""
+        dtype, found = _dtype(self._blocks[0]), list[Hidden]()
+        tokens = mx.zeros((1, states.shape[1]), mx.int32)
+
+        def scores(x: mx.array) -> mx.array:
+            logits = self._run_model(tokens, lambda *_, **__: x)[0].astype(mx.float32)
+            return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+        for row, mine in zip(states, labels, strict=True):
+            x = mx.array(np.array(row[None])).astype(dtype)
+            sums = mx.cumsum(mx.exp(scores(x)), axis=-1)
+            drawn = (sums <= mx.array(mine)[:, None] * sums[:, -1:]).sum(axis=-1, keepdims=True)
+            drawn = mx.minimum(drawn, sums.shape[-1] - 1)
+            gradient = mx.grad(lambda x, drawn=drawn: mx.take_along_axis(scores(x), drawn, axis=-1).sum())(x)
+            found.append(_to_numpy(gradient))
+        return np.concatenate(found)
+
+    def pull(
+        self, number: int, states: Hidden, gradient: Hidden, watched: Collection[str]
+    ) -> tuple[Hidden, dict[str, NDArray[np.float32]]]:
+        """See `Blocks.pull`."""
+        block, (rest, given) = self._blocks[number], self._calls[number]
+        x = mx.array(np.array(states)).astype(_dtype(block))
+        taps: dict[str, mx.array] = {}
+
+        def run(x: mx.array, *added: mx.array) -> mx.array:
+            taps.update(zip(watched, added, strict=True))
+            out = block(x, *rest, **given)
+            found: mx.array = out[0] if isinstance(out, tuple) else out
+            return found
+
+        own = {path: self._layers[path] for path in watched}
+        none = [mx.zeros((*x.shape[:-1], own[path].weight.shape[0]), x.dtype) for path in watched]
+        surgery.replace(self._model, {path: _Tapped(own[path], path, taps) for path in own})
+        try:
+            _, (found, *every) = mx.vjp(run, [x, *none], [mx.array(np.array(gradient)).astype(x.dtype)])
+            mx.eval(found, every)
+        finally:
+            surgery.replace(self._model, own)
+        shown = {path: _to_numpy(one).reshape(-1, one.shape[-1]) for path, one in zip(watched, every, strict=True)}
+        return _to_numpy(found), shown
+
     def put(self, path: str, values: NDArray[np.float32]) -> None:
         """See `Blocks.put`."""
-        layer = next(layer.module for layer in surgery.layers(self._model) if layer.path == path)
+        layer = self._layers[path]
         layer.weight = mx.array(values).astype(layer.weight.dtype)
+
+    def put_experts(self, path: str, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """See `Blocks.put_experts`."""
+        block = self._layers[path]
+        for name, part in expert_inputs.parts(block).items():
+            part.weight = mx.array(values[name]).astype(part.weight.dtype)
+
+    def rest(self, number: int) -> None:
+        """See `Blocks.rest`."""
+        mapped.forget(self._model, self.paths[number])
 
     def leave(self, number: int) -> None:
         """See `Blocks.leave`."""
@@ -122,7 +181,7 @@ class MlxBlocks:
     @contextmanager
     def _watching(self, shows: Mapping[str, Callable[[mx.array, mx.array], None]]) -> Iterator[None]:
         """Within, each layer of `shows` calls its function with its inputs and outputs."""
-        own = {layer.path: layer.module for layer in surgery.layers(self._model) if layer.path in shows}
+        own = {path: self._layers[path] for path in shows}
         surgery.replace(self._model, {path: _Watched(own[path], shows[path]) for path in own})
         try:
             yield
@@ -188,44 +247,18 @@ class _Watched(nn.Module):
         return out
 
 
-class _Sums:
-    """Sums of x x' of layers while a block runs. Layers that get one array share one sum."""
+class _Tapped(nn.Module):
+    """In the place of a layer: runs it, and adds zeros to its outputs, whose gradient is that of these outputs."""
 
-    def __init__(self, round_to: Callable[[mx.array, Grid], mx.array]) -> None:
-        self._round_to = round_to
-        self._sums: dict[str, mx.array] = {}
-        self._tokens: dict[str, int] = {}
-        self._like: dict[str, str] = {}
-        self._present: list[tuple[mx.array, Grid | None, str]] = []
+    def __init__(self, layer: nn.Module, path: str, taps: Mapping[str, mx.array]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer = layer
+        object.__setattr__(self, "_tap", (path, taps))  # a module would take it for a parameter
 
-    def forget(self) -> None:
-        """Begins the next run: arrays of the last one are no longer the same as any."""
-        self._present.clear()
-
-    def arrays(self) -> list[mx.array]:
-        """The sums, to be computed."""
-        return list(self._sums.values())
-
-    def see(self, path: str, grid: Grid | None, x: mx.array, _: mx.array) -> None:
-        """Adds the inputs `x` [..., n] of the layer at `path`."""
-        like = next((one for array, of, one in self._present if array is x and of == grid), path)
-        self._like.setdefault(path, like)
-        self._tokens[path] = self._tokens.get(path, 0) + x.size // x.shape[-1]
-        if self._like[path] != path:
-            return
-        self._present.append((x, grid, path))
-        rows = (x if grid is None else self._round_to(x, grid)).reshape(-1, x.shape[-1]).astype(mx.float32)
-        total = rows.T @ rows
-        self._sums[path] = self._sums[path] + total if path in self._sums else total
-
-    def seen(self) -> dict[str, Seen]:
-        """The moments of each layer that ran."""
-        found = {}
-        for path, like in self._like.items():
-            total = self._sums.get(path)
-            moments = None if total is None else np.array(total / max(self._tokens[path], 1))
-            found[path] = Seen(like, moments, self._tokens[path])
-        return found
+    def __call__(self, x: mx.array) -> mx.array:
+        path, taps = self._tap
+        out: mx.array = self.layer(x) + taps[path]
+        return out
 
 
 def _list_of_blocks(model: nn.Module) -> tuple[str, list[Any]]:

@@ -12,6 +12,13 @@ from qkit_torchao.torch_private import keeping_version, local_part, version, wit
 CARRIED = frozenset({Tensor.new_zeros, Tensor.narrow, Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory})
 
 
+class Decodes(Protocol):
+    """How gathered tensors become values."""
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The values in `dtype` [rows, ...], of all processes."""
+
+
 class Source(Protocol):
     """The reason why a local part is a `Shard`: it knows the layers of the weight."""
 
@@ -21,8 +28,8 @@ class Source(Protocol):
     def version(self) -> int:
         """The count of in-place changes of the whole, sharded weight: those of its parts do not count all of them."""
 
-    def local(self, shard: "Shard", rows: int, policy: Any) -> Tensor:
-        """The tensor to gather for `shard`, padded to `rows` as FSDP pads it."""
+    def parts(self, shard: "Shard", rows: int, policy: Any) -> tuple[tuple[Tensor, ...], "Decodes | None"]:
+        """The tensors to gather for `shard`, padded to `rows` as FSDP pads it; and how they become values, unless they are."""
 
 
 class Shard(Tensor):
@@ -62,7 +69,7 @@ class AskedShard(Shard):
 
     @property
     def fsdp_pre_all_gather(self) -> Any:
-        """FSDP2's first hook: the tensors to gather, and nothing for the second hook."""
+        """FSDP2's first hook: the tensors to gather, and for the second hook how they become values."""
         if not self.source.gathers():
             raise AttributeError("fsdp_pre_all_gather")
 
@@ -70,7 +77,7 @@ class AskedShard(Shard):
 
     @property
     def fsdp_post_all_gather(self) -> Any:
-        """FSDP2's second hook: the gathered values are the weight."""
+        """FSDP2's second hook: the gathered values, or those of the gathered codes, are the weight."""
         if not self.source.gathers():
             raise AttributeError("fsdp_post_all_gather")
         return _gathered
@@ -90,7 +97,7 @@ class _Gather:
 
     def __call__(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> Any:
         with without_subclasses():  # a call for each attribute of a `Shard` would cost more than the attribute
-            return (self.shard.source.local(self.shard, -(-outer_size[0] // mesh.size()), policy),), None
+            return self.shard.source.parts(self.shard, -(-outer_size[0] // mesh.size()), policy)
 
 
 _Gather.__signature__ = signature(_Gather.__call__).replace(
@@ -110,8 +117,8 @@ def _plain(shard: Shard) -> Tensor:
         return shard.as_subclass(Tensor)
 
 
-def _gathered(outputs: Any, metadata: Any, dtype: Any, *, out: Tensor | None = None) -> Any:
-    (values,) = outputs
+def _gathered(outputs: Any, metadata: Decodes | None, dtype: Any, *, out: Tensor | None = None) -> Any:
+    (values,) = outputs if metadata is None else (metadata.decode(outputs, dtype),)
     if out is None:
         return values, (values,)
     out = local_part(out) if hasattr(out, "device_mesh") else out  # of a tensor parallel weight

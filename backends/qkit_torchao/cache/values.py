@@ -1,4 +1,4 @@
-"""Cached values and codes of weights, recomputed when the weights change. No arithmetic."""
+"""Cached values of weights, recomputed when the weights change. No arithmetic."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -10,14 +10,10 @@ from torch import Tensor
 
 from qkit.engines.kept import Store
 from qkit.grid import Grid
-from qkit.qtensor import QTensor, dtype_of
-from qkit_torchao.cache import identity
-from qkit_torchao.cache.identity import KeptOfTensor
+from qkit_torchao.cache import codes, identity
 from qkit_torchao.cache.kept_values import Partners, Values
 from qkit_torchao.kernels import choose, graphs
 from qkit_torchao.torch_private import mark_static_address, version
-
-Codes = tuple[QTensor[Tensor], Tensor]  #: codes, and the float32 steps of their groups
 
 
 def of(
@@ -132,8 +128,7 @@ def drop(weight: Tensor) -> None:
             return
         kept.clear()
         kept.dropped_at = version(weight)
-    if codes := _codes.of(weight):
-        codes.drop()
+    codes.drop(weight)
 
 
 def cached(weights: Iterable[Tensor]) -> dict[int, Values]:
@@ -142,33 +137,7 @@ def cached(weights: Iterable[Tensor]) -> dict[int, Values]:
     return {key: kept for key, kept in known.items() if kept is not None and kept.value is not None and not kept.frozen}
 
 
-def codes_of(weight: Tensor, grid: Grid) -> Codes:
-    """The cached codes of finite `weight` on `grid`, and their steps in float32. Recomputed when the weight changes.
-
-    The memory of a captured graph is its own: layers call this once before one is captured. From then on the memory stays.
-    """
-    kept = _codes.of(weight)
-    if kept is None or kept.value is None or not _fits_codes(kept.value[0], weight, grid):
-        kept = KeptOfTensor(weight, _codes)
-    stamp = identity.state(weight)
-    if (value := kept.current(stamp)) is not None:
-        return value
-    with torch.inference_mode(False), torch.no_grad():
-        value = fresh_codes(weight, grid)
-        if kept.value is not None and (kept.captured or stamp[-1]):
-            value = _overwrite(kept.value, value)
-    kept.seen, kept.captured = weight.detach(), kept.captured or bool(stamp[-1])
-    return kept.put(value, stamp)
-
-
-def fresh_codes(weight: Tensor, grid: Grid) -> Codes:
-    """As `codes_of`, but computed anew and not cached: for weights that are gathered for a moment."""
-    steps = torch.empty(grid.scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
-    return choose.quantize(weight.detach(), grid, steps=steps), steps
-
-
 _values: Store[Values] = Store()
-_codes: Store[KeptOfTensor[Codes]] = Store()
 _buffers: "WeakValueDictionary[int, Tensor]" = WeakValueDictionary()  #: by their addresses
 _users: "WeakValueDictionary[int, Values]" = WeakValueDictionary()  #: of buffers, by the buffers' addresses
 
@@ -255,21 +224,6 @@ def _alike(one: Values, other: Values) -> bool:
         and (a.dtype, a.device) == (b.dtype, b.device)
         and (grid.group != "row" or a.shape[-1] == b.shape[-1])
     )
-
-
-def _fits_codes(q: QTensor[Tensor], weight: Tensor, grid: Grid) -> bool:
-    return q.grid == grid and (q.codes.shape, q.codes.device, q.dtype) == (
-        weight.shape,
-        weight.device,
-        dtype_of(weight),
-    )
-
-
-def _overwrite(old: Codes, new: Codes) -> Codes:
-    for mine, part in zip(old[0].parts().values(), new[0].parts().values(), strict=True):
-        mine.copy_(part)
-    old[1].copy_(new[1])
-    return old
 
 
 def _take_written(optimizer: Any) -> None:

@@ -71,6 +71,20 @@ def quantize(
     return q
 
 
+def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]]) -> None:
+    """Overwrites each of `targets`, codes and steps as `quantize` makes them, with those of its weight.
+
+    Weights are of one type and on one device, and their codes on one grid. One launch, where kernels on a GPU take all of them.
+    """
+    grid, kernels = targets[0][0].grid, _kernels(weights[0])
+    if weights[0].is_cuda and kernels and all(kernels.quantizes_together(w, grid) for w in weights):
+        kernels.quantize_into(weights, targets, grid)
+        return
+    for w, (q, steps) in zip(weights, targets, strict=True):
+        for old, new in zip(q.parts().values(), quantize(w, grid, steps=steps).parts().values(), strict=True):
+            old.copy_(new)
+
+
 def lays_out(w: Tensor, grid: Grid) -> bool:
     """Whether kernels write the codes of `w` in the layout of a converted layer: on a GPU."""
     kernels = _kernels(w)
@@ -249,12 +263,16 @@ def compute_values(
 
 
 def step_adamw(
-    weights: list[Tensor], states: list[dict[str, Tensor]], targets: list[Target | None], **hyper: Any
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    targets: list[Target | None],
+    **hyper: Any,
 ) -> None:
     """See `cuda_adamw.step`; on CUDA with Triton."""
     from qkit_torchao.kernels import cuda_adamw
 
-    cuda_adamw.step(weights, states, targets, **hyper)
+    cuda_adamw.step(weights, gradients, states, targets, **hyper)
 
 
 def adamw_target(weight: Tensor, values: Tensor, grid: Grid, gate: Tensor) -> Target | None:

@@ -71,6 +71,31 @@ def quantize(
     return QTensor(**parts, grid=grid, dtype=dtype_of(w))
 
 
+def quantizes_together(w: Tensor, grid: Grid) -> bool:
+    """Whether `quantize_into` takes `w` on `grid`, as `takes`: without zero points, and without a scale of the tensor."""
+    return grid.symmetric and not _looks_first(grid) and takes(w, grid)
+
+
+def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]], grid: Grid) -> None:
+    """Overwrites each of `targets`, codes and float32 steps as `quantize` makes them, with those of its weight; in one launch.
+
+    Args:
+        weights: tensors that `quantizes_together` accepts, of one type, and of one length of rows if groups are rows.
+        targets: of the shapes of `weights`.
+    """
+    codes = [q.codes for q, _ in targets]
+    counts = tuple(_count(w, grid) for w in weights)
+    small = [(q.scales.data_ptr(), steps.data_ptr()) for q, steps in targets]
+    places = zip(offsets(weights), offsets(codes), small, counts, strict=True)
+    rows = tuple((source, target, *addresses, count) for source, target, addresses, count in places)
+    geometry = tiles(weights[0], grid)
+    blocks, full = programs(rows, counts, (1, 1, 0, 0, 0), geometry, weights[0].device)
+    with device_of(weights[0]):
+        triton_passes.codes_of_many[(len(blocks),)](
+            weights[0], codes[0], blocks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
+        )
+
+
 def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid:
     """`lay(quantize(w, grid), layout)` in one pass (nvfp4: two), for tensors that `takes` accepts; not for `words`.
 

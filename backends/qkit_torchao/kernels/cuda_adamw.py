@@ -12,11 +12,13 @@ from qkit_torchao.kernels import triton_adamw
 from qkit_torchao.kernels.cuda import INTERPRETED, TILE, constants, device_of, takes, tiles
 from qkit_torchao.kernels.tables import Target, offsets, on_device, programs
 
+Member = tuple[Tensor, Tensor, dict[str, Tensor], Target | None]  #: a weight, its gradient, its state, and a target
 FLAT = 1024  #: elements of a weight that is not quantized that make a row of a tile, or a power of two below
 
 
 def step(
     weights: list[Tensor],
+    gradients: list[Tensor],
     states: list[dict[str, Tensor]],
     targets: list[Target | None],
     *,
@@ -25,7 +27,7 @@ def step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Steps `weights`, which have gradients and one counter of steps, and their `states`, as torch's AdamW does.
+    """Steps `weights`, which have one counter of steps, by their `gradients`, and their `states`, as torch's AdamW does.
 
     Where there is a target, it gets the values of the stepped weight.
     """
@@ -35,9 +37,9 @@ def step(
             states[0]["step"], lr, scalars, 1 - betas[0], 1 - betas[1], math.log2(betas[0]) if betas[0] else -1e4,
             math.log2(betas[1]) if betas[1] else -1e4, eps, weight_decay, FLOAT=not isinstance(lr, Tensor),
         )  # fmt: skip
-    kinds: dict[Any, list[tuple[Tensor, dict[str, Tensor], Target | None]]] = defaultdict(list)
-    for weight, state, target in zip(weights, states, targets, strict=True):
-        kinds[_kind(weight, state, target)].append((weight, state, target))
+    kinds: dict[Any, list[Member]] = defaultdict(list)
+    for member in zip(weights, gradients, states, targets, strict=True):
+        kinds[_kind(*member)].append(member)
     for members in kinds.values():
         _launch(members, scalars)
     torch.autograd.graph.increment_version([*weights, *(target.values for target in targets if target)])
@@ -50,10 +52,9 @@ def writes(weight: Tensor, target: Target) -> bool:
     return fits and takes(weight.detach(), target.grid)
 
 
-def _kind(weight: Tensor, state: dict[str, Tensor], target: Target | None) -> tuple[Any, ...]:
+def _kind(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], target: Target | None) -> tuple[Any, ...]:
     """All that must be equal for one launch to step two weights."""
-    assert weight.grad is not None
-    types = (weight.dtype, weight.grad.dtype, state["exp_avg"].dtype)
+    types = (weight.dtype, gradient.dtype, state["exp_avg"].dtype)
     return (*types, target.grid, target.values.dtype, weight.shape[-1]) if target else (*types, _flat(weight))
 
 
@@ -61,15 +62,15 @@ def _flat(weight: Tensor) -> int:
     return math.gcd(weight.numel(), FLAT)
 
 
-def _launch(members: list[tuple[Tensor, dict[str, Tensor], Target | None]], scalars: Tensor) -> None:
-    weight, state, target = members[0]
+def _launch(members: list[Member], scalars: Tensor) -> None:
+    weight, _, state, target = members[0]
     if target:
         geometry = tiles(weight, target.grid)
     else:
         group = _flat(weight)
         geometry = {"GROUPS": 4 * FLAT // group, "GROUP": group, "WIDTH": group, "num_warps": 4}
-    weights, states, targets = zip(*members, strict=True)
-    gradients = [_gradient(w) for w in weights]
+    weights, given, states, targets = zip(*members, strict=True)
+    gradients = [gradient.contiguous() for gradient in given]
     moments = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")]
     values = [one.values for one in targets] if target else []
     columns = [offsets(tensors) for tensors in (weights, gradients, *moments)]
@@ -84,8 +85,3 @@ def _launch(members: list[tuple[Tensor, dict[str, Tensor], Target | None]], scal
             weight, gradients[0], state["exp_avg"], state["exp_avg_sq"], values[0] if values else None, table, blocks,
             scalars, GRID=constants(target.grid) if target else None, FULL=full, INTERPRETED=INTERPRETED, **geometry,
         )  # fmt: skip
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad if weight.grad.is_contiguous() else weight.grad.contiguous()

@@ -70,6 +70,45 @@ def values_of_many(
 
 
 @triton.jit
+def codes_of_many(
+    sources, codes, blocks, GRID: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    FULL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The codes, a byte each, the scales and the steps of many weights on a symmetric grid without a scale of the tensor.
+
+    `blocks` int64 [programs, 6]: where a program's part of source and codes begins, in elements from `sources` and `codes` on;
+    the addresses of the tensor's scales and of its steps, float32; its count of groups; and how many of these are left.
+    """
+    NARROW: tl.constexpr = sources.dtype.element_ty.primitive_bitwidth == 16
+    CODE: tl.constexpr = codes.dtype.element_ty
+    block = blocks + 6 * tl.program_id(0)
+    source = place(sources, block, 0, sources.dtype.element_ty)
+    target = place(codes, block, 1, CODE)
+    count, left = tl.load(block + 4), tl.load(block + 5)
+    offsets, mask = tile(left, GROUPS, GROUP, WIDTH, FULL)
+    if GROUP <= WIDTH:
+        x = load(source + offsets, mask)
+        high, low = extremes(x, GRID, INTERPRETED)
+        s, reciprocal, z, stored = steps(high, low, 0, GRID, INTERPRETED)
+        y = units(x, s, reciprocal, z, GRID, NARROW, INTERPRETED)
+        tl.store(target + offsets, coded(x, y, z, GRID, "bytes").to(CODE), mask=mask)
+    else:
+        high, low = long_extremes(source, GRID, GROUP, WIDTH, INTERPRETED)
+        s, reciprocal, z, stored = steps(high, low, 0, GRID, INTERPRETED)
+        for begin in range(0, GROUP, WIDTH):
+            inside = offsets < GROUP - begin
+            x = load(source + begin + offsets, inside)
+            y = units(x, s, reciprocal, z, GRID, NARROW, INTERPRETED)
+            tl.store(target + begin + offsets, coded(x, y, z, GRID, "bytes").to(CODE), mask=inside)
+    group = count - left + tl.arange(0, GROUPS)
+    tl.store(tl.load(block + 3).to(tl.pointer_type(tl.float32)) + group, s, mask=group < count)
+    if GRID[4] > 0:
+        tl.store(tl.load(block + 2).to(tl.pointer_type(tl.uint8)) + group, stored.to(tl.uint8), mask=group < count)
+    else:
+        tl.store(tl.load(block + 2).to(tl.pointer_type(tl.float32)) + group, stored, mask=group < count)
+
+
+@triton.jit
 def turn(GRID: tl.constexpr):
     """Which part is this program's: the last comes first where all were just read for a peak, for it is still in the cache."""
     return tl.num_programs(0) - 1 - tl.program_id(0) if GRID[0] == "nvfp4" else tl.program_id(0)

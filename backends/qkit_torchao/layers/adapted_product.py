@@ -1,7 +1,7 @@
 """The product of a layer with an adapter, which stores nothing of the size of its weight for the backward pass.
 
 The backward pass computes the merged weight and its values again, from the base, which does not change, and the factors. Where
-the gradient passes straight through to a LoRA, it reaches the factors through products of their rank, as in peft.
+the gradient passes straight through, it reaches the factors through products of their rank, as in peft.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ class Merging:
         unclipped: where a merged weight is not clipped, for `masked`.
         slopes: of the values of a merged weight along the factors of its scales, for the gradient of gains; None without gains.
         at_once: one kernel: base, B, A and the type of the result -> the values; None where there is none.
+        slopes_at_once: one kernel: B, A and the type of the result -> `slopes`; None where there is none.
     """
 
     base: Callable[[], Tensor] | None
@@ -41,6 +42,7 @@ class Merging:
     unclipped: Callable[[Tensor], Tensor]
     at_once: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] | None = None
     slopes: Callable[[Tensor], Tensor] | None = None
+    slopes_at_once: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None
 
 
 def multiply(
@@ -93,9 +95,14 @@ class _Product(torch.autograd.Function):
                 values = _values(w, b, a, magnitude, merging, ctx.dtype)
                 to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
             if ctx.needs_input_grad[5]:
-                slopes = merging.slopes(_merged(_base(merging, w), b, a, magnitude, merging))
-                to_gains = UNIT * (rows.float() * (seen @ slopes.to(seen.dtype).T)).sum(dim=0)
-            if magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]:
+                slopes = _slopes(w, b, a, magnitude, merging, seen.dtype)
+                to_gains = UNIT * (rows.float() * (seen @ slopes.T)).sum(dim=0)
+            if magnitude is not None and merging.ste != "masked" and not ctx.needs_input_grad[1]:
+                stretched, to_magnitude = _through_magnitude(
+                    rows, seen, _base(merging, w), b, a, magnitude, merging.scale
+                )
+                to_b, to_a = _by_rank(stretched, seen, b, a, merging.scale)
+            elif magnitude is not None or merging.ste == "masked" or ctx.needs_input_grad[1]:
                 to_v, base = (rows.T @ seen).float(), _base(merging, w)
                 if merging.ste == "masked":
                     to_v = torch.where(merging.unclipped(_merged(base, b, a, magnitude, merging)), to_v, 0.0)
@@ -123,6 +130,15 @@ def _values(
     return merging.on_grid(_merged(_base(merging, w), b, a, magnitude, merging)).to(dtype)
 
 
+def _slopes(
+    w: Tensor | None, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging, dtype: torch.dtype
+) -> Tensor:
+    if merging.slopes_at_once is not None and magnitude is None:
+        return merging.slopes_at_once(b.detach(), a.detach(), dtype)
+    assert merging.slopes is not None
+    return merging.slopes(_merged(_base(merging, w), b, a, magnitude, merging)).to(dtype)
+
+
 def _merged(base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging) -> Tensor:
     with torch.autocast(base.device.type, enabled=False):
         v = merge.added(base, b.detach(), a.detach(), merging.scale)
@@ -143,6 +159,20 @@ def _by_rank(rows: Tensor, seen: Tensor, b: Tensor, a: Tensor, scale: float) -> 
     to_b = rows.T @ (seen @ short_a.T)
     to_a = (rows @ short_b).T @ seen
     return to_b.to(b.dtype), to_a.to(a.dtype)
+
+
+def _through_magnitude(
+    rows: Tensor, seen: Tensor, base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Of DoRA: the gradient of the output [n, outputs] times magnitudes over the lengths of rows; and the magnitudes' gradient.
+
+    The lengths multiply rows of the weight, so that the gradients of B and A go through products of their rank.
+    """
+    v = merge.added(base, b.detach(), a.detach(), scale)
+    norms = row_norms(v)
+    moved = seen @ v.to(seen.dtype).T
+    to_magnitude = (rows.float() * moved).sum(dim=0) / norms
+    return rows * stretch(magnitude.detach(), norms).to(rows.dtype), to_magnitude.to(magnitude.dtype)
 
 
 def _through(

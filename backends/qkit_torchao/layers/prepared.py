@@ -14,7 +14,7 @@ from qkit.qtensor import dtype_of
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
-from qkit_torchao.cache import values
+from qkit_torchao.cache import codes, values
 from qkit_torchao.cache.identity import cannot_cache
 from qkit_torchao.layers import fused, operators, parallel, products, sharded, slots, straight_through
 from qkit_torchao.layers.become import apply_but_keep
@@ -282,9 +282,9 @@ class FakeLinear(Prepared, nn.Linear):
 
 
 def reserve_codes(layer: Any) -> None:
-    """Computes codes before a graph is captured, for layers that multiply them; see `values.codes_of`."""
+    """Computes codes before a graph is captured, for layers that multiply them; see `codes.of`."""
     if layer.weight.is_cuda and layer.kind and not sharded.is_sharded(layer):
-        values.codes_of(layer.weight, layer.weight_grid)
+        codes.of(layer.weight, layer.weight_grid)
 
 
 def put_on(layer: Any, rule: Rule) -> None:

@@ -17,7 +17,7 @@ from qkit.rules import Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.packing import shift
 from qkit_torchao.arithmetic.scale_rules import poison
-from qkit_torchao.cache import values as cache
+from qkit_torchao.cache import codes as weight_codes
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers.operators import named
 from qkit_torchao.layers.straight_through import through
@@ -238,7 +238,7 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 def _codes(cached: bool) -> Callable[[Tensor, Grid], tuple[QTensor[Tensor], Tensor]]:
-    return cache.codes_of if cached else cache.fresh_codes
+    return weight_codes.of if cached else weight_codes.fresh
 
 
 _product.register_autograd(_backward, setup_context=_setup)

@@ -16,12 +16,13 @@ from qkit.errors import StageError
 from qkit.fused import shares
 from qkit_torchao.cache import identity, values
 from qkit_torchao.cache.identity import KeptOfTensor
-from qkit_torchao.cache.shard import AskedShard, Shard, become_shard
-from qkit_torchao.layers import spread
+from qkit_torchao.cache.shard import Decodes, Shard, become_shard
+from qkit_torchao.layers import shard_codes, spread
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.shard_group import Member, refresh_others
 from qkit_torchao.layers.straight_through import masked
 from qkit_torchao.torch_private import (
+    forget_gathered,
     fsdp_parameters,
     gathered_tensor,
     local_part,
@@ -44,7 +45,11 @@ class LayerSource:
         memory: by type, the padded tensor to gather, and a view of it for the values of the shard.
         latest: the type, rule and mode of the last values that depend on the shard alone, their gate, and their `memory`.
         member: its place among the weights that FSDP gathers together; None where FSDP does not know the weight.
+        packs: whether FSDP gathers packed codes, see `shard_codes`, unless the layer is off; and `packed`, whether it did last.
     """
+
+    packs: bool = False
+    packed: bool = False
 
     def __init__(self, layers: list[Any], outer: Any, record: Any = None) -> None:
         self.member: Member | None = None if record is None else Member(record)
@@ -79,13 +84,26 @@ class LayerSource:
         outer = self.outer()
         return 0 if outer is None else version(outer)
 
+    def parts(self, shard: Shard, rows: int, policy: Any) -> tuple[tuple[Tensor, ...], Decodes | None]:
+        """See `Source.parts`: the values of `shard`, or its packed codes."""
+        if self.member is not None:
+            refresh_others(self, policy)
+        layer, outer = self.layers[0](), self.outer()
+        packed = self.packs and layer is not None and outer is not None and layer.mode != "off"
+        if packed != self.packed:
+            self.packed, record = packed, None if self.member is None else self.member.record()
+            if record is not None:
+                forget_gathered(record)
+        if not packed:
+            return (self.local(shard, rows, policy),), None
+        self._want_one_rule(layer, outer)
+        return shard_codes.encoded(shard, layer)
+
     def local(self, shard: Shard, rows: int, policy: Any) -> Tensor:
-        """See `Source.local`: the values of `shard`.
+        """The values of `shard`, padded to `rows`.
 
         FSDP gathers every weight twice a step on the thread that feeds the device, so that `latest` saves all but one check.
         """
-        if type(shard) is AskedShard and self.member is not None:
-            refresh_others(self, policy)
         layer, dtype = self.layers[0](), policy.param_dtype or shard.dtype
         known, rule, mode, on, target, padded = self.latest
         same = known is dtype and layer is not None and rule is layer.rule and mode == layer.mode and layer.training

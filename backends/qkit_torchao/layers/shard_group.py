@@ -20,12 +20,13 @@ class Gathered(Protocol):
 
     member: "Member | None"
     layers: list[Any]
+    packs: bool
 
     def gathers(self) -> bool:
         """See `Source.gathers`."""
 
     def local(self, shard: Shard, rows: int, policy: Any) -> Tensor:
-        """See `Source.local`."""
+        """The values of `shard`, padded to `rows`."""
 
 
 class Member:
@@ -109,6 +110,7 @@ def _may_follow(record: Any, source: Any) -> bool:
     layer = source.layers[0]()
     return (
         layer is not None
+        and not source.packs
         and not record.offload_to_cpu
         and record.param_dtype is not None
         and record.fsdp_placement.dim == 0

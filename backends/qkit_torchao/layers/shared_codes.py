@@ -11,7 +11,8 @@ from torch import Tensor
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
 from qkit.rules import Ste
-from qkit_torchao.cache import values as cache
+from qkit_torchao.cache import codes as weight_codes
+from qkit_torchao.cache import values as weight_values
 from qkit_torchao.cache.inputs import CodedInput, coded
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.products import float8, int8, quantized
@@ -82,7 +83,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.grids, ctx.ste, ctx.static, ctx.biased = grids, ste, static, bias is not None
         ctx.save_for_backward(x if ste == "masked" else None, on_grid, weight)
-        codes, factors = cache.codes_of(weight, grids[0])
+        codes, factors = weight_codes.of(weight, grids[0])
         if codes.grid.element.kind == "integer":
             y = int8(q, steps, codes.codes, factors, bias, x.dtype)
         else:
@@ -96,7 +97,7 @@ class _Product(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            known = cache.of(weight, ctx.grids[0], gate(weight.device, on=True), weight.dtype)
+            known = weight_values.of(weight, ctx.grids[0], gate(weight.device, on=True), weight.dtype)
             to_x = (gradient @ known.to(gradient.dtype)).to(on_grid.dtype)
             if ctx.ste == "masked":
                 to_x = through(to_x, x, ctx.grids[1], **ctx.static)

@@ -10,13 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qkit.engines.blocks import Hidden, Seen
+from qkit.engines.blocks import NO_EXPERTS, Hidden, Mixture, Seen
 from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit_torchao.layers import straight_through
-from qkit_torchao.models import mapped
+from qkit_torchao.layers.stacks import join, stacks_of
+from qkit_torchao.models import expert_inputs, mapped
+from qkit_torchao.models.gradients import Call, Gradients, Passed
+from qkit_torchao.models.sums import Sums
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 STATES = "hidden_states"  #: the name under which some models give a block its states
 
 
@@ -63,7 +65,7 @@ class Watching:
         return TorchBlocks(model, length=length, round_to=straight_through.fake_quantize, device=device)
 
 
-class TorchBlocks:
+class TorchBlocks(Gradients):
     """See `qkit.engines.blocks.Blocks`. Everything that blocks take besides states is recorded once, from two rows of tokens.
 
     Attributes:
@@ -76,6 +78,7 @@ class TorchBlocks:
         path, self._blocks = _list_of_blocks(model)
         self.paths = tuple(f"{path}.{number}" for number in range(len(self._blocks)))
         self._model, self._round_to, self.device = model, round_to, device
+        self._tuples = False  # whether blocks return tuples
         if device != next(model.parameters()).device:
             mapped.lend(model, self._blocks, device)
         first, second = (self._record(torch.full((1, length), token)) for token in (0, 1))
@@ -108,15 +111,19 @@ class TorchBlocks:
         watched: Mapping[str, Grid | None],
         *,
         put: Callable[[Hidden], None],
+        experts: Mapping[str, Mixture] = NO_EXPERTS,
     ) -> dict[str, Seen]:
         """See `Blocks.run`."""
         block, (rest, given) = self._blocks[number], self._calls[number]
         weight = next(block.parameters())
-        sums = _Sums(self._round_to)
+        sums = Sums(self._round_to)
         hooks = [
             self._model.get_submodule(path).register_forward_pre_hook(sums.watch(path, grid))
             for path, grid in watched.items()
         ]
+        for path, mixture in experts.items():
+            watch = expert_inputs.watching(mixture, sums.add)
+            hooks.append(self._model.get_submodule(path).register_forward_pre_hook(watch, with_kwargs=True))
         try:
             for one in states:
                 sums.forget()
@@ -156,6 +163,18 @@ class TorchBlocks:
         parameter = self._model.get_parameter(f"{path}.weight")
         parameter.data = torch.from_numpy(values).to(parameter.device, parameter.dtype)
 
+    @torch.no_grad()
+    def put_experts(self, path: str, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """See `Blocks.put_experts`."""
+        module = self._model.get_submodule(path)
+        found = join(stacks_of(module), {name: torch.from_numpy(array) for name, array in values.items()})
+        for name, tensor in found.items():
+            parameter = module.get_parameter(name)
+            parameter.data = tensor.to(parameter.device, parameter.dtype)
+
+    def rest(self, number: int) -> None:
+        """See `Blocks.rest`; pages of mapped files are the system's."""
+
     def leave(self, number: int) -> None:
         """See `Blocks.leave`."""
         for parameter in self._blocks[number].parameters():
@@ -164,6 +183,21 @@ class TorchBlocks:
     def called(self, number: int) -> tuple[nn.Module, Call]:
         """A block, and everything that it takes besides states."""
         return self._blocks[number], self._calls[number]
+
+    def module(self, path: str) -> nn.Module:
+        """See `Gradients.module`."""
+        return self._model.get_submodule(path)
+
+    def model_after(self, states: Tensor, tokens: Tensor) -> Any:
+        """See `Gradients.model_after`."""
+        blocks, out = list(self._blocks), (states,) if self._tuples else states
+        for number, block in enumerate(blocks):
+            self._blocks[number] = Passed(block, out)
+        try:
+            return self._run_model(tokens)
+        finally:
+            for number, block in enumerate(blocks):
+                self._blocks[number] = block
 
     def _record(self, tokens: Tensor) -> list[Call]:
         """The arguments of every block but for the states, of a run on `tokens`."""
@@ -175,7 +209,11 @@ class TorchBlocks:
 
             return hook
 
+        def tell(_: nn.Module, __: Any, out: Any) -> None:
+            self._tuples = isinstance(out, tuple)
+
         hooks = [b.register_forward_pre_hook(record(n), with_kwargs=True) for n, b in enumerate(self._blocks)]
+        hooks.append(self._blocks[-1].register_forward_hook(tell))
         try:
             with torch.no_grad():
                 self._run_model(tokens)
@@ -188,51 +226,9 @@ class TorchBlocks:
             )
         return [found[number] for number in range(len(self._blocks))]
 
-    def _run_model(self, tokens: Tensor) -> None:
+    def _run_model(self, tokens: Tensor) -> Any:
         known = {"use_cache": False} if hasattr(self._model, "config") else {}
-        self._model(tokens.long().to(self.device), **known)
-
-
-class _Sums:
-    """Sums of x x' of layers while a block runs. Layers that get one tensor share one sum."""
-
-    def __init__(self, round_to: Callable[[Tensor, Grid], Tensor]) -> None:
-        self._round_to = round_to
-        self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-        self._like: dict[str, str] = {}
-        self._present: list[tuple[Tensor, Grid | None, str]] = []
-
-    def forget(self) -> None:
-        """Begins the next run: tensors of the last one are no longer the same as any."""
-        self._present.clear()
-
-    def watch(self, path: str, grid: Grid | None) -> Callable[..., None]:
-        """The hook of the layer at `path`."""
-
-        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            like = next((one for tensor, of, one in self._present if tensor is x and of == grid), path)
-            self._like.setdefault(path, like)
-            self._tokens[path] = self._tokens.get(path, 0) + x.numel() // x.shape[-1]
-            if self._like[path] != path:
-                return
-            self._present.append((x, grid, path))
-            rows = (x if grid is None else self._round_to(x, grid)).reshape(-1, x.shape[-1]).float()
-            if path not in self._sums:
-                self._sums[path] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-            self._sums[path].addmm_(rows.T, rows)
-
-        return see
-
-    def seen(self) -> dict[str, Seen]:
-        """The moments of each layer that ran."""
-        found = {}
-        for path, like in self._like.items():
-            total = self._sums.get(path)
-            moments = None if total is None else (total / max(self._tokens[path], 1)).cpu().numpy()
-            found[path] = Seen(like, moments, self._tokens[path])
-        return found
+        return self._model(tokens.long().to(self.device), **known)
 
 
 def _list_of_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -1,4 +1,4 @@
-"""AdamW that steps weights and writes their quantized values in one kernel. On a CPU, and for shards, torch's own."""
+"""AdamW that steps weights, or parts of sharded ones, and writes their quantized values in one kernel. On a CPU, torch's own."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -11,6 +11,7 @@ from qkit_torchao.cache import values
 from qkit_torchao.cache.kept_values import Values
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers.sharded import is_shard
+from qkit_torchao.torch_private import local_part, without_subclasses
 
 
 class AdamW(torch.optim.AdamW):
@@ -18,7 +19,8 @@ class AdamW(torch.optim.AdamW):
 
     On CUDA with Triton, one launch steps all weights of a kind. It reads tensors only, so that a CUDA graph can capture a step.
     It also writes the quantized values of prepared layers, but not while a graph is captured. There the values are computed at
-    their first use, so that a weight edited between two replays is seen.
+    their first use, so that a weight edited between two replays is seen. Of weights that FSDP2 shards, each process steps its
+    own part and writes the values that it will gather.
 
     Arithmetic is in float32 and rounded once to the type of the weight. Rates may be tensors: a captured graph reads them.
     """
@@ -28,7 +30,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         parameters = list(params)
         flat = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
-        self.in_kernels = all(p.is_cuda and not choose.why_no_triton(p.device) and not is_shard(p) for p in flat)
+        self.in_kernels = all(p.is_cuda and not choose.why_no_triton(p.device) for p in flat)
         options = {"capturable": True, "foreach": True} if self.in_kernels else {"fused": True}
         self.written: list[Values] = []
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
@@ -62,15 +64,25 @@ class AdamW(torch.optim.AdamW):
         stepped = [weight for weight in group["params"] if weight.grad is not None]
         self._begin([weight for weight in stepped if not self.state[weight]])
         self._split_counters(group, stepped)
-        cached = {} if torch.cuda.is_current_stream_capturing() else values.cached(stepped)
         together: dict[int, list[Tensor]] = defaultdict(list)
         for weight in stepped:
             together[id(self.state[weight]["step"])].append(weight)
         hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         for weights in together.values():
-            targets = [_target(weight, cached.get(id(weight))) for weight in weights]
-            choose.step_adamw(weights, [self.state[weight] for weight in weights], targets, **hyper)
-            self.written += [cached[id(weight)] for weight, one in zip(weights, targets, strict=True) if one]
+            self._launch(weights, hyper)
+
+    def _launch(self, weights: list[Tensor], hyper: dict[str, Any]) -> None:
+        """Steps `weights`, which have one counter of steps."""
+        there = [weight for weight in weights if _own(weight).numel()]  # of few rows, some process has none
+        if not there:
+            return
+        states = [{name: _own(one) for name, one in self.state[weight].items()} for weight in there]
+        parts, gradients = [_own(weight) for weight in there], [_own(weight.grad) for weight in there]
+        with without_subclasses():
+            cached = {} if torch.cuda.is_current_stream_capturing() else values.cached(parts)
+            targets = [_target(part, cached.get(id(part))) for part in parts]
+            choose.step_adamw(parts, gradients, states, targets, **hyper)
+            self.written += [cached[id(part)] for part, one in zip(parts, targets, strict=True) if one]
 
     def _begin(self, weights: list[Tensor]) -> None:
         """The moments of weights that are stepped for the first time. They share a counter on the device."""
@@ -101,6 +113,13 @@ def _target(weight: Tensor, cached: Values | None) -> Any:
 
 
 def _needs_torch(weight: Tensor) -> bool:
-    """Whether the kernels cannot step `weight`. accelerate replaces weights by shards after it has built the optimizer."""
-    assert weight.grad is not None
-    return weight.grad.is_sparse or not weight.is_contiguous() or is_shard(weight)
+    """Whether the kernels cannot step `weight`, a whole one or a part with a gradient of this part."""
+    gradient: Any = weight.grad
+    if is_shard(weight) and getattr(gradient, "placements", None) != weight.placements:  # type: ignore[attr-defined]
+        return True
+    return bool(gradient.is_sparse) or not _own(weight).is_contiguous()
+
+
+def _own(tensor: Any) -> Tensor:
+    """`tensor`, or its part in this process."""
+    return local_part(tensor) if is_shard(tensor) else tensor

@@ -109,10 +109,10 @@ class Pairs(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("base", ["prepared", "converted"])
-def test_no_merged_weight_waits_for_the_backward_pass(base, compiled):
+@pytest.mark.parametrize(("base", "kind"), [("prepared", "lora"), ("converted", "lora"), ("converted", "dora")])
+def test_no_merged_weight_waits_for_the_backward_pass(base, kind, compiled):
     model = (qkit.prepare if base == "prepared" else qkit.convert)(Pairs(), "int4-g32")
-    model = qkit.adapt(model, qkit.Adapter(rank=16))
+    model = qkit.adapt(model, qkit.Adapter(rank=16, kind=kind))
     model.train()
     optimizer = optim.AdamW(1e-4)
     optimizer.init(model.trainable_parameters())

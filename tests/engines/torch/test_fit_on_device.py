@@ -12,7 +12,8 @@ from qkit_torchao.arithmetic.moments import DeviceMoments
 from qkit_torchao.backend import TorchaoBackend
 
 import qkit
-from qkit.calibration import calibrate, calibrate_drift
+from qkit.calibration import calibrate
+from qkit.drift_calibration import calibrate_drift
 from qkit.errors import GridError, RangeError
 from qkit.grid import Grid
 from qkit.reference.fitting import fit

@@ -169,6 +169,26 @@ def test_weights_that_are_gathered_together_are_asked_for_once_and_follow_every_
             assert losses[0] != pytest.approx(losses[-1], rel=NEAR)
 
 
+@pytest.mark.parametrize("grid", shards.PACKED, ids=str)
+def test_codes_are_gathered_with_the_losses_and_values_of_gathered_values(seen, grid):
+    for one in seen:
+        values, packed = (one["shards"]["codes"][f"{grid}, {way}"] for way in (False, True))
+        assert packed["losses"] == values["losses"]
+        assert len(set(packed["losses"])) > 1
+        assert packed["wrong"] == 0 < packed["count"]
+        assert torch.equal(packed["off"], values["off"])
+        assert packed["bytes"] < values["bytes"] * (grid.element.bits + 2) / 16
+
+
+def test_models_whose_codes_cannot_be_gathered_are_refused_by_name(seen):
+    for one in seen:
+        found = one["shards"]["codes"]["refused"]
+        assert "call prepare and fully_shard first" in found["float"]
+        assert "call prepare and fully_shard first" in found["whole"]
+        assert "a weight [33, 64] has rows that 2 processes do not share evenly" in found["uneven"]
+        assert "has scales that depend on several processes" in found["of tensors"]
+
+
 def test_the_gradient_of_clipped_weights_is_masked_where_they_lie(seen):
     model = shards.build(shards.Net, shards.GRID, ste="masked")
     want = train(model, shards.adam(model), autocast=True)
@@ -263,6 +283,22 @@ def test_transformers_own_plan_trains_on_the_grid(seen, name, tmp_path):
         )  # products are summed in another order, many layers deep
     float_losses = parallel.steps(parallel.llama(tmp_path), parallel.of_language)
     assert want[0] != pytest.approx(float_losses[0], rel=1e-5)  # that test would see a plan without a grid
+
+
+@pytest.mark.parametrize("kind", parallel.CONFIGURED)
+def test_transformers_distributed_config_trains_on_the_grid(seen, folder, kind, tmp_path):
+    observed = _parallel(seen)
+    if "configured" not in observed[0]:
+        pytest.skip("transformers has no distributed_config")
+    want = parallel.steps(qkit.prepare(parallel.llama(tmp_path), "int4-g32"), parallel.of_language)
+    for one in observed:
+        found = one["configured"][kind]
+        near = {"mixed": 2e-3, "tensors": 1e-4}.get(kind, NEAR)  # products are in bfloat16, or summed in another order
+        assert found["losses"] == pytest.approx(want, rel=near)
+        assert found.get("wrong", 0) == 0
+    whole, parts = (folder / f"configured-{kind}-{name}" / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.exists()
+    assert kind == "tensors" or parts.read_bytes() == whole.read_bytes()
 
 
 def test_transformers_trainer_trains_with_fsdp2_and_bf16(seen, folder):
