@@ -5,8 +5,9 @@ from typing import Any
 
 from qkit.errors import ArtifactError
 from qkit.formats import mlx_config
-from qkit.formats.mlx_families import FAMILIES, SAME_NAMES
+from qkit.formats.mlx_families import FAMILIES
 from qkit.formats.mlx_lm import Container
+from qkit.formats.mlx_types import SAME_NAMES
 from qkit.formats.packed import join
 from qkit.qtensor import DType
 from qkit.sources.encoded import Encoded

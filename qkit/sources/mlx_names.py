@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from qkit.errors import ArtifactError
 from qkit.formats.mlx_config import from_mlx_name
-from qkit.formats.mlx_families import FAMILIES, SAME_NAMES
+from qkit.formats.mlx_families import FAMILIES
+from qkit.formats.mlx_types import SAME_NAMES
 from qkit.sources.parts import Tensors
 
 PREFIX: Final = "language_model."

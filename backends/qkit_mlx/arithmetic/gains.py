@@ -52,7 +52,11 @@ def to_gains(rows: mx.array, seen: mx.array, q: QTensor[mx.array], gains: mx.arr
     if gains.shape[1] == 1 == gains.shape[2]:  # one for each row, so that no gradient of a whole weight is needed
         moved = seen @ slopes(q).astype(seen.dtype).T
         return (UNIT * (rows.astype(mx.float32) * moved.astype(mx.float32)).sum(axis=0))[:, None, None]
-    to_values = (rows.T @ seen).astype(mx.float32)
+    return of_values((rows.T @ seen).astype(mx.float32), q, gains)
+
+
+def of_values(to_values: mx.array, q: QTensor[mx.array], gains: mx.array) -> mx.array:
+    """The gradient of `gains`, from that of the values [rows, n]; `q` has the codes, without gains."""
     to_scales = UNIT * (to_values * slopes(q)).reshape(*gains.shape[:2], -1).sum(axis=-1)
     if gains.shape[2] == 1:
         return to_scales[..., None]

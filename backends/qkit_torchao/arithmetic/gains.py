@@ -50,9 +50,13 @@ def slopes(q: QTensor[Tensor]) -> Tensor:
     return rounding.dequantize(replace(q, biases=biases, dtype="float32"))
 
 
-def to_gains(rows: Tensor, seen: Tensor, q: QTensor[Tensor], gains: Tensor) -> Tensor:
-    """The gradient of `gains`, from that of outputs [n, rows] and from inputs [n, inputs]; `q` has the codes, without gains."""
-    along = slopes(q)
+def to_gains(rows: Tensor, seen: Tensor, along: Tensor, scales: Tensor | None, gains: Tensor) -> Tensor:
+    """The gradient of `gains`, from that of outputs [n, rows] and from inputs [n, inputs].
+
+    Args:
+        along: the slopes [rows, inputs] of the codes without gains.
+        scales: those of the codes, without gains, where biases have gains too.
+    """
     if gains.shape[1:] == (1, 1):  # one for each row, so that no gradient of a weight is needed
         return (UNIT * (rows.float() * (seen @ along.to(seen.dtype).T)).sum(dim=0))[:, None, None]
     found = torch.empty(gains.shape, dtype=torch.float32, device=gains.device)
@@ -62,5 +66,6 @@ def to_gains(rows: Tensor, seen: Tensor, q: QTensor[Tensor], gains: Tensor) -> T
             found[some, :, number] = one.unflatten(1, (gains.shape[1], -1)).sum(dim=-1)
     found[..., 0] *= UNIT
     if gains.shape[2] == 2:
-        found[..., 1] *= SHIFT * q.scales.float()
+        assert scales is not None
+        found[..., 1] *= SHIFT * scales.float()
     return found

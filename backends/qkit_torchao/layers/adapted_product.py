@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qkit.qtensor import QTensor
 from qkit.rules import Ste
-from qkit_torchao.arithmetic.gains import to_gains
+from qkit_torchao.arithmetic.gains import slopes, to_gains
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
 from qkit_torchao.kernels import merge
 
@@ -32,6 +32,7 @@ class Merging:
         unclipped: where a merged weight is not clipped, for `masked`.
         codes: those of a merged weight, before gains, for the gradient of these; None without gains.
         at_once: one kernel: base, B, A and the type of the result -> the values; None where there is none.
+        slopes_at_once: one kernel: B, A and the type of the result -> the slopes of `codes`; None where there is none.
     """
 
     base: Callable[[], Tensor] | None
@@ -42,6 +43,7 @@ class Merging:
     unclipped: Callable[[Tensor], Tensor]
     at_once: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] | None = None
     codes: Callable[[Tensor], QTensor[Tensor]] | None = None
+    slopes_at_once: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None
 
 
 def multiply(
@@ -94,8 +96,8 @@ class _Product(torch.autograd.Function):
                 values = _values(w, b, a, magnitude, merging, ctx.dtype)
                 to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
             if ctx.needs_input_grad[5]:
-                codes = merging.codes(_merged(_base(merging, w), b, a, magnitude, merging))
-                of_gains = to_gains(rows, seen, codes, gains).to(gains.dtype)
+                along, scales = _slopes(w, b, a, magnitude, merging, seen.dtype)
+                of_gains = to_gains(rows, seen, along, scales, gains).to(gains.dtype)
             if magnitude is not None and merging.ste != "masked" and not ctx.needs_input_grad[1]:
                 stretched, to_magnitude = _through_magnitude(
                     rows, seen, _base(merging, w), b, a, magnitude, merging.scale
@@ -127,6 +129,17 @@ def _values(
     if merging.at_once is not None and magnitude is None:
         return merging.at_once(w, b.detach(), a.detach(), dtype)
     return merging.on_grid(_merged(_base(merging, w), b, a, magnitude, merging)).to(dtype)
+
+
+def _slopes(
+    w: Tensor | None, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The slopes of values along the factors of scales, and the scales, where biases may have gains too."""
+    if merging.slopes_at_once is not None and magnitude is None:
+        return merging.slopes_at_once(b.detach(), a.detach(), dtype), None
+    assert merging.codes is not None
+    q = merging.codes(_merged(_base(merging, w), b, a, magnitude, merging))
+    return slopes(q), q.scales
 
 
 def _merged(base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging) -> Tensor:
