@@ -207,8 +207,8 @@ def _apertus(config: Config) -> dict[str, Any]:
 FAMILIES: Final[Mapping[str, Family]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "granite", "smollm3", "hunyuan_v1_dense"), Family(LLAMA)),
     **dict.fromkeys(("seed_oss", "mixtral", "qwen2_moe", "olmoe"), Family(LLAMA)),
-    **dict.fromkeys(("gemma", "gemma2", "starcoder2", "helium", "ernie4_5"), Family(THETA)),
-    **dict.fromkeys(("phi", "stablelm", "glm", "glm4"), Family(PARTIAL)),
+    **dict.fromkeys(("gemma", "gemma2", "starcoder2", "helium", "ernie4_5", "glm"), Family(THETA)),
+    **dict.fromkeys(("phi", "stablelm", "glm4"), Family(PARTIAL)),
     **dict.fromkeys(("phi3", "nemotron"), Family(LLAMA_PARTIAL)),
     **dict.fromkeys(("mamba", "falcon_mamba"), Family()),
     "gptj": Family(modules=GPT),

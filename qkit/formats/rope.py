@@ -12,6 +12,7 @@ from qkit.errors import BackendError
 KNOWN = {"default", "linear", "dynamic", "llama3", "yarn", "proportional", "longrope"}
 #: Other names of types in older configurations, as transformers reads them.
 OLDER = {"mrope": "default", "su": "longrope"}
+WHOLE = "glm"  #: the type whose heads mlx-lm turns whole, whatever the configuration says; see `ignored_rope`
 THETA = ("rope_theta", "rotary_emb_base")
 PARTIAL = ("partial_rotary_factor", "rotary_pct")
 NESTED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor"}
@@ -46,6 +47,7 @@ def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str
     if "rope_parameters" in accepted:
         return {**known, **({"rope_scaling": _scaling(rope, known)} if _scales(rope, known, accepted) else {})}
     partial = rope.get("partial_rotary_factor", 1.0) != 1.0 and rope_type(rope) != "proportional"
+    partial = partial and known.get("model_type") != WHOLE
     if partial and not set(PARTIAL).intersection(accepted):
         raise BackendError(f"mlx-lm rotates all of a {known.get('model_type')!r}'s heads, not a part of them")
     if rope_type(rope) != "default" and "rope_scaling" not in accepted:
@@ -86,7 +88,7 @@ def partial_factor(config: Mapping[str, Any]) -> float:
 
 def ignored_rope(config: Mapping[str, Any]) -> str:
     """A sentence about a part of a rope that mlx-lm ignores; empty where there is none. qkit's MLX engine computes each."""
-    if config.get("model_type") == "glm" and (part := partial_factor(config)) != 1.0:
+    if config.get("model_type") == WHOLE and (part := partial_factor(config)) != 1.0:
         return f"it turns all of each head of a 'glm', and not {part:g} of it"
     for rope in ropes_of(config).values():
         kind = rope_type(rope)
