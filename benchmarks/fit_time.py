@@ -1,33 +1,43 @@
-"""The time of `solve` for the linear layers of one block of an 8 B Llama, on one GPU, beside the loop of GPTQ in fp32.
+"""The time of `solve` for the linear layers of one block of an 8 B Llama, on one GPU, beside llm-compressor's own GPTQ.
 
 Weights and inputs are drawn. Both begin and end on the device. Layers with the same inputs share their moments, which `solve`
-prepares once. The loop is that of llm-compressor's eager form: a Cholesky factor for each layer, and blocks of 128 columns, one
-after the other, with integers of four bits on groups of 32, whatever grid `solve` has. "Without its columns" has the factors and
-products alone: no form of the loop, such as llm-compressor's own kernel, takes less. `--check` compares codes of some rows with
-those of the law; on more than 2,048 inputs the law starts from the factors of the device. `--profile` prints the time of kernels.
+prepares once. Of llm-compressor the very function runs that its modifier calls, with its default settings and with all layers of
+one shape and the same inputs at once, as that does: with its Triton kernel, and without. It rounds to integers of four bits on
+groups of 32, whatever grid `solve` has. `--check` compares codes of some rows with those of the law; on more than 2,048 inputs
+the law starts from the factors of the device. `--profile` prints the time of kernels.
 
-Usage: python -P benchmarks/fit_time.py [--device cuda] [--grids int4-g32,mxfp4] [--repeats N] [--scale N] [--check ROWS]
-       [--profile] [--out FILE.json]
+The folder of `--peer` has llm-compressor, compressed-tensors and what that needs:
+pip install --no-deps --target FOLDER llmcompressor compressed-tensors loguru
+
+Usage: python -P benchmarks/fit_time.py [--device cuda] [--peer FOLDER] [--grids int4-g32,mxfp4] [--rounds 2,0] [--repeats N]
+       [--scale N] [--check ROWS] [--profile] [--out FILE.json]
 """
 
 import argparse
+import importlib
+import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 sys.path.append(str(Path(__file__).parent))  # -P leaves it out, since kernels.py here would hide a package of that name
 
 import torch
 from clock import seconds
 from measure import Report, spread
+from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.fitting import solve, solve_on
 from qkit_torchao.arithmetic.moments import DeviceMoments
 from torch import Tensor
 
 from qkit.grid import Grid
-from qkit.reference.fitting import fit
+from qkit.qtensor import QTensor
+from qkit.reference.fitting import ROUNDS, fit
 from qkit.reference.moments import Moments
 
 SHAPES = [
@@ -44,7 +54,7 @@ GRIDS = {
     "nvfp4": Grid("e2m1", 16, "nvfp4"),
     "mxfp4": Grid("e2m1", 32, "even"),
 }
-BLOCK, DAMPING, GROUP = 128, 0.01, 32  # of the loop of GPTQ
+GROUP, PEER = 32, "llm-compressor"
 LARGEST = 2048  # inputs whose moments the law prepares itself
 
 
@@ -56,40 +66,55 @@ def drawn(n: int, device: torch.device) -> Tensor:
     return x.T @ x / len(x)
 
 
-def gptq(weights: list[Tensor], moments: Tensor, *, columns: bool = True) -> None:
-    """Values of each weight by GPTQ (https://arxiv.org/abs/2210.17323), step by step as llm-compressor's eager form.
-
-    Args:
-        columns: whether columns are rounded; else only factors and products are computed, which any form of the loop needs.
-    """
-    for weight in weights:
-        w, damped = weight.clone(), moments.clone()
-        damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        upper = torch.linalg.cholesky(inverse, upper=True)
-        scales = w.unflatten(-1, (-1, GROUP)).abs().amax(-1) / 7.5
-        of_columns = scales.repeat_interleave(GROUP, 1)
-        losses = torch.zeros(len(w), device=w.device)
-        for start in range(0, w.shape[1], BLOCK):
-            end = min(start + BLOCK, w.shape[1])
-            block, of_block, steps = w[:, start:end].clone(), upper[start:end, start:end], of_columns[:, start:end]
-            values, errors, squares = (torch.zeros_like(block) for _ in range(3))
-            for i in range(end - start) if columns else ():
-                of = block[:, i]
-                q = (of / steps[:, i]).round().clamp(-8, 7) * steps[:, i]
-                error = (of - q) / of_block[i, i]
-                values[:, i], errors[:, i], squares[:, i] = q, error, error.square()
-                block[:, i:] -= error[:, None] * of_block[i, i:]
-            w[:, start:end] = values
-            losses += squares.sum(1) / 2
-            w[:, end:] -= errors @ upper[start:end, end:]
+def peer(folder: Path) -> Callable[..., Any]:
+    """llm-compressor's `quantize_weight`, imported without the rest of the package, which needs much more."""
+    sys.path.append(str(folder))
+    for name in ("llmcompressor", "llmcompressor.modifiers", "llmcompressor.modifiers.gptq"):
+        sys.modules[name] = module = ModuleType(name)
+        module.__path__ = [str(folder.joinpath(*name.split(".")))]
+    return cast(
+        "Callable[..., Any]", importlib.import_module("llmcompressor.modifiers.gptq.gptq_quantize").quantize_weight
+    )
 
 
-def solved(weights: list[Tensor], moments: Tensor, grid: Grid) -> None:
+def by_peer(quantize_weight: Callable[..., Any], weights: list[Tensor], moments: Tensor) -> list[Tensor]:
+    """Values of each weight by llm-compressor's GPTQ, with scales of their largest magnitudes."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    settings = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP, actorder="static"
+    )
+    found = []
+    for _, some in groupby(weights, key=len):
+        stacked = torch.stack(list(some))  # it overwrites its arguments
+        scales = stacked.unflatten(-1, (-1, GROUP)).abs().amax(-1) / 7.5
+        zeros = torch.zeros_like(scales, dtype=torch.int8)
+        found += quantize_weight(stacked, moments.repeat(len(stacked), 1, 1), scales, zeros, None, settings)[0]
+    return found
+
+
+def solved(weights: list[Tensor], moments: Tensor, grid: Grid, rounds: int) -> list[QTensor[Tensor]]:
     """The same weights by `solve`."""
     known = DeviceMoments.of(moments, moments.device)
-    for w in weights:
-        solve(w, grid, known)
+    return [solve(w, grid, known, rounds=rounds) for w in weights]
+
+
+def error_of(weights: list[Tensor], found: list[Tensor], moments: Tensor) -> float:
+    """The sum of d H d' over the rows of all weights, where d is a row less its values."""
+    return sum(
+        float(((w - values) @ moments).mul_(w - values).sum(dtype=torch.float64))
+        for w, values in zip(weights, found, strict=True)
+    )
+
+
+def timed_into(
+    row: dict[str, Any], whole: dict[str, float], device: torch.device, repeats: int, name: str, run: Callable[[], Any]
+) -> None:
+    """Adds the seconds and the peak memory of a run under its name to a row, and the seconds to those of a whole block."""
+    run()  # compiles
+    taken = row[f"{name}, seconds"] = spread([seconds(run, device) for _ in range(repeats)], 3)
+    row[f"{name}, peak GB"] = peak_of(run, device)
+    whole[name] += taken["median"]
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> float | None:
@@ -107,10 +132,10 @@ def differing(w: Tensor, moments: Tensor, grid: Grid) -> int:
     known, h = DeviceMoments.of(moments, w.device), moments.cpu().numpy()
     law = h
     if len(h) > LARGEST:
-        high, low, diagonal, order, upper = (
-            a.cpu().numpy() for a in (*known.parts, known.diagonal, known.order, known.upper)
+        names = ("sizes", "correlations", "order", "upper")
+        law = Moments(
+            h, known.diagonal.cpu().numpy(), known.damping, *(getattr(known, name).cpu().numpy() for name in names)
         )
-        law = Moments(h, diagonal, known.damping, (high, low), order, upper)
     wanted = fit(w.cpu().numpy(), grid, law, method="solve")
     found = solve_on(w.cpu().numpy(), grid, known, device=w.device)
     return sum(int((part != found.parts()[name]).sum()) for name, part in wanted.parts().items())
@@ -126,6 +151,8 @@ def main() -> int:
     parser.add_argument("--check", type=int, default=0, help="rows of the first of each set that are compared")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", default=str(ROUNDS), help="of descent, at most; several with commas")
+    parser.add_argument("--peer", type=Path, help="the folder that has llm-compressor")
     given = parser.parse_args()
     device, grids = torch.device(given.device), given.grids.split(",")
     report = Report(
@@ -134,38 +161,37 @@ def main() -> int:
         packages=("torch", "qkit-quant"),
         about={"scale": given.scale},
     )
-    whole = dict.fromkeys(["loop", "without columns", *grids], 0.0)
+    quantize_weight = given.peer and peer(given.peer)
+    tried = [(name, int(rounds)) for name in grids for rounds in given.rounds.split(",")]
+    whole: dict[str, float] = defaultdict(float)
     for width, layers in SHAPES:
         n, random = width // given.scale, torch.Generator(device).manual_seed(width)
         h = drawn(n, device)
         weights = [torch.randn(rows // given.scale, n, generator=random, device=device) * 0.02 for _, rows in layers]
         row: dict[str, Any] = {"layers": ", ".join(name for name, _ in layers), "inputs": n}
 
-        def timed(run: Callable[[], Any]) -> dict[str, Any]:
-            run()  # compiles
-            return spread([seconds(run, device) for _ in range(given.repeats)], 3)
-
-        loop = row["GPTQ's loop, seconds"] = timed(partial(gptq, weights, h))
-        whole["loop"] += loop["median"]
-        floor = row["GPTQ without its columns, seconds"] = timed(partial(gptq, weights, h, columns=False))
-        whole["without columns"] += floor["median"]
-        row["GPTQ's loop, peak GB"] = peak_of(partial(gptq, weights[:1], h), device)
-        for name in grids:
-            run = partial(solved, weights, h, GRIDS[name])
-            taken = row[f"{name}, seconds"] = timed(run)
-            row[f"{name}, over the loop"] = round(taken["median"] / loop["median"], 3)
-            row[f"{name}, peak GB"] = peak_of(run, device)
-            whole[name] += taken["median"]
-            if given.check:
-                row[f"{name}, not the law's"] = differing(weights[0][: given.check], h, GRIDS[name])
+        timed = partial(timed_into, row, whole, device, given.repeats)
+        if quantize_weight:
+            run_peer = partial(by_peer, quantize_weight, weights, h)
+            for name, disabled in ((PEER, "0"), (f"{PEER} without Triton", "1")):
+                os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] = disabled
+                timed(name, run_peer)
+            row[f"{PEER}, error"] = error_of(weights, run_peer(), h)
+        for grid, rounds in tried:
+            name = f"{grid} of {rounds} rounds"
+            run = partial(solved, weights, h, GRIDS[grid], rounds)
+            timed(name, run)
+            row[f"{name}, error"] = error_of(weights, [rounding.dequantize(q) for q in run()], h)
+            if given.check and rounds == ROUNDS:
+                row[f"{grid}, not the law's"] = differing(weights[0][: given.check], h, GRIDS[grid])
             if given.profile:
                 with torch.profiler.profile() as kernels:
                     run()
                 order = "cuda_time_total" if device.type == "cuda" else "cpu_time_total"
-                print(kernels.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=50))
+                print(kernels.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50))
         report.add(row)
         del h, weights
-    ratios = {f"{name}, over the loop": round(whole[name] / whole["loop"], 3) for name in grids}
+    ratios = {f"{name}, over {PEER}": round(t / whole[PEER], 3) for name, t in whole.items() if PEER in whole}
     report.add({"layers": "all of a block", **{f"{name}, seconds": round(t, 3) for name, t in whole.items()}, **ratios})
     report.finish()
     return 0

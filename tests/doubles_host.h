@@ -1,7 +1,10 @@
-// The device operations of `doubles.cuh` on a CPU, one thread after the other: for tests.
+// The device operations of `doubles.cuh` on a CPU, one thread after the other: for tests. Threads of a team are contexts that take
+// turns: each runs until it asks the others.
 #include <cmath>
 #include <cstring>
 #include <utility>
+#include <vector>
+#include <ucontext.h>
 
 #define HOST
 #define DEVICE static inline
@@ -24,6 +27,39 @@ DEVICE double to_bfloat16(double x) {
     return f;
 }
 
+struct Thread {
+    ucontext_t context;
+    std::vector<char> stack;
+    double said[2];
+    unsigned asked;
+    bool done;
+};
+static std::vector<Thread> threads;
+static ucontext_t turns;
+
+// The number that thread `other` of the team says at this question; the answer waits until all have been asked.
+template <unsigned TEAM> DEVICE double answer(double mine, unsigned other) {
+    const unsigned me = threadIdx.x, of_team = me / TEAM * TEAM;
+    if (TEAM == 1) return mine;
+    const unsigned at = threads[me].asked++ % 2;
+    threads[me].said[at] = mine;
+    swapcontext(&threads[me].context, &turns);
+    threadIdx.x = me;
+    return threads[of_team + other].said[at];
+}
+
+template <unsigned TEAM> DEVICE int highest_of(int mine) {
+    for (unsigned by = TEAM / 2; by; by /= 2) {
+        int other = answer<TEAM>(mine, threadIdx.x % TEAM ^ by);
+        mine = other > mine ? other : mine;
+    }
+    return mine;
+}
+#define of_lane(mine, lane) answer<LANES>(mine, lane)
+#define of_neighbor(mine, by) answer<LANES>(mine, threadIdx.x % LANES ^ (by))
+#define together() answer<LANES>(0, 0)
+#define highest(mine) highest_of<LANES>(mine)
+
 #include KERNELS
 
 template <class... A, size_t... I> static void call(void (*kernel)(A...), void **given, std::index_sequence<I...>) {
@@ -31,12 +67,35 @@ template <class... A, size_t... I> static void call(void (*kernel)(A...), void *
 }
 template <class... A> static void call(void (*kernel)(A...), void **given) { call(kernel, given, std::index_sequence_for<A...>()); }
 
-extern "C" void launch(unsigned programs, unsigned more, unsigned threads, void **given) {
-    blockDim = {threads, 1, 1};
+static void **arguments;
+static void run(unsigned me) {
+    threadIdx = {me, 0, 0};
+    call(KERNEL, arguments);
+    threads[me].done = true;
+}
+
+extern "C" void launch(unsigned programs, unsigned more, unsigned count, void **given) {
+    blockDim = {count, 1, 1}, arguments = given;
+    threads.resize(count);
     for (unsigned by = 0; by < more; by++)
-        for (unsigned bx = 0; bx < programs; bx++)
-            for (unsigned i = 0; i < threads; i++) {
-                threadIdx = {i, 0, 0}, blockIdx = {bx, by, 0};
-                call(KERNEL, given);
+        for (unsigned bx = 0; bx < programs; bx++) {
+            blockIdx = {bx, by, 0};
+            if (LANES == 1) {
+                for (unsigned i = 0; i < count; i++) run(i);
+                continue;
             }
+            for (unsigned i = 0; i < count; i++) {
+                Thread &thread = threads[i];
+                thread.stack.resize(1 << 16), thread.asked = 0, thread.done = false;
+                getcontext(&thread.context);
+                thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
+                thread.context.uc_link = &turns;
+                makecontext(&thread.context, (void (*)())run, 1, i);
+            }
+            for (bool any = true; any;) {
+                any = false;
+                for (unsigned i = 0; i < count; i++)
+                    if (!threads[i].done) any = true, swapcontext(&turns, &threads[i].context);
+            }
+        }
 }

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from qkit_torchao.arithmetic import merged as arithmetic
 from qkit_torchao.arithmetic import packing, rounding
+from qkit_torchao.arithmetic.gains import gained
 from qkit_torchao.backend import TorchaoBackend
 from qkit_torchao.kernels import cuda, cuda_merge
 
@@ -119,6 +121,8 @@ def merged(grid: Grid, dtype: str) -> bool:
     q = rounding.quantize(w.float(), grid)
     laid = packing.lay(q, "words")
     parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale, laid.biases
+    gains = torch.randn(70, 1, 1, generator=drawn) * 0.2
+    gains[3:6] = torch.tensor([3.0, -3.0, 0.0])[:, None, None]  # beyond the limits
     for spread in (False, True) if cuda_merge.spreads(grid, 512) else (False,):
         base = arithmetic.dithered(q) if spread else rounding.dequantize(q)
         want = arithmetic.added(base, b, a, 0.3)
@@ -127,6 +131,12 @@ def merged(grid: Grid, dtype: str) -> bool:
         if cuda_merge.quantizes(grid, 512):
             found = cuda_merge.merged(parts, b, a, 0.3, torch.float32, **options, on_grid=True)
             right.append(torch.equal(found, rounding.rounded(want, grid)))
+        if cuda_merge.takes_gains(grid, 512):
+            found = cuda_merge.merged(parts, b, a, 0.3, torch.float32, **options, on_grid=True, gains=gains)
+            law = rounding.dequantize(gained(rounding.quantize(want, grid), gains))
+            beside = arithmetic.added(rounding.dequantize(gained(replace(q, dtype="float32"), gains)), b, a, 0.3)
+            made = cuda_merge.merged(parts, b, a, 0.3, torch.float32, grid=grid, gains=gains)
+            right += [torch.equal(found, law), torch.equal(made, beside)]
     return all(right) and cuda_merge.takes(grid, 512)
 
 

@@ -22,7 +22,7 @@ from qkit.qtensor import QTensor, dtype_of
 from qkit.reference import rounding
 from qkit.reference.moments import Moments, mean_squares
 from qkit.reference.objectives import Objective, blocks_of, objective
-from qkit.reference.products import Doubles, Halves, product, total
+from qkit.reference.products import Doubles, product, shortened, total
 from qkit.reference.steps import candidates, nearest, steps_of, storable, stored, want_fitted
 
 Method = Literal["search", "solve"]
@@ -149,14 +149,16 @@ def solve(
     """The units [n, rows] and scales [groups, rows] for rows `x` [n, rows], from those of `search`."""
     at = np.arange(len(x)) // (len(x) // len(s))
     fed = _feed(x, s, z, known, grid)
-    closer = _error(x - fed * s[at], known, known.damping) < _error(x - units * s[at], known, known.damping)
+    errors, searched = x - fed * s[at], x - units * s[at]
+    residual, before = (known.times(d) + known.damping * d for d in (errors, searched))
+    closer = total(errors * residual) < total(searched * before)
     v, new = np.where(closer, fed, units), s.copy()
-    errors = x - v * new[at]
-    residual = product(known.parts, errors) + known.damping * errors
+    residual = np.where(closer, residual, before)
     for _ in range(rounds):
         if not _descend(v, new, z, residual, known, grid, tensor):
             break
-    worse = _error(x - v * new[at], known, 0.0) > _error(x - units * s[at], known, 0.0)
+    errors = x - v * new[at]
+    worse = _error(errors, residual, known) > _error(searched, before, known)
     return np.where(worse, units, v), np.where(worse, s, new)
 
 
@@ -167,7 +169,11 @@ def _feed(x: Doubles, s: Doubles, z: Doubles, known: Moments, grid: Grid) -> Dou
     errors, units = np.zeros(x.shape), np.empty(x.shape)
     for start in range(0, n, COLUMNS):
         end = min(start + COLUMNS, n)
-        wanted = x[start:end] + product(known.upper[:start, start:end].T, errors[:start]) if start else x[:end].copy()
+        wanted = (
+            x[start:end] + product(shortened(known.upper[:start, start:end].T, axis=1), errors[:start])
+            if start
+            else x[:end].copy()
+        )
         for j in range(start, end):
             step = s[at[j]]
             units[j] = nearest(wanted[j - start] / step, z[at[j]], grid)
@@ -186,13 +192,12 @@ def _descend(
     Args:
         residual: (H + damping) (x - values), [n, rows].
     """
-    high, low = known.parts
     n, group, changed = len(units), len(units) // len(s), False
     for start in range(0, n, width := max(group, WINDOW // group * group)):
         window = slice(start, min(start + width, n))
         moved = _descend_window(units, s, z, residual[window].copy(), window, known, grid, tensor)
         if moved.any():
-            residual -= product((high[:, window], low[:, window]), moved)
+            residual -= known.times(moved, inputs=window)
             residual[window] -= known.damping * moved
             changed = True
     return changed
@@ -202,7 +207,6 @@ def _descend_window(
     units: Doubles, s: Doubles, z: Doubles, r: Doubles, window: slice, known: Moments, grid: Grid, tensor: float
 ) -> Doubles:
     """Moves the scales and units of a window, whose residual is `r` [inputs, rows]; returns how far its values moved."""
-    high, low = known.parts
     group, moved = len(units) // len(s), np.zeros(r.shape)
     for first in range(0, len(r), width := max(group, COLUMNS // group * group)):
         part = slice(first, min(first + width, len(r)))
@@ -212,50 +216,49 @@ def _descend_window(
             begin = window.start + first + at
             place = slice(begin, begin + group)
             of_group = units[place], s[begin // group], z[begin // group]
-            within = (high[place, place], low[place, place])
-            move = _rescale(*of_group[:2], own[here], within, known.damping, grid, tensor)
-            move += _recode(*of_group, own[here], within, known.diagonal[place] + known.damping, grid)
+            move = _rescale(*of_group[:2], own[here], known, place, grid, tensor)
+            move += _recode(*of_group, own[here], known, place, grid)
             moved[first + at : first + at + group] = move
             if len(own[after]):
                 beyond = slice(place.stop, window.start + part.stop)
-                own[after] -= product((high[beyond, place], low[beyond, place]), move)
+                own[after] -= known.times(move, beyond, place)
         if part.stop < len(r):
             beyond, mine = (
                 slice(window.start + a, window.start + b) for a, b in ((part.stop, len(r)), (first, part.stop))
             )
-            r[part.stop :] -= product((high[beyond, mine], low[beyond, mine]), moved[part])
+            r[part.stop :] -= known.times(moved[part], beyond, mine)
     return moved
 
 
 def _rescale(
-    units: Doubles, s: Doubles, r: Doubles, within: Halves, damping: float, grid: Grid, tensor: float
+    units: Doubles, s: Doubles, r: Doubles, known: Moments, place: slice, grid: Grid, tensor: float
 ) -> Doubles:
     """Moves the scales `s` [rows] of a group to their best, and its residual `r` with them; returns how far its values moved."""
     if grid.group == "tensor":  # all rows have this scale
         return np.zeros(units.shape)
-    curvature = total(units * (product(within, units) + damping * units))
+    curvature = total(units * (known.times(units, place, place) + known.damping * units))
     new = _refit(curvature * s + total(units * r), curvature, s, grid, tensor)
     moved = units * (new - s)
-    r -= product(within, moved) + damping * moved
+    r -= known.times(moved, place, place) + known.damping * moved
     s[:] = new
     return moved
 
 
-def _recode(
-    units: Doubles, s: Doubles, z: Doubles, r: Doubles, within: Halves, curvature: Doubles, grid: Grid
-) -> Doubles:
+def _recode(units: Doubles, s: Doubles, z: Doubles, r: Doubles, known: Moments, place: slice, grid: Grid) -> Doubles:
     """Moves the units of a group to their best one after the other; returns how far its values moved."""
-    moved, (high, low) = np.zeros(units.shape), within
+    moved, sizes = np.zeros(units.shape), known.sizes[place]
+    inverse = 1.0 / ((known.diagonal[place] + known.damping)[:, None] * s)
     for start in range(0, len(units), COLUMNS):
         end = min(start + COLUMNS, len(units))
-        h = high[start:end, start:end] + low[start:end, start:end]
+        here, after = (slice(place.start + at, place.start + stop) for at, stop in ((start, end), (end, len(units))))
+        h = known.correlations[here, here] * sizes[start:end, None] * sizes[start:end]
         for j in range(start, end):
-            new = nearest(units[j] + r[j] / (curvature[j] * s), z, grid)
+            new = nearest(units[j] + r[j] * inverse[j], z, grid)
             moved[j] = (new - units[j]) * s
             units[j] = new
             r[j + 1 : end] -= h[j - start + 1 :, j - start, None] * moved[j]
         if end < len(units):
-            r[end:] -= product((high[end:, start:end], low[end:, start:end]), moved[start:end])
+            r[end:] -= known.times(moved[start:end], after, here)
     return moved
 
 
@@ -265,9 +268,9 @@ def _refit(numerator: Doubles, denominator: Doubles, s: Doubles, grid: Grid, ten
     return storable(wanted, s, grid, tensor)
 
 
-def _error(d: Doubles, known: Moments, damping: float) -> Doubles:
-    """d' (H + damping) d of the columns of `d` [n, rows]."""
-    return total(d * (product(known.parts, d) + damping * d))
+def _error(d: Doubles, residual: Doubles, known: Moments) -> Doubles:
+    """d' H d of the columns of `d` [n, rows], whose product with the damped H is `residual`."""
+    return total(d * (residual - known.damping * d))
 
 
 def _steps(s: Doubles, z: Doubles, x: Doubles, grid: Grid) -> tuple[Doubles, Doubles]:

@@ -1,13 +1,13 @@
 """The second moments of a layer's inputs, as `solve` uses them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkit.errors import GridError, RangeError
-from qkit.reference.products import Doubles, Halves, halves, total, unit_upper
+from qkit.reference.products import BITS, Doubles, product, total, unit_upper
 
 DAMPING = 0.01  #: of the mean square of all inputs, added to that of each
 SYMMETRY = 1e-3  #: difference of h_ij and h_ji that rounding explains, in units of their inputs' root mean squares
@@ -21,7 +21,8 @@ class Moments:
         source: E[x x'] itself [n, n], as it was given.
         diagonal: mean squares [n].
         damping: the number that is added to each of them.
-        parts: `products.halves` of H.
+        sizes: powers of two near the root of each mean square and the damping [n].
+        correlations: H over the sizes of both inputs [n, n], to 2^-20.
         order: inputs by falling mean square. `solve` rounds in this order: later inputs make up for earlier ones.
         upper: `products.unit_upper` of H + damping, inputs in this order.
     """
@@ -29,7 +30,8 @@ class Moments:
     source: NDArray[Any]
     diagonal: Doubles
     damping: float
-    parts: Halves
+    sizes: Doubles
+    correlations: Doubles
     order: NDArray[np.int64]
     upper: Doubles
 
@@ -57,7 +59,24 @@ class Moments:
             raise RangeError(
                 "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
             ) from None
-        return cls(moments, diagonal, damping, halves(h, axis=1), order, upper)
+        sizes = powers_near_roots(diagonal + damping)
+        return cls(moments, diagonal, damping, sizes, correlations(h, sizes), order, upper)
+
+    def times(self, d: Doubles, rows: slice = slice(None), inputs: slice = slice(None)) -> Doubles:
+        """H[rows, inputs] @ d to 2^-20, with the same bits everywhere."""
+        found = product(self.correlations[rows, inputs], self.sizes[inputs, None] * d)
+        return self.sizes[rows, None] * found
+
+
+def powers_near_roots(squares: Doubles) -> Doubles:
+    """The powers of two within a factor of two of the roots of positive numbers."""
+    return cast(Doubles, np.ldexp(1.0, np.frexp(squares)[1] // 2))
+
+
+def correlations(h: Doubles, sizes: Doubles) -> Doubles:
+    """H over the sizes of both inputs: at most 2, since no mean product exceeds the root of that of two mean squares."""
+    unit = 2.0 ** (1 - BITS)
+    return np.clip(np.rint(h / sizes[:, None] / sizes / unit), -(2**BITS), 2**BITS) * unit
 
 
 def mean_squares(moments: NDArray[Any] | Moments | None, n: int) -> Doubles:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qkit.grid import Grid
 from qkit.reference.moments import Moments, mean_squares
-from qkit.reference.products import Doubles, Halves, halves, total
+from qkit.reference.products import Doubles, shortened, total
 
 #: Of integers by bits, and of others; small floats clip little, and have none. Chosen on text that no figure is measured on.
 PULL = {2: 3.0}
@@ -30,7 +30,7 @@ class Objective:
     Attributes:
         x: the values [group, cells].
         weights: of squares, [group, cells].
-        blocks: `products.halves` of the moments of each group's inputs, [groups, group, group]; None where they are not known.
+        blocks: `products.shortened` moments of each group's inputs, [groups, group, group]; None where they are not known.
         damping: what B has more on its diagonal than these blocks or weights.
         pull: the weight of errors along x.
         along: B x [group, cells].
@@ -39,7 +39,7 @@ class Objective:
 
     x: Doubles
     weights: Doubles
-    blocks: Halves | None
+    blocks: Doubles | None
     damping: float
     pull: float
     along: Doubles = field(init=False)
@@ -69,15 +69,13 @@ class Objective:
         """Each cell's B times `d`, with the same bits everywhere; see `products`."""
         if self.blocks is None:
             return self.weights * d + self.damping * d
-        high, low = self.blocks
-        groups, group = high.shape[:2]
+        groups, group = self.blocks.shape[:2]
         by_group = np.ascontiguousarray(d.reshape(group, -1, groups).transpose(2, 0, 1))
-        top, rest = halves(by_group, axis=1)
-        found = high @ top + (high @ rest + low @ top)
+        found = self.blocks @ shortened(by_group, axis=1)
         return np.ascontiguousarray(found.transpose(1, 2, 0)).reshape(d.shape) + self.damping * d
 
 
-def objective(moments: NDArray[Any] | Moments | None, x: Doubles, grid: Grid, blocks: Halves | None) -> Objective:
+def objective(moments: NDArray[Any] | Moments | None, x: Doubles, grid: Grid, blocks: Doubles | None) -> Objective:
     """That of `search` for rows `x` [rows, n] of a weight.
 
     Raises:
@@ -107,8 +105,8 @@ def cells(x: Doubles, group: int) -> Doubles:
     return np.ascontiguousarray(x.reshape(-1, group).T)
 
 
-def blocks_of(moments: NDArray[Any] | Moments | None, n: int, grid: Grid) -> Halves | None:
-    """`products.halves` of the moments of the inputs of each group of `n` inputs; None where they are not known, or too many."""
+def blocks_of(moments: NDArray[Any] | Moments | None, n: int, grid: Grid) -> Doubles | None:
+    """`products.shortened` moments of the inputs of each group of `n` inputs; None where they are not known, or too many."""
     whole = moments.source if isinstance(moments, Moments) else moments
     if whole is None or whole.ndim != 2 or grid.group == "tensor":
         return None
@@ -117,4 +115,4 @@ def blocks_of(moments: NDArray[Any] | Moments | None, n: int, grid: Grid) -> Hal
         return None
     places = np.arange(n).reshape(-1, group)
     found = whole[places[:, :, None], places[:, None, :]].astype(np.float64)
-    return halves((found + found.transpose(0, 2, 1)) / 2, axis=2)
+    return shortened((found + found.transpose(0, 2, 1)) / 2, axis=2)

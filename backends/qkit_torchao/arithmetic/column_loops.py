@@ -17,7 +17,6 @@ from qkit.reference.fitting import COLUMNS, REFITS, WINDOW
 from qkit.reference.objectives import WIDEST, damping_of, pull_of
 from qkit.reference.steps import BLOCK_CODES, LEAST, LEAST_OF_WIDE, MOST, STEPS
 from qkit_torchao.arithmetic import exact_products
-from qkit_torchao.arithmetic.exact_products import Halves
 from qkit_torchao.arithmetic.moments import DeviceMoments
 
 E4M3 = Element("e4m3", "float", 8, 448.0, mantissa=3, min_exponent=-6)
@@ -35,6 +34,11 @@ class Loops:
     def __init__(self, x: Tensor, z: Tensor, grid: Grid, known: DeviceMoments, tensor: float) -> None:
         self._x, self._z, self._grid, self._known, self._tensor = x, z, grid, known, tensor
 
+    @staticmethod
+    def laid(a: Tensor) -> Tensor:
+        """Rows of numbers on their side, in fp64, as these loops store them."""
+        return a.T.double().contiguous()
+
     def search(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Units [inputs, rows] and scales [groups, rows] of least error, from the rule's scales `s`."""
         rows, group = self._x.shape[1], len(self._x) // len(s)
@@ -47,6 +51,10 @@ class Loops:
     def feed(self, s: Tensor) -> Tensor:
         """Units [inputs, rows], each nearest to its weight plus the errors of those before, on scales `s`."""
         return _feed(self._x, s, self._z, self._known, self._grid)
+
+    def times(self, d: Tensor) -> Tensor:
+        """H d, of d [inputs, rows]."""
+        return self._known.times(d)
 
     def descend(self, units: Tensor, s: Tensor, residual: Tensor) -> bool:
         """One round over groups and inputs, in place: each takes the value of least error. Returns whether any changed.
@@ -72,10 +80,8 @@ def _search(
     def times(d: Tensor) -> Tensor:
         if blocks is None:
             return weights * d + damping * d
-        high, low = blocks
-        by_group = d.reshape(group, -1, len(high)).permute(2, 0, 1).contiguous()
-        top, rest = exact_products.halves(by_group, 1)
-        found = high @ top + (high @ rest + low @ top)
+        by_group = d.reshape(group, -1, len(blocks)).permute(2, 0, 1).contiguous()
+        found = blocks @ exact_products.shortened(by_group, 1)
         return found.permute(1, 2, 0).reshape(d.shape) + damping * d
 
     along, pull = times(x), pull_of(grid)
@@ -128,8 +134,10 @@ def _feed(x: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid) -> 
     errors, units = torch.zeros_like(x), torch.empty_like(x)
     for start in range(0, n, COLUMNS):
         end = min(start + COLUMNS, n)
-        before = known.upper[:start, start:end].T.contiguous()
-        wanted = x[start:end] + exact_products.product(before, errors[:start]) if start else x[:end].clone()
+        wanted = x[start:end].clone()
+        if start:
+            before = exact_products.shortened(known.upper[:start, start:end].T, 1)
+            wanted += exact_products.product(before, errors[:start])
         for j in range(start, end):
             step = s[places[j]]
             units[j] = _nearest(wanted[j - start] / step, z[places[j]], grid)
@@ -143,13 +151,12 @@ def _feed(x: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid) -> 
 def _descend(
     units: Tensor, s: Tensor, z: Tensor, residual: Tensor, known: DeviceMoments, grid: Grid, tensor: float
 ) -> bool:
-    high, low = known.parts
     n, group, changed = len(units), len(units) // len(s), False
     for start in range(0, n, width := max(group, WINDOW // group * group)):
         window = slice(start, min(start + width, n))
         moved = _descend_window(units, s, z, residual[window].clone(), window, known, grid, tensor)
         if bool(moved.any()):
-            residual -= exact_products.product((high[:, window], low[:, window]), moved)
+            residual -= known.times(moved, inputs=window)
             residual[window] -= known.damping * moved
             changed = True
     return changed
@@ -158,7 +165,6 @@ def _descend(
 def _descend_window(
     units: Tensor, s: Tensor, z: Tensor, r: Tensor, window: slice, known: DeviceMoments, grid: Grid, tensor: float
 ) -> Tensor:
-    high, low = known.parts
     group, moved = len(units) // len(s), torch.zeros_like(r)
     for first in range(0, len(r), width := max(group, COLUMNS // group * group)):
         part = slice(first, min(first + width, len(r)))
@@ -166,43 +172,45 @@ def _descend_window(
         for at in range(0, len(own), group):
             here, begin = slice(at, at + group), window.start + first + at
             place, mine = slice(begin, begin + group), begin // group
-            within = (high[place, place], low[place, place])
-            move = _rescale(units[place], s[mine], own[here], within, known.damping, grid, tensor)
-            curvature = known.diagonal[place] + known.damping
-            move += _recode(units[place], s[mine], z[mine], own[here], within, curvature, grid)
+            move = _rescale(units[place], s[mine], own[here], known, place, grid, tensor)
+            move += _recode(units[place], s[mine], z[mine], own[here], known, place, grid)
             moved[first + at : first + at + group] = move
             if at + group < len(own):
                 beyond = slice(place.stop, window.start + part.stop)
-                own[at + group :] -= exact_products.product((high[beyond, place], low[beyond, place]), move)
+                own[at + group :] -= known.times(move, beyond, place)
         if part.stop < len(r):
             beyond, done = (
                 slice(window.start + a, window.start + b) for a, b in ((part.stop, len(r)), (first, part.stop))
             )
-            r[part.stop :] -= exact_products.product((high[beyond, done], low[beyond, done]), moved[part])
+            r[part.stop :] -= known.times(moved[part], beyond, done)
     return moved
 
 
-def _rescale(units: Tensor, s: Tensor, r: Tensor, within: Halves, damping: float, grid: Grid, tensor: float) -> Tensor:
-    curvature = exact_products.total(units * (exact_products.product(within, units) + damping * units))
+def _rescale(
+    units: Tensor, s: Tensor, r: Tensor, known: DeviceMoments, place: slice, grid: Grid, tensor: float
+) -> Tensor:
+    curvature = exact_products.total(units * (known.times(units, place, place) + known.damping * units))
     new = _refit(curvature * s + exact_products.total(units * r), curvature, s, grid, tensor)
     moved = units * (new - s)
-    r -= exact_products.product(within, moved) + damping * moved
+    r -= known.times(moved, place, place) + known.damping * moved
     s.copy_(new)
     return moved
 
 
-def _recode(units: Tensor, s: Tensor, z: Tensor, r: Tensor, within: Halves, curvature: Tensor, grid: Grid) -> Tensor:
-    moved, (high, low) = torch.zeros_like(units), within
+def _recode(units: Tensor, s: Tensor, z: Tensor, r: Tensor, known: DeviceMoments, place: slice, grid: Grid) -> Tensor:
+    moved, sizes = torch.zeros_like(units), known.sizes[place]
+    inverse = 1.0 / ((known.diagonal[place] + known.damping)[:, None] * s)
     for start in range(0, len(units), COLUMNS):
         end = min(start + COLUMNS, len(units))
-        h = high[start:end, start:end] + low[start:end, start:end]
+        here, after = (slice(place.start + at, place.start + stop) for at, stop in ((start, end), (end, len(units))))
+        h = known.correlations[here, here] * sizes[start:end, None] * sizes[start:end]
         for j in range(start, end):
-            new = _nearest(units[j] + r[j] / (curvature[j] * s), z, grid)
+            new = _nearest(units[j] + r[j] * inverse[j], z, grid)
             moved[j] = (new - units[j]) * s
             units[j] = new
             r[j + 1 : end] -= h[j - start + 1 :, j - start, None] * moved[j]
         if end < len(units):
-            r[end:] -= exact_products.product((high[end:, start:end], low[end:, start:end]), moved[start:end])
+            r[end:] -= known.times(moved[start:end], after, here)
     return moved
 
 

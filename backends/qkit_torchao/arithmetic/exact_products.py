@@ -1,12 +1,14 @@
 """Exact products and sums in fp64 on a torch device: `qkit.reference.products`, with the same bits."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qkit.errors import RangeError
-from qkit.reference.products import BITS, BLOCK, LONGEST
+from qkit.reference.products import BITS, BLOCK, LONGEST, PANEL
 
-Halves = tuple[Tensor, Tensor]  #: a matrix as two, whose products have no rounding
+STRIP = 2048  #: columns that are updated in one product
 
 
 def power(e: Tensor) -> Tensor:
@@ -14,7 +16,25 @@ def power(e: Tensor) -> Tensor:
     return ((e.long() + 1023) << 52).view(torch.float64)
 
 
-def halves(a: Tensor, dim: int) -> Halves:
+def shortened(a: Tensor, dim: int) -> Tensor:
+    """`a` to 2^-20 of its largest magnitude along `dim`."""
+    unit = power(torch.frexp(a.abs().amax(dim, keepdim=True)).exponent - BITS)
+    return (a / unit).round_().mul_(unit)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, k] times shortened b [k, m]; `a` is shortened. The product lies in memory as b does."""
+    found, columns_first = None, b.stride(0) == 1
+    for start in range(0, len(b), LONGEST):
+        of = slice(start, start + LONGEST)
+        part = shortened(b[of], 0)
+        one = (part.T @ a[:, of].T).T if columns_first else a[:, of] @ part
+        found = one if found is None else found.add_(one)
+    assert found is not None
+    return found
+
+
+def halves(a: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """`a`, split along `dim` into its high bits and the next."""
     unit = power(torch.frexp(a.abs().amax(dim, keepdim=True)).exponent - BITS)
     high = (a / unit).round() * unit
@@ -22,15 +42,10 @@ def halves(a: Tensor, dim: int) -> Halves:
     return high, ((a - high) / unit).round() * unit
 
 
-def product(a: Tensor | Halves, b: Tensor) -> Tensor:
-    """a [n, k] times b [k, m]."""
-    high, low = a if isinstance(a, tuple) else halves(a, 1)
-    total = torch.zeros(len(high), b.shape[1], dtype=torch.float64, device=b.device)
-    for start in range(0, len(b), LONGEST):
-        of = slice(start, start + LONGEST)
-        top, rest = halves(b[of], 0)
-        total += high[:, of] @ top + (high[:, of] @ rest).addmm_(low[:, of], top)  # that sum is exact, too
-    return total
+def fine_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, k] times b [k, m], to 2^-40; k is at most `LONGEST`."""
+    (high, low), (top, rest) = halves(a, 1), halves(b, 0)
+    return high @ top + (high @ rest).addmm_(low, top)  # that sum is exact, too
 
 
 def total(x: Tensor) -> Tensor:
@@ -40,33 +55,47 @@ def total(x: Tensor) -> Tensor:
     while size > 1:
         size //= 2
         if n > size:
-            x, n = torch.cat([x[: n - size] + x[size:n], x[n - size : size]]), size
+            both, alone = x[: n - size] + x[size:n], x[n - size : size]
+            n, columns_first = size, x.dim() == 2 and x.stride(0) == 1  # a sum lies in memory as its terms do
+            x = torch.cat([both.T, alone.T], 1).T if columns_first else torch.cat([both, alone])
     return x[0]
 
 
-def unit_upper(h: Tensor) -> Tensor:
+def unit_upper(h: Tensor, eliminate: Callable[[Tensor, Tensor, int, int, int], None] | None = None) -> Tensor:
     """The unit upper factor of h [n, n].
+
+    Args:
+        eliminate: a faster form of `_eliminate`.
 
     Raises:
         RangeError: `h` has a negative direction.
     """
     a, n = h.flip(0, 1).contiguous(), len(h)
-    for start in range(0, n, BLOCK):
-        end = min(start + BLOCK, n)
-        panel = a[start:, start:end].T.contiguous()
-        for j in range(end - start):
-            column = panel[j, j + 1 :] / panel[j, j]
-            panel[j + 1 :, j + 1 :] -= panel[j, j + 1 : end - start][:, None] * column
-            panel[j, j + 1 :] = column
-        pivots = panel.diagonal()[:, None].clone()
-        if not bool((pivots > 0).all()):
-            raise RangeError(
-                "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
-            )
-        a[start:, start:end] = panel.T
-        rest = panel[:, end - start :]
-        if end < n:
-            a[end:, end:] -= product((rest * pivots).T.contiguous(), rest)
-    lower = torch.tril(a, -1)
-    lower.diagonal().fill_(1)
-    return lower.flip(0, 1).contiguous()
+    pivots = a.new_empty(n)
+    for first in range(0, n, PANEL):
+        last = min(first + PANEL, n)
+        for start in range(first, last, BLOCK):
+            (eliminate or _eliminate)(a, pivots, start, min(start + BLOCK, last), last)
+        for start in range(last, n, STRIP):  # of the rest, no more than the lower half is used
+            right = a[start : start + STRIP, first:last].T
+            a[start:, start : start + STRIP] -= fine_product(a[start:, first:last] * pivots[first:last], right)
+    if not bool((pivots > 0).all()):
+        raise RangeError(
+            "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
+        )
+    a.tril_(-1).diagonal().fill_(1)
+    return a.flip(0, 1)
+
+
+def _eliminate(a: Tensor, pivots: Tensor, start: int, end: int, last: int) -> None:
+    """Eliminates columns start to end of `a`, and updates the columns after them up to `last`."""
+    block, of_block = a[start:, start:end].T.contiguous(), pivots[start:end]
+    for j in range(end - start):
+        column = block[j, j + 1 :] / block[j, j]
+        block[j + 1 :, j + 1 :] -= block[j, j + 1 : end - start][:, None] * column
+        block[j, j + 1 :] = column
+    of_block.copy_(block.diagonal())
+    a[start:, start:end] = block.T
+    if end < len(a):
+        below = block[:, end - start :]
+        a[end:, end:last] -= fine_product((below * of_block[:, None]).T, below[:, : last - end])

@@ -45,7 +45,9 @@ def solve_on(
 
 
 @torch.no_grad()
-def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = None) -> QTensor[Tensor]:
+def solve(
+    w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = None, rounds: int = ROUNDS
+) -> QTensor[Tensor]:
     """As `solve_on`, for a weight that lies on the device of the moments, as its result does."""
     want_fitted(grid)
     from qkit_torchao.kernels import fits  # here: it imports this package
@@ -62,41 +64,41 @@ def solve(w: Tensor, grid: Grid, known: DeviceMoments, *, peak: Tensor | None = 
 
     parts = []
     for start in range(0, len(w), SHARE):
-        x, s, z = (a[start : start + SHARE].T.double().contiguous() for a in (w, steps, zeros))
-        units, s = _solve(loops(x, z, grid, known, tensor), x, s, known)
+        x, s, z = (loops.laid(a[start : start + SHARE]) for a in (w, steps, zeros))
+        units, s = _solve(loops(x, z, grid, known, tensor), x, s, known, rounds)
         parts.append((*_stored(units.T, s.T, z.T, grid, tensor), z.T.to(torch.uint8)))
     codes, scales, offsets = (torch.cat(every) for every in zip(*parts, strict=True))
     found = replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
     return found if first.zeros is None else replace(found, zeros=offsets.reshape(first.scales.shape))
 
 
-def _solve(loops: column_loops.Loops, x: Tensor, s: Tensor, known: DeviceMoments) -> tuple[Tensor, Tensor]:
+def _solve(loops: column_loops.Loops, x: Tensor, s: Tensor, known: DeviceMoments, rounds: int) -> tuple[Tensor, Tensor]:
     """Units [inputs, rows] and scales [groups, rows], from the scales of the rule."""
     group = len(x) // len(s)
 
     def values(units: Tensor, s: Tensor) -> Tensor:
         return (units.reshape(len(s), group, -1) * s[:, None]).reshape(units.shape)
 
-    def weighted(d: Tensor) -> Tensor:
-        return exact_products.product(known.parts, d)
+    def damped(d: Tensor) -> Tensor:
+        return loops.times(d).add_(known.damping * d)
+
+    def error(d: Tensor, residual: Tensor) -> Tensor:
+        return exact_products.total(d * (residual - known.damping * d))
 
     searched, rule = loops.search(s)
     d = x - values(searched, rule)
-    product = weighted(d)
-    damped, plain = (exact_products.total(d * (product + damping * d)) for damping in (known.damping, 0.0))
-    residual = product + known.damping * d
+    before = damped(d)
+    allowed, least = error(d, before), exact_products.total(d * before)
     fed = loops.feed(rule)
     d = x - values(fed, rule)
-    product = weighted(d)
-    closer = exact_products.total(d * (product + known.damping * d)) < damped
-    units, s = torch.where(closer, fed, searched), rule.clone()
-    residual = torch.where(closer, product + known.damping * d, residual)
-    del fed, product
-    for _ in range(ROUNDS):
+    residual = damped(d)
+    closer = exact_products.total(d * residual) < least
+    units, s, residual = torch.where(closer, fed, searched), rule.clone(), torch.where(closer, residual, before)
+    del fed, before
+    for _ in range(rounds):
         if not loops.descend(units, s, residual):
             break
-    d = x - values(units, s)
-    worse = exact_products.total(d * (weighted(d) + 0.0 * d)) > plain
+    worse = error(x - values(units, s), residual) > allowed
     return torch.where(worse, searched, units), torch.where(worse, rule, s)
 
 

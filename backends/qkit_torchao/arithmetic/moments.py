@@ -9,18 +9,24 @@ from torch import Tensor
 
 from qkit.errors import GridError
 from qkit.reference.moments import DAMPING, SYMMETRY, want_moments
+from qkit.reference.products import BITS
 from qkit_torchao.arithmetic import exact_products
-from qkit_torchao.arithmetic.exact_products import Halves
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMoments:
-    """`qkit.reference.moments.Moments` on a device; `source` is H itself."""
+    """`qkit.reference.moments.Moments` on a device; `source` is as it was given.
+
+    Attributes:
+        digits: of correlations, see `kernels.cuda_digits`; None where no kernel takes them.
+    """
 
     source: Tensor
     diagonal: Tensor
     damping: float
-    parts: Halves
+    sizes: Tensor
+    correlations: Tensor
+    digits: Tensor | None
     order: Tensor
     upper: Tensor
 
@@ -42,14 +48,25 @@ class DeviceMoments:
         want_moments(bool(given.isfinite().all()), diagonal.cpu().numpy(), not bool(apart.any()))
         del apart
         h = given.double()
-        h = (h + h.T) / 2
+        h = (h + h.T).div_(2)
         damping = DAMPING * float(exact_products.total(diagonal)) / len(h)
         order = torch.argsort(-diagonal, stable=True)
         damped = h[order][:, order]
         damped.diagonal().add_(damping)
-        return cls(h, diagonal, damping, exact_products.halves(h, 1), order, fits.unit_upper(damped))
+        upper = fits.unit_upper(damped)
+        del damped
+        sizes = exact_products.power(torch.frexp(diagonal + damping).exponent // 2)
+        unit = 2.0 ** (1 - BITS)
+        correlations = h.div_(sizes[:, None]).div_(sizes).div_(unit).round_().clamp_(-(2**BITS), 2**BITS).mul_(unit)
+        return cls(given, diagonal, damping, sizes, correlations, fits.digits(correlations, unit), order, upper)
 
-    def blocks(self, group: int) -> Halves:
-        """The halves of the moments of the inputs of each group, [groups, group, group]."""
+    def times(self, d: Tensor, rows: slice = slice(None), inputs: slice = slice(None)) -> Tensor:
+        """See `qkit.reference.moments.Moments.times`."""
+        found = exact_products.product(self.correlations[rows, inputs], self.sizes[inputs, None] * d)
+        return found.mul_(self.sizes[rows, None])
+
+    def blocks(self, group: int) -> Tensor:
+        """The moments of the inputs of each group, [groups, group, group], to 2^-20."""
         places = torch.arange(len(self.source), device=self.source.device).reshape(-1, group)
-        return exact_products.halves(self.source[places[:, :, None], places[:, None, :]], 2)
+        found = self.source[places[:, :, None], places[:, None, :]].double()
+        return exact_products.shortened((found + found.transpose(1, 2)) / 2, 2)

@@ -1,6 +1,7 @@
 """Launches of the kernels of `fit.cu` and `factor.cu`: the loops of `arithmetic.fitting` on a GPU, with the bits of the law.
 
-Products over many inputs are torch's: their terms are exact, in any order, see `qkit.reference.products`.
+Products over many inputs are of digits or torch's: their terms are exact, in any order, see `qkit.reference.products`. Rows of a
+weight lie one after the other in memory, and tensors [inputs, rows] are views of them.
 """
 
 import numpy as np
@@ -8,31 +9,34 @@ import torch
 from torch import Tensor
 
 from qkit import element as constants
-from qkit.errors import RangeError
 from qkit.grid import Grid
 from qkit.reference import rounding
 from qkit.reference.fitting import COLUMNS, WINDOW
 from qkit.reference.objectives import damping_of, pull_of
-from qkit.reference.products import BLOCK, LONGEST
+from qkit.reference.products import BITS, BLOCK, LONGEST
 from qkit.reference.steps import LEAST, LEAST_OF_WIDE, MOST, STEPS
-from qkit_torchao.arithmetic import column_loops
-from qkit_torchao.arithmetic.exact_products import halves, total
+from qkit_torchao.arithmetic import column_loops, exact_products
+from qkit_torchao.arithmetic.exact_products import shortened, total
 from qkit_torchao.arithmetic.moments import DeviceMoments
-from qkit_torchao.kernels import nvrtc
+from qkit_torchao.kernels import cuda_digits, nvrtc
 from qkit_torchao.kernels.cuda import device_of
 from qkit_torchao.kernels.nvrtc import NUMBER, POINTER
 
-ROWS = 32  #: threads of a program
-SHORTEST = 16  #: the shortest group that a thread takes; the longest is a window
+ROWS = 32  #: threads of a program that work alone
+THREADS = 128  #: threads of a program that work in teams
+WARP = 32  #: threads of a team, at most
+SHORTEST = 16  #: the shortest group that a team takes; the longest is a window
 RULES = {"signed": 1, "minmax": 2, "nvfp4": 3}  #: by number, as `fit.cu` has them: 0 other integers, 4 other floats
 EXACT = ("--fmad=false",)
 PANEL = (("BLOCK", BLOCK),)
+UNIT = 2.0 ** (1 - BITS)  #: of digits of correlations
 DAMPING = 4  #: its place among the facts
 
-SEARCH = nvrtc.Kernel("fit.cu", "search", (POINTER,) * 12 + (NUMBER,), options=EXACT)
-FEED = nvrtc.Kernel("fit.cu", "feed", (POINTER,) * 11 + (NUMBER,) * 5, options=EXACT)
-DESCEND = nvrtc.Kernel("fit.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 4, options=EXACT)
-SUBTRACT = nvrtc.Kernel("factor.cu", "subtract", (POINTER,) * 5 + (NUMBER,) * 4, options=EXACT)
+SEARCH = nvrtc.Kernel("fit.cu", "search", (POINTER,) * 11 + (NUMBER,) * 2, options=EXACT)
+FEED = nvrtc.Kernel("fit.cu", "feed", (POINTER,) * 10 + (NUMBER,) * 5, options=EXACT)
+DESCEND = nvrtc.Kernel("fit.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 5, options=EXACT)
+DIGITS = nvrtc.Kernel("fit.cu", "digits", (POINTER,) * 4 + (NUMBER,) * 3, options=EXACT)
+SUBTRACT = nvrtc.Kernel("fit.cu", "subtract", (POINTER,) * 5 + (NUMBER,) * 4, options=EXACT)
 ELIMINATE = nvrtc.Kernel("factor.cu", "eliminate", (POINTER,) * 3 + (NUMBER,) * 2, options=EXACT)
 ELIMINATE_BELOW = nvrtc.Kernel("factor.cu", "eliminate_below", (POINTER,) * 5 + (NUMBER,), options=EXACT)
 
@@ -49,26 +53,24 @@ def unit_upper(h: Tensor) -> Tensor:
     Raises:
         RangeError: as that.
     """
-    a, n = h.flip(0, 1).contiguous(), len(h)
-    pivots = torch.empty(n, dtype=torch.float64, device=h.device)
-    before = torch.empty(BLOCK, BLOCK, dtype=torch.float64, device=h.device)
-    for start in range(0, n, BLOCK):
-        count, rows = min(BLOCK, n - start), n - start
-        panel, mine = a[start:, start : start + count].T.contiguous(), pivots[start : start + count]
-        _launch(ELIMINATE, PANEL, (1, 1), (panel, before, mine), (rows, count), threads=BLOCK)
-        if rest := rows - count:
-            left, parts = a.new_empty(rest, 2 * BLOCK), a.new_empty(3 * BLOCK, rest)
-            given = panel, before, mine, left, parts
-            _launch(ELIMINATE_BELOW, PANEL, (-(-rest // ROWS), 1), given, (rows,))
-            _subtract(a[start + count :, start + count :], left, parts, BLOCK)
-        a[start:, start : start + count] = panel.T
-    if not bool((pivots > 0).all()):
-        raise RangeError(
-            "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
+    return exact_products.unit_upper(h, _eliminate)
+
+
+def _eliminate(a: Tensor, pivots: Tensor, start: int, end: int, last: int) -> None:
+    """See `exact_products.unit_upper`."""
+    count, rows = end - start, len(a) - start
+    block, before = a[start:, start:end].T.contiguous(), a.new_empty(BLOCK, BLOCK)
+    mine = pivots[start:end]
+    _launch(ELIMINATE, PANEL, (1, 1), (block, before, mine), (rows, count), threads=BLOCK)
+    if rest := rows - count:
+        left, parts = a.new_empty(rest, 2 * BLOCK), a.new_empty(3 * BLOCK, rest)
+        _launch(
+            ELIMINATE_BELOW, PANEL, (-(-rest // ROWS), 1), (block, before, mine, left, parts), (rows,), threads=ROWS
         )
-    lower = torch.tril(a, -1)
-    lower.diagonal().fill_(1)
-    return lower.flip(0, 1).contiguous()
+        if width := last - end:
+            high, top = left[:, :BLOCK], parts[:BLOCK, :width]
+            a[end:, end:last] -= (high @ top).add_(left @ parts[BLOCK:, :width])
+    a[start:, start:end] = block.T
 
 
 class Loops(column_loops.Loops):
@@ -76,7 +78,8 @@ class Loops(column_loops.Loops):
 
     def __init__(self, x: Tensor, z: Tensor, grid: Grid, known: DeviceMoments, tensor: float) -> None:
         super().__init__(x, z, grid, known, tensor)
-        self._group = len(x) // len(z)
+        (n, self._rows), self._groups = x.shape, len(z)
+        self._group = n // len(z)
         self._constants = _constants(grid, self._group)
         damping = damping_of(grid, known.diagonal.cpu().numpy())
         given = [constants.LIMIT, constants.MIN_SCALE, constants.MIN_BLOCK_SCALE, tensor, known.damping, damping]
@@ -84,15 +87,31 @@ class Loops(column_loops.Loops):
         facts = [*given, pull_of(grid), *_tried(grid), *e4m3.tolist()]
         self._facts = torch.tensor(facts, dtype=torch.float64, device=x.device)
 
+    @staticmethod
+    def laid(a: Tensor) -> Tensor:
+        """See `column_loops.Loops.laid`."""
+        return a.contiguous().double().T
+
     def search(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `column_loops.Loops.search`."""
-        rows, zeros, blocks = self._x.shape[1], self._z.clone(), self._known.blocks(self._group)
+        zeros, blocks = self._z.clone(), self._known.blocks(self._group).transpose(1, 2).contiguous()
         best, by_rule, squares, units = (*(torch.empty_like(s) for _ in range(3)), torch.empty_like(self._x))
-        programs = -(-rows // ROWS), len(s)
 
         def run(some: Tensor | None) -> None:
-            given = (self._x, s, *blocks, self._known.diagonal, self._facts, some)
-            _launch(SEARCH, self._constants, programs, (*given, best, self._z, units, by_rule, squares), (rows,))
+            given = (
+                self._x,
+                s,
+                blocks,
+                self._known.diagonal,
+                self._facts,
+                some,
+                best,
+                self._z,
+                units,
+                by_rule,
+                squares,
+            )
+            self._launch(SEARCH, given, (self._rows, self._groups), programs=self._groups)
 
         run(None)
         worse = total(squares) > total(by_rule)
@@ -104,74 +123,83 @@ class Loops(column_loops.Loops):
     def feed(self, s: Tensor) -> Tensor:
         """See `column_loops.Loops.feed`."""
         (n, rows), x, order, upper = self._x.shape, self._x, self._known.order, self._known.upper
-        units, errors, top, rest = (torch.empty_like(x) for _ in range(4))
-        peaks, before = x.new_empty(rows), x.new_empty(COLUMNS, rows)
+        units, errors, parts = (torch.empty_like(x) for _ in range(3))
+        peaks, before = torch.empty(rows, dtype=torch.int32, device=x.device), x.new_empty(rows, COLUMNS)
         for start in range(0, n, COLUMNS):
             end = min(start + COLUMNS, n)
             if start:
-                high, low = halves(upper[:start, start:end].T.contiguous(), 1)
-                before = x.new_zeros(end - start, rows)
+                above = shortened(upper[:start, start:end].T, 1)
+                before = x.new_zeros(rows, end - start)
                 for first in range(0, start, LONGEST):
                     of = slice(first, min(first + LONGEST, start))
-                    small = (high[:, of] @ rest[of]).addmm_(low[:, of], top[of])
-                    before += high[:, of] @ top[of] + small
+                    before += parts[of].T @ above[:, of].T
             chunk = start // LONGEST * LONGEST
-            given = x, order, s, self._z, upper, before, units, errors, top, rest, peaks
-            _launch(FEED, self._constants, (-(-rows // ROWS), 1), given, (rows, n, start, end - start, chunk))
+            given = x, order, s, self._z, upper, before, units, errors, parts, peaks
+            self._launch(FEED, given, (rows, n, start, end - start, chunk))
         return units
 
     def descend(self, units: Tensor, s: Tensor, residual: Tensor) -> bool:
         """See `column_loops.Loops.descend`."""
-        (n, rows), (high, low) = units.shape, self._known.parts
+        (n, rows), known, r = units.shape, self._known, residual.T
         changed = torch.zeros(1, dtype=torch.int32, device=units.device)
-        moved, parts = units.new_empty(WINDOW, rows), units.new_empty(3 * COLUMNS, rows)
+        parts = r.new_empty(rows, COLUMNS)
         for start in range(0, n, WINDOW):
             end = min(start + WINDOW, n)
-            r = residual[start:end].clone()
+            left, moved = r[:, start:end].clone(), r.new_empty(rows, end - start)
             for first in range(start, end, COLUMNS):
                 after, at = min(first + COLUMNS, end), first - start
-                given = (
-                    units,
-                    s,
-                    self._z,
-                    r[at:],
-                    high,
-                    low,
-                    self._known.diagonal,
-                    self._facts,
-                    moved[at:],
-                    parts,
-                    changed,
-                )
-                _launch(DESCEND, self._constants, (-(-rows // ROWS), 1), given, (rows, n, first, after - first))
+                given = (units, s, self._z, left[:, at:], known.correlations, known.sizes, known.diagonal, self._facts)
+                numbers = rows, n, end - start, first, after - first
+                self._launch(DESCEND, (*given, moved[:, at:], parts, changed), numbers)
                 if after < end:
-                    left = torch.cat([high[after:end, first:after], low[after:end, first:after]], 1)
-                    _subtract(r[after - start :], left, parts[: 3 * (after - first)], after - first)
-            top, rest = halves(moved[: end - start], 0)
-            left = torch.cat([high[:, start:end], low[:, start:end]], 1)
-            window = moved, self._facts[DAMPING:], start
-            _subtract(residual, left, torch.cat([top, rest, top]), end - start, window)
+                    by = parts[:, : after - first] @ known.correlations[first:after, after:end]
+                    _subtract(left[:, after - start :], by, known.sizes[after:end])
+            if known.digits is not None:
+                self._take(r, moved, start, known.digits, 1)
+                r[:, start:end] -= known.damping * moved
+            else:
+                by = shortened(known.sizes[start:end] * moved, 1) @ known.correlations[start:end]
+                _subtract(r, by, known.sizes, (moved, self._facts[DAMPING:], start))
         return bool(changed)
 
+    def times(self, d: Tensor) -> Tensor:
+        """See `column_loops.Loops.times`."""
+        if self._known.digits is None:
+            return super().times(d)
+        found = torch.zeros_like(d)
+        for start in range(0, len(d), LONGEST):
+            self._take(found.T, d[start : start + LONGEST].T, start, self._known.digits, -1)
+        return found
 
-def _subtract(
-    a: Tensor, left: Tensor, parts: Tensor, count: int, window: tuple[Tensor, Tensor, int] | None = None
-) -> None:
-    """Takes the product of halves from `a`: of left [rows, 2 count], high and low, and parts [3 count, columns]; see `fit.cu`.
+    def _take(self, out: Tensor, d: Tensor, start: int, digits: Tensor, factor: int) -> None:
+        """Takes factor * H d from out [rows, inputs]; d [rows, count], of inputs from `start` on."""
+        (rows, count), sizes = d.shape, self._known.sizes
+        found = torch.empty(3, rows, count, dtype=torch.int8, device=d.device)
+        units = d.new_empty(rows)
+        self._launch(DIGITS, (d, sizes[start:], found, units), (rows, d.stride(0), count))
+        cuda_digits.subtract_product(out, found, units.mul_(factor * UNIT), digits[:, :, start : start + count], sizes)
+
+    def _launch(
+        self, kernel: nvrtc.Kernel, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], *, programs: int = 1
+    ) -> None:
+        teams = THREADS // min(self._group, WARP)
+        _launch(kernel, self._constants, (-(-self._rows // teams), programs), tensors, numbers)
+
+
+def _subtract(a: Tensor, by: Tensor, sizes: Tensor, window: tuple[Tensor, Tensor, int] | None = None) -> None:
+    """Takes sizes * by [rows, columns] from `a`; see `fit.cu`.
 
     Args:
-        window: how far some rows moved, the damping, and the first of these rows.
+        window: how far some columns moved, the damping, and the first of these columns.
     """
-    high, low = left[:, :count] @ parts[:count], left @ parts[count:]
     moved, damping, start = window or (None, None, 0)
-    numbers = a.stride(0), a.shape[1], start, 0 if moved is None else count
-    given = a, high, low, moved, damping
-    _launch(SUBTRACT, PANEL, (-(-a.shape[1] // (8 * ROWS)), len(a)), given, numbers)
+    numbers = a.stride(0), a.shape[1], start, 0 if moved is None else moved.shape[1]
+    _launch(SUBTRACT, NEUTRAL, (-(-a.shape[1] // (4 * THREADS)), len(a)), (a, by, sizes, moved, damping), numbers)
 
 
 def _launch(
     kernel: nvrtc.Kernel, given: tuple[tuple[str, int], ...], programs: tuple[int, int], tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int, ...], *, threads: int = ROWS,
+    numbers: tuple[int, ...], *, threads: int = THREADS,
 ) -> None:  # fmt: skip
     first = tensors[0]
     assert first is not None
@@ -184,6 +212,7 @@ def _constants(grid: Grid, group: int) -> tuple[tuple[str, int], ...]:
     integer = element.kind == "integer"
     return (
         ("GROUP", group),
+        ("LANES", min(group, WARP)),
         ("RULE", RULES.get(grid.scale, 0 if integer else 4)),
         ("LOWEST", element.lowest if integer else 0),
         ("HIGHEST", (element.highest if grid.symmetric else element.levels) if integer else 0),
@@ -203,3 +232,6 @@ def _tried(grid: Grid) -> list[float]:
     least = LEAST.get(grid.element.bits, LEAST_OF_WIDE)
     tried = [least + step * ((MOST - least) / (STEPS - 1)) for step in range(STEPS)]
     return tried if grid.scale == "minmax" else [f / -grid.element.lowest for f in tried]
+
+
+NEUTRAL = _constants(Grid("int4", WARP), WARP)  #: for a kernel that no grid changes

@@ -37,9 +37,14 @@ def quantizes(grid: Grid, inputs: int) -> bool:
     return takes(grid, inputs) and grid.scale != "nvfp4"
 
 
+def takes_gains(grid: Grid, inputs: int) -> bool:
+    """Whether `merged` multiplies scales with gains: those of integers."""
+    return quantizes(grid, inputs) and grid.element.kind == "integer"
+
+
 def merged(
     base: Tensor | Parts, b: Tensor, a: Tensor, scale: float, dtype: torch.dtype, *, grid: Grid | None = None,
-    spread: bool = False, on_grid: bool = False, out: torch.dtype | None = None,
+    spread: bool = False, on_grid: bool = False, out: torch.dtype | None = None, gains: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """base [outputs, inputs] + scale * B A, of shortened factors, rounded to `dtype`; in one pass.
 
@@ -49,6 +54,7 @@ def merged(
         spread: whether the codes are spread within their cells; `spreads` must accept the grid.
         on_grid: whether the values on `grid`, which `quantizes` must accept, are returned in its place.
         out: the type of the result; `dtype` if None.
+        gains: float32 [outputs, 1, 1], of the scales of these values, or of the base; `takes_gains` must accept the grid.
     """
     outputs, inputs = b.shape[0], a.shape[1]
     first, *rest = (base,) if isinstance(base, Tensor) else base
@@ -66,7 +72,7 @@ def merged(
     result = torch.empty(outputs, inputs, dtype=out or dtype, device=first.device)
     columns = max(COLUMNS, group)
     rows = max(1, TILE // columns)
-    tensors = first.contiguous(), scales, zeros, power, b.contiguous(), a.contiguous(), result
+    tensors = first.contiguous(), scales, zeros, power, gains, b.contiguous(), a.contiguous(), result
     rank, target = a.shape[0], cuda.constants(grid) if grid is not None and on_grid else None
     kinds = tuple([None if one is None else (one.dtype, one.data_ptr() % cuda.ALIGNED == 0) for one in tensors])
     key = (grid, on_grid, spread, bool(rest), dtype, outputs, inputs, rank, first.device, kinds)

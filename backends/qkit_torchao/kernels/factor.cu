@@ -1,4 +1,4 @@
-// The panels of `exact_products.unit_upper`, and what follows a product of halves, in fp64, with the bits of the law. `cuda_fit`
+// The panels of `exact_products.unit_upper`, in fp64, with the bits of the law. `cuda_fit`
 // launches this, `nvrtc` compiles it.
 //
 // A panel [BLOCK, rows] has BLOCK (a macro) columns of a symmetric matrix, on their side. The last one may have fewer.
@@ -49,20 +49,5 @@ ENTRY eliminate_below(double *panel, const double *before, const double *pivots,
         halve(v[j], e, top, rest);
         parts[(u64)j * many] = parts[(u64)(2 * BLOCK + j) * many] = top, parts[(u64)(BLOCK + j) * many] = rest;
         halve(v[j] * pivots[j], of_left, left[j], left[BLOCK + j]);
-    }
-}
-
-// from [:, :columns] -= a + b, of which rows lie `stride` apart; in rows start to start + count, damping times `moved`, too.
-ENTRY subtract(
-    double *from, const double *a, const double *b, const double *moved, const double *damping, u32 stride, u32 columns, u32 start, u32 count
-) {
-    const u32 column = blockIdx.x * ROWS * 8 + threadIdx.x, i = blockIdx.y;
-    for (u32 k = 0; k < 8; k++) {
-        const u32 at = column + k * ROWS;
-        if (at >= columns) return;
-        const u64 there = (u64)i * columns + at;
-        double now = from[(u64)i * stride + at] - (a[there] + b[there]);
-        if (i - start < count) now = now - *damping * moved[there - (u64)start * columns];
-        from[(u64)i * stride + at] = now;
     }
 }

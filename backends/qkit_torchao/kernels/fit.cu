@@ -1,10 +1,9 @@
 // The loops of `arithmetic.fitting` over inputs, in fp64, with the bits of the law. `cuda_fit` launches this, `nvrtc` compiles it.
 //
-// A thread has a row of the weight, or a cell: a group of one. Arrays lie on their side, [inputs, rows], so that neighbors read
-// neighbors.
+// LANES threads have a row of the weight, or a cell: a group of one. Thread number i of these has its inputs i, i + LANES and so on.
 //
 // Constants (macros):
-//   GROUP: inputs of a cell, a power of two of 16 to 128.
+//   GROUP: inputs of a cell, a power of two of 16 to 128. LANES: at most that, and at most a warp.
 //   RULE: of scales: 0 integers above zero, 1 integers of either sign, 2 integers with zero points, 3 nvfp4, 4 powers of two.
 //   LOWEST, HIGHEST: codes of integers. MANTISSA, LEAST, EIGHTHS: bits of a float's mantissa, its least exponent, and eight times
 //   its largest value. MOST: its largest exponent.
@@ -14,7 +13,10 @@
 
 constexpr u32 WIDTH = 128;  // inputs that change before others are updated
 constexpr u32 STEPS = 20;  // scales of integers to try
-constexpr u32 AHEAD = GROUP <= 32 ? GROUP : 8;  // of a loop over a group, steps at once: registers have no room for long ones
+constexpr u32 MINE = GROUP / LANES;  // inputs of a cell that a thread has
+constexpr u32 SPAN = WIDTH / LANES;  // inputs of a window that a thread has
+constexpr u32 AHEAD = GROUP <= 32 ? GROUP / 4 : 4;  // of the steps of a product, those at once
+constexpr u32 TEAMS = THREADS / LANES;  // rows or cells of a program
 
 // Numbers that depend on the weight or its moments.
 struct Facts {
@@ -51,114 +53,92 @@ DEVICE double refit(double numerator, double denominator, double s, const Facts 
     return storable(denominator > 0 ? numerator / denominator : s, s, facts);
 }
 
-// The sum of `term(0)` to `term(GROUP - 1)` by halves, see `products.total`; `four(q, terms)` gives those whose numbers are q, and
-// q with a half, a quarter and both of GROUP more.
-template <class Four> DEVICE double total_of_fours(Four four) {
-    double sums[GROUP / 4], terms[4];
-#pragma unroll 1
-    for (u32 q = 0; q < GROUP / 4; q++) {
-        four(q, terms);
-        sums[q] = (terms[0] + terms[1]) + (terms[2] + terms[3]);
-    }
+// The sum of the numbers of a cell by halves, see `products.total`.
+DEVICE double total(const double *terms) {
+    double sums[MINE];
+    for (u32 k = 0; k < MINE; k++) sums[k] = terms[k];
 #pragma unroll
-    for (u32 size = GROUP / 8; size; size /= 2)
+    for (u32 size = MINE / 2; size; size /= 2)
 #pragma unroll
-        for (u32 q = 0; q < size; q++) sums[q] = sums[q] + sums[q + size];
-    return sums[0];
+        for (u32 k = 0; k < size; k++) sums[k] = sums[k] + sums[k + size];
+    double sum = sums[0];
+#pragma unroll
+    for (u32 size = LANES / 2; size; size /= 2) sum = sum + of_neighbor(sum, size);
+    return sum;
 }
 
-DEVICE u32 place(u32 q, u32 k) { return q + (k & 1) * (GROUP / 2) + (k >> 1) * (GROUP / 4); }
-
-template <class Term> DEVICE double total(Term term) {
-    return total_of_fours([&](u32 q, double *terms) {
-        for (u32 k = 0; k < 4; k++) terms[k] = term(place(q, k));
-    });
+// Writes the numbers of a team, shortened, where all of it reads them.
+template <u32 COUNT> DEVICE void share(const double *values, double *shared, u32 lane) {
+    int most = 0;
+    for (u32 k = 0; k < COUNT; k++) most = most > power_of(values[k]) ? most : power_of(values[k]);
+    const int e = exponent_of_power(highest(most));
+    together();
+    for (u32 k = 0; k < COUNT; k++) shared[lane + LANES * k] = shortened(values[k], e);
+    together();
 }
 
-// A group's values as two halves each.
-struct Halves {
-    double top[GROUP], rest[GROUP];
-    template <class Value> METHOD void split(Value value) {
-        double peak = 0;
-#pragma unroll 4
-        for (u32 j = 0; j < GROUP; j++) peak = larger(peak, fabs(value(j)));
-        int e = exponent_above(peak);
+// The sum of row(j) * shared[j] over a cell: exact in any order.
+template <class Row> DEVICE double product(Row row, const double *shared) {
+    double sums[4] = {};
 #pragma unroll AHEAD
-        for (u32 j = 0; j < GROUP; j++) halve(value(j), e, top[j], rest[j]);
-    }
-    // Four rows of a matrix, given as halves, times these values.
-    template <class Row> METHOD void products(const double *high, const double *low, Row row, double *found) const {
-        double a[4] = {}, b[4] = {};
-        const double *h[4], *l[4];
-        for (u32 k = 0; k < 4; k++) h[k] = high + row(k), l[k] = low + row(k);
-#pragma unroll AHEAD
-        for (u32 j = 0; j < GROUP; j++)
+    for (u32 j = 0; j < GROUP; j += 4)
 #pragma unroll
-            for (u32 k = 0; k < 4; k++) {
-                double of_high = h[k][j], of_low = l[k][j];
-                a[k] = fused(of_high, top[j], a[k]);
-                b[k] = fused(of_high, rest[j], b[k]);
-                b[k] = fused(of_low, top[j], b[k]);
-            }
-        for (u32 k = 0; k < 4; k++) found[k] = a[k] + b[k];
-    }
-};
+        for (u32 k = 0; k < 4; k++) sums[k] = fused(row(j + k), shared[j + k], sums[k]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
 // Scales of least error for cells, see `fitting.search`.
 //
-// x, units [inputs, rows]; rule, best, zeros, by_rule, squares [groups, rows]: the rule's scales, those of least error, zero points,
-// which are read and written, and squares of errors under both. high, low [groups, GROUP, GROUP]: halves of moments. weights [inputs].
-// With `some` [rows], only these rows, and squares may not exceed `by_rule`.
+// x, units [rows, inputs]; rule, best, zeros, by_rule, squares [rows, groups]: the rule's scales, those of least error, zero points,
+// which are read and written, and squares of errors under both. blocks [groups, GROUP, GROUP]: moments, columns first. weights
+// [inputs]. With `some` [rows], only these rows, and squares may not exceed `by_rule`.
 ENTRY search(
-    const double *x, const double *rule, const double *high, const double *low, const double *weights, const Facts *known,
-    const bool *some, double *best, double *zeros, double *units, double *by_rule, double *squares, u32 rows
+    const double *x, const double *rule, const double *blocks, const double *weights, const Facts *known, const bool *some, double *best,
+    double *zeros, double *units, double *by_rule, double *squares, u32 rows, u32 groups
 ) {
-    __shared__ double kept[GROUP][ROWS];
-    const u32 lane = threadIdx.x, row = blockIdx.x * ROWS + lane, group = blockIdx.y;
+    __shared__ double kept[TEAMS][GROUP];
+    const u32 lane = threadIdx.x % LANES, team = threadIdx.x / LANES, row = blockIdx.x * TEAMS + team, group = blockIdx.y;
     if (row >= rows || some && !some[row]) return;
     const Facts &facts = *known;
-    const u64 cell = (u64)group * rows + row, stride = rows, first = (u64)group * GROUP * rows + row;
-    x += first, units += first, high += group * GROUP * GROUP, low += group * GROUP * GROUP, weights += group * GROUP;
-    double *along = units;  // until the end
-    Halves parts;
-    auto value = [&](u32 i) { return kept[i][lane]; };
-    auto row_of = [&](u32 q) { return [=](u32 k) { return place(q, k) * GROUP; }; };
-    auto square = [&]() {  // values' own products, by the moments
-        parts.split(value);
-        return total_of_fours([&](u32 q, double *terms) {
-            parts.products(high, low, row_of(q), terms);
-            for (u32 k = 0; k < 4; k++) {
-                double v = value(place(q, k));
-                terms[k] = v * (terms[k] + facts.search_damping * v);
-            }
-        });
-    };
-    auto part = [&]() { return total([&](u32 i) { return value(i) * along[i * stride]; }); };
-    for (u32 i = 0; i < GROUP; i++) kept[i][lane] = x[i * stride];
-    parts.split(value);
-    double size = total_of_fours([&](u32 q, double *terms) {
-        parts.products(high, low, row_of(q), terms);
-        for (u32 k = 0; k < 4; k++) {
-            u32 i = place(q, k);
-            double all = terms[k] + facts.search_damping * value(i);
-            along[i * stride] = all, terms[k] = value(i) * all;
+    const u64 cell = (u64)row * groups + group;
+    x += cell * GROUP, units += cell * GROUP, blocks += (u64)group * GROUP * GROUP, weights += group * GROUP;
+    double *const shared = kept[team];
+    double value[MINE], weight[MINE], d[MINE], along[MINE], terms[MINE], near[MINE == 1 ? GROUP : 1];
+    for (u32 k = 0; k < MINE; k++) value[k] = x[lane + LANES * k], weight[k] = weights[lane + LANES * k];
+    if (MINE == 1)
+#pragma unroll
+        for (u32 j = 0; j < GROUP; j++) near[MINE == 1 ? j : 0] = blocks[j * GROUP + lane];
+    auto times = [&](const double *v, double *found) {
+        share<MINE>(v, shared, lane);
+        for (u32 k = 0; k < MINE; k++) {
+            if (MINE == 1) found[k] = product([&](u32 j) { return near[MINE == 1 ? j : 0]; }, shared);
+            else found[k] = product([&](u32 j) { return blocks[j * GROUP + lane + LANES * k]; }, shared);
+            found[k] = found[k] + facts.search_damping * v[k];
         }
-    });
+    };
+    auto dot = [&](const double *a, const double *b) {
+        for (u32 k = 0; k < MINE; k++) terms[k] = a[k] * b[k];
+        return total(terms);
+    };
+    auto square = [&](const double *v) {  // values' own products, by the moments
+        double found[MINE];
+        times(v, found);
+        return dot(v, found);
+    };
+    times(value, along);
+    double size = dot(value, along);
     if (!(size > 0)) size = 1;
-    double lowest = 0, highest = 0, peak = 0;
-    for (u32 i = 0; i < GROUP; i++) {
-        double v = value(i);
-        lowest = v < lowest ? v : lowest, highest = larger(highest, v), peak = larger(peak, fabs(v));
-    }
     auto differ = [&](double s, double z) {
-#pragma unroll 4
-        for (u32 i = 0; i < GROUP; i++) kept[i][lane] = nearest(x[i * stride] / s, z) * s - x[i * stride];
+        for (u32 k = 0; k < MINE; k++) d[k] = nearest(value[k] / s, z) * s - value[k];
     };
     auto error = [&]() {
-        double along_x = part();
-        return square() + facts.pull * (along_x * along_x / size);
+        double along_x = dot(d, along);
+        return square(d) + facts.pull * (along_x * along_x / size);
     };
-    auto squared = [&]() { return total([&](u32 i) { return weights[i] * value(i) * value(i); }); };
+    auto squared = [&]() {
+        for (u32 k = 0; k < MINE; k++) terms[k] = weight[k] * d[k] * d[k];
+        return total(terms);
+    };
 
     const double by = rule[cell], from = RULE == 2 ? zeros[cell] : 0;
     double s = by, z = from, least, most;
@@ -169,13 +149,26 @@ ENTRY search(
         double found = error();
         if (found < least && (!some || squared() <= most)) least = found, s = tried, z = offset;
     };
+    double lowest = 0, highest_value = 0, peak = 0;
+    if (RULE != 3) {
+        for (u32 k = 0; k < MINE; k++) {
+            lowest = value[k] < lowest ? value[k] : lowest, highest_value = larger(highest_value, value[k]);
+            peak = larger(peak, fabs(value[k]));
+        }
+#pragma unroll
+        for (u32 size = LANES / 2; size; size /= 2) {
+            double other = of_neighbor(lowest, size);
+            lowest = other < lowest ? other : lowest;
+            highest_value = larger(highest_value, of_neighbor(highest_value, size)), peak = larger(peak, of_neighbor(peak, size));
+        }
+    }
     if (RULE == 3) {
         int code = 0;
         while (code < 126 && facts.e4m3[code] < by / facts.tensor) code++;
 #pragma unroll 1
         for (int offset = -6; offset < 8; offset++) {
-            int near = code + offset;
-            keep(facts.e4m3[near < 1 ? 1 : near > 126 ? 126 : near] * facts.tensor, 0);
+            int near_code = code + offset;
+            keep(facts.e4m3[near_code < 1 ? 1 : near_code > 126 ? 126 : near_code] * facts.tensor, 0);
         }
     } else if (RULE == 4) {
         int floor = exponent_above(peak) - 1 - MOST;
@@ -186,7 +179,7 @@ ENTRY search(
         for (u32 step = 0; step < STEPS * (1 + (RULE == 1)); step++) {
             double f = facts.tried[RULE == 1 ? step / 2 : step];
             if (RULE == 2) {
-                double low_end = lowest * f, narrow = storable((highest * f - low_end) / HIGHEST, by, facts);
+                double low_end = lowest * f, narrow = storable((highest_value * f - low_end) / HIGHEST, by, facts);
                 keep(narrow, clipped(rint(-low_end / narrow), 0, HIGHEST));
             } else {
                 double scale = peak * f;
@@ -196,139 +189,193 @@ ENTRY search(
     }
 #pragma unroll 1
     for (u32 again = 0; again < 2; again++) {
-        for (u32 i = 0; i < GROUP; i++) kept[i][lane] = nearest(x[i * stride] / s, z);
-        double along_x = part(), own = square();
+        for (u32 k = 0; k < MINE; k++) d[k] = nearest(value[k] / s, z);
+        double along_x = dot(d, along), own = square(d);
         keep(refit((1 + facts.pull) * along_x, own + facts.pull * (along_x * along_x / size), s, facts), z);
     }
     differ(s, z);
-    squares[cell] = squared(), best[cell] = s;
+    const double found = squared();
+    for (u32 k = 0; k < MINE; k++) units[lane + LANES * k] = nearest(value[k] / s, z);
+    if (lane) return;
+    squares[cell] = found, best[cell] = s;
     if (!some) by_rule[cell] = most;
     if (RULE == 2) zeros[cell] = z;
-    for (u32 i = 0; i < GROUP; i++) units[i * stride] = nearest(x[i * stride] / s, z);
 }
 
 // A window of `fitting._feed`: inputs start to start + count in `order`, which get the errors of all before them.
 //
-// before [count, rows]: what those before the window add, or none. errors, top, rest [inputs, rows], in this order: halves of
-// errors are of inputs from `chunk` to the end of the window, peaks [rows] their largest.
+// before [rows, count]: what those before the window add, or none. errors, parts [rows, inputs], in this order: of shortened errors
+// are inputs from `chunk` to the end of the window, peaks [rows] the power of their largest.
 ENTRY feed(
     const double *x, const i64 *order, const double *s, const double *zeros, const double *upper, const double *before, double *units,
-    double *errors, double *top, double *rest, double *peaks, u32 rows, u32 inputs, u32 start, u32 count, u32 chunk
+    double *errors, double *parts, int *peaks, u32 rows, u32 inputs, u32 start, u32 count, u32 chunk
 ) {
-    __shared__ double kept[WIDTH][ROWS];
-    const u32 lane = threadIdx.x, row = blockIdx.x * ROWS + lane;
+    const u32 lane = threadIdx.x % LANES, row = blockIdx.x * TEAMS + threadIdx.x / LANES;
     if (row >= rows) return;
-    const u64 stride = rows;
-    x += row, s += row, zeros += row, before += row, units += row, errors += row, top += row, rest += row;
+    const u64 first = (u64)row * inputs, of_groups = first / GROUP;
+    x += first, units += first, errors += first, parts += first, s += of_groups, zeros += of_groups, before += (u64)row * count;
     order += start, upper += (u64)start * inputs + start;
-    double peak = 0;
-    for (u32 j = 0; j < count; j += 8) {
-        double wanted[8];
+    double wanted[SPAN], value[SPAN], step[SPAN], zero[SPAN], unit[SPAN] = {}, error[SPAN] = {};
 #pragma unroll
-        for (u32 k = 0; k < 8; k++) {
-            wanted[k] = x[order[j + k] * stride];
-            if (start) wanted[k] = wanted[k] + before[(j + k) * stride];
-        }
-#pragma unroll 4
-        for (u32 i = 0; i < j; i++) {
-            double error = kept[i][lane];
-#pragma unroll
-            for (u32 k = 0; k < 8; k++) wanted[k] = wanted[k] + upper[(u64)i * inputs + j + k] * error;
-        }
-#pragma unroll
-        for (u32 k = 0; k < 8; k++) {
-            const u64 at = order[j + k];
-            const double step = s[at / GROUP * stride], z = RULE == 2 ? zeros[at / GROUP * stride] : 0;
-            const double unit = nearest(wanted[k] / step, z), error = x[at * stride] - unit * step;
-            units[at * stride] = unit, errors[(start + j + k) * stride] = error, kept[j + k][lane] = error;
-            peak = larger(peak, fabs(error));
-#pragma unroll
-            for (u32 after = k + 1; after < 8; after++)
-                wanted[after] = wanted[after] + upper[(u64)(j + k) * inputs + j + after] * error;
-        }
+    for (u32 k = 0; k < SPAN; k++) {
+        const u32 j = lane + LANES * k;
+        const u64 at = j < count ? order[j] : order[0];
+        value[k] = wanted[k] = x[at], step[k] = s[at / GROUP], zero[k] = RULE == 2 ? zeros[at / GROUP] : 0;
+        if (start && j < count) wanted[k] = wanted[k] + before[j];
     }
-    double old = start == chunk ? 0 : peaks[row];
-    peak = peaks[row] = larger(peak, old);
-    const int e = exponent_above(peak);
-    for (u32 i = exponent_above(old) == e ? start : chunk; i < start + count; i++)
-        halve(errors[i * stride], e, top[i * stride], rest[i * stride]);
+#pragma unroll
+    for (u32 k = 0; k < SPAN; k++)
+#pragma unroll 2
+        for (u32 from = 0; from < LANES; from++) {
+            const u32 j = k * LANES + from;
+            if (j >= count) break;
+            double factor[SPAN];
+#pragma unroll
+            for (u32 after = k; after < SPAN; after++) {
+                const u32 i = lane + LANES * after;
+                factor[after] = i < count ? upper[(u64)j * inputs + i] : 0;
+            }
+            const double now = nearest(wanted[k] / step[k], zero[k]), off = value[k] - now * step[k];
+            if (lane == from) unit[k] = now, error[k] = off;
+            const double by = of_lane(off, from);
+#pragma unroll
+            for (u32 after = k; after < SPAN; after++) wanted[after] = wanted[after] + factor[after] * by;
+        }
+    int most = 0;
+#pragma unroll
+    for (u32 k = 0; k < SPAN; k++) {
+        const u32 j = lane + LANES * k;
+        if (j >= count) continue;
+        units[order[j]] = unit[k], errors[start + j] = error[k];
+        most = most > power_of(error[k]) ? most : power_of(error[k]);
+    }
+    const int old = start == chunk ? 0 : peaks[row];
+    most = highest(most > old ? most : old);
+    if (!lane) peaks[row] = most;
+    const int e = exponent_of_power(most);
+    for (u32 i = (old == most ? start : chunk) + lane; i < start + count; i += LANES) parts[i] = shortened(errors[i], e);
 }
 
-// A part of a window of `fitting._descend`: `count` inputs from `start` on, as are the rows of residual, moved and parts. high, low
-// [inputs, inputs]; moved [count, rows]: how far values moved; parts [3 count, rows]: the high halves of that, the low ones, and the
-// high ones; `changed` gets a one if any did.
+// A part of a window of `fitting._descend`: `count` inputs from `start` on. units [rows, inputs], s, zeros [rows, groups];
+// residual, moved [rows, `window` numbers each]: how far values moved; parts [rows, WIDTH]: that by size, shortened.
+// correlations [inputs, inputs], sizes, diagonal [inputs]: of the moments; `changed` gets a one if any value moved.
 ENTRY descend(
-    double *units, double *s, const double *zeros, const double *residual, const double *high, const double *low, const double *diagonal,
-    const Facts *known, double *moved, double *parts, u32 *changed, u32 rows, u32 inputs, u32 start, u32 count
+    double *units, double *s, const double *zeros, const double *residual, const double *correlations, const double *sizes,
+    const double *diagonal, const Facts *known, double *moved, double *parts, u32 *changed, u32 rows, u32 inputs, u32 window, u32 start,
+    u32 count
 ) {
-    __shared__ double kept[WIDTH][ROWS];
-    const u32 lane = threadIdx.x, row = blockIdx.x * ROWS + lane;
+    __shared__ double kept[TEAMS][GROUP], lefts[TEAMS][WIDTH], moves[TEAMS][WIDTH];
+    const u32 lane = threadIdx.x % LANES, team = threadIdx.x / LANES, row = blockIdx.x * TEAMS + team;
     if (row >= rows) return;
     const Facts &facts = *known;
-    const u64 stride = rows, corner = (u64)start * inputs + start;
-    units += start * stride + row, residual += row, moved += row, parts += row;
-    s += start / GROUP * stride + row, zeros += start / GROUP * stride + row, high += corner, low += corner, diagonal += start;
-    for (u32 i = 0; i < count; i++) kept[i][lane] = residual[i * stride];
-    Halves halves;
+    const u64 first = (u64)row * inputs + start;
+    units += first, s += first / GROUP, zeros += first / GROUP, residual += (u64)row * window, moved += (u64)row * window;
+    parts += (u64)row * WIDTH, correlations += (u64)start * inputs + start, sizes += start, diagonal += start;
+    double *const shared = kept[team], *const left = lefts[team], *const went = moves[team];
+    for (u32 i = lane; i < count; i += LANES) left[i] = residual[i];
+    bool ever = false;
 #pragma unroll 1
-    for (u32 first = 0; first < count; first += GROUP) {
-        const u64 here = (u64)first * inputs + first;
-        const double *h = high + here, *l = low + here;
-        double *unit = units + first * stride, *move = moved + first * stride;
-        auto row_of = [&](u32 q) { return [=](u32 k) { return (u64)place(q, k) * inputs; }; };
-        halves.split([&](u32 i) { return unit[i * stride]; });
-        double curvature = total_of_fours([&](u32 q, double *terms) {
-            halves.products(h, l, row_of(q), terms);
-            for (u32 k = 0; k < 4; k++) {
-                double u = unit[place(q, k) * stride];
-                terms[k] = u * (terms[k] + facts.damping * u);
-            }
-        });
-        double slope = total([&](u32 i) { return unit[i * stride] * kept[first + i][lane]; });
-        const double old = s[first / GROUP * stride], step = refit(curvature * old + slope, curvature, old, facts);
-        for (u32 i = 0; i < GROUP; i++) move[i * stride] = unit[i * stride] * (step - old);
-        if (step != old) {
-            s[first / GROUP * stride] = step;
-            halves.split([&](u32 i) { return move[i * stride]; });
-#pragma unroll 1
-            for (u32 q = 0; q < GROUP / 4; q++) {
-                double found[4];
-                halves.products(h, l, row_of(q), found);
-                for (u32 k = 0; k < 4; k++) {
-                    u32 i = place(q, k);
-                    kept[first + i][lane] = kept[first + i][lane] - (found[k] + facts.damping * move[i * stride]);
-                }
-            }
+    for (u32 base = 0; base < count; base += GROUP) {
+        const double *near = correlations + (u64)base * inputs + base;
+        double unit[MINE], size[MINE], r[MINE], move[MINE], found[MINE], scaled[MINE], inverse[MINE];
+        for (u32 k = 0; k < MINE; k++) {
+            const u32 i = base + lane + LANES * k;
+            unit[k] = units[i], size[k] = sizes[i], r[k] = left[i];
         }
-        const double z = RULE == 2 ? zeros[first / GROUP * stride] : 0;
+        auto times = [&](const double *v) {
+            for (u32 k = 0; k < MINE; k++) scaled[k] = size[k] * v[k];
+            share<MINE>(scaled, shared, lane);
+            for (u32 k = 0; k < MINE; k++)
+                found[k] = size[k] * product([&](u32 j) { return near[(u64)j * inputs + lane + LANES * k]; }, shared);
+        };
+        double terms[MINE];
+        times(unit);
+        for (u32 k = 0; k < MINE; k++) terms[k] = unit[k] * (found[k] + facts.damping * unit[k]);
+        const double curvature = total(terms);
+        for (u32 k = 0; k < MINE; k++) terms[k] = unit[k] * r[k];
+        const double slope = total(terms), old = s[base / GROUP], z = RULE == 2 ? zeros[base / GROUP] : 0;
+        const double step = refit(curvature * old + slope, curvature, old, facts);
         bool any = step != old;
-#pragma unroll 1
-        for (u32 j = 0; j < GROUP; j++) {
-            const double before = unit[j * stride], own = (diagonal[first + j] + facts.damping) * step;
-            const double now = nearest(before + kept[first + j][lane] / own, z), by = (now - before) * step;
-            unit[j * stride] = now;
-            if (now == before) continue;
-            any = true, move[j * stride] = move[j * stride] + by;
-#pragma unroll 4
-            for (u32 i = j + 1; i < GROUP; i++)
-                kept[first + i][lane] = kept[first + i][lane] - (h[(u64)i * inputs + j] + l[(u64)i * inputs + j]) * by;
+        for (u32 k = 0; k < MINE; k++) move[k] = unit[k] * (step - old);
+        if (any) {
+            times(move);
+            for (u32 k = 0; k < MINE; k++) r[k] = r[k] - (found[k] + facts.damping * move[k]);
+            if (!lane) s[base / GROUP] = step;
         }
+        for (u32 k = 0; k < MINE; k++) inverse[k] = 1 / ((diagonal[base + lane + LANES * k] + facts.damping) * step);
+#pragma unroll
+        for (u32 k = 0; k < MINE; k++)
+#pragma unroll 2
+            for (u32 from = 0; from < LANES; from++) {
+                const u32 j = k * LANES + from;
+                double factor[MINE];
+#pragma unroll
+                for (u32 after = k; after < MINE; after++)
+                    factor[after] = near[(u64)j * inputs + lane + LANES * after] * size[after] * sizes[base + j];
+                const double now = nearest(unit[k] + r[k] * inverse[k], z), by = of_lane((now - unit[k]) * step, from);
+                if (lane == from) unit[k] = now;
+                if (by == 0) continue;
+                any = true;
+                if (lane == from) move[k] = move[k] + by;
+#pragma unroll
+                for (u32 after = k; after < MINE; after++) r[after] = r[after] - factor[after] * by;
+            }
+        for (u32 k = 0; k < MINE; k++) units[base + lane + LANES * k] = unit[k], went[base + lane + LANES * k] = move[k];
         if (!any) continue;
-        *changed = 1;
-        halves.split([&](u32 i) { return move[i * stride]; });
+        ever = true;
+        for (u32 k = 0; k < MINE; k++) scaled[k] = size[k] * move[k];
+        if (base + GROUP == count) break;
+        share<MINE>(scaled, shared, lane);
 #pragma unroll 1
-        for (u32 i = GROUP; first + i < count; i += 4) {
-            double found[4];
-            halves.products(h, l, [=](u32 k) { return (u64)(i + k) * inputs; }, found);
-            for (u32 k = 0; k < 4; k++) kept[first + i + k][lane] = kept[first + i + k][lane] - found[k];
+        for (u32 i = base + GROUP + lane; i < count; i += LANES) {
+            const double *beyond = correlations + (u64)base * inputs + i;
+            left[i] = left[i] - sizes[i] * product([&](u32 j) { return beyond[(u64)j * inputs]; }, shared);
         }
     }
-    double peak = 0;
-    for (u32 i = 0; i < count; i++) peak = larger(peak, fabs(moved[i * stride]));
-    const int e = exponent_above(peak);
-    for (u32 i = 0; i < count; i++) {
-        double top, rest;
-        halve(moved[i * stride], e, top, rest);
-        parts[i * stride] = parts[(2 * count + i) * stride] = top, parts[(count + i) * stride] = rest;
+    if (ever && !lane) *changed = 1;
+    int most = 0;
+    for (u32 i = lane; i < count; i += LANES) {
+        moved[i] = went[i];
+        const int mine = power_of(sizes[i] * went[i]);
+        most = most > mine ? most : mine;
+    }
+    const int e = exponent_of_power(highest(most));
+    for (u32 i = lane; i < count; i += LANES) parts[i] = shortened(sizes[i] * went[i], e);
+}
+
+// The digits of shortened numbers sizes * x [rows, count], of which rows lie `stride` apart: three of eight bits [3, rows, count],
+// the lowest first, and the unit of each row, of which they count.
+ENTRY digits(const double *x, const double *sizes, signed char *found, double *units, u32 rows, u32 stride, u32 count) {
+    const u32 lane = threadIdx.x % LANES, row = blockIdx.x * TEAMS + threadIdx.x / LANES;
+    if (row >= rows) return;
+    x += (u64)row * stride, found += (u64)row * count;
+    int most = 0;
+    for (u32 i = lane; i < count; i += LANES) {
+        const int mine = power_of(sizes[i] * x[i]);
+        most = most > mine ? most : mine;
+    }
+    const int e = exponent_of_power(highest(most));
+    for (u32 i = lane; i < count; i += LANES) {
+        int rest = (int)rint(sizes[i] * x[i] * power(20 - e));
+        for (u32 k = 0; k < 3; k++) {
+            const int digit = (rest + 128 & 255) - 128;
+            found[(u64)k * rows * count + i] = digit, rest = (rest - digit) >> 8;
+        }
+    }
+    if (!lane) units[row] = power(e - 20);
+}
+
+// from [rows, columns] -= sizes * a, of which rows lie `stride` apart; in columns start to start + count, damping times `moved`
+// [rows, count], too.
+ENTRY subtract(
+    double *from, const double *a, const double *sizes, const double *moved, const double *damping, u32 stride, u32 columns, u32 start,
+    u32 count
+) {
+    const u64 row = blockIdx.y;
+    from += row * stride, a += row * columns, moved += row * count;
+    for (u32 i = blockIdx.x * 4 * THREADS + threadIdx.x, k = 0; k < 4 && i < columns; k++, i += THREADS) {
+        double now = from[i] - sizes[i] * a[i];
+        if (i - start < count) now = now - *damping * moved[i - start];
+        from[i] = now;
     }
 }

@@ -38,6 +38,17 @@ def unit_upper(h: Tensor) -> Tensor:
     return cuda_fit.unit_upper(h)
 
 
+def digits(correlations: Tensor, unit: float) -> Tensor | None:
+    """int8 [3, n, n]: the digits of `correlations` as a number of units, where kernels multiply them; else None."""
+    from qkit_torchao.kernels import choose
+
+    if not _compiles(correlations.device) or choose.why_no_triton(correlations.device):
+        return None
+    from qkit_torchao.kernels import cuda_digits
+
+    return cuda_digits.digits(correlations / unit)
+
+
 def _compiles(device: torch.device) -> bool:
     if device.type != "cuda":
         return False

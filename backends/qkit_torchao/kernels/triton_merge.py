@@ -7,14 +7,19 @@ the first column of B to the last, as in `arithmetic.merged`. Groups are powers 
 import triton
 import triton.language as tl
 
+from qkit.element import MIN_SCALE
+from qkit.reference import gains as gain_law
 from qkit.reference import merged as law
-from qkit_torchao.kernels.triton_arithmetic import bits, extremes, floats, narrow, steps, units
+from qkit_torchao.kernels.triton_arithmetic import bits, extremes, floats, narrow, round_to_bfloat16, steps, units
 from qkit_torchao.kernels.triton_unpack import codes_at, whole
 from qkit_torchao.kernels.triton_words import scale
 
 ROW, COLUMN = (tl.constexpr(step - (1 << 32)) for step in law.DITHER)
 DROPPED, HALF = tl.constexpr(law.DROPPED), tl.constexpr((1 << law.DROPPED - 1) - 1)
 KEPT = tl.constexpr(-(1 << law.DROPPED))
+UNIT, LEAST = tl.constexpr(gain_law.UNIT), tl.constexpr(MIN_SCALE)
+LOWER, UPPER = tl.constexpr(gain_law.LIMITS[0]), tl.constexpr(gain_law.LIMITS[1])
+LARGEST = tl.constexpr(gain_law.LARGEST["bfloat16"])
 
 
 @triton.constexpr_function
@@ -43,8 +48,16 @@ def right(a, k, r, INPUTS: tl.constexpr):
 
 
 @triton.jit
+def gained(s, gain):
+    """The scales `s` of rows with this `gain`, as `arithmetic.gains` has them on grids of qkit's own; NaN stays."""
+    made = s * tl.minimum(tl.maximum(1.0 + UNIT * gain, LOWER), UPPER)
+    made = tl.where(made > LARGEST, LARGEST, tl.where(made < -LARGEST, -LARGEST, made))
+    return tl.where(tl.abs(made) < LEAST, tl.where(made < 0.0, -LEAST, LEAST), round_to_bfloat16(made))
+
+
+@triton.jit
 def decoded(
-    codes, scales, zeros, power, magic, n, there, first, CODES: tl.constexpr, SPREAD: tl.constexpr, GROUP: tl.constexpr,
+    codes, scales, zeros, power, gains, magic, n, there, first, CODES: tl.constexpr, SPREAD: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """A tile [BR, BC] of the base that packed codes are, in float32; `first`: its first column. `CODES`: see `cuda_merge`."""
@@ -87,12 +100,14 @@ def decoded(
             outermost = (v == tl.max(v, axis=2)[:, :, None]) | (v == tl.min(v, axis=2)[:, :, None])
         v = tl.where(outermost, v, v + d)
     s = scale(scales + rows * GROUPS + g, known, tensor, SCALES)
+    if gains is not None:
+        s = gained(s, tl.load(gains + rows, mask=there, other=0.0))
     return tl.reshape(v * s[:, :, None], (BR, BC))
 
 
 @triton.jit(do_not_specialize=["magic"])
 def merged(
-    base, scales, zeros, power, b, a, out, outputs, factor, magic, INPUTS: tl.constexpr, RANK: tl.constexpr,
+    base, scales, zeros, power, gains, b, a, out, outputs, factor, magic, INPUTS: tl.constexpr, RANK: tl.constexpr,
     CODES: tl.constexpr, SPREAD: tl.constexpr, GROUP: tl.constexpr, TYPE: tl.constexpr, GRID: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +115,7 @@ def merged(
 
     Args:
         base: floats; or packed codes, where there are `CODES`, with scales, zeros and power as those of a converted layer.
+        gains: float32 [outputs], of scales that train: those of the values on `GRID`, or of the base where there is none.
         b, a: [outputs, RANK] and [RANK, INPUTS], not shortened yet.
     """
     MERGED: tl.constexpr = type_named(TYPE)
@@ -112,7 +128,10 @@ def merged(
     if CODES is None:
         x = tl.load(base + where, mask=there, other=0.0).to(tl.float32)
     else:
-        x = decoded(base, scales, zeros, power, magic, n, n[:, None] < outputs, first, CODES, SPREAD, GROUP, BR, BC)
+        of_base = gains if GRID is None else None
+        x = decoded(
+            base, scales, zeros, power, of_base, magic, n, n[:, None] < outputs, first, CODES, SPREAD, GROUP, BR, BC
+        )
     total = left(b, n, 0, outputs, factor, RANK) * right(a, k, 0, INPUTS)
     for r in range(1, RANK):
         total = total + left(b, n, r, outputs, factor, RANK) * right(a, k, r, INPUTS)
@@ -121,6 +140,10 @@ def merged(
         t = tl.reshape(x, (BR * (BC // GROUP), GROUP))
         high, low = extremes(t, GRID, INTERPRETED)
         s, reciprocal, z, _ = steps(high, low, 0, GRID, INTERPRETED)
-        t = units(t, s, reciprocal, z, GRID, MERGED.primitive_bitwidth == 16, INTERPRETED) * s[:, None]
+        t = units(t, s, reciprocal, z, GRID, MERGED.primitive_bitwidth == 16, INTERPRETED)
+        if gains is not None:
+            gain = tl.load(gains + n, mask=n < outputs, other=0.0)[:, None]
+            s = tl.reshape(gained(tl.reshape(s, (BR, BC // GROUP)), gain), (BR * (BC // GROUP),))
+        t = t * s[:, None]
         x = narrow(tl.reshape(t, (BR, BC)), MERGED, INTERPRETED).to(tl.float32)
     tl.store(out + where, narrow(x, out.dtype.element_ty, INTERPRETED), mask=there)

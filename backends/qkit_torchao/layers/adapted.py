@@ -14,7 +14,6 @@ from qkit.reference.merged import Update
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding, stored
 from qkit_torchao.arithmetic.gains import gained as gain
-from qkit_torchao.arithmetic.gains import slopes
 from qkit_torchao.kernels import choose, merge
 from qkit_torchao.layers import (
     adapted_experts,
@@ -35,12 +34,8 @@ from qkit_torchao.layers.prepared import FakeLinear
 from qkit_torchao.layers.slots import seen_scales, slot, static_scales
 from qkit_torchao.torch_private import is_transformed, remove_parameters
 
-NAMES = {
-    "a": "lora_A",
-    "b": "lora_B",
-    "magnitude": "lora_magnitude",
-    "gains": "lora_gains",
-}  #: of parameters, by the names of `Update`
+#: Of parameters, by the names of `Update`.
+NAMES = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude", "gains": "lora_gains"}
 
 
 class _Adapted(nn.Module):
@@ -199,16 +194,19 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
             return choose.rounded(merged, grid, peak=self._peak(merged))
 
         def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
-            return merge.values(
-                self.parts(), b, a, self.lora_scale, torch.float32, grid, spread=spread, on=not off, out=out
-            )
+            return merge.values(self.parts(), b, a, *kinds, spread=spread, on=not off, out=out, gains=scaled)
+
+        def along(b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
+            made = None if off else merge.values(self.parts(), b, a, *kinds, spread=spread, on=True, out=out)
+            return converted.values(self, out) if made is None else made
 
         off, gains = self.mode == "off", self.lora_gains
-        spread = self.lora_dithered and not off
-        words = self.execution.layout == "words" and gains is None
-        one_pass = words and merge.is_one_pass(grid, self.get_buffer("scales"), self.in_features, spread=spread)
-        kernel = at_once if one_pass else None
-        more = self._unclipped, kernel, lambda w: slopes(converted.unpack(self) if off else self.new_codes(w))
+        scaled = None if gains is None else gains.detach()
+        spread, words = self.lora_dithered and not off, self.execution.layout == "words"
+        kinds, options = (self.lora_scale, torch.float32, grid), {"spread": spread, "gained": gains is not None}
+        one_pass = words and merge.is_one_pass(grid, self.get_buffer("scales"), self.in_features, **options)
+        kernel, slope = (at_once, along) if one_pass else (None, None)
+        more = self._unclipped, kernel, lambda w: converted.unpack(self) if off else self.new_codes(w), slope
         if off:
             return Merging(self._beside, self.lora_scale, torch.float32, "identity", torch.detach, *more)
         return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, *more)

@@ -1,5 +1,8 @@
 """The kernels of `solve`, compiled as C++ for the CPU, have the codes, scales and factors of the law, to the bit."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from qkit.reference.fitting import fit
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
-KERNELS = ("SEARCH", "FEED", "DESCEND", "SUBTRACT", "ELIMINATE", "ELIMINATE_BELOW")
+KERNELS = ("SEARCH", "FEED", "DESCEND", "DIGITS", "SUBTRACT", "ELIMINATE", "ELIMINATE_BELOW")
 GRIDS = [
     Grid("int4", 32),
     Grid("int2", 16, "absmax"),
@@ -39,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KERNELS:
         monkeypatch.setattr(cuda_fit, name, HostKernel(getattr(cuda_fit, name), folder))
+    monkeypatch.setattr(cuda_fit, "WARP", 1)  # one thread has a row: contexts that take turns are slower
     monkeypatch.setattr(fits, "loops", lambda w, grid: cuda_fit.Loops)
     monkeypatch.setattr(fits, "unit_upper", cuda_fit.unit_upper)
 
@@ -78,7 +82,26 @@ def test_kernels_have_the_codes_of_the_law_where_sums_have_parts(monkeypatch: py
 
 
 @pytest.mark.usefixtures("on_host")
-@pytest.mark.parametrize("n", [16, 64, 200])
+@pytest.mark.parametrize("grid", [GRIDS[0], *GRIDS[2:5], GRIDS[-1]], ids=str)
+def test_teams_of_threads_have_the_codes_of_the_law(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_fit, "WARP", 32)
+    w, h = (a[:6] if len(a) == 40 else a for a in drawn(384 if grid.group == 128 else 192, 500))
+    law, found = fit(w, grid, h, method="solve"), fitting.solve_on(w, grid, h, device=torch.device("cpu"))
+    for name, part in law.parts().items():
+        assert part.tobytes() == found.parts()[name].tobytes(), name
+
+
+def test_products_of_digits_have_the_codes_of_the_law() -> None:
+    folder = Path(__file__).parents[2]
+    run = [sys.executable, "-P", folder / "interpreted_digits.py"]
+    done = subprocess.run(
+        run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)}, check=False
+    )
+    assert done.stdout.split() == ["exact"] * 4, done.stderr
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("n", [16, 64, 200, 600])
 def test_kernels_have_the_factor_of_the_law(n: int) -> None:
     h = torch.tensor(drawn(n, 3 * n)[1]).double() + 0.1 * torch.eye(n)
     assert torch.equal(cuda_fit.unit_upper(h), exact_products.unit_upper(h))
