@@ -3,12 +3,14 @@
 A small Llama is trained in float on Python's own source and quantized by `mlx_lm.convert -q`. Both adapters then train on other
 text (the standard library's tests) by mlx-lm's own `train`, with the same warm-up and cosine. mlx-lm trains Q(W) + BA, and its
 `fuse` quantizes the sum by `mx.quantize`, with new scales and biases. qkit trains as `qkit train` does: a quarter of the steps
-beside the base, the others with codes of the sum on the stored scales, and a gain of each row's scales throughout. Its merge
-changes codes and scales. The merged model is exported, opened in mlx-lm, and measured there too. Losses are nats per byte of
+beside the base, the others with codes of the sum on the stored scales, and gains of scales and biases throughout. Its merge
+changes all three. The merged model is exported, opened in mlx-lm, and measured there too. Losses are nats per byte of
 held-out text.
 
-Usage: python benchmarks/qlora_affine.py [--bits N ...] [--seed N ...] [--steps N] [--rate R] [--float-steps N] [--dtype NAME]
-       [--out FILE.json]
+With `--prepared DIR` the text and the models are those in DIR, where they are made if it is empty: for runs on another machine.
+
+Usage: python benchmarks/qlora_affine.py [--bits N ...] [--seed N ...] [--steps N] [--rate R ...] [--float-steps N] [--dtype NAME]
+       [--prepared DIR] [--out FILE.json]
 """
 
 import argparse
@@ -36,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 import qkit
 from qkit.exchange.export_model import export_mlx
 from qkit.exchange.import_model import read_model, to_artifact
-from qkit.training import Sequences
+from qkit.training import Sequences, sequences
 from qkit.training.beside import factor_at, steps_beside, switching_parts
 from qkit.training.data import Tokens
 from qkit.training.rates import rate
@@ -147,6 +149,29 @@ def ours(
     }, first
 
 
+def prepared(place: Path, float_steps: int) -> tuple[Sequences, Tokens]:
+    """The text to train on and that to measure on, in `place`, where a float model is, too. Makes what is not there."""
+    if not (place / "text.npz").exists():
+        text, unseen = other_text()
+        bytes_of = {"text": text.tokens.astype(np.uint8), "unseen": unseen.astype(np.uint8)}
+        np.savez_compressed(place / "text.npz", **bytes_of)
+    if not (place / "float").exists():
+        base(place / "float", float_steps)
+        PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()).save_pretrained(place / "float")
+    with np.load(place / "text.npz") as held:
+        text, unseen = (held[name].astype(np.int32) for name in ("text", "unseen"))
+    return sequences(text, length=SMALL.length, name="the standard library's tests"), unseen
+
+
+def quantized(place: Path, bits: int, dtype: str) -> tuple[Path, Path]:
+    """mlx-lm's conversion of the float model in `place`, and qkit's artifact of it. Makes what is not there."""
+    folder, artifact = place / f"mlx-{bits}-{dtype}", place / f"artifact-{bits}-{dtype}"
+    if not folder.exists():
+        mlx_lm.convert(str(place / "float"), str(folder), quantize=True, q_bits=bits, dtype=dtype)
+        to_artifact(read_model(folder), artifact)
+    return folder, artifact
+
+
 def byte_tokenizer() -> Tokenizer:
     """A tokenizer whose tokens are bytes, since `mlx_lm.convert` wants one."""
     made = Tokenizer(
@@ -168,6 +193,7 @@ def main() -> None:
     )  # of qkit's rate on the grid: the rates of both are the same
     parser.add_argument("--float-steps", type=int, default=600)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prepared", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     about = {
@@ -179,16 +205,14 @@ def main() -> None:
         "dtype": given.dtype,
     }
     report = Report(given.out, packages=("mlx-lm",), about={**about, "float steps": given.float_steps})
-    text, unseen = other_text()
-    loss = measure(unseen)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        base(place / "float", given.float_steps)
-        PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()).save_pretrained(place / "float")
+        models = given.prepared or place / "prepared"
+        models.mkdir(exist_ok=True)
+        text, unseen = prepared(models, given.float_steps)
+        loss = measure(unseen)
         for bits in given.bits or [4]:
-            quantized, artifact = place / f"mlx {bits}", place / f"artifact {bits}"
-            mlx_lm.convert(str(place / "float"), str(quantized), quantize=True, q_bits=bits, dtype=given.dtype)
-            to_artifact(read_model(quantized), artifact)
+            folder, artifact = quantized(models, bits, given.dtype)
             for peak, seed in product(given.rate or [1e-4, 3e-4, 1e-3], given.seed or [1, 2, 3]):
                 own = place / f"run {bits} {peak} {seed}"
                 own.mkdir()
@@ -198,7 +222,7 @@ def main() -> None:
 
                 adapter = qkit.Adapter(rank=RANK, alpha=given.scale * RANK, match=MATCH, seed=seed, factor=given.factor)
                 mine, first = ours(artifact, own, loss, fitted, adapter, given.steps)
-                before, after = theirs(quantized, first, loss, partial(fitted, factor=lambda step: 1.0), given.scale)
+                before, after = theirs(folder, first, loss, partial(fitted, factor=lambda step: 1.0), given.scale)
                 fused = {"mlx-lm before": before, "mlx-lm after": after}
                 report.add({"bits": bits, "rate": peak, "seed": seed, **mine, **fused})
     report.finish()

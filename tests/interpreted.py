@@ -121,8 +121,8 @@ def merged(grid: Grid, dtype: str) -> bool:
     q = rounding.quantize(w.float(), grid)
     laid = packing.lay(q, "words")
     parts = laid.codes, laid.scales, laid.zeros, laid.tensor_scale, laid.biases
-    gains = torch.randn(70, generator=drawn) * 0.2
-    gains[3:6] = torch.tensor([3.0, -3.0, 0.0])  # beyond the limits
+    gains = torch.randn(70, 1, 1, generator=drawn) * 0.2
+    gains[3:6] = torch.tensor([3.0, -3.0, 0.0])[:, None, None]  # beyond the limits
     for spread in (False, True) if cuda_merge.spreads(grid, 512) else (False,):
         base = arithmetic.dithered(q) if spread else rounding.dequantize(q)
         want = arithmetic.added(base, b, a, 0.3)

@@ -200,15 +200,7 @@ class MlxBackend(Elsewhere, Mixtures, Tuning):
     # Adapts
 
     def adapt(self, module: Any, update: Update) -> nn.Module:
-        """See `Adapts.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on.
-
-        Raises:
-            BackendError: the layer is one of those that mlx-lm spreads over several modules.
-        """
-        if isinstance(module, latent.Halves):
-            raise BackendError(
-                f"mlx-lm splits {latent.NAME}, and MLX has no adapter for it: leave it out of the adapter's layers"
-            )
+        """See `Adapts.adapt`; the parameters are named as in mlx-lm, `lora_a` [inputs, rank] and so on."""
         made: nn.Module = adapted.adapt(module, update)
         return made
 

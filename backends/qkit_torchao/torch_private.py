@@ -1,5 +1,6 @@
 """Every private name of torch that this engine uses, as of torch 2.13. No other module has one; torchao's are in `containers`."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from operator import attrgetter
@@ -43,6 +44,11 @@ def keeping_version(x: Tensor) -> AbstractContextManager[None]:
     from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
     return _unsafe_preserve_version_counter(x)
+
+
+def is_read_by(*modules: str) -> bool:
+    """Whether the property that asks is read by code of one of these Python modules. Nothing else tells readers apart."""
+    return sys._getframe(2).f_globals.get("__name__") in modules
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -24,7 +24,7 @@ class Adapter:
         beside: for `qkit train` on packed codes: the share of the steps that trains the product beside the decoded base, before
             the rest trains on the grid.
         factor: for `qkit train` on packed codes: multiplies the learning rate of the steps on the grid.
-        scales: of layers of codes: `learned` trains a gain of each row's scales beside the factors, see `qkit.reference.gains`;
+        scales: of layers of codes: `learned` trains gains of scales and biases beside the factors, see `qkit.reference.gains`;
             `stored` leaves scales to the file, or to the rule of the grid. None learns those of read grids, where it can.
     """
 

@@ -16,6 +16,7 @@ from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import ArtifactError
 from qkit.pipeline import Model
 from qkit.qtensor import dtype_of
+from qkit.reference.gains import gains_shape
 from qkit.reference.merged import Update
 from qkit.rules import grid_table
 
@@ -123,8 +124,14 @@ def _check_base(
         raise ArtifactError(
             f"{folder} is for another base: its {path} is {list(update.shape)}, and the model's is {list(shape)}"
         )
-    if update.gains is not None and (reason := why_no_gains(layer)):
-        raise ArtifactError(f"{folder} has gains of scales for {path}, which cannot learn them: {reason}")
+    if update.gains is not None:
+        if reason := why_no_gains(layer):
+            raise ArtifactError(f"{folder} has gains of scales for {path}, which cannot learn them: {reason}")
+        want = gains_shape(layer.rule.weight, update.shape)  # type: ignore[union-attr, arg-type]  # of codes: it has a grid
+        if update.gains.shape != want:
+            raise ArtifactError(
+                f"{folder} is for another base: {path} has gains of {list(update.gains.shape)}, and its scales take {list(want)}"
+            )
     if noted is None:
         return
     here = _note(engine, layer, name)

@@ -17,7 +17,7 @@ from qkit.engines.mixtures import Mixes, TrainsExperts
 from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import QkitError, StageError
 from qkit.pipeline import Model, fuse, surgeon, want_mergeable
-from qkit.reference.gains import takes_gains
+from qkit.reference.gains import gains_shape, takes_gains
 from qkit.reference.merged import Floats, Update, dithered, row_norms
 
 
@@ -260,7 +260,9 @@ def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]
         b = np.zeros((*experts, outputs, adapter.rank), np.float32)
         magnitude = gains = None
         if _learns_scales(adapter, layer):
-            gains = np.zeros(outputs, np.float32)
+            assert layer.rule is not None
+            assert layer.rule.weight is not None
+            gains = np.zeros(gains_shape(layer.rule.weight, (outputs, inputs)), np.float32)
         if adapter.kind == "dora":
             bases = base_weights(engine, layer, name, spread=layer.stage == "converted")
             magnitude = np.concatenate([row_norms(one) for one in bases])

@@ -1,6 +1,7 @@
 """The experts of an artifact, stored one by one, for the layers of a model that have all experts of a block."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,44 @@ def take_experts(
     Raises:
         ArtifactError: the model has no such experts, or some of them are missing or not sound.
     """
-    out: dict[str, tuple[Codes, Rule, Arrays]] = {}
+    found: dict[str, dict[Place, tuple[str, StoredRule]]] = {}
     for one in rules:
-        if one.rule.kind != "experts":
-            continue
-        for place, places in blocks_of(one.paths).items():
-            block = _block_of(place, layers, config)
-            if block in out:
-                raise ArtifactError(f"{folder}: the experts of {block} are on several grids: quantize the model again")
-            layer = _layer(folder, layers, block, places)
-            codes: Codes = {name: [] for name in layer.projections}
-            for name, shape in layer.projections.items():
-                for number in range(shape[0]):
-                    codes[name].append(_take(folder, arrays, places[number, name], one, shape[1:]))
-            out[block] = codes, one.rule, _static(folder, arrays, layer, places, one.rule)
+        if one.rule.kind == "experts":
+            for place, places in blocks_of(one.paths).items():
+                mine = {where: (path, one) for where, path in places.items()}
+                found.setdefault(_block_of(place, layers, config), {}).update(mine)
+    out: dict[str, tuple[Codes, Rule, Arrays]] = {}
+    for block, held in found.items():
+        places = {where: path for where, (path, _) in held.items()}
+        layer = _layer(folder, layers, block, places)
+        rule = _common_rule([stored.rule for _, stored in held.values()], f"{folder}: the experts of {block}")
+        codes: Codes = {name: [] for name in layer.projections}
+        for name, shape in layer.projections.items():
+            for number in range(shape[0]):
+                q = _take(folder, arrays, *held[number, name], shape[1:])
+                codes[name].append(q if q.grid == rule.weight else replace(q, grid=rule.weight))
+        out[block] = codes, rule, _static(folder, arrays, layer, places, rule)
     return out
+
+
+def _common_rule(rules: Sequence[Rule], experts: str) -> Rule:
+    """The rule of a block of experts. Of integers of several widths with the scales of a file, the widest has all codes.
+
+    mlx-lm gives the projections of a block several widths. A code means the same number in more bits.
+
+    Raises:
+        ArtifactError: no grid has all codes.
+    """
+    widest = max(rules, key=lambda rule: rule.weight.element.bits if rule.weight else 0)
+    grids = {rule.weight for rule in rules if rule.weight}
+    integers = all(grid.read and grid.element.kind == "integer" for grid in grids)
+    kinds = {(grid.group, grid.scale) for grid in grids}
+    if len({replace(rule, match=("*",), weight=None) for rule in rules}) > 1 or (
+        len(grids) > 1 and not (integers and len(kinds) == 1)
+    ):
+        names = ", ".join(sorted(map(str, grids)))
+        raise ArtifactError(f"{experts} are on several grids, {names}: quantize the model again")
+    return widest
 
 
 def stack_experts(

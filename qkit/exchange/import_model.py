@@ -21,14 +21,17 @@ from qkit.exchange.shared_scales import share_scales
 from qkit.exchange.write_model import check_weights_only, rules_of, write_model
 from qkit.experts import is_router, paths_of
 from qkit.formats import compressed_tensors, dense, mlx_config, mlx_lm
-from qkit.formats.mlx_families import SAME_NAMES
 from qkit.formats.packed import Tensors, join
 from qkit.formats.settings import check_remaining
 from qkit.grid import Grid
 from qkit.qtensor import DTYPES, DType
 from qkit.rules import Rule
+from qkit.sources.decoded import DecodedArray
 from qkit.sources.detect import FLOAT, detect
 from qkit.sources.gguf_file import open_gguf
+from qkit.sources.mlx import weights_of, whole_heads
+from qkit.sources.mlx_names import renamed
+from qkit.sources.parts import float_type
 from qkit.sources.source import stored_types
 from qkit.storage import read
 from qkit.storage.layout import SHARD_BYTES, TYPE_NAMES, Slot
@@ -87,7 +90,7 @@ def _read_other(folder: Path, stored: Mapping[str, read.Stored], *, minmax: bool
     if found.method == FLOAT:
         return Snapshot(folder, FLOAT, False, config, {}, read.map_tensors(stored))
     if found.method == "mlx":
-        return _mlx(folder, read.map_tensors(stored), found.config or {}, found.settings, minmax=minmax)
+        return _mlx(folder, dict(stored), found.config or {}, found.settings, minmax=minmax)
     return read_foreign(open_any(folder, stored, config), stored)
 
 
@@ -121,24 +124,16 @@ def to_artifact(source: Snapshot, out: str | Path, *, shard_bytes: int = SHARD_B
 
 
 def _mlx(
-    folder: Path, tensors: Tensors, config: dict[str, Any], stated: Mapping[str, Any], *, minmax: bool
+    folder: Path, stored: dict[str, read.Stored], config: dict[str, Any], stated: Mapping[str, Any], *, minmax: bool
 ) -> Snapshot:
     """A model that mlx-lm quantized. Its tensor names are transformers' for most types of models."""
-    kind = config.get("model_type")
-    if kind not in SAME_NAMES:
-        known = ", ".join(sorted(SAME_NAMES))
-        raise ArtifactError(
-            f"{folder}: how mlx-lm renames the tensors of a {kind!r} is not known to this qkit: known are {known}"
-        )
-    shapes = {
-        name.removesuffix(".scales"): (tensors[name.removesuffix("scales") + "weight"].shape, tensors[name].shape)
-        for name in tensors
-        if name.endswith(".scales") and name.removesuffix("scales") + "weight" in tensors
-    }
+    with locating(folder):
+        stored, stated, config = renamed(stored, stated, config)
+        found = weights_of(stored, stated, config)
+        heads = whole_heads(stored, found, config, float_type(config, stored))
+    tensors: Tensors = read.map_tensors(stored)
     weights: dict[str, StoredWeight] = {}
     routers, affine, whole = list[str](), list[str](), list[str]()
-    with locating(folder):
-        found = mlx_config.containers(stated, shapes)
     for path, (container, shape) in found.items():
         stacked = len(shape) == 3
         parts = {name: tensors[join(path, name)] for name in mlx_lm.NAMES if join(path, name) in tensors}
@@ -163,15 +158,22 @@ def _mlx(
             weights[path] = weight
     tensors = without_stacks(tensors, weights, config)
     _check_remaining(folder, tensors)
-    notes = tuple(_notes(routers, affine, whole, minmax=minmax))
+    decoded: dict[str, Any] = {name: DecodedArray(one) for name, one in heads.items()}
+    tensors |= decoded
+    notes = tuple(_notes(routers, list(heads), affine, whole, minmax=minmax))
     return Snapshot(folder, "mlx", True, config, weights, tensors, notes=notes)
 
 
-def _notes(routers: list[str], affine: list[str], whole: list[str], *, minmax: bool) -> Iterator[str]:
+def _notes(routers: list[str], heads: list[str], affine: list[str], whole: list[str], *, minmax: bool) -> Iterator[str]:
     if routers:
         yield (
             f"{len(routers)} quantized routers, such as {routers[0]}, are read as their values in float: qkit leaves "
             "routers float"
+        )
+    if heads:
+        yield (
+            f"{len(heads)} weights that mlx-lm stores as two stacks of heads, such as {heads[0]}, are read as their values in "
+            "float: their groups run across rows, and no grid has such"
         )
     if whole and not minmax:
         yield (

@@ -163,7 +163,7 @@ def restore(tensors: Mapping[str, NDArray[Any]], *, grid: Grid, dtype: DType, sh
             raise ArtifactError(f"weight_shape says {tensors['weight_shape'].tolist()}, the layer has {list(shape)}")
         scales = scales.astype(np.float32).reshape(scale_shape)
         check_scales(scales, "weight_scale")
-        zeros = None if grid.symmetric else _zeros(tensors["weight_zero_point"], grid, scale_shape)
+        zeros = None if grid.symmetric else read_layout.zero_points(tensors["weight_zero_point"], grid, scale_shape)
         return Packed(codes.view(np.uint32), scales, grid, dtype, shape, zeros)
     if form == "nvfp4-pack-quantized":
         tensor_scale = read_tensor_scale(tensors["weight_global_scale"])
@@ -247,9 +247,3 @@ def read_tensor_scale(stored: NDArray[np.float32]) -> NDArray[np.float32]:
         low, high = (int(math.log2(1 / bound)) for bound in reversed(TENSOR_SCALES))
         raise ArtifactError(f"weight_global_scale is {value}: want a power of two from 2^{low} to 2^{high}")
     return np.asarray(np.float32(1 / value))
-
-
-def _zeros(stored: NDArray[Any], grid: Grid, scale_shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    if grid.group == "tensor":
-        return packing.unsigned(stored, grid.element).reshape(scale_shape)
-    return np.ascontiguousarray(packing.unpack(stored.T, grid.element.bits, scale_shape[0]).T)

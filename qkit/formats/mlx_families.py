@@ -170,11 +170,29 @@ def _with_biases(config: Config) -> dict[str, Any]:
     return {}
 
 
+def _queries(config: Config) -> dict[str, Any]:
+    key = "q_lora_rank"  # null is a plain projection, and a missing key is not
+    return {key: config[key]} if key in config else {}
+
+
+def _normalized(config: Config) -> dict[str, Any]:
+    return {**_count(config), "norm_topk_prob": True}  # as transformers computes it, without a key
+
+
+def _all_sparse(config: Config) -> dict[str, Any]:
+    dense = {
+        "first_k_dense_replace": 0,
+        "intermediate_size": config["moe_intermediate_size"],
+    }  # transformers has no such layer
+    return {**{key: config.get(key) or value for key, value in dense.items()}, **_all_rotary(config)}
+
+
 def _yarn(config: Config) -> dict[str, Any]:
     scaled = (
         config.get("rope_scaling") or next(iter(ropes(config).values()), {}).get("rope_type", "default") != "default"
     )
-    return {} if scaled else {"rope_scaling": {"type": "yarn", "factor": 1.0}}  # it takes no other type; this is none
+    none = {} if scaled else {"rope_scaling": {"type": "yarn", "factor": 1.0}}  # it takes no other type; this is none
+    return {**_queries(config), **none}
 
 
 def _cap(config: Config) -> dict[str, Any]:
@@ -189,7 +207,7 @@ def _apertus(config: Config) -> dict[str, Any]:
 FAMILIES: Final[Mapping[str, Family]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "olmo2", "granite", "smollm3", "hunyuan_v1_dense"), Family(LLAMA)),
     **dict.fromkeys(("seed_oss", "mixtral", "qwen2_moe", "olmoe"), Family(LLAMA)),
-    **dict.fromkeys(("gemma", "gemma2", "starcoder2", "helium", "ernie4_5"), Family(THETA)),
+    **dict.fromkeys(("gemma", "gemma2", "starcoder2", "helium", "ernie4_5", "glm"), Family(THETA)),
     **dict.fromkeys(("phi", "stablelm", "glm4"), Family(PARTIAL)),
     **dict.fromkeys(("phi3", "nemotron"), Family(LLAMA_PARTIAL)),
     **dict.fromkeys(("mamba", "falcon_mamba"), Family()),
@@ -219,19 +237,19 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen3_next": Family(LLAMA_PARTIAL, _interval, shifts=True),
     "gpt_oss": Family(LLAMA, stack="experts", biases=True),
     "deepseek_v2": Family(LLAMA, _yarn),
-    "deepseek_v3": Family(LLAMA, latent=True),
+    "deepseek_v3": Family(LLAMA, _queries, latent=True),
     "phimoe": Family(LLAMA, _with_biases),
     "granitemoe": Family(LLAMA),
     "granitemoehybrid": Family(OWN, _own_names),
     "glm4_moe": Family(LLAMA_PARTIAL, _no_scaling),
-    "glm4_moe_lite": Family(LLAMA_PARTIAL, latent=True),
+    "glm4_moe_lite": Family(LLAMA_PARTIAL, _queries, latent=True),
     "dots1": Family(LLAMA, stack="experts"),
     "ernie4_5_moe": Family(THETA, ignored=("e_score_correction_bias",)),
     "lfm2_moe": Family(OWN, names=NUMBERS, modules=DENSE),
     "nemotron_h": Family(projections=(("up_proj", "fc1"), ("down_proj", "fc2"))),
     "exaone_moe": Family(LLAMA | {"rope_parameters"}, _sparse_layers),
     "afmoe": Family(LLAMA, _full, stack="experts"),
-    "solar_open": Family(LLAMA_PARTIAL, _all_rotary),
+    "solar_open": Family(LLAMA_PARTIAL, _all_sparse),
     "mellum": Family(frozenset({"rope_parameters"}), _count),
     "minimax_m2": Family(THETA, _rotary),
     "gemma4_text": Family(frozenset({"rope_parameters", "partial_rotary_factor", "sliding_window_pattern"}), _cap),
@@ -240,38 +258,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma4": Family(keys=_outer_vocabulary, names=NESTED_NAMES, language="gemma4_text"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), Family(names=ALONE, language="qwen2")),
     "qwen3_vl": Family(names=NESTED_NAMES, language="qwen3"),
-}
-
-#: Types of models whose tensors mlx-lm leaves as they are in files, besides stacked experts: imports from mlx-lm.
-SAME_NAMES: Final = frozenset(
-    (
-        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3", "phi", "stablelm"),
-        *(
-            "cohere",
-            "cohere2",
-            "starcoder2",
-            "nemotron",
-            "helium",
-            "glm4",
-            "ernie4_5",
-            "gpt_oss",
-            "mixtral",
-            "qwen2_moe",
-            "qwen3_moe",
-        ),
-        *("olmoe", "dots1", "glm4_moe", "deepseek_v2"),
-    )
-)
-
-#: Types of models that mlx-lm builds, with other logits than transformers' or another layout of files: the difference.
-WRONG: Final[Mapping[str, str]] = {
-    "deepseek_v32": "its sparse attention differs (0.18 of the largest logit)",
-    "falcon_h1": "it multiplies weights by constants when it reads them, which quantized ones are not",
-    "glm": "it rotates all of each head, not half of it",
-    "jamba": "0.11 of the largest logit",
-    "llama4_text": "it has no experts",
-    "mamba2": "0.5 of the largest logit",
-    "minimax": "its attention is that of minimax_m2",
-    "minimax_m3_vl": "0.5 of the largest logit",
-    "olmo": "it wants the package ai2-olmo, and other names",
+    "qwen3_vl_moe": Family(names=NESTED_NAMES, language="qwen3_vl_moe_text"),
+    "qwen3_vl_moe_text": Family(LLAMA, _normalized),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), Family(OWN, _interval, shifts=True)),
+    "qwen3_5": Family(names=NESTED_NAMES[1:], language="qwen3_5_text", shifts=True),
+    "qwen3_5_moe": Family(names=NESTED_NAMES[1:], language="qwen3_5_moe_text", shifts=True),
 }

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from qkit.formats.mlx_activations import MENDED, is_near, other_activation
 from qkit.formats.mlx_families import FAMILIES
+from qkit.formats.rope import ignored_rope
 
 Config = Mapping[str, Any]
 BOTH: Final = ("qkit, MLX", "mlx-lm")
@@ -49,8 +50,6 @@ LIMITS: Final[Mapping[str, tuple[Limit, ...]]] = {
     "gpt2": (UNTIED,),
     "starcoder2": (Limit("use_bias", (False,)),),
     "qwen2_moe": (Limit("mlp_only_layers"),),
-    "deepseek_v2": (Limit("q_lora_rank", (None,), ENGINE),),
-    "deepseek_v3": (Limit("q_lora_rank", (None,), ENGINE),),
 }
 #: Types whose sliding windows mlx-lm ignores: every token sees all before it. qkit's MLX engine gives them their windows.
 WINDOWLESS: Final = ("mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
@@ -70,6 +69,8 @@ def limits_of(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if text := ignored_window(config):
         yield MLX_LM, text
     kind, inner = language(config)
+    if kind in FAMILIES and (text := ignored_rope(inner)):
+        yield MLX_LM, text
     if kind in FAMILIES and (text := other_activation(inner, kind)):
         yield MLX_LM if kind in MENDED and is_near(inner, kind) else BOTH, text
 

@@ -101,7 +101,7 @@ def restore(
         check((codes >= grid.element.lowest) & (codes <= grid.element.highest), "weight", f"a code of {grid.element}")
         return pack(QTensor(codes, scales, grid, dtype))
     if grid.has_zeros:
-        more["zeros"] = _unpacked_zeros(tensors["weight_zero_point"], grid, scale_shape)
+        more["zeros"] = zero_points(tensors["weight_zero_point"], grid, scale_shape)
     if grid.has_biases:
         more["biases"] = tensors["weight_biases"]
         check(np.isfinite(more["biases"]), "weight_biases", "finite")
@@ -157,7 +157,14 @@ def _packed_zeros(zeros: NDArray[np.uint8], grid: Grid) -> NDArray[Any]:
     return np.ascontiguousarray(packing.pack(rows_last, grid.element.bits).view(np.int32).T)
 
 
-def _unpacked_zeros(stored: NDArray[Any], grid: Grid, scale_shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def zero_points(stored: NDArray[Any], grid: Grid, scale_shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The zero points of `weight_zero_point`: one byte with a sign for a tensor, else packed along the outputs.
+
+    Raises:
+        ArtifactError: the byte is no code of the element.
+    """
     if grid.group == "tensor":
-        return packing.unsigned(stored, grid.element).reshape(scale_shape)
+        element = grid.element
+        check((stored >= element.lowest) & (stored <= element.highest), "weight_zero_point", f"a code of {element}")
+        return packing.unsigned(stored, element).reshape(scale_shape)
     return np.ascontiguousarray(packing.unpack(stored.T, grid.element.bits, scale_shape[0]).T)

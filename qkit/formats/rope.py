@@ -8,14 +8,11 @@ from typing import Any
 
 from qkit.errors import BackendError
 
-KNOWN = {
-    "default",
-    "linear",
-    "dynamic",
-    "llama3",
-    "yarn",
-    "proportional",
-}  #: types that mlx-lm and transformers compute alike
+#: Types that mlx-lm and transformers compute alike, but for `ignored_rope`.
+KNOWN = {"default", "linear", "dynamic", "llama3", "yarn", "proportional", "longrope"}
+#: Other names of types in older configurations, as transformers reads them.
+OLDER = {"mrope": "default", "su": "longrope"}
+WHOLE = "glm"  #: the type whose heads mlx-lm turns whole, whatever the configuration says; see `ignored_rope`
 THETA = ("rope_theta", "rotary_emb_base")
 PARTIAL = ("partial_rotary_factor", "rotary_pct")
 NESTED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor"}
@@ -28,7 +25,7 @@ def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str
         BackendError: mlx-lm computes another rotary embedding, or has no key for this one.
     """
     known = {name: value for name, value in config.items() if value is not None}
-    found = ropes(known)
+    found = ropes_of(known)
     for rope in found.values():
         _check(rope)
     if not found or (len(found) > 1 and "rope_parameters" in accepted):
@@ -50,12 +47,14 @@ def spell_rope(config: Mapping[str, Any], accepted: Collection[str]) -> dict[str
     if "rope_parameters" in accepted:
         return {**known, **({"rope_scaling": _scaling(rope, known)} if _scales(rope, known, accepted) else {})}
     partial = rope.get("partial_rotary_factor", 1.0) != 1.0 and rope_type(rope) != "proportional"
+    partial = partial and known.get("model_type") != WHOLE
     if partial and not set(PARTIAL).intersection(accepted):
         raise BackendError(f"mlx-lm rotates all of a {known.get('model_type')!r}'s heads, not a part of them")
     if rope_type(rope) != "default" and "rope_scaling" not in accepted:
         raise BackendError(f"mlx-lm has no rope of type {rope_type(rope)!r} for a {known.get('model_type')!r}")
-    if _scales(rope, known, accepted):
-        known["rope_scaling"] = _scaling(rope, known)
+    old = "original_max_position_embeddings"
+    if _scales(rope, known, accepted) or old in rope.keys() - known.get("rope_scaling", {old}):
+        known["rope_scaling"] = _scaling(rope, known)  # older configurations have the original length beside it
     return known
 
 
@@ -66,9 +65,39 @@ def ropes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {kind: {name: v for name, v in value.items() if v is not None} for kind, value in nested.items()}
 
 
+def ropes_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """As `ropes`, also of an older configuration, which has `rope_scaling` and `rope_theta`."""
+    if config.get("rope_parameters") or not (scaling := config.get("rope_scaling")):
+        return ropes(config)
+    older = ("rope_theta", "original_max_position_embeddings")  # where transformers puts them in
+    beside = {key: config[key] for key in older if config.get(key) is not None}
+    return {"all": {name: value for name, value in {**beside, **scaling}.items() if value is not None}}
+
+
 def rope_type(rope: Mapping[str, Any]) -> str:
     """The type of one rope, under either of the names for it."""
-    return str(rope.get("rope_type") or rope.get("type") or "default")
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    return OLDER.get(kind, kind)
+
+
+def partial_factor(config: Mapping[str, Any]) -> float:
+    """The part of a head that turns."""
+    rope = next(iter(ropes_of(config).values()), {})
+    return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
+def ignored_rope(config: Mapping[str, Any]) -> str:
+    """A sentence about a part of a rope that mlx-lm ignores; empty where there is none. qkit's MLX engine computes each."""
+    if config.get("model_type") == WHOLE and (part := partial_factor(config)) != 1.0:
+        return f"it turns all of each head of a 'glm', and not {part:g} of it"
+    for rope in ropes_of(config).values():
+        kind = rope_type(rope)
+        if kind == "yarn" and (rope.get("truncate") is False or rope.get("attention_factor") is not None):
+            key = "truncate" if rope.get("truncate") is False else "attention_factor"
+            return f"it ignores {key} of a 'yarn' rope, so that it turns queries and keys otherwise"
+        if kind == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+            return "it uses the long factors of a 'longrope' rope for short texts, too"
+    return ""
 
 
 def _one_for_all(config: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -86,15 +115,8 @@ def _one_for_all(config: Mapping[str, Any], found: Mapping[str, Mapping[str, Any
 
 
 def _check(rope: Mapping[str, Any]) -> None:
-    if rope_type(rope) == "longrope":
-        if rope.get("short_factor") != rope.get("long_factor"):
-            raise BackendError(
-                "mlx-lm uses the long factors of a 'longrope' rope for short inputs too, and torch does not"
-            )
-    elif rope_type(rope) not in KNOWN:
+    if rope_type(rope) not in KNOWN:
         raise BackendError(f"mlx-lm has no rope of type {rope_type(rope)!r}: it knows {', '.join(sorted(KNOWN))}")
-    if rope_type(rope) == "yarn" and ("attention_factor" in rope or rope.get("truncate") is False):
-        raise BackendError("mlx-lm ignores attention_factor and truncate of a 'yarn' rope")
 
 
 def _scales(rope: Mapping[str, Any], known: Mapping[str, Any], accepted: Collection[str]) -> bool:

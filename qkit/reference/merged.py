@@ -36,7 +36,8 @@ class Update:
         scale: the factor of the product.
         magnitude: `dora` only: float32 [outputs], the length of each row of the merged weight.
         dithered: whether the base is codes, whose values are spread within their cells before the product is added: `dithered`.
-        gains: float32 [outputs], of a base of codes alone: they multiply the scales of each row, see `qkit.reference.gains`.
+        gains: float32 [outputs, groups or 1, numbers], of a base of codes alone: they move its scales and biases, see
+            `qkit.reference.gains`.
 
     Raises:
         QkitError: shapes do not fit each other, or a value is not finite.
@@ -55,9 +56,14 @@ class Update:
             raise QkitError(
                 f"an adapter's A is {self.a.shape} and its B {self.b.shape}: want [rank, inputs], [outputs, rank]"
             )
-        for name, one in (("magnitude is", self.magnitude), ("gains are", self.gains)):
-            if one is not None and one.shape != self.b.shape[:-1]:
-                raise QkitError(f"an adapter's {name} {one.shape} and its B {self.b.shape}: want [outputs]")
+        if self.magnitude is not None and self.magnitude.shape != self.b.shape[:-1]:
+            raise QkitError(
+                f"an adapter's magnitude is {self.magnitude.shape} and its B {self.b.shape}: want [outputs]"
+            )
+        if self.gains is not None and (self.gains.ndim != 3 or self.gains.shape[0] != self.b.shape[0]):
+            raise QkitError(
+                f"an adapter's gains are {self.gains.shape} and its B {self.b.shape}: want [outputs, groups or 1, 1 or 2]"
+            )
         if not np.isfinite(self.scale) or not all(np.isfinite(array).all() for array in self.parts().values()):
             raise QkitError("an adapter holds a NaN or an infinity: find what made it before you use it")
 

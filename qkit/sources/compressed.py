@@ -52,7 +52,7 @@ def compressed(
             with readable():
                 group = config["config_groups"][name]
                 compressed_config.form_of(config.get("format"), group.get("format"))
-                form, shape = _form(parts, group["weights"])
+                form, shape = _form(parts, compressed_config.arguments(group["weights"]))
             codes = "weight_packed" if "weight_packed" in parts else "weight"
             known = want_type(parts["weight_scale"], dtype)
             found[join(path, "weight")] = encoded(

@@ -64,6 +64,8 @@ def packed_weight(encoded: Encoded, grid: Grid, dtype: DType, *, rows: slice = s
         check(magnitudes < last if element.name == "e4m3" else magnitudes <= last, "the codes", f"a finite {element}")
     more: dict[str, Any] = {}
     if grid.has_zeros:
+        assert found.zeros is not None
+        check(found.zeros <= element.levels, "the zero points", f"one of {element.bits} bits")
         more["zeros"] = found.zeros
     if grid.has_biases:
         assert found.offsets is not None

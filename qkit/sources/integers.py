@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.element import ELEMENTS
+from qkit.element import ELEMENTS, Element
 from qkit.errors import ArtifactError
-from qkit.formats.packed import Tensors
+from qkit.formats.packed import Tensors, check
 from qkit.reference import packing
 from qkit.sources.law import Codes
 
@@ -169,7 +169,7 @@ class Packed:
         """See `Form`."""
         element, scales = ELEMENTS[f"int{self.bits}"], parts["weight_scale"]
         if self.bytes_each:
-            signed = parts["weight"][rows]
+            signed = _inside(parts["weight"][rows], element, "weight")
         else:
             n = int(parts["weight_shape"][-1])
             words = np.ascontiguousarray(parts["weight_packed"][rows]).view(np.uint32)
@@ -192,7 +192,7 @@ class Packed:
     def _zeros(self, parts: Tensors, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         stored, element = parts["weight_zero_point"], ELEMENTS[f"int{self.bits}"]
         if stored.dtype.name != "int32":
-            return packing.unsigned(stored.reshape(shape).astype(np.int8), element)
+            return packing.unsigned(_inside(stored.reshape(shape), element, "weight_zero_point"), element)
         words = np.ascontiguousarray(stored.T).view(np.uint32)
         return np.ascontiguousarray(packing.unpack(words, self.bits, shape[0]).T)
 
@@ -237,6 +237,12 @@ class Signed:
             found = ((halves ^ np.uint8(8)).astype(np.int8) - np.int8(8)).astype(np.int8)
         scales = scales.reshape(1 if self.block[0] == count else count, -1)
         return Codes(f"int{self.bits}", found, scales if len(scales) == 1 else scales[wanted], (1, self.block[1]))
+
+
+def _inside(stored: NDArray[Any], element: Element, name: str) -> NDArray[Any]:
+    """`stored`, numbers with a byte each, which have to be codes of `element` with its sign."""
+    check((stored >= element.lowest) & (stored <= element.highest), name, f"a code of {element}")
+    return stored
 
 
 def is_contiguous(g_idx: NDArray[Any], group: int) -> bool:

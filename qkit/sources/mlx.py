@@ -1,59 +1,21 @@
-"""MLX's files: the form of every quantized weight, in all modes of `mx.quantize`.
-
-Read off MLX 0.32 (`ops.cpp`, `nn.QuantizedLinear`) and mlx-lm 0.32 (`utils.py`).
-"""
+"""MLX's files: every quantized weight of a model. Read off mlx-lm 0.32 (`utils.py`)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
-
-import numpy as np
+from typing import Any
 
 from qkit.errors import ArtifactError
 from qkit.formats import mlx_config
-from qkit.formats.mlx_families import SAME_NAMES
-from qkit.formats.packed import Tensors as Arrays
+from qkit.formats.mlx_families import FAMILIES
+from qkit.formats.mlx_lm import Container
+from qkit.formats.mlx_types import SAME_NAMES
 from qkit.formats.packed import join
 from qkit.qtensor import DType
-from qkit.reference import packing
 from qkit.sources.encoded import Encoded
-from qkit.sources.integers import Grouped
-from qkit.sources.law import Codes
-from qkit.sources.parts import FLOATS, Tensors, check_part, encoded, take, want_type
-
-PARTS: Final = ("weight", "scales", "biases")
-ELEMENTS: Final = {"mxfp4": "e2m1", "nvfp4": "e2m1", "mxfp8": "e4m3"}
-
-
-@dataclass(frozen=True, slots=True)
-class Mlx(Grouped):
-    """MLX's words: a stream of bits for each row, with scales, and in mode `affine` with float biases.
-
-    Attributes:
-        mode: `affine`, `mxfp4`, `mxfp8` or `nvfp4`.
-        bits: of a code.
-        group: codes that share a scale.
-    """
-
-    mode: str
-    bits: int
-    group: int
-
-    @property
-    def name(self) -> str:
-        """See `Form`."""
-        return f"MLX {self.mode}, {self.bits} bits, groups of {self.group}"
-
-    def codes(self, parts: Arrays, rows: slice, matrix: int) -> Codes:
-        """See `Form`."""
-        import ml_dtypes  # here, so that `import qkit` stays cheap
-
-        words, scales = parts["weight"][rows], parts["scales"][rows]
-        found = packing.unpack(np.ascontiguousarray(words), self.bits, scales.shape[-1] * self.group)
-        if self.mode == "affine":
-            return Codes(f"int{self.bits}", found, scales, (1, self.group), offsets=parts["biases"][rows])
-        scales = scales.view(ml_dtypes.float8_e4m3fn) if self.mode == "nvfp4" else scales
-        return Codes(ELEMENTS[self.mode], found, scales, (1, self.group))
+from qkit.sources.mlx_form import PARTS, Mlx
+from qkit.sources.mlx_heads import is_stack, join_heads
+from qkit.sources.mlx_stacks import Held, unstack
+from qkit.sources.parts import Tensors, encoded, take, want_type
+from qkit.storage.read import Stored
 
 
 def mlx(
@@ -62,7 +24,29 @@ def mlx(
     """The weights in MLX's layout, by name. Removes their parts from `tensors`.
 
     Raises:
-        ArtifactError: mlx-lm renames the tensors of such a model or stacks them, or see `mlx_config.containers`.
+        ArtifactError: experts are stacked in other files too, or see `weights_of` and `whole_heads`.
+    """
+    held = weights_of(tensors, settings, config)
+    found = whole_heads(tensors, held, config, dtype)
+    unstack(tensors, held, config)
+    for path, (container, shape) in held.items():
+        if len(shape) != 2:
+            raise ArtifactError(
+                f"{path} stacks experts: qkit import DIR OUT makes an artifact of it, with the same codes"
+            )
+        parts = take(tensors, path, PARTS)
+        form = _form(container)
+        scale = form.check(parts)
+        name = join(path, "weight")
+        found[name] = encoded(name, shape, dtype=want_type(scale, dtype), form=form, parts=parts, codes="weight")
+    return found
+
+
+def weights_of(tensors: Mapping[str, Stored], settings: Mapping[str, Any], config: Mapping[str, Any]) -> Held:
+    """Container and shape of each quantized weight in MLX's layout, by path.
+
+    Raises:
+        ArtifactError: mlx-lm renames the tensors of such a model, or see `mlx_config.containers`.
     """
     kind = config.get("model_type")
     if kind not in SAME_NAMES:
@@ -75,18 +59,19 @@ def mlx(
         for path in sorted(name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
         if f"{path}.weight" in tensors
     }
-    found = {}
-    for path, (container, shape) in mlx_config.containers(settings, shapes).items():
-        if len(shape) != 2:
-            raise ArtifactError(
-                f"{path} stacks experts: qkit import DIR OUT makes an artifact of it, with the same codes"
-            )
-        parts = take(tensors, path, PARTS)
-        form = Mlx(container.mode, container.bits, container.group)
-        scale = check_part(parts, "scales", FLOATS if form.mode == "affine" else ("uint8",))
-        if form.mode == "affine":
-            check_part(parts, "biases", FLOATS, scale.slot.shape)
-        check_part(parts, "weight", ("uint32",))
-        name = join(path, "weight")
-        found[name] = encoded(name, shape, dtype=want_type(scale, dtype), form=form, parts=parts, codes="weight")
+    found: Held = mlx_config.containers(settings, shapes)
     return found
+
+
+def whole_heads(tensors: Tensors, held: Held, config: Mapping[str, Any], dtype: DType | None) -> dict[str, Encoded]:
+    """The layers that mlx-lm splits by heads, as float tensors by name: see `join_heads`. Removes them from both arguments."""
+    if not FAMILIES[str(config["model_type"])].latent:
+        return {}
+    stacks = {path: (_form(container), shape) for path, (container, shape) in held.items() if is_stack(path)}
+    for path in stacks:
+        del held[path]
+    return join_heads(tensors, stacks, dtype)
+
+
+def _form(container: Container) -> Mlx:
+    return Mlx(container.mode, container.bits, container.group)

@@ -18,6 +18,7 @@ from qkit.sources.fp8 import fp8, mxfp4
 from qkit.sources.gptq import awq, gptq
 from qkit.sources.marks import Types, parts_of
 from qkit.sources.mlx import mlx
+from qkit.sources.mlx_names import renamed
 from qkit.sources.modelopt import modelopt
 from qkit.sources.parts import MOVING, Tensors, float_type, kind_of
 from qkit.sources.quark import quark
@@ -117,6 +118,9 @@ def stored_types(stored: Mapping[str, Stored]) -> Types:
 
 
 def _decoded(folder: Path, detected: Detected, tensors: dict[str, Stored], kind_of_path: Any) -> Source:
+    if detected.method == "mlx":
+        tensors, settings, config = renamed(tensors, detected.settings, detected.config or {})
+        detected = replace(detected, settings=settings, config=config)
     settings, dtype = detected.settings, float_type(detected.config, tensors)
     if detected.method == "compressed-tensors":
         found = compressed(tensors, settings, dtype, kind_of_path=kind_of_path)
@@ -134,8 +138,8 @@ def _decoded(folder: Path, detected: Detected, tensors: dict[str, Stored], kind_
         )
     if twice := sorted(found.keys() & tensors.keys()):
         raise ArtifactError(f"{twice[0]} is there as floats and as codes: remove one of them")
-    config = _with_type(detected.config, dtype)
-    return Source(folder, replace(detected, config=config), {**tensors, **found}, dropped)
+    detected = replace(detected, config=_with_type(detected.config, dtype))
+    return Source(folder, detected, {**tensors, **found}, dropped)
 
 
 def _with_type(config: dict[str, Any] | None, dtype: DType | None) -> dict[str, Any] | None:

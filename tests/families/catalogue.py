@@ -197,7 +197,7 @@ COMMON: Mapping[str, Family] = {
     "DeepSeek-V2": Family("DeepseekV2ForCausalLM", {"num_key_value_heads": 4}),
     "DeepSeek-V3": Family("DeepseekV3ForCausalLM", {"num_key_value_heads": 4}),
     "OLMoE": Family("OlmoeForCausalLM"),
-    "Phi-MoE": Family("PhimoeForCausalLM"),
+    "Phi-MoE": Family("PhimoeForCausalLM", {"attention_bias": True, "lm_head_bias": True}),
     "Granite-MoE": Family("GraniteMoeForCausalLM"),
     "Llama 4": Family("Llama4ForCausalLM"),
     "GLM 4": Family("Glm4ForCausalLM"),

@@ -5,7 +5,7 @@ from typing import Any
 
 #: Classes of transformers whose smallest configuration needs nothing beside `catalogue.SMALL`.
 PLAIN = """
-Afmoe Apertus Arcee AriaText BertGeneration=BertGenerationDecoder BigBird BioGpt BitNet Blenderbot BlenderbotSmall
+Apertus Arcee AriaText BertGeneration=BertGenerationDecoder BigBird BioGpt BitNet Blenderbot BlenderbotSmall
 CodeGen Cohere2Moe CTRL=CTRLLMHeadModel DeepseekV4 DiffLlama Doge Electra Ernie ExaoneMoe FalconMamba FlexOlmo Flint Gemma4
 Gemma4Unified Glm GPTBigCode GPTNeoXJapanese GraniteMoeShared GraniteMoeSWA GraniteSWA HunYuanMoEV1 HyperCLOVAX HYV3 HYV4
 Inkling Inkling2 Jais2 JetMoe
@@ -36,6 +36,7 @@ PAD0 = {"pad_token_id": 0}
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 #: Classes, and the keys of their configuration that they need.
 SIZED: Mapping[str, Mapping[str, Any]] = {
+    "AfmoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "AXK1ForCausalLM": LATENT,
     "DeepseekV32ForCausalLM": LATENT,
     "Glm4MoeLiteForCausalLM": LATENT,
@@ -79,6 +80,7 @@ TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 WIDE = {"head_dim": 32}  #: heads that are wider together than the hidden state
 ONE = {"num_key_value_heads": 1}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
 #: Structural variants: class and keys.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama, wide heads": ("LlamaForCausalLM", {**WIDE, **TIED}),
@@ -130,6 +132,26 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Qwen2-MoE, a dense layer": ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0], **TIED}),
     "Qwen3-MoE, a dense layer, wide heads": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0], **WIDE}),
     "gpt-oss, wide heads, tied": ("GptOssForCausalLM", {**WIDE, **TIED}),
+    "DeepSeek-V2, yarn, plain queries": (
+        "DeepseekV2ForCausalLM",
+        {**LATENT, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "DeepSeek-V3, yarn": (
+        "DeepseekV3ForCausalLM",
+        {**LATENT, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "Phi-3, longrope": (
+        "Phi3ForCausalLM",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
     "DeepSeek-V2, plain queries": ("DeepseekV2ForCausalLM", {**LATENT, "q_lora_rank": None}),
     "DeepSeek-V3, two groups, plain queries": (
         "DeepseekV3ForCausalLM",

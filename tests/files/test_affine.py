@@ -161,7 +161,9 @@ def test_families_tied_heads_and_stacks_of_experts_too(family, tmp_path):
         ("4 bits", "stored"),
     ],
 )
-def test_an_adapter_on_such_a_base_merges_into_codes_and_scales_without_a_gap(mode, scales, kind, engine, tmp_path):
+def test_an_adapter_on_such_a_base_merges_into_codes_scales_and_biases_without_a_gap(
+    mode, scales, kind, engine, tmp_path
+):
     to_artifact(read_model(converted(tmp_path, **MODES[mode])), tmp_path / "artifact")
     model, mine = qkit.load(tmp_path / "artifact", backend=engine), qkit.backend(engine)
     before = {layer.path: numpy_of(mine, layer) for layer in mine.layers(model) if layer.rule}
@@ -173,7 +175,8 @@ def test_an_adapter_on_such_a_base_merges_into_codes_and_scales_without_a_gap(mo
             b = random.standard_normal(untouched[layer.path].b.shape).astype(np.float32) * 0.05
             set_parameter(layer.module, "b", b, engine)
             if scales == "learned":
-                set_parameter(layer.module, "gains", random.standard_normal(len(b)).astype(np.float32) * 0.05, engine)
+                gains = random.standard_normal(untouched[layer.path].gains.shape).astype(np.float32) * 0.05
+                set_parameter(layer.module, "gains", gains, engine)
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     adapted = mine.logits(model, tokens)
     model = qkit.merge(model)
@@ -186,7 +189,7 @@ def test_an_adapter_on_such_a_base_merges_into_codes_and_scales_without_a_gap(mo
             for name, part in first.parts().items():
                 same = np.array_equal(q.parts()[name], part)
                 changed += name == "codes" and not same
-                moved = ("codes", "scales") if scales == "learned" else ("codes",)
+                moved = ("codes", "scales", "biases") if scales == "learned" else ("codes",)
                 assert same == (name not in moved or layer.path not in untouched), (layer.path, name)
     assert changed == len(untouched)
     qkit.save(model, tmp_path / "merged", source=tmp_path / "artifact")
@@ -216,7 +219,7 @@ def numpy_of(engine, layer):
 def set_parameter(module, name, array, engine):
     """Puts `array` in the place of B or of the gains of an adapted layer."""
     if engine == "mlx":
-        module[f"lora_{name}"] = mx.array(array.T)
+        module[f"lora_{name}"] = mx.array(array.T if name == "b" else array)
     else:
         parameter = {"b": "lora_B", "gains": "lora_gains"}[name]
         getattr(module, parameter).data.copy_(pytest.importorskip("torch").from_numpy(array))

@@ -42,6 +42,11 @@ MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NV
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
+def grouped(weights):
+    """compressed-tensors' settings with these `weights` in their one group."""
+    return {**COMPRESSED, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
 def packed(weight, random):
     words = random.integers(-(2**31), 2**31, (64, 8)).astype(np.int32)
     scales = random.random((64, 2)).astype(ml_dtypes.bfloat16)
@@ -106,6 +111,29 @@ READ = {
         "compressed-tensors pack-quantized, 4 bits",
     ),
     "compressed-tensors, nested": (packed, {"text_config": {"quantization_config": COMPRESSED}}, {}, "pack-quantized"),
+    "compressed-tensors, defaults left out": (
+        packed,
+        {"quantization_config": grouped({"num_bits": 4, "group_size": 32})},
+        {},
+        "compressed-tensors pack-quantized, 4 bits",
+    ),
+    "compressed-tensors, int8 by a tensor, all left out": (
+        lambda weight, random: {"weight": np.zeros((64, 64), np.int8), "weight_scale": np.ones(1, np.float32)},
+        {"quantization_config": {**grouped({}), "format": "int-quantized"}},
+        {},
+        "compressed-tensors int-quantized, 8 bits",
+    ),
+    "compressed-tensors, blocks as a text": (
+        lambda weight, random: {"weight": E4M3, "weight_scale": np.ones((2, 2), np.float32)},
+        {
+            "quantization_config": {
+                **grouped({"type": "float", "strategy": "block", "block_structure": "32x32"}),
+                "format": "float-quantized",
+            }
+        },
+        {},
+        "compressed-tensors, e4m3, blocks of 32 x 32",
+    ),
     "compressed-tensors until 0.5": (packed, {"compression_config": COMPRESSED}, {}, "pack-quantized"),
     "compressed-tensors under both names": (
         packed,
@@ -400,7 +428,7 @@ REFUSED |= {
             {},
             f"how mlx-lm renames the tensors of a '{kind}' is not known",
         )
-        for kind in ("deepseek_v3", "qwen2_vl", "gemma3")
+        for kind in ("kimi_linear", "qwen2_vl", "gemma3")
     },
     "HQQ without settings": (rows_of_hqq, {}, {}, r"HQQ.*" + UNSAID),
     "HQQ": (rows_of_hqq, {"quantization_config": {"quant_method": "hqq"}}, {}, "quantized by hqq"),

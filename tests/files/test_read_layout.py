@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from foreign import rewritten
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import qkit
 from qkit import reference
@@ -14,7 +16,7 @@ from qkit.artifact.verify import verify
 from qkit.exchange.diff import compare
 from qkit.exchange.import_model import read_model
 from qkit.formats import compressed_tensors, gguf, read_layout
-from qkit.formats.packed import pack
+from qkit.formats.packed import pack, unpack
 from qkit.grid import Grid
 from qkit.rules import Rule
 from qkit.testing.read_tensors import read_grids, read_tensor, read_tensors
@@ -55,6 +57,8 @@ def test_files_give_every_number_back_in_its_type(grid):
         ("e2m1-g16-stored-nvfp4", "weight_global_scale", 0, "finite, and not 0"),
         ("e4m3-row-stored", "weight", np.nan, "a finite e4m3"),
         ("e5m2-row-stored", "weight_packed", -1, "a finite e5m2"),
+        ("int4-tensor-stored-zeros", "weight_zero_point", 120, "a code of int4"),
+        ("int3-tensor-stored-zeros", "weight_zero_point", -5, "a code of int3"),
     ],
 )
 def test_damage_is_named(name, part, value, message):
@@ -73,6 +77,34 @@ def test_a_zero_point_of_more_bits_than_codes_is_refused():
         compressed_tensors.to_tensors(
             replace(q, zeros=np.where(np.arange(24).reshape(6, 4) < 2, 16, q.zeros % 16).astype(np.uint8))
         )
+
+
+@pytest.mark.parametrize(("part", "value"), [("", 0), ("weight", 8), ("weight", -100), ("weight_zero_point", 120)])
+def test_bytes_that_are_no_codes_of_so_few_bits_are_refused(part, value, tmp_path):
+    """As `int-quantized` has codes and zero points. A zero point above 127 would wrap."""
+
+    def encode(weight, random):
+        codes, zero = random.integers(-8, 8, weight.shape).astype(np.int8), np.array([-3], np.int8)
+        held = {"weight": codes, "weight_scale": np.array([0.01], np.float32), "weight_zero_point": zero}
+        if part:
+            held[part].flat[-1] = value
+        return held
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "tensor"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    rewritten(tmp_path / "m", encode, {**settings, "quantization_status": "compressed", "ignore": ["lm_head"]})
+    if not part:
+        tensors, found = load_file(tmp_path / "m" / "model.safetensors"), read_model(tmp_path / "m")
+        for path, held in found.weights.items():
+            codes, scale, zero = (tensors[f"{path}.{name}"] for name in ("weight", "weight_scale", "weight_zero_point"))
+            want = (codes.astype(np.float32) - zero) * scale
+            assert np.array_equal(reference.dequantize(replace(unpack(held.read()), dtype="float32")), want)
+        return
+    with pytest.raises(
+        qkit.ArtifactError, match=rf"_proj.*{part} holds 1 numbers, each of which should be a code of int4"
+    ):
+        read_model(tmp_path / "m").digest()
 
 
 @each_grid

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from models import make
-from runs import LENGTH, TEXT, TOKENS, losses, same_run, stopping, table
+from runs import LENGTH, TEXT, TOKENS, codes_of, losses, same_run, stopping, table
 
 import qkit
 from qkit.training import run_from_table, train_model
@@ -50,7 +50,24 @@ def test_adapters_beside_experts_merge_without_loss(family, tmp_path):
     assert np.array_equal(BE.logits(qkit.convert(merged), TOKENS[:, :-1]), trained)
 
 
-def test_adapters_on_kv_b_proj_are_refused_by_name(tmp_path):
-    model = qkit.prepare(qkit.load(make(tmp_path / "model", "deepseek_v3"), backend="mlx"), "int4-g32")
-    with pytest.raises(qkit.QkitError, match="kv_b_proj"):
-        qkit.adapt(model, qkit.Adapter(rank=4, match=("*.kv_b_proj",)))
+@pytest.mark.parametrize("quantized", [False, True], ids=["prepared", "from codes"])
+def test_a_run_with_adapters_on_kv_b_proj_resumes_and_deploys_without_a_gap(quantized, tmp_path):
+    run = settings(tmp_path, "deepseek_v3", steps=6, checkpoint_every=3, learning_rate=2e-2)
+    qkit.save(qkit.convert(qkit.load(tmp_path / "model", backend="mlx"), "int4-g32"), tmp_path / "codes")
+    run["adapter"] = {"rank": 4, "match": ["*.kv_b_proj"]}
+    if quantized:
+        run = {**run, "model": str(tmp_path / "codes")}
+        del run["recipe"]
+    with stopping(3) as tell:
+        train_model(run_from_table(run), tell=tell)
+    train_model(run_from_table(run))
+    train_model(run_from_table({**run, "out": str(tmp_path / "whole")}))
+    assert same_run(tmp_path / "out", tmp_path / "whole")
+    found = losses(tmp_path / "out")
+    assert found[-1] < found[0]
+    before, after = codes_of(tmp_path / "codes"), codes_of(tmp_path / "out")
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved
+    assert all(path.endswith("kv_b_proj") for path in moved)
+    one, other = (qkit.load(tmp_path / name, backend="mlx") for name in ("out", "whole"))
+    assert np.array_equal(BE.logits(one, TOKENS), BE.logits(other, TOKENS))

@@ -16,15 +16,16 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding, stored
-from qkit_mlx.arithmetic.gains import gained, slopes
+from qkit_mlx.arithmetic.gains import gained
 from qkit_mlx.arithmetic.merged import dithered, merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
 from qkit_mlx.kernels import choose
-from qkit_mlx.layers import adapted_experts, experts, fused
+from qkit_mlx.layers import adapted_experts, adapted_latent, experts, fused
 from qkit_mlx.layers.adapted_product import Merging, multiply
 from qkit_mlx.layers.become import become
 from qkit_mlx.layers.converted import CONVERTED, STORED, PackedLinear, PlainLinear, pack_linear, unpack
+from qkit_mlx.layers.latent import Halves
 from qkit_mlx.layers.prepared import GATES, FakeLinear, evaluate_packed, quantizes
 from qkit_mlx.layers.straight_through import fake_quantize
 from qkit_mlx.mlx_private import frozen_names
@@ -193,11 +194,11 @@ class _AdaptedConverted(_Adapted):
         if not quantizes(self):
             return Merging(
                 self, CODES, decoded, self.lora_scale, "float32", "identity", True, lambda merged, *_: merged, unclipped,
-                lambda _: slopes(unpack(self)),
+                lambda _: unpack(self),
             )  # fmt: skip
         return Merging(
             self, CODES, base, self.lora_scale, "float32", self.rule.ste, grid.by_rows, on_grid, unclipped,
-            lambda merged: slopes(self._codes(merged)),
+            self._codes,
         )  # fmt: skip
 
     def _on_grid(self, x: mx.array, grid: Grid | None, name: str) -> mx.array:
@@ -216,6 +217,8 @@ class AdaptedPlain(_AdaptedConverted, PlainLinear):
 
 def adapt(module: Any, update: Update) -> Any:
     """See the protocol's `adapt`."""
+    if isinstance(module, Halves):
+        return adapted_latent.adapt(module, update)
     if isinstance(module, CONVERTED):
         layer = become(module, AdaptedPacked if isinstance(module, PackedLinear) else AdaptedPlain)
         layer.cached_peak = LastValue()
@@ -235,6 +238,8 @@ def adapt(module: Any, update: Update) -> Any:
 
 def adapter_update(module: Any) -> Update:
     """See the protocol's `adapter_update`."""
+    if isinstance(module, Halves):
+        return adapted_latent.adapter_update(module)
     a, b, m, gains = (np.array(module[name].astype(mx.float32)) if name in module else None for name in NAMES)
     assert a is not None
     assert b is not None
@@ -243,6 +248,8 @@ def adapter_update(module: Any) -> Update:
 
 def merge_adapter(module: Any) -> Any:
     """See the protocol's `merge_adapter`."""
+    if isinstance(module, Halves):
+        return adapted_latent.merge_adapter(module)
     if experts.parts(module):
         return adapted_experts.merge_adapter(module)
     if isinstance(module, CONVERTED):
@@ -262,5 +269,5 @@ def train_only_adapters(model: nn.Module) -> None:
     """See the protocol's `train_only_adapters`."""
     model.freeze()
     for module in model.modules():
-        if isinstance(module, (_Adapted, adapted_experts.AdaptedStack)):
+        if isinstance(module, (_Adapted, adapted_experts.AdaptedStack, adapted_latent.AdaptedHalf)):
             frozen_names(module).difference_update(NAMES)

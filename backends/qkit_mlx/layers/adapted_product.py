@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from qkit.qtensor import DType, dtype_of
-from qkit.reference.gains import UNIT
+from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.rules import Ste
 from qkit_mlx.arithmetic import rounding
+from qkit_mlx.arithmetic.gains import to_gains
 from qkit_mlx.arithmetic.merged import added, merged, row_norms, shorten, through
 
 LARGE: Final = 2**20  #: numbers in a weight that is computed in blocks
@@ -36,7 +36,7 @@ class Merging:
         by_rows: whether `on_grid` takes some of the rows, too.
         on_grid: the values of a merged weight, and of gains if scales train; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
-        slopes: of the values of a merged weight along the factors of its scales, for the gradient of gains.
+        codes: those of a merged weight, before gains, for the gradient of these.
     """
 
     layer: Any
@@ -48,7 +48,7 @@ class Merging:
     by_rows: bool
     on_grid: Callable[..., mx.array]
     unclipped: Callable[[mx.array], mx.array]
-    slopes: Callable[[mx.array], mx.array] | None = None
+    codes: Callable[[mx.array], QTensor[mx.array]] | None = None
 
 
 def multiply(
@@ -57,7 +57,7 @@ def multiply(
     """x [..., inputs] times the values, in the type of `x`, of the base merged with `factors` (A, B, magnitudes), plus `bias`.
 
     Args:
-        gains: those of the rows [outputs], if scales train.
+        gains: those of the scales and biases [outputs, groups or 1, numbers], if these train.
     """
     several, scaled = len(factors), [] if gains is None else [gains]
     trained = several + len(scaled)
@@ -90,12 +90,12 @@ def multiply(
             if merging.ste == "masked":
                 to_v = rounding.masked(to_v, merging.unclipped(_merged(merging, base, factors)))
             gradients = through(to_v, base, *factors, scale=merging.scale)
-        to_gains = []
+        of_gains = []
         for one in gains:
             with _after(merging, [to_x]):
-                to_gains.append(_to_gains(merging, mx.depends(factors, [to_x]), one, rows, seen))
+                of_gains.append(_to_gains(merging, mx.depends(factors, [to_x]), one, rows, seen))
         to_bias = [rows.sum(axis=0)] if len(more) > trained else []
-        return (to_x, *gradients, *to_gains, *to_bias)
+        return (to_x, *gradients, *of_gains, *to_bias)
 
     function: Any = mx.custom_function(forward)
     function.vjp(backward)
@@ -115,13 +115,11 @@ def _values(merging: Merging, factors: Sequence[mx.array], gains: Sequence[mx.ar
 def _to_gains(
     merging: Merging, factors: Sequence[mx.array], gains: mx.array, rows: mx.array, seen: mx.array
 ) -> mx.array:
-    """The gradient of the gains [outputs], from that of the output [n, outputs] and the input [n, inputs]."""
+    """The gradient of `gains`, from that of the output [n, outputs] and the input [n, inputs]."""
 
-    def gradient(v: mx.array, some: slice, _: mx.array) -> mx.array:
-        assert merging.slopes is not None
-        moved = seen @ merging.slopes(v).astype(seen.dtype).T
-        total = (rows[:, some].astype(mx.float32) * moved.astype(mx.float32)).sum(axis=0)
-        return (UNIT * total).astype(gains.dtype)
+    def gradient(v: mx.array, some: slice, scaled: mx.array) -> mx.array:
+        assert merging.codes is not None
+        return to_gains(rows[:, some], seen, merging.codes(v), scaled).astype(gains.dtype)
 
     return _by_blocks(merging, factors, [gains], gradient)
 

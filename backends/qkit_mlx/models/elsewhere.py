@@ -4,7 +4,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from qkit.formats.mlx_families import FAMILIES, WRONG
+from qkit.formats.mlx_families import FAMILIES
+from qkit.formats.mlx_types import OTHERWISE, WRONG
 from qkit.reference.merged import Update
 from qkit_mlx.layers import latent, learned
 from qkit_mlx.layers.experts import parts, restore_experts
@@ -41,7 +42,8 @@ class Elsewhere(Watching):
         kind = config_of(model).get("model_type")
         if kind is None or not self.knows(model):
             return ""
-        if why := WRONG.get(kind):
+        mended = hasattr(model, "qkit_config")
+        if why := WRONG.get(kind, "" if mended else OTHERWISE.get(kind, "")):
             return f"mlx-lm computes another {kind!r} than transformers: {why}"
         if kind in FAMILIES:
             return ""

@@ -10,6 +10,7 @@ from qkit.engines.layer import Layer, Stage
 from qkit.experts import INTERLEAVED, module_name, types_of
 from qkit.rules import Kind
 from qkit_mlx.layers import experts, latent
+from qkit_mlx.layers.adapted_latent import AdaptedHalf
 from qkit_mlx.layers.converted_experts import CONVERTED_STACKS
 from qkit_mlx.layers.prepared import mode_of
 from qkit_mlx.layers.stacks import FakeSwitchLinear
@@ -55,7 +56,7 @@ def layer_of(path: str, module: Any, model: Any) -> Layer | None:
         shape = (sum(half.heads * half.rows for half in found), found[0].inputs)
     else:
         shape = tuple(latent.weight_of(halves).shape)
-    return _layer(place, "linear", shape, halves, found)
+    return _layer(place, "linear", shape, halves, found, adapter=getattr(found[1], "adapter", ""))
 
 
 def places(present: Mapping[str, nn.Module], model: Any) -> dict[str, nn.Module]:
@@ -93,7 +94,8 @@ def _layer(path: str, kind: Kind, shape: tuple[int, ...], module: Any, found: li
     first = found[0]
     stage: Stage = "prepared" if isinstance(first, FAKE) else "converted" if isinstance(first, CONVERTED) else "float"
     rule = None if stage == "float" else first.rule
-    mode = mode_of(first) if stage == "prepared" else "on"
+    gated = stage == "prepared" or isinstance(first, AdaptedHalf)
+    mode = mode_of(first) if gated else "on"
     if stage == "converted":
         slow = next((part.execution for part in found if not part.execution.native), first.execution)
         more |= {"native": slow.native, "execution": slow.text}

@@ -10,8 +10,9 @@ import mlx.nn as nn
 from mlx_lm.utils import _decode_tagged_floats, _get_classes
 
 from qkit.errors import BackendError, QkitError
-from qkit.formats.mlx_families import FAMILIES, WRONG, Family, read_config
+from qkit.formats.mlx_families import FAMILIES, Family, read_config
 from qkit.formats.mlx_limits import without_place
+from qkit.formats.mlx_types import WRONG
 from qkit_mlx.models.mended import mend
 from qkit_mlx.models.rope import check_rope
 

@@ -1,4 +1,4 @@
-"""Blocks of mlx-lm that qkit's engine computes as transformers does: sliding windows, and activations, that mlx-lm ignores."""
+"""Parts of mlx-lm's models that qkit's engine computes as transformers does: windows, activations, ropes, choices of experts."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -6,11 +6,16 @@ from typing import Any, Final
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import gemma, gpt_bigcode, gpt_neox, starcoder2
+from mlx_lm.models import ernie4_5_moe, gemma, glm, gpt_bigcode, gpt_neox, jamba, starcoder2
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.deepseek_v2 import DeepseekV2YarnRotaryEmbedding
+from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE
 
+from qkit.errors import BackendError
 from qkit.formats.mlx_activations import asked, is_near
 from qkit.formats.mlx_limits import language, sliding_layers
+from qkit.formats.rope import partial_factor, rope_type, ropes_of
+from qkit.formats.rope_frequencies import long_factor, original_length, plain_waves, yarn_factor, yarn_waves
 
 Module = type[nn.Module]
 #: Functions by qkit's names of activations.
@@ -22,10 +27,20 @@ BLOCKS: Final[Mapping[str, tuple[Module, str, str]]] = {
     "starcoder2": (starcoder2.MLP, "c_fc", "c_proj"),
     "gemma": (gemma.MLP, "gate_proj", "down_proj"),
 }
+#: mlx-lm's modules by the type of rope that they compute.
+SCALED: Final[Mapping[type[nn.Module], str]] = {
+    YarnRoPE: "yarn",
+    DeepseekV2YarnRotaryEmbedding: "yarn",
+    SuScaledRoPE: "longrope",
+}
 
 
 def mend(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Gives blocks of `model` the sliding window and the activation of `config`, where mlx-lm has others."""
+    """Gives parts of `model` the window, the activation, the scaled rope and the choice of experts that `config` asks for.
+
+    Raises:
+        BackendError: the configuration has several scaled ropes, and mlx-lm does not say which of them a layer has.
+    """
     window, slides = sliding_layers(config)
     for layer, slide in zip(model.layers if slides else (), slides, strict=False):
         if slide:
@@ -35,6 +50,99 @@ def mend(model: nn.Module, config: Mapping[str, Any]) -> None:
     for module in model.modules() if kind in BLOCKS and is_near(inner, kind) else ():
         if type(module) is BLOCKS[kind][0]:
             module.__class__ = _activated(kind, asked(inner, kind))
+    for module in model.modules():
+        if type(module) in SCALED:
+            _scale(module, SCALED[type(module)], inner)
+        elif type(module) is ernie4_5_moe.Ernie4_5_MoeMLP:
+            module.__class__ = BiasedChoice
+            module["moe_statics"] = Statistics(module.args.moe_num_experts)
+        elif type(module) is jamba.JambaSparseMoeBlock:
+            module.__class__ = PlainScores
+        elif type(module) is glm.GLMAttention:
+            module.rope.dims = int(module.head_dim * partial_factor(inner))
+
+
+def _scale(module: Any, kind: str, config: Mapping[str, Any]) -> None:
+    """Gives a rope of mlx-lm's the waves and factors of transformers."""
+    found: list[dict[str, Any]] = []
+    for rope in ropes_of(config).values():
+        if rope_type(rope) == kind and rope not in found:
+            found.append(rope)
+    if len(found) > 1:
+        raise BackendError(f"mlx-lm has {len(found)} ropes of type {kind!r}, and does not say which layer has which")
+    for rope in found:
+        if kind == "yarn":
+            module._freqs = mx.array(yarn_waves(rope, config, width=2 * module._freqs.size))  # noqa: SLF001  its only name
+            module.mscale = yarn_factor(rope)
+        else:
+            module.__class__ = LongRope
+            module.set_factors(rope, config)
+
+
+class Statistics(nn.Module):
+    """The biases of the choice of experts, which mlx-lm's Ernie 4.5 leaves out. They do not train, as in transformers."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.e_score_correction_bias = mx.zeros((1, count))
+        self.freeze()
+
+
+class BiasedChoice(ernie4_5_moe.Ernie4_5_MoeMLP):
+    """Experts of Ernie 4.5, chosen by their probabilities and biases, and weighed by their probabilities."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> the same shape."""
+        gates = self.gate_act(self.gate(x).astype(mx.float32))
+        by = gates + self.moe_statics.e_score_correction_bias[0].astype(mx.float32)
+        chosen = mx.stop_gradient(mx.argpartition(-by, kth=self.k - 1, axis=-1)[..., : self.k])
+        scores = mx.take_along_axis(gates, chosen, axis=-1)
+        scores = scores / mx.maximum(scores.sum(axis=-1, keepdims=True), 1e-12)
+        y = self.switch_mlp(x, chosen)
+        out: mx.array = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+class PlainScores(jamba.JambaSparseMoeBlock):
+    """Experts of Jamba, weighed by their probabilities among all experts, which mlx-lm scales to a sum of one."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., inputs] -> the same shape."""
+        gates = mx.softmax(self.router(x), axis=-1, precise=True)
+        k = self.num_experts_per_tok
+        chosen = mx.stop_gradient(mx.argpartition(-gates, kth=k - 1, axis=-1)[..., :k])
+        scores = mx.take_along_axis(gates, chosen, axis=-1)
+        out: mx.array = (self.switch_mlp(x, chosen) * scores[..., None]).sum(axis=-2)
+        return out
+
+
+class LongRope(SuScaledRoPE):
+    """A longrope whose factors depend on the length of the text, as in transformers."""
+
+    def set_factors(self, rope: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Takes the factors of `rope`. transformers gives phimoe the short waves at any length, and two factors of its own."""
+        waves = mx.array(plain_waves(rope, config, width=self.dim))
+        short, long = (mx.array(rope[f"{name}_factor"], mx.float32) * waves for name in ("short", "long"))
+        self.original_max_position_embeddings = original_length(rope, config)
+        if config.get("model_type") == "phimoe":
+            self._short, self._long = (float(rope["short_mscale"]), short), (float(rope["long_mscale"]), short)
+        else:
+            factor = long_factor(rope, config)
+            self._short, self._long = (factor, short), (factor, long)
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """x [..., tokens, width] -> the same shape; `offset` is the number of tokens before them."""
+        end: Any = offset + x.shape[-2]
+        scale: Any
+        if isinstance(end, mx.array):  # of several texts, the longest
+            longer = mx.max(end) > self.original_max_position_embeddings
+            both: Any = zip(self._long, self._short, strict=True)
+            scale, waves = (mx.where(longer, long, short) for long, short in both)
+            scale = scale.astype(x.dtype)
+        else:
+            scale, waves = self._long if end > self.original_max_position_embeddings else self._short
+        part = mx.concatenate([x[..., : self.dim] * scale, x[..., self.dim :]], axis=-1)
+        return mx.fast.rope(part, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=waves)
 
 
 @cache

@@ -85,7 +85,11 @@ def translated(
     if {name: array.shape for name, array in arrays.items()} == wanted:
         known = [entry for entry in entries if entry.name in arrays]
         return {own: a for entry in known for own, a in zip(entry.own, entry.split(arrays[entry.name]), strict=True)}
-    return _sanitized(arrays, model, blocks) if hasattr(model, "sanitize") else arrays
+    if not hasattr(model, "sanitize"):
+        return arrays
+    ends = _family(model).ignored
+    own = {name: array for name, array in arrays.items() if ends and name.endswith(ends) and name in stored}
+    return _sanitized({name: a for name, a in arrays.items() if name not in own}, model, blocks) | own
 
 
 def _sanitized(arrays: Arrays, model: Any, blocks: Mapping[str, Layer]) -> dict[str, mx.array]:

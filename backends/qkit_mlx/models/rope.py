@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 from qkit.errors import BackendError
-from qkit.formats.rope import rope_type, ropes
+from qkit.formats.rope import rope_type, ropes_of
 
 
 def check_rope(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -16,7 +16,7 @@ def check_rope(model: nn.Module, config: Mapping[str, Any]) -> None:
         BackendError: a rotary embedding of `model` is not in `config`.
     """
     text = config.get("text_config")
-    found = ropes({**config, **(text if isinstance(text, dict) else {})})
+    found = ropes_of({**config, **(text if isinstance(text, dict) else {})})
     wanted = [
         (
             float(rope.get("rope_theta") or config["rope_theta"]),

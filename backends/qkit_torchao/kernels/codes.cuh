@@ -112,11 +112,15 @@ struct Four { u32 words[4], odds[4]; };
 
 // Code registers --------------------------------------------------------------------------------------------------------------
 
+// Codes of 8 bits, less 128: 128 and seven bits, less 256, or less 128 where the eighth is set.
+DEVICE u32 less_128(u32 word) {
+    return minus(masked(word, 0x007F007F, 0x43004300), flipped(word, 0x00800080, 0x43804380));
+}
+
 // Codes i and i + 16 / HIGH as bfloat16, exact, less `zero`: of integers, 128 + zero in both halves, or 2^23 + zero for 8 bits.
 DEVICE u32 number(u32 word, u32 odds, u32 i, u32 zero) {
-#if ELEMENT == 0 && HIGH == 8 && !ZEROS && !BIASES  // 128 and seven bits, less 256, or less 128 where the eighth is set
-    word = turned(word, 8 * i);
-    return minus(masked(word, 0x007F007F, 0x43004300), flipped(word, 0x00800080, 0x43804380));
+#if ELEMENT == 0 && HIGH == 8 && !ZEROS && !BIASES
+    return less_128(turned(word, 8 * i));
 #elif ELEMENT == 0 && HIGH == 8
     float even = as_float(bytes_of(word, 0x4B000000, 0x7440 + i)) - as_float(zero);
     float odd = as_float(bytes_of(word, 0x4B000000, 0x7442 + i)) - as_float(zero);

@@ -54,7 +54,7 @@ def merged(
         spread: whether the codes are spread within their cells; `spreads` must accept the grid.
         on_grid: whether the values on `grid`, which `quantizes` must accept, are returned in its place.
         out: the type of the result; `dtype` if None.
-        gains: float32 [outputs], of the scales of these values, or of the base; `takes_gains` must accept the grid.
+        gains: float32 [outputs, 1, 1], of the scales of these values, or of the base; `takes_gains` must accept the grid.
     """
     outputs, inputs = b.shape[0], a.shape[1]
     first, *rest = (base,) if isinstance(base, Tensor) else base

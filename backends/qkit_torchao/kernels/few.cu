@@ -3,8 +3,8 @@
 // The count of instructions limits one row, so codes are multiplied before their scales. `mma` sums over the codes of four lanes, which
 // have groups of their own; but of its eight columns, x needs one. So lane t of those has columns 2 t and 2 t + 1, where all
 // other lanes have zeros: they sum the codes of its group, times x. Those are two rows of x, or two groups of four words.
-// Integers enter as 128 + code, without a subtraction; a row of ones finds the sum of x, which takes 128 and zero points away, and
-// by which biases are multiplied.
+// Integers enter as 128 + code, without a subtraction, those of 8 bits as code - 128; a row of ones finds the sum of x, which takes
+// 128 and zero points away, and by which biases are multiplied.
 //
 // Constants beside those of `codes.cuh`, XS being 0 and EIGHTS 1:
 //   BRINGS: whether weights are brought to the second cache while the predecessor in the stream still runs.
@@ -12,7 +12,7 @@
 
 #include "codes.cuh"
 
-constexpr bool SHIFTED = ELEMENT == 0 && HIGH != 8;  // whether integers have 128 more
+constexpr bool SHIFTED = ELEMENT == 0 && (HIGH != 8 || ZEROS || BIASES);  // whether integers have 128 more or less
 constexpr u32 ONE = 0x3F803F80;
 constexpr u32 ZEROES = 32;  // eights of columns
 
@@ -21,10 +21,15 @@ DEVICE u32 operand(u32 word, u32 odds, u32 i, u32 zero) {
 #if ELEMENT == 0 && HIGH != 8
     u32 codes = LOW ? turned(i % 2 ? odds : word, i / 2 * 2 * HIGH) : turned(word, HIGH * i);
     return masked(codes, ((1u << BITS) - 1) * 0x10001, 0x43004300);
+#elif ELEMENT == 0
+    return less_128(turned(word, 8 * i));
 #else
     return number(word, odds, i, zero);
 #endif
 }
+
+// The number of which the sum of x takes away as many times, for an integer with a zero point.
+DEVICE float shift_of(u32 zero) { return HIGH == 8 ? (float)zero - 128.0f : as_float(0x43000000 | zero << 16); }
 
 // x [count, inputs] times codes [outputs, stride] -> out [count, outputs]; with `experts`, row blockIdx.y by the codes of its own.
 // Two rows without `experts` only where units have four words or more. Arguments as those of `multiply`. Dynamic shared memory
@@ -154,7 +159,7 @@ ENTRY multiply_few(
             for (u32 e = 0; e < 2; e++) {
                 float sum = c[r / 2][r % 2 * 2 + e];
                 u32 u = SCALED == 2 ? e : 0;
-                if (SHIFTED) sum -= as_float(0x43000000 | zero[r][u] << 16) * x_sums[e];  // 128 and the zero point
+                if (SHIFTED) sum -= shift_of(zero[r][u]) * x_sums[e];
                 total[r][e] += s[r][u] * sum;
                 if (BIASES) total[r][e] += bias_of_group[r][u] * x_sums[e];
             }

@@ -14,7 +14,6 @@ from qkit.reference.merged import Update
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding, stored
 from qkit_torchao.arithmetic.gains import gained as gain
-from qkit_torchao.arithmetic.gains import slopes
 from qkit_torchao.kernels import choose, merge
 from qkit_torchao.layers import (
     adapted_experts,
@@ -203,11 +202,11 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
         off, gains = self.mode == "off", self.lora_gains
         scaled = None if gains is None else gains.detach()
-        spread, like = self.lora_dithered and not off, self.get_buffer("scales")
+        spread, words = self.lora_dithered and not off, self.execution.layout == "words"
         kinds, options = (self.lora_scale, torch.float32, grid), {"spread": spread, "gained": gains is not None}
-        one_pass = self.execution.layout == "words" and merge.is_one_pass(grid, like, self.in_features, **options)
+        one_pass = words and merge.is_one_pass(grid, self.get_buffer("scales"), self.in_features, **options)
         kernel, slope = (at_once, along) if one_pass else (None, None)
-        more = self._unclipped, kernel, lambda w: slopes(converted.unpack(self) if off else self.new_codes(w)), slope
+        more = self._unclipped, kernel, lambda w: converted.unpack(self) if off else self.new_codes(w), slope
         if off:
             return Merging(self._beside, self.lora_scale, torch.float32, "identity", torch.detach, *more)
         return Merging(self.base, self.lora_scale, torch.float32, self.rule.ste, on_grid, *more)

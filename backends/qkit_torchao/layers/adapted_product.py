@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qkit.reference.gains import UNIT
+from qkit.qtensor import QTensor
 from qkit.rules import Ste
+from qkit_torchao.arithmetic.gains import slopes, to_gains
 from qkit_torchao.arithmetic.merged import added, row_norms, shorten, stored, stretch
 from qkit_torchao.kernels import merge
 
@@ -29,9 +30,9 @@ class Merging:
         ste: of the grid. `identity` where the layer is off.
         on_grid: the values of a merged weight, without a gradient; the weight itself where the layer is off.
         unclipped: where a merged weight is not clipped, for `masked`.
-        slopes: of the values of a merged weight along the factors of its scales, for the gradient of gains; None without gains.
+        codes: those of a merged weight, before gains, for the gradient of these; None without gains.
         at_once: one kernel: base, B, A and the type of the result -> the values; None where there is none.
-        slopes_at_once: one kernel: B, A and the type of the result -> `slopes`; None where there is none.
+        slopes_at_once: one kernel: B, A and the type of the result -> the slopes of `codes`; None where there is none.
     """
 
     base: Callable[[], Tensor] | None
@@ -41,7 +42,7 @@ class Merging:
     on_grid: Callable[[Tensor], Tensor]
     unclipped: Callable[[Tensor], Tensor]
     at_once: Callable[[Tensor | None, Tensor, Tensor, torch.dtype], Tensor] | None = None
-    slopes: Callable[[Tensor], Tensor] | None = None
+    codes: Callable[[Tensor], QTensor[Tensor]] | None = None
     slopes_at_once: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None
 
 
@@ -81,22 +82,22 @@ class _Product(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.merging, ctx.dtype = merging, dtype
-        ctx.save_for_backward(x, w, b, a, magnitude)
+        ctx.save_for_backward(x, w, b, a, magnitude, gains)
         return F.linear(x, _values(w, b, a, magnitude, merging, dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, a, magnitude = ctx.saved_tensors
+        x, w, b, a, magnitude, gains = ctx.saved_tensors
         gradient, merging = gradients[0], ctx.merging
         with torch.autocast(gradient.device.type, enabled=False):
-            to_x = to_w = to_bias = to_magnitude = to_gains = None
+            to_x = to_w = to_bias = to_magnitude = of_gains = None
             rows, seen = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
             if ctx.needs_input_grad[0]:
                 values = _values(w, b, a, magnitude, merging, ctx.dtype)
                 to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
             if ctx.needs_input_grad[5]:
-                slopes = _slopes(w, b, a, magnitude, merging, seen.dtype)
-                to_gains = UNIT * (rows.float() * (seen @ slopes.T)).sum(dim=0)
+                along, scales = _slopes(w, b, a, magnitude, merging, seen.dtype)
+                of_gains = to_gains(rows, seen, along, scales, gains).to(gains.dtype)
             if magnitude is not None and merging.ste != "masked" and not ctx.needs_input_grad[1]:
                 stretched, to_magnitude = _through_magnitude(
                     rows, seen, _base(merging, w), b, a, magnitude, merging.scale
@@ -112,7 +113,7 @@ class _Product(torch.autograd.Function):
                 to_b, to_a = _by_rank(rows, seen, b, a, merging.scale)
             if ctx.needs_input_grad[6]:
                 to_bias = rows.sum(dim=0)
-        return to_x, to_w, to_b, to_a, to_magnitude, to_gains, to_bias, None, None
+        return to_x, to_w, to_b, to_a, to_magnitude, of_gains, to_bias, None, None
 
 
 def _base(merging: Merging, w: Tensor | None) -> Tensor:
@@ -132,11 +133,13 @@ def _values(
 
 def _slopes(
     w: Tensor | None, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging, dtype: torch.dtype
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """The slopes of values along the factors of scales, and the scales, where biases may have gains too."""
     if merging.slopes_at_once is not None and magnitude is None:
-        return merging.slopes_at_once(b.detach(), a.detach(), dtype)
-    assert merging.slopes is not None
-    return merging.slopes(_merged(_base(merging, w), b, a, magnitude, merging)).to(dtype)
+        return merging.slopes_at_once(b.detach(), a.detach(), dtype), None
+    assert merging.codes is not None
+    q = merging.codes(_merged(_base(merging, w), b, a, magnitude, merging))
+    return slopes(q), q.scales
 
 
 def _merged(base: Tensor, b: Tensor, a: Tensor, magnitude: Tensor | None, merging: Merging) -> Tensor:

@@ -12,7 +12,10 @@ from qkit.rules import Rule
 from qkit_torchao.layers import straight_through
 from qkit_torchao.layers.shown import Shown
 from qkit_torchao.layers.stacks import Stack
+from qkit_torchao.torch_private import children, is_read_by, parameter
 
+#: Python modules that want parameters themselves: they add adapters to them, merge them, or put others in their place.
+OWNERS = ("torch.nn.utils.parametrize", "peft.tuners.lora.layer")
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}  #: those that `class_of` made
 
 
@@ -35,8 +38,20 @@ class Experts(Shown):
         Raises:
             BackendError: something else computes the weights, such as peft's adapters on parameters of experts.
         """
-        if hasattr(self, "parametrizations"):
-            raise self.computed_elsewhere()
+        if "parametrizations" in children(self):
+            return self.forward_beside(*inputs, **named)
+        return self.compute(*inputs, **named)
+
+    def forward_beside(self, *inputs: Any, **named: Any) -> Any:
+        """The forward of experts to whose parameters something else adds.
+
+        Raises:
+            BackendError: the experts have no parameters of their own to add to.
+        """
+        raise self.computed_elsewhere()
+
+    def compute(self, *inputs: Any, **named: Any) -> Any:
+        """The forward with the weights that the attributes of the stacks' names have."""
         if not self.rule.slots or self._is_off():
             return super().forward(*inputs, **named)
         if self.rule.range != "dynamic" or self.rule.activation is None:
@@ -59,7 +74,8 @@ class Experts(Shown):
         """The refusal of weights that another program computes."""
         return BackendError(
             f"a parametrization computes the weights of {self.base.__name__}, as peft's target_parameters do, and would pass by "
-            "their grid: take it off, and give experts adapters by qkit.adapt; or leave experts float by a rule"
+            "their grid: only peft's LoRA on prepared experts is known; give others adapters by qkit.adapt, or leave them float "
+            "by a rule"
         )
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -144,6 +160,9 @@ def class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...])
 
 def _class_of(kind: type[Experts], base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def read(name: str, self: Any) -> Any:
+        own = parameter(self, name)
+        if own is not None and not torch.compiler.is_compiling() and is_read_by(*OWNERS):
+            return own
         return self.values_of(next(stack for stack in self.stacks if stack.name == name))
 
     properties = {name: property(partial(read, name)) for name in names}

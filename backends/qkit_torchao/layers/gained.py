@@ -1,4 +1,4 @@
-"""Values of codes whose scales train: `arithmetic.gains`, with its gradient where a compiler or a transform takes operations.
+"""Values of codes with gains: `arithmetic.gains`, with its gradient where a compiler or a transform takes operations.
 
 Eager code has the product of `adapted_product`, which stores no values.
 """
@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from qkit.qtensor import QTensor
-from qkit.reference.gains import UNIT
+from qkit.reference.gains import SHIFT, UNIT
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.gains import gained, slopes
 
 
 def values(q: QTensor[Tensor], gains: Tensor) -> Tensor:
-    """The values of `q` in float32, its scales times the gains, with the gradient of the gains."""
-    found = rounding.dequantize(gained(replace(q, dtype="float32"), gains))
+    """The values of `q` in float32 with `gains` of its scales and biases, and their gradient."""
+    found: Tensor = rounding.dequantize(gained(replace(q, dtype="float32"), gains))
     if not torch.is_grad_enabled():
         return found
-    moved = gains[:, None] * (slopes(q) * UNIT)
-    return found + (moved - moved.detach())
+    by_group = slopes(q).unflatten(1, (gains.shape[1], -1))
+    moved = gains[..., :1] * (by_group * UNIT)
+    if gains.shape[2] == 2:
+        moved = moved + (gains[..., 1] * (SHIFT * q.scales.float()))[..., None]
+    moved = moved.flatten(1)
+    straight: Tensor = found + (moved - moved.detach())
+    return straight
 
 
 def values_of(w: Tensor, q: QTensor[Tensor], gains: Tensor, inside: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from qkit_torchao.layers.experts import Experts, class_of
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.stack_gradients import stacked, with_gradient
 from qkit_torchao.layers.stacks import Stack, stacks_of
-from qkit_torchao.torch_private import parameter, remove_buffers
+from qkit_torchao.torch_private import children, parameter, remove_buffers
 
 _values: Store[KeptOfTensor[Tensor]] = Store()
 
@@ -42,6 +42,25 @@ class FakeExperts(Experts):
         if not self.training and not torch.compiler.is_compiling():
             self._each(KeptOfTensor.drop)
         return super().forward(*inputs, **named)
+
+    def forward_beside(self, *inputs: Any, **named: Any) -> Any:
+        """The forward while peft's `target_parameters` add to the weights: to their values on the grid.
+
+        Raises:
+            BackendError: something else computes the weights, or they have adapters of qkit's besides.
+        """
+        lists: Any = self.parametrizations
+        foreign = [one for each in lists.values() for one in each if not type(one).__module__.startswith("peft.")]
+        if foreign or self.adapter:
+            raise self.computed_elsewhere()
+        mine = [stack for stack in self.stacks if stack.name in lists]
+        for stack in mine:
+            lists[stack.name].insert(0, _OnGrid(self, stack))
+        try:
+            return self.compute(*inputs, **named)
+        finally:
+            for stack in mine:
+                del lists[stack.name][0]
 
     def _is_off(self) -> bool:
         return self.mode == "off"
@@ -107,8 +126,18 @@ class FakeExperts(Experts):
         return weight
 
     def values_of(self, stack: Stack) -> Tensor:
-        """The values of the parameter of `stack`, shaped and laid out as it is."""
-        weight, grid, ste = self.master(stack), self.rule.weight, self.rule.ste
+        """The values of the parameter of `stack`, shaped and laid out as it is.
+
+        Raises:
+            AttributeError: a parametrization has the parameter; torch asks for that before it takes its place.
+        """
+        if parameter(self, stack.name) is None:
+            raise AttributeError(stack.name)
+        return self.on_its_grid(self.master(stack), stack)
+
+    def on_its_grid(self, weight: Tensor, stack: Stack) -> Tensor:
+        """The values of `weight`, the parameter of `stack`."""
+        grid, ste = self.rule.weight, self.rule.ste
         assert grid is not None
         if torch.compiler.is_compiling():
             return torch.where(self.gate, stacked(weight, None, stack, grid, ste), weight)
@@ -128,7 +157,10 @@ class FakeExperts(Experts):
         return kept.put(value, stamp)
 
     def _weights(self) -> list[Tensor]:
-        found = (parameter(self, stack.name) for stack in self.stacks)
+        lists: Any = children(self).get("parametrizations") or {}
+        found = (
+            lists[stack.name].original if stack.name in lists else parameter(self, stack.name) for stack in self.stacks
+        )
         return [weight for weight in found if weight is not None]
 
     def _each(self, verb: Callable[[KeptOfTensor[Tensor]], None]) -> None:
@@ -140,6 +172,19 @@ class FakeExperts(Experts):
         apply_but_keep(self, fn, recurse, ranges_of(self.rule, self.stacks))
         self.gate = gate(self.gate.device, on=self.mode != "off")
         return self
+
+
+class _OnGrid(nn.Module):
+    """The first of several parametrizations of a parameter: its values on the grid of `experts`, which is no part of it."""
+
+    def __init__(self, experts: FakeExperts, stack: Stack) -> None:
+        super().__init__()
+        self.__dict__["experts"], self.stack = experts, stack
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The values of `weight`."""
+        made: Tensor = self.__dict__["experts"].on_its_grid(weight, self.stack)
+        return made
 
 
 def prepare_experts(module: nn.Module, rule: Rule, kind: type[FakeExperts] = FakeExperts) -> FakeExperts:

@@ -16,6 +16,7 @@ from qkit.errors import StageError
 from qkit.reference.merged import Update
 from qkit_torchao.layers.converted import PackedEmbedding, PackedLinear
 from qkit_torchao.layers.prepared import Prepared
+from qkit_torchao.layers.prepared_experts import FakeExperts
 from qkit_torchao.torch_private import children
 
 CONVERTED = (PackedLinear, PackedEmbedding)
@@ -23,10 +24,7 @@ MARK = "qkit_grids"  #: attribute of a module: the names of those children that 
 
 #: Methods of peft 0.21 whose layers multiply with the weight of the layer that they wrap, instead of calling it.
 READERS = ("frod", "glora", "hra", "shira", "supertuning")
-REPLACERS = (
-    "ln_tuning",
-    "trainable_tokens",
-)  #: those whose layers leave it out, and are for norms and embeddings in float
+REPLACERS = ("ln_tuning", "trainable_tokens")  #: those whose layers leave it out, for norms and embeddings in float
 
 HELD = ("base_layer", "token_adapter")  #: attributes of peft's wrappers: the module inside
 PROMPTS = "prompt_encoder"  #: attribute of peft's model that has learned prompts in place of adapters
@@ -190,7 +188,7 @@ def _taken_off(model: nn.Module, wrapper: nn.Module, updates: dict[str, Update])
         _merge(levels)
         base = _held(levels[-1])  # some methods put another module there
     assert base is not None
-    if isinstance(base, Prepared):
+    if isinstance(base, (Prepared, FakeExperts)):
         base.train(base.training)  # drops the values of before
     return base
 

@@ -29,10 +29,10 @@ OWN = [qkit.Grid("int4", group, rule) for rule in INTEGER_RULES for group in (32
 known_engines = pytest.mark.parametrize("name", KNOWN)
 
 
-def gains_of(rows):
+def gains_of(grid, shape):
     """Gains of all sizes, beyond the limits too."""
-    found = np.random.default_rng(4).standard_normal(rows).astype(np.float32) * np.float32(0.05)
-    found[:3] = -1.0, 3.0, 0.0
+    found = np.random.default_rng(4).standard_normal(law.gains_shape(grid, shape)).astype(np.float32) * np.float32(0.05)
+    found[:4] = np.array([-1.0, 3.0, 0.0, 1e38], np.float32)[:, None, None]
     return found
 
 
@@ -49,7 +49,8 @@ def test_every_engine_multiplies_scales_as_the_law(name, grid):
     engine = qkit.backend(name)
     mine = import_module(f"{PACKAGES[name]}.arithmetic.gains")
     for q in read_tensors(grid) if grid.read else own_tensors(grid):
-        for gains in (gains_of(len(q.codes)), -gains_of(len(q.codes)), np.zeros(len(q.codes), np.float32)):
+        some = gains_of(grid, q.shape)
+        for gains in (some, -some, np.zeros_like(some)):
             want = law.gained(q, gains)
             made = mine.gained(q.map(engine.from_numpy), engine.from_numpy(gains))
             assert engine.to_numpy(made.scales).tobytes() == want.scales.tobytes()
@@ -57,13 +58,18 @@ def test_every_engine_multiplies_scales_as_the_law(name, grid):
             assert np.isfinite(want.scales.astype(np.float32)).all()
             assert np.array_equal(np.signbit(want.scales), np.signbit(q.scales))
             assert gains.any() or want.scales.tobytes() == q.scales.tobytes()
+            if grid.has_biases:
+                assert engine.to_numpy(made.biases).tobytes() == want.biases.tobytes()
+                assert want.biases.dtype == q.biases.dtype
+                assert np.isfinite(want.biases.astype(np.float32)).all()
+                assert (want.biases.tobytes() == q.biases.tobytes()) != gains.any()
 
 
 @pytest.mark.parametrize("grid", [grid for grid in OWN if grid.scale in ("signed", "absmax")], ids=str)
 def test_values_on_scaled_rows_keep_codes_and_scales_when_they_are_quantized_again(grid):
     """So that adapters can go on from an artifact of them. Under the other rules no values have their own scales again."""
     w = np.random.default_rng(6).standard_normal((6, 128)).astype(np.float32)
-    q = law.gained(reference.quantize(w, grid), gains_of(6))
+    q = law.gained(reference.quantize(w, grid), gains_of(grid, (6, 128)))
     again = reference.quantize(reference.dequantize(q), grid)
     assert np.array_equal(reference.dequantize(again), reference.dequantize(q))
 
@@ -139,7 +145,7 @@ def test_a_merge_stores_the_codes_and_scales_of_the_law_without_a_gap(name, base
         assert_same(found[path], q)
         assert (found[path].scales != first[path].scales).any()
         if base:
-            assert np.array_equal(found[path].biases, first[path].biases)
+            assert (found[path].biases != first[path].biases).any()
 
 
 @pytest.mark.skipif(len(KNOWN) < 2, reason="one engine only")
@@ -167,10 +173,11 @@ def test_the_gradient_of_a_gain_is_that_of_the_law(name, base, mode):
     first = engine.unpack(layer.module).map(engine.to_numpy)
     merged = arithmetic.merged(next(base_weights(engine, layer, "weight", spread=True)), no_gains)
     on = stored.requantize(merged, first) if first.grid.read else reference.quantize(merged, first.grid)
-    want = law.to_gains(g.T @ x, on if mode == "on" else first)
+    want = law.to_gains(g.T @ x, on if mode == "on" else first, update.gains.shape)
     np.testing.assert_allclose(
         gradient_of_gains(name, layer.module, x, g), want, rtol=0, atol=1e-4 * np.abs(want).max()
     )
+    assert want.shape == law.gains_shape(first.grid, layer.shape)
 
 
 def gradient_of_gains(name, module, x, g):
@@ -207,6 +214,11 @@ def test_files_of_an_adapter_hold_its_gains(name, tmp_path):
     [
         (None, r"qkit_gains\.safetensors lacks the gains of model\.layers"),
         (lambda gains: gains[1:], r"qkit_gains\.safetensors: model\.layers\S+: an adapter's gains are"),
+        (lambda gains: gains[..., 0], r"qkit_gains\.safetensors: model\.layers\S+: an adapter's gains are"),
+        (
+            lambda gains: gains[..., :1],
+            r"is for another base: model\.layers\S+ has gains of .*, 1\], and its scales take",
+        ),
         (lambda gains: gains * np.float32("nan"), r"qkit_gains\.safetensors: model\.layers\S+: an adapter holds a NaN"),
         (b"no safetensors", r"qkit_gains\.safetensors"),
     ],
@@ -279,12 +291,12 @@ def test_a_wish_that_makes_no_sense_is_refused():
     with pytest.raises(qkit.QkitError, match="adapter scales is 'mlx': choose one of learned, stored"):
         Adapter(scales="mlx")
     q = read_tensor(qkit.Grid("int4", 64, "affine"), "float32")
-    with pytest.raises(qkit.QkitError, match=r"gains are \(7,\) and its B \(6, 2\): want \[outputs\]"):
+    with pytest.raises(qkit.QkitError, match=r"gains are \(7, 1, 1\) and its B \(6, 2\): want \[outputs, groups"):
         adapters.Update(
             np.zeros((2, 128), np.float32),
             np.zeros((6, 2), np.float32),
             1.0,
-            gains=np.zeros(len(q.codes) + 1, np.float32),
+            gains=np.zeros((len(q.codes) + 1, 1, 1), np.float32),
         )
 
 

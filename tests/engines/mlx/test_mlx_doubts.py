@@ -38,3 +38,9 @@ def test_a_type_that_mlx_lm_computes_otherwise_is_named():
     model = llama.Model(llama.ModelArgs(model_type="glm", rope_theta=1e4, **SIZE))
     with pytest.warns(FamilyWarning, match="mlx-lm computes another 'glm' than transformers"):
         qkit.prepare(model, "int4-g32")
+
+
+@pytest.mark.filterwarnings("error::qkit.errors.FamilyWarning")
+def test_a_type_that_qkit_itself_builds_as_transformers_is_not_doubted():
+    config = {"model_type": "glm", "rope_theta": 1e4, "partial_rotary_factor": 0.5, **SIZE}
+    qkit.prepare(qkit.backend("mlx").build(config), "int4-g32")

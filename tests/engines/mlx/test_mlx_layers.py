@@ -140,18 +140,8 @@ def test_gpt_neox_has_its_rotary_embedding_and_its_activation(activation):
             "a part of them",
         ),
         ({"model_type": "phi3", "rms_norm_eps": 1e-5, "rope_parameters": LLAMA3}, "llama3"),
-        (
-            {
-                "model_type": "llama",
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0],
-                    "long_factor": [2.0],
-                },
-            },
-            "'longrope'",
-        ),
+        ({"model_type": "llama", "rope_theta": 1e4, "rope_scaling": {"type": "spiral"}}, "'spiral'"),
+        ({**NEOX, "rotary_emb_base": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
     ],
 )
 def test_a_rotary_embedding_that_mlx_lm_lacks_is_refused(config, message):

@@ -33,7 +33,7 @@ def adapted(device, recipe, *, mode="on"):
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         model[0].lora_B.copy_(torch.randn(96, 5, generator=random) * 0.05)
-        model[0].lora_gains.copy_(torch.randn(96, generator=random) * 0.05)
+        model[0].lora_gains.copy_(torch.randn(model[0].lora_gains.shape, generator=random) * 0.05)
     model[0].switch_mode(mode)
     return model
 

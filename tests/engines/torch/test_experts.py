@@ -333,15 +333,68 @@ def test_adapters_train_beside_experts_and_merge(tmp_path):
     assert torch.equal(logits(loaded), trained)
 
 
-@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # peft's call
-@pytest.mark.parametrize("stage", ["prepared", "converted"])
-def test_pefts_adapters_on_parameters_of_experts_are_refused(stage):
+def with_peft(model, *names, r=2):
+    """`model` with peft's LoRA on these parameters of experts, far from zero."""
     peft = pytest.importorskip("peft")
-    model = qkit.prepare(make("mixtral"), "int4-g32")
-    model = model if stage == "prepared" else qkit.convert(model)
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    torch.manual_seed(1)
+    made = peft.get_peft_model(model, peft.LoraConfig(r=r, target_modules=[], target_parameters=list(names)))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return made
+
+
+STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # peft's call
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_pefts_target_parameters_are_added_to_the_values_and_merge(name, order, implementation):
+    recipe = qkit.Recipe("experts", (qkit.Rule(("*",), "experts", qkit.Grid("int4", 32)),))
+    plain, model = make(name, implementation), qkit.prepare(make(name, implementation), recipe)
+    for path, layer in blocks(model).items():  # the float model whose weights are the codes' values
+        for stack in layer.module.stacks:
+            with torch.no_grad():
+                plain.get_submodule(path).get_parameter(stack.name).copy_(getattr(layer.module, stack.name))
+    if order == "after":
+        model = qkit.prepare(with_peft(make(name, implementation), *STACKED), recipe)
+    else:
+        model = with_peft(model, *STACKED)
+    assert torch.equal(logits(model), logits(with_peft(plain, *STACKED)))
+    found = blocks(model)
+    assert {layer.stage for layer in found.values()} == {"prepared"}
+    model(IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora_" in one for one in trained)
+    before = [p.clone() for layer in found.values() for p in (master(layer, stack) for stack in layer.module.stacks)]
+    with_adapters = logits(model)
+    after = [p for layer in found.values() for p in (master(layer, stack) for stack in layer.module.stacks)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # peft has put every parameter back
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), with_adapters)
+    merged = qkit.merge(model)
+    assert not any("lora_" in one for one, _ in merged.named_parameters())
+    prepared = logits(merged)
+    converted = qkit.convert(merged)
+    assert torch.equal(logits(converted), prepared)
+    assert (
+        prepared - with_adapters
+    ).abs().max() < 0.5 * with_adapters.abs().max()  # a merge beside the grid moves values
+
+
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # peft's call
+def test_pefts_target_parameters_on_converted_experts_and_other_parametrizations_are_refused():
     with pytest.raises((qkit.BackendError, ValueError), match="target_parameters"):
-        peft.get_peft_model(model, config)(IDS)
+        with_peft(qkit.convert(make("mixtral"), "int4-g32"), *STACKED)(IDS)
+    model = qkit.prepare(make("mixtral"), "int4-g32")
+    layer = next(iter(blocks(model).values())).module
+    torch.nn.utils.parametrize.register_parametrization(layer, "down_proj", torch.nn.Identity())
+    with pytest.raises(qkit.BackendError, match="target_parameters"):
+        model(IDS)
 
 
 def test_a_width_that_groups_do_not_divide_is_refused_or_the_whole_block_is_skipped():
