@@ -143,7 +143,8 @@ def gptqmodel(model: Path, windows: np.ndarray, recipe: str) -> Values:
 
     words = WordLevel({str(number): number for number in range(256)}, unk_token="0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="0", pad_token="0")
-    how = QuantizeConfig(bits=BITS[recipe], group_size=32, sym=True, desc_act=False, offload_to_disk=False)
+    whole = {"offload_to_disk": False, "format": "gptq_v2"}  # in memory, and zero points as they are, not less one
+    how = QuantizeConfig(bits=BITS[recipe], group_size=32, sym=True, desc_act=False, **whole)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     with TemporaryDirectory() as place:
         folder = shutil.copytree(model, Path(place) / "model")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.engines.blocks import Blocks, Hidden
+from qkit.errors import RangeError
 from qkit.fitting.run import Run
 
 TOKENS = 1 << 15  #: at most; more change little, and states of all blocks lie on the disk at once
@@ -29,6 +30,9 @@ def gather_metrics(
         rows: tokens [windows, length], of which the first are used.
         watched: paths of layers, for each block.
         batch: windows that run at once.
+
+    Raises:
+        RangeError: gradients are not finite.
     """
     if run.has(_metric(0)):  # the last one to be written
         return
@@ -69,6 +73,12 @@ def _pull(
         put(before)
         for path, g in (*shown.items(), (STATES, gradient.reshape(-1, gradient.shape[-1]))):
             sums[path] = sums.get(path, np.zeros(())) + (g.T @ g)
+    for path, total in sums.items():
+        if not np.isfinite(total).all():
+            raise RangeError(
+                f"{path}: the gradients of its outputs hold NaN or infinity: an input of a layer was not finite, or half "
+                "precision overflows; find its origin, or calibrate in float32"
+            )
     return sums
 
 
