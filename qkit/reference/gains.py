@@ -18,12 +18,11 @@ from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference import rounding
 from qkit.reference.merged import shorten
 from qkit.reference.scale_rules import Floats, round_to_bfloat16
-from qkit.reference.stored import quotient, requantize
 
 UNIT = 2.0  #: a scale is multiplied by 1 + UNIT * gain; a power of two, so that this product is exact
 SHIFT = 8.0  #: a bias moves by SHIFT * its number of scales; a power of two, too
 LIMITS = 0.5, 2.0  #: of that factor, so that no scale changes its sign or becomes zero
-FARTHEST = 256.0  #: scales that a bias moves by, at most; and steps by which a group is widened, on either side
+FARTHEST = 256.0  #: scales that a bias moves by, at most
 SMALLEST = 2.0**-125  #: scales below it stay as they are: some devices have no subnormal numbers
 #: The largest number of each type of scales.
 LARGEST: dict[DType, float] = {
@@ -47,26 +46,6 @@ def gains_shape(grid: Grid, shape: tuple[int, ...]) -> tuple[int, int, int]:
     return (outputs, grid.scale_shape(shape)[-1], 1 + grid.has_biases) if grid.read else (outputs, 1, 1)
 
 
-def new_codes(w: NDArray[Any], like: QTensor[NDArray[Any]]) -> QTensor[NDArray[Any]]:
-    """The codes of finite `w` [rows, n] on the read grid of `like`, before gains. Where there are biases, on `widened` scales."""
-    return requantize(w, like if like.biases is None else widened(w, like))
-
-
-def widened(w: NDArray[Any], like: QTensor[NDArray[Any]]) -> QTensor[NDArray[Any]]:
-    """`like`, of integers with biases, with the scale and the bias of each group whose values in `w` would be clipped.
-
-    Then the lowest and the highest value are half a step outside, as those are that the first and the last code stand for. A
-    scale of a file belongs to the old values. Groups without such values stay as they are.
-    """
-    levels, u = np.float32(like.grid.element.levels), quotient(w, like)
-    with np.errstate(over="ignore", invalid="ignore"):
-        low = np.maximum(np.minimum(u.min(axis=-1) + np.float32(0.5), np.float32(0)), np.float32(-FARTHEST))
-        high = np.minimum(np.maximum(u.max(axis=-1) - np.float32(0.5), levels), levels + np.float32(FARTHEST))
-    span = high - low
-    factors = np.where(span == levels, np.float32(1), span * np.float32(1 / like.grid.element.levels))
-    return _scaled(like, factors, low)
-
-
 def gained(q: QTensor[NDArray[Any]], gains: Floats) -> QTensor[NDArray[Any]]:
     """`q` [rows, n] with scales multiplied by 1 + UNIT * their gain, and biases moved, both rounded to their type.
 
@@ -75,36 +54,27 @@ def gained(q: QTensor[NDArray[Any]], gains: Floats) -> QTensor[NDArray[Any]]:
     Args:
         gains: float32 [rows, groups or 1, numbers], see `gains_shape`.
     """
+    before = q.scales.astype(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         factors = np.float32(1) + np.float32(UNIT) * gains[..., 0]
-        factors = np.clip(factors, np.float32(LIMITS[0]), np.float32(LIMITS[1]))
+        largest = np.float32(LARGEST[stored_type(q)])
+        s = np.clip(before * np.clip(factors, np.float32(LIMITS[0]), np.float32(LIMITS[1])), -largest, largest)
         if q.grid.read:
-            shift = np.float32(SHIFT) * gains[..., 1] if gains.shape[-1] == 2 else None
-            return _scaled(q, factors, shift)
-        s = _limited(q.scales * factors, q)
+            scales = np.where(np.abs(before) < SMALLEST, q.scales, s.astype(q.scales.dtype))
+            return replace(q, scales=scales, biases=_moved(q, gains))
         least = np.where(s < 0, np.float32(-MIN_SCALE), np.float32(MIN_SCALE))
         return replace(q, scales=np.where(np.abs(s) < MIN_SCALE, least, round_to_bfloat16(s)))
 
 
-def _scaled(q: QTensor[NDArray[Any]], factors: Floats, shift: Floats | None) -> QTensor[NDArray[Any]]:
-    """`q` on a read grid, its scales times `factors` and its biases moved by `shift` scales.
-
-    Factors of the product of a shift and a scale are shortened, so that the product is exact.
-    """
-    before, biases = q.scales.astype(np.float32), q.biases
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        s = _limited(before * factors, q).astype(q.scales.dtype)
-        scales = np.where(np.abs(before) < SMALLEST, q.scales, s)
-        if biases is not None and shift is not None:
-            by = shorten(before) * shorten(np.clip(shift, np.float32(-FARTHEST), np.float32(FARTHEST)))
-            b = _flushed(_limited(_flushed(biases.astype(np.float32)) + by, q))
-            biases = np.where(np.abs(by) < SMALLEST, biases, b.astype(biases.dtype))
-    return replace(q, scales=scales, biases=biases)
-
-
-def _limited(x: Floats, q: QTensor[NDArray[Any]]) -> Floats:
+def _moved(q: QTensor[NDArray[Any]], gains: Floats) -> NDArray[Any] | None:
+    """The biases of `q`, moved by SHIFT * their gain of scales. Both factors are shortened, so that their product is exact."""
+    if q.biases is None or gains.shape[-1] == 1:
+        return q.biases
     largest = np.float32(LARGEST[stored_type(q)])
-    return np.clip(x, -largest, largest)
+    shift = np.clip(np.float32(SHIFT) * gains[..., 1], np.float32(-FARTHEST), np.float32(FARTHEST))
+    by = shorten(q.scales.astype(np.float32)) * shorten(shift)
+    b = np.clip(_flushed(q.biases.astype(np.float32)) + by, -largest, largest)
+    return np.where(np.abs(by) < SMALLEST, q.biases, _flushed(b).astype(q.biases.dtype))
 
 
 def _flushed(x: Floats) -> Floats:

@@ -42,17 +42,6 @@ def unclipped(w: NDArray[Any], like: QTensor[NDArray[Any]]) -> NDArray[np.bool_]
     return cast(NDArray[np.bool_], inside.reshape(w.shape))
 
 
-def quotient(w: NDArray[Any], like: QTensor[NDArray[Any]]) -> Floats:
-    """fl(fl(w - bias) / s) of `w` [rows, n] -> [rows, groups, group], in steps of the scales of `like`, float32."""
-    return _exact_quotient(_grouped(w, like), like)
-
-
-def _exact_quotient(x: Floats, like: QTensor[NDArray[Any]]) -> Floats:
-    if like.biases is not None:
-        x = x - each(like.biases.astype(np.float32))
-    return x / each(_steps(like))
-
-
 def _grouped(w: NDArray[Any], like: QTensor[NDArray[Any]]) -> Floats:
     return w.astype(np.float32).reshape(like.grid.group_shape(w.shape))
 
@@ -70,7 +59,9 @@ def _codes(x: Floats, like: QTensor[NDArray[Any]]) -> NDArray[Any]:
 
 def _quotient(x: Floats, like: QTensor[NDArray[Any]]) -> Floats:
     """The code of each value as a float, before it is clipped: fl(fl(x - bias) / s) to nearest even, plus the zero point."""
-    q = np.rint(_exact_quotient(x, like))
+    if like.biases is not None:
+        x = x - each(like.biases.astype(np.float32))
+    q = np.rint(x / each(_steps(like)))
     return cast(Floats, q if like.zeros is None else q + each(like.zeros.astype(np.float32)))
 
 

@@ -9,21 +9,6 @@ from qkit.qtensor import QTensor
 from qkit.reference.gains import FARTHEST, LARGEST, LIMITS, SHIFT, SMALLEST, UNIT, stored_type
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import shorten, stored
-from qkit_mlx.arithmetic.stored import quotient, requantize
-
-
-def new_codes(w: mx.array, like: QTensor[mx.array]) -> QTensor[mx.array]:
-    """The codes of finite `w` [rows, n] on the read grid of `like`, before gains. Where there are biases, on `widened` scales."""
-    return requantize(w, like if like.biases is None else widened(w, like))
-
-
-def widened(w: mx.array, like: QTensor[mx.array]) -> QTensor[mx.array]:
-    """`like`, of integers with biases, with the scale and the bias of each group whose values in `w` would be clipped."""
-    levels, u = like.grid.element.levels, quotient(w, like)
-    low = mx.maximum(mx.minimum(u.min(axis=-1) + 0.5, 0.0), -FARTHEST)
-    high = mx.minimum(mx.maximum(u.max(axis=-1) - 0.5, float(levels)), levels + FARTHEST)
-    span = high - low
-    return _scaled(like, mx.where(span == levels, mx.array(1.0), span * (1 / levels)), low)
 
 
 def gained(q: QTensor[mx.array], gains: mx.array) -> QTensor[mx.array]:
@@ -32,27 +17,24 @@ def gained(q: QTensor[mx.array], gains: mx.array) -> QTensor[mx.array]:
     Args:
         gains: [rows, groups or 1, numbers].
     """
+    kind, before = stored_type(q), q.scales.astype(mx.float32)
     factors = mx.clip(1 + UNIT * gains[..., 0].astype(mx.float32), *LIMITS)
+    s = mx.clip(before * factors, -LARGEST[kind], LARGEST[kind])
+    made = stored(s, kind).astype(q.scales.dtype)
     if q.grid.read:
-        return _scaled(q, factors, SHIFT * gains[..., 1].astype(mx.float32) if gains.shape[-1] == 2 else None)
-    s = _limited(q.scales.astype(mx.float32) * factors, q)
-    made = stored(s, stored_type(q)).astype(q.scales.dtype)
+        scales = mx.where(mx.abs(before) < SMALLEST, q.scales, made)
+        return replace(q, scales=scales, biases=_moved(q, gains))
     return replace(q, scales=mx.where(mx.abs(s) < MIN_SCALE, mx.where(s < 0, -MIN_SCALE, MIN_SCALE), made))
 
 
-def _scaled(q: QTensor[mx.array], factors: mx.array, shift: mx.array | None) -> QTensor[mx.array]:
-    kind, before, biases = stored_type(q), q.scales.astype(mx.float32), q.biases
-    s = stored(_limited(before * factors, q), kind).astype(q.scales.dtype)
-    scales = mx.where(mx.abs(before) < SMALLEST, q.scales, s)
-    if biases is not None and shift is not None:
-        by = shorten(before) * shorten(mx.clip(shift, -FARTHEST, FARTHEST))
-        b = _flushed(_limited(_flushed(biases.astype(mx.float32)) + by, q))
-        biases = mx.where(mx.abs(by) < SMALLEST, biases, stored(b, kind).astype(biases.dtype))
-    return replace(q, scales=scales, biases=biases)
-
-
-def _limited(x: mx.array, q: QTensor[mx.array]) -> mx.array:
-    return mx.clip(x, -LARGEST[stored_type(q)], LARGEST[stored_type(q)])
+def _moved(q: QTensor[mx.array], gains: mx.array) -> mx.array | None:
+    if q.biases is None or gains.shape[-1] == 1:
+        return q.biases
+    kind = stored_type(q)
+    shift = mx.clip(SHIFT * gains[..., 1].astype(mx.float32), -FARTHEST, FARTHEST)
+    by = shorten(q.scales.astype(mx.float32)) * shorten(shift)
+    b = mx.clip(_flushed(q.biases.astype(mx.float32)) + by, -LARGEST[kind], LARGEST[kind])
+    return mx.where(mx.abs(by) < SMALLEST, q.biases, stored(_flushed(b), kind).astype(q.biases.dtype))
 
 
 def _flushed(x: mx.array) -> mx.array:

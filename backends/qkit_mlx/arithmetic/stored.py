@@ -33,17 +33,6 @@ def unclipped(w: mx.array, like: QTensor[mx.array]) -> mx.array:
     return inside.reshape(w.shape)
 
 
-def quotient(w: mx.array, like: QTensor[mx.array]) -> mx.array:
-    """fl(fl(w - bias) / s) of `w` [rows, n] -> [rows, groups, group], in steps of the scales of `like`, float32."""
-    return _exact_quotient(_grouped(w, like), like)
-
-
-def _exact_quotient(x: mx.array, like: QTensor[mx.array]) -> mx.array:
-    if like.biases is not None:
-        x = x - each(like.biases.astype(mx.float32))
-    return x / each(_steps(like))
-
-
 def _grouped(w: mx.array, like: QTensor[mx.array]) -> mx.array:
     return w.astype(mx.float32).reshape(like.grid.group_shape(tuple(w.shape)))
 
@@ -60,7 +49,9 @@ def _codes(x: mx.array, like: QTensor[mx.array]) -> mx.array:
 
 def _quotient(x: mx.array, like: QTensor[mx.array]) -> mx.array:
     """The code of each value as a float, before it is clipped: fl(fl(x - bias) / s) to nearest even, plus the zero point."""
-    q = mx.round(_exact_quotient(x, like))
+    if like.biases is not None:
+        x = x - each(like.biases.astype(mx.float32))
+    q = mx.round(x / each(_steps(like)))
     return q if like.zeros is None else q + each(like.zeros.astype(mx.float32))
 
 

@@ -16,7 +16,7 @@ from qkit.grid import Grid
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding, stored
-from qkit_mlx.arithmetic.gains import gained, new_codes
+from qkit_mlx.arithmetic.gains import gained
 from qkit_mlx.arithmetic.merged import dithered, merged
 from qkit_mlx.arithmetic.ranges import stored_scales
 from qkit_mlx.cache.values import LastValue
@@ -148,7 +148,7 @@ class _AdaptedConverted(_Adapted):
     def _codes(self, weight: mx.array) -> QTensor[mx.array]:
         """The codes of `weight`, before its scales are multiplied with gains."""
         if self.grid.read:
-            return (new_codes if GAINS in self else stored.requantize)(weight, unpack(self))
+            return stored.requantize(weight, unpack(self))
         return choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
 
     def _run_packed(self, x: mx.array) -> mx.array:
@@ -184,7 +184,7 @@ class _AdaptedConverted(_Adapted):
 
         def unclipped(merged: mx.array) -> mx.array:
             if grid.read:
-                return stored.unclipped(merged, self._codes(merged) if GAINS in self else unpack(self))
+                return stored.unclipped(merged, unpack(self))
             return rounding.unclipped(merged, grid, peak=fused.peak(self, merged))
 
         def base(first: int, *_: mx.array) -> mx.array:

@@ -14,7 +14,7 @@ import numpy as np
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference.merged import Update
 from qkit_mlx.arithmetic import rounding, stored
-from qkit_mlx.arithmetic.gains import gained, new_codes, of_values
+from qkit_mlx.arithmetic.gains import gained, of_values
 from qkit_mlx.arithmetic.merged import dithered, merged
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers.become import become
@@ -171,7 +171,7 @@ class AdaptedPackedHeads(AdaptedHalf, PackedHeads):
     def _codes(self, weight: mx.array) -> QTensor[mx.array]:
         """The codes of `weight`, before its scales are multiplied with gains."""
         if self.grid.read:
-            return (new_codes if GAINS in self.owner else stored.requantize)(weight, unpack_halves(self.pair))
+            return stored.requantize(weight, unpack_halves(self.pair))
         return choose.quantize(weight, self.grid)
 
 

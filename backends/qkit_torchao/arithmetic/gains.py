@@ -10,23 +10,8 @@ from qkit.qtensor import QTensor
 from qkit.reference.gains import FARTHEST, LARGEST, LIMITS, SHIFT, SMALLEST, UNIT, stored_type
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.merged import shorten, stored
-from qkit_torchao.arithmetic.stored import quotient, requantize
 
 ROWS = 512  #: of a weight whose gradient is in memory at once
-
-
-def new_codes(w: Tensor, like: QTensor[Tensor]) -> QTensor[Tensor]:
-    """The codes of finite `w` [rows, n] on the read grid of `like`, before gains. Where there are biases, on `widened` scales."""
-    return requantize(w, like if like.biases is None else widened(w, like))
-
-
-def widened(w: Tensor, like: QTensor[Tensor]) -> QTensor[Tensor]:
-    """`like`, of integers with biases, with the scale and the bias of each group whose values in `w` would be clipped."""
-    levels, u = like.grid.element.levels, quotient(w, like)
-    low = (u.amin(dim=-1) + 0.5).clamp(-FARTHEST, 0.0)
-    high = (u.amax(dim=-1) - 0.5).clamp(levels, levels + FARTHEST)
-    span = high - low
-    return _scaled(like, torch.where(span == levels, 1.0, span * (1 / levels)), low)
 
 
 def gained(q: QTensor[Tensor], gains: Tensor) -> QTensor[Tensor]:
@@ -35,28 +20,24 @@ def gained(q: QTensor[Tensor], gains: Tensor) -> QTensor[Tensor]:
     Args:
         gains: [rows, groups or 1, numbers].
     """
-    numbers = gains.detach().float()
+    kind, before, numbers = stored_type(q), q.scales.float(), gains.detach().float()
     factors = (1 + UNIT * numbers[..., 0]).clamp(*LIMITS)
+    s = (before * factors).clamp(-LARGEST[kind], LARGEST[kind])
+    made = stored(s, rounding.DTYPE[kind]).to(q.scales.dtype)
     if q.grid.read:
-        return _scaled(q, factors, SHIFT * numbers[..., 1] if gains.shape[-1] == 2 else None)
-    s = _limited(q.scales.float() * factors, q)
-    made = stored(s, rounding.DTYPE[stored_type(q)]).to(q.scales.dtype)
+        scales = torch.where(before.abs() < SMALLEST, q.scales, made)
+        return replace(q, scales=scales, biases=_moved(q, numbers))
     return replace(q, scales=torch.where(s.abs() < MIN_SCALE, torch.where(s < 0, -MIN_SCALE, MIN_SCALE), made))
 
 
-def _scaled(q: QTensor[Tensor], factors: Tensor, shift: Tensor | None) -> QTensor[Tensor]:
-    kind, before, biases = rounding.DTYPE[stored_type(q)], q.scales.float(), q.biases
-    s = stored(_limited(before * factors, q), kind).to(q.scales.dtype)
-    scales = torch.where(before.abs() < SMALLEST, q.scales, s)
-    if biases is not None and shift is not None:
-        by = shorten(before) * shorten(shift.clamp(-FARTHEST, FARTHEST))
-        b = _flushed(_limited(_flushed(biases.float()) + by, q))
-        biases = torch.where(by.abs() < SMALLEST, biases, stored(b, kind).to(biases.dtype))
-    return replace(q, scales=scales, biases=biases)
-
-
-def _limited(x: Tensor, q: QTensor[Tensor]) -> Tensor:
-    return x.clamp(-LARGEST[stored_type(q)], LARGEST[stored_type(q)])
+def _moved(q: QTensor[Tensor], gains: Tensor) -> Tensor | None:
+    if q.biases is None or gains.shape[-1] == 1:
+        return q.biases
+    kind = stored_type(q)
+    shift = (SHIFT * gains[..., 1]).clamp(-FARTHEST, FARTHEST)
+    by = shorten(q.scales.float()) * shorten(shift)
+    b = (_flushed(q.biases.float()) + by).clamp(-LARGEST[kind], LARGEST[kind])
+    return torch.where(by.abs() < SMALLEST, q.biases, stored(_flushed(b), rounding.DTYPE[kind]).to(q.biases.dtype))
 
 
 def _flushed(x: Tensor) -> Tensor:

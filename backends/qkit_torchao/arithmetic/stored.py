@@ -35,17 +35,6 @@ def unclipped(w: Tensor, like: QTensor[Tensor]) -> Tensor:
     return inside.reshape(w.shape)
 
 
-def quotient(w: Tensor, like: QTensor[Tensor]) -> Tensor:
-    """fl(fl(w - bias) / s) of `w` [rows, n] -> [rows, groups, group], in steps of the scales of `like`, float32."""
-    return _exact_quotient(_grouped(w.detach(), like), like)
-
-
-def _exact_quotient(x: Tensor, like: QTensor[Tensor]) -> Tensor:
-    if like.biases is not None:
-        x = x - each(like.biases.to(torch.float32))
-    return alone("divide", x, each(_steps(like)))
-
-
 def _grouped(w: Tensor, like: QTensor[Tensor]) -> Tensor:
     return w.to(torch.float32).reshape(like.grid.group_shape(tuple(w.shape)))
 
@@ -63,7 +52,9 @@ def _codes(x: Tensor, like: QTensor[Tensor]) -> Tensor:
 
 def _quotient(x: Tensor, like: QTensor[Tensor]) -> Tensor:
     """The code of each value as a float, before it is clipped: fl(fl(x - bias) / s) to nearest even, plus the zero point."""
-    q = torch.round(_exact_quotient(x, like))
+    if like.biases is not None:
+        x = x - each(like.biases.to(torch.float32))
+    q = torch.round(alone("divide", x, each(_steps(like))))
     return q if like.zeros is None else q + each(like.zeros.to(torch.float32))
 
 

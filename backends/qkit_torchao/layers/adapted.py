@@ -14,7 +14,6 @@ from qkit.reference.merged import Update
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding, stored
 from qkit_torchao.arithmetic.gains import gained as gain
-from qkit_torchao.arithmetic.gains import new_codes
 from qkit_torchao.kernels import choose, merge
 from qkit_torchao.layers import (
     adapted_experts,
@@ -158,7 +157,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
     def new_codes(self, merged: Tensor) -> QTensor[Tensor]:
         """The codes of a merged weight, in float32, before its scales are multiplied with gains."""
         if (grid := _grid(self.rule)).read:
-            return (stored.requantize if self.lora_gains is None else new_codes)(merged, converted.unpack(self))
+            return stored.requantize(merged, converted.unpack(self))
         return rounding.quantize(merged, grid, peak=self._peak(merged))
 
     def merged(self) -> Tensor:
@@ -214,9 +213,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def _unclipped(self, merged: Tensor) -> Tensor:
         if (grid := _grid(self.rule)).read:
-            return stored.unclipped(
-                merged, converted.unpack(self) if self.lora_gains is None else self.new_codes(merged)
-            )
+            return stored.unclipped(merged, converted.unpack(self))
         return rounding.unclipped(merged, grid, peak=self._peak(merged))
 
     def _peak(self, merged: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from qkit.adapters.surgery import base_weights  # noqa: E402
 from qkit.qtensor import QTensor  # noqa: E402
 from qkit.reference import gains as law  # noqa: E402
 from qkit.reference import merged as arithmetic  # noqa: E402
+from qkit.reference import stored  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RECIPES = ["int4-g32", "int4-g128-minmax", "int3-g32", "int2-g32", "int8-row", "affine"]
@@ -54,7 +55,7 @@ def test_a_gpu_computes_with_the_values_of_the_law_and_merges_into_them(recipe):
     (layer,) = ENGINE.layers(model)
     update, first = ENGINE.adapter_update(layer.module), ENGINE.unpack(layer.module).map(ENGINE.to_numpy)
     merged = arithmetic.merged(next(base_weights(ENGINE, layer, "weight", spread=True)), update)
-    on = law.new_codes(merged, first) if first.grid.read else reference.quantize(merged, first.grid)
+    on = stored.requantize(merged, first) if first.grid.read else reference.quantize(merged, first.grid)
     want = law.gained(on, update.gains)
     found = model(torch.eye(256, device="cuda")).detach().cpu().numpy().T  # a sum of one number
     assert np.array_equal(found, reference.dequantize(replace(want, dtype="float32")))
