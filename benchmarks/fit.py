@@ -7,7 +7,9 @@ With `--keep`, each measurement lies in a file of FOLDER: the same command goes 
 
 Usage: python benchmarks/fit.py MODEL [--keep FOLDER] [--seeds N] [--drift-seeds N] [--windows N] [--length N] [--unseen N]
        [--recipe NAME ...] [--learn NAME ...] [--steps N] [--environments FOLDER] [--peer NAME ...] [--peer-seeds N]
-       [--backend NAME] [--out FILE.json]
+       [--method NAME ...] [--text FILE.npz] [--backend NAME] [--out FILE.json]
+
+`--text` has the bytes `text` and `unseen` of such files as arrays, where another Python runs than the one of the training.
 """
 
 import argparse
@@ -23,7 +25,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from fit_model import held_out
 from measure import Report, spread
 from numpy.typing import NDArray
 from recover import texts
@@ -33,6 +34,7 @@ import qkit
 from qkit.calibration import calibrate
 from qkit.drift_calibration import calibrate_drift
 from qkit.engines.blocks import Lesson
+from qkit.evaluation import consecutive
 from qkit.fitting.fits import Fit, Method
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
@@ -68,7 +70,8 @@ class Bench:
         self.given, self.place, self.count = given, place, 0
         self.engine = qkit.backend(given.backend)
         self.teacher = qkit.load(given.model, backend=self.engine)
-        self.rows = held_out(given.unseen, given.length)
+        self.text, unseen = texts() if given.text is None else _loaded(given.text)
+        self.rows = consecutive(unseen, length=given.length, windows=given.unseen)
         self.wanted = self.log_probabilities(self.teacher)
 
     def fitted(self, recipe: str, method: Method, seed: int) -> tuple[float, float]:
@@ -117,7 +120,7 @@ class Bench:
 
     def windows(self, seed: int) -> NDArray[np.int32]:
         """Windows of the text that the model was trained on."""
-        text, length = texts()[0], self.given.length
+        text, length = self.text, self.given.length
         starts = np.random.default_rng(seed).integers(0, len(text) - length, self.given.windows)
         return text[starts[:, None] + np.arange(length)]
 
@@ -163,6 +166,8 @@ def main() -> int:
     parser.add_argument("--learn", nargs="*", default=["int4-g32", "int2-g32"], help="recipes that learn rounding")
     parser.add_argument("--environments", type=Path, help="folder of environments: llmc, autoround, mlx-lm, gptq")
     parser.add_argument("--peer", nargs="*", default=list(ENVIRONMENTS))
+    parser.add_argument("--method", nargs="*", help="of qkit: those to measure; by default all")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--recipe", nargs="+", default=list(RECIPES))
     parser.add_argument("--backend", default="torchao")
     parser.add_argument("--keep", type=Path)
@@ -198,7 +203,7 @@ def main() -> int:
 def taken(bench: Bench, recipe: str, methods: dict[str, list[Measure]]) -> dict[str, list[tuple[float, float]]]:
     """The measurements of each method, turn by turn: every method with the first seed, then with the second."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-    for seed in range(max(len(measures) for measures in methods.values())):
+    for seed in range(max((len(measures) for measures in methods.values()), default=0)):
         for name, measures in methods.items():
             if seed < len(measures):
                 found[name].append(bench.kept(f"{recipe} {name} {seed}", measures[seed]))
@@ -215,11 +220,19 @@ def tried(bench: Bench, recipe: str) -> dict[str, list[Measure]]:
     if recipe in given.learn:
         lesson = Lesson(steps=given.steps)
         found["round"] = [partial(bench.made, recipe, seed, lesson) for seed in range(given.drift_seeds)]
+    if given.method is not None:
+        found = {name: measures for name, measures in found.items() if name in given.method}
     if given.environments:
         for name in given.peer:
             if takes(name, recipe):
                 found[name] = [partial(bench.peer, name, recipe, seed) for seed in range(given.peer_seeds)]
     return {name: measures for name, measures in found.items() if measures}
+
+
+def _loaded(file: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The text to train on, and the unseen one."""
+    with np.load(file) as found:
+        return found["text"].astype(np.int32), found["unseen"].astype(np.int32)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ Usage: PYTHON_OF_ENVIRONMENT -P benchmarks/fit_peers.py PEER MODEL WINDOWS.npy R
 
 import json
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -132,6 +135,7 @@ def mlx_gptq(model: Path, windows: np.ndarray, recipe: str) -> Values:
 
 def gptqmodel(model: Path, windows: np.ndarray, recipe: str) -> Values:
     """GPTQModel's GPTQ."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with one, as on machines of two cores
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from tokenizers import Tokenizer
@@ -140,10 +144,14 @@ def gptqmodel(model: Path, windows: np.ndarray, recipe: str) -> Values:
 
     words = WordLevel({str(number): number for number in range(256)}, unk_token="0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="0", pad_token="0")
-    how = QuantizeConfig(bits=BITS[recipe], group_size=32, sym=True, desc_act=False)
-    found = GPTQModel.load(str(model), how, device="cpu", dtype=torch.float32, tokenizer=tokenizer)
+    whole = {"offload_to_disk": False, "format": "gptq_v2"}  # in memory, and zero points as they are, not less one
+    how = QuantizeConfig(bits=BITS[recipe], group_size=32, sym=True, desc_act=False, **whole)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
-    found.quantize(rows, batch_size=BATCH, tokenizer=tokenizer)
+    with TemporaryDirectory() as place:
+        folder = shutil.copytree(model, Path(place) / "model")
+        tokenizer.save_pretrained(folder)  # it looks for one there
+        found = GPTQModel.load(str(folder), how, device="cpu", dtype=torch.float32)
+        found.quantize(rows, batch_size=BATCH, tokenizer=tokenizer)
     return {
         path: module.dequantize_weight().T for path, module in found.model.named_modules() if hasattr(module, "qweight")
     }
@@ -164,10 +172,12 @@ def main() -> int:
 
     warnings.simplefilter("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    peer, model, windows, recipe, out = sys.argv[1:]
-    begin = time.process_time()
-    found = PEERS[peer](Path(model), np.load(windows), recipe)
-    seconds = time.process_time() - begin
+    peer, recipe = sys.argv[1], sys.argv[4]
+    model, windows, out = (Path(sys.argv[place]).resolve() for place in (2, 3, 5))
+    with TemporaryDirectory() as place, chdir(place):  # GPTQModel writes its log where it runs
+        begin = time.process_time()
+        found = PEERS[peer](model, np.load(windows), recipe)
+        seconds = time.process_time() - begin
     arrays = {
         f"{path}.weight": np.ascontiguousarray(one if isinstance(one, np.ndarray) else one.detach().float().numpy())
         for path, one in found.items()

@@ -71,7 +71,6 @@ def rows(ranks: int) -> list[Row]:
     return [
         Row("int4-g32, torch's AdamW", plain, Variant("int4-g32")),
         Row("int4-g32, qkit.adamw", plain, Variant("int4-g32", optimizer="qkit")),
-        Row("torchao QAT int4", plain, Variant(peer="int4")),
         Row("float8 both sides, eager", plain, Variant(FLOAT8)),
         Row("float8 both sides, eager, qkit.adamw", plain, Variant(FLOAT8, optimizer="qkit")),
         Row("float8 both sides, eager, 8 B shape", wide, replace(wide, recipe=FLOAT8)),
@@ -80,10 +79,8 @@ def rows(ranks: int) -> list[Row]:
             replace(wide, graph=True),
             replace(wide, recipe=FLOAT8, graph=True),
         ),
-        Row("torchao float8 training, eager", plain, Variant(peer="float8")),
         Row("int8 activations and int4", plain, Variant(INT8)),
         Row("int8 activations and int4, checkpointing", saving, replace(saving, recipe=INT8)),
-        Row("torchao QAT int8 activations, checkpointing", saving, replace(saving, peer="int8-int4")),
         Row("adapters on a prepared base, over LoRA", lora, Variant("int4-g32", lora="prepared")),
         Row("adapters on a converted base, over LoRA in bf16", lora, codes),
         Row("adapters on a converted base, logits in chunks, over LoRA in bf16", lora, replace(codes, chunks=True)),
@@ -92,5 +89,8 @@ def rows(ranks: int) -> list[Row]:
         Row("whole model compiled, int4-g32", whole, replace(whole, recipe="int4-g32")),
         Row("whole model compiled, int8 activations", whole, replace(whole, recipe=INT8)),
         Row("whole model compiled, float8 both sides", whole, replace(whole, recipe=FLOAT8)),
+        Row("torchao QAT int4", plain, Variant(peer="int4")),
+        Row("torchao float8 training, eager", plain, Variant(peer="float8")),
+        Row("torchao QAT int8 activations, checkpointing", saving, replace(saving, peer="int8-int4")),
         Row("whole model compiled, torchao float8 training", whole, replace(whole, peer="float8")),
     ]

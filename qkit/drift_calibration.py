@@ -16,10 +16,11 @@ from qkit.engines.layer import Layer
 from qkit.engines.protocol import Builds
 from qkit.errors import GridError, PlanError
 from qkit.expert_moments import Mixed, mixtures_of
+from qkit.fitting.rows import root_of
 from qkit.fitting.run import Run
 from qkit.fitting.statistics import AIM, LEARNED
 from qkit.grid import Grid
-from qkit.metric import WIDEST, gather_metrics, metrics_of
+from qkit.metric import STATES, WIDEST, gather_metrics, metrics_of
 from qkit.qtensor import QTensor
 from qkit.reference.rounding import dequantize
 from qkit.reference.steps import want_fitted
@@ -67,7 +68,7 @@ def calibrate_drift(
     learner = require(engine, Learns) if pupils else None
     blocks, fitted = (engine.blocks(one, length=rows.shape[1]) for one in (model, twin))
     settings = {"aims": {path: str(grid) for path, grid in every.items()}, "learn": sorted(pupils)}
-    told = about(folder, rows, engine) | ({"lesson": asdict(lesson)} if lesson else {})
+    told = about(folder, rows, engine) | {"rows": "coupled"} | ({"lesson": asdict(lesson)} if lesson else {})
     run = Run(out, told, settings, batch=batch)
     if not run.done:
         run.enter(blocks, rows, "states", "fitted")
@@ -121,7 +122,9 @@ def _learning(
         if not starts:
             return {}
         before, after = run.whole("fitted", number), run.whole("states", number + 1)
-        found = engine.learn(fitted, number, before, after, starts, lesson)
+        metric = metrics_of(run, number).get(STATES)
+        root = root_of(metric) if metric is not None and metric.any() else None
+        found = engine.learn(fitted, number, before, after, starts, lesson, root)
         for path, q in found.items():
             fitted.put(path, dequantize(q))
         return found

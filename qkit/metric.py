@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.engines.blocks import Blocks, Hidden
+from qkit.errors import RangeError
 from qkit.fitting.run import Run
 
 TOKENS = 1 << 15  #: at most; more change little, and states of all blocks lie on the disk at once
 WIDEST = 8192  #: outputs of a layer; the matrix of wider ones would take more memory than their weight
 SEED = 0  #: of the labels
+STATES = "states"  #: the name of the metric of the outputs of a block
 SLOPE = "slope"  #: the name of the gradients between two blocks
 
 
@@ -28,6 +30,9 @@ def gather_metrics(
         rows: tokens [windows, length], of which the first are used.
         watched: paths of layers, for each block.
         batch: windows that run at once.
+
+    Raises:
+        RangeError: gradients are not finite.
     """
     if run.has(_metric(0)):  # the last one to be written
         return
@@ -53,7 +58,7 @@ def gather_metrics(
 
 
 def metrics_of(run: Run, number: int) -> dict[str, NDArray[np.float32]]:
-    """The metrics [outputs, outputs] of layers of a block, by path; empty where nothing was gathered."""
+    """The metrics [outputs, outputs] of layers of a block, by path, and of its states; empty where nothing was gathered."""
     return run.load(_metric(number)) if run.has(_metric(number)) else {}
 
 
@@ -66,8 +71,14 @@ def _pull(
     for states, gradient in zip(run.states(_before(number), 0), run.states(SLOPE, number + 1), strict=True):
         before, shown = blocks.pull(number, states, gradient, watched)
         put(before)
-        for path, g in shown.items():
+        for path, g in (*shown.items(), (STATES, gradient.reshape(-1, gradient.shape[-1]))):
             sums[path] = sums.get(path, np.zeros(())) + (g.T @ g)
+    for path, total in sums.items():
+        if not np.isfinite(total).all():
+            raise RangeError(
+                f"{path}: the gradients of its outputs hold NaN or infinity: an input of a layer was not finite, or half "
+                "precision overflows; find its origin, or calibrate in float32"
+            )
     return sums
 
 

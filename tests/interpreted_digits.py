@@ -34,11 +34,11 @@ def product(rows: int, columns: int, inputs: int) -> bool:
 
 def solves(group: int, folder: Path) -> bool:
     """Whether `solve` has the codes of the law."""
-    for name in ("SEARCH", "FEED", "DESCEND", "DIGITS", "SUBTRACT", "ELIMINATE", "ELIMINATE_BELOW"):
+    for name in ("SEARCH", "FEED", "DESCEND", "DIGITS", "WEIGH", "SUBTRACT", "ELIMINATE", "ELIMINATE_BELOW"):
         setattr(cuda_fit, name, HostKernel(getattr(cuda_fit, name), folder))
     cuda_fit.WARP = 1
     fits.loops, fits.unit_upper = lambda w, grid: cuda_fit.Loops, cuda_fit.unit_upper
-    fits.digits = lambda correlations, unit: cuda_digits.digits(correlations / unit)
+    fits.digits = cuda_digits.digits
     draw, grid = np.random.default_rng(0), Grid("int4", group)
     x = draw.standard_normal((900, 192)) * np.exp(draw.standard_normal(192))
     h, w = (x.T @ x / 900).astype(np.float32), draw.standard_normal((8, 192)).astype(np.float32)

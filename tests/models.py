@@ -161,6 +161,16 @@ FAMILIES = {
         "num_experts_per_tok": 2,
         "num_key_value_heads": 4,
     },
+    "deepseek_v2": {
+        **ROPE,
+        **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "moe_intermediate_size"), 64),
+        **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32),
+        **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 4,
+        "topk_method": "greedy",
+    },
     "lfm2_moe": {
         **ROPE,
         "num_experts": 4,

@@ -15,6 +15,7 @@ from qkit import Grid, Recipe, Rule
 
 GRID = Grid("int4", 32)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+UNCAST = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False, output_dtype=torch.float32)
 GRIDS = (Grid("int4", "row"), Grid("int8", "tensor"), Grid("e2m1", 16, "nvfp4"), Grid("int4", 16, "minmax"))
 
 
@@ -129,6 +130,7 @@ def observe(rank):
     seen = {
         "policy": seen_of(Net, GRID, rank, mp_policy=BF16),
         "no policy": seen_of(Net, GRID, rank),
+        "inputs not cast": seen_of(Net, GRID, rank, mp_policy=UNCAST),
         "sharded before": seen_of(Net, GRID, rank, late="sharded", mp_policy=BF16),
         "computed before": seen_of(Net, GRID, rank, late="computed", mp_policy=BF16),
         "left whole": seen_of(Net, GRID, rank, late="computed", mp_policy=BF16, reshard_after_forward=False),

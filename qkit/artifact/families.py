@@ -157,7 +157,9 @@ def check_whole(names: Collection[str], config: Mapping[str, Any]) -> None:
     Raises:
         PlanError: a hidden layer is missing.
     """
-    count = config.get("num_hidden_layers")
+    count = config.get("num_layers_per_stack") or config.get(
+        "num_hidden_layers"
+    )  # HRM's models use layers several times
     found = {int(match[1]) for name in names if (match := HIDDEN_LAYER.search(name))}
     if not isinstance(count, int) or not found:
         return

@@ -51,6 +51,7 @@ def export(
     from qkit.exchange import export_model, write_model  # here, as the next two, so that other commands start fast
     from qkit.exchange.export_gguf import export_gguf
     from qkit.exchange.import_model import open_model, read_model
+    from qkit.formats.gguf_rope import ignored_truncation
     from qkit.formats.gguf_tokenizer import read_vocabulary
     from qkit.formats.mlx_limits import limits_of
 
@@ -70,7 +71,7 @@ def export(
         notes = [f"{count} as {kind}" for kind, count in written.kinds.items()]
         notes = [f"quantized weights: {', '.join(notes)}"] if notes else []
         notes += [f"{name} as float16: {reason}" for name, reason in written.fallbacks.items()]
-        notes += written.notes
+        notes += [*written.notes, *filter(None, [ignored_truncation(source.config or {})])]
     elif to is Target.mlx:
         as_values = export_model.export_mlx(source, out)
         notes = [f"{path} as its values: mlx-lm would split its codes and quantize them again" for path in as_values]

@@ -151,7 +151,7 @@ class Lesson:
         reach: of an offset whose gradients always agree, in units of half the distance of two codes; as much of a scale's factor.
     """
 
-    steps: int = 32
+    steps: int = 16
     batch: int = 8
     seed: int = 0
     reach: float = 1.0
@@ -168,6 +168,7 @@ class Learns(Watches, Protocol):
         wanted: Hidden,
         starts: Mapping[str, QTensor[NDArray[Any]]],
         lesson: Lesson,
+        root: NDArray[np.float64] | None,
     ) -> dict[str, QTensor[NDArray[Any]]]:
         """Codes and scales of layers with which a block comes as near to its `wanted` outputs as any that were tried.
 
@@ -177,6 +178,7 @@ class Learns(Watches, Protocol):
             states: before the block, [windows, length, width].
             wanted: states after it, of the same shape.
             starts: codes and scales to begin with, by path of a layer.
+            root: R [width, width], where an error e of a token's state counts as the square of e R; None: of e.
         """
         ...
 

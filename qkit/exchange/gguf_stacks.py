@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.errors import ArtifactError
 from qkit.exchange.gguf_tensors import NUMBERS, Tensor, half_values
-from qkit.experts import expert_of, member_of
+from qkit.experts import INTERLEAVED, expert_of, member_of, types_of
 from qkit.formats import gguf as gguf_layout
 from qkit.formats.gguf import FLOATS
-from qkit.formats.gguf_config import Architecture, architecture_of
+from qkit.formats.gguf_config import BIASES, Architecture, architecture_of
 
 WAY_OUT = "export --to dense"
+SINKS = ".self_attn.sinks"  #: end of the name of attention sinks, which are a weight in GGUF
 Blocks = Callable[[], Iterable[NDArray[Any]]]
 
 
@@ -49,13 +50,15 @@ def stack_tensors(source: Snapshot, config: Mapping[str, Any], *, fallback: str 
                 f"{name}: the experts differ in shape or type, and GGUF has all in one tensor: {WAY_OUT}"
             )
         out[name] = Tensor(kind, (len(ordered), *shape), _joined([blocks for _, _, blocks in ordered]))
-    return out
+    return out | _vectors(source, config)
 
 
 def is_expert(source: Snapshot, name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor or quantized weight `name` is one of `stack_tensors`."""
+    """Whether the tensor or quantized weight `name` is in one of `stack_tensors`."""
     if name.removesuffix(".weight") in source.weights:
         return expert_of(name.removesuffix(".weight")) is not None
+    if name.endswith(SINKS) or BIASES.fullmatch(name):
+        return True
     return member_of(name, source.tensors[name].shape, config) is not None
 
 
@@ -106,6 +109,28 @@ def _floats(source: Snapshot, config: Mapping[str, Any]) -> dict[str, dict[int, 
             content = FLOATS[array.dtype.name], member.shape, _one(matrix)
             out.setdefault(stack, {})[number] = content
     return out
+
+
+def _vectors(source: Snapshot, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The biases of stacked experts [experts, outputs], and attention sinks, under names that GGUF's program knows."""
+    out = {}
+    for name, array in source.tensors.items():
+        if name.endswith(SINKS):
+            out[f"{name}.weight"] = _floats32(array)
+        elif found := BIASES.fullmatch(name):
+            block, stack = found.groups()
+            if stack == "down_proj":
+                out[f"{block}.down_proj.bias"] = _floats32(array)
+                continue
+            whole = np.asarray(array)
+            in_turn = types_of(config) & set(INTERLEAVED)
+            gate, up = (whole[:, ::2], whole[:, 1::2]) if in_turn else np.split(whole, 2, axis=-1)
+            out[f"{block}.gate_proj.bias"], out[f"{block}.up_proj.bias"] = _floats32(gate), _floats32(up)
+    return out
+
+
+def _floats32(array: NDArray[Any]) -> Tensor:
+    return Tensor("F32", array.shape, lambda: [np.ascontiguousarray(array, np.float32)])
 
 
 def _one(matrix: NDArray[Any]) -> Blocks:

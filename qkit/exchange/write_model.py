@@ -14,6 +14,7 @@ from qkit.artifact.companions import companions
 from qkit.artifact.metadata import KEY, StoredRule, group_paths
 from qkit.artifact.snapshot import Snapshot, StoredWeight
 from qkit.errors import ArtifactError
+from qkit.exchange.dense_stacks import dense_stacks
 from qkit.formats import compressed_tensors, dense, mlx_lm
 from qkit.formats.mapped import mapped, mlx_tensors
 from qkit.formats.packed import Tensors, join
@@ -59,9 +60,10 @@ def write_model(
     """
     if destination(out).path == source.folder.resolve():
         raise ArtifactError(f"{out} is the model to read: choose another folder")
-    streams = [*more, *(_stream(name, array) for name, array in source.tensors.items())]
+    stacks, inside = dense_stacks(source.weights, config or {}) if layout is dense else ([], set())
+    streams = [*more, *stacks, *(_stream(name, array) for name, array in source.tensors.items())]
     for path, weight in source.weights.items():
-        streams.extend(weight_streams(path, weight, layout))
+        streams.extend(weight_streams(path, weight, layout) if path not in inside else ())
     write_directory(
         Path(out),
         streams,

@@ -17,7 +17,7 @@ from qkit.qtensor import QTensor
 from qkit.reference.rounding import dequantize
 
 DAMPING = 0.1  #: of the mean of the diagonal of F: the gradients of some tokens say little of weak directions
-PARTS = 16  #: of the rows
+PARTS = 8  #: of the rows
 
 
 def solve_rows(
@@ -33,7 +33,7 @@ def solve_rows(
     if metric is None or grid.group == "tensor" or not metric.any():
         return w, known.solve(w, grid, peak=peak)
     order = np.argsort(-metric.diagonal(), kind="stable")
-    upper = _upper(metric[np.ix_(order, order)].astype(np.float64))
+    upper = root_of(metric[np.ix_(order, order)])
     aims, errors = w.copy(), np.empty(w.shape)
     parts: list[tuple[NDArray[np.int64], QTensor[NDArray[np.generic]]]] = []
     for begin, end in _bounds(len(w)):
@@ -47,8 +47,9 @@ def solve_rows(
     return aims, _joined(parts)
 
 
-def _upper(f: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R of F + damping."""
+def root_of(metric: NDArray[np.float32]) -> NDArray[np.float64]:
+    """R, upper triangular, with R R' = F + damping."""
+    f = metric.astype(np.float64)
     f[np.diag_indices(len(f))] += DAMPING * f.diagonal().mean()
     return np.ascontiguousarray(np.linalg.cholesky(f[::-1, ::-1])[::-1, ::-1])
 

@@ -3,6 +3,7 @@
 Read off llama.cpp 0.5 (`src/models/*.cpp`, `conversion/*.py`) and transformers 5.23.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +13,9 @@ from qkit.formats.gguf_rope import rope_numbers
 from qkit.formats.rope import ropes
 
 LOCAL_THETA: Final = 10000.0  #: theta of the rope of sliding attention, where GGUF has no key for it
+BIASES: Final = re.compile(
+    r"(.+\.experts)\.(gate_up_proj|down_proj)_bias"
+)  #: names of stacked biases, which GGUF splits
 MOST: Final = 1 << 32  #: GGUF's counts are smaller than this
 
 
@@ -30,6 +34,7 @@ class Architecture:
             the width of a head; 0 where there is none.
         scaled: whether llama.cpp multiplies the products of all linear layers by the scale of a tensor, which NVFP4 needs.
         normalized: whether the weights of a token's experts sum to one; None where no configuration says.
+        latent: whether attention is that of DeepSeek, whose heads turn a part of their numbers.
         keys: further numbers: GGUF's name without the architecture's, and the configuration's key.
     """
 
@@ -42,6 +47,7 @@ class Architecture:
     scale_layers: int = 0
     scaled: bool = False
     normalized: bool | None = None
+    latent: bool = False
     keys: tuple[tuple[str, str], ...] = ()
 
     def why_no_scale(self, kind: str) -> str:
@@ -70,7 +76,19 @@ _EXPERTS: Final = (
 )
 _WIDTH: Final = (("expert_feed_forward_length", "moe_intermediate_size"),)
 _SHARED: Final = (("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),)
-FLOATS: Final = {name for name, _ in (*_CAPS, *_MULTIPLIERS)} | {"attention.layer_norm_rms_epsilon"}
+_LATENT: Final = (
+    ("expert_count", "n_routed_experts"),
+    ("expert_used_count", "num_experts_per_tok"),
+    ("expert_shared_count", "n_shared_experts"),
+    ("expert_weights_scale", "routed_scaling_factor"),
+    ("leading_dense_block_count", "first_k_dense_replace"),
+    ("attention.q_lora_rank", "q_lora_rank"),
+    ("attention.kv_lora_rank", "kv_lora_rank"),
+)
+FLOATS: Final = {name for name, _ in (*_CAPS, *_MULTIPLIERS)} | {
+    "attention.layer_norm_rms_epsilon",
+    "expert_weights_scale",
+}
 ARCHITECTURES: Final = {
     "llama": Architecture("llama", interleaved=True, scaled=True),
     "mistral": Architecture("llama", interleaved=True, scaled=True),
@@ -78,6 +96,8 @@ ARCHITECTURES: Final = {
     "qwen2": Architecture("qwen2"),
     "qwen2_moe": Architecture("qwen2moe", keys=(*_EXPERTS, *_WIDTH, *_SHARED), normalized=False),
     "qwen3_moe": Architecture("qwen3moe", keys=(*_EXPERTS, *_WIDTH), normalized=True),
+    "gpt_oss": Architecture("gpt-oss", period=2, keys=(*_EXPERTS, ("expert_feed_forward_length", "intermediate_size"))),
+    "deepseek_v2": Architecture("deepseek2", latent=True, keys=(*_LATENT, *_WIDTH)),
     "qwen3": Architecture("qwen3", scaled=True),
     "seed_oss": Architecture("seed_oss"),
     "smollm3": Architecture("smollm3", interleaved=True),
@@ -98,6 +118,7 @@ ARCHITECTURES: Final = {
         "gemma3", activation=_GELU, norms_plus_one=True, period=6, scale_layers=62, keys=_CAPS[1:]
     ),
 }
+LITE: Final = (26, 27)  #: the numbers of layers with which llama.cpp takes a DeepSeek-V2 for one of plain queries
 NO_ROPE: Final = 4  #: SmolLM3's layers of this number, and of its multiples, have no rope
 
 #: Types of models whose sliding window llama.cpp leaves out, so that their context ends where the window does.
@@ -148,6 +169,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         ),
         (bool(config.get("clip_qkv")), "clip_qkv"),
         *_of_mixtures(config, architecture),
+        *_of_latent(config, architecture),
+        (kind == "gpt_oss" and _slides(config) != _regular(config, architecture), "layer_types in another order"),
+        (kind == "gpt_oss" and config.get("attention_bias") is False, "attention_bias False"),
         (
             architecture.name == "phi3" and head_width(config) * config["num_attention_heads"] != config["hidden_size"],
             "head_dim",
@@ -168,20 +192,21 @@ def numbers_of(config: Mapping[str, Any], architecture: Architecture) -> dict[st
         KeyError: a number is missing.
     """
     head = head_width(config)
+    turned = config["qk_rope_head_dim"] if architecture.latent else head
     values = {
         **{name: config[key] for name, key in COUNTS.items()},
         **_cap(config),
         **{name: config[key] for name, key in architecture.keys if config.get(key) is not None},
         **({"attention.sliding_window": config["sliding_window"]} if architecture.period else {}),
-        "attention.key_length": head,
-        "attention.value_length": head,
-        **rope_numbers(config, architecture.name, head),
+        "attention.key_length": config["qk_nope_head_dim"] + turned if architecture.latent else head,
+        "attention.value_length": config["v_head_dim"] if architecture.latent else head,
+        **rope_numbers(config, architecture.name, turned),
     }
     local = ropes(config).get("sliding_attention", {}).get("rope_theta")
     if local is not None and architecture.name == "gemma3":
         values["rope.freq_base_swa"] = float(local)
-    sliding = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
-    if architecture.period and sliding != [(i + 1) % architecture.period != 0 for i in range(len(sliding))]:
+    sliding = _slides(config)
+    if architecture.period and sliding != _regular(config, architecture):
         values["attention.sliding_window_pattern"] = sliding
     for name, value in values.items():
         if isinstance(value, (str, list)) and name not in COUNTS:
@@ -208,6 +233,31 @@ def _of_mixtures(config: Mapping[str, Any], architecture: Architecture) -> list[
         (normalized != architecture.normalized, f"norm_topk_prob {normalized}"),
         (step != 1, f"decoder_sparse_step {step}"),
         (bool(dense), f"mlp_only_layers {dense}"),
+    ]
+
+
+def _slides(config: Mapping[str, Any]) -> list[bool]:
+    """Whether each layer has a sliding window; [] where no configuration says."""
+    return [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
+
+
+def _regular(config: Mapping[str, Any], architecture: Architecture) -> list[bool]:
+    """The same, as the period of the architecture has it."""
+    return [(i + 1) % architecture.period != 0 for i in range(len(config.get("layer_types") or ()))]
+
+
+def _of_latent(config: Mapping[str, Any], architecture: Architecture) -> list[tuple[bool, str]]:
+    """Features of DeepSeek-V2 that llama.cpp computes otherwise: it takes the largest experts, whatever their group."""
+    if not architecture.latent:
+        return []
+    heads, keys = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    method, groups = config.get("topk_method") or "greedy", config.get("n_group") or 1
+    layers = config.get("num_hidden_layers")
+    return [
+        (keys != heads, f"{keys} heads of keys and {heads} of queries"),
+        (method != "greedy" and groups > 1, f"topk_method {method!r}"),
+        (bool(config.get("attention_bias")), "attention_bias"),
+        (config.get("q_lora_rank") is None and layers not in LITE, f"q_lora_rank None in {layers} layers"),
     ]
 
 

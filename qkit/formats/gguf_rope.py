@@ -28,6 +28,8 @@ KNOWN: Final = {
         "attention_factor",
     },
 }  #: parameters of each type that llama.cpp has
+#: Parameters of yarn that it has besides, or that it ignores with a note, by architecture.
+MORE: Final = {"deepseek2": {"mscale", "mscale_all_dim"}, "gpt-oss": {"truncate"}}
 
 
 DEFAULT_THETA: Final = {"gemma3_text": 1e6, "smollm3": 2e6}  #: of transformers' configurations; all others have 10,000
@@ -55,9 +57,12 @@ def rope_numbers(config: Mapping[str, Any], architecture: str, head: int) -> dic
     rope = rope_of(config)
     kind, partial = rope_type(rope), rope.get("partial_rotary_factor", 1.0)
     known = KNOWN.get(kind, set()) | {"rope_type", "type", "partial_rotary_factor"}
+    known |= MORE.get(architecture, set()) if kind == "yarn" else set()
     strange = next((name for name in rope if name not in known), None)
+    scaled = rope.get("mscale_all_dim") if kind == "yarn" and architecture == "deepseek2" else None
     wrong = (
-        (kind == "llama3" and architecture not in TABLES)
+        (kind == "yarn" and architecture == "deepseek2" and (not scaled or rope.get("mscale") != scaled))
+        or (kind == "llama3" and architecture not in TABLES)
         or (kind == "longrope" and architecture != "phi3")
         or (partial != 1.0 and architecture != "phi3")
         or any(rope_type(one) != "default" for name, one in ropes(config).items() if name == "sliding_attention")
@@ -79,9 +84,19 @@ def rope_numbers(config: Mapping[str, Any], architecture: str, head: int) -> dic
         numbers["rope.scaling.factor"] = float(rope["factor"])
     if kind == "yarn":
         numbers.update(_yarn(rope, config))
+    if scaled:
+        numbers["rope.scaling.yarn_log_multiplier"] = 0.1 * scaled  # llama.cpp takes one for both
     if kind == "longrope":
         numbers.update(_long(rope, config))
     return numbers
+
+
+def ignored_truncation(config: Mapping[str, Any]) -> str:
+    """A sentence where llama.cpp rounds the ends of yarn's range, and transformers does not; empty where both do."""
+    rope = rope_of(with_ropes(config))
+    if rope_type(rope) != "yarn" or rope.get("truncate") is not False:
+        return ""
+    return "llama.cpp ignores truncate = false of a 'yarn' rope, so that it turns queries and keys otherwise than transformers"
 
 
 def rope_tables(config: Mapping[str, Any], head: int) -> dict[str, NDArray[np.float32]]:

@@ -72,7 +72,7 @@ def place_of(path: str, config: Mapping[str, Any]) -> tuple[str, int | None]:
 def stack_path(block: str, projection: str, config: Mapping[str, Any]) -> str:
     """The path in mlx-lm of a projection of all experts of the block at `block` in files."""
     family = FAMILIES.get(str(config.get("model_type")), Family())
-    place = block.removesuffix("experts") + family.stack
+    place = to_mlx_name(f"{block.removesuffix('experts')}{family.stack}.", config)[:-1]
     return f"{place}.{dict(family.projections).get(projection, projection)}"
 
 
@@ -83,7 +83,7 @@ def block_of(place: str, config: Mapping[str, Any]) -> tuple[str, str]:
         ArtifactError: there is no such stack.
     """
     family = FAMILIES.get(str(config.get("model_type")), Family())
-    path, _, name = place.rpartition(".")
+    path, _, name = from_mlx_name(f"{place}.", config)[:-1].rpartition(".")
     before, _, last = path.rpartition(".")
     projection = {theirs: ours for ours, theirs in family.projections}.get(name, name)
     if last != family.stack or projection not in PROJECTIONS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qkit.errors import ArtifactError
-from qkit.formats.mlx_names import ALONE, DENSE, GPT, NEOX, NESTED_NAMES, NUMBERS, TOWERS
+from qkit.formats.mlx_names import ALONE, DENSE, GPT, NEOX, NESTED_MODULES, NESTED_NAMES, NUMBERS, TOWERS
 from qkit.formats.rope import NESTED, ropes, spell_rope
 
 Config = Mapping[str, Any]
@@ -114,6 +114,11 @@ def _own_names(config: Config) -> dict[str, Any]:
     return {"layer_types": layers, "position_embedding_type": config.get("position_embedding_type") or "nope"}
 
 
+def _expanded(config: Config) -> dict[str, Any]:
+    wide = config.get("expand", 2) * config["hidden_size"]
+    return {"intermediate_size": config.get("intermediate_size") or wide}
+
+
 def _interval(config: Config) -> dict[str, Any]:
     kinds = list(config.get("layer_types") or [])
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
@@ -211,6 +216,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     **dict.fromkeys(("phi", "stablelm", "glm4"), Family(PARTIAL)),
     **dict.fromkeys(("phi3", "nemotron"), Family(LLAMA_PARTIAL)),
     **dict.fromkeys(("mamba", "falcon_mamba"), Family()),
+    "mamba2": Family(keys=_expanded),
     "gptj": Family(modules=GPT),
     "qwen3": Family(LLAMA | OWN),
     "gemma3_text": Family(LLAMA | {"rope_local_base_freq", "sliding_window_pattern"}, _full),
@@ -258,7 +264,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma4": Family(keys=_outer_vocabulary, names=NESTED_NAMES, language="gemma4_text"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), Family(names=ALONE, language="qwen2")),
     "qwen3_vl": Family(names=NESTED_NAMES, language="qwen3"),
-    "qwen3_vl_moe": Family(names=NESTED_NAMES, language="qwen3_vl_moe_text"),
+    "qwen3_vl_moe": Family(names=NESTED_NAMES, modules=NESTED_MODULES, language="qwen3_vl_moe_text"),
     "qwen3_vl_moe_text": Family(LLAMA, _normalized),
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), Family(OWN, _interval, shifts=True)),
     "qwen3_5": Family(names=NESTED_NAMES[1:], language="qwen3_5_text", shifts=True),

@@ -47,10 +47,13 @@ LIMITS: Final[Mapping[str, tuple[Limit, ...]]] = {
     "stablelm": (TIED,),
     "glm4": (TIED,),
     "gpt_neox": (TIED,),
+    "gpt_oss": (TIED,),
     "gpt2": (UNTIED,),
     "starcoder2": (Limit("use_bias", (False,)),),
     "qwen2_moe": (Limit("mlp_only_layers"),),
 }
+#: Types with gated norms that mlx-lm computes of all groups together, and the key of their number. qkit's engine has groups.
+GROUPS: Final[Mapping[str, str]] = {"mamba2": "n_groups", "granitemoehybrid": "mamba_n_groups"}
 #: Types whose sliding windows mlx-lm ignores: every token sees all before it. qkit's MLX engine gives them their windows.
 WINDOWLESS: Final = ("mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
 SOMETIMES: Final = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")  #: those that slide where `use_sliding_window` says so
@@ -69,6 +72,8 @@ def limits_of(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if text := ignored_window(config):
         yield MLX_LM, text
     kind, inner = language(config)
+    if (groups := groups_of(inner)) > 1:
+        yield MLX_LM, f"it normalizes the {groups} groups of the states of a {kind!r} together"
     if kind in FAMILIES and (text := ignored_rope(inner)):
         yield MLX_LM, text
     if kind in FAMILIES and (text := other_activation(inner, kind)):
@@ -113,6 +118,12 @@ def sliding_layers(config: Config) -> tuple[int, list[bool]]:
     else:
         slides = [True] * count
     return (window, slides) if any(slides) else (0, [])
+
+
+def groups_of(config: Config) -> int:
+    """The number of groups of states whose norms mlx-lm joins."""
+    key = GROUPS.get(str(config.get("model_type")))
+    return int(config.get(key) or 1) if key else 1
 
 
 def ignored_window(config: Config) -> str:

@@ -30,6 +30,11 @@ NESTED_NAMES: Final = (
     (r"^model\.language_model\.", "language_model.model.", r"^language_model\.model\.", "model.language_model."),
     (r"^lm_head\.", "language_model.lm_head.", r"^language_model\.lm_head\.", "lm_head."),
 )
+#: Paths of modules of such a model, as transformers has them.
+NESTED_MODULES: Final = (
+    (r"^language_model\.model\b", "model.language_model"),
+    (r"^language_model\.lm_head\b", "lm_head"),
+)
 #: The same, where published files name the language model as if it were alone.
 ALONE: Final = (
     *((pattern, text, r"^(?!)", "") for pattern, text, _, _ in NESTED_NAMES[:2]),

@@ -30,7 +30,7 @@ ROUNDS = 6  #: of descent, at most
 REFITS = 2  #: of scales, to the codes that `search` found
 SHARE = 1 << 17  #: values of a weight that are fitted at once
 COLUMNS = 128  #: inputs that change before others of their window are updated
-WINDOW = 512  #: inputs that change before all others are updated
+WINDOW = 1024  #: inputs that change before all others are updated
 
 
 def fit(

@@ -16,7 +16,7 @@ Doubles = NDArray[np.float64]
 BITS = 20  #: of one part: 2 * 20 bits of a product, and 12 of a sum of 4,096, are 52
 LONGEST = 4096  #: terms of one exact sum
 BLOCK = 64  #: columns that are eliminated before others of their panel are updated
-PANEL = 512  #: columns that are eliminated before the rest of a matrix is updated in one product
+PANEL = 1024  #: columns that are eliminated before the rest of a matrix is updated in one product
 
 
 def shortened(a: Doubles, axis: int) -> Doubles:

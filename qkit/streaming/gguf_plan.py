@@ -9,7 +9,7 @@ from qkit.artifact.families import HEAD
 from qkit.errors import ArtifactError
 from qkit.experts import is_router
 from qkit.formats.gguf import FLOATS, SIZES, layout
-from qkit.formats.gguf_config import ARCHITECTURES, Architecture
+from qkit.formats.gguf_config import ARCHITECTURES, BIASES, Architecture
 from qkit.streaming.plan import Plan, Row
 
 
@@ -86,7 +86,7 @@ def _kind(row: Row, architecture: Architecture) -> tuple[str, str]:
     """GGUF's type for a tensor, and the reason where no type holds its grid, or its scale unless that is 1."""
     slot = row.stored.slot
     if row.rule is None or row.rule.weight is None:
-        if is_router(slot.name.rpartition(".")[0]):
+        if is_router(slot.name.rpartition(".")[0]) or BIASES.fullmatch(slot.name):
             return "F32", ""
         return (FLOATS.get(row.dtype, "F32") if len(slot.shape) > 1 else "F32"), ""
     try:

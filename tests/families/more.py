@@ -23,7 +23,7 @@ LightOnOcr=LightOnOcrForConditionalGeneration LlavaNext=LlavaNextForConditionalG
 LlavaNextVideo=LlavaNextVideoForConditionalGeneration LlavaOnevision=LlavaOnevisionForConditionalGeneration
 LongT5=LongT5ForConditionalGeneration MiniMaxM3=MiniMaxM3SparseForConditionalGeneration Ovis2=Ovis2ForConditionalGeneration
 PegasusX=PegasusXForConditionalGeneration Qwen2Audio=Qwen2AudioForConditionalGeneration
-Qwen3OmniMoe=Qwen3OmniMoeThinkerForConditionalGeneration Qwen3VLMoe=Qwen3VLMoeForConditionalGeneration
+Qwen3OmniMoe=Qwen3OmniMoeThinkerForConditionalGeneration
 SwitchTransformers=SwitchTransformersForConditionalGeneration T5Gemma2=T5Gemma2ForConditionalGeneration
 UMT5=UMT5ForConditionalGeneration VideoLlama3=VideoLlama3ForConditionalGeneration
 VideoLlava=VideoLlavaForConditionalGeneration VipLlava=VipLlavaForConditionalGeneration Voxtral=VoxtralForConditionalGeneration
@@ -49,6 +49,36 @@ SIZED: Mapping[str, Mapping[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "Qwen3VLMoeForConditionalGeneration": {
+        "tie_word_embeddings": False,
+        "text_config": {
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {"out_hidden_size": 64},
+    },
+    "BailingHybridForCausalLM": {
+        **LATENT,
+        "n_group": 1,
+        "topk_group": 1,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "BertLMHeadModel": {"is_decoder": True},
+    "HrmTextForCausalLM": {},
+    "Lfm3ForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "XmodForCausalLM": {**PADDED, "languages": ["en_XX"], "default_language": "en_XX"},
+    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "adapter_rank": 32},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1, "router_hidden_size": 64},
+    "Cohere2VisionForConditionalGeneration": {},
+    "Exaone4_5_ForConditionalGeneration": {},
+    "Glm4vMoeForConditionalGeneration": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+        "vision_config": {"out_hidden_size": 64},
+    },
+    "Llama4ForConditionalGeneration": {},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+    },
     "CwmForCausalLM": ENDS,
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "ModernBertDecoderForCausalLM": ENDS,
@@ -127,6 +157,11 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Mamba 2, tied, biases": (
         "Mamba2ForCausalLM",
         {"num_heads": 8, "head_dim": 16, **TIED, "use_bias": True},
+    ),
+    "Mamba 2, two groups": ("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    "Granite 4, two groups": (
+        "GraniteMoeHybridForCausalLM",
+        {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64, "mamba_n_groups": 2},
     ),
     "Mixtral, tied, wide heads": ("MixtralForCausalLM", {**TIED, **WIDE, **ONE}),
     "Qwen2-MoE, a dense layer": ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0], **TIED}),

@@ -41,7 +41,9 @@ gate.
 - Some classes of transformers initialize weights that codes have replaced, and fail by default: T5, Mamba, ModernBERT and others.
   They open with `dequantize=True`.
 - mlx-lm ignores the sliding windows of Mistral, Mixtral, Phi-3, Phi-MoE, Qwen2, Qwen3 and StarCoder2, and one form of gelu in
-  GPT-NeoX, GPTBigCode, Gemma and StarCoder2. qkit's MLX engine computes both.
+  GPT-NeoX, GPTBigCode, Gemma and StarCoder2. It ignores `truncate` of gpt-oss's rope, the short factors of Phi-3's long one, and
+  that half of a head of GLM's does not turn; the groups of Mamba 2's and Granite 4's states, and the biases by which Ernie 4.5
+  chooses experts. qkit's MLX engine computes all of these.
 - A model type that is not in this table gets a warning: the names and shapes of its tensors alone say which of them are layers.
 
 """

@@ -169,3 +169,28 @@ def test_every_row_of_the_table_is_a_family_of_the_gate():
     for name, row in rows.items():
         assert row["architecture"] == FAMILIES[name].architecture
     assert {row["type"] for row in rows.values()} <= known.table()["types"].keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-oss", "Granite 4, experts", "Llama 4", "Aria", "Qwen3VLMoeForConditionalGeneration", "Mixtral"]
+)
+def test_values_of_experts_are_stacked_where_files_of_the_type_stack_them(name, tmp_path):
+    from openings import weights
+
+    from qkit.artifact.snapshot import read_own
+    from qkit.exchange.export_model import export_dense
+
+    quantized(tmp_path, name)
+    export_dense(read_own(tmp_path / "out"), tmp_path / "dense")
+    found, want = (
+        weights(one) for one in (in_transformers(tmp_path / "dense"), qkit.load(tmp_path / "out", backend="torchao"))
+    )
+    assert any("experts" in key for key in found)
+    for key, array in found.items():
+        assert (array == want[key]).all(), key
+
+
+def test_layers_that_run_several_times_are_counted_once(tmp_path):
+    quantized(tmp_path, "HrmTextForCausalLM")
+    assert json.loads((tmp_path / "in/config.json").read_text())["num_hidden_layers"] == 16
+    qkit.load(tmp_path / "out", backend="torchao")

@@ -335,6 +335,9 @@ def test_inputs_that_are_not_finite_are_refused(name: str, tmp_path: Path) -> No
         RangeError, match=r"model.layers.1.mlp.gate_proj: its inputs hold NaN or infinity, or numbers whose"
     ):
         calibrate(broken, tmp_path / "stats", TOKENS, engine=qkit.backend(name))
+    given = {"engine": qkit.backend(name), "recipe": qkit.recipe("int4-g32")}
+    with pytest.raises(RangeError, match=r"hold NaN or infinity: an input of a layer was not finite"):
+        calibrate_drift(broken, tmp_path / "drift", TOKENS[:2], **given)
 
 
 def test_a_place_that_is_taken_is_refused(model: Path, stats: Path) -> None:

@@ -106,6 +106,55 @@ def test_a_plan_knows_the_tensors_and_the_bytes_of_the_file(family, recipe, tmp_
     assert (dict(planned.kinds), planned.nbytes) == (dict(done.kinds), sum(sizes))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recipe", ["int4", "mxfp4", "only linear layers"])
+def test_gpt_oss_has_its_biases_and_sinks_beside_the_stacks(recipe, dtype, tmp_path):
+    source = read_model(quantized(tmp_path, RECIPES[recipe], family="gpt_oss", dtype=dtype))
+    done = export_gguf(source, tmp_path / "model.gguf")
+    config = json.loads((tmp_path / "float/config.json").read_text())
+    plan = make_plan(tmp_path / "float", RECIPES[recipe] if recipe[0] == "o" else qkit.recipe(RECIPES[recipe]))
+    sizes = [one.n_bytes for one in gguf.GGUFReader(tmp_path / "model.gguf").tensors]
+    planned = gguf_plan(plan, config)
+    assert (dict(planned.kinds), planned.nbytes) == (dict(done.kinds), sum(sizes))
+    got, kinds = decoded(tmp_path / "model.gguf")
+    plain = floats(tmp_path / "float")
+    values = {
+        path: qkit.dequantize(qkit.quantize(np.ascontiguousarray(one), KINDS_OF[recipe])) if KINDS_OF[recipe] else one
+        for path, one in split(plain).items()
+    }
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp"
+        up = plain[f"{block}.experts.gate_up_proj_bias"]
+        assert np.array_equal(got[f"blk.{layer}.ffn_gate_exps.bias"], up[:, ::2])
+        assert np.array_equal(got[f"blk.{layer}.ffn_up_exps.bias"], up[:, 1::2])
+        assert np.array_equal(got[f"blk.{layer}.ffn_down_exps.bias"], plain[f"{block}.experts.down_proj_bias"])
+        assert np.array_equal(got[f"blk.{layer}.attn_sinks.weight"], plain[f"model.layers.{layer}.self_attn.sinks"])
+        assert np.array_equal(got[f"blk.{layer}.ffn_gate_inp.weight"], plain[f"{block}.router.weight"])
+        for projection in ("gate", "up", "down"):
+            theirs = got[f"blk.{layer}.ffn_{projection}_exps.weight"]
+            want = np.stack([values[f"{block}.experts.{i}.{projection}"] for i in EXPERTS])
+            assert np.array_equal(theirs, want if dtype == "float32" else want.astype(theirs.dtype))
+    assert {kinds[name] for name in kinds if "sinks" in name or name.endswith(".bias")} == {"F32"}
+
+
+KINDS_OF = {
+    "int4": qkit.Grid("int4", 32),
+    "mxfp4": qkit.Grid("e2m1", 32, "even"),
+    "only linear layers": None,
+}
+
+
+def split(plain):
+    """Each expert of gpt-oss by itself, [outputs, inputs]."""
+    found = {}
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp.experts"
+        for i in EXPERTS:
+            both, down = plain[f"{block}.gate_up_proj"][i].T, plain[f"{block}.down_proj"][i].T
+            found |= {f"{block}.{i}.gate": both[::2], f"{block}.{i}.up": both[1::2], f"{block}.{i}.down": down}
+    return found
+
+
 def test_a_missing_expert_and_experts_on_several_grids_are_named(tmp_path):
     source = read_model(quantized(tmp_path, "int4-g32", family="mixtral"))
     path = "model.layers.1.block_sparse_moe.experts.1.w3"
@@ -135,6 +184,10 @@ def test_experts_with_a_scale_of_their_own_are_refused_without_the_fallback(tmp_
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("qwen2_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "a sliding window of 8"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "layer_types in another order"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias False"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2}, "topk_method 'group_limited_greedy'"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "2 heads of keys and 4 of queries"),
     ],
 )
 def test_mixtures_that_llama_cpp_computes_otherwise_are_refused(family, changes, feature, tmp_path):

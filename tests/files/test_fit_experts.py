@@ -109,9 +109,10 @@ def test_moments_are_those_of_the_tokens_that_reach_an_expert(
     assert not known.few
 
 
-@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize(
-    ("family", "recipe"), [("mixtral", "nvfp4-a16"), ("qwen3_moe", "int3-g32"), ("gpt_oss", "int3-g32")]
+    ("name", "family", "recipe"),
+    [("torchao", "mixtral", "nvfp4-a16"), ("torchao", "gpt_oss", "int3-g32")]
+    + [(name, "qwen3_moe", "int3-g32") for name in ENGINES],
 )
 def test_every_expert_has_the_codes_of_the_law(
     name: str, family: str, recipe: str, models: dict[str, Path], stats: dict[tuple[str, str], Path], tmp_path: Path
@@ -124,15 +125,15 @@ def test_every_expert_has_the_codes_of_the_law(
     converted = experts(qkit.convert(qkit.load(models[family], backend="torchao"), recipe, fit=how))
     assert streamed.keys() == converted.keys() == own.keys() == known.few.keys() | (known.paths & own.keys())
     up = {"w1": "w3", "w3": "w1"}
-    for path, w in own.items():
+    assert all((converted[path].codes == q.codes).all() for path, q in streamed.items())
+    for path, w in list(own.items())[::5]:  # experts and projections in turn
         pair = own.get(f"{path[:-2]}{up.get(path[-2:], '')}", w)
         peak = float(max(np.abs(w).max(), np.abs(pair).max())) if recipe == "nvfp4-a16" else None
         h = None if path in known.few else known.moments(path)
         law = fit(w, grid, h, method="search" if h is None else "solve", peak=peak)
-        for q in (streamed[path], converted[path]):
-            assert (q.codes == law.codes).all()
-            assert (reference.scale_values(q) == reference.scale_values(law)).all()
-    assert any((fit(w, grid).codes != streamed[path].codes).any() for path, w in own.items())
+        assert (streamed[path].codes == law.codes).all()
+        assert (reference.scale_values(streamed[path]) == reference.scale_values(law)).all()
+        assert path in known.few or (fit(w, grid).codes != law.codes).any()
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -156,26 +157,28 @@ def test_experts_with_few_tokens_are_fitted_by_search_and_named(
     again = experts(
         qkit.convert(qkit.load(models["qwen3_moe"], backend="torchao"), "int3-g32", fit=Fit("solve", stats))
     )
-    for path, w in weights(models["qwen3_moe"]).items():
+    own = weights(models["qwen3_moe"])
+    for path in [*known.few, *[path for path in own if path in known.paths][::5]]:
+        w = own[path]
         h = None if path in known.few else known.moments(path)
         law = fit(w, made[path].grid, h, method="search" if h is None else "solve")
         assert (made[path].codes == law.codes).all()
         assert (again[path].codes == law.codes).all()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["torchao", pytest.param("mlx", marks=pytest.mark.size)])  # a quarter of a minute
 def test_experts_of_a_corrected_model_are_solved_by_their_inputs_there(
     name: str, models: dict[str, Path], stats: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
-    engine, recipe, folder = qkit.backend(name), qkit.recipe("int3-g32"), models["mixtral"]
+    engine, recipe, folder = qkit.backend(name), qkit.recipe("int3-g32"), models["qwen3_moe"]
     place = calibrate_drift(folder, tmp_path / "drift", TOKENS, engine=engine, recipe=recipe)
-    known, plain = open_statistics(place), open_statistics(stats[name, "mixtral"])
+    known, plain = open_statistics(place), open_statistics(stats[name, "qwen3_moe"])
     own = weights(folder)
     assert own.keys() <= known.paths
-    path = "model.layers.1.block_sparse_moe.experts.0.w2"
+    path = "model.layers.1.mlp.experts.0.down_proj"
     assert np.abs(known.moments(path) - plain.moments(path)).max() > 1e-3 * np.abs(plain.moments(path)).max()
     made = qkit.load(quantize(folder, tmp_path / "out", "int3-g32", Fit("solve", known)), backend="torchao")
-    for at, q in experts(made).items():
+    for at, q in list(experts(made).items())[::5]:
         assert (q.codes == fit(own[at], q.grid, known.moments(at), method="solve").codes).all()
     want = qkit.backend("torchao").logits(qkit.load(folder, backend="torchao"), TOKENS)
     apart = [

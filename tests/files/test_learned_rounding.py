@@ -18,7 +18,10 @@ from qkit.drift_calibration import calibrate_drift
 from qkit.engines.blocks import Lesson
 from qkit.errors import ArtifactError, BackendError, GridError, PlanError, RecipeError
 from qkit.fitting.fits import Fit
+from qkit.fitting.rows import root_of
+from qkit.fitting.run import Run
 from qkit.fitting.statistics import open_statistics
+from qkit.metric import STATES, gather_metrics, metrics_of
 from qkit.qtensor import QTensor
 from qkit.rules import parse_recipe
 from qkit.storage.read import read_folder
@@ -66,14 +69,17 @@ def quantize(model: Path, out: Path, recipe: Any, how: Fit, engine: str = "numpy
     return quantize_directory(plan, out, engine=qkit.backend(engine), workers=1, tick=lambda *_: None)
 
 
-def block_error(model: Path, values: dict[str, Any]) -> float:
-    """Of the first block: mean squared difference of its outputs from the float ones."""
+def block_error(model: Path, values: dict[str, Any], place: Path) -> float:
+    """Of the first block: mean squared difference of its outputs from the float ones, in the metric of states."""
     whole, other = (qkit.load(model, backend="torchao") for _ in range(2))
     blocks, mine = (torch_engine.blocks(one, length=TOKENS.shape[1]) for one in (whole, other))
+    run = Run(place, {}, {}, batch=4)
+    gather_metrics(run, blocks, TOKENS, [()] * len(blocks.paths), batch=4)
+    root = root_of(metrics_of(run, 0)[STATES])
     for path, one in values.items():
         mine.put(path, one)
     states = blocks.enter(TOKENS)
-    return float(np.mean((blocks.look(0, states, ())[0] - mine.look(0, states, ())[0]) ** 2))
+    return float(np.mean(((blocks.look(0, states, ())[0] - mine.look(0, states, ())[0]) @ root) ** 2))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -94,7 +100,8 @@ def test_a_learned_block_is_never_further_from_the_float_one_than_a_solved_one(
         for path in first
     }
     errors = [
-        block_error(model, {path: reference.dequantize(q) for path, q in one.items()}) for one in (values, before)
+        block_error(model, {path: reference.dequantize(q) for path, q in one.items()}, tmp_path / "metric")
+        for one in (values, before)
     ]
     assert errors[0] <= errors[1]
     if grid.element.kind == "integer":  # so few steps move no code of a float far enough

@@ -55,6 +55,7 @@ class MlxBlocks:
         self.paths = tuple(f"{path}.{number}" for number in range(len(self._blocks)))
         self._model, self._round_to = model, round_to
         self._layers = {layer.path: layer.module for layer in surgery.layers(model)}  # now: blocks lose their weights
+        self._beside = -1  # values that blocks return beside states; -1: blocks return states alone
         first, second = (self._record(mx.full((1, length), token)) for token in (0, 1))
         for mine, other, where in zip(first, second, self.paths, strict=True):
             if not _same(mine, other):
@@ -121,7 +122,8 @@ class MlxBlocks:
         tokens = mx.zeros((1, states.shape[1]), mx.int32)
 
         def scores(x: mx.array) -> mx.array:
-            logits = self._run_model(tokens, lambda *_, **__: x)[0].astype(mx.float32)
+            out = x if self._beside < 0 else (x, *[None] * self._beside)
+            logits = self._run_model(tokens, lambda *_, **__: out)[0].astype(mx.float32)
             return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
         for row, mine in zip(states, labels, strict=True):
@@ -195,6 +197,7 @@ class MlxBlocks:
         def record(number: int, states: mx.array, *rest: Any, **given: Any) -> Any:
             found[number] = (rest, given)
             out = blocks[number](states, *rest, **given)
+            self._beside = len(out) - 1 if isinstance(out, tuple) else -1
             mx.eval(out)
             stand_ins, self._blocks[:] = list(self._blocks), blocks  # the model's arrays are found by their paths
             mapped.forget(self._model, self.paths[number])

@@ -6,14 +6,14 @@ from typing import Any, Final
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import ernie4_5_moe, gemma, glm, gpt_bigcode, gpt_neox, jamba, starcoder2
+from mlx_lm.models import ernie4_5_moe, gemma, glm, gpt_bigcode, gpt_neox, granitemoehybrid, jamba, mamba2, starcoder2
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.deepseek_v2 import DeepseekV2YarnRotaryEmbedding
 from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE
 
 from qkit.errors import BackendError
 from qkit.formats.mlx_activations import asked, is_near
-from qkit.formats.mlx_limits import language, sliding_layers
+from qkit.formats.mlx_limits import groups_of, language, sliding_layers
 from qkit.formats.rope import partial_factor, rope_type, ropes_of
 from qkit.formats.rope_frequencies import long_factor, original_length, plain_waves, yarn_factor, yarn_waves
 
@@ -33,6 +33,9 @@ SCALED: Final[Mapping[type[nn.Module], str]] = {
     DeepseekV2YarnRotaryEmbedding: "yarn",
     SuScaledRoPE: "longrope",
 }
+
+#: mlx-lm's norms of gated states, which normalize all of them together.
+GATED: Final = (mamba2.MambaRMSNormGated, granitemoehybrid.GraniteMoeHybridRMSNormGated)
 
 
 def mend(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -56,6 +59,8 @@ def mend(model: nn.Module, config: Mapping[str, Any]) -> None:
         elif type(module) is ernie4_5_moe.Ernie4_5_MoeMLP:
             module.__class__ = BiasedChoice
             module["moe_statics"] = Statistics(module.args.moe_num_experts)
+        elif type(module) in GATED and (groups := groups_of(inner)) > 1:
+            module.__class__, module.groups = GroupedNorm, groups
         elif type(module) is jamba.JambaSparseMoeBlock:
             module.__class__ = PlainScores
         elif type(module) is glm.GLMAttention:
@@ -101,6 +106,19 @@ class BiasedChoice(ernie4_5_moe.Ernie4_5_MoeMLP):
         y = self.switch_mlp(x, chosen)
         out: mx.array = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
         return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+class GroupedNorm(mamba2.MambaRMSNormGated):
+    """A norm of gated states, of each group by itself, in float32."""
+
+    def __call__(self, hidden_states: mx.array, gate: mx.array | None = None) -> mx.array:
+        """x [..., width] -> the same shape."""
+        x = hidden_states.astype(mx.float32)
+        x = x if gate is None else x * nn.silu(gate.astype(mx.float32))
+        each = x.reshape(*x.shape[:-1], self.groups, -1)
+        normed = mx.fast.rms_norm(each, None, self.eps).reshape(x.shape)
+        out: mx.array = self.weight * normed.astype(hidden_states.dtype)
+        return out
 
 
 class PlainScores(jamba.JambaSparseMoeBlock):

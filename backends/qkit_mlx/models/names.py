@@ -10,7 +10,7 @@ import mlx.core as mx
 from qkit.engines.layer import Layer
 from qkit.errors import ArtifactError
 from qkit.experts import file_name, member_of, module_name, paths_of
-from qkit.formats.mlx_config import to_mlx_name
+from qkit.formats.mlx_config import from_mlx_name, to_mlx_name
 from qkit.formats.mlx_families import FAMILIES, Family
 from qkit_mlx.layers import latent
 
@@ -107,17 +107,20 @@ def _sanitized(arrays: Arrays, model: Any, blocks: Mapping[str, Layer]) -> dict[
             raise ArtifactError(f"mlx-lm ignores {name}, whose numbers choose experts: use another engine")
     for name in list(rest):
         member = member_of(name, tuple(rest[name].shape), config)
-        block = blocks.get(module_name(f"{member.block}.", config)[:-1]) if member and member.expert is None else None
+        place = from_mlx_name(f"{member.block}.", config) if member and member.expert is None else ""
+        block = blocks.get(module_name(place, config)[:-1])
         if member and block:
             stacked = rest.pop(name)
             for projection, own in zip(block.projections, block.stored, strict=True):
                 if projection in member.projections:
                     each = [member.matrix(stacked, expert, projection) for expert in range(member.count)]  # type: ignore[arg-type]
                     stacks[own] = mx.stack(each)  # type: ignore[arg-type]  # a matrix is a slice of whatever array
-    absent: dict[str, mx.array] = {}
+    head = "language_model.lm_head.weight"  # qwen3_vl_moe's wants one, whether it is there or quantized
+    absent = {head: mx.zeros((1, 1))} if config.get("model_type") == "qwen3_vl_moe" and head not in rest else {}
     dropped: set[str] = set()
     for block in blocks.values():
-        names = [f"{path}.weight" for path in paths_of(block.path, block.projections, config).values()]
+        paths = paths_of(block.path, block.projections, config).values()
+        names = [to_mlx_name(f"{path}.weight", config) for path in paths]
         if not any(name in rest for name in names):
             absent.update({name: mx.zeros((1, 1)) for name in names})
             dropped |= set(block.stored)

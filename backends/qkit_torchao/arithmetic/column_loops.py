@@ -56,6 +56,15 @@ class Loops:
         """H d, of d [inputs, rows]."""
         return self._known.times(d)
 
+    def weigh(self, d: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes of the product H d the one of the damped H; returns d' (H + damping) d and d' H d of each row."""
+        product += self._known.damping * d
+        return exact_products.total(d * product), self.error(d, product)
+
+    def error(self, d: Tensor, residual: Tensor) -> Tensor:
+        """d' H d of each row, from the product of the damped H."""
+        return exact_products.total(d * (residual - self._known.damping * d))
+
     def descend(self, units: Tensor, s: Tensor, residual: Tensor) -> bool:
         """One round over groups and inputs, in place: each takes the value of least error. Returns whether any changed.
 

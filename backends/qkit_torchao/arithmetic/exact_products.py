@@ -76,15 +76,23 @@ def unit_upper(h: Tensor, eliminate: Callable[[Tensor, Tensor, int, int, int], N
         last = min(first + PANEL, n)
         for start in range(first, last, BLOCK):
             (eliminate or _eliminate)(a, pivots, start, min(start + BLOCK, last), last)
-        for start in range(last, n, STRIP):  # of the rest, no more than the lower half is used
-            right = a[start : start + STRIP, first:last].T
-            a[start:, start : start + STRIP] -= fine_product(a[start:, first:last] * pivots[first:last], right)
+        if last < n:
+            _update(a[last:, last:], a[last:, first:last], pivots[first:last])
     if not bool((pivots > 0).all()):
         raise RangeError(
             "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
         )
     a.tril_(-1).diagonal().fill_(1)
     return a.flip(0, 1)
+
+
+def _update(a: Tensor, below: Tensor, pivots: Tensor) -> None:
+    """Takes below * pivots * below' from the lower half of `a`: no more of it is used."""
+    (high, low), (top, rest) = halves(below * pivots, 1), halves(below.T, 0)
+    for start in range(0, len(a), STRIP):
+        strip, under = slice(start, start + STRIP), slice(start, None)
+        part = top[:, strip]
+        a[under, strip] -= high[under] @ part + (high[under] @ rest[:, strip]).addmm_(low[under], part)
 
 
 def _eliminate(a: Tensor, pivots: Tensor, start: int, end: int, last: int) -> None:

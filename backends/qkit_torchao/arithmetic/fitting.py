@@ -18,7 +18,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference.fitting import ROUNDS
 from qkit.reference.steps import want_fitted
-from qkit_torchao.arithmetic import column_loops, exact_products, rounding
+from qkit_torchao.arithmetic import column_loops, rounding
 from qkit_torchao.arithmetic.moments import DeviceMoments
 
 SHARE = 1 << 14  #: rows that are fitted at once
@@ -79,26 +79,20 @@ def _solve(loops: column_loops.Loops, x: Tensor, s: Tensor, known: DeviceMoments
     def values(units: Tensor, s: Tensor) -> Tensor:
         return (units.reshape(len(s), group, -1) * s[:, None]).reshape(units.shape)
 
-    def damped(d: Tensor) -> Tensor:
-        return loops.times(d).add_(known.damping * d)
-
-    def error(d: Tensor, residual: Tensor) -> Tensor:
-        return exact_products.total(d * (residual - known.damping * d))
-
     searched, rule = loops.search(s)
     d = x - values(searched, rule)
-    before = damped(d)
-    allowed, least = error(d, before), exact_products.total(d * before)
+    before = loops.times(d)
+    least, allowed = loops.weigh(d, before)
     fed = loops.feed(rule)
     d = x - values(fed, rule)
-    residual = damped(d)
-    closer = exact_products.total(d * residual) < least
+    residual = loops.times(d)
+    closer = loops.weigh(d, residual)[0] < least
     units, s, residual = torch.where(closer, fed, searched), rule.clone(), torch.where(closer, residual, before)
-    del fed, before
+    del fed, before, d
     for _ in range(rounds):
         if not loops.descend(units, s, residual):
             break
-    worse = error(x - values(units, s), residual) > allowed
+    worse = loops.error(x - values(units, s), residual) > allowed
     return torch.where(worse, searched, units), torch.where(worse, rule, s)
 
 

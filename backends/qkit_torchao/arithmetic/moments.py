@@ -57,8 +57,9 @@ class DeviceMoments:
         del damped
         sizes = exact_products.power(torch.frexp(diagonal + damping).exponent // 2)
         unit = 2.0 ** (1 - BITS)
-        correlations = h.div_(sizes[:, None]).div_(sizes).div_(unit).round_().clamp_(-(2**BITS), 2**BITS).mul_(unit)
-        return cls(given, diagonal, damping, sizes, correlations, fits.digits(correlations, unit), order, upper)
+        numbers = h.div_(sizes[:, None] * unit).div_(sizes).round_().clamp_(-(2**BITS), 2**BITS)
+        digits = fits.digits(numbers)
+        return cls(given, diagonal, damping, sizes, numbers.mul_(unit), digits, order, upper)
 
     def times(self, d: Tensor, rows: slice = slice(None), inputs: slice = slice(None)) -> Tensor:
         """See `qkit.reference.moments.Moments.times`."""

@@ -1,6 +1,7 @@
 """Cached codes of weights, recomputed when the weights change, those of many in one launch. No arithmetic."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from qkit_torchao.cache import identity
 from qkit_torchao.cache.identity import KeptOfTensor
 from qkit_torchao.kernels import choose
 
+T = TypeVar("T")
 Codes = tuple[QTensor[Tensor], Tensor]  #: codes, and the float32 steps of their groups
 
 
@@ -20,13 +22,27 @@ class Coded(KeptOfTensor[Codes]):
 
     Attributes:
         used: whether the codes were used since they were computed. Unused ones are not recomputed with others.
+        operand: views of the codes and their steps as a product takes them, and the codes that they are of.
     """
 
-    __slots__ = ("used",)
+    __slots__ = ("operand", "used")
 
     def __init__(self, owner: Tensor, store: Any) -> None:
         super().__init__(owner, store)
         self.used = False
+        self.operand: tuple[Any, Any] = (None, None)
+
+
+def operand_of(weight: Tensor, grid: Grid, view: Callable[[QTensor[Tensor], Tensor], T]) -> T:
+    """`view(*of(weight, grid))`, which refers to the memory of the codes and of their steps, and is made once for it."""
+    value = of(weight, grid)
+    kept = _codes.of(weight)
+    assert kept is not None
+    made, like = kept.operand
+    if like is not value:
+        made = view(*value)
+        kept.operand = made, value
+    return made  # type: ignore[no-any-return]
 
 
 def of(weight: Tensor, grid: Grid) -> Codes:

@@ -1,16 +1,13 @@
 """Launches of the Triton kernels: the tensors they take, their tiles, many weights at once. Imported on CUDA machines only."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
-from itertools import product
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from qkit import element as elements
-from qkit.element import STEP
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.arithmetic import rounding
@@ -18,32 +15,16 @@ from qkit_torchao.arithmetic.packing import Laid, Layout
 from qkit_torchao.kernels import triton_passes
 from qkit_torchao.kernels.launches import Kernel
 from qkit_torchao.kernels.peaks import peak_numbers
+from qkit_torchao.kernels.plans import ALIGNED, TAKES, constants, count_of, looks_first, plan_of, tiles
 from qkit_torchao.kernels.tables import offsets, programs
 
-#: Pairs of element and scale rule that the kernels compute: integers of up to a byte, and three small floats.
-TAKES = frozenset(
-    {
-        *product((f"int{bits}" for bits in range(2, 9)), ("signed", "absmax", "midmax", "minmax")),
-        *product(("e2m1", "e4m3", "e5m2"), ("rceil", "even", "floor")),
-        ("e2m1", "nvfp4"),
-    }
-)
-TILE = 2048  #: elements of a program's tile, where groups are shorter
-LONGEST = 8192  #: the longest group that fits one tile; in float32, twice that
 PEAK = 8192  #: elements of a tile of the program that finds the largest magnitude
-WARP = 1024  #: elements of a tile for each warp; see `tiles`
-ALIGNED = 16  #: bytes that are read at once
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 def takes(w: Tensor, grid: Grid) -> bool:
     """Whether the kernels take `w` on `grid`. Each program's part must begin at an aligned address."""
-    fits = w.dtype in TYPES and w.is_contiguous() and w.data_ptr() % ALIGNED == 0 and w.numel() > 0
-    if not fits or grid.group == "tensor" or (grid.element.name, grid.scale) not in TAKES:
-        return False
-    groups, group, _, _ = _tiles(w, grid)
-    return groups * group * w.element_size() % ALIGNED == 0
+    return plan_of(w.shape, w.dtype, grid).takes and w.is_contiguous() and w.data_ptr() % ALIGNED == 0
 
 
 def values(w: Tensor, grid: Grid, *, gate: Tensor | None = None, peak: Tensor | None = None) -> Tensor:
@@ -73,7 +54,7 @@ def quantize(
 
 def quantizes_together(w: Tensor, grid: Grid) -> bool:
     """Whether `quantize_into` takes `w` on `grid`, as `takes`: without zero points, and without a scale of the tensor."""
-    return grid.symmetric and not _looks_first(grid) and takes(w, grid)
+    return grid.symmetric and not looks_first(grid) and takes(w, grid)
 
 
 def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]], grid: Grid) -> None:
@@ -84,7 +65,7 @@ def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Te
         targets: of the shapes of `weights`.
     """
     codes = [q.codes for q, _ in targets]
-    counts = tuple(_count(w, grid) for w in weights)
+    counts = tuple(count_of(w, grid) for w in weights)
     small = [(q.scales.data_ptr(), steps.data_ptr()) for q, steps in targets]
     places = zip(offsets(weights), offsets(codes), small, counts, strict=True)
     rows = tuple((source, target, *addresses, count) for source, target, addresses, count in places)
@@ -108,15 +89,15 @@ def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: i
 
 
 def _encoded(w: Tensor, grid: Grid, layout: Layout, **more: Any) -> dict[str, Any]:
-    shape = grid.scale_shape(tuple(w.shape))
-    integer = grid.element.kind == "integer"
+    plan = plan_of(w.shape, w.dtype, grid)
+    integer, symmetric = plan.integer, plan.symmetric
     new = partial(torch.empty, device=w.device)
     width = w.shape[-1] // 2 if layout == "pairs" else w.shape[-1]
-    signed = layout == "signed" or (layout == "bytes" and integer and grid.symmetric)
+    signed = layout == "signed" or (layout == "bytes" and integer and symmetric)
     codes = new((*w.shape[:-1], width), dtype=torch.int8 if signed else torch.uint8)
-    scales = new(shape, dtype=torch.float32 if integer else torch.uint8)
-    zeros = None if grid.symmetric else new(shape, dtype=torch.int8 if layout == "signed" else torch.uint8)
-    power = new((), dtype=torch.float32) if _looks_first(grid) else None
+    scales = new(plan.scales, dtype=torch.float32 if integer else torch.uint8)
+    zeros = None if symmetric else new(plan.scales, dtype=torch.int8 if layout == "signed" else torch.uint8)
+    power = new((), dtype=torch.float32) if looks_first(grid) else None
     _one(w.detach(), grid, codes=codes, scales=scales, zeros=zeros, power=power, layout=layout, **more)
     return {"codes": codes, "scales": scales, "zeros": zeros, "tensor_scale": power}
 
@@ -132,7 +113,7 @@ def dequantize(q: QTensor[Tensor]) -> Tensor:
     values = torch.empty(q.codes.shape, dtype=rounding.DTYPE[q.dtype], device=q.codes.device)
     geometry = tiles(q.codes, q.grid)
     with device_of(q.codes):
-        triton_passes.decode[(_count(q.codes, q.grid),)](
+        triton_passes.decode[(count_of(q.codes, q.grid),)](
             q.codes, q.scales, values, GRID=constants(q.grid), INTERPRETED=INTERPRETED, **geometry
         )
     return values
@@ -154,16 +135,16 @@ def compute_values(
         partners: for each weight, the others that share its peak, if any.
     """
     looked_at, numbers = peak_numbers(weights, partners)
-    peaks = torch.zeros(len(looked_at), dtype=torch.int32, device=weights[0].device) if _looks_first(grid) else None
+    peaks = torch.zeros(len(looked_at), dtype=torch.int32, device=weights[0].device) if looks_first(grid) else None
     columns = offsets(weights), offsets(targets), [gate.data_ptr() for gate in gates], numbers[: len(weights)]
     rows = tuple(zip(*columns, strict=True))
     geometry = tiles(weights[0], grid)
-    counts = tuple(_count(w, grid) for w in weights)
+    counts = tuple(count_of(w, grid) for w in weights)
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
     if peaks is not None:
         nothing = [0] * len(looked_at)
         seen = tuple(zip(offsets(looked_at), nothing, nothing, numbers, strict=True))
-        _find_peaks(weights[0], seen, tuple(_count(w, grid) for w in looked_at), peaks)
+        _find_peaks(weights[0], seen, tuple(count_of(w, grid) for w in looked_at), peaks)
     with device_of(weights[0]):
         triton_passes.values_of_many[(len(blocks),)](
             weights[0], targets[0], blocks, peaks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
@@ -175,50 +156,6 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
-
-
-@cache
-def constants(grid: Grid) -> tuple[Any, ...]:
-    """The constants of `grid` for the kernels, as the tuple `GRID` of `triton_arithmetic`."""
-    element = grid.element
-    low, high = (0, element.levels) if not grid.symmetric else (element.lowest, element.highest)
-    return (
-        grid.scale,
-        STEP.get((element.name, grid.scale), 0.0),
-        float(low),
-        element.largest if element.kind == "float" else float(high),
-        element.mantissa,
-        element.min_exponent,
-        element.max_exponent,
-        elements.MIN_SCALE,
-        elements.MIN_SCALE_CODE,
-        elements.MAX_SCALE_CODE,
-        elements.NVFP4_STEP,
-        elements.MIN_BLOCK_SCALE,
-        element.bits,
-    )
-
-
-def tiles(w: Tensor, grid: Grid) -> dict[str, int]:
-    """The tile of a program: count of groups, their length, the power of two that holds all or a part of one, and warps."""
-    return dict(zip(("GROUPS", "GROUP", "WIDTH", "num_warps"), _tiles(w, grid), strict=True))
-
-
-def _tiles(w: Tensor, grid: Grid) -> tuple[int, int, int, int]:
-    longest = (
-        LONGEST * 2 if w.dtype == torch.float32 else LONGEST
-    )  # float32 is not converted, which takes fewer registers
-    return _tile(_group(w, grid), longest, extremes=2 if grid.scale in ("signed", "minmax") else 1)
-
-
-@cache
-def _tile(group: int, longest: int, *, extremes: int) -> tuple[int, int, int, int]:
-    width = min(triton.next_power_of_2(group), longest)
-    groups = max(1, (TILE if group > 16 else 2 * TILE) // width)
-    warps = groups * width // WARP
-    if group > longest and extremes == 1:  # one extreme to find: more warps are faster
-        warps *= 2
-    return groups, group, width, warps
 
 
 def _one(
@@ -237,29 +174,28 @@ def _one(
     number: int = 0,
     shared: Tensor | None = None,
 ) -> None:
-    tile, count = _tiles(w, grid), _count(w, grid)
-    groups, group, width, warps = tile
-    full = width == group and count % groups == 0
+    plan = plan_of(w.shape, w.dtype, grid)
+    (groups, group, width, warps), count, full = plan.tile, plan.count, plan.full
     peak = _peak(w, grid) if shared is None else shared.detach().view(torch.int32).reshape(1)
     parts = values, codes, scales, zeros, steps, gate, peak, power, broken
     there = tuple([part is not None for part in parts])
     aligned = values is None or values.data_ptr() % ALIGNED == 0
-    key = (grid, layout, w.dtype, w.device, tile, full, there, aligned, count >> 31)
+    key = (plan.number, layout, w.device, there, aligned, count >> 31)
     if gate is not None:
         parts = (*parts[:5], gate.view(torch.uint8), *parts[6:])
     with device_of(w):
         _one_kernel(
             key, -(-count // groups),
-            (w, *parts, number, count, constants(grid), groups, group, width, layout, full, INTERPRETED), warps=warps,
+            (w, *parts, number, count, plan.constants, groups, group, width, layout, full, INTERPRETED), warps=warps,
         )  # fmt: skip
 
 
 def _peak(w: Tensor, grid: Grid) -> Tensor | None:
     """The bits of the largest magnitude of `w`, where `grid` looks at it first."""
-    if not _looks_first(grid):
+    if not looks_first(grid):
         return None
     peak = torch.zeros(1, dtype=torch.int32, device=w.device)
-    _find_peaks(w, ((0, 0, 0, 0),), (_count(w, grid),), peak)
+    _find_peaks(w, ((0, 0, 0, 0),), (count_of(w, grid),), peak)
     return peak
 
 
@@ -271,18 +207,6 @@ def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[
         triton_passes.peaks_of_many[(len(blocks),)](
             first, blocks, peaks, FULL=full, INTERPRETED=INTERPRETED, **geometry
         )
-
-
-def _looks_first(grid: Grid) -> bool:
-    return grid.scale == "nvfp4"
-
-
-def _group(w: Tensor, grid: Grid) -> int:
-    return w.shape[-1] if grid.group == "row" else int(grid.group)
-
-
-def _count(w: Tensor, grid: Grid) -> int:
-    return w.numel() // _group(w, grid)
 
 
 _one_kernel = Kernel(triton_passes.one)

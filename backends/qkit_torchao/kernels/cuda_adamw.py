@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qkit_torchao.kernels import triton_adamw
-from qkit_torchao.kernels.cuda import INTERPRETED, TILE, constants, device_of, takes, tiles
+from qkit_torchao.kernels.cuda import INTERPRETED, device_of, takes
+from qkit_torchao.kernels.plans import TILE, constants, tiles
 from qkit_torchao.kernels.tables import Target, offsets, on_device, programs
 
 Member = tuple[Tensor, Tensor, dict[str, Tensor], Target | None]  #: a weight, its gradient, its state, and a target

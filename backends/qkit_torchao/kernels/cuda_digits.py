@@ -4,27 +4,29 @@ import torch
 from torch import Tensor
 
 from qkit_torchao.kernels import triton_digits
-from qkit_torchao.kernels.cuda import device_of
+from qkit_torchao.kernels.cuda import INTERPRETED, device_of
+from qkit_torchao.kernels.cuda_rows import limits
 from qkit_torchao.kernels.launches import Kernel
 
 DIGITS = 3  #: of eight bits each
 BAND = 8  #: tiles of rows that share columns in the cache
-TILE = (128, 64, 64, 8)  #: rows, columns, inputs and warps
+LARGE = (128, 64, 128, 8)  #: rows, columns, inputs and warps of a tile: 216 KB of shared memory in three stages
+SMALL = (64, 64, 64, 4)  #: for devices of less shared memory
 
 
 def digits(numbers: Tensor) -> Tensor:
     """int8 [3, ...] of integers [...] up to 2^20, the lowest first: their sum, times 1, 256 and 65,536."""
-    rest, found = numbers.to(torch.int32), torch.empty(DIGITS, *numbers.shape, dtype=torch.int8, device=numbers.device)
-    for digit in found:
-        digit.copy_(((rest + 128) & 255) - 128)
-        rest = rest.sub_(digit).bitwise_right_shift_(8)
+    whole, found = numbers.to(torch.int32), torch.empty(DIGITS, *numbers.shape, dtype=torch.int8, device=numbers.device)
+    for place, digit in enumerate(found):  # a digit is -128 to 127: those below it carry where they are 128 or more
+        carried = sum(128 << 8 * below for below in range(place))
+        digit.copy_((whole + carried).bitwise_right_shift_(8 * place).bitwise_left_shift_(24).bitwise_right_shift_(24))
     return found
 
 
 def subtract_product(out: Tensor, left: Tensor, units: Tensor, right: Tensor, sizes: Tensor) -> None:
     """out [rows, columns] -= units [rows] * sizes [columns] * left [rows, k] @ right.T, both as digits; k is at most 4,096."""
     (rows, columns), inputs = out.shape, left.shape[2]
-    down, across, deep, warps = TILE
+    down, across, deep, warps = _tile(out.device)
     tensors = out, left, right, units, sizes
     strides = out.stride(0), left.stride(0), right.stride(0), right.stride(1)
     key = (
@@ -38,6 +40,11 @@ def subtract_product(out: Tensor, left: Tensor, units: Tensor, right: Tensor, si
             key, -(-rows // down) * -(-columns // across),
             (*tensors, rows, columns, *strides, inputs, down, across, deep, BAND), warps=warps,
         )  # fmt: skip
+
+
+def _tile(device: torch.device) -> tuple[int, int, int, int]:
+    rows, columns, inputs, _ = LARGE
+    return SMALL if INTERPRETED or limits(device)[0] < 3 * DIGITS * (rows + columns) * inputs else LARGE
 
 
 _product = Kernel(triton_digits.subtract_product)

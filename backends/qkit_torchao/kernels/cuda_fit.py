@@ -24,6 +24,7 @@ from qkit_torchao.kernels.nvrtc import NUMBER, POINTER
 
 ROWS = 32  #: threads of a program that work alone
 THREADS = 128  #: threads of a program that work in teams
+MANY = 1024  #: threads of a program that has a processor for itself
 WARP = 32  #: threads of a team, at most
 SHORTEST = 16  #: the shortest group that a team takes; the longest is a window
 RULES = {"signed": 1, "minmax": 2, "nvfp4": 3}  #: by number, as `fit.cu` has them: 0 other integers, 4 other floats
@@ -36,6 +37,7 @@ SEARCH = nvrtc.Kernel("fit.cu", "search", (POINTER,) * 11 + (NUMBER,) * 2, optio
 FEED = nvrtc.Kernel("fit.cu", "feed", (POINTER,) * 10 + (NUMBER,) * 5, options=EXACT)
 DESCEND = nvrtc.Kernel("fit.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 5, options=EXACT)
 DIGITS = nvrtc.Kernel("fit.cu", "digits", (POINTER,) * 4 + (NUMBER,) * 3, options=EXACT)
+WEIGH = nvrtc.Kernel("fit.cu", "weigh", (POINTER,) * 5 + (NUMBER,) * 3, options=EXACT)
 SUBTRACT = nvrtc.Kernel("fit.cu", "subtract", (POINTER,) * 5 + (NUMBER,) * 4, options=EXACT)
 ELIMINATE = nvrtc.Kernel("factor.cu", "eliminate", (POINTER,) * 3 + (NUMBER,) * 2, options=EXACT)
 ELIMINATE_BELOW = nvrtc.Kernel("factor.cu", "eliminate_below", (POINTER,) * 5 + (NUMBER,), options=EXACT)
@@ -61,7 +63,7 @@ def _eliminate(a: Tensor, pivots: Tensor, start: int, end: int, last: int) -> No
     count, rows = end - start, len(a) - start
     block, before = a[start:, start:end].T.contiguous(), a.new_empty(BLOCK, BLOCK)
     mine = pivots[start:end]
-    _launch(ELIMINATE, PANEL, (1, 1), (block, before, mine), (rows, count), threads=BLOCK)
+    _launch(ELIMINATE, PANEL, (1, 1), (block, before, mine), (rows, count), threads=MANY)
     if rest := rows - count:
         left, parts = a.new_empty(rest, 2 * BLOCK), a.new_empty(3 * BLOCK, rest)
         _launch(
@@ -170,6 +172,19 @@ class Loops(column_loops.Loops):
         for start in range(0, len(d), LONGEST):
             self._take(found.T, d[start : start + LONGEST].T, start, self._known.digits, -1)
         return found
+
+    def weigh(self, d: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        """See `column_loops.Loops.weigh`."""
+        return self._sums(d, product, 1)
+
+    def error(self, d: Tensor, residual: Tensor) -> Tensor:
+        """See `column_loops.Loops.error`."""
+        return self._sums(d, residual, 0)[1]
+
+    def _sums(self, d: Tensor, residual: Tensor, add: int) -> tuple[Tensor, Tensor]:
+        whole, plain = d.new_empty(self._rows), d.new_empty(self._rows)
+        self._launch(WEIGH, (d, residual, self._facts[DAMPING:], whole, plain), (self._rows, len(d), add))
+        return whole, plain
 
     def _take(self, out: Tensor, d: Tensor, start: int, digits: Tensor, factor: int) -> None:
         """Takes factor * H d from out [rows, inputs]; d [rows, count], of inputs from `start` on."""

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from qkit.grid import Grid
-from qkit_torchao.kernels import cuda, triton_merge, triton_words
+from qkit_torchao.kernels import triton_merge, triton_words
 from qkit_torchao.kernels.cuda import INTERPRETED, device_of
 from qkit_torchao.kernels.geometry import geometry
 from qkit_torchao.kernels.launches import Kernel
+from qkit_torchao.kernels.plans import ALIGNED, TAKES, constants
 
 TILE = 4096  #: elements of a program's tile
 COLUMNS = 128  #: of it, or of the group where that is longer
@@ -24,7 +25,7 @@ def takes(grid: Grid, inputs: int) -> bool:
     """Whether a program's tile holds whole groups of `grid`, whose lengths are powers of two."""
     group = grid.group
     fits = isinstance(group, int) and 1 < group <= LONGEST and group & (group - 1) == 0 and inputs % group == 0
-    return fits and not grid.read and (grid.element.name, grid.scale) in cuda.TAKES
+    return fits and not grid.read and (grid.element.name, grid.scale) in TAKES
 
 
 def spreads(grid: Grid, inputs: int) -> bool:
@@ -73,8 +74,8 @@ def merged(
     columns = max(COLUMNS, group)
     rows = max(1, TILE // columns)
     tensors = first.contiguous(), scales, zeros, power, gains, b.contiguous(), a.contiguous(), result
-    rank, target = a.shape[0], cuda.constants(grid) if grid is not None and on_grid else None
-    kinds = tuple([None if one is None else (one.dtype, one.data_ptr() % cuda.ALIGNED == 0) for one in tensors])
+    rank, target = a.shape[0], constants(grid) if grid is not None and on_grid else None
+    kinds = tuple([None if one is None else (one.dtype, one.data_ptr() % ALIGNED == 0) for one in tensors])
     key = (grid, on_grid, spread, bool(rest), dtype, outputs, inputs, rank, first.device, kinds)
     with device_of(first):
         _merged(

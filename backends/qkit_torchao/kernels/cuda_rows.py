@@ -43,7 +43,7 @@ def rows_product(
 def _tile(device: torch.device, count: int, outputs: int) -> tuple[int, int, int, int]:
     if INTERPRETED:
         return SMALL
-    shared, processors = _limits(device)
+    shared, processors = limits(device)
     rows, across, deep, _ = LARGE
     if shared < 3 * (rows + across) * deep:
         return SMALL
@@ -51,7 +51,7 @@ def _tile(device: torch.device, count: int, outputs: int) -> tuple[int, int, int
 
 
 @lru_cache(maxsize=16)
-def _limits(device: torch.device) -> tuple[int, int]:
+def limits(device: torch.device) -> tuple[int, int]:
     """The most bytes of shared memory of a program, and how many programs run at a time."""
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin, properties.multi_processor_count

@@ -7,19 +7,22 @@
 
 // Eliminates the panel's own columns, in one program: `before` [BLOCK, BLOCK] gets its rows as they are before their division.
 ENTRY eliminate(double *panel, double *before, double *pivots, u32 rows, u32 count) {
-    __shared__ double kept[BLOCK][BLOCK];
-    for (u32 c = threadIdx.x; c < count; c += blockDim.x)
-        for (u32 r = 0; r < count; r++) kept[r][c] = panel[(u64)r * rows + c];
+    __shared__ double kept[BLOCK][BLOCK], found[BLOCK];
+    const u32 all = BLOCK * BLOCK, me = threadIdx.x, step = blockDim.x;
+    for (u32 i = me; i < all; i += step)
+        if (i / BLOCK < count && i % BLOCK < count) kept[i / BLOCK][i % BLOCK] = panel[(u64)(i / BLOCK) * rows + i % BLOCK];
     __syncthreads();
     for (u32 j = 0; j < count; j++) {
         const double pivot = kept[j][j];
-        for (u32 c = threadIdx.x; c < count; c += blockDim.x) {
+        for (u32 c = me; c < count; c += step) {
             before[j * BLOCK + c] = kept[j][c];
             if (c == j) pivots[j] = pivot;
-            if (c <= j) continue;
-            const double found = kept[j][c] / pivot;
-            for (u32 r = j + 1; r < count; r++) kept[r][c] = kept[r][c] - kept[j][r] * found;
-            panel[(u64)j * rows + c] = found;
+            if (c > j) panel[(u64)j * rows + c] = found[c] = kept[j][c] / pivot;
+        }
+        __syncthreads();
+        for (u32 i = me; i < all; i += step) {
+            const u32 r = i / BLOCK, c = i % BLOCK;
+            if (r > j && c > j && r < count && c < count) kept[r][c] = kept[r][c] - kept[j][r] * found[c];
         }
         __syncthreads();
     }
@@ -28,7 +31,10 @@ ENTRY eliminate(double *panel, double *before, double *pivots, u32 rows, u32 cou
 // Eliminates the columns from the rows below, from number BLOCK on. left [rows - BLOCK, 2 BLOCK], parts [3 BLOCK, rows - BLOCK]:
 // the halves of the product that updates the rest of the matrix.
 ENTRY eliminate_below(double *panel, const double *before, const double *pivots, double *left, double *parts, u32 rows) {
+    __shared__ double above[BLOCK * BLOCK];
     const u32 c = blockIdx.x * ROWS + threadIdx.x, many = rows - BLOCK;
+    for (u32 i = threadIdx.x; i < BLOCK * BLOCK; i += ROWS) above[i] = before[i];
+    together();
     if (c >= many) return;
     double v[BLOCK], peak = 0, largest = 0;
     panel += BLOCK + c, left += (u64)c * 2 * BLOCK, parts += c;
@@ -38,7 +44,7 @@ ENTRY eliminate_below(double *panel, const double *before, const double *pivots,
     for (u32 j = 0; j < BLOCK; j++) {
         v[j] = v[j] / pivots[j];
 #pragma unroll
-        for (u32 r = j + 1; r < BLOCK; r++) v[r] = v[r] - before[j * BLOCK + r] * v[j];
+        for (u32 r = j + 1; r < BLOCK; r++) v[r] = v[r] - above[j * BLOCK + r] * v[j];
         panel[(u64)j * rows] = v[j];
         peak = larger(peak, fabs(v[j])), largest = larger(largest, fabs(v[j] * pivots[j]));
     }

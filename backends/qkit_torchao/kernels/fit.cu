@@ -131,9 +131,11 @@ ENTRY search(
     auto differ = [&](double s, double z) {
         for (u32 k = 0; k < MINE; k++) d[k] = nearest(value[k] / s, z) * s - value[k];
     };
-    auto error = [&]() {
-        double along_x = dot(d, along);
-        return square(d) + facts.pull * (along_x * along_x / size);
+    auto error = [&](double most) {  // at least its first part, where that is not less than `most`
+        const double own = square(d);
+        if (!(own < most)) return own;
+        const double along_x = dot(d, along);
+        return own + facts.pull * (along_x * along_x / size);
     };
     auto squared = [&]() {
         for (u32 k = 0; k < MINE; k++) terms[k] = weight[k] * d[k] * d[k];
@@ -143,10 +145,10 @@ ENTRY search(
     const double by = rule[cell], from = RULE == 2 ? zeros[cell] : 0;
     double s = by, z = from, least, most;
     differ(s, z);
-    least = error(), most = squared();
+    least = error(number(2047ull << 52)), most = squared();
     auto keep = [&](double tried, double offset) {
         differ(tried, offset);
-        double found = error();
+        double found = error(least);
         if (found < least && (!some || squared() <= most)) least = found, s = tried, z = offset;
     };
     double lowest = 0, highest_value = 0, peak = 0;
@@ -363,6 +365,38 @@ ENTRY digits(const double *x, const double *sizes, signed char *found, double *u
         }
     }
     if (!lane) units[row] = power(e - 20);
+}
+
+// Sums over the inputs of rows, by halves, see `products.total`: whole [rows] of d * residual, plain [rows] of d * (residual - damping
+// * d). d, residual [rows, inputs]; with `add`, damping * d is added to the residual before.
+ENTRY weigh(const double *d, double *residual, const double *damping, double *whole, double *plain, u32 rows, u32 inputs, u32 add) {
+    const u32 lane = threadIdx.x % LANES, row = blockIdx.x * TEAMS + threadIdx.x / LANES;
+    if (row >= rows) return;
+    d += (u64)row * inputs, residual += (u64)row * inputs;
+    u32 count = 1;  // of a thread's inputs, to a power of two
+    while (LANES * count < inputs) count *= 2;
+    double sums[32], others[32];  // of halves, quarters and so on that wait for their neighbors
+    u32 level = 0;
+#pragma unroll 4
+    for (u32 n = 0, k = 0; n < count; n++) {  // k counts with its highest bit first: neighbors in the tree follow each other
+        const u32 i = lane + LANES * k;
+        double a = 0, b = 0;
+        if (i < inputs) {
+            const double own = *damping * d[i], now = add ? residual[i] + own : residual[i];
+            if (add) residual[i] = now;
+            a = d[i] * now, b = d[i] * (now - own);
+        }
+        level = 0;
+        for (u32 m = n; m & 1; m /= 2, level++) a = sums[level] + a, b = others[level] + b;
+        sums[level] = a, others[level] = b;
+        u32 bit = count / 2;
+        for (; k & bit; bit /= 2) k ^= bit;
+        k |= bit;
+    }
+    double sum = sums[level], other = others[level];
+#pragma unroll
+    for (u32 size = LANES / 2; size; size /= 2) sum = sum + of_neighbor(sum, size), other = other + of_neighbor(other, size);
+    if (!lane) whole[row] = sum, plain[row] = other;
 }
 
 // from [rows, columns] -= sizes * a, of which rows lie `stride` apart; in columns start to start + count, damping times `moved`

@@ -38,15 +38,15 @@ def unit_upper(h: Tensor) -> Tensor:
     return cuda_fit.unit_upper(h)
 
 
-def digits(correlations: Tensor, unit: float) -> Tensor | None:
-    """int8 [3, n, n]: the digits of `correlations` as a number of units, where kernels multiply them; else None."""
+def digits(numbers: Tensor) -> Tensor | None:
+    """int8 [3, n, n]: the digits of integers up to 2^20, where kernels multiply them; else None."""
     from qkit_torchao.kernels import choose
 
-    if not _compiles(correlations.device) or choose.why_no_triton(correlations.device):
+    if not _compiles(numbers.device) or choose.why_no_triton(numbers.device):
         return None
     from qkit_torchao.kernels import cuda_digits
 
-    return cuda_digits.digits(correlations / unit)
+    return cuda_digits.digits(numbers)
 
 
 def _compiles(device: torch.device) -> bool:

@@ -162,7 +162,7 @@ def tensor_code(tensor_peak, GRID: tl.constexpr):
 
 @triton.jit
 def steps(high, low, tensor_peak, GRID: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Of groups with these extremes: the step, its reciprocal, the zero point, and the stored scale. `GRID`: `cuda.constants`.
+    """Of groups with these extremes: the step, its reciprocal, the zero point, and the stored scale. `GRID`: `plans.constants`.
 
     Steps are NaN where the group is not finite. The stored scale is the step itself, an E8M0 code, or the value of an e4m3.
     `tensor_peak`: the bits of the tensor's largest magnitude, for nvfp4.

@@ -1,7 +1,7 @@
 """The Triton kernels themselves: one pass over the memory of one tensor, or of many in one launch. `cuda` calls them.
 
 Groups up to a tile's width are held in registers between reading and writing; longer ones are read twice, the second time
-from the cache. Constants of a grid come as a tuple, `cuda.constants`.
+from the cache. Constants of a grid come as a tuple, `plans.constants`.
 """
 
 import triton

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qkit.grid import Grid
-from qkit.qtensor import DType, QTensor
+from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.rules import Rule
 from qkit_torchao.arithmetic.packing import Layout
 from qkit_torchao.kernels import choose
@@ -129,6 +129,18 @@ def why_no_kernel(rule: Rule, *, device: torch.device, dtype: DType, shape: tupl
     if all(n % size == 0 for n in shape):
         return ""
     return f"the kernel wants inputs and outputs in multiples of {size}, not {shape[1]} and {shape[0]}"
+
+
+def fits_kernel(layer: Any, x: Tensor) -> bool:
+    """Whether a kernel multiplies the codes of a prepared layer with those of `x`; eager code looks it up in `layer.fits`."""
+    key, compiles = (x.device, x.dtype), torch.compiler.is_compiling()
+    known: bool | None = None if compiles else layer.fits.get(key)
+    if known is None:
+        shape = (layer.out_features, layer.in_features)
+        known = not why_no_kernel(layer.rule, device=x.device, dtype=dtype_of(x), shape=shape)
+        if not compiles:
+            layer.fits[key] = known
+    return known
 
 
 def _int8(layer: Any, x: Tensor) -> Tensor:

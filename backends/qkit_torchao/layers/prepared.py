@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from qkit.engines.layer import Mode
 from qkit.errors import BackendError
 from qkit.grid import Grid
-from qkit.qtensor import dtype_of
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
@@ -18,7 +17,7 @@ from qkit_torchao.cache import codes, values
 from qkit_torchao.cache.identity import cannot_cache
 from qkit_torchao.layers import fused, operators, parallel, products, sharded, slots, straight_through
 from qkit_torchao.layers.become import apply_but_keep
-from qkit_torchao.layers.execution import why_no_kernel
+from qkit_torchao.layers.execution import fits_kernel
 from qkit_torchao.layers.gates import gate
 from qkit_torchao.layers.shared_codes import multiply_shared
 from qkit_torchao.layers.shown import Shown
@@ -35,7 +34,7 @@ class Prepared(Shown):
     Attributes:
         caches: whether the values depend on the weight alone, so that they can be cached until it changes.
         grid_name, slot_names: grids as text, which compiled code can pass on.
-        kind: see `products.kind`.
+        kind: see `products.kind`. `fits`: see `execution.fits_kernel`.
         values_buffer: see `values.buffer`; None where the layer has none.
         frozen: whether the values are fixed between updates, see `freeze_values`.
         fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
@@ -46,6 +45,7 @@ class Prepared(Shown):
     caches: ClassVar[bool] = True
     rule: Rule
     kind: str
+    fits: dict[Any, bool]
     grid_name: str
     slot_names: dict[str, str]
     weight: Tensor
@@ -268,8 +268,7 @@ class FakeLinear(Prepared, nn.Linear):
             return False
         if self.mode != "on" or x.dtype != self.weight.dtype or not x.numel():
             return False
-        shape = (self.out_features, self.in_features)
-        return not why_no_kernel(self.rule, device=x.device, dtype=dtype_of(x), shape=shape)
+        return fits_kernel(self, x)
 
     def _multiply_codes(self, x: Tensor) -> Tensor:
         static = slots.seen_scales(self, x, "input", self.rule.activation)
@@ -291,7 +290,7 @@ def put_on(layer: Any, rule: Rule) -> None:
     """Puts `layer` on the grids of `rule`."""
     assert rule.weight is not None
     layer.rule, layer.grid_name, layer.kind = rule, str(rule.weight), products.kind(rule.weight, rule.activation)
-    layer.slot_names = {"input": str(rule.activation), "output": str(rule.output)}
+    layer.slot_names, layer.fits = {"input": str(rule.activation), "output": str(rule.output)}, {}
 
 
 def settle(layer: Any) -> None:

@@ -93,10 +93,18 @@ def float8(
         few: Tensor = torch.ops.qkit.codes_product(x.codes, weight.view(torch.uint8), None)
         y = choose.scaled(few, steps, scale, None, torch.bfloat16)
     else:
-        codes = x.codes.view(torch.float8_e4m3fn)
-        by_columns = scale.reshape(1, -1).expand(1, len(weight)).contiguous()
-        y = float8_product(codes, weight.T, steps, by_columns, fast=FAST)
+        y = many_float8(x.codes, steps, across(weight, scale))
     return (y if bias is None else y + bias).to(dtype)
+
+
+def across(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes [outputs, inputs] and their fp32 scales [outputs or 1, 1], as `many_float8` takes them: by columns."""
+    return weight.view(torch.float8_e4m3fn).T, scale.reshape(1, -1).expand(1, len(weight)).contiguous()
+
+
+def many_float8(codes: Tensor, steps: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
+    """The bfloat16 product of many rows of e4m3 codes with steps [rows, 1], and a weight as `across` returns it."""
+    return float8_product(codes.view(torch.float8_e4m3fn), weight[0], steps, weight[1], fast=FAST)
 
 
 def _codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:

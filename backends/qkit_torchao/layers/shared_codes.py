@@ -14,8 +14,9 @@ from qkit.rules import Ste
 from qkit_torchao.cache import codes as weight_codes
 from qkit_torchao.cache import values as weight_values
 from qkit_torchao.cache.inputs import CodedInput, coded
+from qkit_torchao.kernels import choose
 from qkit_torchao.layers.gates import gate
-from qkit_torchao.layers.products import float8, int8, quantized
+from qkit_torchao.layers.products import across, float8, int8, many_float8, quantized
 from qkit_torchao.layers.straight_through import PLAIN, through
 from qkit_torchao.torch_private import is_transformed, version
 
@@ -65,6 +66,10 @@ def _fresh(x: Tensor, grid: Grid, static: dict[str, Any], *, values: bool) -> Co
     return *quantized(x, grid, values=on_grid, **static), on_grid
 
 
+def _across(codes: QTensor[Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
+    return across(codes.codes, steps)
+
+
 class _Product(torch.autograd.Function):
     """The product of codes; going back, the cached values of the weight and those of the input stand for their codes."""
 
@@ -83,12 +88,15 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.grids, ctx.ste, ctx.static, ctx.biased = grids, ste, static, bias is not None
         ctx.save_for_backward(x if ste == "masked" else None, on_grid, weight)
-        codes, factors = weight_codes.of(weight, grids[0])
-        if codes.grid.element.kind == "integer":
+        if grids[0].element.kind == "integer":
+            codes, factors = weight_codes.of(weight, grids[0])
             y = int8(q, steps, codes.codes, factors, bias, x.dtype)
+        elif bias is None and grids[0].group == "row" and not choose.multiplies_codes(q.codes):
+            y = many_float8(q.codes, steps, weight_codes.operand_of(weight, grids[0], _across)).to(x.dtype)
         else:
+            codes, factors = weight_codes.of(weight, grids[0])
             y = float8(q, steps, codes.codes.view(torch.float8_e4m3fn), factors, bias, x.dtype)
-        return y.reshape(*x.shape[:-1], len(weight))
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

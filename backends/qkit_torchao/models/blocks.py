@@ -78,7 +78,7 @@ class TorchBlocks(Gradients):
         path, self._blocks = _list_of_blocks(model)
         self.paths = tuple(f"{path}.{number}" for number in range(len(self._blocks)))
         self._model, self._round_to, self.device = model, round_to, device
-        self._tuples = False  # whether blocks return tuples
+        self._beside = -1  # values that blocks return beside states; -1: blocks return states alone
         if device != next(model.parameters()).device:
             mapped.lend(model, self._blocks, device)
         first, second = (self._record(torch.full((1, length), token)) for token in (0, 1))
@@ -190,7 +190,7 @@ class TorchBlocks(Gradients):
 
     def model_after(self, states: Tensor, tokens: Tensor) -> Any:
         """See `Gradients.model_after`."""
-        blocks, out = list(self._blocks), (states,) if self._tuples else states
+        blocks, out = list(self._blocks), states if self._beside < 0 else (states, *[None] * self._beside)
         for number, block in enumerate(blocks):
             self._blocks[number] = Passed(block, out)
         try:
@@ -210,7 +210,7 @@ class TorchBlocks(Gradients):
             return hook
 
         def tell(_: nn.Module, __: Any, out: Any) -> None:
-            self._tuples = isinstance(out, tuple)
+            self._beside = len(out) - 1 if isinstance(out, tuple) else -1
 
         hooks = [b.register_forward_pre_hook(record(n), with_kwargs=True) for n, b in enumerate(self._blocks)]
         hooks.append(self._blocks[-1].register_forward_hook(tell))

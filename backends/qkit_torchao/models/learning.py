@@ -38,9 +38,10 @@ class Learning:
         wanted: Hidden,
         starts: Mapping[str, QTensor[NDArray[Any]]],
         lesson: Lesson,
+        root: NDArray[np.float64] | None,
     ) -> dict[str, QTensor[NDArray[Any]]]:
         """See `Learns.learn`."""
-        lessons = _Lessons(blocks, number, starts, lesson.batch)
+        lessons = _Lessons(blocks, number, starts, lesson.batch, root)
         best, least = lessons.found(), lessons.error(states, wanted)
         random, order = np.random.default_rng(lesson.seed), np.zeros(0, np.int64)
         for step in range(lesson.steps):
@@ -59,18 +60,24 @@ class _Lessons:
     """One block, and the layers that learn in it."""
 
     def __init__(
-        self, blocks: TorchBlocks, number: int, starts: Mapping[str, QTensor[NDArray[Any]]], batch: int
+        self,
+        blocks: TorchBlocks,
+        number: int,
+        starts: Mapping[str, QTensor[NDArray[Any]]],
+        batch: int,
+        root: NDArray[np.float64] | None,
     ) -> None:
         self._block, (self._rest, self._given) = blocks.called(number)
         self._prefix, self._batch = f"{blocks.paths[number]}.", batch
         weight = next(self._block.parameters())
         self._device, self._dtype = blocks.device, weight.dtype
+        self._root = None if root is None else torch.tensor(root, dtype=torch.float32, device=self._device)
         self._layers = {path: _Layer(start, self._device) for path, start in starts.items()}
 
     def step(self, states: Hidden, wanted: Hidden, rate: float) -> None:
         """Moves everything that is learned by `rate` against the signs of its gradients."""
         learned = [one for layer in self._layers.values() for one in layer.learned]
-        loss = torch.nn.functional.mse_loss(self._run(states), self._tensor(wanted).float())
+        loss = self._differ(states, wanted).square().mean()
         gradients = torch.autograd.grad(loss, [tensor for tensor, _ in learned])
         for (tensor, share), gradient in zip(learned, gradients, strict=True):
             tensor.data -= rate * share * gradient.sign()
@@ -79,16 +86,20 @@ class _Lessons:
 
     @torch.no_grad()
     def error(self, states: Hidden, wanted: Hidden) -> float:
-        """The mean squared difference of all outputs."""
+        """The mean squared difference of all outputs, as they count."""
         found = 0.0
         for start in range(0, len(states), self._batch):
             rows = slice(start, start + self._batch)
-            found += float((self._run(states[rows]) - self._tensor(wanted[rows]).float()).double().square().sum())
+            found += float(self._differ(states[rows], wanted[rows]).double().square().sum())
         return found / wanted.size
 
     def found(self) -> dict[str, QTensor[NDArray[Any]]]:
         """The present codes and scales."""
         return {path: layer.found() for path, layer in self._layers.items()}
+
+    def _differ(self, states: Hidden, wanted: Hidden) -> Tensor:
+        d = self._run(states) - self._tensor(wanted).float()
+        return d if self._root is None else d @ self._root
 
     def _run(self, states: Hidden) -> Tensor:
         weights = {

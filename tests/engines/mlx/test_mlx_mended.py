@@ -17,7 +17,7 @@ import qkit
 from qkit.cli.application import application
 from qkit.formats.mlx_activations import ACTIVATIONS, MENDED
 from qkit.formats.mlx_families import FAMILIES
-from qkit.formats.mlx_limits import WINDOWLESS, sliding_layers
+from qkit.formats.mlx_limits import GROUPS, WINDOWLESS, limits_of, sliding_layers
 from qkit.formats.mlx_types import OTHERWISE
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about small models
@@ -157,6 +157,25 @@ def test_a_type_that_mlx_lm_computes_otherwise_is_computed_as_in_transformers(ki
     again = qkit.load(tmp_path / "again", backend="torchao")
     with torch.no_grad():
         assert np.array_equal(again(torch.from_numpy(TOKENS).long()).logits.float().numpy(), want)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_groups_of_states_are_normalized_one_by_one(kind, tmp_path):
+    sizes = {
+        "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16},
+        "granitemoehybrid": {
+            "layer_types": ["mamba", "attention"] * 2,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "shared_intermediate_size": 64,
+        },
+    }
+    model = of(kind, **sizes[kind], **{GROUPS[kind]: 2})
+    opened, want = quantized(model, tmp_path)
+    assert np.abs(qkit.backend("mlx").logits(opened, TOKENS) - want).max() <= 2e-5 * np.abs(want).max()  # other order
+    said = [readers for readers, text in limits_of(model.config.to_dict()) if "groups" in text]
+    assert said == [("mlx-lm",)]
 
 
 @pytest.mark.parametrize("kind", MENDED)

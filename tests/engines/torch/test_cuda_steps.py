@@ -36,7 +36,7 @@ def ids(step):
 
 
 def names(act):
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         act()
         torch.cuda.synchronize()
     return [event.name for event in seen.events()]

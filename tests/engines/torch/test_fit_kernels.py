@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from fit_on_host import COMPILER, HostKernel
-from qkit_torchao.arithmetic import exact_products, fitting
+from qkit_torchao.arithmetic import column_loops, exact_products, fitting
+from qkit_torchao.arithmetic.moments import DeviceMoments
 from qkit_torchao.kernels import cuda_fit, fits, nvrtc
 
 import qkit.reference.products
@@ -19,7 +20,7 @@ from qkit.reference.fitting import fit
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
-KERNELS = ("SEARCH", "FEED", "DESCEND", "DIGITS", "SUBTRACT", "ELIMINATE", "ELIMINATE_BELOW")
+KERNELS = ("SEARCH", "FEED", "DESCEND", "DIGITS", "WEIGH", "SUBTRACT", "ELIMINATE", "ELIMINATE_BELOW")
 GRIDS = [
     Grid("int4", 32),
     Grid("int2", 16, "absmax"),
@@ -82,13 +83,31 @@ def test_kernels_have_the_codes_of_the_law_where_sums_have_parts(monkeypatch: py
 
 
 @pytest.mark.usefixtures("on_host")
-@pytest.mark.parametrize("grid", [GRIDS[0], *GRIDS[2:5], GRIDS[-1]], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [GRIDS[0], GRIDS[4], *(pytest.param(grid, marks=pytest.mark.size) for grid in (*GRIDS[2:4], GRIDS[-1]))],
+    ids=str,
+)
 def test_teams_of_threads_have_the_codes_of_the_law(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_fit, "WARP", 32)
-    w, h = (a[:6] if len(a) == 40 else a for a in drawn(384 if grid.group == 128 else 192, 500))
+    w, h = (a[:6] if len(a) == 40 else a for a in drawn(256 if grid.group == 128 else 160, 500))
     law, found = fit(w, grid, h, method="solve"), fitting.solve_on(w, grid, h, device=torch.device("cpu"))
     for name, part in law.parts().items():
         assert part.tobytes() == found.parts()[name].tobytes(), name
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("n", [32, 96, 1056])
+def test_kernels_have_the_sums_of_the_law(n: int) -> None:
+    d, product = torch.randn(2, 5, n, dtype=torch.float64)
+    known, x = DeviceMoments.of(np.eye(n, dtype=np.float32), torch.device("cpu")), d.T
+    of_both = [
+        (kind(x, x[:1], GRIDS[0], known, 1.0), product.T.clone()) for kind in (column_loops.Loops, cuda_fit.Loops)
+    ]
+    for wanted, found in zip(*(loops.weigh(x, residual) for loops, residual in of_both), strict=True):
+        assert torch.equal(wanted, found)
+    assert torch.equal(of_both[0][1], of_both[1][1])
+    assert torch.equal(*(loops.error(x, residual) for loops, residual in of_both))
 
 
 def test_products_of_digits_have_the_codes_of_the_law() -> None:

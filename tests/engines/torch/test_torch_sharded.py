@@ -119,6 +119,7 @@ def test_a_sharded_model_is_switched_off(seen):
 
 ONE_GRID = (
     "policy",
+    "inputs not cast",
     "sharded before",
     "computed before",
     "left whole",
@@ -136,7 +137,8 @@ def test_every_way_to_shard_trains_on_the_values_of_fp32_masters(seen, case):
         assert one["shards"][case]["wrong"] == 0
         assert one["shards"][case]["count"] == 51 * 64 + 97 * 64 + 51 * 96
         assert one["shards"][case]["losses"] == pytest.approx(want, rel=2e-3)  # sums are rounded to 8 bits elsewhere
-        assert one["shards"][case]["losses"] == one["shards"]["policy"]["losses"]
+        same = one["shards"]["policy"]["losses"]
+        assert one["shards"][case]["losses"] == (pytest.approx(same, rel=2e-3) if case == "inputs not cast" else same)
 
 
 @pytest.mark.parametrize("grid", shards.GRIDS, ids=str)
