@@ -115,7 +115,7 @@ opens it. `inspect`, `verify`, `eval`, `compare`, `plan`, `quantize`, `diff` and
 import it in a temporary directory. `train` wants the directory of `import`, from which a run can go on later. Mixtures of
 experts are refused.
 
-Of mlx-lm's models, those with transformers' names are read, 28 types. DeepSeek's `kv_b_proj`, which mlx-lm splits by heads and
+Of mlx-lm's models, those with transformers' names are read, 42 types. DeepSeek's `kv_b_proj`, which mlx-lm splits by heads and
 quantizes along another axis, is read as its values. Of a model of pictures and text mlx-lm writes the language model, which is
 read alone. Where mlx-lm gave the projections of experts several widths, an engine opens all on the widest grid: the same values.
 Others are refused by their type before any work: renamed families, and models with towers of pictures.

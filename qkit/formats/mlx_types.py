@@ -6,8 +6,12 @@ from typing import Final
 #: Types of models whose tensors mlx-lm leaves as they are in files, besides stacks of experts and heads: imports from mlx-lm.
 SAME_NAMES: Final = frozenset(
     (
-        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3", "phi", "stablelm"),
+        *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text", "olmo2"),
         *(
+            "olmo3",
+            "phi",
+            "phi3",
+            "stablelm",
             "cohere",
             "cohere2",
             "starcoder2",
@@ -15,12 +19,10 @@ SAME_NAMES: Final = frozenset(
             "helium",
             "glm4",
             "ernie4_5",
-            "gpt_oss",
-            "mixtral",
-            "qwen2_moe",
-            "qwen3_moe",
         ),
-        *("olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+        *("granite", "smollm3", "exaone4", "seed_oss", "hunyuan_v1_dense"),
+        *("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "glm4_moe_lite", "deepseek_v2"),
+        *("deepseek_v3", "phimoe", "exaone_moe", "solar_open", "mellum", "minimax_m2", "afmoe"),
     )
 )
 

@@ -20,7 +20,9 @@ SECTIONS: Final = ("mrope_section", "mrope_interleaved")  #: of a rotary embeddi
 #: Types of language models inside of others: their class in transformers.
 CLASSES: Final = {
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",

@@ -1,4 +1,4 @@
-"""Models of pictures and text that mlx-lm quantized, which are language models alone in its files: read as these."""
+"""Types of models that mlx-lm quantized. Those of pictures and text are language models alone in its files, and read as such."""
 
 import numpy as np
 import pytest
@@ -27,10 +27,23 @@ def converted(tmp_path, name):
     return tmp_path / "mlx"
 
 
+def some(*names):
+    return [pytest.param(*name, marks=pytest.mark.families) for name in names]
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"), [("Gemma 3", "gemma3_text"), ("Mistral 3", "mistral"), ("Qwen2-VL", "qwen2")]
+    ("name", "kind"),
+    [
+        ("Gemma 3", "gemma3_text"),
+        ("Qwen2-VL", "qwen2"),
+        ("Granite", "granite"),
+        *some(("Mistral 3", "mistral"), ("Qwen3-VL", "qwen3"), ("Gemma 4", "gemma4_text"), ("SmolLM3", "smollm3")),
+        *some(("OLMo 3", "olmo3"), ("EXAONE 4", "exaone4"), ("SeedOss", "seed_oss"), ("Hunyuan", "hunyuan_v1_dense")),
+        *some(("Ministral3", "ministral3"), ("Phi-MoE", "phimoe"), ("ExaoneMoe", "exaone_moe"), ("Mellum", "mellum")),
+        *some(("SolarOpen", "solar_open"), ("MiniMaxM2", "minimax_m2"), ("AfmoeForCausalLM", "afmoe")),
+    ],
 )
-def test_the_language_model_opens_with_the_logits_of_mlx_lm(name, kind, tmp_path):
+def test_a_model_opens_with_the_logits_of_mlx_lm(name, kind, tmp_path):
     theirs = converted(tmp_path, name)
     source = read_model(theirs)
     assert source.config["model_type"] == kind
