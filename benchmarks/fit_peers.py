@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -171,10 +172,12 @@ def main() -> int:
 
     warnings.simplefilter("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    peer, model, windows, recipe, out = sys.argv[1:]
-    begin = time.process_time()
-    found = PEERS[peer](Path(model), np.load(windows), recipe)
-    seconds = time.process_time() - begin
+    peer, recipe = sys.argv[1], sys.argv[4]
+    model, windows, out = (Path(sys.argv[place]).resolve() for place in (2, 3, 5))
+    with TemporaryDirectory() as place, chdir(place):  # GPTQModel writes its log where it runs
+        begin = time.process_time()
+        found = PEERS[peer](model, np.load(windows), recipe)
+        seconds = time.process_time() - begin
     arrays = {
         f"{path}.weight": np.ascontiguousarray(one if isinstance(one, np.ndarray) else one.detach().float().numpy())
         for path, one in found.items()

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from qkit import drift, reference
+from qkit.fitting.inputs import Inputs
+from qkit.fitting.rows import solve_rows
 from qkit.grid import Grid
 from qkit.reference.fitting import fit
 from qkit.reference.moments import DAMPING
@@ -108,6 +110,25 @@ def learned() -> str:
     return chart("the error of a toy's block while its rounding learns", bars, "{:.3f} of the solved one's")
 
 
+def coupled() -> str:
+    """A toy weight on int3, whose outputs' errors count by a metric: rounded, solved row by row, and with coupled rows."""
+    random = np.random.default_rng(8)
+    h, f = (
+        (x.T @ x / len(x)).astype(np.float32)
+        for x in (random.standard_normal((512, 64)) @ random.standard_normal((64, 64)) for _ in range(2))
+    )
+    w, grid, known = random.standard_normal((64, 64)).astype(np.float32), Grid("int3", 32), Inputs(h)
+    found = {
+        "by the rule": reference.quantize(w, grid),
+        "solved": solve_rows(w, grid, known, None, peak=None)[1],
+        "solved, rows coupled": solve_rows(w, grid, known, f, peak=None)[1],
+    }
+    errors = {name: w - reference.dequantize(q) for name, q in found.items()}
+    losses = {name: float(np.trace(f @ d @ h @ d.T)) for name, d in errors.items()}
+    bars = {name: loss / losses["by the rule"] for name, loss in losses.items()}
+    return chart("the error of a toy's outputs, as the rest of a model counts it", bars, "{:.2f} of the rule's")
+
+
 def by_layer() -> str:
     """The picture of `quantize --picture`, of two toy blocks on int3."""
     random, errors = np.random.default_rng(6), []
@@ -155,7 +176,7 @@ def chart(title: str, bars: dict[str, float], form: str) -> str:
 def drawn() -> dict[str, str]:
     """Every picture by its name."""
     how = {"how-search.svg": searched(), "how-solve.svg": solved(), "how-drift.svg": drifted()}
-    how |= {"how-round.svg": learned(), "layers.svg": by_layer()}
+    how |= {"how-rows.svg": coupled(), "how-round.svg": learned(), "layers.svg": by_layer()}
     return how | {f"{method}.svg": won(method) for method in METHODS}
 
 

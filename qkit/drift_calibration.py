@@ -68,7 +68,7 @@ def calibrate_drift(
     learner = require(engine, Learns) if pupils else None
     blocks, fitted = (engine.blocks(one, length=rows.shape[1]) for one in (model, twin))
     settings = {"aims": {path: str(grid) for path, grid in every.items()}, "learn": sorted(pupils)}
-    told = about(folder, rows, engine) | ({"lesson": asdict(lesson)} if lesson else {})
+    told = about(folder, rows, engine) | {"rows": "coupled"} | ({"lesson": asdict(lesson)} if lesson else {})
     run = Run(out, told, settings, batch=batch)
     if not run.done:
         run.enter(blocks, rows, "states", "fitted")

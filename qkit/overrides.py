@@ -27,6 +27,13 @@ def overridden(recipe: Recipe, *, ignore: Sequence[str] = (), skip_indivisible: 
     return replace(recipe, rules=rules)
 
 
+def without_ignored(recipe: Recipe) -> Recipe:
+    """`recipe` without the rules of `ignore` in `overridden`, which are its first: one for each kind of layer, same patterns."""
+    front = recipe.rules[: len(get_args(Kind))]
+    added = tuple(Rule(front[0].match, kind=kind) for kind in get_args(Kind))
+    return replace(recipe, rules=recipe.rules[len(front) :]) if front == added else recipe
+
+
 def check_ignored(ignore: Sequence[str], paths: Collection[str]) -> None:
     """Checks that each pattern of `ignore` matches one of `paths`, those of all layers of a model.
 
@@ -35,5 +42,5 @@ def check_ignored(ignore: Sequence[str], paths: Collection[str]) -> None:
     """
     for pattern in ignore:
         if not any(fnmatchcase(path, pattern) for path in paths):
-            some = ", ".join(list(paths)[:4])
+            some = ", ".join(list(dict.fromkeys(paths))[:4])
             raise RecipeError(f"--ignore {pattern!r} matches no layer of this model, which has {some}, ...")

@@ -11,6 +11,7 @@ from qkit.engines.layer import Layer
 from qkit.errors import CoverageWarning, RecipeError
 from qkit.grid import want_chosen
 from qkit.misfits import want_whole_groups, widths
+from qkit.overrides import without_ignored
 from qkit.parts import is_in
 from qkit.rules import Recipe, Rule
 
@@ -39,7 +40,10 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
     want_whole_groups([width for item in planned if item.rule for width in widths(item.layer, item.rule)])
     owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
     planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
-    spoken = {id(_rule_for(item.layer, recipe)) for item in planned if item.layer.kind != "other"}
+    asked = without_ignored(recipe)  # a rule whose layers `--ignore` leaves out fits the model
+    spoken = {id(_rule_for(item.layer, asked)) for item in planned if item.layer.kind != "other"}
+    if asked is not recipe and not any(item.rule for item in planned):
+        raise RecipeError(f"{', '.join(recipe.rules[0].match)} leaves no layer on a grid: ignore fewer layers")
     mixed = any(item.layer.kind == "experts" for item in planned)
     wanted = [rule for rule in recipe.rules if rule.weight and (mixed or rule.kind != "experts")]
     for rule in (

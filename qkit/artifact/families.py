@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
+from qkit.artifact.further import REASON, predicts_further
 from qkit.artifact.known import facts, is_known, is_known_head, kind_of
 from qkit.engines.layer import Layer, is_head_path
 from qkit.errors import PlanError
@@ -49,6 +50,8 @@ def layer_of(slot: Slot, config: Mapping[str, Any]) -> Layer | Member | str:
     Where no rule can apply to the tensor, the reason as text. The table of known families corrects what names and shapes
     suggest.
     """
+    if predicts_further(slot.name, config):
+        return REASON
     suggested = _suggested(slot, config)
     path = slot.name.rpartition(".")[0]
     known = kind_of(path, config) if slot.name.endswith(".weight") else None

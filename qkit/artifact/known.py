@@ -10,6 +10,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from qkit.engines.layer import is_head_path
+
 FILE = "families.json"
 
 
@@ -27,7 +29,7 @@ def facts(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     layers whose weights have no tensor of their own in the files. `kinds`: see `kind_of`, by pattern. `read`: patterns of
     layers whose weights other modules read. `heads`: patterns of linear layers of output heads, by their role. `fp32`: parts of
     names of tensors that stay float32 in models of half precision. `tied`: whether embedding and output head are one weight
-    where the configuration does not say.
+    where the configuration does not say. `base`: the name of the base model in a model with a head.
     """
     found: Mapping[str, Any] = table()["types"].get(str((config or {}).get("model_type")), {})
     return found
@@ -41,10 +43,12 @@ def is_known(config: Mapping[str, Any] | None) -> bool:
 def kind_of(path: str, config: Mapping[str, Any] | None) -> str | None:
     """`linear` or `embedding`, or why no rule can match it, of a layer whose name tells otherwise; None where it does not."""
     known = facts(config)
-    if why := why_not(model_path(path, config), known):
-        return why
-    found: str | None = known.get("kinds", {}).get(pattern_of(path))
-    return found
+    names = [path, *_other_base(path, config)]
+    for name in names:
+        if why := why_not(model_path(name, config), known):
+            return why
+    kinds: Mapping[str, str] = known.get("kinds", {})
+    return next((kinds[pattern] for name in names if (pattern := pattern_of(name)) in kinds), None)
 
 
 def stays_float32(name: str, config: Mapping[str, Any] | None) -> bool:
@@ -88,8 +92,45 @@ def model_path(path: str, config: Mapping[str, Any] | None) -> str:
 
 
 def both_names(paths: Iterable[str], config: Mapping[str, Any] | None) -> list[str]:
-    """`paths` in files, each followed by its path in transformers' model where that is another one."""
-    return list(dict.fromkeys(name for path in paths for name in (path, model_path(path, config))))
+    """`paths` in files, each followed by its path in transformers' model where that is another one.
+
+    Files of a base model name its layers `layers.0`, and those of a model with a head `model.layers.0`. transformers opens either
+    in a class of the other.
+    """
+    paths = list(paths)
+    base = facts(config).get("base")
+    with_base = any(_begins(path, base) for path in paths) if base else True
+    found: dict[str, None] = {}
+    for path in paths:
+        found[path] = found[model_path(path, config)] = None
+        if with_base == _is_base(config) and model_path(path, config) == path:
+            found.update(dict.fromkeys(_other_base(path, config)))
+    return list(found)
+
+
+def missing_base(names: Iterable[str], config: Mapping[str, Any] | None) -> str:
+    """`model.` where the tensors `names` of files lack it, and the class of the configuration has it; else empty."""
+    known = facts(config)
+    lacks = known.get("base") == "model" and not known.get("prefixes") and not _is_base(config)
+    return "model." if lacks and not any(name.startswith("model.") for name in names) else ""
+
+
+def based(name: str, base: str) -> str:
+    """The tensor or layer `name` with `base` in front, which output heads do not have."""
+    return name if is_head_path(name) else base + name
+
+
+def _is_base(config: Mapping[str, Any] | None) -> bool:
+    architectures = (config or {}).get("architectures") or []
+    return any(re.search(r"(?<!LMHead)Model$", str(one)) for one in architectures)
+
+
+def _other_base(path: str, config: Mapping[str, Any] | None) -> list[str]:
+    """`path` without the name of the base model in front, or with it where it lacks it."""
+    base: str | None = facts(config).get("base")
+    if not base or is_head_path(path):
+        return []
+    return [path[len(base) + 1 :]] if path.startswith(f"{base}.") else [f"{base}.{path}"]
 
 
 def apart(quantized: Iterable[str], config: Mapping[str, Any] | None) -> list[str]:

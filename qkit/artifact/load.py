@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from qkit.artifact.config import CONFIG, float_config, read_config
 from qkit.artifact.foreign import check_float
+from qkit.artifact.further import predicts_further
+from qkit.artifact.known import based, missing_base
 from qkit.artifact.load_experts import stack_experts, take_experts
 from qkit.artifact.metadata import KEY, StoredRule, fit_of, kind_of, read_rules
 from qkit.engines.abilities import offers, require, want_honored
@@ -63,6 +65,7 @@ def load(folder: str | Path, *, backend: str | Arrays | None = None, into: Any =
     for layer in layers.values():
         if layer.stage != "float":
             raise ArtifactError(f"{folder}: {layer.path} is {layer.stage} already: load into the float model")
+    arrays, rules = _of_the_model(arrays, rules, config)
     mixed = take_experts(folder, arrays, layers, rules, config)
     arrays, rules = _translate(engine, folder, model, arrays, [one for one in rules if one.rule.kind != "experts"])
     taken = {path: _take(folder, arrays, path, layers, one) for one in rules for path in one.paths}
@@ -102,6 +105,18 @@ def _build(engine: Arrays, folder: Path, config: Mapping[str, Any] | None, array
     if offers(engine, Remembers):
         engine.remember_origin(model, str(folder.absolute()))
     return model
+
+
+def _of_the_model(
+    arrays: dict[str, NDArray[Any]], rules: Sequence[StoredRule], config: Mapping[str, Any] | None
+) -> tuple[dict[str, NDArray[Any]], list[StoredRule]]:
+    """The arrays and the rules under the names of a model with a head, without modules that predict further tokens."""
+    base = missing_base(arrays, config)
+    kept = {based(name, base): array for name, array in arrays.items() if not predicts_further(name, config)}
+    return kept, [
+        replace(one, paths=tuple(based(path, base) for path in one.paths if not predicts_further(f"{path}.", config)))
+        for one in rules
+    ]
 
 
 def _translate(

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.config import read_config
+from qkit.artifact.further import predicts_further
+from qkit.artifact.known import based, missing_base
 from qkit.artifact.metadata import about, fit_of, layout_of, read_rules
 from qkit.artifact.mlx_experts import expert_parts, without_stacks
 from qkit.errors import ArtifactError, GridError
@@ -85,6 +87,17 @@ class Snapshot:
     notes: tuple[str, ...] = ()
     fit: Mapping[str, Any] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def of_the_model(self) -> "Snapshot":
+        """The content under the names of a model with a head, without modules that predict further tokens; see `further`."""
+        base = missing_base([*self.weights, *self.tensors], self.config)
+        weights = {based(path, base): one for path, one in self.weights.items()}
+        tensors = {based(name, base): one for name, one in self.tensors.items()}
+        return replace(
+            self,
+            weights={path: one for path, one in weights.items() if not predicts_further(f"{path}.", self.config)},
+            tensors={name: one for name, one in tensors.items() if not predicts_further(name, self.config)},
+        )
 
     @property
     def tied(self) -> bool:

@@ -73,6 +73,7 @@ def export_gguf(
     except ModuleNotFoundError:
         raise BackendError(f"GGUF files need the gguf package: {how_to_install('gguf')}") from None
     check_file(out)
+    source = source.of_the_model()
     config = with_ropes(source.config or {})
     with describing(source.folder / CONFIG):
         architecture = architecture_of(config)

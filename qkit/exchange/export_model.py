@@ -30,6 +30,7 @@ def export_mlx(source: Snapshot, out: str | Path, *, shard_bytes: int | None = N
         ArtifactError: MLX cannot hold a layer's grid; the message names it. Or mlx-lm has no such type of model, or see `Output`.
         BackendError: mlx-lm computes another model from such a configuration; see `mlx_config.model_config`.
     """
+    source = source.of_the_model()
     check_weights_only(source, source.weights)
     config, names, family = source.config, source.config or {}, Family()
     changes: dict[str, Any] = {"added": []}

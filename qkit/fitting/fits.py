@@ -80,6 +80,7 @@ class Fit:
             about |= {"lesson": self.statistics.lesson} if self.method == "round" else {}
             about |= {"statistics": self.statistics.digest}
             about |= {"drift": "corrected"} if self.statistics.corrected else {}
+            about |= {"rows": "coupled"} if self.statistics.about.get("rows") else {}
         return about
 
     def check(self, rules: Mapping[str, Rule]) -> list[str]:

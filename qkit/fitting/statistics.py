@@ -30,10 +30,10 @@ class Statistics:
         folder: the directory.
         digest: SHA-256 of its note, which has the digest of each file of moments.
         model: `identity` of the float model.
-        about: the note: `data` (a digest), `tokens`, `length`, `windows`, `engine`, `files`, and `layers` by path. Of a layer:
-            `like`, the layer with the moments of both; `file`; `tokens`; `activation`, the grid that inputs were rounded to; and
-            with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`. Experts that too few tokens reached have
-            `few` and nothing else to know.
+        about: the note: `data` (a digest), `tokens`, `length`, `windows`, `engine`, `files`, `rows` (`coupled`, with a corrected
+            drift), and `layers` by path. Of a layer: `like`, the layer with the moments of both; `file`; `tokens`; `activation`,
+            the grid that inputs were rounded to; and with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`.
+            Experts that too few tokens reached have `few` and nothing else to know.
     """
 
     folder: Path

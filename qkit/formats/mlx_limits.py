@@ -1,5 +1,6 @@
 """Settings of a model that mlx-lm ignores, or has no place for, by type of model. Read off mlx-lm 0.32.2."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -57,6 +58,8 @@ GROUPS: Final[Mapping[str, str]] = {"mamba2": "n_groups", "granitemoehybrid": "m
 #: Types whose sliding windows mlx-lm ignores: every token sees all before it. qkit's MLX engine gives them their windows.
 WINDOWLESS: Final = ("mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
 SOMETIMES: Final = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")  #: those that slide where `use_sliding_window` says so
+#: Names of classes with an output head over the vocabulary.
+WITH_HEAD: Final = re.compile("ForCausalLM|LMHeadModel|ForConditionalGeneration")
 LISTED: Final = ("qwen2", "qwen2_moe", "qwen3")  #: those whose layers slide one by one, by `layer_types`
 
 
@@ -66,6 +69,9 @@ def limits_of(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     for limit in LIMITS.get(kind, ()):
         if limit.meets(config):
             yield limit.readers, f"it has no place for {limit.key} = {config[limit.key]!r} of a {kind!r}"
+    names = config.get("architectures") or []
+    if kind in FAMILIES and names and not any(WITH_HEAD.search(str(name)) for name in names):
+        yield BOTH, f"it has language models alone, and this is a {names[0]!r}"
     heads, width = config.get("num_attention_heads"), config.get("head_dim")
     if kind == "mixtral" and width and heads and width * heads != config.get("hidden_size"):
         yield BOTH, f"it has no place for head_dim = {width!r} of a {kind!r}"
@@ -74,6 +80,8 @@ def limits_of(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     kind, inner = language(config)
     if (groups := groups_of(inner)) > 1:
         yield MLX_LM, f"it normalizes the {groups} groups of the states of a {kind!r} together"
+    if kind == "gemma4_text" and inner.get("enable_moe_block"):
+        yield BOTH, f"the stacks of experts of a {kind!r} are not known to this qkit"
     if kind in FAMILIES and (text := ignored_rope(inner)):
         yield MLX_LM, text
     if kind in FAMILIES and (text := other_activation(inner, kind)):

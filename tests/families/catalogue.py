@@ -100,10 +100,10 @@ def config(cls: Any, sizes: Mapping[str, Any]) -> Any:
     return cls(**{**values, **{key: value for key, value in sizes.items() if key not in (cls.sub_configs or {})}})
 
 
-def make(family: Family, folder: Path) -> Any:
+def make(family: Family, folder: Path, *, seed: int = 0) -> Any:
     """A checkpoint of the family in `folder`, as published ones lie, of random weights."""
     cls = getattr(transformers, family.architecture)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = cls._from_config(config(cls.config_class, family.sizes), dtype=getattr(torch, family.dtype)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # transformers starts some at zero, which would hide faults

@@ -24,7 +24,7 @@ def facts(model: Any, folder: Path) -> dict[str, Any]:
     tensor of their own in the files. `kinds`: what layers of the files are whose names suggest something else. `read`: patterns
     of layers of the model whose weights other modules read, or change. `tied`: whether embedding and output head are one weight
     where the configuration is silent. `heads`: patterns of layers of output heads whose names do not say so. `fp32`: parts of
-    names of tensors that stay float32 in models of half precision.
+    names of tensors that stay float32 in models of half precision. `base`: the name of the base model in `model`.
     """
     engine = qkit.backend("torchao")
     slots = {name: one.slot for name, one in read_folder(folder)[0].items()}
@@ -46,8 +46,10 @@ def facts(model: Any, folder: Path) -> dict[str, Any]:
     layers = {path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     apart = sorted({pattern_of(path) for path in layers - mine})
     read = sorted({pattern_of(path) for path in _read_by_their_parents(model)})
+    base = type(model).base_model_prefix
     known = {
         "prefixes": prefixes,
+        "base": base if base and hasattr(model, base) else "",
         "apart": apart,
         "kinds": kinds,
         "read": read,

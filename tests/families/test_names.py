@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import openings
 import pytest
 from catalogue import COMMON, FAMILIES, Family, make
 from checkpoints import whole
@@ -10,6 +12,7 @@ from page import PAGE, README, page, readme
 
 import qkit
 from qkit.artifact import known
+from qkit.formats.mlx_limits import limits_of
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
@@ -194,3 +197,35 @@ def test_layers_that_run_several_times_are_counted_once(tmp_path):
     quantized(tmp_path, "HrmTextForCausalLM")
     assert json.loads((tmp_path / "in/config.json").read_text())["num_hidden_layers"] == 16
     qkit.load(tmp_path / "out", backend="torchao")
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "LlamaModel"])
+def test_files_with_or_without_the_name_of_the_base_model_open_as_its_other_classes_do(architecture, tmp_path):
+    renamed = {"^": "model."} if architecture == "LlamaModel" else {r"^model\.": ""}
+    make(Family(architecture, {"tie_word_embeddings": False}, renamed=renamed), tmp_path / "in")
+    plan = make_plan(tmp_path / "in", TWO)
+    quantize_directory(plan, tmp_path / "out", engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
+    wanted, found = openings.in_qkit(tmp_path / "out"), openings.by_default(tmp_path / "out")
+    assert np.allclose(openings.run(wanted), openings.run(found), atol=1e-5)  # the order of sums is torch's own
+    if architecture == "LlamaModel":
+        assert {one.reader for one in plan.caveats if "language models alone" in one.text} == {"qkit, MLX", "mlx-lm"}
+    else:
+        for logits in (openings.on_mlx(tmp_path / "out"), openings.in_mlx_lm(tmp_path / "out")):
+            assert logits.shape == (1, 8, 160)
+
+
+def test_positions_that_a_module_embeds_in_its_own_way_stay_float_without_the_name_of_the_base_model(tmp_path):
+    make(Family("OPTForCausalLM", renamed={r"^model\.": ""}), tmp_path / "in")
+    plan = make_plan(tmp_path / "in", qkit.recipe("int4-g32-all"))
+    reasons = {row.stored.slot.name: row.reason for row in plan.rows}
+    assert "positions in its own way" in reasons["decoder.embed_positions.weight"]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_experts_of_gemma_4_are_refused_on_mlx_by_name(alone):
+    inner = {"model_type": "gemma4_text", "enable_moe_block": True}
+    config = inner if alone else {"model_type": "gemma4", "text_config": inner}
+    assert {one for readers, text in limits_of(config) for one in readers if "experts" in text} == {
+        "qkit, MLX",
+        "mlx-lm",
+    }

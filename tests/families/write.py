@@ -38,6 +38,7 @@ def types() -> dict[str, Any]:
             mine[key] = sorted({*mine[key], *more.get(key, [])})
         mine["kinds"].update(more.get("kinds", {}))
         mine["tied"] = more.get("tied", False)
+        mine["base"] = more.get("base") or mine.get("base", "")
     return {name: {key: value for key, value in one.items() if value} for name, one in sorted(found.items())}
 
 

@@ -152,6 +152,7 @@ def test_the_artifact_says_that_drift_was_corrected(model: Path, stats: dict[str
     found = inspect_directory(out).fit
     assert found
     assert found["drift"] == "corrected"
+    assert found["rows"] == "coupled"
 
 
 def test_a_directory_in_the_place_of_the_run_is_left_alone(model: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class FakeExperts(Experts):
         return super().forward(*inputs, **named)
 
     def forward_beside(self, *inputs: Any, **named: Any) -> Any:
-        """The forward while peft's `target_parameters` add to the weights: to their values on the grid.
+        """The forward while peft's `target_parameters` add to the weights: with the values of the sums on the grid.
 
         Raises:
             BackendError: something else computes the weights, or they have adapters of qkit's besides.
@@ -55,12 +55,12 @@ class FakeExperts(Experts):
             raise self.computed_elsewhere()
         mine = [stack for stack in self.stacks if stack.name in lists]
         for stack in mine:
-            lists[stack.name].insert(0, _OnGrid(self, stack))
+            lists[stack.name].append(_OnGrid(self, stack))
         try:
             return self.compute(*inputs, **named)
         finally:
             for stack in mine:
-                del lists[stack.name][0]
+                del lists[stack.name][-1]
 
     def _is_off(self) -> bool:
         return self.mode == "off"
@@ -133,10 +133,7 @@ class FakeExperts(Experts):
         """
         if parameter(self, stack.name) is None:
             raise AttributeError(stack.name)
-        return self.on_its_grid(self.master(stack), stack)
-
-    def on_its_grid(self, weight: Tensor, stack: Stack) -> Tensor:
-        """The values of `weight`, the parameter of `stack`."""
+        weight = self.master(stack)
         grid, ste = self.rule.weight, self.rule.ste
         assert grid is not None
         if torch.compiler.is_compiling():
@@ -175,16 +172,17 @@ class FakeExperts(Experts):
 
 
 class _OnGrid(nn.Module):
-    """The first of several parametrizations of a parameter: its values on the grid of `experts`, which is no part of it."""
+    """The last of several parametrizations of a parameter: values on the grid of `experts`, which is no part of it."""
 
     def __init__(self, experts: FakeExperts, stack: Stack) -> None:
         super().__init__()
         self.__dict__["experts"], self.stack = experts, stack
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The values of `weight`."""
-        made: Tensor = self.__dict__["experts"].on_its_grid(weight, self.stack)
-        return made
+        """The values of `weight`, with the gradient straight through; itself where the experts are off."""
+        rule, mode = self.__dict__["experts"].rule, self.__dict__["experts"].mode
+        assert rule.weight is not None
+        return weight if mode == "off" else stacked(weight, None, self.stack, rule.weight, rule.ste)
 
 
 def prepare_experts(module: nn.Module, rule: Rule, kind: type[FakeExperts] = FakeExperts) -> FakeExperts:

@@ -352,18 +352,11 @@ STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
-def test_pefts_target_parameters_are_added_to_the_values_and_merge(name, order, implementation):
-    recipe = qkit.Recipe("experts", (qkit.Rule(("*",), "experts", qkit.Grid("int4", 32)),))
-    plain, model = make(name, implementation), qkit.prepare(make(name, implementation), recipe)
-    for path, layer in blocks(model).items():  # the float model whose weights are the codes' values
-        for stack in layer.module.stacks:
-            with torch.no_grad():
-                plain.get_submodule(path).get_parameter(stack.name).copy_(getattr(layer.module, stack.name))
+def test_pefts_target_parameters_train_on_the_grid_and_merge(name, order, implementation):
     if order == "after":
-        model = qkit.prepare(with_peft(make(name, implementation), *STACKED), recipe)
+        model = qkit.prepare(with_peft(make(name, implementation), *STACKED), "int4-g32")
     else:
-        model = with_peft(model, *STACKED)
-    assert torch.equal(logits(model), logits(with_peft(plain, *STACKED)))
+        model = with_peft(qkit.prepare(make(name, implementation), "int4-g32"), *STACKED)
     found = blocks(model)
     assert {layer.stage for layer in found.values()} == {"prepared"}
     model(IDS, labels=IDS).loss.backward()
@@ -376,6 +369,8 @@ def test_pefts_target_parameters_are_added_to_the_values_and_merge(name, order, 
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # peft has put every parameter back
     with model.disable_adapter():
         assert not torch.equal(logits(model), with_adapters)
+    with qkit.disabled(model):
+        assert torch.allclose(logits(model), logits(with_peft(make(name, implementation), *STACKED)), atol=1e-6)
     merged = qkit.merge(model)
     assert not any("lora_" in one for one, _ in merged.named_parameters())
     prepared = logits(merged)
