@@ -6,7 +6,7 @@ the difference of the states after them, so that they take back the drift of all
 https://arxiv.org/abs/2504.02692; LoaQ, https://arxiv.org/abs/2509.06297; Qronos, https://arxiv.org/abs/2505.11695).
 
 Tokens weigh as the inverse of the mean square of their float state after the block: the next norm divides by its root, so that an
-error counts as a share of the state.
+error counts as a share of the state. Rows of a weight make up for each other's errors; see `qkit.fitting.rows` and `qkit.metric`.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -14,7 +14,7 @@ from qkit.engines.blocks import Blocks, Hidden
 from qkit.errors import RangeError
 from qkit.fitting.run import Run
 
-TOKENS = 1 << 15  #: at most; more change little, and states of all blocks lie on the disk at once
+TOKENS = 1 << 15  #: at most: their states before all blocks lie on the disk at once
 WIDEST = 8192  #: outputs of a layer; the matrix of wider ones would take more memory than their weight
 SEED = 0  #: of the labels
 STATES = "states"  #: the name of the metric of the outputs of a block

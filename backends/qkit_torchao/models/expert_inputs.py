@@ -26,7 +26,8 @@ def watching(mixture: Mixture, add: Add) -> Callable[..., None]:
         activate = _activation(module)
         if activate is None:
             return
-        up, *_ = stacks_of(module)
+        x = x.flatten(0, -2)
+        chosen, (up, *_) = chosen.reshape(len(x), -1), stacks_of(module)
         weight, bias = parameter(module, up.name), getattr(module, f"{up.name}_bias", None)
         assert weight is not None
         for expert in range(up.shape[0]):
