@@ -20,9 +20,10 @@ from qkit.reference.merged import shorten
 from qkit.reference.scale_rules import Floats, round_to_bfloat16
 
 UNIT = 2.0  #: a scale is multiplied by 1 + UNIT * gain; a power of two, so that this product is exact
-SHIFT = 8.0  #: a bias moves by SHIFT * its number of scales; a power of two, too
+SHIFT = 32.0  #: a bias moves by SHIFT * its number of scales; a power of two, too
 LIMITS = 0.5, 2.0  #: of that factor, so that no scale changes its sign or becomes zero
-FARTHEST = 256.0  #: scales that a bias moves by, at most
+NARROW = 0.9, 1.1  #: the same of read grids, whose groups have gains of their own: more harms at high rates
+FARTHEST = 0.5  #: scales that a bias moves by, at most
 SMALLEST = 2.0**-125  #: scales below it stay as they are: some devices have no subnormal numbers
 #: The largest number of each type of scales.
 LARGEST: dict[DType, float] = {
@@ -56,9 +57,9 @@ def gained(q: QTensor[NDArray[Any]], gains: Floats) -> QTensor[NDArray[Any]]:
     """
     before = q.scales.astype(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        factors = np.float32(1) + np.float32(UNIT) * gains[..., 0]
+        factors, (low, high) = np.float32(1) + np.float32(UNIT) * gains[..., 0], NARROW if q.grid.read else LIMITS
         largest = np.float32(LARGEST[stored_type(q)])
-        s = np.clip(before * np.clip(factors, np.float32(LIMITS[0]), np.float32(LIMITS[1])), -largest, largest)
+        s = np.clip(before * np.clip(factors, np.float32(low), np.float32(high)), -largest, largest)
         if q.grid.read:
             scales = np.where(np.abs(before) < SMALLEST, q.scales, s.astype(q.scales.dtype))
             return replace(q, scales=scales, biases=_moved(q, gains))

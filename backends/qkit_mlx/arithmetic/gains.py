@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from qkit.element import MIN_SCALE
 from qkit.qtensor import QTensor
-from qkit.reference.gains import FARTHEST, LARGEST, LIMITS, SHIFT, SMALLEST, UNIT, stored_type
+from qkit.reference.gains import FARTHEST, LARGEST, LIMITS, NARROW, SHIFT, SMALLEST, UNIT, stored_type
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.arithmetic.merged import shorten, stored
 
@@ -18,7 +18,7 @@ def gained(q: QTensor[mx.array], gains: mx.array) -> QTensor[mx.array]:
         gains: [rows, groups or 1, numbers].
     """
     kind, before = stored_type(q), q.scales.astype(mx.float32)
-    factors = mx.clip(1 + UNIT * gains[..., 0].astype(mx.float32), *LIMITS)
+    factors = mx.clip(1 + UNIT * gains[..., 0].astype(mx.float32), *(NARROW if q.grid.read else LIMITS))
     s = mx.clip(before * factors, -LARGEST[kind], LARGEST[kind])
     made = stored(s, kind).astype(q.scales.dtype)
     if q.grid.read:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkit.element import MIN_SCALE
 from qkit.qtensor import QTensor
-from qkit.reference.gains import FARTHEST, LARGEST, LIMITS, SHIFT, SMALLEST, UNIT, stored_type
+from qkit.reference.gains import FARTHEST, LARGEST, LIMITS, NARROW, SHIFT, SMALLEST, UNIT, stored_type
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.arithmetic.merged import shorten, stored
 
@@ -21,7 +21,7 @@ def gained(q: QTensor[Tensor], gains: Tensor) -> QTensor[Tensor]:
         gains: [rows, groups or 1, numbers].
     """
     kind, before, numbers = stored_type(q), q.scales.float(), gains.detach().float()
-    factors = (1 + UNIT * numbers[..., 0]).clamp(*LIMITS)
+    factors = (1 + UNIT * numbers[..., 0]).clamp(*(NARROW if q.grid.read else LIMITS))
     s = (before * factors).clamp(-LARGEST[kind], LARGEST[kind])
     made = stored(s, rounding.DTYPE[kind]).to(q.scales.dtype)
     if q.grid.read:
