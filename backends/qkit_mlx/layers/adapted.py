@@ -133,7 +133,7 @@ class _AdaptedConverted(_Adapted):
 
     def pack(self, weight: mx.array, bias: mx.array | None = None) -> PackedLinear | PlainLinear:
         """The converted layer, without an adapter, with the codes of `weight`."""
-        q = self._codes(weight)
+        q = self._codes(weight, choose.quantize)
         q = replace(gained(q, self[GAINS]) if GAINS in self else q, dtype=self.dtype)
         static = {name: self[name] for name in STORED if name in self and name not in ("bias", *NAMES)}
         return pack_linear(q, self.rule, bias=bias, static=static)
@@ -145,11 +145,16 @@ class _AdaptedConverted(_Adapted):
         y = multiply(x, self.factors, self.get("bias"), merging, gains=self.get(GAINS))
         return self._on_grid(y, self.rule.output, "output")
 
-    def _codes(self, weight: mx.array) -> QTensor[mx.array]:
-        """The codes of `weight`, before its scales are multiplied with gains."""
+    def _codes(
+        self, weight: mx.array, quantize: Callable[..., QTensor[mx.array]] = rounding.quantize
+    ) -> QTensor[mx.array]:
+        """The codes of `weight`, before its scales are multiplied with gains. `rounding.quantize` evaluates nothing.
+
+        MLX keeps every array that is evaluated while it follows a gradient.
+        """
         if self.grid.read:
             return stored.requantize(weight, unpack(self))
-        return choose.quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
+        return quantize(weight, self.rule.weight, peak=fused.peak(self, weight))
 
     def _run_packed(self, x: mx.array) -> mx.array:
         return self.pack(self.merged(), self.get("bias"))(x)
