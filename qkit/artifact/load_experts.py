@@ -70,7 +70,7 @@ def _common_rule(rules: Sequence[Rule], experts: str) -> Rule:
     grids = {rule.weight for rule in rules if rule.weight}
     integers = all(grid.read and grid.element.kind == "integer" for grid in grids)
     kinds = {(grid.group, grid.scale) for grid in grids}
-    if len({replace(rule, match=("*",), weight=None) for rule in rules}) > 1 or (
+    if len({replace(rule, match=("*",), weight=widest.weight) for rule in rules}) > 1 or (
         len(grids) > 1 and not (integers and len(kinds) == 1)
     ):
         names = ", ".join(sorted(map(str, grids)))

@@ -75,7 +75,7 @@ def test_every_tile_of_many_rows_is_compiled(outputs, monkeypatch):
     from qkit_torchao.kernels import cuda_rows
 
     monkeypatch.setattr(cuda_rows, "INTERPRETED", False)
-    monkeypatch.setattr(cuda_rows, "_limits", lambda device: (227 * 1024, 132))
+    monkeypatch.setattr(cuda_rows, "limits", lambda device: (227 * 1024, 132))
 
     def tiles(counts):
         return {cuda_rows._tile(torch.device("cuda"), count, outputs) for count in counts}  # noqa: SLF001
