@@ -41,8 +41,10 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
     owners = {item.layer.path: item for item in reversed(planned)}  # the first of a path
     planned = [_plan_tied(item, owners) if item.layer.tied else item for item in planned]
     asked = without_ignored(recipe)  # a rule whose layers `--ignore` leaves out fits the model
-    spoken = {id(_rule_for(item.layer, asked)) for item in planned if item.layer.kind != "other"}
-    if asked is not recipe and not any(item.rule for item in planned):
+    known = [item.layer for item in planned if item.layer.kind != "other"]
+    spoken = {id(_rule_for(layer, asked)) for layer in known}
+    meant = [layer for layer in known if (rule := _rule_for(layer, asked)) and rule.weight]
+    if asked is not recipe and all(_rule_for(layer, recipe) is recipe.rules[0] for layer in meant):
         raise RecipeError(f"{', '.join(recipe.rules[0].match)} leaves no layer on a grid: ignore fewer layers")
     mixed = any(item.layer.kind == "experts" for item in planned)
     wanted = [rule for rule in recipe.rules if rule.weight and (mixed or rule.kind != "experts")]

@@ -50,7 +50,8 @@ def right(a, k, r, INPUTS: tl.constexpr):
 @triton.jit
 def gained(s, gain):
     """The scales `s` of rows with this `gain`, as `arithmetic.gains` has them on grids of qkit's own; NaN stays."""
-    made = s * tl.minimum(tl.maximum(1.0 + UNIT * gain, LOWER), UPPER)
+    # The tensor comes first: Triton 3.7 interprets no product of a constant and a tensor.
+    made = s * tl.minimum(tl.maximum(gain * UNIT + 1.0, LOWER), UPPER)
     made = tl.where(made > LARGEST, LARGEST, tl.where(made < -LARGEST, -LARGEST, made))
     return tl.where(tl.abs(made) < LEAST, tl.where(made < 0.0, -LEAST, LEAST), round_to_bfloat16(made))
 
