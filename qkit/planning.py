@@ -44,7 +44,8 @@ def plan(layers: Iterable[Layer], recipe: Recipe) -> list[Planned]:
     known = [item.layer for item in planned if item.layer.kind != "other"]
     spoken = {id(_rule_for(layer, asked)) for layer in known}
     meant = [layer for layer in known if (rule := _rule_for(layer, asked)) and rule.weight]
-    if asked is not recipe and all(_rule_for(layer, recipe) is recipe.rules[0] for layer in meant):
+    ignoring = recipe.rules[: len(recipe.rules) - len(asked.rules)]
+    if ignoring and all(_rule_for(layer, recipe) in ignoring for layer in meant):
         raise RecipeError(f"{', '.join(recipe.rules[0].match)} leaves no layer on a grid: ignore fewer layers")
     mixed = any(item.layer.kind == "experts" for item in planned)
     wanted = [rule for rule in recipe.rules if rule.weight and (mixed or rule.kind != "experts")]
