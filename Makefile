@@ -21,9 +21,9 @@ test-all: test
 test-families: $(VENV)/ready
 	$(BIN)/python -m pytest tests/families -m "families or not families"
 
-# Checkpoints of 50,000 tensors, and calibration: time, memory, and kills of long runs.
+# Checkpoints of 50,000 tensors, calibration, fits, kernels and memory: the longest tests.
 test-size: $(VENV)/ready
-	$(BIN)/python -m pytest -m size tests/files tests/engines/torch/test_kernels.py
+	$(BIN)/python -m pytest -m size tests/files tests/law tests/training tests/engines/torch
 
 # Other programs, each in an environment of its own under .readers: every recipe, and the README's paths to a server's answer.
 # An environment that is there: make test-readers READERS='--environment vllm=DIR --environment llama.cpp=DIR'

@@ -93,7 +93,7 @@ def test_more_bytes_never_do_more_harm(model: Path, stats: Path) -> None:
     assert harms[0] > harms[-1]
 
 
-@pytest.mark.parametrize("spare", [0, 1, 500, 3000])
+@pytest.mark.parametrize("spare", [0, 1, *(pytest.param(more, marks=pytest.mark.size) for more in (500, 3000))])
 def test_a_budget_of_bytes_is_that_of_all_files(spare: int, model: Path, stats: Path, tmp_path: Path) -> None:
     least = spend(model, stats, Budget(10**9, "bytes"), grids=("int2-g32", "int2-g64")).plan.output_bytes
     amount = max(least, make_plan(model, qkit.recipe("int3-g32")).output_bytes) + spare

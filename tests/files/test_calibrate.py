@@ -152,15 +152,18 @@ else:
     calibrate(model, out, rows, engine=qkit.backend(name))
 """
 KILLS = [("torchao", where, "plain") for where in ("states", "moments", "note", "cleared", "renamed")]
-KILLS += [
-    ("torchao", "states", "drift"),
-    ("torchao", "metric", "drift"),
-    ("mlx", "states", "plain"),
-    ("mlx", "moments", "drift"),
-]
+KILLS += [("torchao", "metric", "drift"), ("mlx", "states", "plain")]
+LONG = [("torchao", "states", "drift"), ("mlx", "moments", "drift")]  #: 10 to 20 s
 
 
-@pytest.mark.parametrize(("name", "where", "drift"), [kill for kill in KILLS if kill[0] in ENGINES])
+@pytest.mark.parametrize(
+    ("name", "where", "drift"),
+    [
+        pytest.param(*kill, marks=[pytest.mark.size] if kill in LONG else [])
+        for kill in (*KILLS, *LONG)
+        if kill[0] in ENGINES
+    ],
+)
 def test_a_killed_run_ends_with_the_same_bytes(name: str, where: str, drift: str, model: Path, tmp_path: Path) -> None:
     rows, out, engine = TOKENS[:, :64].copy(), tmp_path / "stats", qkit.backend(name)
     np.save(tmp_path / "rows.npy", rows)
@@ -416,10 +419,9 @@ print(max(found) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells anonymous memory")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.size] if name == "mlx" else []) for name in ENGINES]
-)
-@pytest.mark.parametrize("what", ["watch", pytest.param("drift", marks=pytest.mark.size)])  # half a minute
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.size  # up to half a minute
+@pytest.mark.parametrize("what", ["watch", "drift"])
 def test_memory_has_one_block_of_the_model(what: str, name: str, tmp_path: Path) -> None:
     for blocks in (1, 20):
         config = {"hidden_size": 320, "intermediate_size": 832, "num_attention_heads": 4, "num_key_value_heads": 4}
