@@ -150,7 +150,7 @@ def ours(
 
 
 def prepared(place: Path, float_steps: int) -> tuple[Sequences, Tokens]:
-    """The text to train on and that to measure on, in `place`, where a float model is, too. Makes what is not there."""
+    """The text to train on and the text to measure on. Makes both, and a float model, in `place` where they are missing."""
     if not (place / "text.npz").exists():
         text, unseen = other_text()
         bytes_of = {"text": text.tokens.astype(np.uint8), "unseen": unseen.astype(np.uint8)}
@@ -164,7 +164,7 @@ def prepared(place: Path, float_steps: int) -> tuple[Sequences, Tokens]:
 
 
 def quantized(place: Path, bits: int, dtype: str) -> tuple[Path, Path]:
-    """mlx-lm's conversion of the float model in `place`, and qkit's artifact of it. Makes what is not there."""
+    """mlx-lm's conversion of the float model in `place`, and qkit's artifact of it. Makes each where it is missing."""
     folder, artifact = place / f"mlx-{bits}-{dtype}", place / f"artifact-{bits}-{dtype}"
     if not folder.exists():
         mlx_lm.convert(str(place / "float"), str(folder), quantize=True, q_bits=bits, dtype=dtype)

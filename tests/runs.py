@@ -12,7 +12,7 @@ from tables import TRAINERS as ENGINES
 import qkit
 from qkit.exchange.import_model import read_model
 from qkit.formats.packed import unpack
-from qkit.training import checkpoint
+from qkit.training import checkpoint, run_from_table, train_model
 from qkit.training.folder import LOG, read_log, run_folder_of
 
 LENGTH = 16
@@ -97,3 +97,14 @@ def learning(path, element, scale):
 
 def codes_of(out):
     return {path: unpack(held.read()).codes for path, held in read_model(out).weights.items()}
+
+
+def check_resumed(run, path, *, stop):
+    """Stops a run into `path`/out after `stop` steps, goes on with it, and compares it with one that nothing stopped."""
+    with stopping(stop) as tell:
+        train_model(run_from_table(run), tell=tell)
+    train_model(run_from_table(run))
+    train_model(run_from_table({**run, "out": str(path / "whole")}))
+    assert same_run(path / "out", path / "whole")
+    found = losses(path / "out")
+    assert found[-1] < found[0]

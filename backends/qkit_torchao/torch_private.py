@@ -116,7 +116,7 @@ def set_copied(record: Any, tensor: Tensor) -> None:
 
 
 def forget_gathered(record: Any) -> None:
-    """Has FSDP allocate anew what it gathers for one of `fsdp_parameters`, whose hook will give other tensors than before."""
+    """Has FSDP allocate new tensors to gather one of `fsdp_parameters` into: its hook will give others than before."""
     record.all_gather_outputs = []
 
 

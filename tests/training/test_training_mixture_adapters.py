@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 from models import make
-from runs import LENGTH, TEXT, codes_of, losses, same_run, stopping, table
+from runs import LENGTH, TEXT, check_resumed, codes_of, table
 from tables import MODULES
 
 import qkit
-from qkit.training import run_from_table, train_model
 
 pytest.importorskip("transformers")
 
@@ -29,13 +28,7 @@ def test_a_run_with_adapters_on_experts_resumes_and_deploys_without_a_gap(backen
     if quantized:
         run = {**run, "model": str(tmp_path / "codes")}
         del run["recipe"]
-    with stopping(3) as tell:
-        train_model(run_from_table(run), tell=tell)
-    train_model(run_from_table(run))
-    train_model(run_from_table({**run, "out": str(tmp_path / "whole")}))
-    assert same_run(tmp_path / "out", tmp_path / "whole")
-    found = losses(tmp_path / "out")
-    assert found[-1] < found[0]
+    check_resumed(run, tmp_path, stop=3)
     one = qkit.load(tmp_path / "out", backend=backend)
     before, after = codes_of(tmp_path / "codes"), codes_of(tmp_path / "out")
     moved = {path for path in before if not np.array_equal(before[path], after[path])}

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 from models import make
-from runs import LENGTH, TEXT, TOKENS, codes_of, losses, same_run, stopping, table
+from runs import LENGTH, TEXT, TOKENS, check_resumed, codes_of, table
 
 import qkit
-from qkit.training import run_from_table, train_model
 
 pytest.importorskip("mlx_lm")
 pytest.importorskip("transformers")
@@ -24,13 +23,7 @@ def settings(path, family, **changes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_resumes_to_the_same_bytes_and_its_output_has_quantized_experts(family, tmp_path):
     run = settings(tmp_path, family)
-    with stopping(2) as tell:
-        train_model(run_from_table(run), tell=tell)
-    train_model(run_from_table(run))
-    train_model(run_from_table({**run, "out": str(tmp_path / "whole")}))
-    assert same_run(tmp_path / "out", tmp_path / "whole")
-    found = losses(tmp_path / "out")
-    assert found[-1] < found[0]
+    check_resumed(run, tmp_path, stop=2)
     rows = qkit.coverage(qkit.load(tmp_path / "out", backend="mlx")).rows
     assert next(row.weight for row in rows if row.kind == "experts") == "int4-g32-signed"
 
@@ -58,13 +51,7 @@ def test_a_run_with_adapters_on_kv_b_proj_resumes_and_deploys_without_a_gap(quan
     if quantized:
         run = {**run, "model": str(tmp_path / "codes")}
         del run["recipe"]
-    with stopping(3) as tell:
-        train_model(run_from_table(run), tell=tell)
-    train_model(run_from_table(run))
-    train_model(run_from_table({**run, "out": str(tmp_path / "whole")}))
-    assert same_run(tmp_path / "out", tmp_path / "whole")
-    found = losses(tmp_path / "out")
-    assert found[-1] < found[0]
+    check_resumed(run, tmp_path, stop=3)
     before, after = codes_of(tmp_path / "codes"), codes_of(tmp_path / "out")
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert moved
