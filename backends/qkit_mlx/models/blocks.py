@@ -160,6 +160,10 @@ class MlxBlocks:
         shown = {path: _to_numpy(one).reshape(-1, one.shape[-1]) for path, one in zip(watched, every, strict=True)}
         return _to_numpy(found), shown
 
+    def product(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Blocks.product`."""
+        return _to_numpy(mx.array(x).T @ mx.array(y))
+
     def put(self, path: str, values: NDArray[np.float32]) -> None:
         """See `Blocks.put`."""
         layer = self._layers[path]
