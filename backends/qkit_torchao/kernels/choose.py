@@ -71,6 +71,17 @@ def quantize(
     return q
 
 
+def row_codes(x: Tensor, grid: Grid, *, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """See `cuda.row_codes`; None where no kernel on a GPU takes `x`, or `values`, which are shaped like it."""
+    if not x.is_cuda or grid.group != "row":
+        return None
+    kernels = _kernels(x)
+    if kernels is None or not kernels.quantizes_together(x, grid):
+        return None
+    found: tuple[Tensor, Tensor] = kernels.row_codes(x, grid, values=values)
+    return found
+
+
 def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]]) -> None:
     """Overwrites each of `targets`, codes and steps as `quantize` makes them, with those of its weight.
 
