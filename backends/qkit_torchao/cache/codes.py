@@ -35,6 +35,12 @@ class Coded(KeptOfTensor[Codes]):
 
 def operand_of(weight: Tensor, grid: Grid, view: Callable[[QTensor[Tensor], Tensor], T]) -> T:
     """`view(*of(weight, grid))`, which refers to the memory of the codes and of their steps, and is made once for it."""
+    kept = _codes.of(weight)
+    if kept is not None and kept.value is not None and kept.value[0].grid is grid:
+        made, like = kept.operand
+        if like is kept.value and kept.current(identity.state(weight)) is like:
+            kept.used = True
+            return made  # type: ignore[no-any-return]
     value = of(weight, grid)
     kept = _codes.of(weight)
     assert kept is not None

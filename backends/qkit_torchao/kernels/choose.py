@@ -21,7 +21,6 @@ from qkit_torchao.arithmetic import rounding, words
 from qkit_torchao.arithmetic.packing import Laid, Layout
 from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.kernels import cpu, cpu_words
-from qkit_torchao.kernels.tables import Target
 
 COMPILERS = ("gcc", "clang")  #: that Triton looks for, besides the one that CC names
 CAPABILITY = (8, 0)  #: the least of GPUs whose kernels read and write bfloat16
@@ -69,6 +68,17 @@ def quantize(
     if steps is not None:
         steps.copy_(rounding.scale_values(q) + poison(amax(rounding.group(w, grid))))
     return q
+
+
+def row_codes(x: Tensor, grid: Grid, *, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """See `cuda.row_codes`; None where no kernel on a GPU takes `x`, or `values`, which are shaped like it."""
+    if not x.is_cuda or grid.group != "row":
+        return None
+    kernels = _kernels(x)
+    if kernels is None or not kernels.quantizes_together(x, grid):
+        return None
+    found: tuple[Tensor, Tensor] = kernels.row_codes(x, grid, values=values)
+    return found
 
 
 def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]]) -> None:
@@ -260,27 +270,6 @@ def compute_values(
         parts = [list(compress(tensors, together)) for tensors in (weights, targets, gates)]
         kernels.compute_values(*parts, grid, list(compress(partners, together)))
         torch.autograd.graph.increment_version(parts[1])  # a backward that waits for the values before is told
-
-
-def step_adamw(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    states: list[dict[str, Tensor]],
-    targets: list[Target | None],
-    **hyper: Any,
-) -> None:
-    """See `cuda_adamw.step`; on CUDA with Triton."""
-    from qkit_torchao.kernels import cuda_adamw
-
-    cuda_adamw.step(weights, gradients, states, targets, **hyper)
-
-
-def adamw_target(weight: Tensor, values: Tensor, grid: Grid, gate: Tensor) -> Target | None:
-    """A target for `step_adamw`: `values` of `weight`, if a step can write them; on CUDA with Triton."""
-    from qkit_torchao.kernels import cuda_adamw
-
-    target = Target(values, grid, gate)
-    return target if cuda_adamw.writes(weight, target) else None
 
 
 def _kernels(w: Tensor) -> ModuleType | None:

@@ -52,9 +52,22 @@ def quantize(
     return QTensor(**parts, grid=grid, dtype=dtype_of(w))
 
 
+def row_codes(x: Tensor, grid: Grid, *, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `quantize`, codes and float32 steps alone: x [..., inputs] that `quantizes_together` accepts, on a grid by rows.
+
+    Returns:
+        codes [rows, inputs]: int8, or bytes of floats; and steps [rows, 1].
+    """
+    plan = plan_of(x.shape, x.dtype, grid)
+    codes = x.new_empty((plan.count, x.shape[-1]), dtype=torch.int8 if plan.integer else torch.uint8)
+    steps = x.new_empty((plan.count, 1), dtype=torch.float32)
+    _one(x, grid, values=values, codes=codes, steps=steps, layout="bytes")
+    return codes, steps
+
+
 def quantizes_together(w: Tensor, grid: Grid) -> bool:
     """Whether `quantize_into` takes `w` on `grid`, as `takes`: without zero points, and without a scale of the tensor."""
-    return grid.symmetric and not looks_first(grid) and takes(w, grid)
+    return takes(w, grid) and grid.symmetric and not looks_first(grid)
 
 
 def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]], grid: Grid) -> None:
