@@ -103,7 +103,7 @@ def _peaks(engine: Modules, chosen: list[tuple[Layer, Rule]]) -> dict[str, float
 def _codes(
     engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None, fit: "Fit | None"
 ) -> QTensor[Any]:
-    from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
+    from qkit.reference.learned import learned_codes, stored_names  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)
@@ -113,7 +113,7 @@ def _codes(
     if not _learned(layer, rule):
         return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
-    parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
+    parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in stored_names(rule.weight, rule.scales)}
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
 
 
@@ -182,7 +182,7 @@ def _in_numpy(engine: Modules, q: QTensor[Any]) -> "QTensor[NDArray[Any]]":
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:
-    return layer.stage == "prepared" and rule.scales == "learned"
+    return layer.stage == "prepared" and rule.scales != "rule"
 
 
 def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":

@@ -245,7 +245,7 @@ def _want_float(layers: list[Layer], verb: str) -> None:
 
 def _needs_whole(rule: Rule) -> bool:
     """Whether a layer has to be prepared before it is sharded: stacks of experts, and parameters that are not sharded yet."""
-    return rule.kind == "experts" or rule.scales == "learned"
+    return rule.kind == "experts" or rule.scales != "rule"
 
 
 def _note(planned: list[Planned]) -> None:

@@ -19,7 +19,7 @@ from qkit.exchange.import_model import read_model
 from qkit.exchange.load_any import load_any
 from qkit.experts import expert_of
 from qkit.qtensor import QTensor
-from qkit.reference.learned import parameters_of
+from qkit.reference.learned import FIRST, parameters_of
 from qkit.reference.rounding import scale_values
 from qkit.storage.other_models import gguf
 from qkit.storage.read import MissingError
@@ -142,16 +142,19 @@ def _learned(
                 f"init: {path} is on {codes[path].grid} in {folder}, and the recipe wants {layer.rule.weight}: name a recipe of "
                 "the same grid"
             )
-    if layer.rule.scales != "learned":
+    if layer.rule.scales == "rule":
         return
     if layer.kind != "experts":
         for own, array in parameters_of(codes[layer.name]).items():
-            yield f"{layer.path}.{own}" if layer.path else own, array
+            for name in (own, FIRST + own) if layer.rule.scales == "alone" else (own,):
+                yield f"{layer.path}.{name}" if layer.path else name, array
         return
     block = "".join(f"{part}." for part in layer.path.split(".")[:-2])
     for projection in layer.projections:
         mine = sorted((found[1], path) for path in paths if (found := expert_of(path)) and found[2] == projection)
         each = [parameters_of(codes[path]) for _, path in mine]
+        if layer.rule.scales == "alone":
+            each = [{**one, **{FIRST + own: array for own, array in one.items()}} for one in each]
         for own in each[0]:
             array, ends = np.stack([one[own] for one in each]), (f".{projection}_{own}", f".{projection}.{own}")
             yield next(n for n, x in tensors.items() if _is_stack(n, block, ends) and x.shape == array.shape), array
