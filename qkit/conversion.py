@@ -50,6 +50,15 @@ def pack_layers(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], f
     return packed
 
 
+def correct_heads(engine: Modules, model: Any, layers: Iterable[Layer], fit: "Fit") -> None:
+    """Corrects the weights of output heads among the float `layers` of `model`, as the statistics of `fit` want it, in place."""
+    for layer in layers:
+        if fit.corrects(layer.name):
+            weight, names = engine.to_numpy(engine.weight(layer.module)), engine.tensors(model).keys()
+            own = f"{layer.path}.weight"
+            engine.fill(model, {own: fit.head(weight, layer.name)}, without=names - {own})
+
+
 def prepared_codes(
     engine: Modules, model: Any, chosen: Iterable[tuple[Layer, Rule]]
 ) -> "Iterator[tuple[str, QTensor[NDArray[Any]]]]":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qkit.engines.protocol import Arrays
@@ -16,6 +17,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference.fitting import ROUNDS, fit
 from qkit.reference.moments import DAMPING
+from qkit.reference.products import product, shortened
 from qkit.reference.steps import want_fitted
 from qkit.rules import Rule
 from qkit.storage.read import Stored
@@ -80,6 +82,7 @@ class Fit:
             about |= {"lesson": self.statistics.lesson} if self.method == "round" else {}
             about |= {"statistics": self.statistics.digest}
             about |= {"drift": "corrected"} if self.statistics.corrected else {}
+            about |= {"heads": self.statistics.heads} if self.statistics.heads else {}
             about |= {"rows": "coupled"} if self.statistics.about.get("rows") else {}
         return about
 
@@ -120,6 +123,27 @@ class Fit:
             there = self.statistics is not None and self.statistics.has(path) and self.statistics.learned(path)
             if rule.rounding == "learned" and not there:
                 raise PlanError(f"{path}: {NOT_LEARNED}")
+
+    def corrects(self, path: str) -> bool:
+        """Whether the output head at `path`, which stays in float, is corrected."""
+        return self.statistics is not None and path in self.statistics.heads
+
+    def head(self, w: NDArray[Any], path: str) -> NDArray[Any]:
+        """Rows `w` [rows, n] of the float weight of an output head that is corrected; the same bits whatever the rows are.
+
+        Raises:
+            ArtifactError: the correction is of another shape, or its file is unsound.
+        """
+        assert self.statistics is not None
+        correction = self.statistics.correction(path)
+        if len(correction) != w.shape[-1]:
+            raise ArtifactError(
+                f"{path}: statistics correct {len(correction)} inputs, not {w.shape[-1]}: calibrate again"
+            )
+        wide = w.astype(np.float64)
+        return (
+            (wide + product(shortened(wide, axis=1), correction.astype(np.float64))).astype(np.float32).astype(w.dtype)
+        )
 
     def quantize(
         self,

@@ -19,6 +19,7 @@ from qkit.storage.read import MissingError, Stored, inside, read_file
 NOTE = "statistics.json"
 VERSION = 1
 AIM = ".aim"  #: ends the name of a weight to fit in place of a layer's own
+HEAD = ".correction"  #: ends the name of the correction of an output head that stays in float
 LEARNED = ".learned."  #: between the path of a layer and the name of a part of its learned codes
 
 
@@ -33,7 +34,7 @@ class Statistics:
         about: the note: `data` (a digest), `tokens`, `length`, `windows`, `engine`, `files`, `rows` (`coupled`, with a corrected
             drift), and `layers` by path. Of a layer: `like`, the layer with the moments of both; `file`; `tokens`; `activation`,
             the grid that inputs were rounded to; and with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`.
-            Experts that too few tokens reached have `few` and nothing else to know.
+            Experts that too few tokens reached have `few` and nothing else to know. A corrected output head has `head`.
     """
 
     folder: Path
@@ -44,12 +45,17 @@ class Statistics:
     @property
     def paths(self) -> frozenset[str]:
         """The layers with statistics."""
-        return frozenset(path for path, layer in self.about["layers"].items() if not layer.get("few"))
+        return frozenset(path for path in self.about["layers"] if self.has(path))
 
     def has(self, path: str) -> bool:
         """Whether there are statistics of the layer at `path`."""
         layer = self.about["layers"].get(path)
-        return layer is not None and not layer.get("few")
+        return layer is not None and not layer.get("few") and not layer.get("head")
+
+    @property
+    def heads(self) -> list[str]:
+        """The output heads that stay in float and are corrected."""
+        return [path for path, layer in self.about["layers"].items() if layer.get("head")]
 
     @property
     def few(self) -> dict[str, int]:
@@ -73,6 +79,14 @@ class Statistics:
             ArtifactError: its file is unsound.
         """
         return None if self.grid(path) is None else self._matrix(path, path + AIM)
+
+    def correction(self, path: str) -> NDArray[np.float32]:
+        """M [n, n], by which the float weight W of the output head at `path` becomes W + W M, mapped read-only.
+
+        Raises:
+            ArtifactError: its file is unsound.
+        """
+        return self._matrix(path, path + HEAD)
 
     def _matrix(self, path: str, name: str) -> NDArray[np.float32]:
         file = self.about["layers"][path]["file"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.artifact.metadata import fit_of
 from qkit.artifact.snapshot import Snapshot
 from qkit.conversion import prepared_codes
 from qkit.engines.abilities import require
@@ -22,7 +23,7 @@ from qkit.qtensor import QTensor
 from qkit.reference.learned import FIRST, parameters_of
 from qkit.reference.rounding import scale_values
 from qkit.storage.other_models import gguf
-from qkit.storage.read import MissingError
+from qkit.storage.read import MissingError, read_folder
 from qkit.training.run import Run
 
 Codes = Mapping[str, QTensor[NDArray[Any]]]  #: by path of a layer, or of one projection of one expert
@@ -49,7 +50,8 @@ def source_of(run: Run) -> Snapshot:
         )
     init = read_model(run.init)
     both = source.tensors.keys() & init.tensors.keys()
-    for name in sorted(both):
+    corrected = {f"{path}.weight" for path in (fit_of(read_folder(run.init)[1]) or {}).get("heads", ())}
+    for name in sorted(both - corrected):
         mine, other = source.tensors[name], init.tensors[name]
         if mine.shape != other.shape or not np.array_equal(mine, other, equal_nan=True):
             raise RunError(
