@@ -125,7 +125,7 @@ class MlxBlocks:
         for row in states:
             x = mx.array(np.array(row[None])).astype(dtype)
             out, seen = x if self._beside < 0 else (x, *[None] * self._beside), list[mx.array]()
-            with self._watching({path: lambda one, _, seen=seen: seen.append(one)}):
+            with self._watching({path: partial(_take, seen)}):
                 self._run_model(mx.zeros((1, states.shape[1]), mx.int32), lambda *_, out=out, **__: out)
             found += [_to_numpy(one.reshape(-1, one.shape[-1])) for one in seen]
         return np.concatenate(found) if found else np.empty((0, 0), np.float32)
@@ -254,6 +254,10 @@ def _dtype(block: nn.Module) -> mx.Dtype:
     arrays: Any = tree_flatten(block.parameters())
     found: mx.Dtype = next(x.dtype for _, x in arrays if mx.issubdtype(x.dtype, mx.floating))
     return found
+
+
+def _take(seen: list[mx.array], x: mx.array, _: mx.array) -> None:
+    seen.append(x)
 
 
 def _same(one: Any, other: Any) -> bool:
