@@ -22,6 +22,7 @@ from small_llama import SIZES, VOCABULARY, Llama, Run, Size, train
 from torch import nn
 
 SEED, RATE, SHORT, LONG = 0, 1e-3, 10, 40  # the last two: steps that are timed
+MOST = 4000  # steps
 NAMES = {
     "before_attn": "input_layernorm",
     "before_mlp": "post_attention_layernorm",
@@ -80,8 +81,12 @@ def main() -> None:
         return
     size = SIZES[given.size]
     text = torch.from_numpy(np.load(given.text)["text"]).to(given.device)
-    short, long = (seconds_of(steps, size, text, given.batch, given.length) for steps in (SHORT, LONG))
-    steps = max(LONG, round(given.seconds * (LONG - SHORT) / max(long - short, 1e-3)))
+    took = [
+        seconds_of(steps, size, text, given.batch, given.length) for steps in (SHORT, SHORT, LONG)
+    ]  # the first warms up
+    each = max(took[2] - took[1], 1e-3) / (LONG - SHORT)
+    steps = min(max(LONG, round(given.seconds / each)), MOST)
+    print(json.dumps({"seconds of some steps": took, "steps": steps}), flush=True)
     model = Llama(size, seed=SEED, longest=given.length).to(given.device)
     begin = time.perf_counter()
     run = Run(steps, given.batch, given.length, rate=RATE, weight_decay=0.1, seed=SEED, half=True)
