@@ -116,7 +116,19 @@ class Fit:
                     f"{path}: these statistics correct the drift of {grid} under {under}, not of {rules[path].weight} under "
                     f"{self.method}: calibrate for this recipe, or without --drift and --learn"
                 )
+        self._check_one_recipe(self.statistics, rules)
         return sorted(rules.keys() - known)
+
+    def _check_one_recipe(self, known: Statistics, rules: Mapping[str, Rule]) -> None:
+        for path in sorted(path for path in known.paths - rules.keys() if known.grid(path)):
+            raise PlanError(
+                f"{path}: these statistics correct the drift of {known.grid(path)}, and the recipe leaves it in float: calibrate "
+                "for this recipe"
+            )
+        for path in (path for path in known.heads if path in rules):
+            raise PlanError(
+                f"{path}: these statistics correct it in float, and the recipe quantizes it: calibrate for this recipe"
+            )
 
     def _check_learned(self, rules: Mapping[str, Rule]) -> None:
         for path, rule in rules.items():
@@ -248,27 +260,6 @@ def want_all_fitted(rules: Iterable[Rule]) -> None:
     for rule in rules:
         if rule.weight is not None:
             want_fitted(rule.weight)
-
-
-def summary(without: Iterable[str], fit: Fit) -> str:
-    """A sentence on layers without statistics, and one on experts with too few tokens; or nothing."""
-    if fit.statistics is None:
-        return ""
-    paths, few, folder = list(without), fit.statistics.few, fit.statistics.folder
-    unknown, scarce = [path for path in paths if path not in few], [path for path in paths if path in few]
-    found = []
-    if unknown:
-        found.append(f"fitted by search, since {folder} has no statistics of them: {_first(unknown)}")
-    if scarce:
-        found.append(
-            f"fitted by search, since fewer tokens than inputs reached them in {folder} ({few[scarce[0]]:,} the first): "
-            f"{_first(scarce)}"
-        )
-    return "\n".join(found)
-
-
-def _first(paths: list[str]) -> str:
-    return paths[0] + (f" and {len(paths) - 1:,} more" if len(paths) > 1 else "")
 
 
 def _rows_of(

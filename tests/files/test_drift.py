@@ -1,5 +1,6 @@
 """Drift correction: fitted models that come nearer to the float model, by statistics of the fitted model's own inputs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from qkit.engines.blocks import Watches
 from qkit.errors import PlanError
 from qkit.fitting.fits import Fit
 from qkit.fitting.statistics import open_statistics
+from qkit.grid import Grid
+from qkit.overrides import overridden
 from qkit.reference.fitting import fit
+from qkit.rules import Rule
 from qkit.storage.read import read_folder
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
@@ -183,6 +187,16 @@ def test_corrections_of_another_recipe_are_refused(model: Path, stats: dict[str,
         make_plan(model, qkit.recipe("int4-g32"), fit=Fit("solve", folder))
     with pytest.raises(PlanError, match=r"not of int3-g32-signed under search: calibrate for this recipe"):
         make_plan(model, qkit.recipe("int3-g32"), fit=Fit("search", folder))
+    fewer = overridden(qkit.recipe("int3-g32"), ignore=["*.1.*o_proj"])
+    with pytest.raises(
+        PlanError, match=r"1\.self_attn\.o_proj: these statistics correct the drift of int3.* leaves it in float"
+    ):
+        make_plan(model, fewer, fit=Fit("solve", folder))
+    every = replace(
+        fewer, rules=(Rule(("lm_head",), weight=Grid.parse("int3-g32-signed")), *qkit.recipe("int3-g32").rules)
+    )
+    with pytest.raises(PlanError, match="lm_head: these statistics correct it in float, and the recipe quantizes it"):
+        make_plan(model, every, fit=Fit("solve", folder))
     with pytest.raises(PlanError, match="drift is not corrected for recipes that quantize inputs"):
         calibrate_drift(
             model,
