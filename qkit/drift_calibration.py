@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.calibration import Tick, about, open_float, putting, rules_of
+from qkit.calibration import Tick, about, file_names, open_float, putting, rules_of
 from qkit.drift import Aim, correct_block, correct_head
 from qkit.engines.abilities import require
 from qkit.engines.blocks import Blocks, Hidden, Learns, Lesson, Watches
@@ -70,7 +70,7 @@ def calibrate_drift(
     blocks, fitted = (engine.blocks(one, length=rows.shape[1]) for one in (model, twin))
     settings = {"aims": {path: str(grid) for path, grid in every.items()}, "learn": sorted(pupils)}
     told = about(folder, rows, engine) | {"rows": "coupled"} | ({"lesson": asdict(lesson)} if lesson else {})
-    run = Run(out, told, settings, batch=batch)
+    run = Run(out, told, settings, batch=batch, names=file_names(engine, model, folder))
     if not run.done:
         run.enter(blocks, rows, "states", "fitted")
     if run.done < len(blocks.paths):

@@ -96,7 +96,7 @@ class Fit:
         self._check_learned(rules)
         if self.statistics is None:
             return []
-        known = self.statistics.paths & rules.keys()
+        known = {path for path in rules if self.statistics.has(path)}
         if rules and not known:
             raise PlanError(
                 f"{self.statistics.folder} has statistics of none of the layers to quantize, such as {min(rules)}: they are "
@@ -120,12 +120,13 @@ class Fit:
         return sorted(rules.keys() - known)
 
     def _check_one_recipe(self, known: Statistics, rules: Mapping[str, Rule]) -> None:
-        for path in sorted(path for path in known.paths - rules.keys() if known.grid(path)):
+        paths = {known.named(path) for path in rules}
+        for path in sorted(path for path in known.paths - paths if known.grid(path)):
             raise PlanError(
                 f"{path}: these statistics correct the drift of {known.grid(path)}, and the recipe leaves it in float: calibrate "
                 "for this recipe"
             )
-        for path in (path for path in known.heads if path in rules):
+        for path in (path for path in known.heads if path in paths):
             raise PlanError(
                 f"{path}: these statistics correct it in float, and the recipe quantizes it: calibrate for this recipe"
             )
@@ -138,7 +139,7 @@ class Fit:
 
     def corrects(self, path: str) -> bool:
         """Whether the output head at `path`, which stays in float, is corrected."""
-        return self.statistics is not None and path in self.statistics.heads
+        return self.statistics is not None and self.statistics.named(path) in self.statistics.heads
 
     def head(self, w: NDArray[Any], path: str) -> NDArray[Any]:
         """Rows `w` [rows, n] of the float weight of an output head that is corrected; the same bits whatever the rows are.
