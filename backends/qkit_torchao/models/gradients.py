@@ -90,7 +90,7 @@ class Gradients:
         x = torch.from_numpy(np.array(states)).to(self.device, weight.dtype).requires_grad_()
         hooks = [self.module(path).register_forward_hook(show(path)) for path in watched]
         try:
-            with torch.enable_grad(), _frozen_on(list(block.parameters()), self.device):
+            with torch.enable_grad(), frozen_on(list(block.parameters()), self.device):
                 out = block(x, *rest, **given)
                 out = out[0] if isinstance(out, tuple) else out
                 wanted = torch.from_numpy(np.array(gradient)).to(out.device, out.dtype)
@@ -118,7 +118,7 @@ class Passed(nn.Module):
 
 
 @contextmanager
-def _frozen_on(parameters: Sequence[nn.Parameter], device: torch.device) -> Iterator[None]:
+def frozen_on(parameters: Sequence[nn.Parameter], device: torch.device) -> Iterator[None]:
     """Within, parameters lie on the device and get no gradient: a backward needs them after the block has run."""
     before = [(one, one.data, one.requires_grad) for one in parameters]
     try:
