@@ -25,7 +25,10 @@ class Adapter:
             the rest trains on the grid.
         factor: for `qkit train` on packed codes: multiplies the learning rate of the steps on the grid.
         scales: of layers of codes: `learned` trains gains of scales and biases beside the factors, see `qkit.reference.gains`;
-            `stored` leaves scales to the file, or to the rule of the grid. None learns those of read grids, where it can.
+            `stored` leaves scales to the file, or to the rule of the grid. None learns those of read grids, and those of codes of
+            up to 3 bits, where it can.
+        norms: `learned` trains the float32 weights and biases of norms around adapted layers, too; `stored` leaves them alone.
+            None learns them beside layers of codes.
     """
 
     rank: int = 8
@@ -36,6 +39,7 @@ class Adapter:
     beside: float = 0.25
     factor: float = 1.0
     scales: Scales | None = None
+    norms: Scales | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,8 +56,9 @@ class Adapter:
             )
         if type(self.factor) not in (int, float) or not 0 < self.factor < float("inf"):
             raise QkitError(f"adapter factor is {self.factor!r}: give a positive number, such as 2")
-        if self.scales not in (None, *SCALES):
-            raise QkitError(f"adapter scales is {self.scales!r}: choose one of {', '.join(SCALES)}, or leave it out")
+        for name, choice in (("scales", self.scales), ("norms", self.norms)):
+            if choice not in (None, *SCALES):
+                raise QkitError(f"adapter {name} is {choice!r}: choose one of {', '.join(SCALES)}, or leave it out")
         if (
             type(self.match) is not tuple
             or not self.match
