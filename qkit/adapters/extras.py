@@ -3,7 +3,6 @@
 Gains of scales by the path of their layer, and norms by the names of tensors. Files are untrusted.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,12 @@ from qkit.reference.merged import Update
 from qkit.storage.read import inside, read_file
 
 GAINS, NORMS = "qkit_gains.safetensors", "qkit_norms.safetensors"
-KEY = "qkit_norms"  #: metadata key of the factors' file: the names of the norms that trained beside them
+KEY = "qkit.norms"  #: beside the paths of layers in the note of the factors' file: the names of the norms that trained
 
 
-def noted(norms: Mapping[str, NDArray[Any]]) -> dict[str, str]:
-    """The metadata of the factors' file that says which norms belong to it."""
-    return {KEY: json.dumps(sorted(norms))} if norms else {}
+def noted(norms: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """The entry of the note that says which norms belong to the factors."""
+    return {KEY: {"names": sorted(norms)}} if norms else {}
 
 
 def files(updates: Mapping[str, Update], norms: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
@@ -48,19 +47,15 @@ def with_gains(folder: Path, path: str, update: Update, noted: Mapping[str, Any]
         raise ArtifactError(f"{file}: {path}: {error}") from None
 
 
-def norms(folder: Path, metadata: Mapping[str, str]) -> dict[str, NDArray[np.float32]]:
-    """The norms in `folder` that belong to the factors with this `metadata`.
+def norms(folder: Path, noted: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """The norms in `folder` that belong to the factors with this note.
 
     Raises:
-        ArtifactError: one is missing or not finite, or the metadata does not name them.
+        ArtifactError: one is missing or not finite, or the note does not name them.
     """
-    file = folder / NORMS
-    try:
-        names = json.loads(metadata.get(KEY, "[]"))
-    except ValueError as error:
-        raise ArtifactError(f"{folder}: the {KEY} metadata is not readable ({error})") from None
+    file, names = folder / NORMS, noted.get(KEY, {}).get("names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ArtifactError(f"{folder}: the {KEY} metadata is {names!r}: want a list of names")
+        raise ArtifactError(f"{folder}: the note of its norms has {names!r}: want a list of names")
     stored = read_file(inside(folder, NORMS))[0] if names and file.exists() else {}
     found = {}
     for name in names:

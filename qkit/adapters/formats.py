@@ -110,7 +110,7 @@ def read(folder: Path) -> Found:
             raise ArtifactError(f"{file}: {path}: {error}") from None
     noted = _noted(metadata, file)
     updates = {path: extras.with_gains(folder, path, update, noted) for path, update in updates.items()}
-    return Found(updates, noted, extras.norms(folder, metadata))
+    return Found(updates, {key: one for key, one in noted.items() if key != extras.KEY}, extras.norms(folder, noted))
 
 
 def write(
@@ -153,7 +153,7 @@ def write(
     from safetensors.numpy import save
 
     config = (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
-    weights = save(tensors, metadata={KEY: json.dumps(base, sort_keys=True), **extras.noted(norms)})
+    weights = save(tensors, metadata={KEY: json.dumps({**base, **extras.noted(norms)}, sort_keys=True)})
     write_files(folder, {CONFIG: config, WEIGHTS[layout]: weights, **extras.files(updates, norms)})
 
 

@@ -256,6 +256,12 @@ def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
     return chosen
 
 
+def _columns(adapter: Adapter, layer: Layer) -> int:
+    grid = layer.rule.weight if layer.rule else None
+    packed = layer.stage == "converted" and layer.kind == "linear"
+    return adapter.columns(grid) if packed and grid is not None else adapter.rank
+
+
 def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]:
     """A uniform by Kaiming with a slope of sqrt(5), as peft draws it: up to 1 / sqrt(inputs) in magnitude. B zero."""
     first = {}
@@ -264,8 +270,9 @@ def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]
         if adapter.rank > min(outputs, inputs):
             raise QkitError(f"{path}: rank {adapter.rank} is more than its weight of {outputs} x {inputs} has")
         random = np.random.default_rng([adapter.seed, crc32(path.encode())])  # whatever order an engine has layers in
-        a = random.uniform(-(inputs**-0.5), inputs**-0.5, (*experts, adapter.rank, inputs)).astype(np.float32)
-        b = np.zeros((*experts, outputs, adapter.rank), np.float32)
+        columns = min(_columns(adapter, layer), outputs, inputs)
+        a = random.uniform(-(inputs**-0.5), inputs**-0.5, (*experts, columns, inputs)).astype(np.float32)
+        b = np.zeros((*experts, outputs, columns), np.float32)
         magnitude = gains = None
         if _learns_scales(adapter, layer):
             assert layer.rule is not None

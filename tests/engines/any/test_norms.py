@@ -125,7 +125,7 @@ def test_a_folder_without_the_norms_that_it_was_saved_with_is_refused(name, dama
 def test_norms_of_another_model_are_refused(name, tmp_path):
     adapters.save(trained(name)[1], tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors")
-    metadata = {"qkit_norms": '["model.layers.7.input_layernorm.weight"]'}
+    metadata = {"qkit": '{"qkit.norms": {"names": ["model.layers.7.input_layernorm.weight"]}}'}
     save_file(names, tmp_path / "adapter_model.safetensors", metadata=metadata)
     save_file({"model.layers.7.input_layernorm.weight": np.ones(128, np.float32)}, tmp_path / "qkit_norms.safetensors")
     with pytest.raises(
