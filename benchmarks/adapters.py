@@ -16,12 +16,14 @@ prose, of:
 
 Usage: python benchmarks/adapters.py [--size small|4m] [--device cuda] [--recipe NAME ...] [--rate R ...] [--seed N ...]
        [--way NAME ...] [--steps N] [--float-steps N] [--base FILE.pt] [--out FILE.json]
+       python benchmarks/adapters.py --table FILE.json ...
 
 `--base` names a file for the float model: written where it is missing, so that several processes train from one model.
 """
 
 import argparse
 import copy
+import json
 import math
 import sysconfig
 import warnings
@@ -190,8 +192,36 @@ def losses(model: nn.Module, way: str, recipe: str, texts: tuple[Tensor, Tensor]
     return {way: measure(qkit.convert(qkit.merge(made) if way == "prepared" else made), unseen, length)}
 
 
+#: Columns of the table, and the ways that they are of.
+COLUMNS = {
+    "adapter kept beside codes": "kept",
+    "the same, norms train, too": "kept with norms",
+    "kept, merged and quantized again": "quantized again",
+    "qkit, merged": "packed",
+}
+
+
+def table(files: list[Path]) -> str:
+    """The means over seeds in `files` in Markdown; of qkit's also how far each seed is above the adapter that is kept."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    lines = [" | ".join(("| model, grid", "rate", *COLUMNS, "above the first |")), "|---" * (len(COLUMNS) + 3) + "|"]
+    cells: dict[tuple[str, str, float], list[dict[str, float]]] = {}
+    for one in found:
+        for row in one["rows"]:
+            cells.setdefault((one["about"]["size"], row["recipe"], row["rate"]), []).append(row)
+    for (size, recipe, rate), rows in sorted(
+        cells.items(), key=lambda cell: (cell[0][0] != "4m", cell[0][1], cell[0][2])
+    ):
+        rows.sort(key=lambda row: row["seed"])
+        means = [f"{np.mean([row[name] for row in rows]):.3f}" for name in COLUMNS.values()]
+        above = ", ".join(f"{row['packed'] - row['kept']:+.4f}" for row in rows)
+        lines.append(" | ".join((f"| {size}, {recipe}", f"{rate:g}", *means, f"{above} |")))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--table", type=Path, nargs="+")
     parser.add_argument("--size", choices=SETTINGS, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--recipe", action="append", default=[])
@@ -203,6 +233,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.table:
+        print(table(given.table))
+        return
     torch.set_num_threads(1)
     setting = SETTINGS[given.size]
     about = {"size": given.size, "length": setting.length, "batch": setting.batch, "rank": RANK, "alpha": ALPHA}
