@@ -74,8 +74,8 @@ def planned(folder, recipe, *more):
 @pytest.mark.parametrize("recipe", ["int4-g32"])
 @pytest.mark.parametrize(
     ("name", "way"),
-    [  # two of MLX's take half a minute each
-        pytest.param(name, way, marks=[pytest.mark.size] if name == "mlx" and way != "packed" else [])
+    [  # MLX's take half a minute each
+        pytest.param(name, way, marks=[pytest.mark.size] if name == "mlx" else [])
         for name in ENGINES
         for way in ("full", "adapter", "packed")
     ],
