@@ -72,9 +72,7 @@ def quantize(
 
 def row_codes(x: Tensor, grid: Grid, *, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """See `cuda.row_codes`; None where no kernel on a GPU takes `x`, or `values`, which are shaped like it."""
-    if not x.is_cuda or grid.group != "row":
-        return None
-    kernels = _kernels(x)
+    kernels = on_gpu(x) if grid.group == "row" else None
     if kernels is None or not kernels.quantizes_together(x, grid):
         return None
     found: tuple[Tensor, Tensor] = kernels.row_codes(x, grid, values=values)
@@ -270,6 +268,11 @@ def compute_values(
         parts = [list(compress(tensors, together)) for tensors in (weights, targets, gates)]
         kernels.compute_values(*parts, grid, list(compress(partners, together)))
         torch.autograd.graph.increment_version(parts[1])  # a backward that waits for the values before is told
+
+
+def on_gpu(w: Tensor) -> ModuleType | None:
+    """The module of kernels for tensors on the GPU of `w`; None where there is none."""
+    return _kernels(w) if w.is_cuda else None
 
 
 def _kernels(w: Tensor) -> ModuleType | None:

@@ -13,12 +13,14 @@ from qkit.grid import Grid
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
-from qkit_torchao.cache import codes, values
+from qkit_torchao.cache import values
 from qkit_torchao.cache.identity import cannot_cache
 from qkit_torchao.layers import fused, operators, parallel, products, sharded, slots, straight_through
+from qkit_torchao.layers.agreement import want_one_recipe
 from qkit_torchao.layers.become import apply_but_keep
 from qkit_torchao.layers.execution import fits_kernel
 from qkit_torchao.layers.gates import gate
+from qkit_torchao.layers.settling import put_on, reserve_codes, settle
 from qkit_torchao.layers.shared_codes import multiply_current, multiply_shared
 from qkit_torchao.layers.shown import Shown
 from qkit_torchao.torch_private import MANAGED, Managed, is_any_autocast_enabled
@@ -38,8 +40,8 @@ class Prepared(Shown):
         values_buffer: see `values.buffer`; None where the layer has none.
         frozen: whether the values are fixed between updates, see `freeze_values`.
         fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
-        simple, dynamic: whether the layer only multiplies values that depend on weight and input, or codes of such, see `settle`.
-        gathers_values: whether FSDP gathers values in the place of the weight, see `shard_first`.
+        simple, dynamic: whether the layer only multiplies values that depend on weight and input, see `settling.settle`.
+        gathers_values: whether FSDP gathers values in the place of the weight, see `shard_first`. `asked`: see `agreement`.
     """
 
     caches: ClassVar[bool] = True
@@ -58,6 +60,7 @@ class Prepared(Shown):
     simple: bool
     dynamic: bool
     gathers_values: bool = False
+    asked: bool = False
 
     @property
     def multiplies_codes(self) -> bool:
@@ -114,6 +117,8 @@ class Prepared(Shown):
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
         sharded.want_partitioned_by_none(self.weight)
+        if not self.asked:
+            want_one_recipe(self)
         if (how := sharded.gathered(self)) == "values":
             return self.weight.to(dtype)
         if not how and sharded.is_shard(self.weight):
@@ -212,6 +217,8 @@ class FakeLinear(Prepared, nn.Linear):
             return self._multiply_current(x, current)
         if self.kind and (product := multiply_current(self, x)) is not None:
             return product
+        if not self.asked:
+            want_one_recipe(self)
         weight, rule = self.weight, self.rule
         if self.gathers_values and sharded.has_values(self, x) and self.dynamic:
             return F.linear(self.slot(x, "input", rule.activation), weight, self.bias)
@@ -278,23 +285,3 @@ class FakeLinear(Prepared, nn.Linear):
             return multiply_shared(x, self.weight, self.bias, pair, self.rule.ste, taker=self, **static)
         grids = self.grid_name, self.slot_names["input"]
         return products.multiply_codes(x, self.weight, self.bias, grids, self.rule.ste, cached=cached, **static)
-
-
-def reserve_codes(layer: Any) -> None:
-    """Computes codes before a graph is captured, for layers that multiply them; see `codes.of`."""
-    if layer.weight.is_cuda and layer.kind and not sharded.is_sharded(layer):
-        codes.of(layer.weight, layer.weight_grid)
-
-
-def put_on(layer: Any, rule: Rule) -> None:
-    """Puts `layer` on the grids of `rule`."""
-    assert rule.weight is not None
-    layer.rule, layer.grid_name, layer.kind = rule, str(rule.weight), products.kind(rule.weight, rule.activation)
-    layer.slot_names, layer.fits = {"input": str(rule.activation), "output": str(rule.output)}, {}
-
-
-def settle(layer: Any) -> None:
-    """Computes `simple` and `dynamic`, which do not change between two calls."""
-    dynamic = layer.mode == "on" and layer.rule.range == "dynamic"
-    layer.simple = dynamic and not (layer.frozen or layer.kind)
-    layer.dynamic = layer.rule.output is None and (dynamic or layer.rule.activation is None)
