@@ -200,7 +200,7 @@ def _prepare(_: Any) -> None:
     with without_subclasses():
         for kept in list(_values.values()):
             weight = kept()
-            if weight is not None and weight.is_cuda and (stamp := _stale(kept, weight)):
+            if weight is not None and choose.on_gpu(weight) and (stamp := _stale(kept, weight)):
                 rows = weight.shape[-1] if kept.grid.group == "row" else 0  # type: ignore[union-attr]
                 alike = kept.grid, kept.dtype, weight.dtype, weight.device, rows
                 groups.setdefault(alike, []).append((kept, stamp))
