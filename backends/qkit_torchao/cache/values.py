@@ -56,6 +56,13 @@ def of(
     return values
 
 
+def launch_prepared(weight: Tensor) -> None:
+    """Runs the prepared launch that computes the values of `weight`, if there is one; see `ahead`."""
+    kept = _values.of(weight)
+    if kept is not None and kept.ahead is not None and kept.grid is not None and kept.dtype is not None:
+        of(weight, kept.grid, kept.gate, kept.dtype)  # type: ignore[arg-type]
+
+
 def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None, partners: Partners = ()) -> Tensor | None:
     """`buffer`, if `of` would return it without computing anything; else None. Faster than `of`."""
     kept = _values.get(id(weight))
