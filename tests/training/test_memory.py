@@ -116,6 +116,9 @@ def test_the_parts_are_those_of_the_choices(tmp_path):
     prepared, packed = plain[WAYS["adapter"]], plain[WAYS["packed"]]
     assert packed["weights"] < prepared["weights"]
     assert prepared["gradients"] == packed["gradients"] < full["gradients"] / 10
+    few = planned(tmp_path / "model", "int2-g32")  # whose products on codes are twice as wide
+    assert few[WAYS["packed"]]["gradients"] == 2 * few[WAYS["adapter"]]["gradients"] == 2 * packed["gradients"]
+    assert few[WAYS["packed"]]["weights"] < packed["weights"]
 
 
 def test_people_see_a_table(tmp_path):
