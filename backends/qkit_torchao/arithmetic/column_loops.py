@@ -52,6 +52,11 @@ class Loops:
         """Units [inputs, rows], each nearest to its weight plus the errors of those before, on scales `s`."""
         return _feed(self._x, s, self._z, self._known, self._grid)
 
+    def differ(self, units: Tensor, s: Tensor) -> Tensor:
+        """The rows less the values of units [inputs, rows] on scales `s` [groups, rows]."""
+        group = len(self._x) // len(s)
+        return self._x - (units.reshape(len(s), group, -1) * s[:, None]).reshape(units.shape)
+
     def times(self, d: Tensor) -> Tensor:
         """H d, of d [inputs, rows]."""
         return self._known.times(d)
@@ -146,7 +151,7 @@ def _feed(x: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid) -> 
         wanted = x[start:end].clone()
         if start:
             before = exact_products.shortened(known.upper[:start, start:end].T, 1)
-            wanted += exact_products.product(before, errors[:start])
+            wanted += exact_products.product(before, errors[:start], terms=WINDOW)
         for j in range(start, end):
             step = s[places[j]]
             units[j] = _nearest(wanted[j - start] / step, z[places[j]], grid)
