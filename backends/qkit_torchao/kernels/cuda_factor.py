@@ -6,13 +6,15 @@ from torch import Tensor
 from qkit.reference.products import BITS, BLOCK
 from qkit_torchao.arithmetic import exact_products
 from qkit_torchao.kernels import fits, nvrtc
-from qkit_torchao.kernels.fit_launches import EXACT, ROWS, THREADS, launch
+from qkit_torchao.kernels.fit_launches import EXACT, THREADS, launch
 from qkit_torchao.kernels.nvrtc import NUMBER, POINTER
 
 TALL = 4  #: rows that the program of `eliminate` changes at once
 TEAMS = THREADS // 32  #: rows of a program of `halve_rows`
 DIGITS = 3  #: of eight bits each
+LANES = 4  #: threads of a row in `eliminate_below`
 PANEL = (("BLOCK", BLOCK),)
+BELOW = (*PANEL, ("LANES", LANES))
 
 ELIMINATE = nvrtc.Kernel("factor.cu", "eliminate", (POINTER,) * 3 + (NUMBER,) * 2, options=EXACT)
 ELIMINATE_BELOW = nvrtc.Kernel("factor.cu", "eliminate_below", (POINTER,) * 5 + (NUMBER,) * 2, options=EXACT)
@@ -29,7 +31,7 @@ def eliminate(a: Tensor, pivots: Tensor, start: int, end: int, last: int) -> Non
         return
     left, parts = a.new_empty(rest, 2 * BLOCK), a.new_empty(3 * BLOCK, rest)
     given = panel, before, mine, left, parts
-    launch(ELIMINATE_BELOW, PANEL, (-(-rest // ROWS), 1), given, (stride, rest), threads=ROWS)
+    launch(ELIMINATE_BELOW, BELOW, (-(-rest // (THREADS // LANES)), 1), given, (stride, rest))
     if width := last - end:
         high, low = left[:, :BLOCK] @ parts[:BLOCK, :width], left @ parts[BLOCK:, :width]
         launch(TAKE_BOTH, PANEL, (-(-width // (4 * THREADS)), rest), (a[end:, end:last], high, low), (stride, width))

@@ -1,4 +1,4 @@
-"""Launches of the kernels of `fit.cu`, `feed.cu` and `sift.cu`: the loops of `arithmetic.fitting` on a GPU, in the law's bits.
+"""Launches of the kernels of `fit.cu` and the files beside it: the loops of `arithmetic.fitting` on a GPU, in the law's bits.
 
 Products over many inputs are of digits or torch's: their terms are exact, in any order, see `qkit.reference.products`. Rows of a
 weight lie one after the other in memory, and tensors [inputs, rows] are views of them.
@@ -35,7 +35,8 @@ SEARCH = nvrtc.Kernel("fit.cu", "search", (POINTER,) * 12 + (NUMBER,) * 2, optio
 FEED = nvrtc.Kernel("feed.cu", "feed", (POINTER,) * 11 + (NUMBER,) * 6, options=EXACT)
 FIND_POWERS = nvrtc.Kernel("feed.cu", "find_powers", (POINTER,) * 2 + (NUMBER,) * 3, options=EXACT)
 SHORTEN_ABOVE = nvrtc.Kernel("feed.cu", "shorten_above", (POINTER,) * 3 + (NUMBER,) * 3, options=EXACT)
-DESCEND = nvrtc.Kernel("fit.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 5, options=EXACT)
+FIND_NEAR = nvrtc.Kernel("descend.cu", "find_near", (POINTER,) * 3 + (NUMBER,), options=EXACT)
+DESCEND = nvrtc.Kernel("descend.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 5, options=EXACT)
 DIGITS = nvrtc.Kernel("fit.cu", "digits", (POINTER,) * 4 + (NUMBER,) * 3, options=EXACT)
 WEIGH = nvrtc.Kernel("fit.cu", "weigh", (POINTER,) * 5 + (NUMBER,) * 3, options=EXACT)
 DIFFER = nvrtc.Kernel("fit.cu", "differ", (POINTER,) * 4 + (NUMBER,), options=EXACT)
@@ -61,6 +62,7 @@ class Loops(column_loops.Loops):
         given = [constants.LIMIT, constants.MIN_SCALE, constants.MIN_BLOCK_SCALE, tensor, known.damping, damping]
         e4m3 = rounding.e4m3_values(np.arange(127, dtype=np.uint8)).astype(np.float64)
         facts = [*given, pull_of(grid), *_tried(grid), *e4m3.tolist()]
+        self._near: Tensor | None = None
         self._dampings = torch.full((WINDOW,), known.damping, dtype=torch.float64, device=x.device)
         self._facts = torch.tensor(facts, dtype=torch.float64, device=x.device)
 
@@ -135,22 +137,33 @@ class Loops(column_loops.Loops):
                 count, of = min(COLUMNS, stop - start), slice(begin, start)
                 more = parts[of].T @ above[of, start - begin : start - begin + count] if start > begin else None
                 given = x, known.order, s, self._z, known.upper, before, more, units, errors, parts, peaks
-                self._launch(FEED, given, (rows, n, start, count, begin, stop - begin))
+                numbers = rows, n, start, count, begin, stop - begin
+                launch(FEED, self._constants, (-(-rows // ROWS), 1), given, numbers, threads=ROWS)
         return units
 
     def descend(self, units: Tensor, s: Tensor, residual: Tensor) -> bool:
         """See `column_loops.Loops.descend`."""
         (n, rows), known, r = units.shape, self._known, residual.T
         changed = torch.zeros(1, dtype=torch.int32, device=units.device)
-        parts = r.new_empty(rows, COLUMNS)
+        parts, here = r.new_empty(rows, COLUMNS), ROWS if self._group <= ROWS else ROWS // 2
+        if self._near is None:
+            self._near = r.new_empty(n, COLUMNS)
+            launch(FIND_NEAR, NEUTRAL, (n, 1), (known.correlations, known.sizes, self._near), (n,), threads=COLUMNS)
         for start in range(0, n, WINDOW):
             end = min(start + WINDOW, n)
             left, moved = r[:, start:end].clone(), r.new_empty(rows, end - start)
             for first in range(start, end, COLUMNS):
                 after, at = min(first + COLUMNS, end), first - start
-                given = (units, s, self._z, left[:, at:], known.correlations, known.sizes, known.diagonal, self._facts)
+                given = units, s, self._z, left[:, at:], self._near, known.sizes, known.diagonal, self._facts
                 numbers = rows, n, end - start, first, after - first
-                self._launch(DESCEND, (*given, moved[:, at:], parts, changed), numbers)
+                launch(
+                    DESCEND,
+                    self._constants,
+                    (-(-rows // here), 1),
+                    (*given, moved[:, at:], parts, changed),
+                    numbers,
+                    threads=here,
+                )
                 if after < end:
                     by = parts[:, : after - first] @ known.correlations[first:after, after:end]
                     _subtract(left[:, after - start :], by, known.sizes[after:end])

@@ -38,7 +38,22 @@ DEVICE int highest(int x) {
 }
 #endif
 
+// Two numbers that are read at once.
+struct alignas(16) Pair {
+    double first, second;
+};
+
+// An even count of numbers from an address that is aligned as pairs are.
+template <u32 COUNT> DEVICE void read(const double *from, double *to) {
+#pragma unroll
+    for (u32 k = 0; k < COUNT; k += 2) {
+        const Pair both = *(const Pair *)(from + k);
+        to[k] = both.first, to[k + 1] = both.second;
+    }
+}
+
 DEVICE double power(int e) { return number((u64)(e + 1023) << 52); }
+DEVICE double inverse_power(double x) { return number((2046ull << 52) - bits(x)); }  // of a power of two
 DEVICE double larger(double a, double b) { return a > b ? a : b; }
 DEVICE double clipped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 

@@ -40,54 +40,52 @@ ENTRY eliminate(double *panel, double *before, double *pivots, u32 stride, u32 c
         if (c < r) panel[(u64)r * stride + c] = kept[r][c];
 }
 
-// Eliminates the columns from the rows below, from number BLOCK on. left [many, 2 BLOCK], parts [3 BLOCK, many]: the halves of the
-// product that updates the rest of the matrix.
+// Eliminates the columns from the rows below, from number BLOCK on. LANES threads have a row, and thread number i of these its columns
+// i, i + LANES and so on. left [many, 2 BLOCK], parts [3 BLOCK, many]: the halves of the product that updates the rest of the matrix.
 ENTRY eliminate_below(double *panel, const double *before, const double *pivots, double *left, double *parts, u32 stride, u32 many) {
-    __shared__ double above[BLOCK * BLOCK], kept[ROWS * BLOCK];
-    const u32 me = threadIdx.x, base = blockIdx.x * ROWS, c = base + me, here = many - base < ROWS ? many - base : ROWS;
+    constexpr u32 MINE = BLOCK / LANES, HERE = THREADS / LANES;  // columns of a thread, rows of a program
+    __shared__ double above[BLOCK * BLOCK], kept[HERE * BLOCK];
     auto at = [&](u32 row, u32 j) -> double & { return kept[row * BLOCK + (row + j) % BLOCK]; };  // each row begins in another bank
-    for (u32 i = me; i < BLOCK * BLOCK; i += ROWS) above[i] = before[i];
+    const u32 me = threadIdx.x, lane = me % LANES, mine = me / LANES, base = blockIdx.x * HERE, row = base + mine;
+    const u32 here = many - base < HERE ? many - base : HERE;
+    for (u32 i = me; i < BLOCK * BLOCK; i += THREADS) above[i] = before[i];
     panel += (u64)(BLOCK + base) * stride;
-    for (u32 r = 0; r < here; r++)
-        for (u32 j = me; j < BLOCK; j += ROWS) at(r, j) = panel[(u64)r * stride + j];
+    for (u32 i = me; i < here * BLOCK; i += THREADS) at(i / BLOCK, i % BLOCK) = panel[(u64)(i / BLOCK) * stride + i % BLOCK];
     __syncthreads();
-    double v[BLOCK], peak = 0, largest = 0;
+    double v[MINE];
 #pragma unroll
-    for (u32 j = 0; j < BLOCK; j++) v[j] = at(me < here ? me : 0, j);
+    for (u32 k = 0; k < MINE; k++) v[k] = at(mine < here ? mine : 0, LANES * k + lane);
     __syncthreads();
 #pragma unroll
     for (u32 j = 0; j < BLOCK; j++) {
-        v[j] = v[j] / pivots[j];
+        const u32 first = j / LANES;
+        const double by = of_lane(v[first] / pivots[j], j % LANES);
 #pragma unroll
-        for (u32 r = j + 1; r < BLOCK; r++) v[r] = v[r] - above[j * BLOCK + r] * v[j];
-        if (me < here) at(me, j) = v[j];
-        peak = larger(peak, fabs(v[j])), largest = larger(largest, fabs(v[j] * pivots[j]));
+        for (u32 k = first; k < MINE; k++) {
+            const u32 r = LANES * k + lane;
+            if (r == j) v[k] = by;
+            if (r > j) v[k] = v[k] - above[j * BLOCK + r] * by;
+        }
     }
-    __syncthreads();
-    for (u32 r = 0; r < here; r++)
-        for (u32 j = me; j < BLOCK; j += ROWS) panel[(u64)r * stride + j] = at(r, j);
-    const int e = exponent_above(peak), of_left = exponent_above(largest);
-    parts += c;
+    int most = 0, largest = 0;
 #pragma unroll
-    for (u32 j = 0; j < BLOCK; j++) {
+    for (u32 k = 0; k < MINE; k++) {
+        const int power = power_of(v[k]), by_pivot = power_of(v[k] * pivots[LANES * k + lane]);
+        most = most > power ? most : power, largest = largest > by_pivot ? largest : by_pivot;
+        if (mine < here) at(mine, LANES * k + lane) = v[k];
+    }
+    const int e = exponent_of_power(highest(most)), of_left = exponent_of_power(highest(largest));
+    __syncthreads();
+    for (u32 i = me; i < here * BLOCK; i += THREADS) panel[(u64)(i / BLOCK) * stride + i % BLOCK] = at(i / BLOCK, i % BLOCK);
+    if (mine >= here) return;
+    left += (u64)row * 2 * BLOCK, parts += row;
+#pragma unroll
+    for (u32 k = 0; k < MINE; k++) {
+        const u32 j = LANES * k + lane;
         double top, rest;
-        halve(v[j], e, top, rest);
-        if (me < here) parts[(u64)j * many] = parts[(u64)(2 * BLOCK + j) * many] = top, parts[(u64)(BLOCK + j) * many] = rest;
-    }
-    // Rows of the left side lie one after the other: each half is written through `kept`.
-    left += (u64)base * 2 * BLOCK;
-    for (u32 half = 0; half < 2; half++) {
-        __syncthreads();
-        if (me < here)
-#pragma unroll
-            for (u32 j = 0; j < BLOCK; j++) {
-                double high, low;
-                halve(v[j] * pivots[j], of_left, high, low);
-                at(me, j) = half ? low : high;
-            }
-        __syncthreads();
-        for (u32 r = 0; r < here; r++)
-            for (u32 j = me; j < BLOCK; j += ROWS) left[(u64)r * 2 * BLOCK + half * BLOCK + j] = at(r, j);
+        halve(v[k], e, top, rest);
+        parts[(u64)j * many] = parts[(u64)(2 * BLOCK + j) * many] = top, parts[(u64)(BLOCK + j) * many] = rest;
+        halve(v[k] * pivots[j], of_left, left[j], left[BLOCK + j]);
     }
 }
 
