@@ -98,7 +98,7 @@ class Kernel:
         function = self._compiled.get((device, constants))
         if function is None:
             function = self._compiled[device, constants] = self._load(dict(constants), device)
-        # The driver takes addresses of arguments. A slot of eight bytes begins with a number's four: CUDA's hosts store low bytes first.
+        # The driver takes addresses. A number's four bytes begin its slot of eight, since hosts of CUDA store low bytes first.
         count = len(arguments)
         slots = (ctypes.c_uint64 * count)(*arguments)
         first = ctypes.addressof(slots)
