@@ -115,7 +115,9 @@ ENTRY search(
     auto keep = [&](double tried, double offset) {
         differ(tried, offset);
         double found = error(least);
-        if (found < least && (!some || squared() <= most)) least = found, s = tried, z = offset;
+        const bool better = found < least && (!some || squared() <= most);
+        if (better) least = found, s = tried, z = offset;
+        return better;
     };
     double lowest = 0, highest_value = 0, peak = 0;
     if (RULE != 3) {
@@ -160,7 +162,8 @@ ENTRY search(
     for (u32 again = 0; again < 2; again++) {
         for (u32 k = 0; k < MINE; k++) d[k] = nearest(value[k] / s, z);
         double along_x = dot(d, along), own = square(d);
-        keep(refit((1 + facts.pull) * along_x, own + facts.pull * (along_x * along_x / size), s, facts), z);
+        const double tried = refit((1 + facts.pull) * along_x, own + facts.pull * (along_x * along_x / size), s, facts);
+        if (tried == s || !keep(tried, z)) break;  // another refit would try this scale again
     }
     differ(s, z);
     const double found = squared();
