@@ -9,7 +9,14 @@ from typing import Any
 from qkit_torchao.kernels import nvrtc
 
 COMPILER = shutil.which("g++")
-WAITS = ("sift", "feed", "descend", "eliminate", "eliminate_below")  #: kernels whose threads wait for each other
+WAITS = (
+    "sift",
+    "feed",
+    "descend",
+    "eliminate",
+    "eliminate_below",
+    "take_products",
+)  #: kernels whose threads wait for each other
 
 
 class HostKernel:

@@ -50,7 +50,8 @@ class DeviceMoments:
         order = torch.argsort(-diagonal, stable=True)
         upper = passes.factor(given, order, damping)
         sizes = exact_products.power(torch.frexp(diagonal + damping).exponent // 2)
-        return cls(given, diagonal, damping, sizes, *passes.correlations(given, sizes), order, upper)
+        numbers, digits = passes.correlations(given, sizes)
+        return cls(given, diagonal, damping, sizes, numbers, digits, order, upper)
 
     def times(self, d: Tensor, rows: slice = slice(None), inputs: slice = slice(None)) -> Tensor:
         """See `qkit.reference.moments.Moments.times`."""

@@ -13,12 +13,13 @@ TALL = 4  #: rows that the program of `eliminate` changes at once
 TEAMS = THREADS // 32  #: rows of a program of `halve_rows`
 DIGITS = 3  #: of eight bits each
 LANES = 4  #: threads of a row in `eliminate_below`
+TILE, SQUARE = 64, 256  #: rows and columns of a program of `take_products`, and its threads
 PANEL = (("BLOCK", BLOCK),)
 BELOW = (*PANEL, ("LANES", LANES))
 
 ELIMINATE = nvrtc.Kernel("factor.cu", "eliminate", (POINTER,) * 3 + (NUMBER,) * 2, options=EXACT)
 ELIMINATE_BELOW = nvrtc.Kernel("factor.cu", "eliminate_below", (POINTER,) * 5 + (NUMBER,) * 2, options=EXACT)
-TAKE_BOTH = nvrtc.Kernel("factor.cu", "take_both", (POINTER,) * 3 + (NUMBER,) * 2, options=EXACT)
+TAKE_PRODUCTS = nvrtc.Kernel("factor.cu", "take_products", (POINTER,) * 3 + (NUMBER,) * 3, options=EXACT)
 HALVE_ROWS = nvrtc.Kernel("factor.cu", "halve_rows", (POINTER,) * 6 + (NUMBER,) * 3, options=EXACT)
 
 
@@ -29,12 +30,12 @@ def eliminate(a: Tensor, pivots: Tensor, start: int, end: int, last: int) -> Non
     launch(ELIMINATE, PANEL, (1, 1), (panel, before, mine), (stride, count), threads=TALL * BLOCK)
     if not rest:
         return
-    left, parts = a.new_empty(rest, 2 * BLOCK), a.new_empty(3 * BLOCK, rest)
+    left, parts = a.new_empty(2, rest * 2 * BLOCK)
     given = panel, before, mine, left, parts
     launch(ELIMINATE_BELOW, BELOW, (-(-rest // (THREADS // LANES)), 1), given, (stride, rest))
     if width := last - end:
-        high, low = left[:, :BLOCK] @ parts[:BLOCK, :width], left @ parts[BLOCK:, :width]
-        launch(TAKE_BOTH, PANEL, (-(-width // (4 * THREADS)), rest), (a[end:, end:last], high, low), (stride, width))
+        tiles = -(-width // TILE), -(-rest // TILE)
+        launch(TAKE_PRODUCTS, PANEL, tiles, (a[end:, end:last], left, parts), (stride, rest, width), threads=SQUARE)
 
 
 def take_product(a: Tensor, below: Tensor, pivots: Tensor) -> None:

@@ -41,7 +41,7 @@ ENTRY eliminate(double *panel, double *before, double *pivots, u32 stride, u32 c
 }
 
 // Eliminates the columns from the rows below, from number BLOCK on. LANES threads have a row, and thread number i of these its columns
-// i, i + LANES and so on. left [many, 2 BLOCK], parts [3 BLOCK, many]: the halves of the product that updates the rest of the matrix.
+// i, i + LANES and so on. left [many, 2 BLOCK], parts [2 BLOCK, many]: the halves of the product that updates the rest of the matrix.
 ENTRY eliminate_below(double *panel, const double *before, const double *pivots, double *left, double *parts, u32 stride, u32 many) {
     constexpr u32 MINE = BLOCK / LANES, HERE = THREADS / LANES;  // columns of a thread, rows of a program
     __shared__ double above[BLOCK * BLOCK], kept[HERE * BLOCK];
@@ -84,17 +84,48 @@ ENTRY eliminate_below(double *panel, const double *before, const double *pivots,
         const u32 j = LANES * k + lane;
         double top, rest;
         halve(v[k], e, top, rest);
-        parts[(u64)j * many] = parts[(u64)(2 * BLOCK + j) * many] = top, parts[(u64)(BLOCK + j) * many] = rest;
+        parts[(u64)j * many] = top, parts[(u64)(BLOCK + j) * many] = rest;
         halve(v[k] * pivots[j], of_left, left[j], left[BLOCK + j]);
     }
 }
 
-// a [rows, columns], of which rows lie `stride` apart, -= high + low, which lie one after the other.
-ENTRY take_both(double *a, const double *high, const double *low, u32 stride, u32 columns) {
-    const u64 row = blockIdx.y;
-    a += row * stride, high += row * columns, low += row * columns;
-    for (u32 i = blockIdx.x * 4 * THREADS + threadIdx.x, k = 0; k < 4 && i < columns; k++, i += THREADS)
-        a[i] = a[i] - (high[i] + low[i]);
+// a [rows, columns], of which rows lie `stride` apart, loses the product of the halves `left` [rows, 2 BLOCK] and `parts` [2 BLOCK, rows], of
+// its first columns, below its diagonal. A program has a square of TILE, and a thread EACH by EACH numbers of it.
+ENTRY take_products(double *a, const double *left, const double *parts, u32 stride, u32 rows, u32 columns) {
+    constexpr u32 TILE = 64, DEEP = 16, EACH = 4, SIDE = TILE / EACH, PITCH = TILE + 2;
+    alignas(16) __shared__ double highs[DEEP * PITCH], lows[DEEP * PITCH], tops[DEEP * TILE], rests[DEEP * TILE];
+    const u32 me = threadIdx.x, across = me % SIDE * EACH, down = me / SIDE * EACH, row = blockIdx.y * TILE, column = blockIdx.x * TILE;
+    if (column >= row + TILE) return;
+    double large[EACH][EACH] = {}, small[EACH][EACH] = {};
+    for (u32 begin = 0; begin < BLOCK; begin += DEEP) {
+        for (u32 i = me; i < TILE * DEEP; i += SIDE * SIDE) {
+            const u32 r = i / DEEP, k = i % DEEP, j = i / TILE, c = i % TILE;
+            const u64 from = (u64)(row + r) * 2 * BLOCK + begin + k, of = (u64)(begin + j) * rows + column + c;
+            highs[k * PITCH + r] = row + r < rows ? left[from] : 0, lows[k * PITCH + r] = row + r < rows ? left[from + BLOCK] : 0;
+            tops[i] = column + c < columns ? parts[of] : 0, rests[i] = column + c < columns ? parts[of + (u64)BLOCK * rows] : 0;
+        }
+        __syncthreads();
+#pragma unroll 4
+        for (u32 k = 0; k < DEEP; k++) {
+            double high[EACH], low[EACH], top[EACH], rest[EACH];
+            read<EACH>(highs + k * PITCH + down, high), read<EACH>(lows + k * PITCH + down, low);
+            read<EACH>(tops + k * TILE + across, top), read<EACH>(rests + k * TILE + across, rest);
+#pragma unroll
+            for (u32 i = 0; i < EACH; i++)
+#pragma unroll
+                for (u32 j = 0; j < EACH; j++) {
+                    large[i][j] = fused(high[i], top[j], large[i][j]);
+                    small[i][j] = fused(low[i], top[j], fused(high[i], rest[j], small[i][j]));
+                }
+        }
+        __syncthreads();
+    }
+    for (u32 i = 0; i < EACH; i++)
+        for (u32 j = 0; j < EACH; j++)
+            if (row + down + i < rows && column + across + j < columns) {
+                double &out = a[(u64)(row + down + i) * stride + column + across + j];
+                out = out - (large[i][j] + small[i][j]);
+            }
 }
 
 // The digits of `below` [rows, width], of which rows lie `stride` apart: of both halves of its rows times `pivots`, `left` [3, rows,
