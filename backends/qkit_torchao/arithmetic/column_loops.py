@@ -66,15 +66,25 @@ class Loops:
         product += self._known.damping * d
         return exact_products.total(d * product), self.error(d, product)
 
+    def exceeds(self, allowed: Tensor, units: Tensor, s: Tensor, residual: Tensor, *, begun: Tensor) -> Tensor:
+        """Whether d' H d of each row is more than `allowed`.
+
+        Args:
+            residual: as `descend` leaves it.
+            begun: d' (H + damping) d before the first round: no round makes it larger.
+        """
+        return self.error(self.differ(units, s), residual) > allowed
+
     def error(self, d: Tensor, residual: Tensor) -> Tensor:
         """d' H d of each row, from the product of the damped H."""
         return exact_products.total(d * (residual - self._known.damping * d))
 
-    def descend(self, units: Tensor, s: Tensor, residual: Tensor) -> bool:
+    def descend(self, units: Tensor, s: Tensor, residual: Tensor, *, last: bool) -> bool:
         """One round over groups and inputs, in place: each takes the value of least error. Returns whether any changed.
 
         Args:
             residual: (H + damping) (x - values), [inputs, rows].
+            last: whether only `exceeds` reads the residual afterwards.
         """
         return _descend(units, s, self._z, residual, self._known, self._grid, self._tensor)
 

@@ -81,13 +81,14 @@ def _solve(loops: column_loops.Loops, s: Tensor, rounds: int) -> tuple[Tensor, T
     units, s = loops.feed(rule), rule.clone()
     d = loops.differ(units, rule)
     residual = loops.times(d)
-    farther = _columns(~(loops.weigh(d, residual)[0] < least))
+    fed = loops.weigh(d, residual)[0]
+    farther = _columns(~(fed < least))
     units[:, farther], residual[:, farther] = searched[:, farther], before[:, farther]
     del before, d
-    for _ in range(rounds):
-        if not loops.descend(units, s, residual):
+    for number in range(rounds):
+        if not loops.descend(units, s, residual, last=number == rounds - 1):
             break
-    worse = _columns(loops.error(loops.differ(units, s), residual) > allowed)
+    worse = _columns(loops.exceeds(allowed, units, s, residual, begun=torch.minimum(fed, least)))
     units[:, worse], s[:, worse] = searched[:, worse], rule[:, worse]
     return units, s
 

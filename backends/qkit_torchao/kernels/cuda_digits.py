@@ -23,6 +23,8 @@ def subtract_product(
         more: numbers [rows, columns] that are added to these before.
     """
     (rows, columns), inputs = out.shape, left.shape[2]
+    if not columns:
+        return
     down, across, deep, warps = _tile(out.device)
     tensors = out, left, right, units, sizes
     strides = out.stride(0), left.stride(0), left.stride(1), right.stride(0), right.stride(1)

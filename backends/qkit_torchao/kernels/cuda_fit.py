@@ -29,6 +29,7 @@ WIDEST_SIFTED = 32  #: inputs of a group that a thread of `sift` takes
 RULES = {"signed": 1, "minmax": 2, "nvfp4": 3}  #: by number, as `fit.cu` has them: 0 other integers, 4 other floats
 UNIT = 2.0 ** (1 - BITS)  #: of digits of correlations
 DAMPING = 4  #: its place among the facts
+SURE = 0.999  #: of an error: a bound below is below it in every rounding
 
 SIFT = nvrtc.Kernel("sift.cu", "sift", (POINTER,) * 6 + (NUMBER,) * 2, options=EXACT)
 SEARCH = nvrtc.Kernel("fit.cu", "search", (POINTER,) * 12 + (NUMBER,) * 2, options=EXACT)
@@ -40,7 +41,7 @@ DESCEND = nvrtc.Kernel("descend.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 5,
 DIGITS = nvrtc.Kernel("fit.cu", "digits", (POINTER,) * 4 + (NUMBER,) * 3, options=EXACT)
 WEIGH = nvrtc.Kernel("fit.cu", "weigh", (POINTER,) * 5 + (NUMBER,) * 3, options=EXACT)
 DIFFER = nvrtc.Kernel("fit.cu", "differ", (POINTER,) * 4 + (NUMBER,), options=EXACT)
-SUBTRACT = nvrtc.Kernel("fit.cu", "subtract", (POINTER,) * 5 + (NUMBER,) * 4, options=EXACT)
+SUBTRACT = nvrtc.Kernel("fit.cu", "subtract", (POINTER,) * 3 + (NUMBER,) * 2, options=EXACT)
 
 
 def takes(grid: Grid, inputs: int) -> bool:
@@ -63,6 +64,7 @@ class Loops(column_loops.Loops):
         e4m3 = rounding.e4m3_values(np.arange(127, dtype=np.uint8)).astype(np.float64)
         facts = [*given, pull_of(grid), *_tried(grid), *e4m3.tolist()]
         self._near: Tensor | None = None
+        self._late: list[tuple[int, Tensor]] = []  # moves of the last round that the residual lacks in part
         self._dampings = torch.full((WINDOW,), known.damping, dtype=torch.float64, device=x.device)
         self._facts = torch.tensor(facts, dtype=torch.float64, device=x.device)
 
@@ -141,7 +143,7 @@ class Loops(column_loops.Loops):
                 launch(FEED, self._constants, (-(-rows // ROWS), 1), given, numbers, threads=ROWS)
         return units
 
-    def descend(self, units: Tensor, s: Tensor, residual: Tensor) -> bool:
+    def descend(self, units: Tensor, s: Tensor, residual: Tensor, *, last: bool) -> bool:
         """See `column_loops.Loops.descend`."""
         (n, rows), known, r = units.shape, self._known, residual.T
         changed = torch.zeros(1, dtype=torch.int32, device=units.device)
@@ -167,12 +169,9 @@ class Loops(column_loops.Loops):
                 if after < end:
                     by = parts[:, : after - first] @ known.correlations[first:after, after:end]
                     _subtract(left[:, after - start :], by, known.sizes[after:end])
-            if known.digits is not None:
-                self._take(r, moved, start, known.digits, 1)
-                _subtract(r[:, start:end], moved, self._dampings)
-            else:
-                by = shortened(known.sizes[start:end] * moved, 1) @ known.correlations[start:end]
-                _subtract(r, by, known.sizes, (moved, self._facts[DAMPING:], start))
+            if last:  # of the inputs before, no loop reads the residual again
+                self._late.append((start, moved))
+            self._update(r, moved, start, slice(end if last else 0, None))
         return bool(changed)
 
     def differ(self, units: Tensor, s: Tensor) -> Tensor:
@@ -188,35 +187,62 @@ class Loops(column_loops.Loops):
             return super().times(d)
         found = torch.zeros_like(d)
         for start in range(0, len(d), LONGEST):
-            self._take(found.T, d[start : start + LONGEST].T, start, self._known.digits, -1)
+            self._take(found.T, d[start : start + LONGEST].T, start, self._known.digits, self._known.sizes, -1)
         return found
 
     def weigh(self, d: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
         """See `column_loops.Loops.weigh`."""
         return self._sums(d, product, 1)
 
+    def exceeds(self, allowed: Tensor, units: Tensor, s: Tensor, residual: Tensor, *, begun: Tensor) -> Tensor:
+        """See `column_loops.Loops.exceeds`."""
+        d, late = self.differ(units, s), self._late
+        self._late = []
+        if not late:
+            return self.error(d, residual) > allowed
+        most, found = begun - self._known.damping * (d * d).sum(0), torch.zeros_like(allowed, dtype=torch.bool)
+        unsure = (~(most <= SURE * allowed)).nonzero()[:, 0]
+        if len(unsure):
+            own, r = d.T[unsure].T, residual.T[unsure]
+            for start, moved in late:
+                self._update(r, moved[unsure], start, slice(0, start + moved.shape[1]))
+            found[unsure] = self.error(own, r.T) > allowed[unsure]
+        return found
+
     def error(self, d: Tensor, residual: Tensor) -> Tensor:
         """See `column_loops.Loops.error`."""
         return self._sums(d, residual, 0)[1]
 
+    def _update(self, r: Tensor, moved: Tensor, start: int, of: slice) -> None:
+        """Takes (H + damping) moved from some inputs of the residual r [rows, inputs]; moved [rows, count] begins at `start`."""
+        known, end = self._known, start + moved.shape[1]
+        if known.digits is not None:
+            self._take(r[:, of], moved, start, known.digits[:, of], known.sizes[of], 1)
+        else:
+            by = shortened(known.sizes[start:end] * moved, 1) @ known.correlations[start:end, of]
+            _subtract(r[:, of], by, known.sizes[of])
+        if of.start <= start:
+            _subtract(r[:, start:end], moved, self._dampings)
+
     def _sums(self, d: Tensor, residual: Tensor, add: int) -> tuple[Tensor, Tensor]:
-        whole, plain = d.new_empty(self._rows), d.new_empty(self._rows)
-        self._launch(WEIGH, (d, residual, self._facts[DAMPING:], whole, plain), (self._rows, len(d), add))
+        n, rows = d.shape
+        whole, plain = d.new_empty(2, rows)
+        self._launch(WEIGH, (d, residual, self._facts[DAMPING:], whole, plain), (rows, n, add))
         return whole, plain
 
-    def _take(self, out: Tensor, d: Tensor, start: int, digits: Tensor, factor: int) -> None:
-        """Takes factor * H d from out [rows, inputs]; d [rows, count], of inputs from `start` on."""
-        (rows, count), sizes = d.shape, self._known.sizes
-        found = torch.empty(3, rows, count, dtype=torch.int8, device=d.device)
+    def _take(self, out: Tensor, d: Tensor, start: int, digits: Tensor, sizes: Tensor, factor: int) -> None:
+        """Takes factor * H d from `out`, whose inputs have `digits` and `sizes`; d [rows, count] begins at the input `start`."""
+        (rows, count), found = d.shape, torch.empty(3, *d.shape, dtype=torch.int8, device=d.device)
         units = d.new_empty(rows)
-        self._launch(DIGITS, (d, sizes[start:], found, units), (rows, d.stride(0), count))
+        self._launch(DIGITS, (d, self._known.sizes[start:], found, units), (rows, d.stride(0), count))
         cuda_digits.subtract_product(out, found, units.mul_(factor * UNIT), digits[:, :, start : start + count], sizes)
 
     def _launch(
         self, kernel: nvrtc.Kernel, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...], *, programs: int = 1
     ) -> None:
+        """Launches programs of teams, one for each of as many rows as the first number says."""
         teams = THREADS // min(self._group, WARP)
-        launch(kernel, self._constants, (-(-self._rows // teams), programs), tensors, numbers)
+        launch(kernel, self._constants, (-(-numbers[0] // teams), programs), tensors, numbers)
 
 
 def _shortened_above(upper: Tensor, begin: int, stop: int) -> Tensor:
@@ -229,15 +255,10 @@ def _shortened_above(upper: Tensor, begin: int, stop: int) -> Tensor:
     return found
 
 
-def _subtract(a: Tensor, by: Tensor, sizes: Tensor, window: tuple[Tensor, Tensor, int] | None = None) -> None:
-    """Takes sizes * by [rows, columns] from `a`; see `fit.cu`.
-
-    Args:
-        window: how far some columns moved, the damping, and the first of these columns.
-    """
-    moved, damping, start = window or (None, None, 0)
-    numbers = a.stride(0), a.shape[1], start, 0 if moved is None else moved.shape[1]
-    launch(SUBTRACT, NEUTRAL, (-(-a.shape[1] // (4 * THREADS)), len(a)), (a, by, sizes, moved, damping), numbers)
+def _subtract(a: Tensor, by: Tensor, sizes: Tensor) -> None:
+    """Takes sizes * by [rows, columns] from `a`."""
+    if a.shape[1]:
+        launch(SUBTRACT, NEUTRAL, (-(-a.shape[1] // (4 * THREADS)), len(a)), (a, by, sizes), (a.stride(0), a.shape[1]))
 
 
 def _constants(grid: Grid, group: int) -> tuple[tuple[str, int], ...]:

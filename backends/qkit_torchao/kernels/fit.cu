@@ -235,17 +235,9 @@ ENTRY differ(const double *x, const double *units, const double *s, double *out,
         out[first + i] = x[first + i] - units[first + i] * s[(first + i) / GROUP];
 }
 
-// from [rows, columns] -= sizes * a, of which rows lie `stride` apart; in columns start to start + count, damping times `moved`
-// [rows, count], too.
-ENTRY subtract(
-    double *from, const double *a, const double *sizes, const double *moved, const double *damping, u32 stride, u32 columns, u32 start,
-    u32 count
-) {
+// from [rows, columns], of which rows lie `stride` apart, -= sizes * a.
+ENTRY subtract(double *from, const double *a, const double *sizes, u32 stride, u32 columns) {
     const u64 row = blockIdx.y;
-    from += row * stride, a += row * columns, moved += row * count;
-    for (u32 i = blockIdx.x * 4 * THREADS + threadIdx.x, k = 0; k < 4 && i < columns; k++, i += THREADS) {
-        double now = from[i] - sizes[i] * a[i];
-        if (i - start < count) now = now - *damping * moved[i - start];
-        from[i] = now;
-    }
+    from += row * stride, a += row * columns;
+    for (u32 i = blockIdx.x * 4 * THREADS + threadIdx.x, k = 0; k < 4 && i < columns; k++, i += THREADS) from[i] = from[i] - sizes[i] * a[i];
 }

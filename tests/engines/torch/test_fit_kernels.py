@@ -94,6 +94,31 @@ def test_kernels_have_the_codes_of_the_law_where_sums_have_parts(monkeypatch: py
 
 
 @pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("sure", [0.999, 0.5, -1.0])  # no row is sure to err less: the last round is completed
+def test_kernels_compare_the_last_error_with_that_of_search(sure: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (qkit.reference.fitting, column_loops, cuda_fit):
+        monkeypatch.setattr(module, "WINDOW", 128)
+    monkeypatch.setattr(cuda_fit, "SURE", sure)
+    w, h = drawn(320, 40)
+    known, x = DeviceMoments.of(h, torch.device("cpu")), torch.tensor(w)
+    s = rounding.scale_values(rounding.quantize(x, GRIDS[0])).double()
+    laid = [cuda_fit.Loops.laid(a) for a in (x, s)]
+    allowed = torch.linspace(0, 2, 40, dtype=torch.float64) * 1e-3
+    found = []
+    for kind in (column_loops.Loops, cuda_fit.Loops):
+        loops = kind(laid[0], torch.zeros_like(laid[1]), GRIDS[0], known, 1.0)
+        units, scales = loops.feed(laid[1]), laid[1].clone()
+        residual = loops.times(d := loops.differ(units, scales))
+        begun, _ = loops.weigh(d, residual)
+        for last in (False, True):
+            assert loops.descend(units, scales, residual, last=last)
+        found.append(loops.exceeds(allowed * begun.mean() * 1e3, units, scales, residual, begun=begun))
+    assert torch.equal(*found)
+    assert found[0].any()
+    assert not found[0].all()
+
+
+@pytest.mark.usefixtures("on_host")
 @pytest.mark.parametrize(
     "grid",
     [GRIDS[0], GRIDS[4], *(pytest.param(grid, marks=pytest.mark.size) for grid in (*GRIDS[2:4], GRIDS[-1]))],
