@@ -30,6 +30,21 @@ DEVICE double total(double *terms) {
     return terms[0];
 }
 
+// Writes the numbers of a row in a group, shortened by size, over their sizes; returns the power of the largest by size.
+template <class Number> DEVICE int share(Number number, const double *sizes, double (*shared)[HERE]) {
+    const u32 me = threadIdx.x;
+    int most = 0;
+#pragma unroll 8
+    for (u32 j = 0; j < GROUP; j++) {
+        const int power = power_of(sizes[j] * number(j));
+        most = most > power ? most : power;
+    }
+    const int e = exponent_of_power(most);
+#pragma unroll 8
+    for (u32 j = 0; j < GROUP; j++) shared[j][me] = shortened(sizes[j] * number(j), e) * inverse_power(sizes[j]);
+    return most;
+}
+
 // near [inputs, WIDTH]: correlations and sizes of each input and those of its part of a window.
 ENTRY find_near(const double *correlations, const double *sizes, double *near, u32 inputs) {
     const u32 j = blockIdx.x, i = j / WIDTH * WIDTH + threadIdx.x;
@@ -70,18 +85,6 @@ ENTRY descend(
                 for (u32 k = 0; k < NEAR; k++) found[k] = fused(h[k], by, found[k]);
             }
         };
-        // Writes the numbers of the group, shortened by size, over their sizes.
-        auto share = [&](auto number, double (*shared)[HERE]) {
-            int most = 0;
-            for (u32 j = 0; j < GROUP; j++) {
-                const int power = power_of(sizes[base + j] * number(j));
-                most = most > power ? most : power;
-            }
-            const int e = exponent_of_power(most);
-            for (u32 j = 0; j < GROUP; j++)
-                shared[j][me] = shortened(sizes[base + j] * number(j), e) * inverse_power(sizes[base + j]);
-            return most;
-        };
 #pragma unroll 1
         for (u32 block = 0; block < GROUP; block += NEAR) {
             double r[NEAR], found[NEAR];
@@ -98,7 +101,7 @@ ENTRY descend(
         }
 
         const double *const unit = units + base;
-        share([&](u32 j) { return unit[j]; }, kept);
+        share([&](u32 j) { return unit[j]; }, sizes + base, kept);
         double terms[NEAR], others[NEAR];
         sum_blocks<0, 1>(
             [&](u32 block, double *curve, double *along) {
@@ -115,7 +118,7 @@ ENTRY descend(
         const double z = RULE == 2 ? zeros[base / GROUP] : 0, step = refit(curvature * old + slope, curvature, old, facts);
         bool any = step != old;
         if (any) {
-            share([&](u32 j) { return unit[j] * (step - old); }, kept);
+            share([&](u32 j) { return unit[j] * (step - old); }, sizes + base, kept);
 #pragma unroll 1
             for (u32 block = 0; block < GROUP; block += NEAR) {
                 double found[NEAR];
@@ -160,9 +163,10 @@ ENTRY descend(
         }
         ever = ever || any;
         if (base + GROUP < count) {
-            const int power = share([&](u32 j) { return left[j][me]; }, went + base);
+            const int power = share([&](u32 j) { return left[j][me]; }, sizes + base, went + base);
             peak = peak > power ? peak : power;
         } else
+#pragma unroll 8
             for (u32 j = 0; j < GROUP; j++) {
                 const int power = power_of(sizes[base + j] * left[j][me]);
                 peak = peak > power ? peak : power;
