@@ -1,4 +1,5 @@
-// The loops of `arithmetic.fitting` over inputs, in fp64, with the bits of the law. `cuda_fit` launches this, `nvrtc` compiles it.
+// The search for scales, and passes over whole rows, of `arithmetic.fitting`, in fp64, with the bits of the law. `cuda_fit` launches
+// this, `nvrtc` compiles it.
 //
 // LANES threads have a row of the weight, or a cell: a group of one. Thread number i of these has its inputs i, i + LANES and so on.
 //
@@ -8,12 +9,9 @@
 
 #include "steps.cuh"
 
-constexpr u32 WIDTH = 128;  // inputs that change before others are updated
 constexpr u32 MINE = GROUP / LANES;  // inputs of a cell that a thread has
-constexpr u32 SPAN = WIDTH / LANES;  // inputs of a window that a thread has
 constexpr u32 AHEAD = GROUP <= 32 ? GROUP / 4 : 4;  // of the steps of a product, those at once
 constexpr u32 TEAMS = THREADS / LANES;  // rows or cells of a program
-constexpr u32 PAD = LANES < 16 ? LANES : 0;  // of a team's shared memory, so that two teams read other banks
 
 // The sum of the numbers of a cell by halves, see `products.total`.
 DEVICE double total(const double *terms) {
@@ -59,7 +57,7 @@ ENTRY search(
     const double *x, const double *rule, const double *blocks, const double *weights, const Facts *known, const bool *some,
     const u64 *worth, double *best, double *zeros, double *units, double *by_rule, double *squares, u32 rows, u32 groups
 ) {
-    __shared__ double kept[TEAMS][GROUP + PAD];
+    __shared__ double kept[TEAMS][GROUP];
     const u32 lane = threadIdx.x % LANES, team = threadIdx.x / LANES, row = blockIdx.x * TEAMS + team, group = blockIdx.y;
     if (row >= rows || some && !some[row]) return;
     const Facts &facts = *known;
