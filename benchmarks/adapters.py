@@ -7,23 +7,28 @@ prose, of:
 - `float, quantized`: peft's LoRA on the float model, merged, and quantized
 - `kept`: QLoRA, peft's LoRA on the decoded base; deployed as codes with the adapter beside them, in float
 - `quantized again`: the same, merged and quantized again
-- `kept, same rates`, `quantized again, same rates`: the same, each step at the rate of `packed`, whose last part has a factor
-- `packed`: `qkit.adapt` on codes, merged, by the parts and the factor of `qkit train` (`qkit.training.beside`)
-- `scales`: the same with `Adapter(scales="learned")`
+- `kept with norms`: `kept`, whose norms train, too
+- `packed`: `qkit.adapt` on codes, merged, by the parts of `qkit train` (`qkit.training.beside`)
+- `factors`: the same with `Adapter(scales="stored", norms="stored")`: the factors alone train
+- `scales`: the same with `Adapter(scales="learned", norms="stored")`
 - `prepared`: `qkit.adapt` on the prepared model, merged and converted
 - `full`: all weights of the prepared model, converted
 
-Usage: python benchmarks/adapters.py [--recipe NAME ...] [--rate R ...] [--seed N ...] [--way NAME ...] [--steps N]
-       [--float-steps N] [--factor F] [--out FILE.json]
+Usage: python benchmarks/adapters.py [--size small|4m] [--device cuda] [--recipe NAME ...] [--rate R ...] [--seed N ...]
+       [--way NAME ...] [--steps N] [--float-steps N] [--base FILE.pt] [--out FILE.json]
+       python benchmarks/adapters.py --table FILE.json ...
+
+`--base` names a file for the float model: written where it is missing, so that several processes train from one model.
 """
 
 import argparse
 import copy
+import json
 import math
 import sysconfig
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +40,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qkit
-from qkit.training.beside import factor_at, steps_beside, switching_parts
+from qkit.training.beside import steps_beside, switching_parts
 
-SIZE = small_llama.Size(hidden=96, layers=3, intermediate=256, heads=4)
-LENGTH, BATCH, WARMUP = 64, 8, 20
+WARMUP = 20
 RANK, ALPHA = 16, 32.0
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTER = qkit.Adapter(rank=RANK, alpha=ALPHA, match=("*_proj",))
 ENGINE = qkit.backend("torchao")
-WAYS = ("float", "qlora", "same rates", "packed", "scales", "prepared", "full")
+WAYS = ("float", "qlora", "norms", "packed", "factors", "scales", "prepared", "full")
+#: Of ways on packed codes, the choices that are not qkit's own.
+CHOICES: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "factors": {"scales": "stored", "norms": "stored"},
+    "scales": {"scales": "learned", "norms": "stored"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A model and its batches: tokens in a sequence, sequences in a batch, and the peak rate of the float model."""
+
+    size: small_llama.Size
+    length: int
+    batch: int
+    rate: float
+
+
+SETTINGS = {
+    "small": Setting(small_llama.Size(hidden=96, layers=3, intermediate=256, heads=4), 64, 8, 4e-3),
+    "4m": Setting(small_llama.SIZES["4m"], 128, 16, 2e-3),
+}
 
 
 def code() -> Tensor:
@@ -61,25 +87,42 @@ def prose() -> tuple[Tensor, Tensor]:
     return text[:cut], text[cut:]
 
 
-def base(steps: int) -> nn.Module:
-    """The float model."""
-    model = small_llama.Llama(SIZE, seed=0, longest=LENGTH)
-    run = small_llama.Run(steps=steps, batch=BATCH, length=LENGTH, rate=4e-3, weight_decay=0.1, seed=0, half=False)
-    small_llama.train(model, code(), run)
+def base(setting: Setting, steps: int, device: str, file: Path | None) -> nn.Module:
+    """The float model; that in `file`, where there is one."""
+    model = small_llama.Llama(setting.size, seed=0, longest=setting.length).to(device)
+    if file and file.exists():
+        model.load_state_dict(torch.load(file, map_location=device))
+        return model
+    batches = {"steps": steps, "batch": setting.batch, "length": setting.length}
+    run = small_llama.Run(**batches, rate=setting.rate, weight_decay=0.1, seed=0, half=False)
+    small_llama.train(model, code().to(device), run)
+    if file:
+        torch.save(model.state_dict(), file)
     return model
 
 
-def fit(model: nn.Module, text: Tensor, *, rate: float, steps: int, seed: int, before: Callable[[int], float]) -> None:
-    """Trains the free parameters by AdamW: a warm-up, then a cosine to a tenth. `before` returns the factor of a step's rate."""
+def fit(
+    model: nn.Module,
+    text: Tensor,
+    *,
+    setting: Setting,
+    rate: float,
+    steps: int,
+    seed: int,
+    before: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Trains the free parameters by AdamW: a warm-up, then a cosine to a tenth. Calls `before` with the number of each step."""
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    starts = torch.from_numpy(np.random.default_rng(seed).integers(0, len(text) - LENGTH - 1, (steps, BATCH)))
-    window = torch.arange(LENGTH + 1)
+    random, last = np.random.default_rng(seed), len(text) - setting.length - 1
+    starts = torch.from_numpy(random.integers(0, last, (steps, setting.batch))).to(text.device)
+    window = torch.arange(setting.length + 1, device=text.device)
     model.train()
     for step in range(1, steps + 1):
         done = max(0, step - WARMUP) / max(1, steps - WARMUP)
         share = min(1.0, step / WARMUP) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-        optimizer.param_groups[0]["lr"] = rate * share * before(step)
+        optimizer.param_groups[0]["lr"] = rate * share
+        before(step)
         rows = text[starts[step - 1][:, None] + window].long()
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()
@@ -89,11 +132,11 @@ def fit(model: nn.Module, text: Tensor, *, rate: float, steps: int, seed: int, b
 
 
 @torch.no_grad()
-def measure(model: nn.Module, text: Tensor) -> float:
-    """Nats per byte."""
+def measure(model: nn.Module, text: Tensor, length: int) -> float:
+    """Nats per byte, in windows of `length`."""
     model.eval()
-    count = (len(text) - 1) // LENGTH
-    rows, aims = (text[i : i + count * LENGTH].long().view(count, LENGTH) for i in (0, 1))
+    count = (len(text) - 1) // length
+    rows, aims = (text[i : i + count * length].long().view(count, length) for i in (0, 1))
     parts = [
         F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
         for x, y in zip(rows.split(128), aims.split(128), strict=True)
@@ -124,56 +167,89 @@ def decoded(model: nn.Module, recipe: str) -> nn.Module:
 def losses(model: nn.Module, way: str, recipe: str, texts: tuple[Tensor, Tensor], **how: Any) -> dict[str, float]:
     """Trains a copy of `model` in one way; the losses of the models that result."""
     text, unseen = texts
-    factor, how = how["factor"], {name: how[name] for name in ("rate", "steps", "seed")}
-    adapter = replace(ADAPTER, seed=how["seed"], factor=factor, scales="learned" if way == "scales" else "stored")
-    last = int(adapter.beside * how["steps"])
-    if way in ("float", "qlora", "same rates"):
+    length = how["setting"].length
+    adapter = replace(ADAPTER, seed=how["seed"], **CHOICES.get(way, {}))
+    if way in ("float", "qlora", "norms"):
         made = in_peft(copy.deepcopy(model) if way == "float" else decoded(model, recipe), how["seed"])
-        fit(made, text, before=lambda step: factor if way == "same rates" and step > last else 1.0, **how)
-        kept = measure(made, unseen)
-        again = measure(qkit.convert(made.merge_and_unload(), recipe), unseen)
-        own = ", same rates" * (way == "same rates")
-        return {"float, quantized": again} if way == "float" else {f"kept{own}": kept, f"quantized again{own}": again}
-    if way in ("packed", "scales"):
+        for module in made.modules() if way == "norms" else ():
+            if isinstance(module, nn.RMSNorm):
+                module.weight.requires_grad_(True)
+        fit(made, text, **how)
+        kept = measure(made, unseen, length)
+        if way == "norms":
+            return {"kept with norms": kept}
+        again = measure(qkit.convert(made.merge_and_unload(), recipe), unseen, length)
+        return {"float, quantized": again} if way == "float" else {"kept": kept, "quantized again": again}
+    if way in CHOICES:
         made = qkit.adapt(qkit.convert(copy.deepcopy(model), recipe), adapter)
         layers = list(ENGINE.layers(made))
-        assert steps_beside(adapter, layers, how["steps"]) == last
-        switch = switching_parts(ENGINE, layers, last)
-
-        def before(step: int) -> float:
-            switch(step)
-            return factor_at(adapter, layers, last, step)
-
-        fit(made, text, before=before, **how)
-        return {f"{way} before merging": measure(made, unseen), way: measure(qkit.merge(made), unseen)}
+        last = steps_beside(adapter, layers, how["steps"])
+        fit(made, text, before=switching_parts(ENGINE, layers, last), **how)
+        return {f"{way} before merging": measure(made, unseen, length), way: measure(qkit.merge(made), unseen, length)}
     made = qkit.prepare(copy.deepcopy(model), recipe)
     made = qkit.adapt(made, adapter) if way == "prepared" else made
-    fit(made, text, before=lambda step: 1.0, **how)
-    return {way: measure(qkit.convert(qkit.merge(made) if way == "prepared" else made), unseen)}
+    fit(made, text, **how)
+    return {way: measure(qkit.convert(qkit.merge(made) if way == "prepared" else made), unseen, length)}
+
+
+#: Columns of the table, and the ways that they are of.
+COLUMNS = {
+    "adapter kept beside codes": "kept",
+    "the same, norms train, too": "kept with norms",
+    "kept, merged and quantized again": "quantized again",
+    "qkit, merged": "packed",
+}
+
+
+def table(files: list[Path]) -> str:
+    """The means over seeds in `files` in Markdown; of qkit's also how far each seed is above the adapter that is kept."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    lines = [" | ".join(("| model, grid", "rate", *COLUMNS, "above the first |")), "|---" * (len(COLUMNS) + 3) + "|"]
+    cells: dict[tuple[str, str, float], list[dict[str, float]]] = {}
+    for one in found:
+        for row in one["rows"]:
+            cells.setdefault((one["about"]["size"], row["recipe"], row["rate"]), []).append(row)
+    for (size, recipe, rate), rows in sorted(
+        cells.items(), key=lambda cell: (cell[0][0] != "4m", cell[0][1], cell[0][2])
+    ):
+        rows.sort(key=lambda row: row["seed"])
+        means = [f"{np.mean([row[name] for row in rows]):.3f}" for name in COLUMNS.values()]
+        above = ", ".join(f"{row['packed'] - row['kept']:+.4f}" for row in rows)
+        lines.append(" | ".join((f"| {size}, {recipe}", f"{rate:g}", *means, f"{above} |")))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--table", type=Path, nargs="+")
+    parser.add_argument("--size", choices=SETTINGS, default="small")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--recipe", action="append", default=[])
     parser.add_argument("--rate", type=float, action="append", default=[])
     parser.add_argument("--seed", type=int, action="append", default=[])
     parser.add_argument("--way", action="append", choices=WAYS, default=[])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--float-steps", type=int, default=1200)
-    parser.add_argument("--factor", type=float, default=ADAPTER.factor)
+    parser.add_argument("--base", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.table:
+        print(table(given.table))
+        return
     torch.set_num_threads(1)
-    about = {"rank": RANK, "alpha": ALPHA, "steps": given.steps, "beside": ADAPTER.beside, "factor": given.factor}
-    report = Report(given.out, packages=("peft",), about={**about, "float steps": given.float_steps})
-    model, texts = base(given.float_steps), prose()
+    setting = SETTINGS[given.size]
+    about = {"size": given.size, "length": setting.length, "batch": setting.batch, "rank": RANK, "alpha": ALPHA}
+    about |= {"steps": given.steps, "beside": ADAPTER.beside, "float steps": given.float_steps}
+    report = Report(given.out, device=given.device, packages=("peft",), about=about)
+    model = base(setting, given.float_steps, given.device, given.base)
+    text, unseen = (one.to(given.device) for one in prose())
     for recipe in given.recipe or ["int4-g32"]:
         for rate in given.rate or [2e-4, 1e-3, 4e-3]:
             for seed in given.seed or [1, 2, 3]:
                 row: dict[str, Any] = {"recipe": recipe, "rate": rate, "seed": seed}
                 for way in given.way or WAYS:
-                    how = {"rate": rate, "steps": given.steps, "seed": seed, "factor": given.factor}
-                    row |= losses(model, way, recipe, texts, **how)
+                    how = {"rate": rate, "steps": given.steps, "seed": seed}
+                    row |= losses(model, way, recipe, (text, unseen), setting=setting, **how)
                 report.add(row)
     report.finish()
 

@@ -7,9 +7,10 @@ With `--keep`, each measurement lies in a file of FOLDER: the same command goes 
 
 Usage: python benchmarks/fit.py MODEL [--keep FOLDER] [--seeds N] [--drift-seeds N] [--windows N] [--length N] [--unseen N]
        [--recipe NAME ...] [--learn NAME ...] [--steps N] [--environments FOLDER] [--peer NAME ...] [--peer-seeds N]
-       [--method NAME ...] [--text FILE.npz] [--backend NAME] [--out FILE.json]
+       [--method NAME ...] [--text FILE.npz] [--backend NAME] [--device NAME] [--workers N] [--out FILE.json]
 
-`--text` has the bytes `text` and `unseen` of such files as arrays, where another Python runs than the one of the training.
+`--text` has the bytes `text` and `unseen` of such files as arrays, where another Python runs than the one of the training. With
+`--device`, the engine runs models there, and solves there; search takes processes of the CPU.
 """
 
 import argparse
@@ -68,9 +69,9 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace, place: Path) -> None:
         self.given, self.place, self.count = given, place, 0
-        self.engine = qkit.backend(given.backend)
+        self.engine = qkit.backend(given.backend).on(given.device) if given.device else qkit.backend(given.backend)
         self.teacher = qkit.load(given.model, backend=self.engine)
-        self.text, unseen = texts() if given.text is None else _loaded(given.text)
+        self.text, unseen = read_texts(given.text)
         self.rows = consecutive(unseen, length=given.length, windows=given.unseen)
         self.wanted = self.log_probabilities(self.teacher)
 
@@ -129,7 +130,8 @@ class Bench:
         self.count += 1
         out, begin = self.place / f"out-{self.count}", time.process_time()
         plan = make_plan(self.given.model, qkit.recipe(recipe), fit=how)
-        quantize_directory(plan, out, engine=qkit.backend("numpy"), workers=1, tick=lambda *_: None)
+        solver = self.engine if self.given.device and how and how.method == "solve" else qkit.backend("numpy")
+        quantize_directory(plan, out, engine=solver, workers=self.given.workers, tick=lambda *_: None)
         seconds = time.process_time() - begin
         return self.divergence(qkit.load(out, backend=self.engine)), seconds
 
@@ -170,12 +172,14 @@ def main() -> int:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--recipe", nargs="+", default=list(RECIPES))
     parser.add_argument("--backend", default="torchao")
+    parser.add_argument("--device", help="of the engine; left out: the CPU")
+    parser.add_argument("--workers", type=int, default=1, help="processes that search")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     training = given.model / "training.json"
     about: dict[str, Any] = {"training": json.loads(training.read_text(encoding="utf-8"))} if training.exists() else {}
-    report = Report(given.out, about=about)
+    report = Report(given.out, device=given.device or "cpu", about=about)
     with TemporaryDirectory() as place:
         bench = Bench(given, Path(place))
         for recipe in given.recipe:
@@ -229,8 +233,10 @@ def tried(bench: Bench, recipe: str) -> dict[str, list[Measure]]:
     return {name: measures for name, measures in found.items() if measures}
 
 
-def _loaded(file: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The text to train on, and the unseen one."""
+def read_texts(file: Path | None) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The text to train on, and the unseen one, of a file; without one, this Python's own."""
+    if file is None:
+        return texts()
     with np.load(file) as found:
         return found["text"].astype(np.int32), found["unseen"].astype(np.int32)
 

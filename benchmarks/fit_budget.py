@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--grids", nargs="+", default=["int2-g32", "int3-g32", "int4-g32"])
     parser.add_argument("--text", type=Path, help="as for fit.py")
     parser.add_argument("--backend", default="torchao")
+    parser.add_argument("--device", help="of the engine; left out: the CPU")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     report, ratios = Report(given.out), []

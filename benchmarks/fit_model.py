@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from recover import texts
 from small_llama import Run, train
 from torch import Tensor, nn
@@ -51,13 +50,6 @@ def make(folder: Path, *, size: str, steps: int, batch: int) -> None:
     (folder / "training.json").write_text(
         json.dumps({"size": size, "steps": steps, "batch": batch, "losses": losses}), encoding="utf-8"
     )
-
-
-def held_out(windows: int, length: int) -> NDArray[np.int32]:
-    """Windows [windows, length + 1] of the files that the model has not seen."""
-    from qkit.evaluation import consecutive
-
-    return consecutive(texts()[1], length=length, windows=windows)
 
 
 if __name__ == "__main__":

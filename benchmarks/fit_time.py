@@ -78,17 +78,19 @@ def peer(folder: Path) -> Callable[..., Any]:
     )
 
 
-def by_peer(quantize_weight: Callable[..., Any], weights: list[Tensor], moments: Tensor) -> list[Tensor]:
+def by_peer(
+    quantize_weight: Callable[..., Any], weights: list[Tensor], moments: Tensor, *, bits: int = 4
+) -> list[Tensor]:
     """Values of each weight by llm-compressor's GPTQ, with scales of their largest magnitudes."""
     from compressed_tensors.quantization import QuantizationArgs
 
     settings = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP, actorder="static"
+        num_bits=bits, type="int", symmetric=True, strategy="group", group_size=GROUP, actorder="static"
     )
     found = []
     for _, some in groupby(weights, key=len):
         stacked = torch.stack(list(some))  # it overwrites its arguments
-        scales = stacked.unflatten(-1, (-1, GROUP)).abs().amax(-1) / 7.5
+        scales = stacked.unflatten(-1, (-1, GROUP)).abs().amax(-1) / (2 ** (bits - 1) - 0.5)
         zeros = torch.zeros_like(scales, dtype=torch.int8)
         found += quantize_weight(stacked, moments.repeat(len(stacked), 1, 1), scales, zeros, None, settings)[0]
     return found

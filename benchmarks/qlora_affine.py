@@ -220,7 +220,8 @@ def main() -> None:
                 def fitted(model: Any, factor: Factor, own: Path = own, seed: int = seed, peak: float = peak) -> None:
                     fit(model, factor, text, own, seed=seed, steps=given.steps, peak=peak)
 
-                adapter = qkit.Adapter(rank=RANK, alpha=given.scale * RANK, match=MATCH, seed=seed, factor=given.factor)
+                choices = {"seed": seed, "factor": given.factor, "norms": "stored"}  # those of mlx-lm do not train
+                adapter = qkit.Adapter(rank=RANK, alpha=given.scale * RANK, match=MATCH, **choices)
                 mine, first = ours(artifact, own, loss, fitted, adapter, given.steps)
                 before, after = theirs(folder, first, loss, partial(fitted, factor=lambda step: 1.0), given.scale)
                 fused = {"mlx-lm before": before, "mlx-lm after": after}

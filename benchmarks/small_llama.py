@@ -28,7 +28,12 @@ class Size:
     heads: int
 
 
-SIZES = {"tiny": Size(64, 2, 128, 4), "4m": Size(256, 6, 576, 8), "30m": Size(512, 9, 1408, 8)}
+SIZES = {
+    "tiny": Size(64, 2, 128, 4),
+    "4m": Size(256, 6, 576, 8),
+    "30m": Size(512, 9, 1408, 8),
+    "100m": Size(1024, 10, 2048, 16),
+}
 
 
 class Attention(nn.Module):

@@ -3,7 +3,10 @@
 Strengths are `qkit smooth`'s; 0.5 is its default. "outliers" is a model of the same function with some inputs 32 times as large
 behind every norm, as trained models of billions of weights have them: W8A8 loses more there.
 
-Usage: python benchmarks/smooth.py MODEL [--recipe R] [--windows N] [--length N] [--calibration N] [--out FILE.json]
+Usage: python benchmarks/smooth.py MODEL [--recipe R] [--windows N] [--length N] [--calibration N] [--text FILE.npz]
+       [--device NAME] [--out FILE.json]
+
+`--text` is as for fit.py.
 """
 
 import argparse
@@ -14,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from fit_model import held_out
+from fit import read_texts
 from measure import Report
-from recover import texts
 from transformers import LlamaForCausalLM
 
 import qkit
@@ -48,8 +50,9 @@ def with_outliers(folder: Path, out: Path) -> Path:
 
 def log_probabilities(model: Any, rows: np.ndarray) -> torch.Tensor:
     """Of the next token at each place of each window, in fp64."""
+    tokens = torch.from_numpy(rows[:, :-1]).long().to(next(model.parameters()).device)
     with torch.no_grad():
-        return model(torch.from_numpy(rows[:, :-1]).long(), use_cache=False).logits.double().log_softmax(-1)
+        return model(tokens, use_cache=False).logits.double().log_softmax(-1)
 
 
 def main() -> None:
@@ -60,15 +63,16 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--calibration", type=int, default=64, help="windows of the training text")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     trained = json.loads((given.model / "training.json").read_text(encoding="utf-8"))
     about = {"recipe": given.recipe, **{name: trained[name] for name in ("size", "steps", "batch")}}
-    report, engine = Report(given.out, packages=("transformers", "qkit-quant"), about=about), qkit.backend("torchao")
-    rows, seen = (
-        held_out(given.windows, given.length),
-        consecutive(texts()[0], length=given.length - 1, windows=given.calibration),
-    )
+    report = Report(given.out, device=given.device, packages=("transformers", "qkit-quant"), about=about)
+    engine, (text, unseen) = qkit.backend("torchao").on(given.device), read_texts(given.text)
+    rows = consecutive(unseen, length=given.length, windows=given.windows)
+    seen = consecutive(text, length=given.length - 1, windows=given.calibration)
     with tempfile.TemporaryDirectory() as aside:
         place = Path(aside)
         wanted = log_probabilities(qkit.load(given.model, backend=engine), rows)

@@ -56,6 +56,14 @@ def put_lora(model: nn.Module) -> None:
                 setattr(parent, name, Lora(child))
 
 
+def put_peft(model: nn.Module) -> nn.Module:
+    """peft's LoRA with peft's defaults, on every linear layer but the head."""
+    import peft
+
+    projections = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=projections))
+
+
 def put_peer(model: nn.Module, peer: str) -> None:
     """torchao's own way: QAT with its defaults, or float8 training."""
     if peer == "float8":
@@ -90,6 +98,8 @@ def build(variant: Variant, size: dict[str, int], device: torch.device, ranks: i
     model = model.to(torch.float32 if ranks > 1 else torch.bfloat16)
     if variant.lora == "plain":
         put_lora(model)
+    if variant.lora == "peft":
+        model = put_peft(model)
     if variant.recipe:
         model = (
             qkit.convert(model, variant.recipe) if variant.lora == "converted" else qkit.prepare(model, variant.recipe)
@@ -213,7 +223,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--only", default="", help="rows whose name has this part")
+    parser.add_argument("--only", action="append", help="rows whose name has this part; may be repeated")
     parser.add_argument("--seconds", type=float, default=235, help="no row begins later")
     parser.add_argument("--out", type=Path)
     wishes = parser.parse_args()
@@ -231,12 +241,13 @@ def main() -> None:
     sizes = dict.fromkeys((False, True), TINY) if wishes.tiny else {False: REAL, True: WIDE}
     about = {"ranks": ranks, "size": sizes[False], "8 B shape": sizes[True]}
     report = Report(
-        wishes.out if rank == 0 else None, device=device.type, packages=["transformers", "triton"], about=about
+        wishes.out if rank == 0 else None, device=device.type, packages=["transformers", "peft", "triton"], about=about
     )
     if ranks > 1:
         report.command = report.command.replace("python", f"torchrun --nproc-per-node {ranks}", 1)
     for row in rows(ranks):
-        if wishes.only not in row.name or (row.variant.graph and device.type != "cuda"):
+        wanted = not wishes.only or any(part in row.name for part in wishes.only)
+        if not wanted or (row.variant.graph and device.type != "cuda"):
             continue
         late = torch.tensor(float(time.perf_counter() - began > wishes.seconds), device=device)
         if ranks > 1:

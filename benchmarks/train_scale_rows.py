@@ -18,7 +18,8 @@ class Variant:
         peer: torchao's way, or empty.
         optimizer: `torch` or `qkit`.
         compiled: nothing, `layers` or `model`.
-        lora: nothing, `plain`, `prepared` or `converted`: adapters on such a base.
+        lora: nothing; `plain`, factors in bfloat16 beside a layer; `peft`, its defaults, whose factors are float32; `prepared` or
+            `converted`: qkit's adapters on such a base, whose factors are float32.
         micro: micro-batches of a step.
         graph: whether a CUDA graph replays the step.
         chunks: whether logits are computed in chunks, as `qkit train` does.
@@ -64,7 +65,7 @@ def rows(ranks: int) -> list[Row]:
         ]
     saving = Variant(checkpoints=True)
     whole = Variant(compiled="model")
-    lora, codes = Variant(lora="plain"), Variant("int4-g32", lora="converted")
+    lora, codes, peft = Variant(lora="plain"), Variant("int4-g32", lora="converted"), Variant(lora="peft")
     saving_lora = replace(lora, checkpoints=True)
     chunked_lora = replace(saving_lora, chunks=True)
     wide = Variant(wide=True)
@@ -81,6 +82,8 @@ def rows(ranks: int) -> list[Row]:
         ),
         Row("int8 activations and int4", plain, Variant(INT8)),
         Row("int8 activations and int4, checkpointing", saving, replace(saving, recipe=INT8)),
+        Row("adapters on a prepared base, over peft", peft, Variant("int4-g32", lora="prepared")),
+        Row("adapters on a converted base, over peft", peft, codes),
         Row("adapters on a prepared base, over LoRA", lora, Variant("int4-g32", lora="prepared")),
         Row("adapters on a converted base, over LoRA in bf16", lora, codes),
         Row("adapters on a converted base, logits in chunks, over LoRA in bf16", lora, replace(codes, chunks=True)),

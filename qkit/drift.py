@@ -133,7 +133,7 @@ def _sums(
         (end, wanted), (own_end, found) = float_model.look(number, theirs, group), fitted.look(number, ours, group)
         x, shares = found[group[0]][0], _shares(end)
         weighted = (shares[:, None] * x).astype(np.float32)
-        moments = moments + weighted.T @ x
+        moments = moments + fitted.product(weighted, x)
         tokens, weight = tokens + len(x), weight + float(shares.sum())
         for path in group:
             d = wanted[path][1] - found[path][1]
@@ -141,7 +141,7 @@ def _sums(
                 d = d + (theirs - ours).reshape(d.shape)
             elif adding and path == adding[1]:
                 d = (end - own_end).reshape(d.shape)
-            corrections[path] = corrections[path] + d.T @ weighted
+            corrections[path] = corrections[path] + fitted.product(d, weighted)
     return moments / weight, {path: total / weight for path, total in corrections.items()}, tokens
 
 

@@ -71,8 +71,8 @@ def _pull(
     for states, gradient in zip(run.states(_before(number), 0), run.states(SLOPE, number + 1), strict=True):
         before, shown = blocks.pull(number, states, gradient, watched)
         put(before)
-        for path, g in (*shown.items(), (STATES, gradient.reshape(-1, gradient.shape[-1]))):
-            sums[path] = sums.get(path, np.zeros(())) + (g.T @ g)
+        for path, g in (*shown.items(), (STATES, np.array(gradient.reshape(-1, gradient.shape[-1])))):
+            sums[path] = sums.get(path, np.zeros(())) + blocks.product(g, g)
     for path, total in sums.items():
         if not np.isfinite(total).all():
             raise RangeError(

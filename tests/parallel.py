@@ -201,9 +201,20 @@ def refusals(rank, mesh):
     partitioned = Even()
     partitioned.first[0].weight = nn.Parameter(torch.empty(0))
     partitioned.first[0].weight.ds_id, partitioned.first[0].weight.ds_shape = 7, (128, 64)
+    tuned = [qkit.adapt(build(Even, GRID), qkit.Adapter(rank=2, alpha=2.0 + rank)) for _ in range(2)]
+    replicas = DistributedDataParallel(tuned[0])
+    copies = DistributedDataParallel(build(Even, GRID, ste=("masked", "identity")[rank]))
+    shards = shard(tuned[1])
+    factors = qkit.adapt(qkit.convert(Even(), recipe(GRID)), qkit.Adapter(rank=2))
+    factors.first[0].lora_A.ds_id = 7
     return {
         "split groups": refused(lambda: split(batch(0)[0])),
         "other recipes": refused(lambda: other(batch(0)[0])),
+        "other recipes of replicas": refused(lambda: copies(batch(0)[0])),
+        "other adapters of replicas": refused(lambda: replicas(batch(0)[0])),
+        "other adapters": refused(lambda: shards(batch(0)[0])),
+        "spread codes": refused(lambda: parallelize_module(qkit.convert(Even(), recipe(GRID)), mesh, PLAN)),
+        "partitioned factors": refused(lambda: factors(batch(0)[0])),
         "learned": refused(lambda: learned(batch(0)[0])),
         "rounded factors": refused(lambda: on_codes(batch(0)[0])),
         "partitioned": refused(lambda: zero(batch(0)[0])),

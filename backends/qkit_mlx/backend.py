@@ -23,7 +23,7 @@ from qkit.rules import Kind, Rule, Ste
 from qkit_mlx.arithmetic import rounding
 from qkit_mlx.kernels import choose
 from qkit_mlx.layers import adapted, converted, experts, fused, latent, learned, prepared, straight_through
-from qkit_mlx.models import groups, mapped, places, surgery
+from qkit_mlx.models import groups, mapped, norms, places, surgery
 from qkit_mlx.models.elsewhere import Elsewhere
 from qkit_mlx.models.mixtures import Mixtures
 from qkit_mlx.training import trainer
@@ -31,7 +31,7 @@ from qkit_mlx.training.adamw import AdamW
 from qkit_mlx.training.tuning import Tuning
 
 
-class MlxBackend(Elsewhere, Mixtures, Tuning):
+class MlxBackend(Elsewhere, Mixtures, norms.Norms, Tuning):
     """MLX: Apple silicon, and CPUs anywhere."""
 
     name = "mlx"

@@ -23,7 +23,7 @@ from qkit.rules import Kind, Rule, Ste
 from qkit_torchao.arithmetic import rounding
 from qkit_torchao.kernels import choose
 from qkit_torchao.layers import adapted, converted, fused, learned, learned_experts, straight_through
-from qkit_torchao.models import gather, names, surgery
+from qkit_torchao.models import gather, names, norms, surgery
 from qkit_torchao.models.elsewhere import Elsewhere
 from qkit_torchao.models.mixtures import Mixtures
 from qkit_torchao.training import trainer
@@ -31,7 +31,7 @@ from qkit_torchao.training.adamw import AdamW
 from qkit_torchao.training.tuning import Tuning
 
 
-class TorchaoBackend(Elsewhere, Mixtures, Tuning):
+class TorchaoBackend(Elsewhere, Mixtures, norms.Norms, Tuning):
     """torch on CPU or CUDA; converted layers hold torchao's tensors."""
 
     name = "torchao"

@@ -5,10 +5,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from qkit.errors import QkitError
+from qkit.grid import Grid
 from qkit.reference.merged import KINDS, Kind
 
 Scales = Literal["learned", "stored"]
 SCALES: tuple[Scales, ...] = ("learned", "stored")
+COARSE, WIDER = 2, 2  #: bits of integers, up to which products are wider than their rank; and how many times
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,12 @@ class Adapter:
             the rest trains on the grid.
         factor: for `qkit train` on packed codes: multiplies the learning rate of the steps on the grid.
         scales: of layers of codes: `learned` trains gains of scales and biases beside the factors, see `qkit.reference.gains`;
-            `stored` leaves scales to the file, or to the rule of the grid. None learns those of read grids, where it can.
+            `stored` leaves scales to the file, or to the rule of the grid. None learns those of read grids, and those of codes of
+            up to 3 bits, where it can.
+        norms: `learned` trains the float32 weights and biases of norms around adapted layers, too; `stored` leaves them alone.
+            None learns them beside layers of codes.
+        wider: of linear layers of codes: the product has `wider` times as many columns as `rank`. Merged they cost nothing.
+            None: 2 on integers of 2 bits, whose values are too coarse for the columns of `rank`; 1 on others.
     """
 
     rank: int = 8
@@ -36,6 +43,8 @@ class Adapter:
     beside: float = 0.25
     factor: float = 1.0
     scales: Scales | None = None
+    norms: Scales | None = None
+    wider: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,14 +61,22 @@ class Adapter:
             )
         if type(self.factor) not in (int, float) or not 0 < self.factor < float("inf"):
             raise QkitError(f"adapter factor is {self.factor!r}: give a positive number, such as 2")
-        if self.scales not in (None, *SCALES):
-            raise QkitError(f"adapter scales is {self.scales!r}: choose one of {', '.join(SCALES)}, or leave it out")
+        for name, choice in (("scales", self.scales), ("norms", self.norms)):
+            if choice not in (None, *SCALES):
+                raise QkitError(f"adapter {name} is {choice!r}: choose one of {', '.join(SCALES)}, or leave it out")
+        if self.wider is not None and (type(self.wider) is not int or self.wider < 1):
+            raise QkitError(f"adapter wider is {self.wider!r}: give a whole number from 1 on, or leave it out")
         if (
             type(self.match) is not tuple
             or not self.match
             or not all(isinstance(one, str) and one for one in self.match)
         ):
             raise QkitError(f"adapter match is {self.match!r}: give a tuple of patterns, such as ('*',)")
+
+    def columns(self, grid: Grid) -> int:
+        """The columns of the product on a linear layer of codes on `grid`, if its weight has as many rows and columns."""
+        coarse = grid.element.kind == "integer" and grid.element.bits <= COARSE
+        return self.rank * (self.wider or (WIDER if coarse else 1))
 
 
 def adapter_from_table(table: Mapping[str, Any]) -> Adapter:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qkit.adapters import expert_files, formats
+from qkit.adapters.norms import fill_norms, trained_norms
 from qkit.adapters.surgery import able, adapted, base_weights, obstacle, paths_of, put, why_no_gains
 from qkit.engines.abilities import require
 from qkit.engines.layer import Layer, want_whole
@@ -32,8 +33,8 @@ def save(
     """Writes the adapters of `model`, with a note of the base weights and grids that they were trained on.
 
     peft and mlx-lm add an adapter to the base's weights and do not round the sum. Their outputs are near to those of the
-    trained model, and not the same. They pass by the gains of scales, which are in a file of their own, so that outputs
-    differ more where scales were learned: merge such an adapter by qkit.
+    trained model, and not the same. They pass by the gains of scales and by norms, which are in files of their own, so that
+    outputs differ more where these were learned: merge such an adapter by qkit.
 
     Args:
         layout: `peft` or `mlx-lm`, whose names and files are used.
@@ -70,7 +71,7 @@ def save(
             for name, mine in expert_files.mlx_paths(layer, engine.config(model) or {}).items()
         }
         updates = {own.get(path, path): update for path, update in updates.items()}
-    formats.write(folder, updates, layout=layout, base=notes, name=base)
+    formats.write(folder, updates, layout=layout, base=notes, name=base, norms=trained_norms(engine, model))
     return folder
 
 
@@ -105,7 +106,9 @@ def load(model: Model, folder: str | Path, *, backend: str | Arrays | None = Non
         noted = found.base.get(path)
         _check_base(engine, layer, name, update, noted, folder)
         updates[path] = replace(update, dithered=layer.stage == "converted" and bool(noted and noted.get("dithered")))
-    return put(engine, model, updates)
+    model = put(engine, model, updates)
+    fill_norms(engine, model, found.norms, folder)
+    return model
 
 
 def _updates(engine: Adapts, layer: Layer) -> dict[str, Update]:

@@ -8,14 +8,14 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.adapters import expert_files
+from qkit.adapters import expert_files, extras
 from qkit.errors import ArtifactError, QkitError
 from qkit.intake import parse_json
 from qkit.reference.merged import Update
@@ -26,7 +26,6 @@ from qkit.storage.staging import write_files
 Layout = Literal["peft", "mlx-lm"]
 CONFIG = "adapter_config.json"
 WEIGHTS: dict[Layout, str] = {"peft": "adapter_model.safetensors", "mlx-lm": "adapters.safetensors"}
-GAINS = "qkit_gains.safetensors"  #: gains of scales by path, in a file of their own: mlx-lm refuses tensors that it does not know
 KEY = "qkit"  #: metadata key of the weights
 PREFIX = "base_model.model."  #: of peft's names
 
@@ -57,10 +56,17 @@ KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  #: initializations 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An adapter in a folder: updates by the path of their layer, and the note on the base model if qkit wrote the adapter."""
+    """An adapter in a folder.
+
+    Attributes:
+        updates: by the path of their layer.
+        base: the note on the base model, if qkit wrote the adapter.
+        norms: those that trained beside the factors, by the names of tensors.
+    """
 
     updates: dict[str, Update]
     base: dict[str, Any]
+    norms: dict[str, NDArray[np.float32]]
 
 
 def read(folder: Path) -> Found:
@@ -103,17 +109,25 @@ def read(folder: Path) -> Found:
         except QkitError as error:
             raise ArtifactError(f"{file}: {path}: {error}") from None
     noted = _noted(metadata, file)
-    return Found({path: _with_gains(folder, path, update, noted) for path, update in updates.items()}, noted)
+    updates = {path: extras.with_gains(folder, path, update, noted) for path, update in updates.items()}
+    return Found(updates, {key: one for key, one in noted.items() if key != extras.KEY}, extras.norms(folder, noted))
 
 
 def write(
-    folder: Path, updates: Mapping[str, Update], *, layout: Layout, base: Mapping[str, Any], name: str | None
+    folder: Path,
+    updates: Mapping[str, Update],
+    *,
+    layout: Layout,
+    base: Mapping[str, Any],
+    name: str | None,
+    norms: Mapping[str, NDArray[Any]],
 ) -> None:
     """Writes an adapter that peft or mlx-lm opens.
 
     Args:
         base: the note on the weights that it was trained on.
         name: the name of the base model, for readers that load it themselves.
+        norms: those that trained beside the factors.
 
     Raises:
         ArtifactError: the layout cannot hold such an adapter, or the folder holds anything that qkit did not write.
@@ -139,23 +153,8 @@ def write(
     from safetensors.numpy import save
 
     config = (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
-    weights = save(tensors, metadata={KEY: json.dumps(base, sort_keys=True)})
-    gains = {path: update.gains for path, update in updates.items() if update.gains is not None}
-    write_files(folder, {CONFIG: config, WEIGHTS[layout]: weights, **({GAINS: save(gains)} if gains else {})})
-
-
-def _with_gains(folder: Path, path: str, update: Update, noted: Mapping[str, Any]) -> Update:
-    """`update` with its gains, if the note says that it has some."""
-    if not noted.get(path, {}).get("gains"):
-        return update
-    file = folder / GAINS
-    stored = read_file(inside(folder, GAINS))[0] if file.exists() else {}
-    if path not in stored:
-        raise ArtifactError(f"{file} lacks the gains of {path}, which it was trained with: fetch it again")
-    try:
-        return replace(update, gains=stored[path].mapped().astype(np.float32))
-    except QkitError as error:
-        raise ArtifactError(f"{file}: {path}: {error}") from None
+    weights = save(tensors, metadata={KEY: json.dumps({**base, **extras.noted(norms)}, sort_keys=True)})
+    write_files(folder, {CONFIG: config, WEIGHTS[layout]: weights, **extras.files(updates, norms)})
 
 
 def _named(name: str, layout: Layout, file: Path) -> tuple[str, str, bool]:

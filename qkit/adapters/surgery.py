@@ -10,6 +10,7 @@ import numpy as np
 
 from qkit import fused
 from qkit.adapters.adapter import Adapter
+from qkit.adapters.norms import train_norms
 from qkit.engines.abilities import require
 from qkit.engines.elsewhere import Restores
 from qkit.engines.layer import FIT, Layer, want_bare, want_known, want_whole
@@ -20,9 +21,11 @@ from qkit.pipeline import Model, fuse, surgeon, want_mergeable
 from qkit.reference.gains import gains_shape, takes_gains
 from qkit.reference.merged import Floats, Update, dithered, row_norms
 
+FEW = 3  #: bits of codes, up to which a row has too few values for what an adapter learns, so that its scales train too
+
 
 def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None) -> Model:
-    """`model` with an adapter on every prepared or converted linear layer that matches. Nothing else in it trains from then on.
+    """`model` with an adapter on every prepared or converted linear layer that matches. Else only norms train from then on.
 
     Of a mixture every expert gets factors of its own, for each of its projections.
 
@@ -30,6 +33,9 @@ def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None
     weight, and gradients pass straight through the grid to the adapter. The merged model therefore has the codes and the loss
     of the last step. Every engine computes the merged weight in float32, in the same bits (`qkit.reference.merged`). Where the
     base is in 16 bits, the merged weight is rounded to them first, as in files.
+
+    The norms around converted layers train, too, unless `adapter.norms` says otherwise: they are float in every file, so that the
+    merge leaves them as they are.
 
     A converted layer keeps its packed codes, and each forward decodes them. Each forward also puts the merged weight on the
     grid, so that the trained and the stored weights are on the same grid.
@@ -49,7 +55,9 @@ def adapt(model: Model, adapter: Adapter, *, backend: str | Arrays | None = None
     want_bare(layers, "adapt")
     chosen = _chosen(layers, adapter)
     _want_together(layers, {layer.path for layer in chosen})
-    return put(engine, model, {path: one for layer in chosen for path, one in _first(engine, layer, adapter).items()})
+    model = put(engine, model, {path: one for layer in chosen for path, one in _first(engine, layer, adapter).items()})
+    train_norms(engine, model, adapter)
+    return model
 
 
 def merge(model: Model, *, backend: str | Arrays | None = None) -> Model:
@@ -223,10 +231,10 @@ def why_no_gains(layer: Layer) -> str:
 
 
 def _learns_scales(adapter: Adapter, layer: Layer) -> bool:
-    """Whether the scales of `layer` train: those of a file, unless `adapter` says otherwise."""
+    """Whether the scales of `layer` train: those of a file, and of few bits, unless `adapter` says otherwise."""
     grid = layer.rule.weight if layer.rule else None
-    read = grid is not None and grid.read
-    return (adapter.scales == "learned" or (adapter.scales is None and read)) and not why_no_gains(layer)
+    default = grid is not None and (grid.read or grid.element.bits <= FEW)
+    return (adapter.scales == "learned" or (adapter.scales is None and default)) and not why_no_gains(layer)
 
 
 def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
@@ -248,6 +256,12 @@ def _chosen(layers: list[Layer], adapter: Adapter) -> list[Layer]:
     return chosen
 
 
+def _columns(adapter: Adapter, layer: Layer) -> int:
+    grid = layer.rule.weight if layer.rule else None
+    packed = layer.stage == "converted" and layer.kind == "linear"
+    return adapter.columns(grid) if packed and grid is not None else adapter.rank
+
+
 def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]:
     """A uniform by Kaiming with a slope of sqrt(5), as peft draws it: up to 1 / sqrt(inputs) in magnitude. B zero."""
     first = {}
@@ -256,8 +270,9 @@ def _first(engine: Modules, layer: Layer, adapter: Adapter) -> dict[str, Update]
         if adapter.rank > min(outputs, inputs):
             raise QkitError(f"{path}: rank {adapter.rank} is more than its weight of {outputs} x {inputs} has")
         random = np.random.default_rng([adapter.seed, crc32(path.encode())])  # whatever order an engine has layers in
-        a = random.uniform(-(inputs**-0.5), inputs**-0.5, (*experts, adapter.rank, inputs)).astype(np.float32)
-        b = np.zeros((*experts, outputs, adapter.rank), np.float32)
+        columns = min(_columns(adapter, layer), outputs, inputs)
+        a = random.uniform(-(inputs**-0.5), inputs**-0.5, (*experts, columns, inputs)).astype(np.float32)
+        b = np.zeros((*experts, outputs, columns), np.float32)
         magnitude = gains = None
         if _learns_scales(adapter, layer):
             assert layer.rule is not None

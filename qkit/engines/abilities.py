@@ -7,6 +7,7 @@ from typing import TypeGuard, TypeVar
 from qkit.engines.blocks import Learns, Scores, Watches
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.mixtures import Mixes, TrainsExperts
+from qkit.engines.norms import TrainsNorms
 from qkit.engines.protocol import Adapts, Arrays, Builds, Deploys, Fuses, Modules, Trains
 from qkit.engines.solving import Solves
 from qkit.engines.translation import Translates
@@ -23,6 +24,7 @@ ACTIONS: dict[type, str] = {
     TrainsExperts: "train adapters or learned scales of experts",
     Fuses: "train layers that share a tensor scale",
     Adapts: "train adapters",
+    TrainsNorms: "train norms beside adapters",
     Builds: "build and run language models",
     Trains: "train",
     Translates: "read files under other names than the model's",

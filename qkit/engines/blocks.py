@@ -107,6 +107,10 @@ class Blocks(Protocol):
         """
         ...
 
+    def product(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+        """X' Y [n, m] of x [tokens, n] and y [tokens, m], in float32, where blocks run."""
+        ...
+
     def put(self, path: str, values: NDArray[np.float32]) -> None:
         """Gives the weight of a linear layer other values, rounded to its type."""
         ...

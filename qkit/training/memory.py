@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
+from qkit.adapters.adapter import Adapter
 from qkit.engines.layer import is_head_path
 from qkit.engines.trainer import LOGITS as AT_A_TIME
 from qkit.errors import RunError
-from qkit.streaming.plan import Plan
+from qkit.streaming.plan import Plan, Row
 
 SIZES: Final = {"float32": 4, "bfloat16": 2}
 #: Numbers that an optimizer stores for each that it trains, in the type of the weights.
@@ -94,9 +95,9 @@ def training_memory(
     numbers = sum(prod(row.stored.slot.shape) for row in stored)
     quantized = sum(prod(row.stored.slot.shape) for row in stored if row.rule)
     packed = sum(slot.nbytes for row in stored if row.rule for slot in row.slots)
-    trained = sum(rank * sum(row.shape[-2:]) for row in stored if row.rule and row.kind == "linear")
     forward = activations(plan, config, batch=batch, length=length, size=size, engine=engine, recompute=recompute)
     linear = [row for row in stored if row.rule and row.kind == "linear"]
+    trained = [sum(_factors(row, rank, packed=packs) for row in linear) for packs in (False, True)]
     largest, head = (
         max((prod(row.shape[-2:]) for row in linear if is_head_path(row.path) == on_head), default=0)
         for on_head in (False, True)
@@ -105,18 +106,26 @@ def training_memory(
     at_once = [4 * in_float + size * in_own for in_float, in_own in each]
     copies = [count * quantized * size for count in COPIES[engine]]
     peaks = [forward.with_values(once * largest, once * head) for once in at_once]
-    small = (trained * size, states * trained * size)
-    rest = (numbers - quantized + trained) * size
+    rest = (numbers - quantized) * size
     _, full = forward.with_values(0, 0)
     return [
         Memory("full", numbers * size, numbers * size, states * numbers * size, quantized * size, full),
         *(
-            Memory(f"adapter on {base}", held + rest, *small, cached + values, needed)
-            for base, held, cached, (values, needed) in zip(
-                BASES, (quantized * size, packed), copies, peaks, strict=True
+            Memory(
+                f"adapter on {base}", held + rest + own * size, own * size, states * own * size, cached + values, needed
+            )
+            for base, held, own, cached, (values, needed) in zip(
+                BASES, (quantized * size, packed), trained, copies, peaks, strict=True
             )
         ),
     ]
+
+
+def _factors(row: Row, rank: int, *, packed: bool) -> int:
+    """How many numbers the factors of an adapter on a linear layer have."""
+    grid = row.rule.weight if row.rule else None
+    columns = Adapter(rank=rank).columns(grid) if packed and grid else rank
+    return columns * sum(row.shape[-2:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,9 @@ def evaluations(out):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("more", [{}, {"recipe": None, "adapter": {"rank": 4}}], ids=["full", "adapter"])
+@pytest.mark.parametrize(
+    "more", [{}, {"recipe": None, "adapter": {"rank": 4, "norms": "stored"}}], ids=["full", "adapter"]
+)
 def test_the_artifact_has_the_weights_of_the_best_evaluation(tmp_path, name, more):
     path = folder(tmp_path, name)
     if more:

@@ -74,8 +74,8 @@ def planned(folder, recipe, *more):
 @pytest.mark.parametrize("recipe", ["int4-g32"])
 @pytest.mark.parametrize(
     ("name", "way"),
-    [  # two of MLX's take half a minute each
-        pytest.param(name, way, marks=[pytest.mark.size] if name == "mlx" and way != "packed" else [])
+    [  # MLX's take half a minute each
+        pytest.param(name, way, marks=[pytest.mark.size] if name == "mlx" else [])
         for name in ENGINES
         for way in ("full", "adapter", "packed")
     ],
@@ -116,6 +116,9 @@ def test_the_parts_are_those_of_the_choices(tmp_path):
     prepared, packed = plain[WAYS["adapter"]], plain[WAYS["packed"]]
     assert packed["weights"] < prepared["weights"]
     assert prepared["gradients"] == packed["gradients"] < full["gradients"] / 10
+    few = planned(tmp_path / "model", "int2-g32")  # whose products on codes are twice as wide
+    assert few[WAYS["packed"]]["gradients"] == 2 * few[WAYS["adapter"]]["gradients"] == 2 * packed["gradients"]
+    assert few[WAYS["packed"]]["weights"] < packed["weights"]
 
 
 def test_people_see_a_table(tmp_path):

@@ -68,10 +68,14 @@ def test_a_base_of_codes_stays_packed_and_only_the_adapter_trains(tmp_path, name
     assert outcome.forward_difference == 0.0
     state = load_file(last(path / "out"))
     assert not any(key.endswith("up_proj.weight") for key in state)
-    assert all("lora" in key for key in state if key.startswith("first_moment"))
+    assert all("lora" in key or key.endswith("norm.weight") for key in state if key.startswith("first_moment"))
     before = load_file(base / "model.safetensors")
-    for key in ("model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"):
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
         assert np.array_equal(state[f"weights.{key}"], before[key])
+    assert (state["weights.model.norm.weight"] != before["model.norm.weight"]).any()
+    assert np.array_equal(
+        load_file(path / "out/model.safetensors")["model.norm.weight"], state["weights.model.norm.weight"]
+    )
     opened, engine = qkit.load(base, backend=name), qkit.backend(name)
     layers = {layer.path: layer.module for layer in engine.layers(opened)}
     values = lambda layer: arithmetic.dithered(engine.unpack(layers[layer]).map(engine.to_numpy))  # noqa: E731
@@ -80,14 +84,16 @@ def test_a_base_of_codes_stays_packed_and_only_the_adapter_trains(tmp_path, name
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_the_adapter_beside_the_artifact_is_opened_on_its_base(tmp_path, name):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_adapter_beside_the_artifact_is_opened_on_its_base(tmp_path, name, packed):
     path = folder(tmp_path)
-    train(path, backend=name)
+    base = quantized(path, name, "int3-g32") if packed else path / "model"
+    train(path, backend=name, model=str(base), recipe=None if packed else "int4-g32")
     kept = run_folder_of(path / "out") / "adapter"
-    assert json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"] == str(path / "model")
-    model = qkit.prepare(qkit.load(path / "model", backend=name), "int4-g32")
-    model = qkit.convert(qkit.merge(adapters.load(model, kept)))
-    qkit.save(model, path / "again", source=path / "model")
+    assert json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    model = qkit.load(base, backend=name)
+    model = qkit.merge(adapters.load(model if packed else qkit.prepare(model, "int4-g32"), kept))
+    qkit.save(model if packed else qkit.convert(model), path / "again", source=base)
     assert (path / "again/model.safetensors").read_bytes() == (path / "out/model.safetensors").read_bytes()
 
 

@@ -17,7 +17,7 @@ from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit_mlx.layers import straight_through
 from qkit_mlx.models import expert_inputs, mapped, surgery
-from qkit_mlx.models.sums import Sums
+from qkit_mlx.models.sums import Sums, product
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 LAYERS = "layers"  #: mlx-lm's name for the blocks, of the model and inside it
@@ -49,6 +49,8 @@ class Watching:
 
 class MlxBlocks:
     """See `qkit.engines.blocks.Blocks`. Everything that blocks take besides states is recorded once, from two rows of tokens."""
+
+    product = staticmethod(product)
 
     def __init__(self, model: nn.Module, *, length: int, round_to: Callable[[mx.array, Grid], mx.array]) -> None:
         path, self._blocks = _list_of_blocks(model)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from qkit.engines.blocks import Seen
 from qkit.grid import Grid
@@ -51,3 +52,8 @@ class Sums:
             moments = None if total is None else np.array(total / max(self._tokens[path], 1))
             found[path] = Seen(like, moments, self._tokens[path])
         return found
+
+
+def product(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+    """See `qkit.engines.blocks.Blocks.product`."""
+    return np.array(mx.array(x).T @ mx.array(y))

@@ -1,6 +1,7 @@
 """Cached codes of weights, recomputed when the weights change, those of many in one launch. No arithmetic."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,8 +11,9 @@ from qkit.engines.kept import Store
 from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit_torchao.cache import identity
+from qkit_torchao.cache.ahead import Ahead
 from qkit_torchao.cache.identity import KeptOfTensor
-from qkit_torchao.kernels import choose
+from qkit_torchao.kernels import choose, later
 
 T = TypeVar("T")
 Codes = tuple[QTensor[Tensor], Tensor]  #: codes, and the float32 steps of their groups
@@ -22,19 +24,34 @@ class Coded(KeptOfTensor[Codes]):
 
     Attributes:
         used: whether the codes were used since they were computed. Unused ones are not recomputed with others.
+        ahead: the prepared launch that will compute them, if any.
         operand: views of the codes and their steps as a product takes them, and the codes that they are of.
     """
 
-    __slots__ = ("operand", "used")
+    __slots__ = ("__weakref__", "ahead", "operand", "used")
 
     def __init__(self, owner: Tensor, store: Any) -> None:
         super().__init__(owner, store)
         self.used = False
         self.operand: tuple[Any, Any] = (None, None)
+        self.ahead: Ahead[Coded] | None = None
+
+    def places(self) -> tuple[Any, ...]:
+        """Where a launch finds the weight, its codes, their scales and their steps."""
+        if self.seen is None or self.value is None:
+            return ()
+        q, steps = self.value
+        return self.seen.data_ptr(), q.codes.data_ptr(), q.scales.data_ptr(), steps.data_ptr()
 
 
 def operand_of(weight: Tensor, grid: Grid, view: Callable[[QTensor[Tensor], Tensor], T]) -> T:
     """`view(*of(weight, grid))`, which refers to the memory of the codes and of their steps, and is made once for it."""
+    kept = _codes.of(weight)
+    if kept is not None and kept.value is not None and kept.value[0].grid is grid:
+        made, like = kept.operand
+        if like is kept.value and kept.current(identity.state(weight)) is like:
+            kept.used = True
+            return made  # type: ignore[no-any-return]
     value = of(weight, grid)
     kept = _codes.of(weight)
     assert kept is not None
@@ -81,9 +98,12 @@ _codes: Store[Coded] = Store()
 def _recompute(kept: Coded, weight: Tensor, grid: Grid, stamp: tuple[Any, ...]) -> Codes:
     """The codes of `weight`, whose cache is `kept`, computed with those of others that are stale and can share its launch."""
     with torch.inference_mode(False), torch.no_grad():
+        if kept.ahead is not None and not stamp[-1]:
+            for one, now in kept.ahead.launch():
+                one.stamp, one.used = now, False
         if kept.value is None:
             _put(kept, weight, fresh(weight, grid), stamp)
-        else:
+        elif kept.stamp != stamp:
             stale = [(kept, weight, stamp), *_stale_beside(kept, weight)]
             choose.quantize_into([one.detach() for _, one, _ in stale], [_value(one) for one, _, _ in stale])
             for one, its, now in stale:
@@ -106,8 +126,35 @@ def _stale_beside(kept: Coded, weight: Tensor) -> list[tuple[Coded, Tensor, tupl
     return found
 
 
+def _prepare(_: Any) -> None:
+    """Prepares the launches for all codes that an optimizer's step has made stale, see `ahead`."""
+    groups: dict[Any, list[tuple[Coded, Any]]] = {}
+    for kept in list(_codes.values()):
+        weight = kept()
+        if weight is None or not weight.is_cuda or not kept.used or kept.captured or not kept.stamp or not kept.value:
+            continue
+        q, now, seen = kept.value[0], identity.state(weight), kept.seen
+        lies = seen is not None and seen.data_ptr() == weight.data_ptr() and _fits(q, weight, q.grid)
+        if lies and kept.stamp != now and not now[-1]:
+            groups.setdefault((q.grid, weight.dtype, weight.device, weight.shape[-1]), []).append((kept, now))
+    for some in groups.values():
+        launch = later.codes([_seen(one) for one, _ in some], [_value(one) for one, _ in some])
+        if launch:
+            Ahead(some, partial(_run, launch))
+
+
+def _run(launch: Callable[[Tensor, Tensor], None], first: Coded) -> None:
+    launch(_seen(first), _value(first)[0].codes)
+
+
+def _seen(kept: Coded) -> Tensor:
+    assert kept.seen is not None
+    return kept.seen
+
+
 def _put(kept: Coded, weight: Tensor, value: Codes, stamp: tuple[Any, ...]) -> None:
     kept.seen, kept.captured, kept.used = weight.detach(), kept.captured or bool(stamp[-1]), False
+    kept.ahead = None
     kept.put(value, stamp)
 
 
@@ -122,3 +169,6 @@ def _fits(q: QTensor[Tensor], weight: Tensor, grid: Grid) -> bool:
         weight.device,
         dtype_of(weight),
     )
+
+
+identity.after_step.append(_prepare)

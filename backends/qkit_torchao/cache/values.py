@@ -1,6 +1,6 @@
 """Cached values of weights, recomputed when the weights change. No arithmetic."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -11,9 +11,10 @@ from torch import Tensor
 from qkit.engines.kept import Store
 from qkit.grid import Grid
 from qkit_torchao.cache import codes, identity
+from qkit_torchao.cache.ahead import Ahead
 from qkit_torchao.cache.kept_values import Partners, Values
-from qkit_torchao.kernels import choose, graphs
-from qkit_torchao.torch_private import mark_static_address, version
+from qkit_torchao.kernels import choose, graphs, later
+from qkit_torchao.torch_private import mark_static_address, version, without_subclasses
 
 
 def of(
@@ -168,6 +169,14 @@ def _move(kept: Values, into: Tensor) -> None:
 
 def _recompute(kept: Values, stamp: tuple[Any, ...]) -> None:
     """Computes the values of `kept`, and of the others that are stale and can share its launch."""
+    if kept.ahead is not None and not stamp[-1]:
+        with torch.inference_mode(False), torch.no_grad():
+            computed = kept.ahead.launch()
+        for one, its in computed:
+            one.stamp, one.used = its, False
+        if kept.stamp == stamp:
+            torch.autograd.graph.increment_version([one.value for one, _ in computed if one.value is not None])
+            return
     stale = {id(kept): (kept, stamp)}
     for other in list(_values.values()):
         weight = other()
@@ -182,7 +191,40 @@ def _recompute(kept: Values, stamp: tuple[Any, ...]) -> None:
         if weight is not None and before[2:3] == now[2:3] and before[:4] != now[:4]:  # one version, other memory
             identity.refuse_older([weight])
             now = one.now(weight)
-        one.stamp, one.used, one.captured = now, False, one.captured or bool(now[-1])
+        one.stamp, one.used, one.captured, one.ahead = now, False, one.captured or bool(now[-1]), None
+
+
+def _prepare(_: Any) -> None:
+    """Prepares the launches for all values that an optimizer's step has made stale, see `ahead`."""
+    groups: dict[Any, list[tuple[Values, Any]]] = {}
+    with without_subclasses():
+        for kept in list(_values.values()):
+            weight = kept()
+            if weight is not None and weight.is_cuda and (stamp := _stale(kept, weight)):
+                rows = weight.shape[-1] if kept.grid.group == "row" else 0  # type: ignore[union-attr]
+                alike = kept.grid, kept.dtype, weight.dtype, weight.device, rows
+                groups.setdefault(alike, []).append((kept, stamp))
+    for (grid, *_), some in groups.items():
+        parts: Any = zip(*((one.seen, one.value, one.gate) for one, _ in some), strict=True)
+        weights, targets, gates = map(list, parts)
+        if launch := later.values(weights, targets, gates, grid):
+            Ahead(some, partial(_run, launch))
+
+
+def _stale(kept: Values, weight: Tensor) -> Any:
+    """The stamp of now, if values that were used are stale and can be computed where they lie; else None."""
+    if not kept.used or kept.frozen or kept.captured or kept.partners or kept.seen is None or not kept.stamp:
+        return None
+    now, before = kept.now(weight), kept.stamp
+    if now == before or now[-1] or now[:2] != before[:2] or not _same_memory(kept.seen, weight):
+        return None
+    return now if _fits(kept.value, weight) else None
+
+
+def _run(launch: Callable[[Tensor, Tensor], None], first: Values) -> None:
+    assert first.seen is not None
+    assert first.value is not None
+    launch(first.seen, first.value)
 
 
 def _compute(stale: list[Values]) -> None:
@@ -233,4 +275,4 @@ def _take_written(optimizer: Any) -> None:
             kept.stamp = kept.now(weight)
 
 
-identity.after_step.append(_take_written)
+identity.after_step += [_take_written, _prepare]

@@ -21,7 +21,6 @@ from qkit_torchao.arithmetic import rounding, words
 from qkit_torchao.arithmetic.packing import Laid, Layout
 from qkit_torchao.arithmetic.scale_rules import amax, poison
 from qkit_torchao.kernels import cpu, cpu_words
-from qkit_torchao.kernels.tables import Target
 
 COMPILERS = ("gcc", "clang")  #: that Triton looks for, besides the one that CC names
 CAPABILITY = (8, 0)  #: the least of GPUs whose kernels read and write bfloat16
@@ -69,6 +68,15 @@ def quantize(
     if steps is not None:
         steps.copy_(rounding.scale_values(q) + poison(amax(rounding.group(w, grid))))
     return q
+
+
+def row_codes(x: Tensor, grid: Grid, *, values: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """See `cuda.row_codes`; None where no kernel on a GPU takes `x`, or `values`, which are shaped like it."""
+    kernels = on_gpu(x) if grid.group == "row" else None
+    if kernels is None or not kernels.quantizes_together(x, grid):
+        return None
+    found: tuple[Tensor, Tensor] = kernels.row_codes(x, grid, values=values)
+    return found
 
 
 def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]]) -> None:
@@ -262,25 +270,9 @@ def compute_values(
         torch.autograd.graph.increment_version(parts[1])  # a backward that waits for the values before is told
 
 
-def step_adamw(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    states: list[dict[str, Tensor]],
-    targets: list[Target | None],
-    **hyper: Any,
-) -> None:
-    """See `cuda_adamw.step`; on CUDA with Triton."""
-    from qkit_torchao.kernels import cuda_adamw
-
-    cuda_adamw.step(weights, gradients, states, targets, **hyper)
-
-
-def adamw_target(weight: Tensor, values: Tensor, grid: Grid, gate: Tensor) -> Target | None:
-    """A target for `step_adamw`: `values` of `weight`, if a step can write them; on CUDA with Triton."""
-    from qkit_torchao.kernels import cuda_adamw
-
-    target = Target(values, grid, gate)
-    return target if cuda_adamw.writes(weight, target) else None
+def on_gpu(w: Tensor) -> ModuleType | None:
+    """The module of kernels for tensors on the GPU of `w`; None where there is none."""
+    return _kernels(w) if w.is_cuda else None
 
 
 def _kernels(w: Tensor) -> ModuleType | None:

@@ -1,5 +1,6 @@
 """Launches of the Triton kernels: the tensors they take, their tiles, many weights at once. Imported on CUDA machines only."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from qkit_torchao.kernels.peaks import peak_numbers
 from qkit_torchao.kernels.plans import ALIGNED, TAKES, constants, count_of, looks_first, plan_of, tiles
 from qkit_torchao.kernels.tables import offsets, programs
 
+Launch = Callable[..., None]
 PEAK = 8192  #: elements of a tile of the program that finds the largest magnitude
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -52,9 +54,22 @@ def quantize(
     return QTensor(**parts, grid=grid, dtype=dtype_of(w))
 
 
+def row_codes(x: Tensor, grid: Grid, *, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `quantize`, codes and float32 steps alone: x [..., inputs] that `quantizes_together` accepts, on a grid by rows.
+
+    Returns:
+        codes [rows, inputs]: int8, or bytes of floats; and steps [rows, 1].
+    """
+    plan = plan_of(x.shape, x.dtype, grid)
+    codes = x.new_empty((plan.count, x.shape[-1]), dtype=torch.int8 if plan.integer else torch.uint8)
+    steps = x.new_empty((plan.count, 1), dtype=torch.float32)
+    _one(x, grid, values=values, codes=codes, steps=steps, layout="bytes")
+    return codes, steps
+
+
 def quantizes_together(w: Tensor, grid: Grid) -> bool:
     """Whether `quantize_into` takes `w` on `grid`, as `takes`: without zero points, and without a scale of the tensor."""
-    return grid.symmetric and not looks_first(grid) and takes(w, grid)
+    return takes(w, grid) and grid.symmetric and not looks_first(grid)
 
 
 def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]], grid: Grid) -> None:
@@ -64,6 +79,11 @@ def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Te
         weights: tensors that `quantizes_together` accepts, of one type, and of one length of rows if groups are rows.
         targets: of the shapes of `weights`.
     """
+    codes_launch(weights, targets, grid)(weights[0], targets[0][0].codes)
+
+
+def codes_launch(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Tensor]], grid: Grid) -> Launch:
+    """The launch of `quantize_into`, which takes the first weight and the codes of the first target later."""
     codes = [q.codes for q, _ in targets]
     counts = tuple(count_of(w, grid) for w in weights)
     small = [(q.scales.data_ptr(), steps.data_ptr()) for q, steps in targets]
@@ -71,10 +91,11 @@ def quantize_into(weights: list[Tensor], targets: list[tuple[QTensor[Tensor], Te
     rows = tuple((source, target, *addresses, count) for source, target, addresses, count in places)
     geometry = tiles(weights[0], grid)
     blocks, full = programs(rows, counts, (1, 1, 0, 0, 0), geometry, weights[0].device)
-    with device_of(weights[0]):
-        triton_passes.codes_of_many[(len(blocks),)](
-            weights[0], codes[0], blocks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
-        )
+
+    def launch(weight: Tensor, target: Tensor) -> None:
+        _many(_codes_kernel, weight, target, (blocks,), grid, geometry, full)
+
+    return launch
 
 
 def laid_out(w: Tensor, grid: Grid, layout: Layout, *, broken: Tensor, number: int) -> Laid:
@@ -136,19 +157,54 @@ def compute_values(
     """
     looked_at, numbers = peak_numbers(weights, partners)
     peaks = torch.zeros(len(looked_at), dtype=torch.int32, device=weights[0].device) if looks_first(grid) else None
+    launch = _values_launch(weights, targets, gates, grid, numbers)
+    if peaks is not None:
+        nothing = [0] * len(looked_at)
+        seen = tuple(zip(offsets(looked_at), nothing, nothing, numbers, strict=True))
+        _find_peaks(weights[0], seen, tuple(count_of(w, grid) for w in looked_at), peaks)
+    launch(weights[0], targets[0], peaks)
+
+
+def values_launch(weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid) -> Launch | None:
+    """The launch of `compute_values` for weights without partners, which takes the first weight and the first target later.
+
+    None, where it would be two launches.
+    """
+    return None if looks_first(grid) else _values_launch(weights, targets, gates, grid, [0] * len(weights))
+
+
+def _values_launch(
+    weights: list[Tensor], targets: list[Tensor], gates: list[Tensor], grid: Grid, numbers: list[int]
+) -> Launch:
     columns = offsets(weights), offsets(targets), [gate.data_ptr() for gate in gates], numbers[: len(weights)]
     rows = tuple(zip(*columns, strict=True))
     geometry = tiles(weights[0], grid)
     counts = tuple(count_of(w, grid) for w in weights)
     blocks, full = programs(rows, counts, (1, 1, 0, 0), geometry, weights[0].device)
-    if peaks is not None:
-        nothing = [0] * len(looked_at)
-        seen = tuple(zip(offsets(looked_at), nothing, nothing, numbers, strict=True))
-        _find_peaks(weights[0], seen, tuple(count_of(w, grid) for w in looked_at), peaks)
-    with device_of(weights[0]):
-        triton_passes.values_of_many[(len(blocks),)](
-            weights[0], targets[0], blocks, peaks, GRID=constants(grid), FULL=full, INTERPRETED=INTERPRETED, **geometry
-        )
+
+    def launch(weight: Tensor, target: Tensor, peaks: Tensor | None = None) -> None:
+        _many(_values_kernel, weight, target, (blocks, peaks), grid, geometry, full)
+
+    return launch
+
+
+def _many(
+    kernel: Kernel,
+    weight: Tensor,
+    target: Tensor,
+    tables: tuple[Any, ...],
+    grid: Grid,
+    geometry: dict[str, int],
+    full: bool,
+) -> None:
+    """Launches a kernel over many weights, of which these are the first, by a table with a row for each program."""
+    groups, group, width, warps = geometry.values()
+    aligned = tuple([one.data_ptr() % ALIGNED == 0 for one in (weight, target)])
+    key = (grid, groups, group, width, full, weight.dtype, target.dtype, weight.device, aligned)
+    with device_of(weight):
+        kernel(
+            key, len(tables[0]), (weight, target, *tables, constants(grid), groups, group, width, full, INTERPRETED), warps=warps
+        )  # fmt: skip
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -210,3 +266,4 @@ def _find_peaks(first: Tensor, rows: tuple[tuple[int, ...], ...], counts: tuple[
 
 
 _one_kernel = Kernel(triton_passes.one)
+_values_kernel, _codes_kernel = Kernel(triton_passes.values_of_many), Kernel(triton_passes.codes_of_many)

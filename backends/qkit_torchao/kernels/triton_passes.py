@@ -208,7 +208,7 @@ def one(
                 tl.store(codes + start + begin + offsets, c, mask=inside)
     if factors is not None:
         tl.store(factors + groups, s, mask=groups < count)
-    if codes is not None:
+    if scales is not None:
         if GRID[0] == "nvfp4":
             stored = small_code(stored, stored, 3, -6, 8)
             if first == 0:

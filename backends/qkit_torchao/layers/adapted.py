@@ -26,6 +26,7 @@ from qkit_torchao.layers import (
     straight_through,
 )
 from qkit_torchao.layers.adapted_product import Merging, multiply
+from qkit_torchao.layers.agreement import want_one_recipe
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.converted import PackedLinear
 from qkit_torchao.layers.experts import Experts
@@ -46,6 +47,7 @@ class _Adapted(nn.Module):
     lora_magnitude: nn.Parameter | None
     lora_gains: nn.Parameter | None
     lora_scale: float
+    asked: bool = False
 
     def own_weight(self) -> Tensor:
         """The merged weight, for layers that share its tensor scale."""
@@ -67,14 +69,19 @@ class _Adapted(nn.Module):
 
     def merge_into(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """The merged weight of base `w` [outputs, inputs], in `dtype`."""
-        sharded.want_own_types(self, *NAMES.values())
+        self._ask()
         return merge_layer(w, self.lora_B, self.lora_A, self.lora_magnitude, self.lora_scale, dtype)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """B, A and the magnitudes, which only DoRA has."""
-        sharded.want_own_types(self, *NAMES.values())
+        self._ask()
         return self.lora_B, self.lora_A, self.lora_magnitude
+
+    def _ask(self) -> None:
+        if not self.asked:
+            want_one_recipe(self)
+        sharded.want_own_types(self, *NAMES.values())
 
 
 class AdaptedLinear(_Adapted, FakeLinear):
@@ -103,8 +110,7 @@ class AdaptedLinear(_Adapted, FakeLinear):
 
         def at_once(w: Tensor | None, b: Tensor, a: Tensor, out: torch.dtype) -> Tensor:
             assert w is not None
-            on = self.mode != "off"
-            return merge.values(w, b, a, self.lora_scale, dtype, grid, spread=False, on=on, out=out)
+            return merge.values(w, b, a, self.lora_scale, dtype, grid, spread=False, on=self.mode != "off", out=out)
 
         grid, dtype = self.weight_grid, self.weight.dtype
         kernel = at_once if merge.is_one_pass(grid, self.weight, self.in_features, spread=False) else None
@@ -172,8 +178,7 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
-        grid, activation = _grid(self.rule), self.rule.activation
-        dtype = rounding.DTYPE[self.dtype]
+        grid, activation, dtype = _grid(self.rule), self.rule.activation, rounding.DTYPE[self.dtype]
         if activation and self.execution.both and x.numel() and self.mode != "off":
             merged = self.merged()
             static = static_scales(self, "input", activation)
@@ -232,19 +237,18 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
 def adapt(module: Any, update: Update) -> Any:
     """See `Adapts.adapt`."""
-    if isinstance(module, PackedLinear):
-        adapted = become(module, AdaptedPacked)
-    else:
-        adapted = become(module, AdaptedLinear)
-        adapted.values_buffer = None
+    packed = isinstance(module, PackedLinear)
+    adapted = become(module, AdaptedPacked if packed else AdaptedLinear)
     device = module.weight.device
     for name, own in NAMES.items():
         array = update.parts().get(name)
         trained = None if array is None else nn.Parameter(torch.tensor(array, device=device))
         adapted.register_parameter(own, trained)
-    adapted.lora_scale = update.scale
-    if isinstance(adapted, AdaptedPacked):
+    adapted.lora_scale, adapted.asked = update.scale, False
+    if packed:
         adapted.lora_dithered = update.dithered
+    else:
+        adapted.values_buffer = None
     return adapted
 
 
@@ -285,7 +289,7 @@ def train_only_adapters(model: nn.Module) -> None:
 
 def _without_adapter(layer: Any) -> Any:
     remove_parameters(layer, *NAMES.values())
-    for name in ("lora_scale", "lora_dithered", "mode"):
+    for name in ("lora_scale", "lora_dithered", "mode", "asked"):
         if (name in layer.__dict__ and not isinstance(layer, FakeLinear)) or name == "lora_scale":
             del layer.__dict__[name]
     return layer

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qkit.errors import StageError
 from qkit.qtensor import DType, QTensor, dtype_of
 from qkit.reference.ranges import static_contents
 from qkit.rules import Rule
@@ -53,6 +54,19 @@ class _Packed(Shown):
         """The weight as torchao's tensor, if it is in one; else its values [outputs, inputs], decoded anew and read only."""
         stored = parameter(self, "weight")
         return decoded(values(self, rounding.DTYPE[self.dtype])) if stored is None else stored
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module.
+
+        Raises:
+            StageError: `param` is to be the weight, as where a plan spreads the layer over processes.
+        """
+        if name == "weight" and param is not None:
+            raise StageError(
+                "a converted layer has codes and no weight, so that no plan can spread it over processes: parallelize the "
+                "prepared model, and convert the whole = qkit.gather(model)"
+            )
+        super().register_parameter(name, param)
 
     def parts(self) -> Parts:
         """The plain arrays of the codes."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qkit.grid import Grid
-from qkit.qtensor import DType, QTensor, dtype_of
+from qkit.qtensor import DType, dtype_of
 from qkit.rules import Rule
 from qkit_torchao.arithmetic.packing import Layout
 from qkit_torchao.kernels import choose
@@ -144,18 +144,16 @@ def fits_kernel(layer: Any, x: Tensor) -> bool:
 
 
 def _int8(layer: Any, x: Tensor) -> Tensor:
-    codes, steps = _codes_of(layer, x)
-    y = products.int8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
+    y = products.int8(_codes_of(layer, x), layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _float8(layer: Any, x: Tensor) -> Tensor:
-    codes, steps = _codes_of(layer, x)
-    y = products.float8(codes, steps, layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
+    y = products.float8(_codes_of(layer, x), layer.weight.qdata, layer.weight.scale, layer.bias, x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _codes_of(layer: Any, x: Tensor) -> tuple[QTensor[Tensor], Tensor]:
+def _codes_of(layer: Any, x: Tensor) -> products.Rows:
     activation = layer.rule.activation
     return coded_input(x, activation, taker=layer, **static_scales(layer, "input", activation))
 

@@ -13,8 +13,9 @@ from qkit_torchao.cache import values
 from qkit_torchao.layers import sharded, straight_through
 from qkit_torchao.layers.become import become
 from qkit_torchao.layers.gates import gate
-from qkit_torchao.layers.prepared import FakeLinear, Prepared, put_on, reserve_codes, settle
+from qkit_torchao.layers.prepared import FakeLinear, Prepared
 from qkit_torchao.layers.scaled_embedding import scaled
+from qkit_torchao.layers.settling import put_on, reserve_codes, settle
 
 
 class FakeEmbedding(Prepared, nn.Embedding):

@@ -13,13 +13,15 @@ from qkit.grid import Grid
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import ranges
-from qkit_torchao.cache import codes, values
+from qkit_torchao.cache import values
 from qkit_torchao.cache.identity import cannot_cache
 from qkit_torchao.layers import fused, operators, parallel, products, sharded, slots, straight_through
+from qkit_torchao.layers.agreement import want_one_recipe
 from qkit_torchao.layers.become import apply_but_keep
 from qkit_torchao.layers.execution import fits_kernel
 from qkit_torchao.layers.gates import gate
-from qkit_torchao.layers.shared_codes import multiply_shared
+from qkit_torchao.layers.settling import put_on, reserve_codes, settle
+from qkit_torchao.layers.shared_codes import multiply_current, multiply_shared
 from qkit_torchao.layers.shown import Shown
 from qkit_torchao.torch_private import MANAGED, Managed, is_any_autocast_enabled
 
@@ -38,8 +40,8 @@ class Prepared(Shown):
         values_buffer: see `values.buffer`; None where the layer has none.
         frozen: whether the values are fixed between updates, see `freeze_values`.
         fused: the other layers that share a tensor scale with this one, see `Fuses.fuse`.
-        simple: whether the layer only multiplies dynamic values, see `settle`.
-        gathers_values: whether FSDP gathers values in the place of the weight, see `shard_first`.
+        simple, dynamic: whether the layer only multiplies values that depend on weight and input, see `settling.settle`.
+        gathers_values: whether FSDP gathers values in the place of the weight, see `shard_first`. `asked`: see `agreement`.
     """
 
     caches: ClassVar[bool] = True
@@ -56,7 +58,9 @@ class Prepared(Shown):
     frozen: bool
     fused: "tuple[Prepared, ...]" = ()
     simple: bool
+    dynamic: bool
     gathers_values: bool = False
+    asked: bool = False
 
     @property
     def multiplies_codes(self) -> bool:
@@ -92,9 +96,8 @@ class Prepared(Shown):
         unseen = sharded.is_managed(self) or cannot_cache(self.weight)
         if on and (unseen or self.kind):
             why = "are gathered or cannot be watched" if unseen else "may be multiplied as codes"
-            raise BackendError(
-                f"values on {self.weight_grid} cannot be frozen, since these weights {why}: use interval 1"
-            )
+            text = f"values on {self.weight_grid} cannot be frozen, since these weights {why}: use interval 1"
+            raise BackendError(text)
         self.frozen = on
         settle(self)
         (values.freeze if on and self.mode != "off" else values.thaw)(self.weight)
@@ -114,6 +117,8 @@ class Prepared(Shown):
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
         sharded.want_partitioned_by_none(self.weight)
+        if not self.asked:
+            want_one_recipe(self)
         if (how := sharded.gathered(self)) == "values":
             return self.weight.to(dtype)
         if not how and sharded.is_shard(self.weight):
@@ -197,7 +202,7 @@ class FakeLinear(Prepared, nn.Linear):
     `forward` chooses the first product that applies:
 
     - eager, training, on, cached values current, all dynamic, no autocast: `straight_through.multiply_values`, with these values
-    - CUDA, mode on, and a kernel multiplies codes of both sides once converted: `products.multiply_codes`
+    - CUDA, mode on, and a kernel multiplies codes of both sides once converted: `multiply_current`, else `multiply_codes`
     - FSDP gathered values for this call, or the layer is tensor parallel: `F.linear`, on values of parts of the weight
     - FSDP gathered the weight for this call: `operators.multiply_values`, on values that are not cached
     - compiled, in training: `operators.multiply_values`, on cached values in `values_buffer`
@@ -210,9 +215,13 @@ class FakeLinear(Prepared, nn.Linear):
         """x [..., inputs] -> [..., outputs]."""
         if (current := self._current_values()) is not None:
             return self._multiply_current(x, current)
+        if self.kind and (product := multiply_current(self, x)) is not None:
+            return product
+        if not self.asked:
+            want_one_recipe(self)
         weight, rule = self.weight, self.rule
-        if self.gathers_values and not (rule.activation or rule.output) and sharded.has_values(self, x):
-            return F.linear(x, weight, self.bias)  # on a slow host, the checks below take as long as the product
+        if self.gathers_values and sharded.has_values(self, x) and self.dynamic:
+            return F.linear(self.slot(x, "input", rule.activation), weight, self.bias)
         if self.kind and self._takes_codes(x):
             return self.slot(self._multiply_codes(x), "output", rule.output)
         device = weight.device.type
@@ -226,8 +235,7 @@ class FakeLinear(Prepared, nn.Linear):
             narrow = None if self.bias is None else self.bias.to(dtype)
             found = weight.to(dtype) if gathered == "values" else self.weight_values(dtype)
             return self.slot(F.linear(x.to(dtype), found, narrow), "output", rule.output)
-        compiled = self.caches and torch.compiler.is_compiling() and self.training
-        if (gathered and self.caches) or compiled:
+        if self.caches and (gathered or (torch.compiler.is_compiling() and self.training)):
             options = self.gate, self.weight_grid, self.grid_name, rule.ste, dtype
             more: Any = {"cached": not gathered, "buffer": self.values_buffer, "partners": [*fused.partners(self)]}
             y = operators.multiply_values(x, weight, self.bias, *options, **more)
@@ -248,12 +256,11 @@ class FakeLinear(Prepared, nn.Linear):
     def _multiply_current(self, x: Tensor, current: Tensor) -> Tensor:
         rule, weight = self.rule, self._parameters["weight"]
         assert weight is not None
-        assert rule.weight is not None
         before = x.shape[:-1]
         if rule.activation is not None:
             x = straight_through.shared(x, rule.activation, taker=self, ste=rule.ste, rows=True)
         options: Any = {"ste": rule.ste, "partners": fused.partners(self)}
-        y = straight_through.multiply_values(x, weight, current, self.bias, rule.weight, **options)
+        y = straight_through.multiply_values(x, weight, current, self.bias, self.weight_grid, **options)
         if len(before) + 1 != y.dim():
             y = y.view(*before, y.shape[-1])
         return y if rule.output is None else straight_through.shared(y, rule.output, taker=self, ste=rule.ste)
@@ -278,21 +285,3 @@ class FakeLinear(Prepared, nn.Linear):
             return multiply_shared(x, self.weight, self.bias, pair, self.rule.ste, taker=self, **static)
         grids = self.grid_name, self.slot_names["input"]
         return products.multiply_codes(x, self.weight, self.bias, grids, self.rule.ste, cached=cached, **static)
-
-
-def reserve_codes(layer: Any) -> None:
-    """Computes codes before a graph is captured, for layers that multiply them; see `codes.of`."""
-    if layer.weight.is_cuda and layer.kind and not sharded.is_sharded(layer):
-        codes.of(layer.weight, layer.weight_grid)
-
-
-def put_on(layer: Any, rule: Rule) -> None:
-    """Puts `layer` on the grids of `rule`."""
-    assert rule.weight is not None
-    layer.rule, layer.grid_name, layer.kind = rule, str(rule.weight), products.kind(rule.weight, rule.activation)
-    layer.slot_names, layer.fits = {"input": str(rule.activation), "output": str(rule.output)}, {}
-
-
-def settle(layer: Any) -> None:
-    """Computes `simple`, which does not change between two calls: whether the layer only multiplies dynamic values."""
-    layer.simple = layer.mode == "on" and not (layer.frozen or layer.kind) and layer.rule.range == "dynamic"

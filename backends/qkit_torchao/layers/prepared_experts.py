@@ -15,6 +15,7 @@ from qkit_torchao.arithmetic import ranges
 from qkit_torchao.cache import identity
 from qkit_torchao.cache.identity import KeptOfTensor, cannot_cache
 from qkit_torchao.layers import sharded, slots, straight_through
+from qkit_torchao.layers.agreement import want_one_recipe
 from qkit_torchao.layers.become import apply_but_keep, become
 from qkit_torchao.layers.expert_inputs import OneExpert, check_activation, ranges_of
 from qkit_torchao.layers.experts import Experts, class_of
@@ -34,6 +35,7 @@ class FakeExperts(Experts):
 
     gate: Tensor
     mode: Mode
+    asked: bool = False
     calibrating: bool
     frozen: bool
 
@@ -94,7 +96,7 @@ class FakeExperts(Experts):
 
     def regrid(self, rule: Rule) -> None:
         """See `Trains.regrid`."""
-        self.rule = rule
+        self.rule, self.asked = rule, False
         self._each(KeptOfTensor.freeze if self.frozen and self.mode != "off" else KeptOfTensor.thaw)
 
     def clear_ranges(self) -> None:
@@ -133,6 +135,8 @@ class FakeExperts(Experts):
         """
         if parameter(self, stack.name) is None:
             raise AttributeError(stack.name)
+        if not self.asked:
+            want_one_recipe(self)
         weight = self.master(stack)
         grid, ste = self.rule.weight, self.rule.ste
         assert grid is not None

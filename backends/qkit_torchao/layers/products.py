@@ -5,7 +5,7 @@ Scales are applied to the product of the codes, so they may differ by row only, 
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,62 +38,74 @@ def kind(weight: Grid, activation: Grid | None) -> str:
     return "float8" if weight.element.name == activation.element.name == "e4m3" else ""
 
 
+class Rows(NamedTuple):
+    """The codes of an input, a row of codes for each of its rows, as products take them.
+
+    Attributes:
+        codes: [rows, inputs]: int8, or the bytes of e4m3.
+        steps: float32 [rows, 1], the factors of the codes; NaN where the row is not finite, since codes hold no NaN.
+        zeros: int8 [rows or 1, 1], to take from the codes; None where 0 has code 0.
+    """
+
+    codes: Tensor
+    steps: Tensor
+    zeros: Tensor | None = None
+
+
 def quantized(
     x: Tensor, grid: Grid, *, scales: Tensor | None = None, zeros: Tensor | None = None, values: Tensor | None = None
-) -> tuple[QTensor[Tensor], Tensor]:
-    """The rows of `x` [..., inputs] -> codes [rows, inputs], on their own scales or on `scales`; and their steps [rows, 1].
+) -> Rows:
+    """The codes of the rows of `x` [..., inputs], on their own scales or on `scales`.
 
-    Steps are float32, and NaN where the row is not finite, since codes hold no NaN. `values`, shaped like `x`, are
-    filled with the values of the codes, where they are not None.
+    `values`, shaped like `x`, are filled with the values of the codes, where they are not None.
     """
+    if scales is None and (found := choose.row_codes(x, grid, values=values)) is not None:
+        return Rows(*found)
     rows = x.reshape(-1, x.shape[-1])
     steps = torch.empty(len(rows), 1, dtype=torch.float32, device=x.device)
     if scales is None:
         q = choose.quantize(rows, grid, values=None if values is None else values.view(rows.shape), steps=steps)
-        return q, steps
-    if values is not None:
-        values.copy_(rounding.rounded(x, grid, scales=scales, zeros=zeros))
-    q = _quantize_static(rows, grid, scales=scales, zeros=zeros)
-    return q, steps.copy_(rounding.scale_values(q) + poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32)))
+    else:
+        if values is not None:
+            values.copy_(rounding.rounded(x, grid, scales=scales, zeros=zeros))
+        q = _quantize_static(rows, grid, scales=scales, zeros=zeros)
+        steps.copy_(rounding.scale_values(q) + poison(rows.abs().amax(dim=-1, keepdim=True).to(torch.float32)))
+    if q.zeros is None:
+        return Rows(q.codes, steps)
+    return Rows(shift(q.codes, grid.element), steps, shift(q.zeros, grid.element).reshape(-1, 1))
 
 
-def int8(
-    x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def int8(x: Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """[rows, outputs]: the codes' product in int32, which is exact, times both scales, plus the bias; rounded once to `dtype`.
 
     Args:
-        x: rows of integer codes [rows, inputs], of any integer grid.
-        steps: their steps [rows, 1].
+        x: integer codes, of any integer grid.
         weight: int8 codes [outputs, inputs] of a symmetric grid.
         scale: their fp32 scales [outputs or 1, 1].
         bias: [outputs].
     """
-    codes = x.codes if x.zeros is None else shift(x.codes, x.grid.element)
+    codes, steps, zeros = x
     if choose.multiplies_codes(codes):
-        zeros = None if x.zeros is None else shift(x.zeros, x.grid.element).reshape(-1).expand(len(codes)).contiguous()
-        few: Tensor = torch.ops.qkit.codes_product(codes, weight, zeros)
+        each = None if zeros is None else zeros.reshape(-1).expand(len(codes)).contiguous()
+        few: Tensor = torch.ops.qkit.codes_product(codes, weight, each)
         return choose.scaled(few, steps, scale, bias, dtype)
-    if x.zeros is None and choose.multiplies_rows(codes):
+    if zeros is None and choose.multiplies_rows(codes):
         many: Tensor = torch.ops.qkit.rows_product(codes, steps, weight, scale, bias, dtype)
         return many
     padded = F.pad(codes, (0, 0, 0, max(0, INT8_ROWS - len(codes))))
     product = int_product(padded, weight.T)[: len(codes)]
-    if x.zeros is not None:
-        zero = shift(x.zeros, x.grid.element).reshape(-1, 1).to(torch.int32)
-        product = product - zero * weight.sum(dim=1, dtype=torch.int32)
+    if zeros is not None:
+        product = product - zeros.to(torch.int32) * weight.sum(dim=1, dtype=torch.int32)
     return choose.scaled(product, steps, scale, bias, dtype)
 
 
-def float8(
-    x: QTensor[Tensor], steps: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def float8(x: Rows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As `int8`, for e4m3 codes, on the tensor cores: rounded to bfloat16 before the bias. `weight` is float8_e4m3fn."""
     if choose.multiplies_codes(x.codes):
         few: Tensor = torch.ops.qkit.codes_product(x.codes, weight.view(torch.uint8), None)
-        y = choose.scaled(few, steps, scale, None, torch.bfloat16)
+        y = choose.scaled(few, x.steps, scale, None, torch.bfloat16)
     else:
-        y = many_float8(x.codes, steps, across(weight, scale))
+        y = many_float8(x, across(weight, scale))
     return (y if bias is None else y + bias).to(dtype)
 
 
@@ -102,9 +114,9 @@ def across(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return weight.view(torch.float8_e4m3fn).T, scale.reshape(1, -1).expand(1, len(weight)).contiguous()
 
 
-def many_float8(codes: Tensor, steps: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
-    """The bfloat16 product of many rows of e4m3 codes with steps [rows, 1], and a weight as `across` returns it."""
-    return float8_product(codes.view(torch.float8_e4m3fn), weight[0], steps, weight[1], fast=FAST)
+def many_float8(x: Rows, weight: tuple[Tensor, Tensor]) -> Tensor:
+    """The bfloat16 product of many rows of e4m3 codes and a weight as `across` returns it."""
+    return float8_product(x.codes.view(torch.float8_e4m3fn), weight[0], x.steps, weight[1], fast=FAST)
 
 
 def _codes_product(x: Tensor, codes: Tensor, zeros: Tensor | None) -> Tensor:
@@ -197,11 +209,11 @@ def _product(
     """The output, and the values of the input, which the gradient of the weight needs."""
     codes, factors = _codes(cached)(weight, named(on_weight))
     values = torch.empty_like(x, memory_format=torch.contiguous_format)
-    q, steps = quantized(x, named(on_x), scales=scales, zeros=zeros, values=values)
+    rows = quantized(x, named(on_x), scales=scales, zeros=zeros, values=values)
     if codes.grid.element.kind == "integer":
-        y = int8(q, steps, codes.codes, factors, bias, x.dtype)
+        y = int8(rows, codes.codes, factors, bias, x.dtype)
     else:
-        y = float8(q, steps, codes.codes.view(torch.float8_e4m3fn), factors, bias, x.dtype)
+        y = float8(rows, codes.codes.view(torch.float8_e4m3fn), factors, bias, x.dtype)
     return y.reshape(*x.shape[:-1], len(weight)), values
 
 

@@ -6,10 +6,9 @@ layers on different grids share are gathered as they are, and every process quan
 
 from typing import Any
 from weakref import ref
-from zlib import crc32
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from qkit.engines.kept import Store
 from qkit.errors import StageError
@@ -147,12 +146,8 @@ class LayerSource:
         rule = layer.rule
         if rule is self.agreed:
             return
-        text = f"{rule.weight} @ {rule.activation} -> {rule.output}, {rule.ste}, {rule.range}"
-        number = torch.tensor([1, -1], device=outer.device) * crc32(text.encode())
-        both = number.clone()
-        for place in range(outer.device_mesh.ndim):
-            distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=outer.device_mesh.get_group(place))
-        if not torch.equal(both, number):
+        text, mesh = spread.rule_text(rule), outer.device_mesh
+        if not spread.agree(text, outer.device, [mesh.get_group(place) for place in range(mesh.ndim)]):
             raise StageError(
                 f"processes disagree on the rule of a weight {list(outer.shape)}, which is {text} in this one: "
                 "prepare the model by the same recipe in every process"

@@ -7,6 +7,7 @@ two numbers of the whole group to its own part, and takes them off the result.
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, distributed
@@ -127,3 +128,17 @@ def _reduced_over(outer: Any, grid: Grid) -> list[Any]:
     if grid.group == "tensor" or grid.has_tensor_scale:
         return meshes(outer, along=False)
     return meshes(outer, along=True) if grid.group == "row" else []
+
+
+def agree(text: str, device: torch.device, groups: Sequence[Any]) -> bool:
+    """Whether all processes of `groups` have the same `text`; each of them has to call this."""
+    number = torch.tensor([1, -1], device=device) * crc32(text.encode())
+    both = number.clone()
+    for group in groups:
+        distributed.all_reduce(both, op=distributed.ReduceOp.MAX, group=group)
+    return torch.equal(both, number)
+
+
+def rule_text(rule: Any) -> str:
+    """A rule in words."""
+    return f"{rule.weight} @ {rule.activation} -> {rule.output}, {rule.ste}, {rule.range}"

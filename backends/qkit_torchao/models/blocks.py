@@ -158,6 +158,11 @@ class TorchBlocks(Gradients):
         return _to_numpy(out[0] if isinstance(out, tuple) else out), shown
 
     @torch.no_grad()
+    def product(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Blocks.product`."""
+        return _to_numpy(torch.from_numpy(x).to(self.device).T @ torch.from_numpy(y).to(self.device))
+
+    @torch.no_grad()
     def put(self, path: str, values: NDArray[np.float32]) -> None:
         """See `Blocks.put`."""
         parameter = self._model.get_parameter(f"{path}.weight")

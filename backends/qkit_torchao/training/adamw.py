@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qkit_torchao.cache import values
 from qkit_torchao.cache.kept_values import Values
-from qkit_torchao.kernels import choose
+from qkit_torchao.kernels import adamw, choose
 from qkit_torchao.layers.sharded import is_shard
 from qkit_torchao.torch_private import local_part, without_subclasses
 
@@ -81,7 +81,7 @@ class AdamW(torch.optim.AdamW):
         with without_subclasses():
             cached = {} if torch.cuda.is_current_stream_capturing() else values.cached(parts)
             targets = [_target(part, cached.get(id(part))) for part in parts]
-            choose.step_adamw(parts, gradients, states, targets, **hyper)
+            adamw.step(parts, gradients, states, targets, **hyper)
             self.written += [cached[id(part)] for part, one in zip(parts, targets, strict=True) if one]
 
     def _begin(self, weights: list[Tensor]) -> None:
@@ -109,7 +109,7 @@ def _target(weight: Tensor, cached: Values | None) -> Any:
     """The target of a step for the values of `weight`; None where there are none, or a step cannot write them."""
     if cached is None or cached.value is None or cached.grid is None or cached.gate is None:
         return None
-    return choose.adamw_target(weight, cached.value, cached.grid, cached.gate)
+    return adamw.target_of(weight, cached.value, cached.grid, cached.gate)
 
 
 def _needs_torch(weight: Tensor) -> bool:

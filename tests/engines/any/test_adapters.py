@@ -213,9 +213,37 @@ def test_only_the_adapter_trains(name, base):
     engine.trainer(model, TrainerOptions(weight_decay=0.0)).step([TOKENS], learning_rate=1e-2)
     after = {key: engine.to_numpy(array) for key, array in engine.tensors(model).items()}
     changed = {key.rpartition(".")[2] for key in before if (before[key] != after[key]).any()}
-    assert changed == (
-        {"lora_B", "lora_magnitude"} if name == "torchao" else {"lora_b", "m"}
-    )  # A has no slope as B is zero
+    factors = {"lora_B", "lora_magnitude"} if name == "torchao" else {"lora_b", "m"}  # A has no slope as B is zero
+    norms = {key for key in before if key.endswith("norm.weight")}
+    assert changed == factors | ({"weight"} if base == "converted" else set())
+    assert {key for key in before if key.endswith("weight") and (before[key] != after[key]).any()} <= norms
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    ("recipe", "stage", "changes", "columns"),
+    [
+        ("int2-g64", qkit.convert, {}, 6),
+        ("int2-g64", qkit.prepare, {}, 3),
+        ("int2-g64", qkit.convert, {"wider": 1}, 3),
+        ("int2-g64", qkit.convert, {"rank": 100}, 128),  # no weight has more rows
+        ("int3-g64", qkit.convert, {}, 3),
+        ("int4-g64", qkit.convert, {"wider": 4}, 12),
+        ("mxfp4-a16", qkit.convert, {}, 3),
+    ],
+)
+def test_products_on_codes_of_two_bits_are_wider_than_their_rank(name, recipe, stage, changes, columns):
+    engine, model = qkit.backend(name), stage(build(name), recipe)
+    model = qkit.adapt(model, Adapter(**{"rank": 3, "alpha": 6.0, **changes}))
+    updates = [engine.adapter_update(layer.module) for layer in engine.layers(model) if layer.adapter]
+    assert {update.rank for update in updates} == {columns}
+    assert {update.scale for update in updates} == {6.0 / changes.get("rank", 3)}
+
+
+@pytest.mark.parametrize("wider", [0, 1.5, True])
+def test_a_width_that_makes_no_sense_is_refused(wider):
+    with pytest.raises(qkit.QkitError, match=r"adapter wider is .*: give a whole number from 1 on"):
+        Adapter(wider=wider)
 
 
 def test_the_first_values_are_the_same_on_every_engine_and_follow_the_seed():

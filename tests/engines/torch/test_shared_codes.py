@@ -93,9 +93,9 @@ def test_codes_of_an_input_are_those_of_each_converted_layer(monkeypatch):
     monkeypatch.setattr(shared_codes, "quantized", lambda *a, **k: counted.append(1) or quantized(*a, **k))
     takers = object(), object()
     for taker in takers:
-        q, steps = shared_codes.coded_input(x, GRIDS[0][1], taker=taker)
-        assert torch.equal(q.codes, alone[0].codes)
-        assert torch.equal(steps, alone[1])
+        rows = shared_codes.coded_input(x, GRIDS[0][1], taker=taker)
+        assert torch.equal(rows.codes, alone.codes)
+        assert torch.equal(rows.steps, alone.steps)
     assert len(counted) == 1
 
 

@@ -327,6 +327,14 @@ def test_ranges_that_average_see_the_inputs_of_all_processes(seen):
     [
         ("split groups", "GridError: a plan splits groups of 128: a weight .52, 128. .* 64 in each"),
         ("other recipes", "StageError: processes disagree on the rule of a weight .52, 64."),
+        (
+            "other recipes of replicas",
+            "StageError: processes disagree on the layers of a model, of which this one has 3, int4",
+        ),
+        ("other adapters of replicas", "StageError: processes disagree on the layers of a model, .* adapter times"),
+        ("other adapters", "StageError: processes disagree on a layer, which is .* adapter times"),
+        ("spread codes", "StageError: a converted layer has codes and no weight, .* parallelize the prepared model"),
+        ("partitioned factors", "StageError: DeepSpeed ZeRO-3 has partitioned a weight"),
         ("learned", "StageError: FSDP rounds master weights .* depend on more than the weight"),
         ("learned late", "StageError: cannot prepare: tokens is sharded over processes"),
         ("rounded factors", "StageError: FSDP rounds lora_A from float32 to bfloat16"),
