@@ -170,7 +170,7 @@ def _feed(x: Doubles, s: Doubles, z: Doubles, known: Moments, grid: Grid) -> Dou
     for start in range(0, n, COLUMNS):
         end = min(start + COLUMNS, n)
         wanted = (
-            x[start:end] + product(shortened(known.upper[:start, start:end].T, axis=1), errors[:start])
+            x[start:end] + product(shortened(known.upper[:start, start:end].T, axis=1), errors[:start], terms=WINDOW)
             if start
             else x[:end].copy()
         )

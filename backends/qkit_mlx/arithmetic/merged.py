@@ -68,7 +68,7 @@ def added(w: mx.array, b: mx.array, a: mx.array, scale: float) -> mx.array:
 def dithered(q: QTensor[mx.array], *, first: int = 0) -> mx.array:
     """The values [outputs, inputs] of `q`, float32, each moved within its cell. Its first row has the number `first`."""
     codes = q.codes.reshape(q.grid.group_shape(q.shape))
-    d = dither(q.shape, first=first).reshape(codes.shape)
+    d = dither(q.codes, first=first).reshape(codes.shape)
     if q.grid.element.kind == "float":
         v, moved = _moved_floats(codes, d, q.grid.element)
     else:
@@ -83,11 +83,14 @@ def dithered(q: QTensor[mx.array], *, first: int = 0) -> mx.array:
     return values.reshape(q.shape)
 
 
-def dither(shape: tuple[int, ...], *, first: int = 0) -> mx.array:
-    """Multiples of 2^-9 between -1/2 and 1/2, exclusive, for [outputs, inputs] from row `first` on."""
+def dither(codes: mx.array, *, first: int = 0) -> mx.array:
+    """Multiples of 2^-9 between -1/2 and 1/2, exclusive, for `codes` [outputs, inputs] from row `first` on.
+
+    They wait for the codes: a compiler would otherwise compute them once for all uses in a step, and keep them until the last.
+    """
     rows, columns = (
-        mx.arange(begin, begin + n, dtype=mx.uint32) * mx.array(step, mx.uint32)
-        for begin, n, step in zip((first, 0), shape, DITHER, strict=True)
+        mx.depends([mx.arange(begin, begin + n, dtype=mx.uint32)], [codes])[0] * mx.array(step, mx.uint32)
+        for begin, n, step in zip((first, 0), codes.shape, DITHER, strict=True)
     )
     levels = (rows[:, None] + columns) >> 24
     return (levels.astype(mx.float32) * 2 - 255) * 2.0**-9

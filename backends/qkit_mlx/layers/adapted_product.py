@@ -159,7 +159,8 @@ def _by_blocks(
     a, b = factors[:2]
     for rows in _blocks(merging, b.shape[-1], a.shape[0]):
         with _after(merging, blocks[-1:], rows):
-            some, scaled = _of_rows(factors, rows), [one[rows] for one in gains]
+            waiting = mx.depends(list(factors), blocks[-1:]) if blocks else factors
+            some, scaled = _of_rows(waiting, rows), [one[rows] for one in gains]
             v = _merged(merging, merging.base(rows.start, *scaled), some)
             blocks.append(function(v, rows, *scaled))
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
