@@ -22,6 +22,7 @@ METHODS = {
     "solve": ("search", "solve"),
     "drift": ("solve", "solve, drift"),
     "round": ("solve, drift", "round"),
+    "scales": ("solve, drift", "solve, drift, scales trained"),
 }
 
 
