@@ -6,8 +6,9 @@ files. Share: 1 - KL of the fitted codes / KL of the rule's codes of the same re
 With `--keep`, each measurement lies in a file of FOLDER: the same command goes on where it was, and several share the work.
 
 Usage: python benchmarks/fit.py MODEL [--keep FOLDER] [--seeds N] [--drift-seeds N] [--windows N] [--length N] [--unseen N]
-       [--recipe NAME ...] [--learn NAME ...] [--steps N] [--environments FOLDER] [--peer NAME ...] [--peer-seeds N]
-       [--method NAME ...] [--text FILE.npz] [--backend NAME] [--device NAME] [--workers N] [--out FILE.json]
+       [--recipe NAME ...] [--learn NAME ...] [--steps N] [--train NAME ...] [--train-steps N] [--environments FOLDER]
+       [--peer NAME ...] [--peer-seeds N] [--method NAME ...] [--text FILE.npz] [--backend NAME] [--device NAME] [--workers N]
+       [--out FILE.json]
 
 `--text` has the bytes `text` and `unseen` of such files as arrays, where another Python runs than the one of the training. With
 `--device`, the engine runs models there, and solves there; search takes processes of the CPU.
@@ -39,6 +40,7 @@ from qkit.evaluation import consecutive
 from qkit.fitting.fits import Fit, Method
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
+from qkit.training import run_from_table, train_model
 
 RECIPES = ("int4-g32", "int3-g32", "int2-g32", "mxfp4-a16", "nvfp4-a16")
 ENVIRONMENTS = {
@@ -49,6 +51,10 @@ ENVIRONMENTS = {
     "GPTQModel": "gptq",
 }
 METHODS: tuple[Method, ...] = ("search", "solve")
+RATES = {
+    "int4-g32": 2e-5,
+    "int2-g32": 3e-4,
+}  #: of scales that train: the better of two, on seed 0's model and unseen text
 LACKS = {
     "AutoRound 200": ("int3-g32", "nvfp4-a16"),
     "mlx-lm gptq": ("int3-g32", "mxfp4-a16", "nvfp4-a16"),
@@ -95,6 +101,28 @@ class Bench:
         seconds = time.process_time() - begin
         kl, more = self.measure(recipe, Fit("round" if lesson else "solve", out))
         return kl, seconds + more
+
+    def trained(self, recipe: str, seed: int) -> tuple[float, float]:
+        """As `made`, whose scales then train while the codes stay, by `qkit train --freeze-codes` and the float model."""
+        text, out, begin = self.place / "text.txt", self.place / f"trained-{self.count}", time.process_time()
+        text.write_text(bytes(self.text.astype(np.uint8)).decode("utf-8", "ignore"), encoding="utf-8")
+        self.made(recipe, seed, None)
+        run = {
+            "model": str(self.given.model),
+            "init": str(self.place / f"out-{self.count}"),
+            "out": str(out),
+            "data": [str(text)],
+            "freeze_codes": True,
+            "steps": self.given.train_steps,
+            "length": self.given.length,
+            "learning_rate": RATES[recipe],
+            "schedule": "cosine",
+            "seed": seed,
+            "backend": self.engine.name,
+            "distillation": {"teacher": str(self.given.model)},
+        }
+        train_model(run_from_table(run | ({"device": self.given.device} if self.given.device else {})))
+        return self.divergence(qkit.load(out, backend=self.engine)), time.process_time() - begin
 
     def kept(self, name: str, measure: Measure) -> tuple[float, float]:
         """A measurement, from its file where it was taken before."""
@@ -162,10 +190,14 @@ def main() -> int:
         "length": 256,
         "unseen": 40,
         "steps": Lesson().steps,
+        "train-steps": 100,
     }
     for name, value in whole.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learn", nargs="*", default=["int4-g32", "int2-g32"], help="recipes that learn rounding")
+    parser.add_argument(
+        "--train", nargs="*", default=list(RATES), choices=list(RATES), help="recipes whose scales train"
+    )
     parser.add_argument("--environments", type=Path, help="folder of environments: llmc, autoround, mlx-lm, gptq")
     parser.add_argument("--peer", nargs="*", default=list(ENVIRONMENTS))
     parser.add_argument("--method", nargs="*", help="of qkit: those to measure; by default all")
@@ -224,6 +256,10 @@ def tried(bench: Bench, recipe: str) -> dict[str, list[Measure]]:
     if recipe in given.learn:
         lesson = Lesson(steps=given.steps)
         found["round"] = [partial(bench.made, recipe, seed, lesson) for seed in range(given.drift_seeds)]
+    if recipe in given.train:
+        found["solve, drift, scales trained"] = [
+            partial(bench.trained, recipe, seed) for seed in range(given.drift_seeds)
+        ]
     if given.method is not None:
         found = {name: measures for name, measures in found.items() if name in given.method}
     if given.environments:

@@ -1,10 +1,9 @@
 """A Llama of 105 million weights for fit.py, smooth.py and outliers.py, trained byte by byte on a GPU within some seconds.
 
-It is small_llama.py's, saved as transformers' own. The script measures first how many steps fit into the seconds, so that another
-run gives another model.
+It is small_llama.py's, saved as transformers' own. Another run takes other steps in these seconds, and gives another model.
 
-Usage: python benchmarks/fit_large.py FOLDER --text FILE.npz [--device cuda] [--size 100m|30m|4m|tiny] [--seconds N] [--batch N]
-       [--length N]
+Usage: python benchmarks/fit_large.py FOLDER --text FILE.npz [--device cuda] [--size 100m|30m|4m|tiny] [--seconds N] [--steps N]
+       [--batch N] [--length N]
 
 FILE.npz has the bytes `text` and `unseen`, as for fit.py. `--write-text` writes it instead: of all of Python's source files with
 their tests, every tenth of which is unseen.
@@ -21,7 +20,7 @@ import torch
 from small_llama import SIZES, VOCABULARY, Llama, Run, Size, train
 from torch import nn
 
-SEED, RATE, SHORT, LONG = 0, 1e-3, 10, 40  # the last two: steps that are timed
+SEED, RATE = 0, 1e-3
 NAMES = {
     "before_attn": "input_layernorm",
     "before_mlp": "post_attention_layernorm",
@@ -55,14 +54,6 @@ def as_transformers(model: nn.Module, size: Size, *, longest: int) -> nn.Module:
     return made.eval()
 
 
-def seconds_of(steps: int, size: Size, text: torch.Tensor, batch: int, length: int) -> float:
-    """The time of training some steps from the start."""
-    model = Llama(size, seed=SEED, longest=length).to(text.device)
-    begin = time.perf_counter()
-    train(model, text, Run(steps, batch, length, rate=RATE, weight_decay=0.1, seed=SEED, half=True))
-    return time.perf_counter() - begin
-
-
 def main() -> None:
     """Trains the model and saves it, with the losses of its training."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -72,6 +63,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=SIZES, default="100m")
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--steps", type=int, default=4000, help="at most")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     given = parser.parse_args()
@@ -80,14 +72,13 @@ def main() -> None:
         return
     size = SIZES[given.size]
     text = torch.from_numpy(np.load(given.text)["text"]).to(given.device)
-    short, long = (seconds_of(steps, size, text, given.batch, given.length) for steps in (SHORT, LONG))
-    steps = max(LONG, round(given.seconds * (LONG - SHORT) / max(long - short, 1e-3)))
     model = Llama(size, seed=SEED, longest=given.length).to(given.device)
     begin = time.perf_counter()
-    run = Run(steps, given.batch, given.length, rate=RATE, weight_decay=0.1, seed=SEED, half=True)
-    losses = train(model, text, run)
+    run = Run(given.steps, given.batch, given.length, rate=RATE, weight_decay=0.1, seed=SEED, half=True)
+    losses = train(model, text, run, seconds=given.seconds)
+    print(json.dumps({"trained after": round(time.perf_counter() - begin, 1), "losses": losses[-1:]}), flush=True)
     as_transformers(model, size, longest=given.length).save_pretrained(given.folder)
-    about = {"size": given.size, "steps": steps, "batch": given.batch, "losses": losses}
+    about = {"size": given.size, "steps": given.steps, "batch": given.batch, "losses": losses}
     about["seconds"] = round(time.perf_counter() - begin, 1)
     (given.folder / "training.json").write_text(json.dumps(about), encoding="utf-8")
     print(json.dumps({**about, "losses": losses[-1:]}), flush=True)

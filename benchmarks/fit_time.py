@@ -2,8 +2,8 @@
 
 Weights and inputs are drawn. Both begin and end on the device. Layers with the same inputs share their moments, which `solve`
 prepares once. Of llm-compressor the very function runs that its modifier calls, with its default settings and with all layers of
-one shape and the same inputs at once, as that does: with its Triton kernel, and without. It rounds to integers of four bits on
-groups of 32, whatever grid `solve` has. `--check` compares codes of some rows with those of the law; on more than 2,048 inputs
+one shape and the same inputs at once, as that does: with its Triton kernel, and once without. It rounds to integers of four bits
+on groups of 32, whatever grid `solve` has. `--check` compares codes of some rows with those of the law; on more than 2,048 inputs
 the law starts from the factors of the device. `--profile` prints the time of kernels.
 
 The folder of `--peer` has llm-compressor, compressed-tensors and what that needs:
@@ -55,6 +55,7 @@ GRIDS = {
     "mxfp4": Grid("e2m1", 32, "even"),
 }
 GROUP, PEER = 32, "llm-compressor"
+SLOW = f"{PEER} without Triton"
 LARGEST = 2048  # inputs whose moments the law prepares itself
 
 
@@ -175,10 +176,12 @@ def main() -> int:
         timed = partial(timed_into, row, whole, device, given.repeats)
         if quantize_weight:
             run_peer = partial(by_peer, quantize_weight, weights, h)
-            for name, disabled in ((PEER, "0"), (f"{PEER} without Triton", "1")):
-                os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] = disabled
-                timed(name, run_peer)
+            os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] = "0"
+            timed(PEER, run_peer)
             row[f"{PEER}, error"] = error_of(weights, run_peer(), h)
+            os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] = "1"
+            row[f"{SLOW}, seconds"] = round(seconds(run_peer, device), 3)
+            whole[SLOW] += row[f"{SLOW}, seconds"]
         for grid, rounds in tried:
             name = f"{grid} of {rounds} rounds"
             run = partial(solved, weights, h, GRIDS[grid], rounds)

@@ -4,6 +4,7 @@ Its layers have the names that recipes know (`q_proj`, `down_proj`, `lm_head`); 
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 VOCABULARY = 256
 WARMUP = 0.03  #: of the steps
+WAIT = 8  #: steps after which a training within some seconds waits for its device
 CURVE = 50  #: steps that are one point of the curve that is kept
 
 
@@ -129,8 +131,11 @@ class Run:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * (number - warmup) / max(1, self.steps - warmup)))
 
 
-def train(model: nn.Module, text: Tensor, run: Run) -> list[float]:
+def train(model: nn.Module, text: Tensor, run: Run, *, seconds: float = math.inf) -> list[float]:
     """Trains `model` in place on windows of `text` [n].
+
+    Args:
+        seconds: the rate falls as they pass, where the steps take longer; then the training ends.
 
     Returns:
         The mean training loss of every `CURVE` steps; the last is that of what is left.
@@ -159,15 +164,21 @@ def train(model: nn.Module, text: Tensor, run: Run) -> list[float]:
     model.train()
     torch.set_float32_matmul_precision("high")
     once = captured(step, model, optimizer) if device.type == "cuda" else eager(step, optimizer)
-    losses = torch.zeros(run.steps, device=device)
+    losses, begin, done = torch.zeros(run.steps, device=device), time.perf_counter(), 0
     for number in range(run.steps):
+        if math.isfinite(seconds) and number % WAIT == 0:
+            float(losses[max(number - 1, 0)])  # waits for the device
+        passed = (time.perf_counter() - begin) / seconds
+        if passed >= 1:
+            break
         places.copy_(starts[number])
-        lr.fill_(run.rate * run.share(number + 1))
+        lr.fill_(run.rate * run.share(max(number, int(passed * run.steps)) + 1))
         losses[number] = once()
+        done = number + 1
     torch.set_float32_matmul_precision("highest")
     optimizer.zero_grad(set_to_none=True)  # they hold the graph's memory
     model.eval()  # prepared layers forget values that a graph has changed behind their back
-    return [float(part.mean()) for part in losses.cpu().split(CURVE)]
+    return [float(part.mean()) for part in losses[:done].cpu().split(CURVE)]
 
 
 def eager(step: Callable[[], Tensor], optimizer: Any) -> Callable[[], Tensor]:

@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--only", action="append", help="rows whose name has this part; may be repeated")
+    parser.add_argument(
+        "--only", action="append", help="the row of this name, or rows whose names have it; may be repeated"
+    )
     parser.add_argument("--seconds", type=float, default=235, help="no row begins later")
     parser.add_argument("--out", type=Path)
     wishes = parser.parse_args()
@@ -245,8 +247,9 @@ def main() -> None:
     )
     if ranks > 1:
         report.command = report.command.replace("python", f"torchrun --nproc-per-node {ranks}", 1)
+    names = {row.name for row in rows(ranks)}
     for row in rows(ranks):
-        wanted = not wishes.only or any(part in row.name for part in wishes.only)
+        wanted = not wishes.only or any(part == row.name if part in names else part in row.name for part in wishes.only)
         if not wanted or (row.variant.graph and device.type != "cuda"):
             continue
         late = torch.tensor(float(time.perf_counter() - began > wishes.seconds), device=device)

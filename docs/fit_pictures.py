@@ -9,7 +9,7 @@ from qkit import drift, reference
 from qkit.fitting.inputs import Inputs
 from qkit.fitting.rows import solve_rows
 from qkit.grid import Grid
-from qkit.reference.fitting import fit
+from qkit.reference.fitting import ROUNDS, fit
 from qkit.reference.moments import DAMPING
 from qkit.reference.rounding import scale_values
 from qkit.report.fit_picture import LayerError, fit_svg
@@ -22,6 +22,7 @@ METHODS = {
     "solve": ("search", "solve"),
     "drift": ("solve", "solve, drift"),
     "round": ("solve, drift", "round"),
+    "scales": ("solve, drift", "solve, drift, scales trained"),
 }
 
 
@@ -43,7 +44,7 @@ def solved() -> str:
     h, w = (x.T @ x / len(x)).astype(np.float32), (random.standard_t(5, (32, 64)) * 0.02).astype(np.float32)
     grid, damped = Grid("int3", 32), h + np.eye(64) * DAMPING * h.diagonal().mean()
     codes = {"the rule": reference.quantize(w, grid), "search": fit(w, grid, h)}
-    for rounds in range(5):
+    for rounds in range(ROUNDS + 1):
         name = "feedback" if not rounds else f"descent, round {rounds}"
         codes[name] = fit(w, grid, h, method="solve", rounds=rounds)
     errors = {}

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkit.artifact.load import load
-from qkit.engines.abilities import require
+from qkit.engines.abilities import offers, require
 from qkit.engines.blocks import Blocks, Hidden, Mixture, Watches
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import Builds
+from qkit.engines.translation import Translates
 from qkit.errors import ArtifactError, PlanError
 from qkit.expert_moments import mixtures_of, moments_of, noted, noted_experts, with_enough
+from qkit.experts import expert_of
 from qkit.fitting.identity import identity
 from qkit.fitting.run import Run
 from qkit.grid import Grid
@@ -60,7 +63,7 @@ def calibrate(
     grids = {path: rule.activation for path, rule in rules_of(engine, model, recipe).items() if rule.activation}
     blocks = engine.blocks(model, length=rows.shape[1])
     settings = {"activations": {path: str(grid) for path, grid in grids.items()}}
-    run = Run(out, about(folder, rows, engine), settings, batch=batch)
+    run = Run(out, about(folder, rows, engine), settings, batch=batch, names=file_names(engine, model, folder))
     if not run.done:
         run.enter(blocks, rows, "states")
     for number, where in enumerate(blocks.paths):
@@ -107,6 +110,22 @@ def open_float(engine: Builds, folder: Path) -> tuple[Any, dict[str, Layer]]:
     if any(layer.stage != "float" for layer in layers.values()):
         raise ArtifactError(f"{folder} is quantized: statistics are those of the float model")
     return model, layers
+
+
+def file_names(engine: Builds, model: Any, folder: Path) -> dict[str, str]:
+    """The paths of layers in the files of `folder`, by their paths in the model, where these are other ones."""
+    if not offers(engine, Translates):
+        return {}
+    slots = {name.removesuffix(".weight"): one.slot.shape for name, one in read_folder(folder)[0].items()}
+    linear = {path: shape for path, shape in slots.items() if len(shape) == 2 and not expert_of(path)}
+    try:
+        _, paths = engine.translate(model, {}, linear)
+    except ArtifactError:  # the model splits or joins one of them, which is no layer then
+        paths = {}
+        for path, shape in linear.items():
+            with suppress(ArtifactError):
+                paths |= engine.translate(model, {}, {path: shape})[1]
+    return {mine: own for own, mine in paths.items() if own != mine}
 
 
 def rules_of(engine: Builds, model: Any, recipe: Recipe | None) -> dict[str, Rule]:

@@ -15,14 +15,17 @@ from qkit.engines.protocol import Adapts, Arrays, Modules
 from qkit.errors import UnchangedWarning
 from qkit.experts import quantize_experts
 from qkit.pipeline import surgeon
-from qkit.reference.learned import learned_codes, names
+from qkit.reference.learned import learned_codes, stored_names
 from qkit.rules import Rule
 
 Sums = Mapping[str, int]
 
 
 def code_sums(model: Any, *, backend: str | Arrays | None = None) -> dict[str, int]:
-    """A checksum of the codes of each prepared or adapted layer of `model`, by path. Adapters count as merged."""
+    """A checksum of the codes of each prepared or adapted layer of `model`, by path. Adapters count as merged.
+
+    Where scales train alone, it is one of scales.
+    """
     engine = surgeon(model, backend)
     layers = [layer for layer in engine.layers(model) if layer.stage == "prepared" or layer.adapter]
     return {layer.path: _sum(engine, model, layer) for layer in layers if not layer.tied and not layer.sharded}
@@ -61,10 +64,12 @@ def _sum(engine: Modules, model: Any, layer: Layer) -> int:
         return _sum_of_experts(require(engine, Mixes), module, layer)
     if layer.stage == "converted":
         codes = engine.to_numpy(engine.unpack(module).codes)
-    elif layer.rule.scales == "learned":
+    elif layer.rule.scales != "rule":
         tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
-        ranges = {name: engine.to_numpy(tensors[prefix + name]) for name in names(layer.rule.weight)}
-        codes = learned_codes(engine.to_numpy(engine.weight(module)), layer.rule.weight, ranges, path=layer.path).codes
+        mine = stored_names(layer.rule.weight, layer.rule.scales)
+        ranges = {name: engine.to_numpy(tensors[prefix + name]) for name in mine}
+        q = learned_codes(engine.to_numpy(engine.weight(module)), layer.rule.weight, ranges, path=layer.path)
+        codes = q.scales if layer.rule.scales == "alone" else q.codes
     else:
         return sum_of_codes(engine, engine.weight(module), layer.rule)
     return zlib.crc32(np.ascontiguousarray(codes).data)
@@ -75,7 +80,7 @@ def _sum_of_experts(engine: Mixes, module: Any, layer: Layer) -> int:
     assert layer.rule.weight is not None
     if layer.stage == "converted":
         found = engine.unpack_experts(module)
-    elif layer.rule.scales == "learned":
+    elif layer.rule.scales != "rule":
         found = learned_expert_codes(engine, layer, layer.rule.weight, engine.experts(module))
     else:
         found = quantize_experts(engine.experts(module), layer.rule.weight, engine)

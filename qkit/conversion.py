@@ -50,6 +50,15 @@ def pack_layers(engine: Modules, model: Any, chosen: list[tuple[Layer, Rule]], f
     return packed
 
 
+def correct_heads(engine: Modules, model: Any, layers: Iterable[Layer], fit: "Fit") -> None:
+    """Corrects the weights of output heads among the float `layers` of `model`, as the statistics of `fit` want it, in place."""
+    for layer in layers:
+        if fit.corrects(layer.name):
+            weight, names = engine.to_numpy(engine.weight(layer.module)), engine.tensors(model).keys()
+            own = f"{layer.path}.weight"
+            engine.fill(model, {own: fit.head(weight, layer.name)}, without=names - {own})
+
+
 def prepared_codes(
     engine: Modules, model: Any, chosen: Iterable[tuple[Layer, Rule]]
 ) -> "Iterator[tuple[str, QTensor[NDArray[Any]]]]":
@@ -103,7 +112,7 @@ def _peaks(engine: Modules, chosen: list[tuple[Layer, Rule]]) -> dict[str, float
 def _codes(
     engine: Modules, model: Any, layer: Layer, rule: Rule, peak: float | None, fit: "Fit | None"
 ) -> QTensor[Any]:
-    from qkit.reference.learned import learned_codes, names  # here, so that `import qkit` stays cheap
+    from qkit.reference.learned import learned_codes, stored_names  # here, so that `import qkit` stays cheap
 
     assert rule.weight is not None
     w = engine.weight(layer.module)
@@ -113,7 +122,7 @@ def _codes(
     if not _learned(layer, rule):
         return engine.quantize(w, rule.weight) if peak is None else engine.quantize(w, rule.weight, peak=peak)
     tensors, prefix = engine.tensors(model), f"{layer.path}." if layer.path else ""
-    parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in names(rule.weight)}
+    parameters = {name: engine.to_numpy(tensors[prefix + name]) for name in stored_names(rule.weight, rule.scales)}
     return learned_codes(engine.to_numpy(w), rule.weight, parameters, path=layer.path)
 
 
@@ -182,7 +191,7 @@ def _in_numpy(engine: Modules, q: QTensor[Any]) -> "QTensor[NDArray[Any]]":
 
 
 def _learned(layer: Layer, rule: Rule) -> bool:
-    return layer.stage == "prepared" and rule.scales == "learned"
+    return layer.stage == "prepared" and rule.scales != "rule"
 
 
 def _static(engine: Modules, model: Any, layer: Layer, rule: Rule) -> "dict[str, NDArray[Any]]":

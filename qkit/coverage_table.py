@@ -136,7 +136,7 @@ def _cover(layer: Layer, engine: Modules, tensors: Mapping[str, Any]) -> Covered
         state = {"on": "prepared", "off": "prepared, switched off", "calibrating": "calibrating"}[layer.mode]
     static = "" if rule.range == "dynamic" else f" {rule.range}"
     activation, output = (f"{grid}{static}" if grid else "" for grid in (rule.activation, rule.output))
-    weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight)
+    weight = f"{rule.weight} {rule.scales}" if rule.scales != "rule" else str(rule.weight)
     bits, state = bits_per_weight(layer, rule), ", ".join(filter(None, (state, layer.adapter)))
     return Covered(layer.path, layer.kind, layer.shape, weight, activation, output, state, bits, layer.tied)
 

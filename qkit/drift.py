@@ -94,6 +94,31 @@ def correct_block(
     return aims
 
 
+def correct_head(
+    path: str, float_model: Blocks, fitted: Blocks, states: Iterable[tuple[Hidden, Hidden]]
+) -> tuple[NDArray[np.float32], int] | None:
+    """M [n, n], by which the weight W of a float layer behind the blocks becomes W + W M, and the number of tokens.
+
+    None where the layer does not run for every token, or the tokens are fewer than its inputs.
+
+    It is the same correction: d is W (x - x'), of the inputs in the float model and in the fitted one.
+
+    Args:
+        states: batches of those after the last block, of the float model and of the fitted one.
+    """
+    moments, apart, tokens = np.zeros(()), np.zeros(()), 0
+    for theirs, ours in states:
+        x, own = float_model.inputs_after(theirs, path), fitted.inputs_after(ours, path)
+        if not len(x) == len(own) == theirs.shape[0] * theirs.shape[1]:
+            return None
+        moments = moments + fitted.product(own, own)
+        apart, tokens = apart + fitted.product(x - own, own), tokens + len(own)
+    if tokens < len(moments):
+        return None
+    damped = moments + np.eye(len(moments)) * (DAMPING * moments.diagonal().mean())
+    return np.linalg.solve(damped, apart.T).T.astype(np.float32), tokens
+
+
 def _groups(shown: Shown) -> list[list[str]]:
     """The layers with equal inputs that run one after another."""
     groups: list[list[str]] = []

@@ -1,6 +1,6 @@
 """`calibrate_drift`: runs a float model and the fitted one on a text, and writes the weights to aim at; see `qkit.drift`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qkit.calibration import Tick, about, open_float, putting, rules_of
-from qkit.drift import Aim, correct_block
+from qkit.calibration import Tick, about, file_names, open_float, putting, rules_of
+from qkit.drift import Aim, correct_block, correct_head
 from qkit.engines.abilities import require
 from qkit.engines.blocks import Blocks, Hidden, Learns, Lesson, Watches
 from qkit.engines.layer import Layer
@@ -18,7 +18,7 @@ from qkit.errors import GridError, PlanError
 from qkit.expert_moments import Mixed, mixtures_of
 from qkit.fitting.rows import root_of
 from qkit.fitting.run import Run
-from qkit.fitting.statistics import AIM, LEARNED
+from qkit.fitting.statistics import AIM, HEAD, LEARNED
 from qkit.grid import Grid
 from qkit.metric import STATES, WIDEST, gather_metrics, metrics_of
 from qkit.qtensor import QTensor
@@ -64,12 +64,13 @@ def calibrate_drift(
             )
     for grid in dict.fromkeys(every.values()):
         want_fitted(grid)
+    heads = _heads(engine, model, every)
     lesson, pupils = _pupils(lesson, rules, grids)
     learner = require(engine, Learns) if pupils else None
     blocks, fitted = (engine.blocks(one, length=rows.shape[1]) for one in (model, twin))
     settings = {"aims": {path: str(grid) for path, grid in every.items()}, "learn": sorted(pupils)}
     told = about(folder, rows, engine) | {"rows": "coupled"} | ({"lesson": asdict(lesson)} if lesson else {})
-    run = Run(out, told, settings, batch=batch)
+    run = Run(out, told, settings, batch=batch, names=file_names(engine, model, folder))
     if not run.done:
         run.enter(blocks, rows, "states", "fitted")
     if run.done < len(blocks.paths):
@@ -81,11 +82,20 @@ def calibrate_drift(
             here = {path: layers[path] for path in every if path not in grids and path.startswith(f"{where}.")}
             mixed = Mixed(engine, mixtures_of(here, {}, folder), here, every)
             learn = _learning(learner, fitted, number, run, lesson, pupils) if learner and lesson else None
-            _correct(engine, run, blocks, fitted, number, mine, weights, mixed, learn)
+            last = number == len(blocks.paths) - 1
+            _correct(engine, run, blocks, fitted, number, mine, weights, mixed, learn, heads if last else ())
         blocks.leave(number)
         fitted.leave(number)
         tick(where, len(rows))
     return run.finish(len(blocks.paths))
+
+
+def _heads(engine: Builds, model: Any, quantized: Collection[str]) -> list[str]:
+    """The output heads that stay in float, and share their weight with no other layer."""
+    layers = list(engine.layers(model))
+    tied = {layer.tied for layer in layers} | {layer.path for layer in layers if layer.tied}
+    heads = [layer.path for layer in layers if layer.kind == "linear" and layer.head]
+    return [path for path in heads if path not in quantized and path not in tied]
 
 
 def _coupled(layers: Mapping[str, Layer], grids: Mapping[str, Grid], where: str) -> list[str]:
@@ -142,6 +152,7 @@ def _correct(
     weights: Mapping[str, NDArray[Any]],
     mixed: Mixed,
     learn: Callable[[Mapping[str, Aim]], dict[str, QTensor[NDArray[Any]]]] | None,
+    heads: Iterable[str],
 ) -> None:
     """Fits one block of the fitted model, runs both models on, and writes the moments, aims and learned codes of its layers."""
 
@@ -162,4 +173,9 @@ def _correct(
         | ({"rounding": "learned"} if path in learned else {})
         for path, aim in aims.items()
     }
+    for path in heads:
+        after = zip(run.states("states", number + 1), run.states("fitted", number + 1), strict=True)
+        if found := correct_head(path, blocks, fitted, after):
+            tensors[path + HEAD], tokens = found
+            layers[path] = {"like": path, "tokens": tokens, "activation": None, "head": True}
     run.write(number, tensors, layers)

@@ -9,19 +9,24 @@ from qkit.errors import RecipeError
 from qkit.rules import Kind, Recipe, Rule
 
 
-def overridden(recipe: Recipe, *, ignore: Sequence[str] = (), skip_indivisible: bool = False) -> Recipe:
+def overridden(
+    recipe: Recipe, *, ignore: Sequence[str] = (), skip_indivisible: bool = False, freeze_codes: bool = False
+) -> Recipe:
     """`recipe`, whose layers that match a pattern of `ignore` stay in float.
 
     Args:
         ignore: shell patterns for the paths of layers.
         skip_indivisible: whether layers that do not divide into groups stay in float, too.
+        freeze_codes: whether scales train alone.
 
     Raises:
-        RecipeError: a pattern is empty.
+        RecipeError: a pattern is empty; or scales of a grid cannot train alone.
     """
     rules = recipe.rules
     if skip_indivisible:
         rules = tuple(replace(rule, indivisible="skip") for rule in rules)
+    if freeze_codes:
+        rules = tuple(replace(rule, scales="alone") if rule.weight else rule for rule in rules)
     if ignore:
         rules = (*(Rule(tuple(ignore), kind=kind) for kind in get_args(Kind)), *rules)
     return replace(recipe, rules=rules)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qkit import fused
-from qkit.conversion import pack_layers
+from qkit.conversion import correct_heads, pack_layers
 from qkit.engines.abilities import offers, require, want_honored
 from qkit.engines.elsewhere import Remembers, Restores
 from qkit.engines.layer import FIT, Layer, want_bare, want_known, want_merged, want_none_lost, want_whole
@@ -125,6 +125,8 @@ def convert(
     packed = pack_layers(engine, model, chosen, opened)
     for module in packed.values() if opened else ():
         setattr(module, FIT, json.dumps(opened.describe(), sort_keys=True) if opened else "")
+    if opened:
+        correct_heads(engine, model, [item.layer for item in planned if not item.rule], opened)
     if recipe is not None:
         _note(planned)
     return cast(Model, engine.replace(model, packed))
@@ -245,7 +247,7 @@ def _want_float(layers: list[Layer], verb: str) -> None:
 
 def _needs_whole(rule: Rule) -> bool:
     """Whether a layer has to be prepared before it is sharded: stacks of experts, and parameters that are not sharded yet."""
-    return rule.kind == "experts" or rule.scales == "learned"
+    return rule.kind == "experts" or rule.scales != "rule"
 
 
 def _note(planned: list[Planned]) -> None:

@@ -116,7 +116,7 @@ def _plan_tied(item: Planned, owners: Mapping[str, Planned]) -> Planned:
     owner = owners.get(layer.tied)
     if owner is None:
         return item
-    if item.rule and item.rule.scales == "learned":
+    if item.rule and item.rule.scales != "rule":
         raise RecipeError(
             f"{layer.path}: its weight is tied to that of {layer.tied}, and two layers cannot learn one weight's scales: use "
             'scales = "rule", or untie them'

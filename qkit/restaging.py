@@ -31,7 +31,7 @@ def regrid(model: Model, recipe: "str | Path | Recipe", *, backend: str | Arrays
     engine = require(surgeon(model, backend), Trains)
     layers = _prepared(engine.layers(model))
     for layer in layers:
-        learns = layer.rule is not None and layer.rule.scales == "learned"
+        learns = layer.rule is not None and layer.rule.scales != "rule"
         if layer.adapter or learns:
             what = "an adapter" if layer.adapter else "learned scales"
             raise StageError(f"cannot regrid: {layer.path} has {what}, which belong to its grid")
@@ -56,7 +56,7 @@ def rules_on(engine: Modules, model: Any, layers: Iterable[Layer], recipe: "str 
     for layer in layers:
         rule = planned[layer.path]
         assert layer.rule is not None
-        if rule is None or rule.scales == "learned" or static_names(rule).keys() != static_names(layer.rule).keys():
+        if rule is None or rule.scales != "rule" or static_names(rule).keys() != static_names(layer.rule).keys():
             what = "leaves it alone" if rule is None else "learns scales, or has other static ranges"
             raise RecipeError(f"{layer.path}: {found.name!r} {what}, unlike the recipe it is on: choose another")
         made[layer.path] = rule

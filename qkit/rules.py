@@ -19,7 +19,7 @@ Kind = Literal["linear", "embedding", "experts"]
 KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 Range = Literal["dynamic", "calibrated", "average"]
 Ste = Literal["identity", "masked"]
-Scales = Literal["rule", "learned"]
+Scales = Literal["rule", "learned", "alone"]
 Rounding = Literal["nearest", "learned"]
 SCHEMA = 1
 CORE_KEYS = ("match", "kind", "weight", "part", "indivisible", "rounding")  #: keys of a rule that the core carries out
@@ -49,7 +49,7 @@ class Rule:
         ste: the straight-through estimator of all three grids: the gradient passes everywhere (`identity`), or only where no
             value was clipped (`masked`).
         scales: where the scales of `weight` come from in training: the grid's own rule (`rule`), or they train beside the weight
-            (`learned`, see `qkit.reference.learned`), whose gradient is then masked.
+            (`learned`, see `qkit.reference.learned`), whose gradient is then masked; or `alone`, while codes stay as they are.
         rounding: `nearest`, or `learned` from a text where nobody trains, see `qkit.calibration.calibrate_drift`.
         part: `all` of the model, or `language`: without towers of vision and audio, see `qkit.parts`.
         indivisible: for a weight that does not divide into groups: `error`, or `skip` the layer.
@@ -78,9 +78,10 @@ class Rule:
                 want_grid(grid)
         for grid in self.slots.values():
             want_chosen(grid)
-        if self.scales == "learned" and (self.weight is None or self.weight.scale == "nvfp4"):
+        alone = self.scales == "alone" and self.weight is not None and self.weight.element.kind == "float"
+        if self.scales != "rule" and (self.weight is None or self.weight.scale == "nvfp4" or alone):
             what = "needs a weight grid" if self.weight is None else f"is not there for {self.weight}: leave it out"
-            raise RecipeError(f'scales = "learned" {what}')
+            raise RecipeError(f'scales = "{self.scales}" {what}')
         if self.rounding == "learned" and (not self.weight or self.kind != "linear" or self.weight.group == "tensor"):
             raise RecipeError(
                 'rounding = "learned" is for linear layers with a weight grid of groups or rows: leave it out'

@@ -11,13 +11,20 @@
 #define METHOD inline
 #define ENTRY static void
 #define __shared__ static
-#define __syncthreads()  // a kernel that needs it takes any count of threads: one here
+#define __syncthreads() wait()
+#ifdef WAITS  // threads that wait for each other are contexts, as those of teams
+#define TURNS true
+#else
+#define TURNS (LANES > 1)
+#endif
 struct Three { unsigned x, y, z; };
 static Three threadIdx, blockIdx, blockDim;
 
 DEVICE unsigned long long bits(double x) { unsigned long long u; memcpy(&u, &x, 8); return u; }
 DEVICE double number(unsigned long long u) { double x; memcpy(&x, &u, 8); return x; }
 DEVICE double fused(double a, double b, double c) { return a * b + c; }
+DEVICE float fused(float a, float b, float c) { return std::fmaf(a, b, c); }
+DEVICE void raise(int *place, int x) { *place = x > *place ? x : *place; }
 DEVICE double to_bfloat16(double x) {
     float f = x;
     unsigned u;
@@ -36,6 +43,14 @@ struct Thread {
 };
 static std::vector<Thread> threads;
 static ucontext_t turns;
+
+DEVICE void wait() {
+#ifdef WAITS
+    const unsigned me = threadIdx.x;
+    swapcontext(&threads[me].context, &turns);
+    threadIdx.x = me;
+#endif
+}
 
 // The number that thread `other` of the team says at this question; the answer waits until all have been asked.
 template <unsigned TEAM> DEVICE double answer(double mine, unsigned other) {
@@ -80,7 +95,7 @@ extern "C" void launch(unsigned programs, unsigned more, unsigned count, void **
     for (unsigned by = 0; by < more; by++)
         for (unsigned bx = 0; bx < programs; bx++) {
             blockIdx = {bx, by, 0};
-            if (LANES == 1) {
+            if (!TURNS) {
                 for (unsigned i = 0; i < count; i++) run(i);
                 continue;
             }

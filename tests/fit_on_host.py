@@ -9,7 +9,14 @@ from typing import Any
 from qkit_torchao.kernels import nvrtc
 
 COMPILER = shutil.which("g++")
-ALONE = ("eliminate",)  #: kernels of one program whose threads wait for each other
+WAITS = (
+    "sift",
+    "feed",
+    "descend",
+    "eliminate",
+    "eliminate_below",
+    "take_products",
+)  #: kernels whose threads wait for each other
 
 
 class HostKernel:
@@ -28,7 +35,7 @@ class HostKernel:
         """As `nvrtc.Kernel.__call__`."""
         given = [kind(one) for kind, one in zip(self._kernel.kinds, arguments, strict=True)]
         places = (ctypes.c_void_p * len(given))(*(ctypes.addressof(one) for one in given))
-        self._compile(constants).launch(*programs, 1 if self._kernel.name in ALONE else threads, places)
+        self._compile(constants).launch(*programs, threads, places)
 
     def _compile(self, constants: tuple[tuple[str, int], ...]) -> Any:
         name = "-".join([self._kernel.name, *(str(value) for _, value in constants)])
@@ -36,6 +43,7 @@ class HostKernel:
         if not library.exists():
             flags = [f"-D{name}={value}" for name, value in constants]
             kernel = [f'-DKERNELS="{self._kernel.path}"', f"-DKERNEL={self._kernel.name}"]
+            flags += ["-DWAITS"] * (self._kernel.name in WAITS)
             options = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", *flags, *kernel]
             header = Path(__file__).with_name("doubles_host.h")
             assert COMPILER

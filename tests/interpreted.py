@@ -12,7 +12,9 @@ from qkit_torchao.arithmetic import merged as arithmetic
 from qkit_torchao.arithmetic import packing, rounding
 from qkit_torchao.arithmetic.gains import gained
 from qkit_torchao.backend import TorchaoBackend
-from qkit_torchao.kernels import cuda, cuda_merge
+from qkit_torchao.cache import codes, values
+from qkit_torchao.cache.ahead import Ahead
+from qkit_torchao.kernels import choose, cuda, cuda_merge
 
 from qkit import reference
 from qkit.grid import Grid
@@ -140,6 +142,35 @@ def merged(grid: Grid, dtype: str) -> bool:
     return all(right) and cuda_merge.takes(grid, 512)
 
 
+def ahead(dtype: str) -> bool:
+    """Whether launches that are prepared after a step compute the values and codes of weights as they are when these are used."""
+    choose.on_gpu = lambda w: cuda
+    grid, rows, kind, gate = Grid("int4", 32), Grid("e4m3", "row"), getattr(torch, dtype), torch.tensor(True)
+    drawn, launched, launch = torch.Generator().manual_seed(0), [], Ahead.launch
+    Ahead.launch = lambda one: launched.append(launch(one)) or launched[-1]
+    weights = [torch.nn.Parameter(torch.randn(64, 64, generator=drawn).to(kind)) for _ in range(3)]
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    edits = [
+        lambda w: None,
+        lambda w: w.detach().mul_(2),  # torch counts it
+        lambda w: w.data.mul_(3),  # nothing shows it
+        lambda w: setattr(w, "data", w.data * 5),  # in other memory
+        lambda w: (values.drop(w), w.data.neg_()),
+        lambda w: None,
+    ]
+    right = []
+    for edit in edits:
+        for _ in range(2):  # only what was used since the last step is prepared
+            for w in weights:
+                right.append(torch.equal(values.of(w, grid, gate, kind), rounding.rounded(w.detach(), grid)))
+                q, want = codes.of(w, rows)[0], rounding.quantize(w.detach(), rows)
+                right.append(torch.equal(q.codes, want.codes) and torch.equal(q.scales, want.scales))
+                w.grad = torch.randn(64, 64, generator=drawn).to(kind)
+            optimizer.step()
+        edit(weights[1])
+    return all(right) and [len(found) for found in launched[:4]] == [3] * 4
+
+
 def main(dtype: str) -> None:
     """One grid for each element and rule, and what does not fit a tile; the others differ in constants only."""
     np.seterr(all="ignore")  # the interpreter computes in NumPy, also what is then not taken
@@ -163,6 +194,7 @@ def main(dtype: str) -> None:
         print(grid, "merged", "exact" if merged(grid, dtype) else "not the values of the law", flush=True)
     for grid in (Grid("e4m3", "row"), Grid("int8", "row", "midmax"), Grid("int4", 32)):
         print(grid, "together", "exact" if together(grid, dtype) else "not the codes of each alone", flush=True)
+    print("prepared launches", "exact" if ahead(dtype) else "not those of the weights", flush=True)
     print("shared peaks", "exact" if shared(dtype) else "not the values of the law", flush=True)
     row = Grid("int4", "row", "minmax")
     print(row, "in signed", "exact" if laid(row, "signed", dtype) else "not the codes of quantize", flush=True)

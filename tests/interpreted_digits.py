@@ -10,11 +10,19 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 import numpy as np
 import torch
 from fit_on_host import HostKernel
-from qkit_torchao.arithmetic import fitting
-from qkit_torchao.kernels import cuda_digits, cuda_fit, fits
+from qkit_torchao.arithmetic import exact_products, fitting
+from qkit_torchao.kernels import cuda_digits, cuda_factor, cuda_fit, cuda_moments, fits, nvrtc
 
 from qkit.grid import Grid
+from qkit.reference import products
 from qkit.reference.fitting import fit
+
+
+def digits(numbers: torch.Tensor) -> torch.Tensor:
+    """int8 [3, ...] of integers [...] up to 2^20, the lowest first: their sum, times 1, 256 and 65,536."""
+    low = (numbers + 128).remainder(256) - 128
+    middle = ((numbers - low) // 256 + 128).remainder(256) - 128
+    return torch.stack([low, middle, (numbers - low - 256 * middle) // 65536]).to(torch.int8)
 
 
 def product(rows: int, columns: int, inputs: int) -> bool:
@@ -28,17 +36,23 @@ def product(rows: int, columns: int, inputs: int) -> bool:
     )
     units = torch.exp2(torch.frexp(units).exponent.double() - 40)
     wanted = out - (left @ right.T).double() * units[:, None] * sizes
-    cuda_digits.subtract_product(out, cuda_digits.digits(left), units, cuda_digits.digits(right), sizes)
+    cuda_digits.subtract_product(out, digits(left), units, digits(right), sizes)
     return torch.equal(out, wanted)
 
 
 def solves(group: int, folder: Path) -> bool:
     """Whether `solve` has the codes of the law."""
-    for name in ("SEARCH", "FEED", "DESCEND", "DIGITS", "WEIGH", "SUBTRACT", "ELIMINATE", "ELIMINATE_BELOW"):
-        setattr(cuda_fit, name, HostKernel(getattr(cuda_fit, name), folder))
+    for module in (cuda_fit, cuda_factor, cuda_moments):
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, nvrtc.Kernel):
+                setattr(module, name, HostKernel(kernel, folder))
     cuda_fit.WARP = 1
-    fits.loops, fits.unit_upper = lambda w, grid: cuda_fit.Loops, cuda_fit.unit_upper
-    fits.digits = cuda_digits.digits
+    products.PANEL = exact_products.PANEL = 64
+    fits.loops, fits.moments, fits.have_digits = (
+        lambda w, grid: cuda_fit.Loops,
+        lambda h: cuda_moments,
+        lambda device: True,
+    )
     draw, grid = np.random.default_rng(0), Grid("int4", group)
     x = draw.standard_normal((900, 192)) * np.exp(draw.standard_normal(192))
     h, w = (x.T @ x / 900).astype(np.float32), draw.standard_normal((8, 192)).astype(np.float32)

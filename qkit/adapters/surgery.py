@@ -199,7 +199,7 @@ def obstacle(layer: Layer, layers: Iterable[Layer]) -> str:
         return layer.obstacle
     if layer.rule is None or layer.rule.weight is None:
         return "it is not quantized: prepare or convert it by a recipe that speaks of it"
-    if layer.rule.scales == "learned":
+    if layer.rule.scales != "rule":
         return "its scales are learned, and a merge would choose others: leave it out, or use a recipe with the grid's rule"
     if layer.adapter:
         return f"it has an adapter already ({layer.adapter}): merge that first"

@@ -107,7 +107,8 @@ def fit_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def fit_text(fit: Mapping[str, Any]) -> str:
     """How codes were chosen, in words: the method and its settings."""
-    settings = [f"{key} {value}" for key, value in sorted(fit.items()) if key != "method"]
+    listed = {key: " ".join(value) if isinstance(value, list) else value for key, value in fit.items()}
+    settings = [f"{key} {value}" for key, value in sorted(listed.items()) if key != "method"]
     return f"fitted by {', '.join([str(fit['method']), *settings])}"
 
 

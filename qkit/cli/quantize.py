@@ -14,7 +14,8 @@ from qkit.cli.console import Json, console, errors, print_json, read_size, size
 from qkit.cli.opened import decoded
 from qkit.cli.progress import showing
 from qkit.engines.protocol import Arrays
-from qkit.fitting.fits import Fit, Method, summary
+from qkit.fitting.by_search import summary
+from qkit.fitting.fits import Fit, Method
 from qkit.overrides import check_ignored, overridden
 from qkit.planning import TOWERS
 from qkit.processes import cores

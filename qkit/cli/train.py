@@ -44,6 +44,12 @@ def train(
             help="A quantized directory of MODEL, such as a fitted one: training begins with its very codes and scales."
         ),
     ] = None,
+    freeze_codes: Annotated[
+        bool | None,
+        typer.Option(
+            "--freeze-codes", help="Keep the codes as they are: their scales train, beside the float tensors."
+        ),
+    ] = None,
     ignore: Ignore = None,
     skip_indivisible: SkipIndivisible = False,
     data: Annotated[
@@ -121,6 +127,7 @@ def train(
         "out": out,
         "recipe": recipe,
         "init": init,
+        "freeze_codes": freeze_codes,
         "ignore": ignore or None,
         "skip_indivisible": skip_indivisible or None,
         "data": data,

@@ -88,6 +88,13 @@ class Blocks(Protocol):
         """
         ...
 
+    def inputs_after(self, states: Hidden, path: str) -> Hidden:
+        """The inputs [tokens, n] of the linear layer at `path` behind the blocks, for states after the last one.
+
+        Empty, if the layer does not run; as many as it has, if it does not run for every token.
+        """
+        ...
+
     def draw(self, states: Hidden, labels: NDArray[np.float32]) -> Hidden:
         """The gradient, with respect to states after the last block, of the log-probability of labels that the model draws.
 

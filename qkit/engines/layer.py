@@ -107,7 +107,7 @@ FIT = "qkit_fit"  #: attribute of a converted module whose codes were fitted: ho
 
 def grids_of(rule: Rule) -> str:
     """The grids of a rule as text, for the `repr` of a layer: of weight, input and output, and whether scales are learned."""
-    weight = f"{rule.weight} learned" if rule.scales == "learned" else str(rule.weight or "float")
+    weight = f"{rule.weight} {rule.scales}" if rule.scales != "rule" else str(rule.weight or "float")
     text = " @ ".join(filter(None, (weight, str(rule.activation or ""))))
     return f"grid={text} -> {rule.output}" if rule.output else f"grid={text}"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qkit.engines.protocol import Arrays
@@ -16,6 +17,7 @@ from qkit.grid import Grid
 from qkit.qtensor import QTensor, dtype_of
 from qkit.reference.fitting import ROUNDS, fit
 from qkit.reference.moments import DAMPING
+from qkit.reference.products import product, shortened
 from qkit.reference.steps import want_fitted
 from qkit.rules import Rule
 from qkit.storage.read import Stored
@@ -80,6 +82,7 @@ class Fit:
             about |= {"lesson": self.statistics.lesson} if self.method == "round" else {}
             about |= {"statistics": self.statistics.digest}
             about |= {"drift": "corrected"} if self.statistics.corrected else {}
+            about |= {"heads": self.statistics.heads} if self.statistics.heads else {}
             about |= {"rows": "coupled"} if self.statistics.about.get("rows") else {}
         return about
 
@@ -93,7 +96,7 @@ class Fit:
         self._check_learned(rules)
         if self.statistics is None:
             return []
-        known = self.statistics.paths & rules.keys()
+        known = {path for path in rules if self.statistics.has(path)}
         if rules and not known:
             raise PlanError(
                 f"{self.statistics.folder} has statistics of none of the layers to quantize, such as {min(rules)}: they are "
@@ -113,13 +116,47 @@ class Fit:
                     f"{path}: these statistics correct the drift of {grid} under {under}, not of {rules[path].weight} under "
                     f"{self.method}: calibrate for this recipe, or without --drift and --learn"
                 )
+        self._check_one_recipe(self.statistics, rules)
         return sorted(rules.keys() - known)
+
+    def _check_one_recipe(self, known: Statistics, rules: Mapping[str, Rule]) -> None:
+        paths = {known.named(path) for path in rules}
+        for path in sorted(path for path in known.paths - paths if known.grid(path)):
+            raise PlanError(
+                f"{path}: these statistics correct the drift of {known.grid(path)}, and the recipe leaves it in float: calibrate "
+                "for this recipe"
+            )
+        for path in (path for path in known.heads if path in paths):
+            raise PlanError(
+                f"{path}: these statistics correct it in float, and the recipe quantizes it: calibrate for this recipe"
+            )
 
     def _check_learned(self, rules: Mapping[str, Rule]) -> None:
         for path, rule in rules.items():
             there = self.statistics is not None and self.statistics.has(path) and self.statistics.learned(path)
             if rule.rounding == "learned" and not there:
                 raise PlanError(f"{path}: {NOT_LEARNED}")
+
+    def corrects(self, path: str) -> bool:
+        """Whether the output head at `path`, which stays in float, is corrected."""
+        return self.statistics is not None and self.statistics.named(path) in self.statistics.heads
+
+    def head(self, w: NDArray[Any], path: str) -> NDArray[Any]:
+        """Rows `w` [rows, n] of the float weight of an output head that is corrected; the same bits whatever the rows are.
+
+        Raises:
+            ArtifactError: the correction is of another shape, or its file is unsound.
+        """
+        assert self.statistics is not None
+        correction = self.statistics.correction(path)
+        if len(correction) != w.shape[-1]:
+            raise ArtifactError(
+                f"{path}: statistics correct {len(correction)} inputs, not {w.shape[-1]}: calibrate again"
+            )
+        wide = w.astype(np.float64)
+        return (
+            (wide + product(shortened(wide, axis=1), correction.astype(np.float64))).astype(np.float32).astype(w.dtype)
+        )
 
     def quantize(
         self,
@@ -224,27 +261,6 @@ def want_all_fitted(rules: Iterable[Rule]) -> None:
     for rule in rules:
         if rule.weight is not None:
             want_fitted(rule.weight)
-
-
-def summary(without: Iterable[str], fit: Fit) -> str:
-    """A sentence on layers without statistics, and one on experts with too few tokens; or nothing."""
-    if fit.statistics is None:
-        return ""
-    paths, few, folder = list(without), fit.statistics.few, fit.statistics.folder
-    unknown, scarce = [path for path in paths if path not in few], [path for path in paths if path in few]
-    found = []
-    if unknown:
-        found.append(f"fitted by search, since {folder} has no statistics of them: {_first(unknown)}")
-    if scarce:
-        found.append(
-            f"fitted by search, since fewer tokens than inputs reached them in {folder} ({few[scarce[0]]:,} the first): "
-            f"{_first(scarce)}"
-        )
-    return "\n".join(found)
-
-
-def _first(paths: list[str]) -> str:
-    return paths[0] + (f" and {len(paths) - 1:,} more" if len(paths) > 1 else "")
 
 
 def _rows_of(

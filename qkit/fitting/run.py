@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from qkit.engines.blocks import Blocks, Hidden
 from qkit.errors import FewTokensWarning, PlanError, RangeError, RunError
-from qkit.fitting.statistics import NOTE, file_digest, write_note
+from qkit.fitting.statistics import AIM, HEAD, LEARNED, NOTE, file_digest, write_note
 
 FEW = 20  #: tokens for each input of a block; fewer are too few for the codes to be as good as they can be
 NAME = "run.json"
+NO_NAMES: Mapping[str, str] = {}
 
 
 class Run:
@@ -29,8 +30,19 @@ class Run:
         done: how many blocks an earlier run has done.
     """
 
-    def __init__(self, out: Path, about: Mapping[str, Any], settings: Mapping[str, Any], *, batch: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        about: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        *,
+        batch: int,
+        names: Mapping[str, str] = NO_NAMES,
+    ) -> None:
         """Begins a run, or takes up that of the same `about`, `settings` and `batch`.
+
+        Args:
+            names: paths of layers in the model's files, by their paths in the model, where these are other ones.
 
         Raises:
             PlanError: `out`, or another directory in the place of the run, is there already.
@@ -39,7 +51,7 @@ class Run:
         ended = _reads(out / NAME) == text  # but for the last step of `finish`
         if out.exists() and not ended:
             raise PlanError(f"{out} is there already: remove it, or choose another place")
-        self._out, self._about, self._batch, self.done = out, about, batch, 0
+        self._out, self._about, self._batch, self.done, self._names = out, about, batch, 0, names
         self._aside = out if ended else out.with_name(f"{out.name}.part")
         mine = self._aside / NAME
         self._aside.mkdir(parents=True, exist_ok=True)
@@ -122,10 +134,15 @@ class Run:
                 raise RangeError(
                     f"{name}: its inputs hold NaN or infinity, or numbers whose squares do: find their origin"
                 )
-        file = self._file(number)
-        file.with_suffix(".json").write_text(json.dumps(layers, sort_keys=True), encoding="utf-8")
+        file, names = self._file(number), self._names
+        told = {
+            names.get(path, path): {**one, "like": names.get(one["like"], one["like"])}
+            | ({"module": path} if path in names else {})
+            for path, one in layers.items()
+        }
+        file.with_suffix(".json").write_text(json.dumps(told, sort_keys=True), encoding="utf-8")
         aside = file.with_suffix(".new")
-        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, aside)
+        save_file({renamed(name, names): np.ascontiguousarray(array) for name, array in tensors.items()}, aside)
         with aside.open("rb") as stream:
             os.fsync(stream.fileno())
         aside.rename(file)
@@ -155,6 +172,15 @@ class Run:
 
     def _states(self, name: str, number: int) -> Path:
         return self._aside / f"{name}-{number % 2}.npy"
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """The name of a tensor that begins with the path of a layer, which `names` may call otherwise."""
+    for end in (AIM, HEAD, LEARNED):
+        path, found, rest = name.partition(end)
+        if found and path in names:
+            return f"{names[path]}{found}{rest}"
+    return names.get(name, name)
 
 
 def _reads(file: Path) -> str | None:

@@ -19,6 +19,7 @@ from qkit.storage.read import MissingError, Stored, inside, read_file
 NOTE = "statistics.json"
 VERSION = 1
 AIM = ".aim"  #: ends the name of a weight to fit in place of a layer's own
+HEAD = ".correction"  #: ends the name of the correction of an output head that stays in float
 LEARNED = ".learned."  #: between the path of a layer and the name of a part of its learned codes
 
 
@@ -33,7 +34,8 @@ class Statistics:
         about: the note: `data` (a digest), `tokens`, `length`, `windows`, `engine`, `files`, `rows` (`coupled`, with a corrected
             drift), and `layers` by path. Of a layer: `like`, the layer with the moments of both; `file`; `tokens`; `activation`,
             the grid that inputs were rounded to; and with a corrected drift `grid`, that of the weight, and `peak`, for `nvfp4`.
-            Experts that too few tokens reached have `few` and nothing else to know.
+            A layer has `module`, its path in the model, where that in the files is another. Experts that too few tokens reached
+            have `few` and nothing else to know. A corrected output head has `head`.
     """
 
     folder: Path
@@ -44,12 +46,22 @@ class Statistics:
     @property
     def paths(self) -> frozenset[str]:
         """The layers with statistics."""
-        return frozenset(path for path, layer in self.about["layers"].items() if not layer.get("few"))
+        return frozenset(path for path in self.about["layers"] if self.has(path))
+
+    def named(self, path: str) -> str:
+        """The path in the model's files of the layer at `path`, there or in the model that was calibrated."""
+        layers = self.about["layers"]
+        return path if path in layers else next((key for key, one in layers.items() if one.get("module") == path), path)
 
     def has(self, path: str) -> bool:
         """Whether there are statistics of the layer at `path`."""
-        layer = self.about["layers"].get(path)
-        return layer is not None and not layer.get("few")
+        layer = self.about["layers"].get(self.named(path))
+        return layer is not None and not layer.get("few") and not layer.get("head")
+
+    @property
+    def heads(self) -> list[str]:
+        """The output heads that stay in float and are corrected."""
+        return [path for path, layer in self.about["layers"].items() if layer.get("head")]
 
     @property
     def few(self) -> dict[str, int]:
@@ -72,10 +84,18 @@ class Statistics:
         Raises:
             ArtifactError: its file is unsound.
         """
-        return None if self.grid(path) is None else self._matrix(path, path + AIM)
+        return None if self.grid(path) is None else self._matrix(path, self.named(path) + AIM)
+
+    def correction(self, path: str) -> NDArray[np.float32]:
+        """M [n, n], by which the float weight W of the output head at `path` becomes W + W M, mapped read-only.
+
+        Raises:
+            ArtifactError: its file is unsound.
+        """
+        return self._matrix(path, self.named(path) + HEAD)
 
     def _matrix(self, path: str, name: str) -> NDArray[np.float32]:
-        file = self.about["layers"][path]["file"]
+        file = self.about["layers"][self.named(path)]["file"]
         found = _tensors(inside(self.folder, file)).get(name)
         if found is None or found.slot.dtype != "F32" or len(found.slot.shape) != 2:
             raise ArtifactError(f"{self.folder / file} has no matrix {name}: calibrate again")
@@ -89,8 +109,8 @@ class Statistics:
         """
         if not self.learned(path):
             return None
-        file = self.about["layers"][path]["file"]
-        mine, prefix = _tensors(inside(self.folder, file)), path + LEARNED
+        file = self.about["layers"][self.named(path)]["file"]
+        mine, prefix = _tensors(inside(self.folder, file)), self.named(path) + LEARNED
         found = {name.removeprefix(prefix): one.mapped() for name, one in mine.items() if name.startswith(prefix)}
         if not {"codes", "scales"} <= found.keys():
             raise ArtifactError(f"{self.folder / file} has no codes of {path}: calibrate again")
@@ -98,25 +118,25 @@ class Statistics:
 
     def learned(self, path: str) -> bool:
         """Whether the rounding of the layer at `path` is learned."""
-        return bool(self.about["layers"][path].get("rounding") == "learned")
+        return bool(self.about["layers"][self.named(path)].get("rounding") == "learned")
 
     def like(self, path: str) -> str:
         """The layer whose moments are those of `path`."""
-        return str(self.about["layers"][path]["like"])
+        return str(self.about["layers"][self.named(path)]["like"])
 
     def activation(self, path: str) -> str | None:
         """The grid that the inputs were rounded to, as text."""
-        grid = self.about["layers"][path]["activation"]
+        grid = self.about["layers"][self.named(path)]["activation"]
         return None if grid is None else str(grid)
 
     def grid(self, path: str) -> str | None:
         """The grid that the layer at `path` was corrected for, as text; None: drift is not corrected."""
-        grid = self.about["layers"][path].get("grid")
+        grid = self.about["layers"][self.named(path)].get("grid")
         return None if grid is None else str(grid)
 
     def peak(self, path: str) -> float | None:
         """The largest magnitude of the aims that share the tensor scale of the layer at `path`, under `nvfp4`."""
-        peak = self.about["layers"][path].get("peak")
+        peak = self.about["layers"][self.named(path)].get("peak")
         return None if peak is None else float(peak)
 
     @property

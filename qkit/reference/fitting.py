@@ -26,7 +26,7 @@ from qkit.reference.products import Doubles, product, shortened, total
 from qkit.reference.steps import candidates, nearest, steps_of, storable, stored, want_fitted
 
 Method = Literal["search", "solve"]
-ROUNDS = 6  #: of descent, at most
+ROUNDS = 3  #: of descent, at most
 REFITS = 2  #: of scales, to the codes that `search` found
 SHARE = 1 << 17  #: values of a weight that are fitted at once
 COLUMNS = 128  #: inputs that change before others of their window are updated
@@ -170,7 +170,7 @@ def _feed(x: Doubles, s: Doubles, z: Doubles, known: Moments, grid: Grid) -> Dou
     for start in range(0, n, COLUMNS):
         end = min(start + COLUMNS, n)
         wanted = (
-            x[start:end] + product(shortened(known.upper[:start, start:end].T, axis=1), errors[:start])
+            x[start:end] + product(shortened(known.upper[:start, start:end].T, axis=1), errors[:start], terms=WINDOW)
             if start
             else x[:end].copy()
         )

@@ -6,6 +6,7 @@ Integer scales learn as in LSQ (Esser et al., 2020, https://arxiv.org/abs/1902.0
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ NAMES = (
     "weight_zero",
     "weight_offset",
 )  #: names of the parameters; float32, shaped like the grid's scales
+FIRST = "first_"  #: begins the names of the parameters that found the codes, where scales train alone
+FIRSTS = tuple(FIRST + name for name in NAMES)
 OFFSETS = NAMES[1:]  #: the parameters that are rounded to whole numbers
 FARTHEST = 255.0  #: an offset larger than this changes no code any more
 
@@ -46,6 +49,12 @@ def names(grid: Grid) -> tuple[str, ...]:
     if grid.element.kind == "float":
         return ("weight_offset",)
     return ("weight_scale",) if grid.symmetric else ("weight_scale", "weight_zero")
+
+
+def stored_names(grid: Grid, scales: str) -> tuple[str, ...]:
+    """The parameters of a layer whose rule has these `scales`; where they train `alone`, those that found its codes, too."""
+    mine = names(grid)
+    return mine + tuple(FIRST + name for name in mine) if scales == "alone" else mine
 
 
 def factor(grid: Grid, shape: tuple[int, ...]) -> float:
@@ -109,6 +118,26 @@ def fake_quantize(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats])
         return rounding.fake_quantize(w, grid, scales=s, zeros=z)  # type: ignore[arg-type]  # zero points as floats
 
 
+def alone(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats]) -> QTensor[NDArray[Any]]:
+    """The codes of finite `w` by the `FIRST` ones of `parameters`, on the scales of the others: scales train, codes stay."""
+    first = {name.removeprefix(FIRST): one for name, one in parameters.items() if name.startswith(FIRST)}
+    return replace(quantize(w, grid, first), scales=steps(w, grid, parameters)[0])
+
+
+def gradient_alone(
+    w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats], gradient: NDArray[Any]
+) -> dict[str, Floats]:
+    """The gradient of scales that train alone, where the values of `alone` have `gradient` [..., n]: dv/ds = v/s, by `factor`.
+
+    It passes straight through the roundings and limits of `steps`. Weights and zero points have none.
+    """
+    q = alone(w, grid, parameters)
+    units = rounding.group(q.codes.astype(np.float32), grid)
+    units = units if q.zeros is None else units - q.zeros.astype(np.float32)[..., None]
+    moved = (rounding.group(gradient, grid) * units).sum(axis=-1)
+    return {"weight_scale": moved * np.float32(factor(grid, w.shape))}
+
+
 def gradients(
     w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats], gradient: NDArray[Any]
 ) -> dict[str, Floats]:
@@ -135,7 +164,7 @@ def gradients(
 
 
 def learned_codes(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats], *, path: str) -> QTensor[NDArray[Any]]:
-    """`quantize`, for the finite weight of the prepared layer at `path`.
+    """`quantize`, or `alone`, for the finite weight of the prepared layer at `path`.
 
     Raises:
         RangeError: a parameter is not finite.
@@ -144,7 +173,11 @@ def learned_codes(w: NDArray[Any], grid: Grid, parameters: Mapping[str, Floats],
         if not np.isfinite(values).all():
             full = f"{path}.{name}" if path else name
             raise RangeError(f"{full} is not finite: go back to an earlier checkpoint, and lower the learning rate")
-    return quantize(w, grid, parameters)
+    return (
+        alone(w, grid, parameters)
+        if any(name.startswith(FIRST) for name in parameters)
+        else quantize(w, grid, parameters)
+    )
 
 
 def _integer_steps(p: Floats, zero: Floats | None, grid: Grid) -> tuple[Floats, Floats | None]:

@@ -25,11 +25,15 @@ def shortened(a: Doubles, axis: int) -> Doubles:
     return cast(Doubles, np.rint(a / unit) * unit)
 
 
-def product(a: Doubles, b: Doubles) -> Doubles:
-    """a @ shortened(b) of finite [m, k] and [k, n], with the same bits everywhere; `a` is `shortened` along its rows."""
+def product(a: Doubles, b: Doubles, *, terms: int = LONGEST) -> Doubles:
+    """a @ shortened(b) of finite [m, k] and [k, n], with the same bits everywhere; `a` is `shortened` along its rows.
+
+    Args:
+        terms: of a sum whose terms of `b` are shortened together.
+    """
     found = np.zeros((a.shape[0], b.shape[1]))
-    for start in range(0, b.shape[0], LONGEST):
-        of = slice(start, start + LONGEST)
+    for start in range(0, b.shape[0], terms):
+        of = slice(start, start + terms)
         found += a[:, of] @ shortened(b[of], axis=0)
     return found
 

@@ -162,7 +162,9 @@ def _make_row(
 ) -> dict[str, str]:
     reader = Reader(row.stored)
     try:
-        if row.rule is None or row.rule.weight is None:
+        if fit and fit.corrects(row.path) and not row.rule:
+            _correct(row, writer, reader, fit)
+        elif row.rule is None or row.rule.weight is None:
             _copy(row, writer, reader)
         else:
             _quantize(row, row.rule.weight, places, writer, reader, quantize, fit)
@@ -184,6 +186,15 @@ def _copy(row: Row, writer: TensorWriter, reader: Reader) -> None:
             first = begin // DTYPES[stored.slot.dtype][1]
             check_finite(data.view(row.dtype), name=name_of(stored), first=first, shape=stored.slot.shape)
         writer.write(row.slots[0].name, data.data, offset=begin)
+
+
+def _correct(row: Row, writer: TensorWriter, reader: Reader, fit: Fit) -> None:
+    """Writes the weight of an output head in its type, corrected for the drift of the fitted blocks before it."""
+    offset = 0
+    for _, w in Weight(row, reader).blocks():
+        data = _bytes(fit.head(w, row.path))
+        writer.write(row.slots[0].name, data, offset=offset)
+        offset += len(data)
 
 
 def _copy_values(stored: Encoded, name: str, writer: TensorWriter) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qkit.artifact.metadata import fit_of
 from qkit.artifact.snapshot import Snapshot
 from qkit.conversion import prepared_codes
 from qkit.engines.abilities import require
@@ -19,10 +20,10 @@ from qkit.exchange.import_model import read_model
 from qkit.exchange.load_any import load_any
 from qkit.experts import expert_of
 from qkit.qtensor import QTensor
-from qkit.reference.learned import parameters_of
+from qkit.reference.learned import FIRST, parameters_of
 from qkit.reference.rounding import scale_values
 from qkit.storage.other_models import gguf
-from qkit.storage.read import MissingError
+from qkit.storage.read import MissingError, read_folder
 from qkit.training.run import Run
 
 Codes = Mapping[str, QTensor[NDArray[Any]]]  #: by path of a layer, or of one projection of one expert
@@ -49,7 +50,8 @@ def source_of(run: Run) -> Snapshot:
         )
     init = read_model(run.init)
     both = source.tensors.keys() & init.tensors.keys()
-    for name in sorted(both):
+    corrected = {f"{path}.weight" for path in (fit_of(read_folder(run.init)[1]) or {}).get("heads", ())}
+    for name in sorted(both - corrected):
         mine, other = source.tensors[name], init.tensors[name]
         if mine.shape != other.shape or not np.array_equal(mine, other, equal_nan=True):
             raise RunError(
@@ -142,16 +144,19 @@ def _learned(
                 f"init: {path} is on {codes[path].grid} in {folder}, and the recipe wants {layer.rule.weight}: name a recipe of "
                 "the same grid"
             )
-    if layer.rule.scales != "learned":
+    if layer.rule.scales == "rule":
         return
     if layer.kind != "experts":
         for own, array in parameters_of(codes[layer.name]).items():
-            yield f"{layer.path}.{own}" if layer.path else own, array
+            for name in (own, FIRST + own) if layer.rule.scales == "alone" else (own,):
+                yield f"{layer.path}.{name}" if layer.path else name, array
         return
     block = "".join(f"{part}." for part in layer.path.split(".")[:-2])
     for projection in layer.projections:
         mine = sorted((found[1], path) for path in paths if (found := expert_of(path)) and found[2] == projection)
         each = [parameters_of(codes[path]) for _, path in mine]
+        if layer.rule.scales == "alone":
+            each = [{**one, **{FIRST + own: array for own, array in one.items()}} for one in each]
         for own in each[0]:
             array, ends = np.stack([one[own] for one in each]), (f".{projection}_{own}", f".{projection}.{own}")
             yield next(n for n, x in tensors.items() if _is_stack(n, block, ends) and x.shape == array.shape), array

@@ -19,6 +19,7 @@ from qkit.engines.registry import recipe as find_recipe
 from qkit.engines.translation import Translates
 from qkit.errors import RunError
 from qkit.exchange.load_any import load_any
+from qkit.experts import paths_of
 from qkit.formats.packed import join, unpack
 from qkit.overrides import check_ignored, overridden
 from qkit.pipeline import prepare
@@ -37,7 +38,7 @@ def open_to_train(engine: Builds, source: Snapshot, run: Run) -> tuple[Any, Reci
 
     The master weights are in `run.dtype`, on the grids of the run's recipe, or of `source` if it has none. With an adapter and
     without a recipe, a quantized `source` stays packed, with numbers of its own type. With `run.init`, training begins with the
-    codes of `source`.
+    codes of `source`, and so does one that freezes codes.
 
     Raises:
         RunError: see `build_float_model`, `prepare_model` and `take_codes`.
@@ -48,9 +49,11 @@ def open_to_train(engine: Builds, source: Snapshot, run: Run) -> tuple[Any, Reci
         model = load_any(source, engine)
         return adapt(model, run.adapter, backend=engine), _own(engine, model, source)
     model = build_float_model(engine, source, dtype=run.dtype)
-    skip, ignore = run.skip_indivisible, run.ignore
-    model, chosen = prepare_model(engine, model, source, run.recipe, ignore=ignore, skip_indivisible=skip)
-    if run.init is not None:
+    skip, ignore, freeze = run.skip_indivisible, run.ignore, run.freeze_codes
+    model, chosen = prepare_model(
+        engine, model, source, run.recipe, ignore=ignore, skip_indivisible=skip, freeze_codes=freeze
+    )
+    if run.init is not None or (run.freeze_codes and source.weights):
         take_codes(engine, model, source)
     return (adapt(model, run.adapter, backend=engine) if run.adapter else model), chosen
 
@@ -85,11 +88,12 @@ def prepare_model(
     *,
     ignore: Sequence[str] = (),
     skip_indivisible: bool = False,
+    freeze_codes: bool = False,
 ) -> tuple[Any, Recipe | None]:
     """`model` on the grids of `recipe`, or of `source` if `recipe` is None; and the recipe, None without one.
 
     Args:
-        ignore, skip_indivisible: see `overridden`.
+        ignore, skip_indivisible, freeze_codes: see `overridden`.
 
     Raises:
         RunError: `source` is a float model, and `recipe` is None.
@@ -98,7 +102,7 @@ def prepare_model(
     if recipe == FLOAT:
         return model, None
     chosen = _own(engine, model, source) if recipe is None else find_recipe(recipe)
-    chosen = overridden(chosen, ignore=ignore, skip_indivisible=skip_indivisible)
+    chosen = overridden(chosen, ignore=ignore, skip_indivisible=skip_indivisible, freeze_codes=freeze_codes)
     check_ignored(ignore, [layer.path for layer in engine.layers(model) if layer.kind != "other"])
     return prepare(model, chosen, backend=engine), chosen
 
@@ -132,7 +136,7 @@ def dtype_of(source: Snapshot) -> DType:
 
 
 def _own(engine: Builds, model: Any, source: Snapshot) -> Recipe:
-    """The rules of the layers of `source`, path by path. A tied head is on the grid of the embedding."""
+    """The rules of the layers of `source` by path. Experts of a block have one; a tied head is on the grid of the embedding."""
     if not source.weights:
         decoded: list[Any] = [array for array in source.tensors.values() if isinstance(array, DecodedArray)]
         what = "is a float model"
@@ -140,13 +144,17 @@ def _own(engine: Builds, model: Any, source: Snapshot) -> Recipe:
             form = decoded[0].encoded.form.name
             what = f"has {len(decoded)} quantized weights ({form}) that no grid of qkit holds, and is trained by their values"
         raise RunError(f"{source.folder} {what}: name a recipe, or {FLOAT!r} to train without one")
+    layers = [layer for layer in engine.layers(model) if layer.kind == "experts"]
+    blocks = {path: one.name for one in layers for path in paths_of(one.name, one.projections, source.config).values()}
     paths: dict[Rule, list[str]] = {}
     for path, held in source.weights.items():
         if held.unknown:
             raise RunError(
                 f"{source.folder}: {path} quantizes {held.unknown} by a rule that is not qkit's: name a recipe"
             )
-        paths.setdefault(replace(held.rule, match=("*",)), []).append(path)
+        mine = paths.setdefault(replace(held.rule, match=("*",)), [])
+        if (name := blocks.get(path, path)) not in mine[-1:]:
+            mine.append(name)
     for layer in engine.layers(model):
         if layer.tied in source.weights and layer.kind != "other":
             tied = Rule(("*",), kind=layer.kind, weight=source.weights[layer.tied].rule.weight)

@@ -49,6 +49,7 @@ class Run:
         recipe: a name or a TOML file; `float` trains without one; None takes the rules of a quantized `model`.
         ignore: shell patterns of layers that stay in float whatever the recipe says.
         skip_indivisible: whether layers that do not divide into groups stay in float, too.
+        freeze_codes: whether codes stay as they are, so that scales train alone, beside the tensors that stay in float.
         backend, device: None: the first engine that is ready, and its default device.
         steps: optimizer steps. None: once over the data.
         batch, length, accumulation: sequences in a micro-batch, tokens in each, micro-batches in a step.
@@ -89,6 +90,7 @@ class Run:
     recipe: str | None = None
     ignore: tuple[str, ...] = ()
     skip_indivisible: bool = False
+    freeze_codes: bool = False
     backend: str | None = None
     device: str | None = None
     steps: int | None = None
@@ -147,17 +149,11 @@ class Run:
         if self.method and self.distillation:
             raise RunError(f"method = {self.method!r} takes no teacher: leave one of them out")
         _want("loss_on", self.loss_on, self.loss_on in (None, "all", "completions"), "all or completions")
-        betas = (
-            isinstance(self.betas, tuple)
-            and len(self.betas) == 2
-            and all(_number(b) and 0 <= b < 1 for b in self.betas)
-        )
-        _want("betas", self.betas, betas, "two numbers from 0 to below 1")
+        pair = self.betas if isinstance(self.betas, tuple) and len(self.betas) == 2 else (None,)
+        _want("betas", self.betas, all(_number(b) and 0 <= b < 1 for b in pair), "two numbers from 0 to below 1")
         _want("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        for key in (
-            *("autocast", "gradient_checkpointing", "replace", "skip_indivisible", "chat", "packing"),
-            "load_best_model_at_end",
-        ):
+        flags = ("autocast", "gradient_checkpointing", "replace", "skip_indivisible", "freeze_codes", "chat", "packing")
+        for key in (*flags, "load_best_model_at_end"):
             _want(key, getattr(self, key), isinstance(getattr(self, key), bool), "true or false")
         _want("compile", self.compile, self.compile is None or isinstance(self.compile, bool), "true or false")
         self._check_evaluations()
@@ -169,9 +165,12 @@ class Run:
             )
         if self.autocast and self.dtype != "float32":
             raise RunError(f"autocast is for float32 master weights, and dtype is {self.dtype!r}: leave one out")
-        for key, needs in (("init", "codes are on"), ("adapter", "an adapter is trained on")):
+        needs = {"init": "codes are on", "freeze_codes": "codes are on", "adapter": "an adapter is trained on"}
+        for key, what in needs.items():
             if getattr(self, key) and self.recipe == FLOAT:
-                raise RunError(f"{key}: {needs} a grid, and recipe is {FLOAT!r}: name another recipe")
+                raise RunError(f"{key}: {what} a grid, and recipe is {FLOAT!r}: name another recipe")
+        if self.freeze_codes and self.adapter:
+            raise RunError("freeze_codes: an adapter changes codes: leave one of them out")
 
     def _check_evaluations(self) -> None:
         """Refuses a best evaluation, or an end by evaluations, without evaluations to choose from."""

@@ -187,7 +187,7 @@ def rules_by_path(engine: Trains, model: Any) -> dict[str, Rule | None]:
 def _check_able(layers: list[Layer], schedule: Schedule) -> None:
     key = "interval" if schedule.interval > 1 else "ramp" if schedule.ramp else None
     for layer in layers:
-        learns = layer.rule is not None and layer.rule.scales == "learned"
+        learns = layer.rule is not None and layer.rule.scales != "rule"
         if key and (layer.adapter or learns):
             what = "has an adapter" if layer.adapter else "learns its scales"
             raise RunError(f"quantization.{key}: {layer.path} {what}, and cannot follow it: leave one of them out")

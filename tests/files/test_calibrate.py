@@ -252,11 +252,11 @@ def test_processes_and_blocks_of_rows_change_nothing(
 def test_the_artifact_says_how_it_was_fitted(model: Path, stats: Path, tmp_path: Path) -> None:
     out = quantize(model, tmp_path / "out", "int4-g32", Fit("solve", stats))
     digest = open_statistics(stats).digest
-    want = {"method": "solve", "damping": 0.01, "rounds": 6, "statistics": digest}
+    want = {"method": "solve", "damping": 0.01, "rounds": 3, "statistics": digest}
     assert json.loads(read_folder(out)[1][KEY])["fit"] == want
     assert inspect_directory(out).fit == want
     shown = CliRunner().invoke(application, ["inspect", str(out)])
-    assert f"fitted by solve, damping 0.01, rounds 6, statistics {digest}" in shown.output.replace("\n", "")
+    assert f"fitted by solve, damping 0.01, rounds 3, statistics {digest}" in shown.output.replace("\n", "")
     assert inspect_directory(quantize(model, tmp_path / "plain", "int4-g32", None)).fit is None
 
 

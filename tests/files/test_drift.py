@@ -1,10 +1,12 @@
 """Drift correction: fitted models that come nearer to the float model, by statistics of the fitted model's own inputs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from models import make
 from typer.testing import CliRunner
 
@@ -19,7 +21,11 @@ from qkit.engines.blocks import Watches
 from qkit.errors import PlanError
 from qkit.fitting.fits import Fit
 from qkit.fitting.statistics import open_statistics
+from qkit.grid import Grid
+from qkit.overrides import overridden
 from qkit.reference.fitting import fit
+from qkit.rules import Rule
+from qkit.storage.read import read_folder
 from qkit.streaming.carry_out import quantize_directory
 from qkit.streaming.plan import make_plan
 
@@ -93,6 +99,55 @@ def test_codes_are_those_of_the_law_for_the_aims(
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_a_float_head_is_corrected(name: str, model: Path, stats: dict[str, Path], tmp_path: Path) -> None:
+    how, engine = Fit("solve", stats[f"{name} int3-g32"]), qkit.backend("torchao")
+    assert how.statistics is not None
+    assert how.statistics.heads == ["lm_head"]
+    assert not how.statistics.has("lm_head")
+    out = quantize(model, tmp_path / "out", "int3-g32", how)
+    before, after = (read_folder(place)[0]["lm_head.weight"].mapped() for place in (model, out))
+    for other in ENGINES:
+        converted = qkit.convert(qkit.load(model, backend=other), "int3-g32", fit=how)
+        mine = next(one.module for one in qkit.backend(other).layers(converted) if one.path == "lm_head")
+        assert (qkit.backend(other).to_numpy(qkit.backend(other).weight(mine)) == after).all()
+    whole = qkit.load(model, backend=engine)
+    blocks = [engine.blocks(qkit.load(place, backend=engine), length=TOKENS.shape[1]) for place in (model, out)]
+    inputs = [one.inputs_after(_last(one), "lm_head").astype(np.float64) for one in blocks]
+    wanted = inputs[0] @ before.T.astype(np.float64)
+    errors = [float(((inputs[1] @ head.T.astype(np.float64) - wanted) ** 2).sum()) for head in (before, after)]
+    assert errors[1] < errors[0]
+    fitted = qkit.load(out, backend=engine)
+    near = apart(whole, fitted)
+    with torch.no_grad():
+        fitted.lm_head.weight.copy_(torch.from_numpy(np.array(before)))
+    assert near < apart(whole, fitted)
+    assert inspect_directory(out).fit["heads"] == ["lm_head"]
+
+
+def _last(blocks: Any) -> np.ndarray:
+    """The states of `TOKENS` after the last block."""
+    states = blocks.enter(TOKENS)
+    for number in range(len(blocks.paths)):
+        states = blocks.look(number, states, ())[0]
+    return states
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("recipe", ["int4-g32", "int4-g32-all"])
+def test_a_head_that_is_tied_or_quantized_is_not_corrected(name: str, recipe: str, tmp_path: Path) -> None:
+    tied = recipe == "int4-g32"
+    model = Path(make(tmp_path / "model", "llama", tie_word_embeddings=tied))
+    stats = calibrate_drift(
+        model, tmp_path / "stats", TOKENS[:4], engine=qkit.backend(name), recipe=qkit.recipe(recipe)
+    )
+    assert not open_statistics(stats).heads
+    out = quantize(model, tmp_path / "out", recipe, Fit("solve", stats))
+    if tied:
+        before, after = (read_folder(place)[0]["model.embed_tokens.weight"].mapped() for place in (model, out))
+        assert (before == after).all()
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_tokens_weigh_as_the_next_norm_sees_their_states(name: str, model: Path, stats: dict[str, Path]) -> None:
     known, engine = open_statistics(stats[f"{name} int3-g32"]), qkit.backend("torchao")
     blocks = engine.blocks(qkit.load(model, backend="torchao"), length=TOKENS.shape[1])
@@ -132,6 +187,16 @@ def test_corrections_of_another_recipe_are_refused(model: Path, stats: dict[str,
         make_plan(model, qkit.recipe("int4-g32"), fit=Fit("solve", folder))
     with pytest.raises(PlanError, match=r"not of int3-g32-signed under search: calibrate for this recipe"):
         make_plan(model, qkit.recipe("int3-g32"), fit=Fit("search", folder))
+    fewer = overridden(qkit.recipe("int3-g32"), ignore=["*.1.*o_proj"])
+    with pytest.raises(
+        PlanError, match=r"1\.self_attn\.o_proj: these statistics correct the drift of int3.* leaves it in float"
+    ):
+        make_plan(model, fewer, fit=Fit("solve", folder))
+    every = replace(
+        fewer, rules=(Rule(("lm_head",), weight=Grid.parse("int3-g32-signed")), *qkit.recipe("int3-g32").rules)
+    )
+    with pytest.raises(PlanError, match="lm_head: these statistics correct it in float, and the recipe quantizes it"):
+        make_plan(model, every, fit=Fit("solve", folder))
     with pytest.raises(PlanError, match="drift is not corrected for recipes that quantize inputs"):
         calibrate_drift(
             model,

@@ -80,7 +80,7 @@ def test_compare_shows_the_fit(tmp_path, name):
     assert "fitted by search" in (tmp_path / "report" / "report.html").read_text()
 
 
-SOLVED = ("solve", "damping 0.01", "rounds 6", "statistics ")  #: words about a solved directory, before the digest
+SOLVED = ("solve", "damping 0.01", "rounds 3", "statistics ")  #: words about a solved directory, before the digest
 
 
 @pytest.mark.filterwarnings("ignore::qkit.errors.FewTokensWarning")

@@ -170,6 +170,51 @@ def test_compiled_code_obeys_the_law(engine, grid):
     check_engine(engine, grid, "float32", compiled=True)
 
 
+ALONE = [
+    Grid("int4", 32),
+    Grid("int2", 32, "minmax"),
+    Grid("int8", "row", "absmax"),
+    Grid("int3", 16, "midmax"),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("grid", ALONE, ids=str)
+def test_codes_stay_where_scales_train_alone(engine, grid, compiled):
+    be = pytest.importorskip({"torchao": "torch", "mlx": "mlx.core"}[engine]) and qkit.backend(engine)
+    for dtype in ("float32", "bfloat16"):
+        w, first = weight(grid, dtype), moved(weight(grid), grid)
+        p = {**moved(w, grid, seed=5), **{learned.FIRST + name: x for name, x in first.items()}}
+        g = rounding.to_dtype(RNG(3).standard_normal(w.shape).astype(np.float32), dtype)
+        q, size = learned.alone(w, grid, p), learned.gradient_alone(w, grid, p, np.abs(g))["weight_scale"]
+        assert (q.codes == learned.quantize(w, grid, first).codes).all()
+        assert (q.codes != learned.quantize(w, grid, {name: p[name] for name in first}).codes).any()
+        want = learned.gradient_alone(w, grid, p, g)["weight_scale"]
+        arrays = [be.from_numpy(x) for x in (w, *p.values())]
+        if engine == "torchao":
+            from qkit_torchao.arithmetic.learned import values_alone
+
+            arrays[1].requires_grad_()
+            run = (be.compile if compiled else lambda f: f)(lambda *xs: values_alone(xs[0], grid, *xs[1:]))
+            values = run(*arrays)
+            values.backward(be.from_numpy(g))
+            made = arrays[1].grad
+        else:
+            import mlx.core as mx
+            from qkit_mlx.arithmetic.learned import values_alone
+
+            def both(cotangent, s, *xs, mx=mx, values_alone=values_alone):
+                out, made = mx.vjp(lambda s: values_alone(xs[0], grid, s, *xs[1:]), [s], [cotangent])
+                return out[0], made[0]
+
+            run = (mx.compile if compiled else lambda f: f)(both)
+            values, made = run(be.from_numpy(g), arrays[1], arrays[0], *arrays[2:])
+        assert dtype_of(be.to_numpy(values)) == dtype
+        assert (be.to_numpy(values) == reference.dequantize(q)).all()
+        assert np.abs(be.to_numpy(made) - want).max() <= 1e-6 * np.abs(size).max()  # sums in another order
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("grid", [Grid("int4", 32), Grid("int4", 32, "minmax"), Grid("e2m1", 32)], ids=str)
 def test_a_range_that_is_not_finite_spoils_its_group_on_engines_too(engine, grid):

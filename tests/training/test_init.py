@@ -145,6 +145,56 @@ def test_master_weights_in_bfloat16_begin_with_the_same_codes(name: str, tmp_pat
     assert same_codes(name, qkit.convert(begun(path, name, out, learned, dtype="bfloat16")), out) == 14
 
 
+def codes_of(folder: Path) -> dict[str, Any]:
+    return {_usual(path): unpack(held.read()) for path, held in read_model(folder).weights.items()}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("family", "grid"), [("", GRIDS[1]), ("", GRIDS[3]), ("mixtral", ("int3", 32, "signed"))])
+def test_frozen_codes_stay_while_their_scales_train(name: str, family: str, grid: Any, tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    model = Path(make(tmp_path / "other", family)) if family else path / "model"
+    by_rule = recipe(tmp_path / "r.toml", *grid, learned=False)
+    out, rest = fitted(model, path / "fitted", by_rule), {"dtype": "bfloat16"} if grid[0] == "int2" else {}
+    given = {"model": str(model), "init": str(out), "recipe": None, "backend": name, "freeze_codes": True, "steps": 6}
+    ended = train_model(run_from_table(table(path, **given, learning_rate=3e-3, **rest)))
+    assert ended.held_out_after < ended.held_out_before
+    before, after = codes_of(out), codes_of(path / "out")
+    assert before.keys() == after.keys()
+    for at, q in before.items():
+        assert np.array_equal(q.codes, after[at].codes), at
+        assert q.zeros is None or np.array_equal(q.zeros, after[at].zeros), at
+    assert any(not np.array_equal(scale_values(q), scale_values(after[at])) for at, q in before.items())
+
+
+def test_frozen_codes_of_a_quantized_model_are_those_in_its_files(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    by_rule = recipe(tmp_path / "r.toml", *GRIDS[1], learned=False)
+    out = fitted(path / "model", path / "fitted", by_rule)
+    asked = iter([False] * 4 + [True] * 9)
+    given = {"model": str(out), "recipe": None, "freeze_codes": True, "steps": 8, "checkpoint_every": 4}
+    train_model(run_from_table(table(path, out=str(path / "whole"), **given)))
+    stopped = run_from_table(table(path, out=str(path / "twice"), **given))
+    with pytest.raises(KeyboardInterrupt):
+        train_model(stopped, stop=lambda: next(asked))
+    train_model(stopped)
+    assert (path / "whole/model.safetensors").read_bytes() == (path / "twice/model.safetensors").read_bytes()
+    after = codes_of(path / "whole")
+    assert all(np.array_equal(q.codes, after[at].codes) for at, q in codes_of(out).items())
+
+
+def test_codes_that_cannot_be_frozen_are_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    for changes, error, message in (
+        ({"recipe": "float"}, qkit.RunError, "freeze_codes: codes are on a grid"),
+        ({"adapter": {"rank": 2}}, qkit.RunError, "freeze_codes: an adapter changes codes"),
+        ({"recipe": "mxfp4-a16"}, qkit.RecipeError, 'scales = "alone" is not there for e2m1-g32'),
+        ({"recipe": "nvfp4-a16"}, qkit.RecipeError, 'scales = "alone" is not there for e2m1-g16-nvfp4'),
+    ):
+        with pytest.raises(error, match=message):
+            train_model(run_from_table(table(path, freeze_codes=True, **changes)))
+
+
 def test_a_stopped_run_goes_on_from_its_checkpoint_and_not_from_the_codes(tmp_path: Path) -> None:
     path = folder(tmp_path)
     by_rule, learned = (recipe(tmp_path / f"{n}.toml", "int2", 32, "signed", learned=n == "l") for n in "rl")

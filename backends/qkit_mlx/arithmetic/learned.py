@@ -1,6 +1,7 @@
 """`qkit/reference/learned.py` in MLX: learned scales, zero points and exponent offsets, with their gradients. Arrays only."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -73,6 +74,26 @@ def fake_quantize(w: mx.array, grid: Grid, *parameters: mx.array) -> mx.array:
     function: Any = mx.custom_function(forward)
     function.vjp(backward)
     return function(w, *parameters)  # type: ignore[no-any-return]
+
+
+def quantize_alone(w: mx.array, grid: Grid, p: mx.array, *more: mx.array) -> QTensor[mx.array]:
+    """The law's `alone`.
+
+    Args:
+        p: the scales that train.
+        more: zero points under `minmax`; and the same parameters as they found the codes.
+    """
+    half = len(more) // 2
+    return replace(quantize(w, grid, *more[half:]), scales=steps(w, grid, p, *more[:half])[0])
+
+
+def values_alone(w: mx.array, grid: Grid, p: mx.array, *more: mx.array) -> mx.array:
+    """The values of `quantize_alone` in the type of `w`, with the gradient of the law's `gradient_alone`."""
+    q = quantize_alone(mx.stop_gradient(w), grid, *map(mx.stop_gradient, (p, *more)))
+    units = rounding.group(q.codes.astype(mx.float32), grid)
+    units = units if q.zeros is None else units - rounding.each(q.zeros.astype(mx.float32))
+    scales = mx.stop_gradient(q.scales) + (p - mx.stop_gradient(p)) * factor(grid, tuple(w.shape))
+    return (mx.stop_gradient(units) * rounding.each(scales)).reshape(w.shape).astype(w.dtype)
 
 
 def gradients(w: mx.array, grid: Grid, *parameters: mx.array, gradient: mx.array) -> tuple[mx.array, ...]:

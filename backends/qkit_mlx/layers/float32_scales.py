@@ -12,7 +12,7 @@ from qkit_mlx.layers.shown import Shown
 
 RANGES = ("input_range", "output_range")
 #: The arrays that no cast may round (R11).
-UNCAST = ("scales", "biases", "tensor_scale", "input_scale", "output_scale", *RANGES, *learned.NAMES)
+UNCAST = ("scales", "biases", "tensor_scale", "input_scale", "output_scale", *RANGES, *learned.NAMES, *learned.FIRSTS)
 TYPES: dict[Any, DType] = {rounding.DTYPE[name]: name for name in DTYPES}
 
 

@@ -281,7 +281,7 @@ def _is_half(part: Any) -> bool:
 
 
 def _check(rule: Rule) -> None:
-    if rule.slots or rule.scales == "learned":
+    if rule.slots or rule.scales != "rule":
         raise BackendError(
             f"{NAME}: mlx-lm multiplies its heads in another order for one token than for several, so that MLX has a weight grid "
             "for it and nothing else: put a rule without the other keys before"

@@ -5,7 +5,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qkit.reference.learned import names
+from qkit.qtensor import QTensor
+from qkit.reference.learned import FIRST, is_offset, names, stored_names
 from qkit.rules import Rule
 from qkit_mlx.arithmetic import learned
 from qkit_mlx.layers.converted import (
@@ -26,15 +27,22 @@ class _Learned(Float32Scales):
 
     @property
     def ranges(self) -> list[mx.array]:
-        """The learned parameters of the grid, in the order of `names`."""
-        return [self[name] for name in names(self.rule.weight)]
+        """The learned parameters of the grid, in the order of `stored_names`."""
+        return [self[name] for name in stored_names(self.rule.weight, self.rule.scales)]
 
     def grid_values(self) -> mx.array:
         """See `Readable.grid_values`."""
         return self._learned_values(self["weight"], *self.ranges)
 
     def _learned_values(self, weight: mx.array, *ranges: mx.array) -> mx.array:
-        return learned.fake_quantize(weight, self.rule.weight, *ranges) if quantizes(self) else weight
+        if not quantizes(self):
+            return weight
+        values = learned.values_alone if self.rule.scales == "alone" else learned.fake_quantize
+        return values(weight, self.rule.weight, *ranges)
+
+    def _learned_codes(self, weight: mx.array, *ranges: mx.array) -> QTensor[mx.array]:
+        quantize = learned.quantize_alone if self.rule.scales == "alone" else learned.quantize
+        return quantize(weight, self.rule.weight, *ranges)
 
 
 class LearnedLinear(_Learned, FakeLinear):
@@ -56,8 +64,7 @@ class LearnedLinear(_Learned, FakeLinear):
 
     def _pack(self, *parameters: mx.array) -> PackedLinear | PlainLinear:  # type: ignore[override]
         (weight, *ranges), bias = self._split(parameters)
-        q = learned.quantize(weight, self.rule.weight, *ranges)
-        return pack_linear(q, self.rule, bias=bias, static=self._static())
+        return pack_linear(self._learned_codes(weight, *ranges), self.rule, bias=bias, static=self._static())
 
     def _split(self, parameters: tuple[mx.array, ...]) -> tuple[tuple[mx.array, ...], mx.array | None]:
         return (parameters[:-1], parameters[-1]) if "bias" in self else (parameters, None)
@@ -93,11 +100,14 @@ class LearnedEmbedding(_Learned, FakeEmbedding):
         return evaluate_packed(run_packed, run_prepared, x, self["weight"], *self.ranges)
 
     def _pack(self, weight: mx.array, *ranges: mx.array) -> PackedEmbedding | PlainEmbedding:
-        return pack_embedding(learned.quantize(weight, self.rule.weight, *ranges), self.rule)
+        return pack_embedding(self._learned_codes(weight, *ranges), self.rule)
 
 
 def prepare_layer(module: Any, rule: Rule) -> nn.Module:
-    """See the protocol's `prepare_layer`. Learned parameters begin at the values of the grid's rule, frozen if the weight is."""
+    """See the protocol's `prepare_layer`. Learned parameters begin at the values of the grid's rule, frozen if the weight is.
+
+    Where scales train alone, the weight and zero points are frozen.
+    """
     embedding = isinstance(module, nn.Embedding)
     if rule.scales == "rule":
         return FakeEmbedding(module, rule) if embedding else FakeLinear(module, rule)
@@ -105,9 +115,20 @@ def prepare_layer(module: Any, rule: Rule) -> nn.Module:
     layer: Any = LearnedEmbedding(module, rule) if embedding else LearnedLinear(module, rule)
     for name, value in zip(names(rule.weight), learned.initial(layer["weight"], rule.weight), strict=True):
         layer[name] = value
-    if "weight" in frozen_names(layer):
-        layer.freeze(keys=list(names(rule.weight)))
+        if rule.scales == "alone":
+            layer[FIRST + name] = mx.array(value)
+    freeze_ranges(layer, rule)
     return layer  # type: ignore[no-any-return]
+
+
+def freeze_ranges(layer: Any, rule: Rule) -> None:
+    """Freezes the learned parameters of a layer whose weight is frozen; else, where scales train alone, all but these."""
+    assert rule.weight is not None
+    mine = stored_names(rule.weight, rule.scales)
+    if "weight" in frozen_names(layer):
+        layer.freeze(keys=list(mine))
+    elif rule.scales == "alone":
+        layer.freeze(keys=["weight", *[name for name in mine if name.startswith(FIRST) or is_offset(name)]])
 
 
 def restore_layer(layer: Any) -> nn.Module:

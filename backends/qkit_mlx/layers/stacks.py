@@ -8,14 +8,14 @@ from qkit.errors import StageError
 from qkit.fused import shares
 from qkit.grid import Grid
 from qkit.qtensor import QTensor
-from qkit.reference.learned import names
+from qkit.reference.learned import FIRST, names, stored_names
 from qkit.reference.ranges import static_names
 from qkit.rules import Rule
 from qkit_mlx.arithmetic import learned, ranges
 from qkit_mlx.layers.converted_experts import on_grid, pack_stack, quantize_stack
 from qkit_mlx.layers.execution import GPU
+from qkit_mlx.layers.learned import freeze_ranges
 from qkit_mlx.layers.prepared import FakeLinear, evaluate_packed, quantizes, values_of
-from qkit_mlx.mlx_private import frozen_names
 
 
 class FakeSwitchLinear(FakeLinear):
@@ -119,19 +119,20 @@ class LearnedSwitchLinear(FakeSwitchLinear):
     @property
     def ranges(self) -> list[mx.array]:
         """See `FakeSwitchLinear.ranges`."""
-        return [self[name] for name in names(self.rule.weight)]
+        return [self[name] for name in stored_names(self.rule.weight, self.rule.scales)]
 
     def _values(self, weight: mx.array, *learns: mx.array) -> mx.array:
         grid = self.rule.weight
         if not quantizes(self):
             return weight
+        values = learned.values_alone if self.rule.scales == "alone" else learned.fake_quantize
         if grid.by_rows:
-            return learned.fake_quantize(weight, grid, *learns)
-        return mx.stack([learned.fake_quantize(one, grid, *mine) for one, *mine in zip(weight, *learns, strict=True)])
+            return values(weight, grid, *learns)
+        return mx.stack([values(one, grid, *mine) for one, *mine in zip(weight, *learns, strict=True)])
 
     def _quantized(self, weight: mx.array, *learns: mx.array) -> list[QTensor[mx.array]]:
-        each = zip(weight, *learns, strict=True)
-        return [learned.quantize(one, self.rule.weight, *mine) for one, *mine in each]
+        quantize = learned.quantize_alone if self.rule.scales == "alone" else learned.quantize
+        return [quantize(one, self.rule.weight, *mine) for one, *mine in zip(weight, *learns, strict=True)]
 
 
 def prepare_stack(part: Any, rule: Rule) -> FakeSwitchLinear:
@@ -144,8 +145,9 @@ def prepare_stack(part: Any, rule: Rule) -> FakeSwitchLinear:
     each = [learned.initial(one, grid) for one in layer["weight"]]
     for name, several in zip(names(grid), zip(*each, strict=True), strict=True):
         layer[name] = mx.stack(list(several))
-    if "weight" in frozen_names(layer):
-        layer.freeze(keys=list(names(grid)))
+        if rule.scales == "alone":
+            layer[FIRST + name] = mx.array(layer[name])
+    freeze_ranges(layer, rule)
     return layer
 
 

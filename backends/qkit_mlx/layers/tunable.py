@@ -90,7 +90,7 @@ class Readable(Shown):
 def _obstacle(module: Any) -> str:
     if getattr(module, "adapter", ""):
         return "it has an adapter already"
-    if module.rule.scales == "learned":
+    if module.rule.scales != "rule":
         return "its scales are learned, and a merge would choose others"
     if "scales" in module and module.rule.weight.scale == "midmax":
         return "its codes would move when they are quantized again: put adapters on the prepared float model"

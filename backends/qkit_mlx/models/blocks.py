@@ -17,6 +17,7 @@ from qkit.errors import BackendError
 from qkit.grid import Grid
 from qkit_mlx.layers import straight_through
 from qkit_mlx.models import expert_inputs, mapped, surgery
+from qkit_mlx.models.stand_ins import StandIn, Tapped, Watched
 from qkit_mlx.models.sums import Sums, product
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -118,6 +119,17 @@ class MlxBlocks:
         found = {path: (_to_numpy(x), _to_numpy(y)) for path, (x, y) in shown.items()}
         return _to_numpy(out[0] if isinstance(out, tuple) else out), found
 
+    def inputs_after(self, states: Hidden, path: str) -> Hidden:
+        """See `Blocks.inputs_after`; one window after another."""
+        dtype, found = _dtype(self._blocks[0]), list[Hidden]()
+        for row in states:
+            x = mx.array(np.array(row[None])).astype(dtype)
+            out, seen = x if self._beside < 0 else (x, *[None] * self._beside), list[mx.array]()
+            with self._watching({path: partial(_take, seen)}):
+                self._run_model(mx.zeros((1, states.shape[1]), mx.int32), lambda *_, out=out, **__: out)
+            found += [_to_numpy(one.reshape(-1, one.shape[-1])) for one in seen]
+        return np.concatenate(found) if found else np.empty((0, 0), np.float32)
+
     def draw(self, states: Hidden, labels: NDArray[np.float32]) -> Hidden:
         """See `Blocks.draw`; one window after another, since their scores are long."""
         dtype, found = _dtype(self._blocks[0]), list[Hidden]()
@@ -153,7 +165,7 @@ class MlxBlocks:
 
         own = {path: self._layers[path] for path in watched}
         none = [mx.zeros((*x.shape[:-1], own[path].weight.shape[0]), x.dtype) for path in watched]
-        surgery.replace(self._model, {path: _Tapped(own[path], path, taps) for path in own})
+        surgery.replace(self._model, {path: Tapped(own[path], path, taps) for path in own})
         try:
             _, (found, *every) = mx.vjp(run, [x, *none], [mx.array(np.array(gradient)).astype(x.dtype)])
             mx.eval(found, every)
@@ -186,7 +198,7 @@ class MlxBlocks:
     def _watching(self, shows: Mapping[str, Callable[[mx.array, mx.array], None]]) -> Iterator[None]:
         """Within, each layer of `shows` calls its function with its inputs and outputs."""
         own = {path: self._layers[path] for path in shows}
-        surgery.replace(self._model, {path: _Watched(own[path], shows[path]) for path in own})
+        surgery.replace(self._model, {path: Watched(own[path], shows[path]) for path in own})
         try:
             yield
         finally:
@@ -217,53 +229,12 @@ class MlxBlocks:
     def _run_model(self, tokens: mx.array, called: Callable[..., Any]) -> mx.array:
         """The model's output for `tokens`, with a stand-in in the place of each block that calls `called`."""
         before = list(self._blocks)
-        self._blocks[:] = [_StandIn(block, number, called) for number, block in enumerate(before)]
+        self._blocks[:] = [StandIn(block, number, called) for number, block in enumerate(before)]
         try:
             out: mx.array = self._model(tokens)
             return out
         finally:
             self._blocks[:] = before
-
-
-class _StandIn:
-    """In the place of a block: calls a function with its number, and has the attributes of the block."""
-
-    def __init__(self, block: nn.Module, number: int, called: Callable[..., Any]) -> None:
-        self._block, self._number, self._called = block, number, called
-
-    def __call__(self, *args: Any, **given: Any) -> Any:
-        return self._called(self._number, *args, **given)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-
-class _Watched(nn.Module):
-    """In the place of a layer: runs it, and shows its inputs and outputs."""
-
-    def __init__(self, layer: nn.Module, show: Callable[[mx.array, mx.array], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.layer = layer
-        object.__setattr__(self, "_show", show)  # a module would take it for a parameter
-
-    def __call__(self, x: mx.array) -> mx.array:
-        out: mx.array = self.layer(x)
-        self._show(x, out)
-        return out
-
-
-class _Tapped(nn.Module):
-    """In the place of a layer: runs it, and adds zeros to its outputs, whose gradient is that of these outputs."""
-
-    def __init__(self, layer: nn.Module, path: str, taps: Mapping[str, mx.array]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.layer = layer
-        object.__setattr__(self, "_tap", (path, taps))  # a module would take it for a parameter
-
-    def __call__(self, x: mx.array) -> mx.array:
-        path, taps = self._tap
-        out: mx.array = self.layer(x) + taps[path]
-        return out
 
 
 def _list_of_blocks(model: nn.Module) -> tuple[str, list[Any]]:
@@ -283,6 +254,10 @@ def _dtype(block: nn.Module) -> mx.Dtype:
     arrays: Any = tree_flatten(block.parameters())
     found: mx.Dtype = next(x.dtype for _, x in arrays if mx.issubdtype(x.dtype, mx.floating))
     return found
+
+
+def _take(seen: list[mx.array], x: mx.array, _: mx.array) -> None:
+    seen.append(x)
 
 
 def _same(one: Any, other: Any) -> bool:

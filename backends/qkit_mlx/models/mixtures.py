@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qkit.engines.layer import Layer
 from qkit.engines.protocol import NOTHING
 from qkit.qtensor import QTensor
-from qkit.reference.learned import names
+from qkit.reference.learned import stored_names
 from qkit.reference.merged import Update
 from qkit.rules import Rule
 from qkit_mlx.layers import adapted_experts, experts
@@ -73,5 +73,6 @@ class Mixtures:
     def learned_experts(self, module: Any) -> dict[str, dict[str, mx.array]]:
         """See `TrainsExperts.learned_experts`."""
         return {
-            name: {key: part[key] for key in names(part.rule.weight)} for name, part in experts.parts(module).items()
+            name: {key: part[key] for key in stored_names(part.rule.weight, part.rule.scales)}
+            for name, part in experts.parts(module).items()
         }

@@ -52,6 +52,11 @@ class Loops:
         """Units [inputs, rows], each nearest to its weight plus the errors of those before, on scales `s`."""
         return _feed(self._x, s, self._z, self._known, self._grid)
 
+    def differ(self, units: Tensor, s: Tensor) -> Tensor:
+        """The rows less the values of units [inputs, rows] on scales `s` [groups, rows]."""
+        group = len(self._x) // len(s)
+        return self._x - (units.reshape(len(s), group, -1) * s[:, None]).reshape(units.shape)
+
     def times(self, d: Tensor) -> Tensor:
         """H d, of d [inputs, rows]."""
         return self._known.times(d)
@@ -61,15 +66,25 @@ class Loops:
         product += self._known.damping * d
         return exact_products.total(d * product), self.error(d, product)
 
+    def exceeds(self, allowed: Tensor, units: Tensor, s: Tensor, residual: Tensor, *, begun: Tensor) -> Tensor:
+        """Whether d' H d of each row is more than `allowed`.
+
+        Args:
+            residual: as `descend` leaves it.
+            begun: d' (H + damping) d before the first round: no round makes it larger.
+        """
+        return self.error(self.differ(units, s), residual) > allowed
+
     def error(self, d: Tensor, residual: Tensor) -> Tensor:
         """d' H d of each row, from the product of the damped H."""
         return exact_products.total(d * (residual - self._known.damping * d))
 
-    def descend(self, units: Tensor, s: Tensor, residual: Tensor) -> bool:
+    def descend(self, units: Tensor, s: Tensor, residual: Tensor, *, last: bool) -> bool:
         """One round over groups and inputs, in place: each takes the value of least error. Returns whether any changed.
 
         Args:
             residual: (H + damping) (x - values), [inputs, rows].
+            last: whether only `exceeds` reads the residual afterwards.
         """
         return _descend(units, s, self._z, residual, self._known, self._grid, self._tensor)
 
@@ -146,7 +161,7 @@ def _feed(x: Tensor, s: Tensor, z: Tensor, known: DeviceMoments, grid: Grid) -> 
         wanted = x[start:end].clone()
         if start:
             before = exact_products.shortened(known.upper[:start, start:end].T, 1)
-            wanted += exact_products.product(before, errors[:start])
+            wanted += exact_products.product(before, errors[:start], terms=WINDOW)
         for j in range(start, end):
             step = s[places[j]]
             units[j] = _nearest(wanted[j - start] / step, z[places[j]], grid)

@@ -22,11 +22,11 @@ def shortened(a: Tensor, dim: int) -> Tensor:
     return (a / unit).round_().mul_(unit)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, *, terms: int = LONGEST) -> Tensor:
     """a [n, k] times shortened b [k, m]; `a` is shortened. The product lies in memory as b does."""
     found, columns_first = None, b.stride(0) == 1
-    for start in range(0, len(b), LONGEST):
-        of = slice(start, start + LONGEST)
+    for start in range(0, len(b), terms):
+        of = slice(start, start + terms)
         part = shortened(b[of], 0)
         one = (part.T @ a[:, of].T).T if columns_first else a[:, of] @ part
         found = one if found is None else found.add_(one)
@@ -61,32 +61,45 @@ def total(x: Tensor) -> Tensor:
     return x[0]
 
 
-def unit_upper(h: Tensor, eliminate: Callable[[Tensor, Tensor, int, int, int], None] | None = None) -> Tensor:
+def unit_upper(h: Tensor) -> Tensor:
     """The unit upper factor of h [n, n].
-
-    Args:
-        eliminate: a faster form of `_eliminate`.
 
     Raises:
         RangeError: `h` has a negative direction.
     """
-    a, n = h.flip(0, 1).contiguous(), len(h)
-    pivots = a.new_empty(n)
-    for first in range(0, n, PANEL):
-        last = min(first + PANEL, n)
-        for start in range(first, last, BLOCK):
-            (eliminate or _eliminate)(a, pivots, start, min(start + BLOCK, last), last)
-        if last < n:
-            _update(a[last:, last:], a[last:, first:last], pivots[first:last])
-    if not bool((pivots > 0).all()):
-        raise RangeError(
-            "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
-        )
+    a = h.flip(0, 1).contiguous()
+    make_lower(a, _eliminate, take_product)
     a.tril_(-1).diagonal().fill_(1)
     return a.flip(0, 1)
 
 
-def _update(a: Tensor, below: Tensor, pivots: Tensor) -> None:
+def make_lower(
+    a: Tensor,
+    eliminate: Callable[[Tensor, Tensor, int, int, int], None],
+    update: Callable[[Tensor, Tensor, Tensor], None],
+) -> None:
+    """Makes of the lower half of a [n, n] that of its unit lower factor, in place.
+
+    Args:
+        eliminate, update: `_eliminate` and `take_product`, or faster forms of these.
+
+    Raises:
+        RangeError: `a` has a negative direction.
+    """
+    n, pivots = len(a), a.new_empty(len(a))
+    for first in range(0, n, PANEL):
+        last = min(first + PANEL, n)
+        for start in range(first, last, BLOCK):
+            eliminate(a, pivots, start, min(start + BLOCK, last), last)
+        if last < n:
+            update(a[last:, last:], a[last:, first:last], pivots[first:last])
+    if not bool((pivots > 0).all()):
+        raise RangeError(
+            "the moments are not E[x x'] of any inputs, since they have a negative direction: sum them in fp32 or fp64"
+        )
+
+
+def take_product(a: Tensor, below: Tensor, pivots: Tensor) -> None:
     """Takes below * pivots * below' from the lower half of `a`: no more of it is used."""
     (high, low), (top, rest) = halves(below * pivots, 1), halves(below.T, 0)
     for start in range(0, len(a), STRIP):

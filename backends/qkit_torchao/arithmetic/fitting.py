@@ -65,35 +65,37 @@ def solve(
     parts = []
     for start in range(0, len(w), SHARE):
         x, s, z = (loops.laid(a[start : start + SHARE]) for a in (w, steps, zeros))
-        units, s = _solve(loops(x, z, grid, known, tensor), x, s, known, rounds)
+        units, s = _solve(loops(x, z, grid, known, tensor), s, rounds)
         parts.append((*_stored(units.T, s.T, z.T, grid, tensor), z.T.to(torch.uint8)))
     codes, scales, offsets = (torch.cat(every) for every in zip(*parts, strict=True))
     found = replace(first, codes=codes.reshape(w.shape), scales=scales.reshape(first.scales.shape))
     return found if first.zeros is None else replace(found, zeros=offsets.reshape(first.scales.shape))
 
 
-def _solve(loops: column_loops.Loops, x: Tensor, s: Tensor, known: DeviceMoments, rounds: int) -> tuple[Tensor, Tensor]:
+def _solve(loops: column_loops.Loops, s: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     """Units [inputs, rows] and scales [groups, rows], from the scales of the rule."""
-    group = len(x) // len(s)
-
-    def values(units: Tensor, s: Tensor) -> Tensor:
-        return (units.reshape(len(s), group, -1) * s[:, None]).reshape(units.shape)
-
     searched, rule = loops.search(s)
-    d = x - values(searched, rule)
+    d = loops.differ(searched, rule)
     before = loops.times(d)
     least, allowed = loops.weigh(d, before)
-    fed = loops.feed(rule)
-    d = x - values(fed, rule)
+    units, s = loops.feed(rule), rule.clone()
+    d = loops.differ(units, rule)
     residual = loops.times(d)
-    closer = loops.weigh(d, residual)[0] < least
-    units, s, residual = torch.where(closer, fed, searched), rule.clone(), torch.where(closer, residual, before)
-    del fed, before, d
-    for _ in range(rounds):
-        if not loops.descend(units, s, residual):
+    fed = loops.weigh(d, residual)[0]
+    farther = _columns(~(fed < least))
+    units[:, farther], residual[:, farther] = searched[:, farther], before[:, farther]
+    del before, d
+    for number in range(rounds):
+        if not loops.descend(units, s, residual, last=number == rounds - 1):
             break
-    worse = loops.error(x - values(units, s), residual) > allowed
-    return torch.where(worse, searched, units), torch.where(worse, rule, s)
+    worse = _columns(loops.exceeds(allowed, units, s, residual, begun=torch.minimum(fed, least)))
+    units[:, worse], s[:, worse] = searched[:, worse], rule[:, worse]
+    return units, s
+
+
+def _columns(where: Tensor) -> Tensor:
+    """Those few of all columns that are true."""
+    return where.nonzero()[:, 0]
 
 
 def _stored(units: Tensor, s: Tensor, z: Tensor, grid: Grid, tensor: float) -> tuple[Tensor, Tensor]:

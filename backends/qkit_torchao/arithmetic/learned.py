@@ -35,6 +35,22 @@ def steps(w: Tensor, grid: Grid, p: Tensor, zero: Tensor | None = None) -> tuple
     return s, torch.round(zero).clamp(0, grid.element.levels) + poison(zero)
 
 
+def values_alone(w: Tensor, grid: Grid, p: Tensor, *more: Tensor) -> Tensor:
+    """The values of `learned.alone` of `w` [..., n] in its type, with the gradient of `learned.gradient_alone`.
+
+    Args:
+        p: the scales that train.
+        more: zero points under `minmax`; and the same parameters as they found the codes.
+    """
+    with torch.no_grad():
+        s, z = steps(w, grid, *more[len(more) // 2 :])
+        v = rounding.group(rounding.rounded(w.to(torch.float32), grid, scales=s, zeros=z), grid)
+        units = torch.round(v / rounding.each(s))  # a compiler may divide less exactly
+        new, _ = steps(w, grid, p.detach(), *more[: len(more) // 2])
+    scales = new + (p - p.detach()) * factor(grid, tuple(w.shape))
+    return (units * rounding.each(scales)).reshape(w.shape).to(w.dtype)
+
+
 def to_parameters(w: Tensor, gradient: Tensor, inside: Tensor, grid: Grid, s: Tensor, z: Tensor | None) -> list[Tensor]:
     """The gradients of the parameters, where the values of `w` have `gradient` and `w` is not clipped `inside`."""
     x, g, within = (

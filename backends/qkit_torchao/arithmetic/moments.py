@@ -42,24 +42,16 @@ class DeviceMoments:
         given = torch.as_tensor(moments, device=device)
         if given.dim() != 2 or given.shape[0] != given.shape[1]:
             raise GridError(f"moments of shape {tuple(given.shape)} are not E[x x'] of inputs: want [inputs, inputs]")
-        diagonal = given.diagonal().double()
-        root = diagonal.clamp_min(0).sqrt()
-        apart = (given - given.T).abs().double() > SYMMETRY * root[:, None] * root
-        want_moments(bool(given.isfinite().all()), diagonal.cpu().numpy(), not bool(apart.any()))
-        del apart
-        h = given.double()
-        h = (h + h.T).div_(2)
-        damping = DAMPING * float(exact_products.total(diagonal)) / len(h)
+        given, diagonal = given.contiguous(), given.diagonal().double()
+        passes = fits.moments(given)
+        infinite, lopsided = passes.faults(given, diagonal.clamp_min(0).sqrt(), SYMMETRY)
+        want_moments(not infinite, diagonal.cpu().numpy(), not lopsided)
+        damping = DAMPING * float(exact_products.total(diagonal)) / len(given)
         order = torch.argsort(-diagonal, stable=True)
-        damped = h[order][:, order]
-        damped.diagonal().add_(damping)
-        upper = fits.unit_upper(damped)
-        del damped
+        upper = passes.factor(given, order, damping)
         sizes = exact_products.power(torch.frexp(diagonal + damping).exponent // 2)
-        unit = 2.0 ** (1 - BITS)
-        numbers = h.div_(sizes[:, None] * unit).div_(sizes).round_().clamp_(-(2**BITS), 2**BITS)
-        digits = fits.digits(numbers)
-        return cls(given, diagonal, damping, sizes, numbers.mul_(unit), digits, order, upper)
+        numbers, digits = passes.correlations(given, sizes)
+        return cls(given, diagonal, damping, sizes, numbers, digits, order, upper)
 
     def times(self, d: Tensor, rows: slice = slice(None), inputs: slice = slice(None)) -> Tensor:
         """See `qkit.reference.moments.Moments.times`."""
@@ -71,3 +63,32 @@ class DeviceMoments:
         places = torch.arange(len(self.source), device=self.source.device).reshape(-1, group)
         found = self.source[places[:, :, None], places[:, None, :]].double()
         return exact_products.shortened((found + found.transpose(1, 2)) / 2, 2)
+
+
+def faults(h: Tensor, roots: Tensor, bound: float) -> tuple[bool, bool]:
+    """Whether any of `h` [n, n] is not finite; and whether h_ij and h_ji differ by more than `bound` times both `roots` [n]."""
+    apart = (h - h.T).abs().double() > bound * roots[:, None] * roots
+    return not bool(h.isfinite().all()), bool(apart.any())
+
+
+def factor(h: Tensor, order: Tensor, damping: float) -> Tensor:
+    """`exact_products.unit_upper` of `h` and the damping, inputs in `order`.
+
+    Raises:
+        RangeError: as that.
+    """
+    damped = _mean(h)[order][:, order]
+    damped.diagonal().add_(damping)
+    return exact_products.unit_upper(damped)
+
+
+def correlations(h: Tensor, sizes: Tensor) -> tuple[Tensor, None]:
+    """See `qkit.reference.moments.correlations`; and no digits of these."""
+    unit = 2.0 ** (1 - BITS)
+    numbers = _mean(h).div_(sizes[:, None] * unit).div_(sizes).round_().clamp_(-(2**BITS), 2**BITS)
+    return numbers.mul_(unit), None
+
+
+def _mean(h: Tensor) -> Tensor:
+    h = h.double()
+    return (h + h.T).div_(2)

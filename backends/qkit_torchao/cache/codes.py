@@ -131,7 +131,9 @@ def _prepare(_: Any) -> None:
     groups: dict[Any, list[tuple[Coded, Any]]] = {}
     for kept in list(_codes.values()):
         weight = kept()
-        if weight is None or not weight.is_cuda or not kept.used or kept.captured or not kept.stamp or not kept.value:
+        if weight is None or not choose.on_gpu(weight):
+            continue
+        if not kept.used or kept.captured or not kept.stamp or not kept.value:
             continue
         q, now, seen = kept.value[0], identity.state(weight), kept.seen
         lies = seen is not None and seen.data_ptr() == weight.data_ptr() and _fits(q, weight, q.grid)

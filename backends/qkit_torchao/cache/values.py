@@ -56,6 +56,13 @@ def of(
     return values
 
 
+def launch_prepared(weight: Tensor) -> None:
+    """Runs the prepared launch that computes the values of `weight`, if there is one; see `ahead`."""
+    kept = _values.of(weight)
+    if kept is not None and kept.ahead is not None and kept.grid is not None and kept.dtype is not None:
+        of(weight, kept.grid, kept.gate, kept.dtype)  # type: ignore[arg-type]
+
+
 def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None, partners: Partners = ()) -> Tensor | None:
     """`buffer`, if `of` would return it without computing anything; else None. Faster than `of`."""
     kept = _values.get(id(weight))
@@ -71,7 +78,12 @@ def current(weight: Tensor, grid: Grid, gate: Tensor, buffer: Tensor | None, par
 
 def fill(buffer: Tensor, weight: Tensor, grid: Grid, gate: Tensor, partners: Partners = ()) -> None:
     """Fills `buffer` with the values of `weight`, cached there; or with a copy, where a compiler replaced the buffer's memory."""
+    kept = _values.get(id(weight))
     ours = buffer.data_ptr() in _buffers
+    if ours and kept is not None and kept.value is not None and kept.value.data_ptr() == buffer.data_ptr():
+        known = current(weight, kept.grid or grid, gate, kept.value, partners) if kept.grid == grid else None
+        if known is not None and known.dtype == buffer.dtype:
+            return
     values = of(weight, grid, gate, buffer.dtype, partners, into=buffer if ours else None)
     if values.data_ptr() != buffer.data_ptr():
         buffer.copy_(values)
@@ -200,7 +212,7 @@ def _prepare(_: Any) -> None:
     with without_subclasses():
         for kept in list(_values.values()):
             weight = kept()
-            if weight is not None and weight.is_cuda and (stamp := _stale(kept, weight)):
+            if weight is not None and choose.on_gpu(weight) and (stamp := _stale(kept, weight)):
                 rows = weight.shape[-1] if kept.grid.group == "row" else 0  # type: ignore[union-attr]
                 alike = kept.grid, kept.dtype, weight.dtype, weight.device, rows
                 groups.setdefault(alike, []).append((kept, stamp))

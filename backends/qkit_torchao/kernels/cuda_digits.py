@@ -14,31 +14,31 @@ LARGE = (128, 64, 128, 8)  #: rows, columns, inputs and warps of a tile: 216 KB 
 SMALL = (64, 64, 64, 4)  #: for devices of less shared memory
 
 
-def digits(numbers: Tensor) -> Tensor:
-    """int8 [3, ...] of integers [...] up to 2^20, the lowest first: their sum, times 1, 256 and 65,536."""
-    whole, found = numbers.to(torch.int32), torch.empty(DIGITS, *numbers.shape, dtype=torch.int8, device=numbers.device)
-    for place, digit in enumerate(found):  # a digit is -128 to 127: those below it carry where they are 128 or more
-        carried = sum(128 << 8 * below for below in range(place))
-        digit.copy_((whole + carried).bitwise_right_shift_(8 * place).bitwise_left_shift_(24).bitwise_right_shift_(24))
-    return found
+def subtract_product(
+    out: Tensor, left: Tensor, units: Tensor, right: Tensor, sizes: Tensor, *, more: Tensor | None = None
+) -> None:
+    """out [rows, columns] -= units [rows] * sizes [columns] * left [rows, k] @ right.T, both as digits; k is at most 4,096.
 
-
-def subtract_product(out: Tensor, left: Tensor, units: Tensor, right: Tensor, sizes: Tensor) -> None:
-    """out [rows, columns] -= units [rows] * sizes [columns] * left [rows, k] @ right.T, both as digits; k is at most 4,096."""
+    Args:
+        more: numbers [rows, columns] that are added to these before.
+    """
     (rows, columns), inputs = out.shape, left.shape[2]
+    if not columns:
+        return
     down, across, deep, warps = _tile(out.device)
     tensors = out, left, right, units, sizes
-    strides = out.stride(0), left.stride(0), right.stride(0), right.stride(1)
+    strides = out.stride(0), left.stride(0), left.stride(1), right.stride(0), right.stride(1)
     key = (
         out.device,
         inputs,
         tuple((stride % 16 == 0, stride < 2**31) for stride in strides),
         tuple(t.data_ptr() % 16 for t in tensors),
+        more is None,
     )
     with device_of(out):
         _product(
             key, -(-rows // down) * -(-columns // across),
-            (*tensors, rows, columns, *strides, inputs, down, across, deep, BAND), warps=warps,
+            (*tensors, more, rows, columns, *strides, inputs, down, across, deep, BAND), warps=warps,
         )  # fmt: skip
 
 

@@ -1,57 +1,17 @@
-// The loops of `arithmetic.fitting` over inputs, in fp64, with the bits of the law. `cuda_fit` launches this, `nvrtc` compiles it.
+// The search for scales, and passes over whole rows, of `arithmetic.fitting`, in fp64, with the bits of the law. `cuda_fit` launches
+// this, `nvrtc` compiles it.
 //
 // LANES threads have a row of the weight, or a cell: a group of one. Thread number i of these has its inputs i, i + LANES and so on.
 //
 // Constants (macros):
 //   GROUP: inputs of a cell, a power of two of 16 to 128. LANES: at most that, and at most a warp.
-//   RULE: of scales: 0 integers above zero, 1 integers of either sign, 2 integers with zero points, 3 nvfp4, 4 powers of two.
-//   LOWEST, HIGHEST: codes of integers. MANTISSA, LEAST, EIGHTHS: bits of a float's mantissa, its least exponent, and eight times
-//   its largest value. MOST: its largest exponent.
-//   LEAST_POWER, MOST_POWER: of scales that are powers of two.
+//   MOST: a float's largest exponent. And those of `steps.cuh`.
 
-#include "doubles.cuh"
+#include "steps.cuh"
 
-constexpr u32 WIDTH = 128;  // inputs that change before others are updated
-constexpr u32 STEPS = 20;  // scales of integers to try
 constexpr u32 MINE = GROUP / LANES;  // inputs of a cell that a thread has
-constexpr u32 SPAN = WIDTH / LANES;  // inputs of a window that a thread has
 constexpr u32 AHEAD = GROUP <= 32 ? GROUP / 4 : 4;  // of the steps of a product, those at once
 constexpr u32 TEAMS = THREADS / LANES;  // rows or cells of a program
-
-// Numbers that depend on the weight or its moments.
-struct Facts {
-    double limit, least, least_block, tensor, damping, search_damping, pull;
-    double tried[STEPS];  // scales of integers, over the largest value
-    double e4m3[127];
-};
-
-DEVICE double nearest_float(double y, int mantissa, int least, double largest) {
-    int floor = (int)(bits(y) >> 52 & 2047) - 1023, e = (floor > least ? floor : least) - mantissa;
-    return clipped(rint(y * power(-e)) * power(e), -largest, largest);
-}
-
-DEVICE double nearest(double y, double z) {
-    if (RULE == 2) return clipped(rint(y), -z, HIGHEST - z);
-    if (RULE < 2) return clipped(rint(y), LOWEST, HIGHEST);
-    return nearest_float(y, MANTISSA, LEAST, EIGHTHS * 0.125);
-}
-
-// See `steps.storable`.
-DEVICE double storable(double wanted, double s, const Facts &facts) {
-    bool finite = (bits(wanted) >> 52 & 2047) != 2047;
-    if (!finite || !(wanted > 0 || RULE == 1)) wanted = s;
-    if (RULE == 3) return nearest_float(clipped(wanted / facts.tensor, facts.least_block, 448), 3, -6, 448) * facts.tensor;
-    if (RULE == 4) {
-        int e = exponent_above(wanted) - !(bits(wanted) >> 51 & 1);
-        return power(e < LEAST_POWER ? LEAST_POWER : e > MOST_POWER ? MOST_POWER : e);
-    }
-    double near = to_bfloat16(clipped(wanted, -facts.limit, facts.limit));
-    return fabs(near) < facts.least ? (near < 0 ? -facts.least : facts.least) : near;
-}
-
-DEVICE double refit(double numerator, double denominator, double s, const Facts &facts) {
-    return storable(denominator > 0 ? numerator / denominator : s, s, facts);
-}
 
 // The sum of the numbers of a cell by halves, see `products.total`.
 DEVICE double total(const double *terms) {
@@ -91,10 +51,11 @@ template <class Row> DEVICE double product(Row row, const double *shared) {
 //
 // x, units [rows, inputs]; rule, best, zeros, by_rule, squares [rows, groups]: the rule's scales, those of least error, zero points,
 // which are read and written, and squares of errors under both. blocks [groups, GROUP, GROUP]: moments, columns first. weights
-// [inputs]. With `some` [rows], only these rows, and squares may not exceed `by_rule`.
+// [inputs]. With `some` [rows], only these rows, and squares may not exceed `by_rule`. With `worth` [rows, groups], only the scales
+// that have a bit there are tried; see `sift`.
 ENTRY search(
-    const double *x, const double *rule, const double *blocks, const double *weights, const Facts *known, const bool *some, double *best,
-    double *zeros, double *units, double *by_rule, double *squares, u32 rows, u32 groups
+    const double *x, const double *rule, const double *blocks, const double *weights, const Facts *known, const bool *some,
+    const u64 *worth, double *best, double *zeros, double *units, double *by_rule, double *squares, u32 rows, u32 groups
 ) {
     __shared__ double kept[TEAMS][GROUP];
     const u32 lane = threadIdx.x % LANES, team = threadIdx.x / LANES, row = blockIdx.x * TEAMS + team, group = blockIdx.y;
@@ -143,13 +104,18 @@ ENTRY search(
     };
 
     const double by = rule[cell], from = RULE == 2 ? zeros[cell] : 0;
-    double s = by, z = from, least, most;
+    const u64 worthy = worth ? worth[cell] : ~0ull;
+    const double none = number(2047ull << 52);
+    double s = by, z = from, most;
     differ(s, z);
-    least = error(number(2047ull << 52)), most = squared();
+    double least = worthy >> 63 ? error(none) : none;
+    most = squared();
     auto keep = [&](double tried, double offset) {
         differ(tried, offset);
         double found = error(least);
-        if (found < least && (!some || squared() <= most)) least = found, s = tried, z = offset;
+        const bool better = found < least && (!some || squared() <= most);
+        if (better) least = found, s = tried, z = offset;
+        return better;
     };
     double lowest = 0, highest_value = 0, peak = 0;
     if (RULE != 3) {
@@ -179,6 +145,7 @@ ENTRY search(
     } else {
 #pragma unroll 1
         for (u32 step = 0; step < STEPS * (1 + (RULE == 1)); step++) {
+            if (!(worthy >> step & 1)) continue;
             double f = facts.tried[RULE == 1 ? step / 2 : step];
             if (RULE == 2) {
                 double low_end = lowest * f, narrow = storable((highest_value * f - low_end) / HIGHEST, by, facts);
@@ -193,7 +160,8 @@ ENTRY search(
     for (u32 again = 0; again < 2; again++) {
         for (u32 k = 0; k < MINE; k++) d[k] = nearest(value[k] / s, z);
         double along_x = dot(d, along), own = square(d);
-        keep(refit((1 + facts.pull) * along_x, own + facts.pull * (along_x * along_x / size), s, facts), z);
+        const double tried = refit((1 + facts.pull) * along_x, own + facts.pull * (along_x * along_x / size), s, facts);
+        if (tried == s || !keep(tried, z)) break;  // another refit would try this scale again
     }
     differ(s, z);
     const double found = squared();
@@ -202,147 +170,6 @@ ENTRY search(
     squares[cell] = found, best[cell] = s;
     if (!some) by_rule[cell] = most;
     if (RULE == 2) zeros[cell] = z;
-}
-
-// A window of `fitting._feed`: inputs start to start + count in `order`, which get the errors of all before them.
-//
-// before [rows, count]: what those before the window add, or none. errors, parts [rows, inputs], in this order: of shortened errors
-// are inputs from `chunk` to the end of the window, peaks [rows] the power of their largest.
-ENTRY feed(
-    const double *x, const i64 *order, const double *s, const double *zeros, const double *upper, const double *before, double *units,
-    double *errors, double *parts, int *peaks, u32 rows, u32 inputs, u32 start, u32 count, u32 chunk
-) {
-    const u32 lane = threadIdx.x % LANES, row = blockIdx.x * TEAMS + threadIdx.x / LANES;
-    if (row >= rows) return;
-    const u64 first = (u64)row * inputs, of_groups = first / GROUP;
-    x += first, units += first, errors += first, parts += first, s += of_groups, zeros += of_groups, before += (u64)row * count;
-    order += start, upper += (u64)start * inputs + start;
-    double wanted[SPAN], value[SPAN], step[SPAN], zero[SPAN], unit[SPAN] = {}, error[SPAN] = {};
-#pragma unroll
-    for (u32 k = 0; k < SPAN; k++) {
-        const u32 j = lane + LANES * k;
-        const u64 at = j < count ? order[j] : order[0];
-        value[k] = wanted[k] = x[at], step[k] = s[at / GROUP], zero[k] = RULE == 2 ? zeros[at / GROUP] : 0;
-        if (start && j < count) wanted[k] = wanted[k] + before[j];
-    }
-#pragma unroll
-    for (u32 k = 0; k < SPAN; k++)
-#pragma unroll 2
-        for (u32 from = 0; from < LANES; from++) {
-            const u32 j = k * LANES + from;
-            if (j >= count) break;
-            double factor[SPAN];
-#pragma unroll
-            for (u32 after = k; after < SPAN; after++) {
-                const u32 i = lane + LANES * after;
-                factor[after] = i < count ? upper[(u64)j * inputs + i] : 0;
-            }
-            const double now = nearest(wanted[k] / step[k], zero[k]), off = value[k] - now * step[k];
-            if (lane == from) unit[k] = now, error[k] = off;
-            const double by = of_lane(off, from);
-#pragma unroll
-            for (u32 after = k; after < SPAN; after++) wanted[after] = wanted[after] + factor[after] * by;
-        }
-    int most = 0;
-#pragma unroll
-    for (u32 k = 0; k < SPAN; k++) {
-        const u32 j = lane + LANES * k;
-        if (j >= count) continue;
-        units[order[j]] = unit[k], errors[start + j] = error[k];
-        most = most > power_of(error[k]) ? most : power_of(error[k]);
-    }
-    const int old = start == chunk ? 0 : peaks[row];
-    most = highest(most > old ? most : old);
-    if (!lane) peaks[row] = most;
-    const int e = exponent_of_power(most);
-    for (u32 i = (old == most ? start : chunk) + lane; i < start + count; i += LANES) parts[i] = shortened(errors[i], e);
-}
-
-// A part of a window of `fitting._descend`: `count` inputs from `start` on. units [rows, inputs], s, zeros [rows, groups];
-// residual, moved [rows, `window` numbers each]: how far values moved; parts [rows, WIDTH]: that by size, shortened.
-// correlations [inputs, inputs], sizes, diagonal [inputs]: of the moments; `changed` gets a one if any value moved.
-ENTRY descend(
-    double *units, double *s, const double *zeros, const double *residual, const double *correlations, const double *sizes,
-    const double *diagonal, const Facts *known, double *moved, double *parts, u32 *changed, u32 rows, u32 inputs, u32 window, u32 start,
-    u32 count
-) {
-    __shared__ double kept[TEAMS][GROUP], lefts[TEAMS][WIDTH], moves[TEAMS][WIDTH];
-    const u32 lane = threadIdx.x % LANES, team = threadIdx.x / LANES, row = blockIdx.x * TEAMS + team;
-    if (row >= rows) return;
-    const Facts &facts = *known;
-    const u64 first = (u64)row * inputs + start;
-    units += first, s += first / GROUP, zeros += first / GROUP, residual += (u64)row * window, moved += (u64)row * window;
-    parts += (u64)row * WIDTH, correlations += (u64)start * inputs + start, sizes += start, diagonal += start;
-    double *const shared = kept[team], *const left = lefts[team], *const went = moves[team];
-    for (u32 i = lane; i < count; i += LANES) left[i] = residual[i];
-    bool ever = false;
-#pragma unroll 1
-    for (u32 base = 0; base < count; base += GROUP) {
-        const double *near = correlations + (u64)base * inputs + base;
-        double unit[MINE], size[MINE], r[MINE], move[MINE], found[MINE], scaled[MINE], inverse[MINE];
-        for (u32 k = 0; k < MINE; k++) {
-            const u32 i = base + lane + LANES * k;
-            unit[k] = units[i], size[k] = sizes[i], r[k] = left[i];
-        }
-        auto times = [&](const double *v) {
-            for (u32 k = 0; k < MINE; k++) scaled[k] = size[k] * v[k];
-            share<MINE>(scaled, shared, lane);
-            for (u32 k = 0; k < MINE; k++)
-                found[k] = size[k] * product([&](u32 j) { return near[(u64)j * inputs + lane + LANES * k]; }, shared);
-        };
-        double terms[MINE];
-        times(unit);
-        for (u32 k = 0; k < MINE; k++) terms[k] = unit[k] * (found[k] + facts.damping * unit[k]);
-        const double curvature = total(terms);
-        for (u32 k = 0; k < MINE; k++) terms[k] = unit[k] * r[k];
-        const double slope = total(terms), old = s[base / GROUP], z = RULE == 2 ? zeros[base / GROUP] : 0;
-        const double step = refit(curvature * old + slope, curvature, old, facts);
-        bool any = step != old;
-        for (u32 k = 0; k < MINE; k++) move[k] = unit[k] * (step - old);
-        if (any) {
-            times(move);
-            for (u32 k = 0; k < MINE; k++) r[k] = r[k] - (found[k] + facts.damping * move[k]);
-            if (!lane) s[base / GROUP] = step;
-        }
-        for (u32 k = 0; k < MINE; k++) inverse[k] = 1 / ((diagonal[base + lane + LANES * k] + facts.damping) * step);
-#pragma unroll
-        for (u32 k = 0; k < MINE; k++)
-#pragma unroll 2
-            for (u32 from = 0; from < LANES; from++) {
-                const u32 j = k * LANES + from;
-                double factor[MINE];
-#pragma unroll
-                for (u32 after = k; after < MINE; after++)
-                    factor[after] = near[(u64)j * inputs + lane + LANES * after] * size[after] * sizes[base + j];
-                const double now = nearest(unit[k] + r[k] * inverse[k], z), by = of_lane((now - unit[k]) * step, from);
-                if (lane == from) unit[k] = now;
-                if (by == 0) continue;
-                any = true;
-                if (lane == from) move[k] = move[k] + by;
-#pragma unroll
-                for (u32 after = k; after < MINE; after++) r[after] = r[after] - factor[after] * by;
-            }
-        for (u32 k = 0; k < MINE; k++) units[base + lane + LANES * k] = unit[k], went[base + lane + LANES * k] = move[k];
-        if (!any) continue;
-        ever = true;
-        for (u32 k = 0; k < MINE; k++) scaled[k] = size[k] * move[k];
-        if (base + GROUP == count) break;
-        share<MINE>(scaled, shared, lane);
-#pragma unroll 1
-        for (u32 i = base + GROUP + lane; i < count; i += LANES) {
-            const double *beyond = correlations + (u64)base * inputs + i;
-            left[i] = left[i] - sizes[i] * product([&](u32 j) { return beyond[(u64)j * inputs]; }, shared);
-        }
-    }
-    if (ever && !lane) *changed = 1;
-    int most = 0;
-    for (u32 i = lane; i < count; i += LANES) {
-        moved[i] = went[i];
-        const int mine = power_of(sizes[i] * went[i]);
-        most = most > mine ? most : mine;
-    }
-    const int e = exponent_of_power(highest(most));
-    for (u32 i = lane; i < count; i += LANES) parts[i] = shortened(sizes[i] * went[i], e);
 }
 
 // The digits of shortened numbers sizes * x [rows, count], of which rows lie `stride` apart: three of eight bits [3, rows, count],
@@ -399,17 +226,16 @@ ENTRY weigh(const double *d, double *residual, const double *damping, double *wh
     if (!lane) whole[row] = sum, plain[row] = other;
 }
 
-// from [rows, columns] -= sizes * a, of which rows lie `stride` apart; in columns start to start + count, damping times `moved`
-// [rows, count], too.
-ENTRY subtract(
-    double *from, const double *a, const double *sizes, const double *moved, const double *damping, u32 stride, u32 columns, u32 start,
-    u32 count
-) {
+// out = x - units * s, of values and units [rows, inputs], and scales [rows, groups].
+ENTRY differ(const double *x, const double *units, const double *s, double *out, u32 inputs) {
+    const u64 first = (u64)blockIdx.y * inputs;
+    for (u32 i = blockIdx.x * 4 * THREADS + threadIdx.x, k = 0; k < 4 && i < inputs; k++, i += THREADS)
+        out[first + i] = x[first + i] - units[first + i] * s[(first + i) / GROUP];
+}
+
+// from [rows, columns], of which rows lie `stride` apart, -= sizes * a.
+ENTRY subtract(double *from, const double *a, const double *sizes, u32 stride, u32 columns) {
     const u64 row = blockIdx.y;
-    from += row * stride, a += row * columns, moved += row * count;
-    for (u32 i = blockIdx.x * 4 * THREADS + threadIdx.x, k = 0; k < 4 && i < columns; k++, i += THREADS) {
-        double now = from[i] - sizes[i] * a[i];
-        if (i - start < count) now = now - *damping * moved[i - start];
-        from[i] = now;
-    }
+    from += row * stride, a += row * columns;
+    for (u32 i = blockIdx.x * 4 * THREADS + threadIdx.x, k = 0; k < 4 && i < columns; k++, i += THREADS) from[i] = from[i] - sizes[i] * a[i];
 }

@@ -1,10 +1,13 @@
 """Picks the code that fits codes to moments: kernels on CUDA, else `arithmetic.column_loops`. The bits are the same."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from qkit.grid import Grid
-from qkit_torchao.arithmetic import column_loops, exact_products
+from qkit_torchao.arithmetic import column_loops
+from qkit_torchao.arithmetic import moments as arithmetic_moments
 
 
 def has_kernels(grid: Grid, inputs: int, device: torch.device) -> bool:
@@ -25,28 +28,20 @@ def loops(w: Tensor, grid: Grid) -> type[column_loops.Loops]:
     return cuda_fit.Loops
 
 
-def unit_upper(h: Tensor) -> Tensor:
-    """`exact_products.unit_upper(h)`.
+def moments(h: Tensor) -> ModuleType:
+    """The module of passes over moments [n, n]: `arithmetic.moments`, or one with the same functions."""
+    if not _compiles(h.device) or h.dtype not in (torch.float32, torch.float64):
+        return arithmetic_moments
+    from qkit_torchao.kernels import cuda_moments
 
-    Raises:
-        RangeError: as that.
-    """
-    if not _compiles(h.device):
-        return exact_products.unit_upper(h)
-    from qkit_torchao.kernels import cuda_fit
-
-    return cuda_fit.unit_upper(h)
+    return cuda_moments
 
 
-def digits(numbers: Tensor) -> Tensor | None:
-    """int8 [3, n, n]: the digits of integers up to 2^20, where kernels multiply them; else None."""
+def have_digits(device: torch.device) -> bool:
+    """Whether kernels multiply integers by their digits."""
     from qkit_torchao.kernels import choose
 
-    if not _compiles(numbers.device) or choose.why_no_triton(numbers.device):
-        return None
-    from qkit_torchao.kernels import cuda_digits
-
-    return cuda_digits.digits(numbers)
+    return not choose.why_no_triton(device)
 
 
 def _compiles(device: torch.device) -> bool:

@@ -98,14 +98,21 @@ class Kernel:
         function = self._compiled.get((device, constants))
         if function is None:
             function = self._compiled[device, constants] = self._load(dict(constants), device)
+        # The driver takes addresses. A number's four bytes begin its slot of eight, since hosts of CUDA store low bytes first.
+        count = len(arguments)
+        slots = (ctypes.c_uint64 * count)(*arguments)
+        first = ctypes.addressof(slots)
+        places = (ctypes.c_uint64 * count)(*range(first, first + 8 * count, 8))
+        given, stream = ctypes.addressof(places), torch.cuda.current_stream(device).cuda_stream
+        if not (self.early and capability(device) >= (9, 0)):
+            _done(driver.cuLaunchKernel(function, *programs, 1, threads, 1, 1, memory, stream, given, 0))
+            return
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = *programs, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = memory
-        config.hStream = torch.cuda.current_stream(device).cuda_stream
-        if self.early and capability(device) >= (9, 0):
-            config.attrs, config.numAttrs = [_early()], 1
-        _done(driver.cuLaunchKernelEx(config, function, (arguments, self.kinds), 0))
+        config.sharedMemBytes, config.hStream = memory, stream
+        config.attrs, config.numAttrs = [_early()], 1
+        _done(driver.cuLaunchKernelEx(config, function, given, 0))
 
     def _load(self, constants: Mapping[str, int], device: int) -> Any:
         from cuda.bindings import driver

@@ -6,13 +6,14 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def subtract_product(
-    out, left, right, units, sizes, rows, columns, out_stride, left_plane, right_plane, right_stride, INPUTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+    out, left, right, units, sizes, more, rows, columns, out_stride, left_plane, left_stride, right_plane, right_stride,
+    INPUTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, columns] -= units [rows] * sizes [columns] * sums of left [rows, INPUTS] * right [columns, INPUTS].
+    """out [rows, columns] -= units [rows] * sizes [columns] * sums of left [rows, INPUTS] * right [columns, INPUTS] + more.
 
     Both sides are three planes of digits of 8 bits, the lowest first. Sums of products of two digits are int32; those of all fit
-    into a double. Units and sizes are powers of two. Programs go through bands of `BAND` tiles of rows.
+    into a double. Units and sizes are powers of two. `more` [rows, columns] lies in one piece, or is None. Programs go through
+    bands of `BAND` tiles of rows.
     """
     tall, wide = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     band = tl.program_id(0) // (BAND * wide)
@@ -21,7 +22,7 @@ def subtract_product(
     row = (band * BAND + place % height) * BM + tl.arange(0, BM)
     n = place // height * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    a = left + (row % rows).to(tl.int64)[:, None] * INPUTS + k[None, :]
+    a = left + (row % rows).to(tl.int64)[:, None] * left_stride + k[None, :]
     b = right + (n % columns).to(tl.int64)[None, :] * right_stride + k[:, None]
     s0 = tl.zeros([BM, BN], tl.int32)
     s1 = tl.zeros([BM, BN], tl.int32)
@@ -57,4 +58,6 @@ def subtract_product(
     y *= tl.load(units + row, mask=there, other=0.0)[:, None] * tl.load(sizes + n, mask=n < columns, other=0.0)[None, :]
     where = out + row.to(tl.int64)[:, None] * out_stride + n[None, :]
     inside = there[:, None] & (n < columns)[None, :]
+    if more is not None:
+        y += tl.load(more + row.to(tl.int64)[:, None] * columns + n[None, :], mask=inside, other=0.0)
     tl.store(where, tl.load(where, mask=inside, other=0.0) - y, mask=inside)

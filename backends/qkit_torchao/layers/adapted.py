@@ -79,7 +79,7 @@ class _Adapted(nn.Module):
         return self.lora_B, self.lora_A, self.lora_magnitude
 
     def _ask(self) -> None:
-        if not self.asked:
+        if not (torch.compiler.is_compiling() or self.asked):
             want_one_recipe(self)
         sharded.want_own_types(self, *NAMES.values())
 

@@ -5,6 +5,7 @@ the gradient passes straight through, it reaches the factors through products of
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +90,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, a, magnitude, gains = ctx.saved_tensors
         gradient, merging = gradients[0], ctx.merging
-        with torch.autocast(gradient.device.type, enabled=False):
+        with _without_autocast(gradient.device.type):
             to_x = to_w = to_bias = to_magnitude = of_gains = None
             rows, seen = gradient.flatten(0, -2), x.flatten(0, -2).to(gradient.dtype)
             if ctx.needs_input_grad[0]:
                 values = _values(w, b, a, magnitude, merging, ctx.dtype)
-                to_x = (gradient @ values.to(gradient.dtype)).to(x.dtype)
+                to_x = (rows @ values.to(gradient.dtype)).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[5]:
                 along, scales = _slopes(w, b, a, magnitude, merging, seen.dtype)
                 of_gains = to_gains(rows, seen, along, scales, gains).to(gains.dtype)
@@ -157,11 +158,18 @@ def _by_rank(rows: Tensor, seen: Tensor, b: Tensor, a: Tensor, scale: float) -> 
     """
     if rows.dtype == torch.float32:
         short_a, short_b = shorten(a.float()) * scale, shorten(b.float() * scale)
-    else:
-        short_a, short_b = (a * scale).to(rows.dtype), (b * scale).to(rows.dtype)
-    to_b = rows.T @ (seen @ short_a.T)
-    to_a = (rows @ short_b).T @ seen
+        return (rows.T @ (seen @ short_a.T)).to(b.dtype), ((rows @ short_b).T @ seen).to(a.dtype)
+    short_a, short_b = (
+        a.to(rows.dtype),
+        b.to(rows.dtype),
+    )  # a product takes the scale at no cost: a host feels each launch
+    to_b = torch.addmm(short_b, rows.T, seen @ short_a.T, beta=0, alpha=scale)
+    to_a = torch.addmm(short_a, (rows @ short_b).T, seen, beta=0, alpha=scale)
     return to_b.to(b.dtype), to_a.to(a.dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _through_magnitude(

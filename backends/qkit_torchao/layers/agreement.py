@@ -6,7 +6,6 @@ Gradients are averaged over processes, so that different grids would train a mod
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import distributed, nn
 
 from qkit.errors import StageError
@@ -20,12 +19,13 @@ WAY_OUT = "prepare the model by the same recipe in every process"
 def want_one_recipe(layer: Any) -> None:
     """Refuses processes whose layers differ in rules or adapters: under DDP all layers of the model at once, under FSDP2 each.
 
-    Layers whose `asked` is true have been asked. Other ways to train a model in several processes are not looked at.
+    Layers whose `asked` is true have been asked. Compiled code asks nobody, and does not look at `asked`, so that nothing is
+    compiled anew. Other ways to train a model in several processes are not looked at.
 
     Raises:
         StageError: they differ; or DeepSpeed has partitioned a parameter of `layer`.
     """
-    if torch.compiler.is_compiling() or not layer.training:
+    if not layer.training:
         return
     for parameter in layer.parameters(recurse=False):
         sharded.want_partitioned_by_none(parameter)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qkit.reference.learned import NAMES
+from qkit.reference.learned import FIRSTS, NAMES
 from qkit_torchao.torch_private import MANAGED, apply, remove_buffers, remove_parameters, set_buffer
 
 #: Attributes of prepared layers.
@@ -47,7 +47,7 @@ def forget_preparation(layer: Any) -> None:
     for name in PREPARED:
         layer.__dict__.pop(name, None)
     remove_buffers(layer, "gate", "input_range", "output_range")
-    remove_parameters(layer, *NAMES)
+    remove_parameters(layer, *NAMES, *FIRSTS)
 
 
 def apply_but_keep(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool, names: list[str]) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from qkit.errors import BackendError
 from qkit.grid import Grid
-from qkit.reference.learned import names
+from qkit.reference.learned import FIRST, is_offset, names, stored_names
 from qkit.rules import Rule
 from qkit_torchao.arithmetic import rounding
-from qkit_torchao.arithmetic.learned import initial, steps, to_parameters
+from qkit_torchao.arithmetic.learned import initial, steps, to_parameters, values_alone
 from qkit_torchao.cache import values
 from qkit_torchao.layers import prepare
 from qkit_torchao.layers.become import become, forget_preparation
@@ -31,10 +31,12 @@ class _Learned(Prepared):
         return (weight if self.mode == "off" else self._on_grid(weight)).to(dtype)
 
     def _on_grid(self, weight: Tensor) -> Tensor:
+        if self.rule.scales == "alone":
+            return values_alone(weight, self.weight_grid, *self._ranges())
         return fake_quantize(weight, self.weight_grid, *self._ranges())
 
     def _ranges(self) -> list[Tensor]:
-        return [self.get_parameter(name) for name in names(self.weight_grid)]
+        return [self.get_parameter(name) for name in stored_names(self.weight_grid, self.rule.scales)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but ranges stay in float32."""
@@ -61,13 +63,21 @@ class LearnedEmbedding(_Learned, FakeEmbedding):
 
 
 def prepare_layer(module: nn.Module, rule: Rule) -> Any:
-    """See `Modules.prepare_layer`. Ranges begin with the values of the grid's rule, and train if the weight does."""
+    """See `Modules.prepare_layer`. Ranges begin with the values of the grid's rule, and train if the weight does.
+
+    Where scales train alone, the weight and zero points are frozen.
+    """
     assert rule.weight is not None
     if rule.scales == "rule":
         return prepare.prepare_layer(module, rule)
     layer = prepare.prepare_layer(module, rule, LearnedEmbedding if isinstance(module, nn.Embedding) else LearnedLinear)
+    trains, alone = layer.weight.requires_grad, rule.scales == "alone"
     for name, value in zip(names(rule.weight), initial(layer.weight.detach(), rule.weight), strict=True):
-        layer.register_parameter(name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
+        layer.register_parameter(name, nn.Parameter(value, requires_grad=trains and not (alone and is_offset(name))))
+        if alone:
+            layer.register_parameter(FIRST + name, nn.Parameter(value.clone(), requires_grad=False))
+    if alone:
+        layer.weight.requires_grad_(False)
     return layer
 
 

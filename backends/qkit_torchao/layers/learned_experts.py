@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from qkit.grid import Grid
-from qkit.reference.learned import NAMES, names
+from qkit.reference.learned import FIRST, FIRSTS, NAMES, is_offset, names, stored_names
 from qkit.rules import Rule
-from qkit_torchao.arithmetic.learned import initial
+from qkit_torchao.arithmetic.learned import initial, values_alone
 from qkit_torchao.layers import learned, prepared_experts
 from qkit_torchao.layers.computed_experts import ComputedExperts
 from qkit_torchao.layers.expert_inputs import projections_of
@@ -26,7 +26,8 @@ class LearnedExperts(ComputedExperts):
         grid = self.rule.weight
         assert grid is not None
         parts = stack.split(weight).items()
-        return stack.join(_values(part, grid, list(_of(self, name).values())) for name, part in parts)
+        values = values_alone if self.rule.scales == "alone" else learned.fake_quantize
+        return stack.join(_values(values, part, grid, list(_of(self, name).values())) for name, part in parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves as any module, but learned scales stay in float32."""
@@ -49,11 +50,17 @@ def prepare_experts(module: nn.Module, rule: Rule) -> FakeExperts:
         return prepared_experts.prepare_experts(module, rule)
     layer: FakeExperts = prepared_experts.prepare_experts(module, rule, LearnedExperts)
     assert rule.weight is not None
+    alone = rule.scales == "alone"
     for stack in layer.stacks:
         weight = layer.master(stack)
+        trains = weight.requires_grad
         for name, part in stack.split(weight.detach()).items():
             for own, value in zip(names(rule.weight), _initial(part, rule.weight), strict=True):
-                layer.register_parameter(f"{name}_{own}", nn.Parameter(value, requires_grad=weight.requires_grad))
+                moves = trains and not (alone and is_offset(own))
+                layer.register_parameter(f"{name}_{own}", nn.Parameter(value, requires_grad=moves))
+                if alone:
+                    layer.register_parameter(f"{name}_{FIRST}{own}", nn.Parameter(value.clone(), requires_grad=False))
+        weight.requires_grad_(trains and not alone)
     return layer
 
 
@@ -71,11 +78,13 @@ def parameters_of(module: Any) -> dict[str, dict[str, Tensor]]:
 
 def learned_names(stacks: Iterable[Stack]) -> list[str]:
     """The names of all parameters that experts could learn beside their weights."""
-    return [f"{name}_{own}" for name in projections_of(stacks) for own in NAMES]
+    return [f"{name}_{own}" for name in projections_of(stacks) for own in (*NAMES, *FIRSTS)]
 
 
 def _of(module: Any, projection: str) -> dict[str, Tensor]:
-    return {own: module.get_parameter(f"{projection}_{own}") for own in names(module.rule.weight)}
+    return {
+        own: module.get_parameter(f"{projection}_{own}") for own in stored_names(module.rule.weight, module.rule.scales)
+    }
 
 
 def _initial(part: Tensor, grid: Grid) -> list[Tensor]:
@@ -84,8 +93,8 @@ def _initial(part: Tensor, grid: Grid) -> list[Tensor]:
     return [torch.stack(several) for several in zip(*each, strict=True)]
 
 
-def _values(part: Tensor, grid: Grid, parameters: list[Tensor]) -> Tensor:
+def _values(values: Callable[..., Tensor], part: Tensor, grid: Grid, parameters: list[Tensor]) -> Tensor:
     if grid.by_rows:
-        return learned.fake_quantize(part.contiguous(), grid, *parameters)
+        return values(part.contiguous(), grid, *parameters)
     each = zip(part, *parameters, strict=True)
-    return torch.stack([learned.fake_quantize(one.contiguous(), grid, *mine) for one, *mine in each])
+    return torch.stack([values(one.contiguous(), grid, *mine) for one, *mine in each])

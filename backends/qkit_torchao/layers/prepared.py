@@ -117,7 +117,7 @@ class Prepared(Shown):
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """The weight's quantized values in `dtype`, or the weight where the layer is switched off."""
         sharded.want_partitioned_by_none(self.weight)
-        if not self.asked:
+        if not (torch.compiler.is_compiling() or self.asked):
             want_one_recipe(self)
         if (how := sharded.gathered(self)) == "values":
             return self.weight.to(dtype)
@@ -217,7 +217,7 @@ class FakeLinear(Prepared, nn.Linear):
             return self._multiply_current(x, current)
         if self.kind and (product := multiply_current(self, x)) is not None:
             return product
-        if not self.asked:
+        if not (torch.compiler.is_compiling() or self.asked):
             want_one_recipe(self)
         weight, rule = self.weight, self.rule
         if self.gathers_values and sharded.has_values(self, x) and self.dynamic:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qkit.errors import StageError
 from qkit_torchao.layers import shard_first
 from qkit_torchao.layers.become import is_wrapped
+from qkit_torchao.layers.straight_through import PLAIN
 from qkit_torchao.torch_private import (
     MANAGED,
     active_ddp,
@@ -33,7 +34,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 def is_shard(tensor: Tensor | None) -> bool:
     """Whether `tensor` is spread over processes."""
-    return hasattr(tensor, "full_tensor")
+    return type(tensor) not in PLAIN and hasattr(tensor, "full_tensor")
 
 
 def is_sharded(module: Any) -> bool:
@@ -67,7 +68,8 @@ def want_partitioned_by_none(weight: Any) -> None:
     Raises:
         StageError: the message names the way out.
     """
-    if hasattr(weight, "ds_id"):
+    seen = torch.compiler.is_compiling() and weight.numel()  # a compiled step would ask for the attribute at each call
+    if not seen and hasattr(weight, "ds_id"):
         raise StageError(
             f"DeepSpeed ZeRO-3 has partitioned a weight {list(getattr(weight, 'ds_shape', weight.shape))}, so that no layer sees "
             "its master weight: train with ZeRO-1, ZeRO-2, or torch.distributed.fsdp.fully_shard"

@@ -111,6 +111,8 @@ class _Product(torch.autograd.Function):
         else:
             codes, factors = weight_codes.of(weight, grids[0])
             y = float8(rows, codes.codes.view(torch.float8_e4m3fn), factors, bias, x.dtype)
+        if ctx.needs_input_grad[0]:  # now the device waits for the host, and going back it does not
+            weight_values.launch_prepared(weight)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

@@ -88,6 +88,23 @@ class TorchBlocks(Gradients):
                     f"{where} takes more than states from the tokens: qkit cannot run it by itself; fit by search"
                 )
         self._calls = first
+        self._check_several_rows(length)
+
+    def _check_several_rows(self, length: int) -> None:
+        """Refuses blocks whose other arguments, as recorded from one row of tokens, are for one row alone."""
+        block, (rest, given) = self._blocks[0], self._calls[0]
+        x = torch.from_numpy(self.enter(np.zeros((2, length), np.int32))).to(
+            self.device, next(block.parameters()).dtype
+        )
+        try:
+            with torch.no_grad():
+                block(x, *rest, **given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise BackendError(
+                f"{self.paths[0]} does not run on several rows by itself ({str(error).splitlines()[0]}): fit by search"
+            ) from None
 
     @torch.no_grad()
     def enter(self, tokens: NDArray[np.int32]) -> Hidden:
@@ -222,6 +239,9 @@ class TorchBlocks(Gradients):
         try:
             with torch.no_grad():
                 self._run_model(tokens)
+        except (ValueError, TypeError, AttributeError) as error:
+            reason = f"does not run on tokens alone ({str(error).splitlines()[0]})"
+            raise BackendError(f"{type(self._model).__name__} {reason}: fit by search") from None
         finally:
             for hook in hooks:
                 hook.remove()

@@ -22,10 +22,10 @@ def watching(mixture: Mixture, add: Add) -> Callable[..., None]:
     """
 
     def see(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x, chosen = (*args, *named.values())[:2]
-        activate = _activation(module)
-        if activate is None:
+        given, activate = (*args, *named.values()), _activation(module)
+        if activate is None or len(given) < 2:  # as Llama 4's, each of which gets all tokens
             return
+        x, chosen = given[:2]
         x = x.flatten(0, -2)
         chosen, (up, *_) = chosen.reshape(len(x), -1), stacks_of(module)
         weight, bias = parameter(module, up.name), getattr(module, f"{up.name}_bias", None)

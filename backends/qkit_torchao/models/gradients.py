@@ -1,7 +1,7 @@
 """Gradients of a model that runs block by block: from labels that it draws to its last states, and back through one block."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from qkit.engines.blocks import Hidden
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """The layer was reached: nothing behind it has to run."""
 
 
 class Gradients:
@@ -34,6 +38,22 @@ class Gradients:
     def module(self, path: str) -> nn.Module:
         """The module of the model at `path`."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def inputs_after(self, states: Hidden, path: str) -> Hidden:
+        """See `Blocks.inputs_after`; one window after another, and nothing runs behind the layer."""
+        weight, found = next(self.called(0)[0].parameters()), list[Hidden]()
+        tokens = torch.zeros(1, states.shape[1], dtype=torch.long, device=self.device)
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(_to_numpy(args[0].flatten(0, -2)))
+            raise _Reached
+
+        with self.module(path).register_forward_pre_hook(stop):
+            for row in states:
+                with suppress(_Reached):
+                    self.model_after(torch.from_numpy(np.array(row[None])).to(self.device, weight.dtype), tokens)
+        return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
     def draw(self, states: Hidden, labels: NDArray[np.float32]) -> Hidden:
         """See `Blocks.draw`; one window after another, since their scores are long."""
@@ -70,7 +90,7 @@ class Gradients:
         x = torch.from_numpy(np.array(states)).to(self.device, weight.dtype).requires_grad_()
         hooks = [self.module(path).register_forward_hook(show(path)) for path in watched]
         try:
-            with torch.enable_grad(), _frozen_on(list(block.parameters()), self.device):
+            with torch.enable_grad(), frozen_on(list(block.parameters()), self.device):
                 out = block(x, *rest, **given)
                 out = out[0] if isinstance(out, tuple) else out
                 wanted = torch.from_numpy(np.array(gradient)).to(out.device, out.dtype)
@@ -98,7 +118,7 @@ class Passed(nn.Module):
 
 
 @contextmanager
-def _frozen_on(parameters: Sequence[nn.Parameter], device: torch.device) -> Iterator[None]:
+def frozen_on(parameters: Sequence[nn.Parameter], device: torch.device) -> Iterator[None]:
     """Within, parameters lie on the device and get no gradient: a backward needs them after the block has run."""
     before = [(one, one.data, one.requires_grad) for one in parameters]
     try:

@@ -22,6 +22,7 @@ from qkit.qtensor import QTensor
 from qkit.reference.rounding import dequantize
 from qkit.reference.steps import steps_of, stored
 from qkit_torchao.models.blocks import TorchBlocks
+from qkit_torchao.models.gradients import frozen_on
 
 CHECKS = 2  #: times that the error of all windows is measured while a block learns
 FACTORS = 0.5, 1.5  #: limits of the factor of a scale
@@ -77,8 +78,9 @@ class _Lessons:
     def step(self, states: Hidden, wanted: Hidden, rate: float) -> None:
         """Moves everything that is learned by `rate` against the signs of its gradients."""
         learned = [one for layer in self._layers.values() for one in layer.learned]
-        loss = self._differ(states, wanted).square().mean()
-        gradients = torch.autograd.grad(loss, [tensor for tensor, _ in learned])
+        with frozen_on(list(self._block.parameters()), self._device):
+            loss = self._differ(states, wanted).square().mean()
+            gradients = torch.autograd.grad(loss, [tensor for tensor, _ in learned])
         for (tensor, share), gradient in zip(learned, gradients, strict=True):
             tensor.data -= rate * share * gradient.sign()
         for layer in self._layers.values():

@@ -13,6 +13,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 ENGINE = qkit.backend("torchao")
 
 
+EDITS = {
+    "nothing": lambda w: None,
+    "in place": lambda w: w.detach().mul_(2),
+    "unseen": lambda w: w.data.mul_(3),
+    "other memory": lambda w: setattr(w, "data", w.data * 5),
+}
+
+
 class Blocks(nn.Module):
     """Weights of two widths, an embedding, and a norm that is not quantized."""
 
@@ -119,3 +127,21 @@ def test_adamw_steps_shards_as_torchs_does_and_writes_what_is_gathered(mesh, rec
             layer.reshard()
     assert found["ours"] == pytest.approx(found["torch"], rel=2e-3)  # one rounds after other steps than the other
     assert found["ours"][-1] < found["ours"][0]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("recipe", ["int4-g32", "float8-dynamic-act-float8-weight", "int8-dynamic-act-int8-weight"])
+def test_launches_prepared_after_a_step_compute_the_weights_as_they_are_when_they_are_used(recipe, edit):
+    model = qkit.prepare(Blocks().to("cuda", torch.bfloat16), recipe).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses(model, optimizer)
+    EDITS[edit](model.up[1].weight)
+    found = model(ids(9))
+    twin = qkit.prepare(Blocks().to("cuda", torch.bfloat16), recipe).train()
+    twin.load_state_dict(model.state_dict())
+    want = twin(ids(9))
+    assert torch.equal(found, want)
+    for one in (found, want):
+        one.float().square().mean().backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)

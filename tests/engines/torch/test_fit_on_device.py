@@ -46,6 +46,17 @@ def test_the_device_has_the_codes_of_the_law(device: str, grid: Grid, tokens: in
         assert part.tobytes() == found.parts()[name].tobytes(), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="windows of kernels are those of a GPU")
+@pytest.mark.parametrize("grid", [*GRIDS[1:3], GRIDS[7], GRIDS[8], Grid("int4", 64), Grid("int3", 128)], ids=str)
+def test_cuda_has_the_codes_of_the_law_over_several_windows(grid: Grid) -> None:
+    n, draw = 2176, np.random.default_rng(1)
+    x = draw.standard_normal((3000, n)) * np.exp(draw.standard_normal(n)) + draw.standard_normal(n)
+    h, w = (x.T @ x / len(x)).astype(np.float32), (draw.standard_t(5, (12, n)) * 0.02).astype(np.float32)
+    law, found = fit(w, grid, h, method="solve"), solve_on(w, grid, h, device=torch.device("cuda"))
+    for name, part in law.parts().items():
+        assert part.tobytes() == found.parts()[name].tobytes(), name
+
+
 def test_other_grids_and_moments_are_refused() -> None:
     w, h = np.ones((4, 32), np.float32), np.eye(32, dtype=np.float32)
     for grid in (Grid("int4", "tensor"), Grid("int4", 32, "minmax")):

@@ -140,6 +140,7 @@ def test_kernels_begin_early_only_on_devices_that_can(monkeypatch, capability, a
         CUlaunchConfig=lambda: SimpleNamespace(numAttrs=0),
         CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace()),
         CUlaunchAttributeID=SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6),
+        cuLaunchKernel=lambda *_: launched.append(SimpleNamespace(numAttrs=0)) or (0,),
         cuLaunchKernelEx=lambda config, *_: launched.append(config) or (0,),
     )
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
