@@ -204,7 +204,13 @@ COLUMNS = {
 def table(files: list[Path]) -> str:
     """The means over seeds in `files` in Markdown; of qkit's also how far each seed is above the adapter that is kept."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    lines = [" | ".join(("| model, grid", "rate", *COLUMNS, "above the first |")), "|---" * (len(COLUMNS) + 3) + "|"]
+    columns = {
+        title: name for title, name in COLUMNS.items() if all(name in row for one in found for row in one["rows"])
+    }
+    lines = [
+        " | ".join(("| model, grid", "rate", *columns, "qkit above kept, by seed |")),
+        "|---" * (len(columns) + 3) + "|",
+    ]
     cells: dict[tuple[str, str, float], list[dict[str, float]]] = {}
     for one in found:
         for row in one["rows"]:
@@ -213,7 +219,7 @@ def table(files: list[Path]) -> str:
         cells.items(), key=lambda cell: (cell[0][0] != "4m", cell[0][1], cell[0][2])
     ):
         rows.sort(key=lambda row: row["seed"])
-        means = [f"{np.mean([row[name] for row in rows]):.3f}" for name in COLUMNS.values()]
+        means = [f"{np.mean([row[name] for row in rows]):.3f}" for name in columns.values()]
         above = ", ".join(f"{row['packed'] - row['kept']:+.4f}" for row in rows)
         lines.append(" | ".join((f"| {size}, {recipe}", f"{rate:g}", *means, f"{above} |")))
     return "\n".join(lines)

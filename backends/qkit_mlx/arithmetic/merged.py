@@ -93,7 +93,8 @@ def dither(codes: mx.array, *, first: int = 0) -> mx.array:
         for begin, n, step in zip((first, 0), codes.shape, DITHER, strict=True)
     )
     levels = (rows[:, None] + columns) >> 24
-    return (levels.astype(mx.float32) * 2 - 255) * 2.0**-9
+    found: mx.array = (levels.astype(mx.float32) * 2 - 255) * 2.0**-9
+    return found
 
 
 def _outermost(v: mx.array, *, symmetric: bool) -> mx.array:

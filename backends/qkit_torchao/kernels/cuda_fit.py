@@ -36,8 +36,7 @@ SEARCH = nvrtc.Kernel("fit.cu", "search", (POINTER,) * 12 + (NUMBER,) * 2, optio
 FEED = nvrtc.Kernel("feed.cu", "feed", (POINTER,) * 11 + (NUMBER,) * 6, options=EXACT)
 FIND_POWERS = nvrtc.Kernel("feed.cu", "find_powers", (POINTER,) * 2 + (NUMBER,) * 3, options=EXACT)
 SHORTEN_ABOVE = nvrtc.Kernel("feed.cu", "shorten_above", (POINTER,) * 3 + (NUMBER,) * 3, options=EXACT)
-FIND_NEAR = nvrtc.Kernel("descend.cu", "find_near", (POINTER,) * 3 + (NUMBER,), options=EXACT)
-DESCEND = nvrtc.Kernel("descend.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 5, options=EXACT)
+DESCEND = nvrtc.Kernel("fit.cu", "descend", (POINTER,) * 11 + (NUMBER,) * 5, options=EXACT)
 DIGITS = nvrtc.Kernel("fit.cu", "digits", (POINTER,) * 4 + (NUMBER,) * 3, options=EXACT)
 WEIGH = nvrtc.Kernel("fit.cu", "weigh", (POINTER,) * 5 + (NUMBER,) * 3, options=EXACT)
 DIFFER = nvrtc.Kernel("fit.cu", "differ", (POINTER,) * 4 + (NUMBER,), options=EXACT)
@@ -63,7 +62,6 @@ class Loops(column_loops.Loops):
         given = [constants.LIMIT, constants.MIN_SCALE, constants.MIN_BLOCK_SCALE, tensor, known.damping, damping]
         e4m3 = rounding.e4m3_values(np.arange(127, dtype=np.uint8)).astype(np.float64)
         facts = [*given, pull_of(grid), *_tried(grid), *e4m3.tolist()]
-        self._near: Tensor | None = None
         self._late: list[tuple[int, Tensor]] = []  # moves of the last round that the residual lacks in part
         self._dampings = torch.full((WINDOW,), known.damping, dtype=torch.float64, device=x.device)
         self._facts = torch.tensor(facts, dtype=torch.float64, device=x.device)
@@ -140,32 +138,22 @@ class Loops(column_loops.Loops):
                 more = parts[of].T @ above[of, start - begin : start - begin + count] if start > begin else None
                 given = x, known.order, s, self._z, known.upper, before, more, units, errors, parts, peaks
                 numbers = rows, n, start, count, begin, stop - begin
-                launch(FEED, self._constants, (-(-rows // ROWS), 1), given, numbers, threads=ROWS)
+                self._launch(FEED, given, numbers)
         return units
 
     def descend(self, units: Tensor, s: Tensor, residual: Tensor, *, last: bool) -> bool:
         """See `column_loops.Loops.descend`."""
         (n, rows), known, r = units.shape, self._known, residual.T
         changed = torch.zeros(1, dtype=torch.int32, device=units.device)
-        parts, here = r.new_empty(rows, COLUMNS), ROWS if self._group <= ROWS else ROWS // 2
-        if self._near is None:
-            self._near = r.new_empty(n, COLUMNS)
-            launch(FIND_NEAR, NEUTRAL, (n, 1), (known.correlations, known.sizes, self._near), (n,), threads=COLUMNS)
+        parts = r.new_empty(rows, COLUMNS)
         for start in range(0, n, WINDOW):
             end = min(start + WINDOW, n)
             left, moved = r[:, start:end].clone(), r.new_empty(rows, end - start)
             for first in range(start, end, COLUMNS):
                 after, at = min(first + COLUMNS, end), first - start
-                given = units, s, self._z, left[:, at:], self._near, known.sizes, known.diagonal, self._facts
+                given = (units, s, self._z, left[:, at:], known.correlations, known.sizes, known.diagonal, self._facts)
                 numbers = rows, n, end - start, first, after - first
-                launch(
-                    DESCEND,
-                    self._constants,
-                    (-(-rows // here), 1),
-                    (*given, moved[:, at:], parts, changed),
-                    numbers,
-                    threads=here,
-                )
+                self._launch(DESCEND, (*given, moved[:, at:], parts, changed), numbers)
                 if after < end:
                     by = parts[:, : after - first] @ known.correlations[first:after, after:end]
                     _subtract(left[:, after - start :], by, known.sizes[after:end])

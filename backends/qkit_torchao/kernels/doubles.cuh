@@ -53,7 +53,6 @@ template <u32 COUNT> DEVICE void read(const double *from, double *to) {
 }
 
 DEVICE double power(int e) { return number((u64)(e + 1023) << 52); }
-DEVICE double inverse_power(double x) { return number((2046ull << 52) - bits(x)); }  // of a power of two
 DEVICE double larger(double a, double b) { return a > b ? a : b; }
 DEVICE double clipped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 

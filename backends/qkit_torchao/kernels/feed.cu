@@ -1,12 +1,13 @@
 // The loop of `fitting._feed` over inputs, in fp64, with the bits of the law. `cuda_fit` launches this, `nvrtc` compiles it.
 //
-// A thread has a row of the weight, and a program ROWS of them. GROUP (a macro): inputs of a cell. The other constants are those of
-// `steps.cuh`.
+// LANES threads have a row of the weight. Thread number i of these has inputs i, i + LANES and so on of WIDTH in a row. GROUP: inputs of a
+// cell. The other constants are those of `steps.cuh`.
 
 #include "steps.cuh"
 
 constexpr u32 WIDTH = 128;  // inputs that change before others are updated
-constexpr u32 NEAR = 16;  // inputs that a thread has in its registers
+constexpr u32 SPAN = WIDTH / LANES;  // of these, those that a thread has
+constexpr u32 TEAMS = THREADS / LANES;  // rows of a program
 constexpr u32 DEEP = 256;  // rows of a matrix that a thread of `find_powers` reads
 
 // nearest(y / s, z), by the inverse of s where that tells on which side of a tie the quotient lies.
@@ -25,59 +26,55 @@ ENTRY feed(
     const double *x, const i64 *order, const double *s, const double *zeros, const double *upper, const double *before, const double *more,
     double *units, double *errors, double *parts, int *peaks, u32 rows, u32 inputs, u32 start, u32 count, u32 window, u32 width
 ) {
-    __shared__ double kept[WIDTH][ROWS + 1];
-    __shared__ int exponents[ROWS], from[ROWS];
-    const u32 me = threadIdx.x, base = blockIdx.x * ROWS, row = base + me < rows ? base + me : rows - 1;
-    const bool there = base + me < rows;
-    const u64 first = (u64)row * inputs;
+    const u32 lane = threadIdx.x % LANES, row = blockIdx.x * TEAMS + threadIdx.x / LANES;
+    if (row >= rows) return;
+    const u64 first = (u64)row * inputs, of_groups = first / GROUP;
+    x += first, units += first, errors += first, parts += first, s += of_groups, zeros += of_groups;
     order += start, upper += (u64)start * inputs + start;
-    int most = 0;
-#pragma unroll 1
-    for (u32 begin = 0; begin < count; begin += NEAR) {
-        double value[NEAR], wanted[NEAR], step[NEAR], inverse[NEAR], zero[NEAR];
+    double wanted[SPAN], value[SPAN], step[SPAN], inverse[SPAN], zero[SPAN], unit[SPAN] = {};
 #pragma unroll
-        for (u32 k = 0; k < NEAR; k++) {
-            const u64 at = first + order[begin + k];
-            value[k] = wanted[k] = x[at], step[k] = s[at / GROUP], zero[k] = RULE == 2 ? zeros[at / GROUP] : 0;
-        }
-        if (start)
+    for (u32 k = 0; k < SPAN; k++) {
+        const u32 j = lane + LANES * k;
+        const u64 at = j < count ? order[j] : order[0];
+        value[k] = wanted[k] = x[at], step[k] = s[at / GROUP], zero[k] = RULE == 2 ? zeros[at / GROUP] : 0;
+        inverse[k] = 1 / step[k];
+        if (!start || j >= count) continue;
+        double found = before ? 0. + before[(u64)row * width + start - window + j] : 0;
+        if (more) found = found + more[(u64)row * count + j];
+        wanted[k] = wanted[k] + found;
+    }
 #pragma unroll
-            for (u32 k = 0; k < NEAR; k++) {
-                double found = before ? 0. + before[(u64)row * width + start - window + begin + k] : 0;
-                if (more) found = found + more[(u64)row * count + begin + k];
-                wanted[k] = wanted[k] + found;
-            }
-#pragma unroll
-        for (u32 k = 0; k < NEAR; k++) inverse[k] = 1 / step[k];
+    for (u32 k = 0; k < SPAN; k++)
 #pragma unroll 2
-        for (u32 j = 0; j < begin; j++) {
-            double factor[NEAR];
-            read<NEAR>(upper + (u64)j * inputs + begin, factor);
-            const double by = kept[j][me];
+        for (u32 from = 0; from < LANES; from++) {
+            const u32 j = k * LANES + from;
+            if (j >= count) break;
+            double factor[SPAN];
 #pragma unroll
-            for (u32 k = 0; k < NEAR; k++) wanted[k] = wanted[k] + factor[k] * by;
+            for (u32 after = k; after < SPAN; after++) {
+                const u32 i = lane + LANES * after;
+                factor[after] = i < count ? upper[(u64)j * inputs + i] : 0;
+            }
+            const double now = nearest_quotient(wanted[k], step[k], inverse[k], zero[k]), off = value[k] - now * step[k];
+            if (lane == from) unit[k] = now;
+            const double by = of_lane(off, from);
+#pragma unroll
+            for (u32 after = k; after < SPAN; after++) wanted[after] = wanted[after] + factor[after] * by;
         }
+    int most = 0;
 #pragma unroll
-        for (u32 j = 0; j < NEAR; j++) {
-            double factor[NEAR];
-            read<NEAR>(upper + (u64)(begin + j) * inputs + begin, factor);
-            const double now = nearest_quotient(wanted[j], step[j], inverse[j], zero[j]), off = value[j] - now * step[j];
-            if (there) units[first + order[begin + j]] = now;
-            kept[begin + j][me] = off, most = most > power_of(off) ? most : power_of(off);
-#pragma unroll
-            for (u32 k = j + 1; k < NEAR; k++) wanted[k] = wanted[k] + factor[k] * off;
-        }
+    for (u32 k = 0; k < SPAN; k++) {
+        const u32 j = lane + LANES * k;
+        if (j >= count) continue;
+        const double error = value[k] - unit[k] * step[k];
+        units[order[j]] = unit[k], errors[start + j] = error;
+        most = most > power_of(error) ? most : power_of(error);
     }
     const int old = start == window ? 0 : peaks[row];
-    most = most > old ? most : old;
-    if (there) peaks[row] = most;
-    exponents[me] = exponent_of_power(most), from[me] = old == most ? start : window;
-    __syncthreads();
-    for (u32 r = 0; r < ROWS && base + r < rows; r++) {
-        double *const mine = errors + (u64)(base + r) * inputs, *const out = parts + (u64)(base + r) * inputs;
-        for (u32 i = me; i < count; i += ROWS) mine[start + i] = kept[i][r], out[start + i] = shortened(kept[i][r], exponents[r]);
-        for (u32 i = from[r] + me; i < start; i += ROWS) out[i] = shortened(mine[i], exponents[r]);
-    }
+    most = highest(most > old ? most : old);
+    if (!lane) peaks[row] = most;
+    const int e = exponent_of_power(most);
+    for (u32 i = (old == most ? start : window) + lane; i < start + count; i += LANES) parts[i] = shortened(errors[i], e);
 }
 
 // The powers [count] of the largest entries of columns begin to begin + count of upper [inputs, inputs], above their own WIDTH rows.

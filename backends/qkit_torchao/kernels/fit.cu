@@ -1,5 +1,4 @@
-// The search for scales, and passes over whole rows, of `arithmetic.fitting`, in fp64, with the bits of the law. `cuda_fit` launches
-// this, `nvrtc` compiles it.
+// The loops of `arithmetic.fitting` over inputs, in fp64, with the bits of the law. `cuda_fit` launches this, `nvrtc` compiles it.
 //
 // LANES threads have a row of the weight, or a cell: a group of one. Thread number i of these has its inputs i, i + LANES and so on.
 //
@@ -9,6 +8,7 @@
 
 #include "steps.cuh"
 
+constexpr u32 WIDTH = 128;  // inputs that change before others are updated
 constexpr u32 MINE = GROUP / LANES;  // inputs of a cell that a thread has
 constexpr u32 AHEAD = GROUP <= 32 ? GROUP / 4 : 4;  // of the steps of a product, those at once
 constexpr u32 TEAMS = THREADS / LANES;  // rows or cells of a program
@@ -170,6 +170,93 @@ ENTRY search(
     squares[cell] = found, best[cell] = s;
     if (!some) by_rule[cell] = most;
     if (RULE == 2) zeros[cell] = z;
+}
+
+// A part of a window of `fitting._descend`: `count` inputs from `start` on. units [rows, inputs], s, zeros [rows, groups];
+// residual, moved [rows, `window` numbers each]: how far values moved; parts [rows, WIDTH]: that by size, shortened.
+// correlations [inputs, inputs], sizes, diagonal [inputs]: of the moments; `changed` gets a one if any value moved.
+ENTRY descend(
+    double *units, double *s, const double *zeros, const double *residual, const double *correlations, const double *sizes,
+    const double *diagonal, const Facts *known, double *moved, double *parts, u32 *changed, u32 rows, u32 inputs, u32 window, u32 start,
+    u32 count
+) {
+    __shared__ double kept[TEAMS][GROUP], lefts[TEAMS][WIDTH], moves[TEAMS][WIDTH];
+    const u32 lane = threadIdx.x % LANES, team = threadIdx.x / LANES, row = blockIdx.x * TEAMS + team;
+    if (row >= rows) return;
+    const Facts &facts = *known;
+    const u64 first = (u64)row * inputs + start;
+    units += first, s += first / GROUP, zeros += first / GROUP, residual += (u64)row * window, moved += (u64)row * window;
+    parts += (u64)row * WIDTH, correlations += (u64)start * inputs + start, sizes += start, diagonal += start;
+    double *const shared = kept[team], *const left = lefts[team], *const went = moves[team];
+    for (u32 i = lane; i < count; i += LANES) left[i] = residual[i];
+    bool ever = false;
+#pragma unroll 1
+    for (u32 base = 0; base < count; base += GROUP) {
+        const double *near = correlations + (u64)base * inputs + base;
+        double unit[MINE], size[MINE], r[MINE], move[MINE], found[MINE], scaled[MINE], inverse[MINE];
+        for (u32 k = 0; k < MINE; k++) {
+            const u32 i = base + lane + LANES * k;
+            unit[k] = units[i], size[k] = sizes[i], r[k] = left[i];
+        }
+        auto times = [&](const double *v) {
+            for (u32 k = 0; k < MINE; k++) scaled[k] = size[k] * v[k];
+            share<MINE>(scaled, shared, lane);
+            for (u32 k = 0; k < MINE; k++)
+                found[k] = size[k] * product([&](u32 j) { return near[(u64)j * inputs + lane + LANES * k]; }, shared);
+        };
+        double terms[MINE];
+        times(unit);
+        for (u32 k = 0; k < MINE; k++) terms[k] = unit[k] * (found[k] + facts.damping * unit[k]);
+        const double curvature = total(terms);
+        for (u32 k = 0; k < MINE; k++) terms[k] = unit[k] * r[k];
+        const double slope = total(terms), old = s[base / GROUP], z = RULE == 2 ? zeros[base / GROUP] : 0;
+        const double step = refit(curvature * old + slope, curvature, old, facts);
+        bool any = step != old;
+        for (u32 k = 0; k < MINE; k++) move[k] = unit[k] * (step - old);
+        if (any) {
+            times(move);
+            for (u32 k = 0; k < MINE; k++) r[k] = r[k] - (found[k] + facts.damping * move[k]);
+            if (!lane) s[base / GROUP] = step;
+        }
+        for (u32 k = 0; k < MINE; k++) inverse[k] = 1 / ((diagonal[base + lane + LANES * k] + facts.damping) * step);
+#pragma unroll
+        for (u32 k = 0; k < MINE; k++)
+#pragma unroll 2
+            for (u32 from = 0; from < LANES; from++) {
+                const u32 j = k * LANES + from;
+                double factor[MINE];
+#pragma unroll
+                for (u32 after = k; after < MINE; after++)
+                    factor[after] = near[(u64)j * inputs + lane + LANES * after] * size[after] * sizes[base + j];
+                const double now = nearest(unit[k] + r[k] * inverse[k], z), by = of_lane((now - unit[k]) * step, from);
+                if (lane == from) unit[k] = now;
+                if (by == 0) continue;
+                any = true;
+                if (lane == from) move[k] = move[k] + by;
+#pragma unroll
+                for (u32 after = k; after < MINE; after++) r[after] = r[after] - factor[after] * by;
+            }
+        for (u32 k = 0; k < MINE; k++) units[base + lane + LANES * k] = unit[k], went[base + lane + LANES * k] = move[k];
+        if (!any) continue;
+        ever = true;
+        for (u32 k = 0; k < MINE; k++) scaled[k] = size[k] * move[k];
+        if (base + GROUP == count) break;
+        share<MINE>(scaled, shared, lane);
+#pragma unroll 1
+        for (u32 i = base + GROUP + lane; i < count; i += LANES) {
+            const double *beyond = correlations + (u64)base * inputs + i;
+            left[i] = left[i] - sizes[i] * product([&](u32 j) { return beyond[(u64)j * inputs]; }, shared);
+        }
+    }
+    if (ever && !lane) *changed = 1;
+    int most = 0;
+    for (u32 i = lane; i < count; i += LANES) {
+        moved[i] = went[i];
+        const int mine = power_of(sizes[i] * went[i]);
+        most = most > mine ? most : mine;
+    }
+    const int e = exponent_of_power(highest(most));
+    for (u32 i = lane; i < count; i += LANES) parts[i] = shortened(sizes[i] * went[i], e);
 }
 
 // The digits of shortened numbers sizes * x [rows, count], of which rows lie `stride` apart: three of eight bits [3, rows, count],

@@ -174,6 +174,17 @@ def test_scales_that_fp32_rules_out_are_not_the_best(grid: Grid, name: str) -> N
 
 
 @pytest.mark.usefixtures("on_host")
+def test_quotients_between_two_codes_go_to_the_even_one() -> None:
+    draw = np.random.default_rng(5)
+    s = torch.tensor(draw.uniform(0.01, 0.02, (100, 2))).bfloat16().double()
+    w = (torch.tensor(draw.integers(-9, 9, (100, 64))) + 0.5) * s.repeat_interleave(32, 1)
+    known = DeviceMoments.of(np.eye(64, dtype=np.float32), torch.device("cpu"))  # no input makes up for another
+    laid = cuda_fit.Loops.laid(w), cuda_fit.Loops.laid(s)
+    found = cuda_fit.Loops(laid[0], torch.zeros_like(laid[1]), GRIDS[0], known, 1.0).feed(laid[1])
+    assert torch.equal(found.T, (w / s.repeat_interleave(32, 1)).round().clamp(-8, 7))
+
+
+@pytest.mark.usefixtures("on_host")
 def test_few_scales_are_left_to_try() -> None:
     w, h = hard("plain")
     tried = []
