@@ -46,11 +46,13 @@ def private(text):
 
 
 def test_kernels_are_imported_by_their_dispatcher_only():
-    """`graphs` launches nothing: it says which CUDA graph is being captured. `merge` and `fits` dispatch, too."""
+    """`graphs` launches nothing: it says which graph is being captured. `adamw`, `fits`, `later` and `merge` dispatch, too."""
     outside = {path: text for path, text in modules().items() if path.parts[0] != "kernels"}
     names = {name for text in outside.values() for name in imported(text) if name.startswith("qkit_torchao.kernels")}
     modules_of = {".".join(name.split(".")[:3]) for name in names}
-    assert modules_of == {f"qkit_torchao.kernels.{name}" for name in ("choose", "fits", "graphs", "merge")}
+    assert modules_of == {
+        f"qkit_torchao.kernels.{name}" for name in ("adamw", "choose", "fits", "graphs", "later", "merge")
+    }
 
 
 def test_private_names_of_torch_stand_in_one_module():
