@@ -35,7 +35,7 @@ def save(source, out):
 
 
 def save_adapter(source, out):
-    adapter_files.write(out, UPDATES, layout="peft", base={}, name=None)
+    adapter_files.write(out, UPDATES, layout="peft", base={}, name=None, norms={})
 
 
 #: By name: a function of a source and an output. A source that is not there proves that the output is looked at first.
