@@ -72,7 +72,7 @@ def main() -> None:
 def _prepare(folder: Path, steps: int, common: tuple[str, ...]) -> None:
     """Makes the directories that are missing: the model, its text, statistics, and each recipe's two directories."""
     if not (folder / "model" / "config.json").exists():
-        fit_model.make(folder / "model", size="1.7m", steps=1200, batch=16)
+        fit_model.make(folder / "model", size="1.7m", steps=2800, batch=8)
     for name, bytes_ in zip(("text.txt", "held-out.txt"), texts(), strict=True):
         (folder / name).write_bytes(bytes(bytes_.astype("uint8")))
     data = ("--data", "text.txt")
