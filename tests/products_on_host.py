@@ -1,5 +1,6 @@
 """Runs `products.cu` and `few.cu` on a CPU, compiled as C++: a stand-in for `nvrtc.Kernel`, with its signature."""
 
+import atexit
 import ctypes
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ class HostKernel:
 
     def __init__(self, kernel: nvrtc.Kernel) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="qkit-products-"))
+        atexit.register(shutil.rmtree, self._folder, True)
         self._kernel = kernel
         self._compiled: dict = {}
 
