@@ -178,13 +178,13 @@ class AdaptedPacked(_Adapted, PackedLinear):  # type: ignore[override]  # `weigh
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], those of the layer once merged; the gradient is straight through."""
-        grid, activation, dtype = _grid(self.rule), self.rule.activation, rounding.DTYPE[self.dtype]
+        grid, activation = _grid(self.rule), self.rule.activation
+        dtype = rounding.DTYPE[self.dtype] if torch.is_autocast_enabled(x.device.type) else x.dtype  # they may differ
         if activation and self.execution.both and x.numel() and self.mode != "off":
-            merged = self.merged()
-            static = static_scales(self, "input", activation)
-            y = products.multiply_codes(x, merged, self.bias, (str(grid), str(activation)), self.rule.ste, **static)
+            grids, static = (str(grid), str(activation)), static_scales(self, "input", activation)
+            y = products.multiply_codes(x, self.merged(), self.bias, grids, self.rule.ste, **static)
         elif torch.compiler.is_compiling() or is_transformed() or not x.numel():
-            y = F.linear(slot(self, x, "input", activation), self.values_of_merged(), self.bias)
+            y = F.linear(slot(self, x, "input", activation), self.values_of_merged().to(dtype), self.bias)
         else:
             x, merging = slot(self, x, "input", activation), self._merging()
             y = multiply(x, None, self.factors, self.bias, merging, dtype, gains=self.lora_gains)

@@ -32,6 +32,20 @@ def adapted(*, base, kind="lora", recipe="int4-g32", dtype=torch.float32):
     return model
 
 
+@pytest.mark.parametrize("recipe", ["int4-g32", "int2-g32", "mxfp4-a16"])
+def test_codes_of_bfloat16_take_inputs_of_float32(recipe):
+    """As from a file in bfloat16 whose configuration says float32."""
+    layer = qkit.convert(torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False)).to(torch.bfloat16), recipe)
+    layer = qkit.adapt(layer, Adapter(rank=4))
+    with torch.no_grad():
+        layer[0].lora_B.normal_(std=0.1)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    y = layer(x)
+    assert y.dtype == torch.float32
+    assert all(one.any() for one in gradients(layer, y.sum()).values())
+    torch.testing.assert_close(qkit.merge(copy.deepcopy(layer)).eval()(x), y, rtol=1e-6, atol=1e-6)
+
+
 def gradients(model, loss):
     """The gradient of every adapter parameter by name."""
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
