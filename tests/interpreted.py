@@ -160,7 +160,7 @@ def ahead(dtype: str) -> bool:
     ]
     right = []
     for edit in edits:
-        for _ in range(2):  # only what was used since the last step is prepared
+        for _ in range(2):  # values that were used since the last step are prepared
             for w in weights:
                 right.append(torch.equal(values.of(w, grid, gate, kind), rounding.rounded(w.detach(), grid)))
                 q, want = codes.of(w, rows)[0], rounding.quantize(w.detach(), rows)
